@@ -1,0 +1,44 @@
+"""The few kinds of error a user meets: what went wrong, where, and what to do about it."""
+
+
+class QExportError(Exception):
+    """Base of every expected error.
+
+    Args:
+        message: what is wrong, in one sentence without a final full stop.
+        place: where: a file, a node, a layer, a recipe key.
+        remedy: what the user can do about it.
+    """
+
+    def __init__(self, message: str, *, place: str | None = None, remedy: str | None = None):
+        self.message, self.place, self.remedy = message, place, remedy
+        text = f"{place}: {message}" if place else message
+        super().__init__(f"{text}. {remedy}" if remedy else text)
+
+
+class InputError(QExportError):
+    """A file, folder, text or option that cannot be used."""
+
+
+class RecipeError(QExportError):
+    """A recipe or scheme that says something impossible or unknown."""
+
+
+class CaptureError(QExportError):
+    """A model that torch.export cannot turn into a graph, or whose weights do not match it."""
+
+
+class NumericsError(QExportError):
+    """NaN or Inf in weights or activations, or a matrix that cannot be factorized."""
+
+
+class PassError(QExportError):
+    """A graph pass whose precondition or postcondition does not hold."""
+
+
+class LoweringError(QExportError):
+    """A graph that has no ONNX form for the chosen target."""
+
+
+class RuntimeProblem(QExportError):
+    """ONNX Runtime cannot load or run the model."""
