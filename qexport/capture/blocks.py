@@ -1,0 +1,154 @@
+"""Cutting a graph into blocks that can be loaded, run and quantized one after another.
+
+A block is a GraphModule of its own: its placeholders are the values it needs from earlier blocks or from outside, its
+outputs the values that later blocks or the caller need. Layers are found by module path (children `0, 1, 2, ...` of one
+container that hold most of the weights); nodes that belong to no layer go where their inputs put them.
+"""
+
+import re
+from collections import Counter
+from dataclasses import dataclass, field
+
+import torch
+from torch.fx import Graph, GraphModule, Node
+
+from ..errors import CaptureError
+
+_LAYER = re.compile(r"^(?P<container>.*?)\.(?P<index>\d+)(?=\.|$)")
+
+
+@dataclass
+class Block:
+    """One piece of a model.
+
+    Attributes:
+        name: "prologue", the module path of the layer, or "epilogue".
+        module: the graph; its weights are fake or meta tensors until they are loaded.
+        inputs: names of the values it reads, one for each placeholder.
+        outputs: names of the values it makes, in the order of its output.
+        parameters: names of its weights in the checkpoint.
+    """
+
+    name: str
+    module: GraphModule
+    inputs: list[str]
+    outputs: list[str]
+    parameters: list[str] = field(default_factory=list)
+
+
+def cut(module: GraphModule, results: list[str]) -> list[Block]:
+    """Cut a normalized graph into blocks in the order in which they run.
+
+    Args:
+        module: the whole graph, weights as get_attr nodes.
+        results: names of the nodes whose values are the model's outputs.
+
+    Raises:
+        CaptureError: a layer needs a value that a later layer makes.
+    """
+    graph = module.graph
+    layers = _layers(graph)
+    part = _assign(graph, layers)
+    names = ["prologue", *layers, "epilogue"]
+    blocks = []
+    for index, name in enumerate(names):
+        nodes = [n for n in graph.nodes if n.op == "call_function" and part[n] == index]
+        if nodes:
+            blocks.append(_block(module, name, nodes, part, index, results))
+    return blocks
+
+
+def _layers(graph: Graph) -> list[str]:
+    """Module paths of the repeated layers, in order; empty when there is no such container."""
+    weights = Counter()
+    for node in graph.nodes:
+        if node.op == "get_attr" and (match := _LAYER.match(node.target)):
+            weights[match["container"]] += node.meta["val"].numel()
+    if not weights:
+        return []
+    container, _ = weights.most_common(1)[0]
+    found = {m["index"] for n in graph.nodes if n.op == "get_attr" and (m := _LAYER.match(n.target)) and m["container"] == container}
+    return [f"{container}.{i}" for i in sorted(map(int, found))]
+
+
+def _assign(graph: Graph, layers: list[str]) -> dict[Node, int]:
+    """Part of every call: 0 is the prologue, 1 + i layer i, len(layers) + 1 the epilogue."""
+    index = {name: i + 1 for i, name in enumerate(layers)}
+    last = len(layers) + 1
+    part: dict[Node, int] = {}
+    for node in graph.nodes:
+        if node.op != "call_function":
+            continue
+        earliest = max((part[n] for n in node.all_input_nodes if n in part), default=0)
+        match = _LAYER.match(node.meta.get("module_path", ""))
+        own = index.get(f"{match['container']}.{match['index']}") if match else None
+        if own is None:
+            # Belongs to no layer: as early as its inputs allow, but what follows the last layer is the epilogue.
+            own = last if layers and earliest == len(layers) else earliest
+        if own < earliest:
+            raise CaptureError(
+                f"layer {layers[own - 1]} needs a value made later, in part {earliest}", place=node.name,
+                remedy="The layers of this model do not run one after another; it cannot be cut into blocks",
+            )  # fmt: skip
+        part[node] = own
+    if not layers:
+        return dict.fromkeys(part, 0)
+    return part
+
+
+def _block(whole: GraphModule, name: str, nodes: list[Node], part: dict[Node, int], index: int, results: list[str]) -> Block:
+    graph, env, inputs, tensors = Graph(), {}, [], {}
+    inside = set(nodes)
+    outside = dict.fromkeys(n for node in nodes for n in node.all_input_nodes if n not in inside)
+    for node in outside:
+        if node.op == "get_attr":
+            continue
+        env[node] = graph.placeholder(node.name)
+        env[node].meta = dict(node.meta)
+        inputs.append(node.name)
+    for node in outside:
+        if node.op == "get_attr":
+            env[node] = graph.get_attr(node.target)
+            env[node].meta = dict(node.meta)
+            tensors[node.target] = _attribute(whole, node.target)
+    for node in nodes:
+        env[node] = graph.node_copy(node, lambda n: env[n])
+        env[node].meta = dict(node.meta)
+    outputs = [n for n in nodes if n.name in results or any(part.get(u, index) != index for u in n.users)]
+    graph.output(tuple(env[n] for n in outputs))
+    module = GraphModule(_Holder(tensors), graph, class_name=f"Block_{index}")
+    return Block(name, module, inputs, [n.name for n in outputs], list(tensors))
+
+
+class _Holder(torch.nn.Module):
+    """A module tree that has exactly the given tensors as buffers under their dotted names."""
+
+    def __init__(self, tensors: dict[str, torch.Tensor]):
+        super().__init__()
+        for name, tensor in tensors.items():
+            set_tensor(self, name, tensor)
+
+
+def set_tensor(module: torch.nn.Module, name: str, tensor: torch.Tensor) -> None:
+    """Make `tensor` the buffer `name` (dotted) of `module`, creating the modules on the way."""
+    *path, leaf = name.split(".")
+    for step in path:
+        if not hasattr(module, step):
+            module.add_module(step, torch.nn.Module())
+        module = getattr(module, step)
+    module._parameters.pop(leaf, None)
+    module._buffers.pop(leaf, None)
+    if leaf in module.__dict__:
+        del module.__dict__[leaf]
+    module.register_buffer(leaf, tensor.detach() if isinstance(tensor, torch.nn.Parameter) else tensor)
+
+
+def get_tensor(module: torch.nn.Module, name: str) -> torch.Tensor:
+    """The tensor at a dotted name."""
+    return _attribute(module, name)
+
+
+def _attribute(module: torch.nn.Module, name: str) -> torch.Tensor:
+    for step in name.split("."):
+        module = getattr(module, step)
+    return module

@@ -1,0 +1,58 @@
+"""What capture hands on: the blocks of a model, its interface and where its weights are."""
+
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+
+from .blocks import Block
+from .source import ModelFolder
+
+
+class Weights(Protocol):
+    """Anything that can produce a named tensor."""
+
+    def load(self, name: str) -> torch.Tensor: ...
+
+
+@dataclass(frozen=True)
+class Port:
+    """One input or output of the model.
+
+    Attributes:
+        name: what the user and the ONNX file call it.
+        value: name of the value in the graph.
+        dtype: torch dtype.
+        dims: an int, or the name of a dynamic dimension, for each axis.
+    """
+
+    name: str
+    value: str
+    dtype: torch.dtype
+    dims: tuple[int | str, ...]
+
+
+@dataclass
+class Captured:
+    """A model as blocks without weights.
+
+    Attributes:
+        kind: "decoder" (causal language model with a cache) or "module".
+        constants: tensors of the graph that are computed from the config, not read from the checkpoint.
+        settings: sizes that the runtime needs; for decoders layers, heads, head_dim and vocabulary.
+        tied: for each weight every other name it goes by.
+    """
+
+    kind: str
+    blocks: list[Block]
+    inputs: list[Port]
+    outputs: list[Port]
+    weights: Weights
+    constants: dict[str, torch.Tensor]
+    settings: dict[str, Any] = field(default_factory=dict)
+    folder: ModelFolder | None = None
+    tied: dict[str, tuple[str, ...]] = field(default_factory=dict)
+
+    def load(self, name: str) -> torch.Tensor:
+        """A weight or constant of the graph, float32 where it is floating point."""
+        return self.constants[name] if name in self.constants else self.weights.load(name)

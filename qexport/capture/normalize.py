@@ -1,0 +1,178 @@
+"""A traced graph brought into the form that passes and the lowering expect.
+
+No-ops of inference disappear; root-mean-square norms and rotary embeddings, which PyTorch traces as a handful of
+elementwise nodes, become one node each; sizes are read from a tensor beside their use, so that a block needs no integers
+from outside. Everything is recognised by what is computed, not by what the module is called.
+"""
+
+import operator
+
+import torch
+from torch.fx import Graph, GraphModule, Node
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+aten = torch.ops.aten
+
+_IDENTITY = {
+    aten.detach.default, aten.alias.default, aten.contiguous.default, aten.clone.default, aten.dropout.default,
+    aten.feature_dropout.default, aten.lift_fresh_copy.default, aten.detach_.default, aten.dropout_.default,
+}  # fmt: skip
+_CAST = {aten.to.dtype, aten.to.device, aten.to.dtype_layout, aten._to_copy.default, aten.type_as.default}
+_VIEWS = {aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.expand.default}
+
+
+def normalize(module: GraphModule) -> GraphModule:
+    """Normalize the graph of `module` in place, keeping what it computes to rounding, and return it."""
+    graph = module.graph
+    _drop_identities(graph)
+    _local_sizes(graph)
+    _fuse_rms_norms(graph)
+    _fuse_rotary(graph)
+    graph.eliminate_dead_code()
+    graph.lint()
+    module.recompile()
+    return module
+
+
+def is_call(node, *targets) -> bool:
+    """Whether `node` is a call of one of the operators."""
+    return isinstance(node, Node) and node.op == "call_function" and node.target in targets
+
+
+def _drop_identities(graph: Graph) -> None:
+    for node in list(graph.nodes):
+        if is_call(node, aten._assert_tensor_metadata.default, aten._assert_scalar.default, aten.sym_constrain_range_for_size.default):
+            graph.erase_node(node)
+            continue
+        same = is_call(node, *_IDENTITY) or (
+            is_call(node, *_CAST) and node.meta["val"].dtype == node.args[0].meta["val"].dtype
+        ) or (is_call(node, aten.mul.Tensor) and node.args[1] == 1.0)
+        if same:
+            node.replace_all_uses_with(node.args[0])
+            graph.erase_node(node)
+
+
+def _local_sizes(graph: Graph) -> None:
+    """view(x, [n, ...]) with n the size of x: read n from x itself."""
+    for node in list(graph.nodes):
+        if not is_call(node, *_VIEWS):
+            continue
+        source, shape = node.args[0], list(node.args[1])
+        for axis, size in enumerate(shape):
+            if not isinstance(size, Node) or axis >= source.meta["val"].dim():
+                continue
+            if statically_known_true(size.meta["val"] == source.meta["val"].shape[axis]):
+                with graph.inserting_before(node):
+                    local = graph.call_function(aten.sym_size.int, (source, axis))
+                    local.meta = {**size.meta, "module_path": node.meta.get("module_path", "")}
+                shape[axis] = local
+        node.args = (source, shape, *node.args[2:])
+
+
+def _fuse_rms_norms(graph: Graph) -> None:
+    """weight * (x * rsqrt(mean(x^2, -1) + eps)) becomes rms_norm(x, [n], weight, eps)."""
+    for root in list(graph.nodes):
+        match = _match_rms_norm(root)
+        if match is None:
+            continue
+        x, eps, product = match
+        scaled = next(iter(product.users)) if len(product.users) == 1 else None
+        if not is_call(scaled, aten.mul.Tensor):
+            continue
+        weight = scaled.args[1] if scaled.args[0] is product else scaled.args[0]
+        if not isinstance(weight, Node) or weight.meta["val"].dim() != 1:
+            continue
+        with graph.inserting_before(scaled):
+            norm = graph.call_function(aten.rms_norm.default, (x, [weight.meta["val"].shape[0]], weight, eps))
+        norm.meta = dict(scaled.meta)
+        scaled.replace_all_uses_with(norm)
+        for dead in (scaled, product):
+            graph.erase_node(dead)
+
+
+def _match_rms_norm(root: Node):
+    """(x, eps, x * rsqrt(...)) when root is the rsqrt of a root-mean-square norm over the last axis."""
+    if not is_call(root, aten.rsqrt.default) or len(root.users) != 1:
+        return None
+    shifted = root.args[0]
+    if not is_call(shifted, aten.add.Tensor) or not isinstance(shifted.args[1], float):
+        return None
+    mean = shifted.args[0]
+    if not is_call(mean, aten.mean.dim) or tuple(mean.args[1]) != (-1,) or not is_call(mean.args[0], aten.pow.Tensor_Scalar):
+        return None
+    square = mean.args[0]
+    product = next(iter(root.users))
+    if square.args[1] != 2 or not is_call(product, aten.mul.Tensor) or set(product.args) != {square.args[0], root}:
+        return None
+    return square.args[0], shifted.args[1], product
+
+
+def _fuse_rotary(graph: Graph) -> None:
+    """x * cos + cat(-x2, x1) * sin becomes rotary_embedding(x, cos, sin) with half-width tables."""
+    halves: dict[Node, Node] = {}
+    for node in list(graph.nodes):
+        match = _match_rotary(node)
+        if match is None:
+            continue
+        x, cos, sin = match
+        tables = [_half_table(graph, table, halves) for table in (cos, sin)]
+        if None in tables:
+            continue
+        with graph.inserting_before(node):
+            rotated = graph.call_function(torch.ops.qexport.rotary_embedding.default, (x, *tables))
+        rotated.meta = dict(node.meta)
+        node.replace_all_uses_with(rotated)
+        graph.erase_node(node)
+
+
+def _match_rotary(node: Node):
+    """(x, cos, sin) when node is a rotary embedding of [batch, heads, sequence, d] by [batch, 1, sequence, d] tables."""
+    if not is_call(node, aten.add.Tensor) or not all(is_call(a, aten.mul.Tensor) for a in node.args[:2]):
+        return None
+    for straight, turned in (node.args[:2], node.args[1::-1]):
+        turned_x, sin = turned.args if is_call(turned.args[0], aten.cat.default) else turned.args[::-1]
+        if not is_call(turned_x, aten.cat.default) or len(turned_x.args[0]) != 2 or straight.meta["val"].dim() != 4:
+            continue
+        negative, first = turned_x.args[0]
+        if not is_call(negative, aten.neg.default) or not is_call(first, aten.slice.Tensor):
+            continue
+        second, x = negative.args[0], first.args[0]
+        half = x.meta["val"].shape[-1] // 2
+        if (
+            is_call(second, aten.slice.Tensor)
+            and second.args[0] is x
+            and first.args[1] in (3, -1) and second.args[1] in (3, -1)
+            and tuple(first.args[2:4]) == (0, half) and second.args[2] == half
+            and x in straight.args
+        ):  # fmt: skip
+            cos = straight.args[1] if straight.args[0] is x else straight.args[0]
+            return x, cos, sin
+    return None
+
+
+def _half_table(graph: Graph, table: Node, halves: dict[Node, Node]) -> Node | None:
+    """The [batch, sequence, d/2] half of a table unsqueeze(scale * cos(cat(f, f)), 1), or None for another form."""
+    if not is_call(table, aten.unsqueeze.default) or table.args[1] not in (1, -3):
+        return None
+    source = table.args[0]
+    if source in halves:
+        return halves[source]
+    at = source
+    while is_call(at, aten.mul.Tensor) and not isinstance(at.args[1], Node):
+        at = at.args[0]
+    if not is_call(at, aten.cos.default, aten.sin.default) or not is_call(at.args[0], aten.cat.default):
+        return None
+    parts = at.args[0].args[0]
+    if len(parts) != 2 or parts[0] is not parts[1]:
+        return None
+    half = source.meta["val"].shape[-1] // 2
+    with graph.inserting_after(source):
+        node = graph.call_function(aten.slice.Tensor, (source, 2, 0, half))
+    node.meta = {**source.meta, "val": source.meta["val"][..., :half]}
+    halves[source] = node
+    return node
+
+
+def tensor_users(node: Node) -> list[Node]:
+    """Users of the value itself, not of its size."""
+    return [user for user in node.users if not is_call(user, aten.sym_size.int) and user.target is not operator.getitem]

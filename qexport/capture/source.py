@@ -1,0 +1,127 @@
+"""From what a user names (Hub id, folder, GGUF) to a local folder with a config and safetensors."""
+
+import hashlib
+import os
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
+
+from ..errors import InputError, QExportError
+
+
+@dataclass(frozen=True)
+class ModelFolder:
+    """A model on disk: `path` holds config.json and safetensors; `name` is what the user called it."""
+
+    path: Path
+    name: str
+    config: PretrainedConfig
+    trust_remote_code: bool = False
+
+    def tokenizer(self):
+        """The tokenizer, or None where the folder has none."""
+        try:
+            return AutoTokenizer.from_pretrained(self.path, trust_remote_code=self.trust_remote_code)
+        except (OSError, ValueError, KeyError, ImportError):
+            return None
+
+
+def open_model(model: str | os.PathLike, *, trust_remote_code: bool = False, cache: Path | None = None) -> ModelFolder:
+    """Find a model and its config.
+
+    Args:
+        model: a local folder, a GGUF file or a folder with one, or a Hugging Face id.
+        trust_remote_code: run model code that comes with the checkpoint.
+        cache: where converted GGUF models are kept; by default below $XDG_CACHE_HOME or ~/.cache.
+
+    Raises:
+        InputError: nothing usable is there.
+    """
+    path, name = Path(model), str(model)
+    if path.suffix == ".gguf" and path.is_file():
+        path, name = _convert_gguf(path, cache), name
+    elif path.is_dir():
+        gguf = sorted(path.glob("*.gguf"))
+        if gguf and not any(path.glob("*.safetensors")):
+            if len(gguf) > 1:
+                raise InputError(f"holds {len(gguf)} GGUF files", place=name, remedy="Pass the path of one of them")
+            path = _convert_gguf(gguf[0], cache)
+    elif path.exists():
+        raise InputError("is neither a folder nor a GGUF file", place=name)
+    else:
+        path = _download(name)
+    try:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(
+            f"has no config that transformers understands ({_first_line(error)})", place=name,
+            remedy="The folder needs a config.json of a known model_type",
+        ) from error  # fmt: skip
+    return ModelFolder(path.resolve(), name, config, trust_remote_code)
+
+
+def load_in_memory(folder: ModelFolder, into: Path) -> Path:
+    """Load a checkpoint whose tensors are named or shaped otherwise than the model's, and save it under its own names.
+
+    The whole model is in memory while this runs; transformers does the conversion.
+    """
+    model = AutoModelForCausalLM.from_pretrained(
+        folder.path, dtype=torch.float32, trust_remote_code=folder.trust_remote_code, weights_only=True
+    )
+    _save(model, None, into)
+    return into
+
+
+def _convert_gguf(file: Path, cache: Path | None) -> Path:
+    state = file.stat()
+    key = hashlib.sha256(f"{file.resolve()}|{state.st_size}|{state.st_mtime_ns}".encode()).hexdigest()[:16]
+    root = cache or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qexport"
+    target = root / f"{file.stem}-{key}"
+    if target.exists():
+        return target
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+        model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+    except (OSError, ValueError, KeyError, NotImplementedError, RuntimeError) as error:
+        raise InputError(f"cannot be read as GGUF ({_first_line(error)})", place=str(file)) from error
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    _save(model, tokenizer, target)
+    return target
+
+
+def _save(model, tokenizer, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    try:
+        model.save_pretrained(temporary)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(temporary)
+        temporary.chmod(0o755)
+        temporary.rename(target)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def _download(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]))
+    except HFValidationError as error:
+        raise InputError("is neither a local path nor a Hugging Face id", place=name) from error
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise InputError(
+            f"is no local folder and could not be downloaded ({_first_line(error)})", place=name,
+            remedy="Check the spelling and the network, or download the model and pass its folder",
+        ) from error  # fmt: skip
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200] if not isinstance(error, QExportError) else str(error)

@@ -1,0 +1,225 @@
+"""Integer grids: scales, codes and the way back, for weights and for activations.
+
+Every rounding is half to even and every division is a real float32 division, because that is what ONNX Runtime's
+QuantizeLinear does; multiplying by a reciprocal moves values that lie close to a tie.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..errors import NumericsError
+from .formats import PER_TENSOR, ActivationFormat, WeightFormat
+
+# Elements worked on at once: one megabyte of float32 stays in the second-level cache through all passes over it.
+_CHUNK = 1 << 18
+_FINITE_REMEDY = "Check the checkpoint, and load it in float32 if it was cast to float16"
+
+
+@dataclass(frozen=True, eq=False)
+class QuantizedWeight:
+    """The weight of a linear on an integer grid: w = (codes - zero_point) * scale.
+
+    Attributes:
+        codes: [N, K], int8 when the format is symmetric (4-bit codes too), uint8 when it is not.
+        scale: float32 [N, G], positive; [1, 1] when there is one for the tensor.
+        zero_point: uint8, shaped like scale; None when the format is symmetric.
+        format: the grid.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    zero_point: Tensor | None
+    format: WeightFormat
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return tuple(self.codes.shape)
+
+    def dequantize(self) -> Tensor:
+        """The float32 weight [N, K] that the codes stand for."""
+        out = torch.empty(self.codes.shape, dtype=torch.float32, device=self.codes.device)
+        for rows, codes in _row_chunks(self.codes, self.format):
+            view = out[rows].view(codes.shape).copy_(codes)
+            if self.zero_point is not None:
+                view.sub_(_rows_of(self.zero_point, rows).float())
+            view.mul_(_rows_of(self.scale, rows))
+        return out
+
+
+def weight_scales(w: Tensor, fmt: WeightFormat, clip: float = 1.0) -> tuple[Tensor, Tensor | None]:
+    """Scale and zero point that cover the range of every group, or `clip` times that range.
+
+    Symmetric: absmax / qmax, so a full range never uses the code -qmax - 1. Asymmetric: (max - min) / (2^bits - 1) with
+    zero inside the range. A group whose scale would be zero or subnormal gets scale 1 (and code 0).
+
+    Args:
+        w: float [N, K].
+    Returns:
+        scale float32 [N, G], zero_point uint8 [N, G] or None.
+    Raises:
+        NumericsError: w has NaN or Inf, or a range beyond float32.
+        RecipeError: K is not a multiple of the group size.
+    """
+    return _scales(*_ranges(w, fmt), fmt, clip)
+
+
+def encode(w: Tensor, scale: Tensor, zero_point: Tensor | None, fmt: WeightFormat) -> Tensor:
+    """Codes [N, K] of the nearest grid points, clamped to [fmt.qmin, fmt.qmax]; w must be finite."""
+    codes = torch.empty(w.shape, dtype=torch.int8 if fmt.symmetric else torch.uint8, device=w.device)
+    for rows, chunk in _row_chunks(w, fmt):
+        steps = torch.div(chunk, _rows_of(scale, rows)).round_()
+        if zero_point is not None:
+            steps.add_(_rows_of(zero_point, rows))
+        codes[rows].view(chunk.shape).copy_(steps.clamp_(fmt.qmin, fmt.qmax))
+    return codes
+
+
+def quantize_weight(w: Tensor, fmt: WeightFormat) -> QuantizedWeight:
+    """Round to nearest (RTN) with the scales of `weight_scales`; raises what that raises."""
+    scale, zero_point = weight_scales(w, fmt)
+    return QuantizedWeight(encode(w, scale, zero_point, fmt), scale, zero_point, fmt)
+
+
+def search_clip(
+    w: Tensor, fmt: WeightFormat, importance: Tensor | None = None, steps: int = 20
+) -> tuple[Tensor, Tensor | None]:
+    """For every group, the scale and zero point with the least squared rounding error over a grid of clipping ratios.
+
+    The ratios go from 1 to 0.5 in `steps` equal steps (AWQ, arXiv 2306.00978, searches the same interval); ties go to
+    the widest range. Clamping keeps the code -qmax - 1, so a group whose largest weight is negative can use a ratio of
+    7/8 at 4 bits without clipping anything.
+
+    Args:
+        w: float [N, K].
+        importance: non-negative [K], the weight of an input feature's squared error, for example mean(x_j^2) or the
+            diagonal of a Hessian; None: all equal.
+    Returns:
+        scale float32 [N, G], zero_point uint8 [N, G] or None.
+    Raises:
+        NumericsError: NaN, Inf or an impossible importance.
+        RecipeError: K is not a multiple of the group size.
+    """
+    lo, hi = _ranges(w, fmt)
+    ratios = [1 - 0.5 * i / steps for i in range(steps + 1)]
+    if importance is not None:
+        if not bool((torch.isfinite(importance) & (importance >= 0)).all()):
+            raise NumericsError("the importance of an input feature is negative, NaN or Inf")
+        importance = importance.float().view(fmt.groups(w.shape[1]), -1)
+    errors = torch.zeros(len(ratios), dtype=torch.float64, device=w.device)
+    best = torch.ones_like(lo)
+    for rows, chunk in _row_chunks(w, fmt):
+        low, high = _rows_of(lo, rows), _rows_of(hi, rows)
+        least = torch.full(chunk.shape[:2], torch.inf, device=w.device)
+        for i, ratio in enumerate(ratios):
+            scale, zero_point = _scales(low[..., 0], high[..., 0], fmt, ratio)
+            error = _rounding_error(chunk, scale, zero_point, fmt, importance)
+            if fmt.group_size == PER_TENSOR:
+                errors[i] += error.sum(dtype=torch.float64)
+            else:
+                better = error < least
+                least = torch.where(better, error, least)
+                best[rows].masked_fill_(better, ratio)
+    if fmt.group_size == PER_TENSOR:
+        best.fill_(ratios[int(errors.argmin())])
+    return _scales(lo, hi, fmt, best)
+
+
+def static_scale(absmax: float, fmt: ActivationFormat) -> float:
+    """absmax / qmax rounded to float32, or 1 for a tensor that is always zero.
+
+    Raises:
+        NumericsError: absmax is negative, NaN or Inf.
+    """
+    scale = torch.tensor(absmax, dtype=torch.float32) / fmt.qmax
+    if not 0 <= float(scale) < torch.inf:
+        raise NumericsError(f"an activation has the range {absmax}", remedy="Check the calibration data and the model")
+    return float(scale) if scale >= torch.finfo(torch.float32).tiny else 1.0
+
+
+def token_scale(x: Tensor, fmt: ActivationFormat, eps: float = 1e-8) -> Tensor:
+    """One scale per token: max(absmax over the last dimension / qmax, eps), [..., 1] for x [..., K]."""
+    return torch.maximum(x.amax(-1, keepdim=True), x.amin(-1, keepdim=True).neg_()).div_(fmt.qmax).clamp_min_(eps)
+
+
+def quantize_activation(x: Tensor, scale: float | Tensor, fmt: ActivationFormat) -> Tensor:
+    """int8 codes of x under a scale that broadcasts, clamped to [-qmax, qmax]."""
+    return torch.div(x, scale).round_().clamp_(-fmt.qmax, fmt.qmax).to(torch.int8)
+
+
+def blockwise_fake_quantize(x: Tensor, block_size: int) -> Tensor:
+    """What ONNX Runtime's MatMulNBits with accuracy level 4 does to its input: int8 per row and block of features.
+
+    Each run of `block_size` features of a row (the last may be shorter) becomes round(x * (127 / absmax)) steps of
+    absmax / 127, all in float32. The multiplication by the reciprocal is deliberate: dividing by the step puts about
+    one value in a million on the neighbouring code. A block so small that 127 / absmax overflows becomes zero.
+
+    Args:
+        x: float [..., K].
+    Returns:
+        the same shape and dtype.
+    """
+    features = x.shape[-1]
+    padded = torch.nn.functional.pad(x.float(), (0, -features % block_size))
+    blocks = padded.view(*x.shape[:-1], -1, block_size)
+    absmax = torch.maximum(blocks.amax(-1, keepdim=True), blocks.amin(-1, keepdim=True).neg_())
+    inverse = 127 / absmax
+    inverse.masked_fill_(torch.isinf(inverse), 0)
+    values = torch.mul(blocks, inverse).round_().mul_(absmax.div_(127))
+    return values.view(padded.shape)[..., :features].to(x.dtype)
+
+
+def _ranges(w: Tensor, fmt: WeightFormat) -> tuple[Tensor, Tensor]:
+    groups = fmt.groups(w.shape[1])
+    if fmt.group_size == PER_TENSOR:
+        return w.amin().float().view(1, 1), w.amax().float().view(1, 1)
+    grouped = w.reshape(w.shape[0], groups, -1)
+    return grouped.amin(-1).float(), grouped.amax(-1).float()
+
+
+def _scales(lo: Tensor, hi: Tensor, fmt: WeightFormat, clip: float | Tensor) -> tuple[Tensor, Tensor | None]:
+    tiny = torch.finfo(torch.float32).tiny
+    if fmt.symmetric:
+        scale, zero_point = torch.maximum(hi, -lo) * clip / fmt.qmax, None
+    else:
+        lo = lo.clamp_max(0) * clip
+        scale = (hi.clamp_min(0) * clip - lo) / fmt.qmax
+    if not bool(torch.isfinite(scale).all()):
+        raise NumericsError("the weight has NaN or Inf, or a range beyond float32", remedy=_FINITE_REMEDY)
+    scale.masked_fill_(scale < tiny, 1)
+    if not fmt.symmetric:
+        zero_point = torch.round(-lo / scale).clamp_(0, fmt.qmax).to(torch.uint8)
+    return scale, zero_point
+
+
+def _rounding_error(
+    w: Tensor, scale: Tensor, zero_point: Tensor | None, fmt: WeightFormat, importance: Tensor | None
+) -> Tensor:
+    """Weighted squared error of every group, [rows, G], for w [rows, G, group]."""
+    steps = torch.div(w, scale[..., None])
+    nearest = torch.round(steps)
+    if zero_point is None:
+        nearest.clamp_(fmt.qmin, fmt.qmax)
+    else:
+        zero = zero_point[..., None].float()
+        nearest.clamp_(-zero, fmt.qmax - zero)
+    steps.sub_(nearest).square_()
+    if importance is not None:
+        steps.mul_(importance)
+    return steps.sum(-1).mul_(scale).mul_(scale)
+
+
+def _row_chunks(w: Tensor, fmt: WeightFormat) -> Iterator[tuple[slice, Tensor]]:
+    """Rows of w [N, K] in pieces that fit the cache, each as [rows, G, group]."""
+    n, k = w.shape
+    groups, step = fmt.groups(k), max(1, _CHUNK // k)
+    for start in range(0, n, step):
+        rows = slice(start, min(start + step, n))
+        yield rows, w[rows].reshape(rows.stop - start, groups, -1)
+
+
+def _rows_of(per_group: Tensor, rows: slice) -> Tensor:
+    """The scales or zero points of some rows, ready to broadcast over [rows, G, group]."""
+    return (per_group if per_group.shape[0] == 1 else per_group[rows])[..., None]

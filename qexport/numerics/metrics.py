@@ -1,0 +1,84 @@
+"""How far a quantized result is from the float one. Sums are float64, in pieces, so that large logits fit."""
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+# Elements of one piece: about eight float64 tensors of this size are alive at a time, 64 MB together.
+_PIECE = 1 << 20
+
+
+def sqnr_db(reference: Tensor, value: Tensor) -> float:
+    """Signal to quantization noise, 10 log10(sum ref^2 / sum (ref - value)^2) in dB.
+
+    +inf when they are equal, -inf when only the reference is zero, nan when either has nan.
+    """
+    signal = noise = 0.0
+    for ref, val in _pieces(reference, value):
+        signal += float(ref.square().sum())
+        noise += float((ref - val).square_().sum())
+    if noise == 0:
+        return math.inf
+    if signal == 0:
+        return -math.inf
+    return 10 * math.log10(signal / noise) if math.isfinite(signal / noise) else math.nan
+
+
+def cosine(reference: Tensor, value: Tensor) -> float:
+    """Cosine of the angle between the two flattened tensors; 1 when both are zero, 0 when one is."""
+    dot = ref_square = val_square = 0.0
+    for ref, val in _pieces(reference, value):
+        dot += float(torch.dot(ref, val))
+        ref_square += float(torch.dot(ref, ref))
+        val_square += float(torch.dot(val, val))
+    if ref_square == 0 or val_square == 0:
+        return float(ref_square == val_square)
+    return dot / math.sqrt(ref_square) / math.sqrt(val_square)
+
+
+def kl_divergence(ref_logits: Tensor, logits: Tensor) -> Tensor:
+    """KL(softmax(ref_logits) || softmax(logits)) of every token, float64 [tokens], in nats.
+
+    Args:
+        ref_logits, logits: float [tokens, vocabulary].
+    """
+    out = torch.empty(ref_logits.shape[0], dtype=torch.float64)
+    for rows in _rows(ref_logits):
+        ref = torch.log_softmax(ref_logits[rows].double(), -1)
+        difference = ref - torch.log_softmax(logits[rows].double(), -1)
+        # Rounding may leave a hair below zero where the distributions are equal.
+        out[rows] = ref.exp_().mul_(difference).sum(-1).clamp_min_(0)
+    return out
+
+
+def top1_agreement(ref_logits: Tensor, logits: Tensor) -> Tensor:
+    """Whether both would pick the same token greedily: bool [tokens] for logits [tokens, vocabulary]."""
+    return ref_logits.argmax(-1) == logits.argmax(-1)
+
+
+def nll(logits: Tensor, targets: Tensor) -> Tensor:
+    """Negative log-likelihood of every target, float64 [tokens], in nats; exp of its mean is the perplexity.
+
+    Args:
+        logits: float [tokens, vocabulary].
+        targets: int64 [tokens].
+    """
+    out = torch.empty(logits.shape[0], dtype=torch.float64)
+    for rows in _rows(logits):
+        piece = logits[rows].double()
+        out[rows] = torch.logsumexp(piece, -1) - piece.gather(-1, targets[rows, None]).squeeze(-1)
+    return out
+
+
+def _pieces(reference: Tensor, value: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    for ref, val in zip(reference.reshape(-1).split(_PIECE), value.reshape(-1).split(_PIECE), strict=True):
+        yield ref.double(), val.double()
+
+
+def _rows(logits: Tensor) -> Iterator[slice]:
+    tokens, vocabulary = logits.shape
+    step = max(1, _PIECE // vocabulary)
+    for start in range(0, tokens, step):
+        yield slice(start, min(start + step, tokens))

@@ -1,0 +1,142 @@
+"""Ranges of activations from streams of batches, in memory that does not grow with the stream."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from ..errors import NumericsError, RecipeError
+from .formats import ActivationFormat
+
+# A bin of the magnitude histogram is one value of the leading bits of a float32: sign, 8 exponent, 10 mantissa bits.
+_DROPPED_BITS = 13
+_BINS = 0x7F800000 >> _DROPPED_BITS
+_CHUNK = 1 << 20
+
+
+class AbsmaxObserver:
+    """The largest magnitude seen."""
+
+    def __init__(self) -> None:
+        self._absmax: float | None = None
+
+    def update(self, x: Tensor) -> None:
+        """Take in x, float of any shape; raises NumericsError on NaN or Inf."""
+        if x.numel():
+            seen = max(float(x.amax()), -float(x.amin()))
+            if not math.isfinite(seen):
+                raise _not_finite()
+            self._absmax = seen if self._absmax is None else max(seen, self._absmax)
+
+    def absmax(self) -> float:
+        """Raises NumericsError when nothing was seen."""
+        if self._absmax is None:
+            raise _no_data()
+        return self._absmax
+
+
+class MagnitudeHistogram:
+    """Counts of |x| in bins of constant relative width, 2^-10 of the power of two below.
+
+    Bins come from the bits of the float32 value, so there is no range to guess or to double: the counts do not depend
+    on how the data was split or ordered, and a maximum a thousand times the bulk costs the bulk no resolution.
+    """
+
+    def __init__(self) -> None:
+        self._counts = torch.zeros(_BINS, dtype=torch.int64)
+        self._absmax = AbsmaxObserver()
+
+    def update(self, x: Tensor) -> None:
+        """Take in x, float of any shape; raises NumericsError on NaN or Inf."""
+        self._absmax.update(x)
+        for piece in x.detach().reshape(-1).split(_CHUNK):
+            bits = piece.float().abs().view(torch.int32).bitwise_right_shift_(_DROPPED_BITS)
+            self._counts += torch.bincount(bits, minlength=_BINS).to(self._counts.device)
+
+    def absmax(self) -> float:
+        """The largest magnitude seen; raises NumericsError when nothing was seen."""
+        return self._absmax.absmax()
+
+    def bins(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Lower edges, upper edges and counts of the bins that are not empty, float64, in rising order."""
+        index = self._counts.nonzero().squeeze(1)
+        edges = torch.stack((index, index + 1)).to(torch.int32).bitwise_left_shift_(_DROPPED_BITS).view(torch.float32)
+        lower, upper = edges.double().clamp_max_(self.absmax())
+        return lower, upper, self._counts[index].double()
+
+
+class PercentileObserver:
+    """The magnitude that `percentile` per cent of the elements do not exceed; at most 2^-10 relative too large."""
+
+    def __init__(self, percentile: float = 99.99):
+        if not 0 < percentile <= 100:
+            raise RecipeError(f"a percentile of {percentile}", remedy="Use a number above 0 and up to 100")
+        self._percentile, self._histogram = percentile, MagnitudeHistogram()
+
+    def update(self, x: Tensor) -> None:
+        """Take in x, float of any shape; raises NumericsError on NaN or Inf."""
+        self._histogram.update(x)
+
+    def absmax(self) -> float:
+        """Raises NumericsError when nothing was seen."""
+        _, upper, counts = self._histogram.bins()
+        below = counts.cumsum(0)
+        rank = math.ceil(self._percentile / 100 * float(below[-1]))
+        return float(upper[int(torch.searchsorted(below, rank))])
+
+
+class MseObserver:
+    """The clipping magnitude with the least mean squared quantization error for a symmetric grid of `fmt.bits`.
+
+    Candidates are the maximum divided by 2^(i/32), down to 1/256 of it.
+    """
+
+    def __init__(self, fmt: ActivationFormat):
+        self._format, self._histogram = fmt, MagnitudeHistogram()
+
+    def update(self, x: Tensor) -> None:
+        """Take in x, float of any shape; raises NumericsError on NaN or Inf."""
+        self._histogram.update(x)
+
+    def absmax(self) -> float:
+        """Raises NumericsError when nothing was seen."""
+        lower, upper, counts = self._histogram.bins()
+        values, largest = (lower + upper) / 2, self._histogram.absmax()
+        if largest == 0:
+            return 0.0
+        candidates = [largest * 2 ** (-i / 32) for i in range(257)]
+        errors = []
+        for clip in candidates:
+            step = clip / self._format.qmax
+            rounded = torch.round(values / step).clamp_max_(self._format.qmax).mul_(step)
+            errors.append(float(torch.dot(counts, rounded.sub_(values).square_())))
+        return candidates[errors.index(min(errors))]
+
+
+class ChannelAbsmax:
+    """The largest magnitude seen of every feature."""
+
+    def __init__(self) -> None:
+        self._absmax: Tensor | None = None
+
+    def update(self, x: Tensor) -> None:
+        """Take in x, float [tokens, K]; raises NumericsError on NaN or Inf."""
+        if x.shape[0]:
+            seen = torch.maximum(x.amax(0), -x.amin(0)).float()
+            if not bool(torch.isfinite(seen).all()):
+                raise _not_finite()
+            self._absmax = seen if self._absmax is None else torch.maximum(self._absmax, seen)
+
+    def absmax(self) -> Tensor:
+        """float32 [K]; raises NumericsError when nothing was seen."""
+        if self._absmax is None:
+            raise _no_data()
+        return self._absmax
+
+
+def _not_finite() -> NumericsError:
+    return NumericsError("an activation has NaN or Inf", remedy="Check the calibration data and run the model in float32")
+
+
+def _no_data() -> NumericsError:
+    return NumericsError("no activation was observed", remedy="Use more calibration data")

@@ -1,0 +1,34 @@
+"""SmoothQuant (arXiv 2211.10438): factors that move the range of activations into the weights."""
+
+import torch
+from torch import Tensor
+
+from ..errors import NumericsError, RecipeError
+
+_FLOOR = 1e-5
+
+
+def smoothquant_factors(activation_absmax: Tensor, weights: list[Tensor], alpha: float) -> Tensor:
+    """s_j = max|x_j|^alpha / max|w_j|^(1 - alpha): x is to be divided by s and the columns of every w multiplied.
+
+    Both ranges and s itself are floored at 1e-5. A feature that is never active, or that no weight reads, keeps s = 1.
+
+    Args:
+        activation_absmax: [K], the largest magnitude of every feature.
+        weights: [N_i, K] of every linear that reads these features.
+        alpha: 0 (all in the activations) to 1 (all in the weights).
+    Returns:
+        float32 [K], positive.
+    Raises:
+        NumericsError: NaN or Inf in a range.
+        RecipeError: alpha is outside [0, 1].
+    """
+    if not 0 <= alpha <= 1:
+        raise RecipeError(f"SmoothQuant with alpha {alpha}", remedy="Use a number from 0 to 1")
+    activation = activation_absmax.double()
+    weight = torch.stack([torch.maximum(w.amax(0), -w.amin(0)).double() for w in weights]).amax(0)
+    if not bool(torch.isfinite(activation + weight).all()):
+        raise NumericsError("an activation or a weight has NaN or Inf", remedy="Check the checkpoint and the data")
+    factors = activation.clamp_min(_FLOOR).pow(alpha) / weight.clamp_min(_FLOOR).pow(1 - alpha)
+    dead = (activation == 0) | (weight == 0)
+    return factors.clamp_min_(_FLOOR).masked_fill_(dead, 1).float()

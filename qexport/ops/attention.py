@@ -1,0 +1,100 @@
+"""Attention with a cache, its mask, and rotary embedding as single graph nodes.
+
+Each op has the meaning PyTorch executes (below), a fake for tracing and one ONNX translation in `qexport.lower`.
+"""
+
+import torch
+from torch import Tensor
+
+# Added to the score of a hidden key. Finite, so that a query that sees no key at all (a padded position) stays finite
+# instead of spreading NaN through its value rows, and far inside the range of float16.
+MASKED = -30000.0
+
+
+@torch.library.custom_op("qexport::causal_mask", mutates_args=())
+def causal_mask(attention_mask: Tensor, query_length: int, window: int) -> Tensor:
+    """The additive mask of causal attention over a cache.
+
+    Args:
+        attention_mask: [batch, past + query_length] bool or integer, 0 for padding.
+        query_length: new tokens; query i sits at position past + i.
+        window: keys further back than window - 1 positions are hidden; 0 for no limit.
+
+    Returns:
+        [batch, 1, query_length, past + query_length] float32, 0 for a visible key and MASKED for a hidden one.
+    """
+    total = attention_mask.shape[1]
+    key = torch.arange(total, device=attention_mask.device)
+    query = key[total - query_length :, None]
+    visible = key <= query
+    if window > 0:
+        visible = visible & (key > query - window)
+    visible = visible & attention_mask.bool()[:, None, None, :]
+    return torch.where(visible, 0.0, MASKED)
+
+
+@causal_mask.register_fake
+def _(attention_mask, query_length, window):
+    batch, total = attention_mask.shape
+    return attention_mask.new_empty((batch, 1, query_length, total), dtype=torch.float32)
+
+
+@torch.library.custom_op("qexport::cached_attention", mutates_args=())
+def cached_attention(
+    query: Tensor, key: Tensor, value: Tensor, past_key: Tensor, past_value: Tensor, mask: Tensor, scale: float, softcap: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Scaled dot-product attention of new tokens over cached and new keys.
+
+    Args:
+        query: [batch, heads, sequence, head_dim].
+        key, value: [batch, kv_heads, sequence, head_dim]; heads is a multiple of kv_heads.
+        past_key, past_value: [batch, kv_heads, past, head_dim].
+        mask: additive, [batch, 1, sequence, past + sequence].
+        scale: factor of the scores.
+        softcap: scores become softcap * tanh(scores / softcap) before the mask; 0 for none.
+
+    Returns:
+        output [batch, sequence, heads, head_dim], present_key, present_value [batch, kv_heads, past + sequence, head_dim].
+    """
+    present_key, present_value = torch.cat([past_key, key], dim=2), torch.cat([past_value, value], dim=2)
+    mask = mask.to(query.dtype)
+    if softcap == 0.0:
+        out = torch.nn.functional.scaled_dot_product_attention(
+            query, present_key, present_value, attn_mask=mask, scale=scale, enable_gqa=query.shape[1] != key.shape[1]
+        )
+    else:
+        repeat = query.shape[1] // key.shape[1]
+        keys, values = (t.repeat_interleave(repeat, dim=1) for t in (present_key, present_value))
+        scores = (query @ keys.transpose(2, 3)).float() * scale
+        weights = torch.softmax(softcap * torch.tanh(scores / softcap) + mask.float(), dim=-1)
+        out = weights.to(query.dtype) @ values
+    return out.transpose(1, 2).contiguous(), present_key, present_value
+
+
+@cached_attention.register_fake
+def _(query, key, value, past_key, past_value, mask, scale, softcap):
+    batch, heads, sequence, head_dim = query.shape
+    total = past_key.shape[2] + sequence
+    return (
+        query.new_empty((batch, sequence, heads, value.shape[3])),
+        key.new_empty((batch, key.shape[1], total, head_dim)),
+        value.new_empty((batch, value.shape[1], total, value.shape[3])),
+    )
+
+
+@torch.library.custom_op("qexport::rotary_embedding", mutates_args=())
+def rotary_embedding(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate the pairs (i, i + d/2) of every head.
+
+    Args:
+        x: [batch, heads, sequence, d].
+        cos, sin: [batch, sequence, d/2].
+    """
+    first, second = x.chunk(2, dim=-1)
+    cos, sin = cos[:, None].to(x.dtype), sin[:, None].to(x.dtype)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+
+
+@rotary_embedding.register_fake
+def _(x, cos, sin):
+    return torch.empty_like(x, memory_format=torch.contiguous_format)

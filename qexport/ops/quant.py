@@ -1,0 +1,113 @@
+"""Quantize and dequantize as graph nodes, with the meaning the ONNX operators have."""
+
+import torch
+from torch import Tensor
+
+from ..numerics.grid import blockwise_fake_quantize
+
+_RANGE = {(4, True): (-8, 7), (8, True): (-128, 127), (4, False): (0, 15), (8, False): (0, 255)}
+
+
+@torch.library.custom_op("qexport::dequantize_linear", mutates_args=())
+def dequantize_linear(codes: Tensor, scale: Tensor, zero_point: Tensor | None, axis: int, block_size: int, bits: int) -> Tensor:
+    """(codes - zero_point) * scale.
+
+    Args:
+        codes: int8 or uint8 (4-bit codes take one byte each here and half a byte in the file).
+        scale: floating point; a scalar, a vector along `axis`, or codes' shape with `axis` divided by block_size.
+        zero_point: same shape as scale and dtype as codes; None is 0.
+        axis, block_size: as in ONNX DequantizeLinear; block_size 0 is per-tensor or per-axis.
+        bits: 4 or 8.
+
+    Returns:
+        A tensor of codes' shape and scale's dtype.
+    """
+    scale, zero_point = _spread(scale, codes, axis, block_size), _spread(zero_point, codes, axis, block_size)
+    centred = codes.to(scale.dtype) if zero_point is None else codes.to(scale.dtype) - zero_point.to(scale.dtype)
+    return centred * scale
+
+
+@dequantize_linear.register_fake
+def _(codes, scale, zero_point, axis, block_size, bits):
+    return codes.new_empty(codes.shape, dtype=scale.dtype)
+
+
+@torch.library.custom_op("qexport::quantize_linear", mutates_args=())
+def quantize_linear(x: Tensor, scale: Tensor, zero_point: int, signed: bool) -> Tensor:
+    """Round x / scale to 8-bit codes around zero_point, half to even, saturating.
+
+    Args:
+        x: floating point.
+        scale: scalar tensor.
+        zero_point: 0 for signed codes; 128 makes unsigned codes of a symmetric grid.
+        signed: int8 codes, otherwise uint8.
+    """
+    low, high = _RANGE[8, signed]
+    codes = torch.round(x / scale) + zero_point
+    return codes.clamp_(low, high).to(torch.int8 if signed else torch.uint8)
+
+
+@quantize_linear.register_fake
+def _(x, scale, zero_point, signed):
+    return x.new_empty(x.shape, dtype=torch.int8 if signed else torch.uint8)
+
+
+@torch.library.custom_op("qexport::token_scale", mutates_args=())
+def token_scale(x: Tensor, qmax: int) -> Tensor:
+    """One scale per token: max |x| over the last axis / qmax, at least 1e-8 (1e-6 in float16, which has no 1e-8).
+
+    Args:
+        x: [..., features].
+        qmax: largest code.
+
+    Returns:
+        [..., 1] of x's dtype.
+    """
+    floor = 1e-6 if x.dtype == torch.float16 else 1e-8
+    return (x.abs().amax(dim=-1, keepdim=True) * (1.0 / qmax)).clamp_min(floor)
+
+
+@token_scale.register_fake
+def _(x, qmax):
+    return x.new_empty((*x.shape[:-1], 1))
+
+
+@torch.library.custom_op("qexport::matmul_nbits_input", mutates_args=())
+def matmul_nbits_input(x: Tensor, block_size: int) -> Tensor:
+    """What ONNX Runtime's MatMulNBits kernel makes of its float input at accuracy level 4.
+
+    The kernel rounds each row to 8 bits in blocks along the features. The ONNX file has no node for it: this op only
+    makes the graph that PyTorch executes say what the file computes.
+
+    Args:
+        x: [..., features]; block_size: features that share a scale.
+    """
+    return blockwise_fake_quantize(x, block_size)
+
+
+@matmul_nbits_input.register_fake
+def _(x, block_size):
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+@torch.library.custom_op("qexport::matmul_integer", mutates_args=())
+def matmul_integer(a: Tensor, b: Tensor) -> Tensor:
+    """int8 [..., K] times int8 [K, N] in int32, exactly."""
+    # float64 holds every int32 sum of 8-bit products exactly and is the fastest exact path PyTorch has on every CPU.
+    return (a.double() @ b.double()).to(torch.int32)
+
+
+@matmul_integer.register_fake
+def _(a, b):
+    return a.new_empty((*a.shape[:-1], b.shape[1]), dtype=torch.int32)
+
+
+def _spread(parameter: Tensor | None, codes: Tensor, axis: int, block_size: int) -> Tensor | None:
+    """Expand a scale or zero point to something that broadcasts against codes."""
+    if parameter is None or parameter.dim() == 0 or parameter.numel() == 1:
+        return None if parameter is None else parameter.reshape(())
+    if block_size > 0:
+        return parameter.repeat_interleave(block_size, dim=axis).narrow(axis, 0, codes.shape[axis])
+    shape = [1] * codes.dim()
+    shape[axis] = -1
+    return parameter.reshape(shape)

@@ -1,0 +1,352 @@
+"""What to do to a model: which scheme each linear gets, and how its numbers are found. Presets live in recipes/*.yaml."""
+
+import difflib
+import re
+from fnmatch import fnmatchcase
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal, Self, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from .errors import RecipeError
+from .numerics.formats import Scheme
+
+FLOAT = "float"
+
+# The dotted names that end so are the output projection of a language model.
+_LM_HEAD = ("lm_head", "embed_out")
+
+# A weight-only scheme without a group is what other tools mean by it: groups, because one scale per channel is too
+# coarse for 4 bits and saves nothing in speed at 8. `_pc` asks for one scale per channel.
+_SHORT = {
+    "w4a16": "w4a16_g128",
+    "w4a16_asym": "w4a16_g128_asym",
+    "w8a16": "w8a16_g32",
+    "w8a16_asym": "w8a16_g32_asym",
+    "w8a8": "w8a8_dyn",
+}
+
+
+def scheme_name(name: str) -> str:
+    """The full lower-case name of a scheme: `W4A16` -> `w4a16_g128`, `w8a8` -> `w8a8_dyn`.
+
+    Raises:
+        RecipeError: no such scheme.
+    """
+    return Scheme.parse(_SHORT.get(name.lower(), name)).name
+
+
+class _SpecType(type(BaseModel)):
+    """Makes a spec written in Python fail with the same RecipeError as one written in a file."""
+
+    def __call__(cls, *args: Any, **fields: Any) -> Any:
+        try:
+            return super().__call__(*args, **fields)
+        except ValidationError as error:
+            raise _explain(cls, error) from None
+
+
+class _Spec(BaseModel, metaclass=_SpecType):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class WeightSpec(_Spec):
+    """How weight codes are found.
+
+    Attributes:
+        method: "rtn" (round to nearest) or "gptq" (arXiv 2210.17323).
+        damp: GPTQ: share of the mean of the Hessian's diagonal that is added to its diagonal.
+        act_order: GPTQ: quantize the input features with the largest Hessian diagonal first.
+        token_norm_power: GPTQ: every token of the Hessian is divided by its L2 norm to this power; 0 leaves tokens as
+            they are, 1 keeps the few tokens with huge activations from drowning out the others.
+        clip_search: shrink the range of each scale where that lowers the squared error of the weights.
+    """
+
+    method: Literal["rtn", "gptq"] = "rtn"
+    damp: float = Field(0.003, gt=0, le=1)
+    act_order: bool = False
+    token_norm_power: float = Field(1.0, ge=0, le=2)
+    clip_search: bool = False
+
+
+class SmoothSpec(_Spec):
+    """A per-channel factor moved from activations to weights: s = max|X|^alpha / max|W|^(1-alpha) (arXiv 2211.10438)."""
+
+    method: Literal["smoothquant"] = "smoothquant"
+    alpha: float = Field(0.5, ge=0, le=1)
+
+
+class ActivationSpec(_Spec):
+    """How the scale of a static activation is found; dynamic activations take theirs when the model runs.
+
+    Attributes:
+        observer: "absmax", "percentile" (of the absolute values) or "mse" (the clipping with the least squared error).
+        percentile: in percent, for the percentile observer.
+    """
+
+    observer: Literal["absmax", "percentile", "mse"] = "absmax"
+    percentile: float = Field(99.99, gt=50, le=100)
+
+
+class Override(_Spec):
+    """A scheme, or "float", for the linears whose dotted name matches a shell pattern (`*` also crosses dots)."""
+
+    match: str = Field(min_length=1)
+    scheme: str
+
+    @field_validator("scheme")
+    @classmethod
+    def _known(cls, name: str) -> str:
+        return _scheme_or_float(name)
+
+
+class CalibrationSpec(_Spec):
+    """The text that statistics are taken on.
+
+    Attributes:
+        source: "self" (text the model writes), "random" (tokens of the vocabulary), the path of a UTF-8 text file, or
+            "datasets:ID:SPLIT:COLUMN" (see `calibrate.sources.load_samples`).
+        samples: number of sequences.
+        sequence_length: tokens in a sequence.
+        seed: of everything random.
+        batch_size: sequences in a forward pass.
+    """
+
+    source: str = Field("self", min_length=1)
+    samples: int = Field(32, ge=1)
+    sequence_length: int = Field(512, ge=1)
+    seed: int = Field(0, ge=0, lt=2**63)
+    batch_size: int = Field(4, ge=1)
+
+
+class Recipe(_Spec):
+    """What to do to a model. What a recipe does not say is off: linears are rounded to nearest, nothing is smoothed.
+
+    Attributes:
+        name, description: for people.
+        scheme: of every linear that no override names, e.g. "w4a16_g32".
+        lm_head: scheme of the output projection, or "float".
+        weights, smooth, activations, calibration: see their classes; smooth is None for no smoothing.
+        overrides: the first that matches a linear's name decides, the output projection's too.
+        accuracy_level: how ONNX Runtime's CPU kernel (MatMulNBits) treats the float activations of integer weights:
+            4 rounds them to int8 per row and block and is fast; 1 keeps float32, and with 8-bit weights is slow.
+    """
+
+    name: str = Field("custom", min_length=1)
+    description: str = ""
+    scheme: str
+    lm_head: str = FLOAT
+    weights: WeightSpec = WeightSpec()
+    smooth: SmoothSpec | None = None
+    activations: ActivationSpec = ActivationSpec()
+    overrides: tuple[Override, ...] = ()
+    calibration: CalibrationSpec = CalibrationSpec()
+    accuracy_level: Literal[1, 4] = 4
+
+    @field_validator("scheme")
+    @classmethod
+    def _known(cls, name: str) -> str:
+        return _scheme(name)
+
+    @field_validator("lm_head")
+    @classmethod
+    def _known_or_float(cls, name: str) -> str:
+        return _scheme_or_float(name)
+
+    @model_validator(mode="after")
+    def _smooths_something(self) -> Self:
+        if self.smooth is not None and not any(scheme.activation for scheme in self._schemes()):
+            raise ValueError(
+                f"smooth makes activations easier to quantize, and {self.scheme} keeps them in float",
+                "Remove smooth, or take a scheme with a8",
+            )
+        return self
+
+    @classmethod
+    def load(cls, name_or_path: str | Path) -> Self:
+        """Read a recipe: the name of a preset, a scheme (`w4a16_g64_asym`, `W4A16`) or the path of a YAML file.
+
+        A scheme without a preset of its own takes everything else from the preset of its family.
+
+        Raises:
+            RecipeError: no such preset, scheme or file; bad YAML (with its line); an unknown key (with the nearest
+                valid one) or a value out of range.
+        """
+        text = str(name_or_path)
+        if isinstance(name_or_path, Path) or Path(text).suffix.lower() in (".yaml", ".yml") or "/" in text:
+            return cls._from_file(Path(text))
+        presets = _preset_files()
+        if text.lower() in presets:
+            return cls._from_yaml(presets[text.lower()].read_text("utf-8"), f"preset {text.lower()}", text.lower())
+        if re.match(r"w\d+a\d+", text.lower()):
+            name = scheme_name(text)
+            return cls.load(name) if name in presets else cls._from_scheme(Scheme.parse(name))
+        if Path(text).is_file():
+            return cls._from_file(Path(text))
+        raise RecipeError(
+            f"there is no preset, scheme or file {text!r}",
+            remedy=_nearest(text.lower(), presets) or f"Presets are {', '.join(presets)}",
+        )
+
+    @classmethod
+    def presets(cls) -> dict[str, str]:
+        """The description of every preset under its name, sorted by name."""
+        return {name: cls.load(name).description for name in _preset_files()}
+
+    @classmethod
+    def _from_file(cls, path: Path) -> Self:
+        try:
+            text = path.read_bytes().decode("utf-8-sig")
+        except OSError as error:
+            raise RecipeError(f"cannot read the recipe: {error.strerror}", place=str(path)) from None
+        except UnicodeDecodeError as error:
+            raise RecipeError(f"byte {error.start} is not UTF-8", place=str(path)) from None
+        return cls._from_yaml(text, str(path), path.stem)
+
+    @classmethod
+    def _from_yaml(cls, text: str, place: str, default_name: str) -> Self:
+        data, lines = _read_yaml(text, place)
+        try:
+            return cls.model_validate({"name": default_name, **data})
+        except ValidationError as error:
+            raise _explain(cls, error, place, lines) from None
+
+    @classmethod
+    def _from_scheme(cls, scheme: Scheme) -> Self:
+        bits, act = scheme.weight.bits, scheme.activation
+        if act is None:
+            family = "w4a16_g128" if bits == 4 else "w8a16"
+        elif bits == 8:
+            family = "w8a8_static" if act.kind == "static" else "w8a8_dyn"
+        else:
+            family = "w4a8_g128" if scheme.weight.group_size > 0 else "w4a8"
+        base = cls.load(family)
+        changes: dict[str, Any] = {"name": scheme.name, "scheme": scheme.name}
+        changes["description"] = f"{scheme.name}, everything else as in {family}"
+        if act is not None and act.kind == "static":
+            changes["activations"] = cls.load("w8a8_static").activations
+        return base.model_copy(update=changes)
+
+    def to_yaml(self) -> str:
+        """The whole recipe, defaults included, as YAML that `load` reads back to an equal recipe."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
+
+    def scheme_for(self, linear_name: str) -> Scheme | None:
+        """The scheme of a linear by its dotted name, None when it stays float."""
+        for override in self.overrides:
+            if fnmatchcase(linear_name, override.match):
+                name = override.scheme
+                break
+        else:
+            name = self.lm_head if linear_name.rpartition(".")[2] in _LM_HEAD else self.scheme
+        return None if name == FLOAT else Scheme.parse(name)
+
+    def unmatched_overrides(self, linear_names: list[str]) -> list[str]:
+        """The patterns of the overrides that decide nothing: they match no linear, or only ones matched before them."""
+        used = {next((o for o in self.overrides if fnmatchcase(name, o.match)), None) for name in linear_names}
+        return [override.match for override in self.overrides if override not in used]
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether statistics of activations are needed: for GPTQ, smoothing and static activations."""
+        static = any(scheme.activation and scheme.activation.kind == "static" for scheme in self._schemes())
+        return self.weights.method == "gptq" or self.smooth is not None or static
+
+    def _schemes(self) -> list[Scheme]:
+        names = [self.scheme, self.lm_head, *(override.scheme for override in self.overrides)]
+        return [Scheme.parse(name) for name in names if name != FLOAT]
+
+
+def _scheme(name: str) -> str:
+    try:
+        return scheme_name(name)
+    except RecipeError as error:
+        # A ValueError keeps the key and the line: pydantic adds where it happened.
+        raise ValueError(error.message, error.remedy) from None
+
+
+def _scheme_or_float(name: str) -> str:
+    return FLOAT if name.lower() == FLOAT else _scheme(name)
+
+
+def _preset_files() -> dict[str, Any]:
+    files = sorted(resources.files("qexport.recipes").iterdir(), key=lambda file: file.name)
+    return {file.name.removesuffix(".yaml"): file for file in files if file.name.endswith(".yaml")}
+
+
+def _nearest(word: str, known: Any) -> str | None:
+    near = difflib.get_close_matches(word, [str(name) for name in known], n=1)
+    return f"Did you mean {near[0]}?" if near else None
+
+
+def _read_yaml(text: str, place: str) -> tuple[dict[str, Any], dict[tuple, int]]:
+    """A mapping, and the line of every key in it by its path."""
+    try:
+        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=yaml.SafeLoader)):
+            raise RecipeError("a recipe has no YAML anchors", place=place, remedy="Write the value out")
+        root, data = yaml.compose(text, Loader=yaml.SafeLoader), yaml.safe_load(text)
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        mark = getattr(error, "problem_mark", None)
+        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+        where = f"{place}:{mark.line + 1}" if mark else place
+        raise RecipeError(f"this is not YAML: {problem}", place=where) from None
+    if not isinstance(data, dict):
+        raise RecipeError("a recipe is a mapping of keys to values", place=place, remedy="Begin with `scheme: w4a16_g32`")
+    lines: dict[tuple, int] = {}
+    _note_lines(root, (), lines, place)
+    return data, lines
+
+
+def _note_lines(node: yaml.Node, path: tuple, lines: dict[tuple, int], place: str) -> None:
+    if isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            where = (*path, key.value)
+            line = key.start_mark.line + 1
+            if where in lines:
+                raise RecipeError(f"{_dotted(where)} was already given in line {lines[where]}", place=f"{place}:{line}")
+            lines[where] = line
+            _note_lines(value, where, lines, place)
+    elif isinstance(node, yaml.SequenceNode):
+        for index, value in enumerate(node.value):
+            lines[*path, index] = value.start_mark.line + 1
+            _note_lines(value, (*path, index), lines, place)
+
+
+def _dotted(path: tuple) -> str:
+    return ".".join(map(str, path))
+
+
+def _explain(
+    spec: type[BaseModel], error: ValidationError, file: str | None = None, lines: dict[tuple, int] | None = None
+) -> RecipeError:
+    """The first problem pydantic found, with its key, its line and what to do."""
+    first = error.errors()[0]
+    path, kind, remedy = first["loc"], first["type"], None
+    if kind == "extra_forbidden":
+        message = "unknown key"
+        valid = _section(spec, path[:-1]).model_fields
+        remedy = _nearest(str(path[-1]), valid) or f"Keys here are {', '.join(valid)}"
+    elif kind == "missing":
+        message = "this key is missing"
+    elif kind == "value_error":
+        message, remedy = (*first["ctx"]["error"].args, None)[:2]
+    else:
+        message = f"{first['msg'][0].lower()}{first['msg'][1:]}, not {first['input']!r}"
+    known = [part for part in (path, path[:-1]) if lines and part in lines]
+    where = f"{file}:{lines[known[0]]}" if known else file
+    return RecipeError(message, place=", ".join(filter(None, [where, _dotted(path)])) or None, remedy=remedy)
+
+
+def _section(spec: type[BaseModel], path: tuple) -> type[BaseModel]:
+    for key in path:
+        if isinstance(key, str):
+            spec = _model_in(spec.model_fields[key].annotation)
+    return spec
+
+
+def _model_in(annotation: Any) -> Any:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next((found for inner in get_args(annotation) if (found := _model_in(inner))), None)

@@ -1,0 +1,177 @@
+"""The manifest of an export: what is in the folder, and which session options its numbers depend on."""
+
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from ..errors import InputError
+
+FORMAT = 1
+MANIFEST_FILE = "manifest.json"
+MODEL_FILE = "model.onnx"
+GENAI_FILE = "genai_config.json"
+CPU = "CPUExecutionProvider"
+CUDA = "CUDAExecutionProvider"
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class LinearEntry(_Frozen):
+    """One planned linear and the ONNX node that computes it.
+
+    Attributes:
+        name: module path of the linear, e.g. "model.layers.0.self_attn.q_proj".
+        block: name of the block it belongs to.
+        scheme: scheme name, e.g. "w4a16_g32", or "float".
+        output: name of the value that holds its result (bias and scales applied).
+        node: name of its MatMul node. Fusion keeps it, so it finds the node in the optimized graph.
+        kernel: op type the node must have in the optimized graph.
+        shape: [out_features N, in_features K].
+        bytes: size of its codes, scales, zero points and correction branch.
+        reason: why it got this scheme.
+    """
+
+    name: str
+    block: str = ""
+    scheme: str
+    output: str
+    node: str
+    kernel: str
+    shape: tuple[int, int]
+    bytes: int = 0
+    reason: str = ""
+
+
+class BlockEntry(_Frozen):
+    """A block and the name of the value that leaves it, [batch, sequence, hidden]."""
+
+    name: str
+    output: str
+
+
+class Manifest(_Frozen):
+    """Contents of manifest.json.
+
+    Attributes:
+        target: what the file was lowered for.
+        kind: "decoder" (prefill and decode with a key/value cache) or "module" (any other graph).
+        dtype: dtype of the activations and of the cache.
+        provider: execution provider the file was made for.
+        session: session config entries the numbers depend on; every session on the file sets them.
+        numerics: what changes numerics, in words for people.
+        settings: sizes that a decoder's inputs need: num_hidden_layers, num_key_value_heads, head_dim, vocab_size.
+            past_present_share_buffer (false when absent): past and present are one buffer of fixed length.
+        bytes: sizes by part.
+    """
+
+    format: Literal[1] = FORMAT
+    qexport: str = ""
+    target: Literal["cpu", "cuda"]
+    kind: Literal["decoder", "module"]
+    dtype: Literal["float32", "float16"] = "float32"
+    provider: str = CPU
+    session: dict[str, str] = Field(default_factory=dict)
+    numerics: dict[str, Any] = Field(default_factory=dict)
+    linears: tuple[LinearEntry, ...] = ()
+    blocks: tuple[BlockEntry, ...] = ()
+    settings: dict[str, Any] = Field(default_factory=dict)
+    bytes: dict[str, int] = Field(default_factory=dict)
+
+
+def save(manifest: Manifest, folder: str | Path) -> Path:
+    """Write manifest.json into `folder` and return its path."""
+    path = Path(folder) / MANIFEST_FILE
+    path.write_text(json.dumps(manifest.model_dump(mode="json"), indent=2) + "\n", encoding="utf-8")
+    return path
+
+
+def load(folder: str | Path) -> Manifest:
+    """Read the manifest of an exported folder.
+
+    Raises:
+        InputError: the folder is no export, is incomplete, was written by a newer qexport, or its manifest is damaged.
+    """
+    folder = Path(folder)
+    again = "Export the model again"
+    if not folder.is_dir():
+        raise InputError("no such folder", place=str(folder), remedy="Give the folder that `qexport export` wrote")
+    path = folder / MANIFEST_FILE
+    if not path.is_file():
+        raise InputError(
+            f"not an export of qexport: it has no {MANIFEST_FILE}",
+            place=str(folder),
+            remedy="Give the folder that `qexport export` wrote",
+        )
+    if not (folder / MODEL_FILE).is_file():
+        raise InputError(f"an incomplete export: {MODEL_FILE} is missing", place=str(folder), remedy=again)
+    data = _read_json(path)
+    version = data.get("format")
+    if isinstance(version, int) and version > FORMAT:
+        raise InputError(
+            f"written in format {version} by qexport {data.get('qexport', '?')}; this qexport reads format {FORMAT}",
+            place=str(path),
+            remedy="Upgrade qexport: pip install -U qexport",
+        )
+    try:
+        return Manifest.model_validate(data)
+    except ValidationError as error:
+        raise InputError(f"damaged manifest: {_first(error)}", place=str(path), remedy=again) from None
+
+
+def load_genai(folder: str | Path) -> Manifest:
+    """Describe a decoder folder of another tool from its genai_config.json, as far as running it needs.
+
+    Raises:
+        InputError: no genai_config.json, or not one of a decoder in a single ONNX file.
+    """
+    path = Path(folder) / GENAI_FILE
+    if not path.is_file():
+        raise InputError(
+            f"neither {MANIFEST_FILE} nor {GENAI_FILE} found",
+            place=str(folder),
+            remedy="Give a folder written by `qexport export` or by the model builder of onnxruntime-genai",
+        )
+    data = _read_json(path)
+    try:
+        decoder, search = data["model"]["decoder"], data.get("search", {})
+        options = decoder["session_options"]
+        # Only config entries travel: the named options (log_id, custom_ops_library, ...) are not for a stranger's file.
+        entries = {k: v for k, v in options.items() if isinstance(v, str) and "." in k}
+        cuda = any(name.lower().startswith("cuda") for group in options.get("provider_options", []) for name in group)
+        return Manifest(
+            target="cuda" if cuda else "cpu",
+            kind="decoder",
+            provider=CUDA if cuda else CPU,
+            session=entries,
+            settings={
+                "filename": Path(decoder["filename"]).name,
+                "num_hidden_layers": decoder["num_hidden_layers"],
+                "num_key_value_heads": decoder["num_key_value_heads"],
+                "head_dim": decoder["head_size"],
+                "vocab_size": data["model"]["vocab_size"],
+                "past_present_share_buffer": bool(search.get("past_present_share_buffer", False)),
+            },
+        )
+    except (KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"not the genai_config.json of a decoder ({error!r})", place=str(path)) from None
+    except ValidationError as error:
+        raise InputError(f"unusable genai_config.json: {_first(error)}", place=str(path)) from None
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise InputError(f"unreadable: {error}", place=str(path)) from None
+    if not isinstance(data, dict):
+        raise InputError("not a JSON object", place=str(path))
+    return data
+
+
+def _first(error: ValidationError) -> str:
+    detail = error.errors()[0]
+    return f"{'.'.join(str(part) for part in detail['loc'])}: {detail['msg']}"

@@ -1,0 +1,103 @@
+"""Where ONNX Runtime's CUDA provider puts the nodes of a model, asked of stand-in CUDA libraries: placement only.
+
+Run as a script this file opens one session and prints what it saw; `placement` does that in a process of its own, as
+the loader reads LD_LIBRARY_PATH when a process starts.
+"""
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from pathlib import Path
+from typing import TypedDict
+
+_FEW_SECONDS = 300  # for a model of some hundred million parameters; the small ones take less than one
+
+
+class Placement(TypedDict):
+    nodes: dict[str, dict[str, int]]  # provider: op type: how many, after every fusion, cast and copy
+    optimized_ops: dict[str, int]  # op type: how many, in the graph the session runs
+    memcpy: int  # copies between host and device in it
+    producers: dict[str, str]  # value: op type of the node that makes it, in the same graph
+
+
+class PlacementError(Exception):
+    """The session did not start on the CUDA provider; the message is ONNX Runtime's."""
+
+
+def placement(model_path: Path, session_entries: dict[str, str], env: dict[str, str]) -> Placement:
+    """Opens a model on CUDAExecutionProvider, with the CPU behind it, and reports what runs where.
+
+    Args:
+        model_path: an ONNX file; its external data lies beside it.
+        session_entries: session configuration. {"session.disable_cpu_ep_fallback": "1"} makes a node on the CPU an
+            error; "optimization.disable_specified_optimizers" takes names separated by ";".
+        env: what `build_stand_ins` returned.
+
+    Raises:
+        PlacementError: the session does not start, or not on CUDA.
+    """
+    asked = json.dumps({"model": str(model_path), "entries": session_entries})
+    done = subprocess.run([sys.executable, __file__, asked], env=env, capture_output=True, text=True,
+                          timeout=_FEW_SECONDS)  # fmt: skip
+    if done.returncode:
+        # The session's verbose log stands before the exception.
+        errors = [line for line in done.stderr.splitlines() if "[V:" not in line and "[I:" not in line]
+        raise PlacementError("\n".join(errors[-20:]) or f"the probe ended with {done.returncode}")
+    ops, producers, providers = (json.loads(done.stdout)[key] for key in ("ops", "producers", "providers"))
+    if "CUDAExecutionProvider" not in providers:
+        raise PlacementError(f"the session runs on {providers}:\n{done.stderr[-2000:]}")
+    nodes = _placed(done.stderr, Counter(ops))
+    if sum(nodes.values(), Counter()) != Counter(ops):
+        raise PlacementError(f"the session's log places {nodes} and the graph it runs has {ops}")
+    copies = sum(number for op, number in ops.items() if op.startswith("Memcpy"))
+    return Placement(nodes={provider: dict(of) for provider, of in nodes.items()}, optimized_ops=ops, memcpy=copies,
+                     producers=producers)  # fmt: skip
+
+
+def _placed(log: str, ops: Counter) -> dict[str, Counter]:
+    """Reads the list of placements that a session logs once it has inserted its copies.
+
+    The session's own record of assignments is made earlier: fused nodes, inserted casts and copies are not in it.
+    """
+    everything = re.search(r"All nodes placed on \[(\w+)\]", log)
+    if everything:
+        return {everything[1]: ops}
+    nodes: dict[str, Counter] = {}
+    provider = None
+    for line in log.splitlines():
+        if heading := re.search(r"Node\(s\) placed on \[(\w+)\]", line):
+            provider = heading[1]
+            nodes[provider] = Counter()
+        elif provider and (node := re.search(r"VerifyEachNodeIsAssignedToAnEp\]\s+(\w+) \(", line)):
+            nodes[provider][node[1]] += 1
+    return nodes
+
+
+def _open(model: str, entries: dict[str, str]) -> dict:
+    import onnx
+    import onnxruntime
+
+    with tempfile.TemporaryDirectory() as folder:
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 0  # placements are logged at this level only
+        options.optimized_model_filepath = str(Path(folder) / "optimized.onnx")
+        # Weights stay out of the file that is read back, and a protobuf holds 2 GB at most.
+        options.add_session_config_entry("session.optimized_model_external_initializers_file_name", "weights")
+        options.add_session_config_entry("session.optimized_model_external_initializers_min_size_in_bytes", "1024")
+        for key, value in entries.items():
+            options.add_session_config_entry(key, value)
+        # The session puts the CPU behind it by itself; naming it would contradict session.disable_cpu_ep_fallback.
+        session = onnxruntime.InferenceSession(model, options, ["CUDAExecutionProvider"])
+        graph = onnx.load(options.optimized_model_filepath, load_external_data=False).graph
+    return {
+        "ops": Counter(node.op_type for node in graph.node),
+        "producers": {value: node.op_type for node in graph.node for value in node.output if value},
+        "providers": session.get_providers(),
+    }
+
+
+if __name__ == "__main__":
+    print(json.dumps(_open(**json.loads(sys.argv[1]))))
