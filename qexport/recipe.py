@@ -1,4 +1,4 @@
-"""What to do to a model: which scheme each linear gets, and how its numbers are found. Presets live in recipes/*.yaml."""
+"""What to do to a model: which scheme each linear gets, and how its numbers are found. Presets: recipes/*.yaml."""
 
 import difflib
 import re
@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from .errors import RecipeError
 from .numerics.formats import Scheme
+from .recipes.reading import read_yaml
 
 FLOAT = "float"
 
@@ -72,7 +73,7 @@ class WeightSpec(_Spec):
 
 
 class SmoothSpec(_Spec):
-    """A per-channel factor moved from activations to weights: s = max|X|^alpha / max|W|^(1-alpha) (arXiv 2211.10438)."""
+    """A factor per channel from activations to weights: s = max|X|^alpha / max|W|^(1-alpha) (arXiv 2211.10438)."""
 
     method: Literal["smoothquant"] = "smoothquant"
     alpha: float = Field(0.5, ge=0, le=1)
@@ -181,7 +182,11 @@ class Recipe(_Spec):
         if text.lower() in presets:
             return cls._from_yaml(presets[text.lower()].read_text("utf-8"), f"preset {text.lower()}", text.lower())
         if re.match(r"w\d+a\d+", text.lower()):
-            name = scheme_name(text)
+            try:
+                name = scheme_name(text)
+            except RecipeError as error:
+                remedy = _nearest(text.lower(), presets) or error.remedy
+                raise RecipeError(error.message, remedy=remedy) from None
             return cls.load(name) if name in presets else cls._from_scheme(Scheme.parse(name))
         if Path(text).is_file():
             return cls._from_file(Path(text))
@@ -207,7 +212,7 @@ class Recipe(_Spec):
 
     @classmethod
     def _from_yaml(cls, text: str, place: str, default_name: str) -> Self:
-        data, lines = _read_yaml(text, place)
+        data, lines = read_yaml(text, place)
         try:
             return cls.model_validate({"name": default_name, **data})
         except ValidationError as error:
@@ -281,48 +286,12 @@ def _nearest(word: str, known: Any) -> str | None:
     return f"Did you mean {near[0]}?" if near else None
 
 
-def _read_yaml(text: str, place: str) -> tuple[dict[str, Any], dict[tuple, int]]:
-    """A mapping, and the line of every key in it by its path."""
-    try:
-        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=yaml.SafeLoader)):
-            raise RecipeError("a recipe has no YAML anchors", place=place, remedy="Write the value out")
-        root, data = yaml.compose(text, Loader=yaml.SafeLoader), yaml.safe_load(text)
-    except (yaml.YAMLError, RecursionError, ValueError) as error:
-        mark = getattr(error, "problem_mark", None)
-        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
-        where = f"{place}:{mark.line + 1}" if mark else place
-        raise RecipeError(f"this is not YAML: {problem}", place=where) from None
-    if not isinstance(data, dict):
-        raise RecipeError("a recipe is a mapping of keys to values", place=place, remedy="Begin with `scheme: w4a16_g32`")
-    lines: dict[tuple, int] = {}
-    _note_lines(root, (), lines, place)
-    return data, lines
-
-
-def _note_lines(node: yaml.Node, path: tuple, lines: dict[tuple, int], place: str) -> None:
-    if isinstance(node, yaml.MappingNode):
-        for key, value in node.value:
-            where = (*path, key.value)
-            line = key.start_mark.line + 1
-            if where in lines:
-                raise RecipeError(f"{_dotted(where)} was already given in line {lines[where]}", place=f"{place}:{line}")
-            lines[where] = line
-            _note_lines(value, where, lines, place)
-    elif isinstance(node, yaml.SequenceNode):
-        for index, value in enumerate(node.value):
-            lines[*path, index] = value.start_mark.line + 1
-            _note_lines(value, (*path, index), lines, place)
-
-
-def _dotted(path: tuple) -> str:
-    return ".".join(map(str, path))
-
-
 def _explain(
     spec: type[BaseModel], error: ValidationError, file: str | None = None, lines: dict[tuple, int] | None = None
 ) -> RecipeError:
     """The first problem pydantic found, with its key, its line and what to do."""
-    first = error.errors()[0]
+    # A misspelt key is also a missing one: tell the misspelling.
+    first = min(error.errors(), key=lambda problem: problem["type"] != "extra_forbidden")
     path, kind, remedy = first["loc"], first["type"], None
     if kind == "extra_forbidden":
         message = "unknown key"
@@ -336,7 +305,7 @@ def _explain(
         message = f"{first['msg'][0].lower()}{first['msg'][1:]}, not {first['input']!r}"
     known = [part for part in (path, path[:-1]) if lines and part in lines]
     where = f"{file}:{lines[known[0]]}" if known else file
-    return RecipeError(message, place=", ".join(filter(None, [where, _dotted(path)])) or None, remedy=remedy)
+    return RecipeError(message, place=", ".join(filter(None, [where, ".".join(map(str, path))])) or None, remedy=remedy)
 
 
 def _section(spec: type[BaseModel], path: tuple) -> type[BaseModel]:

@@ -1,4 +1,4 @@
-"""A hand-made decoder in ONNX with random weights: the interface of an export at a size where a test takes milliseconds.
+"""A hand-made decoder in ONNX with random weights: the interface of an export, at a size that runs in a millisecond.
 
 Two layers of grouped-query attention at opset 23, left padding through attention_mask, separate past and present. The
 linears are quantized in the forms that exports use, so that optimized graphs hold fused kernels.
@@ -47,11 +47,17 @@ def write_tiny_decoder(
     kv_heads: int = 2,
     vocab: int = 97,
     max_length: int = 256,
+    up_scheme: str = "w8a8_static",
+    shared_cache: bool = False,
+    positions: bool = True,
     seed: int = 0,
 ) -> manifests.Manifest:
     """Write model.onnx, model.onnx.data, manifest.json and config.json into `folder`; return the manifest.
 
     q, k, v and o are int4 in groups of 32 (q with a bias), up is int8 with static uint8 activations, down is float.
+    shared_cache: GroupQueryAttention on one buffer for past and present, which takes no left padding, instead of
+    Attention; the weights and the function are the same. positions: without, there is no position_ids, and the order
+    of tokens tells nothing. Absolute positions are embedded too, as rotary ones would hide a shift.
     """
     folder.mkdir(parents=True, exist_ok=True)
     graph, dim = Graph(seed), hidden // heads
@@ -102,11 +108,14 @@ def write_tiny_decoder(
         weight = graph.const(f"{name}_weight", np.ones(hidden, np.float32))
         return graph.op("RMSNormalization", [x, weight], f"{name}_out", axis=-1, epsilon=1e-5)
 
-    mask = _mask(graph)
+    mask, lengths = (None, _lengths(graph)) if shared_cache else (_mask(graph), None)
     angles = np.outer(np.arange(max_length), 10000.0 ** (-np.arange(0, dim, 2) / dim)).astype(np.float32)
     rotary = [graph.const("cos", np.cos(angles)), graph.const("sin", np.sin(angles)), "position_ids"]
     table = graph.const("embedding", rng.standard_normal((vocab, hidden)).astype(np.float32))
     x = graph.op("Gather", [table, "input_ids"], "embedded")
+    if positions:
+        places = graph.const("places", 0.3 * rng.standard_normal((max_length, hidden)).astype(np.float32))
+        x = graph.op("Add", [x, graph.op("Gather", [places, "position_ids"], "placed")], "started")
     outputs = []
     for i in range(layers):
         block = f"layers.{i}"
@@ -114,24 +123,31 @@ def write_tiny_decoder(
         q = linear(f"{block}.q", h, hidden, hidden, "w4a16_g32", bias=True)
         k = linear(f"{block}.k", h, kv_heads * dim, hidden, "w4a16_g32")
         v = linear(f"{block}.v", h, kv_heads * dim, hidden, "w4a16_g32")
-        q = graph.op("RotaryEmbedding", [q, *rotary], f"{block}.q_rot", num_heads=heads)
-        k = graph.op("RotaryEmbedding", [k, *rotary], f"{block}.k_rot", num_heads=kv_heads)
+        if positions:
+            q = graph.op("RotaryEmbedding", [q, *rotary], f"{block}.q_rot", num_heads=heads)
+            k = graph.op("RotaryEmbedding", [k, *rotary], f"{block}.k_rot", num_heads=kv_heads)
         past = [f"past_key_values.{i}.key", f"past_key_values.{i}.value"]
         present = [f"present.{i}.key", f"present.{i}.value"]
+        if shared_cache:
+            kind, inputs, counts = "GroupQueryAttention", [q, k, v, *past, *lengths], ("num_heads", "kv_num_heads")
+        else:
+            kind, inputs, counts = "Attention", [q, k, v, mask, *past], ("q_num_heads", "kv_num_heads")
         graph.nodes.append(
             helper.make_node(
-                "Attention",
-                [q, k, v, mask, *past],
+                kind,
+                inputs,
                 [f"{block}.context", *present],
                 name=f"node_{block}.attention",
-                q_num_heads=heads,
-                kv_num_heads=kv_heads,
+                domain="com.microsoft" if shared_cache else "",
+                **dict(zip(counts, (heads, kv_heads), strict=True)),
             )
         )
         outputs += present
         x = graph.op("Add", [x, linear(f"{block}.o", f"{block}.context", hidden, hidden, "w4a16_g32")], f"{block}.mid")
-        up = linear(f"{block}.up", norm(x, f"{block}.norm2"), 2 * hidden, hidden, "w8a8_static")
-        down = linear(f"{block}.down", graph.op("Relu", [up], f"{block}.act"), hidden, 2 * hidden, "float")
+        up = linear(f"{block}.up", norm(x, f"{block}.norm2"), 2 * hidden, hidden, up_scheme)
+        # Not Relu: behind one, ONNX Runtime leaves the integer MatMul unfused.
+        act = graph.op("Mul", [up, graph.op("Sigmoid", [up], f"{block}.gate")], f"{block}.act")
+        down = linear(f"{block}.down", act, hidden, 2 * hidden, "float")
         x = graph.op("Add", [x, down], f"{block}.hidden")
     logits = linear("lm_head", norm(x, "final"), vocab, hidden, "float")
     graph.op("Identity", [logits], "logits")
@@ -140,8 +156,9 @@ def write_tiny_decoder(
     inputs = [
         info("input_ids", INT64, ["batch", "sequence"]),
         info("attention_mask", INT64, ["batch", "total"]),
-        info("position_ids", INT64, ["batch", "sequence"]),
     ]
+    if positions:
+        inputs.append(info("position_ids", INT64, ["batch", "sequence"]))
     for i in range(layers):
         inputs += [
             info(f"past_key_values.{i}.{part}", FLOAT, ["batch", kv_heads, "past", dim]) for part in ("key", "value")
@@ -150,7 +167,7 @@ def write_tiny_decoder(
     results += [info(name, FLOAT, ["batch", kv_heads, "total", dim]) for name in outputs]
     model = helper.make_model(
         helper.make_graph(graph.nodes, "tiny", inputs, results, graph.initializers),
-        opset_imports=[helper.make_opsetid("", 23)],
+        opset_imports=[helper.make_opsetid("", 23), helper.make_opsetid("com.microsoft", 1)],
         ir_version=10,
     )
     onnx.save_model(
@@ -171,6 +188,7 @@ def write_tiny_decoder(
             "num_key_value_heads": kv_heads,
             "head_dim": dim,
             "vocab_size": vocab,
+            "past_present_share_buffer": shared_cache,
         },
     )
     manifests.save(result, folder)
@@ -210,19 +228,22 @@ def _mask(graph: Graph) -> str:
 
     A query on padding keeps its own key: a row of nothing but false would be NaN, and NaN survives a weight of zero.
     """
-    zero, one, axes = (
-        graph.const("zero", np.int64(0)),
-        graph.const("one", np.int64(1)),
-        graph.const("axes", np.array([1, 2])),
-    )
+    zero, one = graph.const("zero", np.int64(0)), graph.const("one", np.int64(1))
+    last, heads = graph.const("last", np.array([1])), graph.const("heads", np.array([1, 2]))
     total = graph.op("Gather", [graph.op("Shape", ["attention_mask"], "mask_shape"), one], "total")
     length = graph.op("Gather", [graph.op("Shape", ["input_ids"], "ids_shape"), one], "length")
     past = graph.op("Sub", [total, length], "past")
     keys = graph.op("Range", [zero, total, one], "keys")
-    queries = graph.op(
-        "Unsqueeze", [graph.op("Range", [past, total, one], "queries"), graph.const("last", np.array([1]))], "query_column"
-    )
+    queries = graph.op("Unsqueeze", [graph.op("Range", [past, total, one], "queries"), last], "query_column")
     causal = graph.op("LessOrEqual", [keys, queries], "causal")
-    real = graph.op("Unsqueeze", [graph.op("Cast", ["attention_mask"], "real", to=BOOL), "axes"], "real_keys")
+    real = graph.op("Unsqueeze", [graph.op("Cast", ["attention_mask"], "real", to=BOOL), heads], "real_keys")
     allowed = graph.op("And", [causal, real], "allowed")
     return graph.op("Or", [allowed, graph.op("Equal", [keys, queries], "own")], "mask")
+
+
+def _lengths(graph: Graph) -> list[str]:
+    """Index of each row's last token [batch], and the length of the longest row, as GroupQueryAttention takes them."""
+    one, axis = graph.const("one", np.int64(1)), graph.const("axis", np.array([1]))
+    last = graph.op("Sub", [graph.op("ReduceSum", ["attention_mask", axis], "tokens", keepdims=0), one], "last")
+    total = graph.op("Gather", [graph.op("Shape", ["attention_mask"], "mask_shape"), one], "total")
+    return [graph.op("Cast", [value], f"{value}_int32", to=TensorProto.INT32) for value in (last, total)]

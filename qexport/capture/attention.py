@@ -82,7 +82,7 @@ def _attention(module, query, key, value, attention_mask, scaling=None, dropout=
 def _mask(batch_size, q_length, kv_length, q_offset=0, kv_offset=0, mask_function=None, attention_mask=None,
           local_size=None, **kwargs):
     window = _window_of(mask_function, local_size)
-    return torch.ops.qexport.causal_mask(attention_mask, q_length, window)
+    return torch.ops.qexport.causal_mask(attention_mask, q_offset, window)
 
 
 def _window_of(mask_function, local_size: int | None) -> int:

@@ -13,6 +13,7 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 
 from ..errors import CaptureError
+from ..passes.edit import get_tensor, set_tensor, spec_of
 
 _LAYER = re.compile(r"^(?P<container>.*?)\.(?P<index>\d+)(?=\.|$)")
 
@@ -104,51 +105,30 @@ def _block(whole: GraphModule, name: str, nodes: list[Node], part: dict[Node, in
         if node.op == "get_attr":
             continue
         env[node] = graph.placeholder(node.name)
-        env[node].meta = dict(node.meta)
+        env[node].meta = _meta(node)
         inputs.append(node.name)
     for node in outside:
         if node.op == "get_attr":
             env[node] = graph.get_attr(node.target)
-            env[node].meta = dict(node.meta)
-            tensors[node.target] = _attribute(whole, node.target)
+            env[node].meta = _meta(node)
+            tensors[node.target] = get_tensor(whole, node.target)
     for node in nodes:
         env[node] = graph.node_copy(node, lambda n: env[n])
-        env[node].meta = dict(node.meta)
+        env[node].meta = _meta(node)
     outputs = [n for n in nodes if n.name in results or any(part.get(u, index) != index for u in n.users)]
     graph.output(tuple(env[n] for n in outputs))
-    module = GraphModule(_Holder(tensors), graph, class_name=f"Block_{index}")
+    module = GraphModule(holder(tensors), graph, class_name=f"Block_{index}")
     return Block(name, module, inputs, [n.name for n in outputs], list(tensors))
 
 
-class _Holder(torch.nn.Module):
+def _meta(node: Node) -> dict:
+    """What passes and the lowering know of a node; fake tensors and module stacks stay behind."""
+    return {"spec": spec_of(node.meta.get("val")), "module_path": node.meta.get("module_path", "")}
+
+
+def holder(tensors: dict[str, torch.Tensor]) -> torch.nn.Module:
     """A module tree that has exactly the given tensors as buffers under their dotted names."""
-
-    def __init__(self, tensors: dict[str, torch.Tensor]):
-        super().__init__()
-        for name, tensor in tensors.items():
-            set_tensor(self, name, tensor)
-
-
-def set_tensor(module: torch.nn.Module, name: str, tensor: torch.Tensor) -> None:
-    """Make `tensor` the buffer `name` (dotted) of `module`, creating the modules on the way."""
-    *path, leaf = name.split(".")
-    for step in path:
-        if not hasattr(module, step):
-            module.add_module(step, torch.nn.Module())
-        module = getattr(module, step)
-    module._parameters.pop(leaf, None)
-    module._buffers.pop(leaf, None)
-    if leaf in module.__dict__:
-        del module.__dict__[leaf]
-    module.register_buffer(leaf, tensor.detach() if isinstance(tensor, torch.nn.Parameter) else tensor)
-
-
-def get_tensor(module: torch.nn.Module, name: str) -> torch.Tensor:
-    """The tensor at a dotted name."""
-    return _attribute(module, name)
-
-
-def _attribute(module: torch.nn.Module, name: str) -> torch.Tensor:
-    for step in name.split("."):
-        module = getattr(module, step)
-    return module
+    root = torch.nn.Module()
+    for name, tensor in tensors.items():
+        set_tensor(root, name, tensor)
+    return root

@@ -14,8 +14,9 @@ from transformers import AutoModelForCausalLM
 
 from .. import ops  # noqa: F401  registers the operators
 from ..errors import CaptureError
+from ..passes.edit import get_tensor, set_tensor
 from .attention import IMPLEMENTATION, GraphCache, tracing
-from .blocks import cut, get_tensor, set_tensor
+from .blocks import cut
 from .graph import Captured, Port
 from .normalize import normalize
 from .source import ModelFolder, load_in_memory

@@ -5,11 +5,11 @@ elementwise nodes, become one node each; sizes are read from a tensor beside the
 from outside. Everything is recognised by what is computed, not by what the module is called.
 """
 
-import operator
-
 import torch
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+from ..passes.edit import is_call
 
 aten = torch.ops.aten
 
@@ -32,11 +32,6 @@ def normalize(module: GraphModule) -> GraphModule:
     graph.lint()
     module.recompile()
     return module
-
-
-def is_call(node, *targets) -> bool:
-    """Whether `node` is a call of one of the operators."""
-    return isinstance(node, Node) and node.op == "call_function" and node.target in targets
 
 
 def _drop_identities(graph: Graph) -> None:
@@ -171,8 +166,3 @@ def _half_table(graph: Graph, table: Node, halves: dict[Node, Node]) -> Node | N
     node.meta = {**source.meta, "val": source.meta["val"][..., :half]}
     halves[source] = node
     return node
-
-
-def tensor_users(node: Node) -> list[Node]:
-    """Users of the value itself, not of its size."""
-    return [user for user in node.users if not is_call(user, aten.sym_size.int) and user.target is not operator.getitem]

@@ -8,6 +8,7 @@ from .formats import PER_TENSOR, WeightFormat
 from .grid import QuantizedWeight, search_clip, weight_scales
 
 _DAMP_TRIES = 4
+_DATA_REMEDY = "Check the calibration data and the model"
 
 
 class HessianStatistic:
@@ -30,16 +31,16 @@ class HessianStatistic:
         self._sum: Tensor | None = None
 
     def update(self, x: Tensor, weight: Tensor | None = None) -> None:
-        """Add x, float32 [tokens, K]; `weight`, non-negative [tokens], multiplies each token's contribution.
+        """Add x, float [tokens, K]; `weight`, non-negative [tokens], multiplies each token's contribution.
 
         Raises:
             NumericsError: x or weight has NaN or Inf.
         """
-        factor = None if weight is None else weight.sqrt()
+        x, factor = x.float(), None if weight is None else weight.sqrt()
         if self.weighting == "token_norm":
-            norm = torch.linalg.vector_norm(x, dim=-1)
+            scaling = torch.linalg.vector_norm(x, dim=-1).pow_(-self.exponent)
             # An all-zero token has no direction: it contributes nothing instead of 0/0.
-            scaling = torch.where(norm > 0, norm.pow(-self.exponent), torch.zeros_like(norm))
+            scaling.masked_fill_(torch.isinf(scaling), 0)
             factor = scaling if factor is None else factor * scaling
         if factor is not None:
             x = x * factor[:, None]
@@ -47,7 +48,7 @@ class HessianStatistic:
             self._sum = x.new_zeros(x.shape[1], x.shape[1])
         self._sum.addmm_(x.t(), x)
         if not bool(torch.isfinite(self._sum.diagonal()).all()):
-            raise NumericsError("the input of a linear has NaN or Inf", remedy="Check the calibration data and the model")
+            raise NumericsError("the input of a linear has NaN or Inf", remedy=_DATA_REMEDY)
         self.tokens += x.shape[0]
 
     def value(self) -> Tensor:
@@ -91,9 +92,11 @@ def gptq(
     n, k = w.shape
     diagonal = hessian.diagonal()
     dead = diagonal == 0
-    if not bool(torch.isfinite(diagonal).all()) or bool(dead.all()):
-        kind = "zero: no active token reached the linear" if bool(dead.all()) else "not finite"
-        raise NumericsError(f"the Hessian is {kind}", remedy="Use more calibration data, or round to nearest")
+    if not bool(torch.isfinite(hessian).all()):
+        raise NumericsError("the Hessian has NaN or Inf", remedy=_DATA_REMEDY)
+    if bool(dead.all()):
+        remedy = "Use more calibration data, or round this weight to nearest"
+        raise NumericsError("the Hessian is zero: no calibration token activates the linear", remedy=remedy)
     if bool(dead.any()):
         w = w.masked_fill(dead, 0)
     scale, zero_point = search_clip(w, fmt, diagonal) if clip_search else weight_scales(w, fmt)
@@ -140,7 +143,7 @@ def _inverse_factor(hessian: Tensor, dead: Tensor, order: Tensor, damp: float) -
     """
     mean = float(hessian.diagonal()[~dead].double().mean())
     reverse = order.flip(0)
-    flipped = hessian[reverse][:, reverse]
+    flipped = hessian[reverse[:, None], reverse].float()
     flipped.diagonal().masked_fill_(dead[reverse], mean)
     diagonal = flipped.diagonal().clone()
     for attempt in range(_DAMP_TRIES):
@@ -149,7 +152,8 @@ def _inverse_factor(hessian: Tensor, dead: Tensor, order: Tensor, damp: float) -
             lower, info = torch.linalg.cholesky_ex(flipped.to(dtype))
             if int(info) == 0:
                 identity = torch.eye(len(order), dtype=dtype, device=hessian.device)
-                upper = torch.linalg.solve_triangular(lower.flip(0, 1), identity, upper=True)
+                lower = lower.flip(0, 1)
+                upper = torch.linalg.solve_triangular(lower, identity, upper=True)
                 if bool(torch.isfinite(upper.diagonal()).all()):
                     return upper.float()
     raise NumericsError(

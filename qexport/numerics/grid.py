@@ -165,7 +165,8 @@ def blockwise_fake_quantize(x: Tensor, block_size: int) -> Tensor:
     padded = torch.nn.functional.pad(x.float(), (0, -features % block_size))
     blocks = padded.view(*x.shape[:-1], -1, block_size)
     absmax = torch.maximum(blocks.amax(-1, keepdim=True), blocks.amin(-1, keepdim=True).neg_())
-    inverse = 127 / absmax
+    # Not `127 / absmax`: for a number over a tensor torch multiplies the reciprocal, which rounds twice.
+    inverse = torch.full_like(absmax, 127).div_(absmax)
     inverse.masked_fill_(torch.isinf(inverse), 0)
     values = torch.mul(blocks, inverse).round_().mul_(absmax.div_(127))
     return values.view(padded.shape)[..., :features].to(x.dtype)

@@ -135,7 +135,7 @@ class ChannelAbsmax:
 
 
 def _not_finite() -> NumericsError:
-    return NumericsError("an activation has NaN or Inf", remedy="Check the calibration data and run the model in float32")
+    return NumericsError("an activation has NaN or Inf", remedy="Check the calibration data and the model")
 
 
 def _no_data() -> NumericsError:

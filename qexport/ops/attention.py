@@ -12,20 +12,19 @@ MASKED = -30000.0
 
 
 @torch.library.custom_op("qexport::causal_mask", mutates_args=())
-def causal_mask(attention_mask: Tensor, query_length: int, window: int) -> Tensor:
+def causal_mask(attention_mask: Tensor, past_length: int, window: int) -> Tensor:
     """The additive mask of causal attention over a cache.
 
     Args:
-        attention_mask: [batch, past + query_length] bool or integer, 0 for padding.
-        query_length: new tokens; query i sits at position past + i.
+        attention_mask: [batch, past + new] bool or integer, 0 for padding.
+        past_length: cached tokens; query i sits at position past_length + i.
         window: keys further back than window - 1 positions are hidden; 0 for no limit.
 
     Returns:
-        [batch, 1, query_length, past + query_length] float32, 0 for a visible key and MASKED for a hidden one.
+        [batch, 1, new, past + new] float32, 0 for a visible key and MASKED for a hidden one.
     """
-    total = attention_mask.shape[1]
-    key = torch.arange(total, device=attention_mask.device)
-    query = key[total - query_length :, None]
+    key = torch.arange(attention_mask.shape[1], device=attention_mask.device)
+    query = key[past_length:, None]
     visible = key <= query
     if window > 0:
         visible = visible & (key > query - window)
@@ -34,15 +33,16 @@ def causal_mask(attention_mask: Tensor, query_length: int, window: int) -> Tenso
 
 
 @causal_mask.register_fake
-def _(attention_mask, query_length, window):
+def _(attention_mask, past_length, window):
     batch, total = attention_mask.shape
-    return attention_mask.new_empty((batch, 1, query_length, total), dtype=torch.float32)
+    return attention_mask.new_empty((batch, 1, total - past_length, total), dtype=torch.float32)
 
 
 @torch.library.custom_op("qexport::cached_attention", mutates_args=())
 def cached_attention(
-    query: Tensor, key: Tensor, value: Tensor, past_key: Tensor, past_value: Tensor, mask: Tensor, scale: float, softcap: float
-) -> tuple[Tensor, Tensor, Tensor]:
+    query: Tensor, key: Tensor, value: Tensor, past_key: Tensor, past_value: Tensor, mask: Tensor,
+    scale: float, softcap: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Scaled dot-product attention of new tokens over cached and new keys.
 
     Args:
@@ -54,7 +54,8 @@ def cached_attention(
         softcap: scores become softcap * tanh(scores / softcap) before the mask; 0 for none.
 
     Returns:
-        output [batch, sequence, heads, head_dim], present_key, present_value [batch, kv_heads, past + sequence, head_dim].
+        output [batch, sequence, heads, head_dim]; present_key and present_value [batch, kv_heads, past + sequence,
+        head_dim].
     """
     present_key, present_value = torch.cat([past_key, key], dim=2), torch.cat([past_value, value], dim=2)
     mask = mask.to(query.dtype)

@@ -102,6 +102,17 @@ def _(a, b):
     return a.new_empty((*a.shape[:-1], b.shape[1]), dtype=torch.int32)
 
 
+@torch.library.custom_op("qexport::widen_int4", mutates_args=())
+def widen_int4(codes: Tensor) -> Tensor:
+    """4-bit codes as 8-bit ones of the same value: 4 bits in the file, 8 in the kernel."""
+    return codes.clone()
+
+
+@widen_int4.register_fake
+def _(codes):
+    return torch.empty_like(codes)
+
+
 def _spread(parameter: Tensor | None, codes: Tensor, axis: int, block_size: int) -> Tensor | None:
     """Expand a scale or zero point to something that broadcasts against codes."""
     if parameter is None or parameter.dim() == 0 or parameter.numel() == 1:

@@ -21,12 +21,11 @@ class CannotBuild(Exception):
     """Why there can be no stand-ins on this machine."""
 
 
-def build_stand_ins(folder: Path, compute_capability: int = 80) -> dict[str, str]:
+def build_stand_ins(folder: Path) -> dict[str, str]:
     """Compiles the stand-in libraries that the installed onnxruntime-gpu asks for.
 
     Args:
         folder: where the libraries are written; made if it is not there.
-        compute_capability: what the pretended device says of itself, major * 10 + minor.
 
     Returns:
         The environment for a process that opens a session on CUDAExecutionProvider.
@@ -39,7 +38,7 @@ def build_stand_ins(folder: Path, compute_capability: int = 80) -> dict[str, str
     wanted = _symbols_by_library(provider)
     folder.mkdir(parents=True, exist_ok=True)
     answers = folder / "stand_in.o"
-    _run("gcc", "-O1", "-fPIC", f"-DCOMPUTE_CAPABILITY={compute_capability}", "-c", _SOURCE, "-o", answers)
+    _run("gcc", "-O1", "-fPIC", "-c", _SOURCE, "-o", answers)
     for library, symbols in wanted.items():
         _link(folder, library, symbols, answers)
     paths = [str(folder), *filter(None, [os.environ.get("LD_LIBRARY_PATH")])]
@@ -62,7 +61,7 @@ def _symbols_by_library(provider: Path) -> dict[str, set[str]]:
     """The CUDA libraries the provider loads, each with the symbols the provider looks for in it."""
     needed = re.findall(r"NEEDED.*\[(libcu[^]]+)\]", _run("readelf", "-d", "-W", provider))
     wanted: dict[str, set[str]] = {library: set() for library in needed}
-    for line in _run("nm", "-D", "--undefined-only", provider).splitlines():
+    for line in _run("nm", "-D", "--undefined-only", "--with-symbol-versions", provider).splitlines():
         name, _, version = line.split()[-1].partition("@")
         if version in wanted:
             wanted[version].add(name)
@@ -79,8 +78,8 @@ def _link(folder: Path, library: str, symbols: set[str], answers: Path) -> None:
     stubs, exports = folder / f"{library}.c", folder / f"{library}.map"
     stubs.write_text("".join(f"__attribute__((weak)) long {name}(void) {{ return 0; }}\n" for name in names))
     listed = "global: " + "".join(f"{name}; " for name in names) if names else ""
-    # The version of a CUDA symbol is the name of its library; the provider finds no symbol without it. The other two
-    # are unversioned, and a reference without a version also finds a symbol that has one.
+    # The version of a CUDA symbol is the name of its library, and the provider finds no symbol without it. The driver's
+    # and cuDNN's are asked for without a version, which also finds a symbol that has one.
     exports.write_text(f"{library} {{ {listed}local: *; }};\n")
     _run("gcc", "-shared", "-fPIC", stubs, answers, f"-Wl,-soname,{library}", f"-Wl,--version-script={exports}",
          "-o", folder / library)  # fmt: skip

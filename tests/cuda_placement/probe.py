@@ -1,7 +1,7 @@
-"""Where ONNX Runtime's CUDA provider puts the nodes of a model, asked of stand-in CUDA libraries: placement only.
+"""Where ONNX Runtime's CUDA provider puts the nodes of a model, asked of stand-in CUDA libraries.
 
-Run as a script this file opens one session and prints what it saw; `placement` does that in a process of its own, as
-the loader reads LD_LIBRARY_PATH when a process starts.
+It proves placement, not numerics and not speed: nothing is computed. Run as a script this file opens one session and
+prints what it saw; `placement` does that in a process of its own, as LD_LIBRARY_PATH is read when a process starts.
 """
 
 import json
@@ -13,7 +13,11 @@ from collections import Counter
 from pathlib import Path
 from typing import TypedDict
 
-_FEW_SECONDS = 300  # for a model of some hundred million parameters; the small ones take less than one
+import numpy as np
+import onnx
+import onnxruntime
+
+_TIMEOUT = 600  # seconds; a small model takes less than one, a hanging session must not take the night
 
 
 class Placement(TypedDict):
@@ -24,10 +28,12 @@ class Placement(TypedDict):
 
 
 class PlacementError(Exception):
-    """The session did not start on the CUDA provider; the message is ONNX Runtime's."""
+    """The session did not start on the CUDA provider, or a kernel refused its inputs; the message is ONNX Runtime's."""
 
 
-def placement(model_path: Path, session_entries: dict[str, str], env: dict[str, str]) -> Placement:
+def placement(
+    model_path: Path, session_entries: dict[str, str], env: dict[str, str], dims: dict[str, int] | None = None
+) -> Placement:
     """Opens a model on CUDAExecutionProvider, with the CPU behind it, and reports what runs where.
 
     Args:
@@ -35,20 +41,22 @@ def placement(model_path: Path, session_entries: dict[str, str], env: dict[str, 
         session_entries: session configuration. {"session.disable_cpu_ep_fallback": "1"} makes a node on the CPU an
             error; "optimization.disable_specified_optimizers" takes names separated by ";".
         env: what `build_stand_ins` returned.
+        dims: sizes of the inputs' symbolic dimensions. With them the session also runs once, on zeros: the outputs
+            mean nothing, but a kernel that does not take such inputs says so only then.
 
     Raises:
-        PlacementError: the session does not start, or not on CUDA.
+        PlacementError: the session does not start, or not on CUDA, or does not run.
     """
-    asked = json.dumps({"model": str(model_path), "entries": session_entries})
+    asked = json.dumps({"model": str(model_path), "entries": session_entries, "dims": dims})
     done = subprocess.run([sys.executable, __file__, asked], env=env, capture_output=True, text=True,
-                          timeout=_FEW_SECONDS)  # fmt: skip
+                          timeout=_TIMEOUT)  # fmt: skip
+    # The session's verbose log stands around every complaint.
+    complaints = "\n".join([line for line in done.stderr.splitlines() if not re.search(r"\[[VI]:", line)][-20:])
     if done.returncode:
-        # The session's verbose log stands before the exception.
-        errors = [line for line in done.stderr.splitlines() if "[V:" not in line and "[I:" not in line]
-        raise PlacementError("\n".join(errors[-20:]) or f"the probe ended with {done.returncode}")
+        raise PlacementError(complaints or f"the probe ended with {done.returncode}")
     ops, producers, providers = (json.loads(done.stdout)[key] for key in ("ops", "producers", "providers"))
     if "CUDAExecutionProvider" not in providers:
-        raise PlacementError(f"the session runs on {providers}:\n{done.stderr[-2000:]}")
+        raise PlacementError(f"the session runs on {providers}:\n{complaints}")
     nodes = _placed(done.stderr, Counter(ops))
     if sum(nodes.values(), Counter()) != Counter(ops):
         raise PlacementError(f"the session's log places {nodes} and the graph it runs has {ops}")
@@ -76,10 +84,7 @@ def _placed(log: str, ops: Counter) -> dict[str, Counter]:
     return nodes
 
 
-def _open(model: str, entries: dict[str, str]) -> dict:
-    import onnx
-    import onnxruntime
-
+def _open(model: str, entries: dict[str, str], dims: dict[str, int] | None) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 0  # placements are logged at this level only
@@ -92,11 +97,18 @@ def _open(model: str, entries: dict[str, str]) -> dict:
         # The session puts the CPU behind it by itself; naming it would contradict session.disable_cpu_ep_fallback.
         session = onnxruntime.InferenceSession(model, options, ["CUDAExecutionProvider"])
         graph = onnx.load(options.optimized_model_filepath, load_external_data=False).graph
+        if dims is not None:
+            session.run(None, {value.name: _zeros(value.type.tensor_type, dims) for value in graph.input})
     return {
         "ops": Counter(node.op_type for node in graph.node),
         "producers": {value: node.op_type for node in graph.node for value in node.output if value},
         "providers": session.get_providers(),
     }
+
+
+def _zeros(type_: onnx.TypeProto.Tensor, dims: dict[str, int]) -> np.ndarray:
+    shape = [dims[dim.dim_param] if dim.dim_param else dim.dim_value for dim in type_.shape.dim]
+    return np.zeros(shape, onnx.helper.tensor_dtype_to_np_dtype(type_.elem_type))
 
 
 if __name__ == "__main__":

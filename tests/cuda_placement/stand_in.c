@@ -11,12 +11,9 @@
 #include <stdlib.h>
 #include <string.h>
 
-#ifndef COMPUTE_CAPABILITY
-#define COMPUTE_CAPABILITY 80 /* major * 10 + minor */
-#endif
-
 enum { SUCCESS = 0, NO_MEMORY = 2 }; /* cudaSuccess, cudaErrorMemoryAllocation */
 
+static const int COMPUTE_MAJOR = 8, COMPUTE_MINOR = 0;
 static const size_t DEVICE_MEMORY = (size_t)64 << 30;
 static const int SHARED_MEMORY = 48 << 10, SHARED_MEMORY_MOST = 99 << 10; /* what every device from 8.0 on offers */
 static const int PROCESSORS = 108, WARP = 32, THREADS = 1024;
@@ -65,8 +62,8 @@ int cudaGetDeviceProperties(void *properties, int device) {
         *(int *)(at + 324 + 4 * axis) = axis < 2 ? THREADS : 64;            /* maxThreadsDim */
         *(int *)(at + 336 + 4 * axis) = axis < 1 ? 2147483647 : 65535;      /* maxGridSize */
     }
-    *(int *)(at + 360) = COMPUTE_CAPABILITY / 10;
-    *(int *)(at + 364) = COMPUTE_CAPABILITY % 10;
+    *(int *)(at + 360) = COMPUTE_MAJOR;
+    *(int *)(at + 364) = COMPUTE_MINOR;
     *(int *)(at + 384) = PROCESSORS;
     *(int *)(at + 596) = 40 << 20;                       /* l2CacheSize */
     *(int *)(at + 604) = 2 * THREADS;                    /* maxThreadsPerMultiProcessor */
@@ -85,8 +82,8 @@ int cudaDeviceGetAttribute(int *value, int attribute, int device) {
         case 10: *value = WARP; break;                   /* warpSize */
         case 16: *value = PROCESSORS; break;             /* multiProcessorCount */
         case 39: *value = 2 * THREADS; break;            /* maxThreadsPerMultiProcessor */
-        case 75: *value = COMPUTE_CAPABILITY / 10; break;
-        case 76: *value = COMPUTE_CAPABILITY % 10; break;
+        case 75: *value = COMPUTE_MAJOR; break;
+        case 76: *value = COMPUTE_MINOR; break;
         case 81: case 97: *value = SHARED_MEMORY_MOST; break; /* per multiprocessor, per block by opting in */
         default: *value = 0;
     }

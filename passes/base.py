@@ -1,0 +1,136 @@
+"""The contract of a pass, and the pipeline that runs passes in order.
+
+A pass is a frozen dataclass of options. `requires` refuses a graph it cannot work on, `call` changes the graph and says
+what it did and which sites it left alone, `ensures` checks what it promised.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch.fx import GraphModule, Node
+
+from ..errors import PassError, QExportError
+
+
+@dataclass(frozen=True)
+class Note:
+    """What a pass did at a site, or why it did nothing there.
+
+    Attributes:
+        site: name of the value or linear.
+        what: one line for the user.
+        data: numbers for the report.
+    """
+
+    site: str
+    what: str
+    data: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class PassResult:
+    """The account of one pass over one graph."""
+
+    changed: list[Note] = field(default_factory=list)
+    skipped: list[Note] = field(default_factory=list)
+
+
+class Statistic(ABC):
+    """Something accumulated over the rows of a value while calibration data runs through a block."""
+
+    @abstractmethod
+    def update(self, x: torch.Tensor) -> None:
+        """Take in x [tokens, features] float32, padding already removed."""
+
+
+Statistics = dict[Node, Any]
+
+
+@dataclass
+class Context:
+    """What a pass may use besides the graph.
+
+    Attributes:
+        statistics: for each value the pass asked for, the object it asked for, filled.
+        sample: inputs of the block for one calibration batch; empty when there is no calibration.
+    """
+
+    statistics: Statistics = field(default_factory=dict)
+    sample: tuple[torch.Tensor, ...] = ()
+
+
+class GraphPass(ABC):
+    """Base of every pass. Subclasses are frozen dataclasses of options."""
+
+    keeps_function: ClassVar[bool] = False
+
+    @property
+    def name(self) -> str:
+        return type(self).__name__
+
+    def requires(self, module: GraphModule) -> None:
+        """Raise PassError where the graph is not one the pass can work on."""
+
+    def statistics(self, module: GraphModule) -> dict[Node, Callable[[], Any]]:
+        """For each value whose rows the pass wants to see, a factory of the object with `update(x)` that sees them."""
+        return {}
+
+    @abstractmethod
+    def call(self, module: GraphModule, context: Context) -> PassResult:
+        """Change the graph in place."""
+
+    def ensures(self, before: tuple[torch.Tensor, ...], after: tuple[torch.Tensor, ...]) -> None:
+        """Check outputs on the sample. A pass that keeps the float function may move them by rounding only.
+
+        Raises:
+            PassError: an output moved by more than 1e-4 of its largest element.
+        """
+        if not self.keeps_function:
+            return
+        for index, (old, new) in enumerate(zip(before, after, strict=True)):
+            moved = ((new - old).abs().max() / old.abs().max().clamp_min(1e-12)).item() if old.numel() else 0.0
+            if not moved < 1e-4:
+                raise PassError(f"output {index} moved by {moved:.1e} of its range, though the pass keeps the function")
+
+
+Collect = Callable[[GraphModule, dict[Node, Callable[[], Any]]], Statistics]
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """Passes run one after another, each with statistics taken after the previous one."""
+
+    passes: Sequence[GraphPass]
+
+    def run(self, module: GraphModule, collect: Collect, sample: tuple[torch.Tensor, ...] = ()) -> dict[str, PassResult]:
+        """Run all passes on a graph in place.
+
+        Args:
+            module: a block with its weights loaded.
+            collect: runs calibration data through the module and fills the statistics a pass asks for.
+            sample: inputs of the module on which promises are checked.
+
+        Raises:
+            PassError: names the pass that failed and those that ran before it. Expected errors of other kinds keep
+                their kind and get the pass as their place.
+        """
+        results: dict[str, PassResult] = {}
+        for step in self.passes:
+            try:
+                step.requires(module)
+                before = module(*sample) if sample and step.keeps_function else ()
+                wanted = step.statistics(module)
+                result = step.call(module, Context(collect(module, wanted) if wanted else {}, sample))
+                if before:
+                    step.ensures(before, module(*sample))
+            except PassError as error:
+                done = ", ".join(results) or "none"
+                raise PassError(f"{error.message} (passes before it: {done})", place=f"pass {step.name}", remedy=error.remedy) from error
+            except QExportError as error:
+                error.place = error.place or f"pass {step.name}"
+                raise
+            results[step.name] = result
+        return results

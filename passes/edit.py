@@ -1,0 +1,99 @@
+"""Small edits of fx graphs that every pass needs.
+
+Every node of a block carries `meta["spec"]`: what is known of its value. Dynamic dimensions are strings.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch.fx import Graph, GraphModule, Node
+
+
+@dataclass(frozen=True)
+class Spec:
+    """Type of a value: dtype, and shape with a name for each dynamic dimension. Sizes are int64 scalars of shape ()."""
+
+    dtype: torch.dtype
+    shape: tuple[int | str, ...]
+
+
+def spec_of(value) -> Spec | tuple[Spec, ...] | None:
+    """The Spec of a traced value: a tensor, a size, or a tuple of them."""
+    if isinstance(value, torch.Tensor):
+        return Spec(value.dtype, tuple(d if isinstance(d, int) else str(d) for d in value.shape))
+    if isinstance(value, (int, torch.SymInt)):
+        return Spec(torch.int64, ())
+    if isinstance(value, (tuple, list)):
+        return tuple(spec_of(v) for v in value)
+    return None
+
+
+def shape_of(node: Node) -> tuple[int | str, ...]:
+    """Shape of a node's value."""
+    return node.meta["spec"].shape
+
+
+def dtype_of(node: Node) -> torch.dtype:
+    """Dtype of a node's value."""
+    return node.meta["spec"].dtype
+
+
+def call(graph: Graph, target, args: tuple, like: Node, **changes) -> Node:
+    """Insert a call whose value has the type of `like`, except for the given `dtype` or `shape`."""
+    node = graph.call_function(target, args)
+    node.meta = {"spec": replace(like.meta["spec"], **changes), "module_path": like.meta.get("module_path", "")}
+    return node
+
+
+def is_call(node, *targets) -> bool:
+    """Whether `node` is a call of one of the operators."""
+    return isinstance(node, Node) and node.op == "call_function" and node.target in targets
+
+
+def get_tensor(module: torch.nn.Module, name: str) -> torch.Tensor:
+    """The tensor at a dotted name."""
+    for step in name.split("."):
+        module = getattr(module, step)
+    return module
+
+
+def set_tensor(module: torch.nn.Module, name: str, tensor: torch.Tensor) -> None:
+    """Make `tensor` the buffer `name` (dotted) of `module`, creating the modules on the way."""
+    *path, leaf = name.split(".")
+    for step in path:
+        if not hasattr(module, step):
+            module.add_module(step, torch.nn.Module())
+        module = getattr(module, step)
+    for place in (module._parameters, module._buffers, module.__dict__):
+        place.pop(leaf, None)
+    module.register_buffer(leaf, tensor.detach())
+
+
+def delete_tensor(module: torch.nn.Module, name: str) -> None:
+    """Remove the buffer `name`."""
+    path, _, leaf = name.rpartition(".")
+    owner = module.get_submodule(path) if path else module
+    del owner._buffers[leaf]
+
+
+def add_tensor(graph: Graph, name: str, tensor: torch.Tensor) -> Node:
+    """A get_attr node for a tensor, which becomes a buffer of the graph's module."""
+    set_tensor(graph.owning_module, name, tensor)
+    node = graph.get_attr(name)
+    node.meta["spec"] = spec_of(tensor)
+    return node
+
+
+def attributes(graph: Graph) -> list[str]:
+    """Names of all tensors that the graph reads."""
+    return list(dict.fromkeys(n.target for n in graph.nodes if n.op == "get_attr"))
+
+
+def finish(module: GraphModule) -> None:
+    """After an edit: drop what is dead, tensors too, check the graph and regenerate its code."""
+    before = set(attributes(module.graph))
+    module.graph.eliminate_dead_code()
+    for name in before - set(attributes(module.graph)):
+        delete_tensor(module, name)
+    module.graph.lint()
+    module.recompile()

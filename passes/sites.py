@@ -1,0 +1,183 @@
+"""Questions about a graph, answered from its dataflow: where are the linears, who feeds them, what can be folded where.
+
+No architecture is named here. A norm followed by three projections is found because one value has three linears among
+its users, whatever the modules are called.
+"""
+
+import operator
+from dataclasses import dataclass
+
+import torch
+from torch.fx import Graph, Node
+
+from .edit import is_call, shape_of
+
+aten = torch.ops.aten
+_NORMS = (aten.rms_norm.default, aten.layer_norm.default)
+_SHAPE_ONLY = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
+
+
+@dataclass(frozen=True)
+class Linear:
+    """y = x W^T + b with a constant weight.
+
+    Attributes:
+        name: the path of its module.
+        node: the call; weight, bias: names of the tensors; shape: (out_features, in_features).
+    """
+
+    name: str
+    node: Node
+    weight: str
+    bias: str | None
+    shape: tuple[int, int]
+
+    @property
+    def input(self) -> Node:
+        return self.node.args[0]
+
+
+@dataclass(frozen=True)
+class FoldSite:
+    """A value whose channels can be scaled without changing the function.
+
+    Attributes:
+        value: the node that the linears read.
+        consumers: the linears; their input columns are multiplied by the factor.
+        kind: "norm" (gain and bias are divided), "rows" (output rows of the producing linear), "explicit" (a Mul).
+        producer: the norm or linear that takes the division; None for "explicit".
+        repeat: for rows behind grouped-query attention, (kv_heads, query heads per kv head, head_dim): one factor for a
+            channel of a kv head, shared by its query heads; else None.
+        why: for "explicit", what stands in the way of a fold.
+    """
+
+    value: Node
+    consumers: tuple[Linear, ...]
+    kind: str
+    producer: Node | None = None
+    repeat: tuple[int, int, int] | None = None
+    why: str = ""
+
+
+def linears(graph: Graph) -> list[Linear]:
+    """All linears with constant weights, in order."""
+    found = []
+    for node in graph.nodes:
+        if not is_call(node, aten.linear.default) or node.args[1].op != "get_attr":
+            continue
+        bias = node.args[2] if len(node.args) > 2 else None
+        if bias is not None and bias.op != "get_attr":
+            continue
+        shape = shape_of(node.args[1])
+        weight = node.args[1].target
+        found.append(Linear(_name(node, weight), node, weight, bias.target if bias else None, shape))
+    return found
+
+
+def _name(node: Node, weight: str) -> str:
+    """The path of the module that owns the weight; of the module that calls, where the weight is tied to another's."""
+    owner, caller = weight.rpartition(".")[0] or weight, node.meta.get("module_path", "")
+    related = not caller or f"{owner}.".startswith(f"{caller}.") or f"{caller}.".startswith(f"{owner}.")
+    return owner if related else caller
+
+
+def by_input(found: list[Linear]) -> dict[Node, list[Linear]]:
+    """Linears grouped by the value they read: statistics belong to the value."""
+    groups: dict[Node, list[Linear]] = {}
+    for linear in found:
+        groups.setdefault(linear.input, []).append(linear)
+    return groups
+
+
+def readers(node: Node) -> list[Node]:
+    """Users of the value itself, not only of its size."""
+    return [user for user in node.users if not is_call(user, aten.sym_size.int)]
+
+
+def fold_sites(graph: Graph) -> list[FoldSite]:
+    """For every value that linears read, where a per-channel factor can go (methods of SmoothQuant, AWQ, LAE)."""
+    return [_fold_site(value, tuple(group)) for value, group in by_input(linears(graph)).items()]
+
+
+def _fold_site(value: Node, consumers: tuple[Linear, ...]) -> FoldSite:
+    def explicit(why: str) -> FoldSite:
+        return FoldSite(value, consumers, "explicit", why=why)
+
+    others = [u for u in readers(value) if all(u is not c.node for c in consumers)]
+    if others:
+        return explicit(f"{value.name} is also read by {others[0].name}")
+    if is_call(value, *_NORMS):
+        if _gain(value) is None:
+            return explicit(f"the gain of {value.name} is not a constant of this block")
+        return FoldSite(value, consumers, "norm", value)
+    if is_call(value, aten.relu.default):
+        return _rows(value, consumers, value.args[0]) or explicit(f"the ReLU of {value.name} does not follow a linear")
+    if is_call(value, aten.mul.Tensor):
+        for operand in value.args:
+            if isinstance(operand, Node) and (site := _rows(value, consumers, operand)):
+                return site
+        return explicit(f"neither factor of {value.name} comes straight from a linear")
+    if attention := _attention_behind(value):
+        return _through_attention(value, consumers, attention) or explicit("the values of the attention do not come straight from a linear")
+    return explicit(f"{value.name} comes from {getattr(value.target, '__name__', value.target)}, which a factor cannot pass")
+
+
+def _rows(value: Node, consumers: tuple[Linear, ...], producer: Node) -> FoldSite | None:
+    linear = next((found for found in linears(value.graph) if found.node is producer), None)
+    if linear is None or len(readers(producer)) != 1:
+        return None
+    return FoldSite(value, consumers, "rows", producer)
+
+
+def _attention_behind(value: Node) -> Node | None:
+    """The attention node whose output, only reshaped, is `value`."""
+    node = value
+    while is_call(node, *_SHAPE_ONLY, aten.transpose.int) and (node is value or len(readers(node)) == 1):
+        node = node.args[0]
+    if is_call(node, operator.getitem) and node.args[1] == 0 and is_call(node.args[0], torch.ops.qexport.cached_attention.default):
+        return node.args[0]
+    return None
+
+
+def _through_attention(value: Node, consumers: tuple[Linear, ...], attention: Node) -> FoldSite | None:
+    """v to o: a factor on v's output channels passes through the weighted sum over positions."""
+    if len(readers(next(u for u in attention.users if u.args[1] == 0))) != 1:
+        return None
+    node = attention.args[2]
+    _, kv_heads, _, head_dim = shape_of(node)
+    heads = shape_of(attention.args[0])[1]
+    while is_call(node, *_SHAPE_ONLY, aten.transpose.int):
+        if len(readers(node)) != 1:
+            return None
+        node = node.args[0]
+    linear = next((found for found in linears(value.graph) if found.node is node), None)
+    if linear is None or linear.shape[0] != kv_heads * head_dim or len(readers(node)) != 1:
+        return None
+    return FoldSite(value, consumers, "rows", node, repeat=(kv_heads, heads // kv_heads, head_dim))
+
+
+def _gain(norm: Node) -> tuple[Node, float] | None:
+    """(gain tensor, offset): the norm multiplies by offset + gain."""
+    weight = norm.args[2] if len(norm.args) > 2 else None
+    if weight is None:
+        return None
+    if weight.op == "get_attr":
+        return weight, 0.0
+    if is_call(weight, aten.add.Tensor):
+        tensor, offset = weight.args if isinstance(weight.args[0], Node) else weight.args[::-1]
+        if tensor.op == "get_attr" and isinstance(offset, (int, float)):
+            return tensor, float(offset)
+    return None
+
+
+def norm_gain(norm: Node) -> tuple[str, float]:
+    """Name of a norm's gain tensor and the constant added to it (1.0 in Gemma's norms)."""
+    node, offset = _gain(norm)
+    return node.target, offset
+
+
+def norm_bias(norm: Node) -> str | None:
+    """Name of a LayerNorm's bias tensor."""
+    if is_call(norm, aten.layer_norm.default) and len(norm.args) > 3 and norm.args[3] is not None:
+        return norm.args[3].target
+    return None

@@ -1,0 +1,216 @@
+"""The block loop: load a block, calibrate it on what the quantized blocks before it produce, change it, write it, go on.
+
+At any moment one block's weights are in memory, and the activations that blocks not yet run will need.
+"""
+
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+
+from ..capture.blocks import Block
+from ..capture.graph import Captured
+from ..errors import InputError, NumericsError, QExportError
+from ..numerics.metrics import sqnr_db
+from ..passes.base import GraphPass, Pipeline
+from ..passes.edit import attributes, get_tensor, set_tensor
+from ..passes.sites import linears
+from . import shards
+from .streams import Stream, collect
+
+JOURNAL = "journal.jsonl"
+
+
+@dataclass(frozen=True)
+class BlockRecord:
+    """What happened to a block.
+
+    Attributes:
+        sqnr_db: of what it hands on, against the float model, on the calibration data; None without calibration.
+        changed, skipped: by pass, (site, what) pairs.
+    """
+
+    name: str
+    seconds: float
+    sqnr_db: float | None = None
+    changed: Mapping[str, list] = field(default_factory=dict)
+    skipped: Mapping[str, list] = field(default_factory=dict)
+
+
+@dataclass
+class Finished:
+    """A quantized block whose tensors are on disk.
+
+    Attributes:
+        block: its graph; tensors are on the meta device.
+        record: what happened to it.
+    """
+
+    block: Block
+    record: BlockRecord
+    shard: Path
+    stored: set[str]
+    captured: Captured
+
+    def read(self, name: str) -> torch.Tensor:
+        """A tensor of the block: its own small ones, those of its shard, else the checkpoint's."""
+        own = get_tensor(self.block.module, name)
+        if own.device.type != "meta":
+            return own
+        return shards.load_tensor(self.shard, name) if name in self.stored else self.captured.load(name)
+
+    def fill(self) -> None:
+        """Load every tensor, in the dtype that the graph says."""
+        for name in attributes(self.block.module.graph):
+            own = get_tensor(self.block.module, name)
+            set_tensor(self.block.module, name, self.read(name).to(own.dtype))
+
+    def release(self) -> None:
+        """Drop what `fill` loaded; constants made for a target stay, they are on no disk."""
+        for name in attributes(self.block.module.graph):
+            if name in self.stored or name in self.block.parameters:
+                set_tensor(self.block.module, name, get_tensor(self.block.module, name).to("meta"))
+
+
+def quantize_blocks(
+    captured: Captured,
+    passes: Sequence[GraphPass],
+    stream: Stream | None,
+    reference: Stream | None,
+    work: Path,
+    fingerprint: str,
+    *,
+    resume: bool = False,
+    progress: Callable[[str, int, int], None] = lambda name, done, total: None,
+) -> list[Finished]:
+    """Quantize all blocks of a model.
+
+    Args:
+        captured: the model; its blocks' graphs are changed in place.
+        passes: run on every block that has linears.
+        stream: calibration inputs, advanced through the quantized blocks; None when no pass needs data.
+        reference: the same inputs, advanced through the float blocks, for the SQNR of each block.
+        work: folder of shards and journal; made if missing.
+        fingerprint: identifies model, recipe and data; a journal with another one is not continued.
+        resume: continue after the last finished block found in `work`.
+        progress: called with (block name, blocks done, blocks in all).
+
+    Raises:
+        InputError: `resume` with a folder of another export.
+        NumericsError: NaN or Inf in weights or activations.
+    """
+    work.mkdir(parents=True, exist_ok=True)
+    done = _journal(work, fingerprint, resume)
+    finished = []
+    total = len(captured.blocks)
+    for index, block in enumerate(captured.blocks):
+        progress(block.name, index, total)
+        place = work / f"{index:04d}.safetensors"
+        if index < len(done):
+            finished.append(_continue(captured, block, place, done[index], index, stream, reference))
+            continue
+        try:
+            item = _one(captured, block, passes, stream, reference, index, total, place)
+        except torch.OutOfMemoryError as error:
+            raise InputError("does not fit into memory", place=block.name, remedy="Use fewer or shorter samples") from error
+        except QExportError as error:
+            error.place = error.place or block.name
+            raise
+        finished.append(item)
+        with (work / JOURNAL).open("a") as journal:
+            journal.write(json.dumps(asdict(item.record)) + "\n")
+    progress("", total, total)
+    return finished
+
+
+def _one(captured, block: Block, passes, stream, reference, index: int, total: int, place: Path) -> Finished:
+    started, last = time.perf_counter(), index == total - 1
+    has_linears = bool(linears(block.module.graph))
+    loaded: dict[str, torch.Tensor] = {}
+    if has_linears or (stream is not None and not last):
+        loaded = _load(captured, block)
+    if reference is not None and not last:
+        reference.advance(block, index)
+    results = {}
+    if has_linears:
+        sample = stream.inputs(block, 0) if stream is not None else ()
+        with torch.no_grad():
+            results = Pipeline(passes).run(block.module, lambda module, wanted: collect(block, stream, wanted, module), sample)
+    sqnr = None
+    if stream is not None and not last:
+        stream.advance(block, index)
+        sqnr = _compare(block, stream, reference)
+    stored = {
+        name: get_tensor(block.module, name)
+        for name in attributes(block.module.graph)
+        if loaded and (name not in loaded or get_tensor(block.module, name).data_ptr() != loaded[name].data_ptr())
+    }
+    shards.save_block(place, block, stored)
+    for name in attributes(block.module.graph):
+        set_tensor(block.module, name, get_tensor(block.module, name).to("meta"))
+    record = BlockRecord(
+        block.name, round(time.perf_counter() - started, 3), sqnr,
+        {name: [(n.site, n.what, dict(n.data)) for n in r.changed] for name, r in results.items() if r.changed},
+        {name: [(n.site, n.what) for n in r.skipped] for name, r in results.items() if r.skipped},
+    )  # fmt: skip
+    return Finished(block, record, place, set(stored), captured)
+
+
+def _load(captured: Captured, block: Block) -> dict[str, torch.Tensor]:
+    loaded = {name: captured.load(name) for name in block.parameters}
+    for name, tensor in loaded.items():
+        set_tensor(block.module, name, tensor)
+    return loaded
+
+
+def _compare(block: Block, stream: Stream, reference: Stream | None) -> float | None:
+    """SQNR of the last output that later blocks read, over all batches."""
+    if reference is None:
+        return None
+    name = next((n for n in reversed(block.outputs) if n in stream.batches[0] and n in reference.batches[0]), None)
+    if name is None or not stream.batches[0][name].is_floating_point():
+        return None
+    pairs = [
+        tuple(s.batches[i][name][mask] if mask is not None and s.batches[i][name].shape[:2] == mask.shape else s.batches[i][name]
+              for s in (reference, stream))
+        for i, mask in enumerate(stream.masks)
+    ]  # fmt: skip
+    want, got = (torch.cat([p[i].flatten(0, -2) for p in pairs]) for i in (0, 1))
+    if not torch.isfinite(got).all():
+        raise NumericsError("produces NaN or Inf on the calibration data", place=block.name)
+    value = sqnr_db(want, got)
+    return None if value == float("inf") else round(value, 2)
+
+
+def _journal(work: Path, fingerprint: str, resume: bool) -> list[BlockRecord]:
+    path = work / JOURNAL
+    if resume and path.exists():
+        lines = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+        header = json.loads(lines[0]) if lines else {}
+        if header.get("fingerprint") != fingerprint:
+            raise InputError(
+                "holds an export of another model, recipe or calibration", place=str(work),
+                remedy="Export without --resume to start again",
+            )  # fmt: skip
+        return [BlockRecord(**json.loads(line)) for line in lines[1:]]
+    path.write_text(json.dumps({"fingerprint": fingerprint}) + "\n")
+    return []
+
+
+def _continue(captured, block: Block, place: Path, record: BlockRecord, index: int, stream, reference) -> Finished:
+    """Read a finished block back and let the calibration data pass through it."""
+    if reference is not None and index < len(captured.blocks) - 1:
+        _load(captured, block)
+        reference.advance(block, index)
+    restored, stored = shards.load_block(place)
+    block.module = restored.module
+    item = Finished(block, record, place, stored, captured)
+    if stream is not None and index < len(captured.blocks) - 1:
+        item.fill()
+        stream.advance(block, index)
+    for name in attributes(block.module.graph):
+        set_tensor(block.module, name, get_tensor(block.module, name).to("meta"))
+    return item

@@ -1,0 +1,81 @@
+"""Activations that travel from block to block while a model is quantized, batch by batch."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch.fx import GraphModule, Interpreter, Node
+
+from ..capture.blocks import Block
+from ..capture.graph import Captured
+from .sources import Samples
+
+
+class Stream:
+    """The values that blocks not yet run will need, for every calibration batch.
+
+    Args:
+        batches: for each batch, the model's inputs by value name.
+        masks: for each batch the real tokens, [batch, sequence] bool, or None.
+        keep: for each value name the index of the last block that reads it.
+    """
+
+    def __init__(self, batches: Sequence[dict[str, torch.Tensor]], masks: Sequence[torch.Tensor | None], keep: dict[str, int]):
+        self.batches, self.masks, self._keep = [dict(b) for b in batches], list(masks), keep
+
+    def inputs(self, block: Block, batch: int) -> tuple[torch.Tensor, ...]:
+        return tuple(self.batches[batch][name] for name in block.inputs)
+
+    def advance(self, block: Block, index: int) -> None:
+        """Run a block on every batch, keep its outputs and drop what no later block reads."""
+        for number, values in enumerate(self.batches):
+            with torch.no_grad():
+                results = block.module(*self.inputs(block, number))
+            for name, result in zip(block.outputs, results, strict=True):
+                if self._keep.get(name, -1) > index:
+                    values[name] = result
+            for name in [n for n in values if self._keep.get(n, -1) <= index]:
+                del values[name]
+
+
+def make_stream(captured: Captured, samples: Samples, batch_size: int) -> Stream:
+    """The model's inputs for calibration samples, cache empty."""
+    keep = {name: index for index, block in enumerate(captured.blocks) for name in block.inputs}
+    batches, masks = [], []
+    for ids, mask in zip(samples.input_ids.split(batch_size), samples.attention_mask.split(batch_size), strict=True):
+        feeds = decoder_inputs(captured, ids, mask)
+        batches.append({port.value: feeds[port.name] for port in captured.inputs if port.value in keep})
+        masks.append(mask.bool())
+    return Stream(batches, masks, keep)
+
+
+def decoder_inputs(captured: Captured, ids: torch.Tensor, mask: torch.Tensor) -> dict[str, torch.Tensor]:
+    """All inputs of a decoder for a prompt [batch, sequence] without a past, by public name."""
+    feeds = {"input_ids": ids, "attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp_min(0)}
+    for port in captured.inputs:
+        if port.name.startswith("past_key_values"):
+            feeds[port.name] = torch.zeros(ids.shape[0], port.dims[1], 0, port.dims[3], dtype=port.dtype)
+    return feeds
+
+
+def collect(block: Block, stream: Stream, wanted: dict[Node, Callable], module: GraphModule) -> dict[Node, object]:
+    """Run all batches through a block and show each wanted value's real rows to its statistic."""
+    statistics = {node: factory() for node, factory in wanted.items()}
+    for number, mask in enumerate(stream.masks):
+        with torch.no_grad():
+            _Watch(module, statistics, mask).run(*stream.inputs(block, number))
+    return statistics
+
+
+class _Watch(Interpreter):
+    def __init__(self, module: GraphModule, statistics: dict[Node, object], mask: torch.Tensor | None):
+        super().__init__(module)
+        self._statistics, self._mask = statistics, mask
+
+    def run_node(self, node: Node):
+        value = super().run_node(node)
+        if node in self._statistics:
+            rows = value.flatten(0, -2)
+            if self._mask is not None and value.shape[:-1] == self._mask.shape:
+                rows = value[self._mask]
+            self._statistics[node].update(rows.float())
+        return value

@@ -1,0 +1,134 @@
+"""From finished blocks to one ONNX model."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import onnx_ir as ir
+import torch
+from torch.fx import GraphModule, Node
+
+from .. import ops as _ops  # noqa: F401  registers the operators
+from ..capture.graph import Port
+from .emitter import ONNX_DTYPE, Emitter, unsupported
+from .ops import elementwise, layers, quantized, shapes
+from .targets.forms import linear_products
+
+OPSET = 23  # Attention, RMSNormalization and RotaryEmbedding appeared here
+TRANSLATIONS = {**elementwise.TRANSLATIONS, **shapes.TRANSLATIONS, **layers.TRANSLATIONS, **quantized.TRANSLATIONS}
+
+
+class Target(Protocol):
+    """What a target module offers; see targets/cpu.py and targets/cuda.py."""
+
+    name: str
+    provider: str
+    dtype: torch.dtype
+
+    def session(self) -> dict[str, str]: ...
+    def numerics(self) -> dict[str, str]: ...
+    def rewrite(self, module: GraphModule, constants: set[str]) -> None: ...
+    def kernel(self, product: Node) -> str: ...
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A block ready to be written, its graph already rewritten for the target.
+
+    Attributes:
+        read: the tensor of a get_attr node, called only while the file is written.
+    """
+
+    name: str
+    module: GraphModule
+    inputs: Sequence[str]
+    outputs: Sequence[str]
+    read: Callable[[str], torch.Tensor]
+
+
+@dataclass
+class Lowered:
+    """An ONNX model and where to find things in it.
+
+    Attributes:
+        linears: for each quantized linear (node name, value of its result, operator it must become).
+        blocks: for each block the value it hands to the next one.
+    """
+
+    model: ir.Model
+    linears: dict[str, tuple[str, str, str]] = field(default_factory=dict)
+    blocks: dict[str, str] = field(default_factory=dict)
+
+
+def build(pieces: Sequence[Piece], inputs: Sequence[Port], outputs: Sequence[Port], target: Target, version: str) -> Lowered:
+    """Translate blocks into one ONNX graph at opset 23; tensors are read when it is saved.
+
+    Raises:
+        LoweringError: an operator has no ONNX form.
+    """
+    emit = Emitter()
+    known = {port.value: _interface(port, target) for port in inputs}
+    graph_inputs = list(known.values())
+    results = {port.value: port for port in outputs}
+    lowered_linears, lowered_blocks = {}, {}
+    for piece in pieces:
+        _translate(emit, piece, known)
+        for product in linear_products(piece.module.graph):
+            lowered_linears[product.meta["linear"]] = (emit.values[product].producer().name, target.kernel(product))
+        carried = [name for name in piece.outputs if name not in results] or list(piece.outputs)
+        lowered_blocks[piece.name] = carried[-1]
+    graph_outputs: list[ir.Value] = []
+    for port in outputs:
+        value = known[port.value]
+        if value.producer() is None or value in graph_outputs:
+            value = emit.op("Identity", value)
+        graph_outputs.append(_named(value, port, target))
+    graph = ir.Graph(
+        graph_inputs, graph_outputs, nodes=emit.nodes, initializers=list(emit.initializers.values()),
+        opset_imports={"": OPSET}, name="qexport",
+    )  # fmt: skip
+    _drop_unused(graph)
+    model = ir.Model(graph, ir_version=10, producer_name="qexport", producer_version=version)
+    return Lowered(
+        model,
+        {name: (node, f"{name}.output", kernel) for name, (node, kernel) in lowered_linears.items()},
+        {name: known[value].name for name, value in lowered_blocks.items()},
+    )
+
+
+def _translate(emit: Emitter, piece: Piece, known: dict[str, ir.Value]) -> None:
+    emit.enter(piece.name, piece.read)
+    placeholders = [n for n in piece.module.graph.nodes if n.op == "placeholder"]
+    for node, name in zip(placeholders, piece.inputs, strict=True):
+        emit.values[node] = known[name]
+    for node in piece.module.graph.nodes:
+        if node.op == "call_function":
+            translation = TRANSLATIONS.get(node.target)
+            if translation is None:
+                raise unsupported(node, "has no ONNX translation")
+            value = emit.values[node] = translation(emit, node)
+            linear = node.meta.get("result_of")
+            if linear is not None:
+                value.name = f"{linear}.output"
+        elif node.op == "output":
+            for result, name in zip(node.args[0], piece.outputs, strict=True):
+                known[name] = emit.get(result)
+
+
+def _interface(port: Port, target: Target) -> ir.Value:
+    dtype = target.dtype if port.dtype.is_floating_point else port.dtype
+    return ir.Value(name=port.name, shape=ir.Shape(port.dims), type=ir.TensorType(ONNX_DTYPE[dtype]))
+
+
+def _named(value: ir.Value, port: Port, target: Target) -> ir.Value:
+    interface = _interface(port, target)
+    value.name, value.shape, value.type = interface.name, interface.shape, interface.type
+    return value
+
+
+def _drop_unused(graph: ir.Graph) -> None:
+    """Remove nodes nobody reads: sizes that a Reshape keeps by itself."""
+    outputs = set(graph.outputs)
+    for node in reversed(list(graph)):
+        if not any(out.uses() or out in outputs for out in node.outputs):
+            graph.remove(node, safe=True)

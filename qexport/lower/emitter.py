@@ -1,0 +1,139 @@
+"""Collecting ONNX nodes and initializers while a graph is translated."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import torch
+from onnx_ir import tensor_adapters
+from torch.fx import Node
+
+from ..errors import LoweringError
+from ..numerics.packing import pack_int4
+from ..passes.edit import dtype_of, is_call, shape_of
+
+ONNX_DTYPE = {
+    torch.float32: ir.DataType.FLOAT, torch.float16: ir.DataType.FLOAT16, torch.bfloat16: ir.DataType.BFLOAT16,
+    torch.float64: ir.DataType.DOUBLE, torch.int64: ir.DataType.INT64, torch.int32: ir.DataType.INT32,
+    torch.int8: ir.DataType.INT8, torch.uint8: ir.DataType.UINT8, torch.bool: ir.DataType.BOOL,
+}  # fmt: skip
+_FOUR_BITS = {torch.int8: ir.DataType.INT4, torch.uint8: ir.DataType.UINT4}
+
+
+class Emitter:
+    """The ONNX graph under construction.
+
+    Attributes:
+        values: the ONNX value of every fx node translated so far, a tuple for nodes with several results.
+        nodes: ONNX nodes in order.
+        initializers: by name.
+    """
+
+    def __init__(self) -> None:
+        self.values: dict[Node, Any] = {}
+        self.nodes: list[ir.Node] = []
+        self.initializers: dict[str, ir.Value] = {}
+        self._constants: dict[tuple, ir.Value] = {}
+        self._scope, self._taken = "", {}
+        self._read: Callable[[str], torch.Tensor] | None = None
+
+    def enter(self, scope: str, read: Callable[[str], torch.Tensor]) -> None:
+        """Start a block: its name, and how its tensors are read when the file is written."""
+        self._scope, self._read = scope, read
+
+    def op(self, op_type: str, *inputs, domain: str = "", outputs: int = 1, name: str = "", output: str = "", **attributes):
+        """Add a node; Python numbers among the inputs are not allowed, None is an absent input.
+
+        Returns:
+            Its output, or a tuple of them.
+        """
+        name = self._unique(name or f"{self._scope}/{op_type}")
+        made = [ir.Value(name=self._unique(output) if output and i == 0 else f"{name}:{i}") for i in range(outputs)]
+        while inputs and inputs[-1] is None:  # ONNX Runtime's fusions count a trailing absent input as present
+            inputs = inputs[:-1]
+        attributes = {k: v for k, v in attributes.items() if v is not None}
+        node = ir.node(op_type, list(inputs), attributes, domain=domain, outputs=made, name=name)
+        self.nodes.append(node)
+        return made[0] if outputs == 1 else tuple(made)
+
+    def constant(self, value, dtype: torch.dtype = torch.int64) -> ir.Value:
+        """A small constant: a number or a list of numbers."""
+        array = np.asarray(torch.tensor(value, dtype=dtype).numpy())
+        key = (array.tobytes(), array.shape, dtype)
+        if key not in self._constants:
+            name = self._unique(f"constant_{len(self._constants)}")
+            self._constants[key] = self._initializer(name, ir.tensor(array, name=name))
+        return self._constants[key]
+
+    def get(self, argument, dtype: torch.dtype | None = None):
+        """The ONNX value of an fx argument: a node, or a number that becomes a constant of `dtype`."""
+        if argument is None:
+            return None
+        if not isinstance(argument, Node):
+            return self.constant(argument, dtype or torch.int64)
+        if argument.op == "get_attr":
+            return self.tensor(argument)
+        value = self.values[argument]
+        if dtype is not None and dtype_of(argument) != dtype:
+            return self.op("Cast", value, to=ONNX_DTYPE[dtype])
+        return value
+
+    def tensor(self, node: Node, *, bits: int = 8, transpose: bool = False) -> ir.Value:
+        """The initializer of a get_attr node, read only when the file is written.
+
+        Args:
+            bits: 4 packs two codes in a byte.
+            transpose: store the transpose of the matrix.
+        """
+        name = node.target + (".T" if transpose else "")
+        if name in self.initializers:
+            return self.initializers[name]
+        spec, read = node.meta["spec"], self._read
+        dtype = ONNX_DTYPE[spec.dtype] if bits == 8 else _FOUR_BITS[spec.dtype]
+        shape = ir.Shape(spec.shape[::-1] if transpose else spec.shape)
+
+        def load() -> ir.TensorProtocol:
+            tensor = read(node.target)
+            tensor = tensor.to(spec.dtype).t() if transpose else tensor.to(spec.dtype)
+            if bits == 4:
+                return ir.PackedTensor(pack_int4(tensor).numpy(), dtype, shape=shape, name=name)
+            return tensor_adapters.TorchTensor(tensor.contiguous(), name=name)
+
+        return self._initializer(name, ir.LazyTensor(load, dtype=dtype, shape=shape, name=name))
+
+    def cast(self, value: ir.Value, dtype: torch.dtype) -> ir.Value:
+        return self.op("Cast", value, to=ONNX_DTYPE[dtype])
+
+    def shape(self, sizes: Sequence) -> ir.Value:
+        """A shape vector from ints and fx nodes of sizes."""
+        if all(isinstance(s, int) for s in sizes):
+            return self.constant(list(sizes))
+        parts = [self.constant([s]) if isinstance(s, int) else self._size(s) for s in sizes]
+        return parts[0] if len(parts) == 1 else self.op("Concat", *parts, axis=0)
+
+    def _size(self, node: Node) -> ir.Value:
+        """A size as a vector of one element."""
+        if is_call(node, torch.ops.aten.sym_size.int):
+            source, axis = node.args
+            axis %= len(shape_of(source))
+            return self.op("Shape", self.get(source), start=axis, end=axis + 1)
+        return self.op("Unsqueeze", self.get(node), self.constant([0]))
+
+    def _initializer(self, name: str, tensor) -> ir.Value:
+        value = ir.Value(name=name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
+        self.initializers[name] = value
+        return value
+
+    def _unique(self, name: str) -> str:
+        count = self._taken.get(name, 0)
+        self._taken[name] = count + 1
+        return name if count == 0 else f"{name}_{count}"
+
+
+def unsupported(node: Node, why: str) -> LoweringError:
+    """The error for a call that has no ONNX form."""
+    return LoweringError(
+        f"{node.target} {why}", place=node.meta.get("module_path") or node.name,
+        remedy="Rewrite that part of the model, or add a translation in qexport/lower/ops",
+    )  # fmt: skip

@@ -1,0 +1,110 @@
+"""Elementwise arithmetic, comparisons, activations, casts and reductions."""
+
+import operator
+
+import torch
+from torch.fx import Node
+
+from ...passes.edit import dtype_of
+from ..emitter import ONNX_DTYPE, Emitter, unsupported
+
+aten = torch.ops.aten
+
+
+def _unary(op_type: str, **attributes):
+    return lambda emit, node: emit.op(op_type, emit.get(node.args[0], dtype_of(node)), **attributes)
+
+
+def _binary(op_type: str):
+    def translate(emit: Emitter, node: Node):
+        alpha = node.kwargs.get("alpha", 1)
+        if alpha != 1:
+            raise unsupported(node, f"with alpha={alpha}")
+        dtype = dtype_of(node)
+        return emit.op(op_type, emit.get(node.args[0], dtype), emit.get(node.args[1], dtype))
+
+    return translate
+
+
+def _compare(op_type: str, logical: bool = False):
+    def translate(emit: Emitter, node: Node):
+        tensors = [dtype_of(a) for a in node.args if isinstance(a, Node)]
+        dtype = torch.bool if logical else max(tensors, key=lambda d: d.is_floating_point)
+        return emit.op(op_type, *(emit.get(a, dtype) for a in node.args))
+
+    return translate
+
+
+def _gelu(emit: Emitter, node: Node):
+    return emit.op("Gelu", emit.get(node.args[0]), approximate=node.kwargs.get("approximate", "none"))
+
+
+def _silu(emit: Emitter, node: Node):
+    x = emit.get(node.args[0])
+    return emit.op("Mul", x, emit.op("Sigmoid", x))
+
+
+def _relu(emit: Emitter, node: Node):
+    """Max(x, 0): ONNX Runtime does not fuse a quantized MatMul whose only reader is a Relu."""
+    return emit.op("Max", emit.get(node.args[0]), emit.constant(0, dtype_of(node)))
+
+
+def _cast(emit: Emitter, node: Node):
+    source = emit.get(node.args[0])
+    if dtype_of(node.args[0]) == dtype_of(node):
+        return source
+    return emit.op("Cast", source, to=ONNX_DTYPE[dtype_of(node)])
+
+
+def _rsqrt(emit: Emitter, node: Node):
+    return emit.op("Reciprocal", emit.op("Sqrt", emit.get(node.args[0])))
+
+
+def _reduce(op_type: str):
+    def translate(emit: Emitter, node: Node):
+        axes = node.args[1] if len(node.args) > 1 else None
+        axes = None if axes is None else emit.constant([axes] if isinstance(axes, int) else list(axes))
+        keep = bool(node.args[2]) if len(node.args) > 2 else False
+        return emit.op(op_type, emit.get(node.args[0], dtype_of(node)), axes, keepdims=int(keep))
+
+    return translate
+
+
+def _where(emit: Emitter, node: Node):
+    dtype = dtype_of(node)
+    return emit.op("Where", emit.get(node.args[0]), emit.get(node.args[1], dtype), emit.get(node.args[2], dtype))
+
+
+def _softmax(emit: Emitter, node: Node):
+    return emit.op("Softmax", emit.get(node.args[0], dtype_of(node)), axis=node.args[1])
+
+
+def _clamp(emit: Emitter, node: Node):
+    low, high = (list(node.args[1:]) + [None, None])[:2]
+    dtype = dtype_of(node)
+    return emit.op("Clip", emit.get(node.args[0]), *(None if b is None else emit.get(b, dtype) for b in (low, high)))
+
+
+TRANSLATIONS = {
+    aten.add.Tensor: _binary("Add"), aten.sub.Tensor: _binary("Sub"), aten.mul.Tensor: _binary("Mul"),
+    aten.div.Tensor: _binary("Div"), aten.pow.Tensor_Scalar: _binary("Pow"), aten.pow.Tensor_Tensor: _binary("Pow"),
+    aten.maximum.default: _binary("Max"), aten.minimum.default: _binary("Min"),
+    operator.add: _binary("Add"), operator.sub: _binary("Sub"), operator.mul: _binary("Mul"), operator.floordiv: _binary("Div"),
+    aten.neg.default: _unary("Neg"), aten.abs.default: _unary("Abs"), aten.exp.default: _unary("Exp"),
+    aten.sqrt.default: _unary("Sqrt"), aten.cos.default: _unary("Cos"), aten.sin.default: _unary("Sin"),
+    aten.tanh.default: _unary("Tanh"), aten.erf.default: _unary("Erf"), aten.relu.default: _relu,
+    aten.relu_.default: _relu, aten.sigmoid.default: _unary("Sigmoid"), aten.reciprocal.default: _unary("Reciprocal"),
+    aten.log.default: _unary("Log"), aten.softplus.default: _unary("Softplus"), aten.bitwise_not.default: _unary("Not"),
+    aten.logical_not.default: _unary("Not"), aten.rsqrt.default: _rsqrt,
+    aten.gelu.default: _gelu, aten.silu.default: _silu, aten.silu_.default: _silu,
+    aten.le.Tensor: _compare("LessOrEqual"), aten.lt.Tensor: _compare("Less"), aten.ge.Tensor: _compare("GreaterOrEqual"),
+    aten.gt.Tensor: _compare("Greater"), aten.eq.Tensor: _compare("Equal"), aten.le.Scalar: _compare("LessOrEqual"),
+    aten.lt.Scalar: _compare("Less"), aten.ge.Scalar: _compare("GreaterOrEqual"), aten.gt.Scalar: _compare("Greater"),
+    aten.eq.Scalar: _compare("Equal"), aten.bitwise_and.Tensor: _compare("And", logical=True),
+    aten.logical_and.default: _compare("And", logical=True), aten.bitwise_or.Tensor: _compare("Or", logical=True),
+    aten.to.dtype: _cast, aten.to.device: _cast, aten.to.dtype_layout: _cast, aten._to_copy.default: _cast,
+    aten.type_as.default: _cast,
+    aten.mean.dim: _reduce("ReduceMean"), aten.sum.dim_IntList: _reduce("ReduceSum"), aten.amax.default: _reduce("ReduceMax"),
+    aten.where.self: _where, aten.where.ScalarOther: _where, aten.softmax.int: _softmax, aten._softmax.default: _softmax,
+    aten.clamp.default: _clamp, aten.clamp_min.default: _clamp,
+}  # fmt: skip

@@ -1,0 +1,83 @@
+"""Matrix products, norms, attention and rotary embedding."""
+
+import torch
+from torch.fx import Node
+
+from ...ops.attention import MASKED
+from ...passes.edit import dtype_of
+from ..emitter import ONNX_DTYPE, Emitter
+
+aten = torch.ops.aten
+ops = torch.ops.qexport
+_END = 2**63 - 1
+
+
+def _linear(emit: Emitter, node: Node):
+    x, weight, bias = (*node.args, None)[:3]
+    if weight.op == "get_attr" and weight.target not in emit.initializers:
+        matrix = emit.tensor(weight, transpose=True)
+    else:
+        # Shared with an embedding: one copy in the file, transposed once when the session is made.
+        matrix = emit.op("Transpose", emit.get(weight), perm=[1, 0])
+    name = weight.target.rpartition(".")[0]
+    product = emit.op("MatMul", emit.get(x), matrix, name=name, output=f"{name}.output" if bias is None else "")
+    return product if bias is None else emit.op("Add", product, emit.get(bias), output=f"{name}.output")
+
+
+def _matmul(emit: Emitter, node: Node):
+    name = node.meta.get("linear", "")
+    output = f"{name}.output" if name and "result_of" in node.meta else ""
+    return emit.op("MatMul", emit.get(node.args[0]), emit.get(node.args[1]), name=name, output=output)
+
+
+def _addmm(emit: Emitter, node: Node):
+    bias, x, weight = node.args
+    return emit.op("Add", emit.op("MatMul", emit.get(x), emit.get(weight)), emit.get(bias))
+
+
+def _rms_norm(emit: Emitter, node: Node):
+    x, _shape, weight, eps = node.args
+    return emit.op("RMSNormalization", emit.get(x), emit.get(weight), axis=-1, epsilon=float(eps), stash_type=1)
+
+
+def _layer_norm(emit: Emitter, node: Node):
+    x, shape, weight, bias, eps = (*node.args, *(None, None, 1e-5)[len(node.args) - 2 :])[:5]
+    return emit.op("LayerNormalization", emit.get(x), emit.get(weight), emit.get(bias), axis=-len(shape), epsilon=float(eps))
+
+
+def _causal_mask(emit: Emitter, node: Node):
+    """Positions are counted by a CumSum over ones: comparing with a length read from a shape would move the comparison
+    to the CPU and its result back under the CUDA provider."""
+    attention_mask, past_length, window = node.args
+    real = emit.get(attention_mask, torch.bool)
+    ones = emit.op("Cast", emit.op("Or", real, emit.op("Not", real)), to=ONNX_DTYPE[torch.int64])
+    key = emit.op("CumSum", ones, emit.constant(1))
+    query = emit.op("Slice", key, emit.shape([past_length]), emit.constant([_END]), emit.constant([1]))
+    key = emit.op("Unsqueeze", key, emit.constant([1, 2]))
+    query = emit.op("Unsqueeze", query, emit.constant([1, 3]))
+    visible = emit.op("LessOrEqual", key, query)
+    if window:
+        visible = emit.op("And", visible, emit.op("Greater", key, emit.op("Sub", query, emit.constant(window))))
+    visible = emit.op("And", visible, emit.op("Unsqueeze", real, emit.constant([1, 2])))
+    return emit.op("Where", visible, emit.constant(0.0, dtype_of(node)), emit.constant(MASKED, dtype_of(node)))
+
+
+def _cached_attention(emit: Emitter, node: Node):
+    query, key, value, past_key, past_value, mask, scale, softcap = node.args
+    out, *present = emit.op(
+        "Attention", *(emit.get(a) for a in (query, key, value, mask, past_key, past_value)),
+        scale=float(scale), softcap=float(softcap) or None, outputs=3,
+    )  # fmt: skip
+    return emit.op("Transpose", out, perm=[0, 2, 1, 3]), *present
+
+
+def _rotary(emit: Emitter, node: Node):
+    return emit.op("RotaryEmbedding", *(emit.get(a) for a in node.args))
+
+
+TRANSLATIONS = {
+    aten.linear.default: _linear, aten.matmul.default: _matmul, aten.mm.default: _matmul, aten.bmm.default: _matmul,
+    aten.addmm.default: _addmm, aten.rms_norm.default: _rms_norm, aten.layer_norm.default: _layer_norm,
+    ops.causal_mask.default: _causal_mask, ops.cached_attention.default: _cached_attention,
+    ops.rotary_embedding.default: _rotary,
+}  # fmt: skip

@@ -1,0 +1,110 @@
+"""Reshaping, slicing, joining, indexing and sizes."""
+
+import operator
+
+import torch
+from torch.fx import Node
+
+from ...passes.edit import dtype_of, is_call, shape_of
+from ..emitter import Emitter
+
+aten = torch.ops.aten
+_END = 2**63 - 1
+
+
+def _size(emit: Emitter, node: Node):
+    source, axis = node.args
+    dim = shape_of(source)[axis]
+    if isinstance(dim, int):
+        return emit.constant(dim)
+    axis %= len(shape_of(source))
+    return emit.op("Squeeze", emit.op("Shape", emit.get(source), start=axis, end=axis + 1), emit.constant([0]))
+
+
+def _reshape(emit: Emitter, node: Node):
+    """Sizes that are those of the input at the same place become 0 ("keep"), which needs no shape arithmetic."""
+    source, sizes = node.args[0], list(node.args[1])
+    kept = [
+        0 if is_call(s, aten.sym_size.int) and s.args[0] is source and s.args[1] == axis else s
+        for axis, s in enumerate(sizes)
+    ]
+    if sum(isinstance(s, Node) for s in kept) == 1 and -1 not in kept:
+        kept = [-1 if isinstance(s, Node) else s for s in kept]
+    return emit.op("Reshape", emit.get(source), emit.shape(kept))
+
+
+def _expand(emit: Emitter, node: Node):
+    return emit.op("Expand", emit.get(node.args[0]), emit.shape([1 if s == -1 else s for s in node.args[1]]))
+
+
+def _transpose(emit: Emitter, node: Node):
+    order = list(range(len(shape_of(node))))
+    if is_call(node, aten.permute.default):
+        order = [axis % len(order) for axis in node.args[1]]
+    else:
+        first, second = (0, 1) if is_call(node, aten.t.default) else node.args[1:3]
+        order[first], order[second] = order[second], order[first]
+    return emit.op("Transpose", emit.get(node.args[0]), perm=order)
+
+
+def _unsqueeze(emit: Emitter, node: Node):
+    return emit.op("Unsqueeze", emit.get(node.args[0]), emit.constant([node.args[1]]))
+
+
+def _squeeze(emit: Emitter, node: Node):
+    axes = node.args[1] if len(node.args) > 1 else None
+    axes = None if axes is None else emit.constant([axes] if isinstance(axes, int) else list(axes))
+    return emit.op("Squeeze", emit.get(node.args[0]), axes)
+
+
+def _slice(emit: Emitter, node: Node):
+    source, axis, start, end, step = (*node.args, *(0, 0, _END, 1)[len(node.args) - 1 :])
+    start, end = 0 if start is None else start, _END if end is None else end
+    if (start, end, step) == (0, _END, 1):
+        return emit.get(source)
+    bounds = [emit.shape([bound]) for bound in (start, end)]
+    return emit.op("Slice", emit.get(source), *bounds, emit.constant([axis]), emit.constant([step]))
+
+
+def _select(emit: Emitter, node: Node):
+    return emit.op("Gather", emit.get(node.args[0]), emit.get(node.args[2]), axis=node.args[1])
+
+
+def _cat(emit: Emitter, node: Node):
+    axis = node.args[1] if len(node.args) > 1 else 0
+    return emit.op("Concat", *(emit.get(t, dtype_of(node)) for t in node.args[0]), axis=axis)
+
+
+def _split(emit: Emitter, node: Node):
+    axis = node.args[2] if len(node.args) > 2 else 0
+    sizes = [spec.shape[axis] for spec in node.meta["spec"]]
+    made = emit.op("Split", emit.get(node.args[0]), emit.constant(sizes), axis=axis, outputs=len(sizes))
+    return made if isinstance(made, tuple) else (made,)
+
+
+def _embedding(emit: Emitter, node: Node):
+    return emit.op("Gather", emit.get(node.args[0]), emit.get(node.args[1]), axis=0)
+
+
+def _flatten(emit: Emitter, node: Node):
+    return emit.op("Reshape", emit.get(node.args[0]), emit.constant([d if isinstance(d, int) else -1 for d in shape_of(node)]))
+
+
+def _arange(emit: Emitter, node: Node):
+    bounds = {1: (0, *node.args), 2: node.args}.get(len(node.args), node.args[:2])
+    dtype = dtype_of(node)
+    return emit.op("Range", *(emit.get(b, dtype) for b in bounds), emit.constant(1, dtype))
+
+
+TRANSLATIONS = {
+    aten.sym_size.int: _size,
+    aten.view.default: _reshape, aten.reshape.default: _reshape, aten._unsafe_view.default: _reshape,
+    aten.flatten.using_ints: _flatten, aten.expand.default: _expand,
+    aten.transpose.int: _transpose, aten.permute.default: _transpose, aten.t.default: _transpose,
+    aten.unsqueeze.default: _unsqueeze, aten.squeeze.dim: _squeeze, aten.squeeze.default: _squeeze, aten.squeeze.dims: _squeeze,
+    aten.slice.Tensor: _slice, aten.select.int: _select, aten.cat.default: _cat,
+    aten.split_with_sizes.default: _split, aten.split.Tensor: _split, aten.chunk.default: _split, aten.split.sizes: _split,
+    aten.embedding.default: _embedding,
+    aten.arange.default: _arange, aten.arange.start: _arange,
+    operator.getitem: lambda emit, node: emit.values[node.args[0]][node.args[1]],
+}  # fmt: skip

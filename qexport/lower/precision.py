@@ -1,0 +1,73 @@
+"""A float32 graph turned into a float16 one.
+
+Values computed from integers and constants alone (positions, rotary tables, masks) stay float32 until they meet the
+activations: positions beyond 2048 and their angles do not fit float16. So do nodes marked KEEP. Casts appear where the
+two meet, in the graph itself, so that PyTorch and ONNX Runtime cast at the same places.
+"""
+
+import operator
+from dataclasses import replace
+
+import torch
+from torch.fx import Graph, GraphModule, Node
+
+from ..passes.edit import Spec, call, finish, get_tensor, set_tensor
+
+aten = torch.ops.aten
+KEEP = "keep_float32"
+_SAME_TYPE = (aten.sym_size.int, operator.getitem)  # take whatever type their input has
+
+
+def to_half(module: GraphModule, constants: set[str]) -> None:
+    """Make a block compute in float16, in place.
+
+    Args:
+        module: a float32 block.
+        constants: names of its tensors that come from the config and not from the checkpoint.
+    """
+    graph = module.graph
+    single = _stays_single(graph, constants)
+    for node in list(graph.nodes):
+        if node.op == "get_attr" and _is_float(node) and node not in single:
+            set_tensor(module, node.target, get_tensor(module, node.target).half())
+        if node.op != "output" and node not in single:
+            node.meta["spec"] = _half(node.meta["spec"])
+    casts: dict[tuple[Node, torch.dtype], Node] = {}
+    for node in list(graph.nodes):
+        if node.op not in ("call_function", "output") or node.target in _SAME_TYPE:
+            continue
+        wants = torch.float32 if node in single else torch.float16
+        for source in node.all_input_nodes:
+            if _is_float(source) and source.meta["spec"].dtype != wants:
+                node.replace_input_with(source, _cast(graph, source, wants, casts))
+    finish(module)
+
+
+def _stays_single(graph: Graph, constants: set[str]) -> set[Node]:
+    single: set[Node] = set()
+    for node in graph.nodes:
+        if node.op == "get_attr" and _is_float(node):
+            if node.target in constants or all(KEEP in user.meta for user in node.users):
+                single.add(node)
+        elif node.op == "call_function" and (KEEP in node.meta or all(s in single for s in node.all_input_nodes if _is_float(s))):
+            single.add(node)
+    return single
+
+
+def _cast(graph: Graph, source: Node, dtype: torch.dtype, casts: dict) -> Node:
+    if (source, dtype) not in casts:
+        with graph.inserting_after(source):
+            casts[source, dtype] = call(graph, aten.to.dtype, (source, dtype), like=source, dtype=dtype)
+    return casts[source, dtype]
+
+
+def _is_float(node: Node) -> bool:
+    spec = node.meta.get("spec")
+    specs = spec if isinstance(spec, tuple) else (spec,)
+    return any(isinstance(s, Spec) and s.dtype in (torch.float32, torch.float16) for s in specs)
+
+
+def _half(spec):
+    if isinstance(spec, tuple):
+        return tuple(_half(s) for s in spec)
+    return replace(spec, dtype=torch.float16) if spec is not None and spec.dtype == torch.float32 else spec

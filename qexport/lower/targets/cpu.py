@@ -1,0 +1,87 @@
+"""The CPU provider of ONNX Runtime: float32, uint8 activations, MatMulNBits for weights in groups."""
+
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+from torch.fx import GraphModule, Node
+
+from ...passes.edit import add_tensor, call, finish, is_call
+from .forms import Form, form_of, linear_products
+
+ops = torch.ops.qexport
+aten = torch.ops.aten
+
+# Blocks that ONNX Runtime splits per-channel weights into when it makes MatMulNBits of them (session default).
+_DEFAULT_BLOCK = 32
+
+
+@dataclass(frozen=True)
+class CpuTarget:
+    """How a quantized graph is written for the CPU.
+
+    Attributes:
+        accuracy_level: 4 lets MatMulNBits round its float input to 8 bits in blocks (fast); 1 keeps it float32.
+    """
+
+    accuracy_level: int = 4
+    name: ClassVar[str] = "cpu"
+    provider: ClassVar[str] = "CPUExecutionProvider"
+    dtype: ClassVar[torch.dtype] = torch.float32
+
+    def session(self) -> dict[str, str]:
+        """Session entries without which the file computes something else."""
+        return {
+            "session.qdq_matmulnbits_accuracy_level": str(self.accuracy_level),
+            "session.qdq_matmulnbits_block_size": str(_DEFAULT_BLOCK),
+        }
+
+    def numerics(self) -> dict[str, str]:
+        """What a user should know about the arithmetic."""
+        if self.accuracy_level == 4:
+            inputs = "float inputs of MatMulNBits are rounded to 8 bits per row and block (accuracy level 4)"
+        else:
+            inputs = "float inputs of MatMulNBits stay float32 (accuracy level 1)"
+        return {"weight_only": inputs, "integer": "8-bit inputs are unsigned with zero point 128", "dtype": "float32"}
+
+    def rewrite(self, module: GraphModule, constants: set[str]) -> None:
+        """Turn canonical QDQ into the forms that this provider fuses, in place."""
+        for product in linear_products(module.graph):
+            form = form_of(product)
+            if form.integer:
+                _integer(module, product, form)
+            elif self.accuracy_level == 4:
+                x, block = product.args[0], form.block_size or _DEFAULT_BLOCK
+                with module.graph.inserting_before(product):
+                    rounded = call(module.graph, ops.matmul_nbits_input.default, (x, block), like=x)
+                product.replace_input_with(x, rounded)
+        finish(module)
+
+    def kernel(self, product: Node) -> str:
+        """The operator that the linear must have become in the optimized graph."""
+        return "MatMulIntegerToFloat" if form_of(product).integer else "MatMulNBits"
+
+
+def _integer(module: GraphModule, product: Node, form: Form) -> None:
+    """uint8 activations with zero point 128; the token scale behind the product; 4-bit codes widened when loaded."""
+    graph = module.graph
+    codes = form.quantize
+    if codes.args[3]:  # still signed: not yet rewritten for another linear that shares it
+        with graph.inserting_before(codes):
+            zero = add_tensor(graph, f"{product.meta['linear']}.input_zero_point", torch.tensor(128, dtype=torch.uint8))
+        codes.args = (codes.args[0], codes.args[1], 128, False)
+        codes.meta["spec"] = replace(codes.meta["spec"], dtype=torch.uint8)
+        dequantize = form.dequantize
+        dequantize.args = (codes, dequantize.args[1], zero, *dequantize.args[3:])
+    if form.token_scale is not None:
+        product.replace_input_with(product.args[0], form.dequantize)
+        with graph.inserting_after(product):
+            scaled = call(graph, aten.mul.Tensor, (product, form.token_scale), like=product)
+        product.replace_all_uses_with(scaled, delete_user_cb=lambda user: user is not scaled)
+        if "result_of" in product.meta:
+            scaled.meta["result_of"] = product.meta.pop("result_of")
+    weight = product.args[1]
+    if weight.args[5] == 4 and not is_call(weight.args[0], ops.widen_int4.default):
+        with graph.inserting_before(weight):
+            wide = call(graph, ops.widen_int4.default, (weight.args[0],), like=weight.args[0])
+        weight.args = (wide, *weight.args[1:5], 8)

@@ -1,0 +1,72 @@
+"""The CUDA provider of ONNX Runtime: float16, int8 activations through MatMulInteger, MatMulNBits for groups."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch.fx import GraphModule, Node
+
+from ...passes.edit import call, finish, is_call
+from ..precision import KEEP, to_half
+from .forms import Form, form_of, linear_products
+
+ops = torch.ops.qexport
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class CudaTarget:
+    """How a quantized graph is written for CUDA."""
+
+    name: ClassVar[str] = "cuda"
+    provider: ClassVar[str] = "CUDAExecutionProvider"
+    dtype: ClassVar[torch.dtype] = torch.float16
+
+    def session(self) -> dict[str, str]:
+        """Session entries without which the file runs otherwise than planned."""
+        return {
+            "ep.cuda.fpa_intb_gemm": "1",
+            # A bias folded into MatMulNBits rules out its fastest kernel.
+            "optimization.disable_specified_optimizers": "MatMulAddFusion;MatMulNBitsFusion",
+            "session.qdq_matmulnbits_block_size": "32",
+        }
+
+    def numerics(self) -> dict[str, str]:
+        """What a user should know about the arithmetic."""
+        return {
+            "dtype": "float16; position tables and the scaling of integer products are float32",
+            "integer": "8-bit inputs are signed with zero point 0",
+        }
+
+    def rewrite(self, module: GraphModule, constants: set[str]) -> None:
+        """Turn canonical QDQ into nodes that have CUDA kernels, and the graph into float16, in place."""
+        for product in linear_products(module.graph):
+            form = form_of(product)
+            if form.integer:
+                _integer(module, product, form)
+        finish(module)
+        to_half(module, constants)
+
+    def kernel(self, product: Node) -> str:
+        """The operator that the linear must have become in the optimized graph."""
+        return "MatMulInteger" if is_call(product, ops.matmul_integer.default) else "MatMulNBits"
+
+
+def _integer(module: GraphModule, product: Node, form: Form) -> None:
+    """codes x codes in int32, then the scales in float32: the sums do not fit float16."""
+    graph, weight = module.graph, product.args[1]
+    codes, scale, _zero_point, _axis, _block, bits = weight.args
+    with graph.inserting_before(product):
+        if bits == 4:
+            codes = call(graph, ops.widen_int4.default, (codes,), like=codes)
+        exact = call(graph, ops.matmul_integer.default, (form.quantize, codes), like=product, dtype=torch.int32)
+        result = call(graph, aten.to.dtype, (exact, torch.float32), like=product)
+        result.meta[KEEP] = True
+        for factor in (form.token_scale if form.token_scale is not None else form.quantize.args[1], scale):
+            result = call(graph, aten.mul.Tensor, (result, factor), like=product)
+            result.meta[KEEP] = True
+    exact.meta["linear"] = product.meta["linear"]
+    if "result_of" in product.meta:
+        result.meta["result_of"] = product.meta["result_of"]
+    product.replace_all_uses_with(result)
+    graph.erase_node(product)

@@ -1,0 +1,46 @@
+"""Reading a YAML mapping so that every key's line is known and none is given twice."""
+
+from typing import Any
+
+import yaml
+
+from ..errors import RecipeError
+
+
+def read_yaml(text: str, place: str) -> tuple[dict[str, Any], dict[tuple, int]]:
+    """A YAML mapping as plain Python, and the line of each of its keys by path, e.g. ("overrides", 0, "match").
+
+    Args:
+        place: the file's name, for errors.
+
+    Raises:
+        RecipeError: not YAML, not a mapping, an alias, or a key given twice, with the line.
+    """
+    try:
+        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=yaml.SafeLoader)):
+            raise RecipeError("a recipe has no YAML aliases", place=place, remedy="Write the value out")
+        root, data = yaml.compose(text, Loader=yaml.SafeLoader), yaml.safe_load(text)
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        mark = getattr(error, "problem_mark", None)
+        problem = getattr(error, "problem", None) or (str(error) or type(error).__name__).splitlines()[0]
+        raise RecipeError(f"this is not YAML: {problem}", place=f"{place}:{mark.line + 1}" if mark else place) from None
+    if not isinstance(data, dict):
+        raise RecipeError("this is not a mapping", place=place, remedy="Write keys and values, e.g. scheme: w4a16_g32")
+    lines: dict[tuple, int] = {}
+    _note_lines(root, (), lines, place)
+    return data, lines
+
+
+def _note_lines(node: yaml.Node, path: tuple, lines: dict[tuple, int], place: str) -> None:
+    if isinstance(node, yaml.MappingNode):
+        # PyYAML silently keeps the last of two equal keys.
+        for key, value in node.value:
+            where, line = (*path, key.value), key.start_mark.line + 1
+            if where in lines:
+                raise RecipeError(f"{key.value} is already given in line {lines[where]}", place=f"{place}:{line}")
+            lines[where] = line
+            _note_lines(value, where, lines, place)
+    elif isinstance(node, yaml.SequenceNode):
+        for index, value in enumerate(node.value):
+            lines[*path, index] = value.start_mark.line + 1
+            _note_lines(value, (*path, index), lines, place)

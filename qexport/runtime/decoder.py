@@ -1,0 +1,223 @@
+"""A decoder session with its key/value cache: prefill, then a token at a time, the cache staying where it is made."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+
+from ..errors import InputError, RuntimeProblem
+from . import manifest as manifests
+from .manifest import CUDA, Manifest
+from .sampling import Sampling, choose
+from .session import open_session
+
+_NUMPY = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
+
+
+@dataclass(frozen=True)
+class Generation:
+    """New tokens of each row, without the prompt; the end-of-sequence token, if met, is the last.
+
+    Attributes:
+        tokens: for each row of the batch, its new token ids.
+        finished: for each row, whether it met an end-of-sequence token.
+        prefill_seconds: time until the logits behind the prompt.
+        decode_seconds: time of all the steps after that.
+    """
+
+    tokens: tuple[tuple[int, ...], ...]
+    finished: tuple[bool, ...]
+    prefill_seconds: float
+    decode_seconds: float
+
+
+class Decoder:
+    """A decoder session and the cache of one batch.
+
+    The cache stays in OrtValues on the device of the session: the present of one run is bound as the past of the next.
+
+    Args:
+        session: session on a file with the decoder interface (see `Manifest`).
+        settings: the manifest's settings. num_key_value_heads and head_dim size the cache where the file's shapes are
+            symbolic; with past_present_share_buffer the file writes present into the buffer that past came in.
+        max_length: length of a shared buffer in tokens; with separate past and present it has no effect.
+
+    Raises:
+        InputError: the file does not have the interface, or a shared cache has no max_length.
+    """
+
+    def __init__(
+        self, session: ort.InferenceSession, settings: Mapping[str, Any] | None = None, *, max_length: int | None = None
+    ):
+        settings = settings or {}
+        inputs = {value.name: value for value in session.get_inputs()}
+        outputs = {value.name for value in session.get_outputs()}
+        self._pasts = [name for name in inputs if name.startswith("past_key_values.")]
+        presents = [name.replace("past_key_values.", "present.") for name in self._pasts]
+        missing = {"input_ids", "attention_mask"} - set(inputs) | {"logits", *presents} - outputs
+        if missing or not self._pasts:
+            raise InputError(
+                f"not a decoder: {', '.join(sorted(missing)) or 'past_key_values'} is missing",
+                remedy="generate and bench need a model exported as a causal language model",
+            )
+        self._share = bool(settings.get("past_present_share_buffer", False))
+        if self._share and max_length is None:
+            raise InputError("a file with a shared cache needs max_length")
+        self._session, self._outputs = session, ["logits", *presents]
+        self._has_positions = "position_ids" in inputs
+        sizes = {1: settings.get("num_key_value_heads"), 3: settings.get("head_dim")}
+        self._sizes = {
+            name: {i: dim if isinstance(dim := inputs[name].shape[i], int) else sizes[i] for i in sizes}
+            for name in self._pasts
+        }
+        if any(size is None for dims in self._sizes.values() for size in dims.values()):
+            raise InputError("the cache has symbolic shapes, and the settings give no num_key_value_heads and head_dim")
+        self._cache_dtype = _NUMPY[inputs[self._pasts[0]].type]
+        self._device = "cuda" if session.get_providers()[0] == CUDA else "cpu"
+        self._max_length = max_length
+        self._cache: list[ort.OrtValue] = []
+        self._mask = np.zeros((0, 0), np.int64)
+
+    @property
+    def past(self) -> int:
+        """Tokens in the cache, padding included."""
+        return self._mask.shape[1]
+
+    def reset(self) -> None:
+        """Forget the batch."""
+        self._cache, self._mask = [], np.zeros((0, 0), np.int64)
+
+    def run(self, input_ids: np.ndarray, attention_mask: np.ndarray | None = None) -> np.ndarray:
+        """Append tokens to the cache and return the logits behind each of them.
+
+        Args:
+            input_ids: int64 [batch, sequence].
+            attention_mask: 1 for tokens and 0 for padding, [batch, sequence], the new tokens only; padding is on the
+                left of the first call. All ones when absent.
+
+        Returns:
+            logits, [batch, sequence, vocab] in the dtype of the file; memory of the session, valid until released.
+
+        Raises:
+            InputError: shapes that do not fit, padding elsewhere, or more tokens than a shared cache holds.
+            RuntimeProblem: ONNX Runtime fails.
+        """
+        ids = np.ascontiguousarray(input_ids, np.int64)
+        new = np.ones_like(ids) if attention_mask is None else np.ascontiguousarray(attention_mask, np.int64)
+        self._check(ids, new)
+        mask = np.concatenate([self._mask, new], axis=1) if self._cache else new
+        cache = self._cache or [self._empty(name, len(ids)) for name in self._pasts]
+        binding = self._session.io_binding()
+        binding.bind_cpu_input("input_ids", ids)
+        binding.bind_cpu_input("attention_mask", mask)
+        if self._has_positions:
+            positions = np.maximum(np.cumsum(mask, axis=1) - 1, 0)[:, -ids.shape[1] :]
+            binding.bind_cpu_input("position_ids", np.ascontiguousarray(positions))
+        for name, value in zip(self._pasts, cache, strict=True):
+            binding.bind_ortvalue_input(name, value)
+        binding.bind_output("logits", "cpu")
+        for name, value in zip(self._outputs[1:], cache, strict=True):
+            if self._share:
+                binding.bind_ortvalue_output(name, value)
+            else:
+                binding.bind_output(name, self._device)
+        try:
+            self._session.run_with_iobinding(binding)
+        except Exception as error:  # onnxruntime has one exception class for each status code and no base class
+            raise RuntimeProblem(f"the decoder failed after {self.past} tokens: {error}") from error
+        logits, *present = binding.get_outputs()
+        self._cache, self._mask = (cache if self._share else present), mask
+        return np.from_dlpack(logits)
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        max_new_tokens: int,
+        eos_token_ids: Sequence[int] = (),
+        pad_token_id: int = 0,
+        sampling: Sampling | None = None,
+        on_token: Callable[[int, int], None] | None = None,
+    ) -> Generation:
+        """Continue a batch of prompts; the cache starts empty.
+
+        Args:
+            prompts: token ids, one list a row; shorter ones are padded on the left.
+            max_new_tokens: new tokens a row gets at most.
+            eos_token_ids: tokens that end a row.
+            pad_token_id: id to fill up with; masked, so any valid id will do.
+            sampling: how to draw; None takes the likeliest token. The same seed draws the same tokens, and a row
+                draws the same whatever rows are beside it.
+            on_token: called as on_token(row, token) for each new token.
+
+        Raises:
+            InputError: an empty batch or prompt, or prompts of different length for a file without position_ids.
+        """
+        if not prompts or not all(len(prompt) for prompt in prompts):
+            raise InputError("there is nothing to continue: a prompt without tokens", remedy="Give at least one token")
+        self.reset()
+        length = max(len(prompt) for prompt in prompts)
+        ids = np.full((len(prompts), length), pad_token_id, np.int64)
+        mask = np.zeros_like(ids)
+        for row, prompt in enumerate(prompts):
+            ids[row, length - len(prompt) :], mask[row, length - len(prompt) :] = prompt, 1
+        draws = [np.random.default_rng([sampling.seed, row]) for row in range(len(prompts))] if sampling else None
+        tokens: list[list[int]] = [[] for _ in prompts]
+        finished, eos = np.zeros(len(prompts), bool), set(eos_token_ids)
+        start = perf_counter()
+        logits = self.run(ids, mask)[:, -1]
+        prefill = perf_counter() - start
+        for step in range(max_new_tokens):
+            chosen = choose(logits, sampling, draws)
+            for row in np.flatnonzero(~finished):
+                token = int(chosen[row])
+                tokens[row].append(token)
+                finished[row] = token in eos
+                if on_token:
+                    on_token(int(row), token)
+            if finished.all() or step + 1 == max_new_tokens:
+                break
+            logits = self.run(np.where(finished, pad_token_id, chosen)[:, None])[:, -1]
+        decode = perf_counter() - start - prefill
+        return Generation(tuple(map(tuple, tokens)), tuple(map(bool, finished)), prefill, decode)
+
+    def _check(self, ids: np.ndarray, mask: np.ndarray) -> None:
+        if ids.ndim != 2 or ids.shape != mask.shape or 0 in ids.shape:
+            raise InputError(f"input_ids {ids.shape} and attention_mask {mask.shape} must both be [batch, sequence]")
+        if self._cache and len(ids) != len(self._mask):
+            raise InputError(f"the cache holds {len(self._mask)} rows, the input {len(ids)}", remedy="Call reset()")
+        if (np.diff(mask, axis=1) < 0).any() or not mask[:, -1].all() or (self._cache and not mask.all()):
+            raise InputError("padding belongs on the left of the first tokens")
+        if not self._has_positions and not mask.all():
+            raise InputError(
+                "this file computes positions itself, so it cannot take padding",
+                remedy="Run prompts of different length one by one",
+            )
+        if self._share and self.past + ids.shape[1] > self._max_length:
+            raise InputError(f"{self.past + ids.shape[1]} tokens do not fit into a cache of {self._max_length}")
+
+    def _empty(self, name: str, batch: int) -> ort.OrtValue:
+        sizes = self._sizes[name]
+        shape = [batch, sizes[1], self._max_length if self._share else 0, sizes[3]]
+        return ort.OrtValue.ortvalue_from_shape_and_type(shape, self._cache_dtype, self._device, 0)
+
+
+def open_decoder(
+    folder: str | Path,
+    manifest: Manifest | None = None,
+    *,
+    threads: int | None = None,
+    provider: str | None = None,
+    max_length: int = 2048,
+) -> Decoder:
+    """Open a folder for generation; max_length bounds a shared cache only.
+
+    Raises: as `open_session` and `Decoder`.
+    """
+    manifest = manifest or manifests.load(folder)
+    session = open_session(folder, manifest, threads=threads, provider=provider)
+    return Decoder(session, manifest.settings, max_length=max_length)

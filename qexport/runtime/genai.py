@@ -1,0 +1,129 @@
+"""genai_config.json: what onnxruntime-genai needs to know to run an exported decoder."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from ..errors import InputError
+from .manifest import CPU, CUDA, MODEL_FILE, Manifest
+
+# Types that onnxruntime-genai runs as a plain decoder: tokens, mask and positions in, logits and separate keys and
+# values out. The type still picks tool-call and reasoning tokens, so it is kept where it is known.
+_PLAIN_DECODERS = frozenset(
+    {
+        "chatglm", "decoder", "ernie4_5", "gemma", "gemma2", "gemma3_text", "gptoss", "granite", "hunyuandensev1",
+        "internlm2", "llama", "mistral", "nemotron", "olmo", "phi", "phi3", "phi3small", "phimoe", "qwen2", "qwen3",
+        "smollm3",
+    }
+)  # fmt: skip
+# Model types of transformers under the name they have there.
+_RENAMED = {"gpt_oss": "gptoss", "hunyuan_v1_dense": "hunyuandensev1"}
+_SEARCH = {
+    "do_sample": False,
+    "temperature": 1.0,
+    "top_k": 50,
+    "top_p": 1.0,
+    "repetition_penalty": 1.0,
+    "length_penalty": 1.0,
+    "diversity_penalty": 0.0,
+    "no_repeat_ngram_size": 0,
+}
+
+
+def model_type(name: str) -> str:
+    """The type under which onnxruntime-genai runs a decoder of the transformers type `name`.
+
+    It refuses to load types it does not know, and gives some it knows another interface (gpt2: keys and values in one
+    tensor; lfm2: convolution states). All of those become "decoder", the plain one.
+    """
+    name = _RENAMED.get(name, name)
+    return name if name in _PLAIN_DECODERS else "decoder"
+
+
+def genai_config(
+    manifest: Manifest, config: Mapping[str, Any], generation_config: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """Contents of genai_config.json for an exported decoder.
+
+    Args:
+        manifest: manifest of the export. Its session entries become session options, so that the numbers are the same
+            as in a session of qexport.
+        config: config.json of the model.
+        generation_config: generation_config.json of the model; where present, its tokens and search defaults win.
+
+    Raises:
+        InputError: not a decoder, or the configs lack a size or an end-of-sequence token.
+    """
+    if manifest.kind != "decoder":
+        raise InputError(f"onnxruntime-genai runs decoders, and this export is a {manifest.kind}")
+    generation = {key: value for key, value in (generation_config or {}).items() if value is not None}
+    text = _text_config(config)
+    tokens = {key: generation.get(key, text.get(key)) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    eos = tokens["eos_token_id"]
+    if eos is None:
+        raise InputError("the model's configs name no eos_token_id", remedy="Set it in generation_config.json")
+    if tokens["pad_token_id"] is None:
+        tokens["pad_token_id"] = eos[0] if isinstance(eos, list) else eos
+    context = _need(text, "max_position_embeddings")
+    search = {key: generation.get(key, default) for key, default in _SEARCH.items()}
+    return {
+        "model": {
+            "type": model_type(text.get("model_type", "decoder")),
+            "vocab_size": _need(manifest.settings, "vocab_size"),
+            "context_length": context,
+            **{key: value for key, value in tokens.items() if value is not None},
+            "decoder": {
+                "filename": MODEL_FILE,
+                "session_options": {
+                    "log_id": "onnxruntime-genai",
+                    **manifest.session,
+                    "provider_options": _provider_options(manifest),
+                },
+                "hidden_size": _need(text, "hidden_size"),
+                "head_size": _need(manifest.settings, "head_dim"),
+                "num_attention_heads": _need(text, "num_attention_heads"),
+                "num_key_value_heads": _need(manifest.settings, "num_key_value_heads"),
+                "num_hidden_layers": _need(manifest.settings, "num_hidden_layers"),
+                "inputs": {
+                    "input_ids": "input_ids",
+                    "attention_mask": "attention_mask",
+                    "position_ids": "position_ids",
+                    "past_key_names": "past_key_values.%d.key",
+                    "past_value_names": "past_key_values.%d.value",
+                },
+                "outputs": {
+                    "logits": "logits",
+                    "present_key_names": "present.%d.key",
+                    "present_value_names": "present.%d.value",
+                },
+            },
+        },
+        "search": {
+            **search,
+            "min_length": 0,
+            "max_length": context,
+            "num_beams": 1,
+            "num_return_sequences": 1,
+            "early_stopping": True,
+            "past_present_share_buffer": bool(manifest.settings.get("past_present_share_buffer", False)),
+        },
+    }
+
+
+def _provider_options(manifest: Manifest) -> list[dict[str, dict[str, str]]]:
+    if manifest.provider == CPU:
+        return []
+    if manifest.provider == CUDA:
+        return [{"cuda": {}}]
+    raise InputError(f"onnxruntime-genai is not configured for {manifest.provider}")
+
+
+def _text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The part of config.json that describes the text decoder; multimodal models nest it."""
+    nested = config.get("text_config")
+    return {**config, **nested} if isinstance(nested, Mapping) else config
+
+
+def _need(sizes: Mapping[str, Any], key: str) -> Any:
+    if sizes.get(key) is None:
+        raise InputError(f"{key} is missing", remedy="It is needed in config.json or in the manifest's settings")
+    return sizes[key]

@@ -1,0 +1,174 @@
+"""ONNX Runtime sessions that run a file with the options its numbers depend on, or not at all."""
+
+import tempfile
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx
+import onnxruntime as ort
+
+from ..errors import RuntimeProblem
+from . import manifest as manifests
+from .manifest import CPU, CUDA, MODEL_FILE, LinearEntry, Manifest
+
+
+@dataclass(frozen=True)
+class Node:
+    """A node of the optimized graph; outputs are value names, domain "" is ONNX itself.
+
+    provider: the execution provider that runs it; None where it cannot be told (a node that optimization made).
+    """
+
+    name: str
+    op_type: str
+    domain: str
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    provider: str | None
+
+
+@dataclass(frozen=True)
+class OptimizedGraph:
+    """What ONNX Runtime really runs.
+
+    Attributes:
+        nodes: nodes of the main graph after every optimization.
+        placement: (node name, op type, provider) of every node when the graph was cut between providers. That comes
+            before the last fusions, so a quantized linear still shows as DequantizeLinear and MatMul here.
+    """
+
+    nodes: tuple[Node, ...]
+    placement: tuple[tuple[str, str, str], ...]
+
+    def op_counts(self) -> Counter[str]:
+        return Counter(node.op_type for node in self.nodes)
+
+    def nodes_per_provider(self) -> Counter[str]:
+        """How many nodes each provider took."""
+        return Counter(provider for _, _, provider in self.placement)
+
+
+def open_session(
+    source: str | Path,
+    manifest: Manifest | None = None,
+    *,
+    threads: int | None = None,
+    provider: str | None = None,
+    outputs_path: str | Path | None = None,
+    record_assignment: bool = False,
+) -> ort.InferenceSession:
+    """Load an exported model with the session options of its manifest.
+
+    Args:
+        source: an exported folder, or an ONNX file.
+        manifest: what the file says about itself; read from the folder (or from the file's folder) when absent.
+        threads: threads within an operator; None lets ONNX Runtime take every physical core.
+        provider: run on this provider instead of the one the file was made for.
+        outputs_path: also write the optimized model here, its weights beside it.
+        record_assignment: remember which provider takes which node (see `optimized_graph`).
+
+    Raises:
+        InputError: the folder is no export.
+        RuntimeProblem: the provider does not load (the session never falls back to another one), or ONNX Runtime
+            refuses the model.
+    """
+    source = Path(source)
+    folder = source if source.is_dir() else source.parent
+    manifest = manifest or manifests.load(folder)
+    path = source / Path(manifest.settings.get("filename", MODEL_FILE)).name if source.is_dir() else source
+    wanted = provider or manifest.provider
+    options = _options(manifest, threads, outputs_path, record_assignment)
+    if wanted not in ort.get_available_providers():
+        raise _missing(wanted, path, "this onnxruntime package was built without it")
+    try:
+        session = ort.InferenceSession(path, options, providers=[wanted] if wanted == CPU else [wanted, CPU])
+    except Exception as error:  # onnxruntime has one exception class for each status code and no base class
+        raise RuntimeProblem(
+            f"ONNX Runtime refuses the model: {str(error).strip()}", place=str(path), remedy="See `qexport doctor`"
+        ) from error
+    # A provider whose libraries are missing is dropped with a line in the log and nothing else.
+    if wanted not in session.get_providers():
+        raise _missing(wanted, path, "its libraries did not load")
+    session.disable_fallback()
+    return session
+
+
+def optimized_graph(
+    source: str | Path, manifest: Manifest | None = None, *, provider: str | None = None
+) -> OptimizedGraph:
+    """Load the model and return the graph that ONNX Runtime made of it, with the provider of each node.
+
+    The optimized weights go to a temporary file and are not read back; it needs as much free disk as the model.
+
+    Raises: as `open_session`.
+    """
+    with tempfile.TemporaryDirectory(prefix="qexport-") as folder:
+        target = Path(folder) / "optimized.onnx"
+        session = open_session(source, manifest, provider=provider, outputs_path=target, record_assignment=True)
+        placement = tuple(
+            (node.name, node.op_type, group.ep_name)
+            for group in session.get_provider_graph_assignment_info()
+            for node in group.get_nodes()
+        )
+        del session
+        graph = onnx.load(target, load_external_data=False).graph
+    providers = {name: provider for name, _, provider in placement if name}
+    nodes = tuple(
+        Node(n.name, n.op_type, n.domain, tuple(n.input), tuple(n.output), providers.get(n.name)) for n in graph.node
+    )
+    return OptimizedGraph(nodes, placement)
+
+
+def kernel_of(nodes: Iterable[Node], output: str, node: str = "") -> str | None:
+    """Op type that computes a linear in the optimized graph, or None when neither name is there.
+
+    Fusion gives the fused node the name of the MatMul, which is therefore asked first; the value name is lost when a
+    bias, a scale or the graph's output is folded in.
+
+    Args:
+        nodes: nodes of the optimized graph.
+        output: name of the value that the linear produced before optimization.
+        node: name of its MatMul node.
+    """
+    by_value = None
+    for candidate in nodes:
+        if node and candidate.name == node:
+            return candidate.op_type
+        if output in candidate.outputs:
+            by_value = candidate.op_type
+    return by_value
+
+
+def unfused(graph: OptimizedGraph, linears: Sequence[LinearEntry]) -> list[tuple[LinearEntry, str | None]]:
+    """The planned linears that did not become their kernel, each with the op type found instead."""
+    found = [(linear, kernel_of(graph.nodes, linear.output, linear.node)) for linear in linears]
+    return [(linear, kernel) for linear, kernel in found if kernel != linear.kernel]
+
+
+def _options(
+    manifest: Manifest, threads: int | None, outputs_path: str | Path | None, record_assignment: bool
+) -> ort.SessionOptions:
+    options = ort.SessionOptions()
+    options.log_severity_level = 3  # warnings are about placement and hardware; checks here report both
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    for key, value in manifest.session.items():
+        options.add_session_config_entry(key, value)
+    if outputs_path is not None:
+        options.optimized_model_filepath = str(outputs_path)
+        # One protobuf holds 2 GB at most, and the nodes are wanted without the weights.
+        name = f"{Path(outputs_path).stem}.data"
+        options.add_session_config_entry("session.optimized_model_external_initializers_file_name", name)
+        options.add_session_config_entry("session.optimized_model_external_initializers_min_size_in_bytes", "1024")
+    if record_assignment:
+        options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+    return options
+
+
+def _missing(provider: str, path: Path, why: str) -> RuntimeProblem:
+    remedy = "Run `qexport doctor` to see why"
+    if provider == CUDA:
+        remedy += f', or run the file on the CPU with provider="{CPU}"'
+    return RuntimeProblem(f"{provider} is not available: {why}", place=str(path), remedy=remedy)

@@ -1,0 +1,66 @@
+"""SmoothQuant factors against the formula, feature by feature."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from qexport.errors import NumericsError, RecipeError
+from qexport.numerics.smoothing import smoothquant_factors
+
+
+def case(seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    activation = torch.rand(12, generator=generator) * torch.logspace(-2, 3, 12)
+    return activation, [torch.randn(n, 12, generator=generator) for n in (3, 5)]
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(0, 2**32), st.sampled_from([0, 0.25, 0.5, 0.85, 1]))
+def test_factors_agree_with_a_loop(seed, alpha):
+    activation, weights = case(seed)
+    factors = smoothquant_factors(activation, weights, alpha)
+    assert factors.dtype == torch.float32 and factors.shape == (12,)
+    for j in range(12):
+        weight = max(abs(float(w[i, j])) for w in weights for i in range(len(w)))
+        expected = max(float(activation[j]), 1e-5) ** alpha / max(weight, 1e-5) ** (1 - alpha)
+        assert float(factors[j]) == pytest.approx(max(expected, 1e-5), rel=1e-6)
+
+
+def test_half_way_makes_both_ranges_equal():
+    activation, weights = case()
+    factors = smoothquant_factors(activation, weights, 0.5)
+    scaled = torch.cat(weights).abs().amax(0) * factors
+    assert torch.allclose(scaled, activation / factors, rtol=1e-5)
+
+
+def test_dead_features_keep_one_and_small_ranges_are_floored():
+    activation, weights = case()
+    activation[2] = 0
+    for w in weights:
+        w[:, 5] = 0
+        w[:, 7] = 1e-9
+    activation[8] = 1e-9
+    factors = smoothquant_factors(activation, weights, 0.5)
+    assert float(factors[2]) == float(factors[5]) == 1
+    assert float(factors[7]) == pytest.approx(math.sqrt(float(activation[7]) / 1e-5), rel=1e-6)
+    top = max(float(w[:, 8].abs().max()) for w in weights)
+    assert float(factors[8]) == pytest.approx(math.sqrt(1e-5 / top), rel=1e-6)
+    weights[0][:, 8] = 1e6
+    assert float(smoothquant_factors(activation, weights, 0.5)[8]) == pytest.approx(1e-5)  # sqrt(1e-11) is below it
+
+
+def test_what_cannot_be_used_is_refused():
+    activation, weights = case()
+    for alpha in (-0.1, 1.1, math.nan):
+        with pytest.raises(RecipeError, match="alpha"):
+            smoothquant_factors(activation, weights, alpha)
+    weights[1][2, 3] = math.nan
+    with pytest.raises(NumericsError, match="NaN or Inf"):
+        smoothquant_factors(activation, weights, 0.5)
+    activation, weights = case()
+    activation[0] = math.inf
+    with pytest.raises(NumericsError, match="NaN or Inf"):
+        smoothquant_factors(activation, weights, 0.5)

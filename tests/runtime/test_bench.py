@@ -1,0 +1,62 @@
+import json
+
+import pytest
+
+from qexport.errors import InputError, RuntimeProblem
+from qexport.runtime.bench import bench
+from qexport.runtime.genai import genai_config
+from tiny_decoder import write_tiny_decoder
+
+QUICK = {"prompt_lengths": (8, 16), "decode_pasts": (4,), "repeats": 2, "threads": 1}
+
+
+def test_bench_compares_an_export_with_a_folder_of_the_model_builder(tmp_path):
+    large = write_tiny_decoder(tmp_path / "large", hidden=256, vocab=2048)
+    config = json.loads((tmp_path / "large" / "config.json").read_text())
+    write_tiny_decoder(tmp_path / "small")
+    # The builder leaves no manifest, only genai_config.json.
+    (tmp_path / "large" / "genai_config.json").write_text(json.dumps(genai_config(large, config)))
+    (tmp_path / "large" / "manifest.json").unlink()
+
+    result = bench(tmp_path / "large", tmp_path / "small", **QUICK)
+
+    first, second = result.first, result.second
+    assert set(first.prefill) == {8, 16} and set(first.decode) == {4}
+    assert set(first.samples) == {"load", "prefill:8", "prefill:16", "decode:4"}
+    assert all(len(values) == 2 and min(values) > 0 for values in first.samples.values())
+    sizes = [(tmp_path / "large" / name).stat().st_size for name in ("model.onnx", "model.onnx.data")]
+    assert first.model_bytes == sum(sizes)
+    assert first.memory_bytes > second.memory_bytes > 0
+    assert result.ratios["prefill:16"] == first.prefill[16] / second.prefill[16] < 1
+    assert result.ratios["model_bytes"] > 1
+    assert set(result.ratios) == {"load_seconds", "memory_bytes", "model_bytes", "prefill:8", "prefill:16", "decode:4"}
+    json.dumps(result.as_dict())
+
+
+def test_bench_of_one_folder_has_no_ratios(tmp_path):
+    write_tiny_decoder(tmp_path, shared_cache=True)
+    result = bench(tmp_path, **QUICK | {"prompt_lengths": (8,), "repeats": 1})
+    assert result.second is None and result.ratios == {}
+    assert result.first.prefill[8] == 8 / result.first.samples["prefill:8"][0]
+
+
+def test_folder_that_does_not_load_is_named_in_the_error(tmp_path):
+    write_tiny_decoder(tmp_path / "good")
+    write_tiny_decoder(tmp_path / "bad")
+    (tmp_path / "bad" / "model.onnx").write_bytes(b"no model")
+    with pytest.raises(RuntimeProblem, match="bad.*refuses the model"):
+        bench(tmp_path / "good", tmp_path / "bad", **QUICK)
+
+
+def test_wrong_requests_are_input_errors(tmp_path):
+    with pytest.raises(InputError, match="not an export"):
+        bench(tmp_path)
+    with pytest.raises(InputError, match="1 or more"):
+        bench(tmp_path, repeats=0)
+    with pytest.raises(InputError, match="1 or more"):
+        bench(tmp_path, prompt_lengths=(0,))
+    manifest = write_tiny_decoder(tmp_path, layers=1)
+    path = tmp_path / "manifest.json"
+    path.write_text(manifest.model_copy(update={"kind": "module"}).model_dump_json())
+    with pytest.raises(InputError, match="bench measures decoders"):
+        bench(tmp_path)

@@ -1,0 +1,266 @@
+"""Recipes as a user writes them: presets, scheme names, YAML files, and what goes wrong."""
+
+import pytest
+import yaml
+
+from qexport.errors import RecipeError
+from qexport.numerics.formats import PER_CHANNEL, ActivationFormat, Scheme, WeightFormat
+from qexport.recipe import CalibrationSpec, Override, Recipe, WeightSpec, scheme_name
+
+PRESETS = {
+    "w4a16_g32": ("w4a16_g32", "gptq", None),
+    "w4a16_g32_rtn": ("w4a16_g32", "rtn", None),
+    "w4a16_g64": ("w4a16_g64", "gptq", None),
+    "w4a16_g128": ("w4a16_g128", "gptq", None),
+    "w4a16_g128_rtn": ("w4a16_g128", "rtn", None),
+    "w4a16_g32_asym": ("w4a16_g32_asym", "gptq", None),
+    "w8a16": ("w8a16_g32", "rtn", None),
+    "w8a8_dyn": ("w8a8_dyn", "rtn", "smoothquant"),
+    "w8a8_static": ("w8a8_static", "rtn", "smoothquant"),
+    "w4a8_g128": ("w4a8_g128", "gptq", "smoothquant"),
+    "w4a8": ("w4a8", "gptq", "smoothquant"),
+}
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(text, name="mine.yaml"):
+        (tmp_path / name).write_text(text, encoding="utf-8")
+        return tmp_path / name
+
+    return write
+
+
+def test_the_presets_are_these_and_have_descriptions():
+    presets = Recipe.presets()
+    assert list(presets) == sorted(PRESETS)
+    assert all(len(description) > 20 for description in presets.values())
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_preset(name):
+    recipe = Recipe.load(name)
+    scheme, method, smooth = PRESETS[name]
+    assert (recipe.name, recipe.scheme, recipe.weights.method) == (name, scheme, method)
+    assert (recipe.smooth.method if recipe.smooth else None) == smooth
+    assert recipe.lm_head == "float"
+
+
+def test_four_bit_weights_are_smoothed_less_than_eight_bit_ones():
+    assert Recipe.load("w4a8_g128").smooth.alpha < Recipe.load("w8a8_dyn").smooth.alpha
+
+
+@pytest.mark.parametrize("name", [name for name, (scheme, _, _) in PRESETS.items() if scheme == name])
+def test_a_preset_says_what_its_scheme_alone_means(name):
+    """Two ways to the same scheme must not drift apart."""
+    alone = Recipe._from_scheme(Scheme.parse(name))
+    assert alone.model_copy(update={"description": ""}) == Recipe.load(name).model_copy(update={"description": ""})
+
+
+@pytest.mark.parametrize(
+    ("name", "scheme", "method", "alpha"),
+    [
+        ("w4a16_g64_asym", "w4a16_g64_asym", "gptq", None),
+        ("W4A16", "w4a16_g128", "gptq", None),
+        ("W4A16_ASYM", "w4a16_g128_asym", "gptq", None),
+        ("w4a16_pc", "w4a16_pc", "gptq", None),
+        ("W8A16", "w8a16_g32", "rtn", None),
+        ("w8a16_g128_asym", "w8a16_g128_asym", "rtn", None),
+        ("W8A8", "w8a8_dyn", "rtn", 0.5),
+        ("w8a8_pt_dyn", "w8a8_pt_dyn", "rtn", 0.5),
+        ("w4a8_g64", "w4a8_g64", "gptq", 0.3),
+    ],
+)
+def test_scheme_name_alone(name, scheme, method, alpha):
+    recipe = Recipe.load(name)
+    assert (recipe.scheme, recipe.weights.method) == (scheme, method)
+    assert (recipe.smooth.alpha if recipe.smooth else None) == alpha
+
+
+def test_static_four_bit_scheme_alone_takes_the_static_observer():
+    recipe = Recipe.load("w4a8_g128_static")
+    assert recipe.activations == Recipe.load("w8a8_static").activations
+    assert recipe.smooth == Recipe.load("w4a8_g128").smooth
+
+
+def test_short_scheme_names_mean_the_same_in_every_key():
+    recipe = Recipe(scheme="W4A16", lm_head="w8a16", overrides=[{"match": "*", "scheme": "w8a8"}])
+    assert (recipe.scheme, recipe.lm_head, recipe.overrides[0].scheme) == ("w4a16_g128", "w8a16_g32", "w8a8_dyn")
+    assert scheme_name("W4A16") == recipe.scheme
+
+
+def test_file_with_defaults(write):
+    recipe = Recipe.load(write("scheme: w4a16_g32\n"))
+    assert recipe == Recipe(name="mine", scheme="w4a16_g32")
+    assert recipe.weights == WeightSpec(method="rtn") and recipe.smooth is None
+    assert recipe.calibration == CalibrationSpec(source="self", samples=32, sequence_length=512, seed=0, batch_size=4)
+    assert recipe.accuracy_level == 4
+
+
+def test_exponents_without_a_point_are_numbers(write):
+    """YAML 1.1 reads 1e-3 as a string."""
+    assert Recipe.load(write("scheme: w4a16_g32\nweights: {method: gptq, damp: 1e-3}\n")).weights.damp == 1e-3
+
+
+def test_a_file_is_found_by_string_by_path_and_without_a_suffix(write, monkeypatch):
+    path = write("scheme: w8a8_dyn\n")
+    monkeypatch.chdir(path.parent)
+    assert Recipe.load("mine.yaml") == Recipe.load(str(path)) == Recipe.load(path)
+    write("scheme: w8a8_dyn\n", "plain")
+    assert Recipe.load("plain").name == "plain"
+    write("scheme: w8a8_dyn\n", "w4a16_g32")
+    assert Recipe.load("w4a16_g32").scheme == "w4a16_g32", "a file must not hide a preset"
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_yaml_round_trip(name, write):
+    recipe = Recipe.load(name)
+    assert Recipe.load(write(recipe.to_yaml())) == recipe
+
+
+def test_yaml_round_trip_of_everything(write):
+    recipe = Recipe(
+        name="grüße: 1",
+        description="# not a comment",
+        scheme="w8a8_static",
+        lm_head="w4a16_g32",
+        weights={"method": "gptq", "damp": 0.02, "act_order": True, "token_norm_power": 0, "clip_search": True},
+        smooth={"alpha": 0.8},
+        activations={"observer": "percentile", "percentile": 99.9},
+        overrides=[Override(match="*.down_proj", scheme="float"), Override(match="*[0]*", scheme="w8a8_dyn")],
+        calibration={"source": "datasets:a/b:train[:10]:text", "samples": 3, "sequence_length": 7, "seed": 9},
+        accuracy_level=1,
+    )
+    assert Recipe.load(write(recipe.to_yaml())) == recipe
+
+
+def test_schemes_of_linears():
+    recipe = Recipe(
+        scheme="w4a16_g32",
+        lm_head="w8a16",
+        overrides=[
+            {"match": "model.layers.0.*", "scheme": "float"},
+            {"match": "*.down_proj", "scheme": "w8a8_dyn"},
+        ],
+    )
+    int4 = Scheme("w4a16_g32", WeightFormat(4, 32), None)
+    int8 = Scheme("w8a8_dyn", WeightFormat(8, PER_CHANNEL), ActivationFormat("dynamic"))
+    assert recipe.scheme_for("model.layers.1.mlp.up_proj") == int4
+    assert recipe.scheme_for("model.layers.1.mlp.down_proj") == int8
+    assert recipe.scheme_for("model.layers.0.mlp.down_proj") is None, "the first match wins"
+    assert recipe.scheme_for("lm_head") == Scheme("w8a16_g32", WeightFormat(8, 32), None)
+    assert recipe.scheme_for("model.layers.1.mlp.DOWN_PROJ") == int4, "names have case"
+
+
+@pytest.mark.parametrize("name", ["lm_head", "model.lm_head", "embed_out"])
+def test_the_output_projection_stays_float_unless_named(name):
+    assert Recipe(scheme="w4a16_g32").scheme_for(name) is None
+    override = {"match": name, "scheme": "w8a16"}
+    assert Recipe(scheme="w4a16_g32", overrides=[override]).scheme_for(name).name == "w8a16_g32"
+
+
+def test_overrides_that_decide_nothing():
+    patterns = ["*.q_proj", "*.gate", "*_proj", "*.0.v_proj"]
+    recipe = Recipe(scheme="w4a16_g32", overrides=[{"match": match, "scheme": "float"} for match in patterns])
+    assert recipe.unmatched_overrides(["a.0.q_proj", "a.0.v_proj"]) == ["*.gate", "*.0.v_proj"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "needs"),
+    [
+        ({"scheme": "w4a16_g32"}, False),
+        ({"scheme": "w8a8_dyn"}, False),
+        ({"scheme": "w4a16_g32", "weights": {"clip_search": True}}, False),
+        ({"scheme": "w4a16_g32", "weights": {"method": "gptq"}}, True),
+        ({"scheme": "w8a8_dyn", "smooth": {"alpha": 0.5}}, True),
+        ({"scheme": "w8a8_static"}, True),
+        ({"scheme": "w4a16_g32", "lm_head": "w8a8_static"}, True),
+        ({"scheme": "w4a16_g32", "overrides": [{"match": "*", "scheme": "w8a8_static"}]}, True),
+    ],
+)
+def test_needs_calibration(fields, needs):
+    assert Recipe(**fields).needs_calibration is needs
+
+
+def test_a_recipe_does_not_change():
+    with pytest.raises(ValueError, match="frozen"):
+        Recipe.load("w4a16_g32").scheme = "w8a16"
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "message"),
+    [
+        ("scheme: w4a16_g32\nlmhead: float\n", 2, r"lmhead: unknown key\. Did you mean lm_head\?"),
+        ("scheme: w4a16_g32\nweights:\n  method: gptq\n  damping: 1\n", 4, r"weights\.damping: .*Did you mean damp\?"),
+        ("scheme: w8a8_dyn\nsmooth:\n  strength: 1\n", 3, r"smooth\.strength: .*Keys here are method, alpha"),
+        ("scheme: w4a16_g32\noverrides:\n- macth: x\n  scheme: float\n", 3, r"overrides\.0\.macth: .*mean match\?"),
+        ("scheme: w4a16_g32\noverrides:\n- match: x\n", 3, r"overrides\.0\.scheme: this key is missing"),
+        ("scheme: w4a16_g32\noverrides:\n- match: x\n  scheme: w3\n", 4, r"overrides\.0\.scheme: unknown scheme 'w3'"),
+        ("\n\nscheme: w4a16_g33\n", 3, r"scheme: .*groups of 33\. Use 16, 32"),
+        ("scheme: float\n", 1, "scheme: unknown scheme 'float'"),
+        ("scheme: 4\n", 1, "scheme: input should be a valid string, not 4"),
+        ("scheme: w4a16_g32\nweights: {damp: 0}\n", 2, r"weights\.damp: .*greater than 0"),
+        ("scheme: w4a16_g32\nweights: {damp: .nan}\n", 2, r"weights\.damp: .*not nan"),
+        ("scheme: w4a16_g32\nweights: {method: awq}\n", 2, r"weights\.method: .*'rtn' or 'gptq', not 'awq'"),
+        ("scheme: w8a8_dyn\nsmooth: {alpha: 1.5}\n", 2, r"smooth\.alpha: .*less than or equal to 1"),
+        ("scheme: w4a16_g32\ncalibration: {samples: 0}\n", 2, r"calibration\.samples: .*greater than or equal to 1"),
+        ("scheme: w4a16_g32\naccuracy_level: 2\n", 2, "accuracy_level: input should be 1 or 4, not 2"),
+        ("scheme: w4a16_g32\nscheme: w8a16\n", 2, "scheme is already given in line 1"),
+        ("scheme: w4a16_g32\nweights: [a\n", 3, "this is not YAML: "),
+        ("scheme: *here\n", 0, "no YAML aliases"),
+        ("- scheme\n", 0, "not a mapping"),
+        ("", 0, "not a mapping"),
+        ("name: x\n", 0, "scheme: this key is missing"),
+        ("scheme: w4a16_g32\nsmooth: {}\n", 0, r"w4a16_g32 keeps them in float\. Remove smooth"),
+    ],
+)
+def test_a_wrong_file_is_explained(text, line, message, write):
+    path = write(text)
+    with pytest.raises(RecipeError, match=message) as caught:
+        Recipe.load(path)
+    assert caught.value.place.startswith(f"{path}:{line}" if line else str(path))
+    assert bool(line) == str(caught.value.place).startswith(f"{path}:")
+
+
+def test_a_file_nested_too_deeply_is_no_crash(write):
+    with pytest.raises(RecipeError, match="this is not YAML"):
+        Recipe.load(write("[" * 2000))
+
+
+def test_unreadable_files(tmp_path):
+    (tmp_path / "latin.yaml").write_bytes("name: grün".encode("latin-1"))
+    with pytest.raises(RecipeError, match=r"latin\.yaml: byte 8 is not UTF-8"):
+        Recipe.load(tmp_path / "latin.yaml")
+    with pytest.raises(RecipeError, match=r"none\.yaml: cannot read the recipe: No such file"):
+        Recipe.load("none.yaml")
+    with pytest.raises(RecipeError, match="cannot read the recipe: Is a directory"):
+        Recipe.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("w4a16_g32_rnt", r"unknown scheme 'w4a16_g32_rnt'\. Did you mean w4a16_g32_rtn\?"),
+        ("w4a16_g8", "groups of 8"),
+        ("w3a16", "3-bit weights"),
+        ("4bit-please", "there is no preset, scheme or file '4bit-please'. Presets are w4a16_g128, "),
+    ],
+)
+def test_unknown_names(name, message):
+    with pytest.raises(RecipeError, match=message):
+        Recipe.load(name)
+
+
+def test_python_gets_the_same_errors():
+    with pytest.raises(RecipeError, match=r"^weights\.dampp: unknown key\. Did you mean damp\?$"):
+        Recipe(scheme="w4a16_g32", weights={"dampp": 1})
+    with pytest.raises(RecipeError, match=r"^actorder: unknown key\. Did you mean act_order\?$"):
+        WeightSpec(actorder=True)
+    with pytest.raises(RecipeError, match="^samples: input should be greater than or equal to 1, not 0$"):
+        CalibrationSpec(samples=0)
+
+
+def test_to_yaml_is_plain_yaml_in_the_order_of_the_fields():
+    data = yaml.safe_load(Recipe.load("w8a8_static").to_yaml())
+    assert list(data) == list(Recipe.model_fields)
+    assert data["activations"] == {"observer": "mse", "percentile": 99.99}
