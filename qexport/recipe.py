@@ -228,11 +228,8 @@ class Recipe(_Spec):
         else:
             family = "w4a8_g128" if scheme.weight.group_size > 0 else "w4a8"
         base = cls.load(family)
-        changes: dict[str, Any] = {"name": scheme.name, "scheme": scheme.name}
-        changes["description"] = f"{scheme.name}, everything else as in {family}"
-        if act is not None and act.kind == "static":
-            changes["activations"] = cls.load("w8a8_static").activations
-        return base.model_copy(update=changes)
+        description = f"{scheme.name}, everything else as in {family}"
+        return base.model_copy(update={"name": scheme.name, "description": description, "scheme": scheme.name})
 
     def to_yaml(self) -> str:
         """The whole recipe, defaults included, as YAML that `load` reads back to an equal recipe."""

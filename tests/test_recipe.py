@@ -46,8 +46,9 @@ def test_preset(name):
     assert recipe.lm_head == "float"
 
 
-def test_four_bit_weights_are_smoothed_less_than_eight_bit_ones():
-    assert Recipe.load("w4a8_g128").smooth.alpha < Recipe.load("w8a8_dyn").smooth.alpha
+def test_the_fewer_the_scales_of_weights_and_the_more_of_activations_the_less_is_smoothed():
+    alpha = {name: Recipe.load(name).smooth.alpha for name in ("w8a8_static", "w8a8_dyn", "w4a8_g128", "w4a8")}
+    assert alpha["w8a8_static"] > alpha["w8a8_dyn"] >= alpha["w4a8_g128"] > alpha["w4a8"]
 
 
 @pytest.mark.parametrize("name", [name for name, (scheme, _, _) in PRESETS.items() if scheme == name])
@@ -68,19 +69,15 @@ def test_a_preset_says_what_its_scheme_alone_means(name):
         ("w8a16_g128_asym", "w8a16_g128_asym", "rtn", None),
         ("W8A8", "w8a8_dyn", "rtn", 0.5),
         ("w8a8_pt_dyn", "w8a8_pt_dyn", "rtn", 0.5),
-        ("w4a8_g64", "w4a8_g64", "gptq", 0.3),
+        ("w8a8_pt_static", "w8a8_pt_static", "rtn", 0.8),
+        ("w4a8_g64", "w4a8_g64", "gptq", 0.5),
+        ("w4a8_pc_static", "w4a8_pc_static", "gptq", 0.4),
     ],
 )
 def test_scheme_name_alone(name, scheme, method, alpha):
     recipe = Recipe.load(name)
     assert (recipe.scheme, recipe.weights.method) == (scheme, method)
     assert (recipe.smooth.alpha if recipe.smooth else None) == alpha
-
-
-def test_static_four_bit_scheme_alone_takes_the_static_observer():
-    recipe = Recipe.load("w4a8_g128_static")
-    assert recipe.activations == Recipe.load("w8a8_static").activations
-    assert recipe.smooth == Recipe.load("w4a8_g128").smooth
 
 
 def test_short_scheme_names_mean_the_same_in_every_key():
@@ -263,4 +260,4 @@ def test_python_gets_the_same_errors():
 def test_to_yaml_is_plain_yaml_in_the_order_of_the_fields():
     data = yaml.safe_load(Recipe.load("w8a8_static").to_yaml())
     assert list(data) == list(Recipe.model_fields)
-    assert data["activations"] == {"observer": "mse", "percentile": 99.99}
+    assert data["activations"] == {"observer": "absmax", "percentile": 99.99}

@@ -5,6 +5,7 @@ import json
 import time
 from functools import partial
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -225,6 +226,11 @@ def test_unusable_data(data, message, tokenizer):
 # --- data sets on disk, read offline
 
 
+@pytest.fixture(autouse=True)
+def cache_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+
 def row_text(i):
     return f"a{i:03} b{i:03} c{i:03} d{i:03}"  # 19 characters, no 16 of which come twice
 
@@ -249,10 +255,7 @@ def test_a_data_set_column(tokenizer, rows):
     assert samples.described == f"4 windows of 16 tokens from {source} (seed 0)"
 
 
-def test_a_slice_of_a_data_set(tokenizer, rows, tmp_path, monkeypatch):
-    import datasets
-
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+def test_a_slice_of_a_data_set(tokenizer, rows):
     source = f"datasets:{rows}:train[198:]:text"
     ids = load_samples(spec(source, samples=9), tokenizer=tokenizer, vocab_size=VOCAB).input_ids
     whole = f"{row_text(198)}\n\n{row_text(199)}"
@@ -282,8 +285,6 @@ def test_unusable_data_sets(form, message, tokenizer, rows):
 
 
 def test_a_data_set_on_the_hub_is_streamed_with_its_config(tokenizer, monkeypatch):
-    import datasets
-
     asked = []
     monkeypatch.setattr(datasets, "load_dataset", lambda **asks: asked.append(asks) or [{"text": ENGLISH}])
     load_samples(spec("datasets:some/wiki:small-raw:train:text"), tokenizer=tokenizer, vocab_size=VOCAB)

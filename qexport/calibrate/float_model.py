@@ -1,0 +1,60 @@
+"""The float model held in memory and run step by step, for text that it writes itself."""
+
+from contextlib import contextmanager
+
+import psutil
+import torch
+
+from ..capture.graph import Captured
+from ..passes.edit import attributes, get_tensor, set_tensor
+
+
+def float_bytes(captured: Captured) -> int:
+    """Bytes of all weights in float32, tied ones once."""
+    sizes = {n: get_tensor(b.module, n).numel() for b in captured.blocks for n in b.parameters}
+    return 4 * sum(sizes.values())
+
+
+def fits_in_memory(captured: Captured) -> bool:
+    """Whether the whole float model takes at most half of the memory that is free now."""
+    return float_bytes(captured) <= psutil.virtual_memory().available // 2
+
+
+@contextmanager
+def loaded(captured: Captured):
+    """All weights loaded inside the `with`; yields step(input_ids [b, s], past | None) -> (last logits [b, V], past)."""
+    tensors: dict[str, torch.Tensor] = {}
+    for block in captured.blocks:
+        for name in block.parameters:
+            if name not in tensors:
+                tensors[name] = captured.load(name)
+            set_tensor(block.module, name, tensors[name])
+    try:
+        yield lambda ids, past: _step(captured, ids, past)
+    finally:
+        for block in captured.blocks:
+            for name in attributes(block.module.graph):
+                set_tensor(block.module, name, get_tensor(block.module, name).to("meta"))
+
+
+def _step(captured: Captured, ids: torch.Tensor, past: dict[str, torch.Tensor] | None):
+    batch, new = ids.shape
+    caches = [port for port in captured.inputs if port.name.startswith("past_key_values")]
+    if past is None:
+        past = {p.name: torch.zeros(batch, p.dims[1], 0, p.dims[3]) for p in caches}
+    length = past[caches[0].name].shape[2]
+    feeds = {
+        "input_ids": ids,
+        "attention_mask": torch.ones(batch, length + new, dtype=torch.int64),
+        "position_ids": torch.arange(length, length + new).expand(batch, new),
+        **past,
+    }
+    values = {port.value: feeds[port.name] for port in captured.inputs}
+    with torch.no_grad():
+        for index, block in enumerate(captured.blocks):
+            if index == len(captured.blocks) - 1:  # only the last position is read
+                values = {n: v[:, -1:] if n in block.inputs and v.dim() == 3 else v for n, v in values.items()}
+            values.update(zip(block.outputs, block.module(*(values[n] for n in block.inputs)), strict=True))
+    results = {port.name: values[port.value] for port in captured.outputs}
+    present = {name.replace("present", "past_key_values"): v for name, v in results.items() if name != "logits"}
+    return results["logits"][:, -1], present

@@ -1,0 +1,267 @@
+"""Export: capture, quantize block by block, lower, package."""
+
+import hashlib
+import os
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .calibrate.float_model import fits_in_memory, loaded
+from .calibrate.loop import Finished, quantize_blocks
+from .calibrate.self_text import continue_text
+from .calibrate.sources import Samples, load_samples
+from .calibrate.stages import passes_for
+from .calibrate.streams import Stream, make_stream
+from .capture.decoder import capture_decoder
+from .capture.graph import Captured
+from .capture.module import capture_module
+from .capture.source import open_model
+from .errors import InputError, RecipeError
+from .lower.build import Lowered, Piece, Target, build
+from .lower.folder import appearing, check_free, explained, write_companions, write_model
+from .lower.targets.cpu import CpuTarget
+from .lower.targets.cuda import CudaTarget
+from .passes.plan import LinearPlan, make_plan, weight_bytes
+from .recipe import Recipe
+from .runtime.manifest import BlockEntry, LinearEntry, Manifest
+
+Progress = Callable[[str, str, int, int], None]  # stage, what, done, total
+
+
+def _silent(stage: str, what: str, done: int, total: int) -> None:
+    pass
+
+
+@dataclass(frozen=True)
+class ExportResult:
+    """What an export wrote.
+
+    Attributes:
+        folder: the output folder.
+        manifest: what is in it.
+        plan: the decision for every linear, in order.
+        seconds: wall time by stage.
+        calibration: what the statistics were taken on, or why there was nothing to take.
+    """
+
+    folder: Path
+    manifest: Manifest
+    plan: list[LinearPlan]
+    seconds: dict[str, float] = field(default_factory=dict)
+    calibration: str = ""
+
+
+def export(
+    model: str | os.PathLike | torch.nn.Module,
+    recipe: str | os.PathLike | Recipe = "w4a16_g32",
+    *,
+    out_dir: str | os.PathLike,
+    target: str = "cpu",
+    calibration: Any = None,
+    example_inputs: Sequence[torch.Tensor] | None = None,
+    overwrite: bool = False,
+    resume: bool = False,
+    trust_remote_code: bool = False,
+    progress: Progress = _silent,
+) -> ExportResult:
+    """Quantize a model and write it as a folder that ONNX Runtime runs.
+
+    Args:
+        model: a Hugging Face id, a folder, a GGUF file, or an nn.Module (with example_inputs).
+        recipe: name of a preset, a scheme, a YAML file, or a Recipe.
+        out_dir: the folder to make; it appears when everything is done.
+        target: "cpu" (float32) or "cuda" (float16).
+        calibration: a text file's path, "self", "random", "datasets:ID:SPLIT:COLUMN", a list of strings, or token ids
+            [n, S]; for an nn.Module a list of input tuples. None takes what the recipe says.
+        example_inputs: positional inputs of an nn.Module; their first dimension is the batch.
+        overwrite: replace an earlier export.
+        resume: go on with an interrupted export of the same model, recipe and calibration.
+        progress: called with (stage, what, done, total).
+
+    Raises:
+        QExportError: one of its kinds says what is wrong, where, and what to do.
+    """
+    out, seconds, clock = Path(out_dir), {}, _Clock()
+    recipe = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
+    lowering = target_for(target, recipe)
+    check_free(out, overwrite)
+    recipe, data = _calibration(recipe, calibration, model)
+
+    captured = capture(model, example_inputs, trust_remote_code=trust_remote_code)
+    plan = plan_for(captured, recipe)
+    seconds["capture"] = clock.lap()
+
+    batches = None
+    described = "none needed"
+    if needs_data(recipe, plan):
+        batches, described = _batches(captured, recipe, data, progress)
+    seconds["calibration"] = clock.lap()
+
+    work = out.parent / f".{out.name}.work"
+    fingerprint = _fingerprint(captured, recipe, batches)
+    if not resume:
+        shutil.rmtree(work, ignore_errors=True)
+    try:
+        with explained(work):
+            finished = quantize_blocks(
+                captured, passes_for(recipe, {p.name: p for p in plan}), batches and batches(), batches and batches(),
+                work, fingerprint, resume=resume, progress=partial(progress, "quantize"),
+            )  # fmt: skip
+        seconds["quantize"] = clock.lap()
+        lowered = lower(captured, finished, lowering)
+        with appearing(out, overwrite) as folder:
+            size = write_model(folder, lowered.model, lambda done, total: progress("write", "model.onnx.data", done, total))
+            manifest = _manifest(captured, plan, lowered, lowering, size)
+            seconds["lower"] = clock.lap()
+            write_companions(folder, manifest, captured.folder, recipe.to_yaml(), _report(plan, finished, seconds, described))
+    except BaseException:
+        if not any(work.glob("*.safetensors")):
+            shutil.rmtree(work, ignore_errors=True)
+        raise
+    shutil.rmtree(work)
+    return ExportResult(out, manifest, plan, {k: round(v, 2) for k, v in seconds.items()}, described)
+
+
+def capture(model, example_inputs=None, *, trust_remote_code: bool = False) -> Captured:
+    """Capture whatever a user passes as a model; see `export`."""
+    if isinstance(model, torch.nn.Module):
+        if example_inputs is None:
+            raise InputError("an nn.Module needs example_inputs", remedy="Pass the inputs of one forward call as a tuple")
+        return capture_module(model, tuple(example_inputs))
+    return capture_decoder(open_model(model, trust_remote_code=trust_remote_code))
+
+
+def target_for(name: str, recipe: Recipe) -> Target:
+    """The target a user names."""
+    if name == "cpu":
+        return CpuTarget(recipe.accuracy_level)
+    if name == "cuda":
+        return CudaTarget()
+    raise InputError(f"unknown target {name!r}", remedy="Targets are cpu and cuda")
+
+
+def plan_for(captured: Captured, recipe: Recipe) -> list[LinearPlan]:
+    """The decision for every linear of a captured model.
+
+    Raises:
+        RecipeError: an override matches no linear.
+    """
+    plan = make_plan([(b.name, b.module.graph) for b in captured.blocks], recipe.scheme_for)
+    idle = recipe.unmatched_overrides([p.name for p in plan])
+    if idle:
+        raise RecipeError(f"matches no linear of the model: {idle[0]!r}", place="overrides", remedy="See `qexport inspect`")
+    return plan
+
+
+def needs_data(recipe: Recipe, plan: Sequence[LinearPlan]) -> bool:
+    """Whether any pass will want calibration inputs."""
+    return recipe.needs_calibration and any(p.scheme is not None for p in plan)
+
+
+def lower(captured: Captured, finished: Sequence[Finished], target: Target) -> Lowered:
+    """Rewrite finished blocks for a target, in place, and translate them."""
+    pieces = []
+    for item in finished:
+        block = item.block
+        target.rewrite(block.module, set(captured.constants))
+        pieces.append(Piece(block.name, block.module, block.inputs, block.outputs, item.read))
+    return build(pieces, captured.inputs, captured.outputs, target, version("qexport"))
+
+
+def _calibration(recipe: Recipe, calibration: Any, model) -> tuple[Recipe, Any]:
+    if calibration is None:
+        return recipe, None
+    if isinstance(calibration, (str, os.PathLike)):
+        spec = recipe.calibration.model_copy(update={"source": os.fspath(calibration)})
+        return recipe.model_copy(update={"calibration": spec}), None
+    return recipe, calibration
+
+
+def _batches(captured: Captured, recipe: Recipe, data, progress: Progress) -> tuple[Callable[[], Stream], str]:
+    """A factory of calibration streams, and what is in them."""
+    if captured.kind == "module":
+        return _module_batches(captured, data)
+    spec = recipe.calibration
+    tokenizer = captured.folder.tokenizer() if captured.folder else None
+    vocab_size = captured.settings["vocab_size"]
+    if data is None and spec.source == "self" and not fits_in_memory(captured):
+        samples = load_samples(spec.model_copy(update={"source": "random"}), tokenizer=tokenizer, vocab_size=vocab_size)
+        samples = Samples(samples.input_ids, samples.attention_mask, f"{samples.described}; the float model is too large to write text itself")
+    elif data is None and spec.source == "self":
+        progress("calibrate", "the model writes its calibration text", 0, 1)
+        with loaded(captured) as step:
+            samples = load_samples(spec, tokenizer=tokenizer, vocab_size=vocab_size, generate=partial(continue_text, step))
+        progress("calibrate", "the model writes its calibration text", 1, 1)
+    else:
+        samples = load_samples(spec, data, tokenizer=tokenizer, vocab_size=vocab_size)
+    return lambda: make_stream(captured, samples, spec.batch_size), samples.described
+
+
+def _module_batches(captured: Captured, data) -> tuple[Callable[[], Stream], str]:
+    if not data:
+        raise InputError(
+            "this recipe calibrates, and an nn.Module has no text", place="calibration",
+            remedy="Pass calibration=[(input, ...), ...], one tuple for each batch",
+        )  # fmt: skip
+    keep = {name: index for index, block in enumerate(captured.blocks) for name in block.inputs}
+    batches = [{port.value: t for port, t in zip(captured.inputs, inputs, strict=True) if port.value in keep} for inputs in data]
+    return lambda: Stream(batches, [None] * len(batches), keep), f"{len(batches)} batches given by the caller"
+
+
+def _fingerprint(captured: Captured, recipe: Recipe, batches) -> str:
+    digest = hashlib.sha256(f"{version('qexport')}\n{recipe.to_yaml()}".encode())
+    if captured.folder is not None:
+        for file in sorted(captured.folder.path.glob("*.safetensors")):
+            state = file.stat()
+            digest.update(f"{file}|{state.st_size}|{state.st_mtime_ns}".encode())
+    if batches is not None:
+        for batch in batches().batches:
+            for name in sorted(batch):
+                digest.update(batch[name].contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _manifest(captured: Captured, plan: Sequence[LinearPlan], lowered: Lowered, target: Target, size: int) -> Manifest:
+    width = 2 if target.dtype == torch.float16 else 4
+    linears = []
+    for p in plan:
+        if p.scheme is not None:
+            node, output, kernel = lowered.linears[p.name]
+            linears.append(LinearEntry(
+                name=p.name, block=p.block, scheme=p.scheme.name, output=output, node=node, kernel=kernel,
+                shape=p.shape, bytes=weight_bytes(p, width), reason=p.reason,
+            ))  # fmt: skip
+    quantized = sum(entry.bytes for entry in linears)
+    return Manifest(
+        qexport=version("qexport"), target=target.name, kind=captured.kind, provider=target.provider,
+        dtype=str(target.dtype).removeprefix("torch."), session=target.session(), numerics=target.numerics(),
+        linears=tuple(linears), blocks=tuple(BlockEntry(name=n, output=o) for n, o in lowered.blocks.items()),
+        settings=captured.settings, bytes={"model": size, "quantized_linears": quantized, "rest": size - quantized},
+    )  # fmt: skip
+
+
+def _report(plan, finished: Sequence[Finished], seconds: dict[str, float], calibration: str) -> dict[str, Any]:
+    return {
+        "export": {
+            "calibration": calibration,
+            "seconds": {k: round(v, 2) for k, v in seconds.items()},
+            "float": [{"linear": p.name, "reason": p.reason} for p in plan if p.scheme is None],
+            "blocks": [asdict(item.record) for item in finished],
+        }
+    }
+
+
+class _Clock:
+    def __init__(self) -> None:
+        self._last = time.perf_counter()
+
+    def lap(self) -> float:
+        last, self._last = self._last, time.perf_counter()
+        return self._last - last

@@ -1,0 +1,103 @@
+"""The output folder: everything a runtime needs, appearing complete or not at all."""
+
+import errno
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from contextlib import contextmanager
+from pathlib import Path
+
+import onnx_ir as ir
+
+from ..capture.source import ModelFolder
+from ..errors import InputError
+from ..runtime import manifest as manifests
+from ..runtime.genai import genai_config
+from ..runtime.manifest import Manifest
+
+_COPIED = ("config.json", "generation_config.json")
+
+
+@contextmanager
+def appearing(out: Path, overwrite: bool):
+    """A temporary folder beside `out` that takes its place when the `with` ends without an error.
+
+    Raises:
+        InputError: `out` exists and may not be replaced, cannot be written, or the disk is full.
+    """
+    check_free(out, overwrite)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    try:
+        with explained(out):
+            yield temporary
+        temporary.chmod(0o755)
+        if out.exists():
+            old = Path(tempfile.mkdtemp(prefix=f".{out.name}.old.", dir=out.parent))
+            out.rename(old / out.name)
+            temporary.rename(out)
+            shutil.rmtree(old)
+        else:
+            temporary.rename(out)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def check_free(out: Path, overwrite: bool) -> None:
+    """Refuse an output folder that exists, unless it is an export that may be replaced, and a parent that is read-only.
+
+    Raises:
+        InputError: as said.
+    """
+    if out.exists():
+        if not overwrite:
+            raise InputError("exists already", place=str(out), remedy="Choose another folder or pass --overwrite")
+        if not out.is_dir() or (any(out.iterdir()) and not (out / manifests.MANIFEST_FILE).exists()):
+            raise InputError("is not an export, so it will not be replaced", place=str(out), remedy="Choose another folder")
+    parent = next(p for p in (out.absolute(), *out.absolute().parents) if p.exists() and p != out.absolute())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise InputError("cannot be written", place=str(parent), remedy="Choose a folder you own")
+
+
+@contextmanager
+def explained(place: Path):
+    """Turn a full disk or a refused write into an InputError."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise InputError("the disk is full", place=str(place), remedy="Free some space; --resume goes on from there") from error
+        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
+            raise InputError("cannot be written", place=str(place), remedy="Choose a folder you own") from error
+        raise
+
+
+def write_model(folder: Path, model: ir.Model, progress: Callable[[int, int], None]) -> int:
+    """Save model.onnx with its tensors in model.onnx.data; returns the bytes of both."""
+    ir.save(
+        model, folder / manifests.MODEL_FILE, external_data=f"{manifests.MODEL_FILE}.data",
+        size_threshold_bytes=256,  # ONNX Runtime reads shape constants while it loads and wants them in the file
+        callback=lambda _tensor, info: progress(info.index + 1, info.total),
+    )  # fmt: skip
+    return sum(p.stat().st_size for p in folder.iterdir())
+
+
+def write_companions(folder: Path, manifest: Manifest, source: ModelFolder | None, recipe_yaml: str, report: dict) -> None:
+    """Configs, tokenizer, recipe, manifest and report beside the model."""
+    manifests.save(manifest, folder)
+    (folder / "recipe.yaml").write_text(recipe_yaml, encoding="utf-8")
+    (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    if source is None:
+        return
+    for name in _COPIED:
+        if (source.path / name).exists():
+            shutil.copyfile(source.path / name, folder / name)
+    tokenizer = source.tokenizer()
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+    if manifest.kind == "decoder":
+        configs = [json.loads((folder / n).read_text()) if (folder / n).exists() else {} for n in _COPIED]
+        (folder / manifests.GENAI_FILE).write_text(json.dumps(genai_config(manifest, *configs), indent=2) + "\n")
