@@ -4,6 +4,7 @@ A pass is a frozen dataclass of options. `requires` refuses a graph it cannot wo
 what it did and which sites it left alone, `ensures` checks what it promised.
 """
 
+import operator
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,6 +14,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from ..errors import PassError, QExportError
+from .edit import is_call
 
 
 @dataclass(frozen=True)
@@ -121,11 +123,11 @@ class Pipeline:
         for step in self.passes:
             try:
                 step.requires(module)
-                before = module(*sample) if sample and step.keeps_function else ()
+                before = _visible(module, sample) if sample and step.keeps_function else ()
                 wanted = step.statistics(module)
                 result = step.call(module, Context(collect(module, wanted) if wanted else {}, sample))
                 if before:
-                    step.ensures(before, module(*sample))
+                    step.ensures(before, _visible(module, sample))
             except PassError as error:
                 done = ", ".join(results) or "none"
                 raise PassError(f"{error.message} (passes before it: {done})", place=f"pass {step.name}", remedy=error.remedy) from error
@@ -134,3 +136,11 @@ class Pipeline:
                 raise
             results[step.name] = result
         return results
+
+
+def _visible(module: GraphModule, sample: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    """A block's outputs without its cache: keys and values may change basis, only the same block reads them again."""
+    results = next(n for n in module.graph.nodes if n.op == "output").args[0]
+    cached = [is_call(r, operator.getitem) and is_call(r.args[0], torch.ops.qexport.cached_attention.default) for r in results]
+    values = zip(module(*sample), cached, strict=True)
+    return tuple(value for value, hidden in values if isinstance(value, torch.Tensor) and not hidden)

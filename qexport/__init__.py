@@ -1,0 +1,67 @@
+"""Quantize PyTorch models through torch.fx passes and run them in ONNX Runtime.
+
+Everything public is here: `export`, `inspect`, `validate`, `generate`, `bench`, `diagnose`, and the types they take and
+return. Names are loaded when they are first used, so that importing qexport costs nothing.
+"""
+
+import sys
+from importlib import import_module
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .errors import QExportError as QExportError
+    from .export import ExportResult as ExportResult
+    from .export import export as export
+    from .inspecting import Inspection as Inspection
+    from .inspecting import inspect as inspect
+    from .recipe import Recipe as Recipe
+    from .runtime.bench import bench as bench
+    from .runtime.doctor import diagnose as diagnose
+    from .runtime.generate import Sampling as Sampling
+    from .runtime.generate import generate_text as generate
+    from .validate import validate as validate
+
+_WHERE = {
+    "ExportResult": ("export", "ExportResult"),
+    "Inspection": ("inspecting", "Inspection"),
+    "QExportError": ("errors", "QExportError"),
+    "Recipe": ("recipe", "Recipe"),
+    "Sampling": ("runtime.generate", "Sampling"),
+    "bench": ("runtime.bench", "bench"),
+    "diagnose": ("runtime.doctor", "diagnose"),
+    "export": ("export", "export"),
+    "generate": ("runtime.generate", "generate_text"),
+    "inspect": ("inspecting", "inspect"),
+    "validate": ("validate", "validate"),
+}
+
+__all__ = sorted([*_WHERE, "__version__"])
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("qexport")
+    if name not in _WHERE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module, attribute = _WHERE[name]
+    value = getattr(import_module(f"{__name__}.{module}"), attribute)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__
+
+
+class _Package(ModuleType):
+    """Importing a submodule binds its name here; `export` and `validate` have to stay the functions."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not (name in _WHERE and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

@@ -23,11 +23,12 @@ from .capture.decoder import capture_decoder
 from .capture.graph import Captured
 from .capture.module import capture_module
 from .capture.source import open_model
-from .errors import InputError, RecipeError
+from .errors import InputError, QExportError, RecipeError
 from .lower.build import Lowered, Piece, Target, build
 from .lower.folder import appearing, check_free, explained, write_companions, write_model
 from .lower.targets.cpu import CpuTarget
 from .lower.targets.cuda import CudaTarget
+from .passes.base import GraphPass
 from .passes.plan import LinearPlan, make_plan, weight_bytes
 from .recipe import Recipe
 from .runtime.manifest import BlockEntry, LinearEntry, Manifest
@@ -69,6 +70,7 @@ def export(
     overwrite: bool = False,
     resume: bool = False,
     trust_remote_code: bool = False,
+    extra_passes: Sequence[GraphPass] = (),
     progress: Progress = _silent,
 ) -> ExportResult:
     """Quantize a model and write it as a folder that ONNX Runtime runs.
@@ -83,6 +85,7 @@ def export(
         example_inputs: positional inputs of an nn.Module; their first dimension is the batch.
         overwrite: replace an earlier export.
         resume: go on with an interrupted export of the same model, recipe and calibration.
+        extra_passes: your own passes, run on every block in float before those of the recipe (see passes/README.md).
         progress: called with (stage, what, done, total).
 
     Raises:
@@ -100,18 +103,18 @@ def export(
 
     batches = None
     described = "none needed"
-    if needs_data(recipe, plan):
+    if needs_data(recipe, plan) or _ask_for_data(extra_passes, captured):
         batches, described = _batches(captured, recipe, data, progress)
     seconds["calibration"] = clock.lap()
 
     work = out.parent / f".{out.name}.work"
-    fingerprint = _fingerprint(captured, recipe, batches)
+    fingerprint = _fingerprint(captured, recipe, batches, extra_passes)
     if not resume:
         shutil.rmtree(work, ignore_errors=True)
     try:
         with explained(work):
             finished = quantize_blocks(
-                captured, passes_for(recipe, {p.name: p for p in plan}), batches and batches(), batches and batches(),
+                captured, passes_for(recipe, {p.name: p for p in plan}, extra_passes), batches and batches(), batches and batches(),
                 work, fingerprint, resume=resume, progress=partial(progress, "quantize"),
             )  # fmt: skip
         seconds["quantize"] = clock.lap()
@@ -121,8 +124,10 @@ def export(
             manifest = _manifest(captured, plan, lowered, lowering, size)
             seconds["lower"] = clock.lap()
             write_companions(folder, manifest, captured.folder, recipe.to_yaml(), _report(plan, finished, seconds, described))
-    except BaseException:
-        if not any(work.glob("*.safetensors")):
+    except BaseException as error:
+        # Neither a bad model nor a bad pass gets better by going on from where it stopped.
+        hopeless = isinstance(error, QExportError) and not isinstance(error, InputError)
+        if hopeless or not any(work.glob("*.safetensors")):
             shutil.rmtree(work, ignore_errors=True)
         raise
     shutil.rmtree(work)
@@ -163,6 +168,11 @@ def plan_for(captured: Captured, recipe: Recipe) -> list[LinearPlan]:
 def needs_data(recipe: Recipe, plan: Sequence[LinearPlan]) -> bool:
     """Whether any pass will want calibration inputs."""
     return recipe.needs_calibration and any(p.scheme is not None for p in plan)
+
+
+def _ask_for_data(passes: Sequence[GraphPass], captured: Captured) -> bool:
+    """Whether a pass wants statistics, or promises to keep the function, which is checked on data."""
+    return any(p.keeps_function or any(p.statistics(b.module) for b in captured.blocks) for p in passes)
 
 
 def lower(captured: Captured, finished: Sequence[Finished], target: Target) -> Lowered:
@@ -215,8 +225,8 @@ def _module_batches(captured: Captured, data) -> tuple[Callable[[], Stream], str
     return lambda: Stream(batches, [None] * len(batches), keep), f"{len(batches)} batches given by the caller"
 
 
-def _fingerprint(captured: Captured, recipe: Recipe, batches) -> str:
-    digest = hashlib.sha256(f"{version('qexport')}\n{recipe.to_yaml()}".encode())
+def _fingerprint(captured: Captured, recipe: Recipe, batches, extra_passes: Sequence[GraphPass]) -> str:
+    digest = hashlib.sha256(f"{version('qexport')}\n{recipe.to_yaml()}\n{list(extra_passes)}".encode())
     if captured.folder is not None:
         for file in sorted(captured.folder.path.glob("*.safetensors")):
             state = file.stat()

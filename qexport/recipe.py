@@ -235,6 +235,15 @@ class Recipe(_Spec):
         """The whole recipe, defaults included, as YAML that `load` reads back to an equal recipe."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
 
+    def with_calibration(self, **values: Any) -> Self:
+        """The same recipe with other calibration keys; None leaves a key as it is.
+
+        Raises:
+            RecipeError: unknown key or value out of range.
+        """
+        given = {key: value for key, value in values.items() if value is not None}
+        return self.model_copy(update={"calibration": CalibrationSpec(**{**self.calibration.model_dump(), **given})})
+
     def scheme_for(self, linear_name: str) -> Scheme | None:
         """The scheme of a linear by its dotted name, None when it stays float."""
         for override in self.overrides:

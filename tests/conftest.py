@@ -1,9 +1,36 @@
-from functools import partial
+import copy
+import warnings
+from functools import cache, partial
 
 import pytest
+import torch
+import transformers
 
 from cuda_placement.build import CannotBuild, build_stand_ins
 from cuda_placement.probe import placement
+from models import save_model
+from qexport.export import capture
+
+transformers.logging.disable_progress_bar()
+torch.set_num_threads(1)  # models here are so small that threads cost more than they bring
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory):
+    """model_folder(family): the folder of a small random model, made once; not to be written to."""
+    return cache(lambda family: save_model(family, tmp_path_factory.mktemp(family)))
+
+
+@pytest.fixture(scope="session")
+def captured(model_folder):
+    """captured(family): a copy of its captured graph, for the caller to change."""
+    once = cache(lambda family: capture(model_folder(family)))
+
+    def fresh(family):
+        with warnings.catch_warnings(action="ignore"):  # about copying a fake tensor
+            return copy.deepcopy(once(family))
+
+    return fresh
 
 
 @pytest.fixture(scope="session")

@@ -170,8 +170,10 @@ def _compare(block: Block, stream: Stream, reference: Stream | None) -> float | 
     """SQNR of the last output that later blocks read, over all batches."""
     if reference is None:
         return None
-    name = next((n for n in reversed(block.outputs) if n in stream.batches[0] and n in reference.batches[0]), None)
-    if name is None or not stream.batches[0][name].is_floating_point():
+    first = reference.batches[0]
+    real = [n for n in block.outputs if isinstance(first.get(n), torch.Tensor) and first[n].is_floating_point()]
+    name = next((n for n in reversed(real) if n in stream.batches[0]), None)
+    if name is None:
         return None
     pairs = [
         tuple(s.batches[i][name][mask] if mask is not None and s.batches[i][name].shape[:2] == mask.shape else s.batches[i][name]

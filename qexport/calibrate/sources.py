@@ -100,25 +100,38 @@ def _read(spec: CalibrationSpec) -> tuple[str, str]:
         raise InputError(f"byte {error.start} is not UTF-8", place=str(path), remedy="Convert the file") from None
 
 
-def _windows(text: str, name: str, spec: CalibrationSpec, tokenizer: Any) -> Samples:
+def text_windows(text: str, tokenizer: Any, length: int, *, place: str, remedy: str) -> Tensor:
+    """All windows of a text that do not overlap, in order; what is left at the end is dropped.
+
+    Args:
+        length: tokens in a window, with what the tokenizer puts before a text.
+        place, remedy: of the errors.
+
+    Returns:
+        int64 [n, length].
+
+    Raises:
+        InputError: no text, or fewer tokens than one window.
+    """
     if not text.strip():
-        raise InputError("there is no text in it", place=name)
+        raise InputError("there is no text in it", place=place)
     start = _start_ids(tokenizer)
-    body = spec.sequence_length - len(start)
+    body = length - len(start)
     if body < 1:
-        raise InputError(f"{spec.sequence_length} tokens leave no room after the {len(start)} that begin every text")
+        raise InputError(f"{length} tokens leave no room after the {len(start)} that begin every text")
     pieces = tokenizer(_pieces(text), add_special_tokens=False, verbose=False)["input_ids"]
     ids = torch.from_numpy(np.concatenate([np.asarray(piece, dtype=np.int64) for piece in pieces]))
     count = len(ids) // body
     if not count:
-        raise InputError(
-            f"its {len(ids)} tokens are less than one sample of {body}",
-            place=name,
-            remedy="Give more text or a smaller sequence_length",
-        )
-    taken = _spread(count, min(spec.samples, count), spec.seed)
-    windows = ids[: count * body].view(count, body)[taken]
-    windows = torch.cat([torch.tensor(start, dtype=torch.int64).expand(len(windows), -1), windows], dim=1)
+        raise InputError(f"its {len(ids)} tokens are less than one sample of {body}", place=place, remedy=remedy)
+    windows = ids[: count * body].view(count, body)
+    return torch.cat([torch.tensor(start, dtype=torch.int64).expand(count, -1), windows], dim=1)
+
+
+def _windows(text: str, name: str, spec: CalibrationSpec, tokenizer: Any) -> Samples:
+    remedy = "Give more text or a smaller sequence_length"
+    found = text_windows(text, tokenizer, spec.sequence_length, place=name, remedy=remedy)
+    windows = found[_spread(len(found), min(spec.samples, len(found)), spec.seed)]
     asked = "" if len(windows) == spec.samples else f", {spec.samples} asked for"
     described = f"{len(windows)} windows of {spec.sequence_length} tokens from {name} (seed {spec.seed}{asked})"
     return Samples(windows, torch.ones_like(windows), described)

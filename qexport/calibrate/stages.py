@@ -1,6 +1,6 @@
 """From a recipe to the passes that a block goes through, in the order that the mathematics demands."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from ..passes.activations import QuantizeActivations
 from ..passes.base import GraphPass
@@ -10,14 +10,15 @@ from ..passes.weights import GPTQ, RoundToNearest
 from ..recipe import Recipe
 
 
-def passes_for(recipe: Recipe, plan: Mapping[str, LinearPlan]) -> list[GraphPass]:
+def passes_for(recipe: Recipe, plan: Mapping[str, LinearPlan], extra: Sequence[GraphPass] = ()) -> list[GraphPass]:
     """Exact transformations first, then weights, then activations: ranges are those of what is deployed.
 
     Args:
         plan: by linear name.
+        extra: the caller's own passes; they see the block in float, before everything else.
     """
     quantizes_inputs = any(p.scheme is not None and p.scheme.activation is not None for p in plan.values())
-    passes: list[GraphPass] = []
+    passes: list[GraphPass] = [*extra]
     if recipe.smooth is not None and quantizes_inputs:
         passes.append(SmoothQuant(plan, recipe.smooth.alpha))
     weights = recipe.weights

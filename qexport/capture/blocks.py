@@ -94,6 +94,13 @@ def _assign(graph: Graph, layers: list[str]) -> dict[Node, int]:
         part[node] = own
     if not layers:
         return dict.fromkeys(part, 0)
+    fixed = set()  # made of weights and constants alone: beside the first who reads it
+    for node in graph.nodes:
+        if node.op == "get_attr" or (node in part and all(n in fixed for n in node.all_input_nodes)):
+            fixed.add(node)
+    for node in reversed(graph.nodes):
+        if node in fixed and node in part:
+            part[node] = min((part[user] for user in node.users if user in part), default=part[node])
     return part
 
 

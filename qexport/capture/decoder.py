@@ -3,6 +3,7 @@
 import logging
 import tempfile
 import warnings
+import weakref
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -52,6 +53,7 @@ def capture_decoder(folder: ModelFolder) -> Captured:
     Raises:
         CaptureError: torch.export cannot follow the model, or the checkpoint does not fit its config.
     """
+    checkpoint = Checkpoint(folder.path)  # before the slow part: a damaged file is reported at once
     model = _empty_model(folder)
     aliases = _aliases(model)
     exported = _export(model, folder.name)
@@ -62,7 +64,7 @@ def capture_decoder(folder: ModelFolder) -> Captured:
     used = {n.target: tuple(n.meta["val"].shape) for n in whole.graph.nodes if n.op == "get_attr"}
     buffers = {n: b for n, b in model.named_buffers() if n in used}
     parameters = {n: s for n, s in used.items() if n not in buffers}
-    weights = _checkpoint(folder, model, parameters, aliases)
+    weights = _checkpoint(checkpoint, folder, model, parameters, aliases)
     settings = _settings(folder.config, whole)
     inputs, outputs = _ports(whole, settings)
     return Captured(
@@ -86,6 +88,8 @@ def _empty_model(folder: ModelFolder) -> torch.nn.Module:
                 trust_remote_code=folder.trust_remote_code,
             )  # fmt: skip
     except (ValueError, KeyError, ImportError) as error:
+        if isinstance(error, KeyError) and error.args == (IMPLEMENTATION,):  # looked up among its own attention classes
+            raise _own_attention(folder.name) from error
         raise CaptureError(
             f"transformers cannot build it as a causal language model ({error})", place=folder.name,
             remedy="For other kinds of model pass an nn.Module and example inputs",
@@ -127,7 +131,17 @@ def _export(model: torch.nn.Module, place: str):
     except CaptureError:
         raise
     except Exception as error:  # torch.export raises almost anything, and hides the reason behind other errors
+        # Asked only now: a few models that do follow the interface are not marked as such.
+        if not getattr(model, "_supports_attention_backend", True):
+            raise _own_attention(place) from error
         raise CaptureError(f"torch.export failed: {root_cause(error)}", place=place) from error
+
+
+def _own_attention(place: str) -> CaptureError:
+    return CaptureError(
+        "its attention does not go through transformers' AttentionInterface (ALiBi and other attention of its own)",
+        place=place, remedy="Such a model cannot be captured with its cache",
+    )  # fmt: skip
 
 
 def root_cause(error: BaseException) -> str:
@@ -156,14 +170,17 @@ def _rename_weights(whole: torch.fx.GraphModule, aliases: dict[str, tuple[str, .
                 node.target = name
 
 
-def _checkpoint(folder: ModelFolder, model, parameters: dict[str, tuple[int, ...]], aliases) -> Checkpoint:
-    checkpoint = Checkpoint(folder.path)
+def _checkpoint(
+    checkpoint: Checkpoint, folder: ModelFolder, model, parameters: dict[str, tuple[int, ...]], aliases
+) -> Checkpoint:
+    """The checkpoint with every parameter found in it, converted by transformers where its names are others."""
     wanted = {name: aliases.get(name, ()) for name in parameters}
     prefix = getattr(model, "base_model_prefix", "")
     missing = checkpoint.resolve(wanted, prefix)
     if missing:
-        converted = Path(tempfile.mkdtemp(prefix="qexport-")) / "model"
-        checkpoint = Checkpoint(load_in_memory(folder, converted))
+        temporary = tempfile.TemporaryDirectory(prefix="qexport-")
+        checkpoint = Checkpoint(load_in_memory(folder, Path(temporary.name)))
+        weakref.finalize(checkpoint, temporary.cleanup)
         missing = checkpoint.resolve(wanted, prefix)
     if missing:
         raise CaptureError(f"{len(missing)} weights are not in the checkpoint, first {missing[0]}", place=str(folder.path))

@@ -5,6 +5,8 @@ elementwise nodes, become one node each; sizes are read from a tensor beside the
 from outside. Everything is recognised by what is computed, not by what the module is called.
 """
 
+import operator
+
 import torch
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
@@ -12,12 +14,18 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from ..passes.edit import is_call
 
 aten = torch.ops.aten
+_END = 2**63 - 1
 
 _IDENTITY = {
     aten.detach.default, aten.alias.default, aten.contiguous.default, aten.clone.default, aten.dropout.default,
     aten.feature_dropout.default, aten.lift_fresh_copy.default, aten.detach_.default, aten.dropout_.default,
 }  # fmt: skip
 _CAST = {aten.to.dtype, aten.to.device, aten.to.dtype_layout, aten._to_copy.default, aten.type_as.default}
+# Work on each row of features by itself.
+_ROWWISE = {
+    aten.linear.default, aten.layer_norm.default, aten.rms_norm.default, aten.relu.default, aten.gelu.default,
+    aten.silu.default, aten.tanh.default, aten.sigmoid.default, aten.add.Tensor, aten.mul.Tensor,
+}  # fmt: skip
 _VIEWS = {aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.expand.default}
 
 
@@ -25,6 +33,7 @@ def normalize(module: GraphModule) -> GraphModule:
     """Normalize the graph of `module` in place, keeping what it computes to rounding, and return it."""
     graph = module.graph
     _drop_identities(graph)
+    _keep_rows_apart(graph)
     _local_sizes(graph)
     _fuse_rms_norms(graph)
     _fuse_rotary(graph)
@@ -41,10 +50,70 @@ def _drop_identities(graph: Graph) -> None:
             continue
         same = is_call(node, *_IDENTITY) or (
             is_call(node, *_CAST) and node.meta["val"].dtype == node.args[0].meta["val"].dtype
-        ) or (is_call(node, aten.mul.Tensor) and node.args[1] == 1.0)
+        ) or (is_call(node, aten.mul.Tensor) and node.args[1] == 1.0) or _takes_all(node)
         if same:
             node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
+
+
+def _takes_all(node: Node) -> bool:
+    """x[:, 0:], written as a slice from 0 to the largest integer."""
+    if not is_call(node, aten.slice.Tensor) or len(node.args) < 4 or node.args[4:] not in ((), (1,)):
+        return False
+    return node.args[2] in (0, None) and node.args[3] in (_END, None)
+
+
+def _keep_rows_apart(graph: Graph) -> None:
+    """[batch, sequence, n] -> [batch * sequence, n] -> row by row -> [batch, sequence, m] without the two reshapes.
+
+    Statistics tell padding by batch and position, and ONNX Runtime turns two-dimensional products into another operator
+    than the one that is planned.
+    """
+    for start in list(graph.nodes):
+        if not is_call(start, *_VIEWS) or start.meta["val"].dim() != 2:
+            continue
+        source = start.args[0]
+        lead, width = source.meta["val"].shape[:-1], source.meta["val"].shape[-1]
+        if len(lead) != 2 or not statically_known_true(start.meta["val"].shape[1] == width):
+            continue
+        flat = _rowwise_users(start, lead)
+        if flat is None:
+            continue
+        for node in flat:
+            if is_call(node, *_VIEWS):
+                node.replace_all_uses_with(source if node is start else node.args[0])
+            else:
+                value = node.meta["val"]
+                node.meta = {**node.meta, "val": value.new_empty((*lead, *value.shape[1:]))}
+        for node in reversed(flat):
+            if is_call(node, *_VIEWS):
+                graph.erase_node(node)
+
+
+def _rowwise_users(start: Node, lead) -> list[Node] | None:
+    """All nodes between `start` and the views that restore `lead`, both included, in order; None if there are others."""
+    inside, ends = [start], []
+    for node in inside:  # grows while it is walked
+        for user in node.users:
+            shape = user.meta["val"].shape
+            if user in inside or user in ends:
+                continue
+            if is_call(user, *_VIEWS):
+                restored = (*lead, node.meta["val"].shape[1])
+                if len(shape) != 3 or not all(map(statically_known_true, map(operator.eq, shape, restored))):
+                    return None
+                ends.append(user)
+            elif is_call(user, *_ROWWISE) and len(shape) == 2:
+                inside.append(user)
+            else:
+                return None
+    for node in inside[1:]:
+        outside = [a for a in node.all_input_nodes if a not in inside]
+        elementwise = is_call(node, aten.add.Tensor, aten.mul.Tensor)
+        if any(a.op != "get_attr" or (elementwise and a.meta["val"].dim() > 1) for a in outside):
+            return None
+    order = {node: i for i, node in enumerate(start.graph.nodes)}
+    return sorted([*inside, *ends], key=order.get) if ends else None
 
 
 def _local_sizes(graph: Graph) -> None:

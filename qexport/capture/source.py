@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
 
-from ..errors import InputError, QExportError
+from ..errors import CaptureError, InputError, QExportError
 
 
 @dataclass(frozen=True)
@@ -68,11 +69,24 @@ def load_in_memory(folder: ModelFolder, into: Path) -> Path:
     """Load a checkpoint whose tensors are named or shaped otherwise than the model's, and save it under its own names.
 
     The whole model is in memory while this runs; transformers does the conversion.
+
+    Raises:
+        CaptureError: transformers cannot load it, or has to make up weights that the checkpoint lacks.
     """
-    model = AutoModelForCausalLM.from_pretrained(
-        folder.path, dtype=torch.float32, trust_remote_code=folder.trust_remote_code, weights_only=True
-    )
-    _save(model, None, into)
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            folder.path, dtype=torch.float32, trust_remote_code=folder.trust_remote_code, weights_only=True,
+            output_loading_info=True,
+        )  # fmt: skip
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise CaptureError(f"transformers cannot load the checkpoint ({_first_line(error)})", place=folder.name) from error
+    if absent := sorted(info["missing_keys"]):
+        raise CaptureError(
+            f"{len(absent)} weights are not in the checkpoint, first {absent[0]}", place=folder.name,
+            remedy="The config does not belong to these weights, or the download is incomplete",
+        )  # fmt: skip
+    own = {id(p): (name, p) for name, p in model.named_parameters()}  # save_pretrained would bring the old names back
+    save_file({name: p.detach().contiguous() for name, p in own.values()}, into / "model.safetensors")
     return into
 
 

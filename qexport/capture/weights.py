@@ -100,7 +100,7 @@ def _safetensors(folder: Path) -> list[str]:
     if index.exists():
         try:
             files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise InputError("is not a valid index of safetensors files", place=str(index)) from error
         for file in files:
             if Path(file).name != file:

@@ -71,8 +71,9 @@ def build(pieces: Sequence[Piece], inputs: Sequence[Port], outputs: Sequence[Por
     graph_inputs = list(known.values())
     results = {port.value: port for port in outputs}
     lowered_linears, lowered_blocks = {}, {}
+    made: dict[str, ir.Value] = {}
     for piece in pieces:
-        _translate(emit, piece, known)
+        made |= _translate(emit, piece, known)
         for product in linear_products(piece.module.graph):
             lowered_linears[product.meta["linear"]] = (emit.values[product].producer().name, target.kernel(product))
         carried = [name for name in piece.outputs if name not in results] or list(piece.outputs)
@@ -88,15 +89,18 @@ def build(pieces: Sequence[Piece], inputs: Sequence[Port], outputs: Sequence[Por
         opset_imports={"": OPSET}, name="qexport",
     )  # fmt: skip
     _drop_unused(graph)
-    model = ir.Model(graph, ir_version=10, producer_name="qexport", producer_version=version)
+    model = ir.Model(graph, ir_version=11, producer_name="qexport", producer_version=version)
     return Lowered(
         model,
-        {name: (node, f"{name}.output", kernel) for name, (node, kernel) in lowered_linears.items()},
+        # Asked for now, because a value that is an output of the model goes by the output's name.
+        {name: (node, made[name].name, kernel) for name, (node, kernel) in lowered_linears.items()},
         {name: known[value].name for name, value in lowered_blocks.items()},
     )
 
 
-def _translate(emit: Emitter, piece: Piece, known: dict[str, ir.Value]) -> None:
+def _translate(emit: Emitter, piece: Piece, known: dict[str, ir.Value]) -> dict[str, ir.Value]:
+    """Add a block's nodes; returns the results of its quantized linears by name."""
+    made: dict[str, ir.Value] = {}
     emit.enter(piece.name, piece.read)
     placeholders = [n for n in piece.module.graph.nodes if n.op == "placeholder"]
     for node, name in zip(placeholders, piece.inputs, strict=True):
@@ -110,9 +114,11 @@ def _translate(emit: Emitter, piece: Piece, known: dict[str, ir.Value]) -> None:
             linear = node.meta.get("result_of")
             if linear is not None:
                 value.name = f"{linear}.output"
+                made[linear] = value
         elif node.op == "output":
             for result, name in zip(node.args[0], piece.outputs, strict=True):
                 known[name] = emit.get(result)
+    return made
 
 
 def _interface(port: Port, target: Target) -> ir.Value:

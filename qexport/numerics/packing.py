@@ -13,9 +13,13 @@ def pack_int4(codes: Tensor) -> Tensor:
         uint8 [ceil(count / 2)].
     """
     flat = codes.reshape(-1).view(torch.uint8)
-    packed = flat[0::2] & 15
-    packed[: flat.numel() // 2].bitwise_or_(flat[1::2] << 4)
-    return packed
+    if flat.numel() % 2:
+        flat = torch.cat([flat, flat.new_zeros(1)])
+    if flat.storage_offset() % 2:
+        flat = flat.clone()
+    # Two codes read as one 16-bit word (little-endian, as every machine that PyTorch runs on): whole words are several times faster than every second byte.
+    words = flat.view(torch.int16)
+    return ((words & 0x0F) | ((words >> 4) & 0xF0)).to(torch.uint8)
 
 
 def unpack_int4(packed: Tensor, shape: tuple[int, ...], signed: bool) -> Tensor:

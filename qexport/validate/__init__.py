@@ -1,0 +1,171 @@
+"""Proof that an exported folder computes what the float model computes, as closely as its numbers allow."""
+
+import json
+import os
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from ..capture.decoder import capture_decoder
+from ..capture.graph import Captured
+from ..capture.module import capture_module
+from ..capture.source import open_model
+from ..errors import InputError
+from ..passes.activations import QuantizeActivations
+from ..passes.weights import GPTQ, RoundToNearest
+from ..runtime import manifest as manifests
+from ..runtime.manifest import Manifest
+from ..runtime.session import open_session
+from .layers import compare, compare_layers, run_session
+from .logits import compare_logits, deployed_logits
+from .placement import examine
+from .reference import Feeds, FloatOutputs, check_same_model, decoder_feeds, module_feeds
+from .report import REPORT_FILE, Logits, Report, Row, load, save, with_verdict, worst_first
+from .text import Text, choose_text
+
+__all__ = ["Report", "Row", "load", "validate", "worst_first"]
+
+# Tokens on which values inside the model are compared: enough rows for every statistic, few enough to hold a block's.
+_LAYER_TOKENS = 256
+
+# Passes that leave everything but the linears' weights and inputs as it was in the float model.
+_QUANTIZERS = {step.__name__ for step in (RoundToNearest, GPTQ, QuantizeActivations)}
+
+
+def _silent(stage: str, what: str, done: int, total: int) -> None:
+    pass
+
+
+def validate(
+    folder: str | os.PathLike,
+    reference: str | os.PathLike | torch.nn.Module | Captured,
+    *,
+    text: str | os.PathLike | None = None,
+    windows: int = 8,
+    window: int = 512,
+    inputs: Sequence[Sequence[torch.Tensor]] | None = None,
+    threads: int | None = None,
+    provider: str | None = None,
+    progress: Callable[[str, str, int, int], None] = _silent,
+) -> Report:
+    """Compare an export with the float model it was made from, and write the result into its report.json.
+
+    The deployed file runs in ONNX Runtime with the session options of its manifest; the float model runs in PyTorch in
+    float32, one block in memory at a time.
+
+    Args:
+        folder: what `export` wrote; it has to be writable.
+        reference: the model that was exported: a Hugging Face id, a folder, a GGUF file, an nn.Module, or the captured
+            model (whose weights stay unloaded).
+        text: a UTF-8 file or a string. None: the float model writes the text, and the report says so.
+        windows, window: how many stretches of text and tokens in each; each stands alone.
+        inputs: for models without text: tuples of tensors, one a forward call.
+        threads: threads within an ONNX Runtime operator.
+        provider: execution provider; None takes the one the file was made for.
+        progress: called with (stage, what, done, total).
+
+    Raises:
+        InputError: the folder is no export, the reference is another model, or the text does not do.
+        RuntimeProblem: ONNX Runtime refuses the model or does not have the provider.
+    """
+    folder, seconds, started = Path(folder), {}, time.perf_counter()
+
+    def lap(stage: str) -> None:
+        nonlocal started
+        now = time.perf_counter()
+        seconds[stage], started = round(now - started, 2), now
+
+    manifest = manifests.load(folder)
+    if not os.access(folder, os.W_OK):
+        raise InputError(
+            "cannot be written, and the report goes there", place=str(folder), remedy="Copy it to a folder you own"
+        )
+    captured = _capture(reference, inputs)
+    transformed = _transformed(folder)
+    check_same_model(captured, manifest, folder, transformed=transformed)
+    lap("capture")
+    placed, plain = examine(folder, manifest, provider or manifest.provider)
+    lap("placement")
+    if captured.kind == "decoder":
+        chosen = choose_text(captured, text, windows, window, partial(progress, "text"))
+        layer_feeds = decoder_feeds(captured, chosen.windows[:1, :_LAYER_TOKENS])
+        rows = layer_feeds[0]["input_ids"].numel()
+    else:
+        if text is not None:
+            raise InputError("this model reads no text", place="text", remedy="Pass inputs=[(tensor, ...), ...]")
+        layer_feeds = module_feeds(captured, inputs or ())
+        rows = sum(next(iter(batch.values())).shape[0] for batch in layer_feeds)
+        chosen = Text(torch.empty(0), f"{len(layer_feeds)} input tuples given by the caller", False)
+    lap("text")
+    layers = compare_layers(
+        folder, manifest, captured, layer_feeds, plain, rows=rows, transformed=transformed, threads=threads,
+        provider=provider, progress=partial(progress, "layers"),
+    )  # fmt: skip
+    lap("layers")
+    logits, outputs = None, ()
+    if captured.kind == "decoder":
+        logits = _logits(folder, manifest, captured, chosen, threads, provider, progress)
+    else:
+        outputs = _outputs(folder, manifest, captured, layer_feeds, threads, provider, progress)
+    lap("outputs")
+    name = captured.folder.name if captured.folder else type(reference).__name__
+    report = with_verdict(Report(
+        reference=name, text=chosen.described, own_text=chosen.own, layers=layers, logits=logits, outputs=outputs,
+        placement=placed, seconds=seconds,
+    ))  # fmt: skip
+    save(report, folder)
+    return report
+
+
+def _capture(reference, inputs) -> Captured:
+    if isinstance(reference, Captured):
+        return reference
+    if isinstance(reference, torch.nn.Module):
+        if not inputs:
+            raise InputError(
+                "an nn.Module is compared on tensors", place="inputs", remedy="Pass inputs=[(tensor, ...), ...]"
+            )
+        return capture_module(reference, tuple(inputs[0]))
+    return capture_decoder(open_model(reference))
+
+
+def _transformed(folder: Path) -> bool:
+    """Whether any pass but the quantizers changed the weights, by the account of the export; unknown counts as yes."""
+    path = folder / REPORT_FILE
+    try:
+        blocks = json.loads(path.read_text(encoding="utf-8"))["export"]["blocks"]
+        return bool({name for block in blocks for name in block["changed"]} - _QUANTIZERS)
+    except (OSError, ValueError, KeyError, TypeError):
+        return True
+
+
+def _logits(folder, manifest: Manifest, captured: Captured, text: Text, threads, provider, progress) -> Logits:
+    reference = FloatOutputs(
+        captured, decoder_feeds(captured, text.windows), ("logits",), partial(progress, "float model")
+    )
+    try:
+        run = deployed_logits(folder, manifest, text.windows.shape[1], threads=threads, provider=provider)
+        return compare_logits(reference, text.windows, run, partial(progress, "logits"))
+    finally:
+        reference.close()
+
+
+def _outputs(
+    folder, manifest, captured: Captured, feeds: Sequence[Feeds], threads, provider, progress
+) -> tuple[Row, ...]:
+    names = [port.name for port in captured.outputs if port.dtype.is_floating_point]
+    reference = FloatOutputs(captured, feeds, names, partial(progress, "float model"))
+    try:
+        session = open_session(folder, manifest, threads=threads, provider=provider)
+        pairs: dict[str, tuple[list[torch.Tensor], list[torch.Tensor]]] = {name: ([], []) for name in names}
+        for index, batch in enumerate(feeds):
+            want, got = reference.outputs(index), run_session(session, batch, names)
+            for name, (wanted, found) in pairs.items():
+                wanted.append(want[name].flatten())
+                found.append(got[name].float().flatten())
+        return tuple(Row(name=name, **compare(torch.cat(want), torch.cat(got))) for name, (want, got) in pairs.items())
+    finally:
+        reference.close()

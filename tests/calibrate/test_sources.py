@@ -5,7 +5,6 @@ import json
 import time
 from functools import partial
 
-import datasets
 import numpy as np
 import pytest
 import torch
@@ -226,9 +225,12 @@ def test_unusable_data(data, message, tokenizer):
 # --- data sets on disk, read offline
 
 
-@pytest.fixture(autouse=True)
-def cache_of_its_own(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+@pytest.fixture
+def datasets(tmp_path, monkeypatch):
+    """The optional package, with a cache of its own."""
+    package = pytest.importorskip("datasets")
+    monkeypatch.setattr(package.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    return package
 
 
 def row_text(i):
@@ -236,7 +238,7 @@ def row_text(i):
 
 
 @pytest.fixture
-def rows(tmp_path):
+def rows(tmp_path, datasets):
     path = tmp_path / "rows.jsonl"
     lines = [{"text": row_text(i), "n": i, "note": None} for i in range(200)]
     path.write_text("\n".join(map(json.dumps, lines)))
@@ -262,7 +264,7 @@ def test_a_slice_of_a_data_set(tokenizer, rows):
     assert [tokenizer.decode(row) for row in ids] == [whole[:16], whole[16:32]]
 
 
-def test_a_text_file_through_datasets(tokenizer, english):
+def test_a_text_file_through_datasets(tokenizer, english, datasets):
     ids = load_samples(spec(f"datasets:{english}:train:text"), tokenizer=tokenizer, vocab_size=VOCAB).input_ids
     assert tokenizer.decode(ids[0]).split("\n")[0] in ENGLISH
 
@@ -284,7 +286,7 @@ def test_unusable_data_sets(form, message, tokenizer, rows):
         load_samples(spec(form.format(rows)), tokenizer=tokenizer, vocab_size=VOCAB)
 
 
-def test_a_data_set_on_the_hub_is_streamed_with_its_config(tokenizer, monkeypatch):
+def test_a_data_set_on_the_hub_is_streamed_with_its_config(tokenizer, monkeypatch, datasets):
     asked = []
     monkeypatch.setattr(datasets, "load_dataset", lambda **asks: asked.append(asks) or [{"text": ENGLISH}])
     load_samples(spec("datasets:some/wiki:small-raw:train:text"), tokenizer=tokenizer, vocab_size=VOCAB)

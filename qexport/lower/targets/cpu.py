@@ -34,6 +34,8 @@ class CpuTarget:
         return {
             "session.qdq_matmulnbits_accuracy_level": str(self.accuracy_level),
             "session.qdq_matmulnbits_block_size": str(_DEFAULT_BLOCK),
+            # It makes a Gemm of a product of 2-D activations and its bias, and the integer fusion passes Gemm by.
+            "optimization.disable_specified_optimizers": "MatMulAddFusion",
         }
 
     def numerics(self) -> dict[str, str]:

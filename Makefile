@@ -1,0 +1,38 @@
+# make demo      quantize a small language model, prove it, run it
+# make test      the tests (make test-all: the slow ones too)
+# make lint      ruff
+# make clean     remove everything that these made
+
+PYTHON ?= $(shell python3.11 -c pass 2>/dev/null && echo python3.11 || echo python3)
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/installed
+
+# onnxruntime-genai's wheels with CUDA, which run on the CPU too, exist for x86-64; its tests skip elsewhere.
+EXTRAS = test,datasets$(if $(filter x86_64 AMD64,$(shell uname -m)),$(if $(filter Linux,$(shell uname -s)),$(comma)genai))
+comma := ,
+
+.PHONY: demo test test-all lint clean install
+
+install: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt -e '.[$(EXTRAS)]'
+	touch $@
+
+demo: $(STAMP)
+	$(BIN)/python samples/demo.py
+
+test: $(STAMP)
+	$(BIN)/python -m pytest
+
+test-all: $(STAMP)
+	$(BIN)/python -m pytest -m 'slow or not slow'
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+
+clean:
+	rm -rf $(VENV) .cache out build *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

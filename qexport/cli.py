@@ -1,0 +1,218 @@
+"""The command line: arguments in, one call of the library, its result out."""
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+import qexport
+
+from .errors import QExportError
+
+app = typer.Typer(
+    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, context_settings={"help_option_names": ["-h", "--help"]},
+    help="Quantize PyTorch models and run them in ONNX Runtime.",
+)  # fmt: skip
+recipes_app = typer.Typer(no_args_is_help=True, help="The recipes that come with qexport.")
+app.add_typer(recipes_app, name="recipes")
+
+Model = Annotated[str, typer.Argument(help="Hugging Face id, folder with safetensors, or GGUF file.")]
+Folder = Annotated[Path, typer.Argument(help="Folder that `qexport export` wrote.")]
+RecipeName = Annotated[str, typer.Option("--recipe", "-r", help="Preset, scheme, or YAML file; see `qexport recipes list`.")]
+Target = Annotated[str, typer.Option(help="cpu or cuda.")]
+Remote = Annotated[bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model.")]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+Threads = Annotated[int | None, typer.Option(help="Threads of ONNX Runtime; by default all physical cores.")]
+Provider = Annotated[str | None, typer.Option(help="Execution provider, instead of the one the export was made for.")]
+
+
+def main() -> None:
+    """Entry point: expected errors become one line on stderr and exit code 2."""
+    try:
+        app()
+    except QExportError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(qexport.__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _options(version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False):
+    pass
+
+
+@app.command()
+def export(
+    model: Model,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder to make.")],
+    recipe: RecipeName = "w4a16_g32",
+    target: Target = "cpu",
+    calibration: Annotated[
+        str | None, typer.Option(help="A text file, self, random, or datasets:ID:SPLIT:COLUMN; by default what the recipe says.")
+    ] = None,
+    samples: Annotated[int | None, typer.Option(help="Calibration sequences.")] = None,
+    sequence_length: Annotated[int | None, typer.Option(help="Tokens in a calibration sequence.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of everything random.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier export.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted export.")] = False,
+    trust_remote_code: Remote = False,
+    as_json: Json = False,
+) -> None:
+    """Quantize a model and write it as a folder that ONNX Runtime runs."""
+    from . import console
+    from .reporting import export_summary, print_export
+
+    chosen = qexport.Recipe.load(recipe).with_calibration(samples=samples, sequence_length=sequence_length, seed=seed)
+    console.quiet_libraries()
+    with console.showing_progress() as progress:
+        result = qexport.export(
+            model, chosen, out_dir=out, target=target, calibration=calibration, overwrite=overwrite, resume=resume,
+            trust_remote_code=trust_remote_code, progress=progress,
+        )  # fmt: skip
+    if as_json:
+        console.print_json(export_summary(result))
+    else:
+        print_export(result)
+
+
+@app.command()
+def inspect(
+    model: Model,
+    recipe: RecipeName = "w4a16_g32",
+    target: Target = "cpu",
+    all_layers: Annotated[bool, typer.Option("--all", help="One line for every linear, also where layers are alike.")] = False,
+    trust_remote_code: Remote = False,
+    as_json: Json = False,
+) -> None:
+    """Show what an export would do, without reading a weight."""
+    from . import console
+    from .reporting import print_inspection
+
+    chosen = qexport.Recipe.load(recipe)
+    console.quiet_libraries()
+    found = qexport.inspect(model, chosen, target=target, trust_remote_code=trust_remote_code)
+    if as_json:
+        console.print_json(found.as_dict())
+    else:
+        print_inspection(found, all_layers)
+
+
+@app.command()
+def validate(
+    folder: Folder,
+    reference: Annotated[str, typer.Option(help="The model that was exported: id, folder or GGUF file.")],
+    text: Annotated[Path | None, typer.Option(help="UTF-8 text to measure on; by default text the model writes.")] = None,
+    windows: Annotated[int, typer.Option(help="How many windows of the text.")] = 8,
+    window: Annotated[int, typer.Option(help="Tokens in a window.")] = 512,
+    threads: Threads = None,
+    provider: Provider = None,
+    as_json: Json = False,
+) -> None:
+    """Compare an export with the float model: layers, logits, text. Writes report.json and report.html into the folder."""
+    from . import console
+    from .reporting import print_validation
+
+    console.quiet_libraries()
+    with console.showing_progress() as progress:
+        report = qexport.validate(
+            folder, reference, text=text, windows=windows, window=window, threads=threads, provider=provider, progress=progress
+        )
+    if as_json:
+        console.print_json(report.as_dict())
+    else:
+        print_validation(report)
+
+
+@app.command()
+def generate(
+    folder: Folder,
+    prompt: Annotated[str, typer.Option("--prompt", "-p", help="Text to continue.")],
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
+    temperature: Annotated[float | None, typer.Option(help="Sample instead of taking the likeliest token; 0 does not.")] = None,
+    top_k: Annotated[int | None, typer.Option(help="Sample from the k likeliest tokens.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Sample from the likeliest tokens that add up to p.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of sampling.")] = None,
+    chat: Annotated[bool, typer.Option("--chat", help="Put the prompt into the chat template of the model.")] = False,
+    threads: Threads = None,
+    provider: Provider = None,
+) -> None:
+    """Continue a prompt with ONNX Runtime, printing while it grows."""
+    from . import console
+
+    given = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
+    given = {name: value for name, value in given.items() if value is not None}
+    sampling = qexport.Sampling(**given) if given and temperature != 0 else None
+    console.quiet_libraries()
+    qexport.generate(
+        folder, prompt, max_new_tokens=max_new_tokens, sampling=sampling, chat=chat, threads=threads, provider=provider,
+        on_text=lambda row, piece: print(piece, end="", flush=True),
+    )  # fmt: skip
+    print()
+
+
+@app.command()
+def bench(
+    folder: Folder,
+    against: Annotated[Path | None, typer.Option(help="Another folder, measured in turns with the first.")] = None,
+    prompt_length: Annotated[list[int], typer.Option(help="Prompt tokens; may be given several times.")] = [128, 512],  # noqa: B006
+    past: Annotated[list[int], typer.Option(help="Tokens in the cache while decoding; may be given several times.")] = [128],  # noqa: B006
+    repeats: Annotated[int, typer.Option(help="Measurements of everything; the median counts.")] = 5,
+    threads: Annotated[int, typer.Option(help="Threads of ONNX Runtime.")] = 2,
+    provider: Provider = None,
+    as_json: Json = False,
+) -> None:
+    """Measure speed, load time, memory and size, alone or against another folder."""
+    from . import console
+    from .reporting import print_bench
+
+    result = qexport.bench(
+        folder, against, prompt_lengths=prompt_length, decode_pasts=past, repeats=repeats, threads=threads, provider=provider
+    )
+    if as_json:
+        console.print_json(result.as_dict())
+    else:
+        print_bench(result)
+
+
+@recipes_app.command("list")
+def list_recipes(as_json: Json = False) -> None:
+    """Name and purpose of every preset."""
+    from . import console
+
+    presets = qexport.Recipe.presets()
+    if as_json:
+        console.print_json(presets)
+    else:
+        console.print_table(["preset", "what it is"], [list(row) for row in presets.items()])
+
+
+@recipes_app.command("show")
+def show_recipe(name: Annotated[str, typer.Argument(help="Preset, scheme, or YAML file.")]) -> None:
+    """A recipe with every key written out, as YAML to copy and change."""
+    print(qexport.Recipe.load(name).to_yaml(), end="")
+
+
+@app.command()
+def doctor(as_json: Json = False) -> None:
+    """Look for what keeps models from running on this machine. Exit code 1 when something has to be mended."""
+    from dataclasses import asdict
+
+    from . import console
+    from .reporting import print_checks
+
+    checks: list[Any] = qexport.diagnose()
+    if as_json:
+        console.print_json([asdict(check) for check in checks])
+    else:
+        print_checks(checks)
+    if not all(check.ok or check.optional for check in checks):
+        raise typer.Exit(1)

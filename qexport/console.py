@@ -1,0 +1,76 @@
+"""What the command line shows: results as tables on stdout, progress on stderr, other libraries' chatter nowhere."""
+
+import json
+import sys
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+# Where no terminal can redraw a bar, a stage prints about this many lines.
+_LINES = 8
+
+
+def quiet_libraries() -> None:
+    """Silence warnings and progress bars of libraries about things that a user of this program cannot change."""
+    from huggingface_hub.utils import disable_progress_bars
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    disable_progress_bars()
+
+
+def print_json(document: Any) -> None:
+    """One JSON document on stdout."""
+    print(json.dumps(document, indent=2, ensure_ascii=False))
+
+
+def print_table(columns: list[str], rows: list[list[Any]], title: str = "") -> None:
+    """A table on stdout: columns that hold numbers to the right, text folded where the terminal is too narrow."""
+    table = Table(title=title or None, title_justify="left", title_style="bold", box=None, pad_edge=False, header_style="bold")
+    for index, name in enumerate(columns):
+        numbers = rows and all(isinstance(row[index], (int, float)) for row in rows)
+        table.add_column(name, justify="right" if numbers else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*(f"{cell:,}" if isinstance(cell, int) else str(cell) for cell in row))
+    # Without a terminal nobody wants lines broken at 80 columns: other programs read them.
+    Console(width=None if sys.stdout.isatty() else 200, highlight=False, markup=False).print(table)
+
+
+def megabytes(count: int) -> str:
+    """A size for people: `66.4 MB`."""
+    return f"{count / 1e6:,.1f} MB" if count < 1e9 else f"{count / 1e9:,.2f} GB"
+
+
+@contextmanager
+def showing_progress():
+    """Yields a callback (stage, what, done, total) that draws bars on a terminal and prints a few lines elsewhere."""
+    if not sys.stderr.isatty():
+        yield _Lines()
+        return
+    columns = (TextColumn("{task.description:<10}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.fields[what]}"))
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
+        tasks: dict[str, Any] = {}
+
+        def show(stage: str, what: str, done: int, total: int) -> None:
+            if stage not in tasks:
+                tasks[stage] = bars.add_task(stage, what=what)
+            bars.update(tasks[stage], completed=done, total=total, what=what)
+
+        yield show
+
+
+class _Lines:
+    """Progress as lines: the first step of a stage, its last, and a few between."""
+
+    def __init__(self) -> None:
+        self._shown: dict[str, int] = {}
+
+    def __call__(self, stage: str, what: str, done: int, total: int) -> None:
+        part = done * _LINES // max(total, 1)
+        if self._shown.get(stage) != part:
+            self._shown[stage] = part
+            print(f"{stage} {done}/{total} {what}".rstrip(), file=sys.stderr, flush=True)

@@ -1,0 +1,118 @@
+"""Results of the library as text for people; the command line prints nothing else."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from .console import megabytes, print_table
+from .export import ExportResult
+from .inspecting import Inspection, compressed, compressed_sites
+from .passes.plan import LinearPlan
+from .runtime.bench import BenchResult
+from .runtime.doctor import Check
+
+
+def export_summary(result: ExportResult) -> dict[str, Any]:
+    """What an export did, in plain types."""
+    return {
+        "folder": str(result.folder),
+        "target": result.manifest.target,
+        "bytes": dict(result.manifest.bytes),
+        "calibration": result.calibration,
+        "seconds": dict(result.seconds),
+        "quantized_linears": len(result.manifest.linears),
+        "exceptions": [
+            {"linear": p.name, "scheme": p.scheme.name if p.scheme else "float", "reason": p.reason} for p in result.plan if p.reason
+        ],
+    }
+
+
+def print_export(result: ExportResult) -> None:
+    """Where it is, how large, what was not done as asked, and what to do next."""
+    sizes, quantized = result.manifest.bytes, [p for p in result.plan if p.scheme is not None]
+    weights = 4 * sum(p.shape[0] * p.shape[1] for p in quantized)
+    print(f"{result.folder}: {megabytes(sizes['model'])} for {result.manifest.target}")
+    print(
+        f"  {len(quantized)} of {len(result.plan)} linears quantized, {megabytes(weights)} in float32"
+        f" -> {megabytes(sizes['quantized_linears'])}; the rest takes {megabytes(sizes['rest'])}"
+    )
+    print(f"  calibration: {result.calibration}")
+    print(f"  seconds: {', '.join(f'{stage} {seconds:.1f}' for stage, seconds in result.seconds.items())}")
+    _print_exceptions(result.plan)
+    if result.manifest.kind == "decoder":
+        print(f"Next: qexport validate {result.folder} --reference MODEL; qexport generate {result.folder} --prompt TEXT")
+
+
+def _print_exceptions(plan: Sequence[LinearPlan]) -> None:
+    for first, name, count in compressed(p for p in plan if p.reason):
+        print(f"  {name} ({count}): {first.scheme.name if first.scheme else 'float'}, {first.reason}")
+
+
+def print_inspection(found: Inspection, all_layers: bool) -> None:
+    """A line for every kind of linear and of site, then totals."""
+    plan = [(p, p.name, 1) for p in found.linears] if all_layers else compressed(found.linears)
+    print_table(
+        ["linear", "how many", "out x in", "scheme", "bytes each", "why"],
+        [[name, count, f"{p.shape[0]} x {p.shape[1]}", p.scheme.name if p.scheme else "float", p.bytes, p.reason] for p, name, count in plan],
+        f"{found.model}: {found.recipe} for {found.target}",
+    )
+    sites = [(s, ", ".join(s.linears)) for s in found.sites] if all_layers else compressed_sites(found.sites)
+    used = "" if found.smooths else " (this recipe moves none)"
+    print_table(
+        ["input of", "a factor goes into", "why nowhere"],
+        [[name, "nothing" if s.fold is None else s.fold if all_layers else _kind(s.fold), s.why] for s, name in sites],
+        f"\nWhere a factor for each channel can go at no cost{used}",
+    )
+    sizes = found.bytes
+    quantized = sum(p.scheme is not None for p in found.linears)
+    print(f"\n{quantized} of {len(found.linears)} linears quantized; {found.parameters:,} weights in all")
+    print(
+        f"{megabytes(sizes['float'])} in the float type of this target -> {megabytes(sizes['total'])}: "
+        f"linears {megabytes(sizes['quantized'])}, rest {megabytes(sizes['rest'])}"
+    )
+    print("The export calibrates" if found.calibrates else "The export needs no calibration data")
+
+
+def _kind(fold: str) -> str:
+    return "the norm in front" if fold == "norm" else f"the rows of {fold.rpartition('.')[2]}"
+
+
+def print_validation(report: Any) -> None:
+    """The measures and the verdict."""
+    print_table(["measure", "value", "what it means"], [list(row) for row in report.summary_rows()])
+    print("\n".join(report.verdict))
+
+
+def print_bench(result: BenchResult) -> None:
+    """Medians of one folder, or of two side by side with their ratio."""
+    measured = [m for m in (result.first, result.second) if m is not None]
+    rows = [
+        [f"prompt of {n} tokens, tokens/s", *(f"{m.prefill[n]:,.1f}" for m in measured), _ratio(result, f"prefill:{n}")]
+        for n in result.first.prefill
+    ]
+    rows += [
+        [f"decoding after {n} tokens, tokens/s", *(f"{m.decode[n]:,.1f}" for m in measured), _ratio(result, f"decode:{n}")]
+        for n in result.first.decode
+    ]
+    rows += [
+        ["load, seconds", *(f"{m.load_seconds:.2f}" for m in measured), _ratio(result, "load_seconds")],
+        ["memory", *(megabytes(m.memory_bytes) for m in measured), _ratio(result, "memory_bytes")],
+        ["file", *(megabytes(m.model_bytes) for m in measured), _ratio(result, "model_bytes")],
+    ]
+    columns = ["batch 1", *(m.folder for m in measured), "first/second"]
+    if result.second is None:
+        columns, rows = columns[:-1], [row[:-1] for row in rows]
+    print_table(columns, rows)
+    print(f"{result.threads} threads, medians")
+
+
+def _ratio(result: BenchResult, name: str) -> str:
+    return f"{result.ratios[name]:.2f}" if name in result.ratios else ""
+
+
+def print_checks(checks: Sequence[Check]) -> None:
+    """One line for each thing looked at, and the remedy below where there is one."""
+    for check in checks:
+        mark = "ok" if check.ok else "no" if check.optional else "BAD"
+        print(f"{mark:<4}{check.name:<26}{check.detail}")
+        if check.remedy:
+            print(f"{'':<30}{check.remedy}")

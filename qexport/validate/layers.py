@@ -1,0 +1,263 @@
+"""Every quantized linear and every block of the deployed file beside the float model.
+
+The deployed values come out of the deployed file: a temporary model.onnx that names them as additional outputs lies
+next to it and shares its data. Values are read for a few blocks at a time, as many as fit a memory budget.
+"""
+
+import os
+import tempfile
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import torch
+from torch import Tensor
+
+from ..capture.blocks import Block
+from ..capture.graph import Captured
+from ..errors import InputError, RuntimeProblem
+from ..numerics.metrics import cosine, sqnr_db
+from ..passes.edit import shape_of
+from ..passes.sites import fold_sites, linears
+from ..runtime.manifest import MODEL_FILE, BlockEntry, LinearEntry, Manifest
+from ..runtime.session import OptimizedGraph, open_session, optimized_graph
+from .placement import moved
+from .reference import Feeds, Forced, Progress, Watched, hands_on, watch
+from .report import Layers, Row
+
+BUDGET = 1 << 29  # bytes of deployed values in memory at once
+_NUMPY = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A block and the values that are read of it; bytes: their estimated size."""
+
+    block: str
+    linears: tuple[LinearEntry, ...]
+    output: BlockEntry | None
+    bytes: int
+
+    def values(self) -> list[str]:
+        """Names in the file, each once: a linear may make the very value that its block hands on."""
+        names = [entry.output for entry in self.linears] + ([self.output.output] if self.output else [])
+        return list(dict.fromkeys(names))
+
+
+def probes(captured: Captured, manifest: Manifest, rows: int) -> list[Probe]:
+    """What to read of every block, in the order of the model; rows: tokens or batch entries over all batches."""
+    outputs = {entry.name: entry for entry in manifest.blocks}
+    found = []
+    for block in captured.blocks:
+        nodes = {linear.name: linear.node for linear in linears(block.module.graph)}
+        entries = tuple(entry for entry in manifest.linears if entry.name in nodes)
+        results = next(n for n in block.module.graph.nodes if n.op == "output").args[0]
+        carried = results[block.outputs.index(hands_on(captured, block))]
+        output = outputs.get(block.name) if carried.meta["spec"].dtype.is_floating_point else None
+        read = [nodes[entry.name] for entry in entries] + ([carried] if output else [])
+        found.append(Probe(block.name, entries, output, sum(_bytes(shape_of(node), rows) for node in read)))
+    return found
+
+
+def _bytes(shape: Sequence[int | str], rows: int) -> int:
+    fixed = [size for size in shape if isinstance(size, int)]
+    return 4 * int(np.prod(fixed, dtype=np.int64)) * (rows if len(fixed) < len(shape) else 1)
+
+
+def in_groups(found: Sequence[Probe], budget: int) -> list[list[Probe]]:
+    """Consecutive blocks whose values fit the budget together; a block that does not fit is a group of its own."""
+    groups: list[list[Probe]] = []
+    size = 0
+    for probe in found:
+        if not probe.values():
+            continue
+        if not groups or size + probe.bytes > budget:
+            groups.append([])
+            size = 0
+        groups[-1].append(probe)
+        size += probe.bytes
+    return groups
+
+
+def compare_layers(
+    folder: Path, manifest: Manifest, captured: Captured, feeds: Sequence[Feeds], plain: OptimizedGraph, *,
+    rows: int, transformed: bool, threads: int | None = None, provider: str | None = None, budget: int = BUDGET,
+    progress: Progress | None = None,
+) -> Layers:  # fmt: skip
+    """Compare the values of an export with the float model's on the same inputs.
+
+    Args:
+        feeds: the model's inputs by public name, one dict for each batch.
+        plain: the optimized graph of the deployed file.
+        rows: tokens (or batch entries, for models without text) in all batches.
+        transformed: the export folded factors into linears; see `Row.rescaled`.
+        budget: bytes of deployed values in memory at once.
+
+    Raises:
+        InputError: the folder cannot be written, or its file lacks a value of the manifest.
+        RuntimeProblem: ONNX Runtime fails.
+    """
+    groups = in_groups(probes(captured, manifest, rows), budget)
+    everything = [value for group in groups for probe in group for value in probe.values()]
+    with with_outputs(folder, everything) as path:
+        # Additional outputs can only prevent fusions: where all of them leave a linear its operator, some do.
+        strayed = moved(plain, optimized_graph(path, manifest, provider=provider), manifest)
+    deployed = _Deployed(groups, lambda values: _run(folder, manifest, values, feeds, threads, provider))
+    linear_rows: dict[str, Row] = {}
+    block_rows = []
+    rescaled: set[str] = set()
+
+    def forced(block: Block) -> Forced:
+        probe, state = deployed.enter(block.name), deployed.state
+        if transformed:
+            rescaled.update(rescaled_linears(block))
+        values = {e.name: deployed.values[e.output] for e in probe.linears if e.name not in rescaled}
+        deployed.state = deployed.values[probe.output.output] if probe.output else None
+        return Forced(state, values)
+
+    for index, seen in enumerate(watch(captured, feeds, {e.name for e in manifest.linears}, forced)):
+        if progress:
+            progress(seen.block.name, index, len(captured.blocks))
+        probe = deployed.probe
+        for entry in probe.linears:
+            linear_rows[entry.name] = _linear_row(entry, deployed.values[entry.output], seen, entry.name in rescaled)
+        if probe.output is not None:
+            measures = _measures(seen.output, seen.own_output, deployed.values[probe.output.output])
+            block_rows.append(Row(name=probe.block, block=probe.block, **measures))
+    if progress:
+        progress("", len(captured.blocks), len(captured.blocks))
+    return Layers(
+        tokens=rows, linears=tuple(linear_rows[entry.name] for entry in manifest.linears), blocks=tuple(block_rows),
+        sessions=len(groups), moved=strayed,
+    )  # fmt: skip
+
+
+class _Deployed:
+    """Deployed values, those of one group of blocks at a time.
+
+    Attributes:
+        probe: of the block entered last.
+        values: by name in the file, a tensor for each batch.
+        state: what the block before handed on, kept across groups; None where it is unknown.
+    """
+
+    def __init__(self, groups: Sequence[Sequence[Probe]], run: Callable[[list[str]], dict[str, list[Tensor]]]):
+        self._groups = {probe.block: (probe, group) for group in groups for probe in group}
+        self._run = run
+        self.values: dict[str, list[Tensor]] = {}
+        self.state: list[Tensor] | None = None
+        self.probe = Probe("", (), None, 0)
+
+    def enter(self, block: str) -> Probe:
+        """Go on to a block, in order; the values of its group are there when this returns."""
+        self.probe, group = self._groups.get(block, (Probe(block, (), None, 0), ()))
+        if group and self.probe is group[0]:
+            self.values = {}  # before the next ones come
+            self.values = self._run([value for member in group for value in member.values()])
+        return self.probe
+
+
+def rescaled_linears(block: Block) -> set[str]:
+    """Linears whose output channels smoothing may have divided by factors that their only reader takes back."""
+    by_node = {found.node: found.name for found in linears(block.module.graph)}
+    return {by_node[site.producer] for site in fold_sites(block.module.graph) if site.kind == "rows"}
+
+
+def _linear_row(entry: LinearEntry, value: list[Tensor], seen: Watched, rescaled: bool) -> Row:
+    measures = _measures(seen.linears[entry.name], seen.own_linears[entry.name], value, rescaled)
+    return Row(name=entry.name, block=entry.block, scheme=entry.scheme, rescaled=rescaled, **measures)
+
+
+def _measures(want: list[Tensor], own: list[Tensor], value: list[Tensor], rescaled: bool = False) -> dict[str, float]:
+    got, want = _flat(value), _flat(want)
+    own = _flat(own)
+    measures = compare(want, _channelwise(want, got) if rescaled else got)
+    return measures | {"own_sqnr_db": sqnr_db(own, _channelwise(own, got) if rescaled else got)}
+
+
+def compare(want: Tensor, got: Tensor) -> dict[str, float]:
+    """sqnr_db, cosine and max_abs_error of two tensors of one shape."""
+    return {
+        "sqnr_db": sqnr_db(want, got),
+        "cosine": cosine(want, got),
+        "max_abs_error": float((want - got).abs().max()),
+    }
+
+
+def _flat(tensors: list[Tensor]) -> Tensor:
+    rows = [t.float().reshape(-1, t.shape[-1]) for t in tensors]
+    return rows[0] if len(rows) == 1 else torch.cat(rows)
+
+
+def _channelwise(want: Tensor, got: Tensor) -> Tensor:
+    """`got` times the factor for each channel that brings it closest to `want`, [rows, channels]."""
+    scale = (want * got).sum(0, dtype=torch.float64) / got.square().sum(0, dtype=torch.float64).clamp_min(1e-30)
+    return got * scale.float()
+
+
+@contextmanager
+def with_outputs(folder: Path, values: Sequence[str]):
+    """Path of a model.onnx with additional outputs, beside the same data; it is gone after the `with`.
+
+    Raises:
+        InputError: the folder cannot be written, or the graph has no such value.
+    """
+    model = onnx.load(folder / MODEL_FILE, load_external_data=False)
+    graph = model.graph
+    known = {output for node in graph.node for output in node.output}
+    if missing := [value for value in values if value not in known]:
+        raise InputError(
+            f"has no value {missing[0]}, which the manifest names",
+            place=str(folder / MODEL_FILE),
+            remedy="Export the model again",
+        )
+    present = {output.name for output in graph.output}
+    graph.output.extend(onnx.ValueInfoProto(name=value) for value in values if value not in present)
+    try:
+        # In the same folder, because ONNX Runtime refuses data that lie, or are linked, outside of the model's folder.
+        handle, name = tempfile.mkstemp(dir=folder, prefix=".probe.", suffix=".onnx")
+    except OSError as error:
+        raise InputError(
+            f"cannot be written ({error.strerror})", place=str(folder), remedy="Copy it to a folder you own"
+        ) from error
+    path = Path(name)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(model.SerializeToString())
+        yield path
+    finally:
+        path.unlink(missing_ok=True)
+
+
+def _run(
+    folder: Path, manifest: Manifest, values: list[str], feeds: Sequence[Feeds],
+    threads: int | None, provider: str | None,
+) -> dict[str, list[Tensor]]:  # fmt: skip
+    with with_outputs(folder, values) as path:
+        session = open_session(path, manifest, threads=threads, provider=provider)
+    results: dict[str, list[Tensor]] = {value: [] for value in values}
+    for batch in feeds:
+        for name, array in run_session(session, batch, values).items():
+            results[name].append(array)
+    return results
+
+
+def run_session(session: ort.InferenceSession, feeds: Feeds, names: Sequence[str]) -> dict[str, Tensor]:
+    """Run a session on tensors by public name and return the named outputs.
+
+    Raises:
+        RuntimeProblem: ONNX Runtime fails.
+    """
+    arrays = {}
+    for value in session.get_inputs():
+        array = feeds[value.name].numpy()
+        arrays[value.name] = array.astype(_NUMPY.get(value.type, array.dtype), copy=False)
+    try:
+        found = session.run(list(names), arrays)
+    except Exception as error:  # onnxruntime has one exception class for each status code and no base class
+        raise RuntimeProblem(f"the model fails on the validation inputs: {error}") from error
+    return {name: torch.from_numpy(array) for name, array in zip(names, found, strict=True)}

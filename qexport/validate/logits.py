@@ -1,0 +1,68 @@
+"""Next-token distributions of the float model and the deployed one, window by window."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..numerics.metrics import kl_divergence, nll, top1_agreement
+from ..runtime.decoder import open_decoder
+from ..runtime.manifest import Manifest
+from .reference import FloatOutputs, Progress
+from .report import Logits
+
+
+def deployed_logits(
+    folder: Path, manifest: Manifest, length: int, *, threads: int | None = None, provider: str | None = None
+) -> Callable[[Tensor], Tensor]:
+    """A function from token ids [S], S at most `length`, to the export's logits, float32 [S, vocabulary].
+
+    Raises:
+        RuntimeProblem: ONNX Runtime refuses the model or does not have the provider.
+    """
+    decoder = open_decoder(folder, manifest, threads=threads, provider=provider, max_length=length)
+
+    def run(ids: Tensor) -> Tensor:
+        decoder.reset()
+        return torch.tensor(decoder.run(ids[None].numpy())[0], dtype=torch.float32)
+
+    return run
+
+
+def compare_logits(
+    reference: FloatOutputs, windows: Tensor, deployed: Callable[[Tensor], Tensor], progress: Progress | None = None
+) -> Logits:
+    """Compare the models on texts; both see each window alone, and the logits of one window are in memory at a time.
+
+    Args:
+        reference: the float model on these windows.
+        windows: int64 [n, S].
+        deployed: see `deployed_logits`.
+    """
+    kl, agree, costs, float_costs, broken = [], 0, [], [], 0
+    for index, ids in enumerate(windows):
+        if progress:
+            progress("windows", index, len(windows))
+        # What follows the last token is not in the text.
+        want, got, targets = reference.outputs(index)["logits"][0, :-1], deployed(ids)[:-1], ids[1:]
+        finite = torch.isfinite(got).all(-1)
+        kl.append(kl_divergence(want, got))
+        agree += int((top1_agreement(want, got) & finite).sum())
+        float_costs.append(nll(want, targets))
+        costs.append(nll(got, targets))
+        broken += int((~finite).sum())
+    if progress:
+        progress("windows", len(windows), len(windows))
+    divergence = torch.cat(kl)
+    tokens = len(divergence)
+    return Logits(
+        windows=len(windows), window=windows.shape[1], tokens=tokens,
+        kl_mean=float(divergence.mean()),
+        kl_median=float(divergence.median()) if not broken else None,
+        kl_p99=float(divergence.quantile(0.99)) if not broken else None,
+        top1_agreement=agree / tokens,
+        float_perplexity=float(torch.cat(float_costs).mean().exp()),
+        perplexity=float(torch.cat(costs).mean().exp()),
+        nonfinite_tokens=broken,
+    )  # fmt: skip

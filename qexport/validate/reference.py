@@ -1,0 +1,252 @@
+"""The float model run block by block: one block's weights in memory, and the values that later blocks need."""
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Interpreter, Node
+
+from ..calibrate.streams import Stream, decoder_inputs
+from ..capture.blocks import Block
+from ..capture.graph import Captured
+from ..errors import InputError
+from ..passes.edit import attributes, get_tensor, set_tensor
+from ..passes.sites import linears
+from ..runtime.manifest import MODEL_FILE, Manifest
+
+Progress = Callable[[str, int, int], None]  # what, done, total
+Feeds = Mapping[str, Tensor]  # the model's inputs by public name
+
+# Tensors larger than this are not read to tell two checkpoints apart.
+_COMPARED = 1 << 26
+
+
+@contextmanager
+def weights_of(captured: Captured, block: Block):
+    """A block's weights and constants loaded inside the `with`."""
+    names = attributes(block.module.graph)
+    try:
+        for name in names:
+            set_tensor(block.module, name, captured.load(name))
+        yield
+    finally:
+        for name in names:
+            set_tensor(block.module, name, get_tensor(block.module, name).to("meta"))
+
+
+def decoder_feeds(captured: Captured, windows: Tensor) -> list[Feeds]:
+    """Inputs of a decoder, cache empty, one batch for each window [n, S]."""
+    return [decoder_inputs(captured, ids[None], torch.ones_like(ids[None])) for ids in windows]
+
+
+def module_feeds(captured: Captured, inputs: Sequence[Sequence[Tensor]]) -> list[Feeds]:
+    """Inputs of any other model, one batch for each tuple.
+
+    Raises:
+        InputError: there are none, or a tuple does not fit the model.
+    """
+    if not inputs:
+        raise InputError(
+            "this model reads no text, so it is compared on tensors", remedy="Pass inputs=[(tensor, ...), ...]"
+        )
+    for index, given in enumerate(inputs):
+        if len(given) != len(captured.inputs):
+            raise InputError(
+                f"{len(given)} tensors, and the model takes {len(captured.inputs)}", place=f"inputs[{index}]"
+            )
+        for port, tensor in zip(captured.inputs, given, strict=True):
+            if tensor.dtype != port.dtype or tuple(tensor.shape[1:]) != port.dims[1:]:
+                raise InputError(
+                    f"{port.name} is {tensor.dtype} {list(tensor.shape)}, not {port.dtype} {list(port.dims)}",
+                    place=f"inputs[{index}]",
+                )
+    return [{port.name: t for port, t in zip(captured.inputs, given, strict=True)} for given in inputs]
+
+
+def check_same_model(captured: Captured, manifest: Manifest, folder: Path, *, transformed: bool) -> None:
+    """Refuse a reference that is not the model that was exported, as far as can be told.
+
+    Compared are kind, sizes, names and shapes of the quantized linears, and the values of tensors that the file keeps.
+
+    Args:
+        transformed: the export changed float tensors on purpose, so they are not compared.
+
+    Raises:
+        InputError: something differs.
+    """
+    remedy = "Give the model that was exported"
+    place = captured.folder.name if captured.folder else "the reference"
+
+    def refuse(why: str):
+        raise InputError(f"is not the model in {folder}: {why}", place=place, remedy=remedy)
+
+    if captured.kind != manifest.kind:
+        refuse(f"it is a {captured.kind}, not a {manifest.kind}")
+    for key in captured.settings.keys() & manifest.settings.keys():
+        if captured.settings[key] != manifest.settings[key]:
+            refuse(f"its {key} is {captured.settings[key]}, not {manifest.settings[key]}")
+    shapes = {found.name: found.shape for block in captured.blocks for found in linears(block.module.graph)}
+    for entry in manifest.linears:
+        if entry.name not in shapes:
+            refuse(f"it has no linear {entry.name}")
+        if tuple(shapes[entry.name]) != tuple(entry.shape):
+            refuse(f"{entry.name} is {list(shapes[entry.name])}, not {list(entry.shape)}")
+    names = [block.name for block in captured.blocks]
+    if missing := [entry.name for entry in manifest.blocks if entry.name not in names]:
+        refuse(f"it has no block {missing[0]}")
+    if transformed:
+        return
+    parameters = {name for block in captured.blocks for name in block.parameters}
+    for tensor in onnx.load(folder / MODEL_FILE, load_external_data=False).graph.initializer:
+        is_float = tensor.data_type in (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16)
+        if tensor.name in parameters and is_float and math.prod(tensor.dims) <= _COMPARED:
+            stored = torch.from_numpy(onnx.numpy_helper.to_array(tensor, str(folder)).copy())
+            if not torch.equal(captured.load(tensor.name).to(stored.dtype), stored):
+                refuse(f"{tensor.name} has other values")
+
+
+class FloatOutputs:
+    """Outputs of the float model on fixed inputs, as often as they are wanted.
+
+    All blocks but the last run once, on all batches; what the last one reads is kept. Every call of `outputs` runs the
+    last block on one batch, so that the logits of one window are in memory at a time.
+
+    Args:
+        captured: the float model.
+        feeds: its inputs for each batch.
+        names: public names of the outputs to produce.
+    """
+
+    def __init__(
+        self, captured: Captured, feeds: Sequence[Feeds], names: Sequence[str], progress: Progress | None = None
+    ):
+        self._captured, self._last = captured, captured.blocks[-1]
+        self._ports = [port for port in captured.outputs if port.name in names]
+        end = len(captured.blocks)
+        self._stream = _stream(captured, feeds, {port.value: end for port in self._ports})
+        for index, block in enumerate(captured.blocks[:-1]):
+            if progress:
+                progress(block.name, index, end)
+            with weights_of(captured, block):
+                self._stream.advance(block, index)
+        for name in attributes(self._last.module.graph):
+            set_tensor(self._last.module, name, captured.load(name))
+        if progress:
+            progress("", end, end)
+
+    def __len__(self) -> int:
+        return len(self._stream.batches)
+
+    def outputs(self, batch: int) -> dict[str, Tensor]:
+        """The wanted outputs of one batch by public name, float32 where floating."""
+        with torch.no_grad():
+            results = self._last.module(*self._stream.inputs(self._last, batch))
+        values = self._stream.batches[batch] | dict(zip(self._last.outputs, results, strict=True))
+        return {port.name: values[port.value] for port in self._ports}
+
+    def close(self) -> None:
+        """Drop the weights of the last block and what it reads."""
+        for name in attributes(self._last.module.graph):
+            set_tensor(self._last.module, name, get_tensor(self._last.module, name).to("meta"))
+        self._stream.batches.clear()
+
+
+@dataclass(frozen=True)
+class Forced:
+    """Deployed values that take the place of float ones, a tensor for each batch.
+
+    Attributes:
+        state: what the block before hands on; None where it is unknown or there is none.
+        linears: outputs of linears of this block, by name.
+    """
+
+    state: list[Tensor] | None
+    linears: Mapping[str, list[Tensor]]
+
+
+@dataclass(frozen=True)
+class Watched:
+    """What happened in a block, a tensor for each batch.
+
+    Attributes:
+        linears, output: outputs of the wanted linears by name and what the block hands on, float all the way.
+        own_linears: the same linears when everything in front of each has its deployed value.
+        own_output: what the float block makes of the state that the deployed model hands to it.
+    """
+
+    block: Block
+    linears: dict[str, list[Tensor]]
+    output: list[Tensor]
+    own_linears: dict[str, list[Tensor]]
+    own_output: list[Tensor]
+
+
+def watch(
+    captured: Captured, feeds: Sequence[Feeds], wanted: set[str], forced: Callable[[Block], Forced]
+) -> Iterator[Watched]:
+    """Run the float model block by block and look at values inside.
+
+    Args:
+        wanted: names of linears.
+        forced: asked once for every block, before it runs.
+    """
+    stream = _stream(captured, feeds, {})
+    state_name = None
+    for index, block in enumerate(captured.blocks):
+        nodes = {found.node: found.name for found in linears(block.module.graph) if found.name in wanted}
+        carried, given = block.outputs.index(hands_on(captured, block)), forced(block)
+        seen = Watched(block, {}, [], {}, [])
+        with weights_of(captured, block):
+            for batch in range(len(stream.batches)):
+                inputs = dict(zip(block.inputs, stream.inputs(block, batch), strict=True))
+                plain = _Watch(block.module, nodes, {})
+                results = plain.run(*inputs.values())
+                seen.output.append(results[carried])
+                if given.state is not None and state_name in inputs:
+                    inputs[state_name] = given.state[batch].float()
+                    results = _Watch(block.module, {}, {}).run(*inputs.values())
+                seen.own_output.append(results[carried])
+                own = _Watch(block.module, nodes, {name: v[batch].float() for name, v in given.linears.items()})
+                own.run(*inputs.values())
+                for name in plain.seen:
+                    seen.linears.setdefault(name, []).append(plain.seen[name])
+                    seen.own_linears.setdefault(name, []).append(own.seen[name])
+            stream.advance(block, index)
+        yield seen
+        state_name = hands_on(captured, block)
+
+
+def hands_on(captured: Captured, block: Block) -> str:
+    """Name of the value of a block that the manifest calls its output: the last that is not an output of the model."""
+    results = {port.value for port in captured.outputs}
+    return ([name for name in block.outputs if name not in results] or block.outputs)[-1]
+
+
+def _stream(captured: Captured, feeds: Sequence[Feeds], keep_too: Mapping[str, int]) -> Stream:
+    keep = {name: index for index, block in enumerate(captured.blocks) for name in block.inputs}
+    batches = [{port.value: batch[port.name] for port in captured.inputs if port.value in keep} for batch in feeds]
+    return Stream(batches, [None] * len(batches), keep | dict(keep_too))
+
+
+class _Watch(Interpreter):
+    """Notes what linears make, and goes on with another value where there is one."""
+
+    def __init__(self, module: GraphModule, nodes: Mapping[Node, str], instead: Mapping[str, Tensor]):
+        super().__init__(module)
+        self._nodes, self._instead, self.seen = nodes, instead, {}
+
+    def run(self, *args):
+        with torch.no_grad():
+            return super().run(*args)
+
+    def run_node(self, node: Node):
+        value = super().run_node(node)
+        if (name := self._nodes.get(node)) is None:
+            return value
+        self.seen[name] = value
+        return self._instead.get(name, value)

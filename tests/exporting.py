@@ -1,0 +1,92 @@
+"""An export kept together with the graph it was lowered from, so that both can be run on the same inputs."""
+
+import copy
+import dataclasses
+import importlib
+from dataclasses import dataclass
+from pathlib import Path
+from unittest.mock import patch
+
+import onnx
+import onnxruntime as ort
+import torch
+from onnx import TensorProto, helper
+
+from qexport.capture.blocks import Block
+from qexport.capture.graph import Captured
+from qexport.recipe import Recipe
+from qexport.runtime.manifest import CPU, MODEL_FILE, Manifest
+from qexport.runtime.session import open_session
+from stepping import Feeds, Runner, block_runner
+
+exporting = importlib.import_module("qexport.export")  # the package's attribute of this name is the function
+
+
+@dataclass
+class Exported:
+    """What `qexport.export` wrote, and what it wrote it from.
+
+    Attributes:
+        blocks: the rewritten blocks with their tensors: the graph that the file claims to be.
+        captured: the float model, weights not loaded.
+    """
+
+    folder: Path
+    manifest: Manifest
+    blocks: list[Block]
+    captured: Captured
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return getattr(torch, self.manifest.dtype)
+
+    def in_pytorch(self) -> Runner:
+        return block_runner(self.blocks, self.captured.inputs, self.captured.outputs)
+
+    def in_onnxruntime(self) -> Runner:
+        """The file on the CPU provider, with the session entries of its manifest."""
+        return session_runner(open_session(self.folder, self.manifest, threads=1, provider=CPU))
+
+    def in_onnxruntime_with_blocks(self) -> Runner:
+        """The same, its results holding what every block hands on besides, by value name."""
+        model = onnx.load(self.folder / MODEL_FILE, load_external_data=False)
+        kind = TensorProto.FLOAT16 if self.dtype == torch.float16 else TensorProto.FLOAT
+        for block in self.manifest.blocks:
+            if block.output not in {value.name for value in model.graph.output}:
+                model.graph.output.append(helper.make_tensor_value_info(block.output, kind, None))
+        path = self.folder / "with_blocks.onnx"
+        onnx.save(model, path)
+        return session_runner(open_session(path, self.manifest, threads=1, provider=CPU))
+
+
+def session_runner(session: ort.InferenceSession) -> Runner:
+    names = [value.name for value in session.get_outputs()]
+    wanted = {value.name for value in session.get_inputs()}
+
+    def run(feeds: Feeds) -> Feeds:
+        results = session.run(names, {name: tensor.numpy() for name, tensor in feeds.items() if name in wanted})
+        return {name: torch.from_numpy(value) for name, value in zip(names, results, strict=True)}
+
+    return run
+
+
+def export(captured: Captured, recipe: Recipe, target: str, out: Path, **options) -> Exported:
+    """`qexport.export` of a graph captured already.
+
+    Args:
+        captured: a copy of its own.
+    """
+    original, kept = copy.deepcopy(captured), []
+    lower = exporting.lower
+
+    def spy(graph, finished, target):
+        lowered = lower(graph, finished, target)
+        for item in finished:
+            twin = dataclasses.replace(item, block=copy.deepcopy(item.block))
+            twin.fill()
+            kept.append(twin.block)
+        return lowered
+
+    with patch.object(exporting, "capture", lambda *_, **__: captured), patch.object(exporting, "lower", spy):
+        result = exporting.export("captured already", recipe, out_dir=out, target=target, **options)
+    return Exported(result.folder, result.manifest, kept, original)

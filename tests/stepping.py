@@ -1,0 +1,83 @@
+"""Running a decoder prompt first and token by token then, whatever it is: blocks, transformers' model, a session.
+
+A runner maps feeds (public input names to tensors) to results (public output names to tensors).
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from qexport.passes.edit import set_tensor
+from transformers import DynamicCache
+
+from qexport.capture.blocks import Block
+from qexport.capture.graph import Captured, Port
+
+Feeds = dict[str, torch.Tensor]
+Runner = Callable[[Feeds], Feeds]
+
+
+def load_weights(captured: Captured) -> Captured:
+    """Give every block its real weights."""
+    for block in captured.blocks:
+        for name in block.parameters:
+            set_tensor(block.module, name, captured.load(name))
+    return captured
+
+
+def block_runner(blocks: Sequence[Block], inputs: Sequence[Port], outputs: Sequence[Port]) -> Runner:
+    """Blocks one after another in PyTorch."""
+
+    def run(feeds: Feeds) -> Feeds:
+        values = {port.value: feeds[port.name] for port in inputs}
+        with torch.no_grad():
+            for block in blocks:
+                values.update(zip(block.outputs, block.module(*(values[n] for n in block.inputs)), strict=True))
+        return {port.name: values[port.value] for port in outputs}
+
+    return run
+
+
+def captured_runner(captured: Captured) -> Runner:
+    return block_runner(captured.blocks, captured.inputs, captured.outputs)
+
+
+def transformers_runner(model: torch.nn.Module) -> Runner:
+    """A model of transformers with its own cache; past_key_values are what it keeps itself, present is not given."""
+    cache: list[DynamicCache] = []
+
+    def run(feeds: Feeds) -> Feeds:
+        if feeds["input_ids"].shape[1] == feeds["attention_mask"].shape[1]:
+            cache[:] = [DynamicCache(config=model.config)]
+        names = ("input_ids", "attention_mask", "position_ids")
+        with torch.no_grad():
+            out = model(**{n: feeds[n] for n in names}, past_key_values=cache[0], use_cache=True)
+        return {"logits": out.logits}
+
+    return run
+
+
+def prompt_feeds(captured: Captured, ids: torch.Tensor, mask: torch.Tensor, dtype=torch.float32) -> Feeds:
+    """A prompt [batch, sequence] with its attention mask and an empty cache."""
+    feeds = {"input_ids": ids, "attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp_min(0)}
+    for port in captured.inputs:
+        if port.name.startswith("past_key_values"):
+            feeds[port.name] = torch.zeros(ids.shape[0], port.dims[1], 0, port.dims[3], dtype=dtype)
+    return feeds
+
+
+def next_feeds(feeds: Feeds, results: Feeds, token: torch.Tensor) -> Feeds:
+    """The feeds that append token [batch] to what was run."""
+    mask = torch.cat([feeds["attention_mask"], torch.ones_like(token)[:, None]], dim=1)
+    past = {n: results.get(n.replace("past_key_values", "present"), feeds[n]) for n in feeds if n.startswith("past")}
+    return {"input_ids": token[:, None], "attention_mask": mask, "position_ids": mask.sum(1, keepdim=True) - 1, **past}
+
+
+def tokens(batch: int, sequence: int, seed: int = 0, vocab: int = 128) -> torch.Tensor:
+    return torch.randint(3, vocab, (batch, sequence), generator=torch.Generator().manual_seed(seed))
+
+
+def padded(lengths: Sequence[int], side: str) -> torch.Tensor:
+    """The attention mask of rows of these lengths, padded to the longest."""
+    longest = max(lengths)
+    rows = [[1] * n + [0] * (longest - n) for n in lengths]
+    return torch.tensor([row[::-1] if side == "left" else row for row in rows])

@@ -1,0 +1,279 @@
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+import torch
+from tokenizers.processors import TemplateProcessing
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from qexport.errors import InputError
+from qexport.export import capture, export
+from qexport.recipe import Recipe
+from qexport.validate import Report, load, validate, worst_first
+from qexport.validate.logits import compare_logits
+from qexport.validate.reference import FloatOutputs, decoder_feeds
+from qexport.validate.text import choose_text
+from tiny_decoder import write_word_tokenizer
+
+WINDOW, WINDOWS = 48, 3
+TEXT = "".join(map(chr, np.random.default_rng(0).integers(33, 127, 400)))  # one token a character
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    """A random Llama whose tokenizer starts every text with <s>; weights large enough for peaked distributions."""
+    folder = tmp_path_factory.mktemp("llama")
+    config = LlamaConfig(
+        hidden_size=64, intermediate_size=128, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=128, max_position_embeddings=256, initializer_range=0.15,
+    )  # fmt: skip
+    torch.manual_seed(1)
+    LlamaForCausalLM(config).save_pretrained(folder)
+    write_word_tokenizer(folder, 128)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def exported(llama, tmp_path_factory):
+    out = tmp_path_factory.mktemp("exports") / "w4"
+    export(llama, Recipe(scheme="w4a16_g32", lm_head="w8a16_g32", accuracy_level=1), out_dir=out)
+    return out
+
+
+@pytest.fixture(scope="module")
+def report(exported, llama):
+    return validate(exported, llama, text=TEXT, windows=WINDOWS, window=WINDOW)
+
+
+@pytest.fixture
+def copy(exported, tmp_path):
+    return Path(shutil.copytree(exported, tmp_path / "copy"))
+
+
+def tokens() -> torch.Tensor:
+    """The windows by hand: <s>, then 47 characters that no other window has."""
+    ids = torch.tensor([ord(c) - 33 + 4 for c in TEXT])
+    body = ids[: (len(ids) // (WINDOW - 1)) * (WINDOW - 1)].view(-1, WINDOW - 1)[:WINDOWS]
+    return torch.cat([torch.ones(WINDOWS, 1, dtype=torch.int64), body], 1)
+
+
+def corrupt(folder: Path, name: str, change) -> None:
+    """Apply `change` to an initializer where it lies in model.onnx.data."""
+    model = onnx.load(folder / "model.onnx", load_external_data=False)
+    tensor = next(t for t in model.graph.initializer if t.name == name)
+    place = {entry.key: entry.value for entry in tensor.external_data}
+    data = np.memmap(
+        folder / place["location"], np.float32, "r+", offset=int(place["offset"]), shape=tuple(tensor.dims)
+    )
+    change(data)
+    data.flush()
+
+
+def test_logits_agree_with_a_direct_computation(report, exported, llama):
+    windows = tokens()
+    model = LlamaForCausalLM.from_pretrained(llama, dtype=torch.float64).eval()
+    options = ort.SessionOptions()
+    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
+    session = ort.InferenceSession(exported / "model.onnx", options)
+    kl, same, cost, float_cost = [], [], [], []
+    for ids in windows:
+        with torch.no_grad():
+            want = model(ids[None]).logits[0, :-1].log_softmax(-1)
+        feeds = {"input_ids": ids[None].numpy(), "attention_mask": np.ones((1, WINDOW), np.int64)}
+        feeds["position_ids"] = np.arange(WINDOW)[None]
+        feeds |= {i.name: np.zeros((1, 2, 0, 16), np.float32) for i in session.get_inputs() if i.name not in feeds}
+        got = torch.tensor(session.run(["logits"], feeds)[0][0, :-1]).double().log_softmax(-1)
+        kl.append((want.exp() * (want - got)).sum(-1))
+        same.append(want.argmax(-1) == got.argmax(-1))
+        rows = torch.arange(WINDOW - 1)
+        cost.append(-got[rows, ids[1:]])
+        float_cost.append(-want[rows, ids[1:]])
+    found, kl = report.logits, torch.cat(kl)
+    assert (found.windows, found.window, found.tokens) == (WINDOWS, WINDOW, WINDOWS * (WINDOW - 1))
+    # The report's float model runs in float32: logits of order 1 move by 1e-6.
+    assert found.kl_mean == pytest.approx(kl.mean().item(), rel=1e-4)
+    assert found.kl_median == pytest.approx(kl.median().item(), rel=1e-4)
+    assert found.kl_p99 == pytest.approx(kl.quantile(0.99).item(), rel=1e-4)
+    assert found.top1_agreement == torch.cat(same).double().mean().item()
+    assert found.float_perplexity == pytest.approx(torch.cat(float_cost).mean().exp().item(), rel=1e-5)
+    assert found.perplexity == pytest.approx(torch.cat(cost).mean().exp().item(), rel=1e-5)
+    assert found.kl_mean > 1e-3, "the comparison says nothing when quantization changes nothing"
+
+
+def test_layers_agree_with_hooks_on_the_transformers_model(report, exported, llama):
+    """The float side of two rows against hooks, the deployed side against a session with the value as an output."""
+    names = ["model.layers.0.self_attn.q_proj", "model.layers.2.mlp.down_proj"]
+    model = LlamaForCausalLM.from_pretrained(llama, dtype=torch.float64).eval()
+    seen = {}
+    for name in names:
+        model.get_submodule(name).register_forward_hook(lambda m, i, out, name=name: seen.__setitem__(name, out[0]))
+    ids = tokens()[:1]
+    with torch.no_grad():
+        model(ids)
+    onnx_model = onnx.load(exported / "model.onnx")
+    onnx_model.graph.output.extend(onnx.ValueInfoProto(name=f"{name}.output") for name in names)
+    options = ort.SessionOptions()
+    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
+    session = ort.InferenceSession(onnx_model.SerializeToString(), options)
+    feeds = {"input_ids": ids.numpy(), "attention_mask": np.ones((1, WINDOW), np.int64)}
+    feeds["position_ids"] = np.arange(WINDOW)[None]
+    feeds |= {i.name: np.zeros((1, 2, 0, 16), np.float32) for i in session.get_inputs() if i.name not in feeds}
+    rows = {row.name: row for row in report.layers.linears}
+    for name, got in zip(names, session.run([f"{n}.output" for n in names], feeds), strict=True):
+        want, got = seen[name], torch.tensor(got[0]).double()
+        sqnr = 10 * torch.log10(want.square().sum() / (want - got).square().sum())
+        assert rows[name].sqnr_db == pytest.approx(sqnr.item(), abs=1e-3)
+        assert rows[name].max_abs_error == pytest.approx((want - got).abs().max().item(), rel=1e-4)
+
+
+def test_every_linear_and_block_is_compared(report):
+    assert len(report.layers.linears) == 3 * 7 + 1
+    assert [row.name for row in report.layers.blocks if "layers" in row.name] == [f"model.layers.{i}" for i in range(3)]
+    assert report.layers.tokens == WINDOW
+    assert report.placement.kernels == {"MatMulNBits": 22}
+    assert not report.problems and not report.layers.moved
+    assert report.verdict[0] == "all 22 quantized linears run as MatMulNBits"
+
+
+def test_errors_of_earlier_blocks_are_left_out_of_own_sqnr(report):
+    last = {row.name: row for row in report.layers.linears}["model.layers.2.self_attn.q_proj"]
+    assert last.own_sqnr_db > last.sqnr_db + 3
+    first = report.layers.linears[0]
+    assert first.own_sqnr_db == pytest.approx(first.sqnr_db, abs=1e-2)
+    # int4 in groups of 32 on weights and inputs of no special shape: about 20 dB, wherever the linear is.
+    assert all(17 < row.own_sqnr_db < 25 for row in report.layers.linears if row.scheme.startswith("w4"))
+
+
+@pytest.mark.parametrize("name", ["model.layers.0.self_attn.v_proj", "model.layers.1.mlp.up_proj"])
+def test_a_planted_fault_is_named_first(copy, llama, report, name):
+    """One wrong scale, in the middle of the model, although everything behind it goes wrong too."""
+
+    def change(scale):
+        scale[0, 5] *= 30
+
+    corrupt(copy, f"{name}.weight_scale", change)
+    found = validate(copy, llama, text=TEXT, windows=1, window=WINDOW)
+    assert worst_first(report.layers.linears)[0].name != name
+    assert worst_first(found.layers.linears)[0].name == name
+    assert any(sentence.startswith(f"{name} has the lowest SQNR") for sentence in found.verdict)
+
+
+def test_nan_is_a_finding(copy, llama):
+    name = "model.layers.1.mlp.up_proj"
+
+    def change(scale):
+        scale[0, 0] = np.nan
+
+    corrupt(copy, f"{name}.weight_scale", change)
+    found = validate(copy, llama, text=TEXT, windows=2, window=WINDOW)
+    assert worst_first(found.layers.linears)[0].name == name
+    assert found.logits.nonfinite_tokens == found.logits.tokens == 2 * (WINDOW - 1)
+    assert found.logits.kl_mean is None and found.logits.perplexity is None and found.logits.top1_agreement == 0
+    assert found.logits.float_perplexity > 1
+    assert found.problems[0].startswith(f"NaN or Inf comes out of {name}")
+    json.loads((copy / "report.json").read_text(), parse_constant=pytest.fail)
+
+
+def test_an_unfused_linear_is_a_problem(copy, llama):
+    """A dequantized weight that somebody else reads too cannot be fused."""
+    name = "model.layers.1.mlp.up_proj"
+    model = onnx.load(copy / "model.onnx", load_external_data=False)
+    product = next(n for n in model.graph.node if n.name == name)
+    model.graph.node.append(onnx.helper.make_node("Identity", [product.input[1]], ["weight_too"]))
+    model.graph.output.append(onnx.ValueInfoProto(name="weight_too"))
+    (copy / "model.onnx").write_bytes(model.SerializeToString())
+    found = validate(copy, llama, text=TEXT, windows=1, window=WINDOW)
+    assert [(u.name, u.expected, u.found) for u in found.placement.unfused] == [(name, "MatMulNBits", "MatMul")]
+    assert found.placement.kernels == {"MatMulNBits": 21, "MatMul": 1}
+    assert found.problems == (f"1 linear is not fused: {name} (MatMul instead of MatMulNBits)",)
+    assert not any(sentence.startswith("all ") for sentence in found.verdict)
+
+
+def test_smoothed_linears_are_compared_up_to_a_factor(llama, tmp_path):
+    export(llama, "w8a8_static", out_dir=tmp_path / "out", calibration=tokens())
+    found = validate(tmp_path / "out", llama, text=TEXT, windows=1, window=WINDOW)
+    rows = {row.name: row for row in found.layers.linears}
+    assert {n.rpartition(".")[2] for n, row in rows.items() if row.rescaled} == {"v_proj", "up_proj"}
+    # 8 bits on both sides leave 30 dB and more; channels off by factors would leave 10 at most.
+    assert min(row.own_sqnr_db for row in rows.values()) > 20
+
+
+def test_without_text_the_model_writes_it(exported, llama):
+    found = validate(exported, llama, windows=2, window=16)
+    assert found.own_text and "written by the model" in found.text
+    assert found.logits.tokens == 2 * 15
+    assert any("not to be compared" in sentence for sentence in found.verdict)
+
+
+def test_report_json_keeps_the_export_and_reads_back(exported, report):
+    saved = json.loads((exported / "report.json").read_text())
+    assert set(saved) == {"export", "validation"}
+    again = load(exported)
+    assert isinstance(again, Report) and again.as_dict() == saved["validation"]
+    assert {p.name for p in exported.iterdir() if p.name.startswith(".")} == set(), "no temporary file is left"
+
+
+def test_summary_rows_are_strings(report):
+    rows = report.summary_rows()
+    assert all(isinstance(cell, str) and cell for row in rows for cell in row) and {len(row) for row in rows} == {3}
+
+
+def test_another_checkpoint_is_refused(exported, llama, tmp_path):
+    torch.manual_seed(2)
+    LlamaForCausalLM(LlamaConfig.from_pretrained(llama)).save_pretrained(tmp_path / "other")
+    with pytest.raises(InputError, match="model.embed_tokens.weight has other values"):
+        validate(exported, tmp_path / "other", text=TEXT, window=WINDOW)
+
+
+def test_another_size_is_refused(exported, llama, tmp_path):
+    config = LlamaConfig.from_pretrained(llama)
+    config.num_hidden_layers = 2
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "other")
+    with pytest.raises(InputError, match="num_hidden_layers is 2, not 3"):
+        validate(exported, tmp_path / "other", text=TEXT, window=WINDOW)
+
+
+def test_a_folder_that_is_no_export_is_refused(llama):
+    with pytest.raises(InputError, match="not an export"):
+        validate(llama, llama)
+
+
+@pytest.mark.parametrize(
+    ("text", "window", "message"),
+    [
+        ("   \n ", 16, "there is no text in it"),
+        ("one small text", 64, "its 14 tokens are less than one sample of 63"),
+        ("missing.txt", 16, "no such file"),
+        (TEXT, 257, "longer than the 256"),
+        (TEXT, 1, "predict nothing"),
+    ],
+)
+def test_text_that_does_not_do(llama, text, window, message):
+    with pytest.raises(InputError, match=message):
+        choose_text(capture(llama), text, 2, window, lambda what, done, total: None)
+
+
+def test_text_from_a_file_and_fewer_windows_than_asked(llama, tmp_path):
+    (tmp_path / "text.txt").write_text(TEXT)
+    chosen = choose_text(capture(llama), tmp_path / "text.txt", 100, WINDOW, lambda what, done, total: None)
+    assert chosen.windows.shape == (len(TEXT) // (WINDOW - 1), WINDOW) and not chosen.own
+    assert torch.equal(chosen.windows[:WINDOWS], tokens())
+    assert "100 asked for" in chosen.described
+
+
+def test_one_float_pass_serves_many_exports(llama):
+    captured = capture(llama)
+    reference = FloatOutputs(captured, decoder_feeds(captured, tokens()), ("logits",))
+    again = compare_logits(reference, tokens(), lambda ids: reference.outputs(index_of(ids))["logits"][0])
+    assert again.kl_mean == 0 and again.top1_agreement == 1 and again.perplexity == again.float_perplexity
+
+
+def index_of(ids: torch.Tensor) -> int:
+    return next(i for i, row in enumerate(tokens()) if torch.equal(row, ids))

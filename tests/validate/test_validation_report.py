@@ -1,0 +1,71 @@
+import json
+import math
+
+import pytest
+
+from qexport.errors import InputError
+from qexport.validate.report import Layers, Placement, Report, Row, Unfused, load, save, with_verdict, worst_first
+
+
+def row(name, sqnr, error=1.0, **more):
+    return Row(name=name, sqnr_db=sqnr, own_sqnr_db=sqnr, cosine=1.0, max_abs_error=error, **more)
+
+
+def a_report(**changes):
+    fields = dict(
+        reference="m", text="t",
+        layers=Layers(tokens=4, linears=(row("a", 20.0), row("b", 10.0)), blocks=(), sessions=1),
+        placement=Placement(provider="P", nodes_per_provider={"P": 3}, op_counts={"X": 3}, kernels={"K": 2}),
+    )  # fmt: skip
+    return Report(**fields | changes)
+
+
+def test_worst_first_puts_broken_values_before_noisy_ones_and_equal_ones_last():
+    rows = [row("equal", math.inf, 0.0), row("good", 40.0), row("nan", math.nan, math.nan), row("bad", 3.0)]
+    rows.append(row("silent", -math.inf))
+    assert [r.name for r in worst_first(rows)] == ["nan", "silent", "bad", "good", "equal"]
+
+
+def test_worst_first_goes_by_the_error_of_the_own_block():
+    inherited = row("late", 2.0).model_copy(update={"own_sqnr_db": 30.0})
+    assert [r.name for r in worst_first([inherited, row("culprit", 9.0)])] == ["culprit", "late"]
+
+
+def test_infinities_are_null_in_json():
+    text = json.dumps(row("x", math.inf, math.nan).model_dump(mode="json"), allow_nan=False)
+    assert json.loads(text)["sqnr_db"] is None and Row.model_validate_json(text) == row("x", None, None)
+
+
+def test_verdict_names_the_lowest_and_what_is_wrong():
+    broken = Unfused(name="a", expected="K", found="MatMul")
+    place = Placement(
+        provider="P",
+        nodes_per_provider={"P": 3, "Q": 2},
+        op_counts={},
+        kernels={"K": 1, "MatMul": 1},
+        unfused=(broken,),
+    )
+    report = with_verdict(a_report(placement=place))
+    assert report.problems == ("1 linear is not fused: a (MatMul instead of K)", "2 nodes run on Q instead of P")
+    assert report.verdict[:2] == report.problems
+    assert report.verdict[2] == "b has the lowest SQNR, 10.0 dB; the median linear has 10.0 dB"
+    assert with_verdict(a_report()).verdict[0] == "all 2 quantized linears run as K"
+
+
+def test_saving_keeps_other_keys_and_replaces_an_earlier_validation(tmp_path):
+    (tmp_path / "report.json").write_text('{"export": {"seconds": 1}}')
+    save(a_report(), tmp_path)
+    save(a_report(text="other"), tmp_path)
+    assert json.loads((tmp_path / "report.json").read_text())["export"] == {"seconds": 1}
+    assert load(tmp_path) == a_report(text="other")
+    assert [p.name for p in tmp_path.iterdir()] == ["report.json"]
+
+
+def test_a_folder_without_validation_has_none(tmp_path):
+    assert load(tmp_path) is None
+
+
+def test_a_damaged_report_is_not_overwritten(tmp_path):
+    (tmp_path / "report.json").write_text("{")
+    with pytest.raises(InputError, match="unreadable"):
+        save(a_report(), tmp_path)
