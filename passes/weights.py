@@ -71,10 +71,10 @@ class GPTQ(GraphPass):
         hessians = {value: statistic.value() for value, statistic in context.statistics.items()}
 
         def quantize(linear: Linear, w: torch.Tensor) -> QuantizedWeight:
-            return gptq(
-                w, hessians[linear.input], self.plan[linear.name].scheme.weight,
-                damp=self.damp, act_order=self.act_order, clip_search=self.clip_search,
-            )  # fmt: skip
+            fmt, hessian = self.plan[linear.name].scheme.weight, hessians[linear.input]
+            if not hessian.any():  # no calibration token reached it, as can happen to an expert
+                return quantize_weight(w, fmt)
+            return gptq(w, hessian, fmt, damp=self.damp, act_order=self.act_order, clip_search=self.clip_search)
 
         return _quantize_all(module, self.plan, quantize)
 

@@ -69,10 +69,11 @@ def export(
 ) -> None:
     """Quantize a model and write it as a folder that ONNX Runtime runs."""
     from . import console
-    from .reporting import export_summary, print_export
 
     chosen = qexport.Recipe.load(recipe).with_calibration(samples=samples, sequence_length=sequence_length, seed=seed)
     console.quiet_libraries()
+    from .reporting import export_summary, print_export
+
     with console.showing_progress() as progress:
         result = qexport.export(
             model, chosen, out_dir=out, target=target, calibration=calibration, overwrite=overwrite, resume=resume,
@@ -95,10 +96,11 @@ def inspect(
 ) -> None:
     """Show what an export would do, without reading a weight."""
     from . import console
-    from .reporting import print_inspection
 
     chosen = qexport.Recipe.load(recipe)
     console.quiet_libraries()
+    from .reporting import print_inspection
+
     found = qexport.inspect(model, chosen, target=target, trust_remote_code=trust_remote_code)
     if as_json:
         console.print_json(found.as_dict())
@@ -117,17 +119,18 @@ def validate(
     provider: Provider = None,
     as_json: Json = False,
 ) -> None:
-    """Compare an export with the float model: layers, logits, text. Writes report.json and report.html into the folder."""
+    """Compare an export with the float model: layers, logits, text. The result is kept in the folder's report.json."""
     from . import console
-    from .reporting import print_validation
 
     console.quiet_libraries()
+    from .reporting import print_validation
+
     with console.showing_progress() as progress:
         report = qexport.validate(
             folder, reference, text=text, windows=windows, window=window, threads=threads, provider=provider, progress=progress
         )
     if as_json:
-        console.print_json(report.as_dict())
+        console.print_json(report.model_dump(mode="json"))
     else:
         print_validation(report)
 

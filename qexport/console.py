@@ -1,6 +1,7 @@
 """What the command line shows: results as tables on stdout, progress on stderr, other libraries' chatter nowhere."""
 
 import json
+import os
 import sys
 from contextlib import contextmanager
 from typing import Any
@@ -15,6 +16,7 @@ _LINES = 8
 
 def quiet_libraries() -> None:
     """Silence warnings and progress bars of libraries about things that a user of this program cannot change."""
+    os.environ.setdefault("TQDM_DISABLE", "1")  # for bars that no library's switch reaches; tqdm reads it once
     from huggingface_hub.utils import disable_progress_bars
     from transformers.utils import logging
 
@@ -28,16 +30,19 @@ def print_json(document: Any) -> None:
     print(json.dumps(document, indent=2, ensure_ascii=False))
 
 
-def print_table(columns: list[str], rows: list[list[Any]], title: str = "") -> None:
-    """A table on stdout: columns that hold numbers to the right, text folded where the terminal is too narrow."""
-    table = Table(title=title or None, title_justify="left", title_style="bold", box=None, pad_edge=False, header_style="bold")
+def print_table(columns: list[str], rows: list[list[Any]]) -> None:
+    """A table on stdout: columns of numbers to the right, text folded where the terminal is too narrow."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
     for index, name in enumerate(columns):
         numbers = rows and all(isinstance(row[index], (int, float)) for row in rows)
         table.add_column(name, justify="right" if numbers else "left", overflow="fold")
     for row in rows:
         table.add_row(*(f"{cell:,}" if isinstance(cell, int) else str(cell) for cell in row))
     # Without a terminal nobody wants lines broken at 80 columns: other programs read them.
-    Console(width=None if sys.stdout.isatty() else 200, highlight=False, markup=False).print(table)
+    console = Console(width=None if sys.stdout.isatty() else 200, highlight=False, markup=False)
+    with console.capture() as text:
+        console.print(table)
+    print(*(line.rstrip() for line in text.get().splitlines()), sep="\n")
 
 
 def megabytes(count: int) -> str:

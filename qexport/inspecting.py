@@ -152,7 +152,15 @@ def compressed_sites(sites: Iterable[Site]) -> list[tuple[Site, str]]:
         # Reasons name nodes, which are numbered through the whole graph.
         why = re.sub(r"_\d+\b", "", site.why)
         groups.setdefault((names, fold, why), (site, []))[1].append(index)
-    return [(site, ", ".join(n.replace("{}", _ranges(found)) for n in key[0])) for key, (site, found) in groups.items()]
+    return [(site, _joined(key[0]).replace("{}", _ranges(found))) for key, (site, found) in groups.items()]
+
+
+def _joined(names: Sequence[str]) -> str:
+    """(`a.b.q`, `a.b.k`) -> `a.b.q, k`"""
+    parent = names[0].rpartition(".")[0]
+    if all(n.rpartition(".")[0] == parent for n in names):
+        return ", ".join([names[0], *(n.rpartition(".")[2] for n in names[1:])])
+    return ", ".join(names)
 
 
 def _patterns(site: Site) -> tuple[tuple[str, ...], int | None]:

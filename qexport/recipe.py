@@ -117,7 +117,7 @@ class CalibrationSpec(_Spec):
 
     source: str = Field("self", min_length=1)
     samples: int = Field(32, ge=1)
-    sequence_length: int = Field(512, ge=1)
+    sequence_length: int = Field(256, ge=1)
     seed: int = Field(0, ge=0, lt=2**63)
     batch_size: int = Field(4, ge=1)
 

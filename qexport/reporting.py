@@ -9,6 +9,7 @@ from .inspecting import Inspection, compressed, compressed_sites
 from .passes.plan import LinearPlan
 from .runtime.bench import BenchResult
 from .runtime.doctor import Check
+from .validate.report import Report
 
 
 def export_summary(result: ExportResult) -> dict[str, Any]:
@@ -50,17 +51,17 @@ def _print_exceptions(plan: Sequence[LinearPlan]) -> None:
 def print_inspection(found: Inspection, all_layers: bool) -> None:
     """A line for every kind of linear and of site, then totals."""
     plan = [(p, p.name, 1) for p in found.linears] if all_layers else compressed(found.linears)
+    print(f"{found.model}: {found.recipe} for {found.target}\n")
     print_table(
         ["linear", "how many", "out x in", "scheme", "bytes each", "why"],
         [[name, count, f"{p.shape[0]} x {p.shape[1]}", p.scheme.name if p.scheme else "float", p.bytes, p.reason] for p, name, count in plan],
-        f"{found.model}: {found.recipe} for {found.target}",
     )
     sites = [(s, ", ".join(s.linears)) for s in found.sites] if all_layers else compressed_sites(found.sites)
     used = "" if found.smooths else " (this recipe moves none)"
+    print(f"\nWhere a factor for each channel can go at no cost{used}:\n")
     print_table(
         ["input of", "a factor goes into", "why nowhere"],
         [[name, "nothing" if s.fold is None else s.fold if all_layers else _kind(s.fold), s.why] for s, name in sites],
-        f"\nWhere a factor for each channel can go at no cost{used}",
     )
     sizes = found.bytes
     quantized = sum(p.scheme is not None for p in found.linears)
@@ -76,7 +77,7 @@ def _kind(fold: str) -> str:
     return "the norm in front" if fold == "norm" else f"the rows of {fold.rpartition('.')[2]}"
 
 
-def print_validation(report: Any) -> None:
+def print_validation(report: Report) -> None:
     """The measures and the verdict."""
     print_table(["measure", "value", "what it means"], [list(row) for row in report.summary_rows()])
     print("\n".join(report.verdict))

@@ -15,8 +15,8 @@ def main(model: str, text: str | None) -> None:
     print(f"{result.folder}: {result.manifest.bytes['model'] / 1e6:.1f} MB, {len(result.manifest.linears)} linears quantized")
 
     report = qexport.validate(result.folder, model, windows=4, window=256)
-    for what, value in report.summary_rows():
-        print(f"  {what}: {value}")
+    for what, value, meaning in report.summary_rows():
+        print(f"  {what}: {value} ({meaning})")
 
     prompt = "The three primary colours are"
     print(prompt, end="", flush=True)

@@ -90,7 +90,7 @@ def test_file_with_defaults(write):
     recipe = Recipe.load(write("scheme: w4a16_g32\n"))
     assert recipe == Recipe(name="mine", scheme="w4a16_g32")
     assert recipe.weights == WeightSpec(method="rtn") and recipe.smooth is None
-    assert recipe.calibration == CalibrationSpec(source="self", samples=32, sequence_length=512, seed=0, batch_size=4)
+    assert recipe.calibration == CalibrationSpec(source="self", samples=32, sequence_length=256, seed=0, batch_size=4)
     assert recipe.accuracy_level == 4
 
 

@@ -17,6 +17,8 @@ from .self_text import Generate, write_text
 # Characters tokenized at once: some tokenizers take time quadratic in the length of a string, and warn of long ones.
 # A cut at the end of a line changes hardly a token.
 _PIECE = 16384
+# Texts that a model writes side by side: a step of a small model costs hardly more for 16 than for one.
+_WRITTEN_TOGETHER = 16
 
 
 @dataclass(frozen=True)
@@ -174,7 +176,7 @@ def _from_vocabulary(spec: CalibrationSpec, tokenizer: Any, vocab_size: int, gen
         raise InputError("the model cannot write its own calibration text here", remedy="Give calibration data")
     else:
         described = f"{n} texts of {length} tokens written by the model (seed {spec.seed})"
-    ids = write_text(generate, start, n, length, vocab=vocab, seed=spec.seed, batch_size=spec.batch_size)
+    ids = write_text(generate, start, n, length, vocab=vocab, seed=spec.seed, batch_size=_WRITTEN_TOGETHER)
     return Samples(ids, torch.ones_like(ids), described)
 
 

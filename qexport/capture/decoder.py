@@ -91,7 +91,7 @@ def _empty_model(folder: ModelFolder) -> torch.nn.Module:
         if isinstance(error, KeyError) and error.args == (IMPLEMENTATION,):  # looked up among its own attention classes
             raise _own_attention(folder.name) from error
         raise CaptureError(
-            f"transformers cannot build it as a causal language model ({error})", place=folder.name,
+            f"transformers cannot build it as a causal language model ({root_cause(error)})", place=folder.name,
             remedy="For other kinds of model pass an nn.Module and example inputs",
         ) from error  # fmt: skip
     model.tie_weights()

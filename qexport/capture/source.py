@@ -13,6 +13,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Pretra
 
 from ..errors import CaptureError, InputError, QExportError
 
+_TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model",
+    "vocab.json", "vocab.txt", "tekken.json",
+)  # fmt: skip
+
 
 @dataclass(frozen=True)
 class ModelFolder:
@@ -25,6 +30,8 @@ class ModelFolder:
 
     def tokenizer(self):
         """The tokenizer, or None where the folder has none."""
+        if not any((self.path / name).exists() for name in _TOKENIZER_FILES):
+            return None  # transformers would make one without a vocabulary
         try:
             return AutoTokenizer.from_pretrained(self.path, trust_remote_code=self.trust_remote_code)
         except (OSError, ValueError, KeyError, ImportError):
@@ -104,6 +111,7 @@ def _convert_gguf(file: Path, cache: Path | None) -> Path:
         raise InputError(f"cannot be read as GGUF ({_first_line(error)})", place=str(file)) from error
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
+    model.hf_quantizer = None  # the weights are float now, and save_pretrained would refuse them
     _save(model, tokenizer, target)
     return target
 

@@ -77,7 +77,7 @@ def build(pieces: Sequence[Piece], inputs: Sequence[Port], outputs: Sequence[Por
         for product in linear_products(piece.module.graph):
             lowered_linears[product.meta["linear"]] = (emit.values[product].producer().name, target.kernel(product))
         carried = [name for name in piece.outputs if name not in results] or list(piece.outputs)
-        lowered_blocks[piece.name] = carried[-1]
+        lowered_blocks[piece.name] = carried[0]
     graph_outputs: list[ir.Value] = []
     for port in outputs:
         value = known[port.value]
@@ -133,8 +133,10 @@ def _named(value: ir.Value, port: Port, target: Target) -> ir.Value:
 
 
 def _drop_unused(graph: ir.Graph) -> None:
-    """Remove nodes nobody reads: sizes that a Reshape keeps by itself."""
+    """Remove nodes nobody reads (sizes that a Reshape keeps by itself), and then constants nobody reads."""
     outputs = set(graph.outputs)
     for node in reversed(list(graph)):
         if not any(out.uses() or out in outputs for out in node.outputs):
             graph.remove(node, safe=True)
+    for name in [n for n, value in graph.initializers.items() if not value.uses() and value not in outputs]:
+        del graph.initializers[name]

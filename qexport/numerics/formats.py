@@ -97,10 +97,11 @@ class Scheme:
         if act == 16 and match["kind"]:
             raise RecipeError(f"scheme {name!r} quantizes no activations, so _{match['kind']} means nothing")
         symmetric = match["asym"] is None
-        if act == 8 and bits == 8 and not (symmetric and size in (PER_CHANNEL, PER_TENSOR)):
+        integer = act == 8 and (bits == 8 or size in (PER_CHANNEL, PER_TENSOR))  # no scale inside the sum
+        if integer and not (symmetric and size in (PER_CHANNEL, PER_TENSOR)):
             raise RecipeError(
                 f"scheme {name!r}: an 8-bit integer matmul takes symmetric weights with one scale per output channel",
-                remedy="Use w8a8_dyn or w8a8_static",
+                remedy="Use w8a8_dyn or w8a8_static" if bits == 8 else "Use w4a8, or groups: w4a8_g128_asym",
             )
         kind = {"dyn": "dynamic", "static": "static", None: "dynamic"}[match["kind"]]
         return cls(name.lower(), WeightFormat(bits, size, symmetric), ActivationFormat(kind) if act == 8 else None)

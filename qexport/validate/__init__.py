@@ -23,8 +23,9 @@ from .layers import compare, compare_layers, run_session
 from .logits import compare_logits, deployed_logits
 from .placement import examine
 from .reference import Feeds, FloatOutputs, check_same_model, decoder_feeds, module_feeds
-from .report import REPORT_FILE, Logits, Report, Row, load, save, with_verdict, worst_first
+from .report import REPORT_FILE, Logits, Report, Row, load, save, worst_first
 from .text import Text, choose_text
+from .verdict import with_verdict
 
 __all__ = ["Report", "Row", "load", "validate", "worst_first"]
 

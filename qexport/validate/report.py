@@ -3,7 +3,6 @@
 import json
 import math
 import os
-import statistics
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
@@ -155,10 +154,10 @@ class Report(_Frozen):
         """(measure, value, what it means) for a table."""
         rows = [("reference", self.reference, "the float model"), ("text", self.text, "what both models read")]
         if (scores := self.logits) is not None:
-            kl = " / ".join(_number(value) for value in (scores.kl_mean, scores.kl_median, scores.kl_p99))
+            kl = " / ".join(number(value) for value in (scores.kl_mean, scores.kl_median, scores.kl_p99))
             rows += [
-                ("perplexity, float", _number(scores.float_perplexity), f"over {scores.tokens} predicted tokens"),
-                ("perplexity, quantized", _number(scores.perplexity), "of the deployed file; lower is better"),
+                ("perplexity, float", number(scores.float_perplexity), f"over {scores.tokens} predicted tokens"),
+                ("perplexity, quantized", number(scores.perplexity), "of the deployed file; lower is better"),
                 ("KL mean / median / 99 %", kl, "how far the predictions move, per token; 0 is equal"),
                 ("top-1 agreement", f"{scores.top1_agreement:.1%}", "both find the same next token likeliest"),
             ]
@@ -166,25 +165,27 @@ class Report(_Frozen):
         if self.layers.linears:
             worst = worst_first(self.layers.linears)[0]
             rows.append(
-                ("worst linear", f"{worst.name}, {decibels(_own(worst), worst)}", "SQNR of the errors it makes itself")
+                ("worst linear", f"{worst.name}, {decibels(own(worst), worst)}", "SQNR of the errors it makes itself")
             )
         nodes = ", ".join(f"{n} on {p}" for p, n in self.placement.nodes_per_provider.items())
-        rows.append(("kernels", _kernels(self.placement), "what became of the quantized linears"))
+        rows.append(("kernels", kernels(self.placement), "what became of the quantized linears"))
         rows.append(("nodes", nodes, "where ONNX Runtime runs the graph"))
         return rows
 
 
 def worst_first(rows: Iterable[Row]) -> list[Row]:
     """Rows by the errors made in them alone: not finite first, then ascending own SQNR, equal ones last."""
-    return sorted(rows, key=_rank)
+    return sorted(rows, key=rank)
 
 
-def _own(row: Row) -> float | None:
+def own(row: Row) -> float | None:
+    """The SQNR of a row that counts: of its own errors, where that is known."""
     return row.own_sqnr_db if row.own_sqnr_db is not None else row.sqnr_db
 
 
-def _rank(row: Row) -> float:
-    if (value := _own(row)) is not None:
+def rank(row: Row) -> float:
+    """The same with the infinities and NaN (as minus infinity) that JSON lacks."""
+    if (value := own(row)) is not None:
         return value
     # A nonzero error beside a zero signal is an SQNR of minus infinity.
     return math.inf if row.max_abs_error == 0 else -math.inf
@@ -197,66 +198,8 @@ def decibels(value: float | None, row: Row) -> str:
     return "NaN or Inf" if row.max_abs_error is None else "equal" if row.max_abs_error == 0 else "no signal"
 
 
-def with_verdict(report: Report) -> Report:
-    """The report with its sentences."""
-    problems = [*_fusion_problems(report), *_placement_problems(report), *_number_problems(report)]
-    return report.model_copy(update={"problems": tuple(problems), "verdict": (*problems, *_facts(report))})
-
-
-def _fusion_problems(report: Report) -> list[str]:
-    unfused, moved = report.placement.unfused, report.layers.moved
-    sentences = []
-    if unfused:
-        listed = _listed([f"{u.name} ({u.found or 'nothing'} instead of {u.expected})" for u in unfused])
-        sentences.append(f"{_count(len(unfused), 'linear')} not fused: {listed}")
-    if moved:
-        listed = _listed([f"{u.name} ({u.found or 'nothing'} instead of {u.expected})" for u in moved])
-        sentences.append(f"{_count(len(moved), 'linear')} measured on another operator than the deployed one: {listed}")
-    return sentences
-
-
-def _placement_problems(report: Report) -> list[str]:
-    place = report.placement
-    others = {p: n for p, n in place.nodes_per_provider.items() if p != place.provider}
-    return [f"{n} nodes run on {p} instead of {place.provider}" for p, n in others.items()]
-
-
-def _number_problems(report: Report) -> list[str]:
-    rows = [*report.layers.linears, *report.layers.blocks, *report.outputs]
-    broken = [row.name for row in rows if row.max_abs_error is None]
-    sentences = [f"NaN or Inf comes out of {_listed(broken)}"] if broken else []
-    if report.logits is not None and report.logits.nonfinite_tokens:
-        sentences.append(
-            f"the logits of {report.logits.nonfinite_tokens} of {report.logits.tokens} tokens hold NaN or Inf"
-        )
-    return sentences
-
-
-def _facts(report: Report) -> list[str]:
-    facts = []
-    total = sum(report.placement.kernels.values())
-    if total and not report.placement.unfused:
-        facts.append(f"all {_kernels(report.placement)}")
-    if report.layers.linears:
-        order = worst_first(report.layers.linears)
-        median = statistics.median_low(map(_rank, order))
-        others = f"; the median linear has {median:.1f} dB" if math.isfinite(median) else ""
-        facts.append(f"{order[0].name} has the lowest SQNR, {decibels(_own(order[0]), order[0])}{others}")
-    if report.layers.blocks:
-        last = report.layers.blocks[-1]
-        facts.append(f"behind all blocks the SQNR is {decibels(last.sqnr_db, last)}")
-    if report.logits is not None and report.logits.kl_mean is not None:
-        scores = report.logits
-        note = " (text without a standard: not to be compared with published perplexities)" if report.own_text else ""
-        facts.append(
-            f"perplexity goes from {_number(scores.float_perplexity)} to {_number(scores.perplexity)}{note}; "
-            f"KL is {_number(scores.kl_mean)} a token, and {scores.top1_agreement:.1%} of the likeliest tokens agree"
-        )
-    facts += [f"output {row.name} has {decibels(row.sqnr_db, row)}" for row in report.outputs]
-    return facts
-
-
-def _kernels(placement: Placement) -> str:
+def kernels(placement: Placement) -> str:
+    """What the quantized linears run as."""
     total = sum(placement.kernels.values())
     if not total:
         return "no quantized linears"
@@ -265,16 +208,8 @@ def _kernels(placement: Placement) -> str:
     return f"{total} quantized linears run as " + ", ".join(f"{k} ({n})" for k, n in placement.kernels.items())
 
 
-def _count(n: int, what: str) -> str:
-    return f"{n} {what} is" if n == 1 else f"{n} {what}s are"
-
-
-def _listed(names: list[str], most: int = 5) -> str:
-    shown = ", ".join(names[:most])
-    return shown if len(names) <= most else f"{shown} and {len(names) - most} more"
-
-
-def _number(value: float | None) -> str:
+def number(value: float | None) -> str:
+    """Four digits, for people."""
     return "not finite" if value is None else f"{value:.4g}"
 
 

@@ -151,7 +151,7 @@ def test_errors_of_earlier_blocks_are_left_out_of_own_sqnr(report):
     assert all(17 < row.own_sqnr_db < 25 for row in report.layers.linears if row.scheme.startswith("w4"))
 
 
-@pytest.mark.parametrize("name", ["model.layers.0.self_attn.v_proj", "model.layers.1.mlp.up_proj"])
+@pytest.mark.parametrize("name", ["model.layers.0.self_attn.q_proj", "model.layers.1.mlp.up_proj"])
 def test_a_planted_fault_is_named_first(copy, llama, report, name):
     """One wrong scale, in the middle of the model, although everything behind it goes wrong too."""
 

@@ -101,9 +101,11 @@ def test_forced_values_reach_what_is_behind_them(decoder):
         if seen.linears:
             assert torch.equal(seen.linears[name][0], seen.own_linears[name][0]), "nothing in front of it is forced"
             assert not torch.equal(*(v["model.layers.1.mlp.up_proj"][0] for v in (seen.linears, seen.own_linears)))
-    state = [torch.zeros(1, 20, 64)]
-    for seen in watch(captured, feeds_of(captured), wanted, lambda block: Forced(state, {})):
-        if seen.block.name == "model.layers.1":
+    state, last = [torch.zeros(1, 20, 64)], "model.layers.1"
+    for seen in watch(
+        captured, feeds_of(captured), wanted, lambda block: Forced(state if block.name == last else None, {})
+    ):
+        if seen.block.name == last:
             # Zeros through norms without bias stay zeros, so the residual stream does.
             assert not seen.own_output[0].any() and seen.output[0].any()
             assert not seen.own_linears[name][0].any()

@@ -4,7 +4,8 @@ import math
 import pytest
 
 from qexport.errors import InputError
-from qexport.validate.report import Layers, Placement, Report, Row, Unfused, load, save, with_verdict, worst_first
+from qexport.validate.report import Layers, Placement, Report, Row, Unfused, load, save, worst_first
+from qexport.validate.verdict import with_verdict
 
 
 def row(name, sqnr, error=1.0, **more):

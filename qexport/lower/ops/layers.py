@@ -5,7 +5,7 @@ from torch.fx import Node
 
 from ...ops.attention import MASKED
 from ...passes.edit import dtype_of
-from ..emitter import ONNX_DTYPE, Emitter
+from ..emitter import ONNX_DTYPE, Emitter, unsupported
 
 aten = torch.ops.aten
 ops = torch.ops.qexport
@@ -71,6 +71,18 @@ def _cached_attention(emit: Emitter, node: Node):
     return emit.op("Transpose", out, perm=[0, 2, 1, 3]), *present
 
 
+def _attention(emit: Emitter, node: Node):
+    names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
+    given = dict(zip(names, node.args, strict=False)) | node.kwargs
+    if given.get("dropout_p", 0.0):
+        raise unsupported(node, "with dropout")
+    inputs = [emit.get(given.get(name)) for name in names[:4]]
+    scale = given.get("scale")
+    return emit.op(
+        "Attention", *inputs, is_causal=int(given.get("is_causal", False)), scale=None if scale is None else float(scale)
+    )
+
+
 def _rotary(emit: Emitter, node: Node):
     return emit.op("RotaryEmbedding", *(emit.get(a) for a in node.args))
 
@@ -79,5 +91,5 @@ TRANSLATIONS = {
     aten.linear.default: _linear, aten.matmul.default: _matmul, aten.mm.default: _matmul, aten.bmm.default: _matmul,
     aten.addmm.default: _addmm, aten.rms_norm.default: _rms_norm, aten.layer_norm.default: _layer_norm,
     ops.causal_mask.default: _causal_mask, ops.cached_attention.default: _cached_attention,
-    ops.rotary_embedding.default: _rotary,
+    ops.rotary_embedding.default: _rotary, aten.scaled_dot_product_attention.default: _attention,
 }  # fmt: skip

@@ -7,7 +7,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from ...passes.edit import add_tensor, call, finish, is_call
-from .forms import Form, form_of, linear_products
+from .forms import Form, form_of, linear_products, scale_apart
 
 ops = torch.ops.qexport
 aten = torch.ops.aten
@@ -52,7 +52,9 @@ class CpuTarget:
             form = form_of(product)
             if form.integer:
                 _integer(module, product, form)
-            elif self.accuracy_level == 4:
+                continue
+            scale_apart(module, product, form)
+            if self.accuracy_level == 4:
                 x, block = product.args[0], form.block_size or _DEFAULT_BLOCK
                 with module.graph.inserting_before(product):
                     rounded = call(module.graph, ops.matmul_nbits_input.default, (x, block), like=x)

@@ -8,7 +8,7 @@ from torch.fx import GraphModule, Node
 
 from ...passes.edit import call, finish, is_call
 from ..precision import KEEP, to_half
-from .forms import Form, form_of, linear_products
+from .forms import Form, form_of, linear_products, scale_apart
 
 ops = torch.ops.qexport
 aten = torch.ops.aten
@@ -29,6 +29,8 @@ class CudaTarget:
             # A bias folded into MatMulNBits rules out its fastest kernel.
             "optimization.disable_specified_optimizers": "MatMulAddFusion;MatMulNBitsFusion",
             "session.qdq_matmulnbits_block_size": "32",
+            # CUDA does not read it; the CPU provider, when it runs the file, would round float inputs to 8 bits.
+            "session.qdq_matmulnbits_accuracy_level": "1",
         }
 
     def numerics(self) -> dict[str, str]:
@@ -44,6 +46,8 @@ class CudaTarget:
             form = form_of(product)
             if form.integer:
                 _integer(module, product, form)
+            else:
+                scale_apart(module, product, form)
         finish(module)
         to_half(module, constants)
 

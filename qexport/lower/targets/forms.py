@@ -3,9 +3,9 @@
 from dataclasses import dataclass
 
 import torch
-from torch.fx import Graph, Node
+from torch.fx import Graph, GraphModule, Node
 
-from ...passes.edit import is_call
+from ...passes.edit import add_tensor, call, is_call
 
 aten = torch.ops.aten
 ops = torch.ops.qexport
@@ -50,3 +50,19 @@ def form_of(product: Node) -> Form:
     if is_call(x, aten.mul.Tensor) and is_call(x.args[0], ops.dequantize_linear.default):
         return Form(block_size, x.args[0].args[0], x.args[0], x.args[1])
     return Form(block_size)
+
+
+def scale_apart(module: GraphModule, product: Node, form: Form) -> None:
+    """dequantize(codes, s) becomes dequantize(codes, 1) * s, in place, where one static scale feeds a weight in groups.
+
+    ONNX Runtime makes no MatMulNBits of a product that reads a DequantizeLinear.
+    """
+    if form.dequantize is None or form.token_scale is not None:
+        return
+    graph, codes, scale = module.graph, form.quantize, form.dequantize.args[1]
+    with graph.inserting_before(form.dequantize):
+        one = add_tensor(graph, f"{product.meta['linear']}.unit_scale", torch.ones((), dtype=torch.float32))
+    with graph.inserting_after(form.dequantize):
+        scaled = call(graph, aten.mul.Tensor, (form.dequantize, scale), like=form.dequantize)
+    form.dequantize.replace_all_uses_with(scaled, delete_user_cb=lambda user: user is not scaled)
+    form.dequantize.args = (codes, one, *form.dequantize.args[2:])

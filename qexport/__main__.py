@@ -1,0 +1,5 @@
+"""`python -m qexport` is `qexport`."""
+
+from .cli import main
+
+main()

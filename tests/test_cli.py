@@ -1,0 +1,374 @@
+"""The command line as a user types it: results, exit codes, and one message for everything that can be wrong."""
+
+import errno
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import qexport
+from models import save_model
+from qexport import cli
+from qexport.capture.decoder import capture_decoder  # noqa: F401  imports what commands need before they are timed
+from tiny_decoder import write_word_tokenizer
+
+VOCAB = 98
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory) -> Path:
+    folder = save_model("llama", tmp_path_factory.mktemp("model") / "tiny", vocab_size=VOCAB)
+    write_word_tokenizer(folder, VOCAB)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def exported(model, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("exported") / "tiny"
+    qexport.export(model, "w4a16_g32_rtn", out_dir=out)
+    return out
+
+
+@pytest.fixture
+def copy(model, tmp_path) -> Path:
+    return Path(shutil.copytree(model, tmp_path / "copy"))
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """run(*arguments) -> (exit code, stdout, stderr), in this process."""
+
+    def run_command(*arguments):
+        monkeypatch.setattr(sys, "argv", ["qexport", *map(str, arguments)])
+        capsys.readouterr()
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as stop:
+            code = stop.code or 0
+        done = capsys.readouterr()
+        return code, done.out, done.err
+
+    return run_command
+
+
+def shell(*arguments, **options):
+    """The same in a process of its own."""
+    command = [sys.executable, "-c", "from qexport.cli import main; main()", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=240, **options)
+
+
+def refused(result, *parts) -> str:
+    """Checks that a command failed as expected errors do; returns the message."""
+    code, out, err = result
+    errors = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert code == 2 and out == ""
+    assert len(errors) == 1 and err.splitlines()[-1] == errors[0] and "Traceback" not in err
+    for part in parts:
+        assert str(part) in errors[0]
+    return errors[0]
+
+
+def leftovers(folder: Path) -> list[str]:
+    return sorted(p.name for p in folder.iterdir() if p.name != "copy")
+
+
+# --- what works
+
+
+def test_export_keeps_results_and_progress_apart(model, tmp_path):
+    done = shell("export", model, "-o", tmp_path / "out", "-r", "w4a16_g32_rtn", "--json")
+    assert done.returncode == 0, done.stderr
+    summary = json.loads(done.stdout)
+    assert summary["folder"] == str(tmp_path / "out") and summary["quantized_linears"] == 14
+    assert summary["bytes"]["model"] == sum((tmp_path / "out" / n).stat().st_size for n in ("model.onnx", "model.onnx.data"))
+    lines = done.stderr.splitlines()
+    assert lines and all(line.split()[0] in ("quantize", "write") for line in lines), "progress and nothing else"
+    assert leftovers(tmp_path) == ["out"]
+
+
+def test_export_for_people(model, tmp_path, run):
+    code, out, err = run(
+        "export", model, "-o", tmp_path / "out", "--calibration", "random", "--samples", 4, "--sequence-length", 32, "--seed", 7
+    )
+    assert code == 0
+    assert "14 of 15 linears quantized" in out and "lm_head (1): float, kept in float by the recipe" in out
+    assert "4 sequences of 32 random tokens (seed 7)" in out
+    assert "error" not in err
+
+
+def test_a_width_that_does_not_divide_falls_back_and_says_so(model, tmp_path, run):
+    said = "96 input features do not divide into groups of 64: groups of 32"
+    code, out, _ = run("export", model, "-o", tmp_path / "out", "-r", "w4a16_g64_asym")
+    assert code == 0 and f"model.layers.[0-1].mlp.down_proj (2): w4a16_g32_asym, {said}" in out
+    code, out, _ = run("inspect", model, "-r", "w4a16_g64_asym")
+    assert code == 0 and "model.layers.[0-1].mlp.down_proj" in out and said in out
+
+
+def test_inspect_reads_no_weight(copy, run):
+    weights = load_file(copy / "model.safetensors")
+    save_file({name: torch.full_like(t, float("nan")) for name, t in weights.items()}, copy / "model.safetensors")
+    code, out, _ = run("inspect", copy, "-r", "w8a8_static", "--json")
+    found = json.loads(out)
+    assert code == 0 and found["calibrates"] and found["smooths"]
+    down = found["linears"][6]
+    # 64 x 96 codes of a byte, and 64 scales of float32.
+    assert (down["name"], down["scheme"], down["bytes"]) == ("model.layers.0.mlp.down_proj", "w8a8_static", 64 * 96 + 64 * 4)
+    folds = {tuple(n.rpartition(".")[2] for n in s["linears"]): s["fold"] for s in found["sites"] if s["block"] == "model.layers.0"}
+    assert folds == {
+        ("q_proj", "k_proj", "v_proj"): "norm",
+        ("o_proj",): "model.layers.0.self_attn.v_proj",
+        ("gate_proj", "up_proj"): "norm",
+        ("down_proj",): "model.layers.0.mlp.up_proj",
+    }
+
+
+def test_inspect_foretells_the_size(model, exported, run):
+    _, out, _ = run("inspect", model, "-r", "w4a16_g32_rtn", "--json")
+    foretold, real = json.loads(out)["bytes"], json.loads((exported / "manifest.json").read_text())["bytes"]
+    assert foretold["quantized"] == real["quantized_linears"]
+    # Tensors of a few bytes lie in model.onnx, beside the graph.
+    assert (exported / "model.onnx.data").stat().st_size <= foretold["total"] < real["model"]
+
+
+def test_inspect_all_lists_every_linear(model, run):
+    _, out, _ = run("inspect", model, "--all")
+    assert all(f"model.layers.{i}.self_attn.{n}_proj" in out for i in (0, 1) for n in "qkvo")
+
+
+def test_validate(model, exported, run):
+    code, out, err = run("validate", exported, "--reference", model, "--windows", 2, "--window", 32, "--json")
+    assert code == 0 and json.loads(out)["logits"]["windows"] == 2
+    code, out, err = run("validate", exported, "--reference", model, "--windows", 2, "--window", 32)
+    assert code == 0 and "perplexity, quantized" in out and "error" not in err
+
+
+def test_generate_prints_the_text_and_nothing_else(exported, run):
+    code, greedy, err = run("generate", exported, "--prompt", "abc", "--max-new-tokens", 8)
+    assert code == 0 and greedy.endswith("\n") and err == ""
+    assert run("generate", exported, "-p", "abc", "--max-new-tokens", 8, "--temperature", 0)[1] == greedy
+    sampled = [run("generate", exported, "-p", "abc", "--max-new-tokens", 8, "--temperature", 5, "--seed", s)[1] for s in (1, 1, 2)]
+    assert sampled[0] == sampled[1] != sampled[2]
+
+
+def test_bench(exported, run):
+    code, out, _ = run("bench", exported, "--prompt-length", 16, "--past", 8, "--repeats", 1, "--threads", 1, "--json")
+    assert code == 0 and set(json.loads(out)["first"]["prefill"]) == {"16"}
+    code, out, _ = run("bench", exported, "--against", exported, "--prompt-length", 16, "--past", 8, "--repeats", 1, "--threads", 1)
+    assert code == 0 and "first/second" in out and "prompt of 16 tokens" in out
+
+
+def test_recipes(run):
+    code, out, _ = run("recipes", "list")
+    assert code == 0 and all(name in out for name in qexport.Recipe.presets())
+    code, out, _ = run("recipes", "show", "w8a8_static")
+    assert code == 0 and "alpha: 0.8" in out
+
+
+def test_a_shown_recipe_can_be_used(run, tmp_path):
+    _, out, _ = run("recipes", "show", "w4a16_g32")
+    (tmp_path / "mine.yaml").write_text(out)
+    assert qexport.Recipe.load(tmp_path / "mine.yaml") == qexport.Recipe.load("w4a16_g32")
+
+
+def test_doctor(run):
+    code, out, _ = run("doctor", "--json")
+    checks = {check["name"]: check for check in json.loads(out)}
+    assert checks["CPUExecutionProvider"]["ok"]
+    assert code == (0 if all(c["ok"] or c["optional"] for c in checks.values()) else 1)
+
+
+def test_help_and_version_start_quickly():
+    start = time.perf_counter()
+    done = shell("--help")
+    seconds = time.perf_counter() - start
+    assert done.returncode == 0 and "inspect" in done.stdout
+    # Importing torch alone takes longer than this.
+    assert "torch" not in shell_modules("--version") and seconds < 5
+    assert shell("--version").stdout.strip() == qexport.__version__
+
+
+def shell_modules(argument: str) -> set[str]:
+    code = f"import sys; sys.argv = ['qexport', {argument!r}]\nfrom qexport.cli import main\ntry: main()\nexcept SystemExit: pass\nprint(*sys.modules)"
+    return set(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.split())
+
+
+# --- what is wrong with the input
+
+
+def test_no_such_model(run, tmp_path):
+    refused(run("export", tmp_path / "nowhere", "-o", tmp_path / "out"), tmp_path / "nowhere")
+
+
+def test_missing_weights(run, copy, tmp_path):
+    (copy / "model.safetensors").unlink()
+    refused(run("export", copy, "-o", tmp_path / "out"), copy, "holds no safetensors file")
+    assert leftovers(tmp_path) == []
+
+
+def test_a_shard_that_the_index_names_is_missing(run, copy, tmp_path):
+    (copy / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"lm_head.weight": "model-00001.safetensors"}}))
+    refused(run("export", copy, "-o", tmp_path / "out"), "model-00001.safetensors", "missing")
+
+
+def test_truncated_weights(run, copy, tmp_path):
+    weights = copy / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    refused(run("export", copy, "-o", tmp_path / "out"), weights, "truncated or damaged")
+    assert leftovers(tmp_path) == []
+
+
+def test_nan_weights(run, copy, tmp_path):
+    weights = load_file(copy / "model.safetensors")
+    weights["model.layers.1.mlp.up_proj.weight"][3, 4] = float("nan")
+    save_file(weights, copy / "model.safetensors")
+    message = refused(run("export", copy, "-o", tmp_path / "out", "-r", "w4a16_g32_rtn"), "model.layers.1.mlp.up_proj.weight")
+    assert "1 of 6144 weights are NaN or Inf" in message
+    assert leftovers(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    "recipe, parts",
+    [
+        ("w4a16_g31", ["groups of 31", "Did you mean w4a16_g32?"]),
+        ("w3a16", ["3-bit weights"]),
+        ("w4a16_g23_rtn", ["unknown scheme", "Did you mean"]),
+        ("best", ["no preset, scheme or file 'best'"]),
+        ("nowhere.yaml", ["nowhere.yaml", "No such file"]),
+    ],
+)
+def test_unknown_schemes_and_presets(run, model, tmp_path, recipe, parts):
+    refused(run("export", model, "-o", tmp_path / "out", "--recipe", recipe), *parts)
+
+
+def test_an_unknown_recipe_key(run, model, tmp_path):
+    (tmp_path / "r.yaml").write_text("scheme: w4a16_g32\nweights:\n  metod: gptq\n")
+    refused(run("export", model, "-o", tmp_path / "out", "--recipe", tmp_path / "r.yaml"), "r.yaml:3", "metod", "Did you mean method?")
+
+
+def test_an_override_that_matches_nothing(run, model, tmp_path):
+    (tmp_path / "r.yaml").write_text("scheme: w4a16_g32\noverrides:\n- {match: '*.w1', scheme: float}\n")
+    refused(run("inspect", model, "--recipe", tmp_path / "r.yaml"), "*.w1", "matches no linear")
+
+
+def test_calibration_text(run, model, tmp_path):
+    (tmp_path / "empty.txt").write_text(" \n")
+    (tmp_path / "short.txt").write_text("too short")
+    out = tmp_path / "out"
+    refused(run("export", model, "-o", out, "--calibration", tmp_path / "empty.txt"), "empty.txt", "no text")
+    refused(run("export", model, "-o", out, "--calibration", tmp_path / "short.txt"), "9 tokens are less than one sample", "sequence_length")
+    refused(run("export", model, "-o", out, "--calibration", tmp_path / "none.txt"), "none.txt", "No such file")
+    refused(run("export", model, "-o", out, "--samples", 0), "samples", "greater than or equal to 1")
+    assert leftovers(tmp_path) == ["empty.txt", "short.txt"]
+
+
+def test_unknown_target(run, model, tmp_path):
+    refused(run("export", model, "-o", tmp_path / "out", "--target", "tpu"), "tpu", "cpu and cuda")
+
+
+def test_an_existing_output_is_kept_unless_told_otherwise(run, model, exported, tmp_path):
+    out = Path(shutil.copytree(exported, tmp_path / "out"))
+    (out / "mark").write_text("here")
+    refused(run("export", model, "-o", out, "-r", "w8a16"), out, "exists already", "--overwrite")
+    assert (out / "mark").exists() and qexport.Recipe.load(out / "recipe.yaml").name == "w4a16_g32_rtn"
+    code, _, err = run("export", model, "-o", out, "-r", "w8a16", "--overwrite")
+    assert code == 0, err
+    assert not (out / "mark").exists() and qexport.Recipe.load(out / "recipe.yaml").name == "w8a16"
+    assert leftovers(tmp_path) == ["out"]
+
+
+def test_a_folder_that_is_no_export_is_never_replaced(run, model, tmp_path):
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "cat.jpg").write_text("meow")
+    refused(run("export", model, "-o", tmp_path / "photos", "--overwrite"), "not an export")
+    assert (tmp_path / "photos" / "cat.jpg").exists()
+
+
+def test_an_output_below_a_file(run, model, tmp_path):
+    (tmp_path / "file").write_text("")
+    refused(run("export", model, "-o", tmp_path / "file" / "out"), tmp_path / "file", "cannot be written")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_read_only_output(run, model, tmp_path):
+    (tmp_path / "locked").mkdir(mode=0o555)
+    refused(run("export", model, "-o", tmp_path / "locked" / "out"), "cannot be written")
+
+
+def test_a_model_that_cannot_be_captured(run, tmp_path):
+    folder = save_model("bloom", tmp_path / "copy")
+    refused(run("export", folder, "-o", tmp_path / "out"), "attention")
+    assert leftovers(tmp_path) == []
+
+
+def test_another_kind_of_model(run, copy, tmp_path):
+    (copy / "config.json").write_text(json.dumps({"model_type": "vit"}))
+    refused(run("export", copy, "-o", tmp_path / "out"), "causal language model")
+
+
+def test_no_config(run, copy, tmp_path):
+    (copy / "config.json").write_text("{}")
+    refused(run("export", copy, "-o", tmp_path / "out"), "config")
+
+
+def test_a_full_disk(run, model, tmp_path, monkeypatch):
+    import onnx_ir
+
+    def full(model, path, **_):
+        Path(path).write_bytes(b"half a model")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(onnx_ir, "save", full)
+    refused(run("export", model, "-o", tmp_path / "out", "-r", "w4a16_g32_rtn"), "the disk is full", "--resume")
+    # The finished blocks stay for --resume; the half-written file does not.
+    assert leftovers(tmp_path) == [".out.work"]
+    monkeypatch.undo()
+    assert shell("export", model, "-o", tmp_path / "out", "-r", "w4a16_g32_rtn", "--resume").returncode == 0
+    assert leftovers(tmp_path) == ["out"]
+
+
+def test_folders_that_are_no_exports(run, model, tmp_path):
+    refused(run("generate", tmp_path, "--prompt", "x"), tmp_path, "not an export")
+    refused(run("bench", tmp_path / "nowhere"), "nowhere")
+    refused(run("validate", model, "--reference", model), model, "not an export")
+
+
+def test_generate_with_bad_options(run, exported):
+    refused(run("generate", exported, "-p", "x", "--temperature", -1), "temperature")
+    refused(run("generate", exported, "-p", "x", "--top-p", 0), "top_p")
+    refused(run("generate", exported, "-p", "x", "--chat"), "no chat template")
+
+
+def test_an_error_as_the_shell_sees_it(tmp_path):
+    done = shell("recipes", "show", "w4a16_g31")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: ") and len(done.stderr.splitlines()) == 1
+
+
+def test_an_unexpected_error_keeps_its_traceback(run, monkeypatch):
+    def broken(cls):
+        raise ZeroDivisionError("a bug")
+
+    monkeypatch.setattr(qexport.Recipe, "presets", classmethod(broken))
+    with pytest.raises(ZeroDivisionError):
+        run("recipes", "list")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
+def test_ctrl_c(model, tmp_path):
+    command = [sys.executable, "-c", "from qexport.cli import main; main()", "export", str(model), "-o", str(tmp_path / "out")]
+    command += ["--calibration", "random", "--samples", "4096", "--sequence-length", "128"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stderr.readline().startswith("quantize")
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 130 and out == "" and "Traceback" not in err
+    assert not (tmp_path / "out").exists()

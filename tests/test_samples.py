@@ -1,0 +1,118 @@
+"""The samples run as they are written, on a model that is small enough."""
+
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import qexport
+from models import save_model
+from qexport.errors import PassError
+from tiny_decoder import write_word_tokenizer
+
+SAMPLES = Path(__file__).parent.parent / "samples"
+VOCAB, WINDOW = 98, 256
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    folder = save_model("llama", tmp_path_factory.mktemp("model") / "tiny", vocab_size=VOCAB, max_position_embeddings=2 * WINDOW)
+    write_word_tokenizer(folder, VOCAB)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text("\n".join(f"{n} bottles of beer on the wall, {n} bottles of beer." for n in range(100, 0, -1)))
+    return path
+
+
+@pytest.fixture
+def run(monkeypatch, capsys, tmp_path):
+    """run(name, *arguments) -> what the sample prints; it writes below tmp_path."""
+    monkeypatch.chdir(tmp_path)
+
+    def run_sample(name, *arguments) -> str:
+        monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
+        runpy.run_path(str(SAMPLES / name), run_name="__main__")
+        return capsys.readouterr().out
+
+    return run_sample
+
+
+def sample(name: str) -> dict:
+    return runpy.run_path(str(SAMPLES / name))
+
+
+def test_quickstart(run, model, text):
+    out = run("quickstart.py", model, text)
+    assert "14 linears quantized" in out and "perplexity, quantized" in out and "The three primary colours are" in out
+
+
+def test_every_scheme(run, model, text):
+    recipes = ["w4a16_g32_rtn", "w8a8_dyn"]
+    lines = run("every_scheme.py", model, "--text", text, "--samples", 2, "--length", 64, "--recipes", *recipes).splitlines()
+    rows = {line.split()[0]: line.split()[1:] for line in lines[1:]}
+    assert list(rows) == recipes
+    # 4 bits are further from the float model than 8.
+    assert float(rows["w4a16_g32_rtn"][1]) > float(rows["w8a8_dyn"][1]) > 0
+
+
+def test_own_module(run):
+    out = run("own_module.py")
+    assert "all 10 quantized linears run as MatMulIntegerToFloat" in out
+    share = float(out.splitlines()[-1].split("for ")[1].split("%")[0])
+    assert share > 90  # 8 bits on random weights: classes differ only where two of them are nearly tied
+
+
+def test_custom_pass(run, model, text):
+    out = run("custom_pass.py", model, text)
+    scores = [float(line.split("model ")[1].split(",")[0]) for line in out.splitlines()]
+    assert len(scores) == 2 and scores[0] != scores[1] and all(0 < s < 1 for s in scores)
+
+
+def test_a_pass_of_your_own_is_accounted_for(model, text, tmp_path):
+    scale = sample("custom_pass.py")["ScaleByActivation"]
+    recipe = qexport.Recipe.load("w4a16_g32_rtn").with_calibration(samples=2, sequence_length=64)
+    result = qexport.export(model, recipe, out_dir=tmp_path / "out", calibration=str(text), extra_passes=[scale()])
+    assert "2 windows of 64 tokens" in result.calibration, "statistics are taken though the recipe needs none"
+    report = (tmp_path / "out" / "report.json").read_text()
+    assert report.count('"ScaleByActivation"') >= 2
+    with pytest.raises(PassError, match="pass ScaleByActivation.*power 2 is not between 0 and 1"):
+        qexport.export(model, recipe, out_dir=tmp_path / "bad", calibration=str(text), extra_passes=[scale(2)])
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_pass_that_breaks_its_promise_is_caught(model, text, tmp_path):
+    from qexport.passes.base import GraphPass, PassResult
+    from qexport.passes.edit import get_tensor, set_tensor
+    from qexport.passes.sites import linears
+
+    class Shrink(GraphPass):
+        keeps_function = True
+
+        def call(self, module, context):
+            weight = linears(module.graph)[0].weight
+            set_tensor(module, weight, 0.5 * get_tensor(module, weight))
+            return PassResult()
+
+    with pytest.raises(PassError, match="Shrink.*moved by"):
+        qexport.export(
+            model, "w4a16_g32_rtn", out_dir=tmp_path / "bad", calibration=["some text to run on"], extra_passes=[Shrink()]
+        )
+
+
+def test_the_demo_keeps_the_function_of_the_model_it_rewrites(model):
+    demo = sample("demo.py")
+    llama = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+    ids = torch.arange(60)[None]
+    with torch.no_grad():
+        before, weight = llama(ids).logits, llama.model.layers[0].self_attn.q_proj.weight.clone()
+        demo["move_factors"](llama, torch.Generator().manual_seed(0))
+        after = llama(ids).logits
+    assert (after - before).abs().max() < 1e-5 * before.abs().max()
+    assert (llama.model.layers[0].self_attn.q_proj.weight / weight - 1).abs().mean() > 0.05
