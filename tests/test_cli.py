@@ -89,7 +89,9 @@ def test_export_keeps_results_and_progress_apart(model, tmp_path):
     assert done.returncode == 0, done.stderr
     summary = json.loads(done.stdout)
     assert summary["folder"] == str(tmp_path / "out") and summary["quantized_linears"] == 14
-    assert summary["bytes"]["model"] == sum((tmp_path / "out" / n).stat().st_size for n in ("model.onnx", "model.onnx.data"))
+    assert summary["bytes"]["model"] == sum(
+        (tmp_path / "out" / n).stat().st_size for n in ("model.onnx", "model.onnx.data")
+    )
     lines = done.stderr.splitlines()
     assert lines and all(line.split()[0] in ("quantize", "write") for line in lines), "progress and nothing else"
     assert leftovers(tmp_path) == ["out"]
@@ -97,7 +99,18 @@ def test_export_keeps_results_and_progress_apart(model, tmp_path):
 
 def test_export_for_people(model, tmp_path, run):
     code, out, err = run(
-        "export", model, "-o", tmp_path / "out", "--calibration", "random", "--samples", 4, "--sequence-length", 32, "--seed", 7
+        "export",
+        model,
+        "-o",
+        tmp_path / "out",
+        "--calibration",
+        "random",
+        "--samples",
+        4,
+        "--sequence-length",
+        32,
+        "--seed",
+        7,
     )
     assert code == 0
     assert "14 of 15 linears quantized" in out and "lm_head (1): float, kept in float by the recipe" in out
@@ -121,8 +134,16 @@ def test_inspect_reads_no_weight(copy, run):
     assert code == 0 and found["calibrates"] and found["smooths"]
     down = found["linears"][6]
     # 64 x 96 codes of a byte, and 64 scales of float32.
-    assert (down["name"], down["scheme"], down["bytes"]) == ("model.layers.0.mlp.down_proj", "w8a8_static", 64 * 96 + 64 * 4)
-    folds = {tuple(n.rpartition(".")[2] for n in s["linears"]): s["fold"] for s in found["sites"] if s["block"] == "model.layers.0"}
+    assert (down["name"], down["scheme"], down["bytes"]) == (
+        "model.layers.0.mlp.down_proj",
+        "w8a8_static",
+        64 * 96 + 64 * 4,
+    )
+    folds = {
+        tuple(n.rpartition(".")[2] for n in s["linears"]): s["fold"]
+        for s in found["sites"]
+        if s["block"] == "model.layers.0"
+    }
     assert folds == {
         ("q_proj", "k_proj", "v_proj"): "norm",
         ("o_proj",): "model.layers.0.self_attn.v_proj",
@@ -155,14 +176,19 @@ def test_generate_prints_the_text_and_nothing_else(exported, run):
     code, greedy, err = run("generate", exported, "--prompt", "abc", "--max-new-tokens", 8)
     assert code == 0 and greedy.endswith("\n") and err == ""
     assert run("generate", exported, "-p", "abc", "--max-new-tokens", 8, "--temperature", 0)[1] == greedy
-    sampled = [run("generate", exported, "-p", "abc", "--max-new-tokens", 8, "--temperature", 5, "--seed", s)[1] for s in (1, 1, 2)]
+    sampled = [
+        run("generate", exported, "-p", "abc", "--max-new-tokens", 8, "--temperature", 5, "--seed", s)[1]
+        for s in (1, 1, 2)
+    ]
     assert sampled[0] == sampled[1] != sampled[2]
 
 
 def test_bench(exported, run):
     code, out, _ = run("bench", exported, "--prompt-length", 16, "--past", 8, "--repeats", 1, "--threads", 1, "--json")
     assert code == 0 and set(json.loads(out)["first"]["prefill"]) == {"16"}
-    code, out, _ = run("bench", exported, "--against", exported, "--prompt-length", 16, "--past", 8, "--repeats", 1, "--threads", 1)
+    code, out, _ = run(
+        "bench", exported, "--against", exported, "--prompt-length", 16, "--past", 8, "--repeats", 1, "--threads", 1
+    )
     assert code == 0 and "first/second" in out and "prompt of 16 tokens" in out
 
 
@@ -191,14 +217,16 @@ def test_help_and_version_start_quickly():
     done = shell("--help")
     seconds = time.perf_counter() - start
     assert done.returncode == 0 and "inspect" in done.stdout
-    # Importing torch alone takes longer than this.
-    assert "torch" not in shell_modules("--version") and seconds < 5
+    modules = shell_modules("--version")
+    assert "qexport.cli" in modules and "torch" not in modules and seconds < 5
     assert shell("--version").stdout.strip() == qexport.__version__
 
 
 def shell_modules(argument: str) -> set[str]:
-    code = f"import sys; sys.argv = ['qexport', {argument!r}]\nfrom qexport.cli import main\ntry: main()\nexcept SystemExit: pass\nprint(*sys.modules)"
-    return set(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.split())
+    """The modules that a command has imported when it ends."""
+    code = f"import atexit, sys; sys.argv = ['qexport', {argument!r}]; atexit.register(lambda: print(*sys.modules))"
+    command = [sys.executable, "-c", f"{code}; from qexport.cli import main; main()"]
+    return set(subprocess.run(command, capture_output=True, text=True).stdout.split())
 
 
 # --- what is wrong with the input
@@ -215,7 +243,9 @@ def test_missing_weights(run, copy, tmp_path):
 
 
 def test_a_shard_that_the_index_names_is_missing(run, copy, tmp_path):
-    (copy / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"lm_head.weight": "model-00001.safetensors"}}))
+    (copy / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": {"lm_head.weight": "model-00001.safetensors"}})
+    )
     refused(run("export", copy, "-o", tmp_path / "out"), "model-00001.safetensors", "missing")
 
 
@@ -230,7 +260,9 @@ def test_nan_weights(run, copy, tmp_path):
     weights = load_file(copy / "model.safetensors")
     weights["model.layers.1.mlp.up_proj.weight"][3, 4] = float("nan")
     save_file(weights, copy / "model.safetensors")
-    message = refused(run("export", copy, "-o", tmp_path / "out", "-r", "w4a16_g32_rtn"), "model.layers.1.mlp.up_proj.weight")
+    message = refused(
+        run("export", copy, "-o", tmp_path / "out", "-r", "w4a16_g32_rtn"), "model.layers.1.mlp.up_proj.weight"
+    )
     assert "1 of 6144 weights are NaN or Inf" in message
     assert leftovers(tmp_path) == []
 
@@ -251,7 +283,12 @@ def test_unknown_schemes_and_presets(run, model, tmp_path, recipe, parts):
 
 def test_an_unknown_recipe_key(run, model, tmp_path):
     (tmp_path / "r.yaml").write_text("scheme: w4a16_g32\nweights:\n  metod: gptq\n")
-    refused(run("export", model, "-o", tmp_path / "out", "--recipe", tmp_path / "r.yaml"), "r.yaml:3", "metod", "Did you mean method?")
+    refused(
+        run("export", model, "-o", tmp_path / "out", "--recipe", tmp_path / "r.yaml"),
+        "r.yaml:3",
+        "metod",
+        "Did you mean method?",
+    )
 
 
 def test_an_override_that_matches_nothing(run, model, tmp_path):
@@ -264,7 +301,11 @@ def test_calibration_text(run, model, tmp_path):
     (tmp_path / "short.txt").write_text("too short")
     out = tmp_path / "out"
     refused(run("export", model, "-o", out, "--calibration", tmp_path / "empty.txt"), "empty.txt", "no text")
-    refused(run("export", model, "-o", out, "--calibration", tmp_path / "short.txt"), "9 tokens are less than one sample", "sequence_length")
+    refused(
+        run("export", model, "-o", out, "--calibration", tmp_path / "short.txt"),
+        "9 tokens are less than one sample",
+        "sequence_length",
+    )
     refused(run("export", model, "-o", out, "--calibration", tmp_path / "none.txt"), "none.txt", "No such file")
     refused(run("export", model, "-o", out, "--samples", 0), "samples", "greater than or equal to 1")
     assert leftovers(tmp_path) == ["empty.txt", "short.txt"]
@@ -364,7 +405,15 @@ def test_an_unexpected_error_keeps_its_traceback(run, monkeypatch):
 
 @pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
 def test_ctrl_c(model, tmp_path):
-    command = [sys.executable, "-c", "from qexport.cli import main; main()", "export", str(model), "-o", str(tmp_path / "out")]
+    command = [
+        sys.executable,
+        "-c",
+        "from qexport.cli import main; main()",
+        "export",
+        str(model),
+        "-o",
+        str(tmp_path / "out"),
+    ]
     command += ["--calibration", "random", "--samples", "4096", "--sequence-length", "128"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stderr.readline().startswith("quantize")

@@ -19,7 +19,9 @@ VOCAB, WINDOW = 98, 256
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> Path:
-    folder = save_model("llama", tmp_path_factory.mktemp("model") / "tiny", vocab_size=VOCAB, max_position_embeddings=2 * WINDOW)
+    folder = save_model(
+        "llama", tmp_path_factory.mktemp("model") / "tiny", vocab_size=VOCAB, max_position_embeddings=2 * WINDOW
+    )
     write_word_tokenizer(folder, VOCAB)
     return folder
 
@@ -55,7 +57,9 @@ def test_quickstart(run, model, text):
 
 def test_every_scheme(run, model, text):
     recipes = ["w4a16_g32_rtn", "w8a8_dyn"]
-    lines = run("every_scheme.py", model, "--text", text, "--samples", 2, "--length", 64, "--recipes", *recipes).splitlines()
+    lines = run(
+        "every_scheme.py", model, "--text", text, "--samples", 2, "--length", 64, "--recipes", *recipes
+    ).splitlines()
     rows = {line.split()[0]: line.split()[1:] for line in lines[1:]}
     assert list(rows) == recipes
     # 4 bits are further from the float model than 8.
@@ -102,7 +106,11 @@ def test_a_pass_that_breaks_its_promise_is_caught(model, text, tmp_path):
 
     with pytest.raises(PassError, match="Shrink.*moved by"):
         qexport.export(
-            model, "w4a16_g32_rtn", out_dir=tmp_path / "bad", calibration=["some text to run on"], extra_passes=[Shrink()]
+            model,
+            "w4a16_g32_rtn",
+            out_dir=tmp_path / "bad",
+            calibration=["some text to run on"],
+            extra_passes=[Shrink()],
         )
 
 

@@ -72,12 +72,13 @@ def build(pieces: Sequence[Piece], inputs: Sequence[Port], outputs: Sequence[Por
     results = {port.value: port for port in outputs}
     lowered_linears, lowered_blocks = {}, {}
     made: dict[str, ir.Value] = {}
-    for piece in pieces:
+    for piece, following in zip(pieces, [*pieces[1:], None], strict=True):
         made |= _translate(emit, piece, known)
         for product in linear_products(piece.module.graph):
             lowered_linears[product.meta["linear"]] = (emit.values[product].producer().name, target.kernel(product))
-        carried = [name for name in piece.outputs if name not in results] or list(piece.outputs)
-        lowered_blocks[piece.name] = carried[0]
+        # A block reads the residual stream before anything else that comes from outside.
+        read = following.inputs if following else ()
+        lowered_blocks[piece.name] = next((name for name in read if name in piece.outputs), piece.outputs[0])
     graph_outputs: list[ir.Value] = []
     for port in outputs:
         value = known[port.value]

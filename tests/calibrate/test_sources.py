@@ -347,16 +347,16 @@ class Chain:
 def test_the_model_writes_after_bos_and_a_token_of_its_own_for_each_text(with_bos):
     chain = Chain(torch.zeros(VOCAB, VOCAB))
     samples = load_samples(
-        spec("self", 6, 12, batch_size=4), tokenizer=with_bos, vocab_size=VOCAB, generate=partial(continue_text, chain)
+        spec("self", 18, 12, batch_size=4), tokenizer=with_bos, vocab_size=VOCAB, generate=partial(continue_text, chain)
     )
-    assert samples.input_ids.shape == (6, 12) and samples.attention_mask.eq(1).all()
+    assert samples.input_ids.shape == (18, 12) and samples.attention_mask.eq(1).all()
     assert samples.input_ids[:, 0].eq(BOS).all()
     first = samples.input_ids[:, 1]
-    assert len(first.unique()) == 6 and first.max() < 256
-    # Two batches; in each the prompt once, then single tokens with the past.
-    assert chain.fed[:10] == [((4, 2), None)] + [((4, 1), past) for past in range(2, 11)]
+    assert len(first.unique()) == 18 and first.max() < 256
+    # Sixteen texts side by side, then the rest; in each batch the prompt once, then single tokens with the past.
+    assert chain.fed[:10] == [((16, 2), None)] + [((16, 1), past) for past in range(2, 11)]
     assert [shape for shape, _ in chain.fed[10:]] == [(2, 2)] + [(2, 1)] * 9
-    assert samples.described == "6 texts of 12 tokens written by the model (seed 0)"
+    assert samples.described == "18 texts of 12 tokens written by the model (seed 0)"
 
 
 def test_self_text_needs_somebody_to_write_it(tokenizer):

@@ -26,8 +26,9 @@ class CudaTarget:
         """Session entries without which the file runs otherwise than planned."""
         return {
             "ep.cuda.fpa_intb_gemm": "1",
-            # A bias folded into MatMulNBits rules out its fastest kernel.
-            "optimization.disable_specified_optimizers": "MatMulAddFusion;MatMulNBitsFusion",
+            # A bias folded into MatMulNBits rules out its fastest kernel; and the transformer would copy a static
+            # quantization to the other side of every transpose and reshape that precedes it, without taking it away.
+            "optimization.disable_specified_optimizers": "MatMulAddFusion;MatMulNBitsFusion;QDQPropagationTransformer",
             "session.qdq_matmulnbits_block_size": "32",
             # CUDA does not read it; the CPU provider, when it runs the file, would round float inputs to 8 bits.
             "session.qdq_matmulnbits_accuracy_level": "1",
