@@ -49,6 +49,7 @@ class FoldSite:
         repeat: for rows behind grouped-query attention, (kv_heads, query heads per kv head, head_dim): one factor for a
             channel of a kv head, shared by its query heads; else None.
         why: for "explicit", what stands in the way of a fold.
+        scalable: False where not even a Mul will do, because a weight of the consumers is used elsewhere too.
     """
 
     value: Node
@@ -57,6 +58,7 @@ class FoldSite:
     producer: Node | None = None
     repeat: tuple[int, int, int] | None = None
     why: str = ""
+    scalable: bool = True
 
 
 def linears(graph: Graph) -> list[Linear]:
@@ -103,12 +105,17 @@ def _fold_site(value: Node, consumers: tuple[Linear, ...]) -> FoldSite:
     def explicit(why: str) -> FoldSite:
         return FoldSite(value, consumers, "explicit", why=why)
 
+    if not _only_readers(value.graph, [c.weight for c in consumers], {c.node for c in consumers}):
+        why = f"a weight of {consumers[0].name} is also used elsewhere"
+        return FoldSite(value, consumers, "explicit", why=why, scalable=False)
     others = [u for u in readers(value) if all(u is not c.node for c in consumers)]
     if others:
         return explicit(f"{value.name} is also read by {others[0].name}")
     if is_call(value, *_NORMS):
         if _gain(value) is None:
             return explicit(f"the gain of {value.name} is not a constant of this block")
+        if not _own_gain(value):
+            return explicit(f"the gain of {value.name} is also used elsewhere")
         return FoldSite(value, consumers, "norm", value)
     if is_call(value, aten.relu.default):
         return _rows(value, consumers, value.args[0]) or explicit(f"the ReLU of {value.name} does not follow a linear")
@@ -124,9 +131,29 @@ def _fold_site(value: Node, consumers: tuple[Linear, ...]) -> FoldSite:
 
 def _rows(value: Node, consumers: tuple[Linear, ...], producer: Node) -> FoldSite | None:
     linear = next((found for found in linears(value.graph) if found.node is producer), None)
-    if linear is None or len(readers(producer)) != 1:
+    if linear is None or len(readers(producer)) != 1 or not _own_tensors(linear):
+        return None
+    # y * y scales with the square of a factor, and a single row is not a row for each channel.
+    if value.args.count(producer) > 1 or linear.shape[0] != consumers[0].shape[1]:
         return None
     return FoldSite(value, consumers, "rows", producer)
+
+
+def _only_readers(graph: Graph, tensors: list[str | None], nodes: set[Node]) -> bool:
+    """Whether nothing but `nodes` reads these tensors."""
+    return all(set(n.users) <= nodes for n in graph.nodes if n.op == "get_attr" and n.target in tensors)
+
+
+def _own_tensors(linear: Linear) -> bool:
+    return _only_readers(linear.node.graph, [linear.weight, linear.bias], {linear.node})
+
+
+def _own_gain(norm: Node) -> bool:
+    """Whether a norm shares neither its gain nor its bias."""
+    gain = norm.args[2]
+    if gain.op != "get_attr" and set(gain.users) != {norm}:
+        return False
+    return _only_readers(norm.graph, [_gain(norm)[0].target, norm_bias(norm)], {norm, gain})
 
 
 def _attention_behind(value: Node) -> Node | None:
@@ -151,7 +178,7 @@ def _through_attention(value: Node, consumers: tuple[Linear, ...], attention: No
             return None
         node = node.args[0]
     linear = next((found for found in linears(value.graph) if found.node is node), None)
-    if linear is None or linear.shape[0] != kv_heads * head_dim or len(readers(node)) != 1:
+    if linear is None or linear.shape[0] != kv_heads * head_dim or len(readers(node)) != 1 or not _own_tensors(linear):
         return None
     return FoldSite(value, consumers, "rows", node, repeat=(kv_heads, heads // kv_heads, head_dim))
 

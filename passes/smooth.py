@@ -7,6 +7,7 @@ from typing import ClassVar
 import torch
 from torch.fx import GraphModule, Node
 
+from ..errors import PassError
 from ..numerics.observers import ChannelAbsmax
 from ..numerics.smoothing import smoothquant_factors
 from .base import Context, GraphPass, Note, PassResult
@@ -44,7 +45,7 @@ class SmoothQuant(GraphPass):
             names = ", ".join(c.name for c in site.consumers)
             if not self._quantizes(site):
                 result.skipped.append(Note(names, "no input of these linears is quantized"))
-            elif site.kind == "explicit" and not self.explicit:
+            elif not self._foldable(site):
                 result.skipped.append(Note(names, f"no place for the factor: {site.why}"))
             else:
                 factors = self._factors(module, site, context.statistics[site.value].absmax())
@@ -55,7 +56,10 @@ class SmoothQuant(GraphPass):
         return result
 
     def _wanted(self, module: GraphModule) -> list[FoldSite]:
-        return [s for s in fold_sites(module.graph) if self._quantizes(s) and (s.kind != "explicit" or self.explicit)]
+        return [site for site in fold_sites(module.graph) if self._quantizes(site) and self._foldable(site)]
+
+    def _foldable(self, site: FoldSite) -> bool:
+        return site.kind != "explicit" or (self.explicit and site.scalable)
 
     def _quantizes(self, site: FoldSite) -> bool:
         plans = [self.plan.get(c.name) for c in site.consumers]
@@ -82,7 +86,12 @@ def fold(module: GraphModule, site: FoldSite, factors: torch.Tensor) -> None:
     Args:
         factors: positive, one for each channel of the producer: in_features of the consumers, or kv_heads * head_dim
             where the site repeats kv heads.
+
+    Raises:
+        PassError: the site is not scalable.
     """
+    if not site.scalable:
+        raise PassError(site.why, place=site.consumers[0].name, remedy="Skip sites that are not scalable")
     columns = factors
     if site.repeat is not None:
         kv_heads, queries, head_dim = site.repeat
@@ -108,6 +117,12 @@ def fold(module: GraphModule, site: FoldSite, factors: torch.Tensor) -> None:
 
 def _divide_norm(module: GraphModule, norm: Node, factors: torch.Tensor) -> None:
     name, offset = norm_gain(norm)
-    set_tensor(module, name, (get_tensor(module, name) + offset) / factors - offset)
+    set_tensor(module, name, (get_tensor(module, name) + offset) / factors)
+    if offset:
+        # The quotient itself from now on: written as offset + w, small gains would lose their digits.
+        shifted = norm.args[2]
+        tensor = next(a for a in shifted.args if isinstance(a, Node))
+        norm.update_arg(2, tensor)
+        module.graph.erase_node(shifted)
     if (bias := norm_bias(norm)) is not None:
         set_tensor(module, bias, get_tensor(module, bias) / factors)

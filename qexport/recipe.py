@@ -66,9 +66,9 @@ class WeightSpec(_Spec):
     """
 
     method: Literal["rtn", "gptq"] = "rtn"
-    damp: float = Field(0.003, gt=0, le=1)
+    damp: float = Field(0.01, gt=0, le=1)
     act_order: bool = False
-    token_norm_power: float = Field(1.0, ge=0, le=2)
+    token_norm_power: float = Field(0.75, ge=0, le=2)
     clip_search: bool = False
 
 

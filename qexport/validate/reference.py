@@ -222,9 +222,10 @@ def watch(
 
 
 def hands_on(captured: Captured, block: Block) -> str:
-    """Name of the value of a block that the manifest calls its output: the last that is not an output of the model."""
-    results = {port.value for port in captured.outputs}
-    return ([name for name in block.outputs if name not in results] or block.outputs)[-1]
+    """Name of the value of a block that the manifest calls its output: the first that the next block reads."""
+    following = captured.blocks[[b.name for b in captured.blocks].index(block.name) + 1 :]
+    read = following[0].inputs if following else ()
+    return next((name for name in read if name in block.outputs), block.outputs[0])
 
 
 def _stream(captured: Captured, feeds: Sequence[Feeds], keep_too: Mapping[str, int]) -> Stream:

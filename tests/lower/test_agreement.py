@@ -135,7 +135,10 @@ def test_blocks_and_logits_agree(export, scheme, target, mask):
     float_model = captured_runner(load_weights(exported.captured))
     ran, graph, reference = logits(
         mask,
-        *((run, exported.captured, torch.float32) for run in (exported.in_onnxruntime(), exported.in_pytorch(), float_model)),
+        *(
+            (run, exported.captured, torch.float32)
+            for run in (exported.in_onnxruntime(), exported.in_pytorch(), float_model)
+        ),
     )
     if flips == 0:
         assert (ran - graph).abs().max() < ROUNDING * graph.abs().max()

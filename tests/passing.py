@@ -1,0 +1,47 @@
+"""Running passes over all blocks of a captured model, and small modules that put an awkward graph in front of them."""
+
+import torch
+from torch import nn
+
+from qexport.calibrate.sources import Samples
+from qexport.calibrate.streams import Stream, collect, make_stream
+from qexport.capture.graph import Captured
+from qexport.capture.module import capture_module
+from qexport.numerics.formats import Scheme
+from qexport.passes.base import GraphPass, PassResult, Pipeline
+from qexport.passes.plan import LinearPlan, make_plan
+from stepping import load_weights
+
+
+def plan_of(captured: Captured, scheme: str) -> dict[str, LinearPlan]:
+    """One scheme for every linear, by linear name."""
+    graphs = [(block.name, block.module.graph) for block in captured.blocks]
+    return {plan.name: plan for plan in make_plan(graphs, lambda name: Scheme.parse(scheme))}
+
+
+def stream_of(captured: Captured, ids: torch.Tensor, mask: torch.Tensor, batch_size: int = 2) -> Stream:
+    return make_stream(captured, Samples(ids, mask, "tokens of the test"), batch_size)
+
+
+def run_passes(captured: Captured, passes: list[GraphPass], stream: Stream) -> dict[str, dict[str, PassResult]]:
+    """Results by block and pass; each block sees what the changed blocks before it make."""
+    results = {}
+    for index, block in enumerate(captured.blocks):
+        results[block.name] = Pipeline(passes).run(
+            block.module,
+            lambda module, wanted, block=block: collect(block, stream, wanted, module),
+            stream.inputs(block, 0),
+        )
+        if index < len(captured.blocks) - 1:
+            stream.advance(block, index)
+    return results
+
+
+def block_of(module: nn.Module, width: int = 8) -> torch.fx.GraphModule:
+    """The graph of a module that maps [batch, 5, width], with its weights."""
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(parameter.numel())))
+    captured = load_weights(capture_module(module, (torch.randn(3, 5, width),)))
+    assert len(captured.blocks) == 1
+    return captured.blocks[0].module
