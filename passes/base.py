@@ -73,7 +73,7 @@ class GraphPass(ABC):
     def name(self) -> str:
         return type(self).__name__
 
-    def requires(self, module: GraphModule) -> None:
+    def requires(self, module: GraphModule) -> None:  # noqa: B027  most passes work on any graph
         """Raise PassError where the graph is not one the pass can work on."""
 
     def statistics(self, module: GraphModule) -> dict[Node, Callable[[], Any]]:
@@ -107,7 +107,9 @@ class Pipeline:
 
     passes: Sequence[GraphPass]
 
-    def run(self, module: GraphModule, collect: Collect, sample: tuple[torch.Tensor, ...] = ()) -> dict[str, PassResult]:
+    def run(
+        self, module: GraphModule, collect: Collect, sample: tuple[torch.Tensor, ...] = ()
+    ) -> dict[str, PassResult]:
         """Run all passes on a graph in place.
 
         Args:
@@ -130,7 +132,9 @@ class Pipeline:
                     step.ensures(before, _visible(module, sample))
             except PassError as error:
                 done = ", ".join(results) or "none"
-                raise PassError(f"{error.message} (passes before it: {done})", place=f"pass {step.name}", remedy=error.remedy) from error
+                raise PassError(
+                    f"{error.message} (passes before it: {done})", place=f"pass {step.name}", remedy=error.remedy
+                ) from error
             except QExportError as error:
                 error.place = error.place or f"pass {step.name}"
                 raise
@@ -141,6 +145,8 @@ class Pipeline:
 def _visible(module: GraphModule, sample: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
     """A block's outputs without its cache: keys and values may change basis, only the same block reads them again."""
     results = next(n for n in module.graph.nodes if n.op == "output").args[0]
-    cached = [is_call(r, operator.getitem) and is_call(r.args[0], torch.ops.qexport.cached_attention.default) for r in results]
+    cached = [
+        is_call(r, operator.getitem) and is_call(r.args[0], torch.ops.qexport.cached_attention.default) for r in results
+    ]
     values = zip(module(*sample), cached, strict=True)
     return tuple(value for value, hidden in values if isinstance(value, torch.Tensor) and not hidden)

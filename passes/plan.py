@@ -61,7 +61,10 @@ def fit(scheme: Scheme | None, in_features: int) -> tuple[Scheme | None, str]:
         return scheme, ""
     smaller = next((g for g in _GROUPS if g < size and in_features % g == 0), None)
     if smaller is None:
-        return None, f"{in_features} input features do not divide into groups of {size} or any smaller power of two down to 16"
+        return (
+            None,
+            f"{in_features} input features do not divide into groups of {size} or any smaller power of two down to 16",
+        )
     name = scheme.name.replace(f"_g{size}", f"_g{smaller}")
     return (
         Scheme(name, replace(scheme.weight, group_size=smaller), scheme.activation),

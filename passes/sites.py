@@ -125,8 +125,12 @@ def _fold_site(value: Node, consumers: tuple[Linear, ...]) -> FoldSite:
                 return site
         return explicit(f"neither factor of {value.name} comes straight from a linear")
     if attention := _attention_behind(value):
-        return _through_attention(value, consumers, attention) or explicit("the values of the attention do not come straight from a linear")
-    return explicit(f"{value.name} comes from {getattr(value.target, '__name__', value.target)}, which a factor cannot pass")
+        return _through_attention(value, consumers, attention) or explicit(
+            "the values of the attention do not come straight from a linear"
+        )
+    return explicit(
+        f"{value.name} comes from {getattr(value.target, '__name__', value.target)}, which a factor cannot pass"
+    )
 
 
 def _rows(value: Node, consumers: tuple[Linear, ...], producer: Node) -> FoldSite | None:
@@ -161,7 +165,11 @@ def _attention_behind(value: Node) -> Node | None:
     node = value
     while is_call(node, *_SHAPE_ONLY, aten.transpose.int) and (node is value or len(readers(node)) == 1):
         node = node.args[0]
-    if is_call(node, operator.getitem) and node.args[1] == 0 and is_call(node.args[0], torch.ops.qexport.cached_attention.default):
+    if (
+        is_call(node, operator.getitem)
+        and node.args[1] == 0
+        and is_call(node.args[0], torch.ops.qexport.cached_attention.default)
+    ):
         return node.args[0]
     return None
 

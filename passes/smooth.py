@@ -51,7 +51,9 @@ class SmoothQuant(GraphPass):
                 factors = self._factors(module, site, context.statistics[site.value].absmax())
                 fold(module, site, factors)
                 spread = (factors.max() / factors.min()).item()
-                result.changed.append(Note(names, f"folded into {_where(site)}", {"largest/smallest factor": round(spread, 2)}))
+                result.changed.append(
+                    Note(names, f"folded into {_where(site)}", {"largest/smallest factor": round(spread, 2)})
+                )
         module.recompile()
         return result
 

@@ -62,7 +62,9 @@ class GPTQ(GraphPass):
 
     def statistics(self, module: GraphModule) -> dict[Node, Callable]:
         return {
-            linear.input: lambda: HessianStatistic("token_norm" if self.token_norm_power else "none", self.token_norm_power or 1.0)
+            linear.input: lambda: HessianStatistic(
+                "token_norm" if self.token_norm_power else "none", self.token_norm_power or 1.0
+            )
             for linear in linears(module.graph)
             if _planned(self.plan, linear)
         }

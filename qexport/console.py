@@ -35,7 +35,9 @@ def print_table(columns: list[str], rows: list[list[Any]]) -> None:
     table = Table(box=None, pad_edge=False, header_style="bold")
     for index, name in enumerate(columns):
         numbers = rows and all(isinstance(row[index], (int, float)) for row in rows)
-        table.add_column(name, justify="right" if numbers else "left", overflow="fold")
+        # Names stay whole: they are what people copy.
+        whole = index == 0 and max((len(str(row[0])) for row in rows), default=0) <= 48
+        table.add_column(name, justify="right" if numbers else "left", overflow="fold", no_wrap=whole)
     for row in rows:
         table.add_row(*(f"{cell:,}" if isinstance(cell, int) else str(cell) for cell in row))
     # Without a terminal nobody wants lines broken at 80 columns: other programs read them.
@@ -46,7 +48,9 @@ def print_table(columns: list[str], rows: list[list[Any]]) -> None:
 
 
 def megabytes(count: int) -> str:
-    """A size for people: `66.4 MB`."""
+    """A size for people: `66.4 MB`, with kB and GB where those are easier to read."""
+    if count < 1e6:
+        return f"{count / 1e3:,.1f} kB"
     return f"{count / 1e6:,.1f} MB" if count < 1e9 else f"{count / 1e9:,.2f} GB"
 
 

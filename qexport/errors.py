@@ -12,8 +12,12 @@ class QExportError(Exception):
 
     def __init__(self, message: str, *, place: str | None = None, remedy: str | None = None):
         self.message, self.place, self.remedy = message, place, remedy
-        text = f"{place}: {message}" if place else message
-        super().__init__(f"{text}. {remedy}" if remedy else text)
+        super().__init__(message)
+
+    def __str__(self) -> str:
+        """Made when asked for: who passes an error on may know its place better, and libraries add to its args."""
+        text = f"{self.place}: {self.message}" if self.place else self.message
+        return f"{text}. {self.remedy}" if self.remedy else text
 
 
 class InputError(QExportError):

@@ -113,17 +113,23 @@ def export(
         shutil.rmtree(work, ignore_errors=True)
     try:
         with explained(work):
+            passes = passes_for(recipe, {p.name: p for p in plan}, extra_passes)
+            stream, reference = (batches(), batches()) if batches else (None, None)
+            on_block = partial(progress, "quantize")
             finished = quantize_blocks(
-                captured, passes_for(recipe, {p.name: p for p in plan}, extra_passes), batches and batches(), batches and batches(),
-                work, fingerprint, resume=resume, progress=partial(progress, "quantize"),
-            )  # fmt: skip
+                captured, passes, stream, reference, work, fingerprint, resume=resume, progress=on_block
+            )
         seconds["quantize"] = clock.lap()
         lowered = lower(captured, finished, lowering)
         with appearing(out, overwrite) as folder:
-            size = write_model(folder, lowered.model, lambda done, total: progress("write", "model.onnx.data", done, total))
+            size = write_model(
+                folder, lowered.model, lambda done, total: progress("write", "model.onnx.data", done, total)
+            )
             manifest = _manifest(captured, plan, lowered, lowering, size)
             seconds["lower"] = clock.lap()
-            write_companions(folder, manifest, captured.folder, recipe.to_yaml(), _report(plan, finished, seconds, described))
+            write_companions(
+                folder, manifest, captured.folder, recipe.to_yaml(), _report(plan, finished, seconds, described)
+            )
     except BaseException as error:
         # Neither a bad model nor a bad pass gets better by going on from where it stopped.
         hopeless = isinstance(error, QExportError) and not isinstance(error, InputError)
@@ -138,7 +144,9 @@ def capture(model, example_inputs=None, *, trust_remote_code: bool = False) -> C
     """Capture whatever a user passes as a model; see `export`."""
     if isinstance(model, torch.nn.Module):
         if example_inputs is None:
-            raise InputError("an nn.Module needs example_inputs", remedy="Pass the inputs of one forward call as a tuple")
+            raise InputError(
+                "an nn.Module needs example_inputs", remedy="Pass the inputs of one forward call as a tuple"
+            )
         return capture_module(model, tuple(example_inputs))
     return capture_decoder(open_model(model, trust_remote_code=trust_remote_code))
 
@@ -161,7 +169,9 @@ def plan_for(captured: Captured, recipe: Recipe) -> list[LinearPlan]:
     plan = make_plan([(b.name, b.module.graph) for b in captured.blocks], recipe.scheme_for)
     idle = recipe.unmatched_overrides([p.name for p in plan])
     if idle:
-        raise RecipeError(f"matches no linear of the model: {idle[0]!r}", place="overrides", remedy="See `qexport inspect`")
+        raise RecipeError(
+            f"matches no linear of the model: {idle[0]!r}", place="overrides", remedy="See `qexport inspect`"
+        )
     return plan
 
 
@@ -203,11 +213,17 @@ def _batches(captured: Captured, recipe: Recipe, data, progress: Progress) -> tu
     vocab_size = captured.settings["vocab_size"]
     if data is None and spec.source == "self" and not fits_in_memory(captured):
         samples = load_samples(spec.model_copy(update={"source": "random"}), tokenizer=tokenizer, vocab_size=vocab_size)
-        samples = Samples(samples.input_ids, samples.attention_mask, f"{samples.described}; the float model is too large to write text itself")
+        samples = Samples(
+            samples.input_ids,
+            samples.attention_mask,
+            f"{samples.described}; the float model is too large to write text itself",
+        )
     elif data is None and spec.source == "self":
         progress("calibrate", "the model writes its calibration text", 0, 1)
         with loaded(captured) as step:
-            samples = load_samples(spec, tokenizer=tokenizer, vocab_size=vocab_size, generate=partial(continue_text, step))
+            samples = load_samples(
+                spec, tokenizer=tokenizer, vocab_size=vocab_size, generate=partial(continue_text, step)
+            )
         progress("calibrate", "the model writes its calibration text", 1, 1)
     else:
         samples = load_samples(spec, data, tokenizer=tokenizer, vocab_size=vocab_size)
@@ -221,7 +237,10 @@ def _module_batches(captured: Captured, data) -> tuple[Callable[[], Stream], str
             remedy="Pass calibration=[(input, ...), ...], one tuple for each batch",
         )  # fmt: skip
     keep = {name: index for index, block in enumerate(captured.blocks) for name in block.inputs}
-    batches = [{port.value: t for port, t in zip(captured.inputs, inputs, strict=True) if port.value in keep} for inputs in data]
+    batches = [
+        {port.value: t for port, t in zip(captured.inputs, inputs, strict=True) if port.value in keep}
+        for inputs in data
+    ]
     return lambda: Stream(batches, [None] * len(batches), keep), f"{len(batches)} batches given by the caller"
 
 

@@ -87,7 +87,9 @@ def _kind(fold: str) -> str:
 def print_validation(report: Report) -> None:
     """The measures and the verdict."""
     print_table(["measure", "value", "what it means"], [list(row) for row in report.summary_rows()])
-    print("\n".join(report.verdict))
+    print()
+    for sentence in report.verdict:
+        print(f"- {sentence}")
 
 
 def print_bench(result: BenchResult) -> None:

@@ -28,8 +28,10 @@ recipe = Recipe.load(options["recipe"])
 calibration = recipe.calibration.model_copy(update=options["calibration"])
 base, start = psutil.Process().memory_info().rss, time.perf_counter()
 result = export(options["model"], recipe.model_copy(update={"calibration": calibration}), out_dir=options["out"])
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-print(json.dumps({"base": base, "peak": peak, "wall": time.perf_counter() - start, "seconds": result.seconds}))
+usage = resource.getrusage(resource.RUSAGE_SELF)
+peak, cpu = usage.ru_maxrss * 1024, usage.ru_utime + usage.ru_stime
+wall = time.perf_counter() - start
+print(json.dumps({"base": base, "peak": peak, "cpu": cpu, "wall": wall, "seconds": result.seconds}))
 """
 
 
@@ -57,7 +59,11 @@ def write_llama(folder: Path, depth: int, hidden: int, intermediate: int, vocab:
     files: dict[str, str] = {}
     parameters = 0
     parts = [(f"model.layers.{i}.", {**attention, **mlp, **norms}) for i in range(depth)]
-    ends = {"model.embed_tokens.weight": matrix(vocab, hidden), "lm_head.weight": matrix(vocab, hidden), "model.norm.weight": ones.clone()}
+    ends = {
+        "model.embed_tokens.weight": matrix(vocab, hidden),
+        "lm_head.weight": matrix(vocab, hidden),
+        "model.norm.weight": ones.clone(),
+    }
     for number, (prefix, tensors) in enumerate([*parts, ("", ends)]):
         name = f"model-{number:05d}.safetensors"
         save_file({prefix + n: t for n, t in tensors.items()}, folder / name)
@@ -79,23 +85,30 @@ def main() -> None:
     parser.add_argument("--folder", help="where models and exports are written (needs 2 bytes a parameter, twice)")
     args = parser.parse_args()
     calibration = {"source": "random", "samples": args.samples, "sequence_length": args.sequence_length}
-    print(f"recipe {args.recipe}, hidden {args.hidden}, calibration {args.samples} x {args.sequence_length} random tokens where needed\n")
-    print("| layers | parameters | checkpoint GB | peak RSS GB | wall s | s per 1e9 parameters |")
-    print("|---|---|---|---|---|---|", flush=True)
+    print(
+        f"recipe {args.recipe}, hidden {args.hidden}; calibration, where needed: "
+        f"{args.samples} x {args.sequence_length} random tokens\n"
+    )
+    print("| layers | parameters | checkpoint GB | peak RSS GB | wall s | CPU s | CPU s per 1e9 parameters |")
+    print("|---|---|---|---|---|---|---|", flush=True)
     for depth in args.depths:
         root = Path(tempfile.mkdtemp(prefix="qexport-growth-", dir=args.folder))
         try:
             parameters = write_llama(root / "model", depth, args.hidden, args.intermediate, args.vocab)
             size = sum(f.stat().st_size for f in (root / "model").iterdir())
-            options = {"model": str(root / "model"), "out": str(root / "out"), "recipe": args.recipe, "calibration": calibration}
+            options = {
+                "model": str(root / "model"),
+                "out": str(root / "out"),
+                "recipe": args.recipe,
+                "calibration": calibration,
+            }
             child = subprocess.run([sys.executable, "-c", CHILD, json.dumps(options)], capture_output=True, text=True)
             if child.returncode:
                 sys.exit(child.stderr)
             report = json.loads(child.stdout.strip().splitlines()[-1])
-            wall = report["wall"]
             print(
-                f"| {depth} | {parameters / 1e9:.2f}e9 | {size / 1e9:.1f} | {report['peak'] / 1e9:.2f} | {wall:.0f} "
-                f"| {wall / parameters * 1e9:.1f} |",
+                f"| {depth} | {parameters / 1e9:.2f}e9 | {size / 1e9:.1f} | {report['peak'] / 1e9:.2f} "
+                f"| {report['wall']:.0f} | {report['cpu']:.0f} | {report['cpu'] / parameters * 1e9:.1f} |",
                 flush=True,
             )
             print(f"depth {depth}: {report}", file=sys.stderr, flush=True)

@@ -1,6 +1,8 @@
 """Running passes over all blocks of a captured model, and small modules that put an awkward graph in front of them."""
 
 import torch
+from qexport.passes.base import GraphPass, PassResult, Pipeline
+from qexport.passes.plan import LinearPlan, make_plan
 from torch import nn
 
 from qexport.calibrate.sources import Samples
@@ -8,8 +10,6 @@ from qexport.calibrate.streams import Stream, collect, make_stream
 from qexport.capture.graph import Captured
 from qexport.capture.module import capture_module
 from qexport.numerics.formats import Scheme
-from qexport.passes.base import GraphPass, PassResult, Pipeline
-from qexport.passes.plan import LinearPlan, make_plan
 from stepping import load_weights
 
 

@@ -22,7 +22,7 @@ def fits_in_memory(captured: Captured) -> bool:
 
 @contextmanager
 def loaded(captured: Captured):
-    """All weights loaded inside the `with`; yields step(input_ids [b, s], past | None) -> (last logits [b, V], past)."""
+    """Hold all weights inside the `with`; yields step(input_ids [b, s], past | None) -> (last logits [b, V], past)."""
     tensors: dict[str, torch.Tensor] = {}
     for block in captured.blocks:
         for name in block.parameters:

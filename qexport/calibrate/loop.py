@@ -117,7 +117,8 @@ def quantize_blocks(
         except torch.OutOfMemoryError as error:
             raise InputError("does not fit into memory", place=block.name, remedy="Use fewer or shorter samples") from error
         except QExportError as error:
-            error.place = error.place or block.name
+            if block.name not in (error.place or ""):
+                error.place = f"{block.name}, {error.place}" if error.place else block.name
             raise
         finished.append(item)
         with (work / JOURNAL).open("a") as journal:

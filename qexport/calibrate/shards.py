@@ -18,7 +18,13 @@ from ..errors import InputError
 from ..passes.edit import Spec, attributes, get_tensor
 
 _META = ("spec", "module_path", "linear", "result_of")
-_FUNCTIONS = {"getitem": operator.getitem, "add": operator.add, "sub": operator.sub, "mul": operator.mul, "floordiv": operator.floordiv}
+_FUNCTIONS = {
+    "getitem": operator.getitem,
+    "add": operator.add,
+    "sub": operator.sub,
+    "mul": operator.mul,
+    "floordiv": operator.floordiv,
+}
 
 
 def save_block(path: Path, block: Block, stored: dict[str, torch.Tensor]) -> None:
@@ -48,7 +54,9 @@ def load_block(path: Path) -> tuple[Block, set[str]]:
         with safe_open(path, framework="pt") as handle:
             record, stored = json.loads(handle.metadata()["block"]), set(handle.keys())
     except Exception as error:
-        raise InputError(f"is not a finished block ({error})", place=str(path), remedy="Delete the folder and start again") from error
+        raise InputError(
+            f"is not a finished block ({error})", place=str(path), remedy="Delete the folder and start again"
+        ) from error
     graph, env = Graph(), {}
     for item in record["nodes"]:
         node = graph.create_node(
@@ -58,7 +66,9 @@ def load_block(path: Path) -> tuple[Block, set[str]]:
         node.meta = {k: _decode(v, env) for k, v in item["meta"].items()}
         env[item["name"]] = node
     specs = {n: _decode(s, {}) for n, s in record["tensors"].items()}
-    module = GraphModule(holder({n: torch.empty(s.shape, dtype=s.dtype, device="meta") for n, s in specs.items()}), graph)
+    module = GraphModule(
+        holder({n: torch.empty(s.shape, dtype=s.dtype, device="meta") for n, s in specs.items()}), graph
+    )
     return Block(record["name"], module, record["inputs"], record["outputs"], list(specs)), stored
 
 

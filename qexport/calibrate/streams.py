@@ -7,6 +7,7 @@ from torch.fx import GraphModule, Interpreter, Node
 
 from ..capture.blocks import Block
 from ..capture.graph import Captured
+from ..errors import QExportError
 from .sources import Samples
 
 
@@ -77,5 +78,9 @@ class _Watch(Interpreter):
             rows = value.flatten(0, -2)
             if self._mask is not None and value.shape[:-1] == self._mask.shape:
                 rows = value[self._mask]
-            self._statistics[node].update(rows.float())
+            try:
+                self._statistics[node].update(rows.float())
+            except QExportError as error:
+                error.place = error.place or node.name
+                raise
         return value

@@ -79,8 +79,17 @@ def _attention(module, query, key, value, attention_mask, scaling=None, dropout=
     return out, None
 
 
-def _mask(batch_size, q_length, kv_length, q_offset=0, kv_offset=0, mask_function=None, attention_mask=None,
-          local_size=None, **kwargs):
+def _mask(
+    batch_size,
+    q_length,
+    kv_length,
+    q_offset=0,
+    kv_offset=0,
+    mask_function=None,
+    attention_mask=None,
+    local_size=None,
+    **kwargs,
+):
     window = _window_of(mask_function, local_size)
     return torch.ops.qexport.causal_mask(attention_mask, q_offset, window)
 
@@ -99,7 +108,8 @@ def _window_of(mask_function, local_size: int | None) -> int:
             if torch.equal(got, want):
                 return window
     raise CaptureError(
-        "the attention mask is neither causal nor a sliding window", remedy="Chunked and prefix masks have no lowering yet"
+        "the attention mask is neither causal nor a sliding window",
+        remedy="Chunked and prefix masks have no lowering yet",
     )
 
 

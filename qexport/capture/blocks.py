@@ -68,7 +68,11 @@ def _layers(graph: Graph) -> list[str]:
     if not weights:
         return []
     container, _ = weights.most_common(1)[0]
-    found = {m["index"] for n in graph.nodes if n.op == "get_attr" and (m := _LAYER.match(n.target)) and m["container"] == container}
+    found = {
+        m["index"]
+        for n in graph.nodes
+        if n.op == "get_attr" and (m := _LAYER.match(n.target)) and m["container"] == container
+    }
     return [f"{container}.{i}" for i in sorted(map(int, found))]
 
 
@@ -104,7 +108,9 @@ def _assign(graph: Graph, layers: list[str]) -> dict[Node, int]:
     return part
 
 
-def _block(whole: GraphModule, name: str, nodes: list[Node], part: dict[Node, int], index: int, results: list[str]) -> Block:
+def _block(
+    whole: GraphModule, name: str, nodes: list[Node], part: dict[Node, int], index: int, results: list[str]
+) -> Block:
     graph, env, inputs, tensors = Graph(), {}, [], {}
     inside = set(nodes)
     outside = dict.fromkeys(n for node in nodes for n in node.all_input_nodes if n not in inside)

@@ -113,18 +113,27 @@ def _export(model: torch.nn.Module, place: str):
         for name, parameter in list(model.named_parameters(remove_duplicate=False)):
             owner, _, leaf = name.rpartition(".")
             if id(parameter) not in twins:
-                twins[id(parameter)] = torch.nn.Parameter(torch.empty(parameter.shape, dtype=parameter.dtype), requires_grad=False)
+                twins[id(parameter)] = torch.nn.Parameter(
+                    torch.empty(parameter.shape, dtype=parameter.dtype), requires_grad=False
+                )
             setattr(model.get_submodule(owner), leaf, twins[id(parameter)])
 
     def example(*shape, dtype=torch.int64):
         return fake.from_tensor(torch.zeros(shape, dtype=dtype), static_shapes=True)
 
     kv_heads, head_dim = _cache_shape(config)
-    past = [example(_BATCH, kv_heads, _PAST, head_dim, dtype=torch.float32) for _ in range(2 * config.num_hidden_layers)]
+    past = [
+        example(_BATCH, kv_heads, _PAST, head_dim, dtype=torch.float32) for _ in range(2 * config.num_hidden_layers)
+    ]
     arguments = (example(_BATCH, _SEQUENCE), example(_BATCH, _PAST + _SEQUENCE), example(_BATCH, _SEQUENCE), past)
     dynamic = torch.export.Dim.DYNAMIC
     two = {0: dynamic, 1: dynamic}
-    shapes = {"input_ids": two, "attention_mask": two, "position_ids": two, "past": [{0: dynamic, 2: dynamic} for _ in past]}
+    shapes = {
+        "input_ids": two,
+        "attention_mask": two,
+        "position_ids": two,
+        "past": [{0: dynamic, 2: dynamic} for _ in past],
+    }
     try:
         with torch.no_grad(), _quiet():
             return torch.export.export(_Flat(model), arguments, dynamic_shapes=shapes, strict=False)
@@ -183,7 +192,9 @@ def _checkpoint(
         weakref.finalize(checkpoint, temporary.cleanup)
         missing = checkpoint.resolve(wanted, prefix)
     if missing:
-        raise CaptureError(f"{len(missing)} weights are not in the checkpoint, first {missing[0]}", place=str(folder.path))
+        raise CaptureError(
+            f"{len(missing)} weights are not in the checkpoint, first {missing[0]}", place=str(folder.path)
+        )
     check_shapes(checkpoint, parameters)
     return checkpoint
 

@@ -1,8 +1,8 @@
 """A traced graph brought into the form that passes and the lowering expect.
 
 No-ops of inference disappear; root-mean-square norms and rotary embeddings, which PyTorch traces as a handful of
-elementwise nodes, become one node each; sizes are read from a tensor beside their use, so that a block needs no integers
-from outside. Everything is recognised by what is computed, not by what the module is called.
+elementwise nodes, become one node each; sizes are read from a tensor beside their use, so that a block needs no
+integers from outside. Everything is recognised by what is computed, not by what the module is called.
 """
 
 import operator
@@ -45,12 +45,20 @@ def normalize(module: GraphModule) -> GraphModule:
 
 def _drop_identities(graph: Graph) -> None:
     for node in list(graph.nodes):
-        if is_call(node, aten._assert_tensor_metadata.default, aten._assert_scalar.default, aten.sym_constrain_range_for_size.default):
+        if is_call(
+            node,
+            aten._assert_tensor_metadata.default,
+            aten._assert_scalar.default,
+            aten.sym_constrain_range_for_size.default,
+        ):
             graph.erase_node(node)
             continue
-        same = is_call(node, *_IDENTITY) or (
-            is_call(node, *_CAST) and node.meta["val"].dtype == node.args[0].meta["val"].dtype
-        ) or (is_call(node, aten.mul.Tensor) and node.args[1] == 1.0) or _takes_all(node)
+        same = (
+            is_call(node, *_IDENTITY)
+            or (is_call(node, *_CAST) and node.meta["val"].dtype == node.args[0].meta["val"].dtype)
+            or (is_call(node, aten.mul.Tensor) and node.args[1] == 1.0)
+            or _takes_all(node)
+        )
         if same:
             node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
@@ -91,7 +99,7 @@ def _keep_rows_apart(graph: Graph) -> None:
 
 
 def _rowwise_users(start: Node, lead) -> list[Node] | None:
-    """All nodes between `start` and the views that restore `lead`, both included, in order; None if there are others."""
+    """Nodes between `start` and the views that restore `lead`, both included, in order; None if there are others."""
     inside, ends = [start], []
     for node in inside:  # grows while it is walked
         for user in node.users:
@@ -162,7 +170,11 @@ def _match_rms_norm(root: Node):
     if not is_call(shifted, aten.add.Tensor) or not isinstance(shifted.args[1], float):
         return None
     mean = shifted.args[0]
-    if not is_call(mean, aten.mean.dim) or tuple(mean.args[1]) != (-1,) or not is_call(mean.args[0], aten.pow.Tensor_Scalar):
+    if (
+        not is_call(mean, aten.mean.dim)
+        or tuple(mean.args[1]) != (-1,)
+        or not is_call(mean.args[0], aten.pow.Tensor_Scalar)
+    ):
         return None
     square = mean.args[0]
     product = next(iter(root.users))
@@ -190,7 +202,7 @@ def _fuse_rotary(graph: Graph) -> None:
 
 
 def _match_rotary(node: Node):
-    """(x, cos, sin) when node is a rotary embedding of [batch, heads, sequence, d] by [batch, 1, sequence, d] tables."""
+    """(x, cos, sin) when node rotates x [batch, heads, sequence, d] by tables [batch, 1, sequence, d]."""
     if not is_call(node, aten.add.Tensor) or not all(is_call(a, aten.mul.Tensor) for a in node.args[:2]):
         return None
     for straight, turned in (node.args[:2], node.args[1::-1]):

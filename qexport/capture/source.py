@@ -86,7 +86,9 @@ def load_in_memory(folder: ModelFolder, into: Path) -> Path:
             output_loading_info=True,
         )  # fmt: skip
     except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise CaptureError(f"transformers cannot load the checkpoint ({_first_line(error)})", place=folder.name) from error
+        raise CaptureError(
+            f"transformers cannot load the checkpoint ({_first_line(error)})", place=folder.name
+        ) from error
     if absent := sorted(info["missing_keys"]):
         raise CaptureError(
             f"{len(absent)} weights are not in the checkpoint, first {absent[0]}", place=folder.name,
@@ -146,4 +148,8 @@ def _download(name: str) -> Path:
 
 
 def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200] if not isinstance(error, QExportError) else str(error)
+    return (
+        (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        if not isinstance(error, QExportError)
+        else str(error)
+    )

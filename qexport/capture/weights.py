@@ -91,7 +91,9 @@ def check_finite(tensor: torch.Tensor, name: str) -> torch.Tensor:
     # The sum of finite float32 weights is finite, and one pass without a temporary is all it takes.
     if not torch.isfinite(tensor.sum()) and not bool(torch.isfinite(tensor).all()):
         bad = int((~torch.isfinite(tensor)).sum())
-        raise NumericsError(f"{bad} of {tensor.numel()} weights are NaN or Inf", place=name, remedy="Repair the checkpoint")
+        raise NumericsError(
+            f"{bad} of {tensor.numel()} weights are NaN or Inf", place=name, remedy="Repair the checkpoint"
+        )
     return tensor
 
 

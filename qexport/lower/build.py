@@ -60,7 +60,9 @@ class Lowered:
     blocks: dict[str, str] = field(default_factory=dict)
 
 
-def build(pieces: Sequence[Piece], inputs: Sequence[Port], outputs: Sequence[Port], target: Target, version: str) -> Lowered:
+def build(
+    pieces: Sequence[Piece], inputs: Sequence[Port], outputs: Sequence[Port], target: Target, version: str
+) -> Lowered:
     """Translate blocks into one ONNX graph at opset 23; tensors are read when it is saved.
 
     Raises:
@@ -69,7 +71,6 @@ def build(pieces: Sequence[Piece], inputs: Sequence[Port], outputs: Sequence[Por
     emit = Emitter()
     known = {port.value: _interface(port, target) for port in inputs}
     graph_inputs = list(known.values())
-    results = {port.value: port for port in outputs}
     lowered_linears, lowered_blocks = {}, {}
     made: dict[str, ir.Value] = {}
     for piece, following in zip(pieces, [*pieces[1:], None], strict=True):

@@ -42,7 +42,9 @@ class Emitter:
         """Start a block: its name, and how its tensors are read when the file is written."""
         self._scope, self._read = scope, read
 
-    def op(self, op_type: str, *inputs, domain: str = "", outputs: int = 1, name: str = "", output: str = "", **attributes):
+    def op(
+        self, op_type: str, *inputs, domain: str = "", outputs: int = 1, name: str = "", output: str = "", **attributes
+    ):
         """Add a node; Python numbers among the inputs are not allowed, None is an absent input.
 
         Returns:

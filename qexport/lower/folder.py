@@ -56,7 +56,9 @@ def check_free(out: Path, overwrite: bool) -> None:
         if not overwrite:
             raise InputError("exists already", place=str(out), remedy="Choose another folder or pass --overwrite")
         if not out.is_dir() or (any(out.iterdir()) and not (out / manifests.MANIFEST_FILE).exists()):
-            raise InputError("is not an export, so it will not be replaced", place=str(out), remedy="Choose another folder")
+            raise InputError(
+                "is not an export, so it will not be replaced", place=str(out), remedy="Choose another folder"
+            )
     parent = next(p for p in (out.absolute(), *out.absolute().parents) if p.exists() and p != out.absolute())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise InputError("cannot be written", place=str(parent), remedy="Choose a folder you own")
@@ -69,7 +71,9 @@ def explained(place: Path):
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise InputError("the disk is full", place=str(place), remedy="Free some space; --resume goes on from there") from error
+            raise InputError(
+                "the disk is full", place=str(place), remedy="Free some space; --resume goes on from there"
+            ) from error
         if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
             raise InputError("cannot be written", place=str(place), remedy="Choose a folder you own") from error
         raise
@@ -85,7 +89,9 @@ def write_model(folder: Path, model: ir.Model, progress: Callable[[int, int], No
     return sum(p.stat().st_size for p in folder.iterdir())
 
 
-def write_companions(folder: Path, manifest: Manifest, source: ModelFolder | None, recipe_yaml: str, report: dict) -> None:
+def write_companions(
+    folder: Path, manifest: Manifest, source: ModelFolder | None, recipe_yaml: str, report: dict
+) -> None:
     """Configs, tokenizer, recipe, manifest and report beside the model."""
     manifests.save(manifest, folder)
     (folder / "recipe.yaml").write_text(recipe_yaml, encoding="utf-8")

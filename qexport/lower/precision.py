@@ -49,7 +49,9 @@ def _stays_single(graph: Graph, constants: set[str]) -> set[Node]:
         if node.op == "get_attr" and _is_float(node):
             if node.target in constants or all(KEEP in user.meta for user in node.users):
                 single.add(node)
-        elif node.op == "call_function" and (KEEP in node.meta or all(s in single for s in node.all_input_nodes if _is_float(s))):
+        elif node.op == "call_function" and (
+            KEEP in node.meta or all(s in single for s in node.all_input_nodes if _is_float(s))
+        ):
             single.add(node)
     return single
 

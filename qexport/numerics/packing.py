@@ -17,7 +17,8 @@ def pack_int4(codes: Tensor) -> Tensor:
         flat = torch.cat([flat, flat.new_zeros(1)])
     if flat.storage_offset() % 2:
         flat = flat.clone()
-    # Two codes read as one 16-bit word (little-endian, as every machine that PyTorch runs on): whole words are several times faster than every second byte.
+    # Two codes read as one 16-bit word (little-endian, as every machine that PyTorch runs on): whole words are several
+    # times faster than every second byte.
     words = flat.view(torch.int16)
     return ((words & 0x0F) | ((words >> 4) & 0xF0)).to(torch.uint8)
 

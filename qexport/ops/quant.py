@@ -9,7 +9,9 @@ _RANGE = {(4, True): (-8, 7), (8, True): (-128, 127), (4, False): (0, 15), (8, F
 
 
 @torch.library.custom_op("qexport::dequantize_linear", mutates_args=())
-def dequantize_linear(codes: Tensor, scale: Tensor, zero_point: Tensor | None, axis: int, block_size: int, bits: int) -> Tensor:
+def dequantize_linear(
+    codes: Tensor, scale: Tensor, zero_point: Tensor | None, axis: int, block_size: int, bits: int
+) -> Tensor:
     """(codes - zero_point) * scale.
 
     Args:

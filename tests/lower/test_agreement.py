@@ -6,8 +6,8 @@ outputs of its token by a step, so tokens are counted and not tolerated one by o
 but a few agree to 1e-5, and those few differ by no more than a step. Over the whole model, where such a token goes on
 to differ, what ONNX Runtime adds is measured against what quantization adds.
 
-The CUDA files run here on the CPU provider: their kernels are other ones, what the nodes say is the same. In float16 the
-two round at different places, and float16 itself is the yardstick.
+The CUDA files run here on the CPU provider: their kernels are other ones, what the nodes say is the same. In float16
+the two round at different places, and float16 itself is the yardstick.
 """
 
 from unittest.mock import patch
@@ -94,7 +94,7 @@ def by_token(value, real):
 
 
 def logits(mask, *runs):
-    """Logits of real tokens, for each (runner, captured, dtype) with its own cache; the first one chooses the tokens."""
+    """Logits of real tokens, for each (runner, captured, dtype) with its own cache; the first chooses the tokens."""
     ids = tokens(*mask.shape)
     feeds = [prompt_feeds(captured, ids, mask, dtype) for _, captured, dtype in runs]
     collected = [[] for _ in runs]

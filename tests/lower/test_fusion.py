@@ -1,4 +1,4 @@
-"""Exported decoders become, in ONNX Runtime, what their manifest says: every linear its kernel, every node its place."""
+"""Exported decoders become in ONNX Runtime what their manifest says: every linear its kernel, every node its place."""
 
 from collections import Counter
 

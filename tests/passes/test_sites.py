@@ -1,16 +1,18 @@
 """Where a per-channel factor can go is found from the dataflow, for every family and for graphs that set traps."""
 
+import re
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from passing import block_of
+from qexport.passes.sites import by_input, fold_sites, linears
+from qexport.passes.smooth import fold
 from torch import nn
 
 from models import FAMILIES
+from passing import block_of
 from qexport.errors import PassError
-from qexport.passes.sites import by_input, fold_sites, linears
-from qexport.passes.smooth import fold
 from stepping import captured_runner, load_weights, padded, prompt_feeds, tokens
 
 GROUPED, ALONE = (2, 2, 16), (4, 1, 16)
@@ -137,8 +139,6 @@ TRAPS = {
 def test_a_trap_is_explicit_and_says_why(forward, why):
     sites = fold_sites(block_of(Trap(forward)).graph)
     assert [s.kind for s in sites] == ["explicit"] * len(sites)
-    import re
-
     assert any(re.search(why, s.why) for s in sites)
 
 

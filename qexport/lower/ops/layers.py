@@ -42,7 +42,9 @@ def _rms_norm(emit: Emitter, node: Node):
 
 def _layer_norm(emit: Emitter, node: Node):
     x, shape, weight, bias, eps = (*node.args, *(None, None, 1e-5)[len(node.args) - 2 :])[:5]
-    return emit.op("LayerNormalization", emit.get(x), emit.get(weight), emit.get(bias), axis=-len(shape), epsilon=float(eps))
+    return emit.op(
+        "LayerNormalization", emit.get(x), emit.get(weight), emit.get(bias), axis=-len(shape), epsilon=float(eps)
+    )
 
 
 def _causal_mask(emit: Emitter, node: Node):
@@ -79,7 +81,10 @@ def _attention(emit: Emitter, node: Node):
     inputs = [emit.get(given.get(name)) for name in names[:4]]
     scale = given.get("scale")
     return emit.op(
-        "Attention", *inputs, is_causal=int(given.get("is_causal", False)), scale=None if scale is None else float(scale)
+        "Attention",
+        *inputs,
+        is_causal=int(given.get("is_causal", False)),
+        scale=None if scale is None else float(scale),
     )
 
 

@@ -87,7 +87,9 @@ def _embedding(emit: Emitter, node: Node):
 
 
 def _flatten(emit: Emitter, node: Node):
-    return emit.op("Reshape", emit.get(node.args[0]), emit.constant([d if isinstance(d, int) else -1 for d in shape_of(node)]))
+    return emit.op(
+        "Reshape", emit.get(node.args[0]), emit.constant([d if isinstance(d, int) else -1 for d in shape_of(node)])
+    )
 
 
 def _arange(emit: Emitter, node: Node):
@@ -101,9 +103,11 @@ TRANSLATIONS = {
     aten.view.default: _reshape, aten.reshape.default: _reshape, aten._unsafe_view.default: _reshape,
     aten.flatten.using_ints: _flatten, aten.expand.default: _expand,
     aten.transpose.int: _transpose, aten.permute.default: _transpose, aten.t.default: _transpose,
-    aten.unsqueeze.default: _unsqueeze, aten.squeeze.dim: _squeeze, aten.squeeze.default: _squeeze, aten.squeeze.dims: _squeeze,
+    aten.unsqueeze.default: _unsqueeze, aten.squeeze.dim: _squeeze, aten.squeeze.default: _squeeze,
+    aten.squeeze.dims: _squeeze,
     aten.slice.Tensor: _slice, aten.select.int: _select, aten.cat.default: _cat,
-    aten.split_with_sizes.default: _split, aten.split.Tensor: _split, aten.chunk.default: _split, aten.split.sizes: _split,
+    aten.split_with_sizes.default: _split, aten.split.Tensor: _split, aten.chunk.default: _split,
+    aten.split.sizes: _split,
     aten.embedding.default: _embedding,
     aten.arange.default: _arange, aten.arange.start: _arange,
     operator.getitem: lambda emit, node: emit.values[node.args[0]][node.args[1]],

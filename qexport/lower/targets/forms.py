@@ -43,7 +43,9 @@ def form_of(product: Node) -> Form:
     block_size = weight.args[4]
     if is_call(x, ops.dequantize_linear.default):
         token_scale = None
-        users = [u for u in product.users if is_call(u, aten.mul.Tensor) and is_call(u.args[1], ops.token_scale.default)]
+        users = [
+            u for u in product.users if is_call(u, aten.mul.Tensor) and is_call(u.args[1], ops.token_scale.default)
+        ]
         if users:
             token_scale = users[0].args[1]
         return Form(block_size, x.args[0], x, token_scale)

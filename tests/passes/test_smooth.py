@@ -1,0 +1,78 @@
+"""SmoothQuant leaves the float model as it is, evens its activations out, and says what it did where."""
+
+import pytest
+import torch
+from qexport.passes.base import Context
+from qexport.passes.sites import fold_sites
+from qexport.passes.smooth import SmoothQuant
+
+from models import FAMILIES
+from passing import plan_of, run_passes, stream_of
+from qexport.calibrate.streams import collect
+from qexport.numerics.observers import ChannelAbsmax
+from stepping import captured_runner, load_weights, next_feeds, padded, prompt_feeds, tokens
+
+IDS, MASK = tokens(3, 9), padded([9, 4, 6], "left")
+
+
+def run_twice(captured):
+    """Logits of a padded prompt and of one more token, which reads the cache."""
+    run, feeds = captured_runner(captured), prompt_feeds(captured, IDS, MASK)
+    first = run(feeds)
+    second = run(next_feeds(feeds, first, IDS[:, 0]))
+    return torch.cat([first["logits"][MASK.bool()], second["logits"][:, 0]])
+
+
+@pytest.mark.parametrize("explicit", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_stay_what_they_were(captured, family, explicit):
+    model = load_weights(captured(family))
+    want = run_twice(model)
+    results = run_passes(model, [SmoothQuant(plan_of(model, "w8a8_dyn"), 0.5, explicit)], stream_of(model, IDS, MASK))
+    got = run_twice(model)
+    assert (got - want).abs().max() < 1e-4 * want.abs().max()
+    for block in model.blocks[1:]:
+        result, sites = results[block.name]["SmoothQuant"], fold_sites(block.module.graph)
+        skipped = 0 if explicit else sum(site.kind == "explicit" for site in sites)
+        assert len(result.skipped) == skipped and len(result.changed) == len(sites) - skipped
+        assert all("no place for the factor: " in note.what for note in result.skipped)
+
+
+def test_with_alpha_one_all_channels_of_an_input_get_the_same_range(captured):
+    model = load_weights(captured("llama"))
+    stream = stream_of(model, IDS, MASK)
+    stream.advance(model.blocks[0], 0)
+    block, step = model.blocks[1], SmoothQuant(plan_of(model, "w8a8_dyn"), 1.0)
+    step.call(block.module, Context(collect(block, stream, step.statistics(block.module), block.module)))
+    for site in (s for s in fold_sites(block.module.graph) if s.repeat is None):
+        absmax = collect(block, stream, {site.value: ChannelAbsmax}, block.module)[site.value].absmax()
+        assert absmax.max() < 1.001 * absmax.min()
+
+
+def test_factors_of_grouped_heads_are_shared_by_the_queries_of_a_group(captured):
+    model = load_weights(captured("llama"))
+    name = "model.layers.0.self_attn.o_proj.weight"
+    before = dict(model.blocks[1].module.named_buffers())[name].clone()
+    run_passes(model, [SmoothQuant(plan_of(model, "w8a8_dyn"))], stream_of(model, IDS, MASK))
+    ratio = (dict(model.blocks[1].module.named_buffers())[name] / before)[0].view(2, 2, 16)
+    assert torch.allclose(ratio[:, 0], ratio[:, 1], rtol=1e-5)
+    assert ratio.max() > 1.2 * ratio.min()
+
+
+def test_inputs_that_stay_float_are_left_alone(captured):
+    model = load_weights(captured("llama"))
+    results = run_passes(model, [SmoothQuant(plan_of(model, "w4a16_g32"))], stream_of(model, IDS, MASK))
+    for name in (block.name for block in model.blocks[1:]):
+        result = results[name]["SmoothQuant"]
+        assert not result.changed
+        assert {note.what for note in result.skipped} == {"no input of these linears is quantized"}
+
+
+def test_gains_of_one_plus_w_keep_their_digits_in_float16(captured):
+    """Written as 1 + w, a gain of 0.001 would lose all but one digit in float16."""
+    model = load_weights(captured("gemma3"))
+    run_passes(model, [SmoothQuant(plan_of(model, "w8a8_dyn"), 1.0)], stream_of(model, IDS, MASK))
+    for block in model.blocks[1:]:
+        for site in fold_sites(block.module.graph):
+            if site.kind == "norm":
+                assert site.producer.args[2].op == "get_attr"
