@@ -24,7 +24,7 @@ from .capture.graph import Captured
 from .capture.module import capture_module
 from .capture.source import open_model
 from .errors import InputError, QExportError, RecipeError
-from .lower.build import Lowered, Piece, Target, build
+from .lower.build import Lowered, Piece, Target, build, check_translations
 from .lower.folder import appearing, check_free, explained, write_companions, write_model
 from .lower.targets.cpu import CpuTarget
 from .lower.targets.cuda import CudaTarget
@@ -98,6 +98,7 @@ def export(
     recipe, data = _calibration(recipe, calibration, model)
 
     captured = capture(model, example_inputs, trust_remote_code=trust_remote_code)
+    check_translations(block.module.graph for block in captured.blocks)
     plan = plan_for(captured, recipe)
     seconds["capture"] = clock.lap()
 

@@ -15,13 +15,13 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from qexport.passes.base import Context, GraphPass, Note, PassResult
-from qexport.passes.sites import FoldSite, fold_sites
-from qexport.passes.smooth import fold
 from torch.fx import GraphModule, Node
 
 import qexport
 from qexport.errors import PassError
+from qexport.passes.base import Context, GraphPass, Note, PassResult
+from qexport.passes.sites import FoldSite, fold_sites
+from qexport.passes.smooth import fold
 
 
 class MeanAbs:

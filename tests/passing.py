@@ -1,8 +1,6 @@
 """Running passes over all blocks of a captured model, and small modules that put an awkward graph in front of them."""
 
 import torch
-from qexport.passes.base import GraphPass, PassResult, Pipeline
-from qexport.passes.plan import LinearPlan, make_plan
 from torch import nn
 
 from qexport.calibrate.sources import Samples
@@ -10,6 +8,8 @@ from qexport.calibrate.streams import Stream, collect, make_stream
 from qexport.capture.graph import Captured
 from qexport.capture.module import capture_module
 from qexport.numerics.formats import Scheme
+from qexport.passes.base import GraphPass, PassResult, Pipeline
+from qexport.passes.plan import LinearPlan, make_plan
 from stepping import load_weights
 
 
@@ -29,7 +29,7 @@ def run_passes(captured: Captured, passes: list[GraphPass], stream: Stream) -> d
     for index, block in enumerate(captured.blocks):
         results[block.name] = Pipeline(passes).run(
             block.module,
-            lambda module, wanted, block=block: collect(block, stream, wanted, module),
+            lambda module, wanted, block=block: collect(block, stream, module, wanted),
             stream.inputs(block, 0),
         )
         if index < len(captured.blocks) - 1:

@@ -6,11 +6,11 @@ A runner maps feeds (public input names to tensors) to results (public output na
 from collections.abc import Callable, Sequence
 
 import torch
-from qexport.passes.edit import set_tensor
 from transformers import DynamicCache
 
 from qexport.capture.blocks import Block
 from qexport.capture.graph import Captured, Port
+from qexport.passes.edit import set_tensor
 
 Feeds = dict[str, torch.Tensor]
 Runner = Callable[[Feeds], Feeds]

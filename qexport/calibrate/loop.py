@@ -1,4 +1,4 @@
-"""The block loop: load a block, calibrate it on what the quantized blocks before it produce, change it, write it, go on.
+"""The block loop: load a block, calibrate it on what the quantized blocks before it produce, change it, write it.
 
 At any moment one block's weights are in memory, and the activations that blocks not yet run will need.
 """
@@ -7,19 +7,19 @@ import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from ..capture.blocks import Block
 from ..capture.graph import Captured
-from ..errors import InputError, NumericsError, QExportError
-from ..numerics.metrics import sqnr_db
+from ..errors import InputError, QExportError
 from ..passes.base import GraphPass, Pipeline
 from ..passes.edit import attributes, get_tensor, set_tensor
 from ..passes.sites import linears
 from . import shards
-from .streams import Stream, collect
+from .streams import Stream, collect, sqnr
 
 JOURNAL = "journal.jsonl"
 
@@ -114,8 +114,12 @@ def quantize_blocks(
             continue
         try:
             item = _one(captured, block, passes, stream, reference, index, total, place)
-        except torch.OutOfMemoryError as error:
-            raise InputError("does not fit into memory", place=block.name, remedy="Use fewer or shorter samples") from error
+        except (MemoryError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and "allocate memory" not in str(error):  # how PyTorch says it on a CPU
+                raise
+            raise InputError(
+                "does not fit into memory", place=block.name, remedy="Use fewer or shorter samples"
+            ) from error
         except QExportError as error:
             if block.name not in (error.place or ""):
                 error.place = f"{block.name}, {error.place}" if error.place else block.name
@@ -139,11 +143,11 @@ def _one(captured, block: Block, passes, stream, reference, index: int, total: i
     if has_linears:
         sample = stream.inputs(block, 0) if stream is not None else ()
         with torch.no_grad():
-            results = Pipeline(passes).run(block.module, lambda module, wanted: collect(block, stream, wanted, module), sample)
-    sqnr = None
+            results = Pipeline(passes).run(block.module, partial(collect, block, stream), sample)
+    decibels = None
     if stream is not None and not last:
         stream.advance(block, index)
-        sqnr = _compare(block, stream, reference)
+        decibels = None if reference is None else sqnr(block, stream, reference)
     stored = {
         name: get_tensor(block.module, name)
         for name in attributes(block.module.graph)
@@ -153,7 +157,7 @@ def _one(captured, block: Block, passes, stream, reference, index: int, total: i
     for name in attributes(block.module.graph):
         set_tensor(block.module, name, get_tensor(block.module, name).to("meta"))
     record = BlockRecord(
-        block.name, round(time.perf_counter() - started, 3), sqnr,
+        block.name, round(time.perf_counter() - started, 3), decibels,
         {name: [(n.site, n.what, dict(n.data)) for n in r.changed] for name, r in results.items() if r.changed},
         {name: [(n.site, n.what) for n in r.skipped] for name, r in results.items() if r.skipped},
     )  # fmt: skip
@@ -165,27 +169,6 @@ def _load(captured: Captured, block: Block) -> dict[str, torch.Tensor]:
     for name, tensor in loaded.items():
         set_tensor(block.module, name, tensor)
     return loaded
-
-
-def _compare(block: Block, stream: Stream, reference: Stream | None) -> float | None:
-    """SQNR of the last output that later blocks read, over all batches."""
-    if reference is None:
-        return None
-    first = reference.batches[0]
-    real = [n for n in block.outputs if isinstance(first.get(n), torch.Tensor) and first[n].is_floating_point()]
-    name = next((n for n in reversed(real) if n in stream.batches[0]), None)
-    if name is None:
-        return None
-    pairs = [
-        tuple(s.batches[i][name][mask] if mask is not None and s.batches[i][name].shape[:2] == mask.shape else s.batches[i][name]
-              for s in (reference, stream))
-        for i, mask in enumerate(stream.masks)
-    ]  # fmt: skip
-    want, got = (torch.cat([p[i].flatten(0, -2) for p in pairs]) for i in (0, 1))
-    if not torch.isfinite(got).all():
-        raise NumericsError("produces NaN or Inf on the calibration data", place=block.name)
-    value = sqnr_db(want, got)
-    return None if value == float("inf") else round(value, 2)
 
 
 def _journal(work: Path, fingerprint: str, resume: bool) -> list[BlockRecord]:

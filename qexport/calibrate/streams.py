@@ -1,5 +1,6 @@
 """Activations that travel from block to block while a model is quantized, batch by batch."""
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -7,7 +8,7 @@ from torch.fx import GraphModule, Interpreter, Node
 
 from ..capture.blocks import Block
 from ..capture.graph import Captured
-from ..errors import QExportError
+from ..errors import NumericsError, QExportError
 from .sources import Samples
 
 
@@ -20,7 +21,12 @@ class Stream:
         keep: for each value name the index of the last block that reads it.
     """
 
-    def __init__(self, batches: Sequence[dict[str, torch.Tensor]], masks: Sequence[torch.Tensor | None], keep: dict[str, int]):
+    def __init__(
+        self,
+        batches: Sequence[dict[str, torch.Tensor]],
+        masks: Sequence[torch.Tensor | None],
+        keep: dict[str, int],
+    ):
         self.batches, self.masks, self._keep = [dict(b) for b in batches], list(masks), keep
 
     def inputs(self, block: Block, batch: int) -> tuple[torch.Tensor, ...]:
@@ -58,7 +64,7 @@ def decoder_inputs(captured: Captured, ids: torch.Tensor, mask: torch.Tensor) ->
     return feeds
 
 
-def collect(block: Block, stream: Stream, wanted: dict[Node, Callable], module: GraphModule) -> dict[Node, object]:
+def collect(block: Block, stream: Stream, module: GraphModule, wanted: dict[Node, Callable]) -> dict[Node, object]:
     """Run all batches through a block and show each wanted value's real rows to its statistic."""
     statistics = {node: factory() for node, factory in wanted.items()}
     for number, mask in enumerate(stream.masks):
@@ -84,3 +90,29 @@ class _Watch(Interpreter):
                 error.place = error.place or node.name
                 raise
         return value
+
+
+def sqnr(block: Block, stream: Stream, reference: Stream) -> float | None:
+    """SQNR in dB of the last floating point value that a block hands on, over the real tokens of all batches.
+
+    Returns:
+        None where there is no such value or no error.
+
+    Raises:
+        NumericsError: NaN or Inf.
+    """
+    first = reference.batches[0]
+    real = [n for n in block.outputs if isinstance(first.get(n), torch.Tensor) and first[n].is_floating_point()]
+    name = next((n for n in reversed(real) if n in stream.batches[0]), None)
+    if name is None:
+        return None
+    signal = noise = 0.0
+    for mask, got, want in zip(stream.masks, stream.batches, reference.batches, strict=True):
+        got, want = got[name], want[name]
+        if mask is not None and got.shape[: mask.dim()] == mask.shape:
+            got, want = got[mask], want[mask]
+        signal += want.double().square().sum().item()
+        noise += (got - want).double().square().sum().item()
+    if not math.isfinite(noise):
+        raise NumericsError("produces NaN or Inf on the calibration data", place=block.name)
+    return round(10 * math.log10(signal / noise), 2) if signal and noise else None

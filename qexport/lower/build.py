@@ -1,12 +1,12 @@
 """From finished blocks to one ONNX model."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
 import onnx_ir as ir
 import torch
-from torch.fx import GraphModule, Node
+from torch.fx import Graph, GraphModule, Node
 
 from .. import ops as _ops  # noqa: F401  registers the operators
 from ..capture.graph import Port
@@ -60,6 +60,18 @@ class Lowered:
     blocks: dict[str, str] = field(default_factory=dict)
 
 
+def check_translations(graphs: Iterable[Graph]) -> None:
+    """Find operators without an ONNX form before any work is done on a model.
+
+    Raises:
+        LoweringError: names the first one and where it is.
+    """
+    for graph in graphs:
+        for node in graph.nodes:
+            if node.op == "call_function":
+                _translation(node)
+
+
 def build(
     pieces: Sequence[Piece], inputs: Sequence[Port], outputs: Sequence[Port], target: Target, version: str
 ) -> Lowered:
@@ -109,10 +121,7 @@ def _translate(emit: Emitter, piece: Piece, known: dict[str, ir.Value]) -> dict[
         emit.values[node] = known[name]
     for node in piece.module.graph.nodes:
         if node.op == "call_function":
-            translation = TRANSLATIONS.get(node.target)
-            if translation is None:
-                raise unsupported(node, "has no ONNX translation")
-            value = emit.values[node] = translation(emit, node)
+            value = emit.values[node] = _translation(node)(emit, node)
             linear = node.meta.get("result_of")
             if linear is not None:
                 value.name = f"{linear}.output"
@@ -121,6 +130,12 @@ def _translate(emit: Emitter, piece: Piece, known: dict[str, ir.Value]) -> dict[
             for result, name in zip(node.args[0], piece.outputs, strict=True):
                 known[name] = emit.get(result)
     return made
+
+
+def _translation(node: Node) -> Callable:
+    if node.target not in TRANSLATIONS:
+        raise unsupported(node, "has no ONNX translation")
+    return TRANSLATIONS[node.target]
 
 
 def _interface(port: Port, target: Target) -> ir.Value:

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from qexport.passes.edit import attributes, get_tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from models import FAMILIES, VOCAB, reference_model
 from qexport.capture.weights import Checkpoint
 from qexport.export import capture
+from qexport.passes.edit import attributes, get_tensor
 from stepping import captured_runner, load_weights, next_feeds, padded, prompt_feeds, tokens, transformers_runner
 
 LAYERS = {"opt": "model.decoder.layers", "gpt_neox": "gpt_neox.layers"}

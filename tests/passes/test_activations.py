@@ -2,16 +2,16 @@
 
 import pytest
 import torch
-from qexport.passes.activations import QuantizeActivations
-from qexport.passes.edit import is_call
-from qexport.passes.sites import by_input, linears
-from qexport.passes.weights import RoundToNearest
 
 from models import FAMILIES
 from passing import plan_of, run_passes, stream_of
 from qexport.calibrate.streams import collect
 from qexport.numerics.gptq import HessianStatistic
 from qexport.numerics.observers import AbsmaxObserver, ChannelAbsmax
+from qexport.passes.activations import QuantizeActivations
+from qexport.passes.edit import is_call
+from qexport.passes.sites import by_input, linears
+from qexport.passes.weights import RoundToNearest
 from stepping import load_weights, padded, tokens
 
 ops = torch.ops.qexport
@@ -66,7 +66,7 @@ def test_a_static_scale_is_the_largest_real_activation(captured):
     assert note.site == value.name
     rows = []
     collect(
-        block, stream, {value: lambda: type("Rows", (), {"update": lambda self, x: rows.append(x)})()}, block.module
+        block, stream, block.module, {value: lambda: type("Rows", (), {"update": lambda self, x: rows.append(x)})()}
     )
     absmax = torch.cat(rows).abs().max().item()
     scale = model.blocks[1].module.get_buffer("model.layers.0.self_attn.q_proj.input_scale")
@@ -117,7 +117,7 @@ def statistics(model, ids, mask, factory):
     stream, found = stream_of(model, ids, mask, batch_size=4), {}
     for index, block in enumerate(model.blocks):
         wanted = dict.fromkeys(by_input(linears(block.module.graph)), factory)
-        for node, statistic in collect(block, stream, wanted, block.module).items():
+        for node, statistic in collect(block, stream, block.module, wanted).items():
             found[block.name, node.name] = statistic
         if index < len(model.blocks) - 1:
             stream.advance(block, index)

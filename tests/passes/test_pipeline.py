@@ -5,13 +5,13 @@ from typing import ClassVar
 
 import pytest
 import torch
-from qexport.passes.base import GraphPass, Note, PassResult, Pipeline
-from qexport.passes.edit import set_tensor
-from qexport.passes.sites import linears
 from torch import nn
 
 from passing import block_of
 from qexport.errors import NumericsError, PassError
+from qexport.passes.base import GraphPass, Note, PassResult, Pipeline
+from qexport.passes.edit import set_tensor
+from qexport.passes.sites import linears
 
 
 @dataclass(frozen=True)

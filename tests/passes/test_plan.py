@@ -1,11 +1,11 @@
 """Every linear gets a decision, and a reason wherever the decision is not what was asked for."""
 
 import pytest
-from qexport.passes.plan import fit, make_plan, weight_bytes
 
 from models import FAMILIES
 from passing import plan_of
 from qexport.numerics.formats import Scheme
+from qexport.passes.plan import fit, make_plan, weight_bytes
 
 
 def fitted(scheme, width):

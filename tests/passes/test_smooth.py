@@ -2,14 +2,14 @@
 
 import pytest
 import torch
-from qexport.passes.base import Context
-from qexport.passes.sites import fold_sites
-from qexport.passes.smooth import SmoothQuant
 
 from models import FAMILIES
 from passing import plan_of, run_passes, stream_of
 from qexport.calibrate.streams import collect
 from qexport.numerics.observers import ChannelAbsmax
+from qexport.passes.base import Context
+from qexport.passes.sites import fold_sites
+from qexport.passes.smooth import SmoothQuant
 from stepping import captured_runner, load_weights, next_feeds, padded, prompt_feeds, tokens
 
 IDS, MASK = tokens(3, 9), padded([9, 4, 6], "left")
@@ -43,9 +43,9 @@ def test_with_alpha_one_all_channels_of_an_input_get_the_same_range(captured):
     stream = stream_of(model, IDS, MASK)
     stream.advance(model.blocks[0], 0)
     block, step = model.blocks[1], SmoothQuant(plan_of(model, "w8a8_dyn"), 1.0)
-    step.call(block.module, Context(collect(block, stream, step.statistics(block.module), block.module)))
+    step.call(block.module, Context(collect(block, stream, block.module, step.statistics(block.module))))
     for site in (s for s in fold_sites(block.module.graph) if s.repeat is None):
-        absmax = collect(block, stream, {site.value: ChannelAbsmax}, block.module)[site.value].absmax()
+        absmax = collect(block, stream, block.module, {site.value: ChannelAbsmax})[site.value].absmax()
         assert absmax.max() < 1.001 * absmax.min()
 
 
