@@ -1,5 +1,6 @@
-"""`python -m qexport` is `qexport`."""
+"""`python -m qexport`."""
 
 from .cli import main
 
-main()
+if __name__ == "__main__":
+    main()

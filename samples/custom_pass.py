@@ -43,9 +43,11 @@ class ScaleByActivation(GraphPass):
     """Multiply weight columns by mean|x|^power and divide what produces x by it.
 
     Attributes:
+        recipe: tells which linears stay in float; they have nothing to gain.
         power: 0 changes nothing, 1 makes all features equally large.
     """
 
+    recipe: qexport.Recipe
     power: float = 0.5
     keeps_function: ClassVar[bool] = True  # so qexport checks on the calibration data that the block's outputs stay
 
@@ -54,14 +56,14 @@ class ScaleByActivation(GraphPass):
             raise PassError(f"power {self.power} is not between 0 and 1")
 
     def statistics(self, module: GraphModule) -> dict[Node, Callable]:
-        return {site.value: MeanAbs for site in fold_sites(module.graph) if site.kind != "explicit"}
+        return {site.value: MeanAbs for site in fold_sites(module.graph) if not self._why_not(site)}
 
     def call(self, module: GraphModule, context: Context) -> PassResult:
         result = PassResult()
         for site in fold_sites(module.graph):
             names = ", ".join(linear.name for linear in site.consumers)
-            if site.kind == "explicit":
-                result.skipped.append(Note(names, site.why))
+            if why := self._why_not(site):
+                result.skipped.append(Note(names, why))
                 continue
             factors = self._factors(site, context.statistics[site.value].value())
             fold(module, site, factors)
@@ -70,6 +72,11 @@ class ScaleByActivation(GraphPass):
             )
         module.recompile()
         return result
+
+    def _why_not(self, site: FoldSite) -> str:
+        if all(self.recipe.scheme_for(linear.name) is None for linear in site.consumers):
+            return "kept in float"
+        return site.why  # empty where a factor can be folded
 
     def _factors(self, site: FoldSite, importance: torch.Tensor) -> torch.Tensor:
         if site.repeat is not None:  # query heads that read the same key/value head share its factor
@@ -81,7 +88,7 @@ class ScaleByActivation(GraphPass):
 
 def main(model: str, text: str | None) -> None:
     recipe = qexport.Recipe.load("w4a16_g32_rtn").with_calibration(samples=8, sequence_length=256, batch_size=8)
-    for name, passes in (("plain", []), ("scaled", [ScaleByActivation(0.5)])):
+    for name, passes in (("plain", []), ("scaled", [ScaleByActivation(recipe)])):
         out = f"out/custom_pass_{name}"
         qexport.export(model, recipe, out_dir=out, calibration=text, extra_passes=passes, overwrite=True)
         report = qexport.validate(out, model, text=text, windows=4, window=256)

@@ -82,12 +82,14 @@ def test_custom_pass(run, model, text):
 def test_a_pass_of_your_own_is_accounted_for(model, text, tmp_path):
     scale = sample("custom_pass.py")["ScaleByActivation"]
     recipe = qexport.Recipe.load("w4a16_g32_rtn").with_calibration(samples=2, sequence_length=64)
-    result = qexport.export(model, recipe, out_dir=tmp_path / "out", calibration=str(text), extra_passes=[scale()])
+    result = qexport.export(
+        model, recipe, out_dir=tmp_path / "out", calibration=str(text), extra_passes=[scale(recipe)]
+    )
     assert "2 windows of 64 tokens" in result.calibration, "statistics are taken though the recipe needs none"
     report = (tmp_path / "out" / "report.json").read_text()
     assert report.count('"ScaleByActivation"') >= 2
     with pytest.raises(PassError, match="pass ScaleByActivation.*power 2 is not between 0 and 1"):
-        qexport.export(model, recipe, out_dir=tmp_path / "bad", calibration=str(text), extra_passes=[scale(2)])
+        qexport.export(model, recipe, out_dir=tmp_path / "bad", calibration=str(text), extra_passes=[scale(recipe, 2)])
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
@@ -112,6 +114,18 @@ def test_a_pass_that_breaks_its_promise_is_caught(model, text, tmp_path):
             calibration=["some text to run on"],
             extra_passes=[Shrink()],
         )
+
+
+def test_a_tied_weight_that_a_pass_changes_is_stored_twice(text, tmp_path):
+    tied = save_model("llama", tmp_path / "tied", vocab_size=VOCAB, tie_word_embeddings=True)
+    write_word_tokenizer(tied, VOCAB)
+    # Scales the output projection, which is the embedding, and then leaves everything in float.
+    scaled = qexport.Recipe(scheme="w8a16", lm_head="w8a16")
+    untouched = qexport.Recipe(scheme="w8a16", overrides=[{"match": "*", "scheme": "float"}])
+    scale = sample("custom_pass.py")["ScaleByActivation"](scaled)
+    out = tmp_path / "out"
+    qexport.export(tied, untouched, out_dir=out, calibration=[text.read_text()[:200]], extra_passes=[scale])
+    assert qexport.validate(out, tied, text=text, windows=2, window=64).logits.kl_mean < 1e-6  # float32 rounding
 
 
 def test_the_demo_keeps_the_function_of_the_model_it_rewrites(model):

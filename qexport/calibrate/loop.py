@@ -16,7 +16,7 @@ from ..capture.blocks import Block
 from ..capture.graph import Captured
 from ..errors import InputError, QExportError
 from ..passes.base import GraphPass, Pipeline
-from ..passes.edit import attributes, get_tensor, set_tensor
+from ..passes.edit import attributes, delete_tensor, get_tensor, set_tensor
 from ..passes.sites import linears
 from . import shards
 from .streams import Stream, collect, sqnr
@@ -144,6 +144,7 @@ def _one(captured, block: Block, passes, stream, reference, index: int, total: i
         sample = stream.inputs(block, 0) if stream is not None else ()
         with torch.no_grad():
             results = Pipeline(passes).run(block.module, partial(collect, block, stream), sample)
+        _untie(captured, block, loaded)
     decibels = None
     if stream is not None and not last:
         stream.advance(block, index)
@@ -162,6 +163,24 @@ def _one(captured, block: Block, passes, stream, reference, index: int, total: i
         {name: [(n.site, n.what) for n in r.skipped] for name, r in results.items() if r.skipped},
     )  # fmt: skip
     return Finished(block, record, place, set(stored), captured)
+
+
+def _untie(captured: Captured, block: Block, loaded: dict[str, torch.Tensor]) -> None:
+    """Give a changed tensor that other blocks read too, such as a tied embedding, a name of its own."""
+    elsewhere = {name for other in captured.blocks if other is not block for name in other.parameters}
+    module, renamed = block.module, False
+    for name in sorted(elsewhere.intersection(loaded, attributes(module.graph))):
+        changed = get_tensor(module, name)
+        if changed.data_ptr() == loaded[name].data_ptr():
+            continue
+        own, renamed = f"{block.name}.{name}", True
+        set_tensor(module, own, changed)
+        for node in module.graph.nodes:
+            if node.op == "get_attr" and node.target == name:
+                node.target = own
+        delete_tensor(module, name)
+    if renamed:
+        module.recompile()
 
 
 def _load(captured: Captured, block: Block) -> dict[str, torch.Tensor]:
