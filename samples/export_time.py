@@ -2,9 +2,9 @@
 
     python samples/export_time.py MODEL [--builder PYTHON] [--runs 3]
 
-MODEL is a local folder. PYTHON is an interpreter of an environment in which `python -m onnxruntime_genai.models.builder`
-works (its needs clash with other packages: give it an environment of its own). Whole processes are timed, imports
-included; ratios are of medians.
+MODEL is a local folder. PYTHON is an interpreter of an environment in which
+`python -m onnxruntime_genai.models.builder` works (its needs clash with others: give it an environment of its own).
+Whole processes are timed, imports included; the ratio is that of the medians.
 """
 
 import argparse
@@ -38,14 +38,15 @@ def main() -> None:
             out = Path(folder)
             export = [sys.executable, "-m", "qexport", "export", given.model, "-o", str(out / "ours")]
             mine = seconds([*export, "--recipe", given.recipe])
-            build = [given.builder, "-m", "onnxruntime_genai.models.builder", "-i", given.model, "-o", str(out / "built")]
-            other = seconds([*build, "-p", "int4", "-e", "cpu", "-c", str(out / "cache")])
+            build = [given.builder, "-m", "onnxruntime_genai.models.builder", "-p", "int4", "-e", "cpu"]
+            other = seconds([*build, "-i", given.model, "-o", str(out / "built"), "-c", str(out / "cache")])
         print(f"run {run}: qexport {mine:.1f} s, builder {other:.1f} s", file=sys.stderr)
         if run:
             ours.append(mine)
             theirs.append(other)
     mine, other = statistics.median(ours), statistics.median(theirs)
-    print(f"median of {given.runs}: qexport {given.recipe} {mine:.1f} s, builder int4 {other:.1f} s, ratio {mine / other:.2f}")
+    print(f"medians of {given.runs}: qexport {given.recipe} {mine:.1f} s, builder int4 {other:.1f} s")
+    print(f"ratio {mine / other:.2f}")
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from ..passes.base import GraphPass, Pipeline
 from ..passes.edit import attributes, delete_tensor, get_tensor, set_tensor
 from ..passes.sites import linears
 from . import shards
+from .memory import trim
 from .streams import Stream, collect, sqnr
 
 JOURNAL = "journal.jsonl"
@@ -125,6 +126,7 @@ def quantize_blocks(
                 error.place = f"{block.name}, {error.place}" if error.place else block.name
             raise
         finished.append(item)
+        trim()
         with (work / JOURNAL).open("a") as journal:
             journal.write(json.dumps(asdict(item.record)) + "\n")
     progress("", total, total)

@@ -1,5 +1,6 @@
 """Capturing a causal language model of transformers: one graph for prefill and decoding, no weights loaded."""
 
+import gc
 import logging
 import tempfile
 import warnings
@@ -44,6 +45,19 @@ class _Flat(torch.nn.Module):
         return (out.logits, *cache.present())
 
 
+@contextmanager
+def _no_garbage_collection():
+    """Tracing makes millions of objects that live to its end; looking for cycles among them takes long."""
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was:
+            gc.enable()
+
+
+@_no_garbage_collection()
 def capture_decoder(folder: ModelFolder) -> Captured:
     """Capture the model of a folder as float32 blocks.
 

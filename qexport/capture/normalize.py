@@ -30,7 +30,10 @@ _VIEWS = {aten.view.default, aten.reshape.default, aten._unsafe_view.default, at
 
 
 def normalize(module: GraphModule) -> GraphModule:
-    """Normalize the graph of `module` in place, keeping what it computes to rounding, and return it."""
+    """Normalize the graph of `module` in place, keeping what it computes to rounding, and return it.
+
+    The module's code is not regenerated: what runs are the blocks that the graph is cut into.
+    """
     graph = module.graph
     _drop_identities(graph)
     _keep_rows_apart(graph)
@@ -39,7 +42,6 @@ def normalize(module: GraphModule) -> GraphModule:
     _fuse_rotary(graph)
     graph.eliminate_dead_code()
     graph.lint()
-    module.recompile()
     return module
 
 
