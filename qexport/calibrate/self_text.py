@@ -1,7 +1,6 @@
 """Calibration text that the model writes itself, so that none has to be found (LLM-QAT, arXiv 2305.17888)."""
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
@@ -102,20 +101,3 @@ def write_text(
             )
         texts.append(ids)
     return torch.cat(texts)
-
-
-def sample_text(
-    step: Step,
-    bos_ids: list[int],
-    n: int,
-    length: int,
-    seed: int,
-    *,
-    vocab_size: int,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    batch_size: int = 4,
-) -> Tensor:
-    """n texts of the model behind `step`, int64 [n, length]: `write_text` with `continue_text`."""
-    generate = partial(continue_text, step, temperature=temperature, top_k=top_k)
-    return write_text(generate, bos_ids, n, length, vocab=torch.arange(vocab_size), seed=seed, batch_size=batch_size)

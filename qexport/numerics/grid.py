@@ -139,16 +139,6 @@ def static_scale(absmax: float, fmt: ActivationFormat) -> float:
     return float(scale) if scale >= torch.finfo(torch.float32).tiny else 1.0
 
 
-def token_scale(x: Tensor, fmt: ActivationFormat, eps: float = 1e-8) -> Tensor:
-    """One scale per token: max(absmax over the last dimension / qmax, eps), [..., 1] for x [..., K]."""
-    return torch.maximum(x.amax(-1, keepdim=True), x.amin(-1, keepdim=True).neg_()).div_(fmt.qmax).clamp_min_(eps)
-
-
-def quantize_activation(x: Tensor, scale: float | Tensor, fmt: ActivationFormat) -> Tensor:
-    """int8 codes of x under a scale that broadcasts, clamped to [-qmax, qmax]."""
-    return torch.div(x, scale).round_().clamp_(-fmt.qmax, fmt.qmax).to(torch.int8)
-
-
 def blockwise_fake_quantize(x: Tensor, block_size: int) -> Tensor:
     """What ONNX Runtime's MatMulNBits with accuracy level 4 does to its input: int8 per row and block of features.
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from qexport.calibrate.self_text import continue_text, sample_text, write_text
+from qexport.calibrate.self_text import continue_text, write_text
 from qexport.calibrate.sources import _pieces, _spread, load_samples
 from qexport.errors import InputError, NumericsError
 from qexport.recipe import CalibrationSpec
@@ -331,6 +331,11 @@ def test_random_tokens_without_a_tokenizer():
 
 
 # --- the model's own text
+
+
+def sample_text(step, bos_ids, n, length, seed, *, vocab_size, batch_size=4, **sampling):
+    generate = partial(continue_text, step, **sampling)
+    return write_text(generate, bos_ids, n, length, vocab=torch.arange(vocab_size), seed=seed, batch_size=batch_size)
 
 
 class Chain:

@@ -12,11 +12,9 @@ from qexport.numerics import grid
 from qexport.numerics.formats import PER_CHANNEL, PER_TENSOR, ActivationFormat, WeightFormat
 from qexport.numerics.grid import (
     encode,
-    quantize_activation,
     quantize_weight,
     search_clip,
     static_scale,
-    token_scale,
     weight_scales,
 )
 
@@ -217,22 +215,3 @@ def test_static_scale():
     for bad in (-1.0, math.nan, math.inf):
         with pytest.raises(NumericsError, match="range"):
             static_scale(bad, fmt)
-
-
-@some
-@given(st.integers(0, 2**32), st.integers(1, 20))
-def test_dynamic_activations_agree_with_a_loop(seed, features):
-    x = weight(6, features, seed).view(2, 3, features)
-    x[0, 1] = 0
-    scale = token_scale(x, DYNAMIC)
-    codes = quantize_activation(x, scale, DYNAMIC)
-    assert scale.shape == (2, 3, 1) and codes.dtype == torch.int8 and float(scale[0, 1]) == pytest.approx(1e-8)
-    for row, step, row_codes in zip(x.view(6, -1), scale.view(6), codes.view(6, -1), strict=True):
-        assert float(step) == pytest.approx(max(max(abs(float(v)) for v in row) / 127, 1e-8), rel=2**-23)
-        for value, code in zip(row, row_codes, strict=True):
-            assert abs(float(value) / float(step) - int(code)) < 0.50001
-
-
-def test_static_codes_clamp_symmetrically():
-    x = torch.tensor([-1000.0, -127.6, -2.5, -1.5, 0.5, 1.5, 126.5, 1000.0])
-    assert quantize_activation(x, 1.0, ActivationFormat("static")).tolist() == [-127, -127, -2, -2, 0, 2, 126, 127]

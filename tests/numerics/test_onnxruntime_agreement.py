@@ -2,14 +2,13 @@
 
 import platform
 
-import numpy
 import onnxruntime
 import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
 
-from qexport.numerics.formats import ActivationFormat, WeightFormat
-from qexport.numerics.grid import blockwise_fake_quantize, quantize_activation, quantize_weight, static_scale
+from qexport.numerics.formats import WeightFormat
+from qexport.numerics.grid import blockwise_fake_quantize, quantize_weight
 from qexport.numerics.packing import pack_int4
 
 # Float32 accumulation over at most 300 products leaves 4e-7; a single code that differs shows as 5e-5 or more.
@@ -135,18 +134,6 @@ def test_blockwise_fake_quantize_keeps_shape_and_dtype():
     assert out.shape == x.shape and out.dtype == torch.float16
     assert torch.equal(out.view(6, 50), blockwise_fake_quantize(x.view(6, 50), 32))
     assert not blockwise_fake_quantize(torch.zeros(1, 40), 16).any()
-
-
-def test_static_activation_codes_are_those_of_quantizelinear():
-    fmt = ActivationFormat("static")
-    x = torch.randn(64, 1000, generator=torch.Generator().manual_seed(0))
-    x[0] = (torch.arange(1000) - 500) / 8  # ties
-    for scale in (static_scale(float(x.abs().max()), fmt), static_scale(3.0, fmt), 0.25):
-        constants = {"scale": numpy.float32(scale), "zero": numpy.int8(0)}
-        node = helper.make_node("QuantizeLinear", ["x", "scale", "zero"], ["y"])
-        codes = run([node], {"x": x.numpy()}, constants, "y", TensorProto.INT8)
-        # Saturation reaches -128 there and -127 here.
-        assert numpy.array_equal(numpy.maximum(codes, -127), quantize_activation(x, scale, fmt).numpy())
 
 
 @grids
