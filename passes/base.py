@@ -40,14 +40,6 @@ class PassResult:
     skipped: list[Note] = field(default_factory=list)
 
 
-class Statistic(ABC):
-    """Something accumulated over the rows of a value while calibration data runs through a block."""
-
-    @abstractmethod
-    def update(self, x: torch.Tensor) -> None:
-        """Take in x [tokens, features] float32, padding already removed."""
-
-
 Statistics = dict[Node, Any]
 
 

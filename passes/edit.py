@@ -76,6 +76,12 @@ def delete_tensor(module: torch.nn.Module, name: str) -> None:
     del owner._buffers[leaf]
 
 
+def unload(module: GraphModule) -> None:
+    """Drop the data of every tensor that the graph reads; shapes and dtypes stay."""
+    for name in attributes(module.graph):
+        set_tensor(module, name, get_tensor(module, name).to("meta"))
+
+
 def add_tensor(graph: Graph, name: str, tensor: torch.Tensor) -> Node:
     """A get_attr node for a tensor, which becomes a buffer of the graph's module."""
     set_tensor(graph.owning_module, name, tensor)

@@ -63,17 +63,18 @@ class FoldSite:
 
 def linears(graph: Graph) -> list[Linear]:
     """All linears with constant weights, in order."""
-    found = []
-    for node in graph.nodes:
-        if not is_call(node, aten.linear.default) or node.args[1].op != "get_attr":
-            continue
-        bias = node.args[2] if len(node.args) > 2 else None
-        if bias is not None and bias.op != "get_attr":
-            continue
-        shape = shape_of(node.args[1])
-        weight = node.args[1].target
-        found.append(Linear(_name(node, weight), node, weight, bias.target if bias else None, shape))
-    return found
+    return [found for node in graph.nodes if (found := linear_at(node))]
+
+
+def linear_at(node: Node) -> Linear | None:
+    """The linear that a node computes, if it is one with a constant weight."""
+    if not is_call(node, aten.linear.default) or node.args[1].op != "get_attr":
+        return None
+    bias = node.args[2] if len(node.args) > 2 else None
+    if bias is not None and bias.op != "get_attr":
+        return None
+    weight = node.args[1].target
+    return Linear(_name(node, weight), node, weight, bias.target if bias else None, shape_of(node.args[1]))
 
 
 def _name(node: Node, weight: str) -> str:
@@ -134,7 +135,7 @@ def _fold_site(value: Node, consumers: tuple[Linear, ...]) -> FoldSite:
 
 
 def _rows(value: Node, consumers: tuple[Linear, ...], producer: Node) -> FoldSite | None:
-    linear = next((found for found in linears(value.graph) if found.node is producer), None)
+    linear = linear_at(producer)
     if linear is None or len(readers(producer)) != 1 or not _own_tensors(linear):
         return None
     # y * y scales with the square of a factor, and a single row is not a row for each channel.
@@ -185,7 +186,7 @@ def _through_attention(value: Node, consumers: tuple[Linear, ...], attention: No
         if len(readers(node)) != 1:
             return None
         node = node.args[0]
-    linear = next((found for found in linears(value.graph) if found.node is node), None)
+    linear = linear_at(node)
     if linear is None or linear.shape[0] != kv_heads * head_dim or len(readers(node)) != 1 or not _own_tensors(linear):
         return None
     return FoldSite(value, consumers, "rows", node, repeat=(kv_heads, heads // kv_heads, head_dim))

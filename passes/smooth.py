@@ -13,7 +13,7 @@ from ..numerics.smoothing import smoothquant_factors
 from .base import Context, GraphPass, Note, PassResult
 from .edit import add_tensor, call, get_tensor, set_tensor
 from .plan import LinearPlan
-from .sites import FoldSite, fold_sites, linears, norm_bias, norm_gain
+from .sites import FoldSite, fold_sites, linear_at, norm_bias, norm_gain
 
 aten = torch.ops.aten
 
@@ -103,7 +103,7 @@ def fold(module: GraphModule, site: FoldSite, factors: torch.Tensor) -> None:
     if site.kind == "norm":
         _divide_norm(module, site.producer, factors)
     elif site.kind == "rows":
-        linear = next(found for found in linears(module.graph) if found.node is site.producer)
+        linear = linear_at(site.producer)
         set_tensor(module, linear.weight, get_tensor(module, linear.weight) / factors[:, None])
         if linear.bias is not None:
             set_tensor(module, linear.bias, get_tensor(module, linear.bias) / factors)

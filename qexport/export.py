@@ -18,7 +18,7 @@ from .calibrate.loop import Finished, quantize_blocks
 from .calibrate.self_text import continue_text
 from .calibrate.sources import Samples, load_samples
 from .calibrate.stages import passes_for
-from .calibrate.streams import Stream, make_stream
+from .calibrate.streams import Stream, last_readers, make_stream
 from .capture.decoder import capture_decoder
 from .capture.graph import Captured
 from .capture.module import capture_module
@@ -237,7 +237,7 @@ def _module_batches(captured: Captured, data) -> tuple[Callable[[], Stream], str
             "this recipe calibrates, and an nn.Module has no text", place="calibration",
             remedy="Pass calibration=[(input, ...), ...], one tuple for each batch",
         )  # fmt: skip
-    keep = {name: index for index, block in enumerate(captured.blocks) for name in block.inputs}
+    keep = last_readers(captured)
     batches = [
         {port.value: t for port, t in zip(captured.inputs, inputs, strict=True) if port.value in keep}
         for inputs in data

@@ -12,7 +12,7 @@ from .capture.graph import Captured
 from .export import capture, needs_data, plan_for, target_for
 from .passes.edit import get_tensor
 from .passes.plan import LinearPlan, weight_bytes
-from .passes.sites import FoldSite, fold_sites, linears
+from .passes.sites import FoldSite, fold_sites, linear_at, linears
 from .recipe import Recipe
 
 _INDEX = re.compile(r"\.(\d+)(?=\.|$)")
@@ -112,7 +112,7 @@ def _site(block: str, site: FoldSite) -> Site:
         return Site(block, names, None, site.why)
     if site.kind == "norm":
         return Site(block, names, "norm")
-    return Site(block, names, next(found.name for found in linears(site.value.graph) if found.node is site.producer))
+    return Site(block, names, linear_at(site.producer).name)
 
 
 def _sizes(captured: Captured) -> dict[str, int]:

@@ -6,7 +6,7 @@ import psutil
 import torch
 
 from ..capture.graph import Captured
-from ..passes.edit import attributes, get_tensor, set_tensor
+from ..passes.edit import get_tensor, set_tensor, unload
 
 
 def float_bytes(captured: Captured) -> int:
@@ -33,8 +33,7 @@ def loaded(captured: Captured):
         yield lambda ids, past: _step(captured, ids, past)
     finally:
         for block in captured.blocks:
-            for name in attributes(block.module.graph):
-                set_tensor(block.module, name, get_tensor(block.module, name).to("meta"))
+            unload(block.module)
 
 
 def _step(captured: Captured, ids: torch.Tensor, past: dict[str, torch.Tensor] | None):

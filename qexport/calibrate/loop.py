@@ -16,7 +16,7 @@ from ..capture.blocks import Block
 from ..capture.graph import Captured
 from ..errors import InputError, QExportError
 from ..passes.base import GraphPass, Pipeline
-from ..passes.edit import attributes, delete_tensor, get_tensor, set_tensor
+from ..passes.edit import attributes, delete_tensor, get_tensor, set_tensor, unload
 from ..passes.sites import linears
 from . import shards
 from .memory import trim
@@ -68,12 +68,6 @@ class Finished:
         for name in attributes(self.block.module.graph):
             own = get_tensor(self.block.module, name)
             set_tensor(self.block.module, name, self.read(name).to(own.dtype))
-
-    def release(self) -> None:
-        """Drop what `fill` loaded; constants made for a target stay, they are on no disk."""
-        for name in attributes(self.block.module.graph):
-            if name in self.stored or name in self.block.parameters:
-                set_tensor(self.block.module, name, get_tensor(self.block.module, name).to("meta"))
 
 
 def quantize_blocks(
@@ -157,8 +151,7 @@ def _one(captured, block: Block, passes, stream, reference, index: int, total: i
         if loaded and (name not in loaded or get_tensor(block.module, name).data_ptr() != loaded[name].data_ptr())
     }
     shards.save_block(place, block, stored)
-    for name in attributes(block.module.graph):
-        set_tensor(block.module, name, get_tensor(block.module, name).to("meta"))
+    unload(block.module)
     record = BlockRecord(
         block.name, round(time.perf_counter() - started, 3), decibels,
         {name: [(n.site, n.what, dict(n.data)) for n in r.changed] for name, r in results.items() if r.changed},
@@ -218,6 +211,5 @@ def _continue(captured, block: Block, place: Path, record: BlockRecord, index: i
     if stream is not None and index < len(captured.blocks) - 1:
         item.fill()
         stream.advance(block, index)
-    for name in attributes(block.module.graph):
-        set_tensor(block.module, name, get_tensor(block.module, name).to("meta"))
+    unload(block.module)
     return item

@@ -44,9 +44,14 @@ class Stream:
                 del values[name]
 
 
+def last_readers(captured: Captured) -> dict[str, int]:
+    """For each value that blocks read, the index of the last one that does."""
+    return {name: index for index, block in enumerate(captured.blocks) for name in block.inputs}
+
+
 def make_stream(captured: Captured, samples: Samples, batch_size: int) -> Stream:
     """The model's inputs for calibration samples, cache empty."""
-    keep = {name: index for index, block in enumerate(captured.blocks) for name in block.inputs}
+    keep = last_readers(captured)
     batches, masks = [], []
     for ids, mask in zip(samples.input_ids.split(batch_size), samples.attention_mask.split(batch_size), strict=True):
         feeds = decoder_inputs(captured, ids, mask)

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
 
-from ..calibrate.streams import Stream, decoder_inputs
+from ..calibrate.streams import Stream, decoder_inputs, last_readers
 from ..capture.blocks import Block
 from ..capture.graph import Captured
 from ..errors import InputError
-from ..passes.edit import attributes, get_tensor, set_tensor
+from ..passes.edit import attributes, set_tensor, unload
 from ..passes.sites import linears
 from ..runtime.manifest import MODEL_FILE, Manifest
 
@@ -29,14 +29,12 @@ _COMPARED = 1 << 26
 @contextmanager
 def weights_of(captured: Captured, block: Block):
     """A block's weights and constants loaded inside the `with`."""
-    names = attributes(block.module.graph)
     try:
-        for name in names:
+        for name in attributes(block.module.graph):
             set_tensor(block.module, name, captured.load(name))
         yield
     finally:
-        for name in names:
-            set_tensor(block.module, name, get_tensor(block.module, name).to("meta"))
+        unload(block.module)
 
 
 def decoder_feeds(captured: Captured, windows: Tensor) -> list[Feeds]:
@@ -151,8 +149,7 @@ class FloatOutputs:
 
     def close(self) -> None:
         """Drop the weights of the last block and what it reads."""
-        for name in attributes(self._last.module.graph):
-            set_tensor(self._last.module, name, get_tensor(self._last.module, name).to("meta"))
+        unload(self._last.module)
         self._stream.batches.clear()
 
 
@@ -229,7 +226,7 @@ def hands_on(captured: Captured, block: Block) -> str:
 
 
 def _stream(captured: Captured, feeds: Sequence[Feeds], keep_too: Mapping[str, int]) -> Stream:
-    keep = {name: index for index, block in enumerate(captured.blocks) for name in block.inputs}
+    keep = last_readers(captured)
     batches = [{port.value: batch[port.name] for port in captured.inputs if port.value in keep} for batch in feeds]
     return Stream(batches, [None] * len(batches), keep | dict(keep_too))
 
