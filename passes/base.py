@@ -14,6 +14,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from ..errors import PassError, QExportError
+from ..numerics.formats import ActivationFormat
 from .edit import is_call
 
 
@@ -43,6 +44,55 @@ class PassResult:
 Statistics = dict[Node, Any]
 
 
+@dataclass(frozen=True)
+class Batch:
+    """One calibration batch of a block.
+
+    Attributes:
+        inputs: of the block, as the quantized blocks before it make them.
+        target: what the float model hands on there, [batch, ..., features]; None where it is not known.
+        output: the place of that value among the block's outputs.
+        mask: real tokens, bool, shaped like the leading dimensions of the target; None where all are.
+    """
+
+    inputs: tuple[torch.Tensor, ...]
+    target: torch.Tensor | None = None
+    output: int = 0
+    mask: torch.Tensor | None = None
+
+
+@dataclass
+class Handover:
+    """What passes leave for those after them in the same block.
+
+    Attributes:
+        keeps_weights: whether a pass of the pipeline reads float weights after they are rounded.
+        weights: by linear name, its float weight [N, K] before it was rounded, in the basis of its present input.
+        folded: by linear name, a factor [K] that its columns carry already and that rounding is not to see.
+        formats: by value, the activation format decided for it, in place of the scheme's.
+        row_scales: by value, how its dynamic scale follows from a token, where it is not the largest magnitude.
+    """
+
+    keeps_weights: bool = False
+    weights: dict[str, torch.Tensor] = field(default_factory=dict)
+    folded: dict[str, torch.Tensor] = field(default_factory=dict)
+    formats: dict[Node, ActivationFormat] = field(default_factory=dict)
+    row_scales: dict[Node, "RowScale"] = field(default_factory=dict)
+
+    def keep_weight(self, linear: str, weight: torch.Tensor) -> None:
+        """Remember a weight that is about to change, if anyone will ask; the first one given counts."""
+        if self.keeps_weights:
+            self.weights.setdefault(linear, weight)
+
+
+@dataclass(frozen=True)
+class RowScale:
+    """CrossQuant's own row scale: max over channels of |x_j * factors_j|, to the power of alpha."""
+
+    factors: torch.Tensor
+    alpha: float
+
+
 @dataclass
 class Context:
     """What a pass may use besides the graph.
@@ -50,16 +100,21 @@ class Context:
     Attributes:
         statistics: for each value the pass asked for, the object it asked for, filled.
         sample: inputs of the block for one calibration batch; empty when there is no calibration.
+        batches: all calibration batches; empty when there is no calibration.
+        handover: what the passes before it left for it.
     """
 
     statistics: Statistics = field(default_factory=dict)
     sample: tuple[torch.Tensor, ...] = ()
+    batches: Sequence[Batch] = ()
+    handover: Handover = field(default_factory=Handover)
 
 
 class GraphPass(ABC):
     """Base of every pass. Subclasses are frozen dataclasses of options."""
 
     keeps_function: ClassVar[bool] = False
+    reads_float_weights: ClassVar[bool] = False  # of linears that passes before it have rounded
 
     @property
     def name(self) -> str:
@@ -71,6 +126,10 @@ class GraphPass(ABC):
     def statistics(self, module: GraphModule) -> dict[Node, Callable[[], Any]]:
         """For each value whose rows the pass wants to see, a factory of the object with `update(x)` that sees them."""
         return {}
+
+    def wanted(self, module: GraphModule, handover: Handover) -> dict[Node, Callable[[], Any]]:
+        """The same for a pass whose questions depend on what passes before it left."""
+        return self.statistics(module)
 
     @abstractmethod
     def call(self, module: GraphModule, context: Context) -> PassResult:
@@ -100,7 +159,11 @@ class Pipeline:
     passes: Sequence[GraphPass]
 
     def run(
-        self, module: GraphModule, collect: Collect, sample: tuple[torch.Tensor, ...] = ()
+        self,
+        module: GraphModule,
+        collect: Collect,
+        sample: tuple[torch.Tensor, ...] = (),
+        batches: Sequence[Batch] = (),
     ) -> dict[str, PassResult]:
         """Run all passes on a graph in place.
 
@@ -108,18 +171,21 @@ class Pipeline:
             module: a block with its weights loaded.
             collect: runs calibration data through the module and fills the statistics a pass asks for.
             sample: inputs of the module on which promises are checked.
+            batches: all calibration batches of the module.
 
         Raises:
             PassError: names the pass that failed and those that ran before it. Expected errors of other kinds keep
                 their kind and get the pass as their place.
         """
         results: dict[str, PassResult] = {}
+        handover = Handover(keeps_weights=any(step.reads_float_weights for step in self.passes))
         for step in self.passes:
             try:
                 step.requires(module)
                 before = _visible(module, sample) if sample and step.keeps_function else ()
-                wanted = step.statistics(module)
-                result = step.call(module, Context(collect(module, wanted) if wanted else {}, sample))
+                wanted = step.wanted(module, handover)
+                statistics = collect(module, wanted) if wanted else {}
+                result = step.call(module, Context(statistics, sample, batches, handover))
                 if before:
                     step.ensures(before, _visible(module, sample))
             except PassError as error:

@@ -5,10 +5,9 @@ from dataclasses import dataclass, replace
 
 from torch.fx import Graph
 
-from ..numerics.formats import PER_CHANNEL, PER_TENSOR, Scheme
+from ..numerics.formats import GROUP_SIZES, PER_CHANNEL, PER_TENSOR, Scheme
+from ..numerics.packing import stored_block
 from .sites import linears
-
-_GROUPS = (256, 128, 64, 32, 16)
 
 
 @dataclass(frozen=True)
@@ -59,26 +58,43 @@ def fit(scheme: Scheme | None, in_features: int) -> tuple[Scheme | None, str]:
     size = scheme.weight.group_size
     if size in (PER_CHANNEL, PER_TENSOR) or in_features % size == 0:
         return scheme, ""
-    smaller = next((g for g in _GROUPS if g < size and in_features % g == 0), None)
+    smaller = next((g for g in reversed(GROUP_SIZES) if g < size and in_features % g == 0), None)
     if smaller is None:
         return (
             None,
             f"{in_features} input features do not divide into groups of {size} or any smaller power of two down to 16",
         )
-    name = scheme.name.replace(f"_g{size}", f"_g{smaller}")
+    if f"_g{size}" in scheme.name:
+        name = scheme.name.replace(f"_g{size}", f"_g{smaller}")
+    else:  # nf4 and fp4 alone mean blocks of 64
+        name = scheme.name.replace(scheme.weight.codebook, f"{scheme.weight.codebook}_g{smaller}")
     return (
-        Scheme(name, replace(scheme.weight, group_size=smaller), scheme.activation),
+        replace(scheme, name=name, weight=replace(scheme.weight, group_size=smaller)),
         f"{in_features} input features do not divide into groups of {size}: groups of {smaller}",
     )
 
 
 def weight_bytes(plan: LinearPlan, float_bytes: int = 4) -> int:
-    """Bytes of the weight in the file: codes, scales of float_bytes each, and zero points."""
+    """Bytes of the weight in the file: codes, scales and zero points.
+
+    Args:
+        float_bytes: of a number that stays float; the scales of integer products are float32 whatever it is.
+    """
     out_features, in_features = plan.shape
     if plan.scheme is None:
         return out_features * in_features * float_bytes
-    weight = plan.scheme.weight
-    scales = 1 if weight.group_size == PER_TENSOR else out_features * weight.groups(in_features)
-    codes = out_features * in_features * weight.bits // 8
-    zero_points = 0 if weight.symmetric else scales * weight.bits // 8
-    return codes + scales * float_bytes + zero_points
+    weight, bits = plan.scheme.weight, plan.scheme.weight.stored_bits
+    rows = 1 if weight.group_size == PER_TENSOR else out_features
+    groups = weight.groups(in_features)
+    if weight.group_size > 0 and not plan.scheme.expand:
+        groups = in_features // stored_block(bits, weight.group_size)
+    scales = rows * groups * (4 if plan.scheme.integer else float_bytes)
+    if plan.scheme.expand:
+        scales += 4 * out_features
+    if weight.symmetric:
+        zero_points = 0
+    elif bits == 2:  # every row begins on a byte of its own
+        zero_points = rows * -(-groups * bits // 8)
+    else:
+        zero_points = -(-rows * groups * bits // 8)
+    return out_features * in_features * bits // 8 + scales + zero_points

@@ -30,6 +30,13 @@ Target = Annotated[str, typer.Option(help="cpu or cuda.")]
 Remote = Annotated[bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Threads = Annotated[int | None, typer.Option(help="Threads of ONNX Runtime; by default all physical cores.")]
+Calibration = Annotated[
+    str | None,
+    typer.Option(help="A text file, self, random, or datasets:NAME:SPLIT:COLUMN; by default what the recipe says."),
+]
+CalibrationSamples = Annotated[int | None, typer.Option(help="Calibration sequences.")]
+CalibrationLength = Annotated[int | None, typer.Option(help="Tokens in a calibration sequence.")]
+Seed = Annotated[int | None, typer.Option(help="Seed of everything random.")]
 Provider = Annotated[str | None, typer.Option(help="Execution provider, instead of the one the export was made for.")]
 
 
@@ -69,13 +76,10 @@ def export(
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder to make.")],
     recipe: RecipeName = "w4a16_g32",
     target: Target = "cpu",
-    calibration: Annotated[
-        str | None,
-        typer.Option(help="A text file, self, random, or datasets:ID:SPLIT:COLUMN; by default what the recipe says."),
-    ] = None,
-    samples: Annotated[int | None, typer.Option(help="Calibration sequences.")] = None,
-    sequence_length: Annotated[int | None, typer.Option(help="Tokens in a calibration sequence.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of everything random.")] = None,
+    calibration: Calibration = None,
+    samples: CalibrationSamples = None,
+    sequence_length: CalibrationLength = None,
+    seed: Seed = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier export.")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted export.")] = False,
     trust_remote_code: Remote = False,
@@ -107,17 +111,29 @@ def inspect(
     all_layers: Annotated[
         bool, typer.Option("--all", help="One line for every linear, also where layers are alike.")
     ] = False,
+    calibrate: Annotated[
+        bool, typer.Option("--calibrate", help="Run the float model for ranges of activations and what they decide.")
+    ] = False,
+    calibration: Calibration = None,
+    samples: CalibrationSamples = None,
+    sequence_length: CalibrationLength = None,
+    seed: Seed = None,
     trust_remote_code: Remote = False,
     as_json: Json = False,
 ) -> None:
-    """Show what an export would do, without reading a weight."""
+    """Show what an export would do. No weight is read unless it calibrates: --calibrate, or a calibration option."""
     from . import console
 
-    chosen = qexport.Recipe.load(recipe)
+    given = {"samples": samples, "sequence_length": sequence_length, "seed": seed}
+    chosen = qexport.Recipe.load(recipe).with_calibration(**given)
     console.quiet_libraries()
     from .reporting import print_inspection
 
-    found = qexport.inspect(model, chosen, target=target, trust_remote_code=trust_remote_code)
+    with console.showing_progress() as progress:
+        found = qexport.inspect(
+            model, chosen, target=target, calibrate=calibrate or any(v is not None for v in given.values()),
+            calibration=calibration, trust_remote_code=trust_remote_code, progress=progress,
+        )  # fmt: skip
     if as_json:
         console.print_json(found.as_dict())
     else:

@@ -29,7 +29,7 @@ from .lower.folder import appearing, check_free, explained, write_companions, wr
 from .lower.targets.cpu import CpuTarget
 from .lower.targets.cuda import CudaTarget
 from .passes.base import GraphPass
-from .passes.plan import LinearPlan, make_plan, weight_bytes
+from .passes.plan import LinearPlan, make_plan
 from .recipe import Recipe
 from .runtime.manifest import BlockEntry, LinearEntry, Manifest
 
@@ -81,7 +81,8 @@ def export(
         out_dir: the folder to make; it appears when everything is done.
         target: "cpu" (float32) or "cuda" (float16).
         calibration: a text file's path, "self", "random", "datasets:ID:SPLIT:COLUMN", a list of strings, or token ids
-            [n, S]; for an nn.Module a list of input tuples. None takes what the recipe says.
+            [n, S]; for an nn.Module a list of input tuples. None takes what the recipe says. Where no pass needs it,
+            quantized activations are still measured on it: blocks' SQNR and the quantization kernel.
         example_inputs: positional inputs of an nn.Module; their first dimension is the batch.
         overwrite: replace an earlier export.
         resume: go on with an interrupted export of the same model, recipe and calibration.
@@ -104,7 +105,8 @@ def export(
 
     batches = None
     described = "none needed"
-    if needs_data(recipe, plan) or _ask_for_data(extra_passes, captured):
+    wanted = needs_data(recipe, plan) or _ask_for_data(extra_passes, captured)
+    if wanted or (calibration is not None and any(p.scheme and p.scheme.activation for p in plan)):
         batches, described = _batches(captured, recipe, data, progress)
     seconds["calibration"] = clock.lap()
 
@@ -114,7 +116,7 @@ def export(
         shutil.rmtree(work, ignore_errors=True)
     try:
         with explained(work):
-            passes = passes_for(recipe, {p.name: p for p in plan}, extra_passes)
+            passes = passes_for(recipe, {p.name: p for p in plan}, extra_passes, calibrated=batches is not None)
             stream, reference = (batches(), batches()) if batches else (None, None)
             on_block = partial(progress, "quantize")
             finished = quantize_blocks(
@@ -259,14 +261,13 @@ def _fingerprint(captured: Captured, recipe: Recipe, batches, extra_passes: Sequ
 
 
 def _manifest(captured: Captured, plan: Sequence[LinearPlan], lowered: Lowered, target: Target, size: int) -> Manifest:
-    width = 2 if target.dtype == torch.float16 else 4
     linears = []
     for p in plan:
         if p.scheme is not None:
             node, output, kernel = lowered.linears[p.name]
             linears.append(LinearEntry(
                 name=p.name, block=p.block, scheme=p.scheme.name, output=output, node=node, kernel=kernel,
-                shape=p.shape, bytes=weight_bytes(p, width), reason=p.reason,
+                parts=lowered.parts.get(p.name, ()), shape=p.shape, bytes=lowered.bytes[p.name], reason=p.reason,
             ))  # fmt: skip
     quantized = sum(entry.bytes for entry in linears)
     return Manifest(

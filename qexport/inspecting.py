@@ -1,16 +1,24 @@
-"""The dry run: what an export would do to every linear and every value, told from shapes alone."""
+"""The dry run: what an export would do to every linear and every value.
+
+It is told from shapes alone, except for decisions that depend on ranges of activations: those take calibration data.
+"""
 
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 
+from .calibrate.ranges import float_ranges
+from .calibrate.stages import passes_for
 from .capture.graph import Captured
-from .export import capture, needs_data, plan_for, target_for
+from .export import Progress, _batches, _calibration, _silent, capture, needs_data, plan_for, target_for
+from .numerics.formats import ActivationFormat
 from .passes.edit import get_tensor
+from .passes.fptq import FPTQ, Decision
 from .passes.plan import LinearPlan, weight_bytes
 from .passes.sites import FoldSite, fold_sites, linear_at, linears
 from .recipe import Recipe
@@ -27,12 +35,29 @@ class Site:
         linears: the linears that read it.
         fold: what takes the factor at no cost: "norm" or the name of the linear in front; None where nothing does.
         why: what stands in the way of a fold; empty where there is one.
+        range: the largest magnitude of the value in the float model on calibration data; None where none was run, or
+            where no linear quantizes the value.
+        decision: what a policy of the recipe makes of that range; None where there is none.
     """
 
     block: str
     linears: tuple[str, ...]
     fold: str | None
     why: str = ""
+    range: float | None = None
+    decision: Decision | None = None
+
+    @property
+    def reason(self) -> str:
+        """The decision with its reason, such as "range 12.3 <= 15: static per-tensor"; empty without one."""
+        return "" if self.decision is None else self.decision.sentence(self.range)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain types, for JSON."""
+        return {
+            "block": self.block, "linears": list(self.linears), "fold": self.fold, "why": self.why,
+            "range": self.range, "decision": self.decision and self.decision.what, "reason": self.reason,
+        }  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -42,9 +67,11 @@ class Inspection:
     Attributes:
         model, recipe, target: what was asked.
         calibrates: whether the export needs calibration data.
+        calibration: the data that ranges were taken on; empty when none was run.
         smooths: whether the recipe moves factors from activations into weights.
         linears: the decision for every linear, in order; bytes as in the file of that target.
-        sites: where factors can go, in order.
+        activations: by linear name, what becomes of its input, such as "int8 per token".
+        sites: where factors can go, in order, with ranges and what a policy decides by them.
         parameters: number of weights, tied ones counted once.
         bytes: of the float model in the target's dtype ("float"), and of the export: "quantized" linears and the
             "rest" (embeddings, norms, linears left in float), "total" being their sum.
@@ -54,23 +81,26 @@ class Inspection:
     recipe: str
     target: str
     calibrates: bool
+    calibration: str
     smooths: bool
     linears: tuple[LinearPlan, ...]
+    activations: Mapping[str, str]
     sites: tuple[Site, ...]
     parameters: int
     bytes: dict[str, int]
 
     def as_dict(self) -> dict[str, Any]:
         """Plain types, for JSON."""
-        found = asdict(replace(self, linears=(), sites=()))
+        found = asdict(replace(self, linears=(), sites=(), activations={}))
+        del found["activations"]
         found["linears"] = [
             {
                 "name": p.name, "block": p.block, "shape": list(p.shape), "bytes": p.bytes, "reason": p.reason,
-                "scheme": p.scheme.name if p.scheme else "float",
+                "scheme": p.scheme.name if p.scheme else "float", "activation": self.activations[p.name],
             }
             for p in self.linears
         ]  # fmt: skip
-        found["sites"] = [{**asdict(site), "linears": list(site.linears)} for site in self.sites]
+        found["sites"] = [site.as_dict() for site in self.sites]
         return found
 
 
@@ -79,19 +109,40 @@ def inspect(
     recipe: str | os.PathLike | Recipe = "w4a16_g32",
     *,
     target: str = "cpu",
+    calibrate: bool = False,
+    calibration: Any = None,
     example_inputs: Sequence[torch.Tensor] | None = None,
     trust_remote_code: bool = False,
+    progress: Progress = _silent,
 ) -> Inspection:
-    """Say what `export` would do with the same arguments, without reading a weight.
+    """Say what `export` would do with the same arguments, without reading a weight unless it calibrates.
+
+    Decisions that depend on ranges of activations are open without calibration. With it the float model is run, one
+    block in memory at a time. An export sees every block behind quantized ones instead, so that a range close to a
+    bound of the policy may fall on its other side there.
+
+    Args:
+        calibrate: run calibration data through the model for the ranges of quantized activations.
+        calibration: the data, as `export` takes it; None takes what the recipe says. Giving it implies `calibrate`.
+        progress: called with (stage, what, done, total) while calibrating.
 
     Raises:
-        QExportError: as `export`, for everything that shows before weights are read.
+        QExportError: as `export`, for everything that shows before weights are quantized.
     """
     recipe = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
+    calibrate = calibrate or calibration is not None
+    recipe, data = _calibration(recipe, calibration, model)
     width = target_for(target, recipe).dtype.itemsize
     captured = capture(model, example_inputs, trust_remote_code=trust_remote_code)
     plan = [replace(p, bytes=weight_bytes(p, width)) for p in plan_for(captured, recipe)]
-    sites = [_site(b.name, s) for b in captured.blocks for s in fold_sites(b.module.graph)]
+    by_name = {p.name: p for p in plan}
+    ranges, described = _ranges_of(captured, recipe, by_name, data, progress) if calibrate else ({}, "")
+    policy = _policy(recipe, by_name)
+    places = [(b.name, s) for b in captured.blocks for s in fold_sites(b.module.graph)]
+    sites = [_site(name, site, ranges.get(name, {}).get(site.value), policy) for name, site in places]
+    inputs = {p.name: _described(p.scheme and p.scheme.activation) for p in plan}
+    for (_, place), site in zip(places, sites, strict=True):
+        inputs |= _decided(place, site, policy, by_name)
     sizes = _sizes(captured)
     quantized = {p.name for p in plan if p.scheme is not None}
     taken = {n.weight for b in captured.blocks for n in linears(b.module.graph) if n.name in quantized}
@@ -99,20 +150,66 @@ def inspect(
     rest = width * sum(count for name, count in sizes.items() if name not in taken)
     name = type(model).__name__ if isinstance(model, torch.nn.Module) else str(model)
     return Inspection(
-        model=name, recipe=recipe.name, target=target,
-        calibrates=needs_data(recipe, plan), smooths=recipe.smooth is not None,
-        linears=tuple(plan), sites=tuple(sites), parameters=sum(sizes.values()),
+        model=name, recipe=recipe.name, target=target, calibrates=needs_data(recipe, plan), calibration=described,
+        smooths=any(part is not None for part in (recipe.smooth, recipe.crossquant, recipe.fptq)),
+        linears=tuple(plan), activations=inputs, sites=tuple(sites), parameters=sum(sizes.values()),
         bytes={"float": width * sum(sizes.values()), "quantized": small, "rest": rest, "total": small + rest},
     )  # fmt: skip
 
 
-def _site(block: str, site: FoldSite) -> Site:
+def _policy(recipe: Recipe, plan: Mapping[str, LinearPlan]) -> FPTQ | None:
+    """The pass of the export that chooses formats by ranges."""
+    return None if recipe.fptq is None else next((p for p in passes_for(recipe, plan) if isinstance(p, FPTQ)), None)
+
+
+def _ranges_of(captured: Captured, recipe: Recipe, plan: Mapping[str, LinearPlan], data: Any, progress: Progress):
+    """By block name and value the ranges of what quantized linears read, and what they were taken on."""
+
+    def quantizes(site: FoldSite) -> bool:
+        return any(_activation(plan, c.name) is not None for c in site.consumers)
+
+    wanted = {b.name: [s.value for s in fold_sites(b.module.graph) if quantizes(s)] for b in captured.blocks}
+    if not any(wanted.values()):
+        return {}, "nothing was run, because no activation is quantized"
+    batches, described = _batches(captured, recipe, data, progress)
+    return float_ranges(captured, batches(), wanted, partial(progress, "ranges")), described
+
+
+def _activation(plan: Mapping[str, LinearPlan], name: str) -> ActivationFormat | None:
+    scheme = plan[name].scheme
+    return None if scheme is None else scheme.activation
+
+
+def _site(block: str, site: FoldSite, reach: float | None, policy: FPTQ | None) -> Site:
     names = tuple(c.name for c in site.consumers)
+    decided = policy is not None and reach is not None and not policy.why_left(site)
+    found = {"range": reach, "decision": policy.decision(site, reach) if decided else None}
     if site.kind == "explicit":
-        return Site(block, names, None, site.why)
-    if site.kind == "norm":
-        return Site(block, names, "norm")
-    return Site(block, names, linear_at(site.producer).name)
+        return Site(block, names, None, site.why, **found)
+    return Site(block, names, "norm" if site.kind == "norm" else linear_at(site.producer).name, **found)
+
+
+def _decided(place: FoldSite, site: Site, policy: FPTQ | None, plan: Mapping[str, LinearPlan]) -> dict[str, str]:
+    """By linear name what a policy makes of its input, or will make of it."""
+    if policy is None or policy.why_left(place):
+        return {}
+    open_yet = (
+        f"decided by calibration: static up to {policy.static_up_to:g}, "
+        f"equalized to {policy.dynamic_from:g}, per token from there"
+    )
+    found = {}
+    for name in site.linears:
+        if (asked := _activation(plan, name)) is not None:
+            chosen = site.decision and _described(replace(asked, kind=site.decision.kind), site.decision.equalize)
+            found[name] = chosen or open_yet
+    return found
+
+
+def _described(fmt: ActivationFormat | None, equalized: bool = False) -> str:
+    if fmt is None:
+        return "float"
+    kind = "static" if fmt.kind == "static" else "per token"
+    return f"int{fmt.bits} {kind}{', equalized' if equalized else ''}"
 
 
 def _sizes(captured: Captured) -> dict[str, int]:
@@ -130,8 +227,13 @@ def without_index(name: str, block: str) -> tuple[str, int | None]:
     return f"{name[: last.start(1)]}{{}}{name[last.end(1) :]}", int(last[1])
 
 
-def compressed(plan: Iterable[LinearPlan]) -> list[tuple[LinearPlan, str, int]]:
+def compressed(
+    plan: Iterable[LinearPlan], activations: Mapping[str, str] | None = None
+) -> list[tuple[LinearPlan, str, int]]:
     """Linears that differ in nothing but the number of their layer, as one.
+
+    Args:
+        activations: by linear name what becomes of its input, where that has to be alike too.
 
     Returns:
         (the first of them, a name such as `model.layers.[0-29].mlp.up_proj`, how many they are), in order.
@@ -139,21 +241,32 @@ def compressed(plan: Iterable[LinearPlan]) -> list[tuple[LinearPlan, str, int]]:
     groups: dict[tuple, tuple[LinearPlan, str, list[int | None]]] = {}
     for p in plan:
         pattern, index = without_index(p.name, p.block)
-        key = (pattern, p.shape, p.scheme, p.reason)
+        key = (pattern, p.shape, p.scheme, p.reason, activations and activations[p.name])
         groups.setdefault(key, (p, pattern, []))[2].append(index)
     return [(first, pattern.replace("{}", _ranges(found)), len(found)) for first, pattern, found in groups.values()]
 
 
-def compressed_sites(sites: Iterable[Site]) -> list[tuple[Site, str]]:
-    """Sites that differ in nothing but the number of their layer, as one, with a name for all their linears."""
-    groups: dict[tuple, tuple[Site, list[int | None]]] = {}
+def compressed_sites(sites: Iterable[Site]) -> list[tuple[Site, str, list[Site]]]:
+    """Sites that differ in nothing but the number of their layer and their range, as one.
+
+    Returns:
+        (the first of them, a name for all their linears, all of them), in order.
+    """
+    groups: dict[tuple, list[Site]] = {}
     for site in sites:
-        names, index = _patterns(site)
+        names, _ = _patterns(site)
         fold = site.fold and without_index(site.fold, site.block)[0]
-        # Reasons name nodes, which are numbered through the whole graph.
-        why = re.sub(r"_\d+\b", "", site.why)
-        groups.setdefault((names, fold, why), (site, []))[1].append(index)
-    return [(site, _joined(key[0]).replace("{}", _ranges(found))) for key, (site, found) in groups.items()]
+        because = site.decision and (site.decision.what, _unnumbered(site.decision.why))
+        groups.setdefault((names, fold, _unnumbered(site.why), because), []).append(site)
+    return [
+        (found[0], _joined(key[0]).replace("{}", _ranges([_patterns(s)[1] for s in found])), found)
+        for key, found in groups.items()
+    ]
+
+
+def _unnumbered(why: str) -> str:
+    """Reasons name nodes, which are numbered through the whole graph."""
+    return re.sub(r"_\d+\b", "", why)
 
 
 def _joined(names: Sequence[str]) -> str:

@@ -5,10 +5,10 @@ import re
 from fnmatch import fnmatchcase
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal, Self, get_args
+from typing import Annotated, Any, Literal, Self, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PlainValidator, ValidationError, field_validator, model_validator
 
 from .errors import RecipeError
 from .numerics.formats import Scheme
@@ -49,6 +49,17 @@ class _SpecType(type(BaseModel)):
             raise _explain(cls, error) from None
 
 
+def _alpha(value: Any) -> float | str:
+    if value == "search":
+        return value
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= 1:
+        return float(value)
+    raise ValueError(f"not a number from 0 to 1, nor search: {value!r}", "Write 0.5, or search")
+
+
+Alpha = Annotated[float | str, PlainValidator(_alpha)]
+
+
 class _Spec(BaseModel, metaclass=_SpecType):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -57,26 +68,114 @@ class WeightSpec(_Spec):
     """How weight codes are found.
 
     Attributes:
-        method: "rtn" (round to nearest) or "gptq" (arXiv 2210.17323).
+        method: "rtn" (round to nearest), "gptq" (arXiv 2210.17323), "hqq" (half-quadratic scales, no calibration),
+            "zq_local" or "zq_global" (arXiv 2303.08302: weights trained so that each linear, or each block, gives what
+            it gave in float when they are rounded; then rounded to nearest).
         damp: GPTQ: share of the mean of the Hessian's diagonal that is added to its diagonal.
         act_order: GPTQ: quantize the input features with the largest Hessian diagonal first.
-        token_norm_power: GPTQ: every token of the Hessian is divided by its L2 norm to this power; 0 leaves tokens as
-            they are, 1 keeps the few tokens with huge activations from drowning out the others.
-        clip_search: shrink the range of each scale where that lowers the squared error of the weights.
+        token_norm_power: GPTQ and zq_local: every token of the Hessian is divided by its L2 norm to this power; 0
+            leaves tokens as they are, 1 keeps the few tokens with huge activations from drowning out the others.
+        clip_search: rtn and gptq: shrink the range of each scale where that lowers the squared error of the weights.
+        learning_rates: zq_local and zq_global: tried one after another, as shares of the mean step between codes; the
+            one with the smallest error stays.
+        steps: zq_local and zq_global: most updates with one learning rate; less when the error stops falling.
     """
 
-    method: Literal["rtn", "gptq"] = "rtn"
+    method: Literal["rtn", "gptq", "hqq", "zq_local", "zq_global"] = "rtn"
     damp: float = Field(0.01, gt=0, le=1)
     act_order: bool = False
     token_norm_power: float = Field(0.75, ge=0, le=2)
     clip_search: bool = False
+    learning_rates: tuple[float, ...] = Field((0.01, 0.03, 0.1), min_length=1)
+    steps: int = Field(100, ge=1)
+
+    @field_validator("learning_rates")
+    @classmethod
+    def _positive(cls, rates: tuple[float, ...]) -> tuple[float, ...]:
+        if not all(rate > 0 for rate in rates):
+            raise ValueError("learning rates are above 0", "Leave the key out for 0.01, 0.03 and 0.1")
+        return rates
 
 
 class SmoothSpec(_Spec):
-    """A factor per channel from activations to weights: s = max|X|^alpha / max|W|^(1-alpha) (arXiv 2211.10438)."""
+    """A factor per channel from activations to weights, which keeps the function.
 
-    method: Literal["smoothquant"] = "smoothquant"
-    alpha: float = Field(0.5, ge=0, le=1)
+    Attributes:
+        method: "smoothquant": max|X|^alpha / max|W|^(1-alpha) (arXiv 2211.10438); "awq": mean|X|^alpha, for weights
+            rather than activations (arXiv 2306.00978); "lae": max|X| / log2(2 + max|X|) (FPTQ, arXiv 2308.15987).
+        alpha: a number, or "search" for the one with the least output error at each place; lae has none.
+        explicit: where nothing in front can take the division, insert a multiplication instead of leaving the place.
+    """
+
+    method: Literal["smoothquant", "awq", "lae"] = "smoothquant"
+    alpha: Alpha = 0.5
+    explicit: bool = False
+
+
+class CrossQuantSpec(_Spec):
+    """Activation steps from token and channel together: t^alpha c^(1-alpha) / qmax (CrossQuant, arXiv 2410.07505).
+
+    The channel part is calibrated and folded away, so that one integer matmul is left.
+
+    Attributes:
+        alpha: 1 is one scale per token, 0 one per channel; "search" takes the one with the least output error at each
+            place.
+        row_scale: "folded": the largest magnitude of the folded token; "paper": t^alpha, widened where a channel
+            exceeds its calibrated range, which would clip; "dynamic": as published, both parts measured when it runs,
+            which takes a float matmul (for comparison; alpha has to be a number).
+        round_weights: "after_fold": the folded weight is rounded; "before_fold": the weight is rounded as the paper
+            does it, then folded: 8-bit weights become two int8 planes, and `_int` schemes fold while they expand.
+        explicit: where nothing in front can take the division, insert a multiplication instead of leaving the place.
+    """
+
+    alpha: Alpha = 0.15
+    row_scale: Literal["folded", "paper", "dynamic"] = "folded"
+    round_weights: Literal["after_fold", "before_fold"] = "after_fold"
+    explicit: bool = False
+
+
+class FptqSpec(_Spec):
+    """A policy for each activation by r, its largest magnitude on calibration data (FPTQ, arXiv 2308.15987).
+
+    Attributes:
+        static_up_to: r up to this: one static scale as it is.
+        dynamic_from: r from this: one scale per token; between the two: logarithmic equalization, then a static scale.
+    """
+
+    static_up_to: float = Field(15.0, ge=0)
+    dynamic_from: float = Field(150.0, gt=0)
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if self.dynamic_from < self.static_up_to:
+            raise ValueError("dynamic_from is below static_up_to", "Leave both out for 150 and 15")
+        return self
+
+
+class LoRCSpec(_Spec):
+    """A low-rank branch that gives back part of the weights' rounding error (LoRC, arXiv 2303.08302).
+
+    Attributes:
+        rank: of the branch.
+        factors: "float", or "int8" with one scale per column.
+        shared: linears that read one value (q, k and v; gate and up) share the first factor.
+        weighted: weigh the error of each input feature by its mean magnitude (LQER, arXiv 2402.02446); calibrates.
+    """
+
+    rank: int = Field(8, ge=1)
+    factors: Literal["float", "int8"] = "float"
+    shared: bool = False
+    weighted: bool = False
+
+
+class LlmInt8Spec(_Spec):
+    """Input features with outliers go through a float path (LLM.int8(), arXiv 2208.07339).
+
+    Attributes:
+        threshold: features with a larger magnitude on calibration data are outliers.
+    """
+
+    threshold: float = Field(6.0, gt=0)
 
 
 class ActivationSpec(_Spec):
@@ -85,10 +184,13 @@ class ActivationSpec(_Spec):
     Attributes:
         observer: "absmax", "percentile" (of the absolute values) or "mse" (the clipping with the least squared error).
         percentile: in percent, for the percentile observer.
+        only_kernel: an ablation: activations stay float, except that those which quantization would round to zero
+            become zero (CrossQuant's quantization kernel).
     """
 
     observer: Literal["absmax", "percentile", "mse"] = "absmax"
     percentile: float = Field(99.99, gt=50, le=100)
+    only_kernel: bool = False
 
 
 class Override(_Spec):
@@ -129,7 +231,9 @@ class Recipe(_Spec):
         name, description: for people.
         scheme: of every linear that no override names, e.g. "w4a16_g32".
         lm_head: scheme of the output projection, or "float".
-        weights, smooth, activations, calibration: see their classes; smooth is None for no smoothing.
+        weights, activations, calibration: see their classes.
+        smooth, crossquant, fptq: see their classes; at most one of them, None for nothing of the kind.
+        lorc, llm_int8: see their classes; None for no such branch.
         overrides: the first that matches a linear's name decides, the output projection's too.
         accuracy_level: how ONNX Runtime's CPU kernel (MatMulNBits) treats the float activations of integer weights:
             4 rounds them to int8 per row and block and is fast; 1 keeps float32, and with 8-bit weights is slow.
@@ -141,6 +245,10 @@ class Recipe(_Spec):
     lm_head: str = FLOAT
     weights: WeightSpec = WeightSpec()
     smooth: SmoothSpec | None = None
+    crossquant: CrossQuantSpec | None = None
+    fptq: FptqSpec | None = None
+    lorc: LoRCSpec | None = None
+    llm_int8: LlmInt8Spec | None = None
     activations: ActivationSpec = ActivationSpec()
     overrides: tuple[Override, ...] = ()
     calibration: CalibrationSpec = CalibrationSpec()
@@ -157,12 +265,22 @@ class Recipe(_Spec):
         return _scheme_or_float(name)
 
     @model_validator(mode="after")
-    def _smooths_something(self) -> Self:
-        if self.smooth is not None and not any(scheme.activation for scheme in self._schemes()):
-            raise ValueError(
-                f"smooth makes activations easier to quantize, and {self.scheme} keeps them in float",
-                "Remove smooth, or take a scheme with a8",
-            )
+    def _compatible(self) -> Self:
+        given = [name for name in ("smooth", "crossquant", "fptq") if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise ValueError(f"{given[0]} and {given[1]} both decide the factors of activations", "Keep one of them")
+        quantized = any(scheme.activation for scheme in self._schemes())
+        for name in [n for n in (*given, "llm_int8") if getattr(self, n) is not None]:
+            if not quantized and not (name == "smooth" and self.smooth.method == "awq"):
+                raise ValueError(
+                    f"{name} makes activations easier to quantize, and {self.scheme} keeps them in float",
+                    f"Remove {name}, or take a scheme with a8",
+                )
+        if self.crossquant is not None and self.crossquant.row_scale == "dynamic":
+            if self.crossquant.alpha == "search" or self.crossquant.round_weights == "before_fold":
+                raise ValueError("row_scale: dynamic folds nothing", "Give alpha a number and leave out round_weights")
+        elif self.crossquant is not None and self.crossquant.round_weights == "before_fold":
+            _check_planes([scheme for scheme in self._schemes() if scheme.activation])
         return self
 
     @classmethod
@@ -181,7 +299,7 @@ class Recipe(_Spec):
         presets = _preset_files()
         if text.lower() in presets:
             return cls._from_yaml(presets[text.lower()].read_text("utf-8"), f"preset {text.lower()}", text.lower())
-        if re.match(r"w\d+a\d+", text.lower()):
+        if re.match(r"w\d+a\d+|nf4|fp4", text.lower()):
             try:
                 name = scheme_name(text)
             except RecipeError as error:
@@ -221,8 +339,10 @@ class Recipe(_Spec):
     @classmethod
     def _from_scheme(cls, scheme: Scheme) -> Self:
         bits, act = scheme.weight.bits, scheme.activation
-        if act is None:
-            family = "w4a16_g128" if bits == 4 else "w8a16"
+        if scheme.weight.codebook:
+            family = scheme.weight.codebook
+        elif act is None:
+            family = "w8a16" if bits == 8 else "w4a16_g128"
         elif bits == 8:
             family = "w8a8_static" if act.kind == "static" else "w8a8_dyn"
         else:
@@ -261,9 +381,12 @@ class Recipe(_Spec):
 
     @property
     def needs_calibration(self) -> bool:
-        """Whether statistics of activations are needed: for GPTQ, smoothing and static activations."""
+        """Whether statistics of activations are needed: for trained weights, factors, outliers and static scales."""
         static = any(scheme.activation and scheme.activation.kind == "static" for scheme in self._schemes())
-        return self.weights.method == "gptq" or self.smooth is not None or static
+        sections = (self.smooth, self.crossquant, self.fptq, self.llm_int8)
+        weighted = self.lorc is not None and self.lorc.weighted
+        trained = self.weights.method in ("gptq", "zq_local", "zq_global")
+        return trained or weighted or static or any(section is not None for section in sections)
 
     def _schemes(self) -> list[Scheme]:
         names = [self.scheme, self.lm_head, *(override.scheme for override in self.overrides)]
@@ -276,6 +399,16 @@ def _scheme(name: str) -> str:
     except RecipeError as error:
         # A ValueError keeps the key and the line: pydantic adds where it happened.
         raise ValueError(error.message, error.remedy) from None
+
+
+def _check_planes(schemes: list[Scheme]) -> None:
+    """Rounding before the fold needs a place for the factor that the rounding did not see."""
+    for scheme in schemes:
+        if not scheme.expand and scheme.weight.bits != 8:
+            raise ValueError(
+                f"round_weights: before_fold has no form for {scheme.name}",
+                "Take w8a8_dyn, or groups with _int: w4a8_g128_int",
+            )
 
 
 def _scheme_or_float(name: str) -> str:

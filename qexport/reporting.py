@@ -5,7 +5,7 @@ from typing import Any
 
 from .console import megabytes, print_table
 from .export import ExportResult
-from .inspecting import Inspection, compressed, compressed_sites
+from .inspecting import Inspection, Site, compressed, compressed_sites
 from .passes.plan import LinearPlan
 from .runtime.bench import BenchResult
 from .runtime.doctor import Check
@@ -54,21 +54,29 @@ def _print_exceptions(plan: Sequence[LinearPlan]) -> None:
 
 def print_inspection(found: Inspection, all_layers: bool) -> None:
     """A line for every kind of linear and of site, then totals."""
-    plan = [(p, p.name, 1) for p in found.linears] if all_layers else compressed(found.linears)
+    plan = [(p, p.name, 1) for p in found.linears] if all_layers else compressed(found.linears, found.activations)
     print(f"{found.model}: {found.recipe} for {found.target}\n")
     print_table(
-        ["linear", "how many", "out x in", "scheme", "bytes each", "why"],
+        ["linear", "how many", "out x in", "scheme", "input", "bytes each", "why"],
         [
-            [name, count, f"{p.shape[0]} x {p.shape[1]}", p.scheme.name if p.scheme else "float", p.bytes, p.reason]
+            [
+                name, count, f"{p.shape[0]} x {p.shape[1]}", p.scheme.name if p.scheme else "float",
+                found.activations[p.name], p.bytes, p.reason,
+            ]
             for p, name, count in plan
         ],
-    )
-    sites = [(s, ", ".join(s.linears)) for s in found.sites] if all_layers else compressed_sites(found.sites)
+    )  # fmt: skip
+    sites = [(s, ", ".join(s.linears), [s]) for s in found.sites] if all_layers else compressed_sites(found.sites)
+    if any(s.range is not None for s in found.sites):
+        _print_ranges(sites)
     used = "" if found.smooths else " (this recipe moves none)"
     print(f"\nWhere a factor for each channel can go at no cost{used}:\n")
     print_table(
         ["input of", "a factor goes into", "why nowhere"],
-        [[name, "nothing" if s.fold is None else s.fold if all_layers else _kind(s.fold), s.why] for s, name in sites],
+        [
+            [name, "nothing" if s.fold is None else s.fold if all_layers else _kind(s.fold), s.why]
+            for s, name, _ in sites
+        ],
     )
     sizes = found.bytes
     quantized = sum(p.scheme is not None for p in found.linears)
@@ -78,6 +86,27 @@ def print_inspection(found: Inspection, all_layers: bool) -> None:
         f"linears {megabytes(sizes['quantized'])}, rest {megabytes(sizes['rest'])}"
     )
     print("The export calibrates" if found.calibrates else "The export needs no calibration data")
+    if found.calibration:
+        print(f"Calibration here: {found.calibration}")
+    if any(s.range is not None for s in found.sites):
+        print("Ranges are the float model's; an export sees every block behind quantized ones, and may find others")
+
+
+def _print_ranges(sites: Sequence[tuple[Site, str, list[Site]]]) -> None:
+    """What values reach, and what a policy makes of that."""
+    seen = [(s, name, [g.range for g in group]) for s, name, group in sites if s.range is not None]
+    columns, rows = ["input of", "largest magnitude"], [[name, _span(reached)] for _, name, reached in seen]
+    if any(s.decision for s, _, _ in seen):
+        columns += ["becomes", "because it is"]
+        for row, (s, _, _) in zip(rows, seen, strict=True):
+            row += [s.decision.what, s.decision.why] if s.decision else ["as in the scheme", ""]
+    print("\nRanges of quantized inputs on calibration data:\n")
+    print_table(columns, rows)
+
+
+def _span(numbers: Sequence[float]) -> str:
+    low, high = f"{min(numbers):.4g}", f"{max(numbers):.4g}"
+    return low if low == high else f"{low} to {high}"
 
 
 def _kind(fold: str) -> str:

@@ -20,8 +20,8 @@ from torch.fx import GraphModule, Node
 import qexport
 from qexport.errors import PassError
 from qexport.passes.base import Context, GraphPass, Note, PassResult
+from qexport.passes.equalize import fold
 from qexport.passes.sites import FoldSite, fold_sites
-from qexport.passes.smooth import fold
 
 
 class MeanAbs:

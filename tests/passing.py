@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from qexport.calibrate.sources import Samples
-from qexport.calibrate.streams import Stream, collect, make_stream
+from qexport.calibrate.streams import Stream, batches, collect, make_stream
 from qexport.capture.graph import Captured
 from qexport.capture.module import capture_module
 from qexport.numerics.formats import Scheme
@@ -23,14 +23,23 @@ def stream_of(captured: Captured, ids: torch.Tensor, mask: torch.Tensor, batch_s
     return make_stream(captured, Samples(ids, mask, "tokens of the test"), batch_size)
 
 
-def run_passes(captured: Captured, passes: list[GraphPass], stream: Stream) -> dict[str, dict[str, PassResult]]:
-    """Results by block and pass; each block sees what the changed blocks before it make."""
+def run_passes(
+    captured: Captured, passes: list[GraphPass], stream: Stream, reference: Stream | None = None
+) -> dict[str, dict[str, PassResult]]:
+    """Results by block and pass; each block sees what the changed blocks before it make.
+
+    Args:
+        reference: the same inputs, to be sent through the float blocks for passes that compare with them.
+    """
     results = {}
     for index, block in enumerate(captured.blocks):
+        if reference is not None and index < len(captured.blocks) - 1:
+            reference.advance(block, index)
         results[block.name] = Pipeline(passes).run(
             block.module,
             lambda module, wanted, block=block: collect(block, stream, module, wanted),
             stream.inputs(block, 0),
+            batches(block, stream, reference),
         )
         if index < len(captured.blocks) - 1:
             stream.advance(block, index)

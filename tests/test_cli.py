@@ -271,7 +271,7 @@ def test_nan_weights(run, copy, tmp_path):
     "recipe, parts",
     [
         ("w4a16_g31", ["groups of 31", "Did you mean w4a16_g32?"]),
-        ("w3a16", ["3-bit weights"]),
+        ("w5a16", ["5-bit weights"]),
         ("w4a16_g23_rtn", ["unknown scheme", "Did you mean"]),
         ("best", ["no preset, scheme or file 'best'"]),
         ("nowhere.yaml", ["nowhere.yaml", "No such file"]),

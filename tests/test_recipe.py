@@ -19,6 +19,22 @@ PRESETS = {
     "w8a8_static": ("w8a8_static", "rtn", "smoothquant"),
     "w4a8_g128": ("w4a8_g128", "gptq", "smoothquant"),
     "w4a8": ("w4a8", "gptq", "smoothquant"),
+    "crossquant_w8a8": ("w8a8_dyn", "gptq", "crossquant"),
+    "crossquant_w8a8_paper": ("w8a8_dyn", "rtn", "crossquant"),
+    "crossquant_w4a8": ("w4a8_g128_int", "gptq", "crossquant"),
+    "crossquant_w4a4": ("w4a4_g128_int", "gptq", "crossquant"),
+    "fptq": ("w4a8_g128_int", "gptq", "fptq"),
+    "llm_int8": ("w8a8_dyn", "rtn", "llm_int8"),
+    "nf4": ("nf4", "rtn", None),
+    "fp4": ("fp4", "rtn", None),
+    "w8a8_static_lae": ("w8a8_static", "rtn", "lae"),
+    "w4a16_g64_awq": ("w4a16_g64", "rtn", "awq"),
+    "w4a16_g64_hqq": ("w4a16_g64_asym", "hqq", None),
+    "w4a16_g64_zq_local": ("w4a16_g64", "zq_local", None),
+    "w4a16_g64_zq_global": ("w4a16_g64", "zq_global", None),
+    "w4a16_g64_lorc": ("w4a16_g64", "gptq", "lorc"),
+    "w3a16_g64": ("w3a16_g64", "gptq", "lorc"),
+    "w2a16_g64": ("w2a16_g64_asym", "gptq", "lorc"),
 }
 
 
@@ -40,9 +56,10 @@ def test_the_presets_are_these_and_have_descriptions():
 @pytest.mark.parametrize("name", PRESETS)
 def test_preset(name):
     recipe = Recipe.load(name)
-    scheme, method, smooth = PRESETS[name]
+    scheme, method, section = PRESETS[name]
     assert (recipe.name, recipe.scheme, recipe.weights.method) == (name, scheme, method)
-    assert (recipe.smooth.method if recipe.smooth else None) == smooth
+    sections = [n for n in ("smooth", "crossquant", "fptq", "llm_int8", "lorc") if getattr(recipe, n) is not None]
+    assert [recipe.smooth.method if n == "smooth" else n for n in sections] == ([section] if section else [])
     assert recipe.lm_head == "float"
 
 
@@ -51,7 +68,7 @@ def test_the_fewer_the_scales_of_weights_and_the_more_of_activations_the_less_is
     assert alpha["w8a8_static"] > alpha["w8a8_dyn"] >= alpha["w4a8_g128"] > alpha["w4a8"]
 
 
-@pytest.mark.parametrize("name", [name for name, (scheme, _, _) in PRESETS.items() if scheme == name])
+@pytest.mark.parametrize("name", [n for n, (scheme, _, part) in PRESETS.items() if scheme == n and part != "lorc"])
 def test_a_preset_says_what_its_scheme_alone_means(name):
     """Two ways to the same scheme must not drift apart."""
     alone = Recipe._from_scheme(Scheme.parse(name))
@@ -198,8 +215,8 @@ def test_a_recipe_does_not_change():
         ("scheme: 4\n", 1, "scheme: input should be a valid string, not 4"),
         ("scheme: w4a16_g32\nweights: {damp: 0}\n", 2, r"weights\.damp: .*greater than 0"),
         ("scheme: w4a16_g32\nweights: {damp: .nan}\n", 2, r"weights\.damp: .*not nan"),
-        ("scheme: w4a16_g32\nweights: {method: awq}\n", 2, r"weights\.method: .*'rtn' or 'gptq', not 'awq'"),
-        ("scheme: w8a8_dyn\nsmooth: {alpha: 1.5}\n", 2, r"smooth\.alpha: .*less than or equal to 1"),
+        ("scheme: w4a16_g32\nweights: {method: awq}\n", 2, r"weights\.method: .*'rtn', 'gptq', 'hqq'.* not 'awq'"),
+        ("scheme: w8a8_dyn\nsmooth: {alpha: 1.5}\n", 2, r"smooth\.alpha: .*not a number from 0 to 1"),
         ("scheme: w4a16_g32\ncalibration: {samples: 0}\n", 2, r"calibration\.samples: .*greater than or equal to 1"),
         ("scheme: w4a16_g32\naccuracy_level: 2\n", 2, "accuracy_level: input should be 1 or 4, not 2"),
         ("scheme: w4a16_g32\nscheme: w8a16\n", 2, "scheme is already given in line 1"),
@@ -239,8 +256,8 @@ def test_unreadable_files(tmp_path):
     [
         ("w4a16_g32_rnt", r"unknown scheme 'w4a16_g32_rnt'\. Did you mean w4a16_g32_rtn\?"),
         ("w4a16_g8", "groups of 8"),
-        ("w3a16", "3-bit weights"),
-        ("4bit-please", "there is no preset, scheme or file '4bit-please'. Presets are w4a16_g128, "),
+        ("w5a16", "5-bit weights"),
+        ("4bit-please", "there is no preset, scheme or file '4bit-please'. Presets are crossquant_w4a4, "),
     ],
 )
 def test_unknown_names(name, message):
@@ -260,4 +277,51 @@ def test_python_gets_the_same_errors():
 def test_to_yaml_is_plain_yaml_in_the_order_of_the_fields():
     data = yaml.safe_load(Recipe.load("w8a8_static").to_yaml())
     assert list(data) == list(Recipe.model_fields)
-    assert data["activations"] == {"observer": "absmax", "percentile": 99.99}
+    assert data["activations"] == {"observer": "absmax", "percentile": 99.99, "only_kernel": False}
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"scheme": "w8a8_dyn", "smooth": {}, "crossquant": {}}, "smooth and crossquant both decide"),
+        ({"scheme": "w4a16_g32", "crossquant": {}}, "crossquant makes activations easier"),
+        ({"scheme": "w4a16_g32", "fptq": {}}, "fptq makes activations easier"),
+        ({"scheme": "w4a16_g32", "llm_int8": {}}, "llm_int8 makes activations easier"),
+        ({"scheme": "w4a8_g32", "crossquant": {"round_weights": "before_fold"}}, "no form for w4a8_g32"),
+        ({"scheme": "w8a8_dyn", "crossquant": {"alpha": "search", "row_scale": "dynamic"}}, "dynamic folds nothing"),
+        ({"scheme": "w8a8_dyn", "fptq": {"static_up_to": 9, "dynamic_from": 3}}, "dynamic_from is below"),
+        ({"scheme": "w8a8_dyn", "crossquant": {"alpha": "best"}}, "not a number from 0 to 1"),
+        ({"scheme": "w4a16_g32", "weights": {"learning_rates": [0.1, 0]}}, "above 0"),
+        ({"scheme": "w4a16_g32", "lorc": {"rank": 0}}, "greater than or equal to 1"),
+    ],
+)
+def test_methods_that_do_not_go_together_are_refused(fields, message):
+    with pytest.raises(RecipeError, match=message):
+        Recipe(**fields)
+
+
+def test_awq_scales_weights_of_float_activations():
+    assert Recipe(scheme="w4a16_g64", smooth={"method": "awq", "alpha": "search"}).needs_calibration
+
+
+@pytest.mark.parametrize(
+    ("name", "weight", "activation", "expand"),
+    [
+        ("w4a8_g128_int", WeightFormat(4, 128), ActivationFormat("dynamic"), True),
+        ("w3a8_g64_asym_static_int", WeightFormat(3, 64, False), ActivationFormat("static"), True),
+        ("w4a4", WeightFormat(4), ActivationFormat("dynamic", 4), False),
+        ("w2a16_g1024", WeightFormat(2, 1024), None, False),
+        ("NF4_g128_dq", WeightFormat(4, 128, True, "nf4", True), None, False),
+        ("fp4", WeightFormat(4, 64, True, "fp4"), None, False),
+    ],
+)
+def test_schemes_of_the_methods(name, weight, activation, expand):
+    assert Scheme.parse(name) == Scheme(name.lower(), weight, activation, expand)
+
+
+@pytest.mark.parametrize(
+    "name", ["w4a4_g128", "w2a8", "w2a16", "w8a8_g64", "w8a8_int", "w4a8_asym", "nf4_g48", "nf4_asym"]
+)
+def test_schemes_that_nothing_runs(name):
+    with pytest.raises(RecipeError):
+        Scheme.parse(name)

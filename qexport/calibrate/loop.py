@@ -20,7 +20,7 @@ from ..passes.edit import attributes, delete_tensor, get_tensor, set_tensor, unl
 from ..passes.sites import linears
 from . import shards
 from .memory import trim
-from .streams import Stream, collect, sqnr
+from .streams import Stream, batches, collect, sqnr
 
 JOURNAL = "journal.jsonl"
 
@@ -139,7 +139,9 @@ def _one(captured, block: Block, passes, stream, reference, index: int, total: i
     if has_linears:
         sample = stream.inputs(block, 0) if stream is not None else ()
         with torch.no_grad():
-            results = Pipeline(passes).run(block.module, partial(collect, block, stream), sample)
+            results = Pipeline(passes).run(
+                block.module, partial(collect, block, stream), sample, batches(block, stream, reference)
+            )
         _untie(captured, block, loaded)
     decibels = None
     if stream is not None and not last:

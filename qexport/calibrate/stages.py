@@ -3,29 +3,82 @@
 from collections.abc import Mapping, Sequence
 
 from ..passes.activations import QuantizeActivations
+from ..passes.awq import AWQ
 from ..passes.base import GraphPass
+from ..passes.crossquant import CrossQuant
+from ..passes.fptq import FPTQ
+from ..passes.lae import LogEqualize
+from ..passes.lowrank import LoRC
+from ..passes.outliers import SeparateOutliers
 from ..passes.plan import LinearPlan
 from ..passes.smooth import SmoothQuant
-from ..passes.weights import GPTQ, RoundToNearest
+from ..passes.weights import GPTQ, HalfQuadratic, RoundToNearest
+from ..passes.zq_global import ZQGlobal
+from ..passes.zq_local import ZQLocal
 from ..recipe import Recipe
 
 
-def passes_for(recipe: Recipe, plan: Mapping[str, LinearPlan], extra: Sequence[GraphPass] = ()) -> list[GraphPass]:
-    """Exact transformations first, then weights, then activations: ranges are those of what is deployed.
+def passes_for(
+    recipe: Recipe, plan: Mapping[str, LinearPlan], extra: Sequence[GraphPass] = (), calibrated: bool = True
+) -> list[GraphPass]:
+    """Exact transformations first, then weights, their branches, and activations: ranges are those of what is deployed.
 
     Args:
         plan: by linear name.
         extra: the caller's own passes; they see the block in float, before everything else.
+        calibrated: whether there is calibration data.
     """
     quantizes_inputs = any(p.scheme is not None and p.scheme.activation is not None for p in plan.values())
-    passes: list[GraphPass] = [*extra]
-    if recipe.smooth is not None and quantizes_inputs:
-        passes.append(SmoothQuant(plan, recipe.smooth.alpha))
-    weights = recipe.weights
-    if weights.method == "gptq":
-        passes.append(GPTQ(plan, weights.damp, weights.act_order, weights.token_norm_power, weights.clip_search))
-    else:
-        passes.append(RoundToNearest(plan, weights.clip_search))
+    passes = [*extra, *_exact(recipe, plan, quantizes_inputs)]
+    if recipe.llm_int8 is not None and quantizes_inputs:
+        passes.append(SeparateOutliers(plan, recipe.llm_int8.threshold))
+    passes += _weights(recipe, plan)
+    if recipe.lorc is not None:
+        lorc = recipe.lorc
+        passes.append(LoRC(plan, lorc.rank, lorc.factors == "int8", lorc.shared, lorc.weighted))
     if quantizes_inputs:
-        passes.append(QuantizeActivations(plan, recipe.activations.observer, recipe.activations.percentile))
+        given = recipe.activations
+        dynamic = recipe.crossquant is not None and recipe.crossquant.row_scale == "dynamic"
+        alpha = recipe.crossquant.alpha if dynamic else None
+        passes.append(QuantizeActivations(plan, given.observer, given.percentile, calibrated, given.only_kernel, alpha))
     return passes
+
+
+def _exact(recipe: Recipe, plan: Mapping[str, LinearPlan], quantizes_inputs: bool) -> list[GraphPass]:
+    """What moves factors between activations and weights."""
+    smooth, cross = recipe.smooth, recipe.crossquant
+    if smooth is not None and smooth.method == "awq":
+        return [AWQ(plan, explicit=smooth.explicit, alpha=_number(smooth.alpha))]
+    if not quantizes_inputs:
+        return []
+    if smooth is not None and smooth.method == "lae":
+        return [LogEqualize(plan, explicit=smooth.explicit)]
+    if smooth is not None:
+        return [SmoothQuant(plan, explicit=smooth.explicit, alpha=_number(smooth.alpha))]
+    if cross is not None and cross.row_scale != "dynamic":
+        paper, before = cross.row_scale == "paper", cross.round_weights == "before_fold"
+        alpha = _number(cross.alpha)
+        return [CrossQuant(plan, cross.explicit, alpha=alpha, paper_rows=paper, round_before_fold=before)]
+    if recipe.fptq is not None:
+        return [FPTQ(plan, static_up_to=recipe.fptq.static_up_to, dynamic_from=recipe.fptq.dynamic_from)]
+    return []
+
+
+def _number(alpha: float | str) -> float | None:
+    return None if alpha == "search" else alpha
+
+
+def _weights(recipe: Recipe, plan: Mapping[str, LinearPlan]) -> list[GraphPass]:
+    """What makes codes of weights; the trained methods change the float weight so that rounding it hurts less."""
+    given = recipe.weights
+    match given.method:
+        case "gptq":
+            return [GPTQ(plan, given.damp, given.act_order, given.token_norm_power, given.clip_search)]
+        case "hqq":
+            return [HalfQuadratic(plan)]
+        case "zq_local":
+            local = ZQLocal(plan, given.learning_rates, given.steps, given.token_norm_power)
+            return [local, RoundToNearest(plan)]
+        case "zq_global":
+            return [ZQGlobal(plan, given.learning_rates, given.steps), RoundToNearest(plan)]
+    return [RoundToNearest(plan, given.clip_search)]

@@ -9,6 +9,7 @@ from torch.fx import GraphModule, Interpreter, Node
 from ..capture.blocks import Block
 from ..capture.graph import Captured
 from ..errors import NumericsError, QExportError
+from ..passes.base import Batch
 from .sources import Samples
 
 
@@ -97,6 +98,27 @@ class _Watch(Interpreter):
         return value
 
 
+def batches(block: Block, stream: Stream | None, reference: Stream | None) -> list[Batch]:
+    """The calibration batches of a block that `reference` has passed and `stream` has not."""
+    if stream is None:
+        return []
+    name = None if reference is None else _handed_on(block, reference)
+    found = []
+    for number, mask in enumerate(stream.masks):
+        target = None if name is None else reference.batches[number][name]
+        fits = target is not None and mask is not None and target.shape[: mask.dim()] == mask.shape
+        output = 0 if name is None else block.outputs.index(name)
+        found.append(Batch(stream.inputs(block, number), target, output, mask if fits else None))
+    return found
+
+
+def _handed_on(block: Block, reference: Stream) -> str | None:
+    """The last floating point value that a block hands on."""
+    values = reference.batches[0]
+    real = [n for n in block.outputs if isinstance(values.get(n), torch.Tensor) and values[n].is_floating_point()]
+    return real[-1] if real else None
+
+
 def sqnr(block: Block, stream: Stream, reference: Stream) -> float | None:
     """SQNR in dB of the last floating point value that a block hands on, over the real tokens of all batches.
 
@@ -106,10 +128,8 @@ def sqnr(block: Block, stream: Stream, reference: Stream) -> float | None:
     Raises:
         NumericsError: NaN or Inf.
     """
-    first = reference.batches[0]
-    real = [n for n in block.outputs if isinstance(first.get(n), torch.Tensor) and first[n].is_floating_point()]
-    name = next((n for n in reversed(real) if n in stream.batches[0]), None)
-    if name is None:
+    name = _handed_on(block, reference)
+    if name is None or name not in stream.batches[0]:
         return None
     signal = noise = 0.0
     for mask, got, want in zip(stream.masks, stream.batches, reference.batches, strict=True):

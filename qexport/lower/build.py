@@ -52,11 +52,15 @@ class Lowered:
 
     Attributes:
         linears: for each quantized linear (node name, value of its result, operator it must become).
+        parts: for linears of more than one product, (node name, operator it must become) of the others.
+        bytes: of the tensors of each quantized linear in the file.
         blocks: for each block the value it hands to the next one.
     """
 
     model: ir.Model
     linears: dict[str, tuple[str, str, str]] = field(default_factory=dict)
+    parts: dict[str, tuple[tuple[str, str], ...]] = field(default_factory=dict)
+    bytes: dict[str, int] = field(default_factory=dict)
     blocks: dict[str, str] = field(default_factory=dict)
 
 
@@ -83,12 +87,17 @@ def build(
     emit = Emitter()
     known = {port.value: _interface(port, target) for port in inputs}
     graph_inputs = list(known.values())
-    lowered_linears, lowered_blocks = {}, {}
+    lowered_linears, lowered_blocks, parts = {}, {}, {}
     made: dict[str, ir.Value] = {}
     for piece, following in zip(pieces, [*pieces[1:], None], strict=True):
         made |= _translate(emit, piece, known)
         for product in linear_products(piece.module.graph):
-            lowered_linears[product.meta["linear"]] = (emit.values[product].producer().name, target.kernel(product))
+            found = (emit.values[product].producer().name, target.kernel(product))
+            owner = product.meta.get("plane_of") or product.meta.get("branch_of")
+            if owner:
+                parts[owner] = (*parts.get(owner, ()), found)
+            else:
+                lowered_linears[product.meta["linear"]] = found
         # A block reads the residual stream before anything else that comes from outside.
         read = following.inputs if following else ()
         lowered_blocks[piece.name] = next((name for name in read if name in piece.outputs), piece.outputs[0])
@@ -100,7 +109,7 @@ def build(
         graph_outputs.append(_named(value, port, target))
     graph = ir.Graph(
         graph_inputs, graph_outputs, nodes=emit.nodes, initializers=list(emit.initializers.values()),
-        opset_imports={"": OPSET}, name="qexport",
+        opset_imports={"": OPSET} | dict.fromkeys({n.domain for n in emit.nodes} - {""}, 1), name="qexport",
     )  # fmt: skip
     _drop_unused(graph)
     model = ir.Model(graph, ir_version=11, producer_name="qexport", producer_version=version)
@@ -108,6 +117,8 @@ def build(
         model,
         # Asked for now, because a value that is an output of the model goes by the output's name.
         {name: (node, made[name].name, kernel) for name, (node, kernel) in lowered_linears.items()},
+        parts,
+        _bytes(graph, lowered_linears),
         {name: known[value].name for name, value in lowered_blocks.items()},
     )
 
@@ -147,6 +158,17 @@ def _named(value: ir.Value, port: Port, target: Target) -> ir.Value:
     interface = _interface(port, target)
     value.name, value.shape, value.type = interface.name, interface.shape, interface.type
     return value
+
+
+def _bytes(graph: ir.Graph, linears: Iterable[str]) -> dict[str, int]:
+    """Bytes of the initializers that belong to each linear: their names begin with its name."""
+    sizes = dict.fromkeys(linears, 0)
+    for name, value in graph.initializers.items():
+        parents = (name[:i] for i, letter in enumerate(name) if letter == ".")
+        owner = next((parent for parent in parents if parent in sizes), None)
+        if owner is not None:
+            sizes[owner] += value.const_value.nbytes
+    return sizes
 
 
 def _drop_unused(graph: ir.Graph) -> None:

@@ -104,6 +104,29 @@ class Emitter:
 
         return self._initializer(name, ir.LazyTensor(load, dtype=dtype, shape=shape, name=name))
 
+    def derived(
+        self,
+        node: Node,
+        suffix: str,
+        shape: Sequence[int],
+        dtype: torch.dtype,
+        make: Callable[[torch.Tensor], torch.Tensor],
+    ) -> ir.Value:
+        """An initializer made from the tensor of a get_attr node, when the file is written.
+
+        Args:
+            suffix: its name is the tensor's with this behind.
+            shape, dtype: of what `make` returns for the tensor.
+        """
+        name, given, read = f"{node.target}.{suffix}", dtype_of(node), self._read
+        if name in self.initializers:
+            return self.initializers[name]
+
+        def load() -> ir.TensorProtocol:
+            return tensor_adapters.TorchTensor(make(read(node.target).to(given)).contiguous(), name=name)
+
+        return self._initializer(name, ir.LazyTensor(load, dtype=ONNX_DTYPE[dtype], shape=ir.Shape(shape), name=name))
+
     def cast(self, value: ir.Value, dtype: torch.dtype) -> ir.Value:
         return self.op("Cast", value, to=ONNX_DTYPE[dtype])
 

@@ -23,7 +23,8 @@ class QuantizedWeight:
     """The weight of a linear on an integer grid: w = (codes - zero_point) * scale.
 
     Attributes:
-        codes: [N, K], int8 when the format is symmetric (4-bit codes too), uint8 when it is not.
+        codes: [N, K], int8 when the format is symmetric (4-bit codes too), uint8 when it is not; of a codebook uint8
+            indices of its table, whose values times scale are the weight.
         scale: float32 [N, G], positive; [1, 1] when there is one for the tensor.
         zero_point: uint8, shaped like scale; None when the format is symmetric.
         format: the grid.
@@ -40,6 +41,10 @@ class QuantizedWeight:
 
     def dequantize(self) -> Tensor:
         """The float32 weight [N, K] that the codes stand for."""
+        if self.format.codebook is not None:
+            from .codebook import dequantize  # which makes its weights of this class
+
+            return dequantize(self.codes, self.scale, self.format.codebook, self.format.group_size)
         out = torch.empty(self.codes.shape, dtype=torch.float32, device=self.codes.device)
         for rows, codes in _row_chunks(self.codes, self.format):
             view = out[rows].view(codes.shape).copy_(codes)

@@ -12,6 +12,7 @@ from .formats import ActivationFormat
 _DROPPED_BITS = 13
 _BINS = 0x7F800000 >> _DROPPED_BITS
 _CHUNK = 1 << 20
+_GOLDEN = 2654435761  # 2^32 over the golden ratio: neighbours end up far from each other
 
 
 class AbsmaxObserver:
@@ -132,6 +133,75 @@ class ChannelAbsmax:
         if self._absmax is None:
             raise _no_data()
         return self._absmax
+
+
+class ChannelMeanAbs:
+    """The mean magnitude of every feature over all tokens."""
+
+    def __init__(self) -> None:
+        self._sum: Tensor | None = None
+        self._tokens = 0
+
+    def update(self, x: Tensor) -> None:
+        """Take in x, float [tokens, K]; raises NumericsError on NaN or Inf."""
+        if x.shape[0]:
+            seen = x.abs().sum(0, dtype=torch.float64)
+            if not bool(torch.isfinite(seen).all()):
+                raise _not_finite()
+            self._sum = seen if self._sum is None else self._sum + seen
+            self._tokens += x.shape[0]
+
+    def mean(self) -> Tensor:
+        """float32 [K]; raises NumericsError when nothing was seen."""
+        if self._sum is None:
+            raise _no_data()
+        return (self._sum / self._tokens).float()
+
+
+class RowSample:
+    """At most `limit` tokens of a stream, each as likely as any other, always the same ones for the same stream.
+
+    A token's number is scrambled, and those with the smallest results stay. Every k-th token instead would meet the
+    first one of every sequence, whose activations are often unlike all others.
+    """
+
+    def __init__(self, limit: int = 512) -> None:
+        self._limit, self._seen = limit, 0
+        self._keys = torch.zeros(0, dtype=torch.int64)
+        self._rows: Tensor | None = None
+
+    def update(self, x: Tensor) -> None:
+        """Take in x, float [tokens, K]."""
+        numbers = torch.arange(self._seen, self._seen + x.shape[0])
+        self._seen += x.shape[0]
+        keys = torch.cat([self._keys, (numbers * _GOLDEN) & 0xFFFFFFFF])
+        chosen = keys.argsort()[: self._limit].sort().values  # in the order of the stream
+        known = len(self._keys)
+        old, new = chosen[chosen < known], chosen[chosen >= known] - known
+        self._rows = x[new].clone() if self._rows is None else torch.cat([self._rows[old], x[new]])
+        self._keys = keys[chosen]
+
+    def rows(self) -> Tensor:
+        """float [tokens, K]; raises NumericsError when nothing was seen."""
+        if self._rows is None or not len(self._rows):
+            raise _no_data()
+        return self._rows
+
+
+class Several:
+    """Several statistics of one stream.
+
+    Attributes:
+        parts: the statistics.
+    """
+
+    def __init__(self, *parts) -> None:
+        self.parts = parts
+
+    def update(self, x: Tensor) -> None:
+        """Show x to every part."""
+        for part in self.parts:
+            part.update(x)
 
 
 def _not_finite() -> NumericsError:

@@ -1,11 +1,28 @@
-"""Two 4-bit codes in a byte, the way ONNX stores int4 and uint4 tensors: low nibble first, over row-major data."""
+"""Codes of few bits in bytes, the way ONNX tensors and ONNX Runtime's kernels keep them."""
 
 import torch
 from torch import Tensor
 
+# The longest blocks that MatMulNBits and MatMulBnb4 take on the CPU; with longer ones than 128, or with 16, the former
+# unpacks 2-bit codes anew at every call.
+_LONGEST_BLOCK, _LONGEST_BLOCK_2_BITS = 256, 128
+
+
+def stored_block(bits: int, group_size: int) -> int:
+    """Input features to a scale in the file: group_size, or the longest block of the kernel that divides it.
+
+    A longer group has its scale and zero point in the file once for each block.
+
+    Args:
+        bits: of a code in the file; group_size: a power of two, at least 16.
+    """
+    return min(group_size, _LONGEST_BLOCK_2_BITS if bits == 2 else _LONGEST_BLOCK)
+
 
 def pack_int4(codes: Tensor) -> Tensor:
-    """Pack int8 codes in [-8, 7] or uint8 codes in [0, 15]; an odd count leaves a zero in the last high nibble.
+    """Two codes a byte as ONNX stores int4 and uint4 tensors: low nibble first, over row-major data.
+
+    int8 codes are in [-8, 7], uint8 codes in [0, 15]; an odd count leaves a zero in the last high nibble.
 
     Args:
         codes: int8 or uint8, any shape; higher bits of a code are dropped.
@@ -34,3 +51,35 @@ def unpack_int4(packed: Tensor, shape: tuple[int, ...], signed: bool) -> Tensor:
     codes = torch.stack((packed & 15, packed >> 4), dim=-1).view(-1)[:count].view(shape)
     # Flipping the sign bit and subtracting its value extends the sign without a branch.
     return codes.bitwise_xor(8).view(torch.int8).sub_(8) if signed else codes
+
+
+def pack_rows(codes: Tensor, bits: int) -> Tensor:
+    """Pack each row by itself, the first code in the lowest bits, as MatMulNBits has its weight and zero points.
+
+    Args:
+        codes: uint8 [..., n] in [0, 2^bits - 1].
+        bits: 2, 4 or 8.
+    Returns:
+        uint8 [..., ceil(n * bits / 8)]; zeros fill up the last byte of a row.
+    """
+    if bits == 8:
+        return codes.contiguous()
+    per_byte = 8 // bits
+    padded = torch.nn.functional.pad(codes, (0, -codes.shape[-1] % per_byte))
+    parts = padded.view(*codes.shape[:-1], -1, per_byte).unbind(-1)
+    packed = parts[0].clone()
+    for place, part in enumerate(parts[1:], 1):
+        packed |= part << (bits * place)
+    return packed
+
+
+def pack_high_first(codes: Tensor) -> Tensor:
+    """Two 4-bit codes a byte over row-major data, the first in the high nibble, as MatMulBnb4 has them.
+
+    Args:
+        codes: uint8 in [0, 15], an even number of them.
+    Returns:
+        uint8 [count / 2].
+    """
+    pairs = codes.reshape(-1, 2)
+    return (pairs[:, 0] << 4) | pairs[:, 1]

@@ -1,4 +1,4 @@
-"""SmoothQuant (arXiv 2211.10438): factors that move the range of activations into the weights."""
+"""Factors that move the range of activations into the weights, channel by channel, and keep the product."""
 
 import torch
 from torch import Tensor
@@ -32,3 +32,44 @@ def smoothquant_factors(activation_absmax: Tensor, weights: list[Tensor], alpha:
     factors = activation.clamp_min(_FLOOR).pow(alpha) / weight.clamp_min(_FLOOR).pow(1 - alpha)
     dead = (activation == 0) | (weight == 0)
     return factors.clamp_min_(_FLOOR).masked_fill_(dead, 1).float()
+
+
+def crossquant_factors(activation_absmax: Tensor, alpha: float) -> Tensor:
+    """s_j = c_j^(1 - alpha), the channel part of CrossQuant's step (arXiv 2410.07505); floored like SmoothQuant's.
+
+    Args:
+        activation_absmax: c, [K], the largest magnitude of every feature.
+        alpha: 1 (per token only) to 0 (per channel only).
+    Returns:
+        float32 [K], positive; 1 for a feature that is never active.
+    Raises:
+        NumericsError: NaN or Inf in a range.
+        RecipeError: alpha is outside [0, 1].
+    """
+    if not 0 <= alpha <= 1:
+        raise RecipeError(f"CrossQuant with alpha {alpha}", remedy="Use a number from 0 to 1")
+    activation = activation_absmax.double()
+    if not bool(torch.isfinite(activation).all()):
+        raise NumericsError("an activation has NaN or Inf", remedy="Check the checkpoint and the data")
+    factors = activation.pow(1 - alpha).clamp_min_(_FLOOR)
+    return factors.masked_fill_(activation == 0, 1).float()
+
+
+def lae_factors(activation_absmax: Tensor) -> Tensor:
+    """s_j = r_j / log2(2 + r_j), r_j = max|x_j|: logarithmic activation equalization (FPTQ, arXiv 2308.15987).
+
+    Dividing by s compresses every range r into log2(2 + r), which is 1 for the smallest: features with small ranges are
+    enlarged as much as those with large ones are reduced. s goes to 0 with r and is floored at 1e-5.
+
+    Args:
+        activation_absmax: r, [K], the largest magnitude of every feature.
+    Returns:
+        float32 [K], positive; 1 for a feature that is never active.
+    Raises:
+        NumericsError: NaN or Inf in a range.
+    """
+    activation = activation_absmax.double()
+    if not bool(torch.isfinite(activation).all()):
+        raise NumericsError("an activation has NaN or Inf", remedy="Check the checkpoint and the data")
+    factors = activation / torch.log2(2 + activation)
+    return factors.clamp_min_(_FLOOR).masked_fill_(activation == 0, 1).float()

@@ -1,7 +1,10 @@
 """Attention with a cache, its mask, and rotary embedding as single graph nodes.
 
 Each op has the meaning PyTorch executes (below), a fake for tracing and one ONNX translation in `qexport.lower`.
+Attention and rotary embedding have derivatives too: plain functions that are run again on the way back.
 """
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -57,6 +60,10 @@ def cached_attention(
         output [batch, sequence, heads, head_dim]; present_key and present_value [batch, kv_heads, past + sequence,
         head_dim].
     """
+    return _attend(query, key, value, past_key, past_value, mask, scale, softcap)
+
+
+def _attend(query, key, value, past_key, past_value, mask, scale, softcap) -> tuple[Tensor, Tensor, Tensor]:
     present_key, present_value = torch.cat([past_key, key], dim=2), torch.cat([past_value, value], dim=2)
     mask = mask.to(query.dtype)
     if softcap == 0.0:
@@ -66,8 +73,9 @@ def cached_attention(
     else:
         repeat = query.shape[1] // key.shape[1]
         keys, values = (t.repeat_interleave(repeat, dim=1) for t in (present_key, present_value))
-        scores = (query @ keys.transpose(2, 3)).float() * scale
-        weights = torch.softmax(softcap * torch.tanh(scores / softcap) + mask.float(), dim=-1)
+        scores = query @ keys.transpose(2, 3)
+        scores = scores.to(torch.promote_types(scores.dtype, torch.float32)) * scale
+        weights = torch.softmax(softcap * torch.tanh(scores / softcap) + mask.to(scores.dtype), dim=-1)
         out = weights.to(query.dtype) @ values
     return out.transpose(1, 2).contiguous(), present_key, present_value
 
@@ -91,6 +99,10 @@ def rotary_embedding(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         x: [batch, heads, sequence, d].
         cos, sin: [batch, sequence, d/2].
     """
+    return _rotate(x, cos, sin)
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     first, second = x.chunk(2, dim=-1)
     cos, sin = cos[:, None].to(x.dtype), sin[:, None].to(x.dtype)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
@@ -99,3 +111,36 @@ def rotary_embedding(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 @rotary_embedding.register_fake
 def _(x, cos, sin):
     return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def _differentiate(op, plain: Callable) -> None:
+    """Give an op the derivative of the plain function that it computes, with respect to any of its tensors."""
+
+    def setup_context(ctx, inputs, output) -> None:
+        ctx.places = [i for i, value in enumerate(inputs) if isinstance(value, Tensor)]
+        ctx.others = [None if isinstance(value, Tensor) else value for value in inputs]
+        ctx.save_for_backward(*(inputs[i] for i in ctx.places))
+        ctx.set_materialize_grads(False)
+
+    def backward(ctx, *gradients):
+        inputs, grads = list(ctx.others), [None] * len(ctx.others)
+        for place, tensor in zip(ctx.places, ctx.saved_tensors, strict=True):
+            inputs[place] = tensor.detach().requires_grad_(ctx.needs_input_grad[place])
+        wanted = [place for place in ctx.places if ctx.needs_input_grad[place]]
+        with torch.enable_grad():
+            outputs = plain(*inputs)
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        reached = [(out, grad) for out, grad in zip(outputs, gradients, strict=True) if grad is not None]
+        # Not every output depends on every input: an attention output says nothing about who reads the cache.
+        found = torch.autograd.grad(
+            [out for out, _ in reached], [inputs[i] for i in wanted], [grad for _, grad in reached], allow_unused=True
+        )
+        for place, grad in zip(wanted, found, strict=True):
+            grads[place] = grad
+        return tuple(grads)
+
+    op.register_autograd(backward, setup_context=setup_context)
+
+
+_differentiate(cached_attention, _attend)
+_differentiate(rotary_embedding, _rotate)

@@ -3,9 +3,11 @@
 import torch
 from torch import Tensor
 
+from ..numerics.codebook import dequantize
+from ..numerics.expand import expand
 from ..numerics.grid import blockwise_fake_quantize
 
-_RANGE = {(4, True): (-8, 7), (8, True): (-128, 127), (4, False): (0, 15), (8, False): (0, 255)}
+_RANGE = {True: (-128, 127), False: (0, 255)}
 
 
 @torch.library.custom_op("qexport::dequantize_linear", mutates_args=())
@@ -19,7 +21,7 @@ def dequantize_linear(
         scale: floating point; a scalar, a vector along `axis`, or codes' shape with `axis` divided by block_size.
         zero_point: same shape as scale and dtype as codes; None is 0.
         axis, block_size: as in ONNX DequantizeLinear; block_size 0 is per-tensor or per-axis.
-        bits: 4 or 8.
+        bits: 2, 4 or 8.
 
     Returns:
         A tensor of codes' shape and scale's dtype.
@@ -44,7 +46,7 @@ def quantize_linear(x: Tensor, scale: Tensor, zero_point: int, signed: bool) -> 
         zero_point: 0 for signed codes; 128 makes unsigned codes of a symmetric grid.
         signed: int8 codes, otherwise uint8.
     """
-    low, high = _RANGE[8, signed]
+    low, high = _RANGE[signed]
     codes = torch.round(x / scale) + zero_point
     return codes.clamp_(low, high).to(torch.int8 if signed else torch.uint8)
 
@@ -55,22 +57,24 @@ def _(x, scale, zero_point, signed):
 
 
 @torch.library.custom_op("qexport::token_scale", mutates_args=())
-def token_scale(x: Tensor, qmax: int) -> Tensor:
-    """One scale per token: max |x| over the last axis / qmax, at least 1e-8 (1e-6 in float16, which has no 1e-8).
+def token_scale(x: Tensor, qmax: int, power: float = 1.0) -> Tensor:
+    """One scale per token: (max |x| over the last axis)^power / qmax, at least 1e-8 (1e-6 in float16, without 1e-8).
 
     Args:
         x: [..., features].
         qmax: largest code.
+        power: 1; CrossQuant's row scale (arXiv 2410.07505) has its alpha here.
 
     Returns:
         [..., 1] of x's dtype.
     """
     floor = 1e-6 if x.dtype == torch.float16 else 1e-8
-    return (x.abs().amax(dim=-1, keepdim=True) * (1.0 / qmax)).clamp_min(floor)
+    absmax = x.abs().amax(dim=-1, keepdim=True)
+    return ((absmax if power == 1 else absmax**power) * (1.0 / qmax)).clamp_min(floor)
 
 
 @token_scale.register_fake
-def _(x, qmax):
+def _(x, qmax, power=1.0):
     return x.new_empty((*x.shape[:-1], 1))
 
 
@@ -113,6 +117,83 @@ def widen_int4(codes: Tensor) -> Tensor:
 @widen_int4.register_fake
 def _(codes):
     return torch.empty_like(codes)
+
+
+@torch.library.custom_op("qexport::expand_codes", mutates_args=())
+def expand_codes(
+    codes: Tensor, scale: Tensor, zero_point: Tensor | None, factor: Tensor | None, row_scale: Tensor,
+    group_size: int, bits: int,
+) -> Tensor:  # fmt: skip
+    """Codes in groups as int8 codes with one scale per output channel: few bits in the file, 8 in the kernel.
+
+    Args: as `numerics.expand.expand`; bits: of a code in the file.
+    """
+    return expand(codes, scale.float(), zero_point, factor, row_scale, group_size)
+
+
+@expand_codes.register_fake
+def _(codes, scale, zero_point, factor, row_scale, group_size, bits):
+    return codes.new_empty(codes.shape, dtype=torch.int8)
+
+
+@torch.library.custom_op("qexport::dequantize_codebook", mutates_args=())
+def dequantize_codebook(codes: Tensor, scale: Tensor, codebook: str, block_size: int) -> Tensor:
+    """The weight that table indices stand for, transposed: [in_features, out_features].
+
+    Args:
+        codes: uint8 [N, K], indices of the table of 16 values.
+        scale: [N, K / block_size], the largest magnitude of each block.
+        codebook: "nf4" or "fp4".
+    """
+    return dequantize(codes, scale, codebook, block_size).t().contiguous()
+
+
+@dequantize_codebook.register_fake
+def _(codes, scale, codebook, block_size):
+    return scale.new_empty((codes.shape[1], codes.shape[0]))
+
+
+@torch.library.custom_op("qexport::matmul_bnb4", mutates_args=())
+def matmul_bnb4(x: Tensor, codes: Tensor, scale: Tensor, codebook: str, group_size: int, block_size: int) -> Tensor:
+    """x times the weight of `dequantize_codebook`, as one kernel.
+
+    Args:
+        x: [..., K]; codes: [N, K]; scale: [N, K / group_size].
+        block_size: of the kernel; as in `matmul_nbits`.
+
+    Returns:
+        [..., N].
+    """
+    return x @ dequantize(codes, scale, codebook, group_size).t()
+
+
+@matmul_bnb4.register_fake
+def _(x, codes, scale, codebook, group_size, block_size):
+    return x.new_empty((*x.shape[:-1], codes.shape[0]))
+
+
+@torch.library.custom_op("qexport::matmul_nbits", mutates_args=())
+def matmul_nbits(
+    x: Tensor, codes: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int, group_size: int, block_size: int
+) -> Tensor:
+    """x times a weight in groups of input features, as one kernel.
+
+    Args:
+        x: [..., K].
+        codes: [K, N], scale and zero_point: [K / group_size, N], bits: as in `dequantize_linear`.
+        group_size: rows of codes that share a scale.
+        block_size: the same in the kernel: group_size, or a part of it where the kernel takes no longer ones. The file
+            then has each scale several times.
+
+    Returns:
+        [..., N].
+    """
+    return x @ dequantize_linear(codes, scale, zero_point, 0, group_size, bits)
+
+
+@matmul_nbits.register_fake
+def _(x, codes, scale, zero_point, bits, group_size, block_size):
+    return x.new_empty((*x.shape[:-1], codes.shape[1]))
 
 
 def _spread(parameter: Tensor | None, codes: Tensor, axis: int, block_size: int) -> Tensor | None:

@@ -30,6 +30,7 @@ class LinearEntry(_Frozen):
         output: name of the value that holds its result (bias and scales applied).
         node: name of its MatMul node. Fusion keeps it, so it finds the node in the optimized graph.
         kernel: op type the node must have in the optimized graph.
+        parts: (node, kernel) of further products, where the linear is the sum of several.
         shape: [out_features N, in_features K].
         bytes: size of its codes, scales, zero points and correction branch.
         reason: why it got this scheme.
@@ -41,6 +42,7 @@ class LinearEntry(_Frozen):
     output: str
     node: str
     kernel: str
+    parts: tuple[tuple[str, str], ...] = ()
     shape: tuple[int, int]
     bytes: int = 0
     reason: str = ""

@@ -142,9 +142,14 @@ def kernel_of(nodes: Iterable[Node], output: str, node: str = "") -> str | None:
 
 
 def unfused(graph: OptimizedGraph, linears: Sequence[LinearEntry]) -> list[tuple[LinearEntry, str | None]]:
-    """The planned linears that did not become their kernel, each with the op type found instead."""
-    found = [(linear, kernel_of(graph.nodes, linear.output, linear.node)) for linear in linears]
-    return [(linear, kernel) for linear, kernel in found if kernel != linear.kernel]
+    """The planned linears that did not become their kernel in all products, each with the op type found instead."""
+    wrong = []
+    by_name = {node.name: node.op_type for node in graph.nodes}
+    for linear in linears:
+        products = [(kernel_of(graph.nodes, linear.output, linear.node), linear.kernel)]
+        products += [(by_name.get(node), kernel) for node, kernel in linear.parts]
+        wrong += [(linear, found) for found, kernel in products if found != kernel][:1]
+    return wrong
 
 
 def _options(

@@ -15,7 +15,11 @@ from ..capture.module import capture_module
 from ..capture.source import open_model
 from ..errors import InputError
 from ..passes.activations import QuantizeActivations
-from ..passes.weights import GPTQ, RoundToNearest
+from ..passes.lowrank import LoRC
+from ..passes.outliers import SeparateOutliers
+from ..passes.weights import GPTQ, HalfQuadratic, RoundToNearest
+from ..passes.zq_global import ZQGlobal
+from ..passes.zq_local import ZQLocal
 from ..runtime import manifest as manifests
 from ..runtime.manifest import Manifest
 from ..runtime.session import open_session
@@ -23,7 +27,7 @@ from .layers import compare, compare_layers, run_session
 from .logits import compare_logits, deployed_logits
 from .placement import examine
 from .reference import Feeds, FloatOutputs, check_same_model, decoder_feeds, module_feeds
-from .report import REPORT_FILE, Logits, Report, Row, load, save, worst_first
+from .report import REPORT_FILE, Logits, Report, Row, exported_activations, load, save, worst_first
 from .text import Text, choose_text
 from .verdict import with_verdict
 
@@ -33,7 +37,10 @@ __all__ = ["Report", "Row", "load", "validate", "worst_first"]
 _LAYER_TOKENS = 256
 
 # Passes that leave everything but the linears' weights and inputs as it was in the float model.
-_QUANTIZERS = {step.__name__ for step in (RoundToNearest, GPTQ, QuantizeActivations)}
+_QUANTIZERS = {
+    step.__name__
+    for step in (RoundToNearest, HalfQuadratic, GPTQ, ZQLocal, ZQGlobal, LoRC, SeparateOutliers, QuantizeActivations)
+}
 
 
 def _silent(stage: str, what: str, done: int, total: int) -> None:
@@ -115,7 +122,7 @@ def validate(
     name = captured.folder.name if captured.folder else type(reference).__name__
     report = with_verdict(Report(
         reference=name, text=chosen.described, own_text=chosen.own, layers=layers, logits=logits, outputs=outputs,
-        placement=placed, seconds=seconds,
+        activations=exported_activations(folder), placement=placed, seconds=seconds,
     ))  # fmt: skip
     save(report, folder)
     return report

@@ -98,6 +98,24 @@ class Layers(_Frozen):
     moved: tuple[Unfused, ...] = ()
 
 
+class Activation(_Frozen):
+    """A quantized activation, as the export left it.
+
+    Attributes:
+        block: where it is; linears: the products that read it.
+        what: how it is quantized; bits: of its codes.
+        kernel, kernel_without_zeros: the share of its elements that become zero on the calibration data (CrossQuant's
+            quantization kernel, arXiv 2410.07505), and without those that are zero anyway; null where not measured.
+    """
+
+    block: str
+    linears: tuple[str, ...]
+    what: str
+    bits: int
+    kernel: Finite = None
+    kernel_without_zeros: Finite = None
+
+
 class Logits(_Frozen):
     """Next-token distributions of the float model and the deployed one. Logarithms are natural.
 
@@ -128,6 +146,7 @@ class Report(_Frozen):
         reference: the float model's name; text: what both models read.
         own_text: the float model wrote the text, or chance did: its perplexity compares with nothing else.
         layers, logits, placement: see their classes; logits is null for models without text.
+        activations: every quantized activation.
         outputs: for models without text, each output over all inputs.
         problems: sentences about what has to be repaired; empty when the export does what was planned.
         verdict: everything in plain sentences, problems first.
@@ -139,6 +158,7 @@ class Report(_Frozen):
     text: str
     own_text: bool = False
     layers: Layers
+    activations: tuple[Activation, ...] = ()
     logits: Logits | None = None
     outputs: tuple[Row, ...] = ()
     placement: Placement
@@ -243,6 +263,16 @@ def load(folder: str | Path) -> Report | None:
     """The validation in a folder's report.json; None where there is none."""
     data = _read(Path(folder) / REPORT_FILE).get(KEY)
     return None if data is None else Report.model_validate(data)
+
+
+def exported_activations(folder: Path) -> tuple[Activation, ...]:
+    """The quantized activations in a folder's report.json, by the account of the export; none without one."""
+    found = []
+    for block in _read(folder / REPORT_FILE).get("export", {}).get("blocks", ()):
+        for _, what, data in block["changed"].get("QuantizeActivations", ()):
+            known = {key: data[key] for key in ("linears", "bits", "kernel", "kernel_without_zeros") if key in data}
+            found.append(Activation(block=block["name"], what=what, **known))
+    return tuple(found)
 
 
 def _read(path: Path) -> dict:

@@ -54,6 +54,14 @@ def _facts(report: Report) -> list[str]:
     if report.layers.blocks:
         last = report.layers.blocks[-1]
         facts.append(f"behind all blocks the SQNR is {decibels(last.sqnr_db, last)}")
+    measured = [a for a in report.activations if a.kernel is not None]
+    if measured:
+        largest = max(measured, key=lambda a: a.kernel)
+        facts.append(
+            f"rounding makes {statistics.mean(a.kernel for a in measured):.1%} of the quantized activations zero, most "
+            f"({largest.kernel:.1%}, {largest.kernel_without_zeros:.1%} of those not zero anyway) in front of "
+            f"{_listed(list(largest.linears), 3)}"
+        )
     if report.logits is not None and report.logits.kl_mean is not None:
         scores = report.logits
         note = " (text without a standard: not to be compared with published perplexities)" if report.own_text else ""
@@ -61,8 +69,18 @@ def _facts(report: Report) -> list[str]:
             f"perplexity goes from {number(scores.float_perplexity)} to {number(scores.perplexity)}{note}; "
             f"KL is {number(scores.kl_mean)} a token, and {scores.top1_agreement:.1%} of the likeliest tokens agree"
         )
+        if scores.perplexity is not None:
+            rise = scores.perplexity - scores.float_perplexity
+            facts.append(f"perplexity rises by {rise:.2f}: {degradation_class(rise)}")
     facts += [f"output {row.name} has {decibels(row.sqnr_db, row)}" for row in report.outputs]
     return facts
+
+
+def degradation_class(rise: float) -> str:
+    """ZeroQuant-V2's classes (arXiv 2303.08302) of a rise in perplexity: up to 0.1, up to 0.5, and above."""
+    if rise <= 0.1:
+        return "Class-1 (up to 0.1: hardly any degradation)"
+    return "Class-2 (0.1 to 0.5)" if rise <= 0.5 else "Class-3 (above 0.5)"
 
 
 def _count(n: int, what: str) -> str:

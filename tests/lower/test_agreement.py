@@ -10,17 +10,15 @@ The CUDA files run here on the CPU provider: their kernels are other ones, what 
 the two round at different places, and float16 itself is the yardstick.
 """
 
-from unittest.mock import patch
-
 import pytest
 import torch
 
 import exporting
+from agreement import ROUNDING, assert_agree, in_float32, logits
 from models import FAMILIES
-from qexport.lower.targets import cuda
 from qexport.numerics.metrics import sqnr_db
 from qexport.recipe import CalibrationSpec, Recipe, WeightSpec
-from stepping import captured_runner, load_weights, next_feeds, padded, prompt_feeds, tokens
+from stepping import captured_runner, load_weights, padded
 
 SCHEMES = [
     "w4a16_g32", "w4a16_g64", "w4a16_g16_asym", "w4a16_pc", "w8a16_g32", "w8a8_dyn", "w8a8_static", "w4a8_g32", "w4a8",
@@ -28,23 +26,12 @@ SCHEMES = [
 ]  # fmt: skip
 TARGETS = {"cpu": ("cpu", 4), "cpu, level 1": ("cpu", 1), "cuda": ("cuda", 4)}
 PROMPTS = {"one row": padded([6], "left"), "three rows, padded": padded([9, 4, 6], "left")}
-STEPS = 5
-ROUNDING = 1e-5  # of the largest element; float32 sums over at most 96 products leave 2e-6
-STEP = 2e-2  # of the largest element: one 8-bit code of one input is at most 1/127 of it
 
 
 def recipe_of(scheme, level=4, method="rtn"):
     calibration = CalibrationSpec(source="random", samples=4, sequence_length=16)
     weights = WeightSpec(method=method)
     return Recipe(scheme=scheme, lm_head=scheme, accuracy_level=level, weights=weights, calibration=calibration)
-
-
-def in_float32():
-    """The CUDA target without its last step, which makes everything float16."""
-    return (
-        patch.object(cuda, "to_half", lambda module, constants: None),
-        patch.object(cuda.CudaTarget, "dtype", torch.float32),
-    )
 
 
 @pytest.fixture
@@ -58,60 +45,6 @@ def export(captured, tmp_path):
             return exporting.export(captured(family), recipe, target, folder)
 
     return make
-
-
-def differences(exported, mask):
-    """For every block, step and token: the largest difference of what the block makes, over its largest element.
-
-    Before each block the values of both sides are made equal, so that each block answers for itself alone.
-    """
-    run, feeds = exported.in_onnxruntime_with_blocks(), prompt_feeds(exported.captured, tokens(*mask.shape), mask)
-    names = {port.value: port.name for port in exported.captured.outputs}
-    rows = []
-    for _ in range(1 + STEPS):
-        got = run(feeds)
-        values = {port.value: feeds[port.name] for port in exported.captured.inputs}
-        real = feeds["attention_mask"][:, -feeds["input_ids"].shape[1] :].bool()
-        following = [*(b.inputs for b in exported.blocks[1:]), ["none"]]
-        for block, entry, read in zip(exported.blocks, exported.manifest.blocks, following, strict=True):
-            with torch.no_grad():
-                results = dict(zip(block.outputs, block.module(*(values[n] for n in block.inputs)), strict=True))
-            handed_on = next((n for n in read if n in results), block.outputs[0])
-            twins = {n: got[names[n]] for n in results if n in names} | {handed_on: got[entry.output]}
-            for name, twin in twins.items():
-                ours, theirs = by_token(results[name], real), by_token(twin, real)
-                rows.append((ours - theirs).abs().amax(-1) / ours.abs().max())
-            values |= results | twins
-        feeds = next_feeds(feeds, got, got["logits"][:, -1].argmax(-1))
-    return torch.cat(rows)
-
-
-def by_token(value, real):
-    """Rows of real tokens: of activations [b, s, n], of the new part of a cache [b, h, t, d]; else the whole value."""
-    if value.dim() == 4 and value.shape[2] >= real.shape[1] and value.shape[1] > 1:
-        value = value[:, :, -real.shape[1] :].transpose(1, 2).flatten(2)
-    return value[real] if value.shape[:2] == real.shape else value.reshape(1, -1)
-
-
-def logits(mask, *runs):
-    """Logits of real tokens, for each (runner, captured, dtype) with its own cache; the first chooses the tokens."""
-    ids = tokens(*mask.shape)
-    feeds = [prompt_feeds(captured, ids, mask, dtype) for _, captured, dtype in runs]
-    collected = [[] for _ in runs]
-    for _ in range(1 + STEPS):
-        results = [run(fed) for (run, _, _), fed in zip(runs, feeds, strict=True)]
-        chosen = results[0]["logits"][:, -1].argmax(-1)
-        real = feeds[0]["attention_mask"][:, -feeds[0]["input_ids"].shape[1] :].bool()
-        for kept, result in zip(collected, results, strict=True):
-            kept.append(result["logits"][real].float())
-        feeds = [next_feeds(fed, result, chosen) for fed, result in zip(feeds, results, strict=True)]
-    return [torch.cat(kept) for kept in collected]
-
-
-def assert_agree(exported, mask, flips):
-    different = differences(exported, mask)
-    assert (different > ROUNDING).float().mean() <= flips
-    assert different.max() < STEP
 
 
 def rounds_activations(scheme, level):

@@ -10,7 +10,15 @@ from hypothesis import strategies as st
 
 from qexport.errors import NumericsError, RecipeError
 from qexport.numerics.formats import ActivationFormat
-from qexport.numerics.observers import AbsmaxObserver, ChannelAbsmax, MseObserver, PercentileObserver
+from qexport.numerics.observers import (
+    AbsmaxObserver,
+    ChannelAbsmax,
+    ChannelMeanAbs,
+    MseObserver,
+    PercentileObserver,
+    RowSample,
+    Several,
+)
 
 STATIC = ActivationFormat("static")
 KINDS = [AbsmaxObserver, PercentileObserver, lambda: MseObserver(STATIC), ChannelAbsmax]
@@ -105,3 +113,64 @@ def test_bad_and_missing_data(make):
 def test_impossible_percentile(percentile):
     with pytest.raises(RecipeError, match="percentile"):
         PercentileObserver(percentile)
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(0, 2**32), st.integers(1, 40))
+def test_mean_magnitudes_are_those_of_a_loop_however_the_data_is_split(seed, size):
+    x = activations(seed)
+    observer = ChannelMeanAbs()
+    for piece in (x[:0], *x.split(size)):
+        observer.update(piece)
+    mean = observer.mean()
+    assert mean.dtype == torch.float32
+    assert mean.tolist() == pytest.approx([math.fsum(map(abs, column)) / 40 for column in x.t().tolist()], rel=1e-6)
+
+
+def test_mean_magnitudes_of_bad_and_missing_data():
+    with pytest.raises(NumericsError, match="no activation"):
+        ChannelMeanAbs().mean()
+    for bad in (math.nan, math.inf):
+        with pytest.raises(NumericsError, match="NaN or Inf"):
+            ChannelMeanAbs().update(torch.full((2, 3), bad))
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 300), st.integers(1, 20), st.integers(1, 100))
+def test_a_sample_does_not_depend_on_how_the_stream_is_cut(tokens, limit, size):
+    x = torch.arange(tokens).float()[:, None].expand(tokens, 2)
+    sample, whole = RowSample(limit), RowSample(limit)
+    for piece in (x[:0], *x.split(size)):
+        sample.update(piece)
+    whole.update(x)
+    rows = sample.rows()
+    assert torch.equal(rows, whole.rows()) and len(rows) == min(tokens, limit)
+    assert bool((rows[1:, 0] > rows[:-1, 0]).all())  # different tokens, in the order of the stream
+
+
+def test_a_sample_has_no_liking_for_the_first_tokens_of_sequences():
+    sample = RowSample(512)
+    for _ in range(32):
+        sample.update(torch.arange(256).float()[:, None])
+    positions = sample.rows()[:, 0]
+    assert 0.4 < positions.mean() / 255 < 0.6
+    counts = torch.bincount(positions.long(), minlength=256)
+    assert counts[0] <= 6 and counts.max() <= 8  # 2 of each on average
+
+
+def test_a_sample_outlives_the_batch_that_it_was_taken_from():
+    sample, x = RowSample(), torch.ones(3, 2)
+    sample.update(x)
+    x.zero_()
+    assert torch.equal(sample.rows(), torch.ones(3, 2))
+    with pytest.raises(NumericsError, match="no activation"):
+        RowSample().rows()
+
+
+def test_several_statistics_see_the_same_stream():
+    x, both = activations(), Several(ChannelAbsmax(), ChannelMeanAbs())
+    for piece in x.split(9):
+        both.update(piece)
+    absmax, mean = both.parts
+    assert torch.equal(absmax.absmax(), x.abs().amax(0))
+    assert torch.allclose(mean.mean(), x.abs().mean(0))

@@ -1,4 +1,4 @@
-"""SmoothQuant factors against the formula, feature by feature."""
+"""Factors of SmoothQuant and of logarithmic equalization against their formulas, feature by feature."""
 
 import math
 
@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qexport.errors import NumericsError, RecipeError
-from qexport.numerics.smoothing import smoothquant_factors
+from qexport.numerics.smoothing import lae_factors, smoothquant_factors
 
 
 def case(seed=0):
@@ -64,3 +64,28 @@ def test_what_cannot_be_used_is_refused():
     activation[0] = math.inf
     with pytest.raises(NumericsError, match="NaN or Inf"):
         smoothquant_factors(activation, weights, 0.5)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.floats(0, 2.0**100, width=32), min_size=1, max_size=9))
+def test_logarithmic_factors_agree_with_a_loop(ranges):
+    factors = lae_factors(torch.tensor(ranges))
+    assert factors.dtype == torch.float32 and factors.shape == (len(ranges),)
+    for got, r in zip(factors.tolist(), ranges, strict=True):
+        assert got == pytest.approx(max(r / math.log2(2 + r), 1e-5) if r else 1, rel=1e-6)
+
+
+def test_logarithmic_equalization_turns_a_range_into_its_logarithm():
+    ranges = torch.logspace(-4, 4, 50)
+    left = ranges.double() / lae_factors(ranges)
+    assert torch.allclose(left, torch.log2(2 + ranges.double()), rtol=1e-6)
+    assert left.max() / left.min() < 14 and ranges.max() / ranges.min() > 9e7
+    assert (left.diff() > 0).all(), "the order of the channels stays"
+
+
+def test_logarithmic_equalization_of_ranges_next_to_zero():
+    factors = lae_factors(torch.tensor([0.0, 1e-20, 1e-6, 1.0]))
+    assert factors.tolist() == pytest.approx([1, 1e-5, 1e-5, 1 / math.log2(3)], rel=1e-6)
+    for bad in (math.nan, math.inf):
+        with pytest.raises(NumericsError, match="NaN or Inf"):
+            lae_factors(torch.tensor([1.0, bad]))

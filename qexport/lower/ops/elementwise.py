@@ -95,6 +95,7 @@ TRANSLATIONS = {
     aten.sqrt.default: _unary("Sqrt"), aten.cos.default: _unary("Cos"), aten.sin.default: _unary("Sin"),
     aten.tanh.default: _unary("Tanh"), aten.erf.default: _unary("Erf"), aten.relu.default: _relu,
     aten.relu_.default: _relu, aten.sigmoid.default: _unary("Sigmoid"), aten.reciprocal.default: _unary("Reciprocal"),
+    aten.round.default: _unary("Round"),
     aten.log.default: _unary("Log"), aten.softplus.default: _unary("Softplus"), aten.bitwise_not.default: _unary("Not"),
     aten.logical_not.default: _unary("Not"), aten.rsqrt.default: _rsqrt,
     aten.gelu.default: _gelu, aten.silu.default: _silu, aten.silu_.default: _silu,

@@ -70,6 +70,11 @@ def _select(emit: Emitter, node: Node):
     return emit.op("Gather", emit.get(node.args[0]), emit.get(node.args[2]), axis=node.args[1])
 
 
+def _index_select(emit: Emitter, node: Node):
+    source, axis, index = node.args
+    return emit.op("Gather", emit.get(source), emit.get(index), axis=axis)
+
+
 def _cat(emit: Emitter, node: Node):
     axis = node.args[1] if len(node.args) > 1 else 0
     return emit.op("Concat", *(emit.get(t, dtype_of(node)) for t in node.args[0]), axis=axis)
@@ -105,7 +110,8 @@ TRANSLATIONS = {
     aten.transpose.int: _transpose, aten.permute.default: _transpose, aten.t.default: _transpose,
     aten.unsqueeze.default: _unsqueeze, aten.squeeze.dim: _squeeze, aten.squeeze.default: _squeeze,
     aten.squeeze.dims: _squeeze,
-    aten.slice.Tensor: _slice, aten.select.int: _select, aten.cat.default: _cat,
+    aten.slice.Tensor: _slice, aten.select.int: _select, aten.index_select.default: _index_select,
+    aten.cat.default: _cat,
     aten.split_with_sizes.default: _split, aten.split.Tensor: _split, aten.chunk.default: _split,
     aten.split.sizes: _split,
     aten.embedding.default: _embedding,

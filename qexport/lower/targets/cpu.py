@@ -6,8 +6,9 @@ from typing import ClassVar
 import torch
 from torch.fx import GraphModule, Node
 
+from ...numerics.packing import stored_block
 from ...passes.edit import add_tensor, call, finish, is_call
-from .forms import Form, form_of, linear_products, scale_apart
+from .forms import Form, as_own_kernel, form_of, linear_products, own_kernel, scale_apart
 
 ops = torch.ops.qexport
 aten = torch.ops.aten
@@ -54,16 +55,28 @@ class CpuTarget:
                 _integer(module, product, form)
                 continue
             scale_apart(module, product, form)
-            if self.accuracy_level == 4:
-                x, block = product.args[0], form.block_size or _DEFAULT_BLOCK
+            x, block = product.args[0], _input_block(product.args[1])
+            if self.accuracy_level == 4 and block is not None:
                 with module.graph.inserting_before(product):
                     rounded = call(module.graph, ops.matmul_nbits_input.default, (x, block), like=x)
                 product.replace_input_with(x, rounded)
+            as_own_kernel(module, product)
         finish(module)
 
     def kernel(self, product: Node) -> str:
         """The operator that the linear must have become in the optimized graph."""
-        return "MatMulIntegerToFloat" if form_of(product).integer else "MatMulNBits"
+        return own_kernel(product) or ("MatMulIntegerToFloat" if form_of(product).integer else "MatMulNBits")
+
+
+def _input_block(weight: Node) -> int | None:
+    """Features of the input that accuracy level 4 rounds together; None where the kernel keeps the input as it is."""
+    if is_call(weight, ops.dequantize_codebook.default):
+        return None
+    *_, group_size, bits = weight.args
+    if group_size == 0:
+        return _DEFAULT_BLOCK
+    # The 2-bit kernel for 8-bit inputs has no blocks of 16; without it the weight is unpacked and the product float.
+    return None if bits == 2 and group_size == 16 else stored_block(bits, group_size)
 
 
 def _integer(module: GraphModule, product: Node, form: Form) -> None:

@@ -8,7 +8,7 @@ from torch.fx import GraphModule, Node
 
 from ...passes.edit import call, finish, is_call
 from ..precision import KEEP, to_half
-from .forms import Form, form_of, linear_products, scale_apart
+from .forms import Form, as_own_kernel, form_of, linear_products, own_kernel, scale_apart
 
 ops = torch.ops.qexport
 aten = torch.ops.aten
@@ -49,12 +49,15 @@ class CudaTarget:
                 _integer(module, product, form)
             else:
                 scale_apart(module, product, form)
+                as_own_kernel(module, product)
         finish(module)
         to_half(module, constants)
 
     def kernel(self, product: Node) -> str:
         """The operator that the linear must have become in the optimized graph."""
-        return "MatMulInteger" if is_call(product, ops.matmul_integer.default) else "MatMulNBits"
+        if is_call(product, ops.matmul_integer.default):
+            return "MatMulInteger"
+        return own_kernel(product) or "MatMulNBits"
 
 
 def _integer(module: GraphModule, product: Node, form: Form) -> None:
@@ -70,7 +73,9 @@ def _integer(module: GraphModule, product: Node, form: Form) -> None:
         for factor in (form.token_scale if form.token_scale is not None else form.quantize.args[1], scale):
             result = call(graph, aten.mul.Tensor, (result, factor), like=product)
             result.meta[KEEP] = True
-    exact.meta["linear"] = product.meta["linear"]
+    if is_call(codes, ops.expand_codes.default):
+        codes.meta[KEEP] = True  # what is expanded is expanded once and in float32
+    exact.meta.update({key: product.meta[key] for key in ("linear", "plane_of") if key in product.meta})
     if "result_of" in product.meta:
         result.meta["result_of"] = product.meta["result_of"]
     product.replace_all_uses_with(result)

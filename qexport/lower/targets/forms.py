@@ -5,10 +5,13 @@ from dataclasses import dataclass
 import torch
 from torch.fx import Graph, GraphModule, Node
 
+from ...numerics.packing import stored_block
 from ...passes.edit import add_tensor, call, is_call
 
 aten = torch.ops.aten
 ops = torch.ops.qexport
+
+_OWN_KERNELS = {ops.matmul_bnb4.default: "MatMulBnb4", ops.matmul_nbits.default: "MatMulNBits"}
 
 
 @dataclass(frozen=True)
@@ -40,18 +43,48 @@ def linear_products(graph: Graph) -> list[Node]:
 def form_of(product: Node) -> Form:
     """The form of a canonical product, or of one already rewritten for the CPU."""
     x, weight = product.args
-    block_size = weight.args[4]
+    block_size = weight.args[4 if is_call(weight, ops.dequantize_linear.default) else 3]
     if is_call(x, ops.dequantize_linear.default):
         token_scale = None
-        users = [
-            u for u in product.users if is_call(u, aten.mul.Tensor) and is_call(u.args[1], ops.token_scale.default)
-        ]
+        users = [u for u in product.users if is_call(u, aten.mul.Tensor) and _is_step(u.args[1])]
         if users:
             token_scale = users[0].args[1]
         return Form(block_size, x.args[0], x, token_scale)
     if is_call(x, aten.mul.Tensor) and is_call(x.args[0], ops.dequantize_linear.default):
         return Form(block_size, x.args[0].args[0], x.args[0], x.args[1])
     return Form(block_size)
+
+
+def _is_step(node) -> bool:
+    """Whether a node is the step of a dynamic activation: a token's scale, or the larger of two."""
+    parts = node.args if is_call(node, aten.maximum.default) else (node,)
+    return all(is_call(part, ops.token_scale.default) for part in parts)
+
+
+def as_own_kernel(module: GraphModule, product: Node) -> None:
+    """matmul(x, dequantize(...)) becomes one node, in place, where ONNX Runtime would make no kernel of the two.
+
+    Codebooks and 2-bit codes have no standard types at this opset, and its fusion passes longer blocks by.
+    """
+    x, weight = product.args
+    if is_call(weight, ops.dequantize_codebook.default):
+        target, arguments = ops.matmul_bnb4.default, (*weight.args, stored_block(4, weight.args[3]))
+    else:
+        codes, scale, zero_point, _axis, group_size, bits = weight.args
+        block_size = stored_block(bits, group_size)
+        if bits > 2 and block_size == group_size:
+            return
+        target, arguments = ops.matmul_nbits.default, (codes, scale, zero_point, bits, group_size, block_size)
+    with module.graph.inserting_before(product):
+        node = call(module.graph, target, (x, *arguments), like=product)
+    node.meta = dict(product.meta)
+    product.replace_all_uses_with(node)
+    module.graph.erase_node(product)
+
+
+def own_kernel(product: Node) -> str | None:
+    """The operator of a product that `as_own_kernel` rewrote."""
+    return _OWN_KERNELS.get(product.target)
 
 
 def scale_apart(module: GraphModule, product: Node, form: Form) -> None:

@@ -1,0 +1,187 @@
+"""Linears with a branch: the file computes what the graph says, and the branch costs the product beside it no fusion.
+
+See test_agreement.py for what agreeing means.
+"""
+
+from collections import Counter
+
+import pytest
+import torch
+
+import exporting
+from agreement import assert_agree, in_float32, logits
+from cuda_placement.models import ALL_ON_CUDA, CUDA, DIMS
+from qexport.numerics.metrics import sqnr_db
+from qexport.passes.sites import by_input, linears
+from qexport.recipe import CalibrationSpec, LlmInt8Spec, LoRCSpec, Recipe, WeightSpec
+from qexport.runtime.session import optimized_graph, unfused
+from stepping import captured_runner, load_weights, padded
+
+MASK = padded([9, 4, 6], "left")
+RANK4, INT8 = LoRCSpec(rank=4), LoRCSpec(rank=4, factors="int8")
+SHARED = LoRCSpec(rank=6, factors="int8", shared=True, weighted=True)
+OUTLIERS = LlmInt8Spec(threshold=4.0)  # a few features of every value, or none
+METHODS = {
+    "lorc": dict(scheme="w4a16_g32", lorc=RANK4),
+    "lorc, level 1": dict(scheme="w4a16_g32", lorc=RANK4, accuracy_level=1),
+    "lorc, int8": dict(scheme="w4a16_g32", lorc=INT8),
+    "lorc, int8, level 1": dict(scheme="w4a16_g32", lorc=INT8, accuracy_level=1),
+    "lorc, int8, shared": dict(scheme="w4a16_g32", lorc=SHARED),
+    "lorc after gptq": dict(scheme="w4a16_g32", lorc=RANK4, weights=WeightSpec(method="gptq")),
+    "lorc, w8a8": dict(scheme="w8a8_dyn", lorc=RANK4),
+    "lorc, int8, shared, static": dict(scheme="w8a8_static", lorc=SHARED),
+    "lorc, expanded": dict(scheme="w4a8_g32_int", lorc=INT8),
+    "llm_int8": dict(scheme="w8a8_dyn", llm_int8=OUTLIERS),
+    "llm_int8, static": dict(scheme="w8a8_static", llm_int8=OUTLIERS),
+    "llm_int8, groups": dict(scheme="w4a8_g32", llm_int8=OUTLIERS),
+    "both": dict(scheme="w8a8_static", lorc=SHARED, llm_int8=OUTLIERS),
+}
+EXACT = ("lorc, level 1", "lorc, int8, level 1")  # nothing in the graph rounds activations
+
+
+def recipe_of(**fields):
+    calibration = CalibrationSpec(source="random", samples=4, sequence_length=16)
+    return Recipe(calibration=calibration, **{"lm_head": fields["scheme"], **fields})
+
+
+@pytest.fixture
+def export(captured, tmp_path):
+    def make(family, fields, target, single=False):
+        folder = tmp_path / str(len(list(tmp_path.iterdir())))
+        if not single:
+            return exporting.export(captured(family), recipe_of(**fields), target, folder)
+        kept, dtype = in_float32()
+        with kept, dtype:
+            return exporting.export(captured(family), recipe_of(**fields), target, folder)
+
+    return make
+
+
+def base_kernel(scheme, target):
+    if scheme in ("w4a16_g32", "w4a8_g32"):
+        return "MatMulNBits"
+    return "MatMulIntegerToFloat" if target == "cpu" else "MatMulInteger"
+
+
+def values_of(exported):
+    """How many values the linears of the float model read."""
+    return sum(len(by_input(linears(block.module.graph))) for block in exported.captured.blocks)
+
+
+def parts_of(exported, lorc):
+    """How many weight-only products the branches must add."""
+    if lorc is None or lorc.factors == "float":
+        return 0
+    count = len(exported.manifest.linears)
+    return count + (values_of(exported) if lorc.shared else count)
+
+
+def buffers(exported, ending):
+    return {
+        name: tensor
+        for block in exported.blocks
+        for name, tensor in block.module.named_buffers()
+        if name.endswith(ending)
+    }
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_on_the_cpu_it_computes_what_its_graph_says_in_fused_products(export, method):
+    fields = METHODS[method]
+    exported = export("llama_bias", fields, "cpu")
+    assert_agree(exported, MASK, flips=0 if method in EXACT else 0.03, step=0.03)
+
+    entries, lorc = exported.manifest.linears, fields.get("lorc")
+    graph, kernel = optimized_graph(exported.folder, exported.manifest), base_kernel(fields["scheme"], "cpu")
+    assert unfused(graph, entries) == []
+    assert {entry.kernel for entry in entries} == {kernel}
+    parts = [part for entry in entries for part in entry.parts]
+    assert len(parts) == parts_of(exported, lorc)
+    assert {operator for _, operator in parts} <= {"MatMulNBits"}
+    counts = graph.op_counts()
+    expected = Counter({kernel: len(entries)}) + Counter(operator for _, operator in parts)
+    assert {name: counts[name] for name in expected} == expected
+    factors = 2 * len(entries) if lorc is not None and lorc.factors == "float" else 0
+    # What is left in float is what was asked for: two products of each low-rank branch, one of each float path.
+    assert counts["MatMul"] == factors + len(buffers(exported, "outlier_weight"))
+    assert not {"Gemm", "FusedMatMul"} & set(counts)
+
+
+@pytest.mark.parametrize("method", ["lorc", "lorc, int8, shared", "lorc, w8a8", "llm_int8, static", "both"])
+def test_the_cuda_graph_computes_what_it_says(export, method):
+    fields = METHODS[method]
+    exported = export("llama_bias", fields, "cuda", single=True)
+    assert_agree(exported, MASK, flips=0.05 if "a8" in fields["scheme"] else 0, step=0.03)
+
+
+@pytest.mark.parametrize("method", ["lorc", "lorc, int8, shared", "lorc, int8, shared, static", "llm_int8", "both"])
+def test_every_node_is_on_cuda(export, cuda_placement, method):
+    fields = METHODS[method]
+    exported = export("llama_bias", fields, "cuda")
+    entries = exported.manifest.linears
+    placed = cuda_placement(exported.folder / "model.onnx", exported.manifest.session | ALL_ON_CUDA, dims=DIMS)
+    assert set(placed["nodes"]) == {CUDA} and placed["memcpy"] == 0
+    ops, kernel = Counter(placed["optimized_ops"]), base_kernel(fields["scheme"], "cuda")
+    expected = Counter({kernel: len(entries)}) + Counter({"MatMulNBits": parts_of(exported, fields.get("lorc"))})
+    assert {name: ops[name] for name in expected} == expected
+    # One quantization for each value that linears share, branches or not.
+    assert ops["QuantizeLinear"] == (values_of(exported) if "a8" in fields["scheme"] else 0)
+
+
+@pytest.mark.parametrize("method", ["lorc", "both"])
+def test_float16_of_the_cuda_file_adds_what_float16_adds(export, method):
+    half, single = (export("llama", METHODS[method], "cuda", single) for single in (False, True))
+    ran, graph, wide, reference = logits(
+        MASK,
+        (half.in_onnxruntime(), half.captured, torch.float16),
+        (half.in_pytorch(), half.captured, torch.float16),
+        (single.in_pytorch(), single.captured, torch.float32),
+        (captured_runner(load_weights(half.captured)), half.captured, torch.float32),
+    )
+    assert sqnr_db(wide, ran) > sqnr_db(wide, graph) - 6
+    assert sqnr_db(reference, ran) > sqnr_db(reference, wide) - 3
+
+
+def test_outliers_are_some_features_of_some_values(export):
+    """Otherwise the tests above are of something else."""
+    exported = export("llama_bias", METHODS["llm_int8"], "cpu")
+    index = buffers(exported, "outlier_index")
+    assert 0 < len(index) <= values_of(exported)
+    for name, columns in index.items():
+        mask = buffers(exported, name.rpartition(".")[0] + ".outlier_mask").popitem()[1]
+        assert 0 < len(columns) < len(mask) and float(mask.sum()) == len(mask) - len(columns)
+
+
+def test_the_output_of_a_linear_is_the_sum(export):
+    exported = export("llama_bias", METHODS["both"], "cpu")
+    model = exporting.onnx.load(exported.folder / "model.onnx", load_external_data=False)
+    producers = {output: node for node in model.graph.node for output in node.output}
+    for entry in exported.manifest.linears:
+        if entry.output == "logits":
+            continue
+        total = producers[entry.output]
+        assert total.op_type == "Add"
+        outermost = producers[total.input[1]]
+        assert outermost.op_type == "MatMul"
+        assert "lorc_up" in outermost.input[1] or outermost.name == f"{entry.name}.lorc_up"
+
+
+def test_the_bytes_of_a_branch_count_for_its_linear(export):
+    plain = export("llama", dict(scheme="w4a16_g32"), "cpu")
+    before = {entry.name: entry.bytes for entry in plain.manifest.linears}
+    for fields, size in ((METHODS["lorc"], lambda n, k: 4 * 4 * (n + k)),
+                         (METHODS["lorc, int8"], lambda n, k: 4 * (n + k) + 4 * (n + 4))):  # fmt: skip
+        exported = export("llama", fields, "cpu")
+        for entry in exported.manifest.linears:
+            assert entry.bytes - before[entry.name] == size(*entry.shape)
+
+
+def test_the_deployed_model_is_closer_to_float_with_a_branch(export):
+    found = []
+    for lorc in (None, LoRCSpec(rank=16, factors="int8")):
+        exported = export("llama", dict(scheme="w4a16_g32", lorc=lorc), "cpu")
+        float_model = captured_runner(load_weights(exported.captured))
+        runs = (float_model, exported.in_onnxruntime())
+        want, got = logits(MASK, *((run, exported.captured, torch.float32) for run in runs))
+        found.append(sqnr_db(want, got))
+    assert found[1] > found[0] + 1

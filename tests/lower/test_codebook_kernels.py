@@ -1,0 +1,114 @@
+"""NF4 and FP4 weights: the file computes what its graph says, and every linear is a MatMulBnb4."""
+
+from collections import Counter
+
+import onnx
+import pytest
+import torch
+
+import exporting
+from agreement import ROUNDING, assert_agree, in_float32, logits
+from cuda_placement.models import ALL_ON_CUDA, CUDA, DIMS
+from qexport.numerics.codebook import dequantize
+from qexport.numerics.formats import Scheme
+from qexport.numerics.metrics import sqnr_db
+from qexport.passes.edit import get_tensor, is_call
+from qexport.passes.plan import LinearPlan, weight_bytes
+from qexport.recipe import CalibrationSpec, Recipe
+from qexport.runtime.session import optimized_graph, unfused
+from stepping import captured_runner, load_weights, padded
+
+ops = torch.ops.qexport
+SCHEMES = ["nf4", "fp4", "nf4_dq", "fp4_g32", "nf4_g16"]
+TARGETS = {"cpu": ("cpu", 4), "cpu, level 1": ("cpu", 1), "cuda": ("cuda", 4)}
+MASK = padded([9, 4, 6], "left")
+
+
+@pytest.fixture
+def export(captured, tmp_path):
+    def make(scheme, target="cpu", level=4, single=False, family="llama_bias"):
+        recipe = Recipe(scheme=scheme, lm_head=scheme, accuracy_level=level, calibration=CalibrationSpec())
+        if not single:
+            return exporting.export(captured(family), recipe, target, tmp_path / target)
+        kept, dtype = in_float32()
+        with kept, dtype:
+            return exporting.export(captured(family), recipe, target, tmp_path / "single")
+
+    return make
+
+
+@pytest.mark.parametrize("target", TARGETS.values(), ids=TARGETS)
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_the_file_computes_what_its_graph_says(export, scheme, target):
+    """To float32 rounding at accuracy level 4 too: this kernel does not round its input."""
+    name, level = target
+    exported = export(scheme, name, level, single=name == "cuda")
+    assert_agree(exported, MASK, flips=0)
+    runs = [exported.in_onnxruntime(), exported.in_pytorch(), captured_runner(load_weights(exported.captured))]
+    ran, graph, reference = logits(MASK, *((run, exported.captured, torch.float32) for run in runs))
+    assert (ran - graph).abs().max() < ROUNDING * graph.abs().max()
+    assert 5 < sqnr_db(reference, graph) < 40  # it is quantized
+
+
+def test_float16_adds_what_float16_adds(export):
+    half, single = export("nf4", "cuda"), export("nf4", "cuda", single=True)
+    ran, graph, wide, reference = logits(
+        MASK,
+        (half.in_onnxruntime(), half.captured, torch.float16),
+        (half.in_pytorch(), half.captured, torch.float16),
+        (single.in_pytorch(), single.captured, torch.float32),
+        (captured_runner(load_weights(half.captured)), half.captured, torch.float32),
+    )
+    assert sqnr_db(wide, ran) > sqnr_db(wide, graph) - 6
+    assert sqnr_db(reference, ran) > sqnr_db(reference, wide) - 3
+
+
+@pytest.mark.parametrize("scheme", ["nf4", "fp4_g32"])
+def test_every_linear_is_its_kernel_on_the_cpu(export, scheme):
+    exported = export(scheme)
+    linears, graph = exported.manifest.linears, optimized_graph(exported.folder, exported.manifest)
+    assert {entry.kernel for entry in linears} == {"MatMulBnb4"}
+    assert unfused(graph, linears) == []
+    assert graph.op_counts()["MatMulBnb4"] == len(linears) == 15
+    assert not {"MatMul", "Gemm", "DequantizeLinear"} & set(graph.op_counts())
+
+
+@pytest.mark.parametrize("scheme", ["nf4", "fp4_g32"])
+def test_every_node_is_on_cuda(export, cuda_placement, scheme):
+    exported = export(scheme, "cuda")
+    placed = cuda_placement(exported.folder / "model.onnx", exported.manifest.session | ALL_ON_CUDA, dims=DIMS)
+    assert set(placed["nodes"]) == {CUDA} and placed["memcpy"] == 0
+    found = Counter(placed["optimized_ops"])
+    assert found["MatMulBnb4"] == 15 and not {"MatMul", "Gemm"} & set(found)
+
+
+def test_nodes_keep_the_names_of_their_linears_and_the_weight_that_was_planned(export):
+    exported = export("fp4_g32", family="llama")
+    model = onnx.load(exported.folder / "model.onnx")
+    domains = {entry.domain: entry.version for entry in model.opset_import}
+    assert domains == {"": 23, "com.microsoft": 1} and model.ir_version <= 13
+    nodes = {node.name: node for node in model.graph.node if node.op_type == "MatMulBnb4"}
+    assert set(nodes) == {entry.name for entry in exported.manifest.linears}
+    tensors = {t.name: onnx.numpy_helper.to_array(t) for t in model.graph.initializer}
+    node = nodes["model.layers.1.mlp.down_proj"]
+    packed, absmax = (torch.from_numpy(tensors[name].copy()) for name in node.input[1:])
+    size = {a.name: a.i for a in node.attribute}
+    assert size == {"K": 96, "N": 64, "block_size": 32, "quant_type": 0}
+    codes = torch.stack([packed >> 4, packed & 15], dim=1).view(64, 96)
+    module = exported.blocks[2].module
+    product = next(n for n in module.graph.nodes if n.meta.get("linear") == node.name)
+    assert is_call(product, ops.matmul_bnb4.default)
+    ours, scale = (get_tensor(module, argument.target) for argument in product.args[1:3])
+    assert torch.equal(codes, ours)
+    assert torch.equal(dequantize(codes, absmax.view(64, 3), "fp4", 32), dequantize(ours, scale, "fp4", 32))
+
+
+@pytest.mark.parametrize("scheme, target", [("nf4", "cpu"), ("nf4_dq", "cuda")])
+def test_planned_bytes_are_those_of_the_file(export, scheme, target):
+    exported = export(scheme, target, family="llama")
+    for entry in exported.manifest.linears:
+        plan = LinearPlan(entry.name, entry.block, entry.shape, Scheme.parse(entry.scheme))
+        assert entry.bytes == weight_bytes(plan, exported.dtype.itemsize)
+    # 64 features take blocks of 64, 96 do not.
+    shrunk = "nf4_g32" if scheme == "nf4" else "nf4_g32_dq"
+    assert {(entry.shape[1], entry.scheme) for entry in exported.manifest.linears} == {(64, scheme), (96, shrunk)}

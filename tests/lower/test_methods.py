@@ -1,0 +1,117 @@
+"""Methods whose graphs have forms of their own: the file computes what the graph says, and every product is fused.
+
+See test_agreement.py for what agreeing means.
+"""
+
+from collections import Counter
+
+import pytest
+import torch
+
+import exporting
+from agreement import assert_agree, in_float32
+from cuda_placement.models import ALL_ON_CUDA, CUDA, DIMS
+from qexport.recipe import ActivationSpec, CalibrationSpec, CrossQuantSpec, Recipe
+from qexport.runtime.session import optimized_graph, unfused
+from stepping import padded
+
+MASK = padded([9, 4, 6], "left")
+BEFORE = CrossQuantSpec(row_scale="paper", round_weights="before_fold", explicit=True)
+METHODS = {
+    "crossquant": dict(scheme="w8a8_dyn", crossquant=CrossQuantSpec(explicit=True)),
+    "crossquant, paper rows": dict(scheme="w8a8_dyn", crossquant=CrossQuantSpec(row_scale="paper")),
+    "crossquant, two planes": dict(scheme="w8a8_dyn", crossquant=BEFORE),
+    "crossquant, expanded": dict(scheme="w4a8_g32_int", crossquant=BEFORE),
+    "crossquant, w4a4": dict(scheme="w4a4_g32_int", crossquant=BEFORE),
+    "expanded": dict(scheme="w4a8_g32_int"),
+    "expanded, zero points": dict(scheme="w4a8_g32_asym_int"),
+    "expanded, static": dict(scheme="w4a8_g32_static_int"),
+    "expanded, 3 bits": dict(scheme="w3a8_g32_int"),
+    "w4a4": dict(scheme="w4a4"),
+    "w8a4, static": dict(scheme="w8a4_static"),
+}
+KERNEL = {"cpu": "MatMulIntegerToFloat", "cuda": "MatMulInteger"}
+
+
+def recipe_of(**fields):
+    calibration = CalibrationSpec(source="random", samples=4, sequence_length=16)
+    return Recipe(calibration=calibration, **fields)
+
+
+@pytest.fixture
+def export(captured, tmp_path):
+    def make(family, fields, target, single=False):
+        if not single:
+            return exporting.export(captured(family), recipe_of(**fields), target, tmp_path / target)
+        kept, dtype = in_float32()
+        with kept, dtype:
+            return exporting.export(captured(family), recipe_of(**fields), target, tmp_path / "single")
+
+    return make
+
+
+@pytest.mark.parametrize("target", KERNEL)
+@pytest.mark.parametrize("method", METHODS)
+def test_the_file_computes_what_its_graph_says(export, method, target):
+    fields = METHODS[method]
+    exported = export("llama_bias", fields, target, single=target == "cuda")
+    # Codes of 4 bits are few and far between: one that differs moves its token by a fifteenth.
+    step = 0.3 if "a4" in fields["scheme"] else 0.03
+    assert_agree(exported, MASK, flips=0.03, step=step)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_product_is_one_integer_matmul(export, method):
+    exported = export("llama_bias", METHODS[method], "cpu")
+    graph, linears = optimized_graph(exported.folder, exported.manifest), exported.manifest.linears
+    assert unfused(graph, linears) == []
+    planes = 2 if method == "crossquant, two planes" else 1
+    assert all(len(entry.parts) == planes - 1 for entry in linears)
+    assert graph.op_counts()["MatMulIntegerToFloat"] == planes * len(linears)
+    # What expands the codes was done when the file was loaded.
+    assert "Round" not in graph.op_counts()
+
+
+@pytest.mark.parametrize("method", ["crossquant, paper rows", "crossquant, two planes", "crossquant, expanded", "w4a4"])
+def test_every_node_is_on_cuda(export, cuda_placement, method):
+    exported = export("llama_bias", METHODS[method], "cuda")
+    placed = cuda_placement(exported.folder / "model.onnx", exported.manifest.session | ALL_ON_CUDA, dims=DIMS)
+    assert set(placed["nodes"]) == {CUDA} and placed["memcpy"] == 0
+    planes = 2 if method == "crossquant, two planes" else 1
+    assert Counter(placed["optimized_ops"])["MatMulInteger"] == planes * len(exported.manifest.linears)
+
+
+@pytest.mark.parametrize("target", KERNEL)
+def test_crossquant_as_published(export, target):
+    fields = dict(scheme="w8a8_dyn", crossquant=CrossQuantSpec(row_scale="dynamic"), accuracy_level=1)
+    assert_agree(export("llama", fields, target, single=target == "cuda"), MASK, flips=0.03)
+
+
+@pytest.mark.parametrize("scheme", ["w8a8_dyn", "w8a8_static"])
+def test_the_kernel_ablation_only_makes_zeros(export, scheme):
+    fields = dict(scheme=scheme, activations=ActivationSpec(only_kernel=True), accuracy_level=1)
+    exported = export("llama", fields, "cpu")
+    assert_agree(exported, MASK, flips=0.02)
+    assert optimized_graph(exported.folder, exported.manifest).op_counts()["MatMulNBits"] == len(
+        exported.manifest.linears
+    )
+
+
+def test_float16_scales_of_expanded_codes_stay_float32(export):
+    exported = export("llama", METHODS["crossquant, expanded"], "cuda")
+    dtypes = {
+        name.rpartition(".")[2]: tensor.dtype
+        for block in exported.blocks
+        for name, tensor in block.module.named_buffers()
+        if name.endswith(("weight_scale", "column_factor", "row_scale"))
+    }
+    assert dtypes == dict.fromkeys(("weight_scale", "column_factor", "row_scale"), torch.float32)
+
+
+def test_bytes_are_those_of_the_file(export):
+    exported = export("llama", METHODS["crossquant, expanded"], "cpu")
+    entry = next(e for e in exported.manifest.linears if e.name.endswith("gate_proj"))
+    n, k = entry.shape
+    codes, scales, factors, rows = n * k // 2, 4 * n * k // 32, 4 * k, 4 * n
+    # gate and up share their input's constants, which count for the first of them
+    assert entry.bytes - (codes + scales + factors + rows) in range(4 * k + 16)

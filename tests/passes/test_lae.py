@@ -1,0 +1,62 @@
+"""Logarithmic equalization leaves the float model as it is and compresses the channels of its activations."""
+
+import pytest
+import torch
+
+from models import FAMILIES
+from passing import plan_of, run_passes, stream_of
+from qexport.calibrate.streams import collect
+from qexport.numerics.observers import ChannelAbsmax
+from qexport.passes.base import Context
+from qexport.passes.lae import LogEqualize
+from qexport.passes.sites import fold_sites
+from stepping import captured_runner, load_weights, next_feeds, padded, prompt_feeds, tokens
+
+IDS, MASK = tokens(3, 9), padded([9, 4, 6], "left")
+
+
+def run_twice(captured):
+    """Logits of a padded prompt and of one more token, which reads the cache."""
+    run, feeds = captured_runner(captured), prompt_feeds(captured, IDS, MASK)
+    first = run(feeds)
+    second = run(next_feeds(feeds, first, IDS[:, 0]))
+    return torch.cat([first["logits"][MASK.bool()], second["logits"][:, 0]])
+
+
+@pytest.mark.parametrize("explicit", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_stay_what_they_were(captured, family, explicit):
+    model = load_weights(captured(family))
+    want = run_twice(model)
+    step = LogEqualize(plan_of(model, "w8a8_static"), explicit=explicit)
+    results = run_passes(model, [step], stream_of(model, IDS, MASK))
+    got = run_twice(model)
+    assert (got - want).abs().max() < 1e-4 * want.abs().max()
+    for block in model.blocks[1:]:
+        result, sites = results[block.name]["LogEqualize"], fold_sites(block.module.graph)
+        skipped = 0 if explicit else sum(site.kind == "explicit" for site in sites)
+        assert len(result.skipped) == skipped and len(result.changed) == len(sites) - skipped > 0
+
+
+def test_every_channel_ends_at_the_logarithm_of_its_range(captured):
+    model = load_weights(captured("llama"))
+    stream = stream_of(model, IDS, MASK)
+    stream.advance(model.blocks[0], 0)
+    block, step = model.blocks[1], LogEqualize(plan_of(model, "w8a8_static"))
+
+    def absmax():
+        wanted = {s.value: ChannelAbsmax for s in fold_sites(block.module.graph)}
+        return {value: seen.absmax().double() for value, seen in collect(block, stream, block.module, wanted).items()}
+
+    before = absmax()
+    step.call(block.module, Context(collect(block, stream, block.module, step.statistics(block.module))))
+    after = absmax()
+    for site in fold_sites(block.module.graph):
+        want = before[site.value]
+        if site.repeat is not None:  # query heads that share a channel share the factor of the largest
+            grouped = want.view(*site.repeat[:2], -1)
+            largest = grouped.amax(1, keepdim=True)
+            want = (grouped / (largest / torch.log2(2 + largest))).reshape(-1)
+        else:
+            want = torch.log2(2 + want)
+        assert torch.allclose(after[site.value], want, rtol=1e-4)
