@@ -138,3 +138,20 @@ def test_the_demo_keeps_the_function_of_the_model_it_rewrites(model):
         after = llama(ids).logits
     assert (after - before).abs().max() < 1e-5 * before.abs().max()
     assert (llama.model.layers[0].self_attn.q_proj.weight / weight - 1).abs().mean() > 0.05
+
+
+def test_methods_table(run, model, text):
+    lines = run(
+        "methods_table.py", model, "--calibration", text, "--text", text, "--windows", 1, "--window", 32,
+        "--samples", 2, "--rows", "w8a8 per-token", "nf4",
+    ).splitlines()  # fmt: skip
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("| ")]
+    assert [row[0] for row in rows[2:]] == ["w8a8 per-token", "nf4"]
+    per_token, nf4 = rows[2:]
+    assert per_token[5].endswith("%") and nf4[5] == ""  # only what quantizes activations has a kernel
+    assert all(float(row[column]) > 0 for row in (per_token, nf4) for column in (2, 3, 6, 7))
+
+
+def test_every_method_of_the_table_is_a_recipe():
+    recipes = sample("methods_table.py")["recipes"](samples=3)
+    assert len(recipes) > 50 and all(recipe.calibration.samples == 3 for recipe in recipes.values())

@@ -2,6 +2,7 @@
 
 import math
 import statistics
+from collections import Counter
 
 from .report import Report, decibels, kernels, number, own, rank, worst_first
 
@@ -54,6 +55,9 @@ def _facts(report: Report) -> list[str]:
     if report.layers.blocks:
         last = report.layers.blocks[-1]
         facts.append(f"behind all blocks the SQNR is {decibels(last.sqnr_db, last)}")
+    if report.activations:
+        counts = Counter(a.what for a in report.activations).most_common()
+        facts.append("quantized activations: " + ", ".join(f"{n} {what}" for what, n in counts))
     measured = [a for a in report.activations if a.kernel is not None]
     if measured:
         largest = max(measured, key=lambda a: a.kernel)

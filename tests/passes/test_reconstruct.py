@@ -251,10 +251,13 @@ def test_crossquants_row_scale_and_factor_are_trained_for(captured):
     def cross(plan):
         return CrossQuant(plan, alpha=0.15, paper_rows=True, round_before_fold=True)
 
-    before, _ = decibels(captured, "w4a8_g32_int", lambda plan: [cross(plan)])
-    after, _ = decibels(
-        captured, "w4a8_g32_int", lambda plan: [cross(plan), ZQGlobal(plan, steps=40, token_norm_power=0)]
+    before, _ = decibels(captured, "w4a4_g32_int", lambda plan: [cross(plan)])
+    after, results = decibels(
+        captured, "w4a4_g32_int", lambda plan: [cross(plan), ZQGlobal(plan, steps=40, token_norm_power=0)]
     )
+    (note,) = results["model.layers.0"]["ZQGlobal"].changed
+    # What training saw is what is deployed, but for the weights' way to int8.
+    assert note.data["error relative to rounding"] == pytest.approx(10 ** ((before[0] - after[0]) / 10), rel=0.1)
     assert after[0] > before[0] + 2
 
 

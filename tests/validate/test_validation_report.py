@@ -4,7 +4,19 @@ import math
 import pytest
 
 from qexport.errors import InputError
-from qexport.validate.report import Layers, Placement, Report, Row, Unfused, load, save, worst_first
+from qexport.validate.report import (
+    Activation,
+    Layers,
+    Logits,
+    Placement,
+    Report,
+    Row,
+    Unfused,
+    exported_activations,
+    load,
+    save,
+    worst_first,
+)
 from qexport.validate.verdict import with_verdict
 
 
@@ -51,6 +63,34 @@ def test_verdict_names_the_lowest_and_what_is_wrong():
     assert report.verdict[:2] == report.problems
     assert report.verdict[2] == "b has the lowest SQNR, 10.0 dB; the median linear has 10.0 dB"
     assert with_verdict(a_report()).verdict[0] == "all 2 quantized linears run as K"
+
+
+def scores(perplexity):
+    return Logits(
+        windows=1, window=9, tokens=8, kl_mean=0.1, kl_median=0.1, kl_p99=0.1, top1_agreement=0.5,
+        float_perplexity=10.0, perplexity=perplexity,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("rise, name", [(-0.2, "Class-1"), (0.09, "Class-1"), (0.4, "Class-2"), (0.7, "Class-3")])
+def test_a_rise_in_perplexity_has_its_class(rise, name):
+    sentence = with_verdict(a_report(logits=scores(10 + rise))).verdict[-1]
+    assert f"perplexity rises by {rise:.2f}: {name}" in sentence
+
+
+def test_activations_are_what_the_export_says(tmp_path):
+    assert exported_activations(tmp_path) == ()
+    measured = {"bits": 8, "kernel": 0.25, "kernel_without_zeros": 0.125, "linears": ["q", "k"]}
+    changed = {"QuantizeActivations": [["norm", "static per-tensor", measured], ["x", "dynamic per-token", {
+        "bits": 8, "linears": ["o"]}]], "GPTQ": [["q", "w8a8", {}]]}  # fmt: skip
+    blocks = [{"name": "layers.0", "changed": changed, "skipped": {}}]
+    (tmp_path / "report.json").write_text(json.dumps({"export": {"blocks": blocks}}))
+    first, second = exported_activations(tmp_path)
+    assert first == Activation(block="layers.0", what="static per-tensor", **measured)
+    assert second.kernel is None and second.linears == ("o",)
+    facts = with_verdict(a_report(activations=(first, second))).verdict
+    assert "quantized activations: 1 static per-tensor, 1 dynamic per-token" in facts
+    assert any("makes 25.0% of the quantized activations zero, most (25.0%, 12.5%" in fact for fact in facts)
 
 
 def test_saving_keeps_other_keys_and_replaces_an_earlier_validation(tmp_path):

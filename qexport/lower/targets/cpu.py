@@ -42,7 +42,10 @@ class CpuTarget:
     def numerics(self) -> dict[str, str]:
         """What a user should know about the arithmetic."""
         if self.accuracy_level == 4:
-            inputs = "float inputs of MatMulNBits are rounded to 8 bits per row and block (accuracy level 4)"
+            inputs = (
+                "float inputs of MatMulNBits are rounded to 8 bits per row and block (accuracy level 4), except with "
+                "2-bit weights in groups of 16, for which ONNX Runtime has no such kernel"
+            )
         else:
             inputs = "float inputs of MatMulNBits stay float32 (accuracy level 1)"
         return {"weight_only": inputs, "integer": "8-bit inputs are unsigned with zero point 128", "dtype": "float32"}
