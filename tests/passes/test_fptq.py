@@ -207,3 +207,28 @@ def test_inputs_that_stay_float_are_not_decided(captured):
 
 def test_a_decision_is_a_plain_value():
     assert decide(1, 2, 3) == Decision("static", False, "<= 2")
+
+
+@pytest.mark.parametrize("scheme, kept", [("w4a8_g32_int", True), ("w4a8_g32", False)])
+def test_codes_that_are_expanded_when_loaded_are_those_without_the_policy(captured, scheme, kept):
+    """Four bits would lose by the factor; the int8 weights that are made of them carry it instead."""
+
+    def codes(*before):
+        model = load_weights(captured("llama"))
+        plan = plan_of(model, scheme)
+        run_passes(model, [*(step(plan) for step in before), RoundToNearest(plan)], stream_of(model, IDS, MASK))
+        return {
+            name: tensor
+            for block in model.blocks
+            for name, tensor in block.module.named_buffers()
+            if name.endswith(("weight_codes", "column_factor"))
+        }
+
+    plain = codes()
+    equalized = codes(lambda plan: FPTQ(plan, static_up_to=0.0, dynamic_from=1e9))
+    # Consumers of a norm are only that; the others' own rows were divided by factors, which rounding passes on.
+    names = [name for name in plain if name.endswith(("k_proj.weight_codes", "gate_proj.weight_codes"))]
+    different = [(plain[name] != equalized[name]).float().mean().item() for name in names]
+    assert names and (max(different) < 1e-3) == kept
+    factors = [name for name in equalized if name.endswith("column_factor")]
+    assert bool(factors) == kept and not any(name.endswith("column_factor") for name in plain)
