@@ -73,8 +73,9 @@ class WeightSpec(_Spec):
             it gave in float when they are rounded; then rounded to nearest).
         damp: GPTQ: share of the mean of the Hessian's diagonal that is added to its diagonal.
         act_order: GPTQ: quantize the input features with the largest Hessian diagonal first.
-        token_norm_power: GPTQ and zq_local: every token of the Hessian is divided by its L2 norm to this power; 0
-            leaves tokens as they are, 1 keeps the few tokens with huge activations from drowning out the others.
+        token_norm_power: gptq and zq_local: every token of the Hessian is divided by its L2 norm to this power, for
+            zq_global the error of a token by its target's; 0 leaves tokens as they are, 1 keeps the few tokens with
+            huge activations from drowning out the others.
         clip_search: rtn and gptq: shrink the range of each scale where that lowers the squared error of the weights.
         learning_rates: zq_local and zq_global: tried one after another, as shares of the mean step between codes; the
             one with the smallest error stays.
@@ -87,7 +88,7 @@ class WeightSpec(_Spec):
     token_norm_power: float = Field(0.75, ge=0, le=2)
     clip_search: bool = False
     learning_rates: tuple[float, ...] = Field((0.01, 0.03, 0.1), min_length=1)
-    steps: int = Field(100, ge=1)
+    steps: int = Field(40, ge=1)
 
     @field_validator("learning_rates")
     @classmethod

@@ -80,5 +80,5 @@ def _weights(recipe: Recipe, plan: Mapping[str, LinearPlan]) -> list[GraphPass]:
             local = ZQLocal(plan, given.learning_rates, given.steps, given.token_norm_power)
             return [local, RoundToNearest(plan)]
         case "zq_global":
-            return [ZQGlobal(plan, given.learning_rates, given.steps), RoundToNearest(plan)]
+            return [ZQGlobal(plan, given.learning_rates, given.steps, given.token_norm_power), RoundToNearest(plan)]
     return [RoundToNearest(plan, given.clip_search)]

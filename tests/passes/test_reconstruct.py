@@ -10,7 +10,6 @@ import torch
 from torch import nn
 
 import exporting
-from models import FAMILIES
 from passing import block_of, plan_of, run_passes, stream_of
 from qexport.calibrate.streams import batches, collect, sqnr
 from qexport.errors import NumericsError
@@ -74,7 +73,7 @@ def test_every_linear_has_less_error_than_rounding_and_says_how_much(captured, s
         assert re.fullmatch(r"error 0\.\d{3} of rounding's, learning rate 0\.\d+, \d+ steps", note.what)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ["opt", "gemma2", "gpt_neox"])  # biases and ReLU, soft caps, one linear for q, k, v
 def test_whole_models_are_trained_and_rounded(captured, family):
     model = load_weights(captured(family))
     plan, (stream, reference) = plan_of(model, "w4a16_g32"), calibrated(model)
