@@ -146,8 +146,8 @@ def test_methods_table(run, model, text):
         "--samples", 2, "--rows", "w8a8 per-token", "nf4",
     ).splitlines()  # fmt: skip
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("| ")]
-    assert [row[0] for row in rows[2:]] == ["w8a8 per-token", "nf4"]
-    per_token, nf4 = rows[2:]
+    assert [row[0] for row in rows[2:]] == ["float32", "w8a8 per-token", "nf4"]
+    _, per_token, nf4 = rows[2:]
     assert per_token[5].endswith("%") and nf4[5] == ""  # only what quantizes activations has a kernel
     assert all(float(row[column]) > 0 for row in (per_token, nf4) for column in (2, 3, 6, 7))
 
