@@ -72,13 +72,17 @@ def add_branch(module: GraphModule, name: str, branch: Node) -> Node:
         branch: a node of the result's shape.
     """
     graph = module.graph
-    result = next(n for n in graph.nodes if n.meta.get("result_of") == name)
-    after = max(result, branch, key=list(graph.nodes).index)
-    with graph.inserting_after(after):
+    result = result_of(module, name)
+    with graph.inserting_after(max(result, branch)):
         total = call(graph, aten.add.Tensor, (result, branch), like=result)
     result.replace_all_uses_with(total, delete_user_cb=lambda user: user is not total)
     total.meta["result_of"] = result.meta.pop("result_of")
     return total
+
+
+def result_of(module: GraphModule, name: str) -> Node:
+    """The node that holds the result of a rounded linear."""
+    return next(node for node in module.graph.nodes if node.meta.get("result_of") == name)
 
 
 def _dequantized(module: GraphModule, name: str, weight: QuantizedWeight) -> Node:

@@ -23,9 +23,7 @@ class LogEqualize(Equalize):
     def factors(self, module: GraphModule, site: FoldSite, seen: ChannelAbsmax) -> tuple[torch.Tensor, dict[str, Any]]:
         return lae_factors(on_producer(site, seen.absmax())), {}
 
-    def done(
-        self, site: FoldSite, value: Node, factors: torch.Tensor, context: Context, data: dict[str, Any]
-    ) -> None:
+    def done(self, site: FoldSite, value: Node, factors: torch.Tensor, context: Context, data: dict[str, Any]) -> None:
         """Weights that are expanded when they are loaded carry the factor from there on: 4 bits have no room for it."""
         columns = on_consumers(site, factors)
         plans = {c.name: self.plan.get(c.name) for c in site.consumers}

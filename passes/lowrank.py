@@ -12,7 +12,7 @@ from ..numerics.lowrank import low_rank, quantize_factor, share_removed
 from ..numerics.observers import ChannelMeanAbs
 from .base import Context, GraphPass, Handover, Note, PassResult
 from .edit import add_tensor, call, finish, get_tensor, shape_of
-from .insert import add_branch
+from .insert import add_branch, result_of
 from .plan import LinearPlan
 from .sites import linears
 
@@ -131,11 +131,6 @@ def products_of(module: GraphModule, plan: Mapping[str, LinearPlan]) -> dict[str
         if name in plan:
             found.setdefault(name, []).append(node)
     return found
-
-
-def result_of(module: GraphModule, name: str) -> Node:
-    """The node that holds the result of a rounded linear."""
-    return next(node for node in module.graph.nodes if node.meta.get("result_of") == name)
 
 
 def float_weight(handover: Handover, name: str) -> torch.Tensor:

@@ -10,8 +10,8 @@ from torch.fx import GraphModule, Node
 from ..numerics.observers import ChannelAbsmax
 from .base import Context, GraphPass, Handover, Note, PassResult
 from .edit import add_tensor, call, finish, get_tensor, set_tensor, shape_of
-from .insert import add_branch
-from .lowrank import float_weight, products_of, result_of
+from .insert import add_branch, result_of
+from .lowrank import float_weight, products_of
 from .plan import LinearPlan
 from .sites import linear_at, linears
 

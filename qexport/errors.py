@@ -1,5 +1,7 @@
 """The few kinds of error a user meets: what went wrong, where, and what to do about it."""
 
+from contextlib import contextmanager
+
 
 class QExportError(Exception):
     """Base of every expected error.
@@ -46,3 +48,14 @@ class LoweringError(QExportError):
 
 class RuntimeProblem(QExportError):
     """ONNX Runtime cannot load or run the model."""
+
+
+@contextmanager
+def within(place: str):
+    """Name `place` in front of the place of an expected error that leaves the `with`, unless it is named there."""
+    try:
+        yield
+    except QExportError as error:
+        if place not in (error.place or ""):
+            error.place = f"{place}, {error.place}" if error.place else place
+        raise

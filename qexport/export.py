@@ -36,7 +36,7 @@ from .runtime.manifest import BlockEntry, LinearEntry, Manifest
 Progress = Callable[[str, str, int, int], None]  # stage, what, done, total
 
 
-def _silent(stage: str, what: str, done: int, total: int) -> None:
+def no_progress(stage: str, what: str, done: int, total: int) -> None:
     pass
 
 
@@ -71,7 +71,7 @@ def export(
     resume: bool = False,
     trust_remote_code: bool = False,
     extra_passes: Sequence[GraphPass] = (),
-    progress: Progress = _silent,
+    progress: Progress = no_progress,
 ) -> ExportResult:
     """Quantize a model and write it as a folder that ONNX Runtime runs.
 
@@ -96,7 +96,7 @@ def export(
     recipe = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
     lowering = target_for(target, recipe)
     check_free(out, overwrite)
-    recipe, data = _calibration(recipe, calibration, model)
+    recipe, data = recipe_and_data(recipe, calibration)
 
     captured = capture(model, example_inputs, trust_remote_code=trust_remote_code)
     check_translations(block.module.graph for block in captured.blocks)
@@ -107,7 +107,7 @@ def export(
     described = "none needed"
     wanted = needs_data(recipe, plan) or _ask_for_data(extra_passes, captured)
     if wanted or (calibration is not None and any(p.scheme and p.scheme.activation for p in plan)):
-        batches, described = _batches(captured, recipe, data, progress)
+        batches, described = calibration_batches(captured, recipe, data, progress)
     seconds["calibration"] = clock.lap()
 
     work = out.parent / f".{out.name}.work"
@@ -198,7 +198,8 @@ def lower(captured: Captured, finished: Sequence[Finished], target: Target) -> L
     return build(pieces, captured.inputs, captured.outputs, target, version("qexport"))
 
 
-def _calibration(recipe: Recipe, calibration: Any, model) -> tuple[Recipe, Any]:
+def recipe_and_data(recipe: Recipe, calibration: Any) -> tuple[Recipe, Any]:
+    """The recipe with the calibration source a user names, or the recipe and the data a user passes."""
     if calibration is None:
         return recipe, None
     if isinstance(calibration, (str, os.PathLike)):
@@ -207,7 +208,9 @@ def _calibration(recipe: Recipe, calibration: Any, model) -> tuple[Recipe, Any]:
     return recipe, calibration
 
 
-def _batches(captured: Captured, recipe: Recipe, data, progress: Progress) -> tuple[Callable[[], Stream], str]:
+def calibration_batches(
+    captured: Captured, recipe: Recipe, data, progress: Progress
+) -> tuple[Callable[[], Stream], str]:
     """A factory of calibration streams, and what is in them."""
     if captured.kind == "module":
         return _module_batches(captured, data)

@@ -15,7 +15,16 @@ import torch
 from .calibrate.ranges import float_ranges
 from .calibrate.stages import passes_for
 from .capture.graph import Captured
-from .export import Progress, _batches, _calibration, _silent, capture, needs_data, plan_for, target_for
+from .export import (
+    Progress,
+    calibration_batches,
+    capture,
+    needs_data,
+    no_progress,
+    plan_for,
+    recipe_and_data,
+    target_for,
+)
 from .numerics.formats import ActivationFormat
 from .passes.edit import get_tensor
 from .passes.fptq import FPTQ, Decision
@@ -113,7 +122,7 @@ def inspect(
     calibration: Any = None,
     example_inputs: Sequence[torch.Tensor] | None = None,
     trust_remote_code: bool = False,
-    progress: Progress = _silent,
+    progress: Progress = no_progress,
 ) -> Inspection:
     """Say what `export` would do with the same arguments, without reading a weight unless it calibrates.
 
@@ -131,7 +140,7 @@ def inspect(
     """
     recipe = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
     calibrate = calibrate or calibration is not None
-    recipe, data = _calibration(recipe, calibration, model)
+    recipe, data = recipe_and_data(recipe, calibration)
     width = target_for(target, recipe).dtype.itemsize
     captured = capture(model, example_inputs, trust_remote_code=trust_remote_code)
     plan = [replace(p, bytes=weight_bytes(p, width)) for p in plan_for(captured, recipe)]
@@ -171,7 +180,7 @@ def _ranges_of(captured: Captured, recipe: Recipe, plan: Mapping[str, LinearPlan
     wanted = {b.name: [s.value for s in fold_sites(b.module.graph) if quantizes(s)] for b in captured.blocks}
     if not any(wanted.values()):
         return {}, "nothing was run, because no activation is quantized"
-    batches, described = _batches(captured, recipe, data, progress)
+    batches, described = calibration_batches(captured, recipe, data, progress)
     return float_ranges(captured, batches(), wanted, partial(progress, "ranges")), described
 
 

@@ -1,23 +1,27 @@
 """Comparing a file in ONNX Runtime with its graph in PyTorch, block by block and token by token."""
 
+from contextlib import ExitStack
 from unittest.mock import patch
 
 import torch
 
+import exporting
 from qexport.lower.targets import cuda
-from stepping import next_feeds, prompt_feeds, tokens
+from qexport.numerics.metrics import sqnr_db
+from stepping import captured_runner, load_weights, next_feeds, prompt_feeds, tokens
 
 STEPS = 5
 ROUNDING = 1e-5  # of the largest element; float32 sums over at most 96 products leave 2e-6
 STEP = 2e-2  # of the largest element: one 8-bit code of one input is at most 1/127 of it
 
 
-def in_float32():
-    """The CUDA target without its last step, which makes everything float16."""
-    return (
-        patch.object(cuda, "to_half", lambda module, constants: None),
-        patch.object(cuda.CudaTarget, "dtype", torch.float32),
-    )
+def export(captured, recipe, target, folder, single=False):
+    """`exporting.export`; single: the CUDA target without its last step, which makes everything float16."""
+    with ExitStack() as changes:
+        if single:
+            changes.enter_context(patch.object(cuda, "to_half", lambda module, constants: None))
+            changes.enter_context(patch.object(cuda.CudaTarget, "dtype", torch.float32))
+        return exporting.export(captured, recipe, target, folder)
 
 
 def differences(exported, mask):
@@ -73,3 +77,22 @@ def assert_agree(exported, mask, flips, step=STEP):
     different = differences(exported, mask)
     assert (different > ROUNDING).float().mean() <= flips
     assert different.max() < step
+
+
+def assert_float16_adds_little(half, single, mask):
+    """The float16 file against the float32 one of the same target.
+
+    Args:
+        half: the export; single: the same one with single=True.
+    """
+    ran, graph, wide, reference = logits(
+        mask,
+        (half.in_onnxruntime(), half.captured, torch.float16),
+        (half.in_pytorch(), half.captured, torch.float16),
+        (single.in_pytorch(), single.captured, torch.float32),
+        (captured_runner(load_weights(half.captured)), half.captured, torch.float32),
+    )
+    # As far from the float32 graph as the float16 graph is in PyTorch, up to a factor of two.
+    assert sqnr_db(wide, ran) > sqnr_db(wide, graph) - 6
+    # And float16 does not cost the model more than half of what quantization does.
+    assert sqnr_db(reference, ran) > sqnr_db(reference, wide) - 3

@@ -54,3 +54,26 @@ def block_of(module: nn.Module, width: int = 8) -> torch.fx.GraphModule:
     captured = load_weights(capture_module(module, (torch.randn(3, 5, width),)))
     assert len(captured.blocks) == 1
     return captured.blocks[0].module
+
+
+def collecting(x: torch.Tensor):
+    """collect(module, wanted) as a Pipeline takes it, with x for all of the calibration data."""
+
+    def collect(module: torch.fx.GraphModule, wanted: dict) -> dict:
+        statistics = {node: factory() for node, factory in wanted.items()}
+        _Watch(module, statistics).run(x)
+        return statistics
+
+    return collect
+
+
+class _Watch(torch.fx.Interpreter):
+    def __init__(self, module, statistics):
+        super().__init__(module)
+        self.statistics = statistics
+
+    def run_node(self, node):
+        value = super().run_node(node)
+        if node in self.statistics:
+            self.statistics[node].update(value.flatten(0, -2))
+        return value

@@ -81,3 +81,11 @@ def padded(lengths: Sequence[int], side: str) -> torch.Tensor:
     longest = max(lengths)
     rows = [[1] * n + [0] * (longest - n) for n in lengths]
     return torch.tensor([row[::-1] if side == "left" else row for row in rows])
+
+
+def run_twice(captured: Captured, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Logits of the real tokens of a prompt and of one more token, which reads the cache."""
+    run, feeds = captured_runner(captured), prompt_feeds(captured, ids, mask)
+    first = run(feeds)
+    second = run(next_feeds(feeds, first, ids[:, 0]))
+    return torch.cat([first["logits"][mask.bool()], second["logits"][:, 0]])

@@ -1,12 +1,13 @@
-"""The float model held in memory and run step by step, for text that it writes itself."""
+"""The float model in memory: a block at a time, or whole and run step by step, for text that it writes itself."""
 
 from contextlib import contextmanager
 
 import psutil
 import torch
 
+from ..capture.blocks import Block
 from ..capture.graph import Captured
-from ..passes.edit import get_tensor, set_tensor, unload
+from ..passes.edit import attributes, get_tensor, set_tensor, unload
 
 
 def float_bytes(captured: Captured) -> int:
@@ -18,6 +19,17 @@ def float_bytes(captured: Captured) -> int:
 def fits_in_memory(captured: Captured) -> bool:
     """Whether the whole float model takes at most half of the memory that is free now."""
     return float_bytes(captured) <= psutil.virtual_memory().available // 2
+
+
+@contextmanager
+def weights_of(captured: Captured, block: Block):
+    """A block's weights and constants loaded inside the `with`."""
+    try:
+        for name in attributes(block.module.graph):
+            set_tensor(block.module, name, captured.load(name))
+        yield
+    finally:
+        unload(block.module)
 
 
 @contextmanager

@@ -14,7 +14,7 @@ import torch
 
 from ..capture.blocks import Block
 from ..capture.graph import Captured
-from ..errors import InputError, QExportError
+from ..errors import InputError, within
 from ..passes.base import GraphPass, Pipeline
 from ..passes.edit import attributes, delete_tensor, get_tensor, set_tensor, unload
 from ..passes.sites import linears
@@ -108,17 +108,14 @@ def quantize_blocks(
             finished.append(_continue(captured, block, place, done[index], index, stream, reference))
             continue
         try:
-            item = _one(captured, block, passes, stream, reference, index, total, place)
+            with within(block.name):
+                item = _one(captured, block, passes, stream, reference, index, total, place)
         except (MemoryError, RuntimeError) as error:
             if isinstance(error, RuntimeError) and "allocate memory" not in str(error):  # how PyTorch says it on a CPU
                 raise
             raise InputError(
                 "does not fit into memory", place=block.name, remedy="Use fewer or shorter samples"
             ) from error
-        except QExportError as error:
-            if block.name not in (error.place or ""):
-                error.place = f"{block.name}, {error.place}" if error.place else block.name
-            raise
         finished.append(item)
         trim()
         with (work / JOURNAL).open("a") as journal:

@@ -5,9 +5,9 @@ from collections.abc import Callable, Mapping
 from torch.fx import Node
 
 from ..capture.graph import Captured
-from ..errors import QExportError
+from ..errors import within
 from ..numerics.observers import AbsmaxObserver
-from ..passes.edit import set_tensor, unload
+from .float_model import weights_of
 from .memory import trim
 from .streams import Stream, collect
 
@@ -36,21 +36,13 @@ def float_ranges(
     found: dict[str, dict[Node, float]] = {}
     for index, block in enumerate(captured.blocks[: last + 1]):
         progress(block.name, index, last + 1)
-        for name in block.parameters:
-            set_tensor(block.module, name, captured.load(name))
-        try:
+        with within(block.name), weights_of(captured, block):
             asked = dict.fromkeys(wanted.get(block.name, ()), AbsmaxObserver)
             if asked:
                 seen = collect(block, stream, block.module, asked)
                 found[block.name] = {value: statistic.absmax() for value, statistic in seen.items()}
             if index < last:
                 stream.advance(block, index)
-        except QExportError as error:
-            if block.name not in (error.place or ""):
-                error.place = f"{block.name}, {error.place}" if error.place else block.name
-            raise
-        finally:
-            unload(block.module)
-            trim()
+        trim()
     progress("", last + 1, last + 1)
     return found

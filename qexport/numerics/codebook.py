@@ -5,7 +5,7 @@ from torch import Tensor
 
 from ..errors import NumericsError
 from .formats import WeightFormat
-from .grid import QuantizedWeight
+from .grid import QuantizedWeight, row_chunks, row_slices
 
 # Indexed by code, the values of bitsandbytes and of ONNX Runtime's MatMulBnb4. NF4: quantiles of a normal distribution,
 # in rising order. FP4: a sign, two bits of exponent and one of mantissa, divided by 12, the largest of them.
@@ -18,7 +18,6 @@ _TABLES = {
     "fp4": tuple(value / 12 for value in (0, 0.0625, 8, 12, 4, 6, 2, 3, 0, -0.0625, -8, -12, -4, -6, -2, -3)),
 }  # fmt: skip
 _NESTED_BLOCK = 256
-_CHUNK = 1 << 18  # elements worked on at once: one megabyte of float32 stays in the second-level cache
 _TINY = torch.finfo(torch.float32).tiny
 
 
@@ -46,8 +45,8 @@ def quantize_codebook(w: Tensor, fmt: WeightFormat) -> QuantizedWeight:
     groups = fmt.groups(k)
     absmax = torch.empty(n, groups, dtype=torch.float32, device=w.device)
     codes = torch.empty(n, k, dtype=torch.uint8, device=w.device)
-    for rows in _row_chunks(n, k):
-        blocks = w[rows].reshape(-1, groups, k // groups).float()
+    for rows, chunk in row_chunks(w, fmt):
+        blocks = chunk.float()
         absmax[rows] = torch.maximum(blocks.amax(-1), -blocks.amin(-1))
         if not bool(torch.isfinite(absmax[rows]).all()):
             raise NumericsError(
@@ -73,7 +72,7 @@ def dequantize(codes: Tensor, scale: Tensor, codebook: str, block_size: int) -> 
     n, k = codes.shape
     values = table(codebook).to(codes.device, scale.dtype)
     out = torch.empty(n, k // block_size, block_size, dtype=scale.dtype, device=codes.device)
-    for rows in _row_chunks(n, k):
+    for rows in row_slices(n, k):
         picked = values.index_select(0, codes[rows].reshape(-1).int())
         torch.mul(picked.view(-1, k // block_size, block_size), scale[rows, :, None], out=out[rows])
     return out.view(n, k)
@@ -130,8 +129,3 @@ def _middles(ordered: Tensor) -> Tensor:
     exact = (ordered[1:].double() + ordered[:-1].double()) / 2
     rounded = exact.float()
     return torch.where(rounded.double() > exact, rounded.nextafter(torch.tensor(-torch.inf)), rounded)
-
-
-def _row_chunks(n: int, k: int) -> list[slice]:
-    step = max(1, _CHUNK // k)
-    return [slice(start, min(start + step, n)) for start in range(0, n, step)]

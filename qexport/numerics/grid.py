@@ -14,7 +14,7 @@ from ..errors import NumericsError
 from .formats import PER_TENSOR, ActivationFormat, WeightFormat
 
 # Elements worked on at once: one megabyte of float32 stays in the second-level cache through all passes over it.
-_CHUNK = 1 << 18
+CHUNK = 1 << 18
 _FINITE_REMEDY = "Check the checkpoint, and load it in float32 if it was cast to float16"
 
 
@@ -46,7 +46,7 @@ class QuantizedWeight:
 
             return dequantize(self.codes, self.scale, self.format.codebook, self.format.group_size)
         out = torch.empty(self.codes.shape, dtype=torch.float32, device=self.codes.device)
-        for rows, codes in _row_chunks(self.codes, self.format):
+        for rows, codes in row_chunks(self.codes, self.format):
             view = out[rows].view(codes.shape).copy_(codes)
             if self.zero_point is not None:
                 view.sub_(_rows_of(self.zero_point, rows).float())
@@ -74,7 +74,7 @@ def weight_scales(w: Tensor, fmt: WeightFormat, clip: float = 1.0) -> tuple[Tens
 def encode(w: Tensor, scale: Tensor, zero_point: Tensor | None, fmt: WeightFormat) -> Tensor:
     """Codes [N, K] of the nearest grid points, clamped to [fmt.qmin, fmt.qmax]; w must be finite."""
     codes = torch.empty(w.shape, dtype=torch.int8 if fmt.symmetric else torch.uint8, device=w.device)
-    for rows, chunk in _row_chunks(w, fmt):
+    for rows, chunk in row_chunks(w, fmt):
         steps = torch.div(chunk, _rows_of(scale, rows)).round_()
         if zero_point is not None:
             steps.add_(_rows_of(zero_point, rows))
@@ -115,7 +115,7 @@ def search_clip(
         importance = importance.float().view(fmt.groups(w.shape[1]), -1)
     errors = torch.zeros(len(ratios), dtype=torch.float64, device=w.device)
     best = torch.ones_like(lo)
-    for rows, chunk in _row_chunks(w, fmt):
+    for rows, chunk in row_chunks(w, fmt):
         low, high = _rows_of(lo, rows), _rows_of(hi, rows)
         least = torch.full(chunk.shape[:2], torch.inf, device=w.device)
         for i, ratio in enumerate(ratios):
@@ -207,13 +207,17 @@ def _rounding_error(
     return steps.sum(-1).mul_(scale).mul_(scale)
 
 
-def _row_chunks(w: Tensor, fmt: WeightFormat) -> Iterator[tuple[slice, Tensor]]:
+def row_chunks(w: Tensor, fmt: WeightFormat) -> Iterator[tuple[slice, Tensor]]:
     """Rows of w [N, K] in pieces that fit the cache, each as [rows, G, group]."""
-    n, k = w.shape
-    groups, step = fmt.groups(k), max(1, _CHUNK // k)
-    for start in range(0, n, step):
-        rows = slice(start, min(start + step, n))
-        yield rows, w[rows].reshape(rows.stop - start, groups, -1)
+    groups = fmt.groups(w.shape[1])
+    for rows in row_slices(*w.shape):
+        yield rows, w[rows].reshape(rows.stop - rows.start, groups, -1)
+
+
+def row_slices(n: int, k: int) -> list[slice]:
+    """The rows of a matrix [n, k] in pieces that fit the cache."""
+    step = max(1, CHUNK // k)
+    return [slice(start, min(start + step, n)) for start in range(0, n, step)]
 
 
 def _rows_of(per_group: Tensor, rows: slice) -> Tensor:

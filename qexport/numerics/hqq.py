@@ -17,10 +17,8 @@ from torch import Tensor
 
 from ..errors import RecipeError
 from .formats import PER_TENSOR, WeightFormat
-from .grid import QuantizedWeight, encode, search_clip, weight_scales
+from .grid import CHUNK, QuantizedWeight, encode, row_chunks, search_clip, weight_scales
 
-# Elements worked on at once, as in grid.py.
-_CHUNK = 1 << 18
 _TINY = torch.finfo(torch.float32).tiny
 
 
@@ -116,12 +114,8 @@ def _measure(pieces: list[Tensor], grid: _Grid, unit: Tensor, p: float, beta: fl
 
 def _parts(w: Tensor, fmt: WeightFormat) -> Iterator[tuple[slice, list[Tensor]]]:
     """Rows of the scales, and the weights that they scale in pieces [rows, G, n] that fit the cache."""
-    n, k = w.shape
     if fmt.group_size == PER_TENSOR:
-        yield slice(0, 1), [piece.float().view(1, 1, -1) for piece in w.reshape(-1).split(_CHUNK)]
+        yield slice(0, 1), [piece.float().view(1, 1, -1) for piece in w.reshape(-1).split(CHUNK)]
         return
-    step = max(1, _CHUNK // k)
-    for start in range(0, n, step):
-        rows = slice(start, start + step)
-        piece = w[rows].float()
-        yield rows, [piece.reshape(piece.shape[0], fmt.groups(k), -1)]
+    for rows, chunk in row_chunks(w, fmt):
+        yield rows, [chunk.float()]

@@ -28,17 +28,15 @@ _LATE, _PROGRESS, _PATIENCE = 0.8, 1e-3, 10
 
 
 class _Rounded(torch.autograd.Function):
-    """Forward a value computed elsewhere; backward the gradient, zero where `passes` is False."""
+    """Forward a value computed elsewhere, backward the gradient as it is."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, value: Tensor, passes: Tensor | None) -> Tensor:
-        ctx.save_for_backward(passes)
+    def forward(ctx, x: Tensor, value: Tensor) -> Tensor:
         return value
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        (passes,) = ctx.saved_tensors
-        return grad if passes is None else grad * passes, None, None
+        return grad, None
 
 
 def round_weight(w: Tensor, fmt: WeightFormat) -> Tensor:
@@ -65,40 +63,26 @@ def fake_quantize_weight(w: Tensor, fmt: WeightFormat) -> Tensor:
     Returns:
         float32 [N, K].
     """
-    return _Rounded.apply(w, round_weight(w.detach(), fmt), None)
+    return _Rounded.apply(w, round_weight(w.detach(), fmt))
 
 
 def fake_quantize_tokens(x: Tensor, fmt: ActivationFormat, factors: Tensor | None = None, alpha: float = 1.0) -> Tensor:
-    """Dynamic per-token rounding as the deployed graph does it; the gradient is zero where the code is clamped.
+    """Dynamic per-token rounding as the deployed graph does it, whose gradient is the identity: nothing is clamped.
 
     Args:
         x: float32 [..., K].
-        factors, alpha: CrossQuant's row scale (max |x * factors|)^alpha / qmax, which can clamp; None and 1: the
-            largest magnitude, which cannot.
+        factors, alpha: CrossQuant's row scale (max |x * factors|)^alpha / qmax, widened to max |x| / qmax where that is
+            more; None and 1: the largest magnitude.
     Returns:
         float32 [..., K].
     """
     with torch.no_grad():
-        absmax = (x if factors is None else x * factors).abs().amax(dim=-1, keepdim=True)
-        step = ((absmax if alpha == 1 else absmax**alpha) * (1.0 / fmt.qmax)).clamp_min(1e-8)
-    return _fake_quantize(x, step, fmt, clamps=factors is not None)
-
-
-def fake_quantize_tensor(x: Tensor, scale: Tensor, fmt: ActivationFormat) -> Tensor:
-    """Static rounding with one scale, a scalar tensor; the gradient is zero where the code is clamped.
-
-    8-bit codes go down to -128, as in the deployed graph, those of fewer bits to -qmax.
-    """
-    return _fake_quantize(x, scale, fmt, clamps=True, lowest=-128 if fmt.bits == 8 else -fmt.qmax)
-
-
-def _fake_quantize(x: Tensor, step: Tensor, fmt: ActivationFormat, clamps: bool, lowest: int | None = None) -> Tensor:
-    lowest = -fmt.qmax if lowest is None else lowest
-    with torch.no_grad():
-        steps = torch.div(x, step).round_()
-        passes = (steps >= lowest) & (steps <= fmt.qmax) if clamps else None
-        value = steps.clamp_(lowest, fmt.qmax).mul_(step)
-    return _Rounded.apply(x, value, passes)
+        absmax = x.abs().amax(dim=-1, keepdim=True)
+        if factors is not None:
+            absmax = torch.maximum((x * factors).abs().amax(dim=-1, keepdim=True).pow(alpha), absmax)
+        step = (absmax * (1.0 / fmt.qmax)).clamp_min(1e-8)
+        value = torch.div(x, step).round_().mul_(step)
+    return _Rounded.apply(x, value)
 
 
 class Descent:

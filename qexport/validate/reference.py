@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
 
+from ..calibrate.float_model import weights_of
 from ..calibrate.streams import Stream, decoder_inputs, last_readers
 from ..capture.blocks import Block
 from ..capture.graph import Captured
@@ -24,17 +24,6 @@ Feeds = Mapping[str, Tensor]  # the model's inputs by public name
 
 # Tensors larger than this are not read to tell two checkpoints apart.
 _COMPARED = 1 << 26
-
-
-@contextmanager
-def weights_of(captured: Captured, block: Block):
-    """A block's weights and constants loaded inside the `with`."""
-    try:
-        for name in attributes(block.module.graph):
-            set_tensor(block.module, name, captured.load(name))
-        yield
-    finally:
-        unload(block.module)
 
 
 def decoder_feeds(captured: Captured, windows: Tensor) -> list[Feeds]:

@@ -13,8 +13,8 @@ the two round at different places, and float16 itself is the yardstick.
 import pytest
 import torch
 
-import exporting
-from agreement import ROUNDING, assert_agree, in_float32, logits
+import agreement
+from agreement import ROUNDING, assert_agree, assert_float16_adds_little, logits
 from models import FAMILIES
 from qexport.numerics.metrics import sqnr_db
 from qexport.recipe import CalibrationSpec, Recipe, WeightSpec
@@ -38,11 +38,7 @@ def recipe_of(scheme, level=4, method="rtn"):
 def export(captured, tmp_path):
     def make(family, recipe, target, single=False):
         folder = tmp_path / f"{target}{single}"
-        if not single:
-            return exporting.export(captured(family), recipe, target, folder)
-        kept, dtype = in_float32()
-        with kept, dtype:
-            return exporting.export(captured(family), recipe, target, folder)
+        return agreement.export(captured(family), recipe, target, folder, single)
 
     return make
 
@@ -84,17 +80,7 @@ def test_float16_of_the_cuda_file_adds_what_float16_adds(export, scheme):
     mask = PROMPTS["three rows, padded"]
     half, single = (export("llama", recipe_of(scheme), "cuda", single) for single in (False, True))
     assert half.manifest.dtype == "float16"
-    ran, graph, wide, reference = logits(
-        mask,
-        (half.in_onnxruntime(), half.captured, torch.float16),
-        (half.in_pytorch(), half.captured, torch.float16),
-        (single.in_pytorch(), single.captured, torch.float32),
-        (captured_runner(load_weights(half.captured)), half.captured, torch.float32),
-    )
-    # As far from the float32 graph as the float16 graph is in PyTorch, up to a factor of two.
-    assert sqnr_db(wide, ran) > sqnr_db(wide, graph) - 6
-    # And float16 does not cost the model more than half of what quantization does.
-    assert sqnr_db(reference, ran) > sqnr_db(reference, wide) - 3
+    assert_float16_adds_little(half, single, mask)
 
 
 @pytest.mark.parametrize("target", ["cpu", "cuda"])

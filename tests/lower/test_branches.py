@@ -8,8 +8,9 @@ from collections import Counter
 import pytest
 import torch
 
+import agreement
 import exporting
-from agreement import assert_agree, in_float32, logits
+from agreement import assert_agree, assert_float16_adds_little, logits
 from cuda_placement.models import ALL_ON_CUDA, CUDA, DIMS
 from qexport.numerics.metrics import sqnr_db
 from qexport.passes.sites import by_input, linears
@@ -48,11 +49,7 @@ def recipe_of(**fields):
 def export(captured, tmp_path):
     def make(family, fields, target, single=False):
         folder = tmp_path / str(len(list(tmp_path.iterdir())))
-        if not single:
-            return exporting.export(captured(family), recipe_of(**fields), target, folder)
-        kept, dtype = in_float32()
-        with kept, dtype:
-            return exporting.export(captured(family), recipe_of(**fields), target, folder)
+        return agreement.export(captured(family), recipe_of(**fields), target, folder, single)
 
     return make
 
@@ -131,15 +128,7 @@ def test_every_node_is_on_cuda(export, cuda_placement, method):
 @pytest.mark.parametrize("method", ["lorc", "both"])
 def test_float16_of_the_cuda_file_adds_what_float16_adds(export, method):
     half, single = (export("llama", METHODS[method], "cuda", single) for single in (False, True))
-    ran, graph, wide, reference = logits(
-        MASK,
-        (half.in_onnxruntime(), half.captured, torch.float16),
-        (half.in_pytorch(), half.captured, torch.float16),
-        (single.in_pytorch(), single.captured, torch.float32),
-        (captured_runner(load_weights(half.captured)), half.captured, torch.float32),
-    )
-    assert sqnr_db(wide, ran) > sqnr_db(wide, graph) - 6
-    assert sqnr_db(reference, ran) > sqnr_db(reference, wide) - 3
+    assert_float16_adds_little(half, single, MASK)
 
 
 def test_outliers_are_some_features_of_some_values(export):

@@ -6,8 +6,8 @@ import onnx
 import pytest
 import torch
 
-import exporting
-from agreement import ROUNDING, assert_agree, in_float32, logits
+import agreement
+from agreement import ROUNDING, assert_agree, assert_float16_adds_little, logits
 from cuda_placement.models import ALL_ON_CUDA, CUDA, DIMS
 from qexport.numerics.codebook import dequantize
 from qexport.numerics.formats import Scheme
@@ -28,11 +28,7 @@ MASK = padded([9, 4, 6], "left")
 def export(captured, tmp_path):
     def make(scheme, target="cpu", level=4, single=False, family="llama_bias"):
         recipe = Recipe(scheme=scheme, lm_head=scheme, accuracy_level=level, calibration=CalibrationSpec())
-        if not single:
-            return exporting.export(captured(family), recipe, target, tmp_path / target)
-        kept, dtype = in_float32()
-        with kept, dtype:
-            return exporting.export(captured(family), recipe, target, tmp_path / "single")
+        return agreement.export(captured(family), recipe, target, tmp_path / f"{target}{single}", single)
 
     return make
 
@@ -52,15 +48,7 @@ def test_the_file_computes_what_its_graph_says(export, scheme, target):
 
 def test_float16_adds_what_float16_adds(export):
     half, single = export("nf4", "cuda"), export("nf4", "cuda", single=True)
-    ran, graph, wide, reference = logits(
-        MASK,
-        (half.in_onnxruntime(), half.captured, torch.float16),
-        (half.in_pytorch(), half.captured, torch.float16),
-        (single.in_pytorch(), single.captured, torch.float32),
-        (captured_runner(load_weights(half.captured)), half.captured, torch.float32),
-    )
-    assert sqnr_db(wide, ran) > sqnr_db(wide, graph) - 6
-    assert sqnr_db(reference, ran) > sqnr_db(reference, wide) - 3
+    assert_float16_adds_little(half, single, MASK)
 
 
 @pytest.mark.parametrize("scheme", ["nf4", "fp4_g32"])

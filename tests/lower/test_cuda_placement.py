@@ -128,9 +128,7 @@ def per_token_int8():
         ADD_BIAS,
     ]
     constants = [tensor("last", [-1], np.int64), tensor("step", 1 / 127, np.float16), tensor("tiny", 1e-6, np.float16)]
-    return model(
-        nodes, [X], [Y], [INTEGER_WEIGHT, *constants, tensor("one", 1, np.float16), *INTEGER_INITIALIZERS]
-    )
+    return model(nodes, [X], [Y], [INTEGER_WEIGHT, *constants, tensor("one", 1, np.float16), *INTEGER_INITIALIZERS])
 
 
 def test_per_token_int8_chain_runs_on_cuda(place):

@@ -8,8 +8,8 @@ from collections import Counter
 import pytest
 import torch
 
-import exporting
-from agreement import assert_agree, in_float32
+import agreement
+from agreement import assert_agree
 from cuda_placement.models import ALL_ON_CUDA, CUDA, DIMS
 from qexport.recipe import ActivationSpec, CalibrationSpec, CrossQuantSpec, Recipe
 from qexport.runtime.session import optimized_graph, unfused
@@ -41,11 +41,7 @@ def recipe_of(**fields):
 @pytest.fixture
 def export(captured, tmp_path):
     def make(family, fields, target, single=False):
-        if not single:
-            return exporting.export(captured(family), recipe_of(**fields), target, tmp_path / target)
-        kept, dtype = in_float32()
-        with kept, dtype:
-            return exporting.export(captured(family), recipe_of(**fields), target, tmp_path / "single")
+        return agreement.export(captured(family), recipe_of(**fields), target, tmp_path / f"{target}{single}", single)
 
     return make
 

@@ -8,18 +8,18 @@ import onnx
 import pytest
 import torch
 
+import agreement
 import exporting
-from agreement import ROUNDING, assert_agree, differences, in_float32, logits
+from agreement import ROUNDING, assert_agree, assert_float16_adds_little, differences
 from cuda_placement.models import ALL_ON_CUDA, CUDA, DIMS
 from models import save_model
 from qexport.export import capture
 from qexport.numerics.formats import Scheme
-from qexport.numerics.metrics import sqnr_db
 from qexport.passes.edit import is_call
 from qexport.passes.plan import LinearPlan, weight_bytes
 from qexport.recipe import CalibrationSpec, Recipe
 from qexport.runtime.session import optimized_graph, unfused
-from stepping import captured_runner, load_weights, padded
+from stepping import padded
 
 ops = torch.ops.qexport
 MASK = padded([9, 4, 6], "left")
@@ -45,11 +45,7 @@ def export(wide, tmp_path):
         recipe = Recipe(scheme=scheme, lm_head=scheme, accuracy_level=level, calibration=calibration)
         with warnings.catch_warnings(action="ignore"):  # about copying a fake tensor
             fresh = copy.deepcopy(wide)
-        if not single:
-            return exporting.export(fresh, recipe, target, tmp_path / target)
-        kept, dtype = in_float32()
-        with kept, dtype:
-            return exporting.export(fresh, recipe, target, tmp_path / "single")
+        return agreement.export(fresh, recipe, target, tmp_path / f"{target}{single}", single)
 
     return make
 
@@ -92,15 +88,7 @@ def test_the_cuda_file_computes_what_its_graph_says(export, scheme):
 @pytest.mark.parametrize("scheme", ["w2a16_g64", "w4a16_g512"])
 def test_float16_adds_what_float16_adds(export, scheme):
     half, single = export(scheme, "cuda"), export(scheme, "cuda", single=True)
-    ran, graph, wide, reference = logits(
-        MASK,
-        (half.in_onnxruntime(), half.captured, torch.float16),
-        (half.in_pytorch(), half.captured, torch.float16),
-        (single.in_pytorch(), single.captured, torch.float32),
-        (captured_runner(load_weights(half.captured)), half.captured, torch.float32),
-    )
-    assert sqnr_db(wide, ran) > sqnr_db(wide, graph) - 6
-    assert sqnr_db(reference, ran) > sqnr_db(reference, wide) - 3
+    assert_float16_adds_little(half, single, MASK)
 
 
 @pytest.mark.parametrize("scheme, block", [("w2a16_g64", 64), ("w2a16_g256", 128), ("w2a16_g16", None)])

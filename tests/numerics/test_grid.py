@@ -119,7 +119,7 @@ def test_features_must_divide_into_groups():
 def test_pieces_layout_and_dtype_do_not_matter(fmt, monkeypatch):
     w = weight(7, 32).bfloat16()
     whole, clipped = quantize_weight(w.float(), fmt), search_clip(w.float(), fmt)
-    monkeypatch.setattr(grid, "_CHUNK", 64)
+    monkeypatch.setattr(grid, "CHUNK", 64)
     for same in (w, w.float().t().contiguous().t()):
         q = quantize_weight(same, fmt)
         assert torch.equal(q.codes, whole.codes) and torch.equal(q.scale, whole.scale)

@@ -127,7 +127,8 @@ def test_zeros_and_groups_that_the_grid_holds_exactly(fmt):
 def test_rows_are_worked_on_in_pieces(size, monkeypatch):
     w, fmt = heavy(10, 64), WeightFormat(4, size)
     whole = hqq(w, fmt)
-    monkeypatch.setattr("qexport.numerics.hqq._CHUNK", 3 * 64)
+    for room in ("grid", "hqq"):
+        monkeypatch.setattr(f"qexport.numerics.{room}.CHUNK", 3 * 64)
     pieces = hqq(w, fmt)
     assert torch.allclose(whole.scale, pieces.scale, rtol=1e-5)
     assert (whole.codes != pieces.codes).sum() <= 1

@@ -17,27 +17,19 @@ from qexport.passes.base import Pipeline
 from qexport.passes.plan import LinearPlan
 from qexport.passes.sites import fold_sites
 from qexport.passes.weights import RoundToNearest
-from stepping import captured_runner, load_weights, next_feeds, padded, prompt_feeds, tokens
+from stepping import load_weights, padded, run_twice, tokens
 
 IDS, MASK = tokens(3, 9), padded([9, 4, 6], "left")
 K = 64
-
-
-def run_twice(captured):
-    """Logits of a padded prompt and of one more token, which reads the cache."""
-    run, feeds = captured_runner(captured), prompt_feeds(captured, IDS, MASK)
-    first = run(feeds)
-    second = run(next_feeds(feeds, first, IDS[:, 0]))
-    return torch.cat([first["logits"][MASK.bool()], second["logits"][:, 0]])
 
 
 @pytest.mark.parametrize("explicit, alpha", [(False, 0.7), (True, 0.7), (False, None)])
 @pytest.mark.parametrize("family", ["llama", "llama_bias", "opt", "gpt_neox", "gemma3"])
 def test_logits_stay_what_they_were(captured, family, explicit, alpha):
     model = load_weights(captured(family))
-    want = run_twice(model)
+    want = run_twice(model, IDS, MASK)
     results = run_passes(model, [AWQ(plan_of(model, "w4a16_g32"), explicit, alpha)], stream_of(model, IDS, MASK))
-    got = run_twice(model)
+    got = run_twice(model, IDS, MASK)
     assert (got - want).abs().max() < 1e-4 * want.abs().max()
     for block in model.blocks[1:]:
         result, sites = results[block.name]["AWQ"], fold_sites(block.module.graph)

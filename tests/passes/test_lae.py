@@ -10,27 +10,19 @@ from qexport.numerics.observers import ChannelAbsmax
 from qexport.passes.base import Context
 from qexport.passes.lae import LogEqualize
 from qexport.passes.sites import fold_sites
-from stepping import captured_runner, load_weights, next_feeds, padded, prompt_feeds, tokens
+from stepping import load_weights, padded, run_twice, tokens
 
 IDS, MASK = tokens(3, 9), padded([9, 4, 6], "left")
-
-
-def run_twice(captured):
-    """Logits of a padded prompt and of one more token, which reads the cache."""
-    run, feeds = captured_runner(captured), prompt_feeds(captured, IDS, MASK)
-    first = run(feeds)
-    second = run(next_feeds(feeds, first, IDS[:, 0]))
-    return torch.cat([first["logits"][MASK.bool()], second["logits"][:, 0]])
 
 
 @pytest.mark.parametrize("explicit", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_logits_stay_what_they_were(captured, family, explicit):
     model = load_weights(captured(family))
-    want = run_twice(model)
+    want = run_twice(model, IDS, MASK)
     step = LogEqualize(plan_of(model, "w8a8_static"), explicit=explicit)
     results = run_passes(model, [step], stream_of(model, IDS, MASK))
-    got = run_twice(model)
+    got = run_twice(model, IDS, MASK)
     assert (got - want).abs().max() < 1e-4 * want.abs().max()
     for block in model.blocks[1:]:
         result, sites = results[block.name]["LogEqualize"], fold_sites(block.module.graph)

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from passing import block_of, plan_of, run_passes, stream_of
+from passing import block_of, collecting, plan_of, run_passes, stream_of
 from qexport.errors import PassError
 from qexport.numerics.formats import Scheme
 from qexport.numerics.grid import quantize_weight
@@ -245,22 +245,7 @@ class Uneven(nn.Module):
         return self.a(x * size)
 
 
-class Watch(torch.fx.Interpreter):
-    def __init__(self, module, statistics):
-        super().__init__(module)
-        self.statistics = statistics
-
-    def run_node(self, node):
-        value = super().run_node(node)
-        if node in self.statistics:
-            self.statistics[node].update(value.flatten(0, -2))
-        return value
-
-
-def collect(module, wanted):
-    statistics = {node: factory() for node, factory in wanted.items()}
-    Watch(module, statistics).run(X)
-    return statistics
+collect = collecting(X)
 
 
 def test_weights_put_the_rank_where_inputs_are_large():

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from passing import block_of, plan_of, run_passes, stream_of
+from passing import block_of, collecting, plan_of, run_passes, stream_of
 from qexport.numerics.formats import ActivationFormat, Scheme
 from qexport.numerics.grid import quantize_weight
 from qexport.numerics.metrics import sqnr_db
@@ -46,22 +46,7 @@ def inputs(seed=5):
 X = inputs()
 
 
-class Watch(torch.fx.Interpreter):
-    def __init__(self, module, statistics):
-        super().__init__(module)
-        self.statistics = statistics
-
-    def run_node(self, node):
-        value = super().run_node(node)
-        if node in self.statistics:
-            self.statistics[node].update(value.flatten(0, -2))
-        return value
-
-
-def collect(module, wanted):
-    statistics = {node: factory() for node, factory in wanted.items()}
-    Watch(module, statistics).run(X)
-    return statistics
+collect = collecting(X)
 
 
 def two(scheme):
@@ -125,9 +110,7 @@ def test_one_mask_and_one_selection_serve_all_linears_of_a_value(place):
     (selected,), (quantized,) = calls(graph, aten.index_select.default), calls(graph, ops.quantize_linear.default)
     assert graph.get_buffer("a.outlier_index").tolist() == LARGE
     assert graph.get_buffer("a.outlier_index").dtype == torch.int64
-    assert graph.get_buffer("a.outlier_mask").nonzero().squeeze(1).tolist() == [
-        i for i in range(16) if i not in LARGE
-    ]
+    assert graph.get_buffer("a.outlier_mask").nonzero().squeeze(1).tolist() == [i for i in range(16) if i not in LARGE]
     masked = quantized.args[0]
     assert is_call(masked, aten.mul.Tensor) and masked.args[1].target == "a.outlier_mask"
     assert masked.args[0] is selected.args[0]

@@ -16,27 +16,19 @@ from qexport.passes.equalize import on_consumers, on_producer
 from qexport.passes.search import ALPHAS, best
 from qexport.passes.sites import fold_sites
 from qexport.passes.smooth import SmoothQuant
-from stepping import captured_runner, load_weights, next_feeds, padded, prompt_feeds, tokens
+from stepping import load_weights, padded, run_twice, tokens
 
 IDS, MASK = tokens(3, 9), padded([9, 4, 6], "left")
-
-
-def run_twice(captured):
-    """Logits of a padded prompt and of one more token, which reads the cache."""
-    run, feeds = captured_runner(captured), prompt_feeds(captured, IDS, MASK)
-    first = run(feeds)
-    second = run(next_feeds(feeds, first, IDS[:, 0]))
-    return torch.cat([first["logits"][MASK.bool()], second["logits"][:, 0]])
 
 
 @pytest.mark.parametrize("explicit", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_logits_stay_what_they_were(captured, family, explicit):
     model = load_weights(captured(family))
-    want = run_twice(model)
+    want = run_twice(model, IDS, MASK)
     step = SmoothQuant(plan_of(model, "w8a8_dyn"), alpha=0.5, explicit=explicit)
     results = run_passes(model, [step], stream_of(model, IDS, MASK))
-    got = run_twice(model)
+    got = run_twice(model, IDS, MASK)
     assert (got - want).abs().max() < 1e-4 * want.abs().max()
     for block in model.blocks[1:]:
         result, sites = results[block.name]["SmoothQuant"], fold_sites(block.module.graph)
@@ -49,7 +41,7 @@ def test_logits_stay_what_they_were(captured, family, explicit):
 @pytest.mark.parametrize("family", ["llama", "opt", "gpt_neox", "gemma3"])
 def test_a_search_is_as_good_as_one_half_and_leaves_the_logits(captured, family, scheme):
     model = load_weights(captured(family))
-    want = run_twice(model)
+    want = run_twice(model, IDS, MASK)
     plan = plan_of(model, scheme)
     seen = {}
 
@@ -72,7 +64,7 @@ def test_a_search_is_as_good_as_one_half_and_leaves_the_logits(captured, family,
     for found, half, factors in seen.values():
         assert min(found, 1.0) <= half
         assert (factors is None) == (found >= 1)
-    got = run_twice(model)
+    got = run_twice(model, IDS, MASK)
     assert (got - want).abs().max() < 1e-4 * want.abs().max()
     notes = [note for block in model.blocks[1:] for note in results[block.name]["Watched"].changed]
     assert len(notes) == sum(factors is not None for *_, factors in seen.values()) > 0
