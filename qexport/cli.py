@@ -27,6 +27,9 @@ RecipeName = Annotated[
     str, typer.Option("--recipe", "-r", help="Preset, scheme, or YAML file; see `qexport recipes list`.")
 ]
 Target = Annotated[str, typer.Option(help="cpu or cuda.")]
+Attention = Annotated[
+    str, typer.Option(help="grouped (GroupQueryAttention, a shared cache) or standard (ONNX Attention, portable).")
+]
 Remote = Annotated[bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Threads = Annotated[int | None, typer.Option(help="Threads of ONNX Runtime; by default all physical cores.")]
@@ -76,6 +79,7 @@ def export(
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder to make.")],
     recipe: RecipeName = "w4a16_g32",
     target: Target = "cpu",
+    attention: Attention = "grouped",
     calibration: Calibration = None,
     samples: CalibrationSamples = None,
     sequence_length: CalibrationLength = None,
@@ -95,7 +99,7 @@ def export(
     with console.showing_progress() as progress:
         result = qexport.export(
             model, chosen, out_dir=out, target=target, calibration=calibration, overwrite=overwrite, resume=resume,
-            trust_remote_code=trust_remote_code, progress=progress,
+            trust_remote_code=trust_remote_code, attention=attention, progress=progress,
         )  # fmt: skip
     if as_json:
         console.print_json(export_summary(result))
@@ -108,6 +112,7 @@ def inspect(
     model: Model,
     recipe: RecipeName = "w4a16_g32",
     target: Target = "cpu",
+    attention: Attention = "grouped",
     all_layers: Annotated[
         bool, typer.Option("--all", help="One line for every linear, also where layers are alike.")
     ] = False,
@@ -132,7 +137,7 @@ def inspect(
     with console.showing_progress() as progress:
         found = qexport.inspect(
             model, chosen, target=target, calibrate=calibrate or any(v is not None for v in given.values()),
-            calibration=calibration, trust_remote_code=trust_remote_code, progress=progress,
+            calibration=calibration, trust_remote_code=trust_remote_code, attention=attention, progress=progress,
         )  # fmt: skip
     if as_json:
         console.print_json(found.as_dict())

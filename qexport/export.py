@@ -24,6 +24,7 @@ from .capture.graph import Captured
 from .capture.module import capture_module
 from .capture.source import open_model
 from .errors import InputError, QExportError, RecipeError
+from .lower.attention import Grouping, Unsuited, group_attention, plan_grouping
 from .lower.build import Lowered, Piece, Target, build, check_translations
 from .lower.folder import appearing, check_free, explained, write_companions, write_model
 from .lower.targets.cpu import CpuTarget
@@ -34,6 +35,7 @@ from .recipe import Recipe
 from .runtime.manifest import BlockEntry, LinearEntry, Manifest
 
 Progress = Callable[[str, str, int, int], None]  # stage, what, done, total
+ATTENTION = ("grouped", "standard")
 
 
 def no_progress(stage: str, what: str, done: int, total: int) -> None:
@@ -71,6 +73,7 @@ def export(
     resume: bool = False,
     trust_remote_code: bool = False,
     extra_passes: Sequence[GraphPass] = (),
+    attention: str = "grouped",
     progress: Progress = no_progress,
 ) -> ExportResult:
     """Quantize a model and write it as a folder that ONNX Runtime runs.
@@ -87,6 +90,8 @@ def export(
         overwrite: replace an earlier export.
         resume: go on with an interrupted export of the same model, recipe and calibration.
         extra_passes: your own passes, run on every block in float before those of the recipe (see passes/README.md).
+        attention: "grouped" (ONNX Runtime's GroupQueryAttention, a shared cache; a model that it cannot serve keeps the
+            other, and the manifest says why) or "standard" (ONNX Attention).
         progress: called with (stage, what, done, total).
 
     Raises:
@@ -95,6 +100,7 @@ def export(
     out, seconds, clock = Path(out_dir), {}, _Clock()
     recipe = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
     lowering = target_for(target, recipe)
+    check_attention(attention)
     check_free(out, overwrite)
     recipe, data = recipe_and_data(recipe, calibration)
 
@@ -123,12 +129,15 @@ def export(
                 captured, passes, stream, reference, work, fingerprint, resume=resume, progress=on_block
             )
         seconds["quantize"] = clock.lap()
+        settings = dict(captured.settings)
+        if captured.kind == "decoder":
+            settings |= deploy_attention(captured, plan_attention(captured, attention, finished[0].read))
         lowered = lower(captured, finished, lowering)
         with appearing(out, overwrite) as folder:
             size = write_model(
                 folder, lowered.model, lambda done, total: progress("write", "model.onnx.data", done, total)
             )
-            manifest = _manifest(captured, plan, lowered, lowering, size)
+            manifest = _manifest(captured, plan, lowered, lowering, size, settings)
             seconds["lower"] = clock.lap()
             write_companions(
                 folder, manifest, captured.folder, recipe.to_yaml(), _report(plan, finished, seconds, described)
@@ -186,6 +195,36 @@ def needs_data(recipe: Recipe, plan: Sequence[LinearPlan]) -> bool:
 def _ask_for_data(passes: Sequence[GraphPass], captured: Captured) -> bool:
     """Whether a pass wants statistics, or promises to keep the function, which is checked on data."""
     return any(p.keeps_function or any(p.statistics(b.module) for b in captured.blocks) for p in passes)
+
+
+def check_attention(attention: str) -> None:
+    """Raises InputError for anything but "grouped" and "standard"."""
+    if attention not in ATTENTION:
+        raise InputError(f"unknown attention {attention!r}", remedy=f"Choose {' or '.join(ATTENTION)}")
+
+
+def plan_attention(captured: Captured, attention: str, read: Callable[[str], torch.Tensor]) -> Grouping | str | None:
+    """How the attention of a decoder can be grouped, or why not; None where that is not asked for.
+
+    Args:
+        attention: as `export` takes it.
+        read: a tensor of the first block.
+    """
+    if attention == "standard" or captured.kind != "decoder":
+        return None
+    try:
+        return plan_grouping(captured, read)
+    except Unsuited as why:
+        return str(why)
+
+
+def deploy_attention(captured: Captured, grouping: Grouping | str | None) -> dict[str, Any]:
+    """Rewrite a decoder's attention for the runtime, in place; returns what the manifest's settings say of it."""
+    if not isinstance(grouping, Grouping):
+        return {"attention": "standard", **({"attention_reason": grouping} if grouping else {})}
+    group_attention(captured, grouping)
+    positions = any(port.name == "position_ids" for port in captured.inputs)
+    return {"attention": "grouped", "past_present_share_buffer": True, "position_ids": positions, "padding": True}
 
 
 def lower(captured: Captured, finished: Sequence[Finished], target: Target) -> Lowered:
@@ -263,7 +302,14 @@ def _fingerprint(captured: Captured, recipe: Recipe, batches, extra_passes: Sequ
     return digest.hexdigest()
 
 
-def _manifest(captured: Captured, plan: Sequence[LinearPlan], lowered: Lowered, target: Target, size: int) -> Manifest:
+def _manifest(
+    captured: Captured,
+    plan: Sequence[LinearPlan],
+    lowered: Lowered,
+    target: Target,
+    size: int,
+    settings: dict[str, Any],
+) -> Manifest:
     linears = []
     for p in plan:
         if p.scheme is not None:
@@ -277,7 +323,7 @@ def _manifest(captured: Captured, plan: Sequence[LinearPlan], lowered: Lowered, 
         qexport=version("qexport"), target=target.name, kind=captured.kind, provider=target.provider,
         dtype=str(target.dtype).removeprefix("torch."), session=target.session(), numerics=target.numerics(),
         linears=tuple(linears), blocks=tuple(BlockEntry(name=n, output=o) for n, o in lowered.blocks.items()),
-        settings=captured.settings, bytes={"model": size, "quantized_linears": quantized, "rest": size - quantized},
+        settings=settings, bytes={"model": size, "quantized_linears": quantized, "rest": size - quantized},
     )  # fmt: skip
 
 

@@ -19,12 +19,15 @@ from .export import (
     Progress,
     calibration_batches,
     capture,
+    check_attention,
     needs_data,
     no_progress,
+    plan_attention,
     plan_for,
     recipe_and_data,
     target_for,
 )
+from .lower.attention import Grouping
 from .numerics.formats import ActivationFormat
 from .passes.edit import get_tensor
 from .passes.fptq import FPTQ, Decision
@@ -81,9 +84,10 @@ class Inspection:
         linears: the decision for every linear, in order; bytes as in the file of that target.
         activations: by linear name, what becomes of its input, such as "int8 per token".
         sites: where factors can go, in order, with ranges and what a policy decides by them.
+        attention: of a decoder, "grouped" or "standard" and why; empty for other models.
         parameters: number of weights, tied ones counted once.
         bytes: of the float model in the target's dtype ("float"), and of the export: "quantized" linears and the
-            "rest" (embeddings, norms, linears left in float), "total" being their sum.
+            "rest" (embeddings, norms, linears left in float, rotary tables), "total" being their sum.
     """
 
     model: str
@@ -95,6 +99,7 @@ class Inspection:
     linears: tuple[LinearPlan, ...]
     activations: Mapping[str, str]
     sites: tuple[Site, ...]
+    attention: str
     parameters: int
     bytes: dict[str, int]
 
@@ -122,6 +127,7 @@ def inspect(
     calibration: Any = None,
     example_inputs: Sequence[torch.Tensor] | None = None,
     trust_remote_code: bool = False,
+    attention: str = "grouped",
     progress: Progress = no_progress,
 ) -> Inspection:
     """Say what `export` would do with the same arguments, without reading a weight unless it calibrates.
@@ -133,6 +139,7 @@ def inspect(
     Args:
         calibrate: run calibration data through the model for the ranges of quantized activations.
         calibration: the data, as `export` takes it; None takes what the recipe says. Giving it implies `calibrate`.
+        attention: as `export` takes it.
         progress: called with (stage, what, done, total) while calibrating.
 
     Raises:
@@ -141,6 +148,7 @@ def inspect(
     recipe = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
     calibrate = calibrate or calibration is not None
     recipe, data = recipe_and_data(recipe, calibration)
+    check_attention(attention)
     width = target_for(target, recipe).dtype.itemsize
     captured = capture(model, example_inputs, trust_remote_code=trust_remote_code)
     plan = [replace(p, bytes=weight_bytes(p, width)) for p in plan_for(captured, recipe)]
@@ -156,14 +164,23 @@ def inspect(
     quantized = {p.name for p in plan if p.scheme is not None}
     taken = {n.weight for b in captured.blocks for n in linears(b.module.graph) if n.name in quantized}
     small = sum(p.bytes for p in plan if p.scheme is not None)
-    rest = width * sum(count for name, count in sizes.items() if name not in taken)
+    grouping = plan_attention(captured, attention, captured.load)
+    tables = sum(t.numel() for t in grouping.tables.values()) if isinstance(grouping, Grouping) else 0
+    rest = width * (sum(count for name, count in sizes.items() if name not in taken) + tables)
     name = type(model).__name__ if isinstance(model, torch.nn.Module) else str(model)
     return Inspection(
         model=name, recipe=recipe.name, target=target, calibrates=needs_data(recipe, plan), calibration=described,
         smooths=any(part is not None for part in (recipe.smooth, recipe.crossquant, recipe.fptq)),
-        linears=tuple(plan), activations=inputs, sites=tuple(sites), parameters=sum(sizes.values()),
+        linears=tuple(plan), activations=inputs, sites=tuple(sites),
+        attention=_attention(captured, grouping), parameters=sum(sizes.values()),
         bytes={"float": width * sum(sizes.values()), "quantized": small, "rest": rest, "total": small + rest},
     )  # fmt: skip
+
+
+def _attention(captured: Captured, grouping: Grouping | str | None) -> str:
+    if captured.kind != "decoder":
+        return ""
+    return "grouped" if isinstance(grouping, Grouping) else f"standard: {grouping or 'as asked for'}"
 
 
 def _policy(recipe: Recipe, plan: Mapping[str, LinearPlan]) -> FPTQ | None:

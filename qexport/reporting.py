@@ -85,6 +85,8 @@ def print_inspection(found: Inspection, all_layers: bool) -> None:
         f"{megabytes(sizes['float'])} in the float type of this target -> {megabytes(sizes['total'])}: "
         f"linears {megabytes(sizes['quantized'])}, rest {megabytes(sizes['rest'])}"
     )
+    if found.attention:
+        print(f"Attention is {found.attention}")
     print("The export calibrates" if found.calibrates else "The export needs no calibration data")
     if found.calibration:
         print(f"Calibration here: {found.calibration}")

@@ -1,6 +1,7 @@
 """Comparing a file in ONNX Runtime with its graph in PyTorch, block by block and token by token."""
 
 from contextlib import ExitStack
+from dataclasses import dataclass
 from unittest.mock import patch
 
 import torch
@@ -35,7 +36,7 @@ def differences(exported, mask):
     for _ in range(1 + STEPS):
         got = run(feeds)
         values = {port.value: feeds[port.name] for port in exported.captured.inputs}
-        real = feeds["attention_mask"][:, -feeds["input_ids"].shape[1] :].bool()
+        places = Places.of(feeds, exported.manifest)
         following = [*(b.inputs for b in exported.blocks[1:]), ["none"]]
         for block, entry, read in zip(exported.blocks, exported.manifest.blocks, following, strict=True):
             with torch.no_grad():
@@ -43,18 +44,43 @@ def differences(exported, mask):
             handed_on = next((n for n in read if n in results), block.outputs[0])
             twins = {n: got[names[n]] for n in results if n in names} | {handed_on: got[entry.output]}
             for name, twin in twins.items():
-                ours, theirs = by_token(results[name], real), by_token(twin, real)
+                ours, theirs = (places.rows(v, names.get(name) == "logits") for v in (results[name], twin))
                 rows.append((ours - theirs).abs().amax(-1) / ours.abs().max())
             values |= results | twins
         feeds = next_feeds(feeds, got, got["logits"][:, -1].argmax(-1))
     return torch.cat(rows)
 
 
-def by_token(value, real):
-    """Rows of real tokens: of activations [b, s, n], of the new part of a cache [b, h, t, d]; else the whole value."""
-    if value.dim() == 4 and value.shape[2] >= real.shape[1] and value.shape[1] > 1:
-        value = value[:, :, -real.shape[1] :].transpose(1, 2).flatten(2)
-    return value[real] if value.shape[:2] == real.shape else value.reshape(1, -1)
+@dataclass(frozen=True)
+class Places:
+    """Where the real ones of the new tokens are, [batch, sequence] each.
+
+    Attributes:
+        outside: bool, in the order of the caller.
+        inside: bool, in the order in which the layers see them.
+        cache: int, the place of each new token in its row of the cache.
+    """
+
+    outside: torch.Tensor
+    inside: torch.Tensor
+    cache: torch.Tensor
+
+    @classmethod
+    def of(cls, feeds, manifest):
+        new = feeds["input_ids"].shape[1]
+        real, place = feeds["attention_mask"][:, -new:].bool(), torch.arange(new)
+        if manifest.settings["attention"] == "standard":
+            return cls(real, real, (feeds["attention_mask"].shape[1] - new + place).expand_as(real))
+        before = feeds["attention_mask"][:, :-new].sum(1, keepdim=True)
+        return cls(real, place < real.sum(1, keepdim=True), before + place)
+
+    def rows(self, value, outside):
+        """Rows of real tokens: of activations [b, s, n], of the new part of a cache [b, h, t, d]; else all of it."""
+        if value.dim() == 4 and value.shape[2] >= self.inside.shape[1] and value.shape[1] > 1:
+            value = value.transpose(1, 2).flatten(2)
+            value = value.gather(1, self.cache[..., None].expand(-1, -1, value.shape[2]))
+        real = self.outside if outside else self.inside
+        return value[real] if value.shape[:2] == real.shape else value.reshape(1, -1)
 
 
 def logits(mask, *runs):

@@ -216,7 +216,9 @@ def _checkpoint(
 def _settings(config, whole: torch.fx.GraphModule) -> dict[str, int]:
     kv_heads, head_dim = _cache_shape(config)
     logits = next(n for n in whole.graph.nodes if n.op == "output").args[0][0]
+    context = getattr(config, "max_position_embeddings", None)
     return {
+        **({"max_position_embeddings": context} if isinstance(context, int) else {}),
         "num_hidden_layers": config.num_hidden_layers,
         "num_attention_heads": config.num_attention_heads,
         "num_key_value_heads": kv_heads,

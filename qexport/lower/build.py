@@ -11,11 +11,14 @@ from torch.fx import Graph, GraphModule, Node
 from .. import ops as _ops  # noqa: F401  registers the operators
 from ..capture.graph import Port
 from .emitter import ONNX_DTYPE, Emitter, unsupported
-from .ops import elementwise, layers, quantized, shapes
+from .ops import elementwise, grouped, layers, quantized, shapes
 from .targets.forms import linear_products
 
 OPSET = 23  # Attention, RMSNormalization and RotaryEmbedding appeared here
-TRANSLATIONS = {**elementwise.TRANSLATIONS, **shapes.TRANSLATIONS, **layers.TRANSLATIONS, **quantized.TRANSLATIONS}
+TRANSLATIONS = {
+    **elementwise.TRANSLATIONS, **shapes.TRANSLATIONS, **layers.TRANSLATIONS, **grouped.TRANSLATIONS,
+    **quantized.TRANSLATIONS,
+}  # fmt: skip
 
 
 class Target(Protocol):

@@ -69,6 +69,7 @@ class Decoder:
             raise InputError("a file with a shared cache needs max_length")
         self._session, self._outputs = session, ["logits", *presents]
         self._has_positions = "position_ids" in inputs
+        self._takes_padding = self._has_positions or bool(settings.get("padding", False))
         sizes = {1: settings.get("num_key_value_heads"), 3: settings.get("head_dim")}
         self._sizes = {
             name: {i: dim if isinstance(dim := inputs[name].shape[i], int) else sizes[i] for i in sizes}
@@ -192,7 +193,7 @@ class Decoder:
             raise InputError(f"the cache holds {len(self._mask)} rows, the input {len(ids)}", remedy="Call reset()")
         if (np.diff(mask, axis=1) < 0).any() or not mask[:, -1].all() or (self._cache and not mask.all()):
             raise InputError("padding belongs on the left of the first tokens")
-        if not self._has_positions and not mask.all():
+        if not self._takes_padding and not mask.all():
             raise InputError(
                 "this file computes positions itself, so it cannot take padding",
                 remedy="Run prompts of different length one by one",

@@ -66,7 +66,9 @@ class Manifest(_Frozen):
         session: session config entries the numbers depend on; every session on the file sets them.
         numerics: what changes numerics, in words for people.
         settings: sizes that a decoder's inputs need: num_hidden_layers, num_key_value_heads, head_dim, vocab_size.
-            past_present_share_buffer (false when absent): past and present are one buffer of fixed length.
+            past_present_share_buffer (false when absent): past and present may be one buffer of fixed length.
+            position_ids (true when absent): the file has this input; otherwise positions count real tokens.
+            padding (absent in files of others): prompts may be padded on the left though there is no position_ids.
         bytes: sizes by part.
     """
 

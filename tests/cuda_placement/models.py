@@ -8,6 +8,7 @@ from onnx.helper import make_graph, make_model, make_opsetid, make_tensor, make_
 CUDA, CPU = "CUDAExecutionProvider", "CPUExecutionProvider"
 ALL_ON_CUDA = {"session.disable_cpu_ep_fallback": "1"}
 DIMS = {"batch": 2, "sequence": 3, "past": 5, "total": 8}
+PROMPT = {"batch": 2, "sequence": 3, "past": 0, "total": 3}
 
 
 def value(name: str, dtype: int, *shape: int | str) -> ValueInfoProto:
@@ -39,3 +40,9 @@ def model(
 def assert_all_on_cuda(placed: dict, ops: dict[str, int]) -> None:
     """Exactly these ops, every one on CUDA; a copy would be one of them."""
     assert placed["nodes"] == {CUDA: ops}
+
+
+def assert_decoder_on_cuda(placed: dict) -> None:
+    """Every node of a decoder is on CUDA, but for one that hands a length to attention, which wants it on the CPU."""
+    assert set(placed["nodes"]) == {CUDA, CPU} and placed["nodes"][CPU] == {"Cast": 1}
+    assert placed["memcpy"] == 0

@@ -1,0 +1,220 @@
+"""Attention rewritten for ONNX Runtime's GroupQueryAttention: a cache that can be one shared buffer, rotary inside.
+
+The operator appends to each row of its cache behind the tokens that the row holds and knows no mask. So the first block
+puts the real tokens of every row first, the last one puts them back, and a row with padding where none may be comes out
+as NaN rather than as something plausible. A model that the operator cannot serve keeps standard Attention.
+"""
+
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch.fx import Graph, Node
+
+from ..capture.blocks import Block
+from ..capture.graph import Captured
+from ..passes.edit import Spec, add_tensor, call, is_call, shape_of
+from .rotary import Rotated, position_table, rotated
+from .token_order import LAST, TOTAL, turn_back, turn_tokens, turned_name
+from .wires import first_call, hand_on, names_of, producers, prune, read_in
+
+aten = torch.ops.aten
+ops = torch.ops.qexport
+_CASTS = (aten.to.dtype, aten.to.device, aten.to.dtype_layout, aten._to_copy.default)
+_VIEWS = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
+
+
+class Unsuited(Exception):
+    """GroupQueryAttention cannot serve the model; the text says why."""
+
+
+@dataclass(frozen=True)
+class _Site:
+    """One attention of the model: its block, its node, and the window of its mask."""
+
+    block: Block
+    node: Node
+    window: int
+
+
+@dataclass(frozen=True)
+class Grouping:
+    """How a decoder's attention becomes GroupQueryAttention.
+
+    Attributes:
+        sites: every attention.
+        inside: by attention, how query and key are rotated, where the operator can do it itself.
+        tables: [positions, n], the cosines and sines for that, by the name of the value they are a table of.
+    """
+
+    sites: Sequence[_Site]
+    inside: Mapping[Node, tuple[Rotated, Rotated] | None]
+    tables: Mapping[str, torch.Tensor]
+
+
+def plan_grouping(captured: Captured, read: Callable[[str], torch.Tensor]) -> Grouping:
+    """Look for all that GroupQueryAttention needs; changes nothing.
+
+    Args:
+        captured: a decoder, quantized or not.
+        read: a tensor of its first block.
+
+    Raises:
+        Unsuited: says why GroupQueryAttention cannot serve the model.
+    """
+    values = {port.name: port.value for port in captured.inputs}
+    sites = _sites(captured, values)
+    tables = _Tables(captured, values["position_ids"], read)
+    inside = {site.node: tables.of(site) for site in sites}
+    return Grouping(sites, inside, {name: table for name, table in tables.made.items() if table is not None})
+
+
+def group_attention(captured: Captured, grouping: Grouping) -> None:
+    """Rewrite a decoder's blocks, its inputs too where nothing reads positions any more, in place."""
+    values = {port.name: port.value for port in captured.inputs}
+    first = captured.blocks[0]
+    turn_tokens(first, values)
+    turned = {values[name]: turned_name(name) for name in ("input_ids", "position_ids")}
+    for block in captured.blocks[1:]:
+        block.inputs[:] = [turned.get(name, name) for name in block.inputs]
+    graph = first.module.graph
+    for name, table in grouping.tables.items():
+        with graph.inserting_before(first_call(graph)):
+            hand_on(first, add_tensor(graph, f"rotary.{name}", table), f"rotary.{name}")
+    for site in grouping.sites:
+        _replace(site, grouping.inside[site.node], grouping.tables)
+    turn_back(captured.blocks[-1], captured)
+    prune(captured)
+
+
+def _sites(captured: Captured, values: dict[str, str]) -> list[_Site]:
+    if not {"input_ids", "attention_mask", "position_ids"} <= values.keys():
+        raise Unsuited("it does not read token ids, a mask and positions")
+    sites, masks, made = [], set(), producers(captured)
+    first, last = captured.blocks[0], captured.blocks[-1]
+    for block in captured.blocks:
+        names = names_of(block)
+        for node in block.module.graph.nodes:
+            if not is_call(node, ops.cached_attention.default):
+                continue
+            _query, key, value, past_key, _past_value, mask = node.args[:6]
+            home, source = made.get(names.get(mask), (block, mask))
+            if not is_call(source, ops.causal_mask.default) or home is not first:
+                raise Unsuited("its mask is not made of the attention mask alone")
+            if names.get(past_key) not in values.values():
+                raise Unsuited("its cache is changed before attention reads it")
+            if shape_of(key)[-1] != shape_of(value)[-1]:
+                raise Unsuited("keys and values have heads of different size")
+            if shape_of(key)[-1] % 8:
+                raise Unsuited(f"heads of {shape_of(key)[-1]} features, and ONNX Runtime wants a multiple of 8")
+            masks.add(source)
+            sites.append(_Site(block, node, source.args[2]))
+    if not sites or first is last or sites[-1].block is last:
+        raise Unsuited("the model could not be cut into a beginning, layers and an end")
+    for block in captured.blocks:
+        for placeholder, name in names_of(block).items():
+            if name == values["attention_mask"] and not _ends_in(placeholder, masks):
+                raise Unsuited("something other than attention reads the attention mask")
+    return sites
+
+
+def _ends_in(node: Node, ends: set[Node]) -> bool:
+    """Whether a value is read, as it is or as another type, by nothing but `ends`."""
+    return all(user in ends or is_call(user, *_CASTS) and _ends_in(user, ends) for user in node.users)
+
+
+class _Tables:
+    """Rotary tables of the attentions that can rotate inside.
+
+    Attributes:
+        made: [positions, n] by the name of the value it is a table of; None where that is none.
+    """
+
+    def __init__(self, captured: Captured, position_ids: str, read: Callable[[str], torch.Tensor]) -> None:
+        self._first, self._position_ids, self._read = captured.blocks[0], position_ids, read
+        self._length = captured.settings.get("max_position_embeddings")
+        self.made: dict[str, torch.Tensor | None] = {}
+
+    def of(self, site: _Site) -> tuple[Rotated, Rotated] | None:
+        """How query and key are rotated, where one pair of tables of positions alone does it."""
+        pair = tuple(rotated(part) for part in site.node.args[:2])
+        if None in pair or self._length is None or (pair[0].cos, pair[0].sin) != (pair[1].cos, pair[1].sin):
+            return None
+        names = names_of(site.block)
+        tables = [self._table(names.get(node)) for node in (pair[0].cos, pair[0].sin)]
+        return None if any(table is None for table in tables) else pair
+
+    def _table(self, name: str | None) -> torch.Tensor | None:
+        if name is not None and name not in self.made:
+            self.made[name] = position_table(self._first, name, self._position_ids, self._length, self._read)
+        return self.made.get(name)
+
+
+def _replace(site: _Site, inside: tuple[Rotated, Rotated] | None, tables: Mapping[str, torch.Tensor]) -> None:
+    graph, node, names = site.block.module.graph, site.node, names_of(site.block)
+    query, key, value, past_key, past_value, _mask, scale, softcap = node.args
+    last = read_in(site.block, LAST, Spec(torch.int32, (shape_of(query)[0],)))
+    total = read_in(site.block, TOTAL, Spec(torch.int32, (1,)))
+    cos = sin = None
+    if inside is not None:
+        query, key = (part.x for part in inside)
+        cos, sin = (
+            read_in(site.block, f"rotary.{names[n]}", Spec(torch.float32, tuple(tables[names[n]].shape)))
+            for n in (inside[0].cos, inside[0].sin)
+        )
+    with graph.inserting_before(node):
+        flat = [_flat(graph, part) for part in (query, key, value)]
+        new = call(
+            graph, ops.grouped_attention.default,
+            (*flat, past_key, past_value, last, total, cos, sin, scale, softcap, site.window), like=flat[0],
+        )  # fmt: skip
+        results = {}
+        for index, (spec, like) in enumerate(zip(node.meta["spec"], (flat[0], past_key, past_value), strict=True)):
+            results[index] = call(graph, operator.getitem, (new, index), like=like)
+            if index:
+                results[index].meta["spec"] = spec
+        new.meta["spec"] = tuple(part.meta["spec"] for part in results.values())
+    for user in list(node.users):
+        if user.args[1]:
+            user.replace_all_uses_with(results[user.args[1]])
+        else:
+            _flatten_users(graph, user, results[0])
+
+
+def _flat(graph: Graph, node: Node) -> Node:
+    """[batch, heads, sequence, head_dim] as [batch, sequence, heads * head_dim]."""
+    heads, size = shape_of(node)[1], shape_of(node)[3]
+    if is_call(node, aten.rms_norm.default) and _swaps_heads(node.args[0]):  # a norm of every head does not mind
+        before = node.args[0].args[0]
+        norm = call(graph, node.target, (before, *node.args[1:]), like=before)
+        node = call(graph, aten.transpose.int, (norm, 1, 2), like=node)
+    if _swaps_heads(node):
+        node = node.args[0]
+    else:
+        batch, _, sequence, _ = shape_of(node)
+        node = call(graph, aten.transpose.int, (node, 1, 2), like=node, shape=(batch, sequence, heads, size))
+    if is_call(node, *_VIEWS) and len(shape_of(node.args[0])) == 3 and shape_of(node.args[0])[-1] == heads * size:
+        return node.args[0]
+    sizes = [call(graph, aten.sym_size.int, (node, i), like=node, dtype=torch.int64, shape=()) for i in (0, 1)]
+    shape = (*shape_of(node)[:2], heads * size)
+    return call(graph, aten.reshape.default, (node, [*sizes, heads * size]), like=node, shape=shape)
+
+
+def _flatten_users(graph: Graph, old: Node, flat: Node) -> None:
+    """Readers of an output [batch, sequence, heads, head_dim]: most flatten it and get it flat at once."""
+    for user in list(old.users):
+        if is_call(user, *_VIEWS) and shape_of(user)[1:] == shape_of(flat)[1:]:
+            user.replace_all_uses_with(flat)
+    if old.users:
+        with graph.inserting_after(flat):
+            sizes = [call(graph, aten.sym_size.int, (flat, i), like=flat, dtype=torch.int64, shape=()) for i in (0, 1)]
+        with graph.inserting_before(old):
+            shaped = call(graph, aten.view.default, (flat, [*sizes, *shape_of(old)[2:]]), like=old)
+        old.replace_all_uses_with(shaped)
+
+
+def _swaps_heads(node: Node) -> bool:
+    """Whether a node exchanges axes 1 and 2 of four."""
+    swapped = is_call(node, aten.transpose.int) and {axis % 4 for axis in node.args[1:]} == {1, 2}
+    return swapped or (is_call(node, aten.permute.default) and list(node.args[1]) == [0, 2, 1, 3])

@@ -1,0 +1,98 @@
+"""GroupQueryAttention, and the reordering of tokens that it asks for."""
+
+import operator
+
+import torch
+from torch.fx import Node
+
+from ...passes.edit import is_call, shape_of
+from ..emitter import Emitter
+
+aten = torch.ops.aten
+ops = torch.ops.qexport
+_END = 2**63 - 1
+
+
+def _real_first(emit: Emitter, node: Node):
+    """Lengths are counted by a CumSum over ones: a length read from a shape is on the CPU, and so is what meets it."""
+    mask, ids = (emit.get(argument) for argument in node.args)
+    zero, one, row = emit.constant(0), emit.constant(1), emit.constant([1])
+    first, end = emit.constant([0]), emit.constant([-1])
+
+    def count(flags):
+        """Place of every column, from 0, and how many there are [batch, 1]."""
+        ones = emit.cast(emit.op("Or", flags, emit.op("Not", flags)), torch.int64)
+        counted = emit.op("CumSum", ones, one)
+        return emit.op("Sub", counted, one), emit.op("Gather", counted, end, axis=1)
+
+    real = emit.cast(mask, torch.bool)
+    place, size = count(emit.op("Equal", ids, zero))
+    _, total = count(real)
+    past = emit.op("Sub", total, size)
+    columns = emit.op("Add", place, past)
+    flags = emit.cast(real, torch.int64)
+    counts, flags = (emit.op("GatherElements", x, columns, axis=1) for x in (emit.op("CumSum", flags, one), flags))
+    before = emit.op("Sub", emit.op("Gather", counts, first, axis=1), emit.op("Gather", flags, first, axis=1))
+    many = emit.op("Sub", emit.op("Gather", counts, end, axis=1), before)
+    lead = emit.op("ReduceSum", emit.cast(emit.op("Equal", counts, zero), torch.int64), row)
+    # Places and leads are at most the size, so that one subtraction does what Mod would, which CUDA lacks for int64.
+    turned = emit.op("Add", place, lead)
+    forward = emit.op("Where", emit.op("Less", turned, size), turned, emit.op("Sub", turned, size))
+    turned = emit.op("Sub", place, lead)
+    backward = emit.op("Where", emit.op("Less", turned, zero), emit.op("Add", turned, size), turned)
+    wanted = emit.cast(emit.op("Less", place, many), torch.int64)
+    found = emit.op("GatherElements", flags, forward, axis=1)
+    wrong = emit.op("ReduceSum", emit.op("Abs", emit.op("Sub", found, wanted)), row)
+    valid = emit.op("And", emit.op("Equal", wrong, zero), emit.op("Greater", many, zero))
+    valid = emit.op("And", valid, emit.op("Or", emit.op("Equal", many, size), emit.op("Equal", past, zero)))
+    last = emit.cast(emit.op("Sub", emit.op("Add", before, size), one), torch.int32)
+    return (
+        forward, backward, emit.op("Unsqueeze", valid, row), emit.op("Squeeze", last, row),
+        emit.cast(emit.op("Shape", mask, start=1, end=2), torch.int32),
+    )  # fmt: skip
+
+
+def _take_tokens(emit: Emitter, node: Node):
+    x, order = node.args
+    if len(shape_of(x)) == 2:
+        return emit.op("GatherElements", emit.get(x), emit.get(order), axis=1)
+    places = emit.op("Unsqueeze", emit.get(order), emit.constant([2]))
+    return emit.op("GatherND", emit.get(x), places, batch_dims=1)
+
+
+def _grouped_attention(emit: Emitter, node: Node):
+    *tensors, scale, softcap, window = node.args
+    query, key, value, past_key = tensors[:4]
+    kv_heads, size = shape_of(past_key)[1], shape_of(past_key)[3]
+    packed = _packed(query, key, value)
+    query, key, value = (packed, None, None) if packed is not None else (query, key, value)
+    return emit.op(
+        "GroupQueryAttention", *(emit.get(a) for a in (query, key, value, *tensors[3:])),
+        domain="com.microsoft", outputs=3, num_heads=shape_of(node.args[0])[-1] // size, kv_num_heads=kv_heads,
+        scale=float(scale), softcap=float(softcap) or None, do_rotary=int(tensors[7] is not None),
+        local_window_size=window or -1,
+    )  # fmt: skip
+
+
+def _packed(query: Node, key: Node, value: Node) -> Node | None:
+    """The value of which query, key and value are the first, second and third part, and there is no other."""
+    parts = (query, key, value)
+    source = query.args[0] if query.args else None
+    if all(is_call(part, operator.getitem) for part in parts) and is_call(source, aten.split_with_sizes.default):
+        in_order = [part.args for part in parts] == [(source, i) for i in range(3)]
+        return source.args[0] if in_order and len(source.args[1]) == 3 else None
+    if not all(is_call(part, aten.slice.Tensor) and part.args[0] is source for part in parts):
+        return None
+    start = 0
+    for part in parts:
+        _, axis, begin, end = (*part.args, _END)[:4]
+        if axis not in (2, -1) or begin != start or len(part.args) > 4:
+            return None
+        start = min(end, shape_of(source)[-1])
+    return source if start == shape_of(source)[-1] else None
+
+
+TRANSLATIONS = {
+    ops.real_first.default: _real_first, ops.take_tokens.default: _take_tokens,
+    ops.grouped_attention.default: _grouped_attention,
+}  # fmt: skip

@@ -1,0 +1,101 @@
+"""Rotary embedding for an operator that does it itself: what is rotated, and by which constant tables."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch.fx import Node
+from torch.fx.node import map_arg
+
+from ..capture.blocks import Block
+from ..passes.edit import is_call, shape_of
+
+aten = torch.ops.aten
+
+_LARGEST = 1 << 26  # bytes; a model with more positions than fit rotates outside of attention
+
+
+@dataclass(frozen=True)
+class Rotated:
+    """A value whose first features of every head are rotated.
+
+    Attributes:
+        x: the value before, [batch, heads, sequence, head_dim].
+        cos, sin: [batch, sequence, rotated features / 2].
+    """
+
+    x: Node
+    cos: Node
+    sin: Node
+
+
+def rotated(node: Node) -> Rotated | None:
+    """What a node rotates: all features, or the first ones with the others put behind them again."""
+    if is_call(node, torch.ops.qexport.rotary_embedding.default):
+        return Rotated(*node.args)
+    if not is_call(node, aten.cat.default) or len(node.args[0]) != 2 or node.args[1] not in (-1, 3):
+        return None
+    turned, kept = node.args[0]
+    if not is_call(turned, torch.ops.qexport.rotary_embedding.default) or not is_call(kept, aten.slice.Tensor):
+        return None
+    x, axis, start, end = (*kept.args, 2**63 - 1)[:4]
+    width = shape_of(turned)[-1]
+    if axis not in (3, -1) or start != width or end < shape_of(x)[-1]:
+        return None
+    part = turned.args[0]
+    first = is_call(part, aten.slice.Tensor) and part.args[:4] in ((x, 3, 0, width), (x, -1, 0, width))
+    return Rotated(x, *turned.args[1:]) if part is x or first else None
+
+
+def position_table(
+    block: Block, value: str, position_ids: str, length: int, read: Callable[[str], torch.Tensor]
+) -> torch.Tensor | None:
+    """A value that depends on the position alone, for the positions from 0 on.
+
+    Args:
+        block: makes the value [batch, sequence, n] from position_ids.
+        length: number of positions.
+        read: the block's tensors by name.
+
+    Returns:
+        [length, n], or None where the value depends on more than positions (a scaling by the length of the text).
+    """
+    graph = block.module.graph
+    placeholders = [n for n in graph.nodes if n.op == "placeholder"]
+    names = dict(zip(placeholders, block.inputs, strict=True))
+    results = dict(zip(block.outputs, next(n for n in graph.nodes if n.op == "output").args[0], strict=True))
+    if value not in results:
+        return None
+    nodes = _ancestors(results[value])
+    if any(node.op == "placeholder" and names[node] != position_ids for node in nodes):
+        return None
+    width = shape_of(results[value])[-1]
+    if len(shape_of(results[value])) != 3 or 4 * length * width > _LARGEST or width % 8:
+        return None  # GroupQueryAttention wants tables of a multiple of 8 columns
+    table = _run(nodes, torch.arange(length)[None], read)[0].contiguous()
+    # A row that depends on the other positions too is none of a table.
+    few = torch.tensor([[5, 0, min(7, length - 1)]]) % length
+    return table if torch.equal(_run(nodes, few, read)[0], table[few[0]]) else None
+
+
+def _run(nodes: list[Node], positions: torch.Tensor, read: Callable[[str], torch.Tensor]) -> torch.Tensor:
+    known: dict[Node, object] = {}
+    for node in nodes:
+        if node.op == "placeholder":
+            known[node] = positions
+        elif node.op == "get_attr":
+            known[node] = read(node.target)
+        else:
+            arguments, options = map_arg((node.args, dict(node.kwargs)), known.__getitem__)
+            known[node] = node.target(*arguments, **options)
+    return known[nodes[-1]]
+
+
+def _ancestors(node: Node) -> list[Node]:
+    """A node and all that it is made of, in the order of the graph."""
+    found, waiting = {node}, [node]
+    while waiting:
+        fresh = [n for n in waiting.pop().all_input_nodes if n not in found]
+        found.update(fresh)
+        waiting += fresh
+    return sorted(found)

@@ -1,0 +1,66 @@
+"""Values that travel between blocks: adding one, reading one, dropping what nobody reads any more."""
+
+from torch.fx import Graph, Node
+
+from ..capture.blocks import Block
+from ..capture.graph import Captured
+from ..passes.edit import Spec, finish
+
+
+def producers(captured: Captured) -> dict[str, tuple[Block, Node]]:
+    """The block and the node that make each value which leaves a block."""
+    found = {}
+    for block in captured.blocks:
+        results = next(n for n in block.module.graph.nodes if n.op == "output").args[0]
+        found |= {name: (block, node) for name, node in zip(block.outputs, results, strict=True)}
+    return found
+
+
+def names_of(block: Block) -> dict[Node, str]:
+    """The values that a block reads from outside, by placeholder."""
+    placeholders = [n for n in block.module.graph.nodes if n.op == "placeholder"]
+    return dict(zip(placeholders, block.inputs, strict=True))
+
+
+def first_call(graph: Graph) -> Node:
+    """The first node that is no placeholder."""
+    return next(n for n in graph.nodes if n.op != "placeholder")
+
+
+def hand_on(block: Block, node: Node, name: str) -> None:
+    """Make a value an output of a block."""
+    output = next(n for n in block.module.graph.nodes if n.op == "output")
+    output.args = ((*output.args[0], node),)
+    block.outputs.append(name)
+
+
+def read_in(block: Block, name: str, spec: Spec) -> Node:
+    """The placeholder of a value from outside, made where there is none."""
+    for node, known in names_of(block).items():
+        if known == name:
+            return node
+    graph = block.module.graph
+    with graph.inserting_before(first_call(graph)):
+        node = graph.placeholder(name.replace(".", "_"))
+    node.meta = {"spec": spec, "module_path": ""}
+    block.inputs.append(name)
+    return node
+
+
+def prune(captured: Captured) -> None:
+    """Drop what nobody reads any more: nodes, inputs and outputs of blocks, inputs of the model."""
+    wanted = {port.value for port in captured.outputs}
+    for block in reversed(captured.blocks):
+        graph = block.module.graph
+        output = next(n for n in graph.nodes if n.op == "output")
+        kept = [i for i, name in enumerate(block.outputs) if name in wanted]
+        output.args = (tuple(output.args[0][i] for i in kept),)
+        block.outputs[:] = [block.outputs[i] for i in kept]
+        finish(block.module)
+        for node, name in names_of(block).items():
+            if not node.users:
+                block.inputs.remove(name)
+                graph.erase_node(node)
+        block.module.recompile()
+        wanted |= set(block.inputs)
+    captured.inputs[:] = [port for port in captured.inputs if port.value in wanted]
