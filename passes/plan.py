@@ -56,7 +56,7 @@ def fit(scheme: Scheme | None, in_features: int) -> tuple[Scheme | None, str]:
     if scheme is None:
         return None, "kept in float by the recipe"
     size = scheme.weight.group_size
-    if size in (PER_CHANNEL, PER_TENSOR) or in_features % size == 0:
+    if size in (PER_CHANNEL, PER_TENSOR) or in_features % size == 0 or _takes_part_groups(scheme, in_features):
         return scheme, ""
     smaller = next((g for g in reversed(GROUP_SIZES) if g < size and in_features % g == 0), None)
     if smaller is None:
@@ -74,6 +74,16 @@ def fit(scheme: Scheme | None, in_features: int) -> tuple[Scheme | None, str]:
     )
 
 
+def _takes_part_groups(scheme: Scheme, in_features: int) -> bool:
+    """Whether the last group may be shorter: ONNX's DequantizeLinear and the kernel it fuses to allow it.
+
+    Not so the forms that spell the groups out: codebooks, int8 made at load, blocks that the kernel does not take.
+    """
+    weight, bits = scheme.weight, scheme.weight.stored_bits
+    plain = weight.codebook is None and not scheme.expand and bits > 2
+    return plain and in_features > weight.group_size == stored_block(bits, weight.group_size)
+
+
 def weight_bytes(plan: LinearPlan, float_bytes: int = 4) -> int:
     """Bytes of the weight in the file: codes, scales and zero points.
 
@@ -87,7 +97,7 @@ def weight_bytes(plan: LinearPlan, float_bytes: int = 4) -> int:
     rows = 1 if weight.group_size == PER_TENSOR else out_features
     groups = weight.groups(in_features)
     if weight.group_size > 0 and not plan.scheme.expand:
-        groups = in_features // stored_block(bits, weight.group_size)
+        groups = -(-in_features // stored_block(bits, weight.group_size))
     scales = rows * groups * (4 if plan.scheme.integer else float_bytes)
     if plan.scheme.expand:
         scales += 4 * out_features

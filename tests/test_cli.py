@@ -120,9 +120,9 @@ def test_export_for_people(model, tmp_path, run):
 
 def test_a_width_that_does_not_divide_falls_back_and_says_so(model, tmp_path, run):
     said = "96 input features do not divide into groups of 64: groups of 32"
-    code, out, _ = run("export", model, "-o", tmp_path / "out", "-r", "w4a16_g64_asym")
-    assert code == 0 and f"model.layers.[0-1].mlp.down_proj (2): w4a16_g32_asym, {said}" in out
-    code, out, _ = run("inspect", model, "-r", "w4a16_g64_asym")
+    code, out, _ = run("export", model, "-o", tmp_path / "out", "-r", "nf4")
+    assert code == 0 and f"model.layers.[0-1].mlp.down_proj (2): nf4_g32, {said}" in out
+    code, out, _ = run("inspect", model, "-r", "nf4")
     assert code == 0 and "model.layers.[0-1].mlp.down_proj" in out and said in out
 
 

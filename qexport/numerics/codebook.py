@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ..errors import NumericsError
+from ..errors import NumericsError, RecipeError
 from .formats import WeightFormat
 from .grid import QuantizedWeight, row_chunks, row_slices
 
@@ -43,6 +43,8 @@ def quantize_codebook(w: Tensor, fmt: WeightFormat) -> QuantizedWeight:
     """
     n, k = w.shape
     groups = fmt.groups(k)
+    if k != groups * fmt.group_size:
+        raise RecipeError(f"{k} input features do not divide into groups of {fmt.group_size}")
     absmax = torch.empty(n, groups, dtype=torch.float32, device=w.device)
     codes = torch.empty(n, k, dtype=torch.uint8, device=w.device)
     for rows, chunk in row_chunks(w, fmt):

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .codebook import dequantize, quantize_codebook
+from .codebook import quantize_codebook
 from .formats import ActivationFormat, Scheme, WeightFormat
 from .grid import quantize_weight, static_scale
 from .kernel import token_step
@@ -13,10 +13,7 @@ _SMALLEST_STEP = 1e-8  # of a token, so that one of zeros divides by something
 
 def fake_weight(w: Tensor, fmt: WeightFormat) -> Tensor:
     """The weight after rounding to nearest, float32 [N, K]; raises what `quantize_weight` raises."""
-    if fmt.codebook is None:
-        return quantize_weight(w, fmt).dequantize()
-    rounded = quantize_codebook(w, fmt)
-    return dequantize(rounded.codes, rounded.scale, fmt.codebook, w.shape[1] // fmt.groups(w.shape[1]))
+    return (quantize_weight if fmt.codebook is None else quantize_codebook)(w, fmt).dequantize()
 
 
 def fake_folded_weight(w: Tensor, factors: Tensor, scheme: Scheme, rounded_first: bool = False) -> Tensor:

@@ -48,16 +48,8 @@ class WeightFormat:
         return 4 if self.bits == 3 else self.bits
 
     def groups(self, in_features: int) -> int:
-        """Number of scales along the input features.
-
-        Raises:
-            RecipeError: in_features is not a multiple of group_size.
-        """
-        if self.group_size in (PER_CHANNEL, PER_TENSOR):
-            return 1
-        if in_features % self.group_size:
-            raise RecipeError(f"{in_features} input features do not divide into groups of {self.group_size}")
-        return in_features // self.group_size
+        """Number of scales along the input features; the last group may be a part of one."""
+        return 1 if self.group_size in (PER_CHANNEL, PER_TENSOR) else -(-in_features // self.group_size)
 
 
 @dataclass(frozen=True)

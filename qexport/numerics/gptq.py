@@ -87,7 +87,6 @@ def gptq(
         clip_search: take scales from `search_clip` with diag(H) as importance.
     Raises:
         NumericsError: NaN or Inf, an all-zero Hessian, or one that cannot be factorized.
-        RecipeError: K is not a multiple of the group size.
     """
     n, k = w.shape
     diagonal = hessian.diagonal()

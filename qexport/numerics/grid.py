@@ -47,10 +47,10 @@ class QuantizedWeight:
             return dequantize(self.codes, self.scale, self.format.codebook, self.format.group_size)
         out = torch.empty(self.codes.shape, dtype=torch.float32, device=self.codes.device)
         for rows, codes in row_chunks(self.codes, self.format):
-            view = out[rows].view(codes.shape).copy_(codes)
+            values = codes.float()
             if self.zero_point is not None:
-                view.sub_(_rows_of(self.zero_point, rows).float())
-            view.mul_(_rows_of(self.scale, rows))
+                values.sub_(_rows_of(self.zero_point, rows).float())
+            out[rows] = ungrouped(values.mul_(_rows_of(self.scale, rows)), out.shape[1])
         return out
 
 
@@ -66,7 +66,6 @@ def weight_scales(w: Tensor, fmt: WeightFormat, clip: float = 1.0) -> tuple[Tens
         scale float32 [N, G], zero_point uint8 [N, G] or None.
     Raises:
         NumericsError: w has NaN or Inf, or a range beyond float32.
-        RecipeError: K is not a multiple of the group size.
     """
     return _scales(*_ranges(w, fmt), fmt, clip)
 
@@ -78,7 +77,7 @@ def encode(w: Tensor, scale: Tensor, zero_point: Tensor | None, fmt: WeightForma
         steps = torch.div(chunk, _rows_of(scale, rows)).round_()
         if zero_point is not None:
             steps.add_(_rows_of(zero_point, rows))
-        codes[rows].view(chunk.shape).copy_(steps.clamp_(fmt.qmin, fmt.qmax))
+        codes[rows] = ungrouped(steps.clamp_(fmt.qmin, fmt.qmax), w.shape[1]).to(codes.dtype)
     return codes
 
 
@@ -105,14 +104,13 @@ def search_clip(
         scale float32 [N, G], zero_point uint8 [N, G] or None.
     Raises:
         NumericsError: NaN, Inf or an impossible importance.
-        RecipeError: K is not a multiple of the group size.
     """
     lo, hi = _ranges(w, fmt)
     ratios = [1 - 0.5 * i / steps for i in range(steps + 1)]
     if importance is not None:
         if not bool((torch.isfinite(importance) & (importance >= 0)).all()):
             raise NumericsError("the importance of an input feature is negative, NaN or Inf")
-        importance = importance.float().view(fmt.groups(w.shape[1]), -1)
+        importance = grouped(importance.float()[None], fmt)[0]
     errors = torch.zeros(len(ratios), dtype=torch.float64, device=w.device)
     best = torch.ones_like(lo)
     for rows, chunk in row_chunks(w, fmt):
@@ -168,11 +166,10 @@ def blockwise_fake_quantize(x: Tensor, block_size: int) -> Tensor:
 
 
 def _ranges(w: Tensor, fmt: WeightFormat) -> tuple[Tensor, Tensor]:
-    groups = fmt.groups(w.shape[1])
     if fmt.group_size == PER_TENSOR:
         return w.amin().float().view(1, 1), w.amax().float().view(1, 1)
-    grouped = w.reshape(w.shape[0], groups, -1)
-    return grouped.amin(-1).float(), grouped.amax(-1).float()
+    parts = grouped(w, fmt)
+    return parts.amin(-1).float(), parts.amax(-1).float()
 
 
 def _scales(lo: Tensor, hi: Tensor, fmt: WeightFormat, clip: float | Tensor) -> tuple[Tensor, Tensor | None]:
@@ -209,9 +206,20 @@ def _rounding_error(
 
 def row_chunks(w: Tensor, fmt: WeightFormat) -> Iterator[tuple[slice, Tensor]]:
     """Rows of w [N, K] in pieces that fit the cache, each as [rows, G, group]."""
-    groups = fmt.groups(w.shape[1])
     for rows in row_slices(*w.shape):
-        yield rows, w[rows].reshape(rows.stop - rows.start, groups, -1)
+        yield rows, grouped(w[rows], fmt)
+
+
+def grouped(w: Tensor, fmt: WeightFormat) -> Tensor:
+    """w [N, K] as [N, G, group], the last group filled up with zeros, which every grid has and no range misses."""
+    n, k = w.shape
+    missing = -k % fmt.group_size if fmt.group_size > 0 else 0
+    return (torch.nn.functional.pad(w, (0, missing)) if missing else w).reshape(n, fmt.groups(k), -1)
+
+
+def ungrouped(values: Tensor, k: int) -> Tensor:
+    """[N, G, group] as [N, k], without what `grouped` filled up."""
+    return values.reshape(values.shape[0], -1)[:, :k]
 
 
 def row_slices(n: int, k: int) -> list[slice]:

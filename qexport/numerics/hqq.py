@@ -42,7 +42,7 @@ def hqq(
         codes of [N, K], scales float32 [N, G], zero points uint8 [N, G] or None.
     Raises:
         NumericsError: NaN or Inf, or a range beyond float32.
-        RecipeError: K is not a multiple of the group size, or an option is out of range.
+        RecipeError: an option is out of range.
     """
     if not (0 < p <= 1 and beta > 0 and kappa >= 1):
         wrong = f"HQQ with p {p}, beta {beta} and kappa {kappa}"

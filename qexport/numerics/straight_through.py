@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .formats import PER_TENSOR, ActivationFormat, WeightFormat
-from .grid import weight_scales
+from .grid import grouped, ungrouped, weight_scales
 
 _SQUARES, _SMALL = 0.999, 1e-12
 # Near a threshold codes flip back and forth with every update: the error settles as updates become smaller. Of powers
@@ -43,13 +43,13 @@ def round_weight(w: Tensor, fmt: WeightFormat) -> Tensor:
     """`quantize_weight(w, fmt).dequantize()` to the bit, without the codes; raises what that raises."""
     scale, zero_point = weight_scales(w, fmt)
     scale = scale[..., None]
-    steps = torch.div(w.reshape(w.shape[0], fmt.groups(w.shape[1]), -1), scale).round_()
+    steps = torch.div(grouped(w, fmt), scale).round_()
     if zero_point is None:
         steps.clamp_(fmt.qmin, fmt.qmax)
     else:
         zero = zero_point[..., None].float()
         steps.add_(zero).clamp_(fmt.qmin, fmt.qmax).sub_(zero)
-    return steps.mul_(scale).view(w.shape)
+    return ungrouped(steps.mul_(scale), w.shape[1])
 
 
 def fake_quantize_weight(w: Tensor, fmt: WeightFormat) -> Tensor:
@@ -147,7 +147,6 @@ def train_weight(
         steps: updates with one rate; less where the error has stopped falling near their end.
     Raises:
         NumericsError: NaN or Inf in w.
-        RecipeError: K is not a multiple of the group size.
     """
     hessian = hessian / hessian.diagonal().mean()  # Adam does not mind the size, its smallest denominator does
     unit, (n, k) = mean_step(w, fmt), w.shape

@@ -21,8 +21,8 @@ from qexport.recipe import CalibrationSpec, Recipe, WeightSpec
 from stepping import captured_runner, load_weights, padded
 
 SCHEMES = [
-    "w4a16_g32", "w4a16_g64", "w4a16_g16_asym", "w4a16_pc", "w8a16_g32", "w8a8_dyn", "w8a8_static", "w4a8_g32", "w4a8",
-    "w4a8_g32_static",
+    "w4a16_g32", "w4a16_g64", "w4a16_g64_asym", "w4a16_g16_asym", "w4a16_pc", "w8a16_g32", "w8a8_dyn", "w8a8_static",
+    "w4a8_g32", "w4a8", "w4a8_g32_static",
 ]  # fmt: skip
 TARGETS = {"cpu": ("cpu", 4), "cpu, level 1": ("cpu", 1), "cuda": ("cuda", 4)}
 PROMPTS = {"one row": padded([6], "left"), "three rows, padded": padded([9, 4, 6], "left")}

@@ -7,9 +7,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qexport.errors import NumericsError, RecipeError
+from qexport.errors import NumericsError
 from qexport.numerics import grid
 from qexport.numerics.formats import PER_CHANNEL, PER_TENSOR, ActivationFormat, WeightFormat
+from qexport.numerics.gptq import gptq
 from qexport.numerics.grid import (
     encode,
     quantize_weight,
@@ -17,6 +18,8 @@ from qexport.numerics.grid import (
     static_scale,
     weight_scales,
 )
+from qexport.numerics.hqq import hqq
+from qexport.numerics.straight_through import round_weight
 
 FORMATS = [WeightFormat(bits, size, sym) for bits in (4, 8) for size in (16, PER_CHANNEL, PER_TENSOR) for sym in (1, 0)]
 DYNAMIC = ActivationFormat("dynamic")
@@ -110,9 +113,16 @@ def test_non_finite_weights_are_refused(fmt, bad):
             attempt(w, fmt)
 
 
-def test_features_must_divide_into_groups():
-    with pytest.raises(RecipeError, match="40 input features"):
-        quantize_weight(weight(k=40), WeightFormat(4, 16))
+@pytest.mark.parametrize("fmt", [WeightFormat(bits, 16, sym) for bits in (4, 8) for sym in (1, 0)], ids=str)
+@pytest.mark.parametrize("method", [quantize_weight, hqq, lambda w, fmt: gptq(w, torch.eye(w.shape[1]), fmt)])
+def test_a_shorter_last_group_has_a_scale_of_its_own(fmt, method):
+    w = weight(k=40)
+    q = method(w, fmt)
+    head, tail = method(w[:, :32], fmt), method(w[:, 32:], WeightFormat(fmt.bits, 8, fmt.symmetric))
+    assert q.scale.shape == (len(w), 3)
+    assert torch.equal(q.codes, torch.cat([head.codes, tail.codes], 1))
+    assert torch.allclose(q.dequantize(), torch.cat([head.dequantize(), tail.dequantize()], 1))
+    assert torch.equal(round_weight(w, fmt), quantize_weight(w, fmt).dequantize())
 
 
 @pytest.mark.parametrize("fmt", FORMATS, ids=str)

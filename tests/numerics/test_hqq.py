@@ -146,8 +146,6 @@ def test_what_cannot_be_used_is_refused():
     for options in ({"p": 0}, {"p": 1.5}, {"beta": 0}, {"kappa": 0.9}, {"p": math.nan}):
         with pytest.raises(RecipeError, match="HQQ"):
             hqq(w, fmt, **options)
-    with pytest.raises(RecipeError, match="groups"):
-        hqq(w[:, :40], fmt)
     w[2, 3] = math.nan
     with pytest.raises(NumericsError, match="NaN or Inf"):
         hqq(w, fmt)

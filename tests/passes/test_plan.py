@@ -19,12 +19,15 @@ def fitted(scheme, width):
         ("w4a16_g32", 64, "w4a16_g32"),
         ("w4a16_g128", 96, "w4a16_g32"),
         ("w4a16_g128", 64, "w4a16_g64"),
-        ("w4a16_g256_asym", 1536 + 16, "w4a16_g16_asym"),
-        ("w4a8_g64_static", 96, "w4a8_g32_static"),
+        ("w4a16_g256_asym", 1536 + 16, "w4a16_g256_asym"),  # the last group is shorter
+        ("w4a8_g64_static", 96, "w4a8_g64_static"),
+        ("w4a8_g64_int", 96, "w4a8_g32_int"),  # which the int8 weights made at load do not allow
+        ("w2a16_g64", 96, "w2a16_g32"),
         ("w4a16_pc", 7, "w4a16_pc"),
         ("w8a8_dyn", 7, "w8a8_dyn"),
         ("w4a16_g32", 8, None),
-        ("w8a16_g16", 100, None),
+        ("w8a16_g16", 100, "w8a16_g16"),
+        ("nf4", 100, None),
     ],
 )
 def test_groups_shrink_until_they_divide_the_width(scheme, width, found):
@@ -53,10 +56,10 @@ def test_every_linear_of_every_family_is_planned(captured, family):
 
 
 def test_fallbacks_of_a_model_say_why(captured):
-    plan = plan_of(captured("llama"), "w4a16_g64")  # 64 features wide, 96 in the middle
+    plan = plan_of(captured("llama"), "w4a8_g64_int")  # 64 features wide, 96 in the middle
     changed = {name.rpartition(".")[2]: p for name, p in plan.items() if p.reason}
     assert set(changed) == {"down_proj"}
-    assert changed["down_proj"].scheme.name == "w4a16_g32"
+    assert changed["down_proj"].scheme.name == "w4a8_g32_int"
     assert changed["down_proj"].reason == "96 input features do not divide into groups of 64: groups of 32"
 
 
