@@ -1,6 +1,8 @@
 """The few kinds of error a user meets: what went wrong, where, and what to do about it."""
 
+import errno
 from contextlib import contextmanager
+from pathlib import Path
 
 
 class QExportError(Exception):
@@ -58,4 +60,17 @@ def within(place: str):
     except QExportError as error:
         if place not in (error.place or ""):
             error.place = f"{place}, {error.place}" if error.place else place
+        raise
+
+
+@contextmanager
+def writing_to(place: Path, when_full: str):
+    """Turn a full disk, whose remedy is `when_full`, or a refused write into an InputError."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise InputError("the disk is full", place=str(place), remedy=when_full) from error
+        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
+            raise InputError("cannot be written", place=str(place), remedy="Choose a folder you own") from error
         raise

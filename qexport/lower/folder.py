@@ -1,6 +1,5 @@
 """The output folder: everything a runtime needs, appearing complete or not at all."""
 
-import errno
 import json
 import os
 import shutil
@@ -12,7 +11,7 @@ from pathlib import Path
 import onnx_ir as ir
 
 from ..capture.source import ModelFolder
-from ..errors import InputError
+from ..errors import InputError, writing_to
 from ..runtime import manifest as manifests
 from ..runtime.genai import genai_config
 from ..runtime.manifest import Manifest
@@ -64,19 +63,9 @@ def check_free(out: Path, overwrite: bool) -> None:
         raise InputError("cannot be written", place=str(parent), remedy="Choose a folder you own")
 
 
-@contextmanager
 def explained(place: Path):
-    """Turn a full disk or a refused write into an InputError."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise InputError(
-                "the disk is full", place=str(place), remedy="Free some space; --resume goes on from there"
-            ) from error
-        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
-            raise InputError("cannot be written", place=str(place), remedy="Choose a folder you own") from error
-        raise
+    """Turn a full disk or a refused write into an InputError that knows of --resume."""
+    return writing_to(place, "Free some space; --resume goes on from there")
 
 
 def write_model(folder: Path, model: ir.Model, progress: Callable[[int, int], None]) -> int:
