@@ -13,6 +13,7 @@ from pathlib import Path
 import psutil
 
 from .manifest import CPU, CUDA
+from .processor import instruction_sets
 
 # Distributions that unpack into the same Python package, so that only the last one installed is whole.
 ONNXRUNTIMES = ("onnxruntime", "onnxruntime-gpu", "onnxruntime-directml", "onnxruntime-openvino", "onnxruntime-qnn")
@@ -60,7 +61,7 @@ def diagnose(folder: str | Path = ".") -> list[Check]:
     checks += [check_onnxruntime(installed), check_genai(installed)]
     if any(name in installed for name in ONNXRUNTIMES):
         checks += [check_provider(CPU), check_provider(CUDA, optional=True)]
-    checks += [check_int8(_cpu_flags(), platform.machine())]
+    checks += [check_int8(instruction_sets(), platform.machine())]
     return [*checks, _check_disk(Path(folder)), _check_memory()]
 
 
@@ -196,15 +197,6 @@ def _check_package(name: str) -> Check:
 
 def _fitting_genai(installed: Mapping[str, str]) -> str:
     return "onnxruntime-genai-cuda" if "onnxruntime-gpu" in installed else "onnxruntime-genai"
-
-
-def _cpu_flags() -> frozenset[str] | None:
-    try:
-        text = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return None
-    line = re.search(r"^(?:flags|Features)\s*:(.*)$", text, re.MULTILINE)
-    return frozenset(line[1].split()) if line else None
 
 
 def _check_disk(folder: Path) -> Check:
