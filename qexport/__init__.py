@@ -1,7 +1,7 @@
 """Quantize PyTorch models through torch.fx passes and run them in ONNX Runtime.
 
-Everything public is here: `export`, `inspect`, `validate`, `generate`, `bench`, `diagnose`, and the types they take and
-return. Names are loaded when they are first used, so that importing qexport costs nothing.
+Everything public is here: `export`, `inspect`, `validate`, `generate`, `bench`, `optimize`, `diagnose`, and the types
+they take and return. Names are loaded when they are first used, so that importing qexport costs nothing.
 """
 
 import sys
@@ -20,11 +20,14 @@ if TYPE_CHECKING:
     from .runtime.doctor import diagnose as diagnose
     from .runtime.generate import Sampling as Sampling
     from .runtime.generate import generate_text as generate  # noqa: F401
+    from .runtime.optimized import OptimizedInfo as OptimizedInfo
+    from .runtime.optimized import optimize as optimize
     from .validate import validate as validate
 
 _WHERE = {
     "ExportResult": ("export", "ExportResult"),
     "Inspection": ("inspecting", "Inspection"),
+    "OptimizedInfo": ("runtime.optimized", "OptimizedInfo"),
     "QExportError": ("errors", "QExportError"),
     "Recipe": ("recipe", "Recipe"),
     "Sampling": ("runtime.generate", "Sampling"),
@@ -33,6 +36,7 @@ _WHERE = {
     "export": ("export", "export"),
     "generate": ("runtime.generate", "generate_text"),
     "inspect": ("inspecting", "inspect"),
+    "optimize": ("runtime.optimized", "optimize"),
     "validate": ("validate", "validate"),
 }
 

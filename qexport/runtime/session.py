@@ -3,6 +3,7 @@
 import tempfile
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import onnx
 import onnxruntime as ort
 
 from ..errors import RuntimeProblem
+from . import cache
 from . import manifest as manifests
 from .manifest import CPU, CUDA, MODEL_FILE, LinearEntry, Manifest
 
@@ -58,19 +60,24 @@ def open_session(
     provider: str | None = None,
     outputs_path: str | Path | None = None,
     record_assignment: bool = False,
+    optimize: bool = False,
 ) -> ort.InferenceSession:
     """Load an exported model with the session options of its manifest.
 
+    Where `qexport.optimize` left a copy in the folder that still fits, the copy is loaded: the same numbers, sooner and
+    with less memory. Nothing is ever written into the folder unasked.
+
     Args:
-        source: an exported folder, or an ONNX file.
+        source: an exported folder, or an ONNX file. A file is loaded as it is, without the optimized copy.
         manifest: what the file says about itself; read from the folder (or from the file's folder) when absent.
         threads: threads within an operator; None lets ONNX Runtime take every physical core.
         provider: run on this provider instead of the one the file was made for.
         outputs_path: also write the optimized model here, its weights beside it.
         record_assignment: remember which provider takes which node (see `optimized_graph`).
+        optimize: make the optimized copy first, as `qexport.optimize` does, where the folder has none that fits.
 
     Raises:
-        InputError: the folder is no export.
+        InputError: the folder is no export; with `optimize`, it cannot be written or was not made for the CPU.
         RuntimeProblem: the provider does not load (the session never falls back to another one), or ONNX Runtime
             refuses the model.
     """
@@ -79,18 +86,62 @@ def open_session(
     manifest = manifest or manifests.load(folder)
     path = source / Path(manifest.settings.get("filename", MODEL_FILE)).name if source.is_dir() else source
     wanted = provider or manifest.provider
-    options = _options(manifest, threads, outputs_path, record_assignment)
-    if wanted not in ort.get_available_providers():
-        raise _missing(wanted, path, "this onnxruntime package was built without it")
+    if source.is_dir() and path.name == MODEL_FILE and outputs_path is None and not record_assignment:
+        if optimize and cache.find(folder, manifest, wanted) is None:
+            from .optimized import build  # it opens sessions itself
+
+            build(folder, manifest)
+        copy = cache.find(folder, manifest, wanted)
+        if copy is not None:
+            with suppress(RuntimeProblem):  # a damaged copy must not keep the export from loading
+                return start(copy, session_options(manifest, threads, optimized=True), wanted)
+    options = session_options(manifest, threads)
+    if outputs_path is not None:
+        options.optimized_model_filepath = str(outputs_path)
+        # One protobuf holds 2 GB at most, and the nodes are wanted without the weights.
+        name = f"{Path(outputs_path).stem}.data"
+        options.add_session_config_entry("session.optimized_model_external_initializers_file_name", name)
+        options.add_session_config_entry("session.optimized_model_external_initializers_min_size_in_bytes", "1024")
+    if record_assignment:
+        options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+    return start(path, options, wanted)
+
+
+def session_options(manifest: Manifest, threads: int | None = None, *, optimized: bool = False) -> ort.SessionOptions:
+    """The options that the numbers of an export depend on.
+
+    Args:
+        threads: threads within an operator; None lets ONNX Runtime take every physical core.
+        optimized: for a graph that is optimized already.
+    """
+    options = ort.SessionOptions()
+    options.log_severity_level = 3  # warnings are about placement and hardware; checks here report both
+    if optimized:
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    for key, value in manifest.session.items():
+        options.add_session_config_entry(key, value)
+    return options
+
+
+def start(path: Path, options: ort.SessionOptions, provider: str) -> ort.InferenceSession:
+    """Load a model on one provider, or not at all.
+
+    Raises:
+        RuntimeProblem: as `open_session`.
+    """
+    if provider not in ort.get_available_providers():
+        raise _missing(provider, path, "this onnxruntime package was built without it")
     try:
-        session = ort.InferenceSession(path, options, providers=[wanted] if wanted == CPU else [wanted, CPU])
+        session = ort.InferenceSession(path, options, providers=[provider] if provider == CPU else [provider, CPU])
     except Exception as error:  # onnxruntime has one exception class for each status code and no base class
         raise RuntimeProblem(
             f"ONNX Runtime refuses the model: {str(error).strip()}", place=str(path), remedy="See `qexport doctor`"
         ) from error
     # A provider whose libraries are missing is dropped with a line in the log and nothing else.
-    if wanted not in session.get_providers():
-        raise _missing(wanted, path, "its libraries did not load")
+    if provider not in session.get_providers():
+        raise _missing(provider, path, "its libraries did not load")
     session.disable_fallback()
     return session
 
@@ -150,26 +201,6 @@ def unfused(graph: OptimizedGraph, linears: Sequence[LinearEntry]) -> list[tuple
         products += [(by_name.get(node), kernel) for node, kernel in linear.parts]
         wrong += [(linear, found) for found, kernel in products if found != kernel][:1]
     return wrong
-
-
-def _options(
-    manifest: Manifest, threads: int | None, outputs_path: str | Path | None, record_assignment: bool
-) -> ort.SessionOptions:
-    options = ort.SessionOptions()
-    options.log_severity_level = 3  # warnings are about placement and hardware; checks here report both
-    if threads is not None:
-        options.intra_op_num_threads = threads
-    for key, value in manifest.session.items():
-        options.add_session_config_entry(key, value)
-    if outputs_path is not None:
-        options.optimized_model_filepath = str(outputs_path)
-        # One protobuf holds 2 GB at most, and the nodes are wanted without the weights.
-        name = f"{Path(outputs_path).stem}.data"
-        options.add_session_config_entry("session.optimized_model_external_initializers_file_name", name)
-        options.add_session_config_entry("session.optimized_model_external_initializers_min_size_in_bytes", "1024")
-    if record_assignment:
-        options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
-    return options
 
 
 def _missing(provider: str, path: Path, why: str) -> RuntimeProblem:
