@@ -28,12 +28,16 @@ def lay_out(saved: Path, original: Path, folder: Path) -> int:
     Args:
         saved: model that ONNX Runtime wrote, its tensors in DATA_FILE beside it.
         original: the model before optimization, its tensors in DATA_FILE beside it.
-        folder: existing folder on the file system of `original`; gets MODEL_FILE, DATA_FILE and perhaps SHARED_FILE.
+        folder: existing folder on the file system of `original`; gets MODEL_FILE and, where there are tensors to put
+            into them, DATA_FILE and SHARED_FILE.
 
     Returns:
         bytes of the shared tensors.
     """
     model = onnx.load(saved, load_external_data=False)
+    if not _external(model):  # a model so small that all is in one file
+        onnx.save(model, folder / MODEL_FILE)
+        return 0
     known = {t.name: _entries(t) for t in _external(onnx.load(original, load_external_data=False))}
     linked = bool(known) and _link(original.with_name(DATA_FILE), folder / SHARED_FILE)
     shared = 0

@@ -134,7 +134,7 @@ def _write(folder: Path, manifest: Manifest, work: Path, new: Path) -> int:
     start(model, options, CPU)
     shared = lay_out(work / MODEL_FILE, model, new)
     for file in (work / MODEL_FILE, work / DATA_FILE):
-        file.unlink()
+        file.unlink(missing_ok=True)
     expected = _trial(open_session(model, manifest, threads=1), manifest)
     found = _trial(start(new / MODEL_FILE, session_options(manifest, threads=1, optimized=True), CPU), manifest)
     if not all(np.array_equal(one, other, equal_nan=True) for one, other in zip(expected, found, strict=True)):

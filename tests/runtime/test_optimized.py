@@ -85,14 +85,15 @@ def test_schemes(model_folder, tmp_path, recipe):
     np.testing.assert_array_equal(found, expected)
 
 
-def test_a_module(tmp_path):
+@pytest.mark.parametrize("width", [4, 64])  # 4: so small that it needs no data file
+def test_a_module(tmp_path, width):
     torch.manual_seed(0)
-    net = nn.Sequential(nn.Linear(64, 96), nn.GELU(), nn.Linear(96, 32)).eval()
-    batch = (torch.randn(2, 5, 64),)
+    net = nn.Sequential(nn.Linear(width, 96 * width // 64), nn.GELU(), nn.Linear(96 * width // 64, width)).eval()
+    batch = (torch.randn(2, 5, width),)
     out = export(net, "w8a8_static", out_dir=tmp_path / "out", example_inputs=batch, calibration=[batch]).folder
     qexport.optimize(out, repeats=1)
     assert uses_copy(out)
-    x = np.random.default_rng(1).standard_normal((4, 5, 64)).astype(np.float32)
+    x = np.random.default_rng(1).standard_normal((4, 5, width)).astype(np.float32)
     plain, quick = (open_session(source, threads=1) for source in (out / "model.onnx", out))
     name = plain.get_inputs()[0].name
     np.testing.assert_array_equal(quick.run(None, {name: x})[0], plain.run(None, {name: x})[0])
