@@ -103,7 +103,7 @@ def weight_bytes(plan: LinearPlan, float_bytes: int = 4) -> int:
         scales += 4 * out_features
     if weight.symmetric:
         zero_points = 0
-    elif bits == 2:  # every row begins on a byte of its own
+    elif weight.group_size > 0 and not plan.scheme.expand:  # every row begins on a byte of its own
         zero_points = rows * -(-groups * bits // 8)
     else:
         zero_points = -(-rows * groups * bits // 8)

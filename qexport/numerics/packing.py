@@ -64,6 +64,8 @@ def pack_rows(codes: Tensor, bits: int) -> Tensor:
     """
     if bits == 8:
         return codes.contiguous()
+    if bits == 4 and codes.shape[-1] % 2 == 0:
+        return pack_int4(codes).view(*codes.shape[:-1], -1)
     per_byte = 8 // bits
     padded = torch.nn.functional.pad(codes, (0, -codes.shape[-1] % per_byte))
     parts = padded.view(*codes.shape[:-1], -1, per_byte).unbind(-1)

@@ -86,12 +86,13 @@ def _matmul_bnb4(emit: Emitter, node: Node):
 def _matmul_nbits(emit: Emitter, node: Node):
     x, codes, scale, zero_point, bits, group_size, block_size = node.args
     k, n = shape_of(codes)
-    blocks = k // block_size
+    blocks = -(-k // block_size)
     offset = 2 ** (bits - 1) if dtype_of(codes) == torch.int8 else 0  # what the kernel takes off without zero points
 
     def pack(t: torch.Tensor) -> torch.Tensor:
         unsigned = t.t().contiguous().view(torch.uint8) + offset  # modulo 256
-        return pack_rows(unsigned.view(n, blocks, block_size), bits)
+        filled = torch.nn.functional.pad(unsigned, (0, blocks * block_size - k))
+        return pack_rows(filled.view(n, blocks, block_size), bits)
 
     def spread(t: torch.Tensor) -> torch.Tensor:
         return t.t().repeat_interleave(group_size // block_size, dim=1)

@@ -62,18 +62,20 @@ def _is_step(node) -> bool:
 
 
 def as_own_kernel(module: GraphModule, product: Node) -> None:
-    """matmul(x, dequantize(...)) becomes one node, in place, where ONNX Runtime would make no kernel of the two.
+    """matmul(x, dequantize(...)) of a weight in groups becomes the one node that ONNX Runtime would make of the two.
 
-    Codebooks and 2-bit codes have no standard types at this opset, and its fusion passes longer blocks by.
+    It would do so while it loads the file, which then takes twice as long, and by session entries that a caller may
+    forget. Codebooks, 2-bit codes and blocks above 256 it would not fuse at all. One scale per channel is left to it:
+    it repeats the scale for every block, which the file need not.
     """
     x, weight = product.args
     if is_call(weight, ops.dequantize_codebook.default):
         target, arguments = ops.matmul_bnb4.default, (*weight.args, stored_block(4, weight.args[3]))
     else:
         codes, scale, zero_point, _axis, group_size, bits = weight.args
-        block_size = stored_block(bits, group_size)
-        if bits > 2 and block_size == group_size:
+        if group_size == 0:
             return
+        block_size = stored_block(bits, group_size)
         target, arguments = ops.matmul_nbits.default, (codes, scale, zero_point, bits, group_size, block_size)
     with module.graph.inserting_before(product):
         node = call(module.graph, target, (x, *arguments), like=product)
