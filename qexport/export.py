@@ -27,6 +27,7 @@ from .errors import InputError, QExportError, RecipeError
 from .lower.attention import Grouping, Unsuited, group_attention, plan_grouping
 from .lower.build import Lowered, Piece, Target, build, check_translations
 from .lower.folder import appearing, check_free, explained, write_companions, write_model
+from .lower.merge import merge
 from .lower.targets.cpu import CpuTarget
 from .lower.targets.cuda import CudaTarget
 from .passes.base import GraphPass
@@ -228,10 +229,12 @@ def deploy_attention(captured: Captured, grouping: Grouping | str | None) -> dic
 
 
 def lower(captured: Captured, finished: Sequence[Finished], target: Target) -> Lowered:
-    """Rewrite finished blocks for a target, in place, and translate them."""
+    """Merge products and rewrite finished blocks for a target, in place, and translate them."""
     pieces = []
     for item in finished:
         block = item.block
+        merged = merge(block.module)
+        item.joined, item.apart = merged.joined, merged.apart
         target.rewrite(block.module, set(captured.constants))
         pieces.append(Piece(block.name, block.module, block.inputs, block.outputs, item.read))
     return build(pieces, captured.inputs, captured.outputs, target, version("qexport"))
@@ -313,10 +316,11 @@ def _manifest(
     linears = []
     for p in plan:
         if p.scheme is not None:
-            node, output, kernel = lowered.linears[p.name]
+            found = lowered.linears[p.name]
             linears.append(LinearEntry(
-                name=p.name, block=p.block, scheme=p.scheme.name, output=output, node=node, kernel=kernel,
-                parts=lowered.parts.get(p.name, ()), shape=p.shape, bytes=lowered.bytes[p.name], reason=p.reason,
+                name=p.name, block=p.block, scheme=p.scheme.name, output=found.output, columns=found.columns,
+                node=found.node, kernel=found.kernel, parts=lowered.parts.get(p.name, ()), shape=p.shape,
+                bytes=lowered.bytes[p.name], reason=p.reason,
             ))  # fmt: skip
     quantized = sum(entry.bytes for entry in linears)
     return Manifest(
@@ -333,6 +337,7 @@ def _report(plan, finished: Sequence[Finished], seconds: dict[str, float], calib
             "calibration": calibration,
             "seconds": {k: round(v, 2) for k, v in seconds.items()},
             "float": [{"linear": p.name, "reason": p.reason} for p in plan if p.scheme is None],
+            "apart": [{"linear": n, "reason": why} for item in finished for n, why in item.apart.items()],
             "blocks": [asdict(item.record) for item in finished],
         }
     }

@@ -15,6 +15,7 @@ import torch
 from ..capture.blocks import Block
 from ..capture.graph import Captured
 from ..errors import InputError, within
+from ..numerics.joined import Joined
 from ..passes.base import GraphPass, Pipeline
 from ..passes.edit import attributes, delete_tensor, get_tensor, set_tensor, unload
 from ..passes.sites import linears
@@ -48,6 +49,8 @@ class Finished:
     Attributes:
         block: its graph; tensors are on the meta device.
         record: what happened to it.
+        joined: tensors that the lowering made of several, by name.
+        apart: linears that the lowering could have merged with others and did not, and why.
     """
 
     block: Block
@@ -55,12 +58,17 @@ class Finished:
     shard: Path
     stored: set[str]
     captured: Captured
+    joined: dict[str, Joined] = field(default_factory=dict)
+    apart: dict[str, str] = field(default_factory=dict)
 
     def read(self, name: str) -> torch.Tensor:
-        """A tensor of the block: its own small ones, those of its shard, else the checkpoint's."""
+        """A tensor of the block: its own small ones, joined ones, those of its shard, else the checkpoint's."""
         own = get_tensor(self.block.module, name)
         if own.device.type != "meta":
             return own
+        return self.joined[name].make(self._load) if name in self.joined else self._load(name)
+
+    def _load(self, name: str) -> torch.Tensor:
         return shards.load_tensor(self.shard, name) if name in self.stored else self.captured.load(name)
 
     def fill(self) -> None:

@@ -1,6 +1,6 @@
 """From finished blocks to one ONNX model."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -49,19 +49,34 @@ class Piece:
     read: Callable[[str], torch.Tensor]
 
 
+@dataclass(frozen=True)
+class Placed:
+    """Where a quantized linear is.
+
+    Attributes:
+        node: name of its product; kernel: operator that it must become.
+        output: value of its result; columns: (start, stop) of the result in it, None where it is all of it.
+    """
+
+    node: str
+    kernel: str
+    output: str
+    columns: tuple[int, int] | None
+
+
 @dataclass
 class Lowered:
     """An ONNX model and where to find things in it.
 
     Attributes:
-        linears: for each quantized linear (node name, value of its result, operator it must become).
+        linears: the quantized linears.
         parts: for linears of more than one product, (node name, operator it must become) of the others.
-        bytes: of the tensors of each quantized linear in the file.
+        bytes: of the tensors of each quantized linear in the file; merged linears share theirs by their columns.
         blocks: for each block the value it hands to the next one.
     """
 
     model: ir.Model
-    linears: dict[str, tuple[str, str, str]] = field(default_factory=dict)
+    linears: dict[str, Placed] = field(default_factory=dict)
     parts: dict[str, tuple[tuple[str, str], ...]] = field(default_factory=dict)
     bytes: dict[str, int] = field(default_factory=dict)
     blocks: dict[str, str] = field(default_factory=dict)
@@ -90,7 +105,7 @@ def build(
     emit = Emitter()
     known = {port.value: _interface(port, target) for port in inputs}
     graph_inputs = list(known.values())
-    lowered_linears, lowered_blocks, parts = {}, {}, {}
+    products, members, parts, lowered_blocks = {}, {}, {}, {}
     made: dict[str, ir.Value] = {}
     for piece, following in zip(pieces, [*pieces[1:], None], strict=True):
         made |= _translate(emit, piece, known)
@@ -100,7 +115,8 @@ def build(
             if owner:
                 parts[owner] = (*parts.get(owner, ()), found)
             else:
-                lowered_linears[product.meta["linear"]] = found
+                name = product.meta["linear"]
+                products[name], members[name] = found, product.meta.get("columns") or {name: None}
         # A block reads the residual stream before anything else that comes from outside.
         read = following.inputs if following else ()
         lowered_blocks[piece.name] = next((name for name in read if name in piece.outputs), piece.outputs[0])
@@ -118,16 +134,25 @@ def build(
     model = ir.Model(graph, ir_version=11, producer_name="qexport", producer_version=version)
     return Lowered(
         model,
-        # Asked for now, because a value that is an output of the model goes by the output's name.
-        {name: (node, made[name].name, kernel) for name, (node, kernel) in lowered_linears.items()},
-        parts,
-        _bytes(graph, lowered_linears),
+        # Values are asked for now, because one that is an output of the model goes by the output's name.
+        {
+            linear: Placed(node, kernel, made[name].name, columns)
+            for name, (node, kernel) in products.items()
+            for linear, columns in members[name].items()
+        },
+        {
+            linear: found
+            for name, linears in members.items()
+            for linear in linears
+            if (found := tuple(dict.fromkeys(parts.get(name, ()) + parts.get(linear, ()))))
+        },
+        _bytes(graph, members),
         {name: known[value].name for name, value in lowered_blocks.items()},
     )
 
 
 def _translate(emit: Emitter, piece: Piece, known: dict[str, ir.Value]) -> dict[str, ir.Value]:
-    """Add a block's nodes; returns the results of its quantized linears by name."""
+    """Add a block's nodes; returns the results of its quantized linears, merged or not, by name."""
     made: dict[str, ir.Value] = {}
     emit.enter(piece.name, piece.read)
     placeholders = [n for n in piece.module.graph.nodes if n.op == "placeholder"]
@@ -163,14 +188,23 @@ def _named(value: ir.Value, port: Port, target: Target) -> ir.Value:
     return value
 
 
-def _bytes(graph: ir.Graph, linears: Iterable[str]) -> dict[str, int]:
-    """Bytes of the initializers that belong to each linear: their names begin with its name."""
-    sizes = dict.fromkeys(linears, 0)
+def _bytes(graph: ir.Graph, members: Mapping[str, Mapping[str, tuple[int, int] | None]]) -> dict[str, int]:
+    """Bytes of the initializers that belong to each linear: their names begin with its name, or with that of a product.
+
+    Args:
+        members: by the name of a product, its linears and their columns.
+    """
+    sizes = dict.fromkeys([*members, *(linear for linears in members.values() for linear in linears)], 0)
     for name, value in graph.initializers.items():
         parents = (name[:i] for i, letter in enumerate(name) if letter == ".")
         owner = next((parent for parent in parents if parent in sizes), None)
         if owner is not None:
             sizes[owner] += value.const_value.nbytes
+    for name, linears in members.items():
+        if name not in linears:
+            size, end = sizes.pop(name), max(stop for _, stop in linears.values())
+            for linear, (start, stop) in linears.items():
+                sizes[linear] += size * stop // end - size * start // end  # rounded so that the sum stays the size
     return sizes
 
 

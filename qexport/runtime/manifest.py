@@ -28,11 +28,12 @@ class LinearEntry(_Frozen):
         block: name of the block it belongs to.
         scheme: scheme name, e.g. "w4a16_g32", or "float".
         output: name of the value that holds its result (bias and scales applied).
+        columns: [start, stop) of its result in that value, where one product computes several linears; None: all.
         node: name of its MatMul node. Fusion keeps it, so it finds the node in the optimized graph.
         kernel: op type the node must have in the optimized graph.
         parts: (node, kernel) of further products, where the linear is the sum of several.
         shape: [out_features N, in_features K].
-        bytes: size of its codes, scales, zero points and correction branch.
+        bytes: size of its codes, scales, zero points and correction branch; a share by columns of what several have.
         reason: why it got this scheme.
     """
 
@@ -40,6 +41,7 @@ class LinearEntry(_Frozen):
     block: str = ""
     scheme: str
     output: str
+    columns: tuple[int, int] | None = None
     node: str
     kernel: str
     parts: tuple[tuple[str, str], ...] = ()

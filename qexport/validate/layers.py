@@ -43,7 +43,7 @@ class Probe:
     bytes: int
 
     def values(self) -> list[str]:
-        """Names in the file, each once: a linear may make the very value that its block hands on."""
+        """Names in the file, each once: linears share one, or make the very value that their block hands on."""
         names = [entry.output for entry in self.linears] + ([self.output.output] if self.output else [])
         return list(dict.fromkeys(names))
 
@@ -115,7 +115,7 @@ def compare_layers(
         probe, state = deployed.enter(block.name), deployed.state
         if transformed:
             rescaled.update(rescaled_linears(block))
-        values = {e.name: deployed.values[e.output] for e in probe.linears if e.name not in rescaled}
+        values = {e.name: deployed.result(e) for e in probe.linears if e.name not in rescaled}
         deployed.state = deployed.values[probe.output.output] if probe.output else None
         return Forced(state, values)
 
@@ -124,7 +124,7 @@ def compare_layers(
             progress(seen.block.name, index, len(captured.blocks))
         probe = deployed.probe
         for entry in probe.linears:
-            linear_rows[entry.name] = _linear_row(entry, deployed.values[entry.output], seen, entry.name in rescaled)
+            linear_rows[entry.name] = _linear_row(entry, deployed.result(entry), seen, entry.name in rescaled)
         if probe.output is not None:
             measures = _measures(seen.output, seen.own_output, deployed.values[probe.output.output])
             block_rows.append(Row(name=probe.block, block=probe.block, **measures))
@@ -159,6 +159,10 @@ class _Deployed:
             self.values = {}  # before the next ones come
             self.values = self._run([value for member in group for value in member.values()])
         return self.probe
+
+    def result(self, entry: LinearEntry) -> list[Tensor]:
+        """What a linear of this block made."""
+        return [value[..., slice(*(entry.columns or (None,)))] for value in self.values[entry.output]]
 
 
 def rescaled_linears(block: Block) -> set[str]:

@@ -75,7 +75,7 @@ def _integer(module: GraphModule, product: Node, form: Form) -> None:
             result.meta[KEEP] = True
     if is_call(codes, ops.expand_codes.default):
         codes.meta[KEEP] = True  # what is expanded is expanded once and in float32
-    exact.meta.update({key: product.meta[key] for key in ("linear", "plane_of") if key in product.meta})
+    exact.meta.update({key: product.meta[key] for key in ("linear", "plane_of", "columns") if key in product.meta})
     if "result_of" in product.meta:
         result.meta["result_of"] = product.meta["result_of"]
     product.replace_all_uses_with(result)
