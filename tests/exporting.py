@@ -40,6 +40,11 @@ class Exported:
     def dtype(self) -> torch.dtype:
         return getattr(torch, self.manifest.dtype)
 
+    def products(self) -> dict[str, str]:
+        """Kernel of every product of the manifest, by the name of its node: fewer than linears, which share some."""
+        entries = self.manifest.linears
+        return {e.node: e.kernel for e in entries} | dict(part for e in entries for part in e.parts)
+
     def in_pytorch(self) -> Runner:
         return block_runner(self.blocks, self.captured.inputs, self.captured.outputs)
 

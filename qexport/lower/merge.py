@@ -133,6 +133,14 @@ def _form(node: Node) -> tuple:
     return node.target, *(_form(a) if isinstance(a, Node) else a for a in node.args)
 
 
+def _same_but_columns(nodes: Sequence[Node]) -> bool:
+    """Whether these are products of one value with weights that can stand side by side."""
+    if not all(is_call(node, aten.matmul.default) and node.args[0] is nodes[0].args[0] for node in nodes):
+        return False
+    weights = [node.args[1] for node in nodes]
+    return not any(map(_why_not_beside, weights)) and len(set(map(_form, weights))) == 1
+
+
 def _move_up(group: Sequence[_Linear]) -> str:
     """Move what is added to the products in front of the first of them; says why not where that cannot be."""
     first = group[0].product
@@ -184,24 +192,15 @@ class _Merge:
         result.meta["result_of"] = self._name
 
     def _sum(self, nodes: Sequence[Node]) -> Node:
-        """What is added to the products, side by side."""
-        if self._products(nodes) and all(node.args[0] is nodes[0].args[0] for node in nodes):
+        """What is added to the products, side by side: one product too, where the first factor is the same.
+
+        Low-rank branches of their own stay apart: one with its second factors along a diagonal is no faster than
+        several, and in a small model's file the zeros are a fourteenth of the linears.
+        """
+        if _same_but_columns(nodes):
             return self._product(nodes)
-        if self._products(nodes, float_only=True):
-            first = [node.args[0] for node in nodes]
-            if self._products(first, float_only=True) and all(node.args[0] is first[0].args[0] for node in first):
-                return self._branch(first, nodes)
         shape = (*shape_of(nodes[0])[:-1], sum(shape_of(node)[-1] for node in nodes))
         return call(self._module.graph, aten.cat.default, (list(nodes), -1), like=nodes[0], shape=shape)
-
-    def _products(self, nodes: Sequence[Node], float_only: bool = False) -> bool:
-        """Whether these are products with constants of one form; float_only: with float matrices of any height."""
-        if not all(is_call(node, aten.matmul.default) for node in nodes):
-            return False
-        weights = [node.args[1] for node in nodes]
-        if float_only:
-            return all(weight.op == "get_attr" for weight in weights)
-        return not any(map(_why_not_beside, weights)) and len({_form(weight) for weight in weights}) == 1
 
     def _product(self, nodes: Sequence[Node]) -> Node:
         """One product for several with the same first factor."""
@@ -213,18 +212,11 @@ class _Merge:
             product.meta |= {key: self._name for key in ("plane_of", "branch_of") if key in first.meta}
         return product
 
-    def _branch(self, down: Sequence[Node], up: Sequence[Node]) -> Node:
-        """(x A) B for several branches that read x: the A side by side, the B along a diagonal."""
-        graph, narrow = self._module.graph, self._product(down)
-        weight = self._tensor([node.args[1] for node in up], diagonal=True)
-        shape = (*shape_of(narrow)[:-1], shape_of(weight)[-1])
-        return call(graph, aten.matmul.default, (narrow, weight), like=narrow, shape=shape)
-
     def _weight(self, nodes: Sequence[Node]) -> Node:
         """Weights of one form, side by side."""
         first = nodes[0]
         if first.op == "get_attr":
-            return self._tensor(nodes)
+            return self._add(first.target, Joined(tuple(node.target for node in nodes)))
         arguments = tuple(
             self._weight([node.args[i] for node in nodes]) if isinstance(argument, Node) else argument
             for i, argument in enumerate(first.args)
@@ -235,9 +227,6 @@ class _Merge:
     def _bias(self, like: str) -> Node:
         parts = [linear.size if linear.bias is None else linear.bias.target for linear in self._group]
         return self._add(like, Joined(tuple(parts)))
-
-    def _tensor(self, nodes: Sequence[Node], diagonal: bool = False) -> Node:
-        return self._add(nodes[0].target, Joined(tuple(node.target for node in nodes), diagonal))
 
     def _add(self, like: str, joined: Joined) -> Node:
         name = self._name_like(like)

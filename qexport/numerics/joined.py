@@ -9,15 +9,13 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Joined:
-    """Tensors side by side along their last axis, or matrices along a diagonal.
+    """Tensors side by side along their last axis.
 
     Attributes:
         parts: their names, in order; a number stands for a vector of so many zeros.
-        diagonal: matrices [r_i, n_i] become one [sum r_i, sum n_i] with zeros beside them.
     """
 
     parts: tuple[str | int, ...]
-    diagonal: bool = False
 
     def make(self, read: Callable[[str], Tensor]) -> Tensor:
         """The tensor, in the dtype of its parts.
@@ -25,7 +23,6 @@ class Joined:
         Args:
             read: a part by its name; at least one has one.
         """
-        found = {part: read(part) for part in self.parts if isinstance(part, str)}
-        like = next(iter(found.values()))
-        parts = [like.new_zeros(part) if isinstance(part, int) else found[part] for part in self.parts]
-        return torch.block_diag(*parts) if self.diagonal else torch.cat(parts, dim=-1)
+        found = [read(part) if isinstance(part, str) else part for part in self.parts]
+        like = next(part for part in found if isinstance(part, Tensor))
+        return torch.cat([like.new_zeros(part) if isinstance(part, int) else part for part in found], dim=-1)

@@ -103,6 +103,6 @@ def test_gptq_agrees(export):
     exported = export("llama_bias", recipe_of("w4a16_g32", method="gptq"), "cpu")
     assert_agree(exported, PROMPTS["three rows, padded"], flips=0.02)
     rounded = export("llama_bias", recipe_of("w4a16_g32"), "cuda")  # another folder; codes do not depend on the target
-    name = "model.layers.0.self_attn.q_proj.weight_codes"
+    name = "model.layers.0.self_attn.q_proj+k_proj+v_proj.weight_codes"
     codes = [dict(e.blocks[1].module.named_buffers())[name] for e in (exported, rounded)]
     assert not torch.equal(*codes)

@@ -66,11 +66,10 @@ def values_of(exported):
 
 
 def parts_of(exported, lorc):
-    """How many weight-only products the branches must add."""
+    """How many weight-only products the branches must add: two for each value that they share, or for each linear."""
     if lorc is None or lorc.factors == "float":
         return 0
-    count = len(exported.manifest.linears)
-    return count + (values_of(exported) if lorc.shared else count)
+    return 2 * (values_of(exported) if lorc.shared else len(exported.manifest.linears))
 
 
 def buffers(exported, ending):
@@ -92,11 +91,9 @@ def test_on_the_cpu_it_computes_what_its_graph_says_in_fused_products(export, me
     graph, kernel = optimized_graph(exported.folder, exported.manifest), base_kernel(fields["scheme"], "cpu")
     assert unfused(graph, entries) == []
     assert {entry.kernel for entry in entries} == {kernel}
-    parts = [part for entry in entries for part in entry.parts]
-    assert len(parts) == parts_of(exported, lorc)
-    assert {operator for _, operator in parts} <= {"MatMulNBits"}
-    counts = graph.op_counts()
-    expected = Counter({kernel: len(entries)}) + Counter(operator for _, operator in parts)
+    counts, expected = graph.op_counts(), Counter({kernel: values_of(exported)})
+    expected["MatMulNBits"] += parts_of(exported, lorc)
+    assert Counter(exported.products().values()) == +expected
     assert {name: counts[name] for name in expected} == expected
     factors = 2 * len(entries) if lorc is not None and lorc.factors == "float" else 0
     # What is left in float is what was asked for: two products of each low-rank branch, one of each float path.
@@ -115,11 +112,10 @@ def test_the_cuda_graph_computes_what_it_says(export, method):
 def test_every_node_is_on_cuda(export, cuda_placement, method):
     fields = METHODS[method]
     exported = export("llama_bias", fields, "cuda")
-    entries = exported.manifest.linears
     placed = cuda_placement(exported.folder / "model.onnx", exported.manifest.session, dims=PROMPT)
     assert_decoder_on_cuda(placed)
     ops, kernel = Counter(placed["optimized_ops"]), base_kernel(fields["scheme"], "cuda")
-    expected = Counter({kernel: len(entries)}) + Counter({"MatMulNBits": parts_of(exported, fields.get("lorc"))})
+    expected = Counter({kernel: values_of(exported)}) + Counter({"MatMulNBits": parts_of(exported, fields.get("lorc"))})
     assert {name: ops[name] for name in expected} == expected
     # One quantization for each value that linears share, branches or not.
     assert ops["QuantizeLinear"] == (values_of(exported) if "a8" in fields["scheme"] else 0)
@@ -152,7 +148,7 @@ def test_the_output_of_a_linear_is_the_sum(export):
         assert total.op_type == "Add"
         outermost = producers[total.input[1]]
         assert outermost.op_type == "MatMul"
-        assert "lorc_up" in outermost.input[1] or outermost.name == f"{entry.name}.lorc_up"
+        assert "lorc_up" in outermost.input[1] or outermost.name == f"{entry.node}.lorc_up"
 
 
 def test_the_bytes_of_a_branch_count_for_its_linear(export):
