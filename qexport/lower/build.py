@@ -11,6 +11,7 @@ from torch.fx import Graph, GraphModule, Node
 from .. import ops as _ops  # noqa: F401  registers the operators
 from ..capture.graph import Port
 from .emitter import ONNX_DTYPE, Emitter, unsupported
+from .fuse import fuse_norms
 from .ops import elementwise, grouped, layers, quantized, shapes
 from .targets.forms import linear_products
 
@@ -132,7 +133,7 @@ def build(
     )  # fmt: skip
     _drop_unused(graph)
     model = ir.Model(graph, ir_version=11, producer_name="qexport", producer_version=version)
-    return Lowered(
+    lowered = Lowered(
         model,
         # Values are asked for now, because one that is an output of the model goes by the output's name.
         {
@@ -149,6 +150,8 @@ def build(
         _bytes(graph, members),
         {name: known[value].name for name, value in lowered_blocks.items()},
     )
+    fuse_norms(graph)  # which hands the names on to other values
+    return lowered
 
 
 def _translate(emit: Emitter, piece: Piece, known: dict[str, ir.Value]) -> dict[str, ir.Value]:

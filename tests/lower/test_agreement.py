@@ -58,7 +58,7 @@ def test_blocks_and_logits_agree(export, scheme, target, mask):
     if scheme == "w4a8_g32" and level == 4:
         # Codes per token are rounded again per block: half the largest code of a block is the exact middle of two
         # codes there, and a token scale that differs in its last bit decides.
-        flips = 0.05
+        flips = 0.08
     assert_agree(exported, mask, flips)
 
     float_model = captured_runner(load_weights(exported.captured))

@@ -5,8 +5,9 @@ import operator
 import torch
 from torch.fx import Node
 
-from ...passes.edit import dtype_of
+from ...passes.edit import dtype_of, shape_of
 from ..emitter import ONNX_DTYPE, Emitter, unsupported
+from ..fuse import SAME_SHAPE
 
 aten = torch.ops.aten
 
@@ -24,6 +25,13 @@ def _binary(op_type: str):
         return emit.op(op_type, emit.get(node.args[0], dtype), emit.get(node.args[1], dtype))
 
     return translate
+
+
+def _add(emit: Emitter, node: Node):
+    total = _binary("Add")(emit, node)
+    sides = [shape_of(a) if isinstance(a, Node) else () for a in node.args[:2]]
+    total.producer().meta[SAME_SHAPE] = sides[0] == sides[1] and len(sides[0]) == 3
+    return total
 
 
 def _compare(op_type: str, logical: bool = False):
@@ -86,7 +94,7 @@ def _clamp(emit: Emitter, node: Node):
 
 
 TRANSLATIONS = {
-    aten.add.Tensor: _binary("Add"), aten.sub.Tensor: _binary("Sub"), aten.mul.Tensor: _binary("Mul"),
+    aten.add.Tensor: _add, aten.sub.Tensor: _binary("Sub"), aten.mul.Tensor: _binary("Mul"),
     aten.div.Tensor: _binary("Div"), aten.pow.Tensor_Scalar: _binary("Pow"), aten.pow.Tensor_Tensor: _binary("Pow"),
     aten.maximum.default: _binary("Max"), aten.minimum.default: _binary("Min"),
     operator.add: _binary("Add"), operator.sub: _binary("Sub"), operator.mul: _binary("Mul"),
