@@ -50,6 +50,7 @@ def write_tiny_decoder(
     up_scheme: str = "w8a8_static",
     shared_cache: bool = False,
     positions: bool = True,
+    last_logits: bool = False,
     seed: int = 0,
 ) -> manifests.Manifest:
     """Write model.onnx, model.onnx.data, manifest.json and config.json into `folder`; return the manifest.
@@ -57,7 +58,8 @@ def write_tiny_decoder(
     q, k, v and o are int4 in groups of 32 (q with a bias), up is int8 with static uint8 activations, down is float.
     shared_cache: GroupQueryAttention on one buffer for past and present, which takes no left padding, instead of
     Attention; the weights and the function are the same. positions: without, there is no position_ids, and the order
-    of tokens tells nothing. Absolute positions are embedded too, as rotary ones would hide a shift.
+    of tokens tells nothing. Absolute positions are embedded too, as rotary ones would hide a shift. last_logits: the
+    logits of the last token alone, [batch, 1, vocab].
     """
     folder.mkdir(parents=True, exist_ok=True)
     graph, dim = Graph(seed), hidden // heads
@@ -149,6 +151,8 @@ def write_tiny_decoder(
         act = graph.op("Mul", [up, graph.op("Sigmoid", [up], f"{block}.gate")], f"{block}.act")
         down = linear(f"{block}.down", act, hidden, 2 * hidden, "float")
         x = graph.op("Add", [x, down], f"{block}.hidden")
+    if last_logits:
+        x = graph.op("Gather", [x, graph.const("end", np.array([-1]))], "last_hidden", axis=1)
     logits = linear("lm_head", norm(x, "final"), vocab, hidden, "float")
     graph.op("Identity", [logits], "logits")
 
@@ -163,7 +167,7 @@ def write_tiny_decoder(
         inputs += [
             info(f"past_key_values.{i}.{part}", FLOAT, ["batch", kv_heads, "past", dim]) for part in ("key", "value")
         ]
-    results = [info("logits", FLOAT, ["batch", "sequence", vocab])]
+    results = [info("logits", FLOAT, ["batch", 1 if last_logits else "sequence", vocab])]
     results += [info(name, FLOAT, ["batch", kv_heads, "total", dim]) for name in outputs]
     model = helper.make_model(
         helper.make_graph(graph.nodes, "tiny", inputs, results, graph.initializers),

@@ -80,17 +80,21 @@ class Decoder:
         self._cache_dtype = _NUMPY[inputs[self._pasts[0]].type]
         self._device = "cuda" if session.get_providers()[0] == CUDA else "cpu"
         self._max_length = max_length
+        self._binding: ort.IOBinding | None = None  # of a shared cache, kept from run to run
         self._cache: list[ort.OrtValue] = []
-        self._mask = np.zeros((0, 0), np.int64)
+        self.reset()
 
     @property
     def past(self) -> int:
         """Tokens in the cache, padding included."""
-        return self._mask.shape[1]
+        return self._past
 
     def reset(self) -> None:
-        """Forget the batch."""
-        self._cache, self._mask = [], np.zeros((0, 0), np.int64)
+        """Forget the batch. A shared cache keeps its memory: no run reads beyond the tokens it was given."""
+        self._past, self._real = 0, np.zeros(0, np.int64)
+        self._mask = np.ones((0, 0), np.int64)
+        if not self._share:
+            self._cache = []
 
     def run(self, input_ids: np.ndarray, attention_mask: np.ndarray | None = None) -> np.ndarray:
         """Append tokens to the cache and return the logits behind each of them.
@@ -101,37 +105,32 @@ class Decoder:
                 left of the first call. All ones when absent.
 
         Returns:
-            logits, [batch, sequence, vocab] in the dtype of the file; memory of the session, valid until released.
+            logits, [batch, sequence, vocab] in the dtype of the file, or [batch, 1, vocab] from a file that computes
+            those of the last token alone; memory of the session, valid until released.
 
         Raises:
             InputError: shapes that do not fit, padding elsewhere, or more tokens than a shared cache holds.
             RuntimeProblem: ONNX Runtime fails.
         """
         ids = np.ascontiguousarray(input_ids, np.int64)
-        new = np.ones_like(ids) if attention_mask is None else np.ascontiguousarray(attention_mask, np.int64)
+        new = None if attention_mask is None else np.ascontiguousarray(attention_mask, np.int64)
         self._check(ids, new)
-        mask = np.concatenate([self._mask, new], axis=1) if self._cache else new
-        cache = self._cache or [self._empty(name, len(ids)) for name in self._pasts]
-        binding = self._session.io_binding()
+        mask, positions = self._append(ids, new)
+        binding = self._bind(len(ids))
         binding.bind_cpu_input("input_ids", ids)
         binding.bind_cpu_input("attention_mask", mask)
         if self._has_positions:
-            positions = np.maximum(np.cumsum(mask, axis=1) - 1, 0)[:, -ids.shape[1] :]
-            binding.bind_cpu_input("position_ids", np.ascontiguousarray(positions))
-        for name, value in zip(self._pasts, cache, strict=True):
-            binding.bind_ortvalue_input(name, value)
+            binding.bind_cpu_input("position_ids", positions)
         binding.bind_output("logits", "cpu")
-        for name, value in zip(self._outputs[1:], cache, strict=True):
-            if self._share:
-                binding.bind_ortvalue_output(name, value)
-            else:
-                binding.bind_output(name, self._device)
         try:
             self._session.run_with_iobinding(binding)
         except Exception as error:  # onnxruntime has one exception class for each status code and no base class
             raise RuntimeProblem(f"the decoder failed after {self.past} tokens: {error}") from error
-        logits, *present = binding.get_outputs()
-        self._cache, self._mask = (cache if self._share else present), mask
+        self._past = mask.shape[1]
+        self._real = positions[:, -1] + 1
+        if self._share:
+            return np.from_dlpack(ort.OrtValue(binding.get_outputs_as_ortvaluevector()[0]))
+        logits, *self._cache = binding.get_outputs()
         return np.from_dlpack(logits)
 
     def generate(
@@ -186,20 +185,54 @@ class Decoder:
         decode = perf_counter() - start - prefill
         return Generation(tuple(map(tuple, tokens)), tuple(map(bool, finished)), prefill, decode)
 
-    def _check(self, ids: np.ndarray, mask: np.ndarray) -> None:
-        if ids.ndim != 2 or ids.shape != mask.shape or 0 in ids.shape:
-            raise InputError(f"input_ids {ids.shape} and attention_mask {mask.shape} must both be [batch, sequence]")
-        if self._cache and len(ids) != len(self._mask):
-            raise InputError(f"the cache holds {len(self._mask)} rows, the input {len(ids)}", remedy="Call reset()")
-        if (np.diff(mask, axis=1) < 0).any() or not mask[:, -1].all() or (self._cache and not mask.all()):
-            raise InputError("padding belongs on the left of the first tokens")
-        if not self._takes_padding and not mask.all():
-            raise InputError(
-                "this file computes positions itself, so it cannot take padding",
-                remedy="Run prompts of different length one by one",
-            )
-        if self._share and self.past + ids.shape[1] > self._max_length:
-            raise InputError(f"{self.past + ids.shape[1]} tokens do not fit into a cache of {self._max_length}")
+    def _check(self, ids: np.ndarray, mask: np.ndarray | None) -> None:
+        if ids.ndim != 2 or 0 in ids.shape or (mask is not None and ids.shape != mask.shape):
+            shape = ids.shape if mask is None else mask.shape
+            raise InputError(f"input_ids {ids.shape} and attention_mask {shape} must both be [batch, sequence]")
+        if self._past and len(ids) != len(self._real):
+            raise InputError(f"the cache holds {len(self._real)} rows, the input {len(ids)}", remedy="Call reset()")
+        if mask is not None and not mask.all():
+            if self._past or (np.diff(mask, axis=1) < 0).any() or not mask[:, -1].all():
+                raise InputError("padding belongs on the left of the first tokens")
+            if not self._has_positions:
+                raise InputError(
+                    "this file computes positions itself, so it cannot take padding",
+                    remedy="Run prompts of different length one by one",
+                )
+        if self._share and self._past + ids.shape[1] > self._max_length:
+            raise InputError(f"{self._past + ids.shape[1]} tokens do not fit into a cache of {self._max_length}")
+
+    def _append(self, ids: np.ndarray, new: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+        """The mask of all tokens [batch, past + sequence], and the positions of the new ones [batch, sequence]."""
+        batch, total = len(ids), self._past + ids.shape[1]
+        real = self._real if self._past else np.zeros(batch, np.int64)
+        counted = np.arange(1, ids.shape[1] + 1) if new is None else np.cumsum(new, axis=1)
+        positions = np.maximum(real[:, None] + counted - 1, 0)
+        if not self._past:
+            self._mask = np.ones((batch, 0), np.int64)
+        if self._mask.shape[1] < total:  # with room for many more, as a step should not copy what it adds a one to
+            old, self._mask = self._mask, np.ones((batch, max(2 * total, 256)), np.int64)
+            self._mask[:, : old.shape[1]] = old
+        if new is not None:
+            self._mask[:, self._past : total] = new
+        return np.ascontiguousarray(self._mask[:, :total]), positions
+
+    def _bind(self, batch: int) -> ort.IOBinding:
+        """A binding with the cache in it; a shared one is bound once for all runs of a batch size."""
+        if self._share and self._binding is not None and self._cache[0].shape()[0] == batch:
+            return self._binding
+        cache = self._cache if self._past else [self._empty(name, batch) for name in self._pasts]
+        binding = self._session.io_binding()
+        binding.bind_output("logits", "cpu")  # the first output of the binding, wherever it is bound again
+        for name, past, present in zip(self._pasts, cache, self._outputs[1:], strict=True):
+            binding.bind_ortvalue_input(name, past)
+            if self._share:
+                binding.bind_ortvalue_output(present, past)
+            else:
+                binding.bind_output(present, self._device)
+        if self._share:
+            self._binding, self._cache = binding, cache
+        return binding
 
     def _empty(self, name: str, batch: int) -> ort.OrtValue:
         sizes = self._sizes[name]

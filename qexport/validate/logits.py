@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,6 +19,8 @@ def deployed_logits(
 ) -> Callable[[Tensor], Tensor]:
     """A function from token ids [S], S at most `length`, to the export's logits, float32 [S, vocabulary].
 
+    A file that computes the logits of the last token alone is run token by token, which is slow.
+
     Raises:
         RuntimeProblem: ONNX Runtime refuses the model or does not have the provider.
     """
@@ -25,7 +28,12 @@ def deployed_logits(
 
     def run(ids: Tensor) -> Tensor:
         decoder.reset()
-        return torch.tensor(decoder.run(ids[None].numpy())[0], dtype=torch.float32)
+        tokens = ids[None].numpy()
+        logits = decoder.run(tokens)[0]
+        if len(logits) < len(ids):
+            decoder.reset()
+            logits = np.concatenate([decoder.run(tokens[:, i : i + 1])[0] for i in range(len(ids))])
+        return torch.tensor(logits, dtype=torch.float32)
 
     return run
 

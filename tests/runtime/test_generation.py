@@ -2,6 +2,7 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -11,6 +12,7 @@ from qexport.runtime.decoder import Decoder, open_decoder
 from qexport.runtime.generate import eos_token_ids, generate_text
 from qexport.runtime.sampling import Sampling
 from qexport.runtime.session import open_session
+from qexport.validate.logits import deployed_logits
 from tiny_decoder import EOS, write_tiny_decoder, write_word_tokenizer
 
 # Scores of differently shaped runs differ by the order of float32 sums.
@@ -112,6 +114,47 @@ def test_shared_cache_computes_what_separate_past_and_present_do(decoder, tmp_pa
     assert shared.generate(prompts, max_new_tokens=12).tokens == expected
     with pytest.raises(InputError, match="17 tokens do not fit into a cache of 16"):
         shared.run(np.ones((2, 2), np.int64))
+
+
+def test_shared_cache_of_an_earlier_batch_leaves_nothing_behind(decoder, tmp_path):
+    write_tiny_decoder(tmp_path, up_scheme="float", shared_cache=True)
+    shared = open_decoder(tmp_path, threads=1, max_length=16)
+    for prompts in ([[90, 80, 70, 60, 50, 40]], [[5, 6, 7], [9, 8, 7]], [[5, 6, 7]], [[9, 8, 7]]):
+        assert shared.generate(prompts, max_new_tokens=5).tokens == decoder.generate(prompts, max_new_tokens=5).tokens
+
+
+def test_logits_of_a_step_outlive_the_next(decoder, tmp_path):
+    write_tiny_decoder(tmp_path, up_scheme="float", shared_cache=True)
+    for each in (decoder, open_decoder(tmp_path, threads=1, max_length=16)):
+        each.reset()
+        first = each.run(np.array([[5, 6]]))
+        kept = first.copy()
+        each.run(np.array([[7, 8]]))
+        np.testing.assert_array_equal(first, kept)
+
+
+def test_padding_is_remembered_beyond_the_first_room_for_the_mask(tmp_path):
+    write_tiny_decoder(tmp_path, up_scheme="float", max_length=320)
+    decoder, random = open_decoder(tmp_path, threads=1), np.random.default_rng(0)
+    parts = [random.integers(3, 97, (2, length)) for length in (4, 300, 2, 1)]
+    mask = np.array([[0, 0, 1, 1], [1, 1, 1, 1]])
+    together = [decoder.run(parts[0], mask).copy(), *(decoder.run(part).copy() for part in parts[1:])]
+    for row, start in enumerate((2, 0)):
+        decoder.reset()
+        alone = decoder.run(np.concatenate(parts, axis=1)[row : row + 1, start:])[0]
+        np.testing.assert_allclose(np.concatenate(together, axis=1)[row, start:], alone, **CLOSE)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_file_with_the_last_logits_alone_generates_the_same(decoder, tmp_path, shared):
+    manifest = write_tiny_decoder(tmp_path, up_scheme="float", shared_cache=shared, last_logits=True)
+    last = open_decoder(tmp_path, threads=1, max_length=32)
+    prompts = [[5, 6, 7, 8], [9, 8, 7, 6]]
+    assert last.generate(prompts, max_new_tokens=12).tokens == decoder.generate(prompts, max_new_tokens=12).tokens
+    ids = torch.tensor([5, 6, 7, 8, 9])
+    decoder.reset()
+    expected = decoder.run(ids[None].numpy())[0]
+    np.testing.assert_allclose(deployed_logits(tmp_path, manifest, 5, threads=1)(ids), expected, **CLOSE)
 
 
 def test_shared_cache_needs_a_length(tmp_path):
