@@ -214,8 +214,12 @@ def generate(
 def bench(
     folder: Folder,
     against: Annotated[Path | None, typer.Option(help="Another folder, measured in turns with the first.")] = None,
-    prompt_length: Annotated[list[int], typer.Option(help="Prompt tokens; may be given several times.")] = (128, 512),
-    past: Annotated[list[int], typer.Option(help="Tokens in the cache when decoding; several times too.")] = (128,),
+    prompt_length: Annotated[
+        list[int] | None, typer.Option(help="Prompt tokens, several times too; by default 128, 512 and 2048.")
+    ] = None,
+    past: Annotated[
+        list[int] | None, typer.Option(help="Tokens in the cache when decoding; by default 128 and 2048.")
+    ] = None,
     repeats: Annotated[int, typer.Option(help="Measurements of everything; the median counts.")] = 5,
     threads: Annotated[int, typer.Option(help="Threads of ONNX Runtime.")] = 2,
     provider: Provider = None,
@@ -225,15 +229,11 @@ def bench(
     from . import console
     from .reporting import print_bench
 
-    result = qexport.bench(
-        folder,
-        against,
-        prompt_lengths=prompt_length,
-        decode_pasts=past,
-        repeats=repeats,
-        threads=threads,
-        provider=provider,
-    )
+    with console.showing_progress() as progress:
+        result = qexport.bench(
+            folder, against, prompt_lengths=prompt_length or None, decode_pasts=past or None, repeats=repeats,
+            threads=threads, provider=provider, progress=progress,
+        )  # fmt: skip
     if as_json:
         console.print_json(result.as_dict())
     else:

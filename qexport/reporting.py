@@ -125,7 +125,7 @@ def print_validation(report: Report) -> None:
 
 
 def print_bench(result: BenchResult) -> None:
-    """Medians of one folder, or of two side by side with their ratio."""
+    """Medians of one folder, or of two side by side with their ratio, in numbers and in words."""
     measured = [m for m in (result.first, result.second) if m is not None]
     rows = [
         [f"prompt of {n} tokens, tokens/s", *(f"{m.prefill[n]:,.1f}" for m in measured), _ratio(result, f"prefill:{n}")]
@@ -149,6 +149,24 @@ def print_bench(result: BenchResult) -> None:
         columns, rows = columns[:-1], [row[:-1] for row in rows]
     print_table(columns, rows)
     print(f"{result.threads} threads, medians")
+    for note in result.notes:
+        print(note)
+    if result.second is not None:
+        print(in_words(result))
+
+
+def in_words(result: BenchResult) -> str:
+    """One sentence on how the first folder compares with the second."""
+
+    def rates(kind: str) -> list[str]:
+        found = {key.split(":")[1]: ratio for key, ratio in result.ratios.items() if key.startswith(f"{kind}:")}
+        return [f"{ratio:.2f} times as fast with {n} tokens" for n, ratio in found.items()]
+
+    parts = [f"reads a prompt {', '.join(rates('prefill'))}"] if rates("prefill") else []
+    parts += [f"decodes {', '.join(rates('decode'))} in the cache"] if rates("decode") else []
+    load, memory, size = (result.ratios[name] for name in ("load_seconds", "memory_bytes", "model_bytes"))
+    parts.append(f"loads in {load:.2f} of the time, takes {memory:.2f} of the memory and {size:.2f} of the disk")
+    return f"{result.first.folder} against {result.second.folder}: {'; '.join(parts)}"
 
 
 def _ratio(result: BenchResult, name: str) -> str:

@@ -59,7 +59,7 @@ def main() -> None:
             scores = compare_logits(reference, text.windows, run)
             del run  # closes the session before the file is replaced
             against = out.with_name("float")
-            speed = bench(out, against, prompt_lengths=(128,), repeats=3, threads=given.threads)
+            speed = bench(out, against, prompt_lengths=[128], decode_pasts=[128], repeats=3, threads=given.threads)
             if first:  # its float perplexity is found beside the first row's
                 print(f"{captured.folder.name}: {text.described}\n")
                 print_row(HEADER)

@@ -190,6 +190,10 @@ def test_bench(exported, run):
         "bench", exported, "--against", exported, "--prompt-length", 16, "--past", 8, "--repeats", 1, "--threads", 1
     )
     assert code == 0 and "first/second" in out and "prompt of 16 tokens" in out
+    words = out.splitlines()[-1]
+    assert "times as fast with 16 tokens" in words and "times as fast with 8 tokens in the cache" in words
+    assert words.endswith("1.00 of the disk")
+    refused(run("bench", exported, "--past", 10**6), "does not fit")
 
 
 def test_recipes(run):

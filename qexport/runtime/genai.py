@@ -1,10 +1,11 @@
 """genai_config.json: what onnxruntime-genai needs to know to run an exported decoder."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
-from .manifest import CPU, CUDA, MODEL_FILE, Manifest
+from .manifest import CPU, CUDA, GENAI_FILE, MODEL_FILE, Manifest, read_json
 
 # Types that onnxruntime-genai runs as a plain decoder: tokens, mask and positions in, logits and separate keys and
 # values out. The type still picks tool-call and reasoning tokens, so it is kept where it is known.
@@ -107,6 +108,21 @@ def genai_config(
             "past_present_share_buffer": bool(manifest.settings.get("past_present_share_buffer", False)),
         },
     }
+
+
+def context_length(folder: str | Path) -> int | None:
+    """How many tokens the model of a folder reads at most, or None where its configs do not say.
+
+    Raises:
+        InputError: a config is no JSON object.
+    """
+    genai, config = Path(folder) / GENAI_FILE, Path(folder) / "config.json"
+    if genai.is_file():
+        model = read_json(genai).get("model")
+        found = model.get("context_length") if isinstance(model, Mapping) else None
+    else:
+        found = _text_config(read_json(config)).get("max_position_embeddings") if config.is_file() else None
+    return found if isinstance(found, int) and found > 0 else None
 
 
 def _provider_options(manifest: Manifest) -> list[dict[str, dict[str, str]]]:

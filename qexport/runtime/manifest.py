@@ -114,7 +114,7 @@ def load(folder: str | Path) -> Manifest:
         )
     if not (folder / MODEL_FILE).is_file():
         raise InputError(f"an incomplete export: {MODEL_FILE} is missing", place=str(folder), remedy=again)
-    data = _read_json(path)
+    data = read_json(path)
     version = data.get("format")
     if isinstance(version, int) and version > FORMAT:
         raise InputError(
@@ -126,6 +126,16 @@ def load(folder: str | Path) -> Manifest:
         return Manifest.model_validate(data)
     except ValidationError as error:
         raise InputError(f"damaged manifest: {_first(error)}", place=str(path), remedy=again) from None
+
+
+def load_any(folder: str | Path) -> Manifest:
+    """The manifest of an exported folder, or what `load_genai` makes of a folder that has none.
+
+    Raises: as `load` and `load_genai`.
+    """
+    folder = Path(folder)
+    alone = (folder / GENAI_FILE).is_file() and not (folder / MANIFEST_FILE).is_file()
+    return load_genai(folder) if alone else load(folder)
 
 
 def load_genai(folder: str | Path) -> Manifest:
@@ -141,7 +151,7 @@ def load_genai(folder: str | Path) -> Manifest:
             place=str(folder),
             remedy="Give a folder written by `qexport export` or by the model builder of onnxruntime-genai",
         )
-    data = _read_json(path)
+    data = read_json(path)
     try:
         decoder, search = data["model"]["decoder"], data.get("search", {})
         options = decoder["session_options"]
@@ -168,7 +178,8 @@ def load_genai(folder: str | Path) -> Manifest:
         raise InputError(f"unusable genai_config.json: {_first(error)}", place=str(path)) from None
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file; InputError names the file that is none."""
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:

@@ -1,9 +1,12 @@
 import json
+from pathlib import Path
 
+import numpy as np
 import pytest
 
 from qexport.errors import InputError, RuntimeProblem
-from qexport.runtime.bench import bench
+from qexport.runtime.bench import bench, measure
+from qexport.runtime.bench_process import Measured
 from qexport.runtime.genai import genai_config
 from tiny_decoder import write_tiny_decoder
 
@@ -30,7 +33,51 @@ def test_bench_compares_an_export_with_a_folder_of_the_model_builder(tmp_path):
     assert result.ratios["prefill:16"] == first.prefill[16] / second.prefill[16] < 1
     assert result.ratios["model_bytes"] > 1
     assert set(result.ratios) == {"load_seconds", "memory_bytes", "model_bytes", "prefill:8", "prefill:16", "decode:4"}
+    assert first.spread["load"] == pytest.approx(abs(np.diff(first.samples["load"])[0]) / 2 / first.load_seconds)
+    assert set(first.spread) == set(first.samples) and result.notes == ()
     json.dumps(result.as_dict())
+
+
+def test_folders_are_measured_there_and_back_and_the_first_turn_is_not_counted(tmp_path, monkeypatch):
+    calls = []
+
+    class Recorded(Measured):
+        def load(self):
+            calls.append(("load", self._folder.name))
+            return super().load()
+
+        def run(self, tokens, steps):
+            calls.append((tokens, self._folder.name))
+            return super().run(tokens, steps)
+
+    monkeypatch.setattr("qexport.runtime.bench.Measured", Recorded)
+    for name in "abc":
+        write_tiny_decoder(tmp_path / name)
+    found, _ = measure([tmp_path / name for name in "abc"], **QUICK)
+    assert "".join(name for _, name in calls) == 4 * "cbaabccba"
+    assert [what for what, _ in calls] == [what for what in ("load", 4, 8, 16) for _ in range(9)]
+    assert [Path(m.folder).name for m in found] == list("abc")
+    assert all(len(values) == 2 for m in found for values in m.samples.values())
+
+
+def test_defaults_stop_where_the_context_of_a_model_does(tmp_path):
+    write_tiny_decoder(tmp_path / "long", layers=1, max_length=300)
+    write_tiny_decoder(tmp_path / "short", layers=1, max_length=140, shared_cache=True)
+    result = bench(tmp_path / "long", tmp_path / "short", repeats=1, threads=1)
+    assert list(result.first.prefill) == [128, 140] and list(result.first.decode) == [124]
+    assert result.notes == (
+        "a prompt of 512 tokens became 140: the model reads 140",
+        "decoding 16 tokens after 128 tokens became 124: the model reads 140",
+    )
+    with pytest.raises(InputError, match="short: .*141 tokens does not fit.*140"):
+        bench(tmp_path / "long", tmp_path / "short", prompt_lengths=[141])
+    with pytest.raises(InputError, match="after 125 tokens does not fit.*Ask for 124"):
+        bench(tmp_path / "long", tmp_path / "short", decode_pasts=[125])
+
+
+def test_folder_that_computes_the_last_logits_alone_and_takes_no_positions_is_measured(tmp_path):
+    write_tiny_decoder(tmp_path, layers=1, positions=False, last_logits=True, shared_cache=True)
+    assert bench(tmp_path, **QUICK).first.decode[4] > 0
 
 
 def test_bench_of_one_folder_has_no_ratios(tmp_path):

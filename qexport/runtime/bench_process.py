@@ -1,0 +1,169 @@
+"""A process of its own for each folder that `bench` measures: both ends of it."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from statistics import median
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+import psutil
+
+from ..errors import RuntimeProblem
+from .decoder import Decoder, open_decoder
+from .manifest import Manifest
+
+_CHILD = "from qexport.runtime.bench_process import _serve; _serve()"
+
+
+class Measured:
+    """A process that holds one folder and answers one request a line.
+
+    Args:
+        max_length: tokens that a shared cache has to hold.
+
+    Every request raises RuntimeProblem when the folder does not load or run, or when the process dies.
+    """
+
+    def __init__(self, folder: Path, plan: Manifest, threads: int, provider: str | None, max_length: int):
+        self._folder = folder
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", _CHILD],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            encoding="utf-8",
+            # The child imports this very package, wherever the parent found it.
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
+        )
+        self._send(
+            {
+                "folder": str(folder),
+                "manifest": plan.model_dump(mode="json"),
+                "threads": threads,
+                "provider": provider,
+                "max_length": max_length,
+            }
+        )
+
+    def load(self) -> float:
+        """Seconds to open a session, in place of the one before."""
+        return self._ask("load")
+
+    def run(self, tokens: int, steps: int) -> tuple[float, float | None]:
+        """Seconds of a prompt of `tokens`, and the median of the `steps` single tokens after it, None without any."""
+        return tuple(self._ask("run", tokens, steps))
+
+    def memory(self) -> int:
+        """Bytes by which the process grew at most over its size before the first load."""
+        return self._ask("memory")
+
+    def close(self) -> None:
+        self._process.stdin.close()
+        try:
+            self._process.wait(timeout=10)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        self._process.stdout.close()
+
+    def _ask(self, what: str, *arguments: int) -> Any:
+        self._send({"what": what, "arguments": arguments})
+        line = self._process.stdout.readline()
+        if not line:
+            code = self._process.wait()
+            raise RuntimeProblem(
+                f"the process that measures it died with status {code}",
+                place=str(self._folder),
+                remedy="Out of memory? Try shorter prompts" if code < 0 else "See the lines above",
+            )
+        answer = json.loads(line)
+        if "error" in answer:
+            raise RuntimeProblem(answer["error"])
+        return answer["value"]
+
+    def _send(self, message: dict[str, Any]) -> None:
+        try:
+            self._process.stdin.write(json.dumps(message) + "\n")
+            self._process.stdin.flush()
+        except BrokenPipeError:
+            pass  # the missing answer says it
+
+
+class _Subject:
+    """The folder inside its process."""
+
+    def __init__(self, setup: dict[str, Any]):
+        self._setup, self._plan = setup, Manifest.model_validate(setup["manifest"])
+        self._decoder: Decoder | None = None
+        self._before = psutil.Process().memory_info().rss
+        _forget_peak()
+
+    def load(self) -> float:
+        self._decoder = None
+        start = perf_counter()
+        self._decoder = open_decoder(
+            self._setup["folder"],
+            self._plan,
+            threads=self._setup["threads"],
+            provider=self._setup["provider"],
+            max_length=self._setup["max_length"],
+        )
+        return perf_counter() - start
+
+    def run(self, tokens: int, steps: int) -> tuple[float, float | None]:
+        ids = np.random.default_rng(0).integers(0, self._plan.settings["vocab_size"], (1, tokens + steps))
+        self._decoder.reset()
+        times = [self._seconds(ids[:, :tokens])]
+        times += [self._seconds(ids[:, i : i + 1]) for i in range(tokens, tokens + steps)]
+        return times[0], median(times[1:]) if steps else None
+
+    def memory(self) -> int:
+        return max(_peak() - self._before, 0)
+
+    def _seconds(self, ids: np.ndarray) -> float:
+        start = perf_counter()
+        self._decoder.run(ids)
+        return perf_counter() - start
+
+
+def _serve() -> None:
+    """Answer requests on stdin until it closes; the first line is the setup."""
+    subject = None
+    for line in sys.stdin:
+        request = json.loads(line)
+        if subject is None:
+            subject = _Subject(request)
+            continue
+        try:
+            answer = {"value": getattr(subject, request["what"])(*request["arguments"])}
+        except Exception as error:  # crosses a process: the parent raises it again
+            answer = {"error": str(error)}
+        print(json.dumps(answer), flush=True)
+
+
+def _forget_peak() -> None:
+    """Start the peak anew; otherwise imports, or the parent before exec, could have set it."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return  # not Linux
+
+
+def _peak() -> int:
+    """Largest resident size of this process in bytes."""
+    try:
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    info = psutil.Process().memory_info()
+    if hasattr(info, "peak_wset"):
+        return info.peak_wset
+    import resource  # macOS, where ru_maxrss is in bytes
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
