@@ -155,3 +155,18 @@ def test_methods_table(run, model, text):
 def test_every_method_of_the_table_is_a_recipe():
     recipes = sample("methods_table.py")["recipes"](samples=3)
     assert len(recipes) > 50 and all(recipe.calibration.samples == 3 for recipe in recipes.values())
+
+
+@pytest.mark.slow
+def test_compare_peers(run, model, text):
+    pytest.importorskip("onnxruntime_genai")
+    lines = run(
+        "compare_peers.py", model, "--text", text, "--windows", 1, "--window", 64, "--recipes", "w4a16_g32_rtn",
+        "w8a8_dyn", "--rows", "w4*", "builder int4", "--repeats", 1, "--threads", 1, "--builder", sys.executable,
+    ).splitlines()  # fmt: skip
+    header, _, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
+    assert [row[0] for row in rows] == ["float32", "w4a16_g32_rtn", "builder int4"]
+    assert header[8:] == ["prefill 128", "prefill 512", "decode 128", "decode 496"]
+    ours, theirs = (dict(zip(header, row, strict=True)) for row in rows[1:])
+    assert all(theirs[name] == "1.00" for name in header[7:]) and all(float(ours[name]) > 0 for name in header[1:4])
+    assert lines[-3].startswith("builder int4: load ") and "the model reads 512" in lines[-1]
