@@ -6,9 +6,9 @@ from .. import ops  # noqa: F401  registers the operators
 from ..errors import CaptureError, InputError
 from ..passes.edit import get_tensor
 from .blocks import cut
-from .decoder import root_cause
 from .graph import Captured, Port
 from .normalize import normalize
+from .trace import root_cause
 from .weights import StateDict
 
 

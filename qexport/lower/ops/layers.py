@@ -36,8 +36,11 @@ def _addmm(emit: Emitter, node: Node):
 
 
 def _rms_norm(emit: Emitter, node: Node):
-    x, _shape, weight, eps = node.args
-    return emit.op("RMSNormalization", emit.get(x), emit.get(weight), axis=-1, epsilon=float(eps), stash_type=1)
+    x, shape, weight, eps = (*node.args, None, None)[:4]
+    if weight is None or len(shape) != 1:
+        raise unsupported(node, "without a gain, or over several axes,")
+    eps = torch.finfo(torch.float32).eps if eps is None else float(eps)
+    return emit.op("RMSNormalization", emit.get(x), emit.get(weight), axis=-1, epsilon=eps, stash_type=1)
 
 
 def _layer_norm(emit: Emitter, node: Node):
