@@ -45,6 +45,7 @@ Provider = Annotated[str | None, typer.Option(help="Execution provider, instead 
 
 def main() -> None:
     """Entry point: expected errors become one line on stderr and exit code 2."""
+    gc.disable()  # until everything is imported, see _imported
     try:
         app()
     except QExportError as error:
@@ -56,6 +57,13 @@ def main() -> None:
     finally:
         # Leaving, Python looks through all that tracing left behind for cycles to free; the system frees it at once.
         gc.freeze()
+        gc.enable()
+
+
+def _imported() -> None:
+    """Collect garbage from now on, but never look at what was imported: it lives as long as the process."""
+    gc.freeze()
+    gc.enable()
 
 
 def _version(wanted: bool) -> None:
@@ -96,6 +104,7 @@ def export(
     console.quiet_libraries()
     from .reporting import export_summary, print_export
 
+    _imported()
     with console.showing_progress() as progress:
         result = qexport.export(
             model, chosen, out_dir=out, target=target, calibration=calibration, overwrite=overwrite, resume=resume,
@@ -134,6 +143,7 @@ def inspect(
     console.quiet_libraries()
     from .reporting import print_inspection
 
+    _imported()
     with console.showing_progress() as progress:
         found = qexport.inspect(
             model, chosen, target=target, calibrate=calibrate or any(v is not None for v in given.values()),
@@ -164,6 +174,7 @@ def validate(
     console.quiet_libraries()
     from .reporting import print_validation
 
+    _imported()
     with console.showing_progress() as progress:
         report = qexport.validate(
             folder,
@@ -203,6 +214,7 @@ def generate(
     given = {name: value for name, value in given.items() if value is not None}
     sampling = qexport.Sampling(**given) if given and temperature != 0 else None
     console.quiet_libraries()
+    _imported()
     qexport.generate(
         folder, prompt, max_new_tokens=max_new_tokens, sampling=sampling, chat=chat, threads=threads, provider=provider,
         on_text=lambda row, piece: print(piece, end="", flush=True),
@@ -229,6 +241,7 @@ def bench(
     from . import console
     from .reporting import print_bench
 
+    _imported()
     with console.showing_progress() as progress:
         result = qexport.bench(
             folder, against, prompt_lengths=prompt_length or None, decode_pasts=past or None, repeats=repeats,

@@ -9,7 +9,7 @@ from models import VOCAB, reference_model, save_model
 from qexport.capture import trace
 from qexport.capture.alike import Layers, find_layers
 from qexport.errors import CaptureError
-from qexport.export import capture
+from qexport.export import capture, export
 from stepping import captured_runner, load_weights, prompt_feeds, tokens, transformers_runner
 
 SLIDING, FULL = "sliding_attention", "full_attention"
@@ -81,6 +81,16 @@ def test_stamped_model_computes_what_transformers_computes(tmp_path, depths):
     assert (got - want).abs().max() < 1e-5 * want.abs().max()
 
 
+def test_exports_of_stamped_and_of_traced_blocks_are_the_same_bytes(tmp_path, monkeypatch):
+    folder, ids = save_model("llama", tmp_path / "model", num_hidden_layers=4), tokens(2, 16, vocab=VOCAB)
+    files = []
+    for out in ("stamped", "traced"):
+        export(folder, "w8a8_static", out_dir=tmp_path / out, calibration=ids)
+        files.append([(tmp_path / out / name).read_bytes() for name in ("model.onnx", "model.onnx.data")])
+        monkeypatch.setattr(trace, "find_layers", lambda *args: None)
+    assert files[0] == files[1]
+
+
 def test_layer_that_differs_in_a_number_is_traced(tmp_path, monkeypatch, depths):
     init = LlamaAttention.__init__
 
@@ -98,7 +108,7 @@ def test_layer_that_differs_in_a_number_is_traced(tmp_path, monkeypatch, depths)
 
 
 def test_layers_that_cannot_be_stamped_are_all_traced(tmp_path, monkeypatch, depths):
-    folder = save_model("llama", tmp_path / "model", num_hidden_layers=4)
+    folder = save_model("llama", tmp_path / "model", num_hidden_layers=3)
     stamped = capture(folder)
 
     def refuse(*args):
@@ -106,7 +116,7 @@ def test_layers_that_cannot_be_stamped_are_all_traced(tmp_path, monkeypatch, dep
 
     monkeypatch.setattr(trace, "stamp", refuse)
     assert_same_blocks(stamped, capture(folder))
-    assert depths == [2, 2, 4]
+    assert depths == [2, 2, 3]
 
 
 class Row(torch.nn.Module):
