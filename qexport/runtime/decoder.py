@@ -194,7 +194,7 @@ class Decoder:
         if mask is not None and not mask.all():
             if self._past or (np.diff(mask, axis=1) < 0).any() or not mask[:, -1].all():
                 raise InputError("padding belongs on the left of the first tokens")
-            if not self._has_positions:
+            if not self._takes_padding:
                 raise InputError(
                     "this file computes positions itself, so it cannot take padding",
                     remedy="Run prompts of different length one by one",

@@ -80,7 +80,7 @@ def test_settings_and_interface(captured):
     model = captured("llama")
     assert model.settings == {
         "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "hidden_size": 64,
-        "vocab_size": 128,
+        "vocab_size": 128, "max_position_embeddings": 128,
     }  # fmt: skip
     cache = [f"{i}.{part}" for i in range(2) for part in ("key", "value")]
     assert [p.name for p in model.inputs] == [
