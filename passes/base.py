@@ -16,6 +16,7 @@ from torch.fx import GraphModule, Node
 from ..errors import PassError, QExportError
 from ..numerics.formats import ActivationFormat
 from .edit import is_call
+from .sites import linears
 
 
 @dataclass(frozen=True)
@@ -93,6 +94,13 @@ class RowScale:
     alpha: float
 
 
+Earlier = Callable[[str], torch.Tensor]
+
+
+def _nothing_earlier(name: str) -> torch.Tensor:
+    raise PassError(f"no block before this one has made {name}")
+
+
 @dataclass
 class Context:
     """What a pass may use besides the graph.
@@ -102,12 +110,14 @@ class Context:
         sample: inputs of the block for one calibration batch; empty when there is no calibration.
         batches: all calibration batches; empty when there is no calibration.
         handover: what the passes before it left for it.
+        earlier: a tensor of a block that is finished, by name.
     """
 
     statistics: Statistics = field(default_factory=dict)
     sample: tuple[torch.Tensor, ...] = ()
     batches: Sequence[Batch] = ()
     handover: Handover = field(default_factory=Handover)
+    earlier: Earlier = _nothing_earlier
 
 
 class GraphPass(ABC):
@@ -119,6 +129,10 @@ class GraphPass(ABC):
     @property
     def name(self) -> str:
         return type(self).__name__
+
+    def works_on(self, module: GraphModule) -> bool:
+        """Whether the pass has anything to look at in a block; blocks where no pass has are not even loaded."""
+        return bool(linears(module.graph))
 
     def requires(self, module: GraphModule) -> None:  # noqa: B027  most passes work on any graph
         """Raise PassError where the graph is not one the pass can work on."""
@@ -164,6 +178,7 @@ class Pipeline:
         collect: Collect,
         sample: tuple[torch.Tensor, ...] = (),
         batches: Sequence[Batch] = (),
+        earlier: Earlier = _nothing_earlier,
     ) -> dict[str, PassResult]:
         """Run all passes on a graph in place.
 
@@ -172,6 +187,7 @@ class Pipeline:
             collect: runs calibration data through the module and fills the statistics a pass asks for.
             sample: inputs of the module on which promises are checked.
             batches: all calibration batches of the module.
+            earlier: reads a tensor of a block that is finished.
 
         Raises:
             PassError: names the pass that failed and those that ran before it. Expected errors of other kinds keep
@@ -185,7 +201,7 @@ class Pipeline:
                 before = _visible(module, sample) if sample and step.keeps_function else ()
                 wanted = step.wanted(module, handover)
                 statistics = collect(module, wanted) if wanted else {}
-                result = step.call(module, Context(statistics, sample, batches, handover))
+                result = step.call(module, Context(statistics, sample, batches, handover, earlier))
                 if before:
                     step.ensures(before, _visible(module, sample))
             except PassError as error:

@@ -13,15 +13,21 @@ aten = torch.ops.aten
 ops = torch.ops.qexport
 
 
-def insert_weight(module: GraphModule, linear: Linear, weight: QuantizedWeight) -> Node:
+def insert_weight(module: GraphModule, linear: Linear, weight: QuantizedWeight, shares: str = "") -> Node:
     """Replace linear(x, W, b) by matmul(x, dequantize(codes [K, N], scale)) + b, the layout that ONNX Runtime fuses.
+
+    Args:
+        shares: name of the embedding whose tensors these are; empty where they are the linear's own.
 
     Returns:
         The node of the result.
     """
     with module.graph.inserting_before(linear.node):
-        dequantized = _dequantized(module, linear.name, weight)
-        return _finish(module, linear, [_product(module, linear, linear.name, dequantized)])
+        dequantized = _dequantized(module, shares or linear.name, weight)
+        product = _product(module, linear, linear.name, dequantized)
+        if shares:
+            product.meta["shares"] = shares
+        return _finish(module, linear, [product])
 
 
 def insert_planes(module: GraphModule, linear: Linear, weight: QuantizedWeight, factor: torch.Tensor) -> Node:
@@ -93,6 +99,15 @@ def _dequantized(module: GraphModule, name: str, weight: QuantizedWeight) -> Nod
         arguments = (codes, scale, fmt.codebook, fmt.group_size)
         rows, columns = weight.shape
         return call(graph, ops.dequantize_codebook.default, arguments, like=scale, shape=(columns, rows))
+    codes, scale, zero_point = weight_tensors(module, name, weight)
+    axis, group_size = (0, fmt.group_size) if fmt.group_size not in (PER_CHANNEL, PER_TENSOR) else (1, 0)
+    arguments = (codes, scale, zero_point, axis, group_size, fmt.stored_bits)
+    return call(graph, ops.dequantize_linear.default, arguments, like=scale, shape=shape_of(codes))
+
+
+def weight_tensors(module: GraphModule, name: str, weight: QuantizedWeight) -> tuple[Node, Node, Node | None]:
+    """Codes, scales and zero points of an integer grid as `dequantize_linear` wants them: codes [K, N]."""
+    graph, fmt = module.graph, weight.format
     per_group = fmt.group_size not in (PER_CHANNEL, PER_TENSOR)
 
     def layout(t: torch.Tensor) -> torch.Tensor:  # [N, G] as the operator wants it
@@ -105,9 +120,7 @@ def _dequantized(module: GraphModule, name: str, weight: QuantizedWeight) -> Nod
     zero_point = None
     if weight.zero_point is not None:
         zero_point = add_tensor(graph, f"{name}.weight_zero_point", layout(weight.zero_point))
-    axis, group_size = (0, fmt.group_size) if per_group else (1, 0)
-    arguments = (codes, scale, zero_point, axis, group_size, fmt.stored_bits)
-    return call(graph, ops.dequantize_linear.default, arguments, like=scale, shape=shape_of(codes))
+    return codes, scale, zero_point
 
 
 def _product(module: GraphModule, linear: Linear, name: str, dequantized: Node) -> Node:

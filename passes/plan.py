@@ -51,12 +51,18 @@ def make_plan(graphs: Sequence[tuple[str, Graph]], scheme_for: Callable[[str], S
     return plans
 
 
-def fit(scheme: Scheme | None, in_features: int) -> tuple[Scheme | None, str]:
-    """The scheme a layer of this width can take, and why it is not the one asked for."""
+def fit(scheme: Scheme | None, in_features: int, whole: bool = False) -> tuple[Scheme | None, str]:
+    """The scheme a layer of this width can take, and why it is not the one asked for.
+
+    Args:
+        whole: the last group may not be shorter than the others.
+    """
     if scheme is None:
         return None, "kept in float by the recipe"
     size = scheme.weight.group_size
-    if size in (PER_CHANNEL, PER_TENSOR) or in_features % size == 0 or _takes_part_groups(scheme, in_features):
+    if size in (PER_CHANNEL, PER_TENSOR) or in_features % size == 0:
+        return scheme, ""
+    if not whole and _takes_part_groups(scheme, in_features):
         return scheme, ""
     smaller = next((g for g in reversed(GROUP_SIZES) if g < size and in_features % g == 0), None)
     if smaller is None:

@@ -14,6 +14,10 @@ from .edit import is_call, shape_of
 
 aten = torch.ops.aten
 _NORMS = (aten.rms_norm.default, aten.layer_norm.default)
+_POINTWISE = (
+    aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor, aten.tanh.default, aten.clamp.default,
+    aten.to.dtype, aten._to_copy.default,
+)  # fmt: skip
 _SHAPE_ONLY = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
 
 
@@ -75,6 +79,17 @@ def linear_at(node: Node) -> Linear | None:
         return None
     weight = node.args[1].target
     return Linear(_name(node, weight), node, weight, bias.target if bias else None, shape_of(node.args[1]))
+
+
+def projection_behind(value: Node) -> Linear | None:
+    """The linear whose result, at most scaled, capped, shifted or cast, is `value`: what makes the logits."""
+    node = value
+    while (found := linear_at(node)) is None:
+        inputs = [a for a in node.args if isinstance(a, Node) and a.op != "get_attr"]
+        if not is_call(node, *_POINTWISE) or len(inputs) != 1:
+            return None
+        node = inputs[0]
+    return found
 
 
 def _name(node: Node, weight: str) -> str:

@@ -22,6 +22,14 @@ from .sites import Linear, linears
 Quantize = Callable[[Linear, torch.Tensor, WeightFormat, torch.Tensor | None], QuantizedWeight]
 
 
+def round_to_nearest(w: torch.Tensor, fmt: WeightFormat, clip_search: bool) -> QuantizedWeight:
+    """The nearest code on the range of each group, or on the part of it with the least squared error."""
+    if not clip_search:
+        return quantize_weight(w, fmt)
+    scale, zero_point = search_clip(w, fmt)
+    return QuantizedWeight(encode(w, scale, zero_point, fmt), scale, zero_point, fmt)
+
+
 @dataclass(frozen=True)
 class RoundToNearest(GraphPass):
     """Nearest code, scales from the range of each group (or clipped where that lowers the squared error).
@@ -36,12 +44,7 @@ class RoundToNearest(GraphPass):
 
     def call(self, module: GraphModule, context: Context) -> PassResult:
         def quantize(linear: Linear, w: torch.Tensor, fmt: WeightFormat, factor) -> QuantizedWeight:
-            if fmt.codebook is not None:
-                return quantize_codebook(w, fmt)
-            if not self.clip_search:
-                return quantize_weight(w, fmt)
-            scale, zero_point = search_clip(w, fmt)
-            return QuantizedWeight(encode(w, scale, zero_point, fmt), scale, zero_point, fmt)
+            return quantize_codebook(w, fmt) if fmt.codebook is not None else round_to_nearest(w, fmt, self.clip_search)
 
         return _quantize_all(module, self.plan, context.handover, quantize)
 

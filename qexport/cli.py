@@ -94,6 +94,9 @@ def export(
     seed: Seed = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier export.")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted export.")] = False,
+    logits: Annotated[
+        str, typer.Option(help="all, or last: of the last token only, which is all that generation reads.")
+    ] = "all",
     trust_remote_code: Remote = False,
     as_json: Json = False,
 ) -> None:
@@ -108,7 +111,7 @@ def export(
     with console.showing_progress() as progress:
         result = qexport.export(
             model, chosen, out_dir=out, target=target, calibration=calibration, overwrite=overwrite, resume=resume,
-            trust_remote_code=trust_remote_code, attention=attention, progress=progress,
+            logits=logits, trust_remote_code=trust_remote_code, attention=attention, progress=progress,
         )  # fmt: skip
     if as_json:
         console.print_json(export_summary(result))

@@ -23,15 +23,19 @@ from .capture.decoder import capture_decoder
 from .capture.graph import Captured
 from .capture.module import capture_module
 from .capture.source import open_model
-from .errors import InputError, QExportError, RecipeError
+from .errors import InputError, QExportError
 from .lower.attention import Grouping, Unsuited, group_attention, plan_grouping
 from .lower.build import Lowered, Piece, Target, build, check_translations
 from .lower.folder import appearing, check_free, explained, write_companions, write_model
+from .lower.last_token import keep_last, read_by_projection
 from .lower.merge import merge
+from .lower.sizes import by_part
 from .lower.targets.cpu import CpuTarget
 from .lower.targets.cuda import CudaTarget
 from .passes.base import GraphPass
-from .passes.plan import LinearPlan, make_plan
+from .passes.embedding import EmbeddingPlan
+from .passes.plan import LinearPlan
+from .planning import described_embedding, output_projection, plan_for
 from .recipe import Recipe
 from .runtime.manifest import BlockEntry, LinearEntry, Manifest
 
@@ -53,6 +57,7 @@ class ExportResult:
         plan: the decision for every linear, in order.
         seconds: wall time by stage.
         calibration: what the statistics were taken on, or why there was nothing to take.
+        embeddings: the decision for every table of token embeddings.
     """
 
     folder: Path
@@ -60,6 +65,7 @@ class ExportResult:
     plan: list[LinearPlan]
     seconds: dict[str, float] = field(default_factory=dict)
     calibration: str = ""
+    embeddings: list[EmbeddingPlan] = field(default_factory=list)
 
 
 def export(
@@ -72,6 +78,7 @@ def export(
     example_inputs: Sequence[torch.Tensor] | None = None,
     overwrite: bool = False,
     resume: bool = False,
+    logits: str = "all",
     trust_remote_code: bool = False,
     extra_passes: Sequence[GraphPass] = (),
     attention: str = "grouped",
@@ -90,6 +97,8 @@ def export(
         example_inputs: positional inputs of an nn.Module; their first dimension is the batch.
         overwrite: replace an earlier export.
         resume: go on with an interrupted export of the same model, recipe and calibration.
+        logits: "all", or "last" for those of the last token of a sequence only: all that generation reads, and less
+            work for a prompt; such a file cannot be validated.
         extra_passes: your own passes, run on every block in float before those of the recipe (see passes/README.md).
         attention: "grouped" (ONNX Runtime's GroupQueryAttention, a shared cache; a model that it cannot serve keeps the
             other, and the manifest says why) or "standard" (ONNX Attention).
@@ -102,12 +111,16 @@ def export(
     recipe = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
     lowering = target_for(target, recipe)
     check_attention(attention)
+    if logits not in ("all", "last"):
+        raise InputError(f"unknown logits {logits!r}", remedy="Logits are all or last")
     check_free(out, overwrite)
     recipe, data = recipe_and_data(recipe, calibration)
 
     captured = capture(model, example_inputs, trust_remote_code=trust_remote_code)
     check_translations(block.module.graph for block in captured.blocks)
-    plan = plan_for(captured, recipe)
+    plan, embeddings = plan_for(captured, recipe, lowering.dtype.itemsize)
+    projection = output_projection(captured)
+    hidden = read_by_projection(captured) if logits == "last" else None
     seconds["capture"] = clock.lap()
 
     batches = None
@@ -123,14 +136,17 @@ def export(
         shutil.rmtree(work, ignore_errors=True)
     try:
         with explained(work):
-            passes = passes_for(recipe, {p.name: p for p in plan}, extra_passes, calibrated=batches is not None)
+            by_name, calibrated = {p.name: p for p in plan}, batches is not None
+            passes = passes_for(recipe, by_name, extra_passes, calibrated, embeddings)
             stream, reference = (batches(), batches()) if batches else (None, None)
             on_block = partial(progress, "quantize")
             finished = quantize_blocks(
                 captured, passes, stream, reference, work, fingerprint, resume=resume, progress=on_block
             )
         seconds["quantize"] = clock.lap()
-        settings = dict(captured.settings)
+        if hidden is not None:
+            keep_last(captured, hidden)
+        settings = captured.settings | ({} if hidden is None else {"logits": "last"})
         if captured.kind == "decoder":
             settings |= deploy_attention(captured, plan_attention(captured, attention, finished[0].read))
         lowered = lower(captured, finished, lowering)
@@ -138,11 +154,12 @@ def export(
             size = write_model(
                 folder, lowered.model, lambda done, total: progress("write", "model.onnx.data", done, total)
             )
-            manifest = _manifest(captured, plan, lowered, lowering, size, settings)
+            named = (projection.name, projection.weight) if projection else ("", "")
+            sizes = by_part(size, lowered.tensors, lowered.bytes, embeddings, named)
+            manifest = _manifest(captured, plan, lowered, lowering, sizes, settings)
             seconds["lower"] = clock.lap()
-            write_companions(
-                folder, manifest, captured.folder, recipe.to_yaml(), _report(plan, finished, seconds, described)
-            )
+            report = _report(plan, embeddings, finished, seconds, described)
+            write_companions(folder, manifest, captured.folder, recipe.to_yaml(), report)
     except BaseException as error:
         # Neither a bad model nor a bad pass gets better by going on from where it stopped.
         hopeless = isinstance(error, QExportError) and not isinstance(error, InputError)
@@ -150,7 +167,7 @@ def export(
             shutil.rmtree(work, ignore_errors=True)
         raise
     shutil.rmtree(work)
-    return ExportResult(out, manifest, plan, {k: round(v, 2) for k, v in seconds.items()}, described)
+    return ExportResult(out, manifest, plan, {k: round(v, 2) for k, v in seconds.items()}, described, embeddings)
 
 
 def capture(model, example_inputs=None, *, trust_remote_code: bool = False) -> Captured:
@@ -171,21 +188,6 @@ def target_for(name: str, recipe: Recipe) -> Target:
     if name == "cuda":
         return CudaTarget()
     raise InputError(f"unknown target {name!r}", remedy="Targets are cpu and cuda")
-
-
-def plan_for(captured: Captured, recipe: Recipe) -> list[LinearPlan]:
-    """The decision for every linear of a captured model.
-
-    Raises:
-        RecipeError: an override matches no linear.
-    """
-    plan = make_plan([(b.name, b.module.graph) for b in captured.blocks], recipe.scheme_for)
-    idle = recipe.unmatched_overrides([p.name for p in plan])
-    if idle:
-        raise RecipeError(
-            f"matches no linear of the model: {idle[0]!r}", place="overrides", remedy="See `qexport inspect`"
-        )
-    return plan
 
 
 def needs_data(recipe: Recipe, plan: Sequence[LinearPlan]) -> bool:
@@ -310,7 +312,7 @@ def _manifest(
     plan: Sequence[LinearPlan],
     lowered: Lowered,
     target: Target,
-    size: int,
+    sizes: dict[str, int],
     settings: dict[str, Any],
 ) -> Manifest:
     linears = []
@@ -322,22 +324,22 @@ def _manifest(
                 node=found.node, kernel=found.kernel, parts=lowered.parts.get(p.name, ()), shape=p.shape,
                 bytes=lowered.bytes[p.name], reason=p.reason,
             ))  # fmt: skip
-    quantized = sum(entry.bytes for entry in linears)
     return Manifest(
         qexport=version("qexport"), target=target.name, kind=captured.kind, provider=target.provider,
         dtype=str(target.dtype).removeprefix("torch."), session=target.session(), numerics=target.numerics(),
         linears=tuple(linears), blocks=tuple(BlockEntry(name=n, output=o) for n, o in lowered.blocks.items()),
-        settings=settings, bytes={"model": size, "quantized_linears": quantized, "rest": size - quantized},
+        settings=settings, bytes=sizes,
     )  # fmt: skip
 
 
-def _report(plan, finished: Sequence[Finished], seconds: dict[str, float], calibration: str) -> dict[str, Any]:
+def _report(plan, embeddings, finished: Sequence[Finished], seconds, calibration: str) -> dict[str, Any]:
     return {
         "export": {
             "calibration": calibration,
             "seconds": {k: round(v, 2) for k, v in seconds.items()},
             "float": [{"linear": p.name, "reason": p.reason} for p in plan if p.scheme is None],
             "apart": [{"linear": n, "reason": why} for item in finished for n, why in item.apart.items()],
+            "embedding": [described_embedding(e) for e in embeddings],
             "blocks": [asdict(item.record) for item in finished],
         }
     }

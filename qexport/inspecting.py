@@ -23,16 +23,17 @@ from .export import (
     needs_data,
     no_progress,
     plan_attention,
-    plan_for,
     recipe_and_data,
     target_for,
 )
 from .lower.attention import Grouping
 from .numerics.formats import ActivationFormat
 from .passes.edit import get_tensor
+from .passes.embedding import EmbeddingPlan
 from .passes.fptq import FPTQ, Decision
-from .passes.plan import LinearPlan, weight_bytes
+from .passes.plan import LinearPlan
 from .passes.sites import FoldSite, fold_sites, linear_at, linears
+from .planning import described_embedding, output_projection, plan_for
 from .recipe import Recipe
 
 _INDEX = re.compile(r"\.(\d+)(?=\.|$)")
@@ -86,8 +87,10 @@ class Inspection:
         sites: where factors can go, in order, with ranges and what a policy decides by them.
         attention: of a decoder, "grouped" or "standard" and why; empty for other models.
         parameters: number of weights, tied ones counted once.
-        bytes: of the float model in the target's dtype ("float"), and of the export: "quantized" linears and the
-            "rest" (embeddings, norms, linears left in float, rotary tables), "total" being their sum.
+        bytes: of the float model in the target's dtype ("float"), and of the export: "quantized" linears, the
+            "embedding" with what an output projection reads of it too, the output projection ("lm_head") and the
+            "rest" (norms, linears left in float, rotary tables), "total" being their sum.
+        embeddings: the decision for every table of token embeddings.
     """
 
     model: str
@@ -102,11 +105,13 @@ class Inspection:
     attention: str
     parameters: int
     bytes: dict[str, int]
+    embeddings: tuple[EmbeddingPlan, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
         """Plain types, for JSON."""
-        found = asdict(replace(self, linears=(), sites=(), activations={}))
+        found = asdict(replace(self, linears=(), sites=(), activations={}, embeddings=()))
         del found["activations"]
+        found["embeddings"] = [described_embedding(e) for e in self.embeddings]
         found["linears"] = [
             {
                 "name": p.name, "block": p.block, "shape": list(p.shape), "bytes": p.bytes, "reason": p.reason,
@@ -151,7 +156,7 @@ def inspect(
     check_attention(attention)
     width = target_for(target, recipe).dtype.itemsize
     captured = capture(model, example_inputs, trust_remote_code=trust_remote_code)
-    plan = [replace(p, bytes=weight_bytes(p, width)) for p in plan_for(captured, recipe)]
+    plan, embeddings = plan_for(captured, recipe, width)
     by_name = {p.name: p for p in plan}
     ranges, described = _ranges_of(captured, recipe, by_name, data, progress) if calibrate else ({}, "")
     policy = _policy(recipe, by_name)
@@ -161,19 +166,16 @@ def inspect(
     for (_, place), site in zip(places, sites, strict=True):
         inputs |= _decided(place, site, policy, by_name)
     sizes = _sizes(captured)
-    quantized = {p.name for p in plan if p.scheme is not None}
-    taken = {n.weight for b in captured.blocks for n in linears(b.module.graph) if n.name in quantized}
-    small = sum(p.bytes for p in plan if p.scheme is not None)
     grouping = plan_attention(captured, attention, captured.load)
     tables = sum(t.numel() for t in grouping.tables.values()) if isinstance(grouping, Grouping) else 0
-    rest = width * (sum(count for name, count in sizes.items() if name not in taken) + tables)
+    parts = _bytes(captured, plan, embeddings, sizes, tables, width)
     name = type(model).__name__ if isinstance(model, torch.nn.Module) else str(model)
     return Inspection(
         model=name, recipe=recipe.name, target=target, calibrates=needs_data(recipe, plan), calibration=described,
         smooths=any(part is not None for part in (recipe.smooth, recipe.crossquant, recipe.fptq)),
         linears=tuple(plan), activations=inputs, sites=tuple(sites),
         attention=_attention(captured, grouping), parameters=sum(sizes.values()),
-        bytes={"float": width * sum(sizes.values()), "quantized": small, "rest": rest, "total": small + rest},
+        bytes={"float": width * sum(sizes.values()), **parts}, embeddings=tuple(embeddings),
     )  # fmt: skip
 
 
@@ -181,6 +183,38 @@ def _attention(captured: Captured, grouping: Grouping | str | None) -> str:
     if captured.kind != "decoder":
         return ""
     return "grouped" if isinstance(grouping, Grouping) else f"standard: {grouping or 'as asked for'}"
+
+
+def _bytes(
+    captured: Captured,
+    plan: Sequence[LinearPlan],
+    embeddings: Sequence[EmbeddingPlan],
+    sizes: Mapping[str, int],
+    tables: int,
+    width: int,
+) -> dict[str, int]:
+    """Bytes of the export by part, every one in one part.
+
+    Args:
+        sizes: of every weight; tables: of rotary tables; both in elements.
+    """
+    by_name, projection = {p.name: p for p in plan}, output_projection(captured)
+    quantized = [p for p in plan if p.scheme is not None and (projection is None or p.name != projection.name)]
+    taken = {n.weight for b in captured.blocks for n in linears(b.module.graph) if by_name[n.name].scheme is not None}
+    taken |= {e.weight for e in embeddings}
+    head = 0
+    if projection is not None:
+        decided = by_name[projection.name]
+        one_table = any(e.weight == projection.weight and e.scheme is None for e in embeddings)
+        head = 0 if decided.scheme is None and one_table else decided.bytes
+        taken.add(projection.weight)
+    parts = {
+        "quantized": sum(p.bytes for p in quantized),
+        "embedding": sum(e.bytes for e in embeddings),
+        "lm_head": head,
+        "rest": width * (tables + sum(count for name, count in sizes.items() if name not in taken)),
+    }
+    return {**parts, "total": sum(parts.values())}
 
 
 def _policy(recipe: Recipe, plan: Mapping[str, LinearPlan]) -> FPTQ | None:

@@ -15,6 +15,7 @@ from .recipes.explaining import explain, nearest
 from .recipes.reading import read_yaml
 from .recipes.specs import (
     FLOAT,
+    TIED,
     ActivationSpec,
     CalibrationSpec,
     CrossQuantSpec,
@@ -27,6 +28,7 @@ from .recipes.specs import (
     WeightSpec,
     known_scheme,
     scheme_name,
+    scheme_of_embedding,
     scheme_or_float,
 )
 
@@ -41,6 +43,8 @@ class Recipe(Spec):
         name, description: for people.
         scheme: of every linear that no override names, e.g. "w4a16_g32".
         lm_head: scheme of the output projection, or "float".
+        embedding: scheme of the token embedding, "float", or "tied": where it is one tensor with the output projection,
+            both read the same codes.
         weights, activations, calibration: see their classes.
         smooth, crossquant, fptq: see their classes; at most one of them, None for nothing of the kind.
         lorc, llm_int8: see their classes; None for no such branch.
@@ -53,6 +57,7 @@ class Recipe(Spec):
     description: str = ""
     scheme: str
     lm_head: str = FLOAT
+    embedding: str = FLOAT
     weights: WeightSpec = WeightSpec()
     smooth: SmoothSpec | None = None
     crossquant: CrossQuantSpec | None = None
@@ -73,6 +78,22 @@ class Recipe(Spec):
     @classmethod
     def _known_or_float(cls, name: str) -> str:
         return scheme_or_float(name)
+
+    @field_validator("embedding")
+    @classmethod
+    def _known_table(cls, name: str) -> str:
+        return scheme_of_embedding(name)
+
+    @model_validator(mode="after")
+    def _tied_to_codes(self) -> Self:
+        # An override may give the output projection another scheme; then the plan says what becomes of it.
+        codes = self.lm_head != FLOAT and Scheme.parse(self.lm_head).table
+        if self.embedding == TIED and not codes and not self.overrides:
+            raise ValueError(
+                f"embedding: tied reads the codes of lm_head in groups, and lm_head is {self.lm_head}",
+                "Set lm_head to w4a16_g32, w8a16_g32 or the like, or leave out embedding",
+            )
+        return self
 
     @model_validator(mode="after")
     def _compatible(self) -> Self:

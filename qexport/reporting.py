@@ -1,12 +1,14 @@
 """Results of the library as text for people; the command line prints nothing else."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from .console import megabytes, print_table
 from .export import ExportResult
 from .inspecting import Inspection, Site, compressed, compressed_sites
+from .passes.embedding import EmbeddingPlan
 from .passes.plan import LinearPlan
+from .planning import described_embedding
 from .runtime.bench import BenchResult
 from .runtime.doctor import Check
 from .runtime.optimized import OptimizedInfo
@@ -22,6 +24,7 @@ def export_summary(result: ExportResult) -> dict[str, Any]:
         "calibration": result.calibration,
         "seconds": dict(result.seconds),
         "quantized_linears": len(result.manifest.linears),
+        "embeddings": [described_embedding(e) for e in result.embeddings],
         "exceptions": [
             {"linear": p.name, "scheme": p.scheme.name if p.scheme else "float", "reason": p.reason}
             for p in result.plan
@@ -33,12 +36,17 @@ def export_summary(result: ExportResult) -> dict[str, Any]:
 def print_export(result: ExportResult) -> None:
     """Where it is, how large, what was not done as asked, and what to do next."""
     sizes, quantized = result.manifest.bytes, [p for p in result.plan if p.scheme is not None]
-    weights = 4 * sum(p.shape[0] * p.shape[1] for p in quantized)
+    shared = {e.linear for e in result.embeddings}
+    weights = 4 * sum(p.shape[0] * p.shape[1] for p in quantized if p.name not in shared)
     print(f"{result.folder}: {megabytes(sizes['model'])} for {result.manifest.target}")
+    small = sum(entry.bytes for entry in result.manifest.linears)
     print(
         f"  {len(quantized)} of {len(result.plan)} linears quantized, {megabytes(weights)} in float32"
-        f" -> {megabytes(sizes['quantized_linears'])}; the rest takes {megabytes(sizes['rest'])}"
+        f" -> {megabytes(small)}"
     )
+    print(f"  {_parts(sizes)}")
+    for embedding in result.embeddings:
+        print(f"  {_embedding(embedding)}")
     print(f"  calibration: {result.calibration}")
     print(f"  seconds: {', '.join(f'{stage} {seconds:.1f}' for stage, seconds in result.seconds.items())}")
     _print_exceptions(result.plan)
@@ -46,6 +54,20 @@ def print_export(result: ExportResult) -> None:
         print(
             f"Next: qexport validate {result.folder} --reference MODEL; qexport generate {result.folder} --prompt TEXT"
         )
+
+
+def _parts(sizes: Mapping[str, int]) -> str:
+    head = f", output projection {megabytes(sizes['lm_head'])}" if sizes["lm_head"] else ""
+    table = f"embedding {megabytes(sizes['embedding'])}{head}, " if sizes["embedding"] or head else ""
+    return f"{table}the rest takes {megabytes(sizes['rest'])}"
+
+
+def _embedding(plan: EmbeddingPlan) -> str:
+    """`model.embed_tokens: w4a16_g32, which lm_head reads too`"""
+    scheme = plan.scheme.name if plan.scheme else "float"
+    return ", ".join(filter(None, [
+        f"{plan.name}: {scheme}", plan.linear and f"which {plan.linear} reads too", plan.reason,
+    ]))  # fmt: skip
 
 
 def _print_exceptions(plan: Sequence[LinearPlan]) -> None:
@@ -67,6 +89,9 @@ def print_inspection(found: Inspection, all_layers: bool) -> None:
             for p, name, count in plan
         ],
     )  # fmt: skip
+    for embedding in found.embeddings:
+        rows, features = embedding.shape
+        print(f"\nEmbedding of {rows} x {features}, {embedding.bytes:,} bytes: {_embedding(embedding)}")
     sites = [(s, ", ".join(s.linears), [s]) for s in found.sites] if all_layers else compressed_sites(found.sites)
     if any(s.range is not None for s in found.sites):
         _print_ranges(sites)
@@ -84,7 +109,7 @@ def print_inspection(found: Inspection, all_layers: bool) -> None:
     print(f"\n{quantized} of {len(found.linears)} linears quantized; {found.parameters:,} weights in all")
     print(
         f"{megabytes(sizes['float'])} in the float type of this target -> {megabytes(sizes['total'])}: "
-        f"linears {megabytes(sizes['quantized'])}, rest {megabytes(sizes['rest'])}"
+        f"linears {megabytes(sizes['quantized'])}, {_parts(sizes)}"
     )
     if found.attention:
         print(f"Attention is {found.attention}")

@@ -55,8 +55,9 @@ def main() -> None:
             size = 4 * sum(n * k for n, k in (entry.shape for entry in result.manifest.linears))
             print_row(["float32", f"{size:,}", number(scores.float_perplexity), "0", "0", "100 %", f"({seconds:.0f})"])
             first = False
+        size = sum(entry.bytes for entry in result.manifest.linears)
         print_row([
-            name, f"{result.manifest.bytes['quantized_linears']:,}", number(scores.perplexity), number(scores.kl_mean),
+            name, f"{size:,}", number(scores.perplexity), number(scores.kl_mean),
             number(scores.kl_p99), f"{100 * scores.top1_agreement:.1f} %", f"{sum(result.seconds.values()):.0f}",
         ])  # fmt: skip
 

@@ -68,7 +68,7 @@ def main() -> None:
                 print_row(["float32", f"{size:.1f}", f"{scores.float_perplexity:.4g}", "0", "100 %", "", "1", "1"])
                 first = False
             print_row([
-                name, f"{result.manifest.bytes['quantized_linears'] / 1e6:.1f}", f"{scores.perplexity:.4g}",
+                name, f"{sum(entry.bytes for entry in result.manifest.linears) / 1e6:.1f}", f"{scores.perplexity:.4g}",
                 f"{scores.kl_mean:.4g}", f"{100 * scores.top1_agreement:.1f} %", kernel(out),
                 f"{speed.ratios['prefill:128']:.2f}", f"{speed.ratios['decode:128']:.2f}",
             ])  # fmt: skip

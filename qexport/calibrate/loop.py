@@ -14,11 +14,10 @@ import torch
 
 from ..capture.blocks import Block
 from ..capture.graph import Captured
-from ..errors import InputError, within
+from ..errors import InputError, PassError, within
 from ..numerics.joined import Joined
 from ..passes.base import GraphPass, Pipeline
 from ..passes.edit import attributes, delete_tensor, get_tensor, set_tensor, unload
-from ..passes.sites import linears
 from . import shards
 from .memory import trim
 from .streams import Stream, batches, collect, sqnr
@@ -93,7 +92,7 @@ def quantize_blocks(
 
     Args:
         captured: the model; its blocks' graphs are changed in place.
-        passes: run on every block that has linears.
+        passes: each is run on the blocks it works on.
         stream: calibration inputs, advanced through the quantized blocks; None when no pass needs data.
         reference: the same inputs, advanced through the float blocks, for the SQNR of each block.
         work: folder of shards and journal; made if missing.
@@ -117,7 +116,7 @@ def quantize_blocks(
             continue
         try:
             with within(block.name):
-                item = _one(captured, block, passes, stream, reference, index, total, place)
+                item = _one(captured, block, passes, stream, reference, finished, total, place)
         except (MemoryError, RuntimeError) as error:
             if isinstance(error, RuntimeError) and "allocate memory" not in str(error):  # how PyTorch says it on a CPU
                 raise
@@ -132,21 +131,23 @@ def quantize_blocks(
     return finished
 
 
-def _one(captured, block: Block, passes, stream, reference, index: int, total: int, place: Path) -> Finished:
-    started, last = time.perf_counter(), index == total - 1
-    has_linears = bool(linears(block.module.graph))
+def _one(captured, block: Block, passes, stream, reference, finished, total: int, place: Path) -> Finished:
+    started, index = time.perf_counter(), len(finished)
+    last = index == total - 1
+    steps = [step for step in passes if step.works_on(block.module)]
     loaded: dict[str, torch.Tensor] = {}
-    if has_linears or (stream is not None and not last):
+    if steps or (stream is not None and not last):
         loaded = _load(captured, block)
     if reference is not None and not last:
         reference.advance(block, index)
     results = {}
-    if has_linears:
+    if steps:
         sample = stream.inputs(block, 0) if stream is not None else ()
         with torch.no_grad():
-            results = Pipeline(passes).run(
-                block.module, partial(collect, block, stream), sample, batches(block, stream, reference)
-            )
+            results = Pipeline(steps).run(
+                block.module, partial(collect, block, stream), sample, batches(block, stream, reference),
+                partial(_earlier, finished),
+            )  # fmt: skip
         _untie(captured, block, loaded)
     decibels = None
     if stream is not None and not last:
@@ -165,6 +166,14 @@ def _one(captured, block: Block, passes, stream, reference, index: int, total: i
         {name: [(n.site, n.what) for n in r.skipped] for name, r in results.items() if r.skipped},
     )  # fmt: skip
     return Finished(block, record, place, set(stored), captured)
+
+
+def _earlier(finished: list[Finished], name: str) -> torch.Tensor:
+    """A tensor that a finished block made."""
+    for item in finished:
+        if name in item.stored:
+            return item.read(name)
+    raise PassError(f"no block before this one has made {name}")
 
 
 def _untie(captured: Captured, block: Block, loaded: dict[str, torch.Tensor]) -> None:

@@ -17,7 +17,7 @@ from ..capture.blocks import Block, holder
 from ..errors import InputError
 from ..passes.edit import Spec, attributes, get_tensor
 
-_META = ("spec", "module_path", "linear", "result_of", "plane_of", "branch_of")
+_META = ("spec", "module_path", "linear", "result_of", "plane_of", "branch_of", "shares")
 _FUNCTIONS = {
     "getitem": operator.getitem,
     "add": operator.add,

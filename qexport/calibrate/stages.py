@@ -6,6 +6,7 @@ from ..passes.activations import QuantizeActivations
 from ..passes.awq import AWQ
 from ..passes.base import GraphPass
 from ..passes.crossquant import CrossQuant
+from ..passes.embedding import EmbeddingPlan, QuantizeEmbedding, ShareEmbedding
 from ..passes.fptq import FPTQ
 from ..passes.lae import LogEqualize
 from ..passes.lowrank import LoRC
@@ -19,17 +20,23 @@ from ..recipe import Recipe
 
 
 def passes_for(
-    recipe: Recipe, plan: Mapping[str, LinearPlan], extra: Sequence[GraphPass] = (), calibrated: bool = True
+    recipe: Recipe,
+    plan: Mapping[str, LinearPlan],
+    extra: Sequence[GraphPass] = (),
+    calibrated: bool = True,
+    embeddings: Sequence[EmbeddingPlan] = (),
 ) -> list[GraphPass]:
     """Exact transformations first, then weights, their branches, and activations: ranges are those of what is deployed.
 
     Args:
         plan: by linear name.
-        extra: the caller's own passes; they see the block in float, before everything else.
+        extra: the caller's own passes; they see the block in float, before everything else but an output projection
+            whose codes an embedding has decided already.
         calibrated: whether there is calibration data.
+        embeddings: the decisions for the tables of token embeddings.
     """
     quantizes_inputs = any(p.scheme is not None and p.scheme.activation is not None for p in plan.values())
-    passes = [*extra, *_exact(recipe, plan, quantizes_inputs)]
+    passes = [*_tables(recipe, embeddings), *extra, *_exact(recipe, plan, quantizes_inputs)]
     if recipe.llm_int8 is not None and quantizes_inputs:
         passes.append(SeparateOutliers(plan, recipe.llm_int8.threshold))
     passes += _weights(recipe, plan)
@@ -41,6 +48,18 @@ def passes_for(
         dynamic = recipe.crossquant is not None and recipe.crossquant.row_scale == "dynamic"
         alpha = recipe.crossquant.alpha if dynamic else None
         passes.append(QuantizeActivations(plan, given.observer, given.percentile, calibrated, given.only_kernel, alpha))
+    return passes
+
+
+def _tables(recipe: Recipe, embeddings: Sequence[EmbeddingPlan]) -> list[GraphPass]:
+    """Embeddings as codes, and what reads these codes."""
+    quantized = [e for e in embeddings if e.scheme is not None]
+    passes: list[GraphPass] = []
+    if quantized:
+        weights = recipe.weights
+        passes.append(QuantizeEmbedding({e.weight: e for e in quantized}, weights.clip_search, weights.method == "hqq"))
+    if shared := {e.linear: e for e in quantized if e.linear}:
+        passes.append(ShareEmbedding(shared))
     return passes
 
 

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
+from torch.fx import Node
 
 from .blocks import Block
 from .source import ModelFolder
@@ -52,6 +53,23 @@ class Captured:
     settings: dict[str, Any] = field(default_factory=dict)
     folder: ModelFolder | None = None
     tied: dict[str, tuple[str, ...]] = field(default_factory=dict)
+
+    def made(self, output: str) -> tuple[Block, Node] | None:
+        """The block and the node that make an output of the model, by its public name; None without such an output."""
+        value = next((port.value for port in self.outputs if port.name == output), None)
+        for block in self.blocks:
+            if value in block.outputs:
+                results = next(n for n in block.module.graph.nodes if n.op == "output").args[0]
+                return block, results[block.outputs.index(value)]
+        return None
+
+    def taken(self, name: str, block: Block) -> Node | None:
+        """The placeholder of a block for an input of the model, by its public name; None where it reads none."""
+        value = next((port.value for port in self.inputs if port.name == name), None)
+        if value not in block.inputs:
+            return None
+        placeholders = [n for n in block.module.graph.nodes if n.op == "placeholder"]
+        return placeholders[block.inputs.index(value)]
 
     def load(self, name: str) -> torch.Tensor:
         """A weight or constant of the graph, float32 where it is floating point."""

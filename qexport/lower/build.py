@@ -10,15 +10,15 @@ from torch.fx import Graph, GraphModule, Node
 
 from .. import ops as _ops  # noqa: F401  registers the operators
 from ..capture.graph import Port
-from .emitter import ONNX_DTYPE, Emitter, unsupported
+from .emitter import ONNX_DTYPE, VIEW_OF, Emitter, unsupported
 from .fuse import fuse_norms
-from .ops import elementwise, grouped, layers, quantized, shapes
+from .ops import elementwise, embedding, grouped, layers, quantized, shapes
 from .targets.forms import linear_products
 
 OPSET = 23  # Attention, RMSNormalization and RotaryEmbedding appeared here
 TRANSLATIONS = {
     **elementwise.TRANSLATIONS, **shapes.TRANSLATIONS, **layers.TRANSLATIONS, **grouped.TRANSLATIONS,
-    **quantized.TRANSLATIONS,
+    **quantized.TRANSLATIONS, **embedding.TRANSLATIONS,
 }  # fmt: skip
 
 
@@ -72,6 +72,7 @@ class Lowered:
     Attributes:
         linears: the quantized linears.
         parts: for linears of more than one product, (node name, operator it must become) of the others.
+        tensors: bytes of every tensor in the file by name; 0 for one made of another's bytes.
         bytes: of the tensors of each quantized linear in the file; merged linears share theirs by their columns.
         blocks: for each block the value it hands to the next one.
     """
@@ -79,6 +80,7 @@ class Lowered:
     model: ir.Model
     linears: dict[str, Placed] = field(default_factory=dict)
     parts: dict[str, tuple[tuple[str, str], ...]] = field(default_factory=dict)
+    tensors: dict[str, int] = field(default_factory=dict)
     bytes: dict[str, int] = field(default_factory=dict)
     blocks: dict[str, str] = field(default_factory=dict)
 
@@ -132,6 +134,7 @@ def build(
         opset_imports={"": OPSET} | dict.fromkeys({n.domain for n in emit.nodes} - {""}, 1), name="qexport",
     )  # fmt: skip
     _drop_unused(graph)
+    tensors = {n: 0 if VIEW_OF in v.meta else v.const_value.nbytes for n, v in graph.initializers.items()}
     model = ir.Model(graph, ir_version=11, producer_name="qexport", producer_version=version)
     lowered = Lowered(
         model,
@@ -147,7 +150,8 @@ def build(
             for linear in linears
             if (found := tuple(dict.fromkeys(parts.get(name, ()) + parts.get(linear, ()))))
         },
-        _bytes(graph, members),
+        tensors,
+        _bytes(tensors, members),
         {name: known[value].name for name, value in lowered_blocks.items()},
     )
     fuse_norms(graph)  # which hands the names on to other values
@@ -191,18 +195,18 @@ def _named(value: ir.Value, port: Port, target: Target) -> ir.Value:
     return value
 
 
-def _bytes(graph: ir.Graph, members: Mapping[str, Mapping[str, tuple[int, int] | None]]) -> dict[str, int]:
-    """Bytes of the initializers that belong to each linear: their names begin with its name, or with that of a product.
+def _bytes(tensors: Mapping[str, int], members: Mapping[str, Mapping[str, tuple[int, int] | None]]) -> dict[str, int]:
+    """Bytes of the tensors that belong to each linear: their names begin with its name, or with that of a product.
 
     Args:
         members: by the name of a product, its linears and their columns.
     """
     sizes = dict.fromkeys([*members, *(linear for linears in members.values() for linear in linears)], 0)
-    for name, value in graph.initializers.items():
+    for name, nbytes in tensors.items():
         parents = (name[:i] for i, letter in enumerate(name) if letter == ".")
         owner = next((parent for parent in parents if parent in sizes), None)
         if owner is not None:
-            sizes[owner] += value.const_value.nbytes
+            sizes[owner] += nbytes
     for name, linears in members.items():
         if name not in linears:
             size, end = sizes.pop(name), max(stop for _, stop in linears.values())

@@ -18,6 +18,7 @@ ONNX_DTYPE = {
     torch.float64: ir.DataType.DOUBLE, torch.int64: ir.DataType.INT64, torch.int32: ir.DataType.INT32,
     torch.int8: ir.DataType.INT8, torch.uint8: ir.DataType.UINT8, torch.bool: ir.DataType.BOOL,
 }  # fmt: skip
+VIEW_OF = "view_of"  # in the meta of an initializer: the one whose bytes it is made of
 _FOUR_BITS = {torch.int8: ir.DataType.INT4, torch.uint8: ir.DataType.UINT4}
 
 
@@ -126,6 +127,23 @@ class Emitter:
             return tensor_adapters.TorchTensor(make(read(node.target).to(given)).contiguous(), name=name)
 
         return self._initializer(name, ir.LazyTensor(load, dtype=ONNX_DTYPE[dtype], shape=ir.Shape(shape), name=name))
+
+    def view(self, value: ir.Value, suffix: str, shape: Sequence[int]) -> ir.Value:
+        """The bytes of an initializer under another shape; the file has them once (see `folder.write_model`).
+
+        Args:
+            suffix: its name is the other's with this behind.
+        """
+        name, source = f"{value.name}.{suffix}", value.const_value
+        if name in self.initializers:
+            return self.initializers[name]
+
+        def load() -> ir.TensorProtocol:
+            return ir.tensor(source.numpy().reshape(shape), name=name)
+
+        made = self._initializer(name, ir.LazyTensor(load, dtype=value.dtype, shape=ir.Shape(shape), name=name))
+        made.meta[VIEW_OF] = value.name
+        return made
 
     def cast(self, value: ir.Value, dtype: torch.dtype) -> ir.Value:
         return self.op("Cast", value, to=ONNX_DTYPE[dtype])

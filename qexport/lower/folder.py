@@ -15,6 +15,7 @@ from ..errors import InputError, writing_to
 from ..runtime import manifest as manifests
 from ..runtime.genai import genai_config
 from ..runtime.manifest import Manifest
+from .emitter import VIEW_OF
 
 _COPIED = ("config.json", "generation_config.json")
 
@@ -69,13 +70,33 @@ def explained(place: Path):
 
 
 def write_model(folder: Path, model: ir.Model, progress: Callable[[int, int], None]) -> int:
-    """Save model.onnx with its tensors in model.onnx.data; returns the bytes of both."""
-    ir.save(
-        model, folder / manifests.MODEL_FILE, external_data=f"{manifests.MODEL_FILE}.data",
+    """Save model.onnx with its tensors in model.onnx.data; returns the bytes of both.
+
+    An initializer that is a view of another points at the other's bytes: ONNX Runtime maps them into memory once, where
+    a Reshape in the graph would be folded into a copy when the session is made.
+    """
+    initializers = model.graph.initializers
+    views = {value: initializers[value.meta[VIEW_OF]] for value in initializers.values() if VIEW_OF in value.meta}
+    for value in views:
+        value.const_value = None  # what has no data yet is not written
+    ir.external_data.unload_from_model(
+        model, folder, f"{manifests.MODEL_FILE}.data",
         size_threshold_bytes=256,  # ONNX Runtime reads shape constants while it loads and wants them in the file
         callback=lambda _tensor, info: progress(info.index + 1, info.total),
     )  # fmt: skip
+    for value, source in views.items():
+        value.const_value = _reshaped(source.const_value, value)
+    ir.save(model, folder / manifests.MODEL_FILE)
     return sum(p.stat().st_size for p in folder.iterdir())
+
+
+def _reshaped(tensor: ir.TensorProtocol, value: ir.Value) -> ir.TensorProtocol:
+    if not isinstance(tensor, ir.ExternalTensor):
+        return ir.tensor(tensor.numpy().reshape(value.shape.numpy()), name=value.name)
+    return ir.ExternalTensor(
+        tensor.location, tensor.offset, tensor.length, tensor.dtype,
+        shape=value.shape, name=value.name, base_dir=tensor.base_dir,
+    )  # fmt: skip
 
 
 def write_companions(

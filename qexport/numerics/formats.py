@@ -88,6 +88,11 @@ class Scheme:
         """Whether the product is one integer matmul: both sides integers, no scale inside the sum."""
         return self.activation is not None and (self.expand or self.weight.group_size in (PER_CHANNEL, PER_TENSOR))
 
+    @property
+    def table(self) -> bool:
+        """Whether rows of such a weight can be looked up: integer codes in groups, and activations in float."""
+        return self.activation is None and self.weight.codebook is None and self.weight.group_size > 0
+
     @classmethod
     def parse(cls, name: str) -> "Scheme":
         """Read `w{2|3|4|8}a{16|8|4}[_g{16..1024}|_pc|_pt][_asym][_dyn|_static][_int]` or `{nf4|fp4}[_g{16..}][_dq]`.

@@ -9,6 +9,7 @@ from ..numerics.formats import Scheme
 from .explaining import explain
 
 FLOAT = "float"
+TIED = "tied"
 
 # A weight-only scheme without a group is what other tools mean by it: groups, because one scale per channel is too
 # coarse for 4 bits and saves nothing in speed at 8. `_pc` asks for one scale per channel.
@@ -40,6 +41,18 @@ def known_scheme(name: str) -> str:
 
 def scheme_or_float(name: str) -> str:
     return FLOAT if name.lower() == FLOAT else known_scheme(name)
+
+
+def scheme_of_embedding(name: str) -> str:
+    if name.lower() in (FLOAT, TIED):
+        return name.lower()
+    known = known_scheme(name)
+    if not Scheme.parse(known).table:
+        raise ValueError(
+            f"{known} is no scheme for an embedding: rows are looked up in integer codes in groups, by no activation",
+            "Use w4a16_g32, w8a16_g32 and the like, tied, or float",
+        )
+    return known
 
 
 class _SpecType(type(BaseModel)):

@@ -15,6 +15,7 @@ from ..capture.module import capture_module
 from ..capture.source import open_model
 from ..errors import InputError
 from ..passes.activations import QuantizeActivations
+from ..passes.embedding import QuantizeEmbedding, ShareEmbedding
 from ..passes.lowrank import LoRC
 from ..passes.outliers import SeparateOutliers
 from ..passes.weights import GPTQ, HalfQuadratic, RoundToNearest
@@ -24,7 +25,7 @@ from ..runtime import manifest as manifests
 from ..runtime.manifest import Manifest
 from ..runtime.session import open_session
 from .layers import compare, compare_layers, run_session
-from .logits import compare_logits, deployed_logits
+from .logits import check_all_logits, compare_logits, deployed_logits
 from .placement import examine
 from .reference import Feeds, FloatOutputs, check_same_model, decoder_feeds, module_feeds
 from .report import REPORT_FILE, Logits, Report, Row, exported_activations, load, save, worst_first
@@ -39,7 +40,18 @@ _LAYER_TOKENS = 256
 # Passes that leave everything but the linears' weights and inputs as it was in the float model.
 _QUANTIZERS = {
     step.__name__
-    for step in (RoundToNearest, HalfQuadratic, GPTQ, ZQLocal, ZQGlobal, LoRC, SeparateOutliers, QuantizeActivations)
+    for step in (
+        QuantizeEmbedding,
+        ShareEmbedding,
+        RoundToNearest,
+        HalfQuadratic,
+        GPTQ,
+        ZQLocal,
+        ZQGlobal,
+        LoRC,
+        SeparateOutliers,
+        QuantizeActivations,
+    )
 }
 
 
@@ -76,7 +88,8 @@ def validate(
         progress: called with (stage, what, done, total).
 
     Raises:
-        InputError: the folder is no export, the reference is another model, or the text does not do.
+        InputError: the folder is no export or gives the last logits only, the reference is another model, or the text
+            does not do.
         RuntimeProblem: ONNX Runtime refuses the model or does not have the provider.
     """
     folder, seconds, started = Path(folder), {}, time.perf_counter()
@@ -91,6 +104,7 @@ def validate(
         raise InputError(
             "cannot be written, and the report goes there", place=str(folder), remedy="Copy it to a folder you own"
         )
+    check_all_logits(manifest, folder)
     captured = _capture(reference, inputs)
     transformed = _transformed(folder)
     check_same_model(captured, manifest, folder, transformed=transformed)

@@ -7,11 +7,25 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..errors import InputError
 from ..numerics.metrics import kl_divergence, nll, top1_agreement
 from ..runtime.decoder import open_decoder
 from ..runtime.manifest import Manifest
 from .reference import FloatOutputs, Progress
 from .report import Logits
+
+
+def check_all_logits(manifest: Manifest, folder: Path) -> None:
+    """Refuse an export whose logits are those of the last token only: there is too little to compare.
+
+    Raises:
+        InputError: as said.
+    """
+    if manifest.settings.get("logits") == "last":
+        raise InputError(
+            "gives the logits of the last token only, and a comparison needs those of every token", place=str(folder),
+            remedy="Export it once more with logits all; everything else is the same",
+        )  # fmt: skip
 
 
 def deployed_logits(
@@ -22,8 +36,10 @@ def deployed_logits(
     A file that computes the logits of the last token alone is run token by token, which is slow.
 
     Raises:
+        InputError: the export gives the logits of the last token only.
         RuntimeProblem: ONNX Runtime refuses the model or does not have the provider.
     """
+    check_all_logits(manifest, folder)
     decoder = open_decoder(folder, manifest, threads=threads, provider=provider, max_length=length)
 
     def run(ids: Tensor) -> Tensor:

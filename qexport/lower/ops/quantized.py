@@ -1,5 +1,7 @@
 """The quantization operators."""
 
+import math
+
 import torch
 from torch.fx import Node
 
@@ -86,27 +88,47 @@ def _matmul_bnb4(emit: Emitter, node: Node):
 def _matmul_nbits(emit: Emitter, node: Node):
     x, codes, scale, zero_point, bits, group_size, block_size = node.args
     k, n = shape_of(codes)
-    blocks = -(-k // block_size)
-    offset = 2 ** (bits - 1) if dtype_of(codes) == torch.int8 else 0  # what the kernel takes off without zero points
-
-    def pack(t: torch.Tensor) -> torch.Tensor:
-        unsigned = t.t().contiguous().view(torch.uint8) + offset  # modulo 256
-        filled = torch.nn.functional.pad(unsigned, (0, blocks * block_size - k))
-        return pack_rows(filled.view(n, blocks, block_size), bits)
-
-    def spread(t: torch.Tensor) -> torch.Tensor:
-        return t.t().repeat_interleave(group_size // block_size, dim=1)
-
-    weight = emit.derived(codes, "packed", [n, blocks, block_size * bits // 8], torch.uint8, pack)
-    scales = emit.derived(scale, "blocks", [n, blocks], dtype_of(scale), spread)
-    zeros = None
-    if zero_point is not None:
-        width = -(-blocks * bits // 8)
-        zeros = emit.derived(zero_point, "packed", [n, width], torch.uint8, lambda t: pack_rows(spread(t), bits))
+    shape = [n, -(-k // block_size), block_size * bits // 8]
+    rows = emit.initializers.get(f"{codes.target}.rows")  # of an embedding that owns the codes
+    weight = packed_codes(emit, codes, bits, "packed", shape) if rows is None else emit.view(rows, "packed", shape)
+    scales, zeros = packed_scales(emit, codes, scale, zero_point, bits, group_size, block_size)
     return _kernel(
         emit, node, "MatMulNBits", x, weight, scales, zeros, K=k, N=n, bits=bits, block_size=block_size,
         accuracy_level=4 if is_call(x, ops.matmul_nbits_input.default) else 1,
     )  # fmt: skip
+
+
+def packed_codes(emit: Emitter, codes: Node, bits: int, suffix: str, shape: list[int]):
+    """Codes [K, N] as the kernels for groups read them: row by row of N, the first code in the lowest bits.
+
+    Args:
+        shape: [N, ...] bytes; more than K codes need fill up the last block.
+    """
+    missing = math.prod(shape[1:]) * 8 // bits - shape_of(codes)[0]
+    offset = 2 ** (bits - 1) if dtype_of(codes) == torch.int8 else 0  # what a kernel takes off without zero points
+
+    def pack(t: torch.Tensor) -> torch.Tensor:
+        unsigned = t.t().contiguous().view(torch.uint8) + offset  # modulo 256
+        return pack_rows(torch.nn.functional.pad(unsigned, (0, missing)), bits).view(shape)
+
+    return emit.derived(codes, suffix, shape, torch.uint8, pack)
+
+
+def packed_scales(
+    emit: Emitter, codes: Node, scale: Node, zero_point: Node | None, bits: int, group_size: int, block_size: int
+):
+    """Scales [N, blocks] and zero points [N, bytes] or None of the same kernels, those of a longer group repeated."""
+    k, n = shape_of(codes)
+    blocks = -(-k // block_size)
+
+    def spread(t: torch.Tensor) -> torch.Tensor:
+        return t.t().repeat_interleave(group_size // block_size, dim=1)
+
+    scales = emit.derived(scale, "blocks", [n, blocks], dtype_of(scale), spread)
+    if zero_point is None:
+        return scales, None
+    width = -(-blocks * bits // 8)
+    return scales, emit.derived(zero_point, "packed", [n, width], torch.uint8, lambda t: pack_rows(spread(t), bits))
 
 
 def _kernel(emit: Emitter, node: Node, op_type: str, x: Node, *constants, **attributes):

@@ -1,0 +1,56 @@
+"""What a recipe means for a captured model, told from shapes alone."""
+
+from dataclasses import replace
+from typing import Any
+
+from .capture.graph import Captured
+from .errors import RecipeError
+from .numerics.formats import Scheme
+from .passes.embedding import EmbeddingPlan, plan_embeddings
+from .passes.plan import LinearPlan, make_plan, weight_bytes
+from .passes.sites import Linear, projection_behind
+from .recipe import Recipe
+from .recipes.specs import FLOAT, TIED
+
+
+def plan_for(captured: Captured, recipe: Recipe, width: int = 4) -> tuple[list[LinearPlan], list[EmbeddingPlan]]:
+    """The decision for every linear and every table of token embeddings of a captured model.
+
+    Args:
+        width: bytes of a number that stays float.
+
+    Raises:
+        RecipeError: an override matches no linear, or there is no embedding to quantize.
+    """
+    plan = make_plan([(b.name, b.module.graph) for b in captured.blocks], recipe.scheme_for)
+    idle = recipe.unmatched_overrides([p.name for p in plan])
+    if idle:
+        raise RecipeError(
+            f"matches no linear of the model: {idle[0]!r}", place="overrides", remedy="See `qexport inspect`"
+        )
+    tied = recipe.embedding == TIED
+    wanted = None if tied or recipe.embedding == FLOAT else Scheme.parse(recipe.embedding)
+    graphs = [(b.name, b.module.graph, captured.taken("input_ids", b)) for b in captured.blocks]
+    plan = [replace(p, bytes=weight_bytes(p, width)) for p in plan]
+    projection, method = output_projection(captured), recipe.weights.method
+    embeddings, plan = plan_embeddings(graphs, wanted, tied, plan, projection, method, width)
+    if not embeddings and recipe.embedding != FLOAT:
+        raise RecipeError(
+            "the model looks up no rows by input_ids, so there is no embedding to quantize", place="embedding",
+            remedy="Leave out embedding",
+        )  # fmt: skip
+    return plan, embeddings
+
+
+def output_projection(captured: Captured) -> Linear | None:
+    """The linear that makes the logits; None where there is none."""
+    found = captured.made("logits")
+    return None if found is None else projection_behind(found[1])
+
+
+def described_embedding(plan: EmbeddingPlan) -> dict[str, Any]:
+    """The decision for a table of token embeddings in plain types."""
+    return {
+        "name": plan.name, "scheme": plan.scheme.name if plan.scheme else FLOAT, "shape": list(plan.shape),
+        "bytes": plan.bytes, "shared with": plan.linear or None, "reason": plan.reason,
+    }  # fmt: skip
