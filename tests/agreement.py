@@ -16,13 +16,13 @@ ROUNDING = 1e-5  # of the largest element; float32 sums over at most 96 products
 STEP = 2e-2  # of the largest element: one 8-bit code of one input is at most 1/127 of it
 
 
-def export(captured, recipe, target, folder, single=False):
+def export(captured, recipe, target, folder, single=False, **options):
     """`exporting.export`; single: the CUDA target without its last step, which makes everything float16."""
     with ExitStack() as changes:
         if single:
             changes.enter_context(patch.object(cuda, "to_half", lambda module, constants: None))
             changes.enter_context(patch.object(cuda.CudaTarget, "dtype", torch.float32))
-        return exporting.export(captured, recipe, target, folder)
+        return exporting.export(captured, recipe, target, folder, **options)
 
 
 def differences(exported, mask):

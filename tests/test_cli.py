@@ -118,6 +118,16 @@ def test_export_for_people(model, tmp_path, run):
     assert "error" not in err
 
 
+def test_export_of_the_last_logits(model, tmp_path, run):
+    code, _, err = run("export", model, "-o", tmp_path / "out", "-r", "w4a16_g32_rtn", "--logits", "last")
+    assert code == 0 and "error" not in err
+    assert json.loads((tmp_path / "out" / "manifest.json").read_text())["settings"]["logits"] == "last"
+    refused(run("validate", tmp_path / "out", "--reference", model), "logits of the last token only", "with logits all")
+    refused(run("export", model, "-o", tmp_path / "b", "--logits", "first"), "unknown logits 'first'", "all or last")
+    code, text, _ = run("generate", tmp_path / "out", "--prompt", "abc", "--max-new-tokens", 8)
+    assert code == 0 and len(text) > 1
+
+
 def test_a_width_that_does_not_divide_falls_back_and_says_so(model, tmp_path, run):
     said = "96 input features do not divide into groups of 64: groups of 32"
     code, out, _ = run("export", model, "-o", tmp_path / "out", "-r", "nf4")

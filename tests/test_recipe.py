@@ -108,7 +108,7 @@ def test_file_with_defaults(write):
     assert recipe == Recipe(name="mine", scheme="w4a16_g32")
     assert recipe.weights == WeightSpec(method="rtn") and recipe.smooth is None
     assert recipe.calibration == CalibrationSpec(source="self", samples=32, sequence_length=256, seed=0, batch_size=4)
-    assert recipe.accuracy_level == 4
+    assert recipe.accuracy_level == 4 and recipe.embedding == "float"
 
 
 def test_exponents_without_a_point_are_numbers(write):
@@ -196,6 +196,13 @@ def test_needs_calibration(fields, needs):
     assert Recipe(**fields).needs_calibration is needs
 
 
+def test_schemes_of_the_embedding():
+    for name, known in (("W4A16", "w4a16_g128"), ("w8a16", "w8a16_g32"), ("TIED", "tied"), ("w3a16_g64", "w3a16_g64")):
+        assert Recipe(scheme="w4a16_g32", lm_head="w4a16_g32", embedding=name).embedding == known
+    later = [{"match": "lm_head", "scheme": "w8a16_g32"}]
+    assert Recipe(scheme="w4a16_g32", overrides=later, embedding="tied").embedding == "tied", "the plan decides"
+
+
 def test_a_recipe_does_not_change():
     with pytest.raises(ValueError, match="frozen"):
         Recipe.load("w4a16_g32").scheme = "w8a16"
@@ -225,6 +232,16 @@ def test_a_recipe_does_not_change():
         ("- scheme\n", 0, "not a mapping"),
         ("", 0, "not a mapping"),
         ("name: x\n", 0, "scheme: this key is missing"),
+        ("scheme: w4a16_g32\nembedding: w8a8_dyn\n", 2, r"embedding: w8a8_dyn is no scheme for an embedding"),
+        ("scheme: w4a16_g32\nembedding: w4a16_pc\n", 2, r"w4a16_pc is no scheme .*Use w4a16_g32, .*tied, or float"),
+        ("scheme: w4a16_g32\nembedding: nf4\n", 2, r"embedding: nf4 is no scheme for an embedding"),
+        ("scheme: w4a16_g32\nembedding: tide\n", 2, r"embedding: unknown scheme 'tide'"),
+        (
+            "scheme: w4a16_g32\nembedding: tied\n",
+            0,
+            r"embedding: tied reads the codes of lm_head.*lm_head is float\. Set",
+        ),
+        ("scheme: w4a16_g32\nlm_head: w8a8_dyn\nembedding: tied\n", 0, r"in groups, and lm_head is w8a8_dyn"),
         ("scheme: w4a16_g32\nsmooth: {}\n", 0, r"w4a16_g32 keeps them in float\. Remove smooth"),
     ],
 )

@@ -26,8 +26,8 @@ def gather_quantized(
     flat = ids.reshape(-1)
     codes, scale = codes.index_select(1, flat), scale.index_select(1, flat)
     zero_point = None if zero_point is None else zero_point.index_select(1, flat)
-    rows = dequantize_linear(codes, scale, zero_point, 0, group_size, bits).t()
-    return rows.reshape(*ids.shape, codes.shape[0])
+    rows = dequantize_linear(codes, scale, zero_point, 0, group_size, bits).t().contiguous()
+    return rows.view(*ids.shape, codes.shape[0])
 
 
 @gather_quantized.register_fake
