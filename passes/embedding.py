@@ -1,28 +1,27 @@
 """The token embedding as codes in groups, and an output projection that reads the very same ones.
 
-The embedding comes first, so it owns the codes: its table is rounded to nearest, and what the layers behind it are
-calibrated on are its rounded rows. A tied output projection takes codes and scales as they are.
+The embedding comes first, so it owns the codes, and the layers behind it are calibrated on its rounded rows. A tied
+output projection takes codes and scales as they are.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch.fx import Graph, GraphModule, Node
 
 from ..numerics.formats import Scheme, WeightFormat
-from ..numerics.grid import QuantizedWeight
-from ..numerics.hqq import hqq
+from ..numerics.grid import QuantizedWeight, quantize_weight
 from ..numerics.packing import stored_block
 from .base import Context, GraphPass, Note, PassResult
 from .edit import call, finish, get_tensor, is_call, shape_of
 from .insert import insert_weight, weight_tensors
 from .plan import LinearPlan, fit
 from .sites import Linear, linears
-from .weights import round_to_nearest
 
 aten = torch.ops.aten
 ops = torch.ops.qexport
+Rounding = Callable[[torch.Tensor, WeightFormat], QuantizedWeight]
 # What leaves the order of token ids as it is.
 _SAME_IDS = (
     aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.to.dtype, aten._to_copy.default,
@@ -81,7 +80,7 @@ def plan_embeddings(
         tied: read the codes of the output projection instead.
         plan: of the linears.
         projection: the output projection.
-        method: how codes of linears are found; shared ones are found by none that needs data.
+        method: how codes of linears are found; those that train weights do not apply to shared codes.
         width: bytes of a number that stays float.
 
     Returns:
@@ -120,8 +119,8 @@ def _tied(empty: EmbeddingPlan, linear: LinearPlan | None) -> EmbeddingPlan:
 
 
 def _sharing(plan: LinearPlan, embedding: EmbeddingPlan, method: str) -> LinearPlan:
-    how = "" if method in ("rtn", "hqq") else f", which are rounded to nearest: {method} does not apply"
-    why = f"reads the codes of {embedding.name}{how}"
+    how = f", which are rounded to nearest: {method} does not apply"
+    why = f"reads the codes of {embedding.name}{how if method.startswith('zq') else ''}"
     given = plan.reason or embedding.reason
     return replace(plan, scheme=embedding.scheme, reason=f"{given}; {why}" if given else why, bytes=0)
 
@@ -139,17 +138,15 @@ def table_bytes(plan: EmbeddingPlan, float_bytes: int = 4) -> int:
 
 @dataclass(frozen=True)
 class QuantizeEmbedding(GraphPass):
-    """embedding(table, ids) becomes gather_quantized(codes, scale, zero_point, ids), rounded to nearest.
+    """embedding(table, ids) becomes gather_quantized(codes, scale, zero_point, ids).
 
     Attributes:
         plan: by name of the table's tensor; tables without a scheme stay as they are.
-        clip_search: choose each group's clipping ratio by its squared error.
-        half_quadratic: scales by HQQ instead.
+        rounding: from a table [V, K] and its format to codes and scales.
     """
 
     plan: Mapping[str, EmbeddingPlan]
-    clip_search: bool = False
-    half_quadratic: bool = False
+    rounding: Rounding = quantize_weight
 
     def works_on(self, module: GraphModule) -> bool:
         return bool(self._lookups(module.graph))
@@ -162,7 +159,7 @@ class QuantizeEmbedding(GraphPass):
             fmt = plan.scheme.weight
             with graph.inserting_before(node):
                 if plan.weight not in tables:
-                    table = self._round(get_tensor(module, plan.weight), fmt)
+                    table = self.rounding(get_tensor(module, plan.weight), fmt)
                     tables[plan.weight] = weight_tensors(module, plan.name, table)
                     what = f"{plan.scheme.name}, shared with {plan.linear}" if plan.linear else plan.scheme.name
                     result.changed.append(Note(plan.name, what))
@@ -176,9 +173,6 @@ class QuantizeEmbedding(GraphPass):
     def _lookups(self, graph: Graph) -> list[Node]:
         nodes = (n for n in graph.nodes if is_call(n, aten.embedding.default) and n.args[0].op == "get_attr")
         return [n for n in nodes if (p := self.plan.get(n.args[0].target)) is not None and p.scheme is not None]
-
-    def _round(self, table: torch.Tensor, fmt: WeightFormat) -> QuantizedWeight:
-        return hqq(table, fmt) if self.half_quadratic else round_to_nearest(table, fmt, self.clip_search)
 
 
 @dataclass(frozen=True)

@@ -87,9 +87,7 @@ class GPTQ(GraphPass):
 
     def statistics(self, module: GraphModule) -> dict[Node, Callable]:
         return {
-            linear.input: lambda: HessianStatistic(
-                "token_norm" if self.token_norm_power else "none", self.token_norm_power or 1.0
-            )
+            linear.input: lambda: hessian_statistic(self.token_norm_power)
             for linear in linears(module.graph)
             if planned(self.plan, linear)
         }
@@ -108,6 +106,11 @@ class GPTQ(GraphPass):
             return gptq(w, hessian, fmt, damp=self.damp, act_order=self.act_order, clip_search=self.clip_search)
 
         return _quantize_all(module, self.plan, context.handover, quantize)
+
+
+def hessian_statistic(token_norm_power: float) -> HessianStatistic:
+    """An empty Hessian; token_norm_power: tokens are divided by their norm to this power, 0 leaves them as they are."""
+    return HessianStatistic("token_norm" if token_norm_power else "none", token_norm_power or 1.0)
 
 
 def planned(plan: Mapping[str, LinearPlan], linear: Linear) -> bool:

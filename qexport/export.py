@@ -15,6 +15,7 @@ import torch
 
 from .calibrate.float_model import fits_in_memory, loaded
 from .calibrate.loop import Finished, quantize_blocks
+from .calibrate.projection import hessian_of
 from .calibrate.self_text import continue_text
 from .calibrate.sources import Samples, load_samples
 from .calibrate.stages import passes_for
@@ -137,7 +138,10 @@ def export(
     try:
         with explained(work):
             by_name, calibrated = {p.name: p for p in plan}, batches is not None
-            passes = passes_for(recipe, by_name, extra_passes, calibrated, embeddings)
+            hessian = None
+            if recipe.weights.method == "gptq" and batches and any(e.linear for e in embeddings):
+                hessian = hessian_of(captured, projection, batches(), recipe.weights, partial(progress, "embedding"))
+            passes = passes_for(recipe, by_name, extra_passes, calibrated, embeddings, hessian)
             stream, reference = (batches(), batches()) if batches else (None, None)
             on_block = partial(progress, "quantize")
             finished = quantize_blocks(

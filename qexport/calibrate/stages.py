@@ -2,6 +2,12 @@
 
 from collections.abc import Mapping, Sequence
 
+import torch
+
+from ..numerics.formats import WeightFormat
+from ..numerics.gptq import gptq
+from ..numerics.grid import QuantizedWeight
+from ..numerics.hqq import hqq
 from ..passes.activations import QuantizeActivations
 from ..passes.awq import AWQ
 from ..passes.base import GraphPass
@@ -13,7 +19,7 @@ from ..passes.lowrank import LoRC
 from ..passes.outliers import SeparateOutliers
 from ..passes.plan import LinearPlan
 from ..passes.smooth import SmoothQuant
-from ..passes.weights import GPTQ, HalfQuadratic, RoundToNearest
+from ..passes.weights import GPTQ, HalfQuadratic, RoundToNearest, round_to_nearest
 from ..passes.zq_global import ZQGlobal
 from ..passes.zq_local import ZQLocal
 from ..recipe import Recipe
@@ -25,6 +31,7 @@ def passes_for(
     extra: Sequence[GraphPass] = (),
     calibrated: bool = True,
     embeddings: Sequence[EmbeddingPlan] = (),
+    hessian: torch.Tensor | None = None,
 ) -> list[GraphPass]:
     """Exact transformations first, then weights, their branches, and activations: ranges are those of what is deployed.
 
@@ -34,9 +41,10 @@ def passes_for(
             whose codes an embedding has decided already.
         calibrated: whether there is calibration data.
         embeddings: the decisions for the tables of token embeddings.
+        hessian: of what the output projection reads that shares a table; None where GPTQ does not find its codes.
     """
     quantizes_inputs = any(p.scheme is not None and p.scheme.activation is not None for p in plan.values())
-    passes = [*_tables(recipe, embeddings), *extra, *_exact(recipe, plan, quantizes_inputs)]
+    passes = [*_tables(recipe, embeddings, hessian), *extra, *_exact(recipe, plan, quantizes_inputs)]
     if recipe.llm_int8 is not None and quantizes_inputs:
         passes.append(SeparateOutliers(plan, recipe.llm_int8.threshold))
     passes += _weights(recipe, plan)
@@ -51,16 +59,23 @@ def passes_for(
     return passes
 
 
-def _tables(recipe: Recipe, embeddings: Sequence[EmbeddingPlan]) -> list[GraphPass]:
+def _tables(recipe: Recipe, embeddings: Sequence[EmbeddingPlan], hessian: torch.Tensor | None) -> list[GraphPass]:
     """Embeddings as codes, and what reads these codes."""
-    quantized = [e for e in embeddings if e.scheme is not None]
-    passes: list[GraphPass] = []
-    if quantized:
-        weights = recipe.weights
-        passes.append(QuantizeEmbedding({e.weight: e for e in quantized}, weights.clip_search, weights.method == "hqq"))
-    if shared := {e.linear: e for e in quantized if e.linear}:
-        passes.append(ShareEmbedding(shared))
-    return passes
+    quantized, given = [e for e in embeddings if e.scheme is not None], recipe.weights
+    if not quantized:
+        return []
+
+    def rounding(table: torch.Tensor, fmt: WeightFormat) -> QuantizedWeight:
+        if given.method == "hqq":
+            return hqq(table, fmt)
+        if hessian is not None and hessian.any():
+            found = {"damp": given.damp, "act_order": given.act_order, "clip_search": given.clip_search}
+            return gptq(table, hessian, fmt, **found)
+        return round_to_nearest(table, fmt, given.clip_search)
+
+    shared = {e.linear: e for e in quantized if e.linear}
+    first = QuantizeEmbedding({e.weight: e for e in quantized}, rounding)
+    return [first, ShareEmbedding(shared)] if shared else [first]
 
 
 def _exact(recipe: Recipe, plan: Mapping[str, LinearPlan], quantizes_inputs: bool) -> list[GraphPass]:

@@ -51,7 +51,7 @@ _QUANTIZERS = {
         LoRC,
         SeparateOutliers,
         QuantizeActivations,
-    )
+    )  # fmt: skip
 }
 
 

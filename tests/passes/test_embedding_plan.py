@@ -12,15 +12,19 @@ from torch import nn
 
 import exporting
 from agreement import assert_agree
-from models import HIDDEN, VOCAB, save_model
+from models import HIDDEN, VOCAB, reference_model, save_model
 from qexport import inspecting
+from qexport.calibrate.sources import load_samples
 from qexport.errors import PassError, RecipeError
 from qexport.export import capture, export
-from qexport.numerics.grid import search_clip
+from qexport.numerics.formats import WeightFormat
+from qexport.numerics.gptq import HessianStatistic, gptq
+from qexport.numerics.grid import quantize_weight
 from qexport.numerics.hqq import hqq
 from qexport.passes.base import Context
 from qexport.passes.edit import get_tensor
 from qexport.passes.embedding import ShareEmbedding, token_embeddings
+from qexport.passes.weights import round_to_nearest
 from qexport.planning import plan_for
 from qexport.recipe import CalibrationSpec, LoRCSpec, Recipe, WeightSpec
 from qexport.reporting import print_export, print_inspection
@@ -72,10 +76,11 @@ def test_tied_takes_the_scheme_of_the_output_projection(captured):
     assert (embedding.scheme.name, embedding.linear, embedding.reason) == ("w8a16_g32_asym", "lm_head", "")
     assert embedding.bytes == VOCAB * (HIDDEN + HIDDEN // 32 * 5)
     assert (head.scheme.name, head.bytes, head.reason) == ("w8a16_g32_asym", 0, "reads the codes of model.embed_tokens")
-    _, head = decided(captured, "llama_bias", lm_head="w4a16_g128", embedding="tied", weights=GPTQ)
+    trained = WeightSpec(method="zq_local")
+    _, head = decided(captured, "llama_bias", lm_head="w4a16_g128", embedding="tied", weights=trained)
     assert head.reason == (
         "64 input features do not divide into groups of 128: groups of 64; reads the codes of model.embed_tokens, "
-        "which are rounded to nearest: gptq does not apply"
+        "which are rounded to nearest: zq_local does not apply"
     )
 
 
@@ -131,21 +136,35 @@ def test_codes_that_no_block_has_made(captured):
 # ---- what the loop does ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "weights", [dict(), dict(clip_search=True), dict(method="gptq", clip_search=True), dict(method="hqq")]
-)
-def test_how_the_codes_are_found(captured, tmp_path, weights):
-    model = captured("llama_bias")
-    table = model.load("model.embed_tokens.weight")
+@pytest.mark.parametrize("method", ["rtn", "rtn, clipped", "hqq", "gptq"])
+def test_how_the_codes_are_found(captured, model_folder, tmp_path, method):
+    """GPTQ looks at what the float model hands to the output projection, which transformers tells."""
+    model, clip = captured("llama_bias"), method != "rtn"
+    table, fmt = model.load("model.embed_tokens.weight"), WeightFormat(4, 32)
+    samples = load_samples(RANDOM, vocab_size=VOCAB)
+    with torch.no_grad():
+        hidden = reference_model(model_folder("llama_bias")).model(samples.input_ids).last_hidden_state
+    statistic = HessianStatistic("token_norm", 0.5)
+    statistic.update(hidden.flatten(0, 1))
+    wanted = {
+        "rtn": lambda: quantize_weight(table, fmt),
+        "rtn, clipped": lambda: round_to_nearest(table, fmt, True),
+        "hqq": lambda: hqq(table, fmt),
+        "gptq": lambda: gptq(table, statistic.value(), fmt, damp=0.02, clip_search=True),
+    }[method]()
+    weights = WeightSpec(
+        method=method[:4].rstrip(","), damp=0.02, token_norm_power=0.5, clip_search=clip, act_order=True
+    )
     exported = exporting.export(model, Recipe(**TIED, weights=weights), "cpu", tmp_path / "out")
-    scale = get_tensor(exported.blocks[0].module, "model.embed_tokens.weight_scale").t()
-    fmt = plan_for(exported.captured, Recipe(**TIED))[1][0].scheme.weight
-    if weights.get("method") == "hqq":
-        assert torch.equal(scale, hqq(table, fmt).scale)
-    elif weights:
-        assert torch.equal(scale, search_clip(table, fmt)[0])
-    else:
-        assert torch.equal(scale, table.view(VOCAB, -1, 32).abs().amax(-1) / 7)
+    for block in (exported.blocks[0], exported.blocks[-1]):
+        codes, scale = (
+            get_tensor(block.module, f"model.embed_tokens.weight_{part}").t() for part in ("codes", "scale")
+        )
+        if method == "gptq":  # sums in another order may move a code
+            assert (codes == wanted.codes).float().mean() > 0.99 and (codes != quantize_weight(table, fmt).codes).any()
+            assert (scale == wanted.scale).float().mean() > 0.99
+        else:
+            assert torch.equal(codes, wanted.codes) and torch.equal(scale, wanted.scale)
 
 
 def test_layers_are_calibrated_on_the_rounded_embedding(captured, tmp_path):
@@ -212,7 +231,7 @@ def test_what_is_printed(captured, tmp_path, capsys):
     print_inspection(inspect(captured("llama_bias"), recipe), all_layers=False)
     out = capsys.readouterr().out
     assert "Embedding of 128 x 64, 5,120 bytes: model.embed_tokens: w4a16_g32, which lm_head reads too" in out
-    assert "reads the codes of model.embed_tokens, which are rounded to nearest: gptq does not apply" in out
+    assert "  reads the codes of model.embed_tokens\n" in out
     assert "embedding 5.1 kB, the rest takes" in out
 
     def printed(family, recipe):
