@@ -56,6 +56,7 @@ def main() -> None:
             print_row(["float32", f"{size:,}", number(scores.float_perplexity), "0", "0", "100 %", f"({seconds:.0f})"])
             first = False
         size = sum(entry.bytes for entry in result.manifest.linears)
+        size += sum(e.bytes for e in result.embeddings if e.linear)  # codes that the output projection reads
         print_row([
             name, f"{size:,}", number(scores.perplexity), number(scores.kl_mean),
             number(scores.kl_p99), f"{100 * scores.top1_agreement:.1f} %", f"{sum(result.seconds.values()):.0f}",
