@@ -28,12 +28,11 @@ from .export import (
 )
 from .lower.attention import Grouping
 from .numerics.formats import ActivationFormat
-from .passes.edit import get_tensor
 from .passes.embedding import EmbeddingPlan
 from .passes.fptq import FPTQ, Decision
 from .passes.plan import LinearPlan
-from .passes.sites import FoldSite, fold_sites, linear_at, linears
-from .planning import described_embedding, output_projection, plan_for
+from .passes.sites import FoldSite, fold_sites, linear_at
+from .planning import bytes_by_part, described_embedding, plan_for, weight_sizes
 from .recipe import Recipe
 
 _INDEX = re.compile(r"\.(\d+)(?=\.|$)")
@@ -165,10 +164,11 @@ def inspect(
     inputs = {p.name: _described(p.scheme and p.scheme.activation) for p in plan}
     for (_, place), site in zip(places, sites, strict=True):
         inputs |= _decided(place, site, policy, by_name)
-    sizes = _sizes(captured)
+    sizes = weight_sizes(captured)
     grouping = plan_attention(captured, attention, captured.load)
     tables = sum(t.numel() for t in grouping.tables.values()) if isinstance(grouping, Grouping) else 0
-    parts = _bytes(captured, plan, embeddings, sizes, tables, width)
+    parts = bytes_by_part(captured, plan, embeddings, width)
+    parts |= {name: parts[name] + width * tables for name in ("rest", "total")}
     name = type(model).__name__ if isinstance(model, torch.nn.Module) else str(model)
     return Inspection(
         model=name, recipe=recipe.name, target=target, calibrates=needs_data(recipe, plan), calibration=described,
@@ -183,38 +183,6 @@ def _attention(captured: Captured, grouping: Grouping | str | None) -> str:
     if captured.kind != "decoder":
         return ""
     return "grouped" if isinstance(grouping, Grouping) else f"standard: {grouping or 'as asked for'}"
-
-
-def _bytes(
-    captured: Captured,
-    plan: Sequence[LinearPlan],
-    embeddings: Sequence[EmbeddingPlan],
-    sizes: Mapping[str, int],
-    tables: int,
-    width: int,
-) -> dict[str, int]:
-    """Bytes of the export by part, every one in one part.
-
-    Args:
-        sizes: of every weight; tables: of rotary tables; both in elements.
-    """
-    by_name, projection = {p.name: p for p in plan}, output_projection(captured)
-    quantized = [p for p in plan if p.scheme is not None and (projection is None or p.name != projection.name)]
-    taken = {n.weight for b in captured.blocks for n in linears(b.module.graph) if by_name[n.name].scheme is not None}
-    taken |= {e.weight for e in embeddings}
-    head = 0
-    if projection is not None:
-        decided = by_name[projection.name]
-        one_table = any(e.weight == projection.weight and e.scheme is None for e in embeddings)
-        head = 0 if decided.scheme is None and one_table else decided.bytes
-        taken.add(projection.weight)
-    parts = {
-        "quantized": sum(p.bytes for p in quantized),
-        "embedding": sum(e.bytes for e in embeddings),
-        "lm_head": head,
-        "rest": width * (tables + sum(count for name, count in sizes.items() if name not in taken)),
-    }
-    return {**parts, "total": sum(parts.values())}
 
 
 def _policy(recipe: Recipe, plan: Mapping[str, LinearPlan]) -> FPTQ | None:
@@ -270,12 +238,6 @@ def _described(fmt: ActivationFormat | None, equalized: bool = False) -> str:
         return "float"
     kind = "static" if fmt.kind == "static" else "per token"
     return f"int{fmt.bits} {kind}{', equalized' if equalized else ''}"
-
-
-def _sizes(captured: Captured) -> dict[str, int]:
-    """Number of elements of every weight of the checkpoint."""
-    names = ((b, n) for b in captured.blocks for n in b.parameters if n not in captured.constants)
-    return {n: get_tensor(b.module, n).numel() for b, n in names}
 
 
 def without_index(name: str, block: str) -> tuple[str, int | None]:

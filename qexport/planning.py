@@ -1,14 +1,16 @@
 """What a recipe means for a captured model, told from shapes alone."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 from .capture.graph import Captured
 from .errors import RecipeError
 from .numerics.formats import Scheme
+from .passes.edit import get_tensor
 from .passes.embedding import EmbeddingPlan, plan_embeddings
 from .passes.plan import LinearPlan, make_plan, weight_bytes
-from .passes.sites import Linear, projection_behind
+from .passes.sites import Linear, linears, projection_behind
 from .recipe import Recipe
 from .recipes.specs import FLOAT, TIED
 
@@ -54,3 +56,37 @@ def described_embedding(plan: EmbeddingPlan) -> dict[str, Any]:
         "name": plan.name, "scheme": plan.scheme.name if plan.scheme else FLOAT, "shape": list(plan.shape),
         "bytes": plan.bytes, "shared with": plan.linear or None, "reason": plan.reason,
     }  # fmt: skip
+
+
+def bytes_by_part(
+    captured: Captured, plan: Sequence[LinearPlan], embeddings: Sequence[EmbeddingPlan], width: int
+) -> dict[str, int]:
+    """Bytes of the export, every one in one part: quantized, embedding, lm_head, rest, and their total.
+
+    Args:
+        width: bytes of a number that stays float.
+    """
+    sizes = weight_sizes(captured)
+    by_name, projection = {p.name: p for p in plan}, output_projection(captured)
+    quantized = [p for p in plan if p.scheme is not None and (projection is None or p.name != projection.name)]
+    taken = {n.weight for b in captured.blocks for n in linears(b.module.graph) if by_name[n.name].scheme is not None}
+    taken |= {e.weight for e in embeddings}
+    head = 0
+    if projection is not None:
+        decided = by_name[projection.name]
+        one_table = any(e.weight == projection.weight and e.scheme is None for e in embeddings)
+        head = 0 if decided.scheme is None and one_table else decided.bytes
+        taken.add(projection.weight)
+    parts = {
+        "quantized": sum(p.bytes for p in quantized),
+        "embedding": sum(e.bytes for e in embeddings),
+        "lm_head": head,
+        "rest": width * sum(count for name, count in sizes.items() if name not in taken),
+    }
+    return {**parts, "total": sum(parts.values())}
+
+
+def weight_sizes(captured: Captured) -> dict[str, int]:
+    """Number of elements of every weight of the checkpoint."""
+    names = ((b, n) for b in captured.blocks for n in b.parameters if n not in captured.constants)
+    return {n: get_tensor(b.module, n).numel() for b, n in names}
