@@ -24,7 +24,7 @@ from .capture.decoder import capture_decoder
 from .capture.graph import Captured
 from .capture.module import capture_module
 from .capture.source import open_model
-from .errors import InputError, QExportError
+from .errors import InputError, LoweringError, QExportError
 from .lower.attention import Grouping, Unsuited, group_attention, plan_grouping
 from .lower.build import Lowered, Piece, Target, build, check_translations
 from .lower.folder import appearing, check_free, explained, write_companions, write_model
@@ -34,6 +34,7 @@ from .lower.sizes import by_part
 from .lower.targets.cpu import CpuTarget
 from .lower.targets.cuda import CudaTarget
 from .passes.base import GraphPass
+from .passes.edit import is_call
 from .passes.embedding import EmbeddingPlan
 from .passes.plan import LinearPlan
 from .planning import described_embedding, output_projection, plan_for
@@ -196,7 +197,7 @@ def target_for(name: str, recipe: Recipe) -> Target:
 
 def needs_data(recipe: Recipe, plan: Sequence[LinearPlan]) -> bool:
     """Whether any pass will want calibration inputs."""
-    return recipe.needs_calibration and any(p.scheme is not None for p in plan)
+    return recipe.needs_calibration and (recipe.kv_cache is not None or any(p.scheme is not None for p in plan))
 
 
 def _ask_for_data(passes: Sequence[GraphPass], captured: Captured) -> bool:
@@ -228,10 +229,18 @@ def plan_attention(captured: Captured, attention: str, read: Callable[[str], tor
 def deploy_attention(captured: Captured, grouping: Grouping | str | None) -> dict[str, Any]:
     """Rewrite a decoder's attention for the runtime, in place; returns what the manifest's settings say of it."""
     if not isinstance(grouping, Grouping):
+        nodes = (node for block in captured.blocks for node in block.module.graph.nodes)
+        if any(is_call(node, torch.ops.qexport.round_cache.default) for node in nodes):
+            raise LoweringError(
+                f"a cache of codes takes grouped attention, and it is standard here: {grouping or 'as asked for'}",
+                place="kv_cache", remedy="Leave kv_cache out of the recipe",
+            )  # fmt: skip
         return {"attention": "standard", **({"attention_reason": grouping} if grouping else {})}
     group_attention(captured, grouping)
     positions = any(port.name == "position_ids" for port in captured.inputs)
-    return {"attention": "grouped", "past_present_share_buffer": True, "position_ids": positions, "padding": True}
+    settings = {"attention": "grouped", "past_present_share_buffer": True, "position_ids": positions, "padding": True}
+    bits = max(site.bits for site in grouping.sites)
+    return settings | ({"kv_cache_bits": bits} if bits else {})
 
 
 def lower(captured: Captured, finished: Sequence[Finished], target: Target) -> Lowered:

@@ -20,6 +20,7 @@ from .recipes.specs import (
     CalibrationSpec,
     CrossQuantSpec,
     FptqSpec,
+    KvCacheSpec,
     LlmInt8Spec,
     LoRCSpec,
     Override,
@@ -31,6 +32,8 @@ from .recipes.specs import (
     scheme_of_embedding,
     scheme_or_float,
 )
+
+_CACHE = re.compile(r"(?P<scheme>.+)_kv(?P<bits>[48])$", re.IGNORECASE)
 
 # The dotted names that end so are the output projection of a language model.
 _LM_HEAD = ("lm_head", "embed_out")
@@ -48,6 +51,7 @@ class Recipe(Spec):
         weights, activations, calibration: see their classes.
         smooth, crossquant, fptq: see their classes; at most one of them, None for nothing of the kind.
         lorc, llm_int8: see their classes; None for no such branch.
+        kv_cache: see its class; None keeps keys and values in float.
         overrides: the first that matches a linear's name decides, the output projection's too.
         accuracy_level: how ONNX Runtime's CPU kernel (MatMulNBits) treats the float activations of integer weights:
             4 rounds them to int8 per row and block and is fast; 1 keeps float32, and with 8-bit weights is slow.
@@ -64,10 +68,22 @@ class Recipe(Spec):
     fptq: FptqSpec | None = None
     lorc: LoRCSpec | None = None
     llm_int8: LlmInt8Spec | None = None
+    kv_cache: KvCacheSpec | None = None
     activations: ActivationSpec = ActivationSpec()
     overrides: tuple[Override, ...] = ()
     calibration: CalibrationSpec = CalibrationSpec()
     accuracy_level: Literal[1, 4] = 4
+
+    @model_validator(mode="before")
+    @classmethod
+    def _short_cache(cls, given: Any) -> Any:
+        """w4a16_g32_kv8: the scheme, and how the cache is kept."""
+        short = (
+            _CACHE.match(given["scheme"]) if isinstance(given, dict) and isinstance(given.get("scheme"), str) else None
+        )
+        if short is None or given.get("kv_cache") is not None:
+            return given
+        return given | {"scheme": short["scheme"], "kv_cache": {"bits": int(short["bits"])}}
 
     @field_validator("scheme")
     @classmethod
@@ -128,6 +144,10 @@ class Recipe(Spec):
         if isinstance(name_or_path, Path) or Path(text).suffix.lower() in (".yaml", ".yml") or "/" in text:
             return cls._from_file(Path(text))
         presets = _preset_files()
+        if (short := _CACHE.match(text)) and text.lower() not in presets:
+            base = cls.load(short["scheme"])
+            cache = KvCacheSpec(bits=int(short["bits"]))
+            return base.model_copy(update={"name": text.lower(), "kv_cache": cache})
         if text.lower() in presets:
             return cls._from_yaml(presets[text.lower()].read_text("utf-8"), f"preset {text.lower()}", text.lower())
         if re.match(r"w\d+a\d+|nf4|fp4", text.lower()):
@@ -214,7 +234,7 @@ class Recipe(Spec):
     def needs_calibration(self) -> bool:
         """Whether statistics of activations are needed: for trained weights, factors, outliers and static scales."""
         static = any(scheme.activation and scheme.activation.kind == "static" for scheme in self._schemes())
-        sections = (self.smooth, self.crossquant, self.fptq, self.llm_int8)
+        sections = (self.smooth, self.crossquant, self.fptq, self.llm_int8, self.kv_cache)
         weighted = self.lorc is not None and self.lorc.weighted
         trained = self.weights.method in ("gptq", "zq_local", "zq_global")
         return trained or weighted or static or any(section is not None for section in sections)

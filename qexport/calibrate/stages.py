@@ -14,6 +14,7 @@ from ..passes.base import GraphPass
 from ..passes.crossquant import CrossQuant
 from ..passes.embedding import EmbeddingPlan, QuantizeEmbedding, ShareEmbedding
 from ..passes.fptq import FPTQ
+from ..passes.kv_cache import QuantizeCache
 from ..passes.lae import LogEqualize
 from ..passes.lowrank import LoRC
 from ..passes.outliers import SeparateOutliers
@@ -51,6 +52,8 @@ def passes_for(
     if recipe.lorc is not None:
         lorc = recipe.lorc
         passes.append(LoRC(plan, lorc.rank, lorc.factors == "int8", lorc.shared, lorc.weighted))
+    if recipe.kv_cache is not None:
+        passes.append(QuantizeCache(recipe.kv_cache.bits, recipe.kv_cache.scales == "channel"))
     if quantizes_inputs:
         given = recipe.activations
         dynamic = recipe.crossquant is not None and recipe.crossquant.row_scale == "dynamic"

@@ -10,6 +10,7 @@ from ..capture.blocks import Block
 from ..capture.graph import Captured
 from ..errors import NumericsError, QExportError
 from ..passes.base import Batch
+from ..passes.edit import is_call
 from .sources import Samples
 
 
@@ -90,12 +91,22 @@ class _Watch(Interpreter):
             rows = value.flatten(0, -2)
             if self._mask is not None and value.shape[:-1] == self._mask.shape:
                 rows = value[self._mask]
+            elif _is_cached(node):  # [batch, heads, tokens, features]: the features of every head are channels
+                rows = value.transpose(1, 2)
+                rows = (rows.flatten(0, 1) if self._mask is None else rows[self._mask]).flatten(1)
             try:
                 self._statistics[node].update(rows.float())
             except QExportError as error:
                 error.place = error.place or node.name
                 raise
         return value
+
+
+def _is_cached(node: Node) -> bool:
+    """Whether a value is what attention keeps as keys or values."""
+    return any(
+        is_call(user, torch.ops.qexport.cached_attention.default) and node in user.args[1:3] for user in node.users
+    )
 
 
 def batches(block: Block, stream: Stream | None, reference: Stream | None) -> list[Batch]:

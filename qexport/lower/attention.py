@@ -7,7 +7,7 @@ as NaN rather than as something plausible. A model that the operator cannot serv
 
 import operator
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch.fx import Graph, Node
@@ -31,11 +31,23 @@ class Unsuited(Exception):
 
 @dataclass(frozen=True)
 class _Site:
-    """One attention of the model: its block, its node, and the window of its mask."""
+    """One attention of the model.
+
+    Attributes:
+        block, node: where it is.
+        window: of its mask.
+        query, key, value: what it reads, before it is rounded for the cache.
+        scales, bits: of a cache of codes, for keys and values; None and 0 for one of floats.
+    """
 
     block: Block
     node: Node
     window: int
+    query: Node
+    key: Node
+    value: Node
+    scales: tuple[Node, Node] | tuple[None, None]
+    bits: int
 
 
 @dataclass(frozen=True)
@@ -82,8 +94,11 @@ def group_attention(captured: Captured, grouping: Grouping) -> None:
     for name, table in grouping.tables.items():
         with graph.inserting_before(first_call(graph)):
             hand_on(first, add_tensor(graph, f"rotary.{name}", table), f"rotary.{name}")
+    codes = {}
     for site in grouping.sites:
+        codes |= dict.fromkeys((names_of(site.block)[n] for n in site.node.args[3:5]), site.bits)
         _replace(site, grouping.inside[site.node], grouping.tables)
+    _keep_codes(captured, codes)
     turn_back(captured.blocks[-1], captured)
     prune(captured)
 
@@ -109,7 +124,7 @@ def _sites(captured: Captured, values: dict[str, str]) -> list[_Site]:
             if shape_of(key)[-1] % 8:
                 raise Unsuited(f"heads of {shape_of(key)[-1]} features, and ONNX Runtime wants a multiple of 8")
             masks.add(source)
-            sites.append(_Site(block, node, source.args[2]))
+            sites.append(_site(block, node, source.args[2]))
     if not sites or first is last or sites[-1].block is last:
         raise Unsuited("the model could not be cut into a beginning, layers and an end")
     for block in captured.blocks:
@@ -117,6 +132,30 @@ def _sites(captured: Captured, values: dict[str, str]) -> list[_Site]:
             if name == values["attention_mask"] and not _ends_in(placeholder, masks):
                 raise Unsuited("something other than attention reads the attention mask")
     return sites
+
+
+def _keep_codes(captured: Captured, bits: Mapping[str, int]) -> None:
+    """Give the model's caches of codes their type; bits: by the value of the past, 0 for floats."""
+    held = {port.name: bits[port.value] for port in captured.inputs if bits.get(port.value)}
+    for ports in (captured.inputs, captured.outputs):
+        for index, port in enumerate(ports):
+            if width := held.get(port.name.replace("present.", "past_key_values.")):
+                spec = _codes(Spec(port.dtype, port.dims), width)
+                ports[index] = replace(port, dtype=spec.dtype, dims=spec.shape)
+
+
+def _codes(spec: Spec, bits: int) -> Spec:
+    """The type of a cache of codes, see numerics.cache."""
+    if bits == 8:
+        return replace(spec, dtype=torch.int8)
+    return Spec(torch.uint8, (*spec.shape[:-1], spec.shape[-1] // 2))
+
+
+def _site(block: Block, node: Node, window: int) -> _Site:
+    query, key, value = node.args[:3]
+    if not (is_call(key, ops.round_cache.default) and is_call(value, ops.round_cache.default)):
+        return _Site(block, node, window, query, key, value, (None, None), 0)
+    return _Site(block, node, window, query, key.args[0], value.args[0], (key.args[1], value.args[1]), key.args[2])
 
 
 def _ends_in(node: Node, ends: set[Node]) -> bool:
@@ -138,7 +177,7 @@ class _Tables:
 
     def of(self, site: _Site) -> tuple[Rotated, Rotated] | None:
         """How query and key are rotated, where one pair of tables of positions alone does it."""
-        pair = tuple(rotated(part) for part in site.node.args[:2])
+        pair = tuple(rotated(part) for part in (site.query, site.key))
         if None in pair or self._length is None or (pair[0].cos, pair[0].sin) != (pair[1].cos, pair[1].sin):
             return None
         names = names_of(site.block)
@@ -153,7 +192,8 @@ class _Tables:
 
 def _replace(site: _Site, inside: tuple[Rotated, Rotated] | None, tables: Mapping[str, torch.Tensor]) -> None:
     graph, node, names = site.block.module.graph, site.node, names_of(site.block)
-    query, key, value, past_key, past_value, _mask, scale, softcap = node.args
+    query, key, value = site.query, site.key, site.value
+    past_key, past_value, _mask, scale, softcap = node.args[3:]
     last = read_in(site.block, LAST, Spec(torch.int32, (shape_of(query)[0],)))
     total = read_in(site.block, TOTAL, Spec(torch.int32, (1,)))
     cos = sin = None
@@ -163,14 +203,20 @@ def _replace(site: _Site, inside: tuple[Rotated, Rotated] | None, tables: Mappin
             read_in(site.block, f"rotary.{names[n]}", Spec(torch.float32, tuple(tables[names[n]].shape)))
             for n in (inside[0].cos, inside[0].sin)
         )
+    kept = node.meta["spec"]
+    if site.bits:
+        for past in (past_key, past_value):
+            past.meta["spec"] = _codes(past.meta["spec"], site.bits)
+        kept = (kept[0], *(_codes(spec, site.bits) for spec in kept[1:]))
     with graph.inserting_before(node):
         flat = [_flat(graph, part) for part in (query, key, value)]
         new = call(
             graph, ops.grouped_attention.default,
-            (*flat, past_key, past_value, last, total, cos, sin, scale, softcap, site.window), like=flat[0],
+            (*flat, past_key, past_value, last, total, cos, sin, *site.scales, site.bits, scale, softcap, site.window),
+            like=flat[0],
         )  # fmt: skip
         results = {}
-        for index, (spec, like) in enumerate(zip(node.meta["spec"], (flat[0], past_key, past_value), strict=True)):
+        for index, (spec, like) in enumerate(zip(kept, (flat[0], past_key, past_value), strict=True)):
             results[index] = call(graph, operator.getitem, (new, index), like=like)
             if index:
                 results[index].meta["spec"] = spec

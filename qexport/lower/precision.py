@@ -11,7 +11,7 @@ from dataclasses import replace
 import torch
 from torch.fx import Graph, GraphModule, Node
 
-from ..passes.edit import Spec, call, finish, get_tensor, set_tensor
+from ..passes.edit import Spec, call, finish, get_tensor, is_call, set_tensor
 
 aten = torch.ops.aten
 KEEP = "keep_float32"
@@ -38,6 +38,8 @@ def to_half(module: GraphModule, constants: set[str]) -> None:
             continue
         wants = torch.float32 if node in single else torch.float16
         for source in node.all_input_nodes:
+            if source in _cache_scales(node):
+                continue
             if _is_float(source) and source.meta["spec"].dtype != wants:
                 node.replace_input_with(source, _cast(graph, source, wants, casts))
     finish(module)
@@ -47,13 +49,18 @@ def _stays_single(graph: Graph, constants: set[str]) -> set[Node]:
     single: set[Node] = set()
     for node in graph.nodes:
         if node.op == "get_attr" and _is_float(node):
-            if node.target in constants or all(KEEP in user.meta for user in node.users):
+            if node.target in constants or all(KEEP in u.meta or node in _cache_scales(u) for u in node.users):
                 single.add(node)
         elif node.op == "call_function" and (
             KEEP in node.meta or all(s in single for s in node.all_input_nodes if _is_float(s))
         ):
             single.add(node)
     return single
+
+
+def _cache_scales(node: Node) -> tuple:
+    """What attention reads in float32 whatever its own type: the scales of a cache of codes."""
+    return node.args[9:11] if is_call(node, torch.ops.qexport.grouped_attention.default) else ()
 
 
 def _cast(graph: Graph, source: Node, dtype: torch.dtype, casts: dict) -> Node:

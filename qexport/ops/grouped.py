@@ -8,6 +8,7 @@ tokens are turned until their padding is behind the real tokens, and turned back
 import torch
 from torch import Tensor
 
+from ..numerics.cache import cache_codes, pack_cache, unpack_cache
 from .attention import _attend, _rotate
 
 
@@ -70,25 +71,27 @@ def _(x, order):
 @torch.library.custom_op("qexport::grouped_attention", mutates_args=())
 def grouped_attention(
     query: Tensor, key: Tensor, value: Tensor, past_key: Tensor, past_value: Tensor, last: Tensor, total: Tensor,
-    cos: Tensor | None, sin: Tensor | None, scale: float, softcap: float, window: int,
+    cos: Tensor | None, sin: Tensor | None, key_scale: Tensor | None, value_scale: Tensor | None, bits: int,
+    scale: float, softcap: float, window: int,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Causal attention of new tokens over a cache that each row fills from its start.
 
     Args:
         query: [batch, sequence, heads * head_dim]; key, value: [batch, sequence, kv_heads * head_dim].
-        past_key, past_value: [batch, kv_heads, past, head_dim].
+        past_key, past_value: [batch, kv_heads, past, head_dim], or codes as `numerics.cache.pack_cache` makes them.
         last, total: as `real_first` returns them.
         cos, sin: [positions, n / 2], tables that rotate the first n features of every head of query and key; None where
             those are as they should be.
+        key_scale, value_scale, bits: of a cache of codes, see `numerics.cache`; None and 0 for one of floats.
         scale: factor of the scores; softcap: scores become softcap * tanh(scores / softcap), 0 for none.
         window: keys further back than window - 1 positions are hidden; 0 for no limit.
 
     Returns:
         output [batch, sequence, heads * head_dim]; present_key and present_value [batch, kv_heads, past + sequence,
-        head_dim].
+        head_dim], or codes like the past.
     """
-    batch, kv_heads, past, size = past_key.shape
-    sequence = query.shape[1]
+    batch, kv_heads, past, _ = past_key.shape
+    sequence, size = query.shape[1], key.shape[2] // past_key.shape[1]
     query, key, value = (t.view(batch, sequence, -1, size).transpose(1, 2) for t in (query, key, value))
     start = last.long() - (sequence - 1)
     place = start[:, None] + torch.arange(sequence, device=query.device)
@@ -97,22 +100,42 @@ def grouped_attention(
         query, key = (
             torch.cat([_rotate(t[..., :width], cos[place], sin[place]), t[..., width:]], dim=-1) for t in (query, key)
         )
-    present = []
-    for old, new in ((past_key, key), (past_value, value)):
-        room = torch.cat([old, old.new_zeros(batch, kv_heads, sequence, size)], dim=2)
+    present, seen = [], []
+    for old, new, step in ((past_key, key, key_scale), (past_value, value, value_scale)):
+        new = pack_cache(cache_codes(new, step, bits), bits) if bits else new
+        room = torch.cat([old, old.new_zeros(new.shape)], dim=2)
         present.append(room.scatter(2, place[:, None, :, None].expand_as(new), new))
+        values = (unpack_cache(present[-1], bits).float() * step).to(query.dtype) if bits else present[-1]
+        seen.append(values)
     index = torch.arange(past + sequence, device=query.device)
     visible = index <= place[..., None]
     if window > 0:
         visible = visible & (index > place[..., None] - window)
     mask = torch.where(visible, 0.0, -torch.inf)[:, None]
-    empty = past_key[:, :, :0], past_value[:, :, :0]
-    out, _, _ = _attend(query, *present, *empty, mask, scale, softcap)
+    empty = seen[0][:, :, :0]
+    out, _, _ = _attend(query, *seen, empty, empty, mask, scale, softcap)
     return out.flatten(2), *present
 
 
 @grouped_attention.register_fake
-def _(query, key, value, past_key, past_value, last, total, cos, sin, scale, softcap, window):
+def _(
+    query, key, value, past_key, past_value, last, total, cos, sin, key_scale, value_scale, bits, scale, softcap, window
+):
     batch, kv_heads, past, size = past_key.shape
     present = past_key.new_empty((batch, kv_heads, past + query.shape[1], size))
     return torch.empty_like(query), present, torch.empty_like(present)
+
+
+@torch.library.custom_op("qexport::round_cache", mutates_args=())
+def round_cache(x: Tensor, scale: Tensor, bits: int) -> Tensor:
+    """Keys or values as attention will read them from a cache of codes.
+
+    Args:
+        x: [batch, kv_heads, tokens, head_dim]; scale, bits: as `numerics.cache.cache_codes`.
+    """
+    return (cache_codes(x, scale, bits).float() * scale).to(x.dtype)
+
+
+@round_cache.register_fake
+def _(x, scale, bits):
+    return torch.empty_like(x, memory_format=torch.contiguous_format)

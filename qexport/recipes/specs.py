@@ -169,6 +169,18 @@ class FptqSpec(Spec):
         return self
 
 
+class KvCacheSpec(Spec):
+    """Keys and values of attention in few bits; takes grouped attention. `w4a16_g32_kv8` is short for it.
+
+    Attributes:
+        bits: 8 or 4.
+        scales: "channel" (one for every feature of every head) or "tensor" (one for all keys, one for all values).
+    """
+
+    bits: Literal[8, 4] = 8
+    scales: Literal["channel", "tensor"] = "channel"
+
+
 class LoRCSpec(Spec):
     """A low-rank branch that gives back part of the weights' rounding error (LoRC, arXiv 2303.08302).
 

@@ -15,7 +15,9 @@ from .manifest import CUDA, Manifest
 from .sampling import Sampling, choose
 from .session import open_session
 
-_NUMPY = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
+_NUMPY = {
+    "tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int8)": np.int8, "tensor(uint8)": np.uint8,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)

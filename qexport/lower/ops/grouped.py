@@ -11,6 +11,7 @@ from ..emitter import Emitter
 aten = torch.ops.aten
 ops = torch.ops.qexport
 _END = 2**63 - 1
+_GRANULARITY = {1: "PER_TENSOR", 3: "PER_CHANNEL"}  # by the axes of the scale
 
 
 def _real_first(emit: Emitter, node: Node):
@@ -61,16 +62,19 @@ def _take_tokens(emit: Emitter, node: Node):
 
 
 def _grouped_attention(emit: Emitter, node: Node):
-    *tensors, scale, softcap, window = node.args
+    *tensors, key_scale, value_scale, bits, scale, softcap, window = node.args
     query, key, value, past_key = tensors[:4]
-    kv_heads, size = shape_of(past_key)[1], shape_of(past_key)[3]
+    kv_heads = shape_of(past_key)[1]
+    size = shape_of(key)[-1] // kv_heads
     packed = _packed(query, key, value)
     query, key, value = (packed, None, None) if packed is not None else (query, key, value)
     return emit.op(
-        "GroupQueryAttention", *(emit.get(a) for a in (query, key, value, *tensors[3:])),
+        "GroupQueryAttention", *(emit.get(a) for a in (query, key, value, *tensors[3:])), None, None, None,
+        emit.get(key_scale), emit.get(value_scale),
         domain="com.microsoft", outputs=3, num_heads=shape_of(node.args[0])[-1] // size, kv_num_heads=kv_heads,
         scale=float(scale), softcap=float(softcap) or None, do_rotary=int(tensors[7] is not None),
-        local_window_size=window or -1,
+        local_window_size=window or -1, kv_cache_bit_width=bits or None,
+        **({name: _GRANULARITY[len(shape_of(key_scale))] for name in ("k_quant_type", "v_quant_type")} if bits else {}),
     )  # fmt: skip
 
 
