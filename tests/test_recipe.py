@@ -22,7 +22,7 @@ PRESETS = {
     "crossquant_w8a8": ("w8a8_dyn", "gptq", "crossquant"),
     "crossquant_w8a8_paper": ("w8a8_dyn", "rtn", "crossquant"),
     "crossquant_w4a8": ("w4a8_g128_int", "gptq", "crossquant"),
-    "crossquant_w4a4": ("w4a4_g128_int", "gptq", "crossquant"),
+    "compact", "crossquant_w4a4": ("w4a4_g128_int", "gptq", "crossquant"),
     "fptq": ("w4a8_g128_int", "gptq", "fptq"),
     "llm_int8": ("w8a8_dyn", "rtn", "llm_int8"),
     "nf4": ("nf4", "rtn", None),
@@ -274,7 +274,7 @@ def test_unreadable_files(tmp_path):
         ("w4a16_g32_rnt", r"unknown scheme 'w4a16_g32_rnt'\. Did you mean w4a16_g32_rtn\?"),
         ("w4a16_g8", "groups of 8"),
         ("w5a16", "5-bit weights"),
-        ("4bit-please", "there is no preset, scheme or file '4bit-please'. Presets are crossquant_w4a4, "),
+        ("4bit-please", "there is no preset, scheme or file '4bit-please'. Presets are compact, crossquant_w4a4, "),
     ],
 )
 def test_unknown_names(name, message):

@@ -15,15 +15,32 @@ def draw(*shape, seed):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def operator_session(dtype, width, window, softcap):
-    names = ["query", "key", "value", "past_key", "past_value", "last", "total", *(["cos", "sin"] if width else [])]
+def operator_session(dtype, width, window, softcap, bits=0, scales=None):
+    names = [
+        "query",
+        "key",
+        "value",
+        "past_key",
+        "past_value",
+        "last",
+        "total",
+        *(["cos", "sin"] if width else ["", ""]),
+    ]
+    names += ["", "", "", "key_scale", "value_scale"] if bits else []
     kinds = {"last": TensorProto.INT32, "total": TensorProto.INT32}
+    kinds |= dict.fromkeys(("key_scale", "value_scale"), TensorProto.FLOAT)
+    if bits:
+        codes = TensorProto.INT8 if bits == 8 else TensorProto.UINT8
+        kinds |= dict.fromkeys(("past_key", "past_value", "present_key", "present_value"), codes)
+    quantized = {"kv_cache_bit_width": bits, "k_quant_type": scales, "v_quant_type": scales} if bits else {}
     node = helper.make_node(
         "GroupQueryAttention", names, ["out", "present_key", "present_value"], domain="com.microsoft", scale=0.2,
         num_heads=HEADS, kv_num_heads=KV, do_rotary=int(bool(width)), softcap=softcap, local_window_size=window or -1,
+        **quantized,
     )  # fmt: skip
+    names = [name for name in names if name]
     inputs = [helper.make_tensor_value_info(n, kinds.get(n, TYPES[dtype]), None) for n in names]
-    outputs = [helper.make_tensor_value_info(n, TYPES[dtype], None) for n in node.output]
+    outputs = [helper.make_tensor_value_info(n, kinds.get(n, TYPES[dtype]), None) for n in node.output]
     opsets = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
     model = helper.make_model(helper.make_graph([node], "one", inputs, outputs), opset_imports=opsets, ir_version=10)
     return ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"]), names
@@ -42,12 +59,32 @@ def test_it_is_what_the_operator_of_onnx_runtime_computes(dtype, close, width, w
         mask = mask if step == 0 else torch.cat([mask, torch.ones(2, 1, dtype=torch.long)], 1)
         *_, last, total = ops.real_first(mask, mask[:, -new:])
         given = [draw(2, new, n * SIZE, seed=step).to(dtype) for n in (HEADS, KV, KV)]
-        ours, *past = ops.grouped_attention(*given, *past, last, total, *tables, 0.2, softcap, window)
+        ours, *past = ops.grouped_attention(*given, *past, last, total, *tables, None, None, 0, 0.2, softcap, window)
         feeds = dict(zip(names, [*given, *theirs, last, total, *tables], strict=False))
         out, *theirs = (torch.from_numpy(v) for v in session.run(None, {n: t.numpy() for n, t in feeds.items()}))
         assert (out - ours).abs().max() < close * ours.abs().max()
         for a, b in zip(past, theirs, strict=True):
             assert a.shape == b.shape and (a - b)[:, :, : int(last.min()) + 1].abs().max() < close * b.abs().max()
+
+
+@pytest.mark.parametrize("scales, shape", [("PER_CHANNEL", (KV, 1, SIZE)), ("PER_TENSOR", (1,))])
+@pytest.mark.parametrize("bits", [8, 4])
+def test_a_cache_of_codes_is_that_of_the_operator_to_the_bit(bits, scales, shape):
+    session, names = operator_session(torch.float32, 0, 0, 0.0, bits, scales)
+    steps = [(draw(*shape, seed=9 + i).abs() + 1) / (2 ** (bits - 1) - 1) for i in range(2)]
+    kind, width = (torch.int8, SIZE) if bits == 8 else (torch.uint8, SIZE // 2)
+    mask, past = torch.ones(2, 7, dtype=torch.long), [torch.zeros(2, KV, 0, width, dtype=kind)] * 2
+    theirs = past
+    for step, new in enumerate((7, 1, 1)):
+        mask = mask if step == 0 else torch.cat([mask, torch.ones(2, 1, dtype=torch.long)], 1)
+        *_, last, total = ops.real_first(mask, mask[:, -new:])
+        given = [draw(2, new, n * SIZE, seed=step) for n in (HEADS, KV, KV)]
+        given[1][0, 0, :2] = steps[0].flatten()[0] * torch.tensor([0.5, -1000])  # a tie, and one far outside
+        ours, *past = ops.grouped_attention(*given, *past, last, total, None, None, *steps, bits, 0.2, 0.0, 0)
+        feeds = dict(zip(names, [*given, *theirs, last, total, *steps], strict=True))
+        out, *theirs = (torch.from_numpy(v) for v in session.run(None, {n: t.numpy() for n, t in feeds.items()}))
+        assert all(a.equal(b) for a, b in zip(past, theirs, strict=True))
+        assert (out - ours).abs().max() < 2e-6 * ours.abs().max()
 
 
 @pytest.mark.parametrize("window, softcap", [(0, 0.0), (3, 0.0), (0, 4.0)])
@@ -60,7 +97,7 @@ def test_each_row_is_attention_over_its_own_tokens(window, softcap):
     assert valid.all()
     empty = torch.zeros(2, KV, 0, SIZE, dtype=torch.float64)
     turned = [ops.take_tokens(t, forward) for t in (query, key, value)]
-    out, _, _ = ops.grouped_attention(*turned, empty, empty, last, total, None, None, 0.3, softcap, window)
+    out, _, _ = ops.grouped_attention(*turned, empty, empty, last, total, *[None] * 4, 0, 0.3, softcap, window)
     out = ops.take_tokens(out, back)
     for row in range(2):
         real = mask[row].nonzero().flatten().tolist()
