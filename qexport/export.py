@@ -335,11 +335,12 @@ def _manifest(
             linears.append(LinearEntry(
                 name=p.name, block=p.block, scheme=p.scheme.name, output=found.output, columns=found.columns,
                 node=found.node, kernel=found.kernel, parts=lowered.parts.get(p.name, ()), shape=p.shape,
-                bytes=lowered.bytes[p.name], reason=p.reason,
+                bytes=lowered.bytes[p.name], reason=p.reason, fast=None if found.slow is None else not found.slow,
+                slow=found.slow or "",
             ))  # fmt: skip
     return Manifest(
         qexport=version("qexport"), target=target.name, kind=captured.kind, provider=target.provider,
-        dtype=str(target.dtype).removeprefix("torch."), session=target.session(), numerics=target.numerics(),
+        dtype=str(target.dtype).removeprefix("torch."), session=lowered.session, numerics=target.numerics(),
         linears=tuple(linears), blocks=tuple(BlockEntry(name=n, output=o) for n, o in lowered.blocks.items()),
         settings=settings, bytes=sizes,
     )  # fmt: skip

@@ -27,6 +27,7 @@ from .export import (
     target_for,
 )
 from .lower.attention import Grouping
+from .lower.foretell import slow_linears
 from .numerics.formats import ActivationFormat
 from .passes.embedding import EmbeddingPlan
 from .passes.fptq import FPTQ, Decision
@@ -83,6 +84,8 @@ class Inspection:
         smooths: whether the recipe moves factors from activations into weights.
         linears: the decision for every linear, in order; bytes as in the file of that target.
         activations: by linear name, what becomes of its input, such as "int8 per token".
+        slow: for the target cuda, by the name of every linear that becomes MatMulNBits, why the fastest kernel does not
+            take its product; empty where it does. Other linears are not in it.
         sites: where factors can go, in order, with ranges and what a policy decides by them.
         attention: of a decoder, "grouped" or "standard" and why; empty for other models.
         parameters: number of weights, tied ones counted once.
@@ -100,6 +103,7 @@ class Inspection:
     smooths: bool
     linears: tuple[LinearPlan, ...]
     activations: Mapping[str, str]
+    slow: Mapping[str, str]
     sites: tuple[Site, ...]
     attention: str
     parameters: int
@@ -108,13 +112,14 @@ class Inspection:
 
     def as_dict(self) -> dict[str, Any]:
         """Plain types, for JSON."""
-        found = asdict(replace(self, linears=(), sites=(), activations={}, embeddings=()))
-        del found["activations"]
+        found = asdict(replace(self, linears=(), sites=(), activations={}, embeddings=(), slow={}))
+        del found["activations"], found["slow"]
         found["embeddings"] = [described_embedding(e) for e in self.embeddings]
         found["linears"] = [
             {
                 "name": p.name, "block": p.block, "shape": list(p.shape), "bytes": p.bytes, "reason": p.reason,
                 "scheme": p.scheme.name if p.scheme else "float", "activation": self.activations[p.name],
+                "fast": not self.slow[p.name] if p.name in self.slow else None, "slow": self.slow.get(p.name, ""),
             }
             for p in self.linears
         ]  # fmt: skip
@@ -174,6 +179,7 @@ def inspect(
         model=name, recipe=recipe.name, target=target, calibrates=needs_data(recipe, plan), calibration=described,
         smooths=any(part is not None for part in (recipe.smooth, recipe.crossquant, recipe.fptq)),
         linears=tuple(plan), activations=inputs, sites=tuple(sites),
+        slow=slow_linears([b.module.graph for b in captured.blocks], by_name) if target == "cuda" else {},
         attention=_attention(captured, grouping), parameters=sum(sizes.values()),
         bytes={"float": width * sum(sizes.values()), **parts}, embeddings=tuple(embeddings),
     )  # fmt: skip
@@ -249,13 +255,11 @@ def without_index(name: str, block: str) -> tuple[str, int | None]:
     return f"{name[: last.start(1)]}{{}}{name[last.end(1) :]}", int(last[1])
 
 
-def compressed(
-    plan: Iterable[LinearPlan], activations: Mapping[str, str] | None = None
-) -> list[tuple[LinearPlan, str, int]]:
+def compressed(plan: Iterable[LinearPlan], *others: Mapping[str, str]) -> list[tuple[LinearPlan, str, int]]:
     """Linears that differ in nothing but the number of their layer, as one.
 
     Args:
-        activations: by linear name what becomes of its input, where that has to be alike too.
+        others: by linear name what has to be alike too, such as what becomes of its input.
 
     Returns:
         (the first of them, a name such as `model.layers.[0-29].mlp.up_proj`, how many they are), in order.
@@ -263,7 +267,7 @@ def compressed(
     groups: dict[tuple, tuple[LinearPlan, str, list[int | None]]] = {}
     for p in plan:
         pattern, index = without_index(p.name, p.block)
-        key = (pattern, p.shape, p.scheme, p.reason, activations and activations[p.name])
+        key = (pattern, p.shape, p.scheme, p.reason, *(other.get(p.name) for other in others))
         groups.setdefault(key, (p, pattern, []))[2].append(index)
     return [(first, pattern.replace("{}", _ranges(found)), len(found)) for first, pattern, found in groups.values()]
 

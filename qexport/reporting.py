@@ -1,5 +1,6 @@
 """Results of the library as text for people; the command line prints nothing else."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -25,6 +26,7 @@ def export_summary(result: ExportResult) -> dict[str, Any]:
         "seconds": dict(result.seconds),
         "quantized_linears": len(result.manifest.linears),
         "embeddings": [described_embedding(e) for e in result.embeddings],
+        "fast_linears": sum(linear.fast is True for linear in result.manifest.linears),
         "exceptions": [
             {"linear": p.name, "scheme": p.scheme.name if p.scheme else "float", "reason": p.reason}
             for p in result.plan
@@ -50,6 +52,7 @@ def print_export(result: ExportResult) -> None:
     print(f"  calibration: {result.calibration}")
     print(f"  seconds: {', '.join(f'{stage} {seconds:.1f}' for stage, seconds in result.seconds.items())}")
     _print_exceptions(result.plan)
+    _print_fast([linear.slow for linear in result.manifest.linears if linear.fast is not None], "  ")
     if result.manifest.kind == "decoder":
         print(
             f"Next: qexport validate {result.folder} --reference MODEL; qexport generate {result.folder} --prompt TEXT"
@@ -77,21 +80,28 @@ def _print_exceptions(plan: Sequence[LinearPlan]) -> None:
 
 def print_inspection(found: Inspection, all_layers: bool) -> None:
     """A line for every kind of linear and of site, then totals."""
-    plan = [(p, p.name, 1) for p in found.linears] if all_layers else compressed(found.linears, found.activations)
+    plan = (
+        [(p, p.name, 1) for p in found.linears]
+        if all_layers
+        else compressed(found.linears, found.activations, found.slow)
+    )
     print(f"{found.model}: {found.recipe} for {found.target}\n")
-    print_table(
-        ["linear", "how many", "out x in", "scheme", "input", "bytes each", "why"],
+    columns = ["linear", "how many", "out x in", "scheme", "input", "bytes each", "why"]
+    rows = [
         [
-            [
-                name, count, f"{p.shape[0]} x {p.shape[1]}", p.scheme.name if p.scheme else "float",
-                found.activations[p.name], p.bytes, p.reason,
-            ]
-            for p, name, count in plan
-        ],
-    )  # fmt: skip
+            name, count, f"{p.shape[0]} x {p.shape[1]}", p.scheme.name if p.scheme else "float",
+            found.activations[p.name], p.bytes, p.reason,
+        ]
+        for p, name, count in plan
+    ]  # fmt: skip
+    if found.slow:
+        columns.append("fast kernel")
+        for row, (p, _, _) in zip(rows, plan, strict=True):
+            row.append(found.slow[p.name] or "yes" if p.name in found.slow else "")
+    print_table(columns, rows)
     for embedding in found.embeddings:
-        rows, features = embedding.shape
-        print(f"\nEmbedding of {rows} x {features}, {embedding.bytes:,} bytes: {_embedding(embedding)}")
+        tokens, features = embedding.shape
+        print(f"\nEmbedding of {tokens} x {features}, {embedding.bytes:,} bytes: {_embedding(embedding)}")
     sites = [(s, ", ".join(s.linears), [s]) for s in found.sites] if all_layers else compressed_sites(found.sites)
     if any(s.range is not None for s in found.sites):
         _print_ranges(sites)
@@ -107,6 +117,7 @@ def print_inspection(found: Inspection, all_layers: bool) -> None:
     sizes = found.bytes
     quantized = sum(p.scheme is not None for p in found.linears)
     print(f"\n{quantized} of {len(found.linears)} linears quantized; {found.parameters:,} weights in all")
+    _print_fast(list(found.slow.values()))
     print(
         f"{megabytes(sizes['float'])} in the float type of this target -> {megabytes(sizes['total'])}: "
         f"linears {megabytes(sizes['quantized'])}, {_parts(sizes)}"
@@ -118,6 +129,20 @@ def print_inspection(found: Inspection, all_layers: bool) -> None:
         print(f"Calibration here: {found.calibration}")
     if any(s.range is not None for s in found.sites):
         print("Ranges are the float model's; an export sees every block behind quantized ones, and may find others")
+
+
+def _print_fast(slow: Sequence[str], indent: str = "") -> None:
+    """How many linears have the shape for the fastest kernel, and why others have not.
+
+    Args:
+        slow: for every linear that becomes MatMulNBits on CUDA the reason; empty where it has the shape.
+    """
+    if slow:
+        reasons = Counter(reason for reason in slow if reason)
+        why = "".join(f"; {count}: {reason}" for reason, count in reasons.most_common())
+        print(
+            f"{indent}fpA_intB, the fastest kernel of MatMulNBits, takes {slow.count('')} of {len(slow)} linears{why}"
+        )
 
 
 def _print_ranges(sites: Sequence[tuple[Site, str, list[Site]]]) -> None:

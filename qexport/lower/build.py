@@ -29,7 +29,8 @@ class Target(Protocol):
     provider: str
     dtype: torch.dtype
 
-    def session(self) -> dict[str, str]: ...
+    def session(self, products: Sequence[Node] = ()) -> dict[str, str]: ...
+    def slow(self, products: Sequence[Node]) -> dict[str, str]: ...
     def numerics(self) -> dict[str, str]: ...
     def rewrite(self, module: GraphModule, constants: set[str]) -> None: ...
     def kernel(self, product: Node) -> str: ...
@@ -57,12 +58,15 @@ class Placed:
     Attributes:
         node: name of its product; kernel: operator that it must become.
         output: value of its result; columns: (start, stop) of the result in it, None where it is all of it.
+        slow: why another kernel of the same operator would be faster than its; empty where none would, None where the
+            operator has one.
     """
 
     node: str
     kernel: str
     output: str
     columns: tuple[int, int] | None
+    slow: str | None = None
 
 
 @dataclass
@@ -75,6 +79,7 @@ class Lowered:
         tensors: bytes of every tensor in the file by name; 0 for one made of another's bytes.
         bytes: of the tensors of each quantized linear in the file; merged linears share theirs by their columns.
         blocks: for each block the value it hands to the next one.
+        session: session entries of this file.
     """
 
     model: ir.Model
@@ -83,6 +88,7 @@ class Lowered:
     tensors: dict[str, int] = field(default_factory=dict)
     bytes: dict[str, int] = field(default_factory=dict)
     blocks: dict[str, str] = field(default_factory=dict)
+    session: dict[str, str] = field(default_factory=dict)
 
 
 def check_translations(graphs: Iterable[Graph]) -> None:
@@ -136,11 +142,13 @@ def build(
     _drop_unused(graph)
     tensors = {n: 0 if VIEW_OF in v.meta else v.const_value.nbytes for n, v in graph.initializers.items()}
     model = ir.Model(graph, ir_version=11, producer_name="qexport", producer_version=version)
+    everything = [product for piece in pieces for product in linear_products(piece.module.graph)]
+    slow = target.slow(everything)
     lowered = Lowered(
         model,
         # Values are asked for now, because one that is an output of the model goes by the output's name.
         {
-            linear: Placed(node, kernel, made[name].name, columns)
+            linear: Placed(node, kernel, made[name].name, columns, slow.get(name))
             for name, (node, kernel) in products.items()
             for linear, columns in members[name].items()
         },
@@ -153,6 +161,7 @@ def build(
         tensors,
         _bytes(tensors, members),
         {name: known[value].name for name, value in lowered_blocks.items()},
+        target.session(everything),
     )
     fuse_norms(graph)  # which hands the names on to other values
     return lowered

@@ -35,6 +35,8 @@ class LinearEntry(_Frozen):
         shape: [out_features N, in_features K].
         bytes: size of its codes, scales, zero points and correction branch; a share by columns of what several have.
         reason: why it got this scheme.
+        fast: on CUDA, whether its product has the shape for the fastest of the kernels of MatMulNBits; None elsewhere,
+            and for other operators. slow: why it has not.
     """
 
     name: str
@@ -48,6 +50,8 @@ class LinearEntry(_Frozen):
     shape: tuple[int, int]
     bytes: int = 0
     reason: str = ""
+    fast: bool | None = None
+    slow: str = ""
 
 
 class BlockEntry(_Frozen):

@@ -5,6 +5,7 @@ prints what it saw; `placement` does that in a process of its own, as LD_LIBRARY
 """
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -20,11 +21,15 @@ import onnxruntime
 _TIMEOUT = 600  # seconds; a small model takes less than one, a hanging session must not take the night
 
 
+_LAUNCHES = "STAND_IN_LAUNCHES"  # see stand_in.c
+
+
 class Placement(TypedDict):
     nodes: dict[str, dict[str, int]]  # provider: op type: how many, after every fusion, cast and copy
     optimized_ops: dict[str, int]  # op type: how many, in the graph the session runs
     memcpy: int  # copies between host and device in it
     producers: dict[str, str]  # value: op type of the node that makes it, in the same graph
+    launches: list[str]  # mangled names of the CUDA kernels that the one run launched, in order
 
 
 class PlacementError(Exception):
@@ -48,13 +53,16 @@ def placement(
         PlacementError: the session does not start, or not on CUDA, or does not run.
     """
     asked = json.dumps({"model": str(model_path), "entries": session_entries, "dims": dims})
-    done = subprocess.run([sys.executable, __file__, asked], env=env, capture_output=True, text=True,
-                          timeout=_TIMEOUT)  # fmt: skip
+    with tempfile.TemporaryDirectory() as folder:
+        env = {**env, _LAUNCHES: str(Path(folder) / "launches")}
+        done = subprocess.run([sys.executable, __file__, asked], env=env, capture_output=True, text=True,
+                              timeout=_TIMEOUT)  # fmt: skip
     # The session's verbose log stands around every complaint.
     complaints = "\n".join([line for line in done.stderr.splitlines() if not re.search(r"\[[VI]:", line)][-20:])
     if done.returncode:
         raise PlacementError(complaints or f"the probe ended with {done.returncode}")
-    ops, producers, providers = (json.loads(done.stdout)[key] for key in ("ops", "producers", "providers"))
+    seen = json.loads(done.stdout)
+    ops, providers = seen["ops"], seen["providers"]
     if "CUDAExecutionProvider" not in providers:
         raise PlacementError(f"the session runs on {providers}:\n{complaints}")
     nodes = _placed(done.stderr, Counter(ops))
@@ -62,7 +70,7 @@ def placement(
         raise PlacementError(f"the session's log places {nodes} and the graph it runs has {ops}")
     copies = sum(number for op, number in ops.items() if op.startswith("Memcpy"))
     return Placement(nodes={provider: dict(of) for provider, of in nodes.items()}, optimized_ops=ops, memcpy=copies,
-                     producers=producers)  # fmt: skip
+                     producers=seen["producers"], launches=seen["launches"])  # fmt: skip
 
 
 def _placed(log: str, ops: Counter) -> dict[str, Counter]:
@@ -97,12 +105,15 @@ def _open(model: str, entries: dict[str, str], dims: dict[str, int] | None) -> d
         # The session puts the CPU behind it by itself; naming it would contradict session.disable_cpu_ep_fallback.
         session = onnxruntime.InferenceSession(model, options, ["CUDAExecutionProvider"])
         graph = onnx.load(options.optimized_model_filepath, load_external_data=False).graph
+        launches = Path(os.environ[_LAUNCHES])
+        launches.write_text("")  # not those that found out at load which kernel is fastest
         if dims is not None:
             session.run(None, {value.name: _zeros(value.type.tensor_type, dims) for value in graph.input})
     return {
         "ops": Counter(node.op_type for node in graph.node),
         "producers": {value: node.op_type for node in graph.node for value in node.output if value},
         "providers": session.get_providers(),
+        "launches": launches.read_text().splitlines(),
     }
 
 

@@ -1,5 +1,6 @@
 """The CPU provider of ONNX Runtime: float32, uint8 activations, MatMulNBits for weights in groups."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -30,7 +31,7 @@ class CpuTarget:
     provider: ClassVar[str] = "CPUExecutionProvider"
     dtype: ClassVar[torch.dtype] = torch.float32
 
-    def session(self) -> dict[str, str]:
+    def session(self, products: Sequence[Node] = ()) -> dict[str, str]:
         """Session entries without which the file computes something else."""
         return {
             "session.qdq_matmulnbits_accuracy_level": str(self.accuracy_level),
@@ -49,6 +50,10 @@ class CpuTarget:
         else:
             inputs = "float inputs of MatMulNBits stay float32 (accuracy level 1)"
         return {"weight_only": inputs, "integer": "8-bit inputs are unsigned with zero point 128", "dtype": "float32"}
+
+    def slow(self, products: Sequence[Node]) -> dict[str, str]:
+        """Nothing: every MatMulNBits is of one speed here."""
+        return {}
 
     def rewrite(self, module: GraphModule, constants: set[str]) -> None:
         """Turn canonical QDQ into the forms that this provider fuses, in place."""

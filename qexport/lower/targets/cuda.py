@@ -1,5 +1,6 @@
 """The CUDA provider of ONNX Runtime: float16, int8 activations through MatMulInteger, MatMulNBits for groups."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -8,6 +9,7 @@ from torch.fx import GraphModule, Node
 
 from ...passes.edit import call, finish, is_call
 from ..precision import KEEP, to_half
+from . import fpa_intb
 from .forms import Form, as_own_kernel, form_of, linear_products, own_kernel, scale_apart
 
 ops = torch.ops.qexport
@@ -22,14 +24,19 @@ class CudaTarget:
     provider: ClassVar[str] = "CUDAExecutionProvider"
     dtype: ClassVar[torch.dtype] = torch.float16
 
-    def session(self) -> dict[str, str]:
-        """Session entries without which the file runs otherwise than planned."""
+    def session(self, products: Sequence[Node] = ()) -> dict[str, str]:
+        """Session entries without which the file runs otherwise than planned, or not at all.
+
+        Args:
+            products: of the whole file, rewritten.
+        """
+        fails = any(map(fpa_intb.has_no_kernel, _nbits(products).values()))
         return {
-            "ep.cuda.fpa_intb_gemm": "1",
+            fpa_intb.ENTRY: "0" if fails else "1",
             # A bias folded into MatMulNBits rules out its fastest kernel; and the transformer would copy a static
             # quantization to the other side of every transpose and reshape that precedes it, without taking it away.
             "optimization.disable_specified_optimizers": "MatMulAddFusion;MatMulNBitsFusion;QDQPropagationTransformer",
-            "session.qdq_matmulnbits_block_size": "32",
+            "session.qdq_matmulnbits_block_size": str(fpa_intb.DEFAULT_BLOCK),
             # CUDA does not read it; the CPU provider, when it runs the file, would round float inputs to 8 bits.
             "session.qdq_matmulnbits_accuracy_level": "1",
         }
@@ -40,6 +47,14 @@ class CudaTarget:
             "dtype": "float16; position tables and the scaling of integer products are float32",
             "integer": "8-bit inputs are signed with zero point 0",
         }
+
+    def slow(self, products: Sequence[Node]) -> dict[str, str]:
+        """For every MatMulNBits of a file, by name, why it is not ONNX Runtime's fastest; empty where it is.
+
+        Args:
+            products: of the whole file, rewritten.
+        """
+        return fpa_intb.why_slow(_nbits(products))
 
     def rewrite(self, module: GraphModule, constants: set[str]) -> None:
         """Turn canonical QDQ into nodes that have CUDA kernels, and the graph into float16, in place."""
@@ -58,6 +73,11 @@ class CudaTarget:
         if is_call(product, ops.matmul_integer.default):
             return "MatMulInteger"
         return own_kernel(product) or "MatMulNBits"
+
+
+def _nbits(products: Sequence[Node]) -> dict[str, fpa_intb.Product]:
+    found = {product.meta["linear"]: fpa_intb.product_of(product) for product in products}
+    return {name: product for name, product in found.items() if product is not None}
 
 
 def _integer(module: GraphModule, product: Node, form: Form) -> None:
