@@ -152,6 +152,37 @@ def test_methods_table(run, model, text):
     assert all(float(row[column]) > 0 for row in (per_token, nf4) for column in (2, 3, 6, 7))
 
 
+def test_gpu_check_rehearses_on_the_cpu(run, tmp_path):
+    out = run(
+        "gpu_check.py", "--cpu", "--recipes", "w4a16_g32_rtn", "w8a8_dyn", "--samples", 2, "--window", 16,
+        "--prompts", 16, "--pasts", 8, "--repeats", 1, "--out", tmp_path / "check.md",
+    )  # fmt: skip
+    assert out.strip() == (tmp_path / "check.md").read_text().strip()
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in out.splitlines() if line[:2] == "| "]
+    assert [row[0] for row in rows[2:]] == ["w4a16_g32_rtn", "w8a8_dyn"]
+    for row in rows[2:]:
+        # The file is its graph, up to the rounding of float16; no node was lost and no speed is missing.
+        assert len(row) == len(rows[0]) and float(row[1].split(",")[0]) < 1e-3
+        assert row[4:6] == ["0", "0"] and all(float(row[i].split()[0].replace(",", "")) > 0 for i in (7, 8, 10))
+    assert [row[6] for row in rows[2:]] == ["14 of 14", ""]
+
+
+def test_gpu_check_names_a_recipe_that_fails_and_goes_on(run, tmp_path, monkeypatch):
+    with pytest.raises(SystemExit) as stopped:
+        run(
+            "gpu_check.py", "--cpu", "--recipes", "nf4", "--window", 16, "--prompts", 16, "--pasts", 0,
+            "--out", tmp_path / "check.md",
+        )  # fmt: skip
+    assert stopped.value.code == 1 and "| nf4 | failed: " in (tmp_path / "check.md").read_text()
+
+
+def test_gpu_check_without_a_gpu_says_so(run, model, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit) as stopped:
+        run("gpu_check.py", model)
+    assert stopped.value.code == 2
+
+
 def test_every_method_of_the_table_is_a_recipe():
     recipes = sample("methods_table.py")["recipes"](samples=3)
     assert len(recipes) > 50 and all(recipe.calibration.samples == 3 for recipe in recipes.values())
