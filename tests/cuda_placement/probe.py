@@ -113,7 +113,7 @@ def _open(model: str, entries: dict[str, str], dims: dict[str, int] | None) -> d
         "ops": Counter(node.op_type for node in graph.node),
         "producers": {value: node.op_type for node in graph.node for value in node.output if value},
         "providers": session.get_providers(),
-        "launches": launches.read_text().splitlines(),
+        "launches": [line for line in launches.read_text().splitlines() if not line.startswith("#")],
     }
 
 

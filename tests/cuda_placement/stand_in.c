@@ -40,6 +40,16 @@ static int take_memory(void *memory) {
     return SUCCESS;
 }
 
+/* Adds a line to the file that STAND_IN_LAUNCHES names: the name of a kernel that would run, or after "# " an event. */
+static int note(const char *what) {
+    const char *path = getenv("STAND_IN_LAUNCHES");
+    FILE *file = path ? fopen(path, "a") : NULL;
+    if (!file) return SUCCESS;
+    fprintf(file, "%s\n", what);
+    fclose(file);
+    return SUCCESS;
+}
+
 /* ---- device queries -------------------------------------------------------------------------------------------- */
 
 int cudaGetDeviceCount(int *count) { *count = 1; return SUCCESS; }
@@ -119,7 +129,7 @@ int cudaFreeHost(void *memory) { return take_memory(memory); }
 int cudaFreeAsync(void *memory, void *stream) { (void)stream; return take_memory(memory); }
 
 int cudaMemcpy(void *to, const void *from, size_t size, int kind) {
-    (void)kind;
+    if (kind != 3) note("# copies to or from the host"); /* 3: within the device */
     if (size) memmove(to, from, size);
     return SUCCESS;
 }
@@ -147,7 +157,7 @@ int cudaMemPoolGetAttribute(void *pool, int attribute, void *value) {
 
 void **__cudaRegisterFatBinary(void *binary) { (void)binary; return (void **)token; }
 
-/* ---- launches: nothing runs, but its name is added to the file that STAND_IN_LAUNCHES names ---------------------- */
+/* ---- launches: nothing runs, but it is noted -------------------------------------------------------------------- */
 
 static struct { const void *wrapper; const char *name; } *kernels;
 static int kernels_known, kernels_room;
@@ -163,14 +173,9 @@ void __cudaRegisterFunction(void **binary, const void *wrapper, const void *symb
 }
 
 static int launch(const void *wrapper) {
-    const char *path = getenv("STAND_IN_LAUNCHES");
-    FILE *file = path ? fopen(path, "a") : NULL;
-    if (!file) return SUCCESS;
     int i = 0;
     while (i < kernels_known && kernels[i].wrapper != wrapper) i++;
-    fprintf(file, "%s\n", i < kernels_known ? kernels[i].name : "unknown");
-    fclose(file);
-    return SUCCESS;
+    return note(i < kernels_known ? kernels[i].name : "unknown");
 }
 
 int __cudaGetKernel(void **handle, const void *wrapper) { *handle = (void *)wrapper; return SUCCESS; }
@@ -178,6 +183,13 @@ int __cudaLaunchKernel(const void *kernel) { return launch(kernel); }
 int cudaLaunchKernel(const void *kernel) { return launch(kernel); }
 int cudaLaunchKernelExC(const void *configuration, const void *kernel) { (void)configuration; return launch(kernel); }
 int cudaLaunchCooperativeKernel(const void *kernel) { return launch(kernel); }
+
+/* A CUDA graph holds the kernels that are launched between its beginning and its end. */
+int cudaStreamBeginCapture(void *stream) { (void)stream; return note("# graph begins"); }
+int cudaStreamEndCapture(void *stream, void **graph) { (void)stream; note("# graph ends"); return give_handle(graph); }
+int cudaGraphInstantiate(void **graph) { return give_handle(graph); }
+int cudaGraphLaunch(void *graph) { (void)graph; return note("# graph runs"); }
+int cudaStreamSynchronize(void *stream) { (void)stream; return note("# waits"); }
 
 int cudaEventCreate(void **handle) { return give_handle(handle); }
 int cudaEventCreateWithFlags(void **handle) { return give_handle(handle); }
