@@ -29,7 +29,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 import qexport
 from qexport.calibrate.streams import decoder_inputs
 from qexport.console import megabytes, showing_progress
-from qexport.errors import QExportError
+from qexport.errors import InputError, QExportError
 from qexport.numerics.metrics import kl_divergence, top1_agreement
 from qexport.recipe import Override, Recipe
 from qexport.runtime.decoder import open_decoder
@@ -59,12 +59,12 @@ def main() -> None:
     parser.add_argument("--prompts", nargs="+", type=int, default=(128, 512, 2048))
     parser.add_argument("--pasts", nargs="+", type=int, default=(128, 2048))
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "gpu_check.md")
+    parser.add_argument("--out", type=Path, help="by default samples/results/gpu_check.md; a rehearsal is printed only")
     given = parser.parse_args()
+    out = given.out or (None if given.cpu else Path(__file__).parent / "results" / "gpu_check.md")
     missing = "" if given.cpu else why_no_gpu()
     if missing or not (given.model or given.cpu):
-        print(f"error: {missing or 'no MODEL given'}", file=sys.stderr)
-        sys.exit(2)
+        raise InputError(missing or "no MODEL given")
     loaded = {n: Recipe.load(n).with_calibration(samples=given.samples, sequence_length=given.window)
               for n in given.recipes}  # fmt: skip
     with tempfile.TemporaryDirectory(prefix="qexport-") as folder, showing_progress() as progress:
@@ -76,9 +76,10 @@ def main() -> None:
                 lines.append(row([name, *check.measured(name, recipe)]))
             except QExportError as error:  # of one recipe; the others are worth knowing
                 lines.append(row([name, f"failed: {' '.join(str(error).split())}"]))
-            given.out.parent.mkdir(parents=True, exist_ok=True)
-            given.out.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    print(given.out.read_text("utf-8"))
+            if out is not None:  # after every recipe, so that an interruption costs one
+                out.parent.mkdir(parents=True, exist_ok=True)
+                out.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    print("\n".join(lines))
     if any("| failed: " in line for line in lines):
         sys.exit(1)
 
@@ -99,6 +100,7 @@ class Check:
         self._bandwidth = copy_bandwidth(self._device)
         floating = Recipe(scheme="w8a8_dyn", overrides=(Override(match="*", scheme="float"),))
         qexport.export(given.model, floating, out_dir=folder / "float16", target="cuda", progress=progress)
+        open_decoder(folder / "float16", provider=self._provider, max_length=1)  # a bad installation shows now
 
     def heading(self) -> list[str]:
         given = self._given
@@ -241,4 +243,8 @@ def row(cells: list[str]) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except QExportError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -167,7 +167,7 @@ def test_gpu_check_rehearses_on_the_cpu(run, tmp_path):
     assert [row[6] for row in rows[2:]] == ["14 of 14", ""]
 
 
-def test_gpu_check_names_a_recipe_that_fails_and_goes_on(run, tmp_path, monkeypatch):
+def test_gpu_check_names_a_recipe_that_fails(run, tmp_path):
     with pytest.raises(SystemExit) as stopped:
         run(
             "gpu_check.py", "--cpu", "--recipes", "nf4", "--window", 16, "--prompts", 16, "--pasts", 0,
@@ -176,11 +176,13 @@ def test_gpu_check_names_a_recipe_that_fails_and_goes_on(run, tmp_path, monkeypa
     assert stopped.value.code == 1 and "| nf4 | failed: " in (tmp_path / "check.md").read_text()
 
 
-def test_gpu_check_without_a_gpu_says_so(run, model, monkeypatch):
+@pytest.mark.parametrize("arguments", [["MODEL"], ["--cpu", "no/such/model"]], ids=["no GPU", "no model"])
+def test_gpu_check_that_cannot_begin_says_so_in_a_line(run, capsys, monkeypatch, arguments):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit) as stopped:
-        run("gpu_check.py", model)
+        run("gpu_check.py", *arguments)
     assert stopped.value.code == 2
+    assert len(errors := capsys.readouterr().err.splitlines()) == 1 and errors[0].startswith("error: ")
 
 
 def test_every_method_of_the_table_is_a_recipe():
