@@ -203,3 +203,12 @@ def test_compare_peers(run, model, text):
     ours, theirs = (dict(zip(header, row, strict=True)) for row in rows[1:])
     assert all(theirs[name] == "1.00" for name in header[7:]) and all(float(ours[name]) > 0 for name in header[1:4])
     assert lines[-3].startswith("builder int4: load ") and "the model reads 512" in lines[-1]
+
+
+def test_kv_cache_error(run, model, text):
+    lines = run("kv_cache_error.py", model, "--text", text, "--tokens", 48).splitlines()
+    rows = {tuple(line.strip("| ").split(" | ")[:3]): float(line.split(" | ")[3].split()[0]) for line in lines[2:]}
+    assert len(rows) == 12
+    for what in ("values", "keys, before rotation", "keys, behind rotation"):
+        assert rows[what, "8", "channel"] > rows[what, "4", "channel"] + 15
+        assert rows[what, "8", "channel"] >= rows[what, "8", "tensor"] - 1
