@@ -14,13 +14,16 @@ _END = 2**63 - 1
 
 def _linear(emit: Emitter, node: Node):
     x, weight, bias = (*node.args, None)[:3]
-    if weight.op == "get_attr" and weight.target not in emit.initializers:
-        matrix = emit.tensor(weight, transpose=True)
-    else:
-        # Shared with an embedding: one copy in the file, transposed once when the session is made.
-        matrix = emit.op("Transpose", emit.get(weight), perm=[1, 0])
     name = weight.target.rpartition(".")[0]
-    product = emit.op("MatMul", emit.get(x), matrix, name=name, output=f"{name}.output" if bias is None else "")
+    output = f"{name}.output" if bias is None else ""
+    if weight.op == "get_attr" and weight.target not in emit.initializers:
+        product = emit.op("MatMul", emit.get(x), emit.tensor(weight, transpose=True), name=name, output=output)
+    else:
+        # Shared with an embedding. A Transpose in front of the product would be a second copy, made at every load, and
+        # ONNX Runtime makes none above 2 GB.
+        product = emit.op(
+            "FusedMatMul", emit.get(x), emit.get(weight), domain="com.microsoft", name=name, output=output, transB=1
+        )
     return product if bias is None else emit.op("Add", product, emit.get(bias), output=f"{name}.output")
 
 
