@@ -109,6 +109,15 @@ class QuantizeActivations(GraphPass):
         return sites
 
 
+def round_per_token(graph: Graph, value: Node, products: list[Node]) -> None:
+    """Let products read `value` rounded to 8 bits with one step per token, in place."""
+    fmt = ActivationFormat("dynamic")
+    with graph.inserting_before(products[0]):
+        rounded = _per_token(graph, value, products, _token_step(graph, value, products, fmt, None))
+    for product in products:
+        product.replace_input_with(value, rounded)
+
+
 def _token_step(graph: Graph, value: Node, products: list[Node], fmt: ActivationFormat, row: RowScale | None) -> Node:
     shape = (*shape_of(value)[:-1], 1)
     if row is None:

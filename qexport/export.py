@@ -24,12 +24,13 @@ from .capture.decoder import capture_decoder
 from .capture.graph import Captured
 from .capture.module import capture_module
 from .capture.source import open_model
-from .errors import InputError, LoweringError, QExportError
+from .errors import InputError, LoweringError, QExportError, RecipeError
 from .lower.attention import Grouping, Unsuited, group_attention, plan_grouping
 from .lower.build import Lowered, Piece, Target, build, check_translations
 from .lower.folder import appearing, check_free, explained, write_companions, write_model
 from .lower.last_token import keep_last, read_by_projection
 from .lower.merge import merge
+from .lower.prefill import LONGEST_STEP
 from .lower.sizes import by_part
 from .lower.targets.cpu import CpuTarget
 from .lower.targets.cuda import CudaTarget
@@ -119,6 +120,7 @@ def export(
     recipe, data = recipe_and_data(recipe, calibration)
 
     captured = capture(model, example_inputs, trust_remote_code=trust_remote_code)
+    check_prefill(captured, recipe)
     check_translations(block.module.graph for block in captured.blocks)
     plan, embeddings = plan_for(captured, recipe, lowering.dtype.itemsize)
     projection = output_projection(captured)
@@ -155,6 +157,8 @@ def export(
         if captured.kind == "decoder":
             settings |= deploy_attention(captured, plan_attention(captured, attention, finished[0].read))
         lowered = lower(captured, finished, lowering)
+        if any(item.prompt is not None for item in finished):
+            settings["prompts_from"] = LONGEST_STEP + 1
         with appearing(out, overwrite) as folder:
             size = write_model(
                 folder, lowered.model, lambda done, total: progress("write", "model.onnx.data", done, total)
@@ -189,10 +193,18 @@ def capture(model, example_inputs=None, *, trust_remote_code: bool = False) -> C
 def target_for(name: str, recipe: Recipe) -> Target:
     """The target a user names."""
     if name == "cpu":
-        return CpuTarget(recipe.accuracy_level)
+        return CpuTarget(recipe.accuracy_level, recipe.prefill == "int8")
     if name == "cuda":
+        if recipe.prefill is not None:
+            raise RecipeError("prefill: int8 is a form for the CPU", place="prefill", remedy="Remove it for cuda")
         return CudaTarget()
     raise InputError(f"unknown target {name!r}", remedy="Targets are cpu and cuda")
+
+
+def check_prefill(captured: Captured, recipe: Recipe) -> None:
+    """Raises RecipeError where the recipe tells prompts from steps, and the model knows neither."""
+    if recipe.prefill is not None and captured.kind != "decoder":
+        raise RecipeError("prefill is for language models", place="prefill", remedy="Remove it for an nn.Module")
 
 
 def needs_data(recipe: Recipe, plan: Sequence[LinearPlan]) -> bool:
@@ -250,8 +262,12 @@ def lower(captured: Captured, finished: Sequence[Finished], target: Target) -> L
         block = item.block
         merged = merge(block.module)
         item.joined, item.apart = merged.joined, merged.apart
+        item.prompt, prompt = target.prompt_twin(block.module), None
+        if item.prompt is not None:
+            target.rewrite(item.prompt, set(captured.constants))
+            prompt = Piece(block.name, item.prompt, block.inputs, block.outputs, item.read_prompt)
         target.rewrite(block.module, set(captured.constants))
-        pieces.append(Piece(block.name, block.module, block.inputs, block.outputs, item.read))
+        pieces.append(Piece(block.name, block.module, block.inputs, block.outputs, item.read, prompt))
     return build(pieces, captured.inputs, captured.outputs, target, version("qexport"))
 
 
@@ -334,9 +350,9 @@ def _manifest(
             found = lowered.linears[p.name]
             linears.append(LinearEntry(
                 name=p.name, block=p.block, scheme=p.scheme.name, output=found.output, columns=found.columns,
-                node=found.node, kernel=found.kernel, parts=lowered.parts.get(p.name, ()), shape=p.shape,
-                bytes=lowered.bytes[p.name], reason=p.reason, fast=None if found.slow is None else not found.slow,
-                slow=found.slow or "",
+                node=found.node, kernel=found.kernel, prompt_kernel=found.prompt_kernel,
+                parts=lowered.parts.get(p.name, ()), shape=p.shape, bytes=lowered.bytes[p.name], reason=p.reason,
+                fast=None if found.slow is None else not found.slow, slow=found.slow or "",
             ))  # fmt: skip
     return Manifest(
         qexport=version("qexport"), target=target.name, kind=captured.kind, provider=target.provider,

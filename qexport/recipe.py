@@ -55,6 +55,8 @@ class Recipe(Spec):
         overrides: the first that matches a linear's name decides, the output projection's too.
         accuracy_level: how ONNX Runtime's CPU kernel (MatMulNBits) treats the float activations of integer weights:
             4 rounds them to int8 per row and block and is fast; 1 keeps float32, and with 8-bit weights is slow.
+        prefill: "int8": on the CPU, prompts multiply weight-only linears in groups as int8 per channel with inputs
+            rounded to 8 bits per token, from a second copy of the weights. None: prompts run as single tokens do.
     """
 
     name: str = Field("custom", min_length=1)
@@ -73,6 +75,7 @@ class Recipe(Spec):
     overrides: tuple[Override, ...] = ()
     calibration: CalibrationSpec = CalibrationSpec()
     accuracy_level: Literal[1, 4] = 4
+    prefill: Literal["int8"] | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -116,13 +119,15 @@ class Recipe(Spec):
         given = [name for name in ("smooth", "crossquant", "fptq") if getattr(self, name) is not None]
         if len(given) > 1:
             raise ValueError(f"{given[0]} and {given[1]} both decide the factors of activations", "Keep one of them")
-        quantized = any(scheme.activation for scheme in self._schemes())
+        quantized = any(scheme.activation for scheme in self._schemes()) or self.prefill == "int8"
         for name in [n for n in (*given, "llm_int8") if getattr(self, n) is not None]:
             if not quantized and not (name == "smooth" and self.smooth.method == "awq"):
                 raise ValueError(
                     f"{name} makes activations easier to quantize, and {self.scheme} keeps them in float",
                     f"Remove {name}, or take a scheme with a8",
                 )
+        if self.prefill is not None:
+            self._check_prefill()
         if self.crossquant is not None and self.crossquant.row_scale == "dynamic":
             if self.crossquant.alpha == "search" or self.crossquant.round_weights == "before_fold":
                 raise ValueError("row_scale: dynamic folds nothing", "Give alpha a number and leave out round_weights")
@@ -238,6 +243,18 @@ class Recipe(Spec):
         weighted = self.lorc is not None and self.lorc.weighted
         trained = self.weights.method in ("gptq", "zq_local", "zq_global")
         return trained or weighted or static or any(section is not None for section in sections)
+
+    def _check_prefill(self) -> None:
+        """ONNX Runtime fails to load weight-only linears with one scale per channel within a branch of an If."""
+        plain = [s for s in self._schemes() if s.activation is None and s.weight.codebook is None]
+        if not any(s.weight.group_size > 0 for s in plain):
+            raise ValueError(
+                "prefill: int8 is for weight-only linears in groups", "Remove it, or take a scheme such as w4a16_g32"
+            )
+        if single := [s for s in plain if s.weight.group_size <= 0]:
+            raise ValueError(f"{single[0].name} has no form beside prefill: int8", "Take a scheme with groups")
+        if self.lorc is not None and self.lorc.factors == "int8":
+            raise ValueError("lorc with factors: int8 has no form beside prefill: int8", "Take factors: float")
 
     def _schemes(self) -> list[Scheme]:
         names = [self.scheme, self.lm_head, *(override.scheme for override in self.overrides)]

@@ -14,6 +14,7 @@ from onnx import TensorProto, helper
 
 from qexport.capture.blocks import Block
 from qexport.capture.graph import Captured
+from qexport.passes.edit import attributes, get_tensor, set_tensor
 from qexport.recipe import Recipe
 from qexport.runtime.manifest import CPU, MODEL_FILE, Manifest
 from qexport.runtime.session import open_session
@@ -29,12 +30,14 @@ class Exported:
     Attributes:
         blocks: the rewritten blocks with their tensors: the graph that the file claims to be.
         captured: the float model, weights not loaded.
+        prompts: the same for prompts, where the file tells them from steps; else the same blocks.
     """
 
     folder: Path
     manifest: Manifest
     blocks: list[Block]
     captured: Captured
+    prompts: list[Block]
 
     @property
     def dtype(self) -> torch.dtype:
@@ -47,6 +50,9 @@ class Exported:
 
     def in_pytorch(self) -> Runner:
         return block_runner(self.blocks, self.captured.inputs, self.captured.outputs)
+
+    def prompts_in_pytorch(self) -> Runner:
+        return block_runner(self.prompts, self.captured.inputs, self.captured.outputs)
 
     def in_onnxruntime(self) -> Runner:
         """The file on the CPU provider, with the session entries of its manifest."""
@@ -81,7 +87,7 @@ def export(captured: Captured, recipe: Recipe, target: str, out: Path, **options
     Args:
         captured: a copy of its own.
     """
-    original, kept = copy.deepcopy(captured), []
+    original, kept, prompts = copy.deepcopy(captured), [], []
     lower = exporting.lower
 
     def spy(graph, finished, target):
@@ -90,8 +96,13 @@ def export(captured: Captured, recipe: Recipe, target: str, out: Path, **options
             twin = dataclasses.replace(item, block=copy.deepcopy(item.block))
             twin.fill()
             kept.append(twin.block)
+            prompt = copy.deepcopy(item.prompt)
+            for name in attributes(prompt.graph) if prompt else ():
+                own = get_tensor(prompt, name)
+                set_tensor(prompt, name, item.read_prompt(name).to(own.dtype))
+            prompts.append(dataclasses.replace(item.block, module=prompt) if prompt else twin.block)
         return lowered
 
     with patch.object(exporting, "capture", lambda *_, **__: captured), patch.object(exporting, "lower", spy):
         result = exporting.export("captured already", recipe, out_dir=out, target=target, **options)
-    return Exported(result.folder, result.manifest, kept, original)
+    return Exported(result.folder, result.manifest, kept, original, prompts)

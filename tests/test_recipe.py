@@ -10,6 +10,7 @@ from qexport.recipe import CalibrationSpec, Override, Recipe, WeightSpec, scheme
 PRESETS = {
     "w4a16_g32": ("w4a16_g32", "gptq", None),
     "w4a16_g32_rtn": ("w4a16_g32", "rtn", None),
+    "w4a16_g32_int8_prompts": ("w4a16_g32", "gptq", "smoothquant"),
     "w4a16_g64": ("w4a16_g64", "gptq", None),
     "w4a16_g128": ("w4a16_g128", "gptq", None),
     "w4a16_g128_rtn": ("w4a16_g128", "rtn", None),

@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from torch.fx import GraphModule
 
 from ..capture.blocks import Block
 from ..capture.graph import Captured
@@ -50,6 +51,7 @@ class Finished:
         record: what happened to it.
         joined: tensors that the lowering made of several, by name.
         apart: linears that the lowering could have merged with others and did not, and why.
+        prompt: what the lowering made of the block for prompts, where that is something else.
     """
 
     block: Block
@@ -59,6 +61,7 @@ class Finished:
     captured: Captured
     joined: dict[str, Joined] = field(default_factory=dict)
     apart: dict[str, str] = field(default_factory=dict)
+    prompt: GraphModule | None = None
 
     def read(self, name: str) -> torch.Tensor:
         """A tensor of the block: its own small ones, joined ones, those of its shard, else the checkpoint's."""
@@ -66,6 +69,11 @@ class Finished:
         if own.device.type != "meta":
             return own
         return self.joined[name].make(self._load) if name in self.joined else self._load(name)
+
+    def read_prompt(self, name: str) -> torch.Tensor:
+        """A tensor of `prompt`: its own small ones, else the block's."""
+        own = get_tensor(self.prompt, name)
+        return self.read(name) if own.device.type == "meta" else own
 
     def _load(self, name: str) -> torch.Tensor:
         return shards.load_tensor(self.shard, name) if name in self.stored else self.captured.load(name)

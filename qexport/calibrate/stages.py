@@ -1,10 +1,11 @@
 """From a recipe to the passes that a block goes through, in the order that the mathematics demands."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 
-from ..numerics.formats import WeightFormat
+from ..numerics.formats import ActivationFormat, WeightFormat
 from ..numerics.gptq import gptq
 from ..numerics.grid import QuantizedWeight
 from ..numerics.hqq import hqq
@@ -86,7 +87,9 @@ def _exact(recipe: Recipe, plan: Mapping[str, LinearPlan], quantizes_inputs: boo
     smooth, cross = recipe.smooth, recipe.crossquant
     if smooth is not None and smooth.method == "awq":
         return [AWQ(plan, explicit=smooth.explicit, alpha=_number(smooth.alpha))]
-    if not quantizes_inputs:
+    if recipe.prefill is not None:
+        plan = {name: _as_prompt(linear) for name, linear in plan.items()}
+    elif not quantizes_inputs:
         return []
     if smooth is not None and smooth.method == "lae":
         return [LogEqualize(plan, explicit=smooth.explicit)]
@@ -99,6 +102,14 @@ def _exact(recipe: Recipe, plan: Mapping[str, LinearPlan], quantizes_inputs: boo
     if recipe.fptq is not None:
         return [FPTQ(plan, static_up_to=recipe.fptq.static_up_to, dynamic_from=recipe.fptq.dynamic_from)]
     return []
+
+
+def _as_prompt(linear: LinearPlan) -> LinearPlan:
+    """The plan of a linear as prompts meet it: weight-only ones have their inputs rounded too."""
+    scheme = linear.scheme
+    if scheme is None or scheme.activation is not None or scheme.weight.group_size <= 0:
+        return linear
+    return replace(linear, scheme=replace(scheme, activation=ActivationFormat("dynamic")))
 
 
 def _number(alpha: float | str) -> float | None:

@@ -10,6 +10,8 @@ from torch.fx import Graph, GraphModule, Node
 
 from .. import ops as _ops  # noqa: F401  registers the operators
 from ..capture.graph import Port
+from .book import Book, Placed, plain
+from .branches import Piece, add_branches, branched, branches_of
 from .emitter import ONNX_DTYPE, VIEW_OF, Emitter, unsupported
 from .fuse import fuse_norms
 from .ops import elementwise, embedding, grouped, layers, quantized, shapes
@@ -32,41 +34,9 @@ class Target(Protocol):
     def session(self, products: Sequence[Node] = ()) -> dict[str, str]: ...
     def slow(self, products: Sequence[Node]) -> dict[str, str]: ...
     def numerics(self) -> dict[str, str]: ...
+    def prompt_twin(self, module: GraphModule) -> GraphModule | None: ...
     def rewrite(self, module: GraphModule, constants: set[str]) -> None: ...
     def kernel(self, product: Node) -> str: ...
-
-
-@dataclass(frozen=True)
-class Piece:
-    """A block ready to be written, its graph already rewritten for the target.
-
-    Attributes:
-        read: the tensor of a get_attr node, called only while the file is written.
-    """
-
-    name: str
-    module: GraphModule
-    inputs: Sequence[str]
-    outputs: Sequence[str]
-    read: Callable[[str], torch.Tensor]
-
-
-@dataclass(frozen=True)
-class Placed:
-    """Where a quantized linear is.
-
-    Attributes:
-        node: name of its product; kernel: operator that it must become.
-        output: value of its result; columns: (start, stop) of the result in it, None where it is all of it.
-        slow: why another kernel of the same operator would be faster than its; empty where none would, None where the
-            operator has one.
-    """
-
-    node: str
-    kernel: str
-    output: str
-    columns: tuple[int, int] | None
-    slow: str | None = None
 
 
 @dataclass
@@ -111,24 +81,28 @@ def build(
     Raises:
         LoweringError: an operator has no ONNX form.
     """
-    emit = Emitter()
+    emit, book = Emitter(), Book(target.kernel)
+
+    def add(piece: Piece, known: dict[str, ir.Value]) -> None:
+        made = _translate(emit, piece, known)
+        book.note(piece.module.graph, emit.values, made)
+
+    def add_for_prompts(piece: Piece, known: dict[str, ir.Value]) -> None:
+        _translate(emit, piece, known)
+        book.note_prompts(piece.module.graph)
+
     known = {port.value: _interface(port, target) for port in inputs}
     graph_inputs = list(known.values())
-    products, members, parts, lowered_blocks = {}, {}, {}, {}
-    made: dict[str, ir.Value] = {}
-    for piece, following in zip(pieces, [*pieces[1:], None], strict=True):
-        made |= _translate(emit, piece, known)
-        for product in linear_products(piece.module.graph):
-            found = (emit.values[product].producer().name, target.kernel(product))
-            owner = product.meta.get("plane_of") or product.meta.get("branch_of")
-            if owner:
-                parts[owner] = (*parts.get(owner, ()), found)
-            else:
-                name = product.meta["linear"]
-                products[name], members[name] = found, product.meta.get("columns") or {name: None}
-        # A block reads the residual stream before anything else that comes from outside.
-        read = following.inputs if following else ()
-        lowered_blocks[piece.name] = next((name for name in read if name in piece.outputs), piece.outputs[0])
+    inner: dict[str, ir.Value] = {}
+    first, last = branched(pieces)
+    for piece in pieces[:first]:
+        add(piece, known)
+    if first < last:
+        ids = next(known[port.value] for port in inputs if port.name == "input_ids")
+        wanted = {name for piece in pieces[last:] for name in piece.inputs} | {port.value for port in outputs}
+        inner = add_branches(emit, pieces[first:last], known, ids, wanted, add, add_for_prompts)
+    for piece in pieces[last:]:
+        add(piece, known)
     graph_outputs: list[ir.Value] = []
     for port in outputs:
         value = known[port.value]
@@ -136,35 +110,32 @@ def build(
             value = emit.op("Identity", value)
         graph_outputs.append(_named(value, port, target))
     graph = ir.Graph(
-        graph_inputs, graph_outputs, nodes=emit.nodes, initializers=list(emit.initializers.values()),
-        opset_imports={"": OPSET} | dict.fromkeys({n.domain for n in emit.nodes} - {""}, 1), name="qexport",
-    )  # fmt: skip
+        graph_inputs, graph_outputs, nodes=emit.nodes, initializers=list(emit.initializers.values()), name="qexport"
+    )
+    branches = branches_of(graph)
+    for branch in branches:
+        _drop_unused_nodes(branch)
     _drop_unused(graph)
     tensors = {n: 0 if VIEW_OF in v.meta else v.const_value.nbytes for n, v in graph.initializers.items()}
-    model = ir.Model(graph, ir_version=11, producer_name="qexport", producer_version=version)
+    following = [*pieces[1:], None]
+    handed_on = {piece.name: _handed_on(piece, after) for piece, after in zip(pieces, following, strict=True)}
     everything = [product for piece in pieces for product in linear_products(piece.module.graph)]
-    slow = target.slow(everything)
     lowered = Lowered(
-        model,
-        # Values are asked for now, because one that is an output of the model goes by the output's name.
-        {
-            linear: Placed(node, kernel, made[name].name, columns, slow.get(name))
-            for name, (node, kernel) in products.items()
-            for linear, columns in members[name].items()
-        },
-        {
-            linear: found
-            for name, linears in members.items()
-            for linear in linears
-            if (found := tuple(dict.fromkeys(parts.get(name, ()) + parts.get(linear, ()))))
-        },
-        tensors,
-        _bytes(tensors, members),
-        {name: known[value].name for name, value in lowered_blocks.items()},
-        target.session(everything),
-    )
-    fuse_norms(graph)  # which hands the names on to other values
+        ir.Model(graph, ir_version=11, producer_name="qexport", producer_version=version),
+        book.placed(target.slow(everything)), book.parts(), tensors, _bytes(tensors, book.members),
+        {name: plain((inner | known)[value].name) for name, value in handed_on.items()}, target.session(everything),
+    )  # fmt: skip
+    for part in (graph, *branches):
+        fuse_norms(part)  # which hands the names on to other values
+    domains = {node.domain for node in graph.all_nodes()} - {""}
+    graph.opset_imports.update({"": OPSET} | dict.fromkeys(sorted(domains), 1))
     return lowered
+
+
+def _handed_on(piece: Piece, following: Piece | None) -> str:
+    """A block reads the residual stream before anything else that comes from outside."""
+    read = following.inputs if following else ()
+    return next((name for name in read if name in piece.outputs), piece.outputs[0])
 
 
 def _translate(emit: Emitter, piece: Piece, known: dict[str, ir.Value]) -> dict[str, ir.Value]:
@@ -179,7 +150,7 @@ def _translate(emit: Emitter, piece: Piece, known: dict[str, ir.Value]) -> dict[
             value = emit.values[node] = _translation(node)(emit, node)
             linear = node.meta.get("result_of")
             if linear is not None:
-                value.name = f"{linear}.output"
+                value.name = emit.named(f"{linear}.output")
                 made[linear] = value
         elif node.op == "output":
             for result, name in zip(node.args[0], piece.outputs, strict=True):
@@ -224,11 +195,17 @@ def _bytes(tensors: Mapping[str, int], members: Mapping[str, Mapping[str, tuple[
     return sizes
 
 
-def _drop_unused(graph: ir.Graph) -> None:
-    """Remove nodes nobody reads (sizes that a Reshape keeps by itself), and then constants nobody reads."""
+def _drop_unused_nodes(graph: ir.Graph) -> None:
+    """Remove nodes nobody reads: sizes that a Reshape keeps by itself."""
     outputs = set(graph.outputs)
     for node in reversed(list(graph)):
         if not any(out.uses() or out in outputs for out in node.outputs):
             graph.remove(node, safe=True)
+
+
+def _drop_unused(graph: ir.Graph) -> None:
+    """Remove nodes nobody reads, and then constants nobody reads."""
+    _drop_unused_nodes(graph)
+    outputs = set(graph.outputs)
     for name in [n for n, value in graph.initializers.items() if not value.uses() and value not in outputs]:
         del graph.initializers[name]

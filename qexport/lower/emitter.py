@@ -1,6 +1,7 @@
 """Collecting ONNX nodes and initializers while a graph is translated."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -36,12 +37,25 @@ class Emitter:
         self.nodes: list[ir.Node] = []
         self.initializers: dict[str, ir.Value] = {}
         self._constants: dict[tuple, ir.Value] = {}
-        self._scope, self._taken = "", {}
+        self._scope, self._prefix, self._taken = "", "", {}
         self._read: Callable[[str], torch.Tensor] | None = None
 
     def enter(self, scope: str, read: Callable[[str], torch.Tensor]) -> None:
         """Start a block: its name, and how its tensors are read when the file is written."""
         self._scope, self._read = scope, read
+
+    @contextmanager
+    def branch(self, prefix: str) -> Iterator[list[ir.Node]]:
+        """Nodes added within go to the list this gives, the names of all they make beginning with `prefix`."""
+        outer, self.nodes, self._prefix = self.nodes, [], prefix
+        try:
+            yield self.nodes
+        finally:
+            self.nodes, self._prefix = outer, ""
+
+    def named(self, name: str) -> str:
+        """What a node or value of this name is called where nodes are added now."""
+        return self._prefix + name
 
     def op(
         self, op_type: str, *inputs, domain: str = "", outputs: int = 1, name: str = "", output: str = "", **attributes
@@ -51,8 +65,9 @@ class Emitter:
         Returns:
             Its output, or a tuple of them.
         """
-        name = self._unique(name or f"{self._scope}/{op_type}")
-        made = [ir.Value(name=self._unique(output) if output and i == 0 else f"{name}:{i}") for i in range(outputs)]
+        name = self._unique(self.named(name or f"{self._scope}/{op_type}"))
+        output = output and self._unique(self.named(output))
+        made = [ir.Value(name=output if output and i == 0 else f"{name}:{i}") for i in range(outputs)]
         while inputs and inputs[-1] is None:  # ONNX Runtime's fusions count a trailing absent input as present
             inputs = inputs[:-1]
         attributes = {k: v for k, v in attributes.items() if v is not None}
@@ -111,20 +126,22 @@ class Emitter:
         suffix: str,
         shape: Sequence[int],
         dtype: torch.dtype,
-        make: Callable[[torch.Tensor], torch.Tensor],
+        make: Callable[..., torch.Tensor],
+        *others: Node | None,
     ) -> ir.Value:
         """An initializer made from the tensor of a get_attr node, when the file is written.
 
         Args:
             suffix: its name is the tensor's with this behind.
-            shape, dtype: of what `make` returns for the tensor.
+            shape, dtype: of what `make` returns for the tensor and those of `others`, None for None.
         """
-        name, given, read = f"{node.target}.{suffix}", dtype_of(node), self._read
+        name, read, sources = f"{node.target}.{suffix}", self._read, (node, *others)
         if name in self.initializers:
             return self.initializers[name]
 
         def load() -> ir.TensorProtocol:
-            return tensor_adapters.TorchTensor(make(read(node.target).to(given)).contiguous(), name=name)
+            tensors = [None if source is None else read(source.target).to(dtype_of(source)) for source in sources]
+            return tensor_adapters.TorchTensor(make(*tensors).contiguous(), name=name)
 
         return self._initializer(name, ir.LazyTensor(load, dtype=ONNX_DTYPE[dtype], shape=ir.Shape(shape), name=name))
 

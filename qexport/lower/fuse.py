@@ -24,7 +24,6 @@ def fuse_norms(graph: ir.Graph) -> None:
             _FUSED[norm.op_type], [*add.inputs, *norm.inputs[1:]], {"epsilon": norm.attributes["epsilon"].as_float()},
             domain="com.microsoft", outputs=made, name=norm.name,
         )  # fmt: skip
-        graph.opset_imports["com.microsoft"] = 1
         graph.insert_before(add, fused)
         for old, new in ((norm.outputs[0], made[0]), (total, made[3])):
             name, old.name = old.name, None

@@ -25,6 +25,18 @@ def expanded_scale(weight: QuantizedWeight, factor: Tensor | None = None) -> Ten
     return scale.masked_fill_(scale < torch.finfo(torch.float32).tiny, 1)
 
 
+def channel_scale(codes: Tensor, scale: Tensor, zero_point: Tensor | None, group_size: int) -> Tensor:
+    """The scale of each output channel by which int8 codes cover a weight in groups: its absmax / 127.
+
+    Args: as `expand`.
+    Returns:
+        float32 [N]; 1 where the channel is zero.
+    """
+    values = _dequantized(codes, scale, zero_point, group_size)
+    found = values.abs_().amax(0) / _QMAX
+    return found.masked_fill_(found < torch.finfo(torch.float32).tiny, 1)
+
+
 def expand(
     codes: Tensor, scale: Tensor, zero_point: Tensor | None, factor: Tensor | None, row_scale: Tensor, group_size: int
 ) -> Tensor:
@@ -38,11 +50,16 @@ def expand(
     Returns:
         int8 [K, N].
     """
-    k, n = codes.shape
-    values = codes.float().view(k // group_size, group_size, n)
-    if zero_point is not None:
-        values = values - zero_point.float()[:, None]
-    values = (values * scale[:, None]).view(k, n)
+    values = _dequantized(codes, scale, zero_point, group_size)
     if factor is not None:
-        values = values * factor[:, None]
-    return torch.round(values / row_scale).clamp_(-_QMAX, _QMAX).to(torch.int8)
+        values *= factor[:, None]
+    return values.div_(row_scale).round_().clamp_(-_QMAX, _QMAX).to(torch.int8)
+
+
+def _dequantized(codes: Tensor, scale: Tensor, zero_point: Tensor | None, group_size: int) -> Tensor:
+    k, n = codes.shape
+    filled = torch.nn.functional.pad(codes, (0, 0, 0, -k % group_size))  # the last group may be shorter
+    values = filled.float().view(-1, group_size, n)
+    if zero_point is not None:
+        values -= zero_point.float()[:, None]
+    return values.mul_(scale[:, None]).view(-1, n)[:k]

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from ..numerics.codebook import dequantize
-from ..numerics.expand import expand
+from ..numerics.expand import channel_scale, expand
 from ..numerics.grid import blockwise_fake_quantize
 
 _RANGE = {True: (-128, 127), False: (0, 255)}
@@ -134,6 +134,23 @@ def expand_codes(
 @expand_codes.register_fake
 def _(codes, scale, zero_point, factor, row_scale, group_size, bits):
     return codes.new_empty(codes.shape, dtype=torch.int8)
+
+
+@torch.library.custom_op("qexport::channel_scale", mutates_args=())
+def channel_scale_of(codes: Tensor, scale: Tensor, zero_point: Tensor | None, group_size: int) -> Tensor:
+    """The row_scale with which `expand_codes` covers a weight in groups. The file holds both results, not the codes.
+
+    Args: as `numerics.expand.channel_scale`.
+
+    Returns:
+        float32 [N].
+    """
+    return channel_scale(codes, scale.float(), zero_point, group_size)
+
+
+@channel_scale_of.register_fake
+def _(codes, scale, zero_point, group_size):
+    return codes.new_empty(codes.shape[1:], dtype=torch.float32)
 
 
 @torch.library.custom_op("qexport::dequantize_codebook", mutates_args=())

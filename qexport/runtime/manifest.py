@@ -31,6 +31,7 @@ class LinearEntry(_Frozen):
         columns: [start, stop) of its result in that value, where one product computes several linears; None: all.
         node: name of its MatMul node. Fusion keeps it, so it finds the node in the optimized graph.
         kernel: op type the node must have in the optimized graph.
+        prompt_kernel: the same in the branch for prompts; None where the file has none, or the linear is outside of it.
         parts: (node, kernel) of further products, where the linear is the sum of several.
         shape: [out_features N, in_features K].
         bytes: size of its codes, scales, zero points and correction branch; a share by columns of what several have.
@@ -46,6 +47,7 @@ class LinearEntry(_Frozen):
     columns: tuple[int, int] | None = None
     node: str
     kernel: str
+    prompt_kernel: str | None = None
     parts: tuple[tuple[str, str], ...] = ()
     shape: tuple[int, int]
     bytes: int = 0
@@ -74,6 +76,7 @@ class Manifest(_Frozen):
         settings: sizes that a decoder's inputs need: num_hidden_layers, num_key_value_heads, head_dim, vocab_size.
             past_present_share_buffer (false when absent): past and present may be one buffer of fixed length.
             position_ids (true when absent): the file has this input; otherwise positions count real tokens.
+            prompts_from (absent where there is one form for all): new tokens from which a call is a prompt.
             padding (absent in files of others): prompts may be padded on the left though there is no position_ids.
             logits: "last" where they are those of the last token only ([batch, 1, vocab]); absent, of every token.
         bytes: sizes by part; see `lower.sizes.by_part`.

@@ -25,7 +25,7 @@ _SAVING = {
     "session.optimized_model_external_initializers_min_size_in_bytes": "1024",
     "session.save_external_prepacked_constant_initializers": "1",
 }
-_TRIAL_TOKENS = 8
+_TRIAL_TOKENS = 16  # a prompt, where a file tells prompts from steps
 # Files beside the model that onnxruntime-genai has no use for.
 _NOT_COPIED = (MANIFEST_FILE, GENAI_FILE, "report.json", "recipe.yaml")
 _COPIED_TYPES = (".json", ".jinja", ".model", ".txt")

@@ -13,6 +13,7 @@ import onnxruntime as ort
 from ..errors import RuntimeProblem
 from . import cache
 from . import manifest as manifests
+from .branches import PROMPTS, all_nodes
 from .manifest import CPU, CUDA, MODEL_FILE, LinearEntry, Manifest
 
 
@@ -36,7 +37,7 @@ class OptimizedGraph:
     """What ONNX Runtime really runs.
 
     Attributes:
-        nodes: nodes of the main graph after every optimization.
+        nodes: nodes after every optimization. Where a file has branches, the names of those for prompts have a prefix.
         placement: (node name, op type, provider) of every node when the graph was cut between providers. That comes
             before the last fusions, so a quantized linear still shows as DequantizeLinear and MatMul here.
     """
@@ -167,7 +168,8 @@ def optimized_graph(
         graph = onnx.load(target, load_external_data=False).graph
     providers = {name: provider for name, _, provider in placement if name}
     nodes = tuple(
-        Node(n.name, n.op_type, n.domain, tuple(n.input), tuple(n.output), providers.get(n.name)) for n in graph.node
+        Node(n.name, n.op_type, n.domain, tuple(n.input), tuple(n.output), providers.get(n.name))
+        for n in all_nodes(graph)
     )
     return OptimizedGraph(nodes, placement)
 
@@ -198,6 +200,9 @@ def unfused(graph: OptimizedGraph, linears: Sequence[LinearEntry]) -> list[tuple
     by_name = {node.name: node.op_type for node in graph.nodes}
     for linear in linears:
         products = [(kernel_of(graph.nodes, linear.output, linear.node), linear.kernel)]
+        if linear.prompt_kernel:
+            output, node = PROMPTS + linear.output, PROMPTS + linear.node
+            products.append((kernel_of(graph.nodes, output, node), linear.prompt_kernel))
         products += [(by_name.get(node), kernel) for node, kernel in linear.parts]
         wrong += [(linear, found) for found, kernel in products if found != kernel][:1]
     return wrong

@@ -23,6 +23,7 @@ from ..errors import InputError, RuntimeProblem
 from ..numerics.metrics import cosine, sqnr_db
 from ..passes.edit import shape_of
 from ..passes.sites import fold_sites, linears
+from ..runtime.branches import PROMPTS, only
 from ..runtime.manifest import MODEL_FILE, BlockEntry, LinearEntry, Manifest
 from ..runtime.session import OptimizedGraph, open_session, optimized_graph
 from .placement import moved
@@ -209,10 +210,12 @@ def _channelwise(want: Tensor, got: Tensor) -> Tensor:
 def with_outputs(folder: Path, values: Sequence[str]):
     """Path of a model.onnx with additional outputs, beside the same data; it is gone after the `with`.
 
+    Of a file with branches it has the one for prompts alone: what is inside of a branch cannot be an output.
+
     Raises:
         InputError: the folder cannot be written, or the graph has no such value.
     """
-    model = onnx.load(folder / MODEL_FILE, load_external_data=False)
+    model = only(onnx.load(folder / MODEL_FILE, load_external_data=False), PROMPTS)
     graph = model.graph
     known = {output for node in graph.node for output in node.output}
     if missing := [value for value in values if value not in known]:

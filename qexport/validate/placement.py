@@ -3,7 +3,8 @@
 from collections import Counter
 from pathlib import Path
 
-from ..runtime.manifest import Manifest
+from ..runtime.branches import PROMPTS
+from ..runtime.manifest import LinearEntry, Manifest
 from ..runtime.session import OptimizedGraph, kernel_of, optimized_graph, unfused
 from .report import Placement, Unfused
 
@@ -16,21 +17,36 @@ def examine(folder: Path, manifest: Manifest, provider: str) -> tuple[Placement,
     """
     graph = optimized_graph(folder, manifest, provider=provider)
     wrong = tuple(
-        Unfused(name=linear.name, expected=linear.kernel, found=found)
+        Unfused(name=linear.name, expected=_expected(linear, found), found=found)
         for linear, found in unfused(graph, manifest.linears)
     )
     kernels = Counter(kernel_of(graph.nodes, linear.output, linear.node) or "nothing" for linear in manifest.linears)
+    prompts = Counter(
+        kernel_of(graph.nodes, PROMPTS + linear.output, PROMPTS + linear.node) or "nothing"
+        for linear in manifest.linears
+        if linear.prompt_kernel
+    )
     placement = Placement(
         provider=provider, nodes_per_provider=dict(graph.nodes_per_provider()),
-        op_counts=dict(graph.op_counts().most_common()), kernels=dict(kernels.most_common()), unfused=wrong,
+        op_counts=dict(graph.op_counts().most_common()), kernels=dict(kernels.most_common()),
+        prompt_kernels=dict(prompts.most_common()), unfused=wrong,
     )  # fmt: skip
     return placement, graph
 
 
+def _expected(linear: LinearEntry, found: str | None) -> str:
+    return linear.prompt_kernel if linear.prompt_kernel and found == linear.kernel else linear.kernel
+
+
 def moved(plain: OptimizedGraph, probed: OptimizedGraph, manifest: Manifest) -> tuple[Unfused, ...]:
-    """Linears whose operator differs between the deployed graph and one with additional outputs."""
-    pairs = [
-        (linear.name, *(kernel_of(g.nodes, linear.output, linear.node) for g in (plain, probed)))
-        for linear in manifest.linears
-    ]
+    """Linears whose operator differs between the deployed graph and one with additional outputs.
+
+    Args:
+        probed: of a file with branches, the one for prompts alone.
+    """
+    pairs = []
+    for linear in manifest.linears:
+        prefix = PROMPTS if linear.prompt_kernel else ""
+        was = kernel_of(plain.nodes, prefix + linear.output, prefix + linear.node)
+        pairs.append((linear.name, was, kernel_of(probed.nodes, linear.output, linear.node)))
     return tuple(Unfused(name=n, expected=was or "nothing", found=now) for n, was, now in pairs if was != now)

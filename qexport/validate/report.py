@@ -71,6 +71,7 @@ class Placement(_Frozen):
         nodes_per_provider: how many nodes each provider took.
         op_counts: operators of the optimized graph.
         kernels: for each kernel how many planned linears run as it.
+        prompt_kernels: the same for prompts, where the file has a branch for them; what is measured is then of prompts.
         unfused: planned linears that do not run as planned.
     """
 
@@ -78,6 +79,7 @@ class Placement(_Frozen):
     nodes_per_provider: dict[str, int]
     op_counts: dict[str, int]
     kernels: dict[str, int]
+    prompt_kernels: dict[str, int] = Field(default_factory=dict)
     unfused: tuple[Unfused, ...] = ()
 
 
@@ -223,9 +225,12 @@ def kernels(placement: Placement) -> str:
     total = sum(placement.kernels.values())
     if not total:
         return "no quantized linears"
-    if len(placement.kernels) == 1:
-        return f"{total} quantized linears run as {next(iter(placement.kernels))}"
-    return f"{total} quantized linears run as " + ", ".join(f"{k} ({n})" for k, n in placement.kernels.items())
+    text = f"{total} quantized linears run as {_counted(placement.kernels)}"
+    return f"{text}, for prompts as {_counted(placement.prompt_kernels)}" if placement.prompt_kernels else text
+
+
+def _counted(kernels: dict[str, int]) -> str:
+    return next(iter(kernels)) if len(kernels) == 1 else ", ".join(f"{k} ({n})" for k, n in kernels.items())
 
 
 def number(value: float | None) -> str:

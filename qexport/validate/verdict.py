@@ -47,6 +47,8 @@ def _facts(report: Report) -> list[str]:
     total = sum(report.placement.kernels.values())
     if total and not report.placement.unfused:
         facts.append(f"all {kernels(report.placement)}")
+    if report.placement.prompt_kernels:
+        facts.append("what was measured are prompts; steps of a few tokens have numbers of their own")
     if report.layers.linears:
         order = worst_first(report.layers.linears)
         median = statistics.median_low(map(rank, order))

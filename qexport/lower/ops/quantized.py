@@ -5,6 +5,7 @@ import math
 import torch
 from torch.fx import Node
 
+from ...numerics.expand import channel_scale, expand
 from ...numerics.packing import pack_high_first, pack_rows
 from ...passes.edit import dtype_of, is_call, shape_of
 from ..emitter import Emitter
@@ -52,9 +53,34 @@ def _widen(emit: Emitter, node: Node):
     return emit.cast(emit.tensor(node.args[0], bits=4), torch.int8)
 
 
+def _channel_scale(emit: Emitter, node: Node):
+    codes, scale, zero_point, group_size = node.args
+
+    def make(codes: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor | None) -> torch.Tensor:
+        return channel_scale(codes, scale.float(), zero_point, group_size)
+
+    return emit.derived(codes, "channel_scale", [*shape_of(node)], torch.float32, make, scale, zero_point)
+
+
+def _stored_int8(emit: Emitter, node: Node):
+    """The int8 codes themselves, for a weight that the file has in few bits besides.
+
+    Arithmetic at load would keep some 35 bytes a weight of the whole model in memory while ONNX Runtime folds it.
+    """
+    codes, scale, zero_point, _factor, _row_scale, group_size, _bits = node.args
+
+    def make(codes: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor | None) -> torch.Tensor:
+        scale = scale.float()
+        return expand(codes, scale, zero_point, None, channel_scale(codes, scale, zero_point, group_size), group_size)
+
+    return emit.derived(codes, "int8", [*shape_of(codes)], torch.int8, make, scale, zero_point)
+
+
 def _expand(emit: Emitter, node: Node):
     """Plain arithmetic on constants, which ONNX Runtime does once, when it loads the file."""
     codes, scale, zero_point, factor, row_scale, group_size, bits = node.args
+    if is_call(row_scale, ops.channel_scale.default):
+        return _stored_int8(emit, node)
     k, n = shape_of(codes)
     grouped = emit.constant([k // group_size, group_size, n])
     values = emit.op("Reshape", emit.cast(emit.tensor(codes, bits=bits), torch.float32), grouped)
@@ -145,6 +171,7 @@ TRANSLATIONS = {
     ops.matmul_integer.default: _matmul_integer,
     ops.widen_int4.default: _widen,
     ops.expand_codes.default: _expand,
+    ops.channel_scale.default: _channel_scale,
     ops.matmul_bnb4.default: _matmul_bnb4,
     ops.matmul_nbits.default: _matmul_nbits,
     # The kernel does it to its own input: there is no node.

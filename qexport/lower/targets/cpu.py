@@ -9,6 +9,7 @@ from torch.fx import GraphModule, Node
 
 from ...numerics.packing import stored_block
 from ...passes.edit import add_tensor, call, finish, is_call
+from ..prefill import LONGEST_STEP, prompt_twin
 from .forms import Form, as_own_kernel, form_of, linear_products, own_kernel, scale_apart
 
 ops = torch.ops.qexport
@@ -24,9 +25,11 @@ class CpuTarget:
 
     Attributes:
         accuracy_level: 4 lets MatMulNBits round its float input to 8 bits in blocks (fast); 1 keeps it float32.
+        int8_prompts: prompts go through int8 products (see lower/prefill.py).
     """
 
     accuracy_level: int = 4
+    int8_prompts: bool = False
     name: ClassVar[str] = "cpu"
     provider: ClassVar[str] = "CPUExecutionProvider"
     dtype: ClassVar[torch.dtype] = torch.float32
@@ -49,7 +52,17 @@ class CpuTarget:
             )
         else:
             inputs = "float inputs of MatMulNBits stay float32 (accuracy level 1)"
-        return {"weight_only": inputs, "integer": "8-bit inputs are unsigned with zero point 128", "dtype": "float32"}
+        said = {"weight_only": inputs, "integer": "8-bit inputs are unsigned with zero point 128", "dtype": "float32"}
+        if self.int8_prompts:
+            said["prefill"] = (
+                f"calls with more than {LONGEST_STEP} new tokens round the inputs of weights in groups to 8 bits per "
+                "token, and these weights to int8 per output channel"
+            )
+        return said
+
+    def prompt_twin(self, module: GraphModule) -> GraphModule | None:
+        """What a canonical block is for prompts; None where that is nothing else."""
+        return prompt_twin(module) if self.int8_prompts else None
 
     def slow(self, products: Sequence[Node]) -> dict[str, str]:
         """Nothing: every MatMulNBits is of one speed here."""

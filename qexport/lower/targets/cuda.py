@@ -56,6 +56,9 @@ class CudaTarget:
         """
         return fpa_intb.why_slow(_nbits(products))
 
+    def prompt_twin(self, module: GraphModule) -> None:
+        """MatMulNBits has a way of its own with prompts here: there is one form for all."""
+
     def rewrite(self, module: GraphModule, constants: set[str]) -> None:
         """Turn canonical QDQ into nodes that have CUDA kernels, and the graph into float16, in place."""
         for product in linear_products(module.graph):
