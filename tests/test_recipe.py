@@ -62,7 +62,7 @@ def test_preset(name):
     assert (recipe.name, recipe.scheme, recipe.weights.method) == (name, scheme, method)
     sections = [n for n in ("smooth", "crossquant", "fptq", "llm_int8", "lorc") if getattr(recipe, n) is not None]
     assert [recipe.smooth.method if n == "smooth" else n for n in sections] == ([section] if section else [])
-    assert recipe.lm_head == ("w4a16_g32" if name == "compact" else "float")
+    assert recipe.lm_head == ("w4a16_g64" if name == "compact" else "float")
 
 
 def test_the_fewer_the_scales_of_weights_and_the_more_of_activations_the_less_is_smoothed():

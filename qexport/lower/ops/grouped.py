@@ -15,40 +15,33 @@ _GRANULARITY = {1: "PER_TENSOR", 3: "PER_CHANNEL"}  # by the axes of the scale
 
 
 def _real_first(emit: Emitter, node: Node):
-    """Lengths are counted by a CumSum over ones: a length read from a shape is on the CPU, and so is what meets it."""
+    """Few nodes, since every step of decoding runs them.
+
+    Lengths are sums of ones and not read from shapes: those are on the CPU, and so is what meets them. Orders may be
+    negative, which counts from the end, as the gathering operators take it: that spares the modulo.
+    """
     mask, ids = (emit.get(argument) for argument in node.args)
     zero, one, row = emit.constant(0), emit.constant(1), emit.constant([1])
-    first, end = emit.constant([0]), emit.constant([-1])
-
-    def count(flags):
-        """Place of every column, from 0, and how many there are [batch, 1]."""
-        ones = emit.cast(emit.op("Or", flags, emit.op("Not", flags)), torch.int64)
-        counted = emit.op("CumSum", ones, one)
-        return emit.op("Sub", counted, one), emit.op("Gather", counted, end, axis=1)
-
-    real = emit.cast(mask, torch.bool)
-    place, size = count(emit.op("Equal", ids, zero))
-    _, total = count(real)
-    past = emit.op("Sub", total, size)
+    ones = emit.op("Clip", ids, one, one)
+    place = emit.op("CumSum", ones, one, exclusive=1)
+    size = emit.op("ReduceSum", ones, row)
+    past = emit.op("Sub", emit.op("ReduceSum", emit.op("Clip", mask, one, one), row), size)
     columns = emit.op("Add", place, past)
-    flags = emit.cast(real, torch.int64)
-    counts, flags = (emit.op("GatherElements", x, columns, axis=1) for x in (emit.op("CumSum", flags, one), flags))
-    before = emit.op("Sub", emit.op("Gather", counts, first, axis=1), emit.op("Gather", flags, first, axis=1))
-    many = emit.op("Sub", emit.op("Gather", counts, end, axis=1), before)
+    flags = emit.op("Clip", mask, zero, one)
+    counts, new = (emit.op("GatherElements", x, columns, axis=1) for x in (emit.op("CumSum", flags, one), flags))
+    many, everything = (emit.op("ReduceSum", x, row) for x in (new, flags))
     lead = emit.op("ReduceSum", emit.cast(emit.op("Equal", counts, zero), torch.int64), row)
-    # Places and leads are at most the size, so that one subtraction does what Mod would, which CUDA lacks for int64.
-    turned = emit.op("Add", place, lead)
-    forward = emit.op("Where", emit.op("Less", turned, size), turned, emit.op("Sub", turned, size))
-    turned = emit.op("Sub", place, lead)
-    backward = emit.op("Where", emit.op("Less", turned, zero), emit.op("Add", turned, size), turned)
-    wanted = emit.cast(emit.op("Less", place, many), torch.int64)
-    found = emit.op("GatherElements", flags, forward, axis=1)
-    wrong = emit.op("ReduceSum", emit.op("Abs", emit.op("Sub", found, wanted)), row)
-    valid = emit.op("And", emit.op("Equal", wrong, zero), emit.op("Greater", many, zero))
-    valid = emit.op("And", valid, emit.op("Or", emit.op("Equal", many, size), emit.op("Equal", past, zero)))
-    last = emit.cast(emit.op("Sub", emit.op("Add", before, size), one), torch.int32)
+    forward = emit.op("Add", place, emit.op("Sub", lead, size))
+    backward = emit.op("Sub", place, lead)
+    # Real tokens stand together where as many places behind the first as there are of them hold the last one.
+    end = emit.op("Sub", emit.op("Add", lead, many), one)
+    reached = emit.op("GatherElements", counts, end, axis=1)
+    together = emit.op("Equal", reached, emit.op("Max", everything, one))
+    at_first = emit.op("And", together, emit.op("Equal", past, zero))
+    valid = emit.op("Or", at_first, emit.op("Equal", many, size))
+    last = emit.op("Sub", emit.op("Add", emit.op("Sub", everything, many), size), one)
     return (
-        forward, backward, emit.op("Unsqueeze", valid, row), emit.op("Squeeze", last, row),
+        forward, backward, emit.op("Unsqueeze", valid, row), emit.cast(emit.op("Squeeze", last, row), torch.int32),
         emit.cast(emit.op("Shape", mask, start=1, end=2), torch.int32),
     )  # fmt: skip
 
