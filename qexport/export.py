@@ -4,7 +4,7 @@ import hashlib
 import os
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from importlib.metadata import version
@@ -13,21 +13,18 @@ from typing import Any
 
 import torch
 
-from .calibrate.float_model import fits_in_memory, loaded
+from .calibrate.data import Progress, calibration_batches, needs_data, no_progress, recipe_and_data
 from .calibrate.loop import Finished, quantize_blocks
 from .calibrate.projection import hessian_of
-from .calibrate.self_text import continue_text
-from .calibrate.sources import Samples, load_samples
 from .calibrate.stages import passes_for
-from .calibrate.streams import Stream, last_readers, make_stream
 from .capture.decoder import capture_decoder
 from .capture.graph import Captured
 from .capture.module import capture_module
 from .capture.source import open_model
-from .errors import InputError, LoweringError, QExportError, RecipeError
-from .lower.attention import Grouping, Unsuited, group_attention, plan_grouping
+from .errors import InputError, QExportError, RecipeError
 from .lower.build import Lowered, Piece, Target, build, check_translations
 from .lower.folder import appearing, check_free, explained, write_companions, write_model
+from .lower.grouping import check_attention, deploy_attention, plan_attention
 from .lower.last_token import keep_last, read_by_projection
 from .lower.merge import merge
 from .lower.prefill import LONGEST_STEP
@@ -35,19 +32,11 @@ from .lower.sizes import by_part
 from .lower.targets.cpu import CpuTarget
 from .lower.targets.cuda import CudaTarget
 from .passes.base import GraphPass
-from .passes.edit import is_call
 from .passes.embedding import EmbeddingPlan
 from .passes.plan import LinearPlan
 from .planning import described_embedding, output_projection, plan_for
 from .recipe import Recipe
 from .runtime.manifest import BlockEntry, LinearEntry, Manifest
-
-Progress = Callable[[str, str, int, int], None]  # stage, what, done, total
-ATTENTION = ("grouped", "standard")
-
-
-def no_progress(stage: str, what: str, done: int, total: int) -> None:
-    pass
 
 
 @dataclass(frozen=True)
@@ -207,52 +196,9 @@ def check_prefill(captured: Captured, recipe: Recipe) -> None:
         raise RecipeError("prefill is for language models", place="prefill", remedy="Remove it for an nn.Module")
 
 
-def needs_data(recipe: Recipe, plan: Sequence[LinearPlan]) -> bool:
-    """Whether any pass will want calibration inputs."""
-    return recipe.needs_calibration and (recipe.kv_cache is not None or any(p.scheme is not None for p in plan))
-
-
 def _ask_for_data(passes: Sequence[GraphPass], captured: Captured) -> bool:
     """Whether a pass wants statistics, or promises to keep the function, which is checked on data."""
     return any(p.keeps_function or any(p.statistics(b.module) for b in captured.blocks) for p in passes)
-
-
-def check_attention(attention: str) -> None:
-    """Raises InputError for anything but "grouped" and "standard"."""
-    if attention not in ATTENTION:
-        raise InputError(f"unknown attention {attention!r}", remedy=f"Choose {' or '.join(ATTENTION)}")
-
-
-def plan_attention(captured: Captured, attention: str, read: Callable[[str], torch.Tensor]) -> Grouping | str | None:
-    """How the attention of a decoder can be grouped, or why not; None where that is not asked for.
-
-    Args:
-        attention: as `export` takes it.
-        read: a tensor of the first block.
-    """
-    if attention == "standard" or captured.kind != "decoder":
-        return None
-    try:
-        return plan_grouping(captured, read)
-    except Unsuited as why:
-        return str(why)
-
-
-def deploy_attention(captured: Captured, grouping: Grouping | str | None) -> dict[str, Any]:
-    """Rewrite a decoder's attention for the runtime, in place; returns what the manifest's settings say of it."""
-    if not isinstance(grouping, Grouping):
-        nodes = (node for block in captured.blocks for node in block.module.graph.nodes)
-        if any(is_call(node, torch.ops.qexport.round_cache.default) for node in nodes):
-            raise LoweringError(
-                f"a cache of codes takes grouped attention, and it is standard here: {grouping or 'as asked for'}",
-                place="kv_cache", remedy="Leave kv_cache out of the recipe",
-            )  # fmt: skip
-        return {"attention": "standard", **({"attention_reason": grouping} if grouping else {})}
-    group_attention(captured, grouping)
-    positions = any(port.name == "position_ids" for port in captured.inputs)
-    settings = {"attention": "grouped", "past_present_share_buffer": True, "position_ids": positions, "padding": True}
-    bits = max(site.bits for site in grouping.sites)
-    return settings | ({"kv_cache_bits": bits} if bits else {})
 
 
 def lower(captured: Captured, finished: Sequence[Finished], target: Target) -> Lowered:
@@ -269,58 +215,6 @@ def lower(captured: Captured, finished: Sequence[Finished], target: Target) -> L
         target.rewrite(block.module, set(captured.constants))
         pieces.append(Piece(block.name, block.module, block.inputs, block.outputs, item.read, prompt))
     return build(pieces, captured.inputs, captured.outputs, target, version("qexport"))
-
-
-def recipe_and_data(recipe: Recipe, calibration: Any) -> tuple[Recipe, Any]:
-    """The recipe with the calibration source a user names, or the recipe and the data a user passes."""
-    if calibration is None:
-        return recipe, None
-    if isinstance(calibration, (str, os.PathLike)):
-        spec = recipe.calibration.model_copy(update={"source": os.fspath(calibration)})
-        return recipe.model_copy(update={"calibration": spec}), None
-    return recipe, calibration
-
-
-def calibration_batches(
-    captured: Captured, recipe: Recipe, data, progress: Progress
-) -> tuple[Callable[[], Stream], str]:
-    """A factory of calibration streams, and what is in them."""
-    if captured.kind == "module":
-        return _module_batches(captured, data)
-    spec = recipe.calibration
-    tokenizer = captured.folder.tokenizer() if captured.folder else None
-    vocab_size = captured.settings["vocab_size"]
-    if data is None and spec.source == "self" and not fits_in_memory(captured):
-        samples = load_samples(spec.model_copy(update={"source": "random"}), tokenizer=tokenizer, vocab_size=vocab_size)
-        samples = Samples(
-            samples.input_ids,
-            samples.attention_mask,
-            f"{samples.described}; the float model is too large to write text itself",
-        )
-    elif data is None and spec.source == "self":
-        progress("calibrate", "the model writes its calibration text", 0, 1)
-        with loaded(captured) as step:
-            samples = load_samples(
-                spec, tokenizer=tokenizer, vocab_size=vocab_size, generate=partial(continue_text, step)
-            )
-        progress("calibrate", "the model writes its calibration text", 1, 1)
-    else:
-        samples = load_samples(spec, data, tokenizer=tokenizer, vocab_size=vocab_size)
-    return lambda: make_stream(captured, samples, spec.batch_size), samples.described
-
-
-def _module_batches(captured: Captured, data) -> tuple[Callable[[], Stream], str]:
-    if not data:
-        raise InputError(
-            "this recipe calibrates, and an nn.Module has no text", place="calibration",
-            remedy="Pass calibration=[(input, ...), ...], one tuple for each batch",
-        )  # fmt: skip
-    keep = last_readers(captured)
-    batches = [
-        {port.value: t for port, t in zip(captured.inputs, inputs, strict=True) if port.value in keep}
-        for inputs in data
-    ]
-    return lambda: Stream(batches, [None] * len(batches), keep), f"{len(batches)} batches given by the caller"
 
 
 def _fingerprint(captured: Captured, recipe: Recipe, batches, extra_passes: Sequence[GraphPass]) -> str:

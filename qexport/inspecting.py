@@ -12,22 +12,14 @@ from typing import Any
 
 import torch
 
+from .calibrate.data import Progress, calibration_batches, needs_data, no_progress, recipe_and_data
 from .calibrate.ranges import float_ranges
 from .calibrate.stages import passes_for
 from .capture.graph import Captured
-from .export import (
-    Progress,
-    calibration_batches,
-    capture,
-    check_attention,
-    needs_data,
-    no_progress,
-    plan_attention,
-    recipe_and_data,
-    target_for,
-)
+from .export import capture, target_for
 from .lower.attention import Grouping
 from .lower.foretell import slow_linears
+from .lower.grouping import check_attention, plan_attention
 from .numerics.formats import ActivationFormat
 from .passes.embedding import EmbeddingPlan
 from .passes.fptq import FPTQ, Decision

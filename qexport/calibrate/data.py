@@ -1,0 +1,78 @@
+"""The calibration data of an export: what a recipe names or a caller passes, as batches that blocks can read."""
+
+import os
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+from ..capture.graph import Captured
+from ..errors import InputError
+from ..passes.plan import LinearPlan
+from ..recipe import Recipe
+from .float_model import fits_in_memory, loaded
+from .self_text import continue_text
+from .sources import Samples, load_samples
+from .streams import Stream, last_readers, make_stream
+
+Progress = Callable[[str, str, int, int], None]  # stage, what, done, total
+
+
+def no_progress(stage: str, what: str, done: int, total: int) -> None:
+    pass
+
+
+def needs_data(recipe: Recipe, plan: Sequence[LinearPlan]) -> bool:
+    """Whether any pass will want calibration inputs."""
+    return recipe.needs_calibration and (recipe.kv_cache is not None or any(p.scheme is not None for p in plan))
+
+
+def recipe_and_data(recipe: Recipe, calibration: Any) -> tuple[Recipe, Any]:
+    """The recipe with the calibration source a user names, or the recipe and the data a user passes."""
+    if calibration is None:
+        return recipe, None
+    if isinstance(calibration, (str, os.PathLike)):
+        spec = recipe.calibration.model_copy(update={"source": os.fspath(calibration)})
+        return recipe.model_copy(update={"calibration": spec}), None
+    return recipe, calibration
+
+
+def calibration_batches(
+    captured: Captured, recipe: Recipe, data, progress: Progress
+) -> tuple[Callable[[], Stream], str]:
+    """A factory of calibration streams, and what is in them."""
+    if captured.kind == "module":
+        return _module_batches(captured, data)
+    spec = recipe.calibration
+    tokenizer = captured.folder.tokenizer() if captured.folder else None
+    vocab_size = captured.settings["vocab_size"]
+    if data is None and spec.source == "self" and not fits_in_memory(captured):
+        samples = load_samples(spec.model_copy(update={"source": "random"}), tokenizer=tokenizer, vocab_size=vocab_size)
+        samples = Samples(
+            samples.input_ids,
+            samples.attention_mask,
+            f"{samples.described}; the float model is too large to write text itself",
+        )
+    elif data is None and spec.source == "self":
+        progress("calibrate", "the model writes its calibration text", 0, 1)
+        with loaded(captured) as step:
+            samples = load_samples(
+                spec, tokenizer=tokenizer, vocab_size=vocab_size, generate=partial(continue_text, step)
+            )
+        progress("calibrate", "the model writes its calibration text", 1, 1)
+    else:
+        samples = load_samples(spec, data, tokenizer=tokenizer, vocab_size=vocab_size)
+    return lambda: make_stream(captured, samples, spec.batch_size), samples.described
+
+
+def _module_batches(captured: Captured, data) -> tuple[Callable[[], Stream], str]:
+    if not data:
+        raise InputError(
+            "this recipe calibrates, and an nn.Module has no text", place="calibration",
+            remedy="Pass calibration=[(input, ...), ...], one tuple for each batch",
+        )  # fmt: skip
+    keep = last_readers(captured)
+    batches = [
+        {port.value: t for port, t in zip(captured.inputs, inputs, strict=True) if port.value in keep}
+        for inputs in data
+    ]
+    return lambda: Stream(batches, [None] * len(batches), keep), f"{len(batches)} batches given by the caller"
