@@ -2,7 +2,10 @@
 
 import json
 import os
+import signal
 import sys
+import threading
+from collections.abc import Callable
 from contextlib import contextmanager
 from typing import Any
 
@@ -56,10 +59,20 @@ def megabytes(count: int) -> str:
 
 @contextmanager
 def showing_progress():
-    """Yields a callback (stage, what, done, total) that draws bars on a terminal and prints a few lines elsewhere."""
-    if not sys.stderr.isatty():
-        yield _Lines()
-        return
+    """Yields a callback (stage, what, done, total) that draws bars on a terminal and prints a few lines elsewhere.
+
+    Ctrl-C inside the `with` is not lost: see `_Interrupts`.
+    """
+    with _Interrupts() as interrupts:
+        if sys.stderr.isatty():
+            with _bars() as show:
+                yield interrupts.checked(show)
+        else:
+            yield interrupts.checked(_Lines())
+
+
+@contextmanager
+def _bars():
     columns = (
         TextColumn("{task.description:<10}"),
         BarColumn(),
@@ -76,6 +89,42 @@ def showing_progress():
             bars.update(tasks[stage], completed=done, total=total, what=what)
 
         yield show
+
+
+class _Interrupts:
+    """Remembers Ctrl-C, because the exception alone gets lost.
+
+    Where it arrives while native code calls back into Python, that code drops it or raises an error of its own instead.
+    So the next progress raises it again, and whatever leaves the `with` after it is a KeyboardInterrupt.
+    """
+
+    def __init__(self) -> None:
+        self._came, self._before = False, None
+
+    def __enter__(self) -> "_Interrupts":
+        if threading.current_thread() is threading.main_thread():  # signals reach no other
+            self._before = signal.signal(signal.SIGINT, self._remember)
+        return self
+
+    def __exit__(self, kind, error, traceback) -> None:
+        if self._before is not None:
+            signal.signal(signal.SIGINT, self._before)
+        if self._came and kind is not KeyboardInterrupt:
+            raise KeyboardInterrupt from error
+
+    def checked(self, show: Callable[..., None]) -> Callable[..., None]:
+        """A progress callback that raises what was lost."""
+
+        def checking(stage: str, what: str, done: int, total: int) -> None:
+            if self._came:
+                raise KeyboardInterrupt
+            show(stage, what, done, total)
+
+        return checking
+
+    def _remember(self, number, frame) -> None:
+        self._came = True
+        raise KeyboardInterrupt
 
 
 class _Lines:

@@ -18,6 +18,7 @@ import qexport
 from models import save_model
 from qexport import cli
 from qexport.capture.decoder import capture_decoder  # noqa: F401  imports what commands need before they are timed
+from qexport.console import showing_progress
 from tiny_decoder import write_word_tokenizer
 
 VOCAB = 98
@@ -435,3 +436,16 @@ def test_ctrl_c(model, tmp_path):
     out, err = process.communicate(timeout=120)
     assert process.returncode == 130 and out == "" and "Traceback" not in err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("native", [None, ValueError])
+def test_an_interrupt_that_native_code_swallows_or_renames_is_not_lost(native):
+    with pytest.raises(KeyboardInterrupt), showing_progress() as progress:
+        try:
+            signal.raise_signal(signal.SIGINT)
+        except KeyboardInterrupt:
+            if native is not None:
+                raise native("could not determine the shape") from None
+        progress("quantize", "next block", 1, 2)
+        pytest.fail("the next step began")
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
