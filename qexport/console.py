@@ -102,7 +102,9 @@ class _Interrupts:
         self._came, self._before = False, None
 
     def __enter__(self) -> "_Interrupts":
-        if threading.current_thread() is threading.main_thread():  # signals reach no other
+        # Signals reach no other thread; and who started this in the background may want Ctrl-C ignored.
+        heard = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        if heard and threading.current_thread() is threading.main_thread():
             self._before = signal.signal(signal.SIGINT, self._remember)
         return self
 

@@ -419,7 +419,7 @@ def test_an_unexpected_error_keeps_its_traceback(run, monkeypatch):
 
 
 @pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
-def test_ctrl_c(model, tmp_path):
+def test_ctrl_c(model, tmp_path, hears_interrupts):
     command = [
         sys.executable,
         "-c",
@@ -438,8 +438,16 @@ def test_ctrl_c(model, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.fixture
+def hears_interrupts():
+    """As in a terminal: a shell starts what runs in its background with interrupts ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.parametrize("native", [None, ValueError])
-def test_an_interrupt_that_native_code_swallows_or_renames_is_not_lost(native):
+def test_an_interrupt_that_native_code_swallows_or_renames_is_not_lost(native, hears_interrupts):
     with pytest.raises(KeyboardInterrupt), showing_progress() as progress:
         try:
             signal.raise_signal(signal.SIGINT)
