@@ -218,7 +218,7 @@ class Pipeline:
 
 def _visible(module: GraphModule, sample: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
     """A block's outputs without its cache: keys and values may change basis, only the same block reads them again."""
-    results = next(n for n in module.graph.nodes if n.op == "output").args[0]
+    results = module.graph.output_node().args[0]
     cached = [
         is_call(r, operator.getitem) and is_call(r.args[0], torch.ops.qexport.cached_attention.default) for r in results
     ]

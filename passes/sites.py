@@ -18,7 +18,7 @@ _POINTWISE = (
     aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor, aten.tanh.default, aten.clamp.default,
     aten.to.dtype, aten._to_copy.default,
 )  # fmt: skip
-_SHAPE_ONLY = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
+SHAPE_ONLY = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
 
 
 @dataclass(frozen=True)
@@ -179,7 +179,7 @@ def _own_gain(norm: Node) -> bool:
 def _attention_behind(value: Node) -> Node | None:
     """The attention node whose output, only reshaped, is `value`."""
     node = value
-    while is_call(node, *_SHAPE_ONLY, aten.transpose.int) and (node is value or len(readers(node)) == 1):
+    while is_call(node, *SHAPE_ONLY, aten.transpose.int) and (node is value or len(readers(node)) == 1):
         node = node.args[0]
     if (
         is_call(node, operator.getitem)
@@ -197,7 +197,7 @@ def _through_attention(value: Node, consumers: tuple[Linear, ...], attention: No
     node = attention.args[2]
     _, kv_heads, _, head_dim = shape_of(node)
     heads = shape_of(attention.args[0])[1]
-    while is_call(node, *_SHAPE_ONLY, aten.transpose.int):
+    while is_call(node, *SHAPE_ONLY, aten.transpose.int):
         if len(readers(node)) != 1:
             return None
         node = node.args[0]

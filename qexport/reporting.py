@@ -13,7 +13,7 @@ from .planning import described_embedding
 from .runtime.bench import BenchResult
 from .runtime.doctor import Check
 from .runtime.optimized import OptimizedInfo
-from .validate.report import Report
+from .validate import Report, summary_rows
 
 
 def export_summary(result: ExportResult) -> dict[str, Any]:
@@ -168,7 +168,7 @@ def _kind(fold: str) -> str:
 
 def print_validation(report: Report) -> None:
     """The measures and the verdict."""
-    print_table(["measure", "value", "what it means"], [list(row) for row in report.summary_rows()])
+    print_table(["measure", "value", "what it means"], [list(row) for row in summary_rows(report)])
     print()
     for sentence in report.verdict:
         print(f"- {sentence}")

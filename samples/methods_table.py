@@ -22,8 +22,8 @@ from qexport.console import showing_progress
 from qexport.export import capture, export
 from qexport.recipe import Override, Recipe
 from qexport.validate.logits import compare_logits, deployed_logits
+from qexport.validate.record import REPORT_FILE
 from qexport.validate.reference import FloatOutputs, decoder_feeds
-from qexport.validate.report import REPORT_FILE
 from qexport.validate.text import choose_text
 
 ROWS = Path(__file__).with_name("methods.yaml")

@@ -16,8 +16,8 @@ def main(model: str, text: str | None) -> None:
     print(f"{result.folder}: {manifest.bytes['model'] / 1e6:.1f} MB, {len(manifest.linears)} linears quantized")
 
     report = qexport.validate(result.folder, model, windows=4, window=256)
-    for what, value, meaning in report.summary_rows():
-        print(f"  {what}: {value} ({meaning})")
+    for sentence in report.verdict:
+        print(f"  {sentence}")
 
     prompt = "The three primary colours are"
     print(prompt, end="", flush=True)

@@ -59,7 +59,7 @@ class Captured:
         value = next((port.value for port in self.outputs if port.name == output), None)
         for block in self.blocks:
             if value in block.outputs:
-                results = next(n for n in block.module.graph.nodes if n.op == "output").args[0]
+                results = block.module.graph.output_node().args[0]
                 return block, results[block.outputs.index(value)]
         return None
 

@@ -49,7 +49,7 @@ def capture_module(model: torch.nn.Module, example_inputs: tuple[torch.Tensor, .
     parameters = {n for n, _ in model.named_parameters(remove_duplicate=False)} | {n for n, _ in model.named_buffers()}
     used = {n.target for n in whole.graph.nodes if n.op == "get_attr"}
     inputs = [_port(n.name, n) for n in whole.graph.nodes if n.op == "placeholder"]
-    results = next(n for n in whole.graph.nodes if n.op == "output").args[0]
+    results = whole.graph.output_node().args[0]
     results = list(results) if isinstance(results, (tuple, list)) else [results]
     outputs = [_port("output" if len(results) == 1 else f"output_{i}", n) for i, n in enumerate(results)]
     return Captured(

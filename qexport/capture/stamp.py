@@ -70,7 +70,7 @@ def _stream(block: Block, present: Sequence[str]) -> str:
     for node in block.module.graph.nodes:
         if node.op == "placeholder" or any(n in live for n in node.all_input_nodes):
             live.add(node)
-    results = next(n for n in block.module.graph.nodes if n.op == "output").args[0]
+    results = block.module.graph.output_node().args[0]
     found = [name for name, node in zip(block.outputs, results, strict=True) if node in live and name not in present]
     if len(found) != 1:
         raise CaptureError(f"hands on {len(found)} values", place=block.name)

@@ -74,7 +74,7 @@ def _trace_whole(model: torch.nn.Module, aliases, depth: int, place: str) -> Tra
     _rename_weights(whole, aliases)
     normalize(whole)
     ids, pasts = _by_layer([n.name for n in whole.graph.nodes if n.op == "placeholder"], len(IDS))
-    results = next(n for n in whole.graph.nodes if n.op == "output").args[0]
+    results = whole.graph.output_node().args[0]
     (logits,), presents = _by_layer([n.name for n in results], 1)
     blocks = cut(whole, [n.name for n in results])
     return Traced(blocks, ids, pasts, logits, presents, int(results[0].meta["val"].shape[-1]))

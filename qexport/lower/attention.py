@@ -15,6 +15,7 @@ from torch.fx import Graph, Node
 from ..capture.blocks import Block
 from ..capture.graph import Captured
 from ..passes.edit import Spec, add_tensor, call, is_call, shape_of
+from ..passes.sites import SHAPE_ONLY
 from .rotary import Rotated, position_table, rotated
 from .token_order import LAST, TOTAL, turn_back, turn_tokens, turned_name
 from .wires import first_call, hand_on, names_of, producers, prune, read_in
@@ -22,7 +23,6 @@ from .wires import first_call, hand_on, names_of, producers, prune, read_in
 aten = torch.ops.aten
 ops = torch.ops.qexport
 _CASTS = (aten.to.dtype, aten.to.device, aten.to.dtype_layout, aten._to_copy.default)
-_VIEWS = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
 
 
 class Unsuited(Exception):
@@ -240,7 +240,7 @@ def _flat(graph: Graph, node: Node) -> Node:
     else:
         batch, _, sequence, _ = shape_of(node)
         node = call(graph, aten.transpose.int, (node, 1, 2), like=node, shape=(batch, sequence, heads, size))
-    if is_call(node, *_VIEWS) and len(shape_of(node.args[0])) == 3 and shape_of(node.args[0])[-1] == heads * size:
+    if is_call(node, *SHAPE_ONLY) and len(shape_of(node.args[0])) == 3 and shape_of(node.args[0])[-1] == heads * size:
         return node.args[0]
     sizes = [call(graph, aten.sym_size.int, (node, i), like=node, dtype=torch.int64, shape=()) for i in (0, 1)]
     shape = (*shape_of(node)[:2], heads * size)
@@ -250,7 +250,7 @@ def _flat(graph: Graph, node: Node) -> Node:
 def _flatten_users(graph: Graph, old: Node, flat: Node) -> None:
     """Readers of an output [batch, sequence, heads, head_dim]: most flatten it and get it flat at once."""
     for user in list(old.users):
-        if is_call(user, *_VIEWS) and shape_of(user)[1:] == shape_of(flat)[1:]:
+        if is_call(user, *SHAPE_ONLY) and shape_of(user)[1:] == shape_of(flat)[1:]:
             user.replace_all_uses_with(flat)
     if old.users:
         with graph.inserting_after(flat):

@@ -49,7 +49,7 @@ def keep_last(captured: Captured, value: str) -> None:
     graph = block.module.graph
     hidden = next((node for node in graph.nodes if node.name == value), None)
     behind = _descendants(hidden) if hidden is not None else set()
-    results = next(node for node in graph.nodes if node.op == "output").args[0]
+    results = graph.output_node().args[0]
     if logits not in behind or any(r in behind or r is hidden for r in results if r is not logits):
         raise LoweringError(
             f"{value}, which the output projection read, no longer leads to the logits and nothing else",

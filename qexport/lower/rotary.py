@@ -63,7 +63,7 @@ def position_table(
     graph = block.module.graph
     placeholders = [n for n in graph.nodes if n.op == "placeholder"]
     names = dict(zip(placeholders, block.inputs, strict=True))
-    results = dict(zip(block.outputs, next(n for n in graph.nodes if n.op == "output").args[0], strict=True))
+    results = dict(zip(block.outputs, graph.output_node().args[0], strict=True))
     if value not in results:
         return None
     nodes = _ancestors(results[value])

@@ -11,7 +11,7 @@ def producers(captured: Captured) -> dict[str, tuple[Block, Node]]:
     """The block and the node that make each value which leaves a block."""
     found = {}
     for block in captured.blocks:
-        results = next(n for n in block.module.graph.nodes if n.op == "output").args[0]
+        results = block.module.graph.output_node().args[0]
         found |= {name: (block, node) for name, node in zip(block.outputs, results, strict=True)}
     return found
 
@@ -29,7 +29,7 @@ def first_call(graph: Graph) -> Node:
 
 def hand_on(block: Block, node: Node, name: str) -> None:
     """Make a value an output of a block."""
-    output = next(n for n in block.module.graph.nodes if n.op == "output")
+    output = block.module.graph.output_node()
     output.args = ((*output.args[0], node),)
     block.outputs.append(name)
 
@@ -52,7 +52,7 @@ def prune(captured: Captured) -> None:
     wanted = {port.value for port in captured.outputs}
     for block in reversed(captured.blocks):
         graph = block.module.graph
-        output = next(n for n in graph.nodes if n.op == "output")
+        output = graph.output_node()
         kept = [i for i, name in enumerate(block.outputs) if name in wanted]
         output.args = (tuple(output.args[0][i] for i in kept),)
         block.outputs[:] = [block.outputs[i] for i in kept]

@@ -13,11 +13,7 @@ from ..errors import InputError, RuntimeProblem
 from . import manifest as manifests
 from .manifest import CUDA, Manifest
 from .sampling import Sampling, choose
-from .session import open_session
-
-_NUMPY = {
-    "tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int8)": np.int8, "tensor(uint8)": np.uint8,
-}  # fmt: skip
+from .session import ARRAY_TYPES, open_session
 
 
 @dataclass(frozen=True)
@@ -79,7 +75,7 @@ class Decoder:
         }
         if any(size is None for dims in self._sizes.values() for size in dims.values()):
             raise InputError("the cache has symbolic shapes, and the settings give no num_key_value_heads and head_dim")
-        self._cache_dtype = _NUMPY[inputs[self._pasts[0]].type]
+        self._cache_dtype = ARRAY_TYPES[inputs[self._pasts[0]].type]
         self._device = "cuda" if session.get_providers()[0] == CUDA else "cpu"
         self._max_length = max_length
         self._binding: ort.IOBinding | None = None  # of a shared cache, kept from run to run

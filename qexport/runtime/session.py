@@ -7,6 +7,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import onnx
 import onnxruntime as ort
 
@@ -15,6 +16,11 @@ from . import cache
 from . import manifest as manifests
 from .branches import PROMPTS, all_nodes
 from .manifest import CPU, CUDA, MODEL_FILE, LinearEntry, Manifest
+
+# What a session takes, by the names that it has for types.
+ARRAY_TYPES = {
+    "tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int8)": np.int8, "tensor(uint8)": np.uint8,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)

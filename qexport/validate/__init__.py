@@ -27,12 +27,14 @@ from ..runtime.session import open_session
 from .layers import compare, compare_layers, run_session
 from .logits import check_all_logits, compare_logits, deployed_logits
 from .placement import examine
+from .record import REPORT_FILE, exported_activations, load, save
 from .reference import Feeds, FloatOutputs, check_same_model, decoder_feeds, module_feeds
-from .report import REPORT_FILE, Logits, Report, Row, exported_activations, load, save, worst_first
+from .report import Logits, Report, Row
 from .text import Text, choose_text
 from .verdict import with_verdict
+from .wording import summary_rows, worst_first
 
-__all__ = ["Report", "Row", "load", "validate", "worst_first"]
+__all__ = ["Report", "Row", "load", "summary_rows", "validate", "worst_first"]
 
 # Tokens on which values inside the model are compared: enough rows for every statistic, few enough to hold a block's.
 _LAYER_TOKENS = 256

@@ -25,15 +25,12 @@ from ..passes.edit import shape_of
 from ..passes.sites import fold_sites, linears
 from ..runtime.branches import PROMPTS, only
 from ..runtime.manifest import MODEL_FILE, BlockEntry, LinearEntry, Manifest
-from ..runtime.session import OptimizedGraph, open_session, optimized_graph
+from ..runtime.session import ARRAY_TYPES, OptimizedGraph, open_session, optimized_graph
 from .placement import moved
 from .reference import Feeds, Forced, Progress, Watched, hands_on, watch
 from .report import Layers, Row
 
 BUDGET = 1 << 29  # bytes of deployed values in memory at once
-_NUMPY = {
-    "tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int8)": np.int8, "tensor(uint8)": np.uint8,
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -58,7 +55,7 @@ def probes(captured: Captured, manifest: Manifest, rows: int) -> list[Probe]:
     for block in captured.blocks:
         nodes = {linear.name: linear.node for linear in linears(block.module.graph)}
         entries = tuple(entry for entry in manifest.linears if entry.name in nodes)
-        results = next(n for n in block.module.graph.nodes if n.op == "output").args[0]
+        results = block.module.graph.output_node().args[0]
         carried = results[block.outputs.index(hands_on(captured, block))]
         output = outputs.get(block.name) if carried.meta["spec"].dtype.is_floating_point else None
         read = [nodes[entry.name] for entry in entries] + ([carried] if output else [])
@@ -266,7 +263,7 @@ def run_session(session: ort.InferenceSession, feeds: Feeds, names: Sequence[str
         array = feeds[value.name].numpy()
         if array.size == 0 and isinstance(value.shape[-1], int):  # an empty cache, of codes it may be half as wide
             array = array.reshape(*array.shape[:-1], value.shape[-1])
-        arrays[value.name] = array.astype(_NUMPY.get(value.type, array.dtype), copy=False)
+        arrays[value.name] = array.astype(ARRAY_TYPES.get(value.type, array.dtype), copy=False)
     try:
         found = session.run(list(names), arrays)
     except Exception as error:  # onnxruntime has one exception class for each status code and no base class

@@ -1,20 +1,11 @@
-"""What a validation found, as data for report.json and as sentences for people."""
+"""What a validation found, as data: the key "validation" of report.json."""
 
-import json
 import math
-import os
-import tempfile
-from collections.abc import Iterable
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
-from ..errors import InputError
-
 FORMAT = 1
-REPORT_FILE = "report.json"
-KEY = "validation"
 
 
 def _finite(value: float | None) -> float | None:
@@ -43,6 +34,11 @@ class Row(_Frozen):
         max_abs_error: largest absolute difference; null when the deployed value holds NaN or Inf.
         rescaled: smoothing may have divided the output channels of this linear by factors that its reader takes back;
             it is compared up to one factor for each channel, and an error that is such a factor shows in its reader.
+        bytes: of a linear, what it takes in the file; bits: of them for each weight.
+        kernel: operator that computes a linear in the optimized graph; provider: where. Empty where it is not known.
+        time_share: of a linear's operator in the time of a run over the validation prompt, 0 to 1.
+        branch_gain_db: by how much a linear's low-rank branch lowers the error of its weight.
+        kl_cost: by how much the mean KL of the logits falls when the value of this linear alone is the float one's.
     """
 
     name: str
@@ -53,6 +49,13 @@ class Row(_Frozen):
     cosine: Finite = None
     max_abs_error: Finite = None
     rescaled: bool = False
+    bytes: int | None = None
+    bits: Finite = None
+    kernel: str = ""
+    provider: str = ""
+    time_share: Finite = None
+    branch_gain_db: Finite = None
+    kl_cost: Finite = None
 
 
 class Unfused(_Frozen):
@@ -89,6 +92,8 @@ class Layers(_Frozen):
     Attributes:
         tokens: rows of every value, over the whole batch.
         linears: the quantized linears, in order; blocks: what each block hands on, in order.
+        attentions: what each attention makes, in order.
+        ranges: of the inputs of linears, in order.
         sessions: how many were needed to stay within the memory budget.
         moved: linears that ran as another operator while their values were read than they do in the deployed model.
     """
@@ -98,6 +103,27 @@ class Layers(_Frozen):
     blocks: tuple[Row, ...]
     sessions: int
     moved: tuple[Unfused, ...] = ()
+    attentions: tuple[Row, ...] = ()
+    ranges: tuple["InputRange", ...] = ()
+
+
+class InputRange(_Frozen):
+    """What a value that linears read reaches on the validation text.
+
+    Attributes:
+        block: where it is; linears: its readers.
+        float_absmax, absmax: largest magnitude in the float model, and in the deployed one (after smoothing).
+        float_spread, spread: largest magnitude of a channel over the median channel's, in the same two.
+        clipped: share of the deployed elements outside of the range of the static scale; null where there is none.
+    """
+
+    block: str
+    linears: tuple[str, ...]
+    float_absmax: Finite
+    absmax: Finite
+    float_spread: Finite
+    spread: Finite
+    clipped: Finite = None
 
 
 class Activation(_Frozen):
@@ -125,6 +151,8 @@ class Logits(_Frozen):
         windows, window: number of texts and tokens in each; tokens: predicted ones, windows * (window - 1).
         kl_mean, kl_median, kl_p99: of KL(float || quantized), over tokens.
         top1_agreement: share of tokens for which both find the same one likeliest.
+        top5_agreement: mean share of the float model's five likeliest tokens that are among the deployed one's five.
+        kl_by_position: mean KL over windows for stretches of equal length along the window, from its start.
         float_perplexity, perplexity: exp of the mean negative log-likelihood of the text's tokens.
         nonfinite_tokens: tokens whose deployed logits hold NaN or Inf; when there are any the measures are null.
     """
@@ -139,6 +167,64 @@ class Logits(_Frozen):
     float_perplexity: Finite
     perplexity: Finite
     nonfinite_tokens: int = 0
+    top5_agreement: float | None = None
+    kl_by_position: tuple[Finite, ...] = ()
+
+
+class Reference(_Frozen):
+    """Another form of the float model beside the float32 one in PyTorch: the smallest difference that means anything.
+
+    Attributes:
+        name: "float16 in PyTorch", "float32 in ONNX Runtime".
+        logits: how far it is from float32, on the same windows.
+    """
+
+    name: str
+    logits: Logits
+
+
+class Greedy(_Frozen):
+    """Greedy continuations of prompts, by the float model and by the deployed one.
+
+    Attributes:
+        prompts: how many; prompt_tokens: tokens in each; new_tokens: how many each model adds at most.
+        agreed: for each prompt, how many tokens both continue alike before they part (new_tokens: they never do).
+    """
+
+    prompts: int
+    prompt_tokens: int
+    new_tokens: int
+    agreed: tuple[int, ...]
+
+
+class Better(_Frozen):
+    """An override of the recipe that buys back error.
+
+    Attributes:
+        match: name of the linear; scheme: what it should have; instead_of: what it has.
+        more_bytes: how many it costs; kl_gain: by how much the mean KL should fall.
+    """
+
+    match: str
+    scheme: str
+    instead_of: str
+    more_bytes: int
+    kl_gain: Finite
+
+
+class Sensitivity(_Frozen):
+    """Which linears cost the most KL, by restoring each to float in turn.
+
+    Attributes:
+        tokens: predicted ones it was measured on; kl_mean: of the deployed model on them.
+        measured: linears that were restored, with the fall of kl_mean; the same as `Row.kl_cost`.
+        overrides: what buys back the most for each byte, best first.
+    """
+
+    tokens: int
+    kl_mean: Finite
+    measured: dict[str, Finite]
+    overrides: tuple[Better, ...] = ()
 
 
 class Report(_Frozen):
@@ -150,6 +236,7 @@ class Report(_Frozen):
         layers, logits, placement: see their classes; logits is null for models without text.
         activations: every quantized activation.
         outputs: for models without text, each output over all inputs.
+        references, greedy, sensitivity: see their classes; empty or null where they were not asked for.
         problems: sentences about what has to be repaired; empty when the export does what was planned.
         verdict: everything in plain sentences, problems first.
         seconds: wall time by stage.
@@ -163,6 +250,9 @@ class Report(_Frozen):
     activations: tuple[Activation, ...] = ()
     logits: Logits | None = None
     outputs: tuple[Row, ...] = ()
+    references: tuple[Reference, ...] = ()
+    greedy: Greedy | None = None
+    sensitivity: Sensitivity | None = None
     placement: Placement
     problems: tuple[str, ...] = ()
     verdict: tuple[str, ...] = ()
@@ -171,120 +261,3 @@ class Report(_Frozen):
     def as_dict(self) -> dict[str, Any]:
         """What report.json gets: numbers, strings, lists and null."""
         return self.model_dump(mode="json")
-
-    def summary_rows(self) -> list[tuple[str, str, str]]:
-        """(measure, value, what it means) for a table."""
-        rows = [("reference", self.reference, "the float model"), ("text", self.text, "what both models read")]
-        if (scores := self.logits) is not None:
-            kl = " / ".join(number(value) for value in (scores.kl_mean, scores.kl_median, scores.kl_p99))
-            rows += [
-                ("perplexity, float", number(scores.float_perplexity), f"over {scores.tokens} predicted tokens"),
-                ("perplexity, quantized", number(scores.perplexity), "of the deployed file; lower is better"),
-                ("KL mean / median / 99 %", kl, "how far the predictions move, per token; 0 is equal"),
-                ("top-1 agreement", f"{scores.top1_agreement:.1%}", "both find the same next token likeliest"),
-            ]
-        rows += [(f"output {row.name}", decibels(row.sqnr_db, row), "SQNR over all inputs") for row in self.outputs]
-        if self.layers.linears:
-            worst = worst_first(self.layers.linears)[0]
-            rows.append(
-                ("worst linear", f"{worst.name}, {decibels(own(worst), worst)}", "SQNR of the errors it makes itself")
-            )
-        nodes = ", ".join(f"{n} on {p}" for p, n in self.placement.nodes_per_provider.items())
-        rows.append(("kernels", kernels(self.placement), "what became of the quantized linears"))
-        rows.append(("nodes", nodes, "where ONNX Runtime runs the graph"))
-        return rows
-
-
-def worst_first(rows: Iterable[Row]) -> list[Row]:
-    """Rows by the errors made in them alone: not finite first, then ascending own SQNR, equal ones last."""
-    return sorted(rows, key=rank)
-
-
-def own(row: Row) -> float | None:
-    """The SQNR of a row that counts: of its own errors, where that is known."""
-    return row.own_sqnr_db if row.own_sqnr_db is not None else row.sqnr_db
-
-
-def rank(row: Row) -> float:
-    """The same with the infinities and NaN (as minus infinity) that JSON lacks."""
-    if (value := own(row)) is not None:
-        return value
-    # A nonzero error beside a zero signal is an SQNR of minus infinity.
-    return math.inf if row.max_abs_error == 0 else -math.inf
-
-
-def decibels(value: float | None, row: Row) -> str:
-    """An SQNR of `row` for people."""
-    if value is not None:
-        return f"{value:.1f} dB"
-    return "NaN or Inf" if row.max_abs_error is None else "equal" if row.max_abs_error == 0 else "no signal"
-
-
-def kernels(placement: Placement) -> str:
-    """What the quantized linears run as."""
-    total = sum(placement.kernels.values())
-    if not total:
-        return "no quantized linears"
-    text = f"{total} quantized linears run as {_counted(placement.kernels)}"
-    return f"{text}, for prompts as {_counted(placement.prompt_kernels)}" if placement.prompt_kernels else text
-
-
-def _counted(kernels: dict[str, int]) -> str:
-    return next(iter(kernels)) if len(kernels) == 1 else ", ".join(f"{k} ({n})" for k, n in kernels.items())
-
-
-def number(value: float | None) -> str:
-    """Four digits, for people."""
-    return "not finite" if value is None else f"{value:.4g}"
-
-
-def save(report: Report, folder: Path) -> None:
-    """Put the report under "validation" in the folder's report.json, beside what the export wrote; by rename.
-
-    Raises:
-        InputError: the folder cannot be written.
-    """
-    path = folder / REPORT_FILE
-    whole = _read(path)
-    whole[KEY] = report.as_dict()
-    try:
-        handle, temporary = tempfile.mkstemp(dir=folder, prefix=".report.", suffix=".json")
-    except OSError as error:
-        raise InputError(
-            f"cannot be written ({error.strerror})", place=str(folder), remedy="Copy it to a folder you own"
-        ) from error
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            json.dump(whole, file, indent=2, allow_nan=False)
-            file.write("\n")
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
-
-
-def load(folder: str | Path) -> Report | None:
-    """The validation in a folder's report.json; None where there is none."""
-    data = _read(Path(folder) / REPORT_FILE).get(KEY)
-    return None if data is None else Report.model_validate(data)
-
-
-def exported_activations(folder: Path) -> tuple[Activation, ...]:
-    """The quantized activations in a folder's report.json, by the account of the export; none without one."""
-    found = []
-    for block in _read(folder / REPORT_FILE).get("export", {}).get("blocks", ()):
-        for _, what, data in block["changed"].get("QuantizeActivations", ()):
-            known = {key: data[key] for key in ("linears", "bits", "kernel", "kernel_without_zeros") if key in data}
-            found.append(Activation(block=block["name"], what=what, **known))
-    return tuple(found)
-
-
-def _read(path: Path) -> dict:
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError) as error:
-        raise InputError(f"unreadable: {error}", place=str(path), remedy="Delete it; it is only a record") from None
-    return data if isinstance(data, dict) else {}

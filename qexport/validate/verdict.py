@@ -4,7 +4,8 @@ import math
 import statistics
 from collections import Counter
 
-from .report import Report, decibels, kernels, number, own, rank, worst_first
+from .report import Report
+from .wording import decibels, kernels, number, own, rank, worst_first
 
 
 def with_verdict(report: Report) -> Report:

@@ -138,7 +138,7 @@ def test_logits_that_do_not_come_straight_from_a_linear(captured):
     block, logits = model.made("logits")
     with block.module.graph.inserting_after(logits):
         turned = call(block.module.graph, aten.softmax.int, (logits, 1), like=logits)
-    next(n for n in block.module.graph.nodes if n.op == "output").replace_input_with(logits, turned)
+    block.module.graph.output_node().replace_input_with(logits, turned)
     with pytest.raises(InputError, match="do not come straight from a linear"):
         read_by_projection(model)
 
@@ -148,7 +148,7 @@ def test_a_value_that_is_handed_on_too(captured):
     value = read_by_projection(model)
     block, logits = model.made("logits")
     hidden = next(n for n in block.module.graph.nodes if n.name == value)
-    output = next(n for n in block.module.graph.nodes if n.op == "output")
+    output = block.module.graph.output_node()
     output.args = ((logits, hidden),)
     with pytest.raises(LoweringError, match=f"epilogue: {value}, .*no longer leads to the logits and nothing else"):
         keep_last(model, value)

@@ -136,7 +136,7 @@ def test_the_result_is_the_sum_and_what_is_read_is_it():
     graph, plan = one_block(Three())
     plan = plan("w4a8")
     Pipeline([RoundToNearest(plan), LoRC(plan, 2)]).run(graph, nothing)
-    output = next(node for node in graph.graph.nodes if node.op == "output").args[0]
+    output = graph.graph.output_node().args[0]
     for name, read in zip("abc", output, strict=True):
         (result,) = (node for node in graph.graph.nodes if node.meta.get("result_of") == name)
         assert result is read and is_call(result, aten.add.Tensor)

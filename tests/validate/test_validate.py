@@ -14,7 +14,7 @@ from qexport.errors import InputError
 from qexport.export import capture, export
 from qexport.recipe import Recipe
 from qexport.runtime import manifest as manifests
-from qexport.validate import Report, load, validate, worst_first
+from qexport.validate import Report, load, summary_rows, validate, worst_first
 from qexport.validate.logits import compare_logits
 from qexport.validate.reference import FloatOutputs, decoder_feeds
 from qexport.validate.text import choose_text
@@ -224,7 +224,7 @@ def test_report_json_keeps_the_export_and_reads_back(exported, report):
 
 
 def test_summary_rows_are_strings(report):
-    rows = report.summary_rows()
+    rows = summary_rows(report)
     assert all(isinstance(cell, str) and cell for row in rows for cell in row) and {len(row) for row in rows} == {3}
 
 

@@ -4,20 +4,10 @@ import math
 import pytest
 
 from qexport.errors import InputError
-from qexport.validate.report import (
-    Activation,
-    Layers,
-    Logits,
-    Placement,
-    Report,
-    Row,
-    Unfused,
-    exported_activations,
-    load,
-    save,
-    worst_first,
-)
+from qexport.validate.record import exported_activations, load, save
+from qexport.validate.report import Activation, Layers, Logits, Placement, Report, Row, Unfused
 from qexport.validate.verdict import with_verdict
+from qexport.validate.wording import worst_first
 
 
 def row(name, sqnr, error=1.0, **more):

@@ -10,13 +10,10 @@ from torch.fx import GraphModule, Node
 from ...numerics.packing import stored_block
 from ...passes.edit import add_tensor, call, finish, is_call
 from ..prefill import LONGEST_STEP, prompt_twin
-from .forms import Form, as_own_kernel, form_of, linear_products, own_kernel, scale_apart
+from .forms import DEFAULT_BLOCK, Form, as_own_kernel, form_of, linear_products, own_kernel, scale_apart
 
 ops = torch.ops.qexport
 aten = torch.ops.aten
-
-# Blocks that ONNX Runtime splits per-channel weights into when it makes MatMulNBits of them (session default).
-_DEFAULT_BLOCK = 32
 
 
 @dataclass(frozen=True)
@@ -38,7 +35,7 @@ class CpuTarget:
         """Session entries without which the file computes something else."""
         return {
             "session.qdq_matmulnbits_accuracy_level": str(self.accuracy_level),
-            "session.qdq_matmulnbits_block_size": str(_DEFAULT_BLOCK),
+            "session.qdq_matmulnbits_block_size": str(DEFAULT_BLOCK),
             # It makes a Gemm of a product of 2-D activations and its bias, and the integer fusion passes Gemm by.
             "optimization.disable_specified_optimizers": "MatMulAddFusion",
         }
@@ -95,7 +92,7 @@ def _input_block(weight: Node) -> int | None:
         return None
     *_, group_size, bits = weight.args
     if group_size == 0:
-        return _DEFAULT_BLOCK
+        return DEFAULT_BLOCK
     # The 2-bit kernel for 8-bit inputs has no blocks of 16; without it the weight is unpacked and the product float.
     return None if bits == 2 and group_size == 16 else stored_block(bits, group_size)
 

@@ -10,7 +10,7 @@ from torch.fx import GraphModule, Node
 from ...passes.edit import call, finish, is_call
 from ..precision import KEEP, to_half
 from . import fpa_intb
-from .forms import Form, as_own_kernel, form_of, linear_products, own_kernel, scale_apart
+from .forms import DEFAULT_BLOCK, Form, as_own_kernel, form_of, linear_products, own_kernel, scale_apart
 
 ops = torch.ops.qexport
 aten = torch.ops.aten
@@ -36,7 +36,7 @@ class CudaTarget:
             # A bias folded into MatMulNBits rules out its fastest kernel; and the transformer would copy a static
             # quantization to the other side of every transpose and reshape that precedes it, without taking it away.
             "optimization.disable_specified_optimizers": "MatMulAddFusion;MatMulNBitsFusion;QDQPropagationTransformer",
-            "session.qdq_matmulnbits_block_size": str(fpa_intb.DEFAULT_BLOCK),
+            "session.qdq_matmulnbits_block_size": str(DEFAULT_BLOCK),
             # CUDA does not read it; the CPU provider, when it runs the file, would round float inputs to 8 bits.
             "session.qdq_matmulnbits_accuracy_level": "1",
         }

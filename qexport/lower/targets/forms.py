@@ -11,6 +11,10 @@ from ...passes.edit import add_tensor, call, is_call
 aten = torch.ops.aten
 ops = torch.ops.qexport
 
+# Blocks that ONNX Runtime splits weights with one scale per channel into when it makes MatMulNBits of them
+# (session.qdq_matmulnbits_block_size, its default).
+DEFAULT_BLOCK = 32
+
 _OWN_KERNELS = {ops.matmul_bnb4.default: "MatMulBnb4", ops.matmul_nbits.default: "MatMulNBits"}
 
 

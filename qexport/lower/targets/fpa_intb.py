@@ -13,10 +13,9 @@ from torch.fx import Node
 from ...numerics.formats import WeightFormat
 from ...numerics.packing import stored_block
 from ...passes.edit import is_call, shape_of
-from .forms import ops
+from .forms import DEFAULT_BLOCK, ops
 
 ENTRY = "ep.cuda.fpa_intb_gemm"
-DEFAULT_BLOCK = 32  # blocks that weights with one scale per channel are split into (session.qdq_matmulnbits_block_size)
 
 _BLOCK = {2: 64, 4: 32, 8: 32}
 _COLUMNS = {2: 128, 4: 64, 8: 32}

@@ -1,0 +1,64 @@
+"""report.json: what the export and the validation of a folder keep for later."""
+
+import json
+import os
+import tempfile
+from pathlib import Path
+
+from ..errors import InputError
+from .report import Activation, Report
+
+REPORT_FILE = "report.json"
+KEY = "validation"
+
+
+def save(report: Report, folder: Path) -> None:
+    """Put the report under "validation" in the folder's report.json, beside what the export wrote; by rename.
+
+    Raises:
+        InputError: the folder cannot be written.
+    """
+    path = folder / REPORT_FILE
+    whole = _read(path)
+    whole[KEY] = report.as_dict()
+    try:
+        handle, temporary = tempfile.mkstemp(dir=folder, prefix=".report.", suffix=".json")
+    except OSError as error:
+        raise InputError(
+            f"cannot be written ({error.strerror})", place=str(folder), remedy="Copy it to a folder you own"
+        ) from error
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            json.dump(whole, file, indent=2, allow_nan=False)
+            file.write("\n")
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def load(folder: str | Path) -> Report | None:
+    """The validation in a folder's report.json; None where there is none."""
+    data = _read(Path(folder) / REPORT_FILE).get(KEY)
+    return None if data is None else Report.model_validate(data)
+
+
+def exported_activations(folder: Path) -> tuple[Activation, ...]:
+    """The quantized activations in a folder's report.json, by the account of the export; none without one."""
+    found = []
+    for block in _read(folder / REPORT_FILE).get("export", {}).get("blocks", ()):
+        for _, what, data in block["changed"].get("QuantizeActivations", ()):
+            known = {key: data[key] for key in ("linears", "bits", "kernel", "kernel_without_zeros") if key in data}
+            found.append(Activation(block=block["name"], what=what, **known))
+    return tuple(found)
+
+
+def _read(path: Path) -> dict:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise InputError(f"unreadable: {error}", place=str(path), remedy="Delete it; it is only a record") from None
+    return data if isinstance(data, dict) else {}

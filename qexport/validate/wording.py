@@ -1,0 +1,72 @@
+"""Numbers of a report in words for people."""
+
+import math
+from collections.abc import Iterable
+
+from .report import Placement, Report, Row
+
+
+def summary_rows(report: Report) -> list[tuple[str, str, str]]:
+    """(measure, value, what it means) for a table."""
+    rows = [("reference", report.reference, "the float model"), ("text", report.text, "what both models read")]
+    if (scores := report.logits) is not None:
+        kl = " / ".join(number(value) for value in (scores.kl_mean, scores.kl_median, scores.kl_p99))
+        rows += [
+            ("perplexity, float", number(scores.float_perplexity), f"over {scores.tokens} predicted tokens"),
+            ("perplexity, quantized", number(scores.perplexity), "of the deployed file; lower is better"),
+            ("KL mean / median / 99 %", kl, "how far the predictions move, per token; 0 is equal"),
+            ("top-1 agreement", f"{scores.top1_agreement:.1%}", "both find the same next token likeliest"),
+        ]
+    rows += [(f"output {row.name}", decibels(row.sqnr_db, row), "SQNR over all inputs") for row in report.outputs]
+    if report.layers.linears:
+        worst = worst_first(report.layers.linears)[0]
+        rows.append(
+            ("worst linear", f"{worst.name}, {decibels(own(worst), worst)}", "SQNR of the errors it makes itself")
+        )
+    nodes = ", ".join(f"{n} on {p}" for p, n in report.placement.nodes_per_provider.items())
+    rows.append(("kernels", kernels(report.placement), "what became of the quantized linears"))
+    rows.append(("nodes", nodes, "where ONNX Runtime runs the graph"))
+    return rows
+
+
+def worst_first(rows: Iterable[Row]) -> list[Row]:
+    """Rows by the errors made in them alone: not finite first, then ascending own SQNR, equal ones last."""
+    return sorted(rows, key=rank)
+
+
+def own(row: Row) -> float | None:
+    """The SQNR of a row that counts: of its own errors, where that is known."""
+    return row.own_sqnr_db if row.own_sqnr_db is not None else row.sqnr_db
+
+
+def rank(row: Row) -> float:
+    """The same with the infinities and NaN (as minus infinity) that JSON lacks."""
+    if (value := own(row)) is not None:
+        return value
+    # A nonzero error beside a zero signal is an SQNR of minus infinity.
+    return math.inf if row.max_abs_error == 0 else -math.inf
+
+
+def decibels(value: float | None, row: Row) -> str:
+    """An SQNR of `row` for people."""
+    if value is not None:
+        return f"{value:.1f} dB"
+    return "NaN or Inf" if row.max_abs_error is None else "equal" if row.max_abs_error == 0 else "no signal"
+
+
+def kernels(placement: Placement) -> str:
+    """What the quantized linears run as."""
+    total = sum(placement.kernels.values())
+    if not total:
+        return "no quantized linears"
+    text = f"{total} quantized linears run as {_counted(placement.kernels)}"
+    return f"{text}, for prompts as {_counted(placement.prompt_kernels)}" if placement.prompt_kernels else text
+
+
+def _counted(kernels: dict[str, int]) -> str:
+    return next(iter(kernels)) if len(kernels) == 1 else ", ".join(f"{k} ({n})" for k, n in kernels.items())
+
+
+def number(value: float | None) -> str:
+    """Four digits, for people."""
+    return "not finite" if value is None else f"{value:.4g}"
