@@ -102,8 +102,11 @@ def weight_bytes(plan: LinearPlan, float_bytes: int = 4) -> int:
     weight, bits = plan.scheme.weight, plan.scheme.weight.stored_bits
     rows = 1 if weight.group_size == PER_TENSOR else out_features
     groups = weight.groups(in_features)
+    stored = in_features
     if weight.group_size > 0 and not plan.scheme.expand:
-        groups = -(-in_features // stored_block(bits, weight.group_size))
+        block = stored_block(bits, weight.group_size)
+        groups = -(-in_features // block)
+        stored = groups * block  # a shorter last block takes the place of a whole one
     scales = rows * groups * (4 if plan.scheme.integer else float_bytes)
     if plan.scheme.expand:
         scales += 4 * out_features
@@ -113,4 +116,4 @@ def weight_bytes(plan: LinearPlan, float_bytes: int = 4) -> int:
         zero_points = rows * -(-groups * bits // 8)
     else:
         zero_points = -(-rows * groups * bits // 8)
-    return out_features * in_features * bits // 8 + scales + zero_points
+    return out_features * stored * bits // 8 + scales + zero_points

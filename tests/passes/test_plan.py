@@ -76,6 +76,7 @@ def test_float_by_recipe_says_so(captured):
         ("w4a16_g32", 64 * 96 // 2 + 4 * 64 * 3),
         ("w4a16_g32_asym", 64 * 96 // 2 + 4 * 64 * 3 + 64 * 2),  # three zero points of a row take two bytes
         ("w8a16_g32_asym", 64 * 96 + 4 * 64 * 3 + 64 * 3),
+        ("w4a16_g64", 64 * 128 // 2 + 4 * 64 * 2),  # half a block takes the place of one
         ("w4a16_pc", 64 * 96 // 2 + 4 * 64),
         ("w8a8_static", 64 * 96 + 4 * 64),
     ],
