@@ -1,7 +1,7 @@
 """Quantize PyTorch models through torch.fx passes and run them in ONNX Runtime.
 
-Everything public is here: `export`, `inspect`, `validate`, `generate`, `bench`, `optimize`, `diagnose`, and the types
-they take and return. Names are loaded when they are first used, so that importing qexport costs nothing.
+Everything public is here: `export`, `export_auto`, `inspect`, `validate`, `generate`, `bench`, `optimize`, `diagnose`,
+and the types they take and return. Names are loaded when they are first used, so that importing qexport costs nothing.
 """
 
 import sys
@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 from .garbage import no_garbage_collection
 
 if TYPE_CHECKING:
+    from .auto.exporting import AutoResult as AutoResult
+    from .auto.exporting import export_auto as export_auto
     from .errors import QExportError as QExportError
     from .export import ExportResult as ExportResult
     from .export import export as export
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
     from .validate import validate as validate
 
 _WHERE = {
+    "AutoResult": ("auto.exporting", "AutoResult"),
     "ExportResult": ("export", "ExportResult"),
     "Inspection": ("inspecting", "Inspection"),
     "OptimizedInfo": ("runtime.optimized", "OptimizedInfo"),
@@ -36,6 +39,7 @@ _WHERE = {
     "bench": ("runtime.bench", "bench"),
     "diagnose": ("runtime.doctor", "diagnose"),
     "export": ("export", "export"),
+    "export_auto": ("auto.exporting", "export_auto"),
     "generate": ("runtime.generate", "generate_text"),
     "inspect": ("inspecting", "inspect"),
     "optimize": ("runtime.optimized", "optimize"),

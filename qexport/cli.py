@@ -9,7 +9,7 @@ import typer
 
 import qexport
 
-from .errors import QExportError
+from .errors import InputError, QExportError
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -85,13 +85,26 @@ def _options(
 def export(
     model: Model,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder to make.")],
-    recipe: RecipeName = "w4a16_g32",
+    recipe: Annotated[
+        str | None,
+        typer.Option(
+            "--recipe", "-r", help="Preset, scheme, or YAML file; w4a16_g32 if not given, and compact with --auto."
+        ),
+    ] = None,
     target: Target = "cpu",
     attention: Attention = "grouped",
     calibration: Calibration = None,
     samples: CalibrationSamples = None,
     sequence_length: CalibrationLength = None,
     seed: Seed = None,
+    auto: Annotated[
+        bool, typer.Option("--auto", help="Choose the scheme of every linear for --max-bytes or --max-kl.")
+    ] = False,
+    max_bytes: Annotated[str | None, typer.Option(help="With --auto: the most bytes, such as 90MB.")] = None,
+    max_kl: Annotated[float | None, typer.Option(help="With --auto: the largest mean KL from the float model.")] = None,
+    text: Annotated[
+        Path | None, typer.Option(help="With --auto: UTF-8 text to measure KL on; by default the model writes it.")
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier export.")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted export.")] = False,
     logits: Annotated[
@@ -103,11 +116,28 @@ def export(
     """Quantize a model and write it as a folder that ONNX Runtime runs."""
     from . import console
 
-    chosen = qexport.Recipe.load(recipe).with_calibration(samples=samples, sequence_length=sequence_length, seed=seed)
+    auto = auto or max_bytes is not None or max_kl is not None
+    chosen = qexport.Recipe.load(recipe or ("compact" if auto else "w4a16_g32"))
+    chosen = chosen.with_calibration(samples=samples, sequence_length=sequence_length, seed=seed)
     console.quiet_libraries()
-    from .reporting import export_summary, print_export
+    from .reporting import auto_summary, export_summary, print_auto, print_export
 
     _imported()
+    if auto:
+        if resume or logits != "all":
+            raise InputError("--auto measures what it exports: it takes neither --resume nor --logits last")
+        most = None if max_bytes is None else console.parsed_bytes(max_bytes)
+        with console.showing_progress() as progress:
+            found = qexport.export_auto(
+                model, chosen, out_dir=out, max_bytes=most, max_kl=max_kl, target=target, calibration=calibration,
+                text=text, overwrite=overwrite, attention=attention, trust_remote_code=trust_remote_code,
+                progress=progress,
+            )  # fmt: skip
+        if as_json:
+            console.print_json(auto_summary(found))
+        else:
+            print_auto(found)
+        return
     with console.showing_progress() as progress:
         result = qexport.export(
             model, chosen, out_dir=out, target=target, calibration=calibration, overwrite=overwrite, resume=resume,

@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from .auto.exporting import AutoResult
 from .console import megabytes, print_table
 from .export import ExportResult
 from .inspecting import Inspection, Site, compressed, compressed_sites
@@ -14,6 +15,7 @@ from .runtime.bench import BenchResult
 from .runtime.doctor import Check
 from .runtime.optimized import OptimizedInfo
 from .validate import Report, summary_rows
+from .validate.wording import number
 
 
 def export_summary(result: ExportResult) -> dict[str, Any]:
@@ -33,6 +35,23 @@ def export_summary(result: ExportResult) -> dict[str, Any]:
             if p.reason
         ],
     }
+
+
+def auto_summary(found: AutoResult) -> dict[str, Any]:
+    """The same, with the choice and what it led to under "auto"."""
+    return export_summary(found.export) | {"auto": found.as_dict()}
+
+
+def print_auto(found: AutoResult) -> None:
+    """The export, and how close to the float model the chosen schemes are."""
+    print_export(found.export)
+    chosen, scores = found.as_dict(), found.logits
+    counts = ", ".join(f"{n} {scheme}" for scheme, n in sorted(chosen["schemes"].items(), key=lambda s: -s[1]))
+    print(f"  chosen: {counts}, in {found.exports} exports" if found.exports > 1 else f"  chosen: {counts}")
+    print(
+        f"  KL {number(scores.kl_mean)} a token (foretold {number(found.predicted_kl)}), perplexity"
+        f" {number(scores.float_perplexity)} -> {number(scores.perplexity)}, on {found.text}"
+    )
 
 
 def print_export(result: ExportResult) -> None:

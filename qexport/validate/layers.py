@@ -106,7 +106,7 @@ def compare_layers(
     with with_outputs(folder, everything) as path:
         # Additional outputs can only prevent fusions: where all of them leave a linear its operator, some do.
         strayed = moved(plain, optimized_graph(path, manifest, provider=provider), manifest)
-    deployed = _Deployed(groups, lambda values: _run(folder, manifest, values, feeds, threads, provider))
+    deployed = Deployed(groups, lambda values: run_values(folder, manifest, values, feeds, threads, provider))
     linear_rows: dict[str, Row] = {}
     block_rows = []
     rescaled: set[str] = set()
@@ -136,7 +136,7 @@ def compare_layers(
     )  # fmt: skip
 
 
-class _Deployed:
+class Deployed:
     """Deployed values, those of one group of blocks at a time.
 
     Attributes:
@@ -177,10 +177,9 @@ def _linear_row(entry: LinearEntry, value: list[Tensor], seen: Watched, rescaled
 
 
 def _measures(want: list[Tensor], own: list[Tensor], value: list[Tensor], rescaled: bool = False) -> dict[str, float]:
-    got, want = _flat(value), _flat(want)
-    own = _flat(own)
-    measures = compare(want, _channelwise(want, got) if rescaled else got)
-    return measures | {"own_sqnr_db": sqnr_db(own, _channelwise(own, got) if rescaled else got)}
+    got = _flat(value)
+    measures = compare(_flat(want), got * channel_factors(want, value) if rescaled else got)
+    return measures | {"own_sqnr_db": sqnr_db(_flat(own), got * channel_factors(own, value) if rescaled else got)}
 
 
 def compare(want: Tensor, got: Tensor) -> dict[str, float]:
@@ -197,10 +196,11 @@ def _flat(tensors: list[Tensor]) -> Tensor:
     return rows[0] if len(rows) == 1 else torch.cat(rows)
 
 
-def _channelwise(want: Tensor, got: Tensor) -> Tensor:
-    """`got` times the factor for each channel that brings it closest to `want`, [rows, channels]."""
-    scale = (want * got).sum(0, dtype=torch.float64) / got.square().sum(0, dtype=torch.float64).clamp_min(1e-30)
-    return got * scale.float()
+def channel_factors(want: list[Tensor], got: list[Tensor]) -> Tensor:
+    """The factor for each channel that brings `got` closest to `want`, float32 [channels]."""
+    want, got = _flat(want), _flat(got)
+    factors = (want * got).sum(0, dtype=torch.float64) / got.square().sum(0, dtype=torch.float64).clamp_min(1e-30)
+    return factors.float()
 
 
 @contextmanager
@@ -223,6 +223,17 @@ def with_outputs(folder: Path, values: Sequence[str]):
         )
     present = {output.name for output in graph.output}
     graph.output.extend(onnx.ValueInfoProto(name=value) for value in values if value not in present)
+    with beside(folder, model) as path:
+        yield path
+
+
+@contextmanager
+def beside(folder: Path, model: onnx.ModelProto):
+    """Path of a model that shares the data of the one in the folder; it is gone after the `with`.
+
+    Raises:
+        InputError: the folder cannot be written.
+    """
     try:
         # In the same folder, because ONNX Runtime refuses data that lie, or are linked, outside of the model's folder.
         handle, name = tempfile.mkstemp(dir=folder, prefix=".probe.", suffix=".onnx")
@@ -239,10 +250,11 @@ def with_outputs(folder: Path, values: Sequence[str]):
         path.unlink(missing_ok=True)
 
 
-def _run(
+def run_values(
     folder: Path, manifest: Manifest, values: list[str], feeds: Sequence[Feeds],
     threads: int | None, provider: str | None,
 ) -> dict[str, list[Tensor]]:  # fmt: skip
+    """Values of the deployed file by name, a tensor for each batch."""
     with with_outputs(folder, values) as path:
         session = open_session(path, manifest, threads=threads, provider=provider)
     results: dict[str, list[Tensor]] = {value: [] for value in values}
@@ -258,14 +270,19 @@ def run_session(session: ort.InferenceSession, feeds: Feeds, names: Sequence[str
     Raises:
         RuntimeProblem: ONNX Runtime fails.
     """
+    try:
+        found = session.run(list(names), to_arrays(session.get_inputs(), feeds))
+    except Exception as error:  # onnxruntime has one exception class for each status code and no base class
+        raise RuntimeProblem(f"the model fails on the validation inputs: {error}") from error
+    return {name: torch.from_numpy(array) for name, array in zip(names, found, strict=True)}
+
+
+def to_arrays(inputs: Sequence[ort.NodeArg], feeds: Feeds) -> dict[str, np.ndarray]:
+    """Tensors by public name as a session takes them."""
     arrays = {}
-    for value in session.get_inputs():
+    for value in inputs:
         array = feeds[value.name].numpy()
         if array.size == 0 and isinstance(value.shape[-1], int):  # an empty cache, of codes it may be half as wide
             array = array.reshape(*array.shape[:-1], value.shape[-1])
         arrays[value.name] = array.astype(ARRAY_TYPES.get(value.type, array.dtype), copy=False)
-    try:
-        found = session.run(list(names), arrays)
-    except Exception as error:  # onnxruntime has one exception class for each status code and no base class
-        raise RuntimeProblem(f"the model fails on the validation inputs: {error}") from error
-    return {name: torch.from_numpy(array) for name, array in zip(names, found, strict=True)}
+    return arrays

@@ -4,6 +4,7 @@ import json
 import os
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from ..errors import InputError
 from .report import Activation, Report
@@ -18,9 +19,14 @@ def save(report: Report, folder: Path) -> None:
     Raises:
         InputError: the folder cannot be written.
     """
+    keep(folder, KEY, report.as_dict())
+
+
+def keep(folder: Path, key: str, value: dict[str, Any]) -> None:
+    """Put numbers, strings, lists and null under a key of the folder's report.json, by rename; raises as `save`."""
     path = folder / REPORT_FILE
     whole = _read(path)
-    whole[KEY] = report.as_dict()
+    whole[key] = value
     try:
         handle, temporary = tempfile.mkstemp(dir=folder, prefix=".report.", suffix=".json")
     except OSError as error:

@@ -1,0 +1,124 @@
+"""What every scheme of every linear would cost, in bytes and in KL, from one pass through the float model."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ..capture.graph import Captured
+from ..numerics.formats import Scheme
+from ..numerics.straight_through import round_weight
+from ..passes.edit import get_tensor, set_tensor
+from ..passes.embedding import EmbeddingPlan, table_bytes
+from ..passes.plan import LinearPlan, fit, weight_bytes
+from ..passes.sites import by_input
+from ..validate.importance import Felt, Importance, felt
+from ..validate.reference import Feeds, Progress
+from .allocate import Choice
+
+
+@dataclass(frozen=True)
+class Item:
+    """What gets one scheme: linears that read one value, so that one product serves them; or a table of embeddings.
+
+    Attributes:
+        linears: their names, also of an output projection that shares the table; empty for a table alone.
+        choices: what each scheme costs, its name as asked for.
+    """
+
+    linears: tuple[str, ...]
+    choices: tuple[Choice, ...]
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What schemes cost.
+
+    Attributes:
+        items: everything that the recipe quantizes.
+        importance: of the result of each of those linears, by name.
+        kl: of each linear by itself, by name and scheme; "" is the table of embeddings.
+    """
+
+    items: tuple[Item, ...]
+    importance: Mapping[str, Importance]
+    kl: Mapping[str, Mapping[str, float]]
+
+
+def scheme_costs(
+    captured: Captured, plan: Sequence[LinearPlan], embeddings: Sequence[EmbeddingPlan], schemes: Sequence[Scheme],
+    feeds: Sequence[Feeds], width: int = 4, progress: Progress | None = None,
+) -> Costs:  # fmt: skip
+    """Cost of rounding to nearest with each scheme, for everything that a plan quantizes.
+
+    Args:
+        captured: a decoder.
+        plan, embeddings: say what is quantized, and what shares a table.
+        schemes: weight-only ones, in groups.
+        feeds: inputs of the decoder by public name, one dict for each batch.
+        width: bytes of a number that stays float.
+    """
+    quantized = {p.name: p for p in plan if p.scheme is not None}
+    table = next((e for e in embeddings if e.scheme is not None), None)
+    kl: dict[str, dict[str, float]] = {}
+    importance: dict[str, Importance] = {}
+    groups: list[tuple[str, ...]] = []
+    for found in felt(captured, feeds, progress):
+        wanted = {linear.node: linear for linear, _, _ in found.linears if linear.name in quantized}
+        groups += [tuple(linear.name for linear in one) for one in by_input(list(wanted.values())).values()]
+        for linear, inputs, felt_there in found.linears:
+            if linear.name in quantized:
+                weight = get_tensor(found.block.module, linear.weight)
+                importance[linear.name] = felt_there
+                kl[linear.name] = {
+                    s.name: felt_there.kl_of_weight(inputs, _difference(weight, s)) for s in schemes
+                }  # fmt: skip
+        if table is not None and found.block.name == table.block and found.output is not None:
+            kl[""] = {s.name: found.output.kl(_moved(found, table.weight, s)) for s in schemes}
+    groups.reverse()
+    items = [_item(names, [quantized[n] for n in names], schemes, kl, table, width) for names in groups]
+    if table is not None and not table.linear:
+        items.append(Item((), tuple(Choice(s.name, _table_bytes(table, s, width), kl[""][s.name]) for s in schemes)))
+    return Costs(tuple(items), importance, kl)
+
+
+def _item(names, plans: Sequence[LinearPlan], schemes, kl, table: EmbeddingPlan | None, width: int) -> Item:
+    shares = table is not None and table.linear in names
+    choices = []
+    for scheme in schemes:
+        size, cost = 0, sum(kl[name][scheme.name] for name in names)
+        for linear in plans:
+            if not (shares and linear.name == table.linear):
+                size += weight_bytes(replace(linear, scheme=fit(scheme, linear.shape[1])[0]), width)
+        if shares:
+            size, cost = size + _table_bytes(table, scheme, width), cost + kl[""][scheme.name]
+        choices.append(Choice(scheme.name, size, cost))
+    return Item(tuple(names), tuple(choices))
+
+
+def _table_bytes(table: EmbeddingPlan, scheme: Scheme, width: int) -> int:
+    return table_bytes(replace(table, scheme=fit(scheme, table.shape[1], whole=True)[0]), width)
+
+
+def _difference(weight: Tensor, scheme: Scheme, whole: bool = False) -> Tensor:
+    fitted = fit(scheme, weight.shape[1], whole)[0]
+    return round_weight(weight, fitted.weight).sub_(weight)
+
+
+def _moved(found: Felt, weight: str, scheme: Scheme) -> Tensor:
+    """The error [rows, channels] of what a block hands on, with a rounded table of embeddings."""
+    module = found.block.module
+    table = get_tensor(module, weight)
+
+    def run() -> Tensor:
+        with torch.no_grad():
+            results = [module(*inputs)[found.handed] for inputs in found.inputs]
+        return torch.cat([value.reshape(-1, value.shape[-1]) for value in results])
+
+    plain = run()
+    set_tensor(module, weight, table + _difference(table, scheme, whole=True))
+    try:
+        return run() - plain
+    finally:
+        set_tensor(module, weight, table)

@@ -1,0 +1,211 @@
+"""Export with schemes chosen for a size or for a KL: measure what schemes cost, choose, export, measure the result."""
+
+import os
+import shutil
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..calibrate.data import Progress, calibration_batches, no_progress, recipe_and_data
+from ..calibrate.streams import decoder_inputs
+from ..capture.graph import Captured
+from ..errors import InputError
+from ..export import ExportResult, capture, export, target_for
+from ..lower.folder import appearing, check_free
+from ..lower.grouping import check_attention
+from ..recipe import Recipe
+from ..validate.logits import compare_logits, deployed_logits
+from ..validate.record import keep
+from ..validate.reference import Feeds, FloatOutputs, decoder_feeds
+from ..validate.report import Logits
+from ..validate.text import choose_text
+from .allocate import Allocation
+from .chooser import Chooser
+
+_TOKENS, _LENGTH = 1024, 512  # on which costs are measured, and tokens of a sequence at most
+# A file within this share below the KL asked for is not made smaller again.
+_CLOSE, _ENOUGH_EXPORTS, _MOST_EXPORTS = 0.1, 2, 5
+
+
+@dataclass(frozen=True)
+class AutoResult:
+    """What an automatic export wrote.
+
+    Attributes:
+        export: the export, as `export` returns it.
+        schemes: of every quantized linear, and of a quantized table of embeddings, by name.
+        predicted_kl: by the costs, corrected by what earlier exports measured; logits: as measured.
+        text: what that was measured on.
+        exports: how many it took.
+    """
+
+    export: ExportResult
+    schemes: Mapping[str, str]
+    predicted_kl: float
+    logits: Logits
+    text: str
+    exports: int
+
+    def as_dict(self) -> dict[str, Any]:
+        """The choice in plain types."""
+        return {
+            "predicted_kl": self.predicted_kl, "kl": self.logits.kl_mean, "perplexity": self.logits.perplexity,
+            "float_perplexity": self.logits.float_perplexity, "text": self.text, "exports": self.exports,
+            "bytes": self.export.manifest.bytes["model"], "schemes": dict(Counter(self.schemes.values())),
+        }  # fmt: skip
+
+
+def export_auto(
+    model: str | os.PathLike,
+    recipe: str | os.PathLike | Recipe = "compact",
+    *,
+    out_dir: str | os.PathLike,
+    max_bytes: int | None = None,
+    max_kl: float | None = None,
+    target: str = "cpu",
+    calibration: Any = None,
+    text: str | os.PathLike | None = None,
+    windows: int = 8,
+    window: int = 512,
+    overwrite: bool = False,
+    attention: str = "grouped",
+    trust_remote_code: bool = False,
+    progress: Progress = no_progress,
+) -> AutoResult:
+    """Quantize a language model with the schemes that keep it closest to the float one in a file of a given size.
+
+    What each scheme would cost in each linear is found by one pass forward and one back through the float model, on the
+    calibration data. Linears that read one value get one scheme, so that one product serves them.
+
+    Args:
+        model, out_dir, target, calibration, overwrite, attention, trust_remote_code, progress: as for `export`.
+        recipe: everything but the schemes: what it keeps in float stays so, and it says how weights are found.
+        max_bytes: the most bytes of the model's files; or
+        max_kl: the largest mean KL from the float model, as measured on `text`. Exactly one of the two.
+        text, windows, window: as for `validate`; the KL of the result is measured on them.
+
+    Raises:
+        InputError: neither bound, or both; a size that no choice meets, or a KL that the best choices miss; a model
+            without text.
+        RecipeError: the recipe quantizes activations.
+        QExportError: as `export`.
+    """
+    if (max_bytes is None) == (max_kl is None):
+        raise InputError("give either the most bytes or the largest KL", place="max_bytes, max_kl")
+    if max_kl is not None and max_kl <= 0:
+        raise InputError(f"a KL of {max_kl:g} takes the float model", place="max_kl", remedy="Give a number above 0")
+    out, recipe = Path(out_dir), recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
+    lowering = target_for(target, recipe)
+    check_attention(attention)
+    check_free(out, overwrite)
+    recipe, data = recipe_and_data(recipe, calibration)
+    captured = capture(model, trust_remote_code=trust_remote_code)
+    feeds = _feeds(captured, recipe, data, progress)
+    width = lowering.dtype.itemsize
+    chooser = Chooser(captured, recipe, target, width, attention, feeds, partial(progress, "costs"))
+    judged = choose_text(captured, text, windows, window, partial(progress, "text"))
+    if max_bytes is not None:
+        chooser.within_bytes(max_bytes)  # what cannot be is said before the work begins
+    reference = FloatOutputs(
+        captured, decoder_feeds(captured, judged.windows), ("logits",), partial(progress, "float model")
+    )
+    trial = out.parent / f".{out.name}.auto"
+
+    def attempt(allocation: Allocation) -> _Trial:
+        shutil.rmtree(trial, ignore_errors=True)
+        foretold = chooser.left * allocation.kl
+        made = export(
+            model, chooser.recipe(allocation), out_dir=trial, target=target, calibration=calibration,
+            attention=attention, trust_remote_code=trust_remote_code, progress=progress,
+        )  # fmt: skip
+        run = deployed_logits(trial, made.manifest, judged.windows.shape[1])
+        logits = compare_logits(reference, judged.windows, run, partial(progress, "logits"))
+        return _Trial(allocation, foretold, made, logits)
+
+    try:
+        trials = _for_bytes(chooser, max_bytes, attempt) if max_kl is None else _for_kl(chooser, max_kl, attempt)
+        best = trials[-1]
+        result = AutoResult(
+            replace(best.made, folder=out), _schemes(best.made), best.foretold,
+            best.logits, judged.described, len(trials),
+        )  # fmt: skip
+        keep(trial, "auto", result.as_dict())
+        with appearing(out, overwrite) as folder:
+            os.replace(trial, folder)
+        return result
+    finally:
+        reference.close()
+        shutil.rmtree(trial, ignore_errors=True)
+
+
+@dataclass(frozen=True)
+class _Trial:
+    """An export, the KL that was expected of it, and what it has."""
+
+    allocation: Allocation
+    foretold: float
+    made: ExportResult
+    logits: Logits
+
+
+def _for_bytes(chooser: Chooser, most: int, attempt: Callable[[Allocation], _Trial]) -> list[_Trial]:
+    """Exports until one is small enough; the last one is."""
+    trials = []
+    while not trials or trials[-1].made.manifest.bytes["model"] > most:
+        allocation = chooser.within_bytes(most)
+        trials.append(attempt(allocation))
+        chooser.wrong_by(trials[-1].made.manifest.bytes["model"] - chooser.bytes(allocation))
+    return trials
+
+
+def _for_kl(chooser: Chooser, most: float, attempt: Callable[[Allocation], _Trial]) -> list[_Trial]:
+    """Exports until one is as close as asked for, and not much closer; the last one is.
+
+    Raises:
+        InputError: the best schemes are not close enough.
+    """
+    trials: list[_Trial] = []
+    while len(trials) < _MOST_EXPORTS:
+        allocation = chooser.within_kl(most * (1 - _CLOSE / 2)) or chooser.best()
+        if trials and trials[-1].allocation == allocation:
+            break  # there is nothing else to try
+        trials.append(attempt(allocation))
+        found = trials[-1].logits.kl_mean
+        if found is None:
+            raise InputError("NaN or Inf comes out of the export", remedy="See `qexport validate` of a plain export")
+        chooser.left = found / allocation.kl
+        if most * (1 - _CLOSE) <= found <= most or (found <= most and len(trials) >= _ENOUGH_EXPORTS):
+            return trials
+    if trials[-1].logits.kl_mean > most:
+        size = trials[-1].made.manifest.bytes["model"]
+        raise InputError(
+            f"not met: {trials[-1].logits.kl_mean:.4g} with {size:,} bytes", place="max_kl",
+            remedy="Give a larger one, or a recipe that keeps more in float",
+        )  # fmt: skip
+    return trials
+
+
+def _schemes(made: ExportResult) -> dict[str, str]:
+    tables = {table.name: table.scheme for table in made.embeddings}
+    linears = {linear.name: linear.scheme for linear in made.plan}
+    return {name: scheme.name for name, scheme in (tables | linears).items() if scheme is not None}
+
+
+def _feeds(captured: Captured, recipe: Recipe, data: Any, progress: Progress) -> list[Feeds]:
+    """The first tokens of the calibration data, each sequence alone."""
+    batches, _ = calibration_batches(captured, recipe, data, progress)
+    ids_name = next(port.value for port in captured.inputs if port.name == "input_ids")
+    feeds, left = [], _TOKENS
+    stream = batches()
+    for batch, mask in zip(stream.batches, stream.masks, strict=True):
+        for ids, real in zip(batch[ids_name], mask, strict=True):
+            if left > 0:
+                ids = ids[real][: min(left, _LENGTH)]
+                feeds.append(decoder_inputs(captured, ids[None], torch.ones_like(ids)[None]))
+                left -= len(ids)
+    return feeds

@@ -1,0 +1,170 @@
+"""What each linear costs: the deployed model with the value of one linear, or of the embedding, restored to float.
+
+A temporary model beside the deployed one adds an input to every such value. It is fed zeros, and in turn for one value
+the difference between what the float linear makes of the deployed input and what the deployed one makes of it. One
+session serves for all, with the deployed weights; of the float model one block is in memory.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import torch
+from torch import Tensor
+
+from ..capture.blocks import Block
+from ..capture.graph import Captured
+from ..runtime.branches import PROMPTS, only
+from ..runtime.manifest import MODEL_FILE, LinearEntry, Manifest
+from ..runtime.session import ARRAY_TYPES, open_session
+from .layers import (
+    BUDGET,
+    Deployed,
+    beside,
+    channel_factors,
+    in_groups,
+    probes,
+    rescaled_linears,
+    run_values,
+    to_arrays,
+)
+from .reference import Feeds, FloatOutputs, Forced, Progress, watch
+
+_PREFIX = "correction of "
+
+
+def kl_costs(
+    folder: Path, manifest: Manifest, captured: Captured, feeds: Sequence[Feeds], *, transformed: bool,
+    threads: int | None = None, provider: str | None = None, budget: int = BUDGET, progress: Progress | None = None,
+) -> tuple[float, dict[str, float]]:  # fmt: skip
+    """The mean KL of the deployed model, and by how much it falls when one linear's value is the float one.
+
+    A fall is measured among the errors of all other linears, so it may be below zero for one that costs little.
+
+    Args:
+        feeds: the decoder's inputs by public name, one dict for each batch.
+        transformed: the export folded factors into linears; their values are restored up to one factor a channel.
+        budget: bytes of deployed values in memory at once.
+
+    Returns:
+        (KL over the tokens of all batches, falls by name of the linear; the first block's name where it quantizes the
+        embedding).
+
+    Raises:
+        InputError, RuntimeProblem: as `compare_layers`.
+    """
+    rows = sum(batch["input_ids"].numel() for batch in feeds)
+    groups = in_groups(probes(captured, manifest, rows), budget)
+    deployed = Deployed(groups, lambda values: run_values(folder, manifest, values, feeds, threads, provider))
+    table = _embedding(folder, captured, manifest)
+    values = [entry.output for entry in manifest.linears] + ([table] if table else [])
+    with _correctable(folder, dict.fromkeys(values)) as path:
+        session = open_session(path, manifest, threads=threads, provider=provider)
+    corrected = _Corrected(session, feeds, _float_logits(captured, feeds))
+    whole, falls = corrected.kl(), {}
+    rescaled: set[str] = set()
+
+    def forced(block: Block) -> Forced:
+        probe, state = deployed.enter(block.name), deployed.state
+        if transformed:
+            rescaled.update(rescaled_linears(block))
+        found = {e.name: deployed.result(e) for e in probe.linears if e.name not in rescaled}
+        deployed.state = deployed.values[probe.output.output] if probe.output else None
+        return Forced(state, found)
+
+    for seen in watch(captured, feeds, {entry.name for entry in manifest.linears}, forced):
+        probe = deployed.probe
+        if table and probe.output is not None and probe.output.output == table:
+            differences = _minus(seen.output, deployed.values[table])
+            falls[probe.block] = whole - corrected.kl(table, differences)
+        for entry in probe.linears:
+            if progress:
+                progress(entry.name, len(falls), len(values))
+            want, got = seen.own_linears[entry.name], deployed.result(entry)
+            if entry.name in rescaled:
+                factors = channel_factors(want, got)
+                want = [value / factors for value in want]
+            falls[entry.name] = whole - corrected.kl(entry.output, _in_columns(entry, _minus(want, got), deployed))
+    if progress:
+        progress("", len(values), len(values))
+    return whole, falls
+
+
+def _minus(want: Sequence[Tensor], got: Sequence[Tensor]) -> list[Tensor]:
+    return [w - g.float() for w, g in zip(want, got, strict=True)]
+
+
+def _in_columns(entry: LinearEntry, differences: Sequence[Tensor], deployed: Deployed) -> list[Tensor]:
+    """The same in the columns of a value that several linears share, and zeros beside them."""
+    if entry.columns is None:
+        return list(differences)
+    width = deployed.values[entry.output][0].shape[-1]
+    start, stop = entry.columns
+    return [torch.nn.functional.pad(difference, (start, width - stop)) for difference in differences]
+
+
+def _embedding(folder: Path, captured: Captured, manifest: Manifest) -> str:
+    """The value of a quantized embedding, where it is what the first block hands on; else empty."""
+    output = next((entry.output for entry in manifest.blocks if entry.name == captured.blocks[0].name), None)
+    graph = onnx.load(folder / MODEL_FILE, load_external_data=False).graph
+    gathered = {node.output[0] for node in graph.node if node.op_type == "GatherBlockQuantized"}
+    return output if output in gathered else ""
+
+
+@contextmanager
+def _correctable(folder: Path, values: Iterator[str]):
+    """Path of a model.onnx in which every named value gets an addend from outside, beside the same data."""
+    model = only(onnx.load(folder / MODEL_FILE, load_external_data=False), PROMPTS)
+    graph = model.graph
+    wanted, kinds = set(values), {value.name: value.type.tensor_type.elem_type for value in graph.output}
+    nodes = []
+    for node in graph.node:
+        nodes.append(node)
+        for place, name in enumerate(node.output):
+            if name in wanted:
+                node.output[place] = f"{name} before"
+                nodes.append(onnx.helper.make_node("Add", [node.output[place], _PREFIX + name], [name]))
+    element = kinds["logits"]
+    graph.input.extend(onnx.helper.make_tensor_value_info(_PREFIX + name, element, None) for name in wanted)
+    del graph.node[:]
+    graph.node.extend(nodes)
+    with beside(folder, model) as path:
+        yield path
+
+
+def _float_logits(captured: Captured, feeds: Sequence[Feeds]) -> list[Tensor]:
+    reference = FloatOutputs(captured, feeds, ("logits",))
+    try:
+        return [reference.outputs(batch)["logits"].flatten(0, 1) for batch in range(len(feeds))]
+    finally:
+        reference.close()
+
+
+class _Corrected:
+    """The deployed model with corrections, judged by the float model's logits, [rows, vocabulary] for each batch."""
+
+    def __init__(self, session: ort.InferenceSession, feeds: Sequence[Feeds], logits: Sequence[Tensor]):
+        self._session = session
+        types = {value.name: ARRAY_TYPES[value.type] for value in session.get_inputs() if _PREFIX in value.name}
+        self._zeros = {name: np.zeros(1, dtype) for name, dtype in types.items()}
+        own = [value for value in session.get_inputs() if value.name not in types]
+        self._feeds = [to_arrays(own, batch) for batch in feeds]
+        # KL is the sum of p log p - p q, plus log sum exp q: of the float model only two terms are kept.
+        self._likely = [torch.softmax(value, -1) for value in logits]
+        pairs = zip(self._likely, logits, strict=True)
+        self._entropy = [(likely * torch.log_softmax(value, -1)).sum(-1) for likely, value in pairs]
+
+    def kl(self, value: str = "", corrections: Sequence[Tensor] = ()) -> float:
+        """Mean KL(float || deployed) in nats, with what is added to a value for each batch."""
+        found = []
+        for batch, feeds in enumerate(self._feeds):
+            given = feeds | self._zeros
+            if value:
+                given[_PREFIX + value] = corrections[batch].numpy().astype(self._zeros[_PREFIX + value].dtype)
+            logits = torch.from_numpy(self._session.run(["logits"], given)[0]).float().flatten(0, 1)
+            cross = torch.einsum("tv,tv->t", self._likely[batch], logits)
+            found.append(self._entropy[batch] - cross + torch.logsumexp(logits, -1))
+        return float(torch.cat(found).double().mean())
