@@ -19,6 +19,12 @@ _TOKENIZER_FILES = (
 )  # fmt: skip
 
 
+# Of a repository on the Hub: the model, and what the card of an export says of its licence.
+_WANTED = [
+    "*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "README.md", "LICENSE*", "LICENCE*", "NOTICE*",
+]  # fmt: skip
+
+
 @dataclass(frozen=True)
 class ModelFolder:
     """A model on disk: `path` holds config.json and safetensors; `name` is what the user called it."""
@@ -137,7 +143,7 @@ def _download(name: str) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]))
+        return Path(snapshot_download(name, allow_patterns=_WANTED))
     except HFValidationError as error:
         raise InputError("is neither a local path nor a Hugging Face id", place=name) from error
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:

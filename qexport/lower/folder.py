@@ -10,6 +10,7 @@ from pathlib import Path
 
 import onnx_ir as ir
 
+from ..capture.origin import LEGAL_FILES
 from ..capture.source import ModelFolder
 from ..errors import InputError, writing_to
 from ..runtime import manifest as manifests
@@ -17,7 +18,7 @@ from ..runtime.genai import genai_config
 from ..runtime.manifest import Manifest
 from .emitter import VIEW_OF
 
-_COPIED = ("config.json", "generation_config.json")
+_COPIED = ("config.json", "generation_config.json")  # what the runtime reads
 
 
 @contextmanager
@@ -102,13 +103,13 @@ def _reshaped(tensor: ir.TensorProtocol, value: ir.Value) -> ir.TensorProtocol:
 def write_companions(
     folder: Path, manifest: Manifest, source: ModelFolder | None, recipe_yaml: str, report: dict
 ) -> None:
-    """Configs, tokenizer, recipe, manifest and report beside the model."""
+    """Configs, tokenizer, licence, recipe, manifest and report beside the model."""
     manifests.save(manifest, folder)
     (folder / "recipe.yaml").write_text(recipe_yaml, encoding="utf-8")
     (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     if source is None:
         return
-    for name in _COPIED:
+    for name in (*_COPIED, *LEGAL_FILES):
         if (source.path / name).exists():
             shutil.copyfile(source.path / name, folder / name)
     tokenizer = source.tokenizer()

@@ -240,6 +240,8 @@ class Report(_Frozen):
         problems: sentences about what has to be repaired; empty when the export does what was planned.
         verdict: everything in plain sentences, problems first.
         seconds: wall time by stage.
+        settings: what `validate` was called with, by the names of its options; null: the default of the machine.
+        versions: of qexport and of the libraries whose numbers these are.
     """
 
     format: Literal[1] = FORMAT
@@ -257,6 +259,8 @@ class Report(_Frozen):
     problems: tuple[str, ...] = ()
     verdict: tuple[str, ...] = ()
     seconds: dict[str, float] = Field(default_factory=dict)
+    settings: dict[str, Any] = Field(default_factory=dict)
+    versions: dict[str, str] = Field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
         """What report.json gets: numbers, strings, lists and null."""

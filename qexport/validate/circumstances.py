@@ -1,0 +1,34 @@
+"""Under which circumstances a validation ran: what it takes to run it again."""
+
+import os
+import platform
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import onnxruntime
+import torch
+import transformers
+
+
+def versions() -> dict[str, str]:
+    """Of qexport and of what computes: the float model in PyTorch, the deployed one in ONNX Runtime."""
+    return {
+        "qexport": version("qexport"), "onnxruntime": onnxruntime.__version__, "torch": str(torch.__version__),
+        "transformers": transformers.__version__, "python": platform.python_version(),
+    }  # fmt: skip
+
+
+def settings(reference: Any, text: str | os.PathLike | None, **others: Any) -> dict[str, Any]:
+    """The arguments of `validate` in plain types, under the names of the command line's options.
+
+    Args:
+        reference: null for a model that is no file; text: a text given itself is not kept, `Report.text` describes it.
+        others: plain types already.
+    """
+    named = isinstance(reference, (str, os.PathLike))
+    given = text is not None and os.path.isfile(Path(text).expanduser())
+    return {
+        "reference": os.fspath(reference) if named else None,
+        "text": os.fspath(text) if given else text and "TEXT", **others,
+    }  # fmt: skip
