@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
 
 # onnxruntime-genai's wheels with CUDA, which run on the CPU too, exist for x86-64; its tests skip elsewhere.
-EXTRAS = test,datasets$(if $(filter x86_64 AMD64,$(shell uname -m)),$(if $(filter Linux,$(shell uname -s)),$(comma)genai))
+EXTRAS = test,datasets,plots$(if $(filter x86_64 AMD64,$(shell uname -m)),$(if $(filter Linux,$(shell uname -s)),$(comma)genai))
 comma := ,
 
 .PHONY: demo test test-all lint clean install

@@ -1,0 +1,36 @@
+"""What people look at: report.html, figures as files, the model card, two exports side by side."""
+
+import os
+from pathlib import Path
+
+from .card import write_card
+from .comparing import Comparison, compare_exports
+from .exported import Exported, read_export, read_validated
+from .html import write_html
+from .png import write_plots
+
+__all__ = ["Comparison", "Exported", "compare", "read_export", "read_validated", "render", "write_card", "write_html"]
+
+
+def render(folder: str | os.PathLike, plots: str | os.PathLike | None = None) -> Path:
+    """Write report.html into a validated export, from what its files say; nothing runs. Returns its path.
+
+    Args:
+        plots: a folder for the same figures as PNG files, which takes matplotlib.
+
+    Raises:
+        InputError: no export, never validated, a damaged report, a folder that cannot be written, or no matplotlib.
+    """
+    exported = read_validated(folder)
+    if plots is not None:
+        write_plots(exported, plots)
+    return write_html(exported)
+
+
+def compare(first: str | os.PathLike, second: str | os.PathLike) -> Comparison:
+    """Two validated exports side by side, from what their files say; nothing runs.
+
+    Raises:
+        InputError: no export, never validated, or a damaged report.
+    """
+    return compare_exports(read_validated(first), read_validated(second))
