@@ -1,7 +1,8 @@
 """Quantize PyTorch models through torch.fx passes and run them in ONNX Runtime.
 
 Everything public is here: `export`, `export_auto`, `inspect`, `validate`, `generate`, `bench`, `optimize`, `diagnose`,
-and the types they take and return. Names are loaded when they are first used, so that importing qexport costs nothing.
+`render`, `compare`, and the types they take and return. Names are loaded when they are first used, so that importing
+qexport costs nothing.
 """
 
 import sys
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from .inspecting import Inspection as Inspection
     from .inspecting import inspect as inspect
     from .recipe import Recipe as Recipe
+    from .rendering import compare as compare
+    from .rendering import render as render
     from .runtime.bench import bench as bench
     from .runtime.doctor import diagnose as diagnose
     from .runtime.generate import Sampling as Sampling
@@ -37,12 +40,14 @@ _WHERE = {
     "Recipe": ("recipe", "Recipe"),
     "Sampling": ("runtime.generate", "Sampling"),
     "bench": ("runtime.bench", "bench"),
+    "compare": ("rendering", "compare"),
     "diagnose": ("runtime.doctor", "diagnose"),
     "export": ("export", "export"),
     "export_auto": ("auto.exporting", "export_auto"),
     "generate": ("runtime.generate", "generate_text"),
     "inspect": ("inspecting", "inspect"),
     "optimize": ("runtime.optimized", "optimize"),
+    "render": ("rendering", "render"),
     "validate": ("validate", "validate"),
 }
 

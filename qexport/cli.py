@@ -201,7 +201,7 @@ def validate(
     provider: Provider = None,
     as_json: Json = False,
 ) -> None:
-    """Compare an export with the float model: layers, logits, text. The result is kept in the folder's report.json."""
+    """Compare an export with the float model: layers, logits, text. report.json and report.html keep it."""
     from . import console
 
     console.quiet_libraries()
@@ -223,6 +223,44 @@ def validate(
         console.print_json(report.model_dump(mode="json"))
     else:
         print_validation(report)
+        print(f"\nThe page: {folder / 'report.html'}")
+
+
+@app.command()
+def report(
+    folder: Annotated[Path | None, typer.Argument(help="Folder that `qexport validate` looked at.")] = None,
+    other: Annotated[Path | None, typer.Argument(help="Another one, to compare with.")] = None,
+    plots: Annotated[Path | None, typer.Option(help="Folder for the figures as PNG; takes matplotlib.")] = None,
+    schema: Annotated[
+        bool, typer.Option("--schema", help="Print the JSON schema of the key validation of report.json.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Show a validation again, or two side by side. Nothing runs; report.html is written again from report.json."""
+    from . import console
+
+    if schema:
+        from .validate import Report
+
+        console.print_json(Report.model_json_schema())
+        return
+    if folder is None:
+        raise InputError("no folder given", remedy="Give the folder that `qexport validate` looked at")
+    from .rendering.printing import print_comparison, print_rendered, rendered_summary
+
+    _imported()
+    if other is not None:
+        found = qexport.compare(folder, other)
+        if as_json:
+            console.print_json(found.as_dict())
+        else:
+            print_comparison(found)
+        return
+    page = qexport.render(folder, plots)
+    if as_json:
+        console.print_json(rendered_summary(page))
+    else:
+        print_rendered(page)
 
 
 @app.command()

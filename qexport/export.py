@@ -20,6 +20,7 @@ from .calibrate.stages import passes_for
 from .capture.decoder import capture_decoder
 from .capture.graph import Captured
 from .capture.module import capture_module
+from .capture.origin import origin
 from .capture.source import open_model
 from .errors import InputError, QExportError, RecipeError
 from .lower.build import Lowered, Piece, Target, build, check_translations
@@ -36,6 +37,7 @@ from .passes.embedding import EmbeddingPlan
 from .passes.plan import LinearPlan
 from .planning import described_embedding, output_projection, plan_for
 from .recipe import Recipe
+from .rendering import read_export, write_card
 from .runtime.manifest import BlockEntry, LinearEntry, Manifest
 
 
@@ -156,8 +158,10 @@ def export(
             sizes = by_part(size, lowered.tensors, lowered.bytes, embeddings, named)
             manifest = _manifest(captured, plan, lowered, lowering, sizes, settings)
             seconds["lower"] = clock.lap()
-            report = _report(plan, embeddings, finished, seconds, described)
+            source = origin(captured.folder) if captured.folder else {"name": type(model).__name__}
+            report = _report(source, plan, embeddings, finished, seconds, described)
             write_companions(folder, manifest, captured.folder, recipe.to_yaml(), report)
+            write_card(read_export(folder))
     except BaseException as error:
         # Neither a bad model nor a bad pass gets better by going on from where it stopped.
         hopeless = isinstance(error, QExportError) and not isinstance(error, InputError)
@@ -256,9 +260,12 @@ def _manifest(
     )  # fmt: skip
 
 
-def _report(plan, embeddings, finished: Sequence[Finished], seconds, calibration: str) -> dict[str, Any]:
+def _report(
+    source: dict[str, Any], plan, embeddings, finished: Sequence[Finished], seconds, calibration: str
+) -> dict[str, Any]:
     return {
         "export": {
+            "source": source,
             "calibration": calibration,
             "seconds": {k: round(v, 2) for k, v in seconds.items()},
             "float": [{"linear": p.name, "reason": p.reason} for p in plan if p.scheme is None],

@@ -183,6 +183,43 @@ def test_validate(model, exported, run):
     assert code == 0 and "perplexity, quantized" in out and "error" not in err
 
 
+def test_report(model, exported, tmp_path, run):
+    refused(run("report"), "no folder given")
+    (never := tmp_path / "never").mkdir()
+    for name in ("manifest.json", "model.onnx"):
+        shutil.copy(exported / name, never)
+    refused(run("report", never), never, "never validated", "Run qexport validate")
+    code, out, _ = run("validate", exported, "--reference", model, "--windows", 2, "--window", 32)
+    page = exported / "report.html"
+    assert code == 0 and str(page) in out and "</html>" in page.read_text()
+    assert "| perplexity, quantized |" in (exported / "README.md").read_text()
+    assert f"qexport validate out --reference {model} --windows 2 --window 32" in page.read_text()
+    page.unlink()
+    code, out, err = run("report", exported)
+    assert code == 0 and "perplexity, quantized" in out and out.endswith(f"{page}\n") and page.is_file() and err == ""
+    code, out, _ = run("report", exported, "--json")
+    found = json.loads(out)
+    assert found["html"] == str(page) and found["validation"]["settings"]["window"] == 32
+    assert found["validation"]["versions"]["qexport"] == qexport.__version__
+    code, out, _ = run("report", exported, exported)
+    assert code == 0 and "0 of 14 linears have a lower own SQNR" in out
+    code, out, _ = run("report", exported, exported, "--json")
+    assert {p["difference"] for p in json.loads(out)["linears"]} == {0.0}
+    refused(run("report", exported, never), "never validated")
+
+
+def test_the_schema_of_a_report(run):
+    code, out, _ = run("report", "--schema")
+    schema = json.loads(out)
+    assert code == 0 and schema["properties"].keys() >= {"layers", "logits", "placement", "problems", "verdict"}
+    assert "signal to quantization noise" in schema["$defs"]["Row"]["description"]
+
+
+def test_an_export_has_a_model_card(exported):
+    card = (exported / "README.md").read_text()
+    assert card.startswith("---\nlibrary_name: onnxruntime\n") and "See the source model" in card
+
+
 def test_generate_prints_the_text_and_nothing_else(exported, run):
     code, greedy, err = run("generate", exported, "--prompt", "abc", "--max-new-tokens", 8)
     assert code == 0 and greedy.endswith("\n") and err == ""

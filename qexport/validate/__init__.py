@@ -24,6 +24,7 @@ from ..passes.zq_local import ZQLocal
 from ..runtime import manifest as manifests
 from ..runtime.manifest import Manifest
 from ..runtime.session import open_session
+from .circumstances import settings, versions
 from .layers import compare, compare_layers, run_session
 from .logits import check_all_logits, compare_logits, deployed_logits
 from .placement import examine
@@ -74,6 +75,8 @@ def validate(
     progress: Callable[[str, str, int, int], None] = _silent,
 ) -> Report:
     """Compare an export with the float model it was made from, and write the result into its report.json.
+
+    report.html shows it, and the model card gets its numbers.
 
     The deployed file runs in ONNX Runtime with the session options of its manifest; the float model runs in PyTorch in
     float32, one block in memory at a time.
@@ -138,10 +141,21 @@ def validate(
     name = captured.folder.name if captured.folder else type(reference).__name__
     report = with_verdict(Report(
         reference=name, text=chosen.described, own_text=chosen.own, layers=layers, logits=logits, outputs=outputs,
-        activations=exported_activations(folder), placement=placed, seconds=seconds,
+        activations=exported_activations(folder), placement=placed, seconds=seconds, versions=versions(),
+        settings=settings(reference, text, windows=windows, window=window, threads=threads, provider=provider),
     ))  # fmt: skip
     save(report, folder)
+    _show(folder)
     return report
+
+
+def _show(folder: Path) -> None:
+    """Write report.html, and the model card with its numbers."""
+    from ..rendering import read_validated, write_card, write_html  # which imports what is in here
+
+    exported = read_validated(folder)
+    write_html(exported)
+    write_card(exported)
 
 
 def _capture(reference, inputs) -> Captured:
