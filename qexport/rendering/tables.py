@@ -46,12 +46,13 @@ def _megabytes(row: Row) -> float | None:
     return None if row.bytes is None else row.bytes / 1e6
 
 
+# The first three decide where to look, so they stand beside the name.
 _NUMBERS: tuple[tuple[str, str, str, Callable[[Row], float | None]], ...] = (
     ("own SQNR", "{:.1f}", "dB, of the errors made here alone", lambda r: r.own_sqnr_db),
     ("SQNR", "{:.1f}", "dB, with the errors of everything in front", lambda r: r.sqnr_db),
+    ("KL cost", "{:.5f}", "fall of the mean KL when this value alone is the float one's", lambda r: r.kl_cost),
     ("cosine", "{:.5f}", "of the angle between both values", lambda r: r.cosine),
     ("max error", "{:.3g}", "largest absolute difference", lambda r: r.max_abs_error),
-    ("KL cost", "{:.5f}", "fall of the mean KL when this value alone is the float one's", lambda r: r.kl_cost),
     ("MB", "{:.3f}", "in the file", _megabytes),
     ("bits", "{:.2f}", "for each weight", lambda r: r.bits),
     ("time %", "{:.2f}", "of a run over the validation prompt",
@@ -72,12 +73,14 @@ def values(report: Report) -> Table:
     )  # fmt: skip
     what = {id(row): name for name, rows in kinds for row in rows}
     found = [row for _, rows in kinds for row in rows]
+    numbers = [(Column(n, True, title), partial(_number, read, style)) for n, style, title, read in _NUMBERS]
     readers = [
         (Column("name"), partial(_text, lambda row: row.name)),
-        (Column("what"), partial(_text, lambda row: what[id(row)])),
+        *numbers[:3],
         (Column("note", title=_NOTES), partial(_note, unfused)),
+        (Column("what"), partial(_text, lambda row: what[id(row)])),
         (Column("scheme"), partial(_text, lambda row: row.scheme)),
-        *((Column(n, True, title), partial(_number, read, style)) for n, style, title, read in _NUMBERS),
+        *numbers[3:],
         (Column("kernel"), partial(_text, lambda row: row.kernel)),
         (Column("on"), partial(_text, lambda row: row.provider.removesuffix("ExecutionProvider"))),
     ]
