@@ -19,7 +19,7 @@ def origin(folder: ModelFolder) -> dict[str, Any]:
         name: of the model, without the folders above it on this machine; hub_id: its id on the Hugging Face Hub, null
         for a local model; licence: see `licence_of`.
     """
-    local = Path(folder.name).expanduser().exists()
+    local = Path(folder.name).exists()
     return {
         "name": Path(folder.name).resolve().name if local else folder.name,
         "hub_id": None if local else folder.name,

@@ -3,7 +3,6 @@
 import os
 import platform
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import onnxruntime
@@ -27,7 +26,7 @@ def settings(reference: Any, text: str | os.PathLike | None, **others: Any) -> d
         others: plain types already.
     """
     named = isinstance(reference, (str, os.PathLike))
-    given = text is not None and os.path.isfile(Path(text).expanduser())
+    given = text is not None and os.path.isfile(os.path.expanduser(text))
     return {
         "reference": os.fspath(reference) if named else None,
         "text": os.fspath(text) if given else text and "TEXT", **others,
