@@ -197,6 +197,13 @@ def validate(
     ] = None,
     windows: Annotated[int, typer.Option(help="How many windows of the text.")] = 8,
     window: Annotated[int, typer.Option(help="Tokens in a window.")] = 512,
+    references: Annotated[
+        bool,
+        typer.Option("--references", help="Also measure float16 in PyTorch and the float model in ONNX Runtime."),
+    ] = False,
+    greedy: Annotated[
+        int, typer.Option(min=0, help="New tokens that both models write greedily, to see where they part; 0: none.")
+    ] = 32,
     threads: Threads = None,
     provider: Provider = None,
     as_json: Json = False,
@@ -217,6 +224,8 @@ def validate(
             window=window,
             threads=threads,
             provider=provider,
+            references=references,
+            greedy=greedy,
             progress=progress,
         )
     if as_json:

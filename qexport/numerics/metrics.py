@@ -58,6 +58,30 @@ def top1_agreement(ref_logits: Tensor, logits: Tensor) -> Tensor:
     return ref_logits.argmax(-1) == logits.argmax(-1)
 
 
+def top_k_agreement(ref_logits: Tensor, logits: Tensor, k: int) -> Tensor:
+    """Share of the reference's k likeliest tokens that are among the other's k: float64 [tokens].
+
+    Args:
+        ref_logits, logits: float [tokens, vocabulary]; with fewer than k tokens in the vocabulary the share is 1.
+    """
+    k = min(k, ref_logits.shape[-1])
+    reference, found = ref_logits.topk(k, -1).indices, logits.topk(k, -1).indices
+    return (reference[:, :, None] == found[:, None, :]).any(-1).double().mean(-1)
+
+
+def by_stretch(values: Tensor, most: int) -> Tensor:
+    """Means of the columns [n, S] in at most `most` stretches of equal length, in order; the last may be shorter.
+
+    Args:
+        values: float64 [n, S].
+
+    Returns:
+        float64 [m], m <= most.
+    """
+    length = -(-values.shape[1] // most)
+    return torch.stack([piece.mean() for piece in values.split(length, dim=1)])
+
+
 def nll(logits: Tensor, targets: Tensor) -> Tensor:
     """Negative log-likelihood of every target, float64 [tokens], in nats; exp of its mean is the perplexity.
 

@@ -25,12 +25,14 @@ from ..runtime import manifest as manifests
 from ..runtime.manifest import Manifest
 from ..runtime.session import open_session
 from .circumstances import settings, versions
+from .float_forms import compare_forms
+from .greedy import compare_greedy
 from .layers import compare, compare_layers, run_session
 from .logits import check_all_logits, compare_logits, deployed_logits
 from .placement import examine
 from .record import REPORT_FILE, exported_activations, load, save
 from .reference import Feeds, FloatOutputs, check_same_model, decoder_feeds, module_feeds
-from .report import Logits, Report, Row
+from .report import Report, Row
 from .text import Text, choose_text
 from .verdict import with_verdict
 from .wording import summary_rows, worst_first
@@ -72,6 +74,8 @@ def validate(
     inputs: Sequence[Sequence[torch.Tensor]] | None = None,
     threads: int | None = None,
     provider: str | None = None,
+    references: bool = False,
+    greedy: int = 32,
     progress: Callable[[str, str, int, int], None] = _silent,
 ) -> Report:
     """Compare an export with the float model it was made from, and write the result into its report.json.
@@ -90,11 +94,16 @@ def validate(
         inputs: for models without text: tuples of tensors, one a forward call.
         threads: threads within an ONNX Runtime operator.
         provider: execution provider; None takes the one the file was made for.
+        references: also measure how far other forms of the float model are from float32 in PyTorch on the same windows:
+            float16 in PyTorch, and the float model in ONNX Runtime, exported like this export (for a while this takes
+            the disk of the float model). It takes a float16 kernel of PyTorch for every operator.
+        greedy: new tokens that both models write greedily after the first 64 tokens of the first 4 windows, to see
+            where they part; 0 for none.
         progress: called with (stage, what, done, total).
 
     Raises:
-        InputError: the folder is no export or gives the last logits only, the reference is another model, or the text
-            does not do.
+        InputError: the folder is no export or gives the last logits only, the reference is another model, the text
+            does not do, or references or greedy cannot be had.
         RuntimeProblem: ONNX Runtime refuses the model or does not have the provider.
     """
     folder, seconds, started = Path(folder), {}, time.perf_counter()
@@ -104,7 +113,11 @@ def validate(
         now = time.perf_counter()
         seconds[stage], started = round(now - started, 2), now
 
+    if greedy < 0:
+        raise InputError(f"{greedy} new tokens cannot be written", place="greedy", remedy="Take 0 for none")
     manifest = manifests.load(folder)
+    if references and manifest.kind != "decoder":
+        raise InputError("references are for language models", place="references", remedy="Leave them out")
     if not os.access(folder, os.W_OK):
         raise InputError(
             "cannot be written, and the report goes there", place=str(folder), remedy="Copy it to a folder you own"
@@ -132,17 +145,29 @@ def validate(
         provider=provider, progress=partial(progress, "layers"),
     )  # fmt: skip
     lap("layers")
-    logits, outputs = None, ()
+    logits, outputs, others, left_out, texts = None, (), (), (), None
     if captured.kind == "decoder":
-        logits = _logits(folder, manifest, captured, chosen, threads, provider, progress)
+        logits, others, left_out = _logits(
+            folder, manifest, captured, chosen, threads, provider, progress, references, lap
+        )
     else:
         outputs = _outputs(folder, manifest, captured, layer_feeds, threads, provider, progress)
-    lap("outputs")
+        lap("outputs")
+    if captured.kind == "decoder" and greedy:
+        texts = compare_greedy(
+            captured, manifest, folder, chosen.windows, greedy, threads=threads, provider=provider,
+            progress=partial(progress, "greedy"),
+        )  # fmt: skip
+        lap("greedy")
     name = captured.folder.name if captured.folder else type(reference).__name__
     report = with_verdict(Report(
         reference=name, text=chosen.described, own_text=chosen.own, layers=layers, logits=logits, outputs=outputs,
-        activations=exported_activations(folder), placement=placed, seconds=seconds, versions=versions(),
-        settings=settings(reference, text, windows=windows, window=window, threads=threads, provider=provider),
+        activations=exported_activations(folder), placement=placed, seconds=seconds, references=tuple(others),
+        greedy=texts, left_out=tuple(left_out), versions=versions(),
+        settings=settings(
+            reference, text, windows=windows, window=window, threads=threads, provider=provider,
+            references=references, greedy=greedy,
+        ),
     ))  # fmt: skip
     save(report, folder)
     _show(folder)
@@ -180,13 +205,24 @@ def _transformed(folder: Path) -> bool:
         return True
 
 
-def _logits(folder, manifest: Manifest, captured: Captured, text: Text, threads, provider, progress) -> Logits:
+def _logits(folder, manifest: Manifest, captured: Captured, text: Text, threads, provider, progress, forms, lap):
+    """The deployed file's logits, other forms of the float model if `forms`, and what was left out of them."""
     reference = FloatOutputs(
         captured, decoder_feeds(captured, text.windows), ("logits",), partial(progress, "float model")
     )
     try:
         run = deployed_logits(folder, manifest, text.windows.shape[1], threads=threads, provider=provider)
-        return compare_logits(reference, text.windows, run, partial(progress, "logits"))
+        found = compare_logits(reference, text.windows, run, partial(progress, "logits"))
+        del run  # one session at a time
+        lap("outputs")
+        if not forms:
+            return found, (), ()
+        others = compare_forms(
+            captured, manifest, folder, reference, text.windows, threads=threads, provider=provider,
+            progress=partial(progress, "references"),
+        )  # fmt: skip
+        lap("references")
+        return found, *others
     finally:
         reference.close()
 

@@ -3,16 +3,17 @@
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from ..errors import InputError
-from ..numerics.metrics import kl_divergence, nll, top1_agreement
+from ..numerics.metrics import by_stretch, kl_divergence, nll, top1_agreement, top_k_agreement
 from ..runtime.decoder import open_decoder
 from ..runtime.manifest import Manifest
 from .reference import FloatOutputs, Progress
 from .report import Logits
+
+_STRETCHES = 64  # of a window, at most
 
 
 def check_all_logits(manifest: Manifest, folder: Path) -> None:
@@ -29,11 +30,20 @@ def check_all_logits(manifest: Manifest, folder: Path) -> None:
 
 
 def deployed_logits(
-    folder: Path, manifest: Manifest, length: int, *, threads: int | None = None, provider: str | None = None
+    folder: Path,
+    manifest: Manifest,
+    length: int,
+    *,
+    steps: int = 0,
+    threads: int | None = None,
+    provider: str | None = None,
 ) -> Callable[[Tensor], Tensor]:
     """A function from token ids [S], S at most `length`, to the export's logits, float32 [S, vocabulary].
 
     A file that computes the logits of the last token alone is run token by token, which is slow.
+
+    Args:
+        steps: the last tokens, up to half of a text, that come one at a time, as in generation; 0: all in one run.
 
     Raises:
         InputError: the export gives the logits of the last token only.
@@ -44,12 +54,15 @@ def deployed_logits(
 
     def run(ids: Tensor) -> Tensor:
         decoder.reset()
-        tokens = ids[None].numpy()
-        logits = decoder.run(tokens)[0]
-        if len(logits) < len(ids):
+        tokens, prompt = ids[None].numpy(), len(ids) - min(steps, len(ids) // 2)
+        logits = decoder.run(tokens[:, :prompt])[0]
+        if len(logits) < prompt:
             decoder.reset()
-            logits = np.concatenate([decoder.run(tokens[:, i : i + 1])[0] for i in range(len(ids))])
-        return torch.tensor(logits, dtype=torch.float32)
+            logits, prompt = decoder.run(tokens[:, :1])[0], 1
+        found = [torch.tensor(logits, dtype=torch.float32)]  # a copy: the next run may write into its memory
+        for i in range(prompt, len(ids)):
+            found.append(torch.tensor(decoder.run(tokens[:, i : i + 1])[0], dtype=torch.float32))
+        return torch.cat(found)
 
     return run
 
@@ -64,7 +77,7 @@ def compare_logits(
         windows: int64 [n, S].
         deployed: see `deployed_logits`.
     """
-    kl, agree, costs, float_costs, broken = [], 0, [], [], 0
+    kl, agree, agree5, costs, float_costs, broken = [], 0, 0.0, [], [], 0
     for index, ids in enumerate(windows):
         if progress:
             progress("windows", index, len(windows))
@@ -73,6 +86,7 @@ def compare_logits(
         finite = torch.isfinite(got).all(-1)
         kl.append(kl_divergence(want, got))
         agree += int((top1_agreement(want, got) & finite).sum())
+        agree5 += float((top_k_agreement(want, got, 5) * finite).sum())
         float_costs.append(nll(want, targets))
         costs.append(nll(got, targets))
         broken += int((~finite).sum())
@@ -89,4 +103,6 @@ def compare_logits(
         float_perplexity=float(torch.cat(float_costs).mean().exp()),
         perplexity=float(torch.cat(costs).mean().exp()),
         nonfinite_tokens=broken,
+        top5_agreement=agree5 / tokens,
+        kl_by_position=tuple(by_stretch(torch.stack(kl), _STRETCHES).tolist()),
     )  # fmt: skip

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 FORMAT = 1
+HALF = "float16 in PyTorch"  # name of a `Reference`
 
 
 def _finite(value: float | None) -> float | None:
@@ -147,12 +148,17 @@ class Activation(_Frozen):
 class Logits(_Frozen):
     """Next-token distributions of the float model and the deployed one. Logarithms are natural.
 
+    Windows do not overlap, and each is read alone, cache empty: its first token (where the tokenizer begins every text
+    with one, that one) is given and not predicted, and each other token is predicted from those before it in its
+    window. Perplexities with a sliding window or a longer context are lower, and not to be compared with these.
+
     Attributes:
         windows, window: number of texts and tokens in each; tokens: predicted ones, windows * (window - 1).
         kl_mean, kl_median, kl_p99: of KL(float || quantized), over tokens.
         top1_agreement: share of tokens for which both find the same one likeliest.
         top5_agreement: mean share of the float model's five likeliest tokens that are among the deployed one's five.
-        kl_by_position: mean KL over windows for stretches of equal length along the window, from its start.
+        kl_by_position: mean KL over windows for at most 64 stretches of equal length along the window, from its start;
+            the last may be shorter.
         float_perplexity, perplexity: exp of the mean negative log-likelihood of the text's tokens.
         nonfinite_tokens: tokens whose deployed logits hold NaN or Inf; when there are any the measures are null.
     """
@@ -172,10 +178,14 @@ class Logits(_Frozen):
 
 
 class Reference(_Frozen):
-    """Another form of the float model beside the float32 one in PyTorch: the smallest difference that means anything.
+    """Another form of the float model beside the float32 one in PyTorch.
+
+    A KL of the export near that of float16 in PyTorch, which nobody calls a worse model, means nothing. Float in ONNX
+    Runtime is the float model lowered like the export, without quantization: it proves everything else of the file. The
+    last 8 tokens of each window are decoded one by one there.
 
     Attributes:
-        name: "float16 in PyTorch", "float32 in ONNX Runtime".
+        name: "float16 in PyTorch", "float32 in ONNX Runtime" (in the dtype of the export).
         logits: how far it is from float32, on the same windows.
     """
 
@@ -188,6 +198,7 @@ class Greedy(_Frozen):
 
     Attributes:
         prompts: how many; prompt_tokens: tokens in each; new_tokens: how many each model adds at most.
+            The deployed file decodes step by step with its cache.
         agreed: for each prompt, how many tokens both continue alike before they part (new_tokens: they never do).
     """
 
@@ -237,6 +248,7 @@ class Report(_Frozen):
         activations: every quantized activation.
         outputs: for models without text, each output over all inputs.
         references, greedy, sensitivity: see their classes; empty or null where they were not asked for.
+        left_out: sentences about what was asked for and not done.
         problems: sentences about what has to be repaired; empty when the export does what was planned.
         verdict: everything in plain sentences, problems first.
         seconds: wall time by stage.
@@ -255,6 +267,7 @@ class Report(_Frozen):
     references: tuple[Reference, ...] = ()
     greedy: Greedy | None = None
     sensitivity: Sensitivity | None = None
+    left_out: tuple[str, ...] = ()
     placement: Placement
     problems: tuple[str, ...] = ()
     verdict: tuple[str, ...] = ()

@@ -3,14 +3,26 @@
 import math
 import statistics
 from collections import Counter
+from collections.abc import Sequence
 
-from .report import Report
+from .report import HALF, Greedy, Logits, Reference, Report
 from .wording import decibels, kernels, number, own, rank, worst_first
+
+# Errors of rounding are proportional to the unit of the dtype, and KL to their square. From float16 (2^-11) to float32
+# (2^-24) the errors shrink by 2^13 and KL by 2^26; half of that is left for kernels that approximate exp and sum in
+# another order. What is wrong with a lowering is seldom as small as a 90th of float16's error: it is a missing term,
+# another epsilon, a position that is off by one.
+_SINGLE_OF_HALF = 2.0**-13
+_SINGLE_FLOOR = 1e-10  # of a model whose logits hardly depend on anything
+_SINGLE_ALONE = 1e-8  # where float16 has no KL to go by
+# Rounding to float16 at other places costs another KL, but one of the same size.
+_HALF_OF_HALF = 10.0
 
 
 def with_verdict(report: Report) -> Report:
     """The report with its sentences."""
     problems = [*_fusion_problems(report), *_placement_problems(report), *_number_problems(report)]
+    problems += _reference_problems(report.references)
     return report.model_copy(update={"problems": tuple(problems), "verdict": (*problems, *_facts(report))})
 
 
@@ -41,6 +53,34 @@ def _number_problems(report: Report) -> list[str]:
             f"the logits of {report.logits.nonfinite_tokens} of {report.logits.tokens} tokens hold NaN or Inf"
         )
     return sentences
+
+
+def _reference_problems(references: Sequence[Reference]) -> list[str]:
+    """The float model lowered like the export has to be the float model, up to rounding."""
+    half = next((r.logits.kl_mean for r in references if r.name == HALF), None)
+    sentences = []
+    for found in references:
+        kl, bound = found.logits.kl_mean, _explained(found.name, half)
+        if bound is not None and (kl is None or kl > bound):
+            sentences.append(
+                f"without any quantization the lowered model is not the float model either: KL of {found.name} is "
+                f"{number(kl)}, and rounding explains {bound:.1g} at most"
+            )
+    return sentences
+
+
+def _explained(name: str, half: float | None) -> float | None:
+    """The largest mean KL that rounding explains; None where nothing is known of it.
+
+    Args:
+        name: of a `Reference`.
+        half: mean KL of float16 in PyTorch.
+    """
+    if name == HALF:
+        return None
+    if "float32" in name:
+        return _SINGLE_ALONE if half is None else max(_SINGLE_OF_HALF * half, _SINGLE_FLOOR)
+    return None if half is None else _HALF_OF_HALF * half
 
 
 def _facts(report: Report) -> list[str]:
@@ -79,8 +119,36 @@ def _facts(report: Report) -> list[str]:
         if scores.perplexity is not None:
             rise = scores.perplexity - scores.float_perplexity
             facts.append(f"perplexity rises by {rise:.2f}: {degradation_class(rise)}")
+        facts += _beside_half(scores, report.references)
+    if report.greedy is not None:
+        facts.append(_greedy(report.greedy))
+    facts += report.left_out
     facts += [f"output {row.name} has {decibels(row.sqnr_db, row)}" for row in report.outputs]
     return facts
+
+
+def _beside_half(scores: Logits, references: Sequence[Reference]) -> list[str]:
+    half = next((r.logits for r in references if r.name == HALF), None)
+    if half is None:
+        return []
+    if half.kl_mean is None:
+        return [f"the model itself fails in float16: {half.nonfinite_tokens} of {half.tokens} tokens give NaN or Inf"]
+    if scores.kl_mean <= half.kl_mean:
+        return [f"KL is no larger than that of {HALF} ({number(half.kl_mean)}): a difference that means nothing"]
+    if not half.kl_mean:
+        return [f"{HALF} gives what float32 gives, so that any difference means something"]
+    times = scores.kl_mean / half.kl_mean
+    many = f"{times:,.0f}" if times >= 10 else f"{times:.1f}"
+    return [f"KL is {many} times that of {HALF} ({number(half.kl_mean)}), the smallest difference that means anything"]
+
+
+def _greedy(found: Greedy) -> str:
+    prompts = f"{found.prompts} prompt{'' if found.prompts == 1 else 's'} of {found.prompt_tokens} tokens"
+    least, most = min(found.agreed), max(found.agreed)
+    if least == found.new_tokens:
+        return f"greedily both models write the same {found.new_tokens} tokens after {prompts}"
+    span = f"{least}" if least == most else f"{least} to {most}"
+    return f"greedily both models write the same {span} of {found.new_tokens} tokens after {prompts} before they part"
 
 
 def degradation_class(rise: float) -> str:

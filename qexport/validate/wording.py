@@ -17,6 +17,16 @@ def summary_rows(report: Report) -> list[tuple[str, str, str]]:
             ("KL mean / median / 99 %", kl, "how far the predictions move, per token; 0 is equal"),
             ("top-1 agreement", f"{scores.top1_agreement:.1%}", "both find the same next token likeliest"),
         ]
+        if scores.top5_agreement is not None:
+            rows.append(
+                ("top-5 agreement", f"{scores.top5_agreement:.1%}", "of the five likeliest, how many are so for both")
+            )
+    for other in report.references:
+        kl, same = number(other.logits.kl_mean), f"{other.logits.top1_agreement:.1%}"
+        rows.append((other.name, f"KL {kl}, top-1 {same}", "the float model itself, beside float32 in PyTorch"))
+    if (texts := report.greedy) is not None:
+        alike = f"{', '.join(map(str, texts.agreed))} of {texts.new_tokens}"
+        rows.append(("greedy tokens alike", alike, "for each prompt, before both models' texts part"))
     rows += [(f"output {row.name}", decibels(row.sqnr_db, row), "SQNR over all inputs") for row in report.outputs]
     if report.layers.linears:
         worst = worst_first(report.layers.linears)[0]

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qexport.numerics import metrics
-from qexport.numerics.metrics import cosine, kl_divergence, nll, sqnr_db, top1_agreement
+from qexport.numerics.metrics import by_stretch, cosine, kl_divergence, nll, sqnr_db, top1_agreement, top_k_agreement
 
 some = settings(max_examples=20, deadline=None)
 
@@ -99,3 +99,35 @@ def test_rows_and_pieces_do_not_change_results(monkeypatch):
 def test_top1_agreement():
     reference = torch.tensor([[1.0, 2.0, 0.0], [5.0, 0.0, 0.0], [0.0, 0.0, 1.0]])
     assert top1_agreement(reference, reference * torch.tensor([1.0, 1.0, -1.0])).tolist() == [True, True, False]
+
+
+@some
+@given(st.integers(0, 2**32), st.integers(1, 11), st.floats(0.1, 20))
+def test_top_k_agreement_counts_common_tokens(seed, k, noise):
+    reference, value = pair(seed, 4, 11, noise=noise)
+    found = top_k_agreement(reference, value, k)
+    assert found.dtype == torch.float64
+    for i in range(4):
+        first, second = (
+            sorted(range(11), key=lambda t, row=row: -float(row[t]))[:k] for row in (reference[i], value[i])
+        )
+        assert float(found[i]) == pytest.approx(len(set(first) & set(second)) / k, rel=1e-15)
+
+
+def test_top_k_agreement_does_not_ask_for_the_order_and_takes_small_vocabularies():
+    reference = torch.tensor([[5.0, 4.0, 3.0, 2.0, 1.0, 0.0]])
+    assert top_k_agreement(reference, reference[:, [4, 3, 2, 1, 0, 5]], 5).tolist() == [1]
+    assert top_k_agreement(reference, -reference, 5).tolist() == [0.8]
+    assert top_k_agreement(reference[:, :3], -reference[:, :3], 5).tolist() == [1]
+
+
+@pytest.mark.parametrize("columns, length", [(5, 1), (64, 1), (65, 2), (511, 8), (1, 1)])
+def test_stretches_are_equally_long_and_cover_everything(columns, length):
+    values = torch.rand(3, columns, dtype=torch.float64, generator=torch.Generator().manual_seed(columns))
+    rows = values.tolist()
+    expected = [
+        math.fsum(row[c] for row in rows for c in range(start, min(start + length, columns)))
+        / (3 * (min(start + length, columns) - start))
+        for start in range(0, columns, length)
+    ]
+    assert by_stretch(values, 64).tolist() == pytest.approx(expected, rel=1e-14) and len(expected) <= 64

@@ -83,7 +83,7 @@ def test_logits_agree_with_a_direct_computation(report, exported, llama):
     options = ort.SessionOptions()
     options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
     session = ort.InferenceSession(exported / "model.onnx", options)
-    kl, same, cost, float_cost = [], [], [], []
+    kl, same, five, cost, float_cost = [], [], [], [], []
     for ids in windows:
         with torch.no_grad():
             want = model(ids[None]).logits[0, :-1].log_softmax(-1)
@@ -92,16 +92,20 @@ def test_logits_agree_with_a_direct_computation(report, exported, llama):
         got = torch.tensor(session.run(["logits"], feeds)[0][0, :-1]).double().log_softmax(-1)
         kl.append((want.exp() * (want - got)).sum(-1))
         same.append(want.argmax(-1) == got.argmax(-1))
+        pairs = zip(want.topk(5).indices.tolist(), got.topk(5).indices.tolist(), strict=True)
+        five += [len(set(a) & set(b)) / 5 for a, b in pairs]
         rows = torch.arange(WINDOW - 1)
         cost.append(-got[rows, ids[1:]])
         float_cost.append(-want[rows, ids[1:]])
-    found, kl = report.logits, torch.cat(kl)
+    found, positions, kl = report.logits, torch.stack(kl).mean(0), torch.cat(kl)
     assert (found.windows, found.window, found.tokens) == (WINDOWS, WINDOW, WINDOWS * (WINDOW - 1))
     # The report's float model runs in float32: logits of order 1 move by 1e-6.
     assert found.kl_mean == pytest.approx(kl.mean().item(), rel=1e-4)
     assert found.kl_median == pytest.approx(kl.median().item(), rel=1e-4)
     assert found.kl_p99 == pytest.approx(kl.quantile(0.99).item(), rel=1e-4)
     assert found.top1_agreement == torch.cat(same).double().mean().item()
+    assert found.top5_agreement == pytest.approx(sum(five) / len(five), rel=1e-12)
+    assert found.kl_by_position == pytest.approx(positions.tolist(), rel=1e-3)  # 47 positions, a stretch each
     assert found.float_perplexity == pytest.approx(torch.cat(float_cost).mean().exp().item(), rel=1e-5)
     assert found.perplexity == pytest.approx(torch.cat(cost).mean().exp().item(), rel=1e-5)
     assert found.kl_mean > 1e-3, "the comparison says nothing when quantization changes nothing"
@@ -178,7 +182,8 @@ def test_nan_is_a_finding(copy, llama):
     assert worst_first(found.layers.linears)[0].name == name
     assert found.logits.nonfinite_tokens == found.logits.tokens == 2 * (WINDOW - 1)
     assert found.logits.kl_mean is None and found.logits.perplexity is None and found.logits.top1_agreement == 0
-    assert found.logits.float_perplexity > 1
+    assert found.logits.float_perplexity > 1 and found.logits.top5_agreement == 0
+    assert set(found.logits.kl_by_position) == {None}
     assert found.problems[0].startswith(f"NaN or Inf comes out of {name}")
     json.loads((copy / "report.json").read_text(), parse_constant=pytest.fail)
 
@@ -213,6 +218,26 @@ def test_without_text_the_model_writes_it(exported, llama):
     assert found.own_text and "written by the model" in found.text
     assert found.logits.tokens == 2 * 15
     assert any("not to be compared" in sentence for sentence in found.verdict)
+
+
+def test_references_and_greedy_texts_are_in_the_report(copy, llama):
+    found = validate(copy, llama, text=TEXT, windows=2, window=WINDOW, references=True, greedy=5)
+    assert [form.name for form in found.references] == ["float16 in PyTorch", "float32 in ONNX Runtime"]
+    half, single = (form.logits for form in found.references)
+    assert (
+        half.tokens == single.tokens == found.logits.tokens and half.float_perplexity == found.logits.float_perplexity
+    )
+    assert single.kl_mean < half.kl_mean < found.logits.kl_mean and not found.problems
+    greedy = found.greedy
+    assert (greedy.prompts, greedy.prompt_tokens, greedy.new_tokens, len(greedy.agreed)) == (2, WINDOW, 5, 2)
+    assert {"references", "greedy"} <= set(found.seconds) and load(copy) == found
+
+
+def test_references_and_greedy_texts_can_be_left_out(copy, llama, report):
+    assert report.greedy.new_tokens == 32 and report.references == ()
+    assert validate(copy, llama, text=TEXT, windows=1, window=8, greedy=0).greedy is None
+    with pytest.raises(InputError, match="-1 new tokens cannot"):
+        validate(copy, llama, text=TEXT, windows=1, window=8, greedy=-1)
 
 
 def test_report_json_keeps_the_export_and_reads_back(exported, report):

@@ -5,9 +5,20 @@ import pytest
 
 from qexport.errors import InputError
 from qexport.validate.record import exported_activations, load, save
-from qexport.validate.report import Activation, Layers, Logits, Placement, Report, Row, Unfused
+from qexport.validate.report import (
+    HALF,
+    Activation,
+    Greedy,
+    Layers,
+    Logits,
+    Placement,
+    Reference,
+    Report,
+    Row,
+    Unfused,
+)
 from qexport.validate.verdict import with_verdict
-from qexport.validate.wording import worst_first
+from qexport.validate.wording import summary_rows, worst_first
 
 
 def row(name, sqnr, error=1.0, **more):
@@ -66,6 +77,55 @@ def scores(perplexity):
 def test_a_rise_in_perplexity_has_its_class(rise, name):
     sentence = with_verdict(a_report(logits=scores(10 + rise))).verdict[-1]
     assert f"perplexity rises by {rise:.2f}: {name}" in sentence
+
+
+def beside(half_kl, single_kl, kl=0.1, **broken):
+    """A report with both references, their mean KL as given."""
+    forms = ((HALF, half_kl), ("float32 in ONNX Runtime", single_kl))
+    references = tuple(
+        Reference(name=name, logits=scores(10.0).model_copy(update={"kl_mean": value, **broken}))
+        for name, value in forms
+    )
+    mine = scores(10.0).model_copy(update={"kl_mean": kl, "top5_agreement": 0.5})
+    return with_verdict(a_report(logits=mine, references=references))
+
+
+def test_the_verdict_measures_kl_in_that_of_float16():
+    report = beside(2e-5, 1e-11)
+    assert report.verdict[-1].startswith("KL is 5,000 times that of float16 in PyTorch (2e-05), the smallest")
+    assert beside(0.08, 1e-11).verdict[-1].startswith("KL is 1.2 times that of float16")
+    assert beside(0.2, 1e-11).verdict[-1].endswith("a difference that means nothing")
+    assert "any difference means something" in beside(0.0, 1e-11).verdict[-1]
+    assert beside(None, 1e-11, nonfinite_tokens=3).verdict[-1] == (
+        "the model itself fails in float16: 3 of 8 tokens give NaN or Inf"
+    )
+    rows = {name: value for name, value, _ in summary_rows(report)}
+    assert rows[HALF] == "KL 2e-05, top-1 50.0%" and rows["top-5 agreement"] == "50.0%"
+
+
+@pytest.mark.parametrize("half, single, wrong", [
+    (2e-5, 1e-11, False), (2e-5, 1e-8, True), (1e-9, 9e-11, False), (2e-5, None, True), (None, 1e-7, True),
+    (None, 1e-9, False),
+])  # fmt: skip
+def test_a_float_file_that_is_not_the_float_model_is_a_problem(half, single, wrong):
+    problems = beside(half, single).problems
+    assert len(problems) == wrong and all("float32 in ONNX Runtime" in problem for problem in problems)
+
+
+@pytest.mark.parametrize("agreed, sentence", [
+    ((8, 8), "greedily both models write the same 8 tokens after 2 prompts of 64 tokens"),
+    ((0, 8), "greedily both models write the same 0 to 8 of 8 tokens after 2 prompts of 64 tokens before they part"),
+    ((3,), "greedily both models write the same 3 of 8 tokens after 1 prompt of 64 tokens before they part"),
+])  # fmt: skip
+def test_greedy_texts_in_words(agreed, sentence):
+    report = with_verdict(a_report(greedy=Greedy(prompts=len(agreed), prompt_tokens=64, new_tokens=8, agreed=agreed)))
+    assert report.verdict[-1] == sentence
+    (row,) = [row for row in summary_rows(report) if row[0] == "greedy tokens alike"]
+    assert row[1] == f"{', '.join(map(str, agreed))} of 8"
+
+
+def test_what_was_left_out_is_in_the_verdict():
+    assert with_verdict(a_report(left_out=("one thing was left out",))).verdict[-1] == "one thing was left out"
 
 
 def test_activations_are_what_the_export_says(tmp_path):
