@@ -22,7 +22,7 @@ _HALF_OF_HALF = 10.0
 def with_verdict(report: Report) -> Report:
     """The report with its sentences."""
     problems = [*_fusion_problems(report), *_placement_problems(report), *_number_problems(report)]
-    problems += _reference_problems(report.references)
+    problems += reference_problems(report.references)
     return report.model_copy(update={"problems": tuple(problems), "verdict": (*problems, *_facts(report))})
 
 
@@ -55,8 +55,8 @@ def _number_problems(report: Report) -> list[str]:
     return sentences
 
 
-def _reference_problems(references: Sequence[Reference]) -> list[str]:
-    """The float model lowered like the export has to be the float model, up to rounding."""
+def reference_problems(references: Sequence[Reference]) -> list[str]:
+    """Sentences about float models lowered like the export that are not the float model, up to rounding."""
     half = next((r.logits.kl_mean for r in references if r.name == HALF), None)
     sentences = []
     for found in references:

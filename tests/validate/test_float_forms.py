@@ -16,7 +16,7 @@ from qexport.runtime.manifest import CPU
 from qexport.validate import float_forms
 from qexport.validate.float_forms import compare_forms, half_logits
 from qexport.validate.reference import FloatOutputs, decoder_feeds
-from qexport.validate.verdict import _reference_problems
+from qexport.validate.verdict import reference_problems
 from stepping import tokens
 
 WINDOWS = tokens(2, 40)
@@ -80,14 +80,14 @@ def test_the_float_file_is_the_float_model_to_rounding(tmp_path, family, attenti
     half, single = (form.logits.kl_mean for form in found)
     # KL goes with the square of the unit of the dtype, 2^-26 from float16 to float32, and kernels differ.
     assert 0 < single < 2**-18 * half
-    assert found[1].logits.top1_agreement == 1 and not _reference_problems(found)
+    assert found[1].logits.top1_agreement == 1 and not reference_problems(found)
     assert [path.name for path in (tmp_path / "exports").iterdir()] == ["out"], "the float file is removed"
 
 
 def test_the_float_file_of_a_cuda_export_is_float16(llama, tmp_path):
     export(llama, Recipe(scheme="w8a16_g32"), out_dir=tmp_path / "out", target="cuda")
     found, _ = forms(llama, tmp_path / "out")
-    assert found[1].name == "float16 in ONNX Runtime" and not _reference_problems(found)
+    assert found[1].name == "float16 in ONNX Runtime" and not reference_problems(found)
     assert 0.1 < found[1].logits.kl_mean / found[0].logits.kl_mean < 10
 
 
@@ -105,7 +105,7 @@ def test_an_epsilon_that_is_slightly_off_is_a_problem(llama, exported, monkeypat
         return manifest
 
     monkeypatch.setattr(float_forms, "export_float", wrong)
-    (problem,) = _reference_problems(forms(llama, exported)[0])
+    (problem,) = reference_problems(forms(llama, exported)[0])
     assert problem.startswith("without any quantization the lowered model is not the float model either: KL of float32")
 
 
@@ -117,7 +117,7 @@ def test_a_decode_step_that_sees_too_little_is_a_problem(llama, exported, monkey
         return (mask[:, 1:] if self.past else mask), positions
 
     monkeypatch.setattr(Decoder, "_append", short)
-    assert len(_reference_problems(forms(llama, exported)[0])) == 1
+    assert len(reference_problems(forms(llama, exported)[0])) == 1
 
 
 def test_a_float_file_that_would_not_fit_is_left_out_and_said_so(llama, exported, monkeypatch):

@@ -168,3 +168,8 @@ def test_inputs_that_do_not_fit(module, inputs, message):
 def test_a_module_without_inputs_is_refused(module):
     with pytest.raises(InputError, match="Pass inputs"):
         validate(module[1], module[0])
+
+
+def test_a_module_has_no_references(module):
+    with pytest.raises(InputError, match="references are for language models"):
+        validate(module[1], module[0], inputs=[(torch.zeros(1, 5, 64),)], references=True)
