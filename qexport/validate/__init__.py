@@ -212,7 +212,10 @@ def _logits(folder, manifest: Manifest, captured: Captured, text: Text, threads,
     )
     try:
         run = deployed_logits(folder, manifest, text.windows.shape[1], threads=threads, provider=provider)
-        found = compare_logits(reference, text.windows, run, partial(progress, "logits"))
+        tokenizer = captured.folder.tokenizer() if captured.folder else None
+        found = compare_logits(
+            reference, text.windows, run, partial(progress, "logits"), decode=tokenizer and tokenizer.decode
+        )
         del run  # one session at a time
         lap("outputs")
         if not forms:

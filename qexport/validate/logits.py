@@ -11,9 +11,10 @@ from ..numerics.metrics import by_stretch, kl_divergence, nll, top1_agreement, t
 from ..runtime.decoder import open_decoder
 from ..runtime.manifest import Manifest
 from .reference import FloatOutputs, Progress
-from .report import Logits
+from .report import Farthest, Logits
 
 _STRETCHES = 64  # of a window, at most
+_CONTEXT = 24  # tokens shown in front of another
 
 
 def check_all_logits(manifest: Manifest, folder: Path) -> None:
@@ -68,7 +69,12 @@ def deployed_logits(
 
 
 def compare_logits(
-    reference: FloatOutputs, windows: Tensor, deployed: Callable[[Tensor], Tensor], progress: Progress | None = None
+    reference: FloatOutputs,
+    windows: Tensor,
+    deployed: Callable[[Tensor], Tensor],
+    progress: Progress | None = None,
+    *,
+    decode: Callable[[list[int]], str] | None = None,
 ) -> Logits:
     """Compare the models on texts; both see each window alone, and the logits of one window are in memory at a time.
 
@@ -76,7 +82,9 @@ def compare_logits(
         reference: the float model on these windows.
         windows: int64 [n, S].
         deployed: see `deployed_logits`.
+        decode: the text of token ids; None where there is no tokenizer.
     """
+    likeliest = []
     kl, agree, agree5, costs, float_costs, broken = [], 0, 0.0, [], [], 0
     for index, ids in enumerate(windows):
         if progress:
@@ -85,6 +93,7 @@ def compare_logits(
         want, got, targets = reference.outputs(index)["logits"][0, :-1], deployed(ids)[:-1], ids[1:]
         finite = torch.isfinite(got).all(-1)
         kl.append(kl_divergence(want, got))
+        likeliest.append(torch.stack([want.argmax(-1), got.argmax(-1)], 1))
         agree += int((top1_agreement(want, got) & finite).sum())
         agree5 += float((top_k_agreement(want, got, 5) * finite).sum())
         float_costs.append(nll(want, targets))
@@ -94,6 +103,9 @@ def compare_logits(
         progress("windows", len(windows), len(windows))
     divergence = torch.cat(kl)
     tokens = len(divergence)
+    farthest = None
+    if decode is not None and not broken:
+        farthest = _farthest(windows, torch.stack(kl), torch.stack(likeliest), decode)
     return Logits(
         windows=len(windows), window=windows.shape[1], tokens=tokens,
         kl_mean=float(divergence.mean()),
@@ -105,4 +117,17 @@ def compare_logits(
         nonfinite_tokens=broken,
         top5_agreement=agree5 / tokens,
         kl_by_position=tuple(by_stretch(torch.stack(kl), _STRETCHES).tolist()),
+        farthest=farthest,
+    )  # fmt: skip
+
+
+def _farthest(windows: Tensor, kl: Tensor, likeliest: Tensor, decode: Callable[[list[int]], str]) -> Farthest:
+    """The largest KL [n, S - 1], with both models' likeliest tokens [n, S - 1, 2] there."""
+    window, before = divmod(int(kl.argmax()), kl.shape[1])
+    wanted, found = likeliest[window, before].tolist()
+    ids, token = windows[window].tolist(), before + 1
+    return Farthest(
+        window=window, token=token, kl=float(kl[window, before]),
+        context=decode(ids[max(token - _CONTEXT, 0) : token]), text=decode([ids[token]]),
+        float_likeliest=decode([wanted]), likeliest=decode([found]),
     )  # fmt: skip

@@ -145,6 +145,24 @@ class Activation(_Frozen):
     kernel_without_zeros: Finite = None
 
 
+class Farthest(_Frozen):
+    """The place where the prediction moved most.
+
+    Attributes:
+        window, token: the token with this number, from 0, of this window is what was predicted; kl: of its prediction.
+        context: the text before it, its last 24 tokens; text: the token in the text.
+        float_likeliest, likeliest: what the float model and the deployed one find likeliest instead.
+    """
+
+    window: int
+    token: int
+    kl: float
+    context: str
+    text: str
+    float_likeliest: str
+    likeliest: str
+
+
 class Logits(_Frozen):
     """Next-token distributions of the float model and the deployed one. Logarithms are natural.
 
@@ -159,6 +177,7 @@ class Logits(_Frozen):
         top5_agreement: mean share of the float model's five likeliest tokens that are among the deployed one's five.
         kl_by_position: mean KL over windows for at most 64 stretches of equal length along the window, from its start;
             the last may be shorter.
+        farthest: see its class; null without a tokenizer, and for references.
         float_perplexity, perplexity: exp of the mean negative log-likelihood of the text's tokens.
         nonfinite_tokens: tokens whose deployed logits hold NaN or Inf; when there are any the measures are null.
     """
@@ -175,6 +194,7 @@ class Logits(_Frozen):
     nonfinite_tokens: int = 0
     top5_agreement: float | None = None
     kl_by_position: tuple[Finite, ...] = ()
+    farthest: Farthest | None = None
 
 
 class Reference(_Frozen):

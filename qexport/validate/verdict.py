@@ -120,6 +120,11 @@ def _facts(report: Report) -> list[str]:
             rise = scores.perplexity - scores.float_perplexity
             facts.append(f"perplexity rises by {rise:.2f}: {degradation_class(rise)}")
         facts += _beside_half(scores, report.references)
+        if (far := scores.farthest) is not None and far.kl:
+            facts.append(
+                f"the largest KL, {number(far.kl)}, is at token {far.token} of window {far.window}, behind "
+                f"{far.context[-40:]!r}: float finds {far.float_likeliest!r} likeliest, quantized {far.likeliest!r}"
+            )
     if report.greedy is not None:
         facts.append(_greedy(report.greedy))
     facts += report.left_out

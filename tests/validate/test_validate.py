@@ -97,6 +97,10 @@ def test_logits_agree_with_a_direct_computation(report, exported, llama):
         rows = torch.arange(WINDOW - 1)
         cost.append(-got[rows, ids[1:]])
         float_cost.append(-want[rows, ids[1:]])
+    far, row, token = report.logits.farthest, *divmod(int(torch.cat(kl).argmax()), WINDOW - 1)
+    assert (far.window, far.token) == (row, token + 1) and far.kl == pytest.approx(kl[row][token].item(), rel=1e-4)
+    read = "".join(chr(i + 29) for i in windows[row, max(token - 23, 1) : token + 1].tolist())
+    assert far.context.removeprefix("<s>").strip() == read and far.text == chr(windows[row, token + 1] + 29)
     found, positions, kl = report.logits, torch.stack(kl).mean(0), torch.cat(kl)
     assert (found.windows, found.window, found.tokens) == (WINDOWS, WINDOW, WINDOWS * (WINDOW - 1))
     # The report's float model runs in float32: logits of order 1 move by 1e-6.
