@@ -179,8 +179,12 @@ def test_inspect_all_lists_every_linear(model, run):
 def test_validate(model, exported, run):
     code, out, err = run("validate", exported, "--reference", model, "--windows", 2, "--window", 32, "--json")
     assert code == 0 and json.loads(out)["logits"]["windows"] == 2
-    code, out, err = run("validate", exported, "--reference", model, "--windows", 2, "--window", 32)
+    options = ("--windows", 2, "--window", 32, "--references", "--greedy", 4)
+    code, out, err = run("validate", exported, "--reference", model, *options)
     assert code == 0 and "perplexity, quantized" in out and "error" not in err
+    assert "float16 in PyTorch" in out and "float32 in ONNX Runtime" in out and "of 4 tokens after 2 prompts" in out
+    code, _, err = run("validate", exported, "--reference", model, "--greedy", -1)
+    assert code == 2 and "--greedy" in err
 
 
 def test_report(model, exported, tmp_path, run):
