@@ -1,4 +1,5 @@
 import copy
+import signal
 import warnings
 from functools import cache, partial
 
@@ -40,3 +41,11 @@ def cuda_placement(tmp_path_factory):
         return partial(placement, env=build_stand_ins(tmp_path_factory.mktemp("cuda_stand_ins")))
     except CannotBuild as reason:
         pytest.skip(str(reason))
+
+
+@pytest.fixture
+def hears_interrupts():
+    """As in a terminal: a shell starts what runs in its background with interrupts ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)

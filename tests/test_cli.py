@@ -18,7 +18,6 @@ import qexport
 from models import save_model
 from qexport import cli
 from qexport.capture.decoder import capture_decoder  # noqa: F401  imports what commands need before they are timed
-from qexport.console import showing_progress
 from tiny_decoder import write_word_tokenizer
 
 VOCAB = 98
@@ -477,24 +476,3 @@ def test_ctrl_c(model, tmp_path, hears_interrupts):
     out, err = process.communicate(timeout=120)
     assert process.returncode == 130 and out == "" and "Traceback" not in err
     assert not (tmp_path / "out").exists()
-
-
-@pytest.fixture
-def hears_interrupts():
-    """As in a terminal: a shell starts what runs in its background with interrupts ignored."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
-@pytest.mark.parametrize("native", [None, ValueError])
-def test_an_interrupt_that_native_code_swallows_or_renames_is_not_lost(native, hears_interrupts):
-    with pytest.raises(KeyboardInterrupt), showing_progress() as progress:
-        try:
-            signal.raise_signal(signal.SIGINT)
-        except KeyboardInterrupt:
-            if native is not None:
-                raise native("could not determine the shape") from None
-        progress("quantize", "next block", 1, 2)
-        pytest.fail("the next step began")
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler

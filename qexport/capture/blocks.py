@@ -7,6 +7,7 @@ container that hold most of the weights); nodes that belong to no layer go where
 
 import re
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -35,6 +36,15 @@ class Block:
     inputs: list[str]
     outputs: list[str]
     parameters: list[str] = field(default_factory=list)
+
+
+def handed_on(outputs: Sequence[str], following: Sequence[str]) -> str:
+    """The value that a block hands on, by name: the residual stream, which the next one reads before anything else.
+
+    Args:
+        outputs: of the block; following: inputs of the next one, none behind the last.
+    """
+    return next((name for name in following if name in outputs), outputs[0])
 
 
 def cut(module: GraphModule, results: list[str]) -> list[Block]:

@@ -6,7 +6,7 @@ from typing import Any, Protocol
 import torch
 from torch.fx import Node
 
-from .blocks import Block
+from .blocks import Block, handed_on
 from .source import ModelFolder
 
 
@@ -70,6 +70,11 @@ class Captured:
             return None
         placeholders = [n for n in block.module.graph.nodes if n.op == "placeholder"]
         return placeholders[block.inputs.index(value)]
+
+    def handed_on(self, block: Block) -> str:
+        """Name of the value that a block hands on to the next one, see `blocks.handed_on`."""
+        following = self.blocks[[b.name for b in self.blocks].index(block.name) + 1 :]
+        return handed_on(block.outputs, following[0].inputs if following else ())
 
     def load(self, name: str) -> torch.Tensor:
         """A weight or constant of the graph, float32 where it is floating point."""

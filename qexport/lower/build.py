@@ -9,6 +9,7 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 
 from .. import ops as _ops  # noqa: F401  registers the operators
+from ..capture.blocks import handed_on
 from ..capture.graph import Port
 from .book import Book, Placed, plain
 from .branches import Piece, add_branches, branched, branches_of
@@ -117,25 +118,19 @@ def build(
         _drop_unused_nodes(branch)
     _drop_unused(graph)
     tensors = {n: 0 if VIEW_OF in v.meta else v.const_value.nbytes for n, v in graph.initializers.items()}
-    following = [*pieces[1:], None]
-    handed_on = {piece.name: _handed_on(piece, after) for piece, after in zip(pieces, following, strict=True)}
+    read_next = [*(piece.inputs for piece in pieces[1:]), ()]
+    handed = {piece.name: handed_on(piece.outputs, read) for piece, read in zip(pieces, read_next, strict=True)}
     everything = [product for piece in pieces for product in linear_products(piece.module.graph)]
     lowered = Lowered(
         ir.Model(graph, ir_version=11, producer_name="qexport", producer_version=version),
         book.placed(target.slow(everything)), book.parts(), tensors, _bytes(tensors, book.members),
-        {name: plain((inner | known)[value].name) for name, value in handed_on.items()}, target.session(everything),
+        {name: plain((inner | known)[value].name) for name, value in handed.items()}, target.session(everything),
     )  # fmt: skip
     for part in (graph, *branches):
         fuse_norms(part)  # which hands the names on to other values
     domains = {node.domain for node in graph.all_nodes()} - {""}
     graph.opset_imports.update({"": OPSET} | dict.fromkeys(sorted(domains), 1))
     return lowered
-
-
-def _handed_on(piece: Piece, following: Piece | None) -> str:
-    """A block reads the residual stream before anything else that comes from outside."""
-    read = following.inputs if following else ()
-    return next((name for name in read if name in piece.outputs), piece.outputs[0])
 
 
 def _translate(emit: Emitter, piece: Piece, known: dict[str, ir.Value]) -> dict[str, ir.Value]:

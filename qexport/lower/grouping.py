@@ -46,6 +46,6 @@ def deploy_attention(captured: Captured, grouping: Grouping | str | None) -> dic
         return {"attention": "standard", **({"attention_reason": grouping} if grouping else {})}
     group_attention(captured, grouping)
     positions = any(port.name == "position_ids" for port in captured.inputs)
-    settings = {"attention": "grouped", "past_present_share_buffer": True, "position_ids": positions, "padding": True}
+    settings = {"attention": "grouped", "past_present_share_buffer": True, "position_ids": positions}
     bits = max(site.bits for site in grouping.sites)
     return settings | ({"kv_cache_bits": bits} if bits else {})

@@ -9,18 +9,28 @@ from .formats import ActivationFormat
 from .observers import MagnitudeHistogram
 
 
+def token_range(x: Tensor, factors: Tensor | None = None, alpha: float = 1.0) -> Tensor:
+    """What the largest code of every token stands for, [..., 1].
+
+    Args:
+        x: float [..., K].
+        factors, alpha: CrossQuant's row scale (max |x * factors|)^alpha, widened to max |x| where a channel exceeds the
+            range that it was calibrated with; None: the largest magnitude.
+    """
+    absmax = x.abs().amax(-1, keepdim=True)
+    if factors is None:
+        return absmax
+    return torch.maximum((x * factors).abs().amax(-1, keepdim=True).pow(alpha), absmax)
+
+
 def token_step(x: Tensor, fmt: ActivationFormat, factors: Tensor | None = None, alpha: float = 1.0) -> Tensor:
     """The step between codes of every token, float32 [tokens, 1].
 
     Args:
         x: float [tokens, K].
-        factors, alpha: CrossQuant's row scale (max |x * factors|)^alpha, widened to max |x| where a channel exceeds the
-            range that it was calibrated with; None: the largest magnitude.
+        factors, alpha: as `token_range`.
     """
-    absmax = x.abs().amax(-1, keepdim=True)
-    if factors is not None:
-        absmax = torch.maximum((x * factors).abs().amax(-1, keepdim=True).pow(alpha), absmax)
-    return absmax / fmt.qmax
+    return token_range(x, factors, alpha) / fmt.qmax
 
 
 def cross_step(x: Tensor, fmt: ActivationFormat, alpha: float) -> Tensor:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .formats import PER_TENSOR, ActivationFormat, WeightFormat
 from .grid import grouped, ungrouped, weight_scales
+from .kernel import token_range
 
 _SQUARES, _SMALL = 0.999, 1e-12
 # Near a threshold codes flip back and forth with every update: the error settles as updates become smaller. Of powers
@@ -71,16 +72,12 @@ def fake_quantize_tokens(x: Tensor, fmt: ActivationFormat, factors: Tensor | Non
 
     Args:
         x: float32 [..., K].
-        factors, alpha: CrossQuant's row scale (max |x * factors|)^alpha / qmax, widened to max |x| / qmax where that is
-            more; None and 1: the largest magnitude.
+        factors, alpha: as `kernel.token_range`.
     Returns:
         float32 [..., K].
     """
     with torch.no_grad():
-        absmax = x.abs().amax(dim=-1, keepdim=True)
-        if factors is not None:
-            absmax = torch.maximum((x * factors).abs().amax(dim=-1, keepdim=True).pow(alpha), absmax)
-        step = (absmax * (1.0 / fmt.qmax)).clamp_min(1e-8)
+        step = (token_range(x, factors, alpha) * (1.0 / fmt.qmax)).clamp_min(1e-8)
         value = torch.div(x, step).round_().mul_(step)
     return _Rounded.apply(x, value)
 

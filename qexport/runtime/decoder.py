@@ -67,7 +67,7 @@ class Decoder:
             raise InputError("a file with a shared cache needs max_length")
         self._session, self._outputs = session, ["logits", *presents]
         self._has_positions = "position_ids" in inputs
-        self._takes_padding = self._has_positions or bool(settings.get("padding", False))
+        self._takes_padding = self._has_positions or settings.get("attention") == "grouped"
         sizes = {1: settings.get("num_key_value_heads"), 3: settings.get("head_dim")}
         self._sizes = {
             name: {i: dim if isinstance(dim := inputs[name].shape[i], int) else sizes[i] for i in sizes}

@@ -77,7 +77,8 @@ class Manifest(_Frozen):
             past_present_share_buffer (false when absent): past and present may be one buffer of fixed length.
             position_ids (true when absent): the file has this input; otherwise positions count real tokens.
             prompts_from (absent where there is one form for all): new tokens from which a call is a prompt.
-            padding (absent in files of others): prompts may be padded on the left though there is no position_ids.
+            attention (absent in files of others): "grouped" or "standard"; with grouped attention prompts may be padded
+            on the left though there is no position_ids.
             logits: "last" where they are those of the last token only ([batch, 1, vocab]); absent, of every token.
         bytes: sizes by part; see `lower.sizes.by_part`.
     """

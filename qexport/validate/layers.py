@@ -27,7 +27,7 @@ from ..runtime.branches import PROMPTS, only
 from ..runtime.manifest import MODEL_FILE, BlockEntry, LinearEntry, Manifest
 from ..runtime.session import ARRAY_TYPES, OptimizedGraph, open_session, optimized_graph
 from .placement import moved
-from .reference import Feeds, Forced, Progress, Watched, hands_on, watch
+from .reference import Feeds, Forced, Progress, Watched, watch
 from .report import Layers, Row
 
 BUDGET = 1 << 29  # bytes of deployed values in memory at once
@@ -56,7 +56,7 @@ def probes(captured: Captured, manifest: Manifest, rows: int) -> list[Probe]:
         nodes = {linear.name: linear.node for linear in linears(block.module.graph)}
         entries = tuple(entry for entry in manifest.linears if entry.name in nodes)
         results = block.module.graph.output_node().args[0]
-        carried = results[block.outputs.index(hands_on(captured, block))]
+        carried = results[block.outputs.index(captured.handed_on(block))]
         output = outputs.get(block.name) if carried.meta["spec"].dtype.is_floating_point else None
         read = [nodes[entry.name] for entry in entries] + ([carried] if output else [])
         found.append(Probe(block.name, entries, output, sum(_bytes(shape_of(node), rows) for node in read)))

@@ -185,7 +185,7 @@ def watch(
     state_name = None
     for index, block in enumerate(captured.blocks):
         nodes = {found.node: found.name for found in linears(block.module.graph) if found.name in wanted}
-        carried, given = block.outputs.index(hands_on(captured, block)), forced(block)
+        carried, given = block.outputs.index(captured.handed_on(block)), forced(block)
         seen = Watched(block, {}, [], {}, [])
         with weights_of(captured, block):
             for batch in range(len(stream.batches)):
@@ -204,14 +204,7 @@ def watch(
                     seen.own_linears.setdefault(name, []).append(own.seen[name])
             stream.advance(block, index)
         yield seen
-        state_name = hands_on(captured, block)
-
-
-def hands_on(captured: Captured, block: Block) -> str:
-    """Name of the value of a block that the manifest calls its output: the first that the next block reads."""
-    following = captured.blocks[[b.name for b in captured.blocks].index(block.name) + 1 :]
-    read = following[0].inputs if following else ()
-    return next((name for name in read if name in block.outputs), block.outputs[0])
+        state_name = captured.handed_on(block)
 
 
 def _stream(captured: Captured, feeds: Sequence[Feeds], keep_too: Mapping[str, int]) -> Stream:

@@ -75,7 +75,7 @@ def test_a_shared_buffer_gives_what_growing_caches_give(export):
     prompts = [tokens(1, n, seed=n)[0].tolist() for n in (3, 11, 6)]
     shared = open_decoder(exported.folder, max_length=24, threads=1)
     growing = Decoder(
-        open_session(exported.folder, threads=1), {"padding": True, "head_dim": 16, "num_key_value_heads": 2}
+        open_session(exported.folder, threads=1), {"attention": "grouped", "head_dim": 16, "num_key_value_heads": 2}
     )
     results = [d.generate(prompts, max_new_tokens=12).tokens for d in (shared, growing)]
     assert results[0] == results[1]

@@ -10,7 +10,7 @@ from torch.fx import GraphModule, Node
 from ...numerics.packing import stored_block
 from ...passes.edit import add_tensor, call, finish, is_call
 from ..prefill import LONGEST_STEP, prompt_twin
-from .forms import DEFAULT_BLOCK, Form, as_own_kernel, form_of, linear_products, own_kernel, scale_apart
+from .forms import DEFAULT_BLOCK, Form, as_own_kernel, form_of, linear_products, own_kernel
 
 ops = torch.ops.qexport
 aten = torch.ops.aten
@@ -72,7 +72,6 @@ class CpuTarget:
             if form.integer:
                 _integer(module, product, form)
                 continue
-            scale_apart(module, product, form)
             x, block = product.args[0], _input_block(product.args[1])
             if self.accuracy_level == 4 and block is not None:
                 with module.graph.inserting_before(product):

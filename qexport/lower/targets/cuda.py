@@ -10,7 +10,7 @@ from torch.fx import GraphModule, Node
 from ...passes.edit import call, finish, is_call
 from ..precision import KEEP, to_half
 from . import fpa_intb
-from .forms import DEFAULT_BLOCK, Form, as_own_kernel, form_of, linear_products, own_kernel, scale_apart
+from .forms import DEFAULT_BLOCK, Form, as_own_kernel, form_of, linear_products, own_kernel
 
 ops = torch.ops.qexport
 aten = torch.ops.aten
@@ -66,7 +66,6 @@ class CudaTarget:
             if form.integer:
                 _integer(module, product, form)
             else:
-                scale_apart(module, product, form)
                 as_own_kernel(module, product)
         finish(module)
         to_half(module, constants)

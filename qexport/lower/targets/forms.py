@@ -6,7 +6,7 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 
 from ...numerics.packing import stored_block
-from ...passes.edit import add_tensor, call, is_call
+from ...passes.edit import call, is_call
 
 aten = torch.ops.aten
 ops = torch.ops.qexport
@@ -91,19 +91,3 @@ def as_own_kernel(module: GraphModule, product: Node) -> None:
 def own_kernel(product: Node) -> str | None:
     """The operator of a product that `as_own_kernel` rewrote."""
     return _OWN_KERNELS.get(product.target)
-
-
-def scale_apart(module: GraphModule, product: Node, form: Form) -> None:
-    """dequantize(codes, s) becomes dequantize(codes, 1) * s, in place, where one static scale feeds a weight in groups.
-
-    ONNX Runtime makes no MatMulNBits of a product that reads a DequantizeLinear.
-    """
-    if form.dequantize is None or form.token_scale is not None:
-        return
-    graph, codes, scale = module.graph, form.quantize, form.dequantize.args[1]
-    with graph.inserting_before(form.dequantize):
-        one = add_tensor(graph, f"{product.meta['linear']}.unit_scale", torch.ones((), dtype=torch.float32))
-    with graph.inserting_after(form.dequantize):
-        scaled = call(graph, aten.mul.Tensor, (form.dequantize, scale), like=form.dequantize)
-    form.dequantize.replace_all_uses_with(scaled, delete_user_cb=lambda user: user is not scaled)
-    form.dequantize.args = (codes, one, *form.dequantize.args[2:])
