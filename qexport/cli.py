@@ -27,6 +27,9 @@ RecipeName = Annotated[
     str, typer.Option("--recipe", "-r", help="Preset, scheme, or YAML file; see `qexport recipes list`.")
 ]
 Target = Annotated[str, typer.Option(help="cpu or cuda.")]
+Dtype = Annotated[
+    str | None, typer.Option(help="For cuda, of what stays float: float16 (without this option) or bfloat16.")
+]
 Attention = Annotated[
     str, typer.Option(help="grouped (GroupQueryAttention, a shared cache) or standard (ONNX Attention, portable).")
 ]
@@ -92,6 +95,7 @@ def export(
         ),
     ] = None,
     target: Target = "cpu",
+    dtype: Dtype = None,
     attention: Attention = "grouped",
     calibration: Calibration = None,
     samples: CalibrationSamples = None,
@@ -140,8 +144,8 @@ def export(
         return
     with console.showing_progress() as progress:
         result = qexport.export(
-            model, chosen, out_dir=out, target=target, calibration=calibration, overwrite=overwrite, resume=resume,
-            logits=logits, trust_remote_code=trust_remote_code, attention=attention, progress=progress,
+            model, chosen, out_dir=out, target=target, dtype=dtype, calibration=calibration, overwrite=overwrite,
+            resume=resume, logits=logits, trust_remote_code=trust_remote_code, attention=attention, progress=progress,
         )  # fmt: skip
     if as_json:
         console.print_json(export_summary(result))
@@ -154,6 +158,7 @@ def inspect(
     model: Model,
     recipe: RecipeName = "w4a16_g32",
     target: Target = "cpu",
+    dtype: Dtype = None,
     attention: Attention = "grouped",
     all_layers: Annotated[
         bool, typer.Option("--all", help="One line for every linear, also where layers are alike.")
@@ -179,8 +184,9 @@ def inspect(
     _imported()
     with console.showing_progress() as progress:
         found = qexport.inspect(
-            model, chosen, target=target, calibrate=calibrate or any(v is not None for v in given.values()),
-            calibration=calibration, trust_remote_code=trust_remote_code, attention=attention, progress=progress,
+            model, chosen, target=target, dtype=dtype, attention=attention, trust_remote_code=trust_remote_code,
+            calibrate=calibrate or any(v is not None for v in given.values()), calibration=calibration,
+            progress=progress,
         )  # fmt: skip
     if as_json:
         console.print_json(found.as_dict())

@@ -30,6 +30,7 @@ from .lower.last_token import keep_last, read_by_projection
 from .lower.merge import merge
 from .lower.prefill import LONGEST_STEP
 from .lower.sizes import by_part
+from .lower.targets.bfloat16 import check_bfloat16
 from .lower.targets.cpu import CpuTarget
 from .lower.targets.cuda import CudaTarget
 from .passes.base import GraphPass
@@ -39,6 +40,9 @@ from .planning import described_embedding, output_projection, plan_for
 from .recipe import Recipe
 from .rendering import read_export, write_card
 from .runtime.manifest import BlockEntry, LinearEntry, Manifest
+
+# By target, first what is taken unasked.
+_DTYPES = {"cpu": ("float32",), "cuda": ("float16", "bfloat16")}
 
 
 @dataclass(frozen=True)
@@ -68,6 +72,7 @@ def export(
     *,
     out_dir: str | os.PathLike,
     target: str = "cpu",
+    dtype: str | None = None,
     calibration: Any = None,
     example_inputs: Sequence[torch.Tensor] | None = None,
     overwrite: bool = False,
@@ -84,7 +89,10 @@ def export(
         model: a Hugging Face id, a folder, a GGUF file, or an nn.Module (with example_inputs).
         recipe: name of a preset, a scheme, a YAML file, or a Recipe.
         out_dir: the folder to make; it appears when everything is done.
-        target: "cpu" (float32) or "cuda" (float16).
+        target: "cpu" or "cuda".
+        dtype: of what stays float, activations and cache: for cuda "float16" (None takes it) or "bfloat16", which has
+            the range of float32 but 8 bits instead of 11, wants a GPU of compute capability 8.0, and has no kernels for
+            quantized activations nor for weights without groups; for cpu "float32".
         calibration: a text file's path, "self", "random", "datasets:ID:SPLIT:COLUMN", a list of strings, or token ids
             [n, S]; for an nn.Module a list of input tuples. None takes what the recipe says. Where no pass needs it,
             quantized activations are still measured on it: blocks' SQNR and the quantization kernel.
@@ -103,7 +111,7 @@ def export(
     """
     out, seconds, clock = Path(out_dir), {}, _Clock()
     recipe = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
-    lowering = target_for(target, recipe)
+    lowering = target_for(target, recipe, dtype)
     check_attention(attention)
     if logits not in ("all", "last"):
         raise InputError(f"unknown logits {logits!r}", remedy="Logits are all or last")
@@ -114,6 +122,7 @@ def export(
     check_prefill(captured, recipe)
     check_translations(block.module.graph for block in captured.blocks)
     plan, embeddings = plan_for(captured, recipe, lowering.dtype.itemsize)
+    check_kernels(lowering, plan, recipe)
     projection = output_projection(captured)
     hidden = read_by_projection(captured) if logits == "last" else None
     seconds["capture"] = clock.lap()
@@ -183,15 +192,28 @@ def capture(model, example_inputs=None, *, trust_remote_code: bool = False) -> C
     return capture_decoder(open_model(model, trust_remote_code=trust_remote_code))
 
 
-def target_for(name: str, recipe: Recipe) -> Target:
-    """The target a user names."""
+def target_for(name: str, recipe: Recipe, dtype: str | None = None) -> Target:
+    """The target a user names; dtype: as `export` takes it."""
+    if name not in _DTYPES:
+        raise InputError(f"unknown target {name!r}", remedy=f"Targets are {' and '.join(_DTYPES)}")
+    if dtype not in (None, *_DTYPES[name]):
+        known = " or ".join(_DTYPES[name])
+        raise InputError(
+            f"computes in {known} only, not in {dtype!r}",
+            place=f"target {name}",
+            remedy="Leave out dtype",
+        )
     if name == "cpu":
         return CpuTarget(recipe.accuracy_level, recipe.prefill == "int8")
-    if name == "cuda":
-        if recipe.prefill is not None:
-            raise RecipeError("prefill: int8 is a form for the CPU", place="prefill", remedy="Remove it for cuda")
-        return CudaTarget()
-    raise InputError(f"unknown target {name!r}", remedy="Targets are cpu and cuda")
+    if recipe.prefill is not None:
+        raise RecipeError("prefill: int8 is a form for the CPU", place="prefill", remedy="Remove it for cuda")
+    return CudaTarget(getattr(torch, dtype or _DTYPES[name][0]))
+
+
+def check_kernels(target: Target, plan: Sequence[LinearPlan], recipe: Recipe) -> None:
+    """Raises InputError where the target's dtype has no kernel for a linear of the plan."""
+    if target.dtype == torch.bfloat16:
+        check_bfloat16(plan, recipe.lorc is not None and recipe.lorc.factors == "int8")
 
 
 def check_prefill(captured: Captured, recipe: Recipe) -> None:

@@ -16,7 +16,7 @@ from .calibrate.data import Progress, calibration_batches, needs_data, no_progre
 from .calibrate.ranges import float_ranges
 from .calibrate.stages import passes_for
 from .capture.graph import Captured
-from .export import capture, target_for
+from .export import capture, check_kernels, target_for
 from .lower.attention import Grouping
 from .lower.foretell import slow_linears
 from .lower.grouping import check_attention, plan_attention
@@ -124,6 +124,7 @@ def inspect(
     recipe: str | os.PathLike | Recipe = "w4a16_g32",
     *,
     target: str = "cpu",
+    dtype: str | None = None,
     calibrate: bool = False,
     calibration: Any = None,
     example_inputs: Sequence[torch.Tensor] | None = None,
@@ -140,7 +141,7 @@ def inspect(
     Args:
         calibrate: run calibration data through the model for the ranges of quantized activations.
         calibration: the data, as `export` takes it; None takes what the recipe says. Giving it implies `calibrate`.
-        attention: as `export` takes it.
+        dtype, attention: as `export` takes them.
         progress: called with (stage, what, done, total) while calibrating.
 
     Raises:
@@ -150,9 +151,11 @@ def inspect(
     calibrate = calibrate or calibration is not None
     recipe, data = recipe_and_data(recipe, calibration)
     check_attention(attention)
-    width = target_for(target, recipe).dtype.itemsize
+    lowering = target_for(target, recipe, dtype)
+    width = lowering.dtype.itemsize
     captured = capture(model, example_inputs, trust_remote_code=trust_remote_code)
     plan, embeddings = plan_for(captured, recipe, width)
+    check_kernels(lowering, plan, recipe)
     by_name = {p.name: p for p in plan}
     ranges, described = _ranges_of(captured, recipe, by_name, data, progress) if calibrate else ({}, "")
     policy = _policy(recipe, by_name)

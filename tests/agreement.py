@@ -20,8 +20,9 @@ def export(captured, recipe, target, folder, single=False, **options):
     """`exporting.export`; single: the CUDA target without its last step, which makes everything float16."""
     with ExitStack() as changes:
         if single:
-            changes.enter_context(patch.object(cuda, "to_half", lambda module, constants: None))
-            changes.enter_context(patch.object(cuda.CudaTarget, "dtype", torch.float32))
+            single_cuda = cuda.CudaTarget(torch.float32)
+            changes.enter_context(patch.object(cuda, "to_half", lambda *_: None))
+            changes.enter_context(patch.object(exporting.exporting, "target_for", lambda *_: single_cuda))
         return exporting.export(captured, recipe, target, folder, **options)
 
 
@@ -106,19 +107,19 @@ def assert_agree(exported, mask, flips, step=STEP):
 
 
 def assert_float16_adds_little(half, single, mask):
-    """The float16 file against the float32 one of the same target.
+    """The float16 (or bfloat16) file against the float32 one of the same target.
 
     Args:
         half: the export; single: the same one with single=True.
     """
     ran, graph, wide, reference = logits(
         mask,
-        (half.in_onnxruntime(), half.captured, torch.float16),
-        (half.in_pytorch(), half.captured, torch.float16),
+        (half.in_onnxruntime(), half.captured, half.dtype),
+        (half.in_pytorch(), half.captured, half.dtype),
         (single.in_pytorch(), single.captured, torch.float32),
         (captured_runner(load_weights(half.captured)), half.captured, torch.float32),
     )
     # As far from the float32 graph as the float16 graph is in PyTorch, up to a factor of two.
     assert sqnr_db(wide, ran) > sqnr_db(wide, graph) - 6
-    # And float16 does not cost the model more than half of what quantization does.
+    # And it does not cost the model more than half of what quantization does.
     assert sqnr_db(reference, ran) > sqnr_db(reference, wide) - 3

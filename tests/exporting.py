@@ -14,11 +14,13 @@ from onnx import TensorProto, helper
 
 from qexport.capture.blocks import Block
 from qexport.capture.graph import Captured
+from qexport.lower.emitter import ONNX_DTYPE
 from qexport.passes.edit import attributes, get_tensor, set_tensor
 from qexport.recipe import Recipe
 from qexport.runtime.manifest import CPU, MODEL_FILE, Manifest
 from qexport.runtime.session import open_session
-from stepping import Feeds, Runner, block_runner
+from qexport.validate.layers import run_session
+from stepping import Runner, block_runner
 
 exporting = importlib.import_module("qexport.export")  # the package's attribute of this name is the function
 
@@ -61,7 +63,7 @@ class Exported:
     def in_onnxruntime_with_blocks(self) -> Runner:
         """The same, its results holding what every block hands on besides, by value name."""
         model = onnx.load(self.folder / MODEL_FILE, load_external_data=False)
-        kind = TensorProto.FLOAT16 if self.dtype == torch.float16 else TensorProto.FLOAT
+        kind = TensorProto.DataType.Value(ONNX_DTYPE[self.dtype].name)
         for block in self.manifest.blocks:
             if block.output not in {value.name for value in model.graph.output}:
                 model.graph.output.append(helper.make_tensor_value_info(block.output, kind, None))
@@ -72,13 +74,7 @@ class Exported:
 
 def session_runner(session: ort.InferenceSession) -> Runner:
     names = [value.name for value in session.get_outputs()]
-    wanted = {value.name for value in session.get_inputs()}
-
-    def run(feeds: Feeds) -> Feeds:
-        results = session.run(names, {name: tensor.numpy() for name, tensor in feeds.items() if name in wanted})
-        return {name: torch.from_numpy(value) for name, value in zip(names, results, strict=True)}
-
-    return run
+    return lambda feeds: run_session(session, feeds, names)
 
 
 def export(captured: Captured, recipe: Recipe, target: str, out: Path, **options) -> Exported:

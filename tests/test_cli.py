@@ -370,6 +370,16 @@ def test_unknown_target(run, model, tmp_path):
     refused(run("export", model, "-o", tmp_path / "out", "--target", "tpu"), "tpu", "cpu and cuda")
 
 
+def test_dtype(run, model, tmp_path):
+    refused(run("export", model, "-o", tmp_path / "out", "--dtype", "bfloat16"), "target cpu", "float32 only")
+    cuda = ("--target", "cuda", "--dtype", "bfloat16")
+    refused(run("inspect", model, "-r", "w8a8_dyn", *cuda), "w8a8_dyn", "no bfloat16 kernel", "dtype float16")
+    code, _, err = run("export", model, "-o", tmp_path / "out", "-r", "w4a16_g32_rtn", *cuda)
+    assert code == 0, err
+    assert json.loads((tmp_path / "out" / "manifest.json").read_text())["dtype"] == "bfloat16"
+    refused(run("generate", tmp_path / "out", "-p", "a", "--provider", "CPUExecutionProvider"), "Run it on CUDA")
+
+
 def test_an_existing_output_is_kept_unless_told_otherwise(run, model, exported, tmp_path):
     out = Path(shutil.copytree(exported, tmp_path / "out"))
     (out / "mark").write_text("here")

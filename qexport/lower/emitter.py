@@ -4,7 +4,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 import onnx_ir as ir
 import torch
 from onnx_ir import tensor_adapters
@@ -77,7 +76,7 @@ class Emitter:
 
     def constant(self, value, dtype: torch.dtype = torch.int64) -> ir.Value:
         """A small constant: a number or a list of numbers."""
-        array = np.asarray(torch.tensor(value, dtype=dtype).numpy())
+        array = tensor_adapters.TorchTensor(torch.tensor(value, dtype=dtype)).numpy()  # which knows bfloat16
         key = (array.tobytes(), array.shape, dtype)
         if key not in self._constants:
             name = self._unique(f"constant_{len(self._constants)}")

@@ -1,8 +1,9 @@
-"""A float32 graph turned into a float16 one.
+"""A float32 graph turned into a float16 or bfloat16 one.
 
 Values computed from integers and constants alone (positions, rotary tables, masks) stay float32 until they meet the
-activations: positions beyond 2048 and their angles do not fit float16. So do nodes marked KEEP. Casts appear where the
-two meet, in the graph itself, so that PyTorch and ONNX Runtime cast at the same places.
+activations: positions beyond 2048 (256 in bfloat16) and their angles do not fit. So do nodes marked KEEP, and those
+without a bfloat16 kernel. Casts appear where the two meet, in the graph itself, so that PyTorch and ONNX Runtime cast
+at the same places.
 """
 
 import operator
@@ -12,31 +13,35 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 
 from ..passes.edit import Spec, call, finish, get_tensor, is_call, set_tensor
+from .targets.bfloat16 import IN_FLOAT32
 
 aten = torch.ops.aten
 KEEP = "keep_float32"
 _SAME_TYPE = (aten.sym_size.int, operator.getitem)  # take whatever type their input has
 
 
-def to_half(module: GraphModule, constants: set[str]) -> None:
-    """Make a block compute in float16, in place.
+def to_half(module: GraphModule, constants: set[str], half: torch.dtype) -> None:
+    """Make a block compute in `half`, in place.
 
     Args:
         module: a float32 block.
         constants: names of its tensors that come from the config and not from the checkpoint.
+        half: float16 or bfloat16.
     """
     graph = module.graph
     single = _stays_single(graph, constants)
+    if half == torch.bfloat16:  # what reads these has kernels again
+        single |= {node for node in graph.nodes if node.op == "call_function" and node.target in IN_FLOAT32}
     for node in list(graph.nodes):
         if node.op == "get_attr" and _is_float(node) and node not in single:
-            set_tensor(module, node.target, get_tensor(module, node.target).half())
+            set_tensor(module, node.target, get_tensor(module, node.target).to(half))
         if node.op != "output" and node not in single:
-            node.meta["spec"] = _half(node.meta["spec"])
+            node.meta["spec"] = _halved(node.meta["spec"], half)
     casts: dict[tuple[Node, torch.dtype], Node] = {}
     for node in list(graph.nodes):
         if node.op not in ("call_function", "output") or node.target in _SAME_TYPE:
             continue
-        wants = torch.float32 if node in single else torch.float16
+        wants = torch.float32 if node in single else half
         for source in node.all_input_nodes:
             if source in _cache_scales(node):
                 continue
@@ -73,10 +78,10 @@ def _cast(graph: Graph, source: Node, dtype: torch.dtype, casts: dict) -> Node:
 def _is_float(node: Node) -> bool:
     spec = node.meta.get("spec")
     specs = spec if isinstance(spec, tuple) else (spec,)
-    return any(isinstance(s, Spec) and s.dtype in (torch.float32, torch.float16) for s in specs)
+    return any(isinstance(s, Spec) and s.dtype in (torch.float32, torch.float16, torch.bfloat16) for s in specs)
 
 
-def _half(spec):
+def _halved(spec, half: torch.dtype):
     if isinstance(spec, tuple):
-        return tuple(_half(s) for s in spec)
-    return replace(spec, dtype=torch.float16) if spec is not None and spec.dtype == torch.float32 else spec
+        return tuple(_halved(s, half) for s in spec)
+    return replace(spec, dtype=half) if spec is not None and spec.dtype == torch.float32 else spec

@@ -13,7 +13,8 @@ from ..errors import InputError, RuntimeProblem
 from . import manifest as manifests
 from .manifest import CUDA, Manifest
 from .sampling import Sampling, choose
-from .session import ARRAY_TYPES, open_session
+from .session import open_session
+from .values import ELEMENT_TYPES, array_of
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ class Decoder:
         }
         if any(size is None for dims in self._sizes.values() for size in dims.values()):
             raise InputError("the cache has symbolic shapes, and the settings give no num_key_value_heads and head_dim")
-        self._cache_dtype = ARRAY_TYPES[inputs[self._pasts[0]].type]
+        self._cache_type = ELEMENT_TYPES[inputs[self._pasts[0]].type]
         self._device = "cuda" if session.get_providers()[0] == CUDA else "cpu"
         self._max_length = max_length
         self._binding: ort.IOBinding | None = None  # of a shared cache, kept from run to run
@@ -103,8 +104,9 @@ class Decoder:
                 left of the first call. All ones when absent.
 
         Returns:
-            logits, [batch, sequence, vocab] in the dtype of the file, or [batch, 1, vocab] from a file that computes
-            those of the last token alone; memory of the session, valid until released.
+            logits, [batch, sequence, vocab], or [batch, 1, vocab] from a file that computes those of the last token
+            alone, in the dtype of the file: memory of the session, valid until released. Those of a bfloat16 file are
+            copied to float32.
 
         Raises:
             InputError: shapes that do not fit, padding elsewhere, or more tokens than a shared cache holds.
@@ -127,9 +129,9 @@ class Decoder:
         self._past = mask.shape[1]
         self._real = positions[:, -1] + 1
         if self._share:
-            return np.from_dlpack(ort.OrtValue(binding.get_outputs_as_ortvaluevector()[0]))
+            return array_of(ort.OrtValue(binding.get_outputs_as_ortvaluevector()[0]))
         logits, *self._cache = binding.get_outputs()
-        return np.from_dlpack(logits)
+        return array_of(logits)
 
     def generate(
         self,
@@ -235,7 +237,7 @@ class Decoder:
     def _empty(self, name: str, batch: int) -> ort.OrtValue:
         sizes = self._sizes[name]
         shape = [batch, sizes[1], self._max_length if self._share else 0, sizes[3]]
-        return ort.OrtValue.ortvalue_from_shape_and_type(shape, self._cache_dtype, self._device, 0)
+        return ort.OrtValue.ortvalue_from_shape_and_type(shape, self._cache_type, self._device, 0)
 
 
 def open_decoder(

@@ -87,7 +87,7 @@ class Manifest(_Frozen):
     qexport: str = ""
     target: Literal["cpu", "cuda"]
     kind: Literal["decoder", "module"]
-    dtype: Literal["float32", "float16"] = "float32"
+    dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     provider: str = CPU
     session: dict[str, str] = Field(default_factory=dict)
     numerics: dict[str, Any] = Field(default_factory=dict)

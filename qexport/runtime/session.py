@@ -7,7 +7,6 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import onnx
 import onnxruntime as ort
 
@@ -16,11 +15,6 @@ from . import cache
 from . import manifest as manifests
 from .branches import PROMPTS, all_nodes
 from .manifest import CPU, CUDA, MODEL_FILE, LinearEntry, Manifest
-
-# What a session takes, by the names that it has for types.
-ARRAY_TYPES = {
-    "tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int8)": np.int8, "tensor(uint8)": np.uint8,
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -111,7 +105,15 @@ def open_session(
         options.add_session_config_entry("session.optimized_model_external_initializers_min_size_in_bytes", "1024")
     if record_assignment:
         options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
-    return start(path, options, wanted)
+    try:
+        return start(path, options, wanted)
+    except RuntimeProblem as error:
+        if manifest.dtype != "bfloat16" or wanted != CPU:
+            raise
+        raise RuntimeProblem(
+            "computes in bfloat16, and ONNX Runtime has few bfloat16 kernels for the CPU", place=str(source),
+            remedy="Run it on CUDA, or export it with dtype float16",
+        ) from error  # fmt: skip
 
 
 def session_options(manifest: Manifest, threads: int | None = None, *, optimized: bool = False) -> ort.SessionOptions:

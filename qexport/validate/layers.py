@@ -25,12 +25,16 @@ from ..passes.edit import shape_of
 from ..passes.sites import fold_sites, linears
 from ..runtime.branches import PROMPTS, only
 from ..runtime.manifest import MODEL_FILE, BlockEntry, LinearEntry, Manifest
-from ..runtime.session import ARRAY_TYPES, OptimizedGraph, open_session, optimized_graph
+from ..runtime.session import OptimizedGraph, open_session, optimized_graph
 from .placement import moved
 from .reference import Feeds, Forced, Progress, Watched, watch
 from .report import Layers, Row
 
 BUDGET = 1 << 29  # bytes of deployed values in memory at once
+_DTYPES = {  # of what a session takes, by the names that it has for types
+    "tensor(float)": torch.float32, "tensor(float16)": torch.float16, "tensor(bfloat16)": torch.bfloat16,
+    "tensor(int8)": torch.int8, "tensor(uint8)": torch.uint8,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -270,19 +274,25 @@ def run_session(session: ort.InferenceSession, feeds: Feeds, names: Sequence[str
     Raises:
         RuntimeProblem: ONNX Runtime fails.
     """
+    binding, held = session.io_binding(), []
+    for value in session.get_inputs():
+        tensor = feeds[value.name]
+        if tensor.numel() == 0 and isinstance(value.shape[-1], int):  # an empty cache, of codes it may be half as wide
+            tensor = tensor.reshape(*tensor.shape[:-1], value.shape[-1])
+        held.append(_as_value(tensor.to(_DTYPES.get(value.type, tensor.dtype))))  # whose memory a binding does not keep
+        binding.bind_ortvalue_input(value.name, held[-1])
+    for name in names:
+        binding.bind_output(name, "cpu")
     try:
-        found = session.run(list(names), to_arrays(session.get_inputs(), feeds))
+        session.run_with_iobinding(binding)
     except Exception as error:  # onnxruntime has one exception class for each status code and no base class
         raise RuntimeProblem(f"the model fails on the validation inputs: {error}") from error
-    return {name: torch.from_numpy(array) for name, array in zip(names, found, strict=True)}
+    return {name: torch.from_dlpack(value) for name, value in zip(names, binding.get_outputs(), strict=True)}
 
 
-def to_arrays(inputs: Sequence[ort.NodeArg], feeds: Feeds) -> dict[str, np.ndarray]:
-    """Tensors by public name as a session takes them."""
-    arrays = {}
-    for value in inputs:
-        array = feeds[value.name].numpy()
-        if array.size == 0 and isinstance(value.shape[-1], int):  # an empty cache, of codes it may be half as wide
-            array = array.reshape(*array.shape[:-1], value.shape[-1])
-        arrays[value.name] = array.astype(ARRAY_TYPES.get(value.type, array.dtype), copy=False)
-    return arrays
+def _as_value(tensor: Tensor) -> ort.OrtValue:
+    tensor = tensor.contiguous()
+    if tensor.dtype != torch.bfloat16:
+        return ort.OrtValue.ortvalue_from_numpy(tensor.numpy())
+    bits = tensor.view(torch.int16).numpy()  # numpy has no bfloat16
+    return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(bits, onnx.TensorProto.BFLOAT16)

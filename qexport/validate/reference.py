@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import onnx
 import torch
 from torch import Tensor
@@ -22,6 +23,10 @@ from ..runtime.manifest import MODEL_FILE, Manifest
 Progress = Callable[[str, int, int], None]  # what, done, total
 Feeds = Mapping[str, Tensor]  # the model's inputs by public name
 
+_FLOATS = {
+    onnx.TensorProto.FLOAT: torch.float32, onnx.TensorProto.FLOAT16: torch.float16,
+    onnx.TensorProto.BFLOAT16: torch.bfloat16,
+}  # fmt: skip
 # Tensors larger than this are not read to tell two checkpoints apart.
 _COMPARED = 1 << 26
 
@@ -90,9 +95,12 @@ def check_same_model(captured: Captured, manifest: Manifest, folder: Path, *, tr
         return
     parameters = {name for block in captured.blocks for name in block.parameters}
     for tensor in onnx.load(folder / MODEL_FILE, load_external_data=False).graph.initializer:
-        is_float = tensor.data_type in (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16)
-        if tensor.name in parameters and is_float and math.prod(tensor.dims) <= _COMPARED:
-            stored = torch.from_numpy(onnx.numpy_helper.to_array(tensor, str(folder)).copy())
+        dtype = _FLOATS.get(tensor.data_type)
+        if tensor.name in parameters and dtype is not None and math.prod(tensor.dims) <= _COMPARED:
+            stored = onnx.numpy_helper.to_array(tensor, str(folder)).copy()
+            if dtype == torch.bfloat16:
+                stored = stored.view(np.int16)  # which torch takes from numpy
+            stored = torch.from_numpy(stored).view(dtype)
             if not torch.equal(captured.load(tensor.name).to(stored.dtype), stored):
                 refuse(f"{tensor.name} has other values")
 

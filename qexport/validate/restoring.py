@@ -9,7 +9,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-import numpy as np
 import onnx
 import onnxruntime as ort
 import torch
@@ -19,7 +18,7 @@ from ..capture.blocks import Block
 from ..capture.graph import Captured
 from ..runtime.branches import PROMPTS, only
 from ..runtime.manifest import MODEL_FILE, LinearEntry, Manifest
-from ..runtime.session import ARRAY_TYPES, open_session
+from ..runtime.session import open_session
 from .layers import (
     BUDGET,
     Deployed,
@@ -29,7 +28,6 @@ from .layers import (
     probes,
     rescaled_linears,
     run_values,
-    to_arrays,
 )
 from .reference import Feeds, FloatOutputs, Forced, Progress, watch
 
@@ -148,10 +146,8 @@ class _Corrected:
 
     def __init__(self, session: ort.InferenceSession, feeds: Sequence[Feeds], logits: Sequence[Tensor]):
         self._session = session
-        types = {value.name: ARRAY_TYPES[value.type] for value in session.get_inputs() if _PREFIX in value.name}
-        self._zeros = {name: np.zeros(1, dtype) for name, dtype in types.items()}
-        own = [value for value in session.get_inputs() if value.name not in types]
-        self._feeds = [to_arrays(own, batch) for batch in feeds]
+        zeros = {value.name: torch.zeros(1) for value in session.get_inputs() if value.name.startswith(_PREFIX)}
+        self._feeds = [batch | zeros for batch in feeds]
         # KL is the sum of p log p - p q, plus log sum exp q: of the float model only two terms are kept.
         self._likely = [torch.softmax(value, -1) for value in logits]
         pairs = zip(self._likely, logits, strict=True)
@@ -161,10 +157,8 @@ class _Corrected:
         """Mean KL(float || deployed) in nats, with what is added to a value for each batch."""
         found = []
         for batch, feeds in enumerate(self._feeds):
-            given = feeds | self._zeros
-            if value:
-                given[_PREFIX + value] = corrections[batch].numpy().astype(self._zeros[_PREFIX + value].dtype)
-            logits = torch.from_numpy(self._session.run(["logits"], given)[0]).float().flatten(0, 1)
+            given = feeds | ({_PREFIX + value: corrections[batch]} if value else {})
+            logits = run_session(self._session, given, ["logits"])["logits"].float().flatten(0, 1)
             cross = torch.einsum("tv,tv->t", self._likely[batch], logits)
             found.append(self._entropy[batch] - cross + torch.logsumexp(logits, -1))
         return float(torch.cat(found).double().mean())

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import onnxruntime
+from onnx import TensorProto
 
 folder, length = Path(sys.argv[1]), int(sys.argv[2])
 options = onnxruntime.SessionOptions()
@@ -22,11 +23,13 @@ session = onnxruntime.InferenceSession(folder / "model.onnx", options, [provider
 binding, sizes = session.io_binding(), {"batch": 1, "sequence": 1, "total": length, "past": length}
 events = Path(os.environ["STAND_IN_LAUNCHES"])
 held = {}
+KINDS = {"int64": np.int64, "float16": np.float16, "bfloat16": TensorProto.BFLOAT16}
 
 
 def on_device(value) -> onnxruntime.OrtValue:
-    kind = np.int64 if "int64" in value.type else np.float16
-    return onnxruntime.OrtValue.ortvalue_from_numpy(np.ones([sizes.get(n, n) for n in value.shape], kind), "cuda", 0)
+    kind = next(kind for name, kind in KINDS.items() if f"({name})" in value.type)
+    shape = [sizes.get(n, n) for n in value.shape]
+    return onnxruntime.OrtValue.ortvalue_from_shape_and_type(shape, kind, "cuda", 0)
 
 
 for value in session.get_inputs():

@@ -108,7 +108,8 @@ def _open(model: str, entries: dict[str, str], dims: dict[str, int] | None) -> d
         launches = Path(os.environ[_LAUNCHES])
         launches.write_text("")  # not those that found out at load which kernel is fastest
         if dims is not None:
-            session.run(None, {value.name: _zeros(value.type.tensor_type, dims) for value in graph.input})
+            feeds = {value.name: _zeros(value.type.tensor_type, dims) for value in graph.input}
+            session.run_with_ort_values(None, feeds)
     return {
         "ops": Counter(node.op_type for node in graph.node),
         "producers": {value: node.op_type for node in graph.node for value in node.output if value},
@@ -117,9 +118,11 @@ def _open(model: str, entries: dict[str, str], dims: dict[str, int] | None) -> d
     }
 
 
-def _zeros(type_: onnx.TypeProto.Tensor, dims: dict[str, int]) -> np.ndarray:
+def _zeros(type_: onnx.TypeProto.Tensor, dims: dict[str, int]) -> onnxruntime.OrtValue:
     shape = [dims[dim.dim_param] if dim.dim_param else dim.dim_value for dim in type_.shape.dim]
-    return np.zeros(shape, onnx.helper.tensor_dtype_to_np_dtype(type_.elem_type))
+    bits = type_.elem_type == onnx.TensorProto.BFLOAT16  # which numpy does not have
+    kind = np.uint16 if bits else onnx.helper.tensor_dtype_to_np_dtype(type_.elem_type)
+    return onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type(np.zeros(shape, kind), type_.elem_type)
 
 
 if __name__ == "__main__":

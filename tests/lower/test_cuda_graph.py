@@ -24,19 +24,24 @@ PROBE = Path(cuda_placement.__path__[0]) / "graph_probe.py"
 
 @pytest.fixture
 def exported(model_folder, tmp_path):
-    def make(scheme):
+    def make(scheme, dtype="float16"):
         calibration = CalibrationSpec(source="random", samples=2, sequence_length=8)
         recipe = Recipe(scheme=scheme, weights={"method": "rtn"}, calibration=calibration)
-        return qexport.export(model_folder("llama"), recipe, out_dir=tmp_path / scheme, target="cuda").folder
+        out = tmp_path / scheme
+        return qexport.export(model_folder("llama"), recipe, out_dir=out, target="cuda", dtype=dtype).folder
 
     return make
 
 
-@pytest.mark.parametrize("scheme", ["w4a16_g32", "w8a8_dyn"])
-def test_a_step_is_recorded_without_a_copy_from_the_host_and_replayed(exported, cuda_placement, tmp_path, scheme):
+@pytest.mark.parametrize(
+    ("scheme", "dtype"), [("w4a16_g32", "float16"), ("w4a16_g32", "bfloat16"), ("w8a8_dyn", "float16")]
+)
+def test_a_step_is_recorded_without_a_copy_from_the_host_and_replayed(
+    exported, cuda_placement, tmp_path, scheme, dtype
+):
     env = {**cuda_placement.keywords["env"], "STAND_IN_LAUNCHES": str(tmp_path / "launches")}
     done = subprocess.run(
-        [sys.executable, PROBE, exported(scheme), str(LENGTH)], env=env, capture_output=True, text=True
+        [sys.executable, PROBE, exported(scheme, dtype), str(LENGTH)], env=env, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
     seen = json.loads(done.stdout)

@@ -3,11 +3,13 @@
 Kernels are seen on stand-in CUDA libraries, which note the name of every launch: what is chosen, not what is computed.
 """
 
+import math
+
 import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto
-from onnx.helper import make_node
+from onnx.helper import make_node, make_tensor
 
 import qexport
 from cuda_placement.models import assert_decoder_on_cuda, model, tensor, value
@@ -19,6 +21,7 @@ from qexport.recipe import CalibrationSpec, Recipe
 from qexport.reporting import export_summary, print_export, print_inspection
 
 ON = {ENTRY: "1"}
+DTYPES = {"float16": TensorProto.FLOAT16, "bfloat16": TensorProto.BFLOAT16}
 # More rows than the kernel for a matrix and a vector takes.
 PROMPT = {"batch": 1, "sequence": 32, "past": 0, "total": 32}
 TOKEN = {"batch": 1, "sequence": 1}
@@ -39,24 +42,28 @@ NOT_CHOSEN = {
 FAILS = [Product(4, 32, True, (256, 96)), Product(8, 32, True, (256, 160)), Product(4, 32, True, (64, 32))]
 
 
-def matmul_nbits(products, bias=False):
+def matmul_nbits(products, bias=False, dtype=TensorProto.FLOAT16):
     """A model of one MatMulNBits for each product, on inputs of their own."""
+
+    def ones(name, *shape):
+        return make_tensor(name, dtype, shape, np.ones(math.prod(shape)))
+
     nodes, inputs, outputs, constants = [], [], [], []
     for i, product in enumerate(products):
         (n, k), blocks = product.shape, -(-product.shape[1] // product.block_size)
         names = [f"x{i}", f"w{i}", f"scale{i}"]
         constants.append(tensor(f"w{i}", np.zeros((n, blocks, product.block_size * product.bits // 8)), np.uint8))
-        constants.append(tensor(f"scale{i}", np.ones((n, blocks)), np.float16))
+        constants.append(ones(f"scale{i}", n, blocks))
         if not product.symmetric:
             names.append(f"zeros{i}")
             constants.append(tensor(f"zeros{i}", np.zeros((n, -(-blocks * product.bits // 8))), np.uint8))
         if bias:
             names += ["", "", f"bias{i}"]
-            constants.append(tensor(f"bias{i}", np.ones(n), np.float16))
+            constants.append(ones(f"bias{i}", n))
         nodes.append(make_node("MatMulNBits", names, [f"y{i}"], domain="com.microsoft", K=k, N=n, bits=product.bits,
                                block_size=product.block_size))  # fmt: skip
-        inputs.append(value(f"x{i}", TensorProto.FLOAT16, "batch", "sequence", k))
-        outputs.append(value(f"y{i}", TensorProto.FLOAT16, "batch", "sequence", n))
+        inputs.append(value(f"x{i}", dtype, "batch", "sequence", k))
+        outputs.append(value(f"y{i}", dtype, "batch", "sequence", n))
     return model(nodes, inputs, outputs, constants)
 
 
@@ -74,18 +81,20 @@ def place(cuda_placement, tmp_path):
     return place_model
 
 
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 @pytest.mark.parametrize("dims", [TOKEN, PROMPT], ids=["token", "prompt"])
-def test_the_kernel_takes_what_the_rule_says(place, dims):
+def test_the_kernel_takes_what_the_rule_says(place, dims, dtype):
     assert [why_not(product) for product in CHOSEN] == [""] * len(CHOSEN)
     assert not any(map(has_no_kernel, CHOSEN))
-    assert fast(place(matmul_nbits(CHOSEN), ON, dims)["launches"]) == len(CHOSEN)
-    assert fast(place(matmul_nbits(CHOSEN), {}, dims)["launches"]) == 0
+    assert fast(place(matmul_nbits(CHOSEN, dtype=dtype), ON, dims)["launches"]) == len(CHOSEN)
+    assert fast(place(matmul_nbits(CHOSEN, dtype=dtype), {}, dims)["launches"]) == 0
 
 
-def test_another_kernel_takes_the_rest(place):
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+def test_another_kernel_takes_the_rest(place, dtype):
     assert [why_not(product) for product in NOT_CHOSEN] == list(NOT_CHOSEN.values())
     assert not any(map(has_no_kernel, NOT_CHOSEN))
-    launches = place(matmul_nbits(NOT_CHOSEN), ON, PROMPT)["launches"]
+    launches = place(matmul_nbits(NOT_CHOSEN, dtype=dtype), ON, PROMPT)["launches"]
     assert len(launches) >= len(NOT_CHOSEN) and fast(launches) == 0
 
 
@@ -93,11 +102,12 @@ def test_a_bias_inside_the_operator_rules_it_out(place):
     assert fast(place(matmul_nbits(CHOSEN, bias=True), ON, PROMPT)["launches"]) == 0
 
 
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 @pytest.mark.parametrize("product", FAILS, ids=str)
-def test_a_session_fails_on_a_prompt_where_the_kernel_is_chosen_and_there_is_none(place, product):
+def test_a_session_fails_on_a_prompt_where_the_kernel_is_chosen_and_there_is_none(place, product, dtype):
     assert has_no_kernel(product) and "not a multiple of 64" in why_not(product)
     with pytest.raises(PlacementError, match="No valid fpA_intB MatMulNBits tactic"):
-        place(matmul_nbits([product]), ON, PROMPT)
+        place(matmul_nbits([product], dtype=dtype), ON, PROMPT)
 
 
 def test_turned_off_no_product_fails(place):
@@ -132,13 +142,16 @@ def recipe_of(scheme, **more):
     return Recipe(scheme=scheme, lm_head=scheme, calibration=calibration, weights={"method": "rtn"}, **more)
 
 
-def export(model_folder, recipe, tmp_path):
-    return qexport.export(model_folder, recipe, out_dir=tmp_path / "out", target="cuda")
+def export(model_folder, recipe, tmp_path, dtype=None):
+    return qexport.export(model_folder, recipe, out_dir=tmp_path / "out", target="cuda", dtype=dtype)
 
 
-@pytest.mark.parametrize("scheme", ["w4a16_g32", "w4a16_pc", "w4a8_g32"])
-def test_every_product_of_an_export_is_launched_as_the_fast_kernel(wide, cuda_placement, tmp_path, scheme):
-    exported = export(wide, recipe_of(scheme), tmp_path)
+@pytest.mark.parametrize(
+    ("scheme", "dtype"),
+    [("w4a16_g32", None), ("w4a16_g32", "bfloat16"), ("w8a16_g32", "bfloat16"), ("w4a16_pc", None), ("w4a8_g32", None)],
+)
+def test_every_product_of_an_export_is_launched_as_the_fast_kernel(wide, cuda_placement, tmp_path, scheme, dtype):
+    exported = export(wide, recipe_of(scheme), tmp_path, dtype)
     linears = exported.manifest.linears
     assert [linear.fast for linear in linears] == [True] * 8 and not any(linear.slow for linear in linears)
     assert linears[1].shape == (32, 128)  # too few columns but for those of q and v beside them

@@ -1,4 +1,4 @@
-"""The CUDA provider of ONNX Runtime: float16, int8 activations through MatMulInteger, MatMulNBits for groups."""
+"""The CUDA provider of ONNX Runtime: float16 (or bfloat16), int8 activations through MatMulInteger, MatMulNBits."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,11 +18,15 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class CudaTarget:
-    """How a quantized graph is written for CUDA."""
+    """How a quantized graph is written for CUDA.
 
+    Attributes:
+        dtype: float16, or bfloat16 for the schemes that `bfloat16.check_bfloat16` lets pass.
+    """
+
+    dtype: torch.dtype = torch.float16
     name: ClassVar[str] = "cuda"
     provider: ClassVar[str] = "CUDAExecutionProvider"
-    dtype: ClassVar[torch.dtype] = torch.float16
 
     def session(self, products: Sequence[Node] = ()) -> dict[str, str]:
         """Session entries without which the file runs otherwise than planned, or not at all.
@@ -43,8 +47,9 @@ class CudaTarget:
 
     def numerics(self) -> dict[str, str]:
         """What a user should know about the arithmetic."""
+        name = str(self.dtype).removeprefix("torch.")
         return {
-            "dtype": "float16; position tables and the scaling of integer products are float32",
+            "dtype": f"{name}; position tables and the scaling of integer products are float32",
             "integer": "8-bit inputs are signed with zero point 0",
         }
 
@@ -60,7 +65,7 @@ class CudaTarget:
         """MatMulNBits has a way of its own with prompts here: there is one form for all."""
 
     def rewrite(self, module: GraphModule, constants: set[str]) -> None:
-        """Turn canonical QDQ into nodes that have CUDA kernels, and the graph into float16, in place."""
+        """Turn canonical QDQ into nodes that have CUDA kernels, and the graph into `dtype`, in place."""
         for product in linear_products(module.graph):
             form = form_of(product)
             if form.integer:
@@ -68,7 +73,7 @@ class CudaTarget:
             else:
                 as_own_kernel(module, product)
         finish(module)
-        to_half(module, constants)
+        to_half(module, constants, self.dtype)
 
     def kernel(self, product: Node) -> str:
         """The operator that the linear must have become in the optimized graph."""

@@ -1,8 +1,9 @@
-"""Which products ONNX Runtime's fast CUDA kernel for MatMulNBits takes: fpA_intB, float16 inputs and packed weights.
+"""Which products ONNX Runtime's fast CUDA kernel for MatMulNBits takes: fpA_intB, inputs of 16 bits and packed weights.
 
 The session entry `ep.cuda.fpa_intb_gemm` puts it in front of the two other ways, a matrix-vector kernel for few rows,
-and unpacking the whole weight at every call. It is chosen by shape alone, so that all of this is told without a GPU.
-What lowering never makes is not asked for: biases inside the operator, and indices of groups.
+and unpacking the whole weight at every call. It is chosen by shape alone, in bfloat16 as in float16, so that all of
+this is told without a GPU. What lowering never makes is not asked for: biases inside the operator, and indices of
+groups.
 """
 
 from collections.abc import Mapping
