@@ -5,8 +5,10 @@
 MODEL is a Hugging Face id or a folder. Each recipe is exported for CUDA and its file run there: compared with the
 quantized graph that it was written from (run by PyTorch on the CPU) and with the float model in PyTorch, float16 on the
 same GPU; and timed in turns with a float16 file of the same model. The share of the bandwidth is the bytes of weights
-and cache that a token needs, times tokens a second, over what copying within the device's memory reaches.
-`--cpu` does all of it on the CPU provider, to see that it runs; without MODEL on a tiny random model.
+and cache that a token needs, times tokens a second, over what copying within the device's memory reaches. Recipes with
+float inputs are measured in bfloat16 too, those of `--bfloat16`.
+`--cpu` does all of it on the CPU provider, to see that it runs; without MODEL on a tiny random model. That provider
+runs no bfloat16 file: of those there is the graph only.
 """
 
 import argparse
@@ -42,6 +44,7 @@ RECIPES = (
     "w4a16_g32", "w4a16_g32_asym", "w8a16", "w8a8_dyn", "w8a8_static", "w4a8", "nf4", "fp4", "crossquant_w8a8",
     "w4a16_g64_lorc", "w2a16_g64",
 )  # fmt: skip
+BFLOAT16 = ("w4a16_g32", "w4a16_g32_asym", "w8a16", "nf4", "w4a16_g64_lorc", "w2a16_g64")
 BITS = {onnx.TensorProto.INT4: 4, onnx.TensorProto.UINT4: 4}
 exporting = importlib.import_module("qexport.export")  # the package's attribute of this name is the function
 
@@ -51,6 +54,7 @@ def main() -> None:
     parser.add_argument("model", nargs="?")
     parser.add_argument("--cpu", action="store_true", help="a rehearsal on the CPU provider")
     parser.add_argument("--recipes", nargs="+", default=RECIPES)
+    parser.add_argument("--bfloat16", nargs="*", help="recipes, by default some of --recipes")
     parser.add_argument("--text", help="UTF-8 text to measure on; by default the model writes its own")
     parser.add_argument("--calibration", help="UTF-8 text; by default the model writes its own")
     parser.add_argument("--windows", type=int, default=2)
@@ -67,15 +71,20 @@ def main() -> None:
         raise InputError(missing or "no MODEL given")
     loaded = {n: Recipe.load(n).with_calibration(samples=given.samples, sequence_length=given.window)
               for n in given.recipes}  # fmt: skip
+    brain = [n for n in BFLOAT16 if n in loaded] if given.bfloat16 is None else given.bfloat16
+    if unknown := set(brain) - set(loaded):
+        raise InputError(f"not among --recipes: {', '.join(sorted(unknown))}", place="--bfloat16")
+    rows = [(name, dtype) for name in loaded for dtype in ("float16", *(["bfloat16"] if name in brain else []))]
     with tempfile.TemporaryDirectory(prefix="qexport-") as folder, showing_progress() as progress:
         given.model = given.model or tiny_model(Path(folder) / "tiny")
         check = Check(given, Path(folder), progress)
         lines = check.heading()
-        for name, recipe in loaded.items():
+        for name, dtype in rows:
+            title = name if dtype == "float16" else f"{name}, {dtype}"
             try:
-                lines.append(row([name, *check.measured(name, recipe)]))
+                lines.append(row([title, *check.measured(name, loaded[name], dtype)]))
             except QExportError as error:  # of one recipe; the others are worth knowing
-                lines.append(row([name, f"failed: {' '.join(str(error).split())}"]))
+                lines.append(row([title, f"failed: {' '.join(str(error).split())}"]))
             if out is not None:  # after every recipe, so that an interruption costs one
                 out.parent.mkdir(parents=True, exist_ok=True)
                 out.write_text("\n".join(lines) + "\n", encoding="utf-8")
@@ -117,14 +126,16 @@ class Check:
             row(columns), row(["---"] * len(columns)),
         ]  # fmt: skip
 
-    def measured(self, name: str, recipe: Recipe) -> list[str]:
-        """The cells of a recipe.
+    def measured(self, name: str, recipe: Recipe, dtype: str) -> list[str]:
+        """The cells of a recipe; few where the provider does not run the file.
 
         Raises:
             QExportError: it cannot be exported, loaded or run.
         """
-        given, out = self._given, self._folder / name
-        manifest, graph = self._export(recipe, out)
+        given, out = self._given, self._folder / f"{name}-{dtype}"
+        manifest, graph = self._export(recipe, out, dtype)
+        if given.cpu and dtype == "bfloat16":
+            return ["CUDA only", f"the graph: {compared(self._plain, [graph(ids) for ids in self._text.windows])}"]
         run = deployed_logits(out, manifest, given.window, provider=self._provider)
         ran = [run(ids) for ids in self._text.windows]
         del run  # closes the session before memory is looked at
@@ -148,7 +159,7 @@ class Check:
             megabytes(memory), *(f"{100 * share:.1f} %" for share in shares),
         ]  # fmt: skip
 
-    def _export(self, recipe: Recipe, out: Path):
+    def _export(self, recipe: Recipe, out: Path, dtype: str):
         """The manifest, and a function from token ids to the logits of the graph that the file was written from."""
         blocks, ports, lower = [], [], exporting.lower
 
@@ -162,13 +173,15 @@ class Check:
             return lowered
 
         with patch.object(exporting, "lower", keep):
-            manifest = qexport.export(self._given.model, recipe, out_dir=out, target="cuda", progress=self._progress,
-                                      calibration=self._given.calibration).manifest  # fmt: skip
+            manifest = qexport.export(
+                self._given.model, recipe, out_dir=out, target="cuda", dtype=dtype, progress=self._progress,
+                calibration=self._given.calibration,
+            ).manifest  # fmt: skip
 
         def run(ids: torch.Tensor) -> torch.Tensor:
             feeds = decoder_inputs(ports[0], ids[None], torch.ones_like(ids[None]))
-            values = {p.value: feeds[p.name].half() if feeds[p.name].is_floating_point() else feeds[p.name]
-                      for p in ports[0].inputs}  # fmt: skip
+            values = {p.value: feeds[p.name] for p in ports[0].inputs}
+            values = {n: v.to(getattr(torch, dtype)) if v.is_floating_point() else v for n, v in values.items()}
             with torch.no_grad():
                 for block in blocks:
                     results = block.module(*(values[name] for name in block.inputs))

@@ -155,11 +155,15 @@ def test_methods_table(run, model, text):
 def test_gpu_check_rehearses_on_the_cpu(run, tmp_path):
     out = run(
         "gpu_check.py", "--cpu", "--recipes", "w4a16_g32_rtn", "w8a8_dyn", "--samples", 2, "--window", 16,
-        "--prompts", 16, "--pasts", 8, "--repeats", 1, "--out", tmp_path / "check.md",
+        "--prompts", 16, "--pasts", 8, "--repeats", 1, "--out", tmp_path / "check.md", "--bfloat16", "w4a16_g32_rtn",
     )  # fmt: skip
     assert out.strip() == (tmp_path / "check.md").read_text().strip()
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in out.splitlines() if line[:2] == "| "]
-    assert [row[0] for row in rows[2:]] == ["w4a16_g32_rtn", "w8a8_dyn"]
+    assert [row[0] for row in rows[2:]] == ["w4a16_g32_rtn", "w4a16_g32_rtn, bfloat16", "w8a8_dyn"]
+    # The CPU provider runs no bfloat16 file; its graph is as far from the float model as that of the float16 one.
+    brain = rows.pop(3)
+    near, nearer = (float(cell.rpartition(": ")[2].split(",")[0]) for cell in (brain[2], rows[2][2]))
+    assert brain[1] == "CUDA only" and nearer / 2 < near < nearer * 2
     for row in rows[2:]:
         # The file is its graph, up to the rounding of float16; no node was lost and no speed is missing.
         assert len(row) == len(rows[0]) and float(row[1].split(",")[0]) < 1e-3
