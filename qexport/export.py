@@ -23,11 +23,11 @@ from .capture.module import capture_module
 from .capture.origin import origin
 from .capture.source import open_model
 from .errors import InputError, QExportError, RecipeError
-from .lower.build import Lowered, Piece, Target, build, check_translations
+from .lower.blocks import lower
+from .lower.build import Lowered, Target, check_translations
 from .lower.folder import appearing, check_free, explained, write_companions, write_model
 from .lower.grouping import check_attention, deploy_attention, plan_attention
 from .lower.last_token import keep_last, read_by_projection
-from .lower.merge import merge
 from .lower.prefill import LONGEST_STEP
 from .lower.sizes import by_part
 from .lower.targets.bfloat16 import check_bfloat16
@@ -225,22 +225,6 @@ def check_prefill(captured: Captured, recipe: Recipe) -> None:
 def _ask_for_data(passes: Sequence[GraphPass], captured: Captured) -> bool:
     """Whether a pass wants statistics, or promises to keep the function, which is checked on data."""
     return any(p.keeps_function or any(p.statistics(b.module) for b in captured.blocks) for p in passes)
-
-
-def lower(captured: Captured, finished: Sequence[Finished], target: Target) -> Lowered:
-    """Merge products and rewrite finished blocks for a target, in place, and translate them."""
-    pieces = []
-    for item in finished:
-        block = item.block
-        merged = merge(block.module)
-        item.joined, item.apart = merged.joined, merged.apart
-        item.prompt, prompt = target.prompt_twin(block.module), None
-        if item.prompt is not None:
-            target.rewrite(item.prompt, set(captured.constants))
-            prompt = Piece(block.name, item.prompt, block.inputs, block.outputs, item.read_prompt)
-        target.rewrite(block.module, set(captured.constants))
-        pieces.append(Piece(block.name, block.module, block.inputs, block.outputs, item.read, prompt))
-    return build(pieces, captured.inputs, captured.outputs, target, version("qexport"))
 
 
 def _fingerprint(captured: Captured, recipe: Recipe, batches, extra_passes: Sequence[GraphPass]) -> str:

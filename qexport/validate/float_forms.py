@@ -17,7 +17,7 @@ from ..calibrate.loop import quantize_blocks
 from ..capture.blocks import Block
 from ..capture.graph import Captured, Port, Weights
 from ..errors import InputError, writing_to
-from ..export import lower
+from ..lower.blocks import lower
 from ..lower.folder import write_model
 from ..lower.grouping import deploy_attention, plan_attention
 from ..lower.precision import to_half
@@ -115,7 +115,7 @@ def half_model(captured: Captured) -> Captured:
     """A copy of a float32 model, weights not loaded, that computes in float16."""
     blocks = _copied(captured)
     for block in blocks:
-        to_half(block.module, set(captured.constants))
+        to_half(block.module, set(captured.constants), torch.float16)
     return dataclasses.replace(
         captured, blocks=blocks, weights=_HalfWeights(captured.weights),
         inputs=[_half_port(port) for port in captured.inputs], outputs=[_half_port(port) for port in captured.outputs],
@@ -188,7 +188,7 @@ def export_float(captured: Captured, like: Manifest, folder: Path, progress: Pro
     twin = dataclasses.replace(
         captured, blocks=_copied(captured), inputs=list(captured.inputs), outputs=list(captured.outputs)
     )
-    target = CpuTarget(1) if like.target == CpuTarget.name else CudaTarget()
+    target = CpuTarget(1) if like.target == CpuTarget.name else CudaTarget(getattr(torch, like.dtype))
     finished = quantize_blocks(twin, [], None, None, folder / "blocks", "float")
     attention = like.settings.get("attention", "standard")
     settings = twin.settings | deploy_attention(twin, plan_attention(twin, attention, finished[0].read))

@@ -24,7 +24,7 @@ from ..calibrate.streams import Stream, last_readers
 from ..capture.blocks import Block
 from ..capture.graph import Captured
 from ..passes.sites import Linear, linears
-from .reference import Feeds, Progress, hands_on
+from .reference import Feeds, Progress
 
 _SEED = 20230209
 
@@ -117,7 +117,7 @@ def _back(captured: Captured, count: int, places: Sequence[Path], progress: Prog
         given = load_file(places[index])
         places[index].unlink()
         sites = linears(block.module.graph)
-        sums, handed = _Sums(len(sites)), hands_on(captured, block)
+        sums, handed = _Sums(len(sites)), captured.handed_on(block)
         inputs = [tuple(given.pop(f"{batch} {name}") for name in block.inputs) for batch in range(count)]
         with weights_of(captured, block):
             for batch in range(count):

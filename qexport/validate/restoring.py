@@ -27,8 +27,9 @@ from .layers import (
     in_groups,
     probes,
     rescaled_linears,
+    run_session,
     run_values,
-)
+)  # fmt: skip
 from .reference import Feeds, FloatOutputs, Forced, Progress, watch
 
 _PREFIX = "correction of "

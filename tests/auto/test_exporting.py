@@ -44,7 +44,8 @@ def test_it_is_closer_than_one_scheme_everywhere_in_no_more_bytes(models, tmp_pa
     assert found.export.folder == out and size_of(out) <= size_of(tmp_path / "plain")
     assert len(set(found.schemes.values())) > 1
     assert found.logits.kl_mean < plain.kl_mean
-    assert validate(out, model, text=TEXT, windows=4, window=64).logits == found.logits
+    again = validate(out, model, text=TEXT, windows=4, window=64).logits
+    assert (again.kl_mean, again.perplexity) == (found.logits.kl_mean, found.logits.perplexity)
     kept = json.loads((out / "report.json").read_text())["auto"]
     assert kept == found.as_dict() and kept["bytes"] == size_of(out)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["auto", "plain"]

@@ -1,0 +1,25 @@
+"""Finished blocks become one ONNX model."""
+
+from collections.abc import Sequence
+from importlib.metadata import version
+
+from ..calibrate.loop import Finished
+from ..capture.graph import Captured
+from .build import Lowered, Piece, Target, build
+from .merge import merge
+
+
+def lower(captured: Captured, finished: Sequence[Finished], target: Target) -> Lowered:
+    """Merge products and rewrite finished blocks for a target, in place, and translate them."""
+    pieces = []
+    for item in finished:
+        block = item.block
+        merged = merge(block.module)
+        item.joined, item.apart = merged.joined, merged.apart
+        item.prompt, prompt = target.prompt_twin(block.module), None
+        if item.prompt is not None:
+            target.rewrite(item.prompt, set(captured.constants))
+            prompt = Piece(block.name, item.prompt, block.inputs, block.outputs, item.read_prompt)
+        target.rewrite(block.module, set(captured.constants))
+        pieces.append(Piece(block.name, block.module, block.inputs, block.outputs, item.read, prompt))
+    return build(pieces, captured.inputs, captured.outputs, target, version("qexport"))
