@@ -109,6 +109,7 @@ def export(
     text: Annotated[
         Path | None, typer.Option(help="With --auto: UTF-8 text to measure KL on; by default the model writes it.")
     ] = None,
+    provider: Annotated[str | None, typer.Option(help="With --auto: execution provider to measure KL on.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier export.")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted export.")] = False,
     logits: Annotated[
@@ -133,9 +134,9 @@ def export(
         most = None if max_bytes is None else console.parsed_bytes(max_bytes)
         with console.showing_progress() as progress:
             found = qexport.export_auto(
-                model, chosen, out_dir=out, max_bytes=most, max_kl=max_kl, target=target, calibration=calibration,
-                text=text, overwrite=overwrite, attention=attention, trust_remote_code=trust_remote_code,
-                progress=progress,
+                model, chosen, out_dir=out, max_bytes=most, max_kl=max_kl, target=target, dtype=dtype,
+                calibration=calibration, text=text, overwrite=overwrite, attention=attention, provider=provider,
+                trust_remote_code=trust_remote_code, progress=progress,
             )  # fmt: skip
         if as_json:
             console.print_json(auto_summary(found))

@@ -73,7 +73,9 @@ def export_auto(
     windows: int = 8,
     window: int = 512,
     overwrite: bool = False,
+    dtype: str | None = None,
     attention: str = "grouped",
+    provider: str | None = None,
     trust_remote_code: bool = False,
     progress: Progress = no_progress,
 ) -> AutoResult:
@@ -83,11 +85,11 @@ def export_auto(
     calibration data. Linears that read one value get one scheme, so that one product serves them.
 
     Args:
-        model, out_dir, target, calibration, overwrite, attention, trust_remote_code, progress: as for `export`.
+        model, out_dir, target, calibration, overwrite, dtype, attention, trust_remote_code, progress: as for `export`.
         recipe: everything but the schemes: what it keeps in float stays so, and it says how weights are found.
         max_bytes: the most bytes of the model's files; or
         max_kl: the largest mean KL from the float model, as measured on `text`. Exactly one of the two.
-        text, windows, window: as for `validate`; the KL of the result is measured on them.
+        text, windows, window, provider: as for `validate`; the KL of the result is measured on them, and there.
 
     Raises:
         InputError: neither bound, or both; a size that no choice meets, or a KL that the best choices miss; a model
@@ -100,7 +102,7 @@ def export_auto(
     if max_kl is not None and max_kl <= 0:
         raise InputError(f"a KL of {max_kl:g} takes the float model", place="max_kl", remedy="Give a number above 0")
     out, recipe = Path(out_dir), recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
-    lowering = target_for(target, recipe)
+    lowering = target_for(target, recipe, dtype)
     check_attention(attention)
     check_free(out, overwrite)
     recipe, data = recipe_and_data(recipe, calibration)
@@ -120,10 +122,10 @@ def export_auto(
         shutil.rmtree(trial, ignore_errors=True)
         foretold = chooser.left * allocation.kl
         made = export(
-            model, chooser.recipe(allocation), out_dir=trial, target=target, calibration=calibration,
+            model, chooser.recipe(allocation), out_dir=trial, target=target, dtype=dtype, calibration=calibration,
             attention=attention, trust_remote_code=trust_remote_code, progress=progress,
         )  # fmt: skip
-        run = deployed_logits(trial, made.manifest, judged.windows.shape[1])
+        run = deployed_logits(trial, made.manifest, judged.windows.shape[1], provider=provider)
         logits = compare_logits(reference, judged.windows, run, partial(progress, "logits"))
         return _Trial(allocation, foretold, made, logits)
 
