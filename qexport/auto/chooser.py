@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Sequence
 
+from ..calibrate.streams import Feeds
 from ..capture.graph import Captured
 from ..errors import InputError, RecipeError
 from ..lower.attention import Grouping
@@ -13,18 +14,10 @@ from ..passes.plan import LinearPlan
 from ..planning import bytes_by_part, output_projection, plan_for
 from ..recipe import Recipe
 from ..recipes.specs import FLOAT, Override
-from ..validate.reference import Feeds, Progress
 from .allocate import Allocation, Choice, within_bytes, within_kl
 from .costs import scheme_costs
-
-# Schemes to choose from. On CUDA zero points and groups of 16 keep a linear from the fast kernels.
-SCHEMES = {
-    "cpu": (
-        "w4a16_g128", "w4a16_g64", "w4a16_g32", "w4a16_g16", "w4a16_g128_asym", "w4a16_g64_asym", "w4a16_g32_asym",
-        "w8a16_g128", "w8a16_g32",
-    ),
-    "cuda": ("w4a16_g128", "w4a16_g64", "w4a16_g32", "w8a16_g128", "w8a16_g32"),
-}  # fmt: skip
+from .importance import Progress
+from .schemes import SCHEMES
 
 # Of the KL of rounding to nearest, what methods that look at activations leave; until an export is measured.
 _LEFT = {"rtn": 1.0, "hqq": 0.9}

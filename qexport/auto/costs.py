@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from ..calibrate.streams import Feeds
 from ..capture.graph import Captured
 from ..numerics.formats import Scheme
 from ..numerics.straight_through import round_weight
@@ -13,9 +14,8 @@ from ..passes.edit import get_tensor, set_tensor
 from ..passes.embedding import EmbeddingPlan, table_bytes
 from ..passes.plan import LinearPlan, fit, weight_bytes
 from ..passes.sites import by_input
-from ..validate.importance import Felt, Importance, felt
-from ..validate.reference import Feeds, Progress
 from .allocate import Choice
+from .importance import Felt, Importance, Progress, felt
 
 
 @dataclass(frozen=True)

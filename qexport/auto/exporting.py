@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from ..calibrate.data import Progress, calibration_batches, no_progress, recipe_and_data
-from ..calibrate.streams import decoder_inputs
+from ..calibrate.streams import Feeds, decoder_inputs
 from ..capture.graph import Captured
 from ..errors import InputError
 from ..export import ExportResult, capture, export, target_for
@@ -21,7 +21,7 @@ from ..lower.grouping import check_attention
 from ..recipe import Recipe
 from ..validate.logits import compare_logits, deployed_logits
 from ..validate.record import keep
-from ..validate.reference import Feeds, FloatOutputs, decoder_feeds
+from ..validate.reference import FloatOutputs, decoder_feeds
 from ..validate.report import Logits
 from ..validate.text import choose_text
 from .allocate import Allocation

@@ -1,7 +1,7 @@
 """Activations that travel from block to block while a model is quantized, batch by batch."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch.fx import GraphModule, Interpreter, Node
@@ -12,6 +12,8 @@ from ..errors import NumericsError, QExportError
 from ..passes.base import Batch
 from ..passes.edit import is_call
 from .sources import Samples
+
+Feeds = Mapping[str, torch.Tensor]  # the model's inputs by public name
 
 
 class Stream:

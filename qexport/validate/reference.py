@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
 
 from ..calibrate.float_model import weights_of
-from ..calibrate.streams import Stream, decoder_inputs, last_readers
+from ..calibrate.streams import Feeds, Stream, decoder_inputs, last_readers
 from ..capture.blocks import Block
 from ..capture.graph import Captured
 from ..errors import InputError
@@ -21,7 +21,6 @@ from ..passes.sites import linears
 from ..runtime.manifest import MODEL_FILE, Manifest
 
 Progress = Callable[[str, int, int], None]  # what, done, total
-Feeds = Mapping[str, Tensor]  # the model's inputs by public name
 
 _FLOATS = {
     onnx.TensorProto.FLOAT: torch.float32, onnx.TensorProto.FLOAT16: torch.float16,

@@ -10,7 +10,7 @@ One block's weights are in memory; what blocks read lies in a temporary folder b
 """
 
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,13 +20,14 @@ from torch import Tensor
 from torch.fx import Interpreter, Node
 
 from ..calibrate.float_model import weights_of
-from ..calibrate.streams import Stream, last_readers
+from ..calibrate.streams import Feeds, Stream, last_readers
 from ..capture.blocks import Block
 from ..capture.graph import Captured
 from ..passes.sites import Linear, linears
-from .reference import Feeds, Progress
 
 _SEED = 20230209
+
+Progress = Callable[[str, int, int], None]  # what, done, total
 
 
 @dataclass(frozen=True)

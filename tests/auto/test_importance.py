@@ -1,10 +1,10 @@
 import pytest
 import torch
 
+from qexport.auto.importance import _SEED, Importance, felt
 from qexport.calibrate.float_model import loaded
 from qexport.passes.edit import get_tensor
 from qexport.passes.sites import linears
-from qexport.validate.importance import _SEED, Importance, felt
 from qexport.validate.reference import FloatOutputs, decoder_feeds
 
 FAMILIES = ("llama", "gemma2", "opt", "gpt_neox")

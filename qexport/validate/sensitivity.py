@@ -1,0 +1,81 @@
+"""Which linears cost the most KL, and which schemes would buy back the most of it for a byte."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from ..auto.costs import Costs, Item, scheme_costs
+from ..auto.schemes import SCHEMES
+from ..capture.graph import Captured
+from ..errors import InputError, RecipeError
+from ..numerics.formats import Scheme
+from ..planning import plan_for
+from ..recipe import Recipe
+from ..runtime.manifest import Manifest
+from .reference import Feeds, Progress
+from .report import Better, Row
+
+RECIPE_FILE = "recipe.yaml"
+MOST_RESTORED = 12  # linears that are restored to float, each a run of the deployed model
+_MOST_SUGGESTED = 10
+
+
+def costs_of(folder: Path, manifest: Manifest, captured: Captured, feeds: Sequence[Feeds], progress: Progress) -> Costs:
+    """What schemes cost in the linears that an export quantizes, see `scheme_costs`.
+
+    Raises:
+        InputError: the folder has no readable recipe of its model, or the model reads no text.
+    """
+    if captured.kind != "decoder":
+        raise InputError("sensitivity is measured on logits, and this model has none", place="sensitivity")
+    try:
+        recipe = Recipe.load(folder / RECIPE_FILE)
+        width = 4 if manifest.dtype == "float32" else 2
+        plan, embeddings = plan_for(captured, recipe, width)
+    except RecipeError as error:
+        raise InputError(f"sensitivity needs the recipe of the export: {error}", place=str(folder)) from error
+    schemes = [Scheme.parse(name) for name in SCHEMES[manifest.target]]
+    return scheme_costs(captured, plan, embeddings, schemes, feeds, width, progress)
+
+
+def suggested(rows: Sequence[Row], costs: Costs) -> tuple[Better, ...]:
+    """Overrides that buy back the most KL for each byte, best first.
+
+    What a linear would cost with another scheme is its cost by rounding to nearest, times what the export's way of
+    finding weights left of that with the scheme that it has.
+
+    Args:
+        rows: of the quantized linears, with `kl_cost`.
+    """
+    by_name = {row.name: row for row in rows if row.kl_cost is not None}
+    found = []
+    for item in costs.items:
+        members = [by_name[name] for name in item.linears if name in by_name]
+        if len(members) == len(item.linears) and members:
+            found += [(score, better) for score, better in [_best(item, members, costs.kl)] if better]
+    found.sort(key=lambda pair: -pair[0])
+    return tuple(better for _, group in found for better in group)[:_MOST_SUGGESTED]
+
+
+def _best(item: Item, rows: Sequence[Row], kl: Mapping[str, Mapping[str, float]]) -> tuple[float, list[Better]]:
+    """The scheme that gains the most for a byte over the present one, as overrides for the item's linears."""
+    now, size = sum(row.kl_cost for row in rows), sum(row.bytes for row in rows)
+    expected = sum(kl[row.name].get(row.scheme, 0.0) for row in rows)
+    left = min(now / expected, 1.0) if expected else 1.0
+    present = next((choice for choice in item.choices if {choice.scheme} == {row.scheme for row in rows}), None)
+    if present is not None:  # with what a shared table of embeddings costs and takes
+        now, size = left * present.kl, present.bytes
+    best, chosen = 0.0, None
+    for choice in item.choices:
+        gain, more = now - left * choice.kl, choice.bytes - size
+        if gain > 0 and more > 0 and gain / more > best:
+            best, chosen = gain / more, choice
+    if chosen is None:
+        return 0.0, []
+    shares = [row.bytes / sum(r.bytes for r in rows) if row.bytes else 1 / len(rows) for row in rows]
+    return best, [
+        Better(
+            match=row.name, scheme=chosen.scheme, instead_of=row.scheme,
+            more_bytes=round((chosen.bytes - size) * share), kl_gain=(now - left * chosen.kl) * share,
+        )
+        for row, share in zip(rows, shares, strict=True)
+    ]  # fmt: skip
