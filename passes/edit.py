@@ -8,6 +8,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch.fx import Graph, GraphModule, Node
 
+WITHOUT_OUTLIERS = "without_outliers"  # in the meta of a value: it is its first argument but for some channels
+
 
 @dataclass(frozen=True)
 class Spec:

@@ -9,7 +9,7 @@ from torch.fx import GraphModule, Node
 
 from ..numerics.observers import ChannelAbsmax
 from .base import Context, GraphPass, Handover, Note, PassResult
-from .edit import add_tensor, call, finish, get_tensor, set_tensor, shape_of
+from .edit import WITHOUT_OUTLIERS, add_tensor, call, finish, get_tensor, set_tensor, shape_of
 from .insert import add_branch, result_of
 from .lowrank import float_weight, products_of
 from .plan import LinearPlan
@@ -81,6 +81,7 @@ def _separate(
         mask = torch.ones(shape_of(value)[-1]).index_fill_(0, index, 0.0)
         kept = add_tensor(graph, f"{first}.outlier_mask", mask)
         masked = call(graph, aten.mul.Tensor, (value, kept), like=value)
+        masked.meta[WITHOUT_OUTLIERS] = True
         columns = add_tensor(graph, f"{first}.outlier_index", index)
         shape = (*shape_of(value)[:-1], len(index))
         taken = call(graph, aten.index_select.default, (value, -1, columns), like=value, shape=shape)

@@ -253,8 +253,8 @@ def _manifest(
         if p.scheme is not None:
             found = lowered.linears[p.name]
             linears.append(LinearEntry(
-                name=p.name, block=p.block, scheme=p.scheme.name, output=found.output, columns=found.columns,
-                node=found.node, kernel=found.kernel, prompt_kernel=found.prompt_kernel,
+                name=p.name, block=p.block, scheme=p.scheme.name, input=found.input, output=found.output,
+                columns=found.columns, node=found.node, kernel=found.kernel, prompt_kernel=found.prompt_kernel,
                 parts=lowered.parts.get(p.name, ()), shape=p.shape, bytes=lowered.bytes[p.name], reason=p.reason,
                 fast=None if found.slow is None else not found.slow, slow=found.slow or "",
             ))  # fmt: skip

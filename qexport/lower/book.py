@@ -7,7 +7,7 @@ import onnx_ir as ir
 from torch.fx import Graph, Node
 
 from ..runtime.branches import STEPS
-from .targets.forms import linear_products
+from .targets.forms import input_of, linear_products
 
 
 @dataclass(frozen=True)
@@ -16,6 +16,7 @@ class Placed:
 
     Attributes:
         node: name of its product; kernel: operator that it must become.
+        input: value that it reads, before it is rounded.
         output: value of its result; columns: (start, stop) of the result in it, None where it is all of it.
         prompt_kernel: the operator in the branch for prompts; None in a file without branches, and outside of them.
         slow: why another kernel of the same operator would be faster than its; empty where none would, None where the
@@ -24,6 +25,7 @@ class Placed:
 
     node: str
     kernel: str
+    input: str
     output: str
     columns: tuple[int, int] | None
     prompt_kernel: str | None = None
@@ -46,6 +48,7 @@ class Book:
         self._products: dict[str, tuple[str, str]] = {}
         self._prompt_kernels: dict[str, str] = {}
         self._made: dict[str, ir.Value] = {}
+        self._read: dict[str, ir.Value] = {}
         self._parts: dict[str, tuple[tuple[str, str], ...]] = {}
 
     def note(self, graph: Graph, values: Mapping[Node, ir.Value], made: Mapping[str, ir.Value]) -> None:
@@ -65,6 +68,7 @@ class Book:
             else:
                 name = product.meta["linear"]
                 self._products[name], self.members[name] = found, product.meta.get("columns") or {name: None}
+                self._read[name] = values[input_of(product)]
 
     def note_prompts(self, graph: Graph) -> None:
         """After the same block was translated for prompts; its linears are where they are for steps."""
@@ -80,8 +84,9 @@ class Book:
         """
         return {
             linear: Placed(
-                node, kernel, plain(self._made[name].name), columns, self._prompt_kernels.get(name), slow.get(name)
-            )
+                node, kernel, plain(self._read[name].name), plain(self._made[name].name), columns,
+                self._prompt_kernels.get(name), slow.get(name),
+            )  # fmt: skip
             for name, (node, kernel) in self._products.items()
             for linear, columns in self.members[name].items()
         }

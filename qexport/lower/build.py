@@ -16,7 +16,7 @@ from .branches import Piece, add_branches, branched, branches_of
 from .emitter import ONNX_DTYPE, VIEW_OF, Emitter, unsupported
 from .fuse import fuse_norms
 from .ops import elementwise, embedding, grouped, layers, quantized, shapes
-from .targets.forms import linear_products
+from .targets.forms import input_of, linear_products
 
 OPSET = 23  # Attention, RMSNormalization and RotaryEmbedding appeared here
 TRANSLATIONS = {
@@ -134,7 +134,11 @@ def build(
 
 
 def _translate(emit: Emitter, piece: Piece, known: dict[str, ir.Value]) -> dict[str, ir.Value]:
-    """Add a block's nodes; returns the results of its quantized linears, merged or not, by name."""
+    """Add a block's nodes; returns the results of its quantized linears, merged or not, by name.
+
+    What linears read and make in the block is named after them: other names count operators, and would differ between
+    the branches of a file.
+    """
     made: dict[str, ir.Value] = {}
     emit.enter(piece.name, piece.read)
     placeholders = [n for n in piece.module.graph.nodes if n.op == "placeholder"]
@@ -150,7 +154,21 @@ def _translate(emit: Emitter, piece: Piece, known: dict[str, ir.Value]) -> dict[
         elif node.op == "output":
             for result, name in zip(node.args[0], piece.outputs, strict=True):
                 known[name] = emit.get(result)
+    _name_inputs(emit, piece.module.graph, {*made.values(), *(emit.values[node] for node in placeholders)})
     return made
+
+
+def _name_inputs(emit: Emitter, graph: Graph, named: set[ir.Value]) -> None:
+    """Name what quantized linears read after the first that does.
+
+    Args:
+        named: values that have a name of their own.
+    """
+    for product in linear_products(graph):
+        value = emit.values.get(input_of(product))
+        if value is not None and value.producer() is not None and value not in named:
+            value.name = emit.named(f"{product.meta['linear']}.input")
+            named.add(value)
 
 
 def _translation(node: Node) -> Callable:

@@ -27,6 +27,7 @@ class LinearEntry(_Frozen):
         name: module path of the linear, e.g. "model.layers.0.self_attn.q_proj".
         block: name of the block it belongs to.
         scheme: scheme name, e.g. "w4a16_g32", or "float".
+        input: name of the float value that it reads, before it is rounded; "" in files that do not say.
         output: name of the value that holds its result (bias and scales applied).
         columns: [start, stop) of its result in that value, where one product computes several linears; None: all.
         node: name of its MatMul node. Fusion keeps it, so it finds the node in the optimized graph.
@@ -43,6 +44,7 @@ class LinearEntry(_Frozen):
     name: str
     block: str = ""
     scheme: str
+    input: str = ""
     output: str
     columns: tuple[int, int] | None = None
     node: str

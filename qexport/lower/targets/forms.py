@@ -6,7 +6,7 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 
 from ...numerics.packing import stored_block
-from ...passes.edit import call, is_call
+from ...passes.edit import WITHOUT_OUTLIERS, call, is_call
 
 aten = torch.ops.aten
 ops = torch.ops.qexport
@@ -59,10 +59,42 @@ def form_of(product: Node) -> Form:
     return Form(block_size)
 
 
+def input_of(product: Node) -> Node:
+    """The float value that a product reads, before it is rounded; of a canonical product, or one rewritten."""
+    node = product.args[0]
+    while (before := _unrounded(_uncast(node))) is not None:
+        node = before
+    return node
+
+
+def _uncast(node: Node) -> Node:
+    while is_call(node, aten.to.dtype):
+        node = node.args[0]
+    return node
+
+
+def _unrounded(node: Node) -> Node | None:
+    """What a step of rounding a value reads; None of a node that is no such step."""
+    if is_call(node, ops.matmul_nbits_input.default, ops.quantize_linear.default, ops.dequantize_linear.default):
+        return node.args[0]
+    if is_call(node, aten.div.Tensor) and _is_step(node.args[1]):
+        return node.args[0]
+    if not is_call(node, aten.mul.Tensor):
+        return None
+    inner, factor = node.args
+    if node.meta.get(WITHOUT_OUTLIERS) or is_call(inner, ops.dequantize_linear.default):
+        return inner
+    # A value held within the range of few bits, and CrossQuant's rounding on floats.
+    if is_call(inner, aten.clamp.default, aten.round.default) and is_call(inner.args[0], aten.div.Tensor):
+        return inner.args[0].args[0] if inner.args[0].args[1] is factor else None
+    return None
+
+
 def _is_step(node) -> bool:
     """Whether a node is the step of a dynamic activation: a token's scale, or the larger of two."""
+    node = _uncast(node)
     parts = node.args if is_call(node, aten.maximum.default) else (node,)
-    return all(is_call(part, ops.token_scale.default) for part in parts)
+    return all(is_call(_uncast(part), ops.token_scale.default) for part in parts)
 
 
 def as_own_kernel(module: GraphModule, product: Node) -> None:
