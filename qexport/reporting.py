@@ -14,7 +14,7 @@ from .planning import described_embedding
 from .runtime.bench import BenchResult
 from .runtime.doctor import Check
 from .runtime.optimized import OptimizedInfo
-from .validate import Report, summary_rows
+from .validate import Report, summary_rows, worst_linears
 from .validate.wording import number
 
 
@@ -188,6 +188,10 @@ def _kind(fold: str) -> str:
 def print_validation(report: Report) -> None:
     """The measures and the verdict."""
     print_table(["measure", "value", "what it means"], [list(row) for row in summary_rows(report)])
+    if worst := worst_linears(report):
+        print("\nThe linears with the largest errors of their own:\n")
+        columns = ["linear", "SQNR", "bits a weight", "kernel", "of a prompt's time"]
+        print_table(columns, [list(row) for row in worst])
     print()
     for sentence in report.verdict:
         print(f"- {sentence}")

@@ -84,8 +84,13 @@ class Book:
         """
         return {
             linear: Placed(
-                node, kernel, plain(self._read[name].name), plain(self._made[name].name), columns,
-                self._prompt_kernels.get(name), slow.get(name),
+                node,
+                kernel,
+                plain(self._read[name].name),
+                plain(self._made[name].name),
+                columns,
+                self._prompt_kernels.get(name),
+                slow.get(name),
             )  # fmt: skip
             for name, (node, kernel) in self._products.items()
             for linear, columns in self.members[name].items()

@@ -62,6 +62,7 @@ def open_session(
     outputs_path: str | Path | None = None,
     record_assignment: bool = False,
     optimize: bool = False,
+    profile_prefix: str | Path | None = None,
 ) -> ort.InferenceSession:
     """Load an exported model with the session options of its manifest.
 
@@ -76,6 +77,8 @@ def open_session(
         outputs_path: also write the optimized model here, its weights beside it.
         record_assignment: remember which provider takes which node (see `optimized_graph`).
         optimize: make the optimized copy first, as `qexport.optimize` does, where the folder has none that fits.
+        profile_prefix: measure every node of every run; `end_profiling` of the session writes a file whose path begins
+            with this, and returns it. The optimized copy is not used then.
 
     Raises:
         InputError: the folder is no export; with `optimize`, it cannot be written or was not made for the CPU.
@@ -87,7 +90,13 @@ def open_session(
     manifest = manifest or manifests.load(folder)
     path = source / Path(manifest.settings.get("filename", MODEL_FILE)).name if source.is_dir() else source
     wanted = provider or manifest.provider
-    if source.is_dir() and path.name == MODEL_FILE and outputs_path is None and not record_assignment:
+    if (
+        source.is_dir()
+        and path.name == MODEL_FILE
+        and outputs_path is None
+        and not record_assignment
+        and not profile_prefix
+    ):
         if optimize and cache.find(folder, manifest, wanted) is None:
             from .optimized import build  # it opens sessions itself
 
@@ -103,6 +112,8 @@ def open_session(
         name = f"{Path(outputs_path).stem}.data"
         options.add_session_config_entry("session.optimized_model_external_initializers_file_name", name)
         options.add_session_config_entry("session.optimized_model_external_initializers_min_size_in_bytes", "1024")
+    if profile_prefix is not None:
+        options.enable_profiling, options.profile_file_prefix = True, str(profile_prefix)
     if record_assignment:
         options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
     try:
@@ -193,12 +204,18 @@ def kernel_of(nodes: Iterable[Node], output: str, node: str = "") -> str | None:
         output: name of the value that the linear produced before optimization.
         node: name of its MatMul node.
     """
+    found = node_of(nodes, output, node)
+    return found.op_type if found else None
+
+
+def node_of(nodes: Iterable[Node], output: str, node: str = "") -> Node | None:
+    """The node that computes a linear, see `kernel_of`."""
     by_value = None
     for candidate in nodes:
         if node and candidate.name == node:
-            return candidate.op_type
+            return candidate
         if output in candidate.outputs:
-            by_value = candidate.op_type
+            by_value = candidate
     return by_value
 
 

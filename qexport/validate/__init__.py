@@ -34,10 +34,11 @@ from .record import REPORT_FILE, exported_activations, load, save
 from .reference import Feeds, FloatOutputs, check_same_model, decoder_feeds, module_feeds
 from .report import Report, Row
 from .text import Text, choose_text
+from .timing import measure, with_times
 from .verdict import with_verdict
-from .wording import summary_rows, worst_first
+from .wording import summary_rows, worst_first, worst_linears
 
-__all__ = ["Report", "Row", "load", "summary_rows", "validate", "worst_first"]
+__all__ = ["Report", "Row", "load", "summary_rows", "validate", "worst_first", "worst_linears"]
 
 # Tokens on which values inside the model are compared: enough rows for every statistic, few enough to hold a block's.
 _LAYER_TOKENS = 256
@@ -145,6 +146,10 @@ def validate(
         provider=provider, progress=partial(progress, "layers"),
     )  # fmt: skip
     lap("layers")
+    prompt = chosen.windows[0, :_LAYER_TOKENS] if captured.kind == "decoder" else None
+    times = measure(folder, manifest, prompt=prompt, feeds=layer_feeds, threads=threads, provider=provider)
+    layers = with_times(layers, manifest, times)
+    lap("profile")
     logits, outputs, others, left_out, texts = None, (), (), (), None
     if captured.kind == "decoder":
         logits, others, left_out = _logits(

@@ -6,9 +6,9 @@ next to it and shares its data. Values are read for a few blocks at a time, as m
 
 import os
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -25,9 +25,14 @@ from ..passes.edit import shape_of
 from ..passes.sites import fold_sites, linears
 from ..runtime.branches import PROMPTS, only
 from ..runtime.manifest import MODEL_FILE, BlockEntry, LinearEntry, Manifest
-from ..runtime.session import OptimizedGraph, open_session, optimized_graph
-from .placement import moved
-from .reference import Feeds, Forced, Progress, Watched, watch
+from ..runtime.session import OptimizedGraph, open_session, optimized_graph, unfused
+from .attentions import attentions
+from .faults import with_faults
+from .noise import Noise, weight_faults
+from .placement import expected, moved, placed
+from .ranges import input_range, static_limits
+from .record import branch_gains
+from .reference import Feeds, Forced, Progress, Watched, channelwise, watch
 from .report import Layers, Row
 
 BUDGET = 1 << 29  # bytes of deployed values in memory at once
@@ -39,17 +44,31 @@ _DTYPES = {  # of what a session takes, by the names that it has for types
 
 @dataclass(frozen=True)
 class Probe:
-    """A block and the values that are read of it; bytes: their estimated size."""
+    """A block and the values that are read of it.
+
+    Attributes:
+        bytes: estimated size of these values.
+        attentions: for every attention where it is, by the name of the linear that reads what comes out of it.
+    """
 
     block: str
     linears: tuple[LinearEntry, ...]
     output: BlockEntry | None
     bytes: int
+    attentions: Mapping[str, str] = field(default_factory=dict)
 
     def values(self) -> list[str]:
         """Names in the file, each once: linears share one, or make the very value that their block hands on."""
         names = [entry.output for entry in self.linears] + ([self.output.output] if self.output else [])
-        return list(dict.fromkeys(names))
+        return list(dict.fromkeys([*self.inputs(), *names]))
+
+    def inputs(self) -> dict[str, list[str]]:
+        """The linears that read each value, by its name in the file."""
+        readers: dict[str, list[str]] = {}
+        for entry in self.linears:
+            if entry.input:
+                readers.setdefault(entry.input, []).append(entry.name)
+        return readers
 
 
 def probes(captured: Captured, manifest: Manifest, rows: int) -> list[Probe]:
@@ -63,7 +82,10 @@ def probes(captured: Captured, manifest: Manifest, rows: int) -> list[Probe]:
         carried = results[block.outputs.index(captured.handed_on(block))]
         output = outputs.get(block.name) if carried.meta["spec"].dtype.is_floating_point else None
         read = [nodes[entry.name] for entry in entries] + ([carried] if output else [])
-        found.append(Probe(block.name, entries, output, sum(_bytes(shape_of(node), rows) for node in read)))
+        # One for every value of the file: inputs that are one value here may be several there.
+        read += [nodes[names[0]].args[0] for names in Probe(block.name, entries, None, 0).inputs().values()]
+        size = sum(_bytes(shape_of(node), rows) for node in read)
+        found.append(Probe(block.name, entries, output, size, attentions(block.module.graph)))
     return found
 
 
@@ -111,32 +133,54 @@ def compare_layers(
         # Additional outputs can only prevent fusions: where all of them leave a linear its operator, some do.
         strayed = moved(plain, optimized_graph(path, manifest, provider=provider), manifest)
     deployed = Deployed(groups, lambda values: run_values(folder, manifest, values, feeds, threads, provider))
+    limits = static_limits(folder)
+    noise = Noise(folder, manifest, limits, threads, provider)
+    behind: dict[str, str] = {}
     linear_rows: dict[str, Row] = {}
-    block_rows = []
+    block_rows, attention_rows, ranges = [], [], []
     rescaled: set[str] = set()
 
     def forced(block: Block) -> Forced:
         probe, state = deployed.enter(block.name), deployed.state
         if transformed:
-            rescaled.update(rescaled_linears(block))
-        values = {e.name: deployed.result(e) for e in probe.linears if e.name not in rescaled}
+            behind.update(rescaled_in_front(block))
+            rescaled.update(behind.values())
+        values = {entry.name: deployed.result(entry) for entry in probe.linears}
         deployed.state = deployed.values[probe.output.output] if probe.output else None
-        return Forced(state, values)
+        return Forced(state, values, rescaled)
 
     for index, seen in enumerate(watch(captured, feeds, {e.name for e in manifest.linears}, forced)):
         if progress:
             progress(seen.block.name, index, len(captured.blocks))
         probe = deployed.probe
+        faults = weight_faults(captured, probe.linears, seen, deployed.values, noise, rescaled, transformed)
         for entry in probe.linears:
-            linear_rows[entry.name] = _linear_row(entry, deployed.result(entry), seen, entry.name in rescaled)
+            row = _linear_row(entry, deployed.result(entry), seen, entry.name in rescaled)
+            linear_rows[entry.name] = row.model_copy(update={"fault": faults.get(entry.name, "")})
+            if entry.input and (name := probe.attentions.get(entry.name)):
+                want, own = seen.inputs[entry.name], seen.own_inputs[entry.name]
+                # Factors of v's channels, or of a Mul behind, are taken back by the linear.
+                measures = _measures(want, own, deployed.values[entry.input], transformed)
+                attention_rows.append(Row(name=name, block=probe.block, rescaled=transformed, **measures))
+        for value, names in probe.inputs().items():
+            got = deployed.values[value]
+            ranges.append(input_range(probe.block, names, seen.inputs[names[0]], got, limits.get(value)))
         if probe.output is not None:
             measures = _measures(seen.output, seen.own_output, deployed.values[probe.output.output])
             block_rows.append(Row(name=probe.block, block=probe.block, **measures))
     if progress:
         progress("", len(captured.blocks), len(captured.blocks))
+    gains = branch_gains(folder)
+    found = [
+        placed(linear_rows[entry.name], entry, plain).model_copy(update={"branch_gain_db": gains.get(entry.name)})
+        for entry in manifest.linears
+    ]
+    wrong = {
+        e.name: f"{there or 'nothing'} instead of {expected(e, there)}" for e, there in unfused(plain, manifest.linears)
+    }
     return Layers(
-        tokens=rows, linears=tuple(linear_rows[entry.name] for entry in manifest.linears), blocks=tuple(block_rows),
-        sessions=len(groups), moved=strayed,
+        tokens=rows, linears=with_faults(found, ranges, wrong, behind), blocks=tuple(block_rows),
+        sessions=len(groups), moved=strayed, attentions=tuple(attention_rows), ranges=tuple(ranges),
     )  # fmt: skip
 
 
@@ -169,10 +213,11 @@ class Deployed:
         return [value[..., slice(*(entry.columns or (None,)))] for value in self.values[entry.output]]
 
 
-def rescaled_linears(block: Block) -> set[str]:
-    """Linears whose output channels smoothing may have divided by factors that their only reader takes back."""
+def rescaled_in_front(block: Block) -> dict[str, str]:
+    """Linears whose channels smoothing may have divided by factors, by the readers that take these back."""
     by_node = {found.node: found.name for found in linears(block.module.graph)}
-    return {by_node[site.producer] for site in fold_sites(block.module.graph) if site.kind == "rows"}
+    sites = [site for site in fold_sites(block.module.graph) if site.kind == "rows"]
+    return {reader.name: by_node[site.producer] for site in sites for reader in site.consumers}
 
 
 def _linear_row(entry: LinearEntry, value: list[Tensor], seen: Watched, rescaled: bool) -> Row:
@@ -181,9 +226,10 @@ def _linear_row(entry: LinearEntry, value: list[Tensor], seen: Watched, rescaled
 
 
 def _measures(want: list[Tensor], own: list[Tensor], value: list[Tensor], rescaled: bool = False) -> dict[str, float]:
-    got = _flat(value)
-    measures = compare(_flat(want), got * channel_factors(want, value) if rescaled else got)
-    return measures | {"own_sqnr_db": sqnr_db(_flat(own), got * channel_factors(own, value) if rescaled else got)}
+    got, want = flat(value), flat(want)
+    own = flat(own)
+    measures = compare(want, channelwise(want, got) if rescaled else got)
+    return measures | {"own_sqnr_db": sqnr_db(own, channelwise(own, got) if rescaled else got)}
 
 
 def compare(want: Tensor, got: Tensor) -> dict[str, float]:
@@ -195,16 +241,10 @@ def compare(want: Tensor, got: Tensor) -> dict[str, float]:
     }
 
 
-def _flat(tensors: list[Tensor]) -> Tensor:
+def flat(tensors: Sequence[Tensor]) -> Tensor:
+    """All batches' rows, float32 [rows, channels]."""
     rows = [t.float().reshape(-1, t.shape[-1]) for t in tensors]
     return rows[0] if len(rows) == 1 else torch.cat(rows)
-
-
-def channel_factors(want: list[Tensor], got: list[Tensor]) -> Tensor:
-    """The factor for each channel that brings `got` closest to `want`, float32 [channels]."""
-    want, got = _flat(want), _flat(got)
-    factors = (want * got).sum(0, dtype=torch.float64) / got.square().sum(0, dtype=torch.float64).clamp_min(1e-30)
-    return factors.float()
 
 
 @contextmanager
@@ -218,7 +258,7 @@ def with_outputs(folder: Path, values: Sequence[str]):
     """
     model = only(onnx.load(folder / MODEL_FILE, load_external_data=False), PROMPTS)
     graph = model.graph
-    known = {output for node in graph.node for output in node.output}
+    known = {output for node in graph.node for output in node.output} | {value.name for value in graph.input}
     if missing := [value for value in values if value not in known]:
         raise InputError(
             f"has no value {missing[0]}, which the manifest names",

@@ -1,12 +1,13 @@
 """Which operators and providers ONNX Runtime chose for an export."""
 
+import math
 from collections import Counter
 from pathlib import Path
 
 from ..runtime.branches import PROMPTS
 from ..runtime.manifest import LinearEntry, Manifest
-from ..runtime.session import OptimizedGraph, kernel_of, optimized_graph, unfused
-from .report import Placement, Unfused
+from ..runtime.session import OptimizedGraph, kernel_of, node_of, optimized_graph, unfused
+from .report import Placement, Row, Unfused
 
 
 def examine(folder: Path, manifest: Manifest, provider: str) -> tuple[Placement, OptimizedGraph]:
@@ -17,7 +18,7 @@ def examine(folder: Path, manifest: Manifest, provider: str) -> tuple[Placement,
     """
     graph = optimized_graph(folder, manifest, provider=provider)
     wrong = tuple(
-        Unfused(name=linear.name, expected=_expected(linear, found), found=found)
+        Unfused(name=linear.name, expected=expected(linear, found), found=found)
         for linear, found in unfused(graph, manifest.linears)
     )
     kernels = Counter(kernel_of(graph.nodes, linear.output, linear.node) or "nothing" for linear in manifest.linears)
@@ -34,8 +35,24 @@ def examine(folder: Path, manifest: Manifest, provider: str) -> tuple[Placement,
     return placement, graph
 
 
-def _expected(linear: LinearEntry, found: str | None) -> str:
+def expected(linear: LinearEntry, found: str | None) -> str:
+    """The operator that a linear should have where it has another one."""
     return linear.prompt_kernel if linear.prompt_kernel and found == linear.kernel else linear.kernel
+
+
+def placed(row: Row, linear: LinearEntry, graph: OptimizedGraph) -> Row:
+    """A linear's row with its size in the file, and with the operator that computes it and where.
+
+    Of a file with branches these are those for prompts, as all that is measured is.
+    """
+    prefix = PROMPTS if linear.prompt_kernel else ""
+    node = node_of(graph.nodes, prefix + linear.output, prefix + linear.node)
+    providers = {provider for _, _, provider in graph.placement}
+    alone = next(iter(providers)) if len(providers) == 1 else ""
+    return row.model_copy(update={
+        "bytes": linear.bytes, "bits": 8 * linear.bytes / math.prod(linear.shape) if linear.bytes else None,
+        "kernel": node.op_type if node else "", "provider": (node and node.provider) or alone,
+    })  # fmt: skip
 
 
 def moved(plain: OptimizedGraph, probed: OptimizedGraph, manifest: Manifest) -> tuple[Unfused, ...]:

@@ -1,7 +1,7 @@
 """The float model run block by block: one block's weights in memory, and the values that later blocks need."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -156,10 +156,12 @@ class Forced:
     Attributes:
         state: what the block before hands on; None where it is unknown or there is none.
         linears: outputs of linears of this block, by name.
+        rescaled: those of them whose channels are off by factors on purpose; they go on up to these factors.
     """
 
     state: list[Tensor] | None
     linears: Mapping[str, list[Tensor]]
+    rescaled: Set[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -169,6 +171,7 @@ class Watched:
     Attributes:
         linears, output: outputs of the wanted linears by name and what the block hands on, float all the way.
         own_linears: the same linears when everything in front of each has its deployed value.
+        inputs, own_inputs: what these linears read in the same two runs.
         own_output: what the float block makes of the state that the deployed model hands to it.
     """
 
@@ -177,6 +180,8 @@ class Watched:
     output: list[Tensor]
     own_linears: dict[str, list[Tensor]]
     own_output: list[Tensor]
+    inputs: dict[str, list[Tensor]]
+    own_inputs: dict[str, list[Tensor]]
 
 
 def watch(
@@ -193,7 +198,7 @@ def watch(
     for index, block in enumerate(captured.blocks):
         nodes = {found.node: found.name for found in linears(block.module.graph) if found.name in wanted}
         carried, given = block.outputs.index(captured.handed_on(block)), forced(block)
-        seen = Watched(block, {}, [], {}, [])
+        seen = Watched(block, {}, [], {}, [], {}, {})
         with weights_of(captured, block):
             for batch in range(len(stream.batches)):
                 inputs = dict(zip(block.inputs, stream.inputs(block, batch), strict=True))
@@ -204,11 +209,14 @@ def watch(
                     inputs[state_name] = given.state[batch].float()
                     results = _Watch(block.module, {}, {}).run(*inputs.values())
                 seen.own_output.append(results[carried])
-                own = _Watch(block.module, nodes, {name: v[batch].float() for name, v in given.linears.items()})
+                instead = {name: v[batch].float() for name, v in given.linears.items()}
+                own = _Watch(block.module, nodes, instead, given.rescaled)
                 own.run(*inputs.values())
                 for name in plain.seen:
                     seen.linears.setdefault(name, []).append(plain.seen[name])
                     seen.own_linears.setdefault(name, []).append(own.seen[name])
+                    seen.inputs.setdefault(name, []).append(plain.read[name])
+                    seen.own_inputs.setdefault(name, []).append(own.read[name])
             stream.advance(block, index)
         yield seen
         state_name = captured.handed_on(block)
@@ -221,11 +229,16 @@ def _stream(captured: Captured, feeds: Sequence[Feeds], keep_too: Mapping[str, i
 
 
 class _Watch(Interpreter):
-    """Notes what linears make, and goes on with another value where there is one."""
+    """Notes what linears read and make, and goes on with another value where there is one."""
 
-    def __init__(self, module: GraphModule, nodes: Mapping[Node, str], instead: Mapping[str, Tensor]):
+    def __init__(
+        self, module: GraphModule, nodes: Mapping[Node, str], instead: Mapping[str, Tensor],
+        rescaled: Set[str] = frozenset(),
+    ):  # fmt: skip
         super().__init__(module)
-        self._nodes, self._instead, self.seen = nodes, instead, {}
+        self._nodes, self._instead, self._rescaled = nodes, instead, rescaled
+        self.seen: dict[str, Tensor] = {}
+        self.read: dict[str, Tensor] = {}
 
     def run(self, *args):
         with torch.no_grad():
@@ -235,5 +248,21 @@ class _Watch(Interpreter):
         value = super().run_node(node)
         if (name := self._nodes.get(node)) is None:
             return value
-        self.seen[name] = value
-        return self._instead.get(name, value)
+        self.seen[name], self.read[name] = value, self.fetch_args_kwargs_from_env(node)[0][0]
+        if name not in self._instead:
+            return value
+        other = self._instead[name]
+        if name not in self._rescaled:
+            return other
+        return channelwise(value.flatten(0, -2), other.flatten(0, -2)).reshape(value.shape)
+
+
+def channelwise(want: Tensor, got: Tensor) -> Tensor:
+    """`got` times the factor for each channel that brings it closest to `want`, [rows, channels]."""
+    return got * channel_factors(want, got)
+
+
+def channel_factors(want: Tensor, got: Tensor) -> Tensor:
+    """The factor for each channel that brings `got` closest to `want`, both [rows, channels]; float32 [channels]."""
+    factors = (want * got).sum(0, dtype=torch.float64) / got.square().sum(0, dtype=torch.float64).clamp_min(1e-30)
+    return factors.float()

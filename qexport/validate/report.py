@@ -37,8 +37,11 @@ class Row(_Frozen):
             it is compared up to one factor for each channel, and an error that is such a factor shows in its reader.
         bytes: of a linear, what it takes in the file; bits: of them for each weight.
         kernel: operator that computes a linear in the optimized graph; provider: where. Empty where it is not known.
-        time_share: of a linear's operator in the time of a run over the validation prompt, 0 to 1.
+        time_share: of a linear's operators in the time of all kernels, 0 to 1, over the prompt that layers are compared
+            on; step_time_share: the same for steps of one token behind it. Linears that are one product share its time
+            by their columns. Null where it was not measured: of models without text there are no steps.
         branch_gain_db: by how much a linear's low-rank branch lowers the error of its weight.
+        fault: what is wrong with a linear that rounding does not explain, in words; empty where nothing is.
         kl_cost: by how much the mean KL of the logits falls when the value of this linear alone is the float one's.
     """
 
@@ -55,7 +58,9 @@ class Row(_Frozen):
     kernel: str = ""
     provider: str = ""
     time_share: Finite = None
+    step_time_share: Finite = None
     branch_gain_db: Finite = None
+    fault: str = ""
     kl_cost: Finite = None
 
 
@@ -95,6 +100,9 @@ class Layers(_Frozen):
         linears: the quantized linears, in order; blocks: what each block hands on, in order.
         attentions: what each attention makes, in order.
         ranges: of the inputs of linears, in order.
+        time_by_op: shares of the time of all kernels by operator, the largest first, over the prompt (or the first
+            inputs) that layers are compared on; step_time_by_op: the same for steps of one token behind it. Empty where
+            they were not measured, as on other providers than the CPU.
         sessions: how many were needed to stay within the memory budget.
         moved: linears that ran as another operator while their values were read than they do in the deployed model.
     """
@@ -106,6 +114,8 @@ class Layers(_Frozen):
     moved: tuple[Unfused, ...] = ()
     attentions: tuple[Row, ...] = ()
     ranges: tuple["InputRange", ...] = ()
+    time_by_op: dict[str, float] = Field(default_factory=dict)
+    step_time_by_op: dict[str, float] = Field(default_factory=dict)
 
 
 class InputRange(_Frozen):

@@ -26,11 +26,10 @@ from .layers import (
     channel_factors,
     in_groups,
     probes,
-    rescaled_linears,
     run_session,
     run_values,
 )  # fmt: skip
-from .reference import Feeds, FloatOutputs, Forced, Progress, watch
+from .reference import Feeds, FloatOutputs, Forced, Progress, channel_factors, watch
 
 _PREFIX = "correction of "
 
@@ -69,10 +68,10 @@ def kl_costs(
     def forced(block: Block) -> Forced:
         probe, state = deployed.enter(block.name), deployed.state
         if transformed:
-            rescaled.update(rescaled_linears(block))
-        found = {e.name: deployed.result(e) for e in probe.linears if e.name not in rescaled}
+            rescaled.update(rescaled_in_front(block).values())
+        found = {e.name: deployed.result(e) for e in probe.linears}
         deployed.state = deployed.values[probe.output.output] if probe.output else None
-        return Forced(state, found)
+        return Forced(state, found, rescaled)
 
     for seen in watch(captured, feeds, {entry.name for entry in manifest.linears}, forced):
         probe = deployed.probe
@@ -84,7 +83,7 @@ def kl_costs(
                 progress(entry.name, len(falls), len(values))
             want, got = seen.own_linears[entry.name], deployed.result(entry)
             if entry.name in rescaled:
-                factors = channel_factors(want, got)
+                factors = channel_factors(flat(want), flat(got))
                 want = [value / factors for value in want]
             falls[entry.name] = whole - corrected.kl(entry.output, _in_columns(entry, _minus(want, got), deployed))
     if progress:

@@ -6,7 +6,11 @@ from collections import Counter
 from collections.abc import Sequence
 
 from .report import HALF, Greedy, Logits, Reference, Report
-from .wording import decibels, kernels, number, own, rank, worst_first
+from .wording import decibels, faulty, kernels, number, own, rank, worst_first
+
+ATTENTION = ("GroupQueryAttention", "Attention", "MultiHeadAttention")
+# Share of a value beyond its static scale from which it is worth a sentence: calibration on other text leaves less.
+_CLIPPED = 1e-3
 
 # Errors of rounding are proportional to the unit of the dtype, and KL to their square. From float16 (2^-11) to float32
 # (2^-24) the errors shrink by 2^13 and KL by 2^26; half of that is left for kernels that approximate exp and sum in
@@ -21,8 +25,10 @@ _HALF_OF_HALF = 10.0
 
 def with_verdict(report: Report) -> Report:
     """The report with its sentences."""
-    problems = [*_fusion_problems(report), *_placement_problems(report), *_number_problems(report)]
-    problems += reference_problems(report.references)
+    problems = [
+        *_fusion_problems(report), *_placement_problems(report), *_number_problems(report), *_fault_problems(report),
+        *reference_problems(report.references),
+    ]  # fmt: skip
     return report.model_copy(update={"problems": tuple(problems), "verdict": (*problems, *_facts(report))})
 
 
@@ -83,6 +89,47 @@ def _explained(name: str, half: float | None) -> float | None:
     return None if half is None else _HALF_OF_HALF * half
 
 
+def _fault_problems(report: Report) -> list[str]:
+    """What rounding does not explain; operators that are not the planned ones have sentences of their own."""
+    unfused = {found.name for found in report.placement.unfused}
+    return [f"{row.name}: {row.fault}" for row in faulty(report.layers.linears) if row.name not in unfused]
+
+
+def _time(report: Report) -> list[str]:
+    """Where the time of a prompt and of a step goes."""
+    layers, parts = report.layers, []
+    for what, by_op, shares in (
+        ("a prompt", layers.time_by_op, [row.time_share for row in layers.linears]),
+        ("a step", layers.step_time_by_op, [row.step_time_share for row in layers.linears]),
+    ):
+        if by_op and None not in shares:
+            attention = sum(share for op, share in by_op.items() if op in ATTENTION)
+            what = "a run" if report.logits is None else what
+            parts.append(f"{sum(shares):.0%} of the time of {what} ({attention:.0%} are attention)")
+    return [f"quantized linears take {' and '.join(parts)}"] if parts else []
+
+
+def _values(report: Report) -> list[str]:
+    """What comes out of attentions, and what static scales cut off."""
+    facts = []
+    if report.layers.attentions:
+        worst = worst_first(report.layers.attentions)[0]
+        lowest = min(report.layers.attentions, key=lambda row: math.inf if row.sqnr_db is None else row.sqnr_db)
+        facts.append(
+            f"what comes out of {lowest.name} has the lowest SQNR of all attentions, "
+            f"{decibels(lowest.sqnr_db, lowest)}, and {worst.name} makes the largest errors itself, "
+            f"{decibels(own(worst), worst)}"
+        )
+    clipped = [found for found in report.layers.ranges if (found.clipped or 0) >= _CLIPPED]
+    if clipped:
+        most = max(clipped, key=lambda found: found.clipped)
+        others = f"; {len(clipped)} values have more than {_CLIPPED:.1%} there" if len(clipped) > 1 else ""
+        facts.append(
+            f"{most.clipped:.2%} of what {_listed(list(most.linears), 3)} read is beyond its static scale{others}"
+        )
+    return facts
+
+
 def _facts(report: Report) -> list[str]:
     facts = []
     total = sum(report.placement.kernels.values())
@@ -91,10 +138,11 @@ def _facts(report: Report) -> list[str]:
     if report.placement.prompt_kernels:
         facts.append("what was measured are prompts; steps of a few tokens have numbers of their own")
     if report.layers.linears:
-        order = worst_first(report.layers.linears)
+        order = sorted(report.layers.linears, key=rank)
         median = statistics.median_low(map(rank, order))
         others = f"; the median linear has {median:.1f} dB" if math.isfinite(median) else ""
         facts.append(f"{order[0].name} has the lowest SQNR, {decibels(own(order[0]), order[0])}{others}")
+    facts += _values(report)
     if report.layers.blocks:
         last = report.layers.blocks[-1]
         facts.append(f"behind all blocks the SQNR is {decibels(last.sqnr_db, last)}")
@@ -109,6 +157,7 @@ def _facts(report: Report) -> list[str]:
             f"({largest.kernel:.1%}, {largest.kernel_without_zeros:.1%} of those not zero anyway) in front of "
             f"{_listed(list(largest.linears), 3)}"
         )
+    facts += _time(report)
     if report.logits is not None and report.logits.kl_mean is not None:
         scores = report.logits
         note = " (text without a standard: not to be compared with published perplexities)" if report.own_text else ""

@@ -40,8 +40,24 @@ def summary_rows(report: Report) -> list[tuple[str, str, str]]:
 
 
 def worst_first(rows: Iterable[Row]) -> list[Row]:
-    """Rows by the errors made in them alone: not finite first, then ascending own SQNR, equal ones last."""
-    return sorted(rows, key=rank)
+    """Rows by the errors made in them alone: not finite first, then those with a fault; within, ascending own SQNR."""
+    return sorted(rows, key=lambda row: (row.max_abs_error is not None, not row.fault, rank(row)))
+
+
+def faulty(rows: Iterable[Row]) -> list[Row]:
+    """Those with errors that rounding does not explain, worst first."""
+    return [row for row in worst_first(rows) if row.fault]
+
+
+def worst_linears(report: Report, most: int = 10) -> list[tuple[str, str, str, str, str]]:
+    """(linear, own SQNR, bits a weight, kernel, share of a prompt's time) of the worst ones, for a table."""
+    return [
+        (
+            row.name, decibels(own(row), row), "" if row.bits is None else f"{row.bits:.2f}", row.kernel,
+            "" if row.time_share is None else f"{row.time_share:.1%}",
+        )
+        for row in worst_first(report.layers.linears)[:most]
+    ]  # fmt: skip
 
 
 def own(row: Row) -> float | None:

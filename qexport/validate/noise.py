@@ -1,0 +1,188 @@
+"""What deployed linears make of white noise: their weights, in whatever form the file has them.
+
+On a text a few channels carry most of a value, and the errors of the weights behind them hide all others. Noise in
+every channel alike weighs every weight alike, so a scale that is wrong stands out of the rounding around it.
+"""
+
+import os
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence, Set
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx
+import torch
+from torch import Tensor
+
+from ..capture.graph import Captured
+from ..errors import RuntimeProblem
+from ..passes.sites import linears
+from ..runtime.branches import PROMPTS, only
+from ..runtime.manifest import MODEL_FILE, LinearEntry, Manifest
+from ..runtime.session import ARRAY_TYPES, open_session
+from .faults import fault_of_weight
+from .reference import Watched, channelwise
+
+ROWS = 256
+_UNEXPLAINED = 0.01  # of what linears read; a cache of 4 bits leaves less
+_CUT = "noise/"  # in front of the names of values that are given instead of computed
+
+
+@dataclass(frozen=True)
+class Heard:
+    """What a linear made of noise: x float32 [ROWS, K], y float32 [ROWS, N]."""
+
+    x: Tensor
+    y: Tensor
+
+
+class Noise:
+    """The linears of a deployed file, each on its own.
+
+    Args:
+        limits: what static quantization lets through, by the name of the value; see `ranges.static_limits`.
+    """
+
+    def __init__(
+        self, folder: Path, manifest: Manifest, limits: Mapping[str, tuple[float, float]],
+        threads: int | None = None, provider: str | None = None,
+    ):  # fmt: skip
+        self._folder, self._manifest, self._limits = folder, manifest, limits
+        self._threads, self._provider = threads, provider
+        self._model = only(onnx.load(folder / MODEL_FILE, load_external_data=False), PROMPTS)
+        self._makers = {name: node for node in self._model.graph.node for name in node.output}
+
+    def run(self, entries: Sequence[LinearEntry], channels: Mapping[str, tuple[int, Tensor]]) -> dict[str, Heard]:
+        """What linears read and make; those that read something else besides are left out.
+
+        Args:
+            channels: by the name of a value its rank, and bool [K]: the channels that are not to be silent.
+
+        Raises:
+            InputError: the folder cannot be written.
+            RuntimeProblem: ONNX Runtime fails.
+        """
+        random = torch.Generator().manual_seed(0)
+        noise = {}
+        for value, (_, loud) in channels.items():
+            # Signs are on every symmetric grid: rounding the input adds nothing to the errors of the weight.
+            size = self._limits.get(value, (0.0, 1.0))[1]
+            noise[value] = (torch.randint(0, 2, (ROWS, len(loud)), generator=random) * 2.0 - 1) * size * loud
+        nodes = {e.output: found for e in entries if (found := self._between(e.output, set(noise))) is not None}
+        if not nodes:
+            return {}
+        with self._file(nodes, list(noise)) as path:
+            session = open_session(path, self._manifest, threads=self._threads, provider=self._provider)
+        feeds = {}
+        for port in session.get_inputs():
+            value = port.name.removeprefix(_CUT)
+            shape = (1,) * (channels[value][0] - 2) + noise[value].shape
+            feeds[port.name] = noise[value].reshape(shape).numpy().astype(ARRAY_TYPES[port.type])
+        try:
+            made = dict(zip(nodes, session.run(list(nodes), feeds), strict=True))
+        except Exception as error:  # onnxruntime has one exception class for each status code and no base class
+            raise RuntimeProblem(f"the model's linears fail on noise: {error}") from error
+        heard = {}
+        for entry in entries:
+            if entry.output in made:
+                y = torch.from_numpy(made[entry.output]).flatten(0, -2)[:, slice(*(entry.columns or (None,)))]
+                heard[entry.name] = Heard(noise[entry.input], y.float())
+        return heard
+
+    def _between(self, output: str, given: set[str]) -> set[str] | None:
+        """Names of the nodes between given values and an output; None where the output needs more than these."""
+        constants = {tensor.name for tensor in self._model.graph.initializer}
+        nodes, waiting, first = set(), [output], True
+        while waiting:
+            name = waiting.pop()
+            if name == "" or name in constants or (name in given and not first):
+                continue
+            first = False
+            if name not in self._makers:
+                return None
+            if (node := self._makers[name]).name not in nodes:
+                nodes.add(node.name)
+                waiting += node.input
+        return nodes
+
+    @contextmanager
+    def _file(self, nodes: Mapping[str, set[str]], given: Sequence[str]) -> Iterator[Path]:
+        graph, wanted = self._model.graph, set().union(*nodes.values())
+        part = onnx.ModelProto()
+        part.CopyFrom(onnx.ModelProto(ir_version=self._model.ir_version, opset_import=self._model.opset_import))
+        part.graph.name = graph.name
+        for node in graph.node:
+            if node.name in wanted:
+                part.graph.node.add().CopyFrom(node)
+                part.graph.node[-1].input[:] = [_CUT + name if name in given else name for name in node.input]
+        read = {name for node in part.graph.node for name in node.input}
+        part.graph.initializer.extend(tensor for tensor in graph.initializer if tensor.name in read)
+        for name in given:
+            if _CUT + name in read:
+                part.graph.input.append(onnx.helper.make_tensor_value_info(_CUT + name, self._type(name), None))
+        part.graph.output.extend(onnx.ValueInfoProto(name=name) for name in nodes)
+        # In the same folder, because ONNX Runtime refuses data that lie, or are linked, outside of the model's folder.
+        handle, place = tempfile.mkstemp(dir=self._folder, prefix=".noise.", suffix=".onnx")
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(part.SerializeToString())
+            yield Path(place)
+        finally:
+            Path(place).unlink(missing_ok=True)
+
+    def _type(self, value: str) -> int:
+        maker = self._makers.get(value)
+        if maker is not None and maker.op_type == "Cast":
+            return next(attribute.i for attribute in maker.attribute if attribute.name == "to")
+        return onnx.TensorProto.FLOAT16 if self._manifest.dtype == "float16" else onnx.TensorProto.FLOAT
+
+
+def weight_faults(
+    captured: Captured, entries: Sequence[LinearEntry], seen: Watched, values: Mapping[str, Sequence[Tensor]],
+    noise: Noise, rescaled: Set[str], transformed: bool,
+) -> dict[str, str]:  # fmt: skip
+    """What is wrong with the weights of a block's linears, in words, by name; see `faults.fault_of_weight`.
+
+    Args:
+        values: deployed ones, by name in the file.
+        rescaled: linears whose outputs are off by factors on purpose.
+        transformed: the export folded factors into linears. They are told by the values that linears read; where these
+            differ by more than factors, there is nothing to compare a weight with.
+    """
+    factors: dict[str, Tensor] = {}
+    for entry in entries:
+        if entry.input and entry.input not in factors:
+            given = values[entry.input]
+            plain = torch.ones(given[0].shape[-1])
+            found = _factors(seen.own_inputs[entry.name], given) if transformed else plain
+            if found is not None:
+                factors[entry.input] = found
+    ranks = {name: values[name][0].dim() for name in factors}
+    heard = noise.run(
+        [entry for entry in entries if entry.input in factors],
+        {name: (ranks[name], factor != 0) for name, factor in factors.items()},
+    )
+    found = {linear.name: linear for linear in linears(seen.block.module.graph)}
+    faults = {}
+    for entry in entries:
+        if entry.name in heard:
+            x, y = heard[entry.name].x, heard[entry.name].y
+            factor = factors[entry.input]
+            weight = captured.load(found[entry.name].weight).float() / torch.where(factor != 0, factor, 1.0)
+            want = x @ weight.t()
+            if found[entry.name].bias:
+                want += captured.load(found[entry.name].bias).float()
+            got = channelwise(want, y) if entry.name in rescaled else y
+            faults[entry.name] = fault_of_weight(x, weight, got - want, entry.scheme)
+    return faults
+
+
+def _factors(want: Sequence[Tensor], got: Sequence[Tensor]) -> Tensor | None:
+    """The factor of each channel of `got`, [K], 0 where there is no signal; None where factors do not explain it."""
+    pairs = [(w.flatten(0, -2), g.flatten(0, -2).float()) for w, g in zip(want, got, strict=True)]
+    square = sum(w.square().sum(0, dtype=torch.float64) for w, _ in pairs)
+    factor = (sum((w * g).sum(0, dtype=torch.float64) for w, g in pairs) / square.clamp_min(1e-30)).float()
+    rest = sum(float((g - w * factor).square().sum()) for w, g in pairs)
+    whole = sum(float(g.square().sum()) for _, g in pairs)
+    return factor if rest <= _UNEXPLAINED * whole else None
