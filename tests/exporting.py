@@ -19,7 +19,7 @@ from qexport.passes.edit import attributes, get_tensor, set_tensor
 from qexport.recipe import Recipe
 from qexport.runtime.manifest import CPU, MODEL_FILE, Manifest
 from qexport.runtime.session import open_session
-from qexport.validate.layers import run_session
+from qexport.validate.running import run_session
 from stepping import Runner, block_runner
 
 exporting = importlib.import_module("qexport.export")  # the package's attribute of this name is the function

@@ -27,12 +27,13 @@ from ..runtime.session import open_session
 from .circumstances import settings, versions
 from .float_forms import compare_forms
 from .greedy import compare_greedy
-from .layers import compare, compare_layers, run_session
+from .layers import compare, compare_layers
 from .logits import check_all_logits, compare_logits, deployed_logits
 from .placement import examine
 from .record import REPORT_FILE, exported_activations, load, save
 from .reference import Feeds, FloatOutputs, check_same_model, decoder_feeds, module_feeds
 from .report import Report, Row
+from .running import run_session
 from .text import Text, choose_text
 from .timing import measure, with_times
 from .verdict import with_verdict

@@ -4,8 +4,6 @@ On a text a few channels carry most of a value, and the errors of the weights be
 every channel alike weighs every weight alike, so a scale that is wrong stands out of the rounding around it.
 """
 
-import os
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,13 +14,14 @@ import torch
 from torch import Tensor
 
 from ..capture.graph import Captured
-from ..errors import RuntimeProblem
 from ..passes.sites import linears
 from ..runtime.branches import PROMPTS, only
 from ..runtime.manifest import MODEL_FILE, LinearEntry, Manifest
-from ..runtime.session import ARRAY_TYPES, open_session
+from ..runtime.session import open_session
+from ..runtime.values import ELEMENT_TYPES
 from .faults import fault_of_weight
 from .reference import Watched, channelwise
+from .running import beside, run_session
 
 ROWS = 256
 _UNEXPLAINED = 0.01  # of what linears read; a cache of 4 bits leaves less
@@ -78,15 +77,12 @@ class Noise:
         for port in session.get_inputs():
             value = port.name.removeprefix(_CUT)
             shape = (1,) * (channels[value][0] - 2) + noise[value].shape
-            feeds[port.name] = noise[value].reshape(shape).numpy().astype(ARRAY_TYPES[port.type])
-        try:
-            made = dict(zip(nodes, session.run(list(nodes), feeds), strict=True))
-        except Exception as error:  # onnxruntime has one exception class for each status code and no base class
-            raise RuntimeProblem(f"the model's linears fail on noise: {error}") from error
+            feeds[port.name] = noise[value].reshape(shape)
+        made = run_session(session, feeds, list(nodes))
         heard = {}
         for entry in entries:
             if entry.output in made:
-                y = torch.from_numpy(made[entry.output]).flatten(0, -2)[:, slice(*(entry.columns or (None,)))]
+                y = made[entry.output].flatten(0, -2)[:, slice(*(entry.columns or (None,)))]
                 heard[entry.name] = Heard(noise[entry.input], y.float())
         return heard
 
@@ -122,20 +118,14 @@ class Noise:
             if _CUT + name in read:
                 part.graph.input.append(onnx.helper.make_tensor_value_info(_CUT + name, self._type(name), None))
         part.graph.output.extend(onnx.ValueInfoProto(name=name) for name in nodes)
-        # In the same folder, because ONNX Runtime refuses data that lie, or are linked, outside of the model's folder.
-        handle, place = tempfile.mkstemp(dir=self._folder, prefix=".noise.", suffix=".onnx")
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(part.SerializeToString())
-            yield Path(place)
-        finally:
-            Path(place).unlink(missing_ok=True)
+        with beside(self._folder, part) as path:
+            yield path
 
     def _type(self, value: str) -> int:
         maker = self._makers.get(value)
         if maker is not None and maker.op_type == "Cast":
             return next(attribute.i for attribute in maker.attribute if attribute.name == "to")
-        return onnx.TensorProto.FLOAT16 if self._manifest.dtype == "float16" else onnx.TensorProto.FLOAT
+        return ELEMENT_TYPES[f"tensor({self._manifest.dtype.replace('float32', 'float')})"]
 
 
 def weight_faults(

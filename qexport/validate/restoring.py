@@ -7,6 +7,7 @@ session serves for all, with the deployed weights; of the float model one block 
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import onnx
@@ -14,22 +15,14 @@ import onnxruntime as ort
 import torch
 from torch import Tensor
 
-from ..capture.blocks import Block
 from ..capture.graph import Captured
 from ..runtime.branches import PROMPTS, only
 from ..runtime.manifest import MODEL_FILE, LinearEntry, Manifest
 from ..runtime.session import open_session
-from .layers import (
-    BUDGET,
-    Deployed,
-    beside,
-    channel_factors,
-    in_groups,
-    probes,
-    run_session,
-    run_values,
-)  # fmt: skip
-from .reference import Feeds, FloatOutputs, Forced, Progress, channel_factors, watch
+from .layers import flat
+from .probes import BUDGET, Deployed, in_groups, probes
+from .reference import Feeds, FloatOutputs, Progress, channel_factors, watch
+from .running import beside, run_session, run_values
 
 _PREFIX = "correction of "
 
@@ -56,24 +49,16 @@ def kl_costs(
     """
     rows = sum(batch["input_ids"].numel() for batch in feeds)
     groups = in_groups(probes(captured, manifest, rows), budget)
-    deployed = Deployed(groups, lambda values: run_values(folder, manifest, values, feeds, threads, provider))
+    run = partial(run_values, folder, manifest, feeds=feeds, threads=threads, provider=provider)
+    deployed = Deployed(groups, run, transformed)
     table = _embedding(folder, captured, manifest)
     values = [entry.output for entry in manifest.linears] + ([table] if table else [])
     with _correctable(folder, dict.fromkeys(values)) as path:
         session = open_session(path, manifest, threads=threads, provider=provider)
     corrected = _Corrected(session, feeds, _float_logits(captured, feeds))
     whole, falls = corrected.kl(), {}
-    rescaled: set[str] = set()
 
-    def forced(block: Block) -> Forced:
-        probe, state = deployed.enter(block.name), deployed.state
-        if transformed:
-            rescaled.update(rescaled_in_front(block).values())
-        found = {e.name: deployed.result(e) for e in probe.linears}
-        deployed.state = deployed.values[probe.output.output] if probe.output else None
-        return Forced(state, found, rescaled)
-
-    for seen in watch(captured, feeds, {entry.name for entry in manifest.linears}, forced):
+    for seen in watch(captured, feeds, {entry.name for entry in manifest.linears}, deployed.forced):
         probe = deployed.probe
         if table and probe.output is not None and probe.output.output == table:
             differences = _minus(seen.output, deployed.values[table])
@@ -82,7 +67,7 @@ def kl_costs(
             if progress:
                 progress(entry.name, len(falls), len(values))
             want, got = seen.own_linears[entry.name], deployed.result(entry)
-            if entry.name in rescaled:
+            if entry.name in deployed.rescaled:
                 factors = channel_factors(flat(want), flat(got))
                 want = [value / factors for value in want]
             falls[entry.name] = whole - corrected.kl(entry.output, _in_columns(entry, _minus(want, got), deployed))

@@ -14,9 +14,9 @@ from ..runtime.branches import PROMPTS
 from ..runtime.decoder import Decoder
 from ..runtime.manifest import CPU, LinearEntry, Manifest
 from ..runtime.session import open_session
-from .layers import run_session
 from .reference import Feeds
 from .report import Layers
+from .running import run_session
 
 _RUNS = 5  # that count; one more before them does not
 _KERNEL = "_kernel_time"  # behind the name of a node, in the name of an event

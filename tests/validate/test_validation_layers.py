@@ -10,8 +10,10 @@ from qexport.runtime import manifest as manifests
 from qexport.runtime.manifest import BlockEntry
 from qexport.runtime.session import optimized_graph
 from qexport.validate import layers, validate
-from qexport.validate.layers import Probe, compare_layers, in_groups, probes, with_outputs
+from qexport.validate.layers import compare_layers
+from qexport.validate.probes import Probe, in_groups, probes
 from qexport.validate.reference import FloatOutputs, Forced, decoder_feeds, module_feeds, watch
+from qexport.validate.running import with_outputs
 
 
 @given(st.lists(st.integers(0, 50), max_size=12), st.integers(1, 100))
@@ -45,9 +47,9 @@ def feeds_of(captured):
 def test_a_small_budget_gives_the_same_rows_block_by_block(decoder, monkeypatch):
     captured, folder, manifest = decoder
     graph, asked = optimized_graph(folder, manifest), []
-    real = layers._run
+    real = layers.run_values
     monkeypatch.setattr(
-        layers, "_run", lambda f, m, values, *rest: asked.append(list(values)) or real(f, m, values, *rest)
+        layers, "run_values", lambda f, m, values, **rest: asked.append(list(values)) or real(f, m, values, **rest)
     )
     options = dict(rows=20, transformed=False)
     whole = compare_layers(folder, manifest, captured, feeds_of(captured), graph, **options)
