@@ -35,6 +35,21 @@ def weights_of(captured: Captured, block: Block):
 @contextmanager
 def loaded(captured: Captured):
     """Hold all weights inside the `with`; yields step(input_ids [b, s], past | None) -> (last logits [b, V], past)."""
+    with running(captured) as run:
+
+        def step(ids: torch.Tensor, past: dict[str, torch.Tensor] | None):
+            logits, past = run(ids, past, 1)
+            return logits[:, -1], past
+
+        yield step
+
+
+@contextmanager
+def running(captured: Captured):
+    """The same for the logits of more positions than the last.
+
+    Yields run(input_ids [b, s], past | None, n) -> (logits of the last n positions [b, n, V], past).
+    """
     tensors: dict[str, torch.Tensor] = {}
     for block in captured.blocks:
         for name in block.parameters:
@@ -42,13 +57,13 @@ def loaded(captured: Captured):
                 tensors[name] = captured.load(name)
             set_tensor(block.module, name, tensors[name])
     try:
-        yield lambda ids, past: _step(captured, ids, past)
+        yield lambda ids, past, last: _run(captured, ids, past, last)
     finally:
         for block in captured.blocks:
             unload(block.module)
 
 
-def _step(captured: Captured, ids: torch.Tensor, past: dict[str, torch.Tensor] | None):
+def _run(captured: Captured, ids: torch.Tensor, past: dict[str, torch.Tensor] | None, last: int):
     batch, new = ids.shape
     caches = [port for port in captured.inputs if port.name.startswith("past_key_values")]
     if past is None:
@@ -63,9 +78,9 @@ def _step(captured: Captured, ids: torch.Tensor, past: dict[str, torch.Tensor] |
     values = {port.value: feeds[port.name] for port in captured.inputs}
     with torch.no_grad():
         for index, block in enumerate(captured.blocks):
-            if index == len(captured.blocks) - 1:  # only the last position is read
-                values = {n: v[:, -1:] if n in block.inputs and v.dim() == 3 else v for n, v in values.items()}
+            if index == len(captured.blocks) - 1:  # the others are not read
+                values = {n: v[:, -last:] if n in block.inputs and v.dim() == 3 else v for n, v in values.items()}
             values.update(zip(block.outputs, block.module(*(values[n] for n in block.inputs)), strict=True))
     results = {port.name: values[port.value] for port in captured.outputs}
     present = {name.replace("present", "past_key_values"): v for name, v in results.items() if name != "logits"}
-    return results["logits"][:, -1], present
+    return results["logits"][:, -last:], present

@@ -38,10 +38,9 @@ class Sampling:
 def probabilities(logits: np.ndarray, sampling: Sampling) -> np.ndarray:
     """Distribution the next token is drawn from: float64 [vocab] for logits [vocab] of any float dtype."""
     scaled = logits.astype(np.float64) / sampling.temperature
-    order = np.argsort(-scaled, kind="stable")
-    if sampling.top_k:
-        order = order[: sampling.top_k]
-    kept = np.exp(scaled[order] - scaled[order[0]])
+    order = _likeliest_first(scaled, sampling)
+    kept = scaled[order]
+    kept = np.exp(kept - kept.max())
     kept /= kept.sum()
     if sampling.top_p < 1:
         # The token that reaches p belongs to the set, so the first one always stays.
@@ -51,6 +50,20 @@ def probabilities(logits: np.ndarray, sampling: Sampling) -> np.ndarray:
     result = np.zeros(scaled.shape)
     result[order] = kept
     return result
+
+
+def _likeliest_first(scaled: np.ndarray, sampling: Sampling) -> np.ndarray | slice:
+    """Tokens that top_k keeps, likeliest first where top_p has to know.
+
+    Sorting a whole vocabulary takes longer than a step of a small model, so it is done only where the order matters.
+    """
+    if not sampling.top_k and sampling.top_p == 1:
+        return slice(None)
+    tokens, count = np.arange(len(scaled)), sampling.top_k or len(scaled)
+    if count < len(scaled):
+        last = np.partition(-scaled, count - 1)[count - 1]
+        tokens = np.flatnonzero(~(-scaled > last))  # with all that tie for the last place
+    return tokens[np.argsort(-scaled[tokens], kind="stable")][:count]
 
 
 def choose(

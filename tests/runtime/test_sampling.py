@@ -32,6 +32,11 @@ def test_distribution_follows_the_definition(logits, temperature, top_k, top_p):
     np.testing.assert_allclose(found, reference(logits, temperature, top_k, top_p), rtol=1e-9, atol=1e-15)
 
 
+def test_of_equal_logits_the_first_ones_are_kept():
+    found = probabilities(np.array([1, 3, 1, 2, 1, 1], np.float32), Sampling(top_k=4))
+    assert np.flatnonzero(found).tolist() == [0, 1, 2, 3]
+
+
 def test_draws_follow_the_distribution():
     logits = np.log(np.array([[0.1, 0.2, 0.7]], np.float32))
     generator = np.random.default_rng(0)
