@@ -1,8 +1,8 @@
 """Quantize PyTorch models through torch.fx passes and run them in ONNX Runtime.
 
-Everything public is here: `export`, `export_auto`, `inspect`, `validate`, `generate`, `bench`, `optimize`, `diagnose`,
-`render`, `compare`, and the types they take and return. Names are loaded when they are first used, so that importing
-qexport costs nothing.
+Everything public is here: `export`, `export_auto`, `inspect`, `validate`, `generate`, `bench`, `study`, `optimize`,
+`diagnose`, `render`, `compare`, and the types they take and return. Names are loaded when they are first used, so that
+importing qexport costs nothing.
 """
 
 import sys
@@ -29,11 +29,14 @@ if TYPE_CHECKING:
     from .runtime.generate import generate_text as generate  # noqa: F401
     from .runtime.optimized import OptimizedInfo as OptimizedInfo
     from .runtime.optimized import optimize as optimize
+    from .study import Grid as Grid
+    from .study import study as study
     from .validate import validate as validate
 
 _WHERE = {
     "AutoResult": ("auto.exporting", "AutoResult"),
     "ExportResult": ("export", "ExportResult"),
+    "Grid": ("study.grid", "Grid"),
     "Inspection": ("inspecting", "Inspection"),
     "OptimizedInfo": ("runtime.optimized", "OptimizedInfo"),
     "QExportError": ("errors", "QExportError"),
@@ -48,6 +51,7 @@ _WHERE = {
     "inspect": ("inspecting", "inspect"),
     "optimize": ("runtime.optimized", "optimize"),
     "render": ("rendering", "render"),
+    "study": ("study", "study"),
     "validate": ("validate", "validate"),
 }
 

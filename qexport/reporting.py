@@ -14,6 +14,7 @@ from .planning import described_embedding
 from .runtime.bench import BenchResult
 from .runtime.doctor import Check
 from .runtime.optimized import OptimizedInfo
+from .study.result import Row, Study
 from .validate import Report, summary_rows, worst_linears
 from .validate.wording import number
 
@@ -244,6 +245,44 @@ def in_words(result: BenchResult) -> str:
 
 def _ratio(result: BenchResult, name: str) -> str:
     return f"{result.ratios[name]:.2f}" if name in result.ratios else ""
+
+
+def print_study(result: Study) -> None:
+    """Every format under every setting, what the formats are, and the conclusions."""
+    columns = [
+        "format", "temperature", "top-k", "new tokens", "distance", "same start", "same tokens", "perplexity",
+        "to float's", "repeated", "distinct-1", "distinct-2", "tokens/s",
+    ]  # fmt: skip
+    print_table(columns, [_study_row(row) for row in result.rows])
+    print()
+    print_table(
+        ["format", "runs in", "model file", "tokens/s"],
+        [[f.name, f.runtime, megabytes(f.model_bytes), _fixed(f.tokens_per_second, 1)] for f in result.formats],
+    )
+    texts = f"{len(result.prompts)} prompts, seeds {', '.join(map(str, result.seeds))}"
+    print(f"{texts}; means and standard errors over prompts; `qexport study --help` says what the columns are\n")
+    for sentence in result.conclusions:
+        print(f"- {sentence}")
+
+
+def _study_row(row: Row) -> list[Any]:
+    def cell(name: str, digits: int) -> str:
+        value, error = getattr(row, name), getattr(row, f"{name}_error")
+        return _fixed(value, digits) if error is None else f"{value:.{digits}f} ± {error:.{digits}f}"
+
+    measures = {
+        "distance": 3, "prefix_share": 2, "token_agreement": 2, "perplexity": 2, "perplexity_ratio": 2, "repetition": 3,
+        "distinct_1": 2, "distinct_2": 2,
+    }  # fmt: skip
+    setting = [f"{row.temperature:g}", str(row.top_k) if row.top_k else "off" if row.temperature else "any"]
+    return [
+        row.format, *setting, row.max_new_tokens, *(cell(name, digits) for name, digits in measures.items()),
+        _fixed(row.tokens_per_second, 1),
+    ]  # fmt: skip
+
+
+def _fixed(value: float | None, digits: int) -> str:
+    return "" if value is None else f"{value:.{digits}f}"
 
 
 def print_optimized(result: OptimizedInfo) -> None:
