@@ -259,8 +259,11 @@ def print_study(result: Study) -> None:
         ["format", "runs in", "model file", "tokens/s"],
         [[f.name, f.runtime, megabytes(f.model_bytes), _fixed(f.tokens_per_second, 1)] for f in result.formats],
     )
-    texts = f"{len(result.prompts)} prompts, seeds {', '.join(map(str, result.seeds))}"
-    print(f"{texts}; means and standard errors over prompts; `qexport study --help` says what the columns are\n")
+    several = len(result.prompts) > 1
+    print(
+        f"{len(result.prompts)} prompt{'s' if several else ''}, seeds {', '.join(map(str, result.seeds))}; means and "
+        f"standard errors over {'prompts' if several else 'seeds'}; `qexport study --help` says what the columns are\n"
+    )
     for sentence in result.conclusions:
         print(f"- {sentence}")
 

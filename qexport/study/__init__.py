@@ -96,7 +96,7 @@ def study(
         reference=captured.folder.name, prompts=texts, seeds=grid.seeds, temperatures=grid.temperatures,
         top_ks=grid.top_ks, max_new_tokens=grid.max_new_tokens, threads=threads, provider=provider or "",
         formats=tuple(formats), rows=tuple(table), choices=tuple(chosen),
-        conclusions=tuple(conclude(chosen, table, measured[grid.longest], sizes, grid)),
+        conclusions=tuple(conclude(chosen, table, measured[grid.longest], sizes, grid.longest)),
         versions={name: version(name) for name in ("qexport", "torch", "transformers", "numpy")}
         | {"onnxruntime": onnxruntime.__version__},
         seconds=round(time.perf_counter() - begin, 1),

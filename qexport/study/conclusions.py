@@ -7,7 +7,6 @@ have. With few prompts that is no more than a sign, and many comparisons are mad
 from collections.abc import Mapping, Sequence
 
 from ..console import megabytes
-from .grid import Grid
 from .result import Choice, Row
 from .summary import Group, Key, Measured, differences, mean_and_error
 
@@ -55,22 +54,22 @@ def choices(measured: Measured, sizes: Mapping[str, int], length: int) -> list[C
 
 
 def conclude(
-    chosen: Sequence[Choice], rows: Sequence[Row], measured: Measured, sizes: Mapping[str, int], grid: Grid
+    chosen: Sequence[Choice], rows: Sequence[Row], measured: Measured, sizes: Mapping[str, int], length: int
 ) -> list[str]:
     """All sentences.
 
     Args:
         chosen: choices of every length; rows: all.
-        measured: texts of the longest length; sizes: model bytes of the exports by name.
+        measured: texts of `length` tokens, the longest; sizes: model bytes of the exports by name.
     """
     if all(row.distance_error is None for row in rows):
         return ["one text of each format has no spread, so nothing can be called clear: give more prompts or seeds"]
     found = _takings(chosen, sizes)
     for name in sizes:
         settings = [key for key in measured.keys if key[0] == name]
-        for top_k in [k for k in grid.top_ks if any(t for _, t, own in settings if own == k)] or [0]:
+        for top_k in sorted({k for _, temperature, k in settings if temperature}) or [0]:
             keys = sorted(key for key in settings if key[2] == top_k or not key[1])
-            found.append(_sensitivity(name, top_k, keys, measured, rows, grid.longest))
+            found.append(_sensitivity(name, top_k, keys, measured, rows, length))
     return found
 
 

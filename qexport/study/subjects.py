@@ -62,7 +62,7 @@ def open_subjects(folders: Sequence[str | os.PathLike]) -> list[Subject]:
             )  # fmt: skip
         unique = counts[name] == 1 and name != FLOAT
         size = sum(file.stat().st_size for file in path.glob(f"{MODEL_FILE}*") if file.is_file())
-        found.append(Subject(name if unique else str(path), path, plan, _piece(plan), size))
+        found.append(Subject(name if unique else str(path.resolve()), path, plan, _piece(plan), size))
     return found
 
 

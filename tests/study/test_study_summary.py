@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from qexport.study.conclusions import choices, conclude, is_clear
-from qexport.study.grid import Draw, Grid
+from qexport.study.grid import Draw
 from qexport.study.summary import Measured, mean_and_error, rows
 from qexport.study.texts import Sample
 
@@ -105,20 +105,19 @@ def test_the_gain_is_that_of_pairs():
     assert found[1].distance == pytest.approx(0.3) and found[1].distance_error == pytest.approx(0.2)
 
 
-def sentences(texts, sizes, grid):
+def sentences(texts, sizes):
     measured = Measured(texts, "float", 6)
     table = rows({6: measured}, ["float", *sizes])
-    return conclude(choices(measured, sizes, 6), table, measured, sizes, grid)
+    return conclude(choices(measured, sizes, 6), table, measured, sizes, 6)
 
 
 def test_sentences_say_what_the_numbers_say():
-    grid = Grid(temperatures=(0, 0.8), top_ks=(50,), max_new_tokens=(6,), seeds=(0,))
     warm = Draw(0.8, 50, 0)
     texts = own(3, (GREEDY, warm))
     for prompt, noise in enumerate((0.0, 0.01, 0.02)):
         texts.append(sample("q", prompt, GREEDY, [1, 2, 3, 4, 5, 6], distance=0.1 + noise))
         texts.append(sample("q", prompt, warm, [1, 2, 3, 4, 5, 6], distance=0.4 + 2 * noise, nll=1.5 + noise))
-    take_cold, take_warm, sensitive = sentences(texts, {"q": 2_000_000}, grid)
+    take_cold, take_warm, sensitive = sentences(texts, {"q": 2_000_000})
     assert take_cold == "temperature 0, 6 new tokens: smallest is q (2.0 MB), distance 0.110 ± 0.006"
     assert take_warm == "temperature 0.8, top-k 50, 6 new tokens: smallest is q (2.0 MB), distance 0.420 ± 0.012"
     assert sensitive == (
@@ -129,6 +128,5 @@ def test_sentences_say_what_the_numbers_say():
 
 def test_one_text_proves_nothing_and_the_sentence_says_so():
     texts = [*own(1), sample("q", 0, GREEDY, [1, 9, 9, 9, 9, 9], distance=0.9)]
-    grid = Grid(temperatures=(0,), max_new_tokens=(6,), seeds=(0,))
-    (only,) = sentences(texts, {"q": 1}, grid)
+    (only,) = sentences(texts, {"q": 1})
     assert "nothing can be called clear" in only and "more prompts or seeds" in only
