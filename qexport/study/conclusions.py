@@ -1,7 +1,8 @@
 """What to take, and what temperature changes: sentences that follow from the texts by a rule, not from expectations.
 
 A difference is called clear when it is more than three of its standard errors, taken over the prompts that both sides
-have. With few prompts that is no more than a sign, and many comparisons are made: more prompts make it firmer.
+have, and more than rounding. With few prompts that is no more than a sign, and many comparisons are made: more prompts
+make it firmer.
 """
 
 from collections.abc import Mapping, Sequence
@@ -11,6 +12,7 @@ from .result import Choice, Row
 from .summary import Group, Key, Measured, differences, mean_and_error
 
 _ERRORS = 3
+_LEAST = 1e-3  # smaller differences are the rounding of float32, and show in no digit that is printed
 # What a text may have more or less of than the float model's own.
 _CHANGES = {
     "perplexity_ratio": "perplexity",
@@ -21,8 +23,8 @@ _CHANGES = {
 
 
 def is_clear(mean: float | None, error: float | None) -> bool:
-    """Whether a difference is more than three standard errors away from 0; never without an error."""
-    return mean is not None and error is not None and abs(mean) > _ERRORS * error
+    """Whether a difference is more than three standard errors and than rounding away from 0; never without an error."""
+    return mean is not None and error is not None and abs(mean) > max(_ERRORS * error, _LEAST)
 
 
 def choices(measured: Measured, sizes: Mapping[str, int], length: int) -> list[Choice]:
@@ -86,7 +88,7 @@ def _takings(chosen: Sequence[Choice], sizes: Mapping[str, int]) -> list[str]:
         ]
         names = {first.format, *(c.format for c in better)}
         if others := [name for name in sizes if name not in names]:
-            parts.append(f"not worth their size here: {', '.join(others)}")
+            parts.append(f"not clearly closer than a smaller one: {', '.join(others)}")
         sentences.append(f"{setting}: {'; '.join(parts)}")
     return sentences
 

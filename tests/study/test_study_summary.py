@@ -69,6 +69,7 @@ def test_every_cell_of_a_row():
 
 def test_clear_is_more_than_three_errors():
     assert is_clear(0.31, 0.1) and is_clear(-0.31, 0.1) and is_clear(0.1, 0.0)
+    assert not is_clear(1e-4, 1e-6)  # rounding, however steady
     assert not is_clear(0.3, 0.1) and not is_clear(5.0, None) and not is_clear(None, None) and not is_clear(0.0, 0.0)
 
 
@@ -85,18 +86,18 @@ def chosen(distances, sizes):
 
 
 def test_what_to_take_is_the_smallest_and_whatever_is_clearly_closer():
+    sizes = {"small": 10, "large": 20}
     near, far = [0.10, 0.11, 0.12, 0.10], [0.30, 0.31, 0.33, 0.30]
-    assert chosen({"small": far, "large": near}, {"small": 10, "large": 20}) == ["small", "large"]
-    assert chosen({"small": near, "large": far}, {"small": 10, "large": 20}) == ["small"]
+    assert chosen({"small": far, "large": near}, sizes) == ["small", "large"]
+    assert chosen({"small": near, "large": far}, sizes) == ["small"]
     # Of two of one size the closer one.
     assert chosen({"a": far, "b": near}, {"a": 10, "b": 10}) == ["b"]
     # A lower mean with prompts that contradict each other decides nothing.
     mixed = [0.02, 0.60, 0.01, 0.40]
-    assert chosen({"small": far, "large": mixed}, {"small": 10, "large": 20}) == ["small"]
+    assert chosen({"small": far, "large": mixed}, sizes) == ["small"]
     # Each is held against the last choice, not against the smallest alone.
     closest = [0.09, 0.12, 0.11, 0.11]
-    sizes = {"small": 10, "large": 20, "largest": 30}
-    assert chosen({"small": far, "large": near, "largest": closest}, sizes) == ["small", "large"]
+    assert chosen({"small": far, "large": near, "largest": closest}, sizes | {"largest": 30}) == ["small", "large"]
 
 
 def test_the_gain_is_that_of_pairs():
@@ -117,9 +118,16 @@ def test_sentences_say_what_the_numbers_say():
     for prompt, noise in enumerate((0.0, 0.01, 0.02)):
         texts.append(sample("q", prompt, GREEDY, [1, 2, 3, 4, 5, 6], distance=0.1 + noise))
         texts.append(sample("q", prompt, warm, [1, 2, 3, 4, 5, 6], distance=0.4 + 2 * noise, nll=1.5 + noise))
-    take_cold, take_warm, sensitive = sentences(texts, {"q": 2_000_000})
-    assert take_cold == "temperature 0, 6 new tokens: smallest is q (2.0 MB), distance 0.110 ± 0.006"
-    assert take_warm == "temperature 0.8, top-k 50, 6 new tokens: smallest is q (2.0 MB), distance 0.420 ± 0.012"
+        texts += [sample("big", prompt, draw, [1, 2], distance=0.1 + noise) for draw in (GREEDY, warm)]
+    take_cold, take_warm, sensitive, _ = sentences(texts, {"q": 2_000_000, "big": 9_000_000})
+    assert take_cold == (
+        "temperature 0, 6 new tokens: smallest is q (2.0 MB), distance 0.110 ± 0.006; "
+        "not clearly closer than a smaller one: big"
+    )
+    assert take_warm == (
+        "temperature 0.8, top-k 50, 6 new tokens: smallest is q (2.0 MB), distance 0.420 ± 0.012; "
+        "big (9.0 MB) is clearly closer, distance 0.110 ± 0.006"
+    )
     assert sensitive == (
         "q, top-k 50: distance 0.110 ± 0.006 at 0, 0.420 ± 0.012 at 0.8; clearly more at 0.8 than at 0. "
         "Its texts beside the float model's: perplexity x 1.67 ± 0.01 at 0.8"
