@@ -45,8 +45,8 @@ def compare_layers(
         RuntimeProblem: ONNX Runtime fails.
     """
     groups = in_groups(probes(captured, manifest, rows), budget)
-    everything = [value for group in groups for probe in group for value in probe.values()]
-    with with_outputs(folder, everything) as path:
+    everything = dict.fromkeys(value for group in groups for probe in group for value in probe.values())
+    with with_outputs(folder, list(everything)) as path:
         # Additional outputs can only prevent fusions: where all of them leave a linear its operator, some do.
         strayed = moved(plain, optimized_graph(path, manifest, provider=provider), manifest)
     run = partial(run_values, folder, manifest, feeds=feeds, threads=threads, provider=provider)

@@ -109,7 +109,7 @@ class Deployed:
         self.probe, group = self._groups.get(block, (Probe(block, (), None, 0), ()))
         if group and self.probe is group[0]:
             self.values = {}  # before the next ones come
-            self.values = self._run([value for member in group for value in member.values()])
+            self.values = self._run(list(dict.fromkeys(value for member in group for value in member.values())))
         return self.probe
 
     @property
