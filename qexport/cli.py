@@ -211,6 +211,9 @@ def validate(
     greedy: Annotated[
         int, typer.Option(min=0, help="New tokens that both models write greedily, to see where they part; 0: none.")
     ] = 32,
+    sensitivity: Annotated[
+        bool, typer.Option("--sensitivity", help="Also what each linear costs in KL, and overrides that buy it back.")
+    ] = False,
     threads: Threads = None,
     provider: Provider = None,
     as_json: Json = False,
@@ -233,6 +236,7 @@ def validate(
             provider=provider,
             references=references,
             greedy=greedy,
+            sensitivity=sensitivity,
             progress=progress,
         )
     if as_json:

@@ -27,6 +27,10 @@ class Allocation:
     choices: tuple[Choice, ...]
 
     @property
+    def schemes(self) -> tuple[str, ...]:
+        return tuple(choice.scheme for choice in self.choices)
+
+    @property
     def bytes(self) -> int:
         return sum(choice.bytes for choice in self.choices)
 

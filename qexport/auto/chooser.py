@@ -1,7 +1,8 @@
 """From costs to a recipe: what there is to choose from, what else is in the file, and the choice as overrides."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from ..calibrate.streams import Feeds
 from ..capture.graph import Captured
@@ -16,12 +17,13 @@ from ..recipe import Recipe
 from ..recipes.specs import FLOAT, Override
 from .allocate import Allocation, Choice, within_bytes, within_kl
 from .costs import scheme_costs
-from .importance import Progress
+from .importance import Importance, Progress
 from .schemes import SCHEMES
 
 # Of the KL of rounding to nearest, what methods that look at activations leave; until an export is measured.
 _LEFT = {"rtn": 1.0, "hqq": 0.9}
 _LEFT_BY_TRAINED = 0.35
+_LEAST_SHARE, _MOST_SHARE = 0.05, 1.5  # of the same, by linear: beyond are errors of measurement
 _GRAPH_BYTES = 1000  # of model.onnx for each linear and what surrounds it
 
 
@@ -47,7 +49,8 @@ class Chooser:
         self._check()
         self.left = _LEFT.get(recipe.weights.method, _LEFT_BY_TRAINED)
         schemes = [Scheme.parse(name) for name in SCHEMES[target]]
-        self._items = scheme_costs(captured, self._plan, self._embeddings, schemes, feeds, width, progress).items
+        self._costs = scheme_costs(captured, self._plan, self._embeddings, schemes, feeds, width, progress)
+        self._shares = [1.0] * len(self._costs.items)
         self._rest = _rest(captured, self._plan, self._embeddings, width, attention)
         projection = output_projection(captured)
         self._projection = projection.name if projection else ""
@@ -83,11 +86,31 @@ class Chooser:
         """Learn from an export that its file was so many bytes larger than foretold."""
         self._rest += more
 
+    @property
+    def importance(self) -> Mapping[str, Importance]:
+        """Of the result of every linear that is chosen for, by name."""
+        return self._costs.importance
+
+    def learn(self, allocation: Allocation, real: Mapping[str, float], kl: float) -> None:
+        """Learn from an export what the recipe's method leaves of the costs of rounding to nearest.
+
+        Args:
+            allocation: what was exported; real: cost of each linear in it; kl: its mean KL.
+        """
+        for place, (item, choice) in enumerate(zip(self._costs.items, allocation.choices, strict=True)):
+            expected = sum(self._costs.kl[name][choice.scheme] for name in item.linears)
+            if expected > 0:
+                share = sum(real[name] for name in item.linears) / expected
+                self._shares[place] = min(max(share, _LEAST_SHARE), _MOST_SHARE)
+        by_name = [{choice.scheme: choice.kl for choice in choices} for choices in self._choices]
+        now = sum(known[choice.scheme] for known, choice in zip(by_name, allocation.choices, strict=True))
+        self.left = kl / max(now, 1e-12)
+
     def _schemes(self, allocation: Allocation) -> dict[str, str]:
         """The scheme asked for, of every linear that is chosen for, and of a table of embeddings."""
         table = next((e.name for e in self._embeddings if e.scheme is not None), "")
         found = {}
-        for item, choice in zip(self._items, allocation.choices, strict=True):
+        for item, choice in zip(self._costs.items, allocation.choices, strict=True):
             found |= dict.fromkeys(item.linears or (table,), choice.scheme)
         return found
 
@@ -112,7 +135,9 @@ class Chooser:
 
     @property
     def _choices(self) -> list[tuple[Choice, ...]]:
-        return [item.choices for item in self._items]
+        """The choices of every item, their costs with what the recipe's method is known to leave of them."""
+        pairs = zip(self._costs.items, self._shares, strict=True)
+        return [tuple(replace(c, kl=c.kl * share) for c in item.choices) for item, share in pairs]
 
     def _check(self) -> None:
         quantized = [p for p in self._plan if p.scheme is not None]

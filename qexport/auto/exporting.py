@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ from ..export import ExportResult, capture, export, target_for
 from ..lower.folder import appearing, check_free
 from ..lower.grouping import check_attention
 from ..recipe import Recipe
+from ..validate.account import transforms
+from ..validate.costing import deployed_costs
 from ..validate.logits import compare_logits, deployed_logits
 from ..validate.record import keep
 from ..validate.reference import FloatOutputs, decoder_feeds
@@ -113,36 +116,41 @@ def export_auto(
     judged = choose_text(captured, text, windows, window, partial(progress, "text"))
     if max_bytes is not None:
         chooser.within_bytes(max_bytes)  # what cannot be is said before the work begins
-    reference = FloatOutputs(
-        captured, decoder_feeds(captured, judged.windows), ("logits",), partial(progress, "float model")
-    )
-    trial = out.parent / f".{out.name}.auto"
+    held = capture(model, trust_remote_code=trust_remote_code)  # whose last block stays loaded
+    reference = FloatOutputs(held, decoder_feeds(held, judged.windows), ("logits",), partial(progress, "float model"))
+    work, names = out.parent / f".{out.name}.auto", count()
 
     def attempt(allocation: Allocation) -> _Trial:
-        shutil.rmtree(trial, ignore_errors=True)
-        foretold = chooser.left * allocation.kl
+        trial, foretold = work / str(next(names)), chooser.left * allocation.kl
         made = export(
             model, chooser.recipe(allocation), out_dir=trial, target=target, dtype=dtype, calibration=calibration,
             attention=attention, trust_remote_code=trust_remote_code, progress=progress,
         )  # fmt: skip
         run = deployed_logits(trial, made.manifest, judged.windows.shape[1], provider=provider)
         logits = compare_logits(reference, judged.windows, run, partial(progress, "logits"))
+        if logits.kl_mean is None:
+            raise InputError("NaN or Inf comes out of the export", remedy="See `qexport validate` of a plain export")
+        real = deployed_costs(
+            trial, made.manifest, captured, feeds, chooser.importance, transformed=transforms(trial), provider=provider,
+            progress=partial(progress, "costs"),
+        )  # fmt: skip
+        chooser.learn(allocation, real, logits.kl_mean)
         return _Trial(allocation, foretold, made, logits)
 
     try:
-        trials = _for_bytes(chooser, max_bytes, attempt) if max_kl is None else _for_kl(chooser, max_kl, attempt)
-        best = trials[-1]
+        search = _for_bytes if max_kl is None else _for_kl
+        best, exports = search(chooser, max_bytes if max_kl is None else max_kl, attempt)
         result = AutoResult(
             replace(best.made, folder=out), _schemes(best.made), best.foretold,
-            best.logits, judged.described, len(trials),
+            best.logits, judged.described, exports,
         )  # fmt: skip
-        keep(trial, "auto", result.as_dict())
+        keep(best.made.folder, "auto", result.as_dict())
         with appearing(out, overwrite) as folder:
-            os.replace(trial, folder)
+            os.replace(best.made.folder, folder)
         return result
     finally:
         reference.close()
-        shutil.rmtree(trial, ignore_errors=True)
+        shutil.rmtree(work, ignore_errors=True)
 
 
 @dataclass(frozen=True)
@@ -154,42 +162,53 @@ class _Trial:
     made: ExportResult
     logits: Logits
 
+    @property
+    def bytes(self) -> int:
+        return self.made.manifest.bytes["model"]
 
-def _for_bytes(chooser: Chooser, most: int, attempt: Callable[[Allocation], _Trial]) -> list[_Trial]:
-    """Exports until one is small enough; the last one is."""
-    trials = []
-    while not trials or trials[-1].made.manifest.bytes["model"] > most:
+    @property
+    def kl(self) -> float:
+        return self.logits.kl_mean
+
+
+def _for_bytes(chooser: Chooser, most: int, attempt: Callable[[Allocation], _Trial]) -> tuple[_Trial, int]:
+    """The closest of some exports that are small enough, and how many there were."""
+    small, exports = [], 0
+    while len(small) < _ENOUGH_EXPORTS:
         allocation = chooser.within_bytes(most)
-        trials.append(attempt(allocation))
-        chooser.wrong_by(trials[-1].made.manifest.bytes["model"] - chooser.bytes(allocation))
-    return trials
+        if small and small[-1].allocation.schemes == allocation.schemes:
+            break
+        trial, exports = attempt(allocation), exports + 1
+        chooser.wrong_by(trial.bytes - chooser.bytes(allocation))
+        if trial.bytes <= most:
+            small.append(trial)
+    return min(small, key=lambda trial: trial.kl), exports
 
 
-def _for_kl(chooser: Chooser, most: float, attempt: Callable[[Allocation], _Trial]) -> list[_Trial]:
-    """Exports until one is as close as asked for, and not much closer; the last one is.
+def _for_kl(chooser: Chooser, most: float, attempt: Callable[[Allocation], _Trial]) -> tuple[_Trial, int]:
+    """The smallest of some exports that are close enough, and how many there were.
 
     Raises:
         InputError: the best schemes are not close enough.
     """
     trials: list[_Trial] = []
-    while len(trials) < _MOST_EXPORTS:
+    close: list[_Trial] = []
+    while len(trials) < _MOST_EXPORTS and len(close) < _ENOUGH_EXPORTS:
         allocation = chooser.within_kl(most * (1 - _CLOSE / 2)) or chooser.best()
-        if trials and trials[-1].allocation == allocation:
+        if any(trial.allocation.schemes == allocation.schemes for trial in trials):
             break  # there is nothing else to try
         trials.append(attempt(allocation))
-        found = trials[-1].logits.kl_mean
-        if found is None:
-            raise InputError("NaN or Inf comes out of the export", remedy="See `qexport validate` of a plain export")
-        chooser.left = found / allocation.kl
-        if most * (1 - _CLOSE) <= found <= most or (found <= most and len(trials) >= _ENOUGH_EXPORTS):
-            return trials
-    if trials[-1].logits.kl_mean > most:
-        size = trials[-1].made.manifest.bytes["model"]
+        if trials[-1].kl <= most:
+            close.append(trials[-1])
+            if trials[-1].kl >= most * (1 - _CLOSE):
+                break
+    if not close:
+        best = min(trials, key=lambda trial: trial.kl)
         raise InputError(
-            f"not met: {trials[-1].logits.kl_mean:.4g} with {size:,} bytes", place="max_kl",
+            f"not met: {best.kl:.4g} with {best.bytes:,} bytes", place="max_kl",
             remedy="Give a larger one, or a recipe that keeps more in float",
         )  # fmt: skip
-    return trials
+    return min(close, key=lambda trial: trial.bytes), len(trials)
 
 
 def _schemes(made: ExportResult) -> dict[str, str]:
@@ -202,12 +221,13 @@ def _feeds(captured: Captured, recipe: Recipe, data: Any, progress: Progress) ->
     """The first tokens of the calibration data, each sequence alone."""
     batches, _ = calibration_batches(captured, recipe, data, progress)
     ids_name = next(port.value for port in captured.inputs if port.name == "input_ids")
+    longest = min(_LENGTH, captured.settings.get("max_position_embeddings") or _LENGTH)
     feeds, left = [], _TOKENS
     stream = batches()
     for batch, mask in zip(stream.batches, stream.masks, strict=True):
         for ids, real in zip(batch[ids_name], mask, strict=True):
             if left > 0:
-                ids = ids[real][: min(left, _LENGTH)]
+                ids = ids[real][: min(left, longest)]
                 feeds.append(decoder_inputs(captured, ids[None], torch.ones_like(ids)[None]))
                 left -= len(ids)
     return feeds

@@ -16,7 +16,7 @@ from ..runtime import manifest as manifests
 from ..runtime.genai import context_length
 from ..runtime.generate import eos_token_ids
 from ..runtime.manifest import MODEL_FILE, Manifest
-from ..validate import _transformed
+from ..validate.account import transforms
 from ..validate.reference import check_same_model
 
 FLOAT = "float"
@@ -73,7 +73,7 @@ def check_subjects(subjects: Sequence[Subject], captured: Captured) -> None:
         InputError: as said.
     """
     for subject in subjects:
-        check_same_model(captured, subject.manifest, subject.folder, transformed=_transformed(subject.folder))
+        check_same_model(captured, subject.manifest, subject.folder, transformed=transforms(subject.folder))
     needed = float_bytes(captured) + sum(subject.model_bytes for subject in subjects)
     free = psutil.virtual_memory().available
     if needed > free:

@@ -1,6 +1,5 @@
 """Proof that an exported folder computes what the float model computes, as closely as its numbers allow."""
 
-import json
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -14,26 +13,21 @@ from ..capture.graph import Captured
 from ..capture.module import capture_module
 from ..capture.source import open_model
 from ..errors import InputError
-from ..passes.activations import QuantizeActivations
-from ..passes.embedding import QuantizeEmbedding, ShareEmbedding
-from ..passes.lowrank import LoRC
-from ..passes.outliers import SeparateOutliers
-from ..passes.weights import GPTQ, HalfQuadratic, RoundToNearest
-from ..passes.zq_global import ZQGlobal
-from ..passes.zq_local import ZQLocal
 from ..runtime import manifest as manifests
 from ..runtime.manifest import Manifest
 from ..runtime.session import open_session
+from .account import transforms
 from .circumstances import settings, versions
 from .float_forms import compare_forms
 from .greedy import compare_greedy
 from .layers import compare, compare_layers
 from .logits import check_all_logits, compare_logits, deployed_logits
 from .placement import examine
-from .record import REPORT_FILE, exported_activations, load, save
+from .record import exported_activations, load, save
 from .reference import Feeds, FloatOutputs, check_same_model, decoder_feeds, module_feeds
 from .report import Report, Row
 from .running import run_session
+from .sensitivity import costs_of, restore
 from .text import Text, choose_text
 from .timing import measure, with_times
 from .verdict import with_verdict
@@ -43,23 +37,7 @@ __all__ = ["Report", "Row", "load", "summary_rows", "validate", "worst_first", "
 
 # Tokens on which values inside the model are compared: enough rows for every statistic, few enough to hold a block's.
 _LAYER_TOKENS = 256
-
-# Passes that leave everything but the linears' weights and inputs as it was in the float model.
-_QUANTIZERS = {
-    step.__name__
-    for step in (
-        QuantizeEmbedding,
-        ShareEmbedding,
-        RoundToNearest,
-        HalfQuadratic,
-        GPTQ,
-        ZQLocal,
-        ZQGlobal,
-        LoRC,
-        SeparateOutliers,
-        QuantizeActivations,
-    )  # fmt: skip
-}
+_COSTED_WINDOWS = 4  # whose first tokens these are, where costs in KL are measured
 
 
 def _silent(stage: str, what: str, done: int, total: int) -> None:
@@ -78,6 +56,7 @@ def validate(
     provider: str | None = None,
     references: bool = False,
     greedy: int = 32,
+    sensitivity: bool = False,
     progress: Callable[[str, str, int, int], None] = _silent,
 ) -> Report:
     """Compare an export with the float model it was made from, and write the result into its report.json.
@@ -101,6 +80,8 @@ def validate(
             the disk of the float model). It takes a float16 kernel of PyTorch for every operator.
         greedy: new tokens that both models write greedily after the first 64 tokens of the first 4 windows, to see
             where they part; 0 for none.
+        sensitivity: also measure what each linear costs in KL, restore the costliest to float in turn, and suggest
+            overrides for the recipe. It runs the float model forward and back.
         progress: called with (stage, what, done, total).
 
     Raises:
@@ -126,15 +107,16 @@ def validate(
         )
     check_all_logits(manifest, folder)
     captured = _capture(reference, inputs)
-    transformed = _transformed(folder)
+    transformed = transforms(folder)
     check_same_model(captured, manifest, folder, transformed=transformed)
     lap("capture")
     placed, plain = examine(folder, manifest, provider or manifest.provider)
     lap("placement")
     if captured.kind == "decoder":
         chosen = choose_text(captured, text, windows, window, partial(progress, "text"))
-        layer_feeds = decoder_feeds(captured, chosen.windows[:1, :_LAYER_TOKENS])
-        rows = layer_feeds[0]["input_ids"].numel()
+        taken = _COSTED_WINDOWS if sensitivity else 1
+        layer_feeds = decoder_feeds(captured, chosen.windows[:taken, :_LAYER_TOKENS])
+        rows = sum(batch["input_ids"].numel() for batch in layer_feeds)
     else:
         if text is not None:
             raise InputError("this model reads no text", place="text", remedy="Pass inputs=[(tensor, ...), ...]")
@@ -142,11 +124,22 @@ def validate(
         rows = sum(next(iter(batch.values())).shape[0] for batch in layer_feeds)
         chosen = Text(torch.empty(0), f"{len(layer_feeds)} input tuples given by the caller", False)
     lap("text")
+    costs = None
+    if sensitivity:
+        costs = costs_of(folder, manifest, captured, layer_feeds, partial(progress, "costs"))
+        lap("costs")
     layers = compare_layers(
         folder, manifest, captured, layer_feeds, plain, rows=rows, transformed=transformed, threads=threads,
-        provider=provider, progress=partial(progress, "layers"),
+        provider=provider, progress=partial(progress, "layers"), importance=costs.importance if costs else {},
     )  # fmt: skip
     lap("layers")
+    restored = None
+    if costs:
+        restored = restore(
+            folder, manifest, captured, layer_feeds, layers.linears, costs, transformed=transformed, threads=threads,
+            provider=provider, progress=partial(progress, "restoring"),
+        )  # fmt: skip
+        lap("restoring")
     prompt = chosen.windows[0, :_LAYER_TOKENS] if captured.kind == "decoder" else None
     times = measure(folder, manifest, prompt=prompt, feeds=layer_feeds, threads=threads, provider=provider)
     layers = with_times(layers, manifest, times)
@@ -169,10 +162,10 @@ def validate(
     report = with_verdict(Report(
         reference=name, text=chosen.described, own_text=chosen.own, layers=layers, logits=logits, outputs=outputs,
         activations=exported_activations(folder), placement=placed, seconds=seconds, references=tuple(others),
-        greedy=texts, left_out=tuple(left_out), versions=versions(),
+        greedy=texts, sensitivity=restored, left_out=tuple(left_out), versions=versions(),
         settings=settings(
             reference, text, windows=windows, window=window, threads=threads, provider=provider,
-            references=references, greedy=greedy,
+            references=references, greedy=greedy, sensitivity=sensitivity,
         ),
     ))  # fmt: skip
     save(report, folder)
@@ -199,16 +192,6 @@ def _capture(reference, inputs) -> Captured:
             )
         return capture_module(reference, tuple(inputs[0]))
     return capture_decoder(open_model(reference))
-
-
-def _transformed(folder: Path) -> bool:
-    """Whether any pass but the quantizers changed the weights, by the account of the export; unknown counts as yes."""
-    path = folder / REPORT_FILE
-    try:
-        blocks = json.loads(path.read_text(encoding="utf-8"))["export"]["blocks"]
-        return bool({name for block in blocks for name in block["changed"]} - _QUANTIZERS)
-    except (OSError, ValueError, KeyError, TypeError):
-        return True
 
 
 def _logits(folder, manifest: Manifest, captured: Captured, text: Text, threads, provider, progress, forms, lap):

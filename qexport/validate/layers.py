@@ -4,13 +4,14 @@ The deployed values come out of the deployed file: a temporary model.onnx that n
 next to it and shares its data. Values are read for a few blocks at a time, as many as fit a memory budget.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 
-import torch
 from torch import Tensor
 
+from ..auto.importance import Importance
 from ..capture.graph import Captured
 from ..numerics.metrics import cosine, sqnr_db
 from ..runtime.manifest import LinearEntry, Manifest
@@ -21,7 +22,7 @@ from .placement import expected, moved, placed
 from .probes import BUDGET, Deployed, in_groups, probes
 from .ranges import input_range, static_limits
 from .record import branch_gains
-from .reference import Feeds, Progress, Watched, channelwise, watch
+from .reference import Feeds, Progress, Watched, channelwise, flat, watch
 from .report import Layers, Row
 from .running import run_values, with_outputs
 
@@ -29,7 +30,7 @@ from .running import run_values, with_outputs
 def compare_layers(
     folder: Path, manifest: Manifest, captured: Captured, feeds: Sequence[Feeds], plain: OptimizedGraph, *,
     rows: int, transformed: bool, threads: int | None = None, provider: str | None = None, budget: int = BUDGET,
-    progress: Progress | None = None,
+    progress: Progress | None = None, importance: Mapping[str, Importance] = MappingProxyType({}),
 ) -> Layers:  # fmt: skip
     """Compare the values of an export with the float model's on the same inputs.
 
@@ -39,6 +40,7 @@ def compare_layers(
         rows: tokens (or batch entries, for models without text) in all batches.
         transformed: the export folded factors into linears; see `Row.rescaled`.
         budget: bytes of deployed values in memory at once.
+        importance: of the results of linears, by name; gives `Row.kl_cost`.
 
     Raises:
         InputError: the folder cannot be written, or its file lacks a value of the manifest.
@@ -63,7 +65,9 @@ def compare_layers(
         faults = weight_faults(captured, probe.linears, seen, deployed.values, noise, rescaled, transformed)
         for entry in probe.linears:
             row = _linear_row(entry, deployed.result(entry), seen, entry.name in rescaled)
-            linear_rows[entry.name] = row.model_copy(update={"fault": faults.get(entry.name, "")})
+            felt = importance.get(entry.name)
+            cost = felt and felt.kl(deployed.error(entry, seen))
+            linear_rows[entry.name] = row.model_copy(update={"fault": faults.get(entry.name, ""), "kl_cost": cost})
             if entry.input and (name := probe.attentions.get(entry.name)):
                 want, own = seen.inputs[entry.name], seen.own_inputs[entry.name]
                 # Factors of v's channels, or of a Mul behind, are taken back by the linear.
@@ -110,9 +114,3 @@ def compare(want: Tensor, got: Tensor) -> dict[str, float]:
         "cosine": cosine(want, got),
         "max_abs_error": float((want - got).abs().max()),
     }
-
-
-def flat(tensors: Sequence[Tensor]) -> Tensor:
-    """All batches' rows, float32 [rows, channels]."""
-    rows = [t.float().reshape(-1, t.shape[-1]) for t in tensors]
-    return rows[0] if len(rows) == 1 else torch.cat(rows)

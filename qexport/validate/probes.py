@@ -12,7 +12,7 @@ from ..passes.edit import shape_of
 from ..passes.sites import fold_sites, linears
 from ..runtime.manifest import BlockEntry, LinearEntry, Manifest
 from .attentions import attentions
-from .reference import Forced
+from .reference import Forced, Watched, channelwise, flat
 
 BUDGET = 1 << 29  # bytes of deployed values in memory at once
 
@@ -125,6 +125,11 @@ class Deployed:
         values = {entry.name: self.result(entry) for entry in probe.linears}
         self.state = self.values[probe.output.output] if probe.output else None
         return Forced(state, values, self.rescaled)
+
+    def error(self, entry: LinearEntry, seen: Watched) -> Tensor:
+        """What a linear's result is off by itself, [rows, channels], in the scale of the float model."""
+        want, got = flat(seen.own_linears[entry.name]), flat(self.result(entry))
+        return (channelwise(want, got) if entry.name in self.rescaled else got) - want
 
     def result(self, entry: LinearEntry) -> list[Tensor]:
         """What a linear of this block made."""

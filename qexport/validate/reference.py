@@ -257,6 +257,12 @@ class _Watch(Interpreter):
         return channelwise(value.flatten(0, -2), other.flatten(0, -2)).reshape(value.shape)
 
 
+def flat(tensors: Sequence[Tensor]) -> Tensor:
+    """All batches' rows, float32 [rows, channels]."""
+    rows = [t.float().reshape(-1, t.shape[-1]) for t in tensors]
+    return rows[0] if len(rows) == 1 else torch.cat(rows)
+
+
 def channelwise(want: Tensor, got: Tensor) -> Tensor:
     """`got` times the factor for each channel that brings it closest to `want`, [rows, channels]."""
     return got * channel_factors(want, got)

@@ -42,7 +42,8 @@ class Row(_Frozen):
             by their columns. Null where it was not measured: of models without text there are no steps.
         branch_gain_db: by how much a linear's low-rank branch lowers the error of its weight.
         fault: what is wrong with a linear that rounding does not explain, in words; empty where nothing is.
-        kl_cost: by how much the mean KL of the logits falls when the value of this linear alone is the float one's.
+        kl_cost: what the linear's own error adds to the mean KL of the logits, in nats a token, by the Fisher metric of
+            the float model (qexport/auto/importance.py): an estimate for all linears from one pass forward and back.
     """
 
     name: str
@@ -254,16 +255,20 @@ class Better(_Frozen):
 
 
 class Sensitivity(_Frozen):
-    """Which linears cost the most KL, by restoring each to float in turn.
+    """Which linears cost the most KL.
 
     Attributes:
-        tokens: predicted ones it was measured on; kl_mean: of the deployed model on them.
-        measured: linears that were restored, with the fall of kl_mean; the same as `Row.kl_cost`.
+        tokens: rows it was measured on; kl_mean: of the deployed model on them.
+        kl_foretold: the sum of all `Row.kl_cost`; where it is far from kl_mean, the costs are guesses.
+        measured: the fall of kl_mean by name, with the value of that linear alone restored to float in the deployed
+            file: of the costliest linears, and of a quantized embedding (by the name of its block). It is measured
+            among the errors of all others, so it may be below zero.
         overrides: what buys back the most for each byte, best first.
     """
 
     tokens: int
     kl_mean: Finite
+    kl_foretold: Finite
     measured: dict[str, Finite]
     overrides: tuple[Better, ...] = ()
 

@@ -5,7 +5,7 @@ the difference between what the float linear makes of the deployed input and wha
 session serves for all, with the deployed weights; of the float model one block is in memory.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -19,9 +19,8 @@ from ..capture.graph import Captured
 from ..runtime.branches import PROMPTS, only
 from ..runtime.manifest import MODEL_FILE, LinearEntry, Manifest
 from ..runtime.session import open_session
-from .layers import flat
 from .probes import BUDGET, Deployed, in_groups, probes
-from .reference import Feeds, FloatOutputs, Progress, channel_factors, watch
+from .reference import Feeds, FloatOutputs, Progress, channel_factors, flat, watch
 from .running import beside, run_session, run_values
 
 _PREFIX = "correction of "
@@ -29,7 +28,8 @@ _PREFIX = "correction of "
 
 def kl_costs(
     folder: Path, manifest: Manifest, captured: Captured, feeds: Sequence[Feeds], *, transformed: bool,
-    threads: int | None = None, provider: str | None = None, budget: int = BUDGET, progress: Progress | None = None,
+    names: Collection[str] | None = None, threads: int | None = None, provider: str | None = None,
+    budget: int = BUDGET, progress: Progress | None = None,
 ) -> tuple[float, dict[str, float]]:  # fmt: skip
     """The mean KL of the deployed model, and by how much it falls when one linear's value is the float one.
 
@@ -37,6 +37,7 @@ def kl_costs(
 
     Args:
         feeds: the decoder's inputs by public name, one dict for each batch.
+        names: of the linears to restore; None for all.
         transformed: the export folded factors into linears; their values are restored up to one factor a channel.
         budget: bytes of deployed values in memory at once.
 
@@ -52,18 +53,18 @@ def kl_costs(
     run = partial(run_values, folder, manifest, feeds=feeds, threads=threads, provider=provider)
     deployed = Deployed(groups, run, transformed)
     table = _embedding(folder, captured, manifest)
-    values = [entry.output for entry in manifest.linears] + ([table] if table else [])
+    entries = {entry.name: entry for entry in manifest.linears if names is None or entry.name in names}
+    values = [entry.output for entry in entries.values()] + ([table] if table else [])
     with _correctable(folder, dict.fromkeys(values)) as path:
         session = open_session(path, manifest, threads=threads, provider=provider)
     corrected = _Corrected(session, feeds, _float_logits(captured, feeds))
     whole, falls = corrected.kl(), {}
-
     for seen in watch(captured, feeds, {entry.name for entry in manifest.linears}, deployed.forced):
         probe = deployed.probe
         if table and probe.output is not None and probe.output.output == table:
             differences = _minus(seen.output, deployed.values[table])
             falls[probe.block] = whole - corrected.kl(table, differences)
-        for entry in probe.linears:
+        for entry in (entry for entry in probe.linears if entry.name in entries):
             if progress:
                 progress(entry.name, len(falls), len(values))
             want, got = seen.own_linears[entry.name], deployed.result(entry)

@@ -12,10 +12,11 @@ from ..planning import plan_for
 from ..recipe import Recipe
 from ..runtime.manifest import Manifest
 from .reference import Feeds, Progress
-from .report import Better, Row
+from .report import Better, Row, Sensitivity
+from .restoring import kl_costs
 
 RECIPE_FILE = "recipe.yaml"
-MOST_RESTORED = 12  # linears that are restored to float, each a run of the deployed model
+_MOST_RESTORED = 12  # linears that are restored to float, each a run of the deployed model
 _MOST_SUGGESTED = 10
 
 
@@ -35,6 +36,27 @@ def costs_of(folder: Path, manifest: Manifest, captured: Captured, feeds: Sequen
         raise InputError(f"sensitivity needs the recipe of the export: {error}", place=str(folder)) from error
     schemes = [Scheme.parse(name) for name in SCHEMES[manifest.target]]
     return scheme_costs(captured, plan, embeddings, schemes, feeds, width, progress)
+
+
+def restore(
+    folder: Path, manifest: Manifest, captured: Captured, feeds: Sequence[Feeds], rows: Sequence[Row], costs: Costs, *,
+    transformed: bool, threads: int | None, provider: str | None, progress: Progress,
+) -> Sensitivity:  # fmt: skip
+    """Restore the costliest linears to float, one at a time, and say what would buy back the most KL.
+
+    Args:
+        rows: of the quantized linears, with `kl_cost`.
+    """
+    costly = sorted((row for row in rows if row.kl_cost is not None), key=lambda row: -row.kl_cost)
+    whole, falls = kl_costs(
+        folder, manifest, captured, feeds, names={row.name for row in costly[:_MOST_RESTORED]},
+        transformed=transformed, threads=threads, provider=provider, progress=progress,
+    )  # fmt: skip
+    tokens = sum(batch["input_ids"].numel() for batch in feeds)
+    return Sensitivity(
+        tokens=tokens, kl_mean=whole, kl_foretold=sum(row.kl_cost for row in costly), measured=falls,
+        overrides=suggested(rows, costs),
+    )  # fmt: skip
 
 
 def suggested(rows: Sequence[Row], costs: Costs) -> tuple[Better, ...]:

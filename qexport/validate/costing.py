@@ -1,0 +1,33 @@
+"""What the linears of a deployed file really cost in KL, each by its own error."""
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+
+from ..auto.importance import Importance
+from ..capture.graph import Captured
+from ..runtime.manifest import Manifest
+from .probes import BUDGET, Deployed, in_groups, probes
+from .reference import Feeds, Progress, watch
+from .running import run_values
+
+
+def deployed_costs(
+    folder: Path, manifest: Manifest, captured: Captured, feeds: Sequence[Feeds], importance: Mapping[str, Importance],
+    *, transformed: bool, provider: str | None = None, progress: Progress,
+) -> dict[str, float]:  # fmt: skip
+    """KL in nats a token by name of the linear; see `Row.kl_cost`, which is the same.
+
+    Args:
+        feeds: those that the importance was found on.
+        transformed: see `Row.rescaled`.
+    """
+    groups = in_groups(probes(captured, manifest, sum(batch["input_ids"].numel() for batch in feeds)), BUDGET)
+    run = partial(run_values, folder, manifest, feeds=feeds, threads=None, provider=provider)
+    deployed, costs = Deployed(groups, run, transformed), {}
+    for index, seen in enumerate(watch(captured, feeds, set(importance), deployed.forced)):
+        progress(seen.block.name, index, len(captured.blocks))
+        for entry in deployed.probe.linears:
+            costs[entry.name] = importance[entry.name].kl(deployed.error(entry, seen))
+    progress("", len(captured.blocks), len(captured.blocks))
+    return costs
