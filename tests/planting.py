@@ -9,7 +9,7 @@ from onnx import numpy_helper
 
 from qexport.runtime.manifest import LinearEntry
 
-MODEL = "model.onnx"
+MODEL, KIND = "model.onnx", "QuantizeLinear"
 
 
 def change(folder: Path, name: str, edit: Callable[[np.ndarray], None]) -> None:
@@ -70,4 +70,14 @@ def clipped_input(folder: Path, entry: LinearEntry) -> None:
     def edit(scale: np.ndarray) -> None:
         scale /= 8
 
-    change(folder, f"{entry.node}.input_scale", edit)
+    graph = onnx.load(folder / MODEL, load_external_data=False).graph
+    change(folder, next(n.input[1] for n in graph.node if entry.input in n.input[:1] and n.op_type == KIND), edit)
+
+
+def factor_on_a_channel(folder: Path, entry: LinearEntry) -> None:
+    """The scale of one whole channel, four times too large."""
+
+    def edit(scale: np.ndarray) -> None:
+        scale[(entry.columns[0] if entry.columns else 0) + 7] *= 4
+
+    change(folder, f"{entry.node}.weight_scale", edit)

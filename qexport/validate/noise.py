@@ -59,7 +59,6 @@ class Noise:
             channels: by the name of a value its rank, and bool [K]: the channels that are not to be silent.
 
         Raises:
-            InputError: the folder cannot be written.
             RuntimeProblem: ONNX Runtime fails.
         """
         random = torch.Generator().manual_seed(0)
@@ -105,8 +104,7 @@ class Noise:
     @contextmanager
     def _file(self, nodes: Mapping[str, set[str]], given: Sequence[str]) -> Iterator[Path]:
         graph, wanted = self._model.graph, set().union(*nodes.values())
-        part = onnx.ModelProto()
-        part.CopyFrom(onnx.ModelProto(ir_version=self._model.ir_version, opset_import=self._model.opset_import))
+        part = onnx.ModelProto(ir_version=self._model.ir_version, opset_import=self._model.opset_import)
         part.graph.name = graph.name
         for node in graph.node:
             if node.name in wanted:

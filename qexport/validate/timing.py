@@ -10,7 +10,7 @@ from statistics import median
 
 from torch import Tensor
 
-from ..runtime.branches import PROMPTS
+from ..runtime.branches import PROMPTS, STEPS
 from ..runtime.decoder import Decoder
 from ..runtime.manifest import CPU, LinearEntry, Manifest
 from ..runtime.session import open_session
@@ -77,9 +77,7 @@ def measure(
 
 def with_times(layers: Layers, manifest: Manifest, times: Times) -> Layers:
     """The layers with the share of each linear; several that are one product share its time by their columns."""
-    shares = [
-        _of_linears(manifest, nodes, prefix) for nodes, prefix in ((times.nodes, PROMPTS), (times.step_nodes, ""))
-    ]
+    shares = [_of_linears(manifest, times.nodes, PROMPTS), _of_linears(manifest, times.step_nodes, STEPS)]
     rows = [
         row.model_copy(update={"time_share": shares[0].get(row.name), "step_time_share": shares[1].get(row.name)})
         for row in layers.linears
@@ -117,17 +115,17 @@ def _shares(runs: Sequence[Mapping[tuple[str, str], float]]) -> tuple[dict[str, 
     return {node: duration / whole for (node, _), duration in typical.items()}, dict(by_op.most_common())
 
 
-def _of_linears(manifest: Manifest, nodes: Mapping[str, float], prompts: str) -> dict[str, float]:
+def _of_linears(manifest: Manifest, nodes: Mapping[str, float], branch: str) -> dict[str, float]:
     """The share of each linear: of its product and of those that are added to it.
 
     Args:
-        prompts: prefix of the names in the branch for prompts; "" to go by the names of steps.
+        branch: prefix of the names of nodes, of linears that are in branches.
     """
     if not nodes:
         return {}
 
     def names(entry: LinearEntry) -> list[str]:
-        prefix = prompts if entry.prompt_kernel else ""
+        prefix = branch if entry.prompt_kernel else ""
         return list(dict.fromkeys(prefix + node for node in (entry.node, *(node for node, _ in entry.parts))))
 
     columns: Counter[str] = Counter()

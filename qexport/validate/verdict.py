@@ -11,6 +11,7 @@ from .wording import decibels, faulty, kernels, number, own, rank, worst_first
 ATTENTION = ("GroupQueryAttention", "Attention", "MultiHeadAttention")
 # Share of a value beyond its static scale from which it is worth a sentence: calibration on other text leaves less.
 _CLIPPED = 1e-3
+_EXACT = 60.0  # dB of its own errors above which an attention is the float one, in float16 too
 
 # Errors of rounding are proportional to the unit of the dtype, and KL to their square. From float16 (2^-11) to float32
 # (2^-24) the errors shrink by 2^13 and KL by 2^26; half of that is left for kernels that approximate exp and sum in
@@ -113,12 +114,12 @@ def _values(report: Report) -> list[str]:
     """What comes out of attentions, and what static scales cut off."""
     facts = []
     if report.layers.attentions:
-        worst = worst_first(report.layers.attentions)[0]
         lowest = min(report.layers.attentions, key=lambda row: math.inf if row.sqnr_db is None else row.sqnr_db)
+        worst = worst_first(report.layers.attentions)[0]
+        lossy = f"; of its own errors {worst.name} has {decibels(own(worst), worst)}" if rank(worst) < _EXACT else ""
         facts.append(
-            f"what comes out of {lowest.name} has the lowest SQNR of all attentions, "
-            f"{decibels(lowest.sqnr_db, lowest)}, and {worst.name} makes the largest errors itself, "
-            f"{decibels(own(worst), worst)}"
+            f"what comes out of {lowest.name} has the lowest SQNR of the attentions, "
+            f"{decibels(lowest.sqnr_db, lowest)}{lossy}"
         )
     clipped = [found for found in report.layers.ranges if (found.clipped or 0) >= _CLIPPED]
     if clipped:

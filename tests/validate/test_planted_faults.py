@@ -55,9 +55,9 @@ def good(llama, tmp_path_factory):
     def export_once(scheme: str) -> Path:
         if scheme not in made:
             made[scheme] = tmp_path_factory.mktemp("good") / "out"
-            recipe = "w8a8_static" if scheme == "w8a8_static" else Recipe(scheme=scheme)
+            recipe = scheme if scheme == "w8a8_static" else Recipe(scheme=scheme)
             ids = torch.randint(3, 128, (8, 48), generator=torch.Generator().manual_seed(0))
-            export(llama, recipe, out_dir=made[scheme], calibration=ids if recipe == "w8a8_static" else None)
+            export(llama, recipe, out_dir=made[scheme], calibration=ids if scheme == "w8a8_static" else None)
         return made[scheme]
 
     return export_once
@@ -89,3 +89,49 @@ def test_a_planted_fault_is_named_first(good, llama, tmp_path, kind, name):
 def test_rounding_is_no_fault(good, llama, scheme):
     report = validate(good(scheme), llama, text=TEXT, windows=1, window=64)
     assert not report.problems and not any(row.fault for row in report.layers.linears)
+
+
+def test_a_factor_on_a_smoothed_channel_shows_in_the_reader(good, llama, tmp_path):
+    """v is compared up to a factor for each channel, because smoothing puts some there; the row of o says so."""
+    shutil.copytree(good("w8a8_static"), tmp_path / "out")
+    name = "model.layers.2.self_attn.v_proj"
+    entry = next(e for e in manifests.load(tmp_path / "out").linears if e.name == name)
+    planting.factor_on_a_channel(tmp_path / "out", entry)
+    report = validate(tmp_path / "out", llama, text=TEXT, windows=1, window=64)
+    assert [row.name for row in report.layers.linears if row.fault] == ["model.layers.2.self_attn.o_proj"]
+    assert report.verdict[0].startswith("model.layers.2.self_attn.o_proj: its SQNR of ")
+    assert report.verdict[0].endswith(f"a factor on channels of {name} in front of it would show here too")
+
+
+def test_a_shared_input_is_a_fault_of_all_that_read_it(good, llama, tmp_path):
+    plant(good("w8a8_static"), tmp_path / "out", "clipped", "model.layers.1.self_attn.q_proj")
+    report = validate(tmp_path / "out", llama, text=TEXT, windows=1, window=64)
+    wrong = [f"model.layers.1.self_attn.{n}_proj" for n in "qkv"]
+    found = {row.name: row.fault for row in worst_first(report.layers.linears) if row.fault}
+    assert list(found)[0] in wrong and report.problems[0].split(":")[0] == list(found)[0]
+    # v's clipped values are smaller, which looks like the factors of smoothing, and so o's row may tell of it too.
+    assert set(wrong) <= set(found) and all("self_attn.v_proj in front" in found[n] for n in set(found) - set(wrong))
+
+
+# Of a real model, where an input's few large channels hide most errors: `make demo` leaves one there.
+SMOLLM2 = Path(__file__).parents[2] / ".cache" / "smollm2"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not SMOLLM2.is_dir(), reason="run `make demo` first, which fetches the model")
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        ("scale", "model.layers.17.self_attn.k_proj"),
+        ("zero point", "model.layers.20.mlp.down_proj"),
+        ("unfused", "model.layers.8.mlp.down_proj"),
+        ("clipped", "model.layers.10.mlp.down_proj"),
+    ],
+)
+def test_a_fault_in_a_real_model_is_named_first(tmp_path, kind, name):
+    scheme = FAULTS[kind][1]
+    recipe = Recipe.load("w8a8_static") if scheme == "w8a8_static" else Recipe(scheme=scheme)
+    export(SMOLLM2, recipe.with_calibration(source="self", samples=8, sequence_length=128), out_dir=tmp_path / "good")
+    assert not validate(tmp_path / "good", SMOLLM2, windows=1, window=256).problems
+    plant(tmp_path / "good", tmp_path / "out", kind, name)
+    names_it(validate(tmp_path / "out", SMOLLM2, windows=1, window=256), kind, name)

@@ -4,11 +4,13 @@ import math
 import pytest
 
 from qexport.errors import InputError
-from qexport.validate.record import exported_activations, load, save
+from qexport.validate.faults import with_faults
+from qexport.validate.record import branch_gains, exported_activations, load, save
 from qexport.validate.report import (
     HALF,
     Activation,
     Greedy,
+    InputRange,
     Layers,
     Logits,
     Placement,
@@ -16,7 +18,7 @@ from qexport.validate.report import (
     Report,
     Row,
     Unfused,
-)
+)  # fmt: skip
 from qexport.validate.verdict import with_verdict
 from qexport.validate.wording import summary_rows, worst_first
 
@@ -160,3 +162,49 @@ def test_a_damaged_report_is_not_overwritten(tmp_path):
     (tmp_path / "report.json").write_text("{")
     with pytest.raises(InputError, match="unreadable"):
         save(a_report(), tmp_path)
+
+
+def test_a_fault_comes_first_whatever_the_errors_are():
+    rows = [row("noisy", 3.0), row("odd", 30.0, fault="one group off in scale"), row("nan", math.nan, math.nan)]
+    assert [r.name for r in worst_first(rows)] == ["nan", "odd", "noisy"]
+    report = with_verdict(a_report(layers=Layers(tokens=4, linears=tuple(rows[:2]), blocks=(), sessions=1)))
+    assert report.problems == ("odd: one group off in scale",)
+    assert any(sentence.startswith("noisy has the lowest SQNR") for sentence in report.verdict)
+
+
+def test_far_below_others_of_its_kind_is_a_fault():
+    def rows(last, spread=0.5):
+        values = [30 + spread * (i - 2) for i in range(5)] + [last]
+        return [row(f"layers.{i}.o", value) for i, value in enumerate(values)] + [row("layers.0.q", 10.0)]
+
+    found = with_faults(rows(15.0), (), {}, {})
+    assert [r.name for r in found if r.fault] == ["layers.5.o"] and "15.0 dB below" in found[5].fault
+    assert not any(r.fault for r in with_faults(rows(19.5), (), {}, {})), "within what good exports show"
+    assert not any(r.fault for r in with_faults(rows(10.0, spread=4.0), (), {}, {})), "where all differ, one may"
+    said = with_faults(rows(30.0), (), {"layers.1.o": "X instead of Y"}, {})
+    assert [(r.name, r.fault) for r in said if r.fault] == [("layers.1.o", "X instead of Y")]
+
+
+def test_the_verdict_says_where_time_goes_and_what_is_cut_off():
+    linears = tuple(row(name, 20.0, time_share=0.25, step_time_share=0.3) for name in "ab")
+    ranges = [InputRange(
+        block="", linears=(name,), float_absmax=1, absmax=1, float_spread=1, spread=1, clipped=share,
+    ) for name, share in (("a", 0.0002), ("b", 0.25))]  # fmt: skip
+    layers = Layers(
+        tokens=4, linears=linears, blocks=(), sessions=1, attentions=(row("att", 7.0),), ranges=tuple(ranges),
+        time_by_op={"MatMulNBits": 0.5, "GroupQueryAttention": 0.4, "Mul": 0.1},
+        step_time_by_op={"MatMulNBits": 0.6, "Mul": 0.4},
+    )  # fmt: skip
+    facts = with_verdict(a_report(layers=layers, logits=scores(10.0))).verdict
+    times = "50% of the time of a prompt (40% are attention) and 60% of the time of a step (0% are attention)"
+    assert f"quantized linears take {times}" in facts
+    assert "25.00% of what b read is beyond its static scale" in facts
+    assert any(fact.startswith("what comes out of att has the lowest SQNR of the attentions, 7.0 dB") for fact in facts)
+
+
+def test_gains_of_branches_are_what_the_export_says(tmp_path):
+    assert branch_gains(tmp_path) == {}
+    notes = [["a", "a branch of rank 4", {"error removed": 0.9}], ["b", "a branch of rank 4", {"error removed": 1.0}]]
+    blocks = [{"name": "layers.0", "changed": {"LoRC": notes}, "skipped": {}}]
+    (tmp_path / "report.json").write_text(json.dumps({"export": {"blocks": blocks}}))
+    assert branch_gains(tmp_path) == {"a": pytest.approx(10), "b": math.inf}
