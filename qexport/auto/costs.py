@@ -25,10 +25,12 @@ class Item:
     Attributes:
         linears: their names, also of an output projection that shares the table; empty for a table alone.
         choices: what each scheme costs, its name as asked for.
+        bytes: what the plan's schemes take.
     """
 
     linears: tuple[str, ...]
     choices: tuple[Choice, ...]
+    bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,8 @@ def scheme_costs(
     groups.reverse()
     items = [_item(names, [quantized[n] for n in names], schemes, kl, table, width) for names in groups]
     if table is not None and not table.linear:
-        items.append(Item((), tuple(Choice(s.name, _table_bytes(table, s, width), kl[""][s.name]) for s in schemes)))
+        choices = (Choice(s.name, _table_bytes(table, s, width), kl[""][s.name]) for s in schemes)
+        items.append(Item((), tuple(choices), table.bytes))
     return Costs(tuple(items), importance, kl)
 
 
@@ -94,7 +97,8 @@ def _item(names, plans: Sequence[LinearPlan], schemes, kl, table: EmbeddingPlan 
         if shares:
             size, cost = size + _table_bytes(table, scheme, width), cost + kl[""][scheme.name]
         choices.append(Choice(scheme.name, size, cost))
-    return Item(tuple(names), tuple(choices))
+    now = sum(linear.bytes for linear in plans) + (table.bytes if shares else 0)
+    return Item(tuple(names), tuple(choices), now)
 
 
 def _table_bytes(table: EmbeddingPlan, scheme: Scheme, width: int) -> int:

@@ -80,12 +80,12 @@ def suggested(rows: Sequence[Row], costs: Costs) -> tuple[Better, ...]:
 
 def _best(item: Item, rows: Sequence[Row], kl: Mapping[str, Mapping[str, float]]) -> tuple[float, list[Better]]:
     """The scheme that gains the most for a byte over the present one, as overrides for the item's linears."""
-    now, size = sum(row.kl_cost for row in rows), sum(row.bytes for row in rows)
+    now, size = sum(row.kl_cost for row in rows), item.bytes
     expected = sum(kl[row.name].get(row.scheme, 0.0) for row in rows)
     left = min(now / expected, 1.0) if expected else 1.0
     present = next((choice for choice in item.choices if {choice.scheme} == {row.scheme for row in rows}), None)
-    if present is not None:  # with what a shared table of embeddings costs and takes
-        now, size = left * present.kl, present.bytes
+    if present is not None:  # with what a shared table of embeddings costs
+        now = left * present.kl
     best, chosen = 0.0, None
     for choice in item.choices:
         gain, more = now - left * choice.kl, choice.bytes - size

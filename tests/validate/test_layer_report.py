@@ -16,9 +16,9 @@ from qexport.runtime import manifest as manifests
 from qexport.runtime.session import open_session
 from qexport.validate import validate, worst_linears
 from qexport.validate.attentions import attentions
-from qexport.validate.running import run_session, with_outputs
 from qexport.validate.ranges import static_limits
 from qexport.validate.reference import decoder_feeds
+from qexport.validate.running import run_session, with_outputs
 from qexport.validate.text import Text
 
 WINDOW = 40
