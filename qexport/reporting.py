@@ -11,6 +11,7 @@ from .inspecting import Inspection, Site, compressed, compressed_sites
 from .passes.embedding import EmbeddingPlan
 from .passes.plan import LinearPlan
 from .planning import described_embedding
+from .rendering.facts import overrides_yaml
 from .runtime.bench import BenchResult
 from .runtime.doctor import Check
 from .runtime.optimized import OptimizedInfo
@@ -196,6 +197,8 @@ def print_validation(report: Report) -> None:
     print()
     for sentence in report.verdict:
         print(f"- {sentence}")
+    if suggested := overrides_yaml(report):
+        print(f"\nWhat would buy back the most KL for a byte, for the recipe:\n\n{suggested}", end="")
 
 
 def print_bench(result: BenchResult) -> None:

@@ -97,6 +97,31 @@ def test_export_keeps_results_and_progress_apart(model, tmp_path):
     assert leftovers(tmp_path) == ["out"]
 
 
+def test_export_auto_keeps_the_size_and_says_what_it_chose(model, tmp_path, run):
+    given = ("--calibration", "random", "--samples", 4, "--sequence-length", 32)
+    out = tmp_path / "out"
+    code, said, err = run("export", model, "-o", out, "--auto", "--max-bytes", "140kB", "-r", "w4a16_g32_rtn", *given)
+    assert code == 0, err
+    assert sum((out / n).stat().st_size for n in ("model.onnx", "model.onnx.data")) <= 140_000
+    assert "chosen: " in said and "KL " in said and "foretold" in said
+    assert leftovers(tmp_path) == ["out"]
+
+
+@pytest.mark.parametrize(
+    "options, part",
+    [
+        (["--auto"], "either the most bytes or the largest KL"),
+        (["--max-bytes", "90 parsecs"], "not a size: '90 parsecs'"),
+        (["--max-bytes", "1MB", "--resume"], "neither --resume nor --logits last"),
+        (["--max-kl", "0"], "takes the float model"),
+        (["--max-bytes", "1kB", "-r", "w4a16_g32_rtn", "--calibration", "random", "--samples", "2"], "are too few"),
+    ],
+)
+def test_export_auto_refuses(model, tmp_path, run, options, part):
+    refused(run("export", model, "-o", tmp_path / "out", *options), part)
+    assert leftovers(tmp_path) == []
+
+
 def test_export_for_people(model, tmp_path, run):
     code, out, err = run(
         "export",

@@ -14,7 +14,7 @@ from ..passes.embedding import EmbeddingPlan
 from ..passes.plan import LinearPlan
 from ..planning import bytes_by_part, output_projection, plan_for
 from ..recipe import Recipe
-from ..recipes.specs import FLOAT, Override
+from ..recipes.specs import FLOAT, Override, only
 from .allocate import Allocation, Choice, within_bytes, within_kl
 from .costs import scheme_costs
 from .importance import Importance, Progress
@@ -130,7 +130,7 @@ class Chooser:
         })  # fmt: skip
         wanted = {p.name: chosen.get(p.name, FLOAT) for p in self._plan}
         others = {n: scheme for n, scheme in wanted.items() if scheme != _name(made.scheme_for(n))}
-        overrides = tuple(Override(match=_literal(name), scheme=scheme) for name, scheme in others.items())
+        overrides = tuple(Override(match=only(name), scheme=scheme) for name, scheme in others.items())
         return made.model_copy(update={"overrides": overrides})
 
     @property
@@ -169,8 +169,3 @@ def _has_ladder(scheme: Scheme) -> bool:
 
 def _name(scheme: Scheme | None) -> str:
     return FLOAT if scheme is None else scheme.name
-
-
-def _literal(name: str) -> str:
-    """A pattern that matches this name alone."""
-    return "".join(f"[{c}]" if c in "*?[" else c for c in name)

@@ -93,6 +93,7 @@ def export_auto(
         max_bytes: the most bytes of the model's files; or
         max_kl: the largest mean KL from the float model, as measured on `text`. Exactly one of the two.
         text, windows, window, provider: as for `validate`; the KL of the result is measured on them, and there.
+            Windows are no longer than what the model reads.
 
     Raises:
         InputError: neither bound, or both; a size that no choice meets, or a KL that the best choices miss; a model
@@ -113,6 +114,7 @@ def export_auto(
     feeds = _feeds(captured, recipe, data, progress)
     width = lowering.dtype.itemsize
     chooser = Chooser(captured, recipe, target, width, attention, feeds, partial(progress, "costs"))
+    window = min(window, captured.settings.get("max_position_embeddings") or window)
     judged = choose_text(captured, text, windows, window, partial(progress, "text"))
     if max_bytes is not None:
         chooser.within_bytes(max_bytes)  # what cannot be is said before the work begins

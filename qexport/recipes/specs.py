@@ -234,6 +234,11 @@ class Override(Spec):
         return scheme_or_float(name)
 
 
+def only(name: str) -> str:
+    """The pattern that matches this name and no other."""
+    return "".join(f"[{c}]" if c in "*?[" else c for c in name)
+
+
 class CalibrationSpec(Spec):
     """The text that statistics are taken on.
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import yaml
 
 from ..console import megabytes
+from ..recipes.specs import only
 from ..validate.report import Logits, Report
 from ..validate.wording import decibels, own, worst_first
 from .exported import RECIPE_FILE, Exported
@@ -74,13 +75,8 @@ def overrides_yaml(report: Report) -> str:
     """The suggested overrides for a recipe; empty where nothing was measured or nothing helps."""
     if report.sensitivity is None or not report.sensitivity.overrides:
         return ""
-    # Names are patterns in a recipe: what would be special in one stands in brackets.
-    found = [{"match": _literal(better.match), "scheme": better.scheme} for better in report.sensitivity.overrides]
+    found = [{"match": only(better.match), "scheme": better.scheme} for better in report.sensitivity.overrides]
     return yaml.safe_dump({"overrides": found}, sort_keys=False, allow_unicode=True)
-
-
-def _literal(name: str) -> str:
-    return "".join(f"[{c}]" if c in "*?[" else c for c in name)
 
 
 def commands(exported: Exported) -> list[str]:

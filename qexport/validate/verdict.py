@@ -110,6 +110,28 @@ def _time(report: Report) -> list[str]:
     return [f"quantized linears take {' and '.join(parts)}"] if parts else []
 
 
+def _sensitive(report: Report) -> list[str]:
+    """Which linears cost the most, and what overrides promise."""
+    found = report.sensitivity
+    costly = [row for row in report.layers.linears if row.kl_cost is not None]
+    if found is None or found.kl_mean is None or not costly:
+        return []
+    worst = max(costly, key=lambda row: row.kl_cost)
+    restored = found.measured.get(worst.name)
+    fall = "" if restored is None else f"; with its value restored to float KL falls by {number(restored)}"
+    facts = [
+        f"{worst.name} costs the most KL, {number(worst.kl_cost)} of the {number(found.kl_foretold)} foretold for all"
+        f" linears (measured: {number(found.kl_mean)}){fall}"
+    ]
+    if found.overrides:
+        best = found.overrides[0]
+        facts.append(
+            f"{best.scheme} instead of {best.instead_of} in {best.match} would buy back the most for a byte: about "
+            f"{number(best.kl_gain)} for {best.more_bytes:,} bytes"
+        )
+    return facts
+
+
 def _values(report: Report) -> list[str]:
     """What comes out of attentions, and what static scales cut off."""
     facts = []
@@ -178,6 +200,7 @@ def _facts(report: Report) -> list[str]:
     if report.greedy is not None:
         facts.append(_greedy(report.greedy))
     facts += report.left_out
+    facts += _sensitive(report)
     facts += [f"output {row.name} has {decibels(row.sqnr_db, row)}" for row in report.outputs]
     return facts
 
