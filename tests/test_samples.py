@@ -209,6 +209,18 @@ def test_compare_peers(run, model, text):
     assert lines[-3].startswith("builder int4: load ") and "the model reads 512" in lines[-1]
 
 
+def test_auto_table(run, model, text):
+    lines = run(
+        "auto_table.py", model, "--calibration", text, "--text", text, "--windows", 1, "--window", 64,
+        "--schemes", "w4a16_g32",
+    ).splitlines()  # fmt: skip
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    assert [row[1].split(":")[0] for row in rows[2:]] == ["w4a16_g32 everywhere", "chosen"]
+    assert all(float(row[2]) > 0 for row in rows[2:])
+    one, chosen = (float(row[0].split()[0]) for row in rows[2:])
+    assert chosen <= one
+
+
 def test_kv_cache_error(run, model, text):
     lines = run("kv_cache_error.py", model, "--text", text, "--tokens", 48).splitlines()
     rows = {tuple(line.strip("| ").split(" | ")[:3]): float(line.split(" | ")[3].split()[0]) for line in lines[2:]}
