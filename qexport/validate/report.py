@@ -3,7 +3,7 @@
 import math
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 FORMAT = 1
 HALF = "float16 in PyTorch"  # name of a `Reference`
@@ -13,7 +13,7 @@ def _finite(value: float | None) -> float | None:
     return value if value is not None and math.isfinite(value) else None
 
 
-Finite = Annotated[float | None, BeforeValidator(_finite)]
+Finite = Annotated[float | None, AfterValidator(_finite)]
 """A number; null in place of an infinity or NaN, which JSON does not have."""
 
 

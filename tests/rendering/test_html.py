@@ -2,6 +2,7 @@
 
 import base64
 import hashlib
+import json
 import re
 from html.parser import HTMLParser
 
@@ -170,6 +171,11 @@ def test_folders_without_a_validation(tmp_path):
     assert read_export(tmp_path).report is None
     (tmp_path / "report.json").write_text('{"validation": {"reference": 3}}')
     with pytest.raises(InputError, match=r"damaged or of another version of qexport \(reference: .*validate"):
+        render(tmp_path)
+    whole = {"validation": plain_report().as_dict()}
+    whole["validation"]["layers"]["linears"][0]["sqnr_db"] = "much"
+    (tmp_path / "report.json").write_text(json.dumps(whole))
+    with pytest.raises(InputError, match=r"damaged .*layers\.linears\.0\.sqnr_db"):
         render(tmp_path)
     (tmp_path / "report.json").write_text("{")
     with pytest.raises(InputError, match="unreadable"):
