@@ -251,6 +251,7 @@ def report(
     folder: Annotated[Path | None, typer.Argument(help="Folder that `qexport validate` looked at.")] = None,
     other: Annotated[Path | None, typer.Argument(help="Another one, to compare with.")] = None,
     plots: Annotated[Path | None, typer.Option(help="Folder for the figures as PNG; takes matplotlib.")] = None,
+    study: Annotated[Path | None, typer.Option(help="JSON of `qexport study -o`, to show on the page too.")] = None,
     schema: Annotated[
         bool, typer.Option("--schema", help="Print the JSON schema of the key validation of report.json.")
     ] = False,
@@ -270,13 +271,15 @@ def report(
 
     _imported()
     if other is not None:
+        if study is not None:
+            raise InputError("a study goes on the page of one folder", place="--study", remedy="Give one folder")
         found = qexport.compare(folder, other)
         if as_json:
             console.print_json(found.as_dict())
         else:
             print_comparison(found)
         return
-    page = qexport.render(folder, plots)
+    page = qexport.render(folder, plots, study)
     if as_json:
         console.print_json(rendered_summary(page))
     else:

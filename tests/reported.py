@@ -7,6 +7,8 @@ from qexport.rendering import read_validated
 from qexport.rendering.exported import Exported
 from qexport.runtime.manifest import LinearEntry, Manifest
 from qexport.runtime.manifest import save as save_manifest
+from qexport.study.result import Format, Study
+from qexport.study.result import Row as TextRow
 from qexport.validate.report import (
     Better,
     Greedy,
@@ -83,7 +85,8 @@ def full_report(layers: int = 3) -> Report:
         references=(Reference(name="float16 in PyTorch", logits=logits(kl_mean=1e-5)),),
         greedy=Greedy(prompts=2, prompt_tokens=8, new_tokens=16, agreed=(16, 3)),
         sensitivity=Sensitivity(
-            tokens=64, kl_mean=0.1, measured={worst: 0.02, "model.layers.0.mlp.up_proj": -0.001},
+            tokens=64, kl_mean=0.1, kl_foretold=0.078,
+            measured={worst: 0.02, "model.layers.0.mlp.up_proj": -0.001, "prologue": 0.004},
             overrides=(
                 Better(match=worst, scheme="w8a16_g32", instead_of="w4a16_g32", more_bytes=5000, kl_gain=0.02),
             ),
@@ -120,3 +123,29 @@ def write_validated(
     whole = {"export": export or {}, "validation": report.as_dict()}
     (folder / "report.json").write_text(json.dumps(whole), encoding="utf-8")
     return read_validated(folder)
+
+
+def a_study(names=("mine", "other"), temperatures=(0.0, 1.0), top_ks=(0,), lengths=(8,), **changes) -> Study:
+    """A study in which the n-th export (float is 0) has distance 0.1 n + 0.01 temperature + 0.001 top_k; no file."""
+    measures = [*TextRow.model_fields][5:]  # behind the setting
+    settings = [(t, k) for t in temperatures for k in (top_ks if t else (0,))]
+    rows = [
+        TextRow(
+            format=name, temperature=t, top_k=k, max_new_tokens=length, texts=3,
+            **dict.fromkeys(measures, 0.5)
+            | dict(distance=0.1 * n + 0.01 * t + 0.001 * k, distance_error=0.02, perplexity_ratio=1.0 + n),
+        )
+        for n, name in enumerate(("float", *names))
+        for length in lengths
+        for t, k in settings
+    ]  # fmt: skip
+    fields = dict(
+        reference="/home/somebody/models/some-model", prompts=("a", "b", "c"), seeds=(0, 1), temperatures=temperatures,
+        top_ks=top_ks, max_new_tokens=lengths, rows=tuple(rows), choices=(),
+        formats=tuple(
+            Format(name=name, folder="" if name == "float" else name, runtime="", model_bytes=0)
+            for name in ("float", *names)
+        ),
+        conclusions=tuple(f"{name}, top-k off: distance" for name in names),
+    )  # fmt: skip
+    return Study(**fields | changes)

@@ -18,6 +18,7 @@ import qexport
 from models import save_model
 from qexport import cli
 from qexport.capture.decoder import capture_decoder  # noqa: F401  imports what commands need before they are timed
+from reported import a_study
 from tiny_decoder import write_word_tokenizer
 
 VOCAB = 98
@@ -234,6 +235,11 @@ def test_report(model, exported, tmp_path, run):
     code, out, _ = run("report", exported, exported, "--json")
     assert {p["difference"] for p in json.loads(out)["linears"]} == {0.0}
     refused(run("report", exported, never), "never validated")
+    a_study((exported.name,)).save(study := tmp_path / "study.json")
+    code, _, err = run("report", exported, "--study", study)
+    assert code == 0 and err == "" and "Under sampling" in page.read_text()
+    refused(run("report", exported, "--study", exported / "report.json"), "no study", "qexport study -o")
+    refused(run("report", exported, exported, "--study", study), "--study", "one folder")
 
 
 def test_the_schema_of_a_report(run):

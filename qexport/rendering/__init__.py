@@ -8,23 +8,30 @@ from .comparing import Comparison, compare_exports
 from .exported import Exported, read_export, read_validated
 from .html import write_html
 from .png import write_plots
+from .sampling import read_study, sampled
 
 __all__ = ["Comparison", "Exported", "compare", "read_export", "read_validated", "render", "write_card", "write_html"]
 
 
-def render(folder: str | os.PathLike, plots: str | os.PathLike | None = None) -> Path:
+def render(
+    folder: str | os.PathLike, plots: str | os.PathLike | None = None, study: str | os.PathLike | None = None
+) -> Path:
     """Write report.html into a validated export, from what its files say; nothing runs. Returns its path.
 
     Args:
         plots: a folder for the same figures as PNG files, which takes matplotlib.
+        study: the JSON of `qexport study`, for a section on texts under sampling settings. The folder does not keep it:
+            a page that is written again without it has no such section.
 
     Raises:
-        InputError: no export, never validated, a damaged report, a folder that cannot be written, or no matplotlib.
+        InputError: no export, never validated, a damaged report or study, a folder that cannot be written, or no
+            matplotlib.
     """
     exported = read_validated(folder)
+    section = None if study is None else sampled(read_study(study), exported.folder)
     if plots is not None:
-        write_plots(exported, plots)
-    return write_html(exported)
+        write_plots(exported, plots, section)
+    return write_html(exported, section)
 
 
 def compare(first: str | os.PathLike, second: str | os.PathLike) -> Comparison:

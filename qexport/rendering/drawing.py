@@ -2,9 +2,9 @@
 
 import math
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 
-from ..validate.report import InputRange, Layers, Logits, Report, Row
+from ..validate.report import InputRange, Layers, Logits, Report, Row, Sensitivity
 from ..validate.wording import decibels, own
 from ..validate.wording import number as _number
 from .figures import Bar, Bars, Cell, Figure, HeatMap, Lines, Point, Series
@@ -42,7 +42,8 @@ def heat_maps(linears: Sequence[Row]) -> list[HeatMap]:
     ]  # fmt: skip
     if any(row.kl_cost is not None for row in linears):
         maps.append(_map(linears, blocks, kinds, "cost", "Cost in KL", (
-            "By how much the mean KL falls, in thousandths, when the value of this linear alone is the float model's."
+            "What the error of each linear adds to the mean KL, in thousandths of a nat a token: an estimate, by the "
+            "Fisher metric of the float model."
         ), lambda row: row.kl_cost, _in_thousandths, low_is_bad=False))  # fmt: skip
     return maps
 
@@ -124,7 +125,7 @@ def depth(layers: Layers) -> list[Lines]:
         line("all errors so far", lambda row: row.sqnr_db, False),
         line("of this block alone", lambda row: row.own_sqnr_db, True),
     )
-    return _drawn(Lines(
+    return with_numbers(Lines(
         "depth", "Error along the model", (
             "SQNR of what each block hands on. A step down is a block that adds much; one that computes in float has "
             "no error of its own to draw."
@@ -133,22 +134,55 @@ def depth(layers: Layers) -> list[Lines]:
 
 
 def costs(report: Report) -> list[Bars]:
-    """What the most expensive linears cost in KL."""
-    found = {row.name: row.kl_cost for row in report.layers.linears}
-    if report.sensitivity is not None:
-        found |= report.sensitivity.measured
-    bars = sorted(((v, n) for n, v in found.items() if v is not None), reverse=True)[:_MOST_BARS]
-    if not bars:
+    """What the most expensive linears cost in KL, as estimated; behind them what was measured and has no estimate."""
+    rows = sorted((row for row in report.layers.linears if row.kl_cost is not None), key=lambda row: -row.kl_cost)
+    whole = report.sensitivity
+    falls = {} if whole is None else {name: fall for name, fall in whole.measured.items() if fall is not None}
+    drawn = [
+        Bar(label, f"{row.name}: estimated {row.kl_cost:.4g}{_restored(falls.get(row.name))}", row.kl_cost)
+        for label, row in zip(_bar_labels(rows[:_MOST_BARS]), rows, strict=False)
+    ]
+    linears, known = {row.name for row in report.layers.linears}, {row.name for row in rows}
+    others = [name for name in falls if name not in known]
+    for name in others:
+        short, what = (name, name) if name in linears else ("embedding", f"the quantized embedding, in {name}")
+        drawn.append(Bar(f"{short}, measured", f"{what}: no estimate{_restored(falls[name])}", falls[name], apart=True))
+    if not drawn:
         return []
-    caption = "By how much the mean KL falls when this linear alone computes what the float model's does."
-    if report.sensitivity is not None:
-        whole = report.sensitivity
-        caption += f" Measured on {whole.tokens} tokens" + (
-            "." if whole.kl_mean is None else f", where it is {whole.kl_mean:.4g}."
+    caption = "What the error of each linear adds to the mean KL, as estimated by the Fisher metric of the float model."
+    if whole is not None:
+        caption += _beside_measured(whole)
+    if others:
+        caption += (
+            f" The {'bar' if len(others) == 1 else 'bars'} of another colour: no estimate, but by how much the mean KL "
+            "falls when that alone is restored to float, measured among the errors of all others."
         )
-    names = _without_common(name for _, name in bars)
-    drawn = tuple(Bar(short, f"{n}: {v:.4g}", v) for short, (v, n) in zip(names, bars, strict=True))
-    return [Bars("cost", "What single linears cost", caption, "mean KL", drawn)]
+    return [Bars("cost", "What single linears cost", caption, "nats a token", tuple(drawn))]
+
+
+def _bar_labels(rows: Sequence[Row]) -> list[str]:
+    """`29.mlp.down_proj`: the layer and what it is there; the whole name where that does not tell rows apart."""
+    short = [
+        f"{block}.{kind(row)}" if kind(row) != row.name else row.name
+        for block, row in zip(block_labels([row.block for row in rows]), rows, strict=True)
+    ]
+    return [label if short.count(label) == 1 else row.name for label, row in zip(short, rows, strict=True)]
+
+
+def _restored(fall: float | None) -> str:
+    if fall is None:
+        return ""
+    return f"; restored to float, the mean KL {'falls' if fall >= 0 else 'rises'} by {abs(fall):.4g} (measured)"
+
+
+def _beside_measured(whole: Sensitivity) -> str:
+    """All estimates beside what they should add up to, which says how far to trust them."""
+    if whole.kl_foretold is None or whole.kl_mean is None:
+        return f" On {whole.tokens} tokens."
+    return (
+        f" On {whole.tokens} tokens all estimates add up to {whole.kl_foretold:.4g}, and the mean KL is "
+        f"{whole.kl_mean:.4g}: the further apart, the more the estimates are guesses."
+    )
 
 
 def by_position(logits: Logits) -> list[Lines]:
@@ -163,7 +197,7 @@ def by_position(logits: Logits) -> list[Lines]:
     )
     over = "one window" if logits.windows == 1 else f"{logits.windows} windows"
     caption = f"Mean over {over}. Rising: errors grow in the cache."
-    return _drawn(Lines(
+    return with_numbers(Lines(
         "position", "KL along the text", caption, "token", "KL", (Series("mean KL", points),), from_zero=True
     ))  # fmt: skip
 
@@ -194,7 +228,7 @@ def ranges(found: Sequence[InputRange]) -> list[Lines]:
         before = tuple(Point(i, r.float_absmax, _range_title(r)) for i, r in enumerate(items))
         after = tuple(Point(i, r.absmax, _range_title(r)) for i, r in enumerate(items))
         title, caption = f"Into {', '.join(ends)}", _clipping(items)
-        drawn += _drawn(Lines(
+        drawn += with_numbers(Lines(
             f"range_{len(drawn)}", title, caption, "layer", "largest magnitude",
             (Series("float model", before, True), Series("deployed", after)), log=True,
         ))  # fmt: skip
@@ -218,16 +252,7 @@ def _clipping(items: Sequence[InputRange]) -> str:
     return f"Most clipped by its static scale: {most:.2%} in {where}." if most else "Nothing is clipped."
 
 
-def _drawn(figure: Lines) -> list[Lines]:
+def with_numbers(figure: Lines) -> list[Lines]:
     """The figure, if any of its lines has a number to show."""
     values = (p.y for s in figure.series for p in s.points)
     return [figure] if any(y is not None and math.isfinite(y) and (y > 0 or not figure.log) for y in values) else []
-
-
-def _without_common(names: Iterable[str]) -> list[str]:
-    """Names without the leading parts that all of them share."""
-    split = [name.split(".") for name in names]
-    shortest, common = min(map(len, split)), 0
-    while common < shortest - 1 and len({tuple(parts[: common + 1]) for parts in split}) == 1:
-        common += 1
-    return [".".join(parts[common:]) for parts in split]

@@ -41,16 +41,17 @@ class HeatMap:
 
 @dataclass(frozen=True)
 class Point:
-    """A point of a line; y None: there is no number, the line breaks. title: the point in words."""
+    """A point of a line; y None: there is no number, the line breaks. title: the point in words; error: of y, or 0."""
 
     x: float
     y: float | None
     title: str
+    error: float = 0.0
 
 
 @dataclass(frozen=True)
 class Series:
-    """A line; quiet: it is there for comparison."""
+    """A line; quiet: it is there for comparison, and the errors of its points are not drawn."""
 
     name: str
     points: tuple[Point, ...]
@@ -59,7 +60,14 @@ class Series:
 
 @dataclass(frozen=True)
 class Lines:
-    """One or more lines over a common axis; log: a logarithmic y axis, values of 0 and below are left out."""
+    """One or more lines over a common axis.
+
+    Attributes:
+        key, title, caption: as of a `HeatMap`.
+        log: a logarithmic y axis; values of 0 and below are left out. from_zero: the y axis begins at 0.
+        counted: x counts something, so that its ticks are whole numbers.
+        named: each line has its name at its end, as so many lines need; else a legend has them.
+    """
 
     key: str
     title: str
@@ -69,15 +77,18 @@ class Lines:
     series: tuple[Series, ...]
     log: bool = False
     from_zero: bool = False
+    counted: bool = True
+    named: bool = False
 
 
 @dataclass(frozen=True)
 class Bar:
-    """A bar with its name, the same in full, and its value."""
+    """A bar with its name, the same in full, and its value; apart: that is another quantity than the other bars'."""
 
     label: str
     title: str
     value: float
+    apart: bool = False
 
 
 @dataclass(frozen=True)

@@ -18,18 +18,22 @@ from . import facts, svg, tables
 from .drawing import figures
 from .exported import Exported
 from .figures import Bars, HeatMap, Lines
+from .sampling import Sampled
 
 HTML_FILE = "report.html"
 
 
-def write_html(exported: Exported) -> Path:
+def write_html(exported: Exported, sampled: Sampled | None = None) -> Path:
     """Write report.html into the folder of a validated export, by rename; returns its path.
+
+    Args:
+        sampled: a study that the page shows too.
 
     Raises:
         InputError: the folder cannot be written.
     """
     path = exported.folder / HTML_FILE
-    page = render_html(exported)
+    page = render_html(exported, sampled)
     with writing_to(path, "Free some space"):
         handle, temporary = tempfile.mkstemp(dir=exported.folder, prefix=".report.", suffix=".html")
         try:
@@ -43,7 +47,7 @@ def write_html(exported: Exported) -> Path:
     return path
 
 
-def render_html(exported: Exported) -> str:
+def render_html(exported: Exported, sampled: Sampled | None = None) -> str:
     """The page of a validated export."""
     report, manifest = exported.report, exported.manifest
     drawn = figures(report)
@@ -57,6 +61,7 @@ def render_html(exported: Exported) -> str:
         maps=[(f, *svg.heat_map(f)) for f in drawn if isinstance(f, HeatMap)],
         charts=[_chart(f) for f in drawn if not isinstance(f, HeatMap) and not f.key.startswith("range_")],
         ranges=[(f, svg.lines(f, 290, 200), svg.styles(f)) for f in drawn if f.key.startswith("range_")],
+        sampled=sampled, curves=[_chart(f) for f in sampled.figures] if sampled else [],
         values=tables.values(report), inputs=tables.inputs(report),
         overrides=facts.overrides_yaml(report), recipe=exported.recipe,
         kernels=kernels(report.placement), kept_float=_reasons(export, "float"), apart=_reasons(export, "apart"),
@@ -67,9 +72,9 @@ def render_html(exported: Exported) -> str:
 
 
 def _chart(figure: Lines | Bars) -> tuple[Lines | Bars, Markup, list[str]]:
-    """The figure, its image, and the classes of its lines."""
+    """The figure, its image, and the classes of the lines in its legend."""
     if isinstance(figure, Lines):
-        return figure, svg.lines(figure), svg.styles(figure)
+        return figure, svg.lines(figure), [] if figure.named else svg.styles(figure)
     return figure, svg.bars(figure), []
 
 

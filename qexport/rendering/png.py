@@ -8,16 +8,22 @@ from ..errors import InputError, writing_to
 from .drawing import figures
 from .exported import Exported
 from .figures import Bars, Figure, HeatMap, Lines
-from .scales import STEPS, short, step
+from .sampling import Sampled
+from .scales import STEPS, short, spread, step
 
 # The light colours of the page.
 _STEPS = ("#f9f3e6", "#ebdac0", "#debf9c", "#d2a57b", "#c58a5e", "#b76f46", "#a65534", "#933c26", "#7d241d")
+_FAINT = "#68707a"
 _LINES, _QUIET, _INK, _BROKEN = ("#1b6ca8", "#b3541e", "#3b7d4f", "#7a4f9a"), "#9aa3ad", "#1c1f23", "#a3261b"
+_DASHES = ("-", "--", ":", "-.", (0, (6, 3)), (0, (1, 4)))
 _DPI = 200
 
 
-def write_plots(exported: Exported, folder: str | Path) -> list[Path]:
+def write_plots(exported: Exported, folder: str | Path, sampled: Sampled | None = None) -> list[Path]:
     """Write every figure of a validated export into `folder`, made where it is missing; returns the files.
+
+    Args:
+        sampled: its figures too.
 
     Raises:
         InputError: matplotlib is not installed, or the folder cannot be written.
@@ -29,7 +35,7 @@ def write_plots(exported: Exported, folder: str | Path) -> list[Path]:
             folder.mkdir(parents=True, exist_ok=True)
         except FileExistsError:
             raise InputError("is a file, not a folder", place=str(folder), remedy="Choose another name") from None
-        for figure in figures(exported.report):
+        for figure in [*figures(exported.report), *(sampled.figures if sampled else ())]:
             path = folder / f"{_file_name(figure)}.png"
             canvas = _canvas(agg, figure)
             _draw(canvas.figure.add_subplot(), figure)
@@ -93,26 +99,50 @@ def _heat_map(axes: Any, figure: HeatMap) -> None:
 
 
 def _lines(axes: Any, figure: Lines) -> None:
-    colours = iter(_LINES * len(figure.series))
+    colours, drawn = iter(_LINES * len(figure.series)), []
+    dashes = iter(_DASHES * len(figure.series) if figure.named else ("--",) * len(figure.series))
     for series in figure.series:
         x, y = [p.x for p in series.points], [float("nan") if p.y is None else p.y for p in series.points]
-        style = {"color": _QUIET, "linestyle": "--"} if series.quiet else {"color": next(colours)}
-        axes.plot(x, y, marker="o", markersize=2.5, linewidth=1.3, label=series.name, **style)
+        style = {"color": _QUIET, "linestyle": next(dashes)} if series.quiet else {"color": next(colours), "zorder": 3}
+        drawn += axes.plot(x, y, marker="o", markersize=2.5, linewidth=1.3, label=series.name, **style)
+        if not series.quiet and any(p.error for p in series.points):
+            errors = [p.error for p in series.points]
+            axes.errorbar(x, y, errors, fmt="none", elinewidth=0.8, capsize=2, **style)
     if figure.log:
         axes.set_yscale("log")
         axes.yaxis.set_major_formatter(lambda value, _: short(value))
     if figure.from_zero:
         axes.set_ylim(bottom=0)
-    if len(figure.series) > 1:
+    if figure.named:
+        _names(axes, figure, drawn)
+    elif len(figure.series) > 1:
         axes.legend(frameon=False, fontsize=8)
     axes.grid(axis="y", color="#e4e6e8", linewidth=0.6)
     axes.set_xlabel(figure.x_label)
     axes.set_ylabel(figure.y_label)
 
 
+def _names(axes: Any, figure: Lines, drawn: list[Any]) -> None:
+    """The name of each line behind its last point, moved where names would lie on each other."""
+    ends = [next((p for p in reversed(s.points) if p.y is not None), None) for s in figure.series]
+    there = [i for i, end in enumerate(ends) if end is not None]
+    axes.set(xlim=axes.get_xlim(), ylim=axes.get_ylim())  # as they are: what follows is in parts of them
+    to_share = (axes.transData + axes.transAxes.inverted()).transform
+    places = [to_share((ends[i].x, ends[i].y)) for i in there]
+    moved = spread([float(y) for _, y in places], 0.062, 0.0, 1.0)
+    beside = {"transform": axes.transAxes, "clip_on": False}
+    for i, (x, y), at in zip(there, places, moved, strict=True):
+        colour, quiet = drawn[i].get_color(), figure.series[i].quiet
+        axes.plot([x, 1.02], [y, at], color=_QUIET, linewidth=0.5, **beside)
+        axes.plot([1.02, 1.08], [at, at], color=colour, linestyle=drawn[i].get_linestyle(), linewidth=1.3, **beside)
+        ink = _FAINT if quiet else colour
+        axes.text(1.09, at, figure.series[i].name, transform=axes.transAxes, va="center", fontsize=7, color=ink)
+
+
 def _bars(axes: Any, figure: Bars) -> None:
     places = range(len(figure.bars))
-    drawn = axes.barh(places, [bar.value for bar in figure.bars], height=0.7, color=_LINES[0])
+    colours = [_LINES[int(bar.apart)] for bar in figure.bars]
+    drawn = axes.barh(places, [bar.value for bar in figure.bars], height=0.7, color=colours)
     axes.bar_label(drawn, [f"{bar.value:.3g}" for bar in figure.bars], padding=3, fontsize=7)
     axes.set_yticks(places, [bar.label for bar in figure.bars], fontsize=7)
     axes.invert_yaxis()

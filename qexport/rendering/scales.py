@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from statistics import fmean
 
 STEPS = 9
 """Steps of the colour scale of heat maps."""
@@ -42,6 +43,26 @@ def widened(values: Sequence[float], *, from_zero: bool = False, log: bool = Fal
         low = min(low, 0.0)
     room = 0.06 * (high - low) or 0.06 * abs(high) or 1.0
     return (low if from_zero and low == 0 else low - room), high + room
+
+
+def spread(places: Sequence[float], gap: float, low: float, high: float) -> list[float]:
+    """Places moved by as little as keeps them `gap` apart (closer where there is no room), from `low` to `high`.
+
+    Their order stays. What is too close forms a group around its middle, and groups that meet become one.
+    """
+    gap = min(gap, (high - low) / max(len(places) - 1, 1))
+    order = sorted(range(len(places)), key=lambda i: places[i])
+    # Less the gaps in front of it, each place only has to be no lower than the one before.
+    groups: list[list[float]] = []
+    for rank, i in enumerate(order):
+        groups.append([places[i] - rank * gap])
+        while len(groups) > 1 and fmean(groups[-2]) > fmean(groups[-1]):
+            groups[-2:] = [groups[-2] + groups[-1]]
+    level = [fmean(group) for group in groups for _ in group]
+    found, most = [0.0] * len(places), high - (len(places) - 1) * gap
+    for rank, i in enumerate(order):
+        found[i] = min(max(level[rank], low), most) + rank * gap
+    return found
 
 
 def step(badness: float) -> int:

@@ -5,11 +5,14 @@ from math import log10
 from markupsafe import Markup, escape
 
 from .figures import Bars, HeatMap, Lines, Point, Series
-from .scales import log_ticks, short, step, ticks, whole_ticks, widened
+from .scales import log_ticks, short, spread, step, ticks, whole_ticks, widened
 
 _WIDTH = 400
 _LEFT, _RIGHT, _TOP, _BOTTOM = 50, 10, 22, 36
 _CHARACTER = 6.2  # mean width at the size of labels
+_NAME, _MOST_NAME = 12, 16  # height of a name at the end of a line, and its letters
+_SAMPLE = (6, 26)  # where a piece of the line begins in front of its name, and where it ends
+_DASHES = 6  # patterns of quiet lines
 
 
 def tag(name: str, *children: object, **attributes: object) -> Markup:
@@ -37,38 +40,78 @@ def lines(figure: Lines, width: int = _WIDTH, height: int = 232) -> Markup:
     """Lines over a common axis, each point with its words."""
     shown = [(p.x, p.y) for s in figure.series for p in s.points if p.y is not None and (p.y > 0 or not figure.log)]
     x_low, x_high = min(x for x, _ in shown), max(x for x, _ in shown)
-    y_low, y_high = widened([y for _, y in shown], from_zero=figure.from_zero, log=figure.log)
+    y_low, y_high = widened(_reached(figure), from_zero=figure.from_zero, log=figure.log)
     x_ends = (x_low, x_high) if x_high > x_low else (x_low - 0.5, x_high + 0.5)
-    axis = _Axes(x_ends, (y_low, y_high), figure.log, width, height)
+    right = _RIGHT
+    if figure.named:
+        right += min(max(len(_cut(s.name, _MOST_NAME)) for s in figure.series) * _CHARACTER + _SAMPLE[1], 0.4 * width)
+        height = max(height, _TOP + _BOTTOM + _NAME * len(figure.series))
+    axis = _Axes(x_ends, (y_low, y_high), figure.log, width, height, right)
     parts = [tag("text", figure.y_label, x=2, y=11, class_="label")]
     for y in log_ticks(y_low, y_high) if figure.log else ticks(y_low, y_high):
         at = axis.y(y)
-        parts.append(tag("line", x1=_LEFT, x2=width - _RIGHT, y1=at, y2=at, class_="rule"))
+        parts.append(tag("line", x1=_LEFT, x2=width - right, y1=at, y2=at, class_="rule"))
         parts.append(tag("text", short(y), x=_LEFT - 7, y=at + 3.5, class_="tick end"))
-    for x in whole_ticks(*x_ends):
+    for x in (whole_ticks if figure.counted else ticks)(*x_ends):
         parts.append(tag("text", short(x), x=axis.x(x), y=height - _BOTTOM + 16, class_="tick middle"))
-    parts.append(tag("text", figure.x_label, x=(_LEFT + width - _RIGHT) / 2, y=height - 4, class_="label middle"))
-    for series, style in zip(figure.series, styles(figure), strict=True):
-        parts.append(_line(series, axis, figure.log, style))
+    parts.append(tag("text", figure.x_label, x=(_LEFT + width - right) / 2, y=height - 4, class_="label middle"))
+    names = _names(figure, axis, width - right, height) if figure.named else [Markup("")] * len(figure.series)
+    drawn = list(zip(figure.series, styles(figure), names, strict=True))
+    # What is quiet lies below.
+    for series, style, name in sorted(drawn, key=lambda item: not item[0].quiet):
+        parts.append(_line(series, axis, figure.log, style, name))
     return _svg(width, height, figure.title, *parts)
 
 
-def styles(figure: Lines) -> list[str]:
-    """The class of each line: `quiet`, or `line0`, `line1` and so on."""
-    found, count = [], 0
+def _reached(figure: Lines) -> list[float]:
+    """Every value that has to be on the y axis: points, and the ends of errors that are drawn."""
+    found = []
     for series in figure.series:
-        found.append("quiet" if series.quiet else f"line{count % 4}")
-        count += not series.quiet
+        for p in series.points:
+            if p.y is not None and (p.y > 0 or not figure.log):
+                error = 0.0 if series.quiet or (figure.log and p.error >= p.y) else p.error
+                found += [p.y - error, p.y + error]
+    return found
+
+
+def _names(figure: Lines, axis: "_Axes", left: float, height: float) -> list[Markup]:
+    """The name of each line behind its last point, moved where names would lie on each other."""
+    ends = [next((p for p in reversed(s.points) if p.y is not None and (p.y > 0 or not figure.log)), None)
+            for s in figure.series]  # fmt: skip
+    there = [i for i, end in enumerate(ends) if end is not None]
+    places = spread([axis.y(ends[i].y) for i in there], _NAME, _TOP, height - _BOTTOM)
+    found = [Markup("")] * len(ends)
+    for i, y in zip(there, places, strict=True):
+        end, name = ends[i], figure.series[i].name
+        found[i] = (
+            tag("line", x1=axis.x(end.x), y1=axis.y(end.y), x2=left + _SAMPLE[0], y2=y, class_="lead")
+            + tag("path", d=f"M{left + _SAMPLE[0]:.1f} {y:.1f}H{left + _SAMPLE[1] - 3:.1f}")
+            + tag("text", tag("title", name), _cut(name, _MOST_NAME), x=left + _SAMPLE[1], y=y + 3.5, class_="end-name")
+        )
+    return found
+
+
+def styles(figure: Lines) -> list[str]:
+    """The classes of each line: `line0`, `line1` and so on, or `quiet`, with a pattern where lines are named."""
+    found, loud, quiet = [], 0, 0
+    for series in figure.series:
+        if series.quiet:
+            found.append(f"quiet dash{quiet % _DASHES}" if figure.named else "quiet")
+        else:
+            found.append(f"line{loud % 4}")
+        loud, quiet = loud + (not series.quiet), quiet + series.quiet
     return found
 
 
 class _Axes:
-    def __init__(self, x: tuple[float, float], y: tuple[float, float], log: bool, width: int, height: int):
-        self._x, self._y, self._log, self._width, self._height = x, y, log, width, height
+    def __init__(
+        self, x: tuple[float, float], y: tuple[float, float], log: bool, width: int, height: int, right: float
+    ):
+        self._x, self._y, self._log, self._width, self._height, self._right = x, y, log, width, height, right
 
     def x(self, value: float) -> float:
         low, high = self._x
-        return _LEFT + (value - low) / (high - low) * (self._width - _LEFT - _RIGHT)
+        return _LEFT + (value - low) / (high - low) * (self._width - _LEFT - self._right)
 
     def y(self, value: float) -> float:
         low, high = self._y
@@ -77,7 +120,7 @@ class _Axes:
         return self._height - _BOTTOM - (value - low) / (high - low) * (self._height - _TOP - _BOTTOM)
 
 
-def _line(series: Series, axis: _Axes, log: bool, style: str) -> Markup:
+def _line(series: Series, axis: _Axes, log: bool, style: str, name: Markup) -> Markup:
     pieces: list[list[Point]] = [[]]
     for p in series.points:
         if p.y is None or (log and p.y <= 0):
@@ -96,12 +139,18 @@ def _line(series: Series, axis: _Axes, log: bool, style: str) -> Markup:
         for piece in pieces
         for p in piece
     ]  # fmt: skip
-    return tag("g", *paths, *dots, class_=f"series {style}")
+    errors = [
+        tag("line", x1=axis.x(p.x), x2=axis.x(p.x), y1=axis.y(p.y - p.error), y2=axis.y(p.y + p.error), class_="error")
+        for piece in pieces
+        for p in piece
+        if p.error and not series.quiet and not (log and p.error >= p.y)
+    ]
+    return tag("g", name, *paths, *errors, *dots, class_=f"series {style}")
 
 
 def bars(figure: Bars) -> Markup:
     """Horizontal bars with their names in front and their values behind."""
-    left = min(max(len(_cut(bar.label)) for bar in figure.bars) * _CHARACTER + 10, 190)
+    left = min(max(len(_cut(bar.label)) for bar in figure.bars) * _CHARACTER + 20, 195)
     right, row, top = 52, 21, 4
     high = max(max(bar.value for bar in figure.bars), 0.0)
     low = min(min(bar.value for bar in figure.bars), 0.0)
@@ -113,7 +162,8 @@ def bars(figure: Bars) -> Markup:
         x = zero if bar.value >= 0 else zero - wide
         parts.append(tag(
             "g", tag("title", bar.title), tag("text", _cut(bar.label), x=left - 8, y=y + 13, class_="tick end name"),
-            tag("rect", x=x, y=y + 3, width=max(wide, 1.0), height=row - 7, rx=1.5, class_="bar"),
+            tag("rect", x=x, y=y + 3, width=max(wide, 1.0), height=row - 7, rx=1.5,
+                class_="bar apart" if bar.apart else "bar"),
             tag("text", f"{bar.value:.3g}", x=max(x + wide, zero) + 6, y=y + 13, class_="tick"),
         ))  # fmt: skip
     height = top + row * len(figure.bars) + 20

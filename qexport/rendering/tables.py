@@ -50,7 +50,7 @@ def _megabytes(row: Row) -> float | None:
 _NUMBERS: tuple[tuple[str, str, str, Callable[[Row], float | None]], ...] = (
     ("own SQNR", "{:.1f}", "dB, of the errors made here alone", lambda r: r.own_sqnr_db),
     ("SQNR", "{:.1f}", "dB, with the errors of everything in front", lambda r: r.sqnr_db),
-    ("KL cost", "{:.5f}", "fall of the mean KL when this value alone is the float one's", lambda r: r.kl_cost),
+    ("KL cost", "{:.5f}", "estimate of what the error made here adds to the mean KL", lambda r: r.kl_cost),
     ("cosine", "{:.5f}", "of the angle between both values", lambda r: r.cosine),
     ("max error", "{:.3g}", "largest absolute difference", lambda r: r.max_abs_error),
     ("MB", "{:.3f}", "in the file", _megabytes),

@@ -6,8 +6,9 @@ import shutil
 import pytest
 
 from qexport.rendering.html import write_html
+from qexport.rendering.sampling import sampled
 from qexport.validate.verdict import with_verdict
-from reported import full_report, write_validated
+from reported import a_study, full_report, write_validated
 
 pytest.importorskip("selenium")
 from selenium import webdriver  # noqa: E402
@@ -53,7 +54,9 @@ def page(tmp_path_factory):
         third.model_copy(update=dict(name=HOSTILE)), *others,
     )  # fmt: skip
     report = report.model_copy(update=dict(layers=report.layers.model_copy(update=dict(linears=linears)), text=HOSTILE))
-    return write_html(write_validated(tmp_path_factory.mktemp("export"), with_verdict(report)))
+    exported = write_validated(tmp_path_factory.mktemp("export") / "mine", with_verdict(report))
+    study = a_study(("mine", HOSTILE, *"abcdefg"), top_ks=(0, 50), conclusions=(HOSTILE, "mine"))
+    return write_html(exported, sampled(study, exported.folder))
 
 
 @pytest.fixture

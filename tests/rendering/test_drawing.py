@@ -80,11 +80,49 @@ def test_positions_are_the_middles_of_equal_stretches():
     assert [(p.x, p.y) for p in figure.series[0].points] == [(4, 0.1), (12, 0.2), (20, None), (28, 0.4)]
 
 
+def cost_bars(report):
+    return [f for f in figures(report) if f.key == "cost" and hasattr(f, "bars")][0]
+
+
 def test_bars_go_from_the_most_expensive_with_names_without_what_they_share():
-    (figure,) = [f for f in figures(full_report()) if f.key == "cost" and hasattr(f, "bars")]
-    values = [bar.value for bar in figure.bars]
-    assert values == sorted(values, reverse=True) and values[0] == 0.02 and len(values) == 12
-    assert figure.bars[0].label == "2.mlp.down_proj" and figure.bars[0].title == "model.layers.2.mlp.down_proj: 0.02"
+    figure = cost_bars(full_report())
+    *estimates, last = figure.bars
+    values = [bar.value for bar in estimates]
+    assert values == sorted(values, reverse=True) and values[0] == 0.012 and len(values) == 12
+    assert figure.bars[0].label == "2.mlp.down_proj"
+    # What restoring a linear brings is said, and not drawn as if it were an estimate.
+    assert figure.bars[0].title == (
+        "model.layers.2.mlp.down_proj: estimated 0.012; restored to float, the mean KL falls by 0.02 (measured)"
+    )
+    titles = [bar.title for bar in estimates]
+    assert "model.layers.0.mlp.up_proj: estimated 0.003; restored to float, the mean KL rises by 0.001 (measured)" in (
+        titles
+    )
+    assert "model.layers.0.self_attn.q_proj: estimated 0.001" in titles and not any(bar.apart for bar in estimates)
+    assert "On 64 tokens all estimates add up to 0.078, and the mean KL is 0.1" in figure.caption
+
+
+def test_a_measured_embedding_has_a_bar_apart():
+    report = full_report()
+    figure = cost_bars(report)
+    last = figure.bars[-1]
+    assert (last.label, last.value, last.apart) == ("embedding, measured", 0.004, True)
+    assert last.title.startswith("the quantized embedding, in prologue: no estimate; restored to float")
+    assert "The bar of another colour: no estimate" in figure.caption
+    linears = {k: v for k, v in report.sensitivity.measured.items() if k != "prologue"}
+    without = cost_bars(report.model_copy(update=dict(
+        sensitivity=report.sensitivity.model_copy(update=dict(measured=linears)))))  # fmt: skip
+    assert not any(bar.apart for bar in without.bars) and "another colour" not in without.caption
+
+
+def test_bars_that_short_names_do_not_tell_apart_have_whole_ones():
+    report = full_report(1)
+    rows = [
+        Row(name=f"{part}.layers.0.fc", block=f"{part}.layers.0", kl_cost=0.1, max_abs_error=1.0) for part in ("a", "b")
+    ] + [Row(name="lm_head", block="epilogue", kl_cost=0.05, max_abs_error=1.0)]
+    layers = report.layers.model_copy(update=dict(linears=tuple(rows)))
+    bars = cost_bars(report.model_copy(update=dict(layers=layers, sensitivity=None))).bars
+    assert [bar.label for bar in bars] == ["a.layers.0.fc", "b.layers.0.fc", "lm_head"]
 
 
 def test_ranges_of_one_kind_make_one_figure():

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qexport.rendering.scales import STEPS, log_ticks, step, ticks, whole_ticks, widened
+from qexport.rendering.scales import STEPS, log_ticks, spread, step, ticks, whole_ticks, widened
 
 numbers = st.floats(-1e9, 1e9, allow_nan=False, allow_infinity=False)
 
@@ -50,3 +50,18 @@ def test_an_axis_shows_all_and_more():
 
 def test_steps_of_the_colour_scale():
     assert [step(s) for s in (0, 0.5, 1, -1, 2)] == [0, STEPS // 2, STEPS - 1, 0, STEPS - 1]
+
+
+@given(st.lists(st.floats(-50, 150), max_size=12), st.floats(1, 30))
+def test_spread_places_are_inside_in_order_and_apart(places, gap):
+    found = spread(places, gap, 0.0, 100.0)
+    order = sorted(range(len(places)), key=lambda i: places[i])
+    apart = min(gap, 100.0 / max(len(places) - 1, 1))
+    assert all(-1e-9 <= y <= 100 + 1e-9 for y in found)
+    assert all(found[b] - found[a] >= apart - 1e-9 for a, b in zip(order, order[1:], strict=False))
+
+
+def test_spread_moves_no_more_than_it_has_to():
+    assert spread([10.0, 50.0, 90.0], 10, 0, 100) == [10, 50, 90]
+    assert spread([50.0, 90.0, 50.0], 10, 0, 100) == [45, 90, 55]
+    assert spread([0.0, 0.0, 99.0], 10, 0, 100) == [0, 10, 99]

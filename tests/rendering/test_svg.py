@@ -59,6 +59,17 @@ def test_axes_of_few_or_equal_values(values):
     assert "nan" not in svg.lines(line(*values)) and "nan" not in svg.lines(line(*values, from_zero=True))
 
 
+def test_errors_are_drawn_of_what_is_not_quiet_and_fit():
+    points = (Point(0, 1.0, "a", 0.5), Point(1, 2.0, "b"))
+    figure = Lines("k", "t", "", "x", "y", (Series("loud", points), Series("low", points, quiet=True)), counted=False)
+    image = svg.lines(figure)
+    (error,) = shapes(image, "line", "error")
+    top, bottom = sorted(float(error.get(y)) for y in ("y1", "y2"))
+    dots = {float(c.get("cy")) for c in shapes(image, "circle") if c.get("cx") == "50"}
+    assert len(dots) == 1 and dots.pop() == pytest.approx((top + bottom) / 2, abs=0.02) and bottom < 232 - 36
+    assert "0.2" in [e.text for e in shapes(image, "text", "tick")], "temperatures are no whole numbers"
+
+
 def test_bars_are_as_long_as_their_values_to_both_sides():
     image = svg.bars(Bars("k", "t", "", "x", tuple(Bar(str(v), str(v), v) for v in (4.0, 2.0, -1.0))))
     first, second, third = shapes(image, "rect")
