@@ -24,7 +24,7 @@ from .schemes import SCHEMES
 _LEFT = {"rtn": 1.0, "hqq": 0.9}
 _LEFT_BY_TRAINED = 0.35
 _LEAST_SHARE, _MOST_SHARE = 0.05, 1.5  # of the same, by linear: beyond are errors of measurement
-_GRAPH_BYTES = 1000  # of model.onnx for each linear and what surrounds it
+_GRAPH_BYTES = 780  # of model.onnx for each linear and what surrounds it
 
 
 class Chooser:
@@ -98,10 +98,8 @@ class Chooser:
             allocation: what was exported; real: cost of each linear in it; kl: its mean KL.
         """
         for place, (item, choice) in enumerate(zip(self._costs.items, allocation.choices, strict=True)):
-            expected = sum(self._costs.kl[name][choice.scheme] for name in item.linears)
-            if expected > 0:
-                share = sum(real[name] for name in item.linears) / expected
-                self._shares[place] = min(max(share, _LEAST_SHARE), _MOST_SHARE)
+            if item.linear and (expected := self._costs.kl[item.linear][choice.scheme]) > 0:
+                self._shares[place] = min(max(real[item.linear] / expected, _LEAST_SHARE), _MOST_SHARE)
         by_name = [{choice.scheme: choice.kl for choice in choices} for choices in self._choices]
         now = sum(known[choice.scheme] for known, choice in zip(by_name, allocation.choices, strict=True))
         self.left = kl / max(now, 1e-12)
@@ -109,10 +107,8 @@ class Chooser:
     def _schemes(self, allocation: Allocation) -> dict[str, str]:
         """The scheme asked for, of every linear that is chosen for, and of a table of embeddings."""
         table = next((e.name for e in self._embeddings if e.scheme is not None), "")
-        found = {}
-        for item, choice in zip(self._costs.items, allocation.choices, strict=True):
-            found |= dict.fromkeys(item.linears or (table,), choice.scheme)
-        return found
+        pairs = zip(self._costs.items, allocation.choices, strict=True)
+        return {item.linear or table: choice.scheme for item, choice in pairs}
 
     def recipe(self, allocation: Allocation) -> Recipe:
         """The recipe with this choice: the commonest scheme for all, and an override for each other linear."""

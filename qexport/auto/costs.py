@@ -13,24 +13,23 @@ from ..numerics.straight_through import round_weight
 from ..passes.edit import get_tensor, set_tensor
 from ..passes.embedding import EmbeddingPlan, table_bytes
 from ..passes.plan import LinearPlan, fit, weight_bytes
-from ..passes.sites import by_input
 from .allocate import Choice
 from .importance import Felt, Importance, Progress, felt
 
 
 @dataclass(frozen=True)
 class Item:
-    """What gets one scheme: linears that read one value, so that one product serves them; or a table of embeddings.
+    """What gets a scheme of its own: a linear, an output projection and the table it shares, or a table alone.
 
     Attributes:
-        linears: their names, also of an output projection that shares the table; empty for a table alone.
+        linear: its name; empty for a table alone.
         choices: what each scheme costs, its name as asked for.
-        bytes: what the plan's schemes take.
+        bytes: what the plan's scheme takes.
     """
 
-    linears: tuple[str, ...]
+    linear: str
     choices: tuple[Choice, ...]
-    bytes: int = 0
+    bytes: int
 
 
 @dataclass(frozen=True)
@@ -65,10 +64,7 @@ def scheme_costs(
     table = next((e for e in embeddings if e.scheme is not None), None)
     kl: dict[str, dict[str, float]] = {}
     importance: dict[str, Importance] = {}
-    groups: list[tuple[str, ...]] = []
     for found in felt(captured, feeds, progress):
-        wanted = {linear.node: linear for linear, _, _ in found.linears if linear.name in quantized}
-        groups += [tuple(linear.name for linear in one) for one in by_input(list(wanted.values())).values()]
         for linear, inputs, felt_there in found.linears:
             if linear.name in quantized:
                 weight = get_tensor(found.block.module, linear.weight)
@@ -78,27 +74,23 @@ def scheme_costs(
                 }  # fmt: skip
         if table is not None and found.block.name == table.block and found.output is not None:
             kl[""] = {s.name: found.output.kl(_moved(found, table.weight, s)) for s in schemes}
-    groups.reverse()
-    items = [_item(names, [quantized[n] for n in names], schemes, kl, table, width) for names in groups]
+    items = [_item(linear, schemes, kl, table, width) for linear in quantized.values()]
     if table is not None and not table.linear:
         choices = (Choice(s.name, _table_bytes(table, s, width), kl[""][s.name]) for s in schemes)
-        items.append(Item((), tuple(choices), table.bytes))
+        items.append(Item("", tuple(choices), table.bytes))
     return Costs(tuple(items), importance, kl)
 
 
-def _item(names, plans: Sequence[LinearPlan], schemes, kl, table: EmbeddingPlan | None, width: int) -> Item:
-    shares = table is not None and table.linear in names
-    choices = []
+def _item(linear: LinearPlan, schemes: Sequence[Scheme], kl, table: EmbeddingPlan | None, width: int) -> Item:
+    shares, choices = table is not None and table.linear == linear.name, []
     for scheme in schemes:
-        size, cost = 0, sum(kl[name][scheme.name] for name in names)
-        for linear in plans:
-            if not (shares and linear.name == table.linear):
-                size += weight_bytes(replace(linear, scheme=fit(scheme, linear.shape[1])[0]), width)
+        cost = kl[linear.name][scheme.name]
         if shares:
-            size, cost = size + _table_bytes(table, scheme, width), cost + kl[""][scheme.name]
-        choices.append(Choice(scheme.name, size, cost))
-    now = sum(linear.bytes for linear in plans) + (table.bytes if shares else 0)
-    return Item(tuple(names), tuple(choices), now)
+            choices.append(Choice(scheme.name, _table_bytes(table, scheme, width), cost + kl[""][scheme.name]))
+        else:
+            fitted = replace(linear, scheme=fit(scheme, linear.shape[1])[0])
+            choices.append(Choice(scheme.name, weight_bytes(fitted, width), cost))
+    return Item(linear.name, tuple(choices), table.bytes if shares else linear.bytes)
 
 
 def _table_bytes(table: EmbeddingPlan, scheme: Scheme, width: int) -> int:

@@ -68,36 +68,27 @@ def suggested(rows: Sequence[Row], costs: Costs) -> tuple[Better, ...]:
     Args:
         rows: of the quantized linears, with `kl_cost`.
     """
-    by_name = {row.name: row for row in rows if row.kl_cost is not None}
-    found = []
-    for item in costs.items:
-        members = [by_name[name] for name in item.linears if name in by_name]
-        if len(members) == len(item.linears) and members:
-            found += [(score, better) for score, better in [_best(item, members, costs.kl)] if better]
-    found.sort(key=lambda pair: -pair[0])
-    return tuple(better for _, group in found for better in group)[:_MOST_SUGGESTED]
+    items = {item.linear: item for item in costs.items}
+    found = [_best(items[row.name], row, costs.kl) for row in rows if row.kl_cost is not None and row.name in items]
+    found = sorted((pair for pair in found if pair is not None), key=lambda pair: -pair[0])
+    return tuple(better for _, better in found[:_MOST_SUGGESTED])
 
 
-def _best(item: Item, rows: Sequence[Row], kl: Mapping[str, Mapping[str, float]]) -> tuple[float, list[Better]]:
-    """The scheme that gains the most for a byte over the present one, as overrides for the item's linears."""
-    now, size = sum(row.kl_cost for row in rows), item.bytes
-    expected = sum(kl[row.name].get(row.scheme, 0.0) for row in rows)
-    left = min(now / expected, 1.0) if expected else 1.0
-    present = next((choice for choice in item.choices if {choice.scheme} == {row.scheme for row in rows}), None)
-    if present is not None:  # with what a shared table of embeddings costs
-        now = left * present.kl
-    best, chosen = 0.0, None
-    for choice in item.choices:
-        gain, more = now - left * choice.kl, choice.bytes - size
-        if gain > 0 and more > 0 and gain / more > best:
-            best, chosen = gain / more, choice
-    if chosen is None:
-        return 0.0, []
-    shares = [row.bytes / sum(r.bytes for r in rows) if row.bytes else 1 / len(rows) for row in rows]
-    return best, [
-        Better(
-            match=row.name, scheme=chosen.scheme, instead_of=row.scheme,
-            more_bytes=round((chosen.bytes - size) * share), kl_gain=(now - left * chosen.kl) * share,
-        )
-        for row, share in zip(rows, shares, strict=True)
-    ]  # fmt: skip
+def _best(item: Item, row: Row, kl: Mapping[str, Mapping[str, float]]) -> tuple[float, Better] | None:
+    """The scheme that gains the most for a byte over a linear's present one, and that gain."""
+    expected = kl[row.name].get(row.scheme, 0.0)
+    left = min(row.kl_cost / expected, 1.0) if expected else 1.0
+    present = next((choice for choice in item.choices if choice.scheme == row.scheme), None)
+    now = row.kl_cost if present is None else left * present.kl  # with what a shared table of embeddings costs
+    steps = [
+        ((now - left * choice.kl) / (choice.bytes - item.bytes), choice)
+        for choice in item.choices
+        if choice.bytes > item.bytes and left * choice.kl < now
+    ]
+    if not steps:
+        return None
+    gain, best = max(steps, key=lambda step: step[0])
+    return gain, Better(
+        match=row.name, scheme=best.scheme, instead_of=row.scheme, more_bytes=best.bytes - item.bytes,
+        kl_gain=now - left * best.kl,
+    )  # fmt: skip

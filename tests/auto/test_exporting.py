@@ -60,16 +60,12 @@ def test_the_folder_says_how_to_get_the_same_again(models, tmp_path):
     assert first.read_bytes() == second.read_bytes()
 
 
-def test_linears_of_one_product_get_one_scheme_and_float_ones_stay_float(models, tmp_path):
+def test_what_the_recipe_keeps_in_float_stays_float(models, tmp_path):
     recipe = RTN.model_copy(update={"overrides": (Override(match="*o_proj", scheme="float"),)})
     size = size_of(export(models["untied"], recipe, out_dir=tmp_path / "plain").folder)
     found = qexport.export_auto(models["untied"], recipe, out_dir=tmp_path / "auto", max_bytes=size, **MEASURED)
+    assert len(found.schemes) == 2 * 6 + 1
     assert not [name for name in found.schemes if name.endswith("o_proj")]
-    for layer in range(2):
-        attention = {found.schemes[f"model.layers.{layer}.self_attn.{n}_proj"] for n in "qkv"}
-        gates = {found.schemes[f"model.layers.{layer}.mlp.{n}_proj"] for n in ("gate", "up")}
-        assert len(attention) == len(gates) == 1
-    assert all(len(entry.columns or ()) == 2 for entry in found.export.manifest.linears if "q_proj" in entry.name)
 
 
 @pytest.mark.parametrize("most", [0.2, 0.02])

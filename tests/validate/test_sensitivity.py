@@ -86,21 +86,18 @@ def row(name, cost, size=100, scheme="w4a16_g64"):
 def test_what_is_suggested_is_the_best_for_a_byte_with_what_the_method_leaves():
     choices = (Choice("w4a16_g64", 100, 0.4), Choice("w4a16_g32", 110, 0.3), Choice("w8a16_g32", 200, 0.0))
     kl = {"a": {"w4a16_g64": 0.4, "w4a16_g32": 0.3, "w8a16_g32": 0.0}}
-    (best,) = suggested([row("a", 0.2)], Costs((Item(("a",), choices, 100),), {}, kl))  # half of the cost is left
+    (best,) = suggested([row("a", 0.2)], Costs((Item("a", choices, 100),), {}, kl))  # half of the cost is left
     assert (best.scheme, best.instead_of, best.more_bytes) == ("w4a16_g32", "w4a16_g64", 10)
     assert best.kl_gain == pytest.approx(0.05)
 
 
-def test_linears_of_one_product_are_suggested_together_and_the_best_come_first():
-    def item(names, kl):
-        return Item(
-            names,
-            (Choice("w4a16_g64", 100 * len(names), kl), Choice("w8a16_g32", 200 * len(names), 0.0)),
-            100 * len(names),
-        )
-
-    kl = {name: {"w4a16_g64": cost, "w8a16_g32": 0.0} for name, cost in (("q", 0.1), ("k", 0.3), ("down", 0.1))}
-    costs = Costs((item(("down",), 0.1), item(("q", "k"), 0.4)), {}, kl)
-    found = suggested([row("down", 0.1), row("q", 0.1), row("k", 0.3)], costs)
-    assert [better.match for better in found] == ["q", "k", "down"]
-    assert suggested([row("down", 0.0, scheme="w8a16_g32"), row("q", 0.1)], costs) == ()  # q alone says nothing
+def test_the_best_come_first_and_what_cannot_be_better_is_left_out():
+    choices = {
+        n: (Choice("w4a16_g64", 100, cost), Choice("w8a16_g32", 200, 0.0)) for n, cost in (("q", 0.1), ("k", 0.3))
+    }
+    kl = {name: {choice.scheme: choice.kl for choice in found} for name, found in choices.items()}
+    costs = Costs(tuple(Item(name, found, 100) for name, found in choices.items()), {}, kl)
+    found = suggested([row("q", 0.1), row("k", 0.3)], costs)
+    assert [better.match for better in found] == ["k", "q"]
+    eight = Costs(tuple(Item(name, found, 200) for name, found in choices.items()), {}, kl)
+    assert suggested([row("q", 0.0, 200, "w8a16_g32"), row("other", 0.3)], eight) == ()
