@@ -24,7 +24,7 @@ from .schemes import SCHEMES
 _LEFT = {"rtn": 1.0, "hqq": 0.9}
 _LEFT_BY_TRAINED = 0.35
 _LEAST_SHARE, _MOST_SHARE = 0.05, 1.5  # of the same, by linear: beyond are errors of measurement
-_GRAPH_BYTES = 780  # of model.onnx for each linear and what surrounds it
+_GRAPH_BYTES = 1400  # of model.onnx for each linear and what surrounds it, at most
 
 
 class Chooser:
@@ -51,7 +51,8 @@ class Chooser:
         schemes = [Scheme.parse(name) for name in SCHEMES[target]]
         self._costs = scheme_costs(captured, self._plan, self._embeddings, schemes, feeds, width, progress)
         self._shares = [1.0] * len(self._costs.items)
-        self._rest = _rest(captured, self._plan, self._embeddings, width, attention)
+        self._guessed = _GRAPH_BYTES * len(self._plan)  # of the rest, until an export is measured
+        self._rest = _rest(captured, self._plan, self._embeddings, width, attention) + self._guessed
         projection = output_projection(captured)
         self._projection = projection.name if projection else ""
 
@@ -63,7 +64,10 @@ class Chooser:
         """
         found = within_bytes(self._choices, most - self._rest)
         if found is None:
-            least = self._rest + sum(min(c.bytes for c in choices) for choices in self._choices)
+            smallest = Allocation(tuple(min(choices, key=lambda c: (c.bytes, c.kl)) for choices in self._choices))
+            least = self.bytes(smallest)
+            if most >= least - self._guessed:  # an export will tell
+                return smallest
             raise InputError(
                 f"{most:,} bytes are too few: with the smallest schemes the file takes about {least:,}",
                 place="max_bytes", remedy="Give more, or quantize what the recipe keeps in float",
@@ -84,7 +88,7 @@ class Chooser:
 
     def wrong_by(self, more: int) -> None:
         """Learn from an export that its file was so many bytes larger than foretold."""
-        self._rest += more
+        self._rest, self._guessed = self._rest + more, 0
 
     @property
     def importance(self) -> Mapping[str, Importance]:
@@ -150,13 +154,13 @@ class Chooser:
 def _rest(
     captured: Captured, plan: Sequence[LinearPlan], embeddings: Sequence[EmbeddingPlan], width: int, attention: str
 ) -> int:
-    """Bytes of everything that is not chosen for: what stays float, tables of positions, the graph."""
+    """Bytes of everything that is not chosen for, without the graph: what stays float, tables of positions."""
     sizes = bytes_by_part(captured, plan, embeddings, width)
     quantized = sum(p.bytes for p in plan if p.scheme is not None)
     tables = sum(e.bytes for e in embeddings if e.scheme is not None)
     grouping = plan_attention(captured, attention, captured.load)
     rotary = sum(t.numel() * width for t in grouping.tables.values()) if isinstance(grouping, Grouping) else 0
-    return sizes["total"] - quantized - tables + rotary + _GRAPH_BYTES * len(plan)
+    return sizes["total"] - quantized - tables + rotary
 
 
 def _has_ladder(scheme: Scheme) -> bool:

@@ -14,7 +14,8 @@ from tiny_decoder import write_word_tokenizer
 
 TEXT = " ".join(f"w{i * i % 97}" for i in range(600))
 MEASURED = dict(text=TEXT, windows=4, window=64, calibration="random")
-RTN = Recipe(scheme="w4a16_g32", lm_head="w4a16_g32").with_calibration(samples=4, sequence_length=64)
+# With the most bytes of 4 bits: the graph of so small a model is a large part of the file, and has to fit too.
+RTN = Recipe(scheme="w4a16_g16", lm_head="w4a16_g16").with_calibration(samples=4, sequence_length=64)
 TIED = RTN.model_copy(update={"embedding": "tied"})
 
 
@@ -35,7 +36,7 @@ def size_of(folder: Path) -> int:
 
 
 @pytest.mark.parametrize("kind, recipe", [("tied", TIED), ("untied", RTN), ("untied", Recipe(
-    scheme="w4a16_g32", lm_head="w4a16_g32", embedding="w4a16_g32"
+    scheme="w4a16_g16", lm_head="w4a16_g16", embedding="w4a16_g16"
 ))])  # fmt: skip
 def test_it_is_closer_than_one_scheme_everywhere_in_no_more_bytes(models, tmp_path, kind, recipe):
     model, out = models[kind], tmp_path / "auto"
