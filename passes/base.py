@@ -158,6 +158,8 @@ class GraphPass(ABC):
         if not self.keeps_function:
             return
         for index, (old, new) in enumerate(zip(before, after, strict=True)):
+            if not old.is_floating_point():
+                old, new = old.double(), new.double()
             moved = ((new - old).abs().max() / old.abs().max().clamp_min(1e-12)).item() if old.numel() else 0.0
             if not moved < 1e-4:
                 raise PassError(f"output {index} moved by {moved:.1e} of its range, though the pass keeps the function")

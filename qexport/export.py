@@ -17,9 +17,9 @@ from .calibrate.data import Progress, calibration_batches, needs_data, no_progre
 from .calibrate.loop import Finished, quantize_blocks
 from .calibrate.projection import hessian_of
 from .calibrate.stages import passes_for
-from .capture.decoder import capture_decoder
+from .capture.folder import capture_folder
 from .capture.graph import Captured
-from .capture.module import capture_module
+from .capture.module import Axes, Inputs, capture_module
 from .capture.origin import origin
 from .capture.source import open_model
 from .errors import InputError, QExportError, RecipeError
@@ -74,7 +74,8 @@ def export(
     target: str = "cpu",
     dtype: str | None = None,
     calibration: Any = None,
-    example_inputs: Sequence[torch.Tensor] | None = None,
+    example_inputs: Inputs | None = None,
+    dynamic_shapes: Axes | None = None,
     overwrite: bool = False,
     resume: bool = False,
     logits: str = "all",
@@ -94,9 +95,11 @@ def export(
             the range of float32 but 8 bits instead of 11, wants a GPU of compute capability 8.0, and has no kernels for
             quantized activations nor for weights without groups; for cpu "float32".
         calibration: a text file's path, "self", "random", "datasets:ID:SPLIT:COLUMN", a list of strings, or token ids
-            [n, S]; for an nn.Module a list of input tuples. None takes what the recipe says. Where no pass needs it,
-            quantized activations are still measured on it: blocks' SQNR and the quantization kernel.
-        example_inputs: positional inputs of an nn.Module; their first dimension is the batch.
+            [n, S]; for an nn.Module a list of inputs such as example_inputs. None takes what the recipe says. Where no
+            pass needs it, quantized activations are still measured on it: blocks' SQNR and the quantization kernel.
+        example_inputs: of an nn.Module: the tensors of one forward call, in order, or by the names of its parameters.
+        dynamic_shapes: of an nn.Module: by input name, the dimensions that may change and their names, such as
+            {"x": {0: "batch", 1: "length"}}; None: the first dimension of every input.
         overwrite: replace an earlier export.
         resume: go on with an interrupted export of the same model, recipe and calibration.
         logits: "all", or "last" for those of the last token of a sequence only: all that generation reads, and less
@@ -118,7 +121,7 @@ def export(
     check_free(out, overwrite)
     recipe, data = recipe_and_data(recipe, calibration)
 
-    captured = capture(model, example_inputs, trust_remote_code=trust_remote_code)
+    captured = capture(model, example_inputs, dynamic_shapes, trust_remote_code=trust_remote_code)
     check_prefill(captured, recipe)
     check_translations(block.module.graph for block in captured.blocks)
     plan, embeddings = plan_for(captured, recipe, lowering.dtype.itemsize)
@@ -181,15 +184,15 @@ def export(
     return ExportResult(out, manifest, plan, {k: round(v, 2) for k, v in seconds.items()}, described, embeddings)
 
 
-def capture(model, example_inputs=None, *, trust_remote_code: bool = False) -> Captured:
+def capture(
+    model, example_inputs: Inputs | None = None, dynamic_shapes: Axes | None = None, *, trust_remote_code: bool = False
+) -> Captured:
     """Capture whatever a user passes as a model; see `export`."""
     if isinstance(model, torch.nn.Module):
         if example_inputs is None:
-            raise InputError(
-                "an nn.Module needs example_inputs", remedy="Pass the inputs of one forward call as a tuple"
-            )
-        return capture_module(model, tuple(example_inputs))
-    return capture_decoder(open_model(model, trust_remote_code=trust_remote_code))
+            raise InputError("an nn.Module needs example_inputs", remedy="Pass the tensors of one forward call")
+        return capture_module(model, example_inputs, dynamic_shapes)
+    return capture_folder(open_model(model, trust_remote_code=trust_remote_code))
 
 
 def target_for(name: str, recipe: Recipe, dtype: str | None = None) -> Target:
@@ -219,7 +222,9 @@ def check_kernels(target: Target, plan: Sequence[LinearPlan], recipe: Recipe) ->
 def check_prefill(captured: Captured, recipe: Recipe) -> None:
     """Raises RecipeError where the recipe tells prompts from steps, and the model knows neither."""
     if recipe.prefill is not None and captured.kind != "decoder":
-        raise RecipeError("prefill is for language models", place="prefill", remedy="Remove it for an nn.Module")
+        raise RecipeError(
+            "prefill is for language models", place="prefill", remedy="Remove it for encoders and modules"
+        )
 
 
 def _ask_for_data(passes: Sequence[GraphPass], captured: Captured) -> bool:

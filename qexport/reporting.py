@@ -74,6 +74,8 @@ def print_export(result: ExportResult) -> None:
     print(f"  seconds: {', '.join(f'{stage} {seconds:.1f}' for stage, seconds in result.seconds.items())}")
     _print_exceptions(result.plan)
     _print_fast([linear.slow for linear in result.manifest.linears if linear.fast is not None], "  ")
+    if result.manifest.kind == "encoder":
+        print(f"Next: qexport validate {result.folder} --reference MODEL --text FILE")
     if result.manifest.kind == "decoder":
         print(
             f"Next: qexport validate {result.folder} --reference MODEL; qexport generate {result.folder} --prompt TEXT"

@@ -111,6 +111,8 @@ def export_auto(
     check_free(out, overwrite)
     recipe, data = recipe_and_data(recipe, calibration)
     captured = capture(model, trust_remote_code=trust_remote_code)
+    if captured.kind != "decoder":
+        raise InputError(f"it is an {captured.kind}, and schemes are chosen for decoders", place=str(model))
     feeds = _feeds(captured, recipe, data, progress)
     width = lowering.dtype.itemsize
     chooser = Chooser(captured, recipe, target, width, attention, feeds, partial(progress, "costs"))

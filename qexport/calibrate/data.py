@@ -9,10 +9,11 @@ from ..capture.graph import Captured
 from ..errors import InputError
 from ..passes.plan import LinearPlan
 from ..recipe import Recipe
+from .encoder_inputs import encoder_stream
 from .float_model import fits_in_memory, loaded
 from .self_text import continue_text
 from .sources import Samples, load_samples
-from .streams import Stream, last_readers, make_stream
+from .streams import Stream, last_readers, make_stream, module_feeds
 
 Progress = Callable[[str, str, int, int], None]  # stage, what, done, total
 
@@ -45,12 +46,14 @@ def calibration_batches(
     spec = recipe.calibration
     tokenizer = captured.folder.tokenizer() if captured.folder else None
     vocab_size = captured.settings["vocab_size"]
-    if data is None and spec.source == "self" and not fits_in_memory(captured):
+    encoder = captured.kind == "encoder"
+    if data is None and spec.source == "self" and (encoder or not fits_in_memory(captured)):
         samples = load_samples(spec.model_copy(update={"source": "random"}), tokenizer=tokenizer, vocab_size=vocab_size)
+        why = "an encoder writes no text itself" if encoder else "the float model is too large to write text itself"
         samples = Samples(
             samples.input_ids,
             samples.attention_mask,
-            f"{samples.described}; the float model is too large to write text itself",
+            f"{samples.described}; {why}",
         )
     elif data is None and spec.source == "self":
         progress("calibrate", "the model writes its calibration text", 0, 1)
@@ -61,7 +64,8 @@ def calibration_batches(
         progress("calibrate", "the model writes its calibration text", 1, 1)
     else:
         samples = load_samples(spec, data, tokenizer=tokenizer, vocab_size=vocab_size)
-    return lambda: make_stream(captured, samples, spec.batch_size), samples.described
+    make = encoder_stream if encoder else make_stream
+    return lambda: make(captured, samples, spec.batch_size), samples.described
 
 
 def _module_batches(captured: Captured, data) -> tuple[Callable[[], Stream], str]:
@@ -72,7 +76,7 @@ def _module_batches(captured: Captured, data) -> tuple[Callable[[], Stream], str
         )  # fmt: skip
     keep = last_readers(captured)
     batches = [
-        {port.value: t for port, t in zip(captured.inputs, inputs, strict=True) if port.value in keep}
-        for inputs in data
+        {port.value: fed[port.name] for port in captured.inputs if port.value in keep}
+        for fed in module_feeds(captured, data, "calibration")
     ]
     return lambda: Stream(batches, [None] * len(batches), keep), f"{len(batches)} batches given by the caller"

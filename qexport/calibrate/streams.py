@@ -8,7 +8,7 @@ from torch.fx import GraphModule, Interpreter, Node
 
 from ..capture.blocks import Block
 from ..capture.graph import Captured
-from ..errors import NumericsError, QExportError
+from ..errors import InputError, NumericsError, QExportError
 from ..passes.base import Batch
 from ..passes.edit import is_call
 from .sources import Samples
@@ -71,6 +71,40 @@ def decoder_inputs(captured: Captured, ids: torch.Tensor, mask: torch.Tensor) ->
         if port.name.startswith("past_key_values"):
             feeds[port.name] = torch.zeros(ids.shape[0], port.dims[1], 0, port.dims[3], dtype=port.dtype)
     return feeds
+
+
+def module_feeds(
+    captured: Captured, inputs: Sequence[Sequence[torch.Tensor] | Mapping[str, torch.Tensor]], place: str
+) -> list[dict[str, torch.Tensor]]:
+    """Inputs of an nn.Module by public name, one batch for each tuple (in the order of its ports) or mapping.
+
+    Raises:
+        InputError: one does not fit the model; `place` says whose they are.
+    """
+    found = []
+    for index, given in enumerate(inputs):
+        where, names = f"{place}[{index}]", [port.name for port in captured.inputs]
+        if isinstance(given, torch.Tensor):
+            given = (given,)
+        if isinstance(given, Mapping):
+            if set(given) != set(names):
+                raise InputError(f"has {', '.join(given)}, and the model takes {', '.join(names)}", place=where)
+        elif len(given) != len(names):
+            raise InputError(f"{len(given)} tensors, and the model takes {len(names)}", place=where)
+        else:
+            given = dict(zip(names, given, strict=True))
+        for port in captured.inputs:
+            tensor = given[port.name]
+            fits = tensor.dim() == len(port.dims) and all(
+                isinstance(wanted, str) or size == wanted for size, wanted in zip(tensor.shape, port.dims, strict=True)
+            )
+            if tensor.dtype != port.dtype or not fits:
+                raise InputError(
+                    f"{port.name} is {tensor.dtype} {list(tensor.shape)}, not {port.dtype} {list(port.dims)}",
+                    place=where,
+                )
+        found.append({name: given[name] for name in names})
+    return found
 
 
 def collect(block: Block, stream: Stream, module: GraphModule, wanted: dict[Node, Callable]) -> dict[Node, object]:

@@ -38,9 +38,10 @@ class Captured:
     """A model as blocks without weights.
 
     Attributes:
-        kind: "decoder" (causal language model with a cache) or "module".
+        kind: "decoder" (causal language model with a cache), "encoder" (text to hidden states) or "module".
         constants: tensors of the graph that are computed from the config, not read from the checkpoint.
-        settings: sizes that the runtime needs; for decoders layers, heads, head_dim and vocabulary.
+        settings: sizes that the runtime needs; for decoders layers, heads, head_dim and vocabulary; for encoders and
+            modules the dimensions of every input.
         tied: for each weight every other name it goes by.
     """
 

@@ -1,57 +1,84 @@
 """Capturing any nn.Module with example inputs."""
 
+import inspect
+from collections.abc import Callable, Collection, Mapping, Sequence
+
+import sympy
 import torch
+from torch.export import ExportedProgram
+from torch.fx import GraphModule, Node
+from torch.utils import _pytree
 
 from .. import ops  # noqa: F401  registers the operators
 from ..errors import CaptureError, InputError
 from ..passes.edit import get_tensor
 from .blocks import cut
+from .explain import explained, functional
 from .graph import Captured, Port
 from .normalize import normalize
-from .trace import root_cause
+from .trace import quiet
 from .weights import StateDict
 
+aten = torch.ops.aten
+Inputs = Sequence[torch.Tensor] | Mapping[str, torch.Tensor]
+Axes = Mapping[str, Mapping[int, str]]
 
-def capture_module(model: torch.nn.Module, example_inputs: tuple[torch.Tensor, ...]) -> Captured:
-    """Capture a module that maps tensors to a tensor or a tuple of tensors.
 
-    The first dimension of every input is the batch and dynamic; the others are as in the example.
+def capture_module(
+    model: torch.nn.Module,
+    example_inputs: Inputs,
+    dynamic_shapes: Axes | None = None,
+    *,
+    absent: Collection[str] = (),
+) -> Captured:
+    """Capture a module that maps tensors to a tensor, or to a tuple, dict or output class of transformers of tensors.
+
+    An output goes by its key; a tensor alone is "output", those of a tuple "output_0" and so on.
 
     Args:
         model: in evaluation mode while it is traced; its parameters stay where they are.
-        example_inputs: the tensors of one forward call, batch at least 2.
+        example_inputs: the tensors of one forward call, in order or by the names of forward's parameters.
+        dynamic_shapes: by input name, the dimensions that may change and their names: {"x": {0: "batch", 1: "length"}}.
+            None: the first dimension of every input, "batch" where it is as long as the first input's, else
+            "{input}.batch".
+        absent: weights that are not known; outputs that depend on them are left out.
 
     Raises:
-        InputError: an input is no tensor.
-        CaptureError: torch.export cannot follow the model.
+        InputError: an input is no tensor, or dynamic_shapes names what is not there.
+        CaptureError: torch.export cannot follow the model, or a dynamic dimension is not free in it.
     """
-    for index, tensor in enumerate(example_inputs):
-        if not isinstance(tensor, torch.Tensor) or tensor.dim() == 0:
-            raise InputError(f"input {index} is not a tensor with a batch dimension", place="example_inputs")
-    batched = tuple(t if t.shape[0] > 1 else torch.cat([t, t]) for t in example_inputs)
+    given = named_inputs(model, example_inputs)
+    axes = _dynamic(given, dynamic_shapes)
+    examples = {name: _stretched(tensor, axes[name]) for name, tensor in given.items()}
     training = model.training
     try:
-        with torch.no_grad():
-            shapes = tuple({0: torch.export.Dim.AUTO} for _ in batched)
-            exported = torch.export.export(model.eval(), batched, dynamic_shapes=shapes, strict=False)
-    except Exception as error:  # torch.export raises almost anything, and hides the reason behind other errors
-        raise CaptureError(
-            f"torch.export failed: {root_cause(error)}", place=type(model).__name__,
-            remedy="Control flow that depends on values of tensors has to be rewritten",
-        ) from error  # fmt: skip
+        with torch.no_grad(), explained(model), quiet():
+            shapes = {name: dict.fromkeys(axes[name], torch.export.Dim.AUTO) for name in given}
+            exported = torch.export.export(model.eval(), (), examples, dynamic_shapes=shapes, strict=False)
     finally:
         model.train(training)
+    return _captured(functional(exported, model), model, axes, absent)
+
+
+def _captured(exported: ExportedProgram, model: torch.nn.Module, axes: Axes, absent: Collection[str]) -> Captured:
     whole = exported.module(check_guards=False)
     for node in whole.graph.nodes:
         stack = node.meta.get("nn_module_stack") or {}
         node.meta["module_path"] = next(reversed(stack.values()))[0] if stack else ""
     normalize(whole)
+    for node in whole.graph.nodes:
+        if node.target is aten.view.default:  # what made its input contiguous was a no-op and is gone
+            node.target = aten.reshape.default
+    placeholders = [n for n in whole.graph.nodes if n.op == "placeholder"]
+    names = _pytree.tree_unflatten(placeholders, exported.call_spec.in_spec)[1]
+    dimension = _dimensions(names, axes)
+    inputs = [_port(name, names[name], dimension) for name in axes]
+    results = _known(_results(exported, whole), absent)
+    whole.graph.output_node().args = (tuple(results.values()),)
+    whole.graph.eliminate_dead_code()
+    outputs = [_port(name, node, dimension) for name, node in results.items()]
     parameters = {n for n, _ in model.named_parameters(remove_duplicate=False)} | {n for n, _ in model.named_buffers()}
     used = {n.target for n in whole.graph.nodes if n.op == "get_attr"}
-    inputs = [_port(n.name, n) for n in whole.graph.nodes if n.op == "placeholder"]
-    results = whole.graph.output_node().args[0]
-    results = list(results) if isinstance(results, (tuple, list)) else [results]
-    outputs = [_port("output" if len(results) == 1 else f"output_{i}", n) for i, n in enumerate(results)]
     return Captured(
         kind="module",
         blocks=cut(whole, [port.value for port in outputs]),
@@ -59,9 +86,135 @@ def capture_module(model: torch.nn.Module, example_inputs: tuple[torch.Tensor, .
         outputs=outputs,
         weights=StateDict(model),
         constants={n: get_tensor(whole, n).detach() for n in used - parameters},
+        settings={"inputs": {port.name: list(port.dims) for port in inputs}},
     )
 
 
-def _port(name: str, node: torch.fx.Node) -> Port:
+def named_inputs(model: torch.nn.Module, inputs: Inputs) -> dict[str, torch.Tensor]:
+    """The inputs of a forward call by the names of its parameters.
+
+    Raises:
+        InputError: there are more than forward takes, one has no name, or is no tensor with a dimension.
+    """
+    if not isinstance(inputs, Mapping):
+        parameters = inspect.signature(model.forward).parameters.values()
+        plain = [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+        if len(inputs) > len(plain):
+            raise InputError(
+                f"{len(inputs)} inputs, and forward has {len(plain)} parameters with a name of their own",
+                place="example_inputs", remedy="Give forward a named parameter for every tensor",
+            )  # fmt: skip
+        inputs = dict(zip(plain, inputs, strict=False))
+    for name, tensor in inputs.items():
+        if not isinstance(tensor, torch.Tensor) or tensor.dim() == 0:
+            raise InputError(f"input {name} is not a tensor with a batch dimension", place="example_inputs")
+    if not inputs:
+        raise InputError("there are none", place="example_inputs", remedy="Pass the tensors of one forward call")
+    return dict(inputs)
+
+
+def axes_of(inputs: Mapping[str, Sequence[int | str]]) -> Axes:
+    """The dynamic dimensions that a module was captured with, from `settings["inputs"]`."""
+    return {name: {i: d for i, d in enumerate(dims) if isinstance(d, str)} for name, dims in inputs.items()}
+
+
+def _dynamic(given: Mapping[str, torch.Tensor], wanted: Axes | None) -> dict[str, dict[int, str]]:
+    if wanted is None:
+        size = next(iter(given.values())).shape[0]
+        return {name: {0: "batch" if t.shape[0] == size else f"{name}.batch"} for name, t in given.items()}
+    for name, axes in wanted.items():
+        if name not in given:
+            raise InputError(
+                f"no input is called {name}", place="dynamic_shapes", remedy=f"There are {', '.join(given)}"
+            )
+        for axis, label in axes.items():
+            if not isinstance(axis, int) or not 0 <= axis < given[name].dim() or not isinstance(label, str):
+                raise InputError(
+                    f"{name} has no dimension {axis!r} to call {label!r}", place="dynamic_shapes",
+                    remedy='Write {"input": {0: "batch", 1: "length"}}, dimensions from 0',
+                )  # fmt: skip
+    return {name: dict(wanted.get(name, {})) for name in given}
+
+
+def _stretched(tensor: torch.Tensor, axes: Mapping[int, str]) -> torch.Tensor:
+    """At least 2 of every dynamic dimension: torch.export takes a 1 for a size that never changes."""
+    for axis in axes:
+        if tensor.shape[axis] == 1:
+            tensor = torch.cat([tensor, tensor], axis)
+    return tensor.contiguous()
+
+
+def _dimensions(placeholders: Mapping[str, Node], axes: Axes) -> Callable[[int | torch.SymInt], int | str]:
+    """What a size of the graph is called: a number, a dimension's name, or an expression of such names.
+
+    Raises:
+        CaptureError: a dimension that is to be dynamic is not.
+    """
+    names: dict[sympy.Symbol, str] = {}
+    for name, node in placeholders.items():
+        for axis, label in axes[name].items():
+            size = node.meta["val"].shape[axis]
+            expression = size.node.expr if isinstance(size, torch.SymInt) else None
+            if not isinstance(expression, sympy.Symbol) or names.get(expression, label) != label:
+                what = names.get(expression) or expression or size
+                raise CaptureError(
+                    f"dimension {axis} ({label}) of {name} is always {what} in this model", place="dynamic_shapes",
+                    remedy="Look for a loop over that size, a shape written as a number, or sizes that have to be "
+                    "equal; or leave the dimension out of dynamic_shapes",
+                )  # fmt: skip
+            names[expression] = label
+    symbols = {symbol: sympy.Symbol(label) for symbol, label in names.items()}
+
+    def called(size: int | torch.SymInt) -> int | str:
+        return size if isinstance(size, int) else str(size.node.expr.xreplace(symbols)).replace(" ", "")
+
+    return called
+
+
+def _results(exported: ExportedProgram, whole: GraphModule) -> dict[str, Node]:
+    """The tensors of the result by name, in order."""
+    flat = whole.graph.output_node().args[0]
+    flat = list(flat) if isinstance(flat, (tuple, list)) else [flat]
+    result = _pytree.tree_unflatten(flat, exported.call_spec.out_spec)
+    if isinstance(result, Node):
+        return {"output": result}
+    tensors = [(name, node) for name, node in _walk(result) if isinstance(node, Node)]
+    return {name: node for name, node in tensors if isinstance(node.meta["val"], torch.Tensor)}
+
+
+def _known(results: dict[str, Node], absent: Collection[str]) -> dict[str, Node]:
+    """The results that do not depend on weights which are absent.
+
+    Raises:
+        CaptureError: they all do.
+    """
+    if not absent or not results:
+        return results
+    graph, unknown = next(iter(results.values())).graph, set()
+    for node in graph.nodes:
+        if (node.op == "get_attr" and node.target in absent) or not unknown.isdisjoint(node.all_input_nodes):
+            unknown.add(node)
+    known = {name: node for name, node in results.items() if node not in unknown}
+    if not known:
+        raise CaptureError(
+            f"{len(absent)} weights are not in the checkpoint, first {min(absent)}",
+            remedy="The config does not belong to these weights, or the download is incomplete",
+        )
+    return known
+
+
+def _walk(value, path: str = ""):
+    """(name, leaf) of a nested result; places in a tuple are numbers behind the name of the whole."""
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from _walk(item, f"{path}.{key}" if path else str(key))
+    elif isinstance(value, (tuple, list)):
+        for index, item in enumerate(value):
+            yield from _walk(item, f"{path or 'output'}_{index}")
+    else:
+        yield path or "output", value
+
+
+def _port(name: str, node: Node, called: Callable) -> Port:
     value = node.meta["val"]
-    return Port(name, node.name, value.dtype, tuple("batch" if i == 0 else int(d) for i, d in enumerate(value.shape)))
+    return Port(name, node.name, value.dtype, tuple(called(d) for d in value.shape))

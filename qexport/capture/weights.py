@@ -79,6 +79,7 @@ class StateDict:
 
     def __init__(self, module: torch.nn.Module):
         self._tensors = dict(module.state_dict(keep_vars=False))
+        self._tensors.update(module.named_buffers(remove_duplicate=False))  # those that no checkpoint has, too
         self._tensors.update({n: p.detach() for n, p in module.named_parameters(remove_duplicate=False)})
 
     def load(self, name: str) -> torch.Tensor:

@@ -15,13 +15,13 @@ from .book import Book, Placed, plain
 from .branches import Piece, add_branches, branched, branches_of
 from .emitter import ONNX_DTYPE, VIEW_OF, Emitter, unsupported
 from .fuse import fuse_norms
-from .ops import elementwise, embedding, grouped, layers, quantized, shapes
+from .ops import convolution, elementwise, embedding, grouped, indexing, layers, quantized, shapes
 from .targets.forms import input_of, linear_products
 
 OPSET = 23  # Attention, RMSNormalization and RotaryEmbedding appeared here
 TRANSLATIONS = {
     **elementwise.TRANSLATIONS, **shapes.TRANSLATIONS, **layers.TRANSLATIONS, **grouped.TRANSLATIONS,
-    **quantized.TRANSLATIONS, **embedding.TRANSLATIONS,
+    **quantized.TRANSLATIONS, **embedding.TRANSLATIONS, **indexing.TRANSLATIONS, **convolution.TRANSLATIONS,
 }  # fmt: skip
 
 

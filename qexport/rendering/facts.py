@@ -82,7 +82,7 @@ def overrides_yaml(report: Report) -> str:
 def commands(exported: Exported) -> list[str]:
     """The command lines that make this export and this report again; none for a model that is no file."""
     manifest, report = exported.manifest, exported.report
-    if manifest.kind != "decoder" or report is None:
+    if manifest.kind == "module" or report is None:
         return []
     model = str(report.settings.get("reference") or report.reference)
     make = ["qexport", "export", model, "--out", "out", "--recipe", RECIPE_FILE, "--target", manifest.target]

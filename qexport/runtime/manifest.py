@@ -70,12 +70,14 @@ class Manifest(_Frozen):
 
     Attributes:
         target: what the file was lowered for.
-        kind: "decoder" (prefill and decode with a key/value cache) or "module" (any other graph).
+        kind: "decoder" (prefill and decode with a key/value cache), "encoder" (text to hidden states) or "module" (any
+            other graph).
         dtype: dtype of the activations and of the cache.
         provider: execution provider the file was made for.
         session: session config entries the numbers depend on; every session on the file sets them.
         numerics: what changes numerics, in words for people.
         settings: sizes that a decoder's inputs need: num_hidden_layers, num_key_value_heads, head_dim, vocab_size.
+            inputs, of encoders and modules: the dimensions of every input, dynamic ones by name.
             past_present_share_buffer (false when absent): past and present may be one buffer of fixed length.
             position_ids (true when absent): the file has this input; otherwise positions count real tokens.
             prompts_from (absent where there is one form for all): new tokens from which a call is a prompt.
@@ -88,7 +90,7 @@ class Manifest(_Frozen):
     format: Literal[1] = FORMAT
     qexport: str = ""
     target: Literal["cpu", "cuda"]
-    kind: Literal["decoder", "module"]
+    kind: Literal["decoder", "encoder", "module"]
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     provider: str = CPU
     session: dict[str, str] = Field(default_factory=dict)

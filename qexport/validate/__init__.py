@@ -8,9 +8,11 @@ from pathlib import Path
 
 import torch
 
-from ..capture.decoder import capture_decoder
+from ..calibrate.encoder_inputs import encoder_inputs, with_last_token
+from ..calibrate.streams import module_feeds
+from ..capture.folder import capture_folder
 from ..capture.graph import Captured
-from ..capture.module import capture_module
+from ..capture.module import Inputs, axes_of, capture_module
 from ..capture.source import open_model
 from ..errors import InputError
 from ..runtime import manifest as manifests
@@ -24,7 +26,7 @@ from .layers import compare, compare_layers
 from .logits import check_all_logits, compare_logits, deployed_logits
 from .placement import examine
 from .record import exported_activations, load, save
-from .reference import Feeds, FloatOutputs, check_same_model, decoder_feeds, module_feeds
+from .reference import Feeds, FloatOutputs, check_same_model, decoder_feeds
 from .report import Report, Row
 from .running import run_session
 from .sensitivity import costs_of, restore
@@ -51,7 +53,7 @@ def validate(
     text: str | os.PathLike | None = None,
     windows: int = 8,
     window: int = 512,
-    inputs: Sequence[Sequence[torch.Tensor]] | None = None,
+    inputs: Sequence[Inputs] | None = None,
     threads: int | None = None,
     provider: str | None = None,
     references: bool = False,
@@ -72,7 +74,7 @@ def validate(
             model (whose weights stay unloaded).
         text: a UTF-8 file or a string. None: the float model writes the text, and the report says so.
         windows, window: how many stretches of text and tokens in each; each stands alone.
-        inputs: for models without text: tuples of tensors, one a forward call.
+        inputs: for models without text: the tensors of one forward call each, in order or by name.
         threads: threads within an ONNX Runtime operator.
         provider: execution provider; None takes the one the file was made for.
         references: also measure how far other forms of the float model are from float32 in PyTorch on the same windows:
@@ -106,23 +108,23 @@ def validate(
             "cannot be written, and the report goes there", place=str(folder), remedy="Copy it to a folder you own"
         )
     check_all_logits(manifest, folder)
-    captured = _capture(reference, inputs)
+    captured = _capture(reference, inputs, manifest)
     transformed = transforms(folder)
     check_same_model(captured, manifest, folder, transformed=transformed)
     lap("capture")
     placed, plain = examine(folder, manifest, provider or manifest.provider)
     lap("placement")
-    if captured.kind == "decoder":
+    if captured.kind != "module":
         chosen = choose_text(captured, text, windows, window, partial(progress, "text"))
         taken = _COSTED_WINDOWS if sensitivity else 1
-        layer_feeds = decoder_feeds(captured, chosen.windows[:taken, :_LAYER_TOKENS])
+        layer_feeds = _text_feeds(captured, chosen.windows[:taken, :_LAYER_TOKENS])
         rows = sum(batch["input_ids"].numel() for batch in layer_feeds)
     else:
         if text is not None:
             raise InputError("this model reads no text", place="text", remedy="Pass inputs=[(tensor, ...), ...]")
-        layer_feeds = module_feeds(captured, inputs or ())
+        layer_feeds = module_feeds(captured, _given(inputs), "inputs")
         rows = sum(next(iter(batch.values())).shape[0] for batch in layer_feeds)
-        chosen = Text(torch.empty(0), f"{len(layer_feeds)} input tuples given by the caller", False)
+        chosen = Text(torch.empty(0), f"{len(layer_feeds)} inputs given by the caller", False)
     lap("text")
     costs = None
     if sensitivity:
@@ -150,7 +152,8 @@ def validate(
             folder, manifest, captured, chosen, threads, provider, progress, references, lap
         )
     else:
-        outputs = _outputs(folder, manifest, captured, layer_feeds, threads, provider, progress)
+        feeds = layer_feeds if captured.kind == "module" else _text_feeds(captured, chosen.windows)
+        outputs = _outputs(folder, manifest, captured, feeds, threads, provider, progress)
         lap("outputs")
     if captured.kind == "decoder" and greedy:
         texts = compare_greedy(
@@ -182,16 +185,29 @@ def _show(folder: Path) -> None:
     write_card(exported)
 
 
-def _capture(reference, inputs) -> Captured:
+def _text_feeds(captured: Captured, windows: torch.Tensor) -> list[Feeds]:
+    """One batch for each window [n, S]."""
+    if captured.kind == "decoder":
+        return decoder_feeds(captured, windows)
+    rows = with_last_token(windows, captured)
+    return [encoder_inputs(captured, ids[None], torch.ones_like(ids[None])) for ids in rows]
+
+
+def _given(inputs) -> Sequence[Inputs]:
+    if not inputs:
+        raise InputError(
+            "an nn.Module is compared on tensors", place="inputs", remedy="Pass inputs=[(tensor, ...), ...]"
+        )
+    return inputs
+
+
+def _capture(reference, inputs, manifest: Manifest) -> Captured:
     if isinstance(reference, Captured):
         return reference
     if isinstance(reference, torch.nn.Module):
-        if not inputs:
-            raise InputError(
-                "an nn.Module is compared on tensors", place="inputs", remedy="Pass inputs=[(tensor, ...), ...]"
-            )
-        return capture_module(reference, tuple(inputs[0]))
-    return capture_decoder(open_model(reference))
+        dims = manifest.settings.get("inputs")
+        return capture_module(reference, _given(inputs)[0], axes_of(dims) if dims else None)
+    return capture_folder(open_model(reference))
 
 
 def _logits(folder, manifest: Manifest, captured: Captured, text: Text, threads, provider, progress, forms, lap):

@@ -35,30 +35,6 @@ def decoder_feeds(captured: Captured, windows: Tensor) -> list[Feeds]:
     return [decoder_inputs(captured, ids[None], torch.ones_like(ids[None])) for ids in windows]
 
 
-def module_feeds(captured: Captured, inputs: Sequence[Sequence[Tensor]]) -> list[Feeds]:
-    """Inputs of any other model, one batch for each tuple.
-
-    Raises:
-        InputError: there are none, or a tuple does not fit the model.
-    """
-    if not inputs:
-        raise InputError(
-            "this model reads no text, so it is compared on tensors", remedy="Pass inputs=[(tensor, ...), ...]"
-        )
-    for index, given in enumerate(inputs):
-        if len(given) != len(captured.inputs):
-            raise InputError(
-                f"{len(given)} tensors, and the model takes {len(captured.inputs)}", place=f"inputs[{index}]"
-            )
-        for port, tensor in zip(captured.inputs, given, strict=True):
-            if tensor.dtype != port.dtype or tuple(tensor.shape[1:]) != port.dims[1:]:
-                raise InputError(
-                    f"{port.name} is {tensor.dtype} {list(tensor.shape)}, not {port.dtype} {list(port.dims)}",
-                    place=f"inputs[{index}]",
-                )
-    return [{port.name: t for port, t in zip(captured.inputs, given, strict=True)} for given in inputs]
-
-
 def check_same_model(captured: Captured, manifest: Manifest, folder: Path, *, transformed: bool) -> None:
     """Refuse a reference that is not the model that was exported, as far as can be told.
 

@@ -94,9 +94,11 @@ def _own(captured: Captured, tokenizer, windows: int, window: int, progress: Cal
         source="self", samples=windows, sequence_length=window, seed=_SEED, batch_size=min(windows, 8)
     )
     size = captured.settings["vocab_size"]
-    if not fits_in_memory(captured):
+    encoder = captured.kind == "encoder"
+    if encoder or not fits_in_memory(captured):
         samples = load_samples(spec.model_copy(update={"source": "random"}), tokenizer=tokenizer, vocab_size=size)
-        return Text(samples.input_ids, f"{samples.described}; the float model is too large to write text itself", True)
+        why = "an encoder writes no text itself" if encoder else "the float model is too large to write text itself"
+        return Text(samples.input_ids, f"{samples.described}; {why}", True)
     progress("the float model writes the text", 0, 1)
     with loaded(captured) as step:
         samples = load_samples(spec, tokenizer=tokenizer, vocab_size=size, generate=partial(continue_text, step))

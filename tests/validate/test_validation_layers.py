@@ -3,6 +3,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from qexport.calibrate.streams import module_feeds
 from qexport.errors import InputError
 from qexport.export import capture, export
 from qexport.recipe import Recipe
@@ -12,7 +13,7 @@ from qexport.runtime.session import optimized_graph
 from qexport.validate import layers, validate
 from qexport.validate.layers import compare_layers
 from qexport.validate.probes import Probe, in_groups, probes
-from qexport.validate.reference import FloatOutputs, Forced, decoder_feeds, module_feeds, watch
+from qexport.validate.reference import FloatOutputs, Forced, decoder_feeds, watch
 from qexport.validate.running import with_outputs
 
 
@@ -156,7 +157,6 @@ def test_a_module_is_compared_on_tensors(module):
 @pytest.mark.parametrize(
     ("inputs", "message"),
     [
-        ([], "no text"),
         ([(torch.zeros(1, 5, 64), torch.zeros(1))], "2 tensors, and the model takes 1"),
         ([(torch.zeros(1, 5, 32),)], r"is torch.float32 \[1, 5, 32\], not torch.float32"),
         ([(torch.zeros(1, 5, 64, dtype=torch.int64),)], "is torch.int64"),
@@ -165,7 +165,7 @@ def test_a_module_is_compared_on_tensors(module):
 def test_inputs_that_do_not_fit(module, inputs, message):
     captured = capture(module[0], (torch.randn(2, 5, 64),))
     with pytest.raises(InputError, match=message):
-        module_feeds(captured, inputs)
+        module_feeds(captured, inputs, "inputs")
 
 
 def test_a_module_without_inputs_is_refused(module):

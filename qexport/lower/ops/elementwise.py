@@ -5,7 +5,7 @@ import operator
 import torch
 from torch.fx import Node
 
-from ...passes.edit import dtype_of, shape_of
+from ...passes.edit import dtype_of, is_call, shape_of
 from ..emitter import ONNX_DTYPE, Emitter, unsupported
 from ..fuse import SAME_SHAPE
 
@@ -89,8 +89,42 @@ def _softmax(emit: Emitter, node: Node):
 
 def _clamp(emit: Emitter, node: Node):
     low, high = (list(node.args[1:]) + [None, None])[:2]
+    if is_call(node, aten.hardtanh.default, aten.hardtanh_.default):
+        low, high = (*node.args[1:], *(-1.0, 1.0)[len(node.args) - 1 :])
     dtype = dtype_of(node)
     return emit.op("Clip", emit.get(node.args[0]), *(None if b is None else emit.get(b, dtype) for b in (low, high)))
+
+
+def _not_equal(emit: Emitter, node: Node):
+    return emit.op("Not", _compare("Equal")(emit, node))
+
+
+def _reversed_sub(emit: Emitter, node: Node):
+    dtype = dtype_of(node)
+    return emit.op("Sub", emit.get(node.args[1], dtype), emit.get(node.args[0], dtype))
+
+
+def _relu6(emit: Emitter, node: Node):
+    dtype = dtype_of(node)
+    return emit.op("Clip", emit.get(node.args[0]), emit.constant(0.0, dtype), emit.constant(6.0, dtype))
+
+
+def _leaky_relu(emit: Emitter, node: Node):
+    return emit.op("LeakyRelu", emit.get(node.args[0]), alpha=float(node.args[1] if len(node.args) > 1 else 0.01))
+
+
+def _elu(emit: Emitter, node: Node):
+    if len(node.args) > 2:
+        raise unsupported(node, "with a scale")
+    return emit.op("Elu", emit.get(node.args[0]), alpha=float(node.args[1] if len(node.args) > 1 else 1.0))
+
+
+def _vector_norm(emit: Emitter, node: Node):
+    x, order, axes, keep = (*node.args, *(2, None, False)[len(node.args) - 1 :])[:4]
+    if order not in (1, 2, None):
+        raise unsupported(node, f"of order {order}")
+    axes = None if axes is None else emit.constant([axes] if isinstance(axes, int) else list(axes))
+    return emit.op("ReduceL1" if order == 1 else "ReduceL2", emit.get(x), axes, keepdims=int(keep))
 
 
 TRANSLATIONS = {
@@ -120,4 +154,14 @@ TRANSLATIONS = {
     aten.where.self: _where, aten.where.ScalarOther: _where, aten.softmax.int: _softmax,
     aten._softmax.default: _softmax,
     aten.clamp.default: _clamp, aten.clamp_min.default: _clamp,
+    aten.__and__.Tensor: _compare("And", logical=True), aten.__or__.Tensor: _compare("Or", logical=True),
+    aten.ne.Scalar: _not_equal, aten.ne.Tensor: _not_equal,
+    aten.max.other: _binary("Max"), aten.min.other: _binary("Min"), aten.rsub.Scalar: _reversed_sub,
+    aten.floor.default: _unary("Floor"), aten.ceil.default: _unary("Ceil"),
+    aten.hardtanh.default: _clamp, aten.hardtanh_.default: _clamp, aten.relu6.default: _relu6,
+    aten.hardswish.default: _unary("HardSwish"), aten.hardswish_.default: _unary("HardSwish"),
+    aten.hardsigmoid.default: _unary("HardSigmoid", alpha=1 / 6, beta=0.5),
+    aten.leaky_relu.default: _leaky_relu, aten.leaky_relu_.default: _leaky_relu, aten.elu.default: _elu,
+    aten.mean.default: _reduce("ReduceMean"), aten.sum.default: _reduce("ReduceSum"),
+    aten.linalg_vector_norm.default: _vector_norm, aten.norm.ScalarOpt_dim: _vector_norm,
 }  # fmt: skip

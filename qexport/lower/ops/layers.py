@@ -4,7 +4,7 @@ import torch
 from torch.fx import Node
 
 from ...ops.attention import MASKED
-from ...passes.edit import dtype_of
+from ...passes.edit import dtype_of, shape_of
 from ..emitter import ONNX_DTYPE, Emitter, unsupported
 
 aten = torch.ops.aten
@@ -95,7 +95,13 @@ def _attention(emit: Emitter, node: Node):
 
 
 def _rotary(emit: Emitter, node: Node):
-    return emit.op("RotaryEmbedding", *(emit.get(a) for a in node.args))
+    x, *tables = node.args
+    values = [emit.get(table) for table in tables]
+    if shape_of(tables[0])[0] == 1 and shape_of(x)[0] != 1:  # one table for all rows, which the operator wants for each
+        rows = emit.op("Shape", emit.get(x), start=0, end=1)
+        shape = emit.op("Concat", rows, emit.constant([1, 1]), axis=0)
+        values = [emit.op("Expand", value, shape) for value in values]
+    return emit.op("RotaryEmbedding", emit.get(x), *values)
 
 
 TRANSLATIONS = {

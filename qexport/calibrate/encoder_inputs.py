@@ -1,0 +1,47 @@
+"""Text as an encoder reads it: padding behind the tokens, and the tokenizer's last token at the end."""
+
+import torch
+from torch import Tensor
+
+from ..capture.graph import Captured
+from .sources import Samples
+from .streams import Stream, last_readers
+
+
+def encoder_inputs(captured: Captured, ids: Tensor, mask: Tensor) -> dict[str, Tensor]:
+    """All inputs of an encoder by public name.
+
+    Args:
+        ids, mask: int64 [batch, sequence]; padding anywhere.
+    """
+    order = (1 - mask).argsort(dim=1, stable=True)  # positions of learned embeddings count from the left
+    ids, mask = ids.gather(1, order), mask.gather(1, order)
+    padding = getattr(captured.folder.config, "pad_token_id", None) or 0
+    ids = torch.where(mask.bool(), ids, padding)
+    feeds = {"input_ids": ids, "attention_mask": mask, "token_type_ids": torch.zeros_like(ids)}
+    return {port.name: feeds[port.name] for port in captured.inputs}
+
+
+def encoder_stream(captured: Captured, samples: Samples, batch_size: int) -> Stream:
+    """The model's inputs for calibration samples."""
+    keep = last_readers(captured)
+    found, masks = [], []
+    ids = with_last_token(samples.input_ids, captured)  # their rows end with a token
+    for part, mask in zip(ids.split(batch_size), samples.attention_mask.split(batch_size), strict=True):
+        feeds = encoder_inputs(captured, part, mask)
+        found.append({port.value: feeds[port.name] for port in captured.inputs if port.value in keep})
+        masks.append(feeds["attention_mask"].bool())
+    return Stream(found, masks, keep)
+
+
+def with_last_token(ids: Tensor, captured: Captured) -> Tensor:
+    """Windows cut out of a text with the separator in the place of their last token.
+
+    Args:
+        ids: int64 [n, S], every row ending with a token.
+    """
+    tokenizer = captured.folder.tokenizer()
+    last = getattr(tokenizer, "sep_token_id", None)
+    if last is None:
+        return ids
+    return torch.cat([ids[:, :-1], torch.full_like(ids[:, -1:], last)], dim=1)

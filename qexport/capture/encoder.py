@@ -1,0 +1,63 @@
+"""Capturing a text encoder of transformers (BERT and its like) from its folder."""
+
+import inspect
+from dataclasses import replace
+
+import torch
+from transformers import AutoModel, PretrainedConfig
+from transformers.models.auto import modeling_auto
+
+from ..errors import CaptureError
+from .graph import Captured
+from .module import capture_module
+from .source import ModelFolder
+from .trace import quiet, root_cause
+from .weights import Checkpoint
+
+# Sizes of the example inputs; see `trace`.
+_BATCH, _SEQUENCE = 2, 7
+
+
+def is_encoder(config: PretrainedConfig) -> bool:
+    """Whether transformers knows the model as one that fills in masked tokens, and its checkpoint is no decoder's."""
+    causal = set(modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
+    masked = modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    known = config.model_type in masked and not config.is_encoder_decoder
+    return known and not causal.intersection(config.architectures or ()) and not getattr(config, "is_decoder", False)
+
+
+def capture_encoder(folder: ModelFolder) -> Captured:
+    """Capture the encoder of a folder; a head on top of it is left out.
+
+    The inputs are input_ids, attention_mask and, where the model tells segments apart, token_type_ids; the outputs
+    last_hidden_state and, where there are weights for it, pooler_output. Batch and sequence are dynamic. The weights
+    are in memory as a whole.
+
+    Raises:
+        CaptureError: torch.export cannot follow the model, or the checkpoint does not fit its config.
+    """
+    Checkpoint(folder.path)  # before the slow part: a damaged file is reported at once
+    try:
+        with quiet():
+            model, info = AutoModel.from_pretrained(
+                folder.path, dtype=torch.float32, trust_remote_code=folder.trust_remote_code, use_safetensors=True,
+                output_loading_info=True,
+            )  # fmt: skip
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+        raise CaptureError(
+            f"transformers cannot load it as an encoder ({root_cause(error)})", place=folder.name
+        ) from error
+    config = folder.config
+    names = ["input_ids", "attention_mask"]
+    if "token_type_ids" in inspect.signature(model.forward).parameters and getattr(config, "type_vocab_size", 0) > 1:
+        names.append("token_type_ids")
+    example = {name: torch.ones(_BATCH, _SEQUENCE, dtype=torch.int64) for name in names}
+    captured = capture_module(
+        model.eval(), example, {name: {0: "batch", 1: "sequence"} for name in names}, absent=set(info["missing_keys"])
+    )
+    longest = getattr(config, "max_position_embeddings", None)
+    sizes = {
+        **({"max_position_embeddings": longest} if isinstance(longest, int) else {}),
+        "hidden_size": config.hidden_size, "vocab_size": model.get_input_embeddings().weight.shape[0],
+    }  # fmt: skip
+    return replace(captured, kind="encoder", folder=folder, settings=captured.settings | sizes)

@@ -1,0 +1,169 @@
+"""Why a module cannot become a graph: the line of the user's code, and what to do about it."""
+
+import inspect
+import re
+import traceback
+import warnings
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch.export import ExportedProgram
+from torch.fx import Node
+
+from ..errors import CaptureError
+from .trace import root_cause
+
+aten = torch.ops.aten
+_LIBRARIES = ("torch", "transformers")
+_VALUES = "A graph cannot follow the values of tensors: {what}"
+_BRANCH = _VALUES.format(
+    what="choose with torch.where instead of if, and keep loop counts and sizes independent of tensors, or export the"
+    " part around that line as a module of its own"
+)
+_ITEM = _VALUES.format(what="compute with the tensor itself instead of the number that .item() or .tolist() takes out")
+_NUMPY = _VALUES.format(what="use torch functions instead of NumPy's")
+_STATE = "Return it as an output, or take it as an input; what a call leaves in the module is lost in a graph"
+_IN_PLACE = re.compile(
+    r"\s*(?:[-+*/|&%]|//|\*\*)?=(?!=)|\.(?:append|extend|insert|update|add|pop)\(|\[[^\]]*\]\s*=(?!=)"
+)
+
+
+@contextmanager
+def explained(model: torch.nn.Module):
+    """Turn whatever torch.export raises inside into a CaptureError, and refuse Python state that the call changed."""
+    before = _state(model)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            yield
+        except CaptureError:
+            raise
+        except Exception as error:  # torch.export raises almost anything, and hides the reason behind other errors
+            raise _failed(model, error) from error
+    assigned = [m[1] for w in caught if (m := re.search(r"attribute self\.(\S+) was assigned", str(w.message)))]
+    changed = [path for path, value in _state(model).items() if before.get(path, value) != value]
+    for path in (*assigned, *changed):
+        owner, attribute = _owner(model, path)
+        if not _of_library(type(owner)):
+            raise CaptureError(
+                f"forward changes self.{attribute}{_assignment(owner, attribute)}, which a graph cannot do",
+                place=_place(model, path), remedy=_STATE,
+            )  # fmt: skip
+
+
+def functional(exported: ExportedProgram, model: torch.nn.Module) -> ExportedProgram:
+    """The same program without operators that write into a tensor.
+
+    Raises:
+        CaptureError: it writes into a buffer or an input, or takes a number out of a tensor.
+    """
+    for node in exported.graph.nodes:
+        if node.op == "call_function" and node.target in (aten.item.default, aten._local_scalar_dense.default):
+            raise CaptureError(
+                f"needs the value of a tensor{_line_of(node)}", place=_module_of(node, model), remedy=_ITEM
+            )
+    if not any(_writes(node) for node in exported.graph.nodes):
+        return exported
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        pure = exported.run_decompositions({})
+    changed = [*pure.graph_signature.buffers_to_mutate.values(), *pure.graph_signature.user_inputs_to_mutate.values()]
+    if changed:
+        writer = next((n for n in exported.graph.nodes if _writes(n) and n.args[0].op == "placeholder"), None)
+        raise CaptureError(
+            f"forward writes into {changed[0]}{_line_of(writer) if writer else ''}, which a graph cannot do",
+            place=type(model).__name__, remedy=_STATE,
+        )  # fmt: skip
+    return pure
+
+
+def _failed(model: torch.nn.Module, error: BaseException) -> CaptureError:
+    root = error
+    while root.__cause__ is not None:
+        root = root.__cause__
+    name, text = type(root).__name__, str(root)
+    where = _line(traceback.extract_tb(root.__traceback__) or traceback.extract_tb(error.__traceback__))
+    if name in ("GuardOnDataDependentSymNode", "DataDependentOutputException"):
+        why, remedy = "its control flow depends on the value of a tensor", _BRANCH
+    elif ".numpy()" in text or "DynamicOutputShapeException" in name:
+        why, remedy = f"torch.export failed: {root_cause(error)}", _NUMPY if ".numpy()" in text else _BRANCH
+    else:
+        why, remedy = (
+            f"torch.export failed: {root_cause(error)}",
+            "Rewrite that line with functions that torch.export knows",
+        )
+    return CaptureError(f"{why}{where}", place=type(model).__name__, remedy=remedy)
+
+
+def _line(frames: traceback.StackSummary) -> str:
+    """The innermost line that is the user's, or of a library's model where there is none."""
+    outside = [f for f in frames if not re.search(r"[\\/](?:torch|qexport)[\\/]", f.filename)]
+    own = [f for f in outside if not re.search(r"[\\/]transformers[\\/]", f.filename)]
+    own = [f for f in own if f.name not in ("capture_module", "explained")]
+    models = [f for f in outside if re.search(r"[\\/]transformers[\\/]models[\\/]", f.filename)]
+    found = (models or own or outside)[-1:]
+    return f" at {found[0].filename}:{found[0].lineno}: {found[0].line}" if found else ""
+
+
+def _line_of(node: Node) -> str:
+    """The line that made a node: the last one of its stack trace that is not PyTorch's."""
+    lines = re.findall(r'File "([^"]+)", line (\d+), in \S+\n\s*(.+)', node.meta.get("stack_trace") or "")
+    lines = [found for found in lines if not re.search(r"[\\/]torch[\\/]", found[0])]
+    return " at {}:{}: {}".format(*lines[-1]) if lines else ""
+
+
+def _writes(node: Node) -> bool:
+    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+
+
+def _module_of(node: Node, model: torch.nn.Module) -> str:
+    stack = node.meta.get("nn_module_stack") or {}
+    return (next(reversed(stack.values()))[0] if stack else "") or type(model).__name__
+
+
+def _state(model: torch.nn.Module) -> dict[str, Any]:
+    """Numbers, texts and lengths of containers that modules keep as attributes."""
+    found = {}
+    for name, module in model.named_modules():
+        for attribute, value in vars(module).items():
+            if attribute.startswith("_") or attribute == "training":
+                continue
+            path = f"{name}.{attribute}" if name else attribute
+            if isinstance(value, (bool, int, float, str)):
+                found[path] = value
+            elif isinstance(value, (list, dict, set)):
+                found[path] = len(value)
+    return found
+
+
+def _owner(model: torch.nn.Module, path: str) -> tuple[torch.nn.Module, str]:
+    path = path.partition("[")[0]
+    owner, _, attribute = path.rpartition(".")
+    try:
+        return model.get_submodule(owner), attribute
+    except AttributeError:
+        return model, path
+
+
+def _of_library(kind: type) -> bool:
+    return kind.__module__.partition(".")[0] in _LIBRARIES
+
+
+def _assignment(owner: torch.nn.Module, attribute: str) -> str:
+    """Where a method of a module changes an attribute, as far as its source is there."""
+    try:
+        lines, first = inspect.getsourcelines(type(owner).forward)
+        file = inspect.getsourcefile(type(owner).forward)
+    except (OSError, TypeError):
+        return ""
+    for number, line in enumerate(lines, first):
+        found = line.find(f"self.{attribute}")
+        if found >= 0 and _IN_PLACE.match(line, found + len(f"self.{attribute}")):
+            return f" at {file}:{number}: {line.strip()}"
+    return ""
+
+
+def _place(model: torch.nn.Module, path: str) -> str:
+    owner = path.partition("[")[0].rpartition(".")[0]
+    return f"{type(model).__name__}.{owner}" if owner else type(model).__name__

@@ -1,0 +1,22 @@
+"""Capturing whatever kind of model a folder holds."""
+
+from ..errors import CaptureError
+from .decoder import capture_decoder
+from .encoder import capture_encoder, is_encoder
+from .graph import Captured
+from .source import ModelFolder
+
+
+def capture_folder(folder: ModelFolder) -> Captured:
+    """Capture a decoder or an encoder.
+
+    Raises:
+        CaptureError: it is neither, or cannot be followed.
+    """
+    if folder.config.is_encoder_decoder:
+        raise CaptureError(
+            f"{folder.config.model_type} is an encoder-decoder, whose cached decoder has no export", place=folder.name,
+            remedy="Folders of decoders and of encoders are supported. Its encoder alone exports as a module: "
+            "qexport.export(AutoModel.from_pretrained(...).get_encoder(), example_inputs=...)",
+        )  # fmt: skip
+    return capture_encoder(folder) if is_encoder(folder.config) else capture_decoder(folder)

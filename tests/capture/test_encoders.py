@@ -1,0 +1,81 @@
+"""Encoders from folders compute what transformers computes, on any batch, length and padding."""
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModel
+
+from modules import ENCODERS, VOCAB, save_encoder
+from qexport.calibrate.encoder_inputs import encoder_inputs
+from qexport.errors import CaptureError
+from qexport.export import capture
+from stepping import captured_runner, load_weights, padded, tokens
+
+MASKS = {
+    "one token": torch.ones(1, 1, dtype=torch.int64),
+    "three rows": torch.ones(3, 9, dtype=torch.int64),
+    "padding": padded([6, 2, 9], "right"),
+}
+
+
+@pytest.fixture(scope="module")
+def pair(request, tmp_path_factory):
+    folder = save_encoder(request.param, tmp_path_factory.mktemp(request.param))
+    return load_weights(capture(folder)), AutoModel.from_pretrained(folder, attn_implementation="eager").eval()
+
+
+@pytest.mark.parametrize("pair", ENCODERS, indirect=True)
+def test_blocks_compute_what_transformers_computes(pair):
+    captured, model = pair
+    run = captured_runner(captured)
+    for mask in MASKS.values():
+        feeds = encoder_inputs(captured, tokens(*mask.shape, vocab=VOCAB), mask)
+        with torch.no_grad():
+            want, got = model(**feeds), run(feeds)
+        assert list(got) == list(want)
+        real = mask.bool()
+        for name, value in got.items():
+            rows = (value[real], want[name][real]) if value.dim() == 3 else (value, want[name])
+            assert (rows[0] - rows[1]).abs().max() < 1e-5 * rows[1].abs().max()
+
+
+@pytest.mark.parametrize("pair", ["bert", "roberta", "modernbert"], indirect=True)
+def test_padding_changes_nothing(pair):
+    captured, _ = pair
+    run, ids = captured_runner(captured), tokens(1, 5, vocab=VOCAB)
+    alone = run(encoder_inputs(captured, ids, torch.ones_like(ids)))["last_hidden_state"]
+    wide = torch.cat([torch.zeros_like(ids), ids], dim=1)  # padded on the left: goes to the right
+    beside = run(encoder_inputs(captured, wide, padded([5, 10], "left")[:1]))["last_hidden_state"]
+    assert beside.shape[1] == 10 and (beside[:, :5] - alone).abs().max() < 1e-5 * alone.abs().max()
+
+
+@pytest.mark.parametrize("pair", ["bert"], indirect=True)
+def test_interface(pair):
+    captured, _ = pair
+    assert captured.kind == "encoder"
+    assert {p.name: p.dims for p in captured.inputs} == dict.fromkeys(
+        ["input_ids", "attention_mask", "token_type_ids"], ("batch", "sequence")
+    )
+    assert {p.name: p.dims for p in captured.outputs} == {
+        "last_hidden_state": ("batch", "sequence", 64), "pooler_output": ("batch", 64)
+    }  # fmt: skip
+    assert [b.name for b in captured.blocks] == ["prologue", "encoder.layer.0", "encoder.layer.1", "epilogue"]
+    assert captured.settings["vocab_size"] == VOCAB and captured.settings["max_position_embeddings"] == 64
+
+
+def strip(folder, part):
+    file = folder / "model.safetensors"
+    save_file({n: t for n, t in load_file(file).items() if part not in n}, file, metadata={"format": "pt"})
+
+
+def test_a_pooler_without_weights_is_left_out(tmp_path):
+    strip(save_encoder("bert", tmp_path), "pooler")
+    captured = capture(tmp_path)
+    assert [p.name for p in captured.outputs] == ["last_hidden_state"]
+    assert not any("pooler" in name for b in captured.blocks for name in b.parameters)
+
+
+def test_a_weight_that_is_not_there_is_not_made_up(tmp_path):
+    strip(save_encoder("bert", tmp_path), "layer.0.attention.self.key.weight")
+    with pytest.raises(CaptureError, match=r"1 weights are not in the checkpoint, first encoder.layer.0.attention"):
+        capture(tmp_path)

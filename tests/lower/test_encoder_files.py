@@ -1,0 +1,56 @@
+"""The files of encoders compute in ONNX Runtime what their graphs compute in PyTorch, padding included."""
+
+import pytest
+
+import exporting
+from modules import ENCODERS, VOCAB, save_encoder
+from qexport.calibrate.encoder_inputs import encoder_inputs
+from qexport.export import capture
+from qexport.numerics.metrics import sqnr_db
+from qexport.recipe import CalibrationSpec, Recipe
+from qexport.validate.placement import examine
+from stepping import captured_runner, load_weights, padded, tokens
+
+KERNELS = {"w4a16_g32": "MatMulNBits", "w8a8_dyn": "MatMulIntegerToFloat", "w8a8_static": "MatMulIntegerToFloat"}
+MASK = padded([6, 2, 9], "right")
+
+
+def recipe_of(scheme):
+    return Recipe(
+        scheme=scheme, accuracy_level=1, calibration=CalibrationSpec(source="random", samples=4, sequence_length=16)
+    )
+
+
+@pytest.fixture(scope="module")
+def folder(request, tmp_path_factory):
+    return save_encoder(request.param, tmp_path_factory.mktemp(request.param))
+
+
+@pytest.mark.parametrize("folder", ["bert", "roberta", "modernbert"], indirect=True)
+def test_every_scheme_agrees(folder, tmp_path):
+    whole = capture(folder)
+    feeds = encoder_inputs(whole, tokens(*MASK.shape, vocab=VOCAB), MASK)
+    for scheme, kernel in KERNELS.items():
+        made = exporting.export(capture(folder), recipe_of(scheme), "cpu", tmp_path / scheme)
+        assert {entry.kernel for entry in made.manifest.linears} == {kernel}
+        placed, _ = examine(made.folder, made.manifest, made.manifest.provider)
+        assert not placed.unfused and set(placed.nodes_per_provider) == {"CPUExecutionProvider"}
+        ran, graph = made.in_onnxruntime()(feeds), made.in_pytorch()(feeds)
+        reference = captured_runner(load_weights(made.captured))(feeds)
+        for name in ran:
+            got, ours, want = (v[name][MASK.bool()] if v[name].dim() == 3 else v[name] for v in (ran, graph, reference))
+            if scheme == "w4a16_g32":
+                assert (got - ours).abs().max() < 2e-5 * ours.abs().max()
+            # Less than a tenth of the power of the quantization error, where a code falls on the other side.
+            assert sqnr_db(ours, got) > sqnr_db(want, ours) + 10
+
+
+@pytest.mark.parametrize("folder", ENCODERS, indirect=True)
+def test_float_encoders_agree_to_rounding(folder, tmp_path):
+    recipe = Recipe(scheme="w4a16_g32", overrides=[{"match": "*", "scheme": "float"}])
+    made = exporting.export(capture(folder), recipe, "cpu", tmp_path / "float")
+    feeds = encoder_inputs(made.captured, tokens(*MASK.shape, vocab=VOCAB), MASK)
+    ran, want = made.in_onnxruntime()(feeds), captured_runner(load_weights(made.captured))(feeds)
+    for name in want:
+        got, ours = (v[name][MASK.bool()] if v[name].dim() == 3 else v[name] for v in (ran, want))
+        assert (got - ours).abs().max() < 1e-5 * ours.abs().max()

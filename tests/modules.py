@@ -1,0 +1,71 @@
+"""Small random models that are no decoders: text encoders as folders, vision models and modules of one's own."""
+
+from pathlib import Path
+
+import torch
+import transformers
+from torch import nn
+from transformers import AutoModel
+
+from models import randomize
+
+VOCAB, HIDDEN = 128, 64
+_SIZES = dict(
+    vocab_size=VOCAB, hidden_size=HIDDEN, num_hidden_layers=2, num_attention_heads=4, intermediate_size=96,
+    max_position_embeddings=64, pad_token_id=0,
+)  # fmt: skip
+_VISION = dict(
+    hidden_size=HIDDEN, num_hidden_layers=2, num_attention_heads=4, intermediate_size=96, image_size=16, patch_size=4
+)
+
+# What each family is here for stands beside it.
+ENCODERS = {
+    "bert": lambda: transformers.BertConfig(**_SIZES),  # segments, a pooler
+    "roberta": lambda: transformers.RobertaConfig(  # positions count from behind the padding token
+        **_SIZES | dict(pad_token_id=1), type_vocab_size=1
+    ),
+    "distilbert": lambda: transformers.DistilBertConfig(  # no segments, no pooler
+        vocab_size=VOCAB, dim=HIDDEN, n_layers=2, n_heads=4, hidden_dim=96, max_position_embeddings=64
+    ),
+    "mpnet": lambda: transformers.MPNetConfig(**_SIZES | dict(pad_token_id=1)),  # relative positions
+    "albert": lambda: transformers.AlbertConfig(**_SIZES, embedding_size=32),  # one layer for all
+    "modernbert": lambda: transformers.ModernBertConfig(  # rotary positions, windows, gated
+        **_SIZES, local_attention=4, global_attn_every_n_layers=2, bos_token_id=1, eos_token_id=2, cls_token_id=1,
+        sep_token_id=2,
+    ),
+    "deberta": lambda: transformers.DebertaV2Config(**_SIZES),  # attention of its own
+}  # fmt: skip
+
+
+def save_encoder(family: str, folder: Path, *, seed: int = 0) -> Path:
+    """Save a random encoder as config.json and model.safetensors."""
+    model = AutoModel.from_config(ENCODERS[family]())
+    randomize(model, seed)
+    model.save_pretrained(folder)
+    return folder
+
+
+def vit() -> nn.Module:
+    return _random(transformers.ViTModel(transformers.ViTConfig(**_VISION)))
+
+
+def clip() -> nn.Module:
+    text = _SIZES | dict(projection_dim=32, bos_token_id=1, eos_token_id=2)
+    return _random(transformers.CLIPModel(transformers.CLIPConfig(
+        text_config=text, vision_config=_VISION | dict(projection_dim=32), projection_dim=32
+    )))  # fmt: skip
+
+
+def _random(model: nn.Module) -> nn.Module:
+    """Weights under which every part matters; see `models.randomize`."""
+    random = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            drawn = torch.randn(parameter.shape, generator=random)
+            if parameter.dim() >= 2:
+                parameter.copy_(drawn / parameter[0].numel() ** 0.5)
+            elif name.endswith("weight"):
+                parameter.copy_(1 + 0.2 * drawn)
+            elif parameter.dim():
+                parameter.copy_(0.3 * drawn)
+    return model.eval()
