@@ -37,9 +37,16 @@ ENCODERS = {
 }  # fmt: skip
 
 
-def save_encoder(family: str, folder: Path, *, seed: int = 0) -> Path:
-    """Save a random encoder as config.json and model.safetensors."""
-    model = AutoModel.from_config(ENCODERS[family]())
+def save_encoder(family: str, folder: Path, *, seed: int = 0, **changes) -> Path:
+    """Save a random encoder as config.json and model.safetensors.
+
+    Args:
+        changes: of its config.
+    """
+    config = ENCODERS[family]()
+    for name, value in changes.items():
+        setattr(config, name, value)
+    model = AutoModel.from_config(config)
     randomize(model, seed)
     model.save_pretrained(folder)
     return folder

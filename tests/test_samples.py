@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 
 import qexport
 from models import save_model
+from modules import save_encoder
 from qexport.errors import PassError
 from tiny_decoder import write_word_tokenizer
 
@@ -228,3 +229,17 @@ def test_kv_cache_error(run, model, text):
     for what in ("values", "keys, before rotation", "keys, behind rotation"):
         assert rows[what, "8", "channel"] > rows[what, "4", "channel"] + 15
         assert rows[what, "8", "channel"] >= rows[what, "8", "tensor"] - 1
+
+
+def test_encoder(run, tmp_path):
+    from transformers import BertTokenizerFast
+
+    folder = save_encoder("bert", tmp_path / "encoder", max_position_embeddings=128)
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *map(chr, range(97, 123)), *(f"##{chr(c)}" for c in range(97, 123))]
+    (folder / "vocab.txt").write_text("\n".join(words))
+    BertTokenizerFast(vocab=str(folder / "vocab.txt")).save_pretrained(folder)
+    lines = run("encoder.py", folder, "--recipes", "w8a8_dyn", "w4a16_g32_rtn", "--repeats", 1).splitlines()
+    rows = {line.split()[1]: line.split("|")[2:-1] for line in lines if line.startswith("| ")}
+    assert list(rows) == ["file", "---", "float32", "w8a8_dyn", "w4a16_g32_rtn"]
+    float32, eight, four = (list(map(float, (cell.rstrip("% ") for cell in rows[n]))) for n in list(rows)[2:])
+    assert float32[2] == 1 and 1 > eight[2] > four[2] > 0.9

@@ -4,7 +4,8 @@ import inspect
 import re
 import traceback
 import warnings
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
+from io import StringIO
 from typing import Any
 
 import torch
@@ -32,8 +33,10 @@ _IN_PLACE = re.compile(
 @contextmanager
 def explained(model: torch.nn.Module):
     """Turn whatever torch.export raises inside into a CaptureError, and refuse Python state that the call changed."""
-    before = _state(model)
-    with warnings.catch_warnings(record=True) as caught:
+    before, after = _state(model), {}
+    # torch.export puts attributes back when it is done, so they are read as soon as forward is through.
+    hook = model.register_forward_hook(lambda module, _inputs, _output: after.update(_state(module)))
+    with warnings.catch_warnings(record=True) as caught, redirect_stderr(StringIO()):  # it prints half a graph
         warnings.simplefilter("always")
         try:
             yield
@@ -41,8 +44,10 @@ def explained(model: torch.nn.Module):
             raise
         except Exception as error:  # torch.export raises almost anything, and hides the reason behind other errors
             raise _failed(model, error) from error
+        finally:
+            hook.remove()
     assigned = [m[1] for w in caught if (m := re.search(r"attribute self\.(\S+) was assigned", str(w.message)))]
-    changed = [path for path, value in _state(model).items() if before.get(path, value) != value]
+    changed = [path for path, value in after.items() if before.get(path, value) != value]
     for path in (*assigned, *changed):
         owner, attribute = _owner(model, path)
         if not _of_library(type(owner)):

@@ -52,7 +52,7 @@ def capture_module(
     examples = {name: _stretched(tensor, axes[name]) for name, tensor in given.items()}
     training = model.training
     try:
-        with torch.no_grad(), explained(model), quiet():
+        with torch.no_grad(), quiet(), explained(model):
             shapes = {name: dict.fromkeys(axes[name], torch.export.Dim.AUTO) for name in given}
             exported = torch.export.export(model.eval(), (), examples, dynamic_shapes=shapes, strict=False)
     finally:
