@@ -34,12 +34,13 @@ from .lower.targets.bfloat16 import check_bfloat16
 from .lower.targets.cpu import CpuTarget
 from .lower.targets.cuda import CudaTarget
 from .passes.base import GraphPass
+from .passes.convolutions import ConvolutionPlan
 from .passes.embedding import EmbeddingPlan
 from .passes.plan import LinearPlan
-from .planning import described_embedding, output_projection, plan_for
+from .planning import convolutions_for, described_embedding, output_projection, plan_for
 from .recipe import Recipe
 from .rendering import read_export, write_card
-from .runtime.manifest import BlockEntry, LinearEntry, Manifest
+from .runtime.manifest import BlockEntry, ConvolutionEntry, LinearEntry, Manifest
 
 # By target, first what is taken unasked.
 _DTYPES = {"cpu": ("float32",), "cuda": ("float16", "bfloat16")}
@@ -56,6 +57,7 @@ class ExportResult:
         seconds: wall time by stage.
         calibration: what the statistics were taken on, or why there was nothing to take.
         embeddings: the decision for every table of token embeddings.
+        convolutions: the decision for every convolution, in order.
     """
 
     folder: Path
@@ -64,6 +66,7 @@ class ExportResult:
     seconds: dict[str, float] = field(default_factory=dict)
     calibration: str = ""
     embeddings: list[EmbeddingPlan] = field(default_factory=list)
+    convolutions: list[ConvolutionPlan] = field(default_factory=list)
 
 
 def export(
@@ -125,6 +128,7 @@ def export(
     check_prefill(captured, recipe)
     check_translations(block.module.graph for block in captured.blocks)
     plan, embeddings = plan_for(captured, recipe, lowering.dtype.itemsize)
+    convolutions = convolutions_for(captured, recipe, lowering.name == "cpu")
     check_kernels(lowering, plan, recipe)
     projection = output_projection(captured)
     hidden = read_by_projection(captured) if logits == "last" else None
@@ -132,7 +136,7 @@ def export(
 
     batches = None
     described = "none needed"
-    wanted = needs_data(recipe, plan) or _ask_for_data(extra_passes, captured)
+    wanted = needs_data(recipe, [*plan, *convolutions]) or _ask_for_data(extra_passes, captured)
     if wanted or (calibration is not None and any(p.scheme and p.scheme.activation for p in plan)):
         batches, described = calibration_batches(captured, recipe, data, progress)
     seconds["calibration"] = clock.lap()
@@ -147,7 +151,7 @@ def export(
             hessian = None
             if recipe.weights.method == "gptq" and batches and any(e.linear for e in embeddings):
                 hessian = hessian_of(captured, projection, batches(), recipe.weights, partial(progress, "embedding"))
-            passes = passes_for(recipe, by_name, extra_passes, calibrated, embeddings, hessian)
+            passes = passes_for(recipe, by_name, extra_passes, calibrated, embeddings, hessian, convolutions)
             stream, reference = (batches(), batches()) if batches else (None, None)
             on_block = partial(progress, "quantize")
             finished = quantize_blocks(
@@ -168,10 +172,10 @@ def export(
             )
             named = (projection.name, projection.weight) if projection else ("", "")
             sizes = by_part(size, lowered.tensors, lowered.bytes, embeddings, named)
-            manifest = _manifest(captured, plan, lowered, lowering, sizes, settings)
+            manifest = _manifest(captured, plan, convolutions, lowered, lowering, sizes, settings)
             seconds["lower"] = clock.lap()
             source = origin(captured.folder) if captured.folder else {"name": type(model).__name__}
-            report = _report(source, plan, embeddings, finished, seconds, described)
+            report = _report(source, [*plan, *convolutions], embeddings, finished, seconds, described)
             write_companions(folder, manifest, captured.folder, recipe.to_yaml(), report)
             write_card(read_export(folder))
     except BaseException as error:
@@ -181,7 +185,8 @@ def export(
             shutil.rmtree(work, ignore_errors=True)
         raise
     shutil.rmtree(work)
-    return ExportResult(out, manifest, plan, {k: round(v, 2) for k, v in seconds.items()}, described, embeddings)
+    seconds = {k: round(v, 2) for k, v in seconds.items()}
+    return ExportResult(out, manifest, plan, seconds, described, embeddings, convolutions)
 
 
 def capture(
@@ -248,6 +253,7 @@ def _fingerprint(captured: Captured, recipe: Recipe, batches, extra_passes: Sequ
 def _manifest(
     captured: Captured,
     plan: Sequence[LinearPlan],
+    convolutions: Sequence[ConvolutionPlan],
     lowered: Lowered,
     target: Target,
     sizes: dict[str, int],
@@ -266,9 +272,18 @@ def _manifest(
     return Manifest(
         qexport=version("qexport"), target=target.name, kind=captured.kind, provider=target.provider,
         dtype=str(target.dtype).removeprefix("torch."), session=lowered.session, numerics=target.numerics(),
-        linears=tuple(linears), blocks=tuple(BlockEntry(name=n, output=o) for n, o in lowered.blocks.items()),
+        linears=tuple(linears), convolutions=_convolutions(convolutions),
+        blocks=tuple(BlockEntry(name=n, output=o) for n, o in lowered.blocks.items()),
         settings=settings, bytes=sizes,
     )  # fmt: skip
+
+
+def _convolutions(plan: Sequence[ConvolutionPlan]) -> tuple[ConvolutionEntry, ...]:
+    return tuple(
+        ConvolutionEntry(name=p.name, block=p.block, scheme=p.scheme.name, shape=p.shape, bytes=p.bytes)
+        for p in plan
+        if p.scheme is not None
+    )
 
 
 def _report(

@@ -7,6 +7,7 @@ from typing import Any
 from .capture.graph import Captured
 from .errors import RecipeError
 from .numerics.formats import Scheme
+from .passes.convolutions import ConvolutionPlan, convolutions, plan_convolutions
 from .passes.edit import get_tensor
 from .passes.embedding import EmbeddingPlan, plan_embeddings
 from .passes.plan import LinearPlan, make_plan, weight_bytes
@@ -25,10 +26,13 @@ def plan_for(captured: Captured, recipe: Recipe, width: int = 4) -> tuple[list[L
         RecipeError: an override matches no linear, or there is no embedding to quantize.
     """
     plan = make_plan([(b.name, b.module.graph) for b in captured.blocks], recipe.scheme_for)
-    idle = recipe.unmatched_overrides([p.name for p in plan])
+    names = [name for b in captured.blocks for name in convolutions(b.module.graph)]
+    idle = recipe.unmatched_overrides([*(p.name for p in plan), *names])
     if idle:
         raise RecipeError(
-            f"matches no linear of the model: {idle[0]!r}", place="overrides", remedy="See `qexport inspect`"
+            f"matches no linear or convolution of the model: {idle[0]!r}",
+            place="overrides",
+            remedy="See `qexport inspect`",
         )
     tied = recipe.embedding == TIED
     wanted = None if tied or recipe.embedding == FLOAT else Scheme.parse(recipe.embedding)
@@ -42,6 +46,16 @@ def plan_for(captured: Captured, recipe: Recipe, width: int = 4) -> tuple[list[L
             remedy="Leave out embedding",
         )  # fmt: skip
     return plan, embeddings
+
+
+def convolutions_for(captured: Captured, recipe: Recipe, integer: bool) -> list[ConvolutionPlan]:
+    """The decision for every convolution.
+
+    Args:
+        integer: whether the target has an integer convolution.
+    """
+    graphs = [(b.name, b.module.graph) for b in captured.blocks]
+    return plan_convolutions(graphs, recipe.scheme_for, integer)
 
 
 def output_projection(captured: Captured) -> Linear | None:

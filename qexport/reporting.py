@@ -29,11 +29,12 @@ def export_summary(result: ExportResult) -> dict[str, Any]:
         "calibration": result.calibration,
         "seconds": dict(result.seconds),
         "quantized_linears": len(result.manifest.linears),
+        "quantized_convolutions": len(result.manifest.convolutions),
         "embeddings": [described_embedding(e) for e in result.embeddings],
         "fast_linears": sum(linear.fast is True for linear in result.manifest.linears),
         "exceptions": [
             {"linear": p.name, "scheme": p.scheme.name if p.scheme else "float", "reason": p.reason}
-            for p in result.plan
+            for p in [*result.plan, *result.convolutions]
             if p.reason
         ],
     }
@@ -67,12 +68,14 @@ def print_export(result: ExportResult) -> None:
         f"  {len(quantized)} of {len(result.plan)} linears quantized, {megabytes(weights)} in float32"
         f" -> {megabytes(small)}"
     )
+    if result.convolutions:
+        print(f"  {len(result.manifest.convolutions)} of {len(result.convolutions)} convolutions quantized")
     print(f"  {_parts(sizes)}")
     for embedding in result.embeddings:
         print(f"  {_embedding(embedding)}")
     print(f"  calibration: {result.calibration}")
     print(f"  seconds: {', '.join(f'{stage} {seconds:.1f}' for stage, seconds in result.seconds.items())}")
-    _print_exceptions(result.plan)
+    _print_exceptions([*result.plan, *result.convolutions])
     _print_fast([linear.slow for linear in result.manifest.linears if linear.fast is not None], "  ")
     if result.manifest.kind == "encoder":
         print(f"Next: qexport validate {result.folder} --reference MODEL --text FILE")

@@ -76,3 +76,42 @@ def _random(model: nn.Module) -> nn.Module:
             elif parameter.dim():
                 parameter.copy_(0.3 * drawn)
     return model.eval()
+
+
+class Residual(nn.Module):
+    """A depthwise block as mobile networks have them."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.wide = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.norm = nn.BatchNorm2d(channels)
+        self.deep = nn.Conv2d(channels, channels, 3, padding=1, groups=channels)
+        self.act = nn.ReLU(inplace=True)
+
+    def forward(self, x):
+        return self.act(self.deep(self.act(self.norm(self.wide(x)))) + x)
+
+
+class SmallCNN(nn.Module):
+    """Images of any size to 10 numbers."""
+
+    def __init__(self, channels: int = 16):
+        super().__init__()
+        self.stem = nn.Conv2d(3, channels, 3, stride=2, padding=1)
+        self.norm = nn.BatchNorm2d(channels)
+        self.pool = nn.MaxPool2d(2)
+        self.layers = nn.Sequential(Residual(channels), Residual(channels))
+        self.last = nn.Conv2d(channels, 2 * channels, 1)
+        self.head = nn.Linear(2 * channels, 10)
+
+    def forward(self, image):
+        x = self.layers(self.pool(torch.relu(self.norm(self.stem(image)))))
+        return self.head(torch.nn.functional.relu6(self.last(x)).mean((2, 3)))
+
+
+def cnn() -> nn.Module:
+    torch.manual_seed(0)
+    model = SmallCNN().train()
+    for _ in range(10):  # statistics of the batch norms
+        model(torch.randn(8, 3, 16, 16))
+    return model.eval()

@@ -242,4 +242,5 @@ def test_encoder(run, tmp_path):
     rows = {line.split()[1]: line.split("|")[2:-1] for line in lines if line.startswith("| ")}
     assert list(rows) == ["file", "---", "float32", "w8a8_dyn", "w4a16_g32_rtn"]
     float32, eight, four = (list(map(float, (cell.rstrip("% ") for cell in rows[n]))) for n in list(rows)[2:])
-    assert float32[2] == 1 and 1 > eight[2] > four[2] > 0.9
+    # The order of similarities suffers more from 4 bits than from 8.
+    assert float32[2] == float32[4] == 1 and float32[4] > eight[4] > four[4] > 0.5 and four[2] > 0.9

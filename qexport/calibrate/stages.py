@@ -12,6 +12,7 @@ from ..numerics.hqq import hqq
 from ..passes.activations import QuantizeActivations
 from ..passes.awq import AWQ
 from ..passes.base import GraphPass
+from ..passes.convolutions import ConvolutionPlan, QuantizeConvolutions
 from ..passes.crossquant import CrossQuant
 from ..passes.embedding import EmbeddingPlan, QuantizeEmbedding, ShareEmbedding
 from ..passes.fptq import FPTQ
@@ -34,6 +35,7 @@ def passes_for(
     calibrated: bool = True,
     embeddings: Sequence[EmbeddingPlan] = (),
     hessian: torch.Tensor | None = None,
+    convolutions: Sequence[ConvolutionPlan] = (),
 ) -> list[GraphPass]:
     """Exact transformations first, then weights, their branches, and activations: ranges are those of what is deployed.
 
@@ -44,6 +46,7 @@ def passes_for(
         calibrated: whether there is calibration data.
         embeddings: the decisions for the tables of token embeddings.
         hessian: of what the output projection reads that shares a table; None where GPTQ does not find its codes.
+        convolutions: the decisions for convolutions.
     """
     quantizes_inputs = any(p.scheme is not None and p.scheme.activation is not None for p in plan.values())
     passes = [*_tables(recipe, embeddings, hessian), *extra, *_exact(recipe, plan, quantizes_inputs)]
@@ -60,6 +63,8 @@ def passes_for(
         dynamic = recipe.crossquant is not None and recipe.crossquant.row_scale == "dynamic"
         alpha = recipe.crossquant.alpha if dynamic else None
         passes.append(QuantizeActivations(plan, given.observer, given.percentile, calibrated, given.only_kernel, alpha))
+    if any(c.scheme is not None for c in convolutions):
+        passes.append(QuantizeConvolutions({c.name: c for c in convolutions}))
     return passes
 
 

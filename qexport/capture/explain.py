@@ -1,6 +1,7 @@
 """Why a module cannot become a graph: the line of the user's code, and what to do about it."""
 
 import inspect
+import logging
 import re
 import traceback
 import warnings
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 from torch.export import ExportedProgram
 from torch.fx import Node
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from ..errors import CaptureError
 from .trace import root_cause
@@ -24,6 +26,7 @@ _BRANCH = _VALUES.format(
 )
 _ITEM = _VALUES.format(what="compute with the tensor itself instead of the number that .item() or .tolist() takes out")
 _NUMPY = _VALUES.format(what="use torch functions instead of NumPy's")
+_SIZE = _VALUES.format(what="keep all elements, and choose with torch.where or a mask")
 _STATE = "Return it as an output, or take it as an input; what a call leaves in the module is lost in a graph"
 _IN_PLACE = re.compile(
     r"\s*(?:[-+*/|&%]|//|\*\*)?=(?!=)|\.(?:append|extend|insert|update|add|pop)\(|\[[^\]]*\]\s*=(?!=)"
@@ -35,6 +38,9 @@ def explained(model: torch.nn.Module):
     """Turn whatever torch.export raises inside into a CaptureError, and refuse Python state that the call changed."""
     before, after = _state(model), {}
     # torch.export puts attributes back when it is done, so they are read as soon as forward is through.
+    logger = logging.getLogger("torch.fx.experimental.symbolic_shapes")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
     hook = model.register_forward_hook(lambda module, _inputs, _output: after.update(_state(module)))
     with warnings.catch_warnings(record=True) as caught, redirect_stderr(StringIO()):  # it prints half a graph
         warnings.simplefilter("always")
@@ -46,6 +52,7 @@ def explained(model: torch.nn.Module):
             raise _failed(model, error) from error
         finally:
             hook.remove()
+            logger.setLevel(level)
     assigned = [m[1] for w in caught if (m := re.search(r"attribute self\.(\S+) was assigned", str(w.message)))]
     changed = [path for path, value in after.items() if before.get(path, value) != value]
     for path in (*assigned, *changed):
@@ -61,9 +68,14 @@ def functional(exported: ExportedProgram, model: torch.nn.Module) -> ExportedPro
     """The same program without operators that write into a tensor.
 
     Raises:
-        CaptureError: it writes into a buffer or an input, or takes a number out of a tensor.
+        CaptureError: it writes into a buffer or an input, takes a number out of a tensor, or makes sizes of values.
     """
     for node in exported.graph.nodes:
+        if isinstance(node.meta.get("val"), torch.Tensor) and free_unbacked_symbols(node.meta["val"]):
+            raise CaptureError(
+                f"makes a tensor whose size depends on values{_line_of(node)}", place=_module_of(node, model),
+                remedy=_SIZE,
+            )  # fmt: skip
         if node.op == "call_function" and node.target in (aten.item.default, aten._local_scalar_dense.default):
             raise CaptureError(
                 f"needs the value of a tensor{_line_of(node)}", place=_module_of(node, model), remedy=_ITEM

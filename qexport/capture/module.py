@@ -14,6 +14,7 @@ from ..errors import CaptureError, InputError
 from ..passes.edit import get_tensor
 from .blocks import cut
 from .explain import explained, functional
+from .fold import fold_batch_norms
 from .graph import Captured, Port
 from .normalize import normalize
 from .trace import quiet
@@ -65,6 +66,7 @@ def _captured(exported: ExportedProgram, model: torch.nn.Module, axes: Axes, abs
     for node in whole.graph.nodes:
         stack = node.meta.get("nn_module_stack") or {}
         node.meta["module_path"] = next(reversed(stack.values()))[0] if stack else ""
+    folded = fold_batch_norms(whole)
     normalize(whole)
     for node in whole.graph.nodes:
         if node.target is aten.view.default:  # what made its input contiguous was a no-op and is gone
@@ -84,8 +86,8 @@ def _captured(exported: ExportedProgram, model: torch.nn.Module, axes: Axes, abs
         blocks=cut(whole, [port.value for port in outputs]),
         inputs=inputs,
         outputs=outputs,
-        weights=StateDict(model),
-        constants={n: get_tensor(whole, n).detach() for n in used - parameters},
+        weights=StateDict(model, folded),
+        constants={n: get_tensor(whole, n).detach() for n in used - parameters - folded.keys()},
         settings={"inputs": {port.name: list(port.dims) for port in inputs}},
     )
 

@@ -77,8 +77,9 @@ class Checkpoint:
 class StateDict:
     """The tensors of a module that is already in memory."""
 
-    def __init__(self, module: torch.nn.Module):
-        self._tensors = dict(module.state_dict(keep_vars=False))
+    def __init__(self, module: torch.nn.Module, made: Mapping[str, torch.Tensor] | None = None):
+        """made: further tensors, computed from those of the module."""
+        self._tensors = dict(module.state_dict(keep_vars=False)) | dict(made or {})
         self._tensors.update(module.named_buffers(remove_duplicate=False))  # those that no checkpoint has, too
         self._tensors.update({n: p.detach() for n, p in module.named_parameters(remove_duplicate=False)})
 

@@ -58,6 +58,21 @@ class LinearEntry(_Frozen):
     slow: str = ""
 
 
+class ConvolutionEntry(_Frozen):
+    """One quantized convolution. Its node goes by its name, and has to be a QLinearConv in the optimized graph.
+
+    Attributes:
+        shape: of its weight, [out, in, ...]; bytes: of its codes.
+    """
+
+    name: str
+    block: str = ""
+    scheme: str
+    kernel: str = "QLinearConv"
+    shape: tuple[int, ...]
+    bytes: int = 0
+
+
 class BlockEntry(_Frozen):
     """A block and the name of the value that leaves it, [batch, sequence, hidden]."""
 
@@ -96,6 +111,7 @@ class Manifest(_Frozen):
     session: dict[str, str] = Field(default_factory=dict)
     numerics: dict[str, Any] = Field(default_factory=dict)
     linears: tuple[LinearEntry, ...] = ()
+    convolutions: tuple[ConvolutionEntry, ...] = ()
     blocks: tuple[BlockEntry, ...] = ()
     settings: dict[str, Any] = Field(default_factory=dict)
     bytes: dict[str, int] = Field(default_factory=dict)

@@ -14,7 +14,7 @@ from ..errors import RuntimeProblem
 from . import cache
 from . import manifest as manifests
 from .branches import PROMPTS, all_nodes
-from .manifest import CPU, CUDA, MODEL_FILE, LinearEntry, Manifest
+from .manifest import CPU, CUDA, MODEL_FILE, ConvolutionEntry, LinearEntry, Manifest
 
 
 @dataclass(frozen=True)
@@ -231,6 +231,14 @@ def unfused(graph: OptimizedGraph, linears: Sequence[LinearEntry]) -> list[tuple
         products += [(by_name.get(node), kernel) for node, kernel in linear.parts]
         wrong += [(linear, found) for found, kernel in products if found != kernel][:1]
     return wrong
+
+
+def unfused_convolutions(
+    graph: OptimizedGraph, planned: Sequence[ConvolutionEntry]
+) -> list[tuple[str, str, str | None]]:
+    """(name, kernel, op type found instead) of the planned convolutions that did not become their kernel."""
+    found = {node.name.partition("_token_")[0]: node.op_type for node in graph.nodes if "Conv" in node.op_type}
+    return [(e.name, e.kernel, found.get(e.name)) for e in planned if found.get(e.name) != e.kernel]
 
 
 def _missing(provider: str, path: Path, why: str) -> RuntimeProblem:

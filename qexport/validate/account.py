@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 from ..passes.activations import QuantizeActivations
+from ..passes.convolutions import QuantizeConvolutions
 from ..passes.embedding import QuantizeEmbedding, ShareEmbedding
 from ..passes.lowrank import LoRC
 from ..passes.outliers import SeparateOutliers
@@ -26,6 +27,7 @@ _QUANTIZERS = {
         LoRC,
         SeparateOutliers,
         QuantizeActivations,
+        QuantizeConvolutions,
     )  # fmt: skip
 }
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ..runtime.branches import PROMPTS
 from ..runtime.manifest import LinearEntry, Manifest
-from ..runtime.session import OptimizedGraph, kernel_of, node_of, optimized_graph, unfused
+from ..runtime.session import OptimizedGraph, kernel_of, node_of, optimized_graph, unfused, unfused_convolutions
 from .report import Placement, Row, Unfused
 
 
@@ -20,6 +20,10 @@ def examine(folder: Path, manifest: Manifest, provider: str) -> tuple[Placement,
     wrong = tuple(
         Unfused(name=linear.name, expected=expected(linear, found), found=found)
         for linear, found in unfused(graph, manifest.linears)
+    )
+    wrong += tuple(
+        Unfused(name=name, expected=kernel, found=found)
+        for name, kernel, found in unfused_convolutions(graph, manifest.convolutions)
     )
     kernels = Counter(kernel_of(graph.nodes, linear.output, linear.node) or "nothing" for linear in manifest.linears)
     prompts = Counter(

@@ -66,7 +66,11 @@ class Row(_Frozen):
 
 
 class Unfused(_Frozen):
-    """A planned linear that did not become its kernel; found: the operator there instead, null where there is none."""
+    """A planned linear or convolution that did not become its kernel.
+
+    Attributes:
+        found: the operator there instead, null where there is none.
+    """
 
     name: str
     expected: str

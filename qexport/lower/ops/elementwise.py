@@ -53,7 +53,9 @@ def _silu(emit: Emitter, node: Node):
 
 
 def _relu(emit: Emitter, node: Node):
-    """Max(x, 0): ONNX Runtime does not fuse a quantized MatMul whose only reader is a Relu."""
+    """Max(x, 0): ONNX Runtime does not fuse a quantized MatMul whose only reader is a Relu; of convolutions it does."""
+    if is_call(node.args[0], aten.conv1d.default, aten.conv2d.default, aten.conv3d.default):
+        return emit.op("Relu", emit.get(node.args[0]))
     return emit.op("Max", emit.get(node.args[0]), emit.constant(0, dtype_of(node)))
 
 

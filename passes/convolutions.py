@@ -1,0 +1,213 @@
+"""Convolutions in 8 bits: int8 weights per output channel, uint8 inputs and outputs with calibrated ranges.
+
+The canonical form is what ONNX Runtime's CPU provider fuses to QLinearConv: dequantize (input, weight, int32 bias),
+Conv, quantize. The output is quantized too, or the fusion would not happen.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch.fx import Graph, GraphModule, Node
+
+from ..errors import NumericsError
+from ..numerics.formats import PER_CHANNEL, Scheme
+from .base import Context, GraphPass, Handover, Note, PassResult
+from .edit import add_tensor, call, finish, get_tensor, is_call, shape_of
+
+aten = torch.ops.aten
+ops = torch.ops.qexport
+
+_KINDS = (aten.conv1d.default, aten.conv2d.default, aten.conv3d.default)
+# Clipping that rounding to the range of the clipped values does by itself.
+_CLIPS = (aten.relu.default, aten.relu_.default, aten.relu6.default)
+# Only move or choose values: what goes in on a grid comes out on it.
+_KEEP_GRID = (
+    aten.max_pool1d.default, aten.max_pool2d.default, aten.view.default, aten.reshape.default, aten.flatten.using_ints,
+    aten.permute.default, aten.transpose.int,
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class ConvolutionPlan:
+    """The decision for one convolution.
+
+    Attributes:
+        name: its module path; block: the block it is in; shape: of its weight, [out, in, ...].
+        scheme: None keeps it in float; reason: why, or empty.
+        bytes: of its weight in the file.
+    """
+
+    name: str
+    block: str
+    shape: tuple[int, ...]
+    scheme: Scheme | None
+    reason: str = ""
+    bytes: int = 0
+
+
+def convolutions(graph: Graph) -> dict[str, Node]:
+    """Convolutions with constant weights by the path of their module, in order."""
+    found = [n for n in graph.nodes if is_call(n, *_KINDS) and n.args[1].op == "get_attr"]
+    return {n.args[1].target.rpartition(".")[0] or n.args[1].target: n for n in found}
+
+
+def plan_convolutions(
+    graphs: Sequence[tuple[str, Graph]], scheme_for: Callable[[str], Scheme | None], integer: bool
+) -> list[ConvolutionPlan]:
+    """Decide for every convolution of the blocks.
+
+    Args:
+        graphs: (block name, graph) in order.
+        scheme_for: the scheme asked for by name; None for float.
+        integer: whether the target has an integer convolution.
+    """
+    weights = [n.args[1].target for _, graph in graphs for n in graph.nodes if is_call(n, *_KINDS)]
+    plans = []
+    for block, graph in graphs:
+        for name, node in convolutions(graph).items():
+            scheme, weight = scheme_for(name), node.args[1]
+            reason = _reason(scheme, weights.count(weight.target) > 1 or len(weight.users) > 1, integer)
+            scheme = None if reason else scheme
+            size = math.prod(shape_of(weight)) * (1 if scheme else 4)
+            plans.append(ConvolutionPlan(name, block, tuple(shape_of(weight)), scheme, reason, size))
+    return plans
+
+
+def _reason(scheme: Scheme | None, shared: bool, integer: bool) -> str:
+    if scheme is None:
+        return "kept in float by the recipe"
+    weight, activation = scheme.weight, scheme.activation
+    fits = weight.bits == 8 and weight.group_size == PER_CHANNEL and weight.codebook is None and weight.symmetric
+    if not fits or activation is None or activation.kind != "static" or activation.bits != 8:
+        return f"{scheme.name} has no convolution: w8a8_static has one"
+    if not integer:
+        return "this target has no integer convolution"
+    return "its weight is used several times" if shared else ""
+
+
+class Extent:
+    """The least and the largest value seen, and 0."""
+
+    def __init__(self) -> None:
+        self.low = self.high = 0.0
+
+    def update(self, x: torch.Tensor) -> None:
+        """Take in x, float of any shape; raises NumericsError on NaN or Inf."""
+        if x.numel():
+            low, high = (float(v) for v in torch.aminmax(x))
+            if not math.isfinite(low) or not math.isfinite(high):
+                raise NumericsError("NaN or Inf on the calibration data")
+            self.low, self.high = min(self.low, low), max(self.high, high)
+
+    def grid(self) -> tuple[float, int]:
+        """(scale, zero point) of uint8 codes that cover it; 0 is a code."""
+        scale = max((self.high - self.low) / 255, 1e-8)
+        return scale, round(-self.low / scale)
+
+
+@dataclass(frozen=True)
+class QuantizeConvolutions(GraphPass):
+    """Put planned convolutions into the canonical 8-bit form.
+
+    Convolutions that read one value share its quantization. A ReLU behind a convolution becomes part of the rounding.
+
+    Attributes:
+        plan: by name.
+    """
+
+    plan: Mapping[str, ConvolutionPlan]
+
+    def works_on(self, module: GraphModule) -> bool:
+        return bool(self._sites(module))
+
+    def wanted(self, module: GraphModule, handover: Handover) -> dict[Node, Callable]:
+        values = [v for conv in self._sites(module).values() for v in (_grid_source(conv.args[0]), _end(conv))]
+        return dict.fromkeys(values, Extent)
+
+    def call(self, module: GraphModule, context: Context) -> PassResult:
+        result, grids = PassResult(), {}
+        # Where statistics were taken; nodes behind them are replaced while the graph changes.
+        sites = {name: (conv, _grid_source(conv.args[0]), _end(conv)) for name, conv in self._sites(module).items()}
+        for name, (conv, source, end) in sites.items():
+            scale = self._input(module, name, conv, context.statistics[source], grids)
+            seen = context.statistics[end]
+            self._output(module, name, conv, end, seen, grids)
+            self._weights(module, name, conv, scale)
+            result.changed.append(
+                Note(name, "static per-tensor input and output", {"low": seen.low, "high": seen.high})
+            )
+        finish(module)
+        return result
+
+    def _input(self, module: GraphModule, name: str, conv: Node, seen: Extent, grids: dict) -> Node:
+        """Let the convolution read codes; returns the node of their scale."""
+        graph, x = module.graph, conv.args[0]
+        if x not in grids:
+            known = grids.get(_grid_source(x))  # what comes off a grid lies on it still
+            with graph.inserting_before(conv):
+                parts = known or _grid(graph, f"{name}.input", seen)
+                grids[x] = (*parts[:3], _rounded(graph, x, parts))
+        scale, _, _, rounded = grids[x]
+        conv.replace_input_with(x, rounded)
+        return scale
+
+    def _output(self, module: GraphModule, name: str, conv: Node, end: Node, seen: Extent, grids: dict) -> None:
+        """Round the result of the convolution to the range of the values at `end`, which clips it at most."""
+        graph = module.graph
+        with graph.inserting_before(end.next):
+            grid = _grid(graph, f"{name}.output", seen)
+            rounded = _rounded(graph, conv, grid)
+        codes = rounded.args[0]
+        end.replace_all_uses_with(rounded, delete_user_cb=lambda user: user is not codes)
+        conv.meta["convolution"] = name
+        grids[rounded] = (*grid, rounded)
+
+    def _weights(self, module: GraphModule, name: str, conv: Node, input_scale: Node) -> None:
+        graph, weight = module.graph, get_tensor(module, conv.args[1].target).float()
+        steps = (weight.flatten(1).abs().amax(1) / 127).clamp_min(1e-10)
+        codes = torch.round(weight / steps.view(-1, *[1] * (weight.dim() - 1))).clamp(-127, 127).to(torch.int8)
+        bias = conv.args[2] if len(conv.args) > 2 else None
+        with graph.inserting_before(conv):
+            scale = add_tensor(graph, f"{name}.weight_scale", steps)
+            stored = add_tensor(graph, f"{name}.weight_codes", codes)
+            arguments = (stored, scale, None, 0, 0, 8)
+            made = [call(graph, ops.dequantize_linear.default, arguments, like=conv.args[1])]
+            if bias is not None:
+                fine = steps * get_tensor(module, input_scale.target)
+                whole = torch.round(get_tensor(module, bias.target).double() / fine.double())
+                fine = add_tensor(graph, f"{name}.bias_scale", fine)
+                whole = add_tensor(graph, f"{name}.bias_codes", whole.clamp(-(2**31), 2**31 - 1).to(torch.int32))
+                made.append(call(graph, ops.dequantize_linear.default, (whole, fine, None, 0, 0, 8), like=bias))
+        conv.args = (conv.args[0], *made, *conv.args[1 + len(made) :])
+
+    def _sites(self, module: GraphModule) -> dict[str, Node]:
+        found = convolutions(module.graph)
+        return {n: conv for n, conv in found.items() if n in self.plan and self.plan[n].scheme is not None}
+
+
+def _grid_source(value: Node) -> Node:
+    """The node whose values `value` holds, only moved or chosen from."""
+    while is_call(value, *_KEEP_GRID):
+        value = value.args[0]
+    return value
+
+
+def _end(conv: Node) -> Node:
+    """The value that is rounded behind a convolution: its own, or that of the clipping which is its only reader."""
+    user = next(iter(conv.users)) if len(conv.users) == 1 else None
+    return user if is_call(user, *_CLIPS) else conv
+
+
+def _grid(graph: Graph, name: str, seen: Extent) -> tuple[Node, Node, int]:
+    scale, zero_point = seen.grid()
+    step = add_tensor(graph, f"{name}_scale", torch.tensor(scale, dtype=torch.float32))
+    zero = add_tensor(graph, f"{name}_zero_point", torch.tensor(zero_point, dtype=torch.uint8))
+    return step, zero, zero_point
+
+
+def _rounded(graph: Graph, value: Node, grid: tuple) -> Node:
+    scale, zero, zero_point = grid[:3]
+    codes = call(graph, ops.quantize_linear.default, (value, scale, zero_point, False), like=value, dtype=torch.uint8)
+    return call(graph, ops.dequantize_linear.default, (codes, scale, zero, 0, 0, 8), like=value)
