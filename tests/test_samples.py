@@ -244,3 +244,11 @@ def test_encoder(run, tmp_path):
     float32, eight, four = (list(map(float, (cell.rstrip("% ") for cell in rows[n]))) for n in list(rows)[2:])
     # The order of similarities suffers more from 4 bits than from 8.
     assert float32[2] == float32[4] == 1 and float32[4] > eight[4] > four[4] > 0.5 and four[2] > 0.9
+
+
+def test_vision(run):
+    lines = run("vision.py", "--steps", 20, "--repeats", 1).splitlines()
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:4]]
+    (_, size, none, right, _, _), (_, small, ten, as_right, decibels, _) = rows
+    assert (none, ten) == ("0", "10") and int(small) < 0.35 * int(size)
+    assert abs(float(right.rstrip("%")) - float(as_right.rstrip("%"))) < 3 and float(decibels.split()[0]) > 20
