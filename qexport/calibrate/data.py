@@ -47,6 +47,9 @@ def calibration_batches(
     tokenizer = captured.folder.tokenizer() if captured.folder else None
     vocab_size = captured.settings["vocab_size"]
     encoder = captured.kind == "encoder"
+    if encoder:  # a recipe's length is made for decoders
+        length = min(spec.sequence_length, captured.settings.get("max_position_embeddings", spec.sequence_length))
+        spec = spec.model_copy(update={"sequence_length": length})
     if data is None and spec.source == "self" and (encoder or not fits_in_memory(captured)):
         samples = load_samples(spec.model_copy(update={"source": "random"}), tokenizer=tokenizer, vocab_size=vocab_size)
         why = "an encoder writes no text itself" if encoder else "the float model is too large to write text itself"

@@ -55,9 +55,20 @@ def capture_encoder(folder: ModelFolder) -> Captured:
     captured = capture_module(
         model.eval(), example, {name: {0: "batch", 1: "sequence"} for name in names}, absent=set(info["missing_keys"])
     )
-    longest = getattr(config, "max_position_embeddings", None)
+    longest = _longest(model)
     sizes = {
-        **({"max_position_embeddings": longest} if isinstance(longest, int) else {}),
+        **({"max_position_embeddings": longest} if longest else {}),
         "hidden_size": config.hidden_size, "vocab_size": model.get_input_embeddings().weight.shape[0],
     }  # fmt: skip
     return replace(captured, kind="encoder", folder=folder, settings=captured.settings | sizes)
+
+
+def _longest(model: torch.nn.Module) -> int | None:
+    """Tokens that the model reads at most, where it says so."""
+    longest = getattr(model.config, "max_position_embeddings", None)
+    if not isinstance(longest, int):
+        return None
+    # A table of positions with a row for padding counts from behind that row (RoBERTa and others).
+    tables = [m for m in model.modules() if isinstance(m, torch.nn.Embedding) and m.num_embeddings == longest]
+    rows = [m.padding_idx + 1 for m in tables if m.padding_idx is not None and m is not model.get_input_embeddings()]
+    return longest - max(rows, default=0)

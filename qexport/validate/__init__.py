@@ -114,6 +114,8 @@ def validate(
     lap("capture")
     placed, plain = examine(folder, manifest, provider or manifest.provider)
     lap("placement")
+    if captured.kind == "encoder":
+        window = min(window, captured.settings.get("max_position_embeddings", window))
     if captured.kind != "module":
         chosen = choose_text(captured, text, windows, window, partial(progress, "text"))
         taken = _COSTED_WINDOWS if sensitivity else 1

@@ -63,6 +63,14 @@ def test_interface(pair):
     assert captured.settings["vocab_size"] == VOCAB and captured.settings["max_position_embeddings"] == 64
 
 
+def test_what_a_model_reads_at_most_counts_its_padding_row(tmp_path):
+    longest = {
+        family: capture(save_encoder(family, tmp_path / family)).settings.get("max_position_embeddings")
+        for family in ("bert", "roberta")
+    }
+    assert longest == {"bert": 64, "roberta": 62}
+
+
 def strip(folder, part):
     file = folder / "model.safetensors"
     save_file({n: t for n, t in load_file(file).items() if part not in n}, file, metadata={"format": "pt"})

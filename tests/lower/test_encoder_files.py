@@ -4,7 +4,9 @@ import pytest
 
 import exporting
 from modules import ENCODERS, VOCAB, save_encoder
+from qexport import generate, optimize, validate
 from qexport.calibrate.encoder_inputs import encoder_inputs
+from qexport.errors import InputError
 from qexport.export import capture
 from qexport.numerics.metrics import sqnr_db
 from qexport.recipe import CalibrationSpec, Recipe
@@ -54,3 +56,17 @@ def test_float_encoders_agree_to_rounding(folder, tmp_path):
     for name in want:
         got, ours = (v[name][MASK.bool()] if v[name].dim() == 3 else v[name] for v in (ran, want))
         assert (got - ours).abs().max() < 1e-5 * ours.abs().max()
+
+
+@pytest.mark.parametrize("folder", ["roberta"], indirect=True)
+def test_recipes_for_longer_texts_than_the_model_reads(folder, tmp_path):
+    """A preset calibrates on 256 tokens and validate reads 512; this model reads 62."""
+    result = exporting.exporting.export(folder, "w8a8_dyn", out_dir=tmp_path / "out", calibration="random")
+    assert "32 sequences of 62 random tokens" in result.calibration
+    report = validate(result.folder, folder, windows=2)
+    assert not report.problems and [row.name for row in report.outputs] == ["last_hidden_state", "pooler_output"]
+    assert min(row.sqnr_db for row in report.outputs) > 15 and len(report.layers.linears) == 13
+    # A file for speed keeps its outputs, and an encoder generates nothing.
+    optimize(result.folder)
+    with pytest.raises(InputError, match="not a decoder"):
+        generate(result.folder, "some text", max_new_tokens=1)
