@@ -63,6 +63,24 @@ def clip() -> nn.Module:
     )))  # fmt: skip
 
 
+def t5() -> nn.Module:
+    """Encoder and decoder in one call, without a cache."""
+    config = transformers.T5Config(
+        vocab_size=VOCAB, d_model=HIDDEN, d_kv=16, d_ff=96, num_layers=1, num_heads=4, use_cache=False
+    )
+    return _random(transformers.T5ForConditionalGeneration(config))
+
+
+def whisper() -> nn.Module:
+    """The same, of spectra [batch, 16, 32], which convolutions along time read first."""
+    config = transformers.WhisperConfig(
+        vocab_size=VOCAB, d_model=HIDDEN, encoder_layers=1, decoder_layers=1, encoder_attention_heads=4,
+        decoder_attention_heads=4, encoder_ffn_dim=96, decoder_ffn_dim=96, num_mel_bins=16, max_source_positions=16,
+        pad_token_id=1, bos_token_id=1, eos_token_id=2, decoder_start_token_id=1, use_cache=False,
+    )  # fmt: skip
+    return _random(transformers.WhisperForConditionalGeneration(config))
+
+
 def _random(model: nn.Module) -> nn.Module:
     """Weights under which every part matters; see `models.randomize`."""
     random = torch.Generator().manual_seed(0)

@@ -112,7 +112,7 @@ def export_auto(
     recipe, data = recipe_and_data(recipe, calibration)
     captured = capture(model, trust_remote_code=trust_remote_code)
     if captured.kind != "decoder":
-        raise InputError(f"it is an {captured.kind}, and schemes are chosen for decoders", place=str(model))
+        raise InputError(f"schemes are chosen for decoders, and its kind is {captured.kind}", place=str(model))
     feeds = _feeds(captured, recipe, data, progress)
     width = lowering.dtype.itemsize
     chooser = Chooser(captured, recipe, target, width, attention, feeds, partial(progress, "costs"))

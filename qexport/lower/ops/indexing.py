@@ -83,6 +83,18 @@ def _cumsum(emit: Emitter, node: Node):
     return emit.op("CumSum", emit.get(node.args[0], dtype_of(node)), emit.constant(node.args[1]))
 
 
+def _diff(emit: Emitter, node: Node):
+    """Every element minus the one before it."""
+    x, order, axis, before, after = (*node.args, *(1, -1, None, None)[len(node.args) - 1 :])
+    if order != 1:
+        raise unsupported(node, f"of order {order}")
+    parts = [emit.get(t, dtype_of(node)) for t in (before, x, after) if t is not None]
+    whole = emit.op("Concat", *parts, axis=axis) if len(parts) > 1 else parts[0]
+    one, axes = emit.constant([1]), emit.constant([axis])
+    rest = emit.op("Slice", whole, one, emit.constant([2**63 - 1]), axes, one)
+    return emit.op("Sub", rest, emit.op("Slice", whole, emit.constant([0]), emit.constant([-1]), axes, one))
+
+
 def _stack(emit: Emitter, node: Node):
     axis = emit.constant([node.args[1] if len(node.args) > 1 else 0])
     parts = [emit.op("Unsqueeze", emit.get(t, dtype_of(node)), axis) for t in node.args[0]]
@@ -124,5 +136,5 @@ TRANSLATIONS = {
     aten.masked_fill.Scalar: _masked_fill, aten.masked_fill.Tensor: _masked_fill,
     aten.unbind.int: _unbind, aten.argmax.default: _argument("ArgMax"), aten.argmin.default: _argument("ArgMin"),
     aten.cumsum.default: _cumsum, aten.stack.default: _stack, aten.repeat.default: _repeat,
-    aten.pad.default: _pad, aten.constant_pad_nd.default: _pad,
+    aten.diff.default: _diff, aten.pad.default: _pad, aten.constant_pad_nd.default: _pad,
 }  # fmt: skip

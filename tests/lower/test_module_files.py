@@ -1,11 +1,11 @@
-"""Convolutions, vision transformers and models of several inputs: eager, graph and ONNX Runtime agree."""
+"""Convolutions, vision transformers, encoder-decoders without a cache: eager, graph and ONNX Runtime agree."""
 
 import pytest
 import torch
 from torch import nn
 
 import exporting
-from modules import VOCAB, clip, cnn, vit
+from modules import VOCAB, clip, cnn, t5, vit, whisper
 from qexport.capture.module import capture_module
 from qexport.numerics.metrics import sqnr_db
 from qexport.recipe import Recipe
@@ -15,6 +15,7 @@ from stepping import captured_runner, load_weights, padded, tokens
 
 FLOAT = Recipe(scheme="w4a16_g32", overrides=[{"match": "*", "scheme": "float"}])
 MASK = padded([4, 7], "right")
+TEXT = {0: "batch", 1: "length"}
 IMAGE_AXES = {"image": {0: "batch", 2: "height", 3: "width"}}
 
 
@@ -33,8 +34,16 @@ CASES = {
         },
     ),
     "cnn": (cnn, {"image": images(2, 3, 16, 16)}, IMAGE_AXES),
+    "t5": (
+        t5, {"input_ids": tokens(2, 7, vocab=VOCAB), "attention_mask": MASK, "decoder_input_ids": tokens(2, 5, 1)},
+        {"input_ids": TEXT, "attention_mask": TEXT, "decoder_input_ids": {0: "batch", 1: "written"}},
+    ),
+    "whisper": (
+        whisper, {"input_features": images(2, 16, 32), "decoder_input_ids": tokens(2, 5, 1)},
+        {"input_features": {0: "batch"}, "decoder_input_ids": {0: "batch", 1: "written"}},
+    ),
 }  # fmt: skip
-CONVOLUTIONS = {"vit": 1, "clip": 1, "cnn": 6}
+CONVOLUTIONS = {"vit": 1, "clip": 1, "cnn": 6, "t5": 0, "whisper": 2}
 
 
 @pytest.fixture(scope="module", params=CASES)
