@@ -181,6 +181,8 @@ def _attention_behind(value: Node) -> Node | None:
     node = value
     while is_call(node, *SHAPE_ONLY, aten.transpose.int) and (node is value or len(readers(node)) == 1):
         node = node.args[0]
+    if is_call(node, aten.scaled_dot_product_attention.default):
+        return node
     if (
         is_call(node, operator.getitem)
         and node.args[1] == 0
@@ -192,7 +194,9 @@ def _attention_behind(value: Node) -> Node | None:
 
 def _through_attention(value: Node, consumers: tuple[Linear, ...], attention: Node) -> FoldSite | None:
     """v to o: a factor on v's output channels passes through the weighted sum over positions."""
-    if len(readers(next(u for u in attention.users if u.args[1] == 0))) != 1:
+    plain = is_call(attention, aten.scaled_dot_product_attention.default)
+    result = attention if plain else next(u for u in attention.users if u.args[1] == 0)
+    if len(readers(result)) != 1:
         return None
     node = attention.args[2]
     _, kv_heads, _, head_dim = shape_of(node)

@@ -9,6 +9,7 @@ from modules import ENCODERS, VOCAB, save_encoder
 from qexport.calibrate.encoder_inputs import encoder_inputs
 from qexport.errors import CaptureError
 from qexport.export import capture
+from qexport.passes.sites import fold_sites
 from stepping import captured_runner, load_weights, padded, tokens
 
 MASKS = {
@@ -87,3 +88,11 @@ def test_a_weight_that_is_not_there_is_not_made_up(tmp_path):
     strip(save_encoder("bert", tmp_path), "layer.0.attention.self.key.weight")
     with pytest.raises(CaptureError, match=r"1 weights are not in the checkpoint, first encoder.layer.0.attention"):
         capture(tmp_path)
+
+
+@pytest.mark.parametrize("pair", ["bert", "distilbert"], indirect=True)
+def test_factors_pass_from_the_values_of_attention_to_what_reads_its_output(pair):
+    sites = [site for block in pair[0].blocks for site in fold_sites(block.module.graph)]
+    found = {site.consumers[0].name: site.producer.args[1].target for site in sites if site.kind == "rows"}
+    assert len(found) == 2  # a layer each
+    assert all("value" in made or "v_lin" in made for made in found.values()), found
