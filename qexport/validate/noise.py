@@ -86,7 +86,7 @@ class Noise:
         return heard
 
     def _between(self, output: str, given: set[str]) -> set[str] | None:
-        """Names of the nodes between given values and an output; None where the output needs more than these."""
+        """First outputs of the nodes between given values and an output; None where it needs more than these."""
         constants = {tensor.name for tensor in self._model.graph.initializer}
         nodes, waiting, first = set(), [output], True
         while waiting:
@@ -96,8 +96,8 @@ class Noise:
             first = False
             if name not in self._makers:
                 return None
-            if (node := self._makers[name]).name not in nodes:
-                nodes.add(node.name)
+            if (node := self._makers[name]).output[0] not in nodes:
+                nodes.add(node.output[0])
                 waiting += node.input
         return nodes
 
@@ -107,7 +107,7 @@ class Noise:
         part = onnx.ModelProto(ir_version=self._model.ir_version, opset_import=self._model.opset_import)
         part.graph.name = graph.name
         for node in graph.node:
-            if node.name in wanted:
+            if node.output and node.output[0] in wanted:
                 part.graph.node.add().CopyFrom(node)
                 part.graph.node[-1].input[:] = [_CUT + name if name in given else name for name in node.input]
         read = {name for node in part.graph.node for name in node.input}

@@ -17,6 +17,7 @@ import agreement
 import exporting
 from agreement import ROUNDING, assert_agree
 from passing import block_of, collecting
+from qexport.lower import blocks
 from qexport.lower.merge import Merged, joint_name, merge
 from qexport.numerics.formats import Scheme
 from qexport.passes.activations import QuantizeActivations
@@ -54,7 +55,7 @@ def recipe_of(**fields):
 
 def unmerged():
     """While it lasts, exports leave products alone."""
-    return patch.object(exporting.exporting, "merge", lambda module: Merged())
+    return patch.object(blocks, "merge", lambda module: Merged())
 
 
 @pytest.fixture
@@ -304,7 +305,7 @@ def test_branches_that_read_results_stay_apart():
 def test_outputs_of_a_module_keep_their_names_and_rows_without_tokens(tmp_path):
     """Two dimensions, results that are outputs of the model, a bias on one of them."""
     x, made = X[:, 0], []
-    for change in (unmerged(), patch.object(exporting.exporting, "merge", merge)):
+    for change in (unmerged(), patch.object(blocks, "merge", merge)):
         module = nn.Sequential(nn.ReLU(), Pair())
         with change, torch.no_grad():
             for parameter in module.parameters():

@@ -42,7 +42,9 @@ def test_no_group_is_worse_than_rounding_and_the_grid_is_one(fmt, seed, p, beta,
     w = heavy(seed=seed)
     q = hqq(w, fmt, p=p, beta=beta, kappa=kappa, iterations=5)
     plain = quantize_weight(w, fmt)
-    assert (objective(w, q, p) <= objective(w, plain, p) * (1 + 1e-5)).all()
+    # A code that hits its weight leaves the rounding of float32, of which a small power is not small.
+    ulp = (2.0**-23 * w.abs().max().double()) ** p
+    assert (objective(w, q, p) <= objective(w, plain, p) * (1 + 1e-5) + ulp).all()
     assert q.scale.dtype == torch.float32 and q.scale.shape == plain.scale.shape and (q.scale > 0).all()
     assert torch.equal(q.codes, encode(w, q.scale, q.zero_point, fmt)) and q.codes.dtype == plain.codes.dtype
     assert q.codes.amin() >= fmt.qmin and q.codes.amax() <= fmt.qmax
