@@ -1,5 +1,6 @@
 """Why a module cannot become a graph: the line of the user's code, and what to do about it."""
 
+import contextlib
 import inspect
 import logging
 import re
@@ -7,9 +8,11 @@ import traceback
 import warnings
 from contextlib import contextmanager, redirect_stderr
 from io import StringIO
+from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch.export import ExportedProgram
 from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
@@ -18,6 +21,8 @@ from ..errors import CaptureError
 from .trace import root_cause
 
 aten = torch.ops.aten
+_TRANSFORMERS = Path(transformers.__file__).parent
+_ROOTS = (Path(torch.__file__).parent, Path(__file__).parents[1], Path(contextlib.__file__))  # not the user's
 _LIBRARIES = ("torch", "transformers")
 _VALUES = "A graph cannot follow the values of tensors: {what}"
 _BRANCH = _VALUES.format(
@@ -114,20 +119,23 @@ def _failed(model: torch.nn.Module, error: BaseException) -> CaptureError:
 
 
 def _line(frames: traceback.StackSummary) -> str:
-    """The innermost line that is the user's, or of a library's model where there is none."""
-    outside = [f for f in frames if not re.search(r"[\\/](?:torch|qexport)[\\/]", f.filename)]
-    own = [f for f in outside if not re.search(r"[\\/]transformers[\\/]", f.filename)]
-    own = [f for f in own if f.name not in ("capture_module", "explained")]
-    models = [f for f in outside if re.search(r"[\\/]transformers[\\/]models[\\/]", f.filename)]
-    found = (models or own or outside)[-1:]
-    return f" at {found[0].filename}:{found[0].lineno}: {found[0].line}" if found else ""
+    """The innermost line of the user's code, or of a model of transformers."""
+    lines = [frame for frame in frames if _of_model(frame.filename)][-1:]
+    return f" at {lines[0].filename}:{lines[0].lineno}: {lines[0].line}" if lines else ""
 
 
 def _line_of(node: Node) -> str:
-    """The line that made a node: the last one of its stack trace that is not PyTorch's."""
+    """The same for the line that made a node."""
     lines = re.findall(r'File "([^"]+)", line (\d+), in \S+\n\s*(.+)', node.meta.get("stack_trace") or "")
-    lines = [found for found in lines if not re.search(r"[\\/]torch[\\/]", found[0])]
+    lines = [found for found in lines if _of_model(found[0])]
     return " at {}:{}: {}".format(*lines[-1]) if lines else ""
+
+
+def _of_model(file: str) -> bool:
+    path = Path(file)
+    if path.is_relative_to(_TRANSFORMERS):
+        return path.is_relative_to(_TRANSFORMERS / "models")
+    return not any(path.is_relative_to(root) for root in _ROOTS)
 
 
 def _writes(node: Node) -> bool:
