@@ -7,7 +7,7 @@ from torch.fx import Graph
 
 from ..numerics.formats import GROUP_SIZES, PER_CHANNEL, PER_TENSOR, Scheme
 from ..numerics.packing import stored_block
-from .sites import linears
+from .sites import chooses, linears
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,8 @@ def make_plan(graphs: Sequence[tuple[str, Graph]], scheme_for: Callable[[str], S
             asked = scheme_for(linear.name)
             if asked is not None and (weights.count(linear.weight) > 1 or linear.weight in shared):
                 plan = LinearPlan(linear.name, block, linear.shape, None, "its weight is shared by several linears")
+            elif asked is not None and chooses(linear):
+                plan = LinearPlan(linear.name, block, linear.shape, None, "a router: its result picks experts")
             else:
                 scheme, reason = fit(asked, linear.shape[1])
                 plan = LinearPlan(linear.name, block, linear.shape, scheme, reason)

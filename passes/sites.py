@@ -18,6 +18,7 @@ _POINTWISE = (
     aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor, aten.tanh.default, aten.clamp.default,
     aten.to.dtype, aten._to_copy.default,
 )  # fmt: skip
+_SCORES = (aten.softmax.int, aten.sigmoid.default, aten.softplus.default, aten.sqrt.default)
 SHAPE_ONLY = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
 
 
@@ -79,6 +80,19 @@ def linear_at(node: Node) -> Linear | None:
         return None
     weight = node.args[1].target
     return Linear(_name(node, weight), node, weight, bias.target if bias else None, shape_of(node.args[1]))
+
+
+def chooses(linear: Linear) -> bool:
+    """Whether the result decides which features are taken: a router's scores, of which the largest pick experts."""
+    waiting, seen = [linear.node], set()
+    while waiting:
+        for user in waiting.pop().users:
+            if is_call(user, aten.topk.default, aten.sort.default, aten.max.dim):
+                return True
+            if user not in seen and is_call(user, *_POINTWISE, *_SCORES, *SHAPE_ONLY):
+                seen.add(user)
+                waiting.append(user)
+    return False
 
 
 def projection_behind(value: Node) -> Linear | None:

@@ -45,7 +45,7 @@ def differences(exported, mask):
             handed_on = next((n for n in read if n in results), block.outputs[0])
             twins = {n: got[names[n]] for n in results if n in names} | {handed_on: got[entry.output]}
             for name, twin in twins.items():
-                ours, theirs = (places.rows(v, names.get(name) == "logits") for v in (results[name], twin))
+                ours, theirs = (places.rows(v, names.get(name, "")) for v in (results[name], twin))
                 rows.append((ours - theirs).abs().amax(-1) / ours.abs().max())
             values |= results | twins
         feeds = next_feeds(feeds, got, got["logits"][:, -1].argmax(-1))
@@ -75,9 +75,14 @@ class Places:
         before = feeds["attention_mask"][:, :-new].sum(1, keepdim=True)
         return cls(real, place < real.sum(1, keepdim=True), before + place)
 
-    def rows(self, value, outside):
-        """Rows of real tokens: of activations [b, s, n], of the new part of a cache [b, h, t, d]; else all of it."""
-        if value.dim() == 4 and value.shape[2] >= self.inside.shape[1] and value.shape[1] > 1:
+    def rows(self, value, name):
+        """Rows of real tokens: of activations [b, s, n], of the new part of a cache [b, h, t, d]; else all of it.
+
+        Args:
+            name: of the output of the model that it is, or empty.
+        """
+        outside = name == "logits"
+        if name.startswith("present"):
             value = value.transpose(1, 2).flatten(2)
             value = value.gather(1, self.cache[..., None].expand(-1, -1, value.shape[2]))
         real = self.outside if outside else self.inside

@@ -2,6 +2,7 @@
 
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass
 
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
@@ -18,17 +19,28 @@ _PROBE = 12  # positions on which a mask pattern is compared with causal attenti
 class GraphCacheLayer(DynamicLayer):
     """Past keys and values of one layer.
 
-    `update` hands the new keys and values through: concatenating belongs to the attention node, so that a target can
-    choose how the cache is kept. Lengths come from the past alone.
+    `update` returns past and new ones together, for a model that does with them what it likes. Attention that is handed
+    exactly these takes `new` instead: then concatenating belongs to the attention node, so that a target can choose how
+    the cache is kept. Lengths come from the past alone.
+
+    Attributes:
+        new: keys and values of the new tokens; None before `update`.
+        present: what the cache holds then; None before `update`.
     """
 
     def __init__(self, key: torch.Tensor, value: torch.Tensor):
         super().__init__()
-        self.past_key, self.past_value, self.present = key, value, None
+        self.past_key, self.past_value, self.new, self.present = key, value, None, None
         self.keys, self.values, self.is_initialized = key, value, True
 
     def update(self, key_states, value_states, *args, **kwargs):
-        return key_states, value_states
+        if self.new is not None:
+            raise CaptureError("one layer updates its cache twice")
+        self.new = key_states, value_states
+        self.keys = torch.cat([self.past_key, key_states], dim=2)
+        self.values = torch.cat([self.past_value, value_states], dim=2)
+        self.present = [self.keys, self.values]
+        return self.keys, self.values
 
     def get_seq_length(self) -> int:
         return self.past_key.shape[2]
@@ -50,11 +62,28 @@ class GraphCache(Cache):
         return [tensor for layer in self.layers for tensor in layer.present]
 
 
-_cache: ContextVar[GraphCache | None] = ContextVar("cache", default=None)
+class ProbeCache(Cache):
+    """An empty cache that notes the sizes of what a model puts into it.
+
+    Attributes:
+        found: by number of the layer, sizes of keys and values.
+    """
+
+    def __init__(self, depth: int):
+        nothing = torch.empty(0, 0, 0, 0)
+        super().__init__(layers=[GraphCacheLayer(nothing, nothing) for _ in range(depth)])
+        self.found: dict[int, tuple[torch.Size, torch.Size]] = {}
+
+    def update(self, key_states, value_states, layer_idx, *args, **kwargs):
+        self.found[layer_idx] = key_states.shape, value_states.shape
+        return key_states, value_states
+
+
+_cache: ContextVar[Cache | None] = ContextVar("cache", default=None)
 
 
 @contextmanager
-def tracing(cache: GraphCache):
+def tracing(cache: Cache):
     """Name the cache that attention calls inside the `with` belong to: transformers does not hand it to them."""
     token = _cache.set(cache)
     try:
@@ -64,19 +93,48 @@ def tracing(cache: GraphCache):
 
 
 def _attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, softcap=None, **kwargs):
-    for name in ("s_aux", "position_bias"):
-        if kwargs.get(name) is not None:
-            raise CaptureError(f"attention with {name} has no lowering yet", place=type(module).__name__)
+    if kwargs.get("position_bias") is not None:
+        raise CaptureError("attention with position_bias has no lowering yet", place=type(module).__name__)
     cache = _cache.get()
-    index = getattr(module, "layer_idx", None)
-    if cache is None or index is None:
-        raise CaptureError("attention outside a decoder layer with a cache", place=type(module).__name__)
-    layer = cache.layers[index]
+    if cache is None or attention_mask is None:
+        raise CaptureError("attention outside a decoder layer with a cache and a mask", place=type(module).__name__)
+    if isinstance(attention_mask, _Refused):
+        raise CaptureError(attention_mask.why, remedy="Chunked and prefix masks have no lowering yet")
     scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
+    softcap, sinks = float(softcap or 0.0), kwargs.get("s_aux")
+    layer = next((at for at in cache.layers if at.new and at.keys is key and at.values is value), None)
+    if layer is None or layer.present[0] is not key or sinks is not None:
+        return _written_out(query, key, value, attention_mask, scale, softcap, sinks), None
     out, *layer.present = torch.ops.qexport.cached_attention(
-        query, key, value, layer.past_key, layer.past_value, attention_mask, scale, float(softcap or 0.0)
+        query, *layer.new, layer.past_key, layer.past_value, attention_mask, scale, softcap
     )
     return out, None
+
+
+def _written_out(query, key, value, mask, scale: float, softcap: float, sinks: torch.Tensor | None) -> torch.Tensor:
+    """Attention on keys and values that are not one layer's cache as it is, in plain operators.
+
+    Args:
+        sinks: [heads], a score for each head that takes its share of the softmax and has no value.
+    """
+    repeat = query.shape[1] // key.shape[1]
+    if repeat > 1:
+        key, value = (
+            t[:, :, None].expand(-1, -1, repeat, -1, -1).reshape(t.shape[0], query.shape[1], t.shape[2], t.shape[3])
+            for t in (key, value)
+        )
+    scores = query @ key.transpose(2, 3) * scale
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
+    scores = scores + mask
+    if sinks is not None:
+        # The score of the first key times zero has the shape wanted, whatever it is.
+        column = scores[..., :1] * 0.0 + sinks.reshape(1, -1, 1, 1)
+        scores = torch.cat([scores, column], dim=-1)
+    weights = torch.softmax(scores, dim=-1)
+    if sinks is not None:
+        weights = weights[..., :-1]
+    return (weights @ value).transpose(1, 2).contiguous()
 
 
 def _mask(
@@ -91,26 +149,35 @@ def _mask(
     **kwargs,
 ):
     window = _window_of(mask_function, local_size)
+    if window is None:
+        return _Refused("the attention mask is neither causal nor a sliding window")
     return torch.ops.qexport.causal_mask(attention_mask, q_offset, window)
 
 
-def _window_of(mask_function, local_size: int | None) -> int:
+@dataclass(frozen=True)
+class _Refused:
+    """In the place of a mask that has no lowering: some models make masks that no layer of theirs reads."""
+
+    why: str
+
+
+def _window_of(mask_function, local_size: int | None) -> int | None:
     """Which causal pattern a mask function of transformers is, found by evaluating it on a few positions."""
     with _disable_current_modes():
         wide = (local_size or 0) + _PROBE
         index = torch.arange(wide)
-        got = mask_function(torch.tensor(0), torch.tensor(0), index[:, None], index[None, :])
-        got = torch.as_tensor(got).expand(wide, wide)
+        try:
+            got = mask_function(torch.tensor(0), torch.tensor(0), index[:, None], index[None, :])
+            got = torch.as_tensor(got).expand(wide, wide)
+        except Exception:  # it reads more than positions: a tensor of the model, or sizes of its inputs
+            return None
         for window in (0, local_size or 0):
             want = index[None, :] <= index[:, None]
             if window:
                 want = want & (index[None, :] > index[:, None] - window)
             if torch.equal(got, want):
                 return window
-    raise CaptureError(
-        "the attention mask is neither causal nor a sliding window",
-        remedy="Chunked and prefix masks have no lowering yet",
-    )
+    return None
 
 
 AttentionInterface.register(IMPLEMENTATION, _attention)

@@ -13,10 +13,15 @@ from ..errors import CaptureError
 from ..garbage import no_garbage_collection
 from ..passes.edit import get_tensor
 from .attention import IMPLEMENTATION
+from .experts import IMPLEMENTATION as EXPERTS
 from .graph import Captured, Port
+from .pieces import Pieces
+from .rope import settle_frequencies
 from .source import ModelFolder, load_in_memory
-from .trace import IDS, Traced, cache_shape, own_attention, quiet, root_cause, trace
+from .trace import IDS, Traced, quiet, root_cause, trace
 from .weights import Checkpoint, check_shapes
+
+_LONGEST = ("max_position_embeddings", "max_seq_len", "seq_length")  # what configs call the longest text
 
 
 @no_garbage_collection()
@@ -34,38 +39,53 @@ def capture_decoder(folder: ModelFolder) -> Captured:
     aliases = _aliases(model)
     traced = trace(model, aliases, folder.name)
     used = {n: tuple(get_tensor(b.module, n).shape) for b in traced.blocks for n in b.parameters}
-    buffers = {n: b for n, b in model.named_buffers() if n in used}
-    parameters = {n: s for n, s in used.items() if n not in buffers}
-    weights = _checkpoint(checkpoint, folder, model, parameters, aliases)
-    settings = _settings(folder.config, traced.vocab_size)
+    buffers = {n: b.detach() for n, b in model.named_buffers() if n in used}
+    buffers |= {n: t.detach() for n, t in traced.constants.items() if n in used}
+    parameters = [n for n in used if n not in buffers]
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters(remove_duplicate=False)}
+    sources = {traced.pieces[n].source if n in traced.pieces else n for n in parameters}
+    weights = _checkpoint(checkpoint, folder, model, {n: shapes[n] for n in sorted(sources)}, aliases)
+    settings = _settings(folder.config, traced)
     inputs, outputs = _ports(traced, settings)
     return Captured(
         kind="decoder",
         blocks=traced.blocks,
         inputs=inputs,
         outputs=outputs,
-        weights=weights,
-        constants={n: b.detach() for n, b in buffers.items()},
+        weights=Pieces(weights, traced.pieces) if traced.pieces else weights,
+        constants=buffers,
         settings=settings,
         folder=folder,
-        tied={n: tuple(a for a in aliases[n] if a != n) for n in parameters},
+        tied={n: tuple(a for a in aliases.get(n, ()) if a != n) for n in parameters},
     )
 
 
 def _empty_model(folder: ModelFolder) -> torch.nn.Module:
-    try:
+    def build(attention: str) -> torch.nn.Module:
         with init_empty_weights(include_buffers=False), quiet():
-            model = AutoModelForCausalLM.from_config(
-                folder.config, attn_implementation=IMPLEMENTATION, dtype=torch.float32,
+            return AutoModelForCausalLM.from_config(
+                folder.config, attn_implementation=attention, dtype=torch.float32,
                 trust_remote_code=folder.trust_remote_code,
             )  # fmt: skip
+
+    try:
+        try:
+            model = build(IMPLEMENTATION)
+        except KeyError as error:
+            if error.args != (IMPLEMENTATION,):
+                raise
+            # It has attention classes of its own to look it up in: the one written out, with our mask.
+            model = build("eager")
+            model.config._attn_implementation = IMPLEMENTATION
     except (ValueError, KeyError, ImportError) as error:
-        if isinstance(error, KeyError) and error.args == (IMPLEMENTATION,):  # looked up among its own attention classes
-            raise own_attention(folder.name) from error
         raise CaptureError(
             f"transformers cannot build it as a causal language model ({root_cause(error)})", place=folder.name,
             remedy="For other kinds of model pass an nn.Module and example inputs",
         ) from error  # fmt: skip
+    for module in model.modules():
+        if hasattr(getattr(module, "config", None), "_experts_implementation"):
+            module.config._experts_implementation = EXPERTS
+    settle_frequencies(model, folder.name)
     model.tie_weights()
     return model.eval()
 
@@ -98,17 +118,17 @@ def _checkpoint(
     return checkpoint
 
 
-def _settings(config, vocab_size: int) -> dict[str, int]:
-    kv_heads, head_dim = cache_shape(config)
-    context = getattr(config, "max_position_embeddings", None)
+def _settings(config, traced: Traced) -> dict[str, int]:
+    stated, first = (getattr(config, name, None) for name in _LONGEST), traced.cache[0]
+    context = next((length for length in stated if isinstance(length, int)), None)
     return {
-        **({"max_position_embeddings": context} if isinstance(context, int) else {}),
+        **({"max_position_embeddings": context} if context else {}),
         "num_hidden_layers": config.num_hidden_layers,
-        "num_attention_heads": config.num_attention_heads,
-        "num_key_value_heads": kv_heads,
-        "head_dim": head_dim,
+        "num_attention_heads": getattr(config, "num_attention_heads", first.heads),
+        "num_key_value_heads": first.heads,
+        "head_dim": first.key,
         "hidden_size": config.hidden_size,
-        "vocab_size": vocab_size,
+        "vocab_size": traced.vocab_size,
     }
 
 
@@ -116,13 +136,11 @@ def _ports(traced: Traced, settings: dict[str, int]) -> tuple[list[Port], list[P
     """The interface of the model, whose order is that of the ONNX file."""
 
     def cache(prefix: str, names: list[list[str]], length: str) -> list[Port]:
-        dims = ("batch", settings["num_key_value_heads"], length, settings["head_dim"])
-        pairs = [
-            (f"{prefix}.{i}.{part}", n)
-            for i, both in enumerate(names)
-            for part, n in zip(("key", "value"), both, strict=True)
+        return [
+            Port(f"{prefix}.{i}.{part}", name, torch.float32, ("batch", sizes.heads, length, width))
+            for i, (both, sizes) in enumerate(zip(names, traced.cache, strict=True))
+            for part, name, width in zip(("key", "value"), both, (sizes.key, sizes.value), strict=True)
         ]
-        return [Port(name, value, torch.float32, dims) for name, value in pairs]
 
     ids = [
         Port(name, value, torch.int64, ("batch", dim))

@@ -6,6 +6,7 @@ integers from outside. Everything is recognised by what is computed, not by what
 """
 
 import operator
+from collections import deque
 
 import torch
 from torch.fx import Graph, GraphModule, Node
@@ -15,18 +16,26 @@ from ..passes.edit import is_call
 
 aten = torch.ops.aten
 _END = 2**63 - 1
+_NEAR = 64  # nodes among which a size is looked for
 
 _IDENTITY = {
     aten.detach.default, aten.alias.default, aten.contiguous.default, aten.clone.default, aten.dropout.default,
-    aten.feature_dropout.default, aten.lift_fresh_copy.default, aten.detach_.default, aten.dropout_.default,
+    aten.feature_dropout.default, aten.lift_fresh_copy.default,
 }  # fmt: skip
 _CAST = {aten.to.dtype, aten.to.device, aten.to.dtype_layout, aten._to_copy.default, aten.type_as.default}
+_ARITHMETIC = {aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor}
 # Work on each row of features by itself.
 _ROWWISE = {
     aten.linear.default, aten.layer_norm.default, aten.rms_norm.default, aten.relu.default, aten.gelu.default,
     aten.silu.default, aten.tanh.default, aten.sigmoid.default, aten.add.Tensor, aten.mul.Tensor,
 }  # fmt: skip
 _VIEWS = {aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.expand.default}
+# What they return may share the memory of what they are given.
+_ALIASES = _VIEWS | {
+    aten.slice.Tensor, aten.select.int, aten.transpose.int, aten.permute.default, aten.unsqueeze.default,
+    aten.squeeze.dim, aten.t.default, aten.detach.default, aten.alias.default,
+}  # fmt: skip
+_RESHAPES = _VIEWS - {aten.expand.default}
 
 
 def normalize(module: GraphModule) -> GraphModule:
@@ -35,7 +44,11 @@ def normalize(module: GraphModule) -> GraphModule:
     The module's code is not regenerated: what runs are the blocks that the graph is cut into.
     """
     graph = module.graph
+    _leave_inputs_alone(graph)
+    _compute_in_float32(graph)
     _drop_identities(graph)
+    _fuse_lookups(graph)
+    _drop_round_trips(graph)
     _keep_rows_apart(graph)
     _local_sizes(graph)
     _fuse_rms_norms(graph)
@@ -43,6 +56,75 @@ def normalize(module: GraphModule) -> GraphModule:
     graph.eliminate_dead_code()
     graph.lint()
     return module
+
+
+def _leave_inputs_alone(graph: Graph) -> None:
+    """Operators that work in place become those that return a new value.
+
+    They stay where the old value, or one that shares its memory, is read afterwards; those have no ONNX translation.
+    """
+    order = {node: i for i, node in enumerate(graph.nodes)}
+    for node, place in order.items():
+        if node.op != "call_function" or not getattr(getattr(node.target, "_schema", None), "is_mutable", False):
+            continue
+        name = node.target._schema.name.removeprefix("aten::").removesuffix("_")
+        new = getattr(getattr(aten, name, None), node.target._overloadname, None)
+        shared = [node.args[0]]
+        while is_call(shared[-1], *_ALIASES):
+            shared.append(shared[-1].args[0])
+        if new is not None and all(order[user] <= place for value in shared for user in value.users):
+            node.target = new
+
+
+def _compute_in_float32(graph: Graph) -> None:
+    """Arithmetic in bfloat16 that the model's code asks for: what kernels do, which is to compute wider and round."""
+    for node in list(graph.nodes):
+        if not is_call(node, *_ARITHMETIC) or node.meta["val"].dtype != torch.bfloat16:
+            continue
+        like = {"module_path": node.meta.get("module_path", "")}
+        with graph.inserting_before(node):
+            for value in node.all_input_nodes:
+                if isinstance(value.meta["val"], torch.Tensor) and value.meta["val"].is_floating_point():
+                    wide = graph.call_function(aten.to.dtype, (value, torch.float32))
+                    wide.meta = {**like, "val": value.meta["val"].to(torch.float32)}
+                    node.replace_input_with(value, wide)
+        with graph.inserting_after(node):
+            narrow = graph.call_function(aten.to.dtype, (node, torch.bfloat16))
+        narrow.meta = {**like, "val": node.meta["val"]}
+        node.replace_all_uses_with(narrow, delete_user_cb=lambda user, narrow=narrow: user is not narrow)
+        node.meta = {**node.meta, "val": node.meta["val"].to(torch.float32)}
+
+
+def _fuse_lookups(graph: Graph) -> None:
+    """Rows of a table taken by index become embedding(table, ids), whether indexed or gathered from copies of it."""
+    for node in list(graph.nodes):
+        found = _match_gather(node)
+        if is_call(node, aten.index.Tensor) and len(node.args[1]) == 1 and node.args[0].meta["val"].dim() == 2:
+            found = node.args[0], node.args[1][0]
+        if found is None or found[1].meta["val"].dtype != torch.int64:
+            continue
+        with graph.inserting_before(node):
+            rows = graph.call_function(aten.embedding.default, found)
+        rows.meta = dict(node.meta)
+        node.replace_all_uses_with(rows)
+        graph.erase_node(node)
+
+
+def _match_gather(node: Node) -> tuple[Node, Node] | None:
+    """(table, ids) when node is gather(table.repeat(batch, 1, 1), 1, ids.unsqueeze(-1).repeat(1, 1, width))."""
+    if not is_call(node, aten.gather.default) or node.args[1] != 1:
+        return None
+    tables, _, places = node.args[:3]
+    if not is_call(tables, aten.repeat.default) or not is_call(places, aten.repeat.default):
+        return None
+    table, column = tables.args[0], places.args[0]
+    width = table.meta["val"].shape[-1]
+    if not is_call(column, aten.unsqueeze.default) or column.args[1] not in (2, -1) or table.meta["val"].dim() != 2:
+        return None
+    copies, ids = tables.args[1], column.args[0]
+    same = isinstance(copies[0], Node) and statically_known_true(copies[0].meta["val"] == ids.meta["val"].shape[0])
+    plain = list(copies[1:]) == [1, 1] and list(places.args[1]) == [1, 1, width]
+    return (table, ids) if same and plain else None
 
 
 def _drop_identities(graph: Graph) -> None:
@@ -60,10 +142,40 @@ def _drop_identities(graph: Graph) -> None:
             or (is_call(node, *_CAST) and node.meta["val"].dtype == node.args[0].meta["val"].dtype)
             or (is_call(node, aten.mul.Tensor) and node.args[1] == 1.0)
             or _takes_all(node)
+            or _keeps_shape(node)
         )
         if same:
+            if is_call(node, aten.contiguous.default, aten.clone.default):
+                for user in node.users:  # whose strides allowed a view
+                    user.target = aten.reshape.default if is_call(user, aten.view.default) else user.target
             node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
+
+
+def _drop_round_trips(graph: Graph) -> None:
+    """A view of a view that has the first one's shape again."""
+    for node in list(graph.nodes):
+        if not is_call(node, *_RESHAPES):
+            continue
+        source, shape = node.args[0], node.meta["val"].shape
+        while is_call(source, *_RESHAPES):
+            source = source.args[0]
+            before = source.meta["val"].shape
+            if len(before) == len(shape) and all(map(statically_known_true, map(operator.eq, before, shape))):
+                node.replace_all_uses_with(source)
+                graph.erase_node(node)
+                break
+
+
+def _keeps_shape(node: Node) -> bool:
+    """view(x, [n, -1]) of an x of two axes whose first has n elements: where all sizes but one stay, that one does."""
+    if not is_call(node, *_RESHAPES):
+        return False
+    before, after = node.args[0].meta["val"].shape, node.args[1]
+    if len(before) != len(after):
+        return False
+    sizes = [size.meta["val"] if isinstance(size, Node) else size for size in after]
+    return sum(not statically_known_true(old == new) for old, new in zip(before, sizes, strict=True)) <= 1
 
 
 def _takes_all(node: Node) -> bool:
@@ -105,9 +217,11 @@ def _rowwise_users(start: Node, lead) -> list[Node] | None:
     inside, ends = [start], []
     for node in inside:  # grows while it is walked
         for user in node.users:
-            shape = user.meta["val"].shape
             if user in inside or user in ends:
                 continue
+            if not isinstance(user.meta["val"], torch.Tensor):
+                return None
+            shape = user.meta["val"].shape
             if is_call(user, *_VIEWS):
                 restored = (*lead, node.meta["val"].shape[1])
                 if len(shape) != 3 or not all(map(statically_known_true, map(operator.eq, shape, restored))):
@@ -127,20 +241,36 @@ def _rowwise_users(start: Node, lead) -> list[Node] | None:
 
 
 def _local_sizes(graph: Graph) -> None:
-    """view(x, [n, ...]) with n the size of x: read n from x itself."""
+    """view(x, [n, ...]) with n the size of x, or of what x is made of: read n from there."""
     for node in list(graph.nodes):
         if not is_call(node, *_VIEWS):
             continue
         source, shape = node.args[0], list(node.args[1])
         for axis, size in enumerate(shape):
-            if not isinstance(size, Node) or axis >= source.meta["val"].dim():
-                continue
-            if statically_known_true(size.meta["val"] == source.meta["val"].shape[axis]):
+            if isinstance(size, Node) and (found := _measured(source, axis, size.meta["val"])):
                 with graph.inserting_before(node):
-                    local = graph.call_function(aten.sym_size.int, (source, axis))
+                    local = graph.call_function(aten.sym_size.int, found)
                     local.meta = {**size.meta, "module_path": node.meta.get("module_path", "")}
                 shape[axis] = local
         node.args = (source, shape, *node.args[2:])
+
+
+def _measured(source: Node, axis: int, size) -> tuple[Node, int] | None:
+    """The tensor nearest to a view's source, and its axis, that has this size; the same axis of the source first."""
+    seen, waiting = {source}, deque([source])
+    while waiting and len(seen) < _NEAR:
+        node = waiting.popleft()
+        value = node.meta.get("val")
+        if isinstance(value, torch.Tensor) and node.op != "get_attr":
+            order = sorted(range(value.dim()), key=lambda at: at != axis)
+            for at in order:
+                if statically_known_true(value.shape[at] == size):
+                    return node, at
+        if isinstance(value, torch.Tensor):
+            fresh = [n for n in node.all_input_nodes if n not in seen]
+            seen.update(fresh)
+            waiting.extend(fresh)
+    return None
 
 
 def _fuse_rms_norms(graph: Graph) -> None:

@@ -91,6 +91,8 @@ def _copy(block: Block, name: str, rename: Mapping[str, str], tensors: Mapping[s
             env[node] = graph.placeholder(next(placeholders))
         elif node.op == "get_attr":
             target = moved(node.target)
+            if target not in tensors:  # a constant of the traced layer's code, which is the same in this one
+                target = node.target
             env[node] = graph.get_attr(target)
             used[target] = get_tensor(block.module, target) if target == node.target else tensors[target]
         else:

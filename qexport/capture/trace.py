@@ -12,9 +12,11 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from ..errors import CaptureError
 from ..passes.edit import get_tensor, set_tensor
 from .alike import Layers, find_layers
-from .attention import GraphCache, tracing
+from .attention import GraphCache, ProbeCache, tracing
 from .blocks import Block, cut
+from .experts import tokens_of
 from .normalize import normalize
+from .pieces import Piece, cut_weights, moved
 from .stamp import stamp
 
 # Sizes of the example inputs. torch.export specialises 0 and 1, and two dimensions of one size could be taken for the
@@ -31,17 +33,34 @@ class _Flat(torch.nn.Module):
         self.model = model
 
     def forward(self, input_ids, attention_mask, position_ids, past):
-        with tracing(GraphCache(past)) as cache:
-            out = self.model(
+        cache = GraphCache(past)
+        return (self.run(cache, input_ids, attention_mask, position_ids).logits, *cache.present())
+
+    def run(self, cache, input_ids, attention_mask, position_ids):
+        with tracing(cache), tokens_of(input_ids):
+            return self.model(
                 input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids,
                 past_key_values=cache, use_cache=True,
             )  # fmt: skip
-        return (out.logits, *cache.present())
+
+
+@dataclass(frozen=True)
+class CacheShape:
+    """Sizes of what a layer keeps: heads, and features of a head of keys and of values."""
+
+    heads: int
+    key: int
+    value: int
 
 
 @dataclass(frozen=True)
 class Traced:
-    """Blocks, and the names of the values that go in and come out; `pasts` and `presents` by layer."""
+    """Blocks, and the names of the values that go in and come out; `pasts` and `presents` by layer.
+
+    Attributes:
+        constants: tensors that the model's code made, by the names under which the blocks read them.
+        pieces: weights that are parts of the model's, by name.
+    """
 
     blocks: list[Block]
     ids: list[str]
@@ -49,35 +68,66 @@ class Traced:
     logits: str
     presents: list[list[str]]
     vocab_size: int
+    cache: list[CacheShape]
+    constants: dict[str, torch.Tensor]
+    pieces: dict[str, Piece]
 
 
 def trace(model: torch.nn.Module, aliases: dict[str, tuple[str, ...]], place: str) -> Traced:
     """Trace a model; of layers that do the same only the first is traced."""
-    depth = model.config.num_hidden_layers
-    layers = _layers(model, aliases) if depth > 2 else None
+    cache = _probe(model, place)
+    depth = len(cache)
+    layers = _layers(model, aliases, cache) if depth > 2 else None
     if layers is not None and layers.needed < depth:
         try:
             with _shortened(model, layers):
-                traced = _trace_whole(model, aliases, layers.needed, place)
-            blocks, pasts, presents = stamp(
-                traced.blocks, layers, traced.pasts, traced.presents, dict(_named_tensors(model))
-            )
-            return replace(traced, blocks=blocks, pasts=pasts, presents=presents)
+                traced = _trace_whole(model, aliases, cache[: layers.needed], place)
+            tensors, pieces = dict(_named_tensors(model)), dict(traced.pieces)
+            for number, first in enumerate(layers.first[layers.needed :], layers.needed):
+                pieces |= moved(traced.pieces, f"{layers.container}.{first}.", f"{layers.container}.{number}.")
+            tensors |= {name: piece.of(tensors[piece.source]) for name, piece in pieces.items()}
+            blocks, pasts, presents = stamp(traced.blocks, layers, traced.pasts, traced.presents, tensors)
+            return replace(traced, blocks=blocks, pasts=pasts, presents=presents, cache=cache, pieces=pieces)
         except CaptureError:
             pass  # not a plain row of layers: what cannot be traced as a whole either is reported then
-    return _trace_whole(model, aliases, depth, place)
+    return _trace_whole(model, aliases, cache, place)
 
 
-def _trace_whole(model: torch.nn.Module, aliases, depth: int, place: str) -> Traced:
-    """Trace a model that has `depth` layers now, and cut it into blocks."""
-    whole = _export(model, depth, place).module(check_guards=False)
+def _probe(model: torch.nn.Module, place: str) -> list[CacheShape]:
+    """What each layer keeps in its cache, found by running the model once without data."""
+    fake, (*ids, _) = _fake(model, [])
+    depth = model.config.num_hidden_layers
+    cache = ProbeCache(depth)
+    try:
+        with fake, torch.no_grad(), quiet():
+            _Flat(model).run(cache, ids[0], ids[0], ids[2])
+    except CaptureError:
+        raise
+    except Exception as error:
+        raise CaptureError(f"cannot be run without data: {root_cause(error)}", place=place) from error
+    without = [i for i in range(len(cache.found)) if i not in cache.found]
+    if without or not cache.found:
+        raise CaptureError(
+            f"layers {without or 'of it'} keep no keys and values", place=place,
+            remedy="A state of another kind (of recurrent and convolutional layers) has no lowering",
+        )  # fmt: skip
+    return [CacheShape(key[1], key[3], value[3]) for _, (key, value) in sorted(cache.found.items())]
+
+
+def _trace_whole(model: torch.nn.Module, aliases, cache: list[CacheShape], place: str) -> Traced:
+    """Trace a model that has as many layers now as it has caches, and cut it into blocks."""
+    whole = _export(model, cache, place).module(check_guards=False)
     _rename_weights(whole, aliases)
+    own = dict(_named_tensors(model))
+    pieces = cut_weights(whole, {name for name, _ in model.named_parameters(remove_duplicate=False)})
     normalize(whole)
     ids, pasts = _by_layer([n.name for n in whole.graph.nodes if n.op == "placeholder"], len(IDS))
     results = whole.graph.output_node().args[0]
+    read = {n.target: get_tensor(whole, n.target) for n in whole.graph.nodes if n.op == "get_attr"}
+    constants = {name: tensor for name, tensor in read.items() if name not in own | pieces}
     (logits,), presents = _by_layer([n.name for n in results], 1)
     blocks = cut(whole, [n.name for n in results])
-    return Traced(blocks, ids, pasts, logits, presents, int(results[0].meta["val"].shape[-1]))
+    return Traced(blocks, ids, pasts, logits, presents, int(results[0].meta["val"].shape[-1]), cache, constants, pieces)
 
 
 def _by_layer(names: list[str], others: int) -> tuple[list[str], list[list[str]]]:
@@ -85,8 +135,8 @@ def _by_layer(names: list[str], others: int) -> tuple[list[str], list[list[str]]
     return names[:others], [names[i : i + 2] for i in range(others, len(names), 2)]
 
 
-def _fake(model: torch.nn.Module, depth: int) -> tuple[FakeTensorMode, tuple[torch.Tensor, ...]]:
-    """Give a model fake weights; returns their mode, and inputs of `_Flat` with the caches of `depth` layers."""
+def _fake(model: torch.nn.Module, cache: list[CacheShape]) -> tuple[FakeTensorMode, tuple[torch.Tensor, ...]]:
+    """Give a model fake weights; returns their mode, and inputs of `_Flat`."""
     fake = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
     twins: dict[int, torch.nn.Parameter] = {}
     with fake:
@@ -101,8 +151,11 @@ def _fake(model: torch.nn.Module, depth: int) -> tuple[FakeTensorMode, tuple[tor
     def example(*shape, dtype=torch.int64):
         return fake.from_tensor(torch.zeros(shape, dtype=dtype), static_shapes=True)
 
-    kv_heads, head_dim = cache_shape(model.config)
-    past = [example(_BATCH, kv_heads, _PAST, head_dim, dtype=torch.float32) for _ in range(2 * depth)]
+    past = [
+        example(_BATCH, layer.heads, _PAST, width, dtype=torch.float32)
+        for layer in cache
+        for width in (layer.key, layer.value)
+    ]
     return fake, (example(_BATCH, _SEQUENCE), example(_BATCH, _PAST + _SEQUENCE), example(_BATCH, _SEQUENCE), past)
 
 
@@ -110,8 +163,8 @@ def _named_tensors(model: torch.nn.Module) -> list[tuple[str, torch.Tensor]]:
     return [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
 
 
-def _layers(model: torch.nn.Module, aliases: dict[str, tuple[str, ...]]) -> Layers | None:
-    fake, arguments = _fake(model, model.config.num_hidden_layers)
+def _layers(model: torch.nn.Module, aliases: dict[str, tuple[str, ...]], cache: list[CacheShape]) -> Layers | None:
+    fake, arguments = _fake(model, cache)
     caches = [arguments[3][i : i + 2] for i in range(0, len(arguments[3]), 2)]
     names = {id(tensor): aliases.get(name, (name,))[0] for name, tensor in _named_tensors(model)}
 
@@ -134,8 +187,8 @@ def _shortened(model: torch.nn.Module, layers: Layers):
         setattr(owner, leaf, whole)
 
 
-def _export(model: torch.nn.Module, depth: int, place: str):
-    _, arguments = _fake(model, depth)
+def _export(model: torch.nn.Module, cache: list[CacheShape], place: str):
+    _, arguments = _fake(model, cache)
     dynamic = torch.export.Dim.DYNAMIC
     two = {0: dynamic, 1: dynamic}
     shapes = {**dict.fromkeys(IDS, two), "past": [{0: dynamic, 2: dynamic} for _ in arguments[3]]}
@@ -145,17 +198,7 @@ def _export(model: torch.nn.Module, depth: int, place: str):
     except CaptureError:
         raise
     except Exception as error:  # torch.export raises almost anything, and hides the reason behind other errors
-        # Asked only now: a few models that do follow the interface are not marked as such.
-        if not getattr(model, "_supports_attention_backend", True):
-            raise own_attention(place) from error
         raise CaptureError(f"torch.export failed: {root_cause(error)}", place=place) from error
-
-
-def own_attention(place: str) -> CaptureError:
-    return CaptureError(
-        "its attention does not go through transformers' AttentionInterface (ALiBi and other attention of its own)",
-        place=place, remedy="Such a model cannot be captured with its cache",
-    )  # fmt: skip
 
 
 def root_cause(error: BaseException) -> str:
@@ -163,12 +206,6 @@ def root_cause(error: BaseException) -> str:
     while error.__cause__ is not None:
         error = error.__cause__
     return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
-
-
-def cache_shape(config) -> tuple[int, int]:
-    heads = config.num_attention_heads
-    kv_heads = getattr(config, "num_key_value_heads", None) or heads
-    return kv_heads, getattr(config, "head_dim", None) or config.hidden_size // heads
 
 
 def _rename_weights(whole: torch.fx.GraphModule, aliases: dict[str, tuple[str, ...]]) -> None:

@@ -59,15 +59,18 @@ class Checkpoint:
         with safe_open(self.folder / self._files[stored], framework="pt") as handle:
             return tuple(handle.get_slice(stored).get_shape())
 
-    def load(self, name: str) -> torch.Tensor:
+    def load(self, name: str, index: int | None = None) -> torch.Tensor:
         """A tensor as stored, floating point ones as float32.
+
+        Args:
+            index: along its first axis, for that part of it alone.
 
         Raises:
             NumericsError: the tensor holds NaN or Inf.
         """
         stored = self._aliases.get(name, name)
         with safe_open(self.folder / self._files[stored], framework="pt") as handle:
-            tensor = handle.get_tensor(stored)
+            tensor = handle.get_tensor(stored) if index is None else handle.get_slice(stored)[index]
         if not tensor.is_floating_point():
             return tensor
         tensor = tensor.to(torch.float32)

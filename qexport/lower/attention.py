@@ -107,6 +107,10 @@ def _sites(captured: Captured, values: dict[str, str]) -> list[_Site]:
     if not {"input_ids", "attention_mask", "position_ids"} <= values.keys():
         raise Unsuited("it does not read token ids, a mask and positions")
     sites, masks, made = [], set(), producers(captured)
+    caches = sum(port.name.endswith(".key") and port.name.startswith("past") for port in captured.inputs)
+    found = [n for block in captured.blocks for n in block.module.graph.nodes]
+    if sum(is_call(node, ops.cached_attention.default) for node in found) < caches:
+        raise Unsuited("its attention is written out: it adds more to the scores than a mask, or changes the cache")
     first, last = captured.blocks[0], captured.blocks[-1]
     for block in captured.blocks:
         names = names_of(block)

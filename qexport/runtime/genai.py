@@ -18,6 +18,7 @@ _PLAIN_DECODERS = frozenset(
 )  # fmt: skip
 # Model types of transformers under the name they have there.
 _RENAMED = {"gpt_oss": "gptoss", "hunyuan_v1_dense": "hunyuandensev1"}
+_UNSTATED = 2048  # tokens, for a model whose config states no longest text: attention by ALiBi knows none
 _SEARCH = {
     "do_sample": False,
     "temperature": 1.0,
@@ -64,7 +65,8 @@ def genai_config(
         raise InputError("the model's configs name no eos_token_id", remedy="Set it in generation_config.json")
     if tokens["pad_token_id"] is None:
         tokens["pad_token_id"] = eos[0] if isinstance(eos, list) else eos
-    context = _need(text, "max_position_embeddings")
+    sizes = {**text, **manifest.settings}
+    context = sizes.get("max_position_embeddings", _UNSTATED)
     search = {key: generation.get(key, default) for key, default in _SEARCH.items()}
     return {
         "model": {
@@ -79,9 +81,9 @@ def genai_config(
                     **manifest.session,
                     "provider_options": _provider_options(manifest),
                 },
-                "hidden_size": _need(text, "hidden_size"),
+                "hidden_size": _need(sizes, "hidden_size"),
                 "head_size": _need(manifest.settings, "head_dim"),
-                "num_attention_heads": _need(text, "num_attention_heads"),
+                "num_attention_heads": _need(sizes, "num_attention_heads"),
                 "num_key_value_heads": _need(manifest.settings, "num_key_value_heads"),
                 "num_hidden_layers": _need(manifest.settings, "num_hidden_layers"),
                 "inputs": {

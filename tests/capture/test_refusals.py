@@ -9,12 +9,8 @@ import transformers
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from models import UNSUPPORTED, save_model
 from qexport.errors import CaptureError, InputError, NumericsError
 from qexport.export import capture, export
-
-OWN_ATTENTION = "does not go through transformers' AttentionInterface"
-REASONS = {"bloom": OWN_ATTENTION, "falcon": OWN_ATTENTION, "gptj": OWN_ATTENTION, "gpt_oss": "attention with s_aux"}
 
 
 @pytest.fixture
@@ -29,12 +25,6 @@ def change(folder, edit):
     tensors = load_file(file)
     edit(tensors)
     save_file(tensors, file, metadata={"format": "pt"})
-
-
-@pytest.mark.parametrize("family", UNSUPPORTED)
-def test_unsupported_attention_is_named(tmp_path, family):
-    with pytest.raises(CaptureError, match=REASONS[family]):
-        capture(save_model(family, tmp_path / family))
 
 
 def test_an_encoder_decoder_is_refused_with_what_works_instead(tmp_path):

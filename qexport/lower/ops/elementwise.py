@@ -89,16 +89,52 @@ def _softmax(emit: Emitter, node: Node):
     return emit.op("Softmax", emit.get(node.args[0], dtype_of(node)), axis=node.args[1])
 
 
+def _log1p(emit: Emitter, node: Node):
+    return emit.op("Log", emit.op("Add", emit.get(node.args[0]), emit.constant(1, dtype_of(node))))
+
+
+def _expm1(emit: Emitter, node: Node):
+    return emit.op("Sub", emit.op("Exp", emit.get(node.args[0])), emit.constant(1, dtype_of(node)))
+
+
+def _square(emit: Emitter, node: Node):
+    x = emit.get(node.args[0])
+    return emit.op("Mul", x, x)
+
+
+def _differs(emit: Emitter, node: Node):
+    return emit.op("Not", _compare("Equal")(emit, node))
+
+
+def _masked_fill(emit: Emitter, node: Node):
+    x, mask, value = node.args
+    return emit.op("Where", emit.get(mask), emit.get(value, dtype_of(node)), emit.get(x))
+
+
+def _cumsum(emit: Emitter, node: Node):
+    return emit.op("CumSum", emit.get(node.args[0], dtype_of(node)), emit.constant(node.args[1]))
+
+
+def _best(emit: Emitter, node: Node):
+    """The largest element of an axis, and where it is."""
+    x, axis, keep = emit.get(node.args[0]), node.args[1], int(len(node.args) > 2 and node.args[2])
+    largest = emit.op("ReduceMax", x, emit.constant([axis]), keepdims=keep)
+    return largest, emit.op("ArgMax", x, axis=axis, keepdims=keep)
+
+
+def _topk(emit: Emitter, node: Node):
+    x, count, axis, largest, ordered = (*node.args, *(-1, True, True)[len(node.args) - 2 :])
+    return emit.op(
+        "TopK", emit.get(x), emit.constant([count]), axis=axis, largest=int(largest), sorted=int(ordered), outputs=2
+    )
+
+
 def _clamp(emit: Emitter, node: Node):
     low, high = (list(node.args[1:]) + [None, None])[:2]
     if is_call(node, aten.hardtanh.default, aten.hardtanh_.default):
         low, high = (*node.args[1:], *(-1.0, 1.0)[len(node.args) - 1 :])
     dtype = dtype_of(node)
     return emit.op("Clip", emit.get(node.args[0]), *(None if b is None else emit.get(b, dtype) for b in (low, high)))
-
-
-def _not_equal(emit: Emitter, node: Node):
-    return emit.op("Not", _compare("Equal")(emit, node))
 
 
 def _reversed_sub(emit: Emitter, node: Node):
@@ -129,6 +165,15 @@ def _vector_norm(emit: Emitter, node: Node):
     return emit.op("ReduceL1" if order == 1 else "ReduceL2", emit.get(x), axes, keepdims=int(keep))
 
 
+def _clamp_by_tensor(emit: Emitter, node: Node):
+    given = dict(zip(("self", "min", "max"), node.args, strict=False)) | node.kwargs
+    x = emit.get(given["self"])
+    for bound, op_type in (("min", "Max"), ("max", "Min")):
+        if given.get(bound) is not None:
+            x = emit.op(op_type, x, emit.get(given[bound], dtype_of(node)))
+    return x
+
+
 TRANSLATIONS = {
     aten.add.Tensor: _add, aten.sub.Tensor: _binary("Sub"), aten.mul.Tensor: _binary("Mul"),
     aten.div.Tensor: _binary("Div"), aten.pow.Tensor_Scalar: _binary("Pow"), aten.pow.Tensor_Tensor: _binary("Pow"),
@@ -153,13 +198,18 @@ TRANSLATIONS = {
     aten.type_as.default: _cast,
     aten.mean.dim: _reduce("ReduceMean"), aten.sum.dim_IntList: _reduce("ReduceSum"),
     aten.amax.default: _reduce("ReduceMax"),
+    aten.amin.default: _reduce("ReduceMin"),
+    aten.square.default: _square, aten.floor.default: _unary("Floor"), aten.log1p.default: _log1p,
+    aten.expm1.default: _expm1, aten.min.other: _binary("Min"), aten.max.other: _binary("Max"),
+    aten.pow.Scalar: _binary("Pow"), aten.ne.Scalar: _differs, aten.ne.Tensor: _differs,
+    aten.masked_fill.Scalar: _masked_fill, aten.masked_fill.Tensor: _masked_fill, aten.topk.default: _topk,
+    aten.cumsum.default: _cumsum, aten.max.dim: _best, torch.sym_max: _binary("Max"), torch.sym_min: _binary("Min"),
     aten.where.self: _where, aten.where.ScalarOther: _where, aten.softmax.int: _softmax,
     aten._softmax.default: _softmax,
-    aten.clamp.default: _clamp, aten.clamp_min.default: _clamp,
+    aten.clamp.default: _clamp, aten.clamp.Tensor: _clamp_by_tensor, aten.clamp_min.default: _clamp,
     aten.__and__.Tensor: _compare("And", logical=True), aten.__or__.Tensor: _compare("Or", logical=True),
-    aten.ne.Scalar: _not_equal, aten.ne.Tensor: _not_equal,
-    aten.max.other: _binary("Max"), aten.min.other: _binary("Min"), aten.rsub.Scalar: _reversed_sub,
-    aten.floor.default: _unary("Floor"), aten.ceil.default: _unary("Ceil"),
+    aten.rsub.Scalar: _reversed_sub,
+    aten.ceil.default: _unary("Ceil"),
     aten.hardtanh.default: _clamp, aten.hardtanh_.default: _clamp, aten.relu6.default: _relu6,
     aten.hardswish.default: _unary("HardSwish"), aten.hardswish_.default: _unary("HardSwish"),
     aten.hardsigmoid.default: _unary("HardSigmoid", alpha=1 / 6, beta=0.5),

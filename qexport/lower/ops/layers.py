@@ -38,12 +38,24 @@ def _addmm(emit: Emitter, node: Node):
     return emit.op("Add", emit.op("MatMul", emit.get(x), emit.get(weight)), emit.get(bias))
 
 
+def _baddbmm(emit: Emitter, node: Node):
+    """beta * input + alpha * (x @ y)."""
+    dtype, given = dtype_of(node), node.kwargs
+    start, product = emit.get(node.args[0], dtype), emit.op("MatMul", emit.get(node.args[1]), emit.get(node.args[2]))
+    if (alpha := given.get("alpha", 1)) != 1:
+        product = emit.op("Mul", product, emit.constant(float(alpha), dtype))
+    if (beta := given.get("beta", 1)) != 1:
+        start = emit.op("Mul", start, emit.constant(float(beta), dtype))
+    return emit.op("Add", start, product)
+
+
 def _rms_norm(emit: Emitter, node: Node):
     x, shape, weight, eps = (*node.args, None, None)[:4]
-    if weight is None or len(shape) != 1:
-        raise unsupported(node, "without a gain, or over several axes,")
+    if len(shape) != 1:
+        raise unsupported(node, "over several axes")
+    gain = emit.constant([1.0] * shape[0], dtype_of(node)) if weight is None else emit.get(weight)
     eps = torch.finfo(torch.float32).eps if eps is None else float(eps)
-    return emit.op("RMSNormalization", emit.get(x), emit.get(weight), axis=-1, epsilon=eps, stash_type=1)
+    return emit.op("RMSNormalization", emit.get(x), gain, axis=-1, epsilon=eps, stash_type=1)
 
 
 def _layer_norm(emit: Emitter, node: Node):
@@ -106,7 +118,8 @@ def _rotary(emit: Emitter, node: Node):
 
 TRANSLATIONS = {
     aten.linear.default: _linear, aten.matmul.default: _matmul, aten.mm.default: _matmul, aten.bmm.default: _matmul,
-    aten.addmm.default: _addmm, aten.rms_norm.default: _rms_norm, aten.layer_norm.default: _layer_norm,
+    aten.baddbmm.default: _baddbmm, aten.addmm.default: _addmm,
+    aten.rms_norm.default: _rms_norm, aten.layer_norm.default: _layer_norm,
     ops.causal_mask.default: _causal_mask, ops.cached_attention.default: _cached_attention,
     ops.rotary_embedding.default: _rotary, aten.scaled_dot_product_attention.default: _attention,
 }  # fmt: skip

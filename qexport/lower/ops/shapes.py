@@ -6,7 +6,7 @@ import torch
 from torch.fx import Node
 
 from ...passes.edit import dtype_of, is_call, shape_of
-from ..emitter import Emitter
+from ..emitter import Emitter, unsupported
 
 aten = torch.ops.aten
 _END = 2**63 - 1
@@ -75,6 +75,74 @@ def _index_select(emit: Emitter, node: Node):
     return emit.op("Gather", emit.get(source), emit.get(index), axis=axis)
 
 
+def _index(emit: Emitter, node: Node):
+    """x[:, :, ids] and the like: one axis is indexed."""
+    source, indices = node.args
+    given = [(axis, index) for axis, index in enumerate(indices) if index is not None]
+    if len(given) != 1 or dtype_of(given[0][1]) == torch.bool:
+        raise unsupported(node, "by several indices at once, or by a mask,")
+    ((axis, index),) = given
+    return emit.op("Gather", emit.get(source), emit.get(index), axis=axis)
+
+
+def _repeat_each(emit: Emitter, node: Node):
+    """Every element of an axis several times in a row."""
+    source, times, axis = node.args[:3]
+    rank, sizes = len(shape_of(source)), shape_of(node)
+    axis %= rank
+    if not all(isinstance(size, int) for size in sizes[axis:]):
+        raise unsupported(node, "in front of an axis of unknown size,")
+    column = emit.op("Unsqueeze", emit.get(source), emit.constant([axis + 1]))
+    beside = emit.op("Concat", *[column] * times, axis=axis + 1)
+    return emit.op("Reshape", beside, emit.constant([0] * axis + list(sizes[axis:])))
+
+
+def _repeat(emit: Emitter, node: Node):
+    source, times = node.args
+    x, missing = emit.get(source), len(times) - len(shape_of(source))
+    if missing:
+        x = emit.op("Unsqueeze", x, emit.constant(list(range(missing))))
+    return emit.op("Tile", x, emit.shape(list(times)))
+
+
+def _full(emit: Emitter, node: Node):
+    sizes, value = node.args[:2]
+    filled = emit.get(value, dtype_of(node))
+    return emit.op("Expand", filled, emit.shape(list(sizes))) if sizes else filled
+
+
+def _full_like(emit: Emitter, node: Node):
+    value = {aten.zeros_like.default: 0, aten.ones_like.default: 1}.get(node.target)
+    value = node.args[1] if value is None else value
+    return emit.op("Expand", emit.get(value, dtype_of(node)), emit.op("Shape", emit.get(node.args[0])))
+
+
+def _zeros(emit: Emitter, node: Node):
+    return emit.op("Expand", emit.constant(0, dtype_of(node)), emit.shape(list(node.args[0])))
+
+
+def _scatter(emit: Emitter, node: Node):
+    x, axis, index, source = node.args
+    if is_call(node, aten.scatter.value):
+        value = emit.get(source, dtype_of(node))
+        updates = emit.op("Expand", value, emit.op("Shape", emit.get(index)))
+    else:
+        updates = emit.get(source)
+    return emit.op("ScatterElements", emit.get(x), emit.get(index), updates, axis=axis)
+
+
+def _gather(emit: Emitter, node: Node):
+    x, axis, index = node.args[:3]
+    return emit.op("GatherElements", emit.get(x), emit.get(index), axis=axis)
+
+
+def _stack(emit: Emitter, node: Node):
+    axis = node.args[1] if len(node.args) > 1 else 0
+    axis %= len(shape_of(node))
+    parts = [emit.op("Unsqueeze", emit.get(t, dtype_of(node)), emit.constant([axis])) for t in node.args[0]]
+    return emit.op("Concat", *parts, axis=axis)
+
+
 def _cat(emit: Emitter, node: Node):
     axis = node.args[1] if len(node.args) > 1 else 0
     return emit.op("Concat", *(emit.get(t, dtype_of(node)) for t in node.args[0]), axis=axis)
@@ -92,15 +160,23 @@ def _embedding(emit: Emitter, node: Node):
 
 
 def _flatten(emit: Emitter, node: Node):
-    return emit.op(
-        "Reshape", emit.get(node.args[0]), emit.constant([d if isinstance(d, int) else -1 for d in shape_of(node)])
-    )
+    source = node.args[0]
+    rank = len(shape_of(source))
+    start, end = (axis % rank for axis in (*node.args[1:], *(0, -1)[len(node.args) - 1 :]))
+    behind = [
+        emit.constant([size]) if isinstance(size, int) else emit.op("Shape", emit.get(source), start=axis, end=axis + 1)
+        for axis, size in enumerate(shape_of(source)[end + 1 :], end + 1)
+    ]
+    sizes = [0] * start + [-1]
+    shape = emit.op("Concat", emit.constant(sizes), *behind, axis=0) if behind else emit.constant(sizes)
+    return emit.op("Reshape", emit.get(source), shape)
 
 
 def _arange(emit: Emitter, node: Node):
     bounds = {1: (0, *node.args), 2: node.args}.get(len(node.args), node.args[:2])
     dtype = dtype_of(node)
-    return emit.op("Range", *(emit.get(b, dtype) for b in bounds), emit.constant(1, dtype))
+    step = node.args[2] if is_call(node, aten.arange.start_step) and len(node.args) > 2 else 1
+    return emit.op("Range", *(emit.get(b, dtype) for b in bounds), emit.constant(step, dtype))
 
 
 TRANSLATIONS = {
@@ -111,10 +187,15 @@ TRANSLATIONS = {
     aten.unsqueeze.default: _unsqueeze, aten.squeeze.dim: _squeeze, aten.squeeze.default: _squeeze,
     aten.squeeze.dims: _squeeze,
     aten.slice.Tensor: _slice, aten.select.int: _select, aten.index_select.default: _index_select,
-    aten.cat.default: _cat,
+    aten.cat.default: _cat, aten.concat.default: _cat,
     aten.split_with_sizes.default: _split, aten.split.Tensor: _split, aten.chunk.default: _split,
     aten.split.sizes: _split,
     aten.embedding.default: _embedding,
     aten.arange.default: _arange, aten.arange.start: _arange,
+    aten.arange.start_step: _arange, aten.index.Tensor: _index, aten.repeat_interleave.self_int: _repeat_each,
+    aten.repeat.default: _repeat, aten.full.default: _full,
+    aten.full_like.default: _full_like, aten.zeros_like.default: _full_like, aten.ones_like.default: _full_like,
+    aten.zeros.default: _zeros, aten.scatter.value: _scatter, aten.scatter.src: _scatter,
+    aten.gather.default: _gather, aten.stack.default: _stack, aten.broadcast_to.default: _expand,
     operator.getitem: lambda emit, node: emit.values[node.args[0]][node.args[1]],
 }  # fmt: skip

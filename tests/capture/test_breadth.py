@@ -1,0 +1,104 @@
+"""Families beside those that every test runs on: captured they compute what transformers computes, or are refused."""
+
+import json
+import shutil
+
+import pytest
+import torch
+
+from models import QUICK, REFUSED, VOCAB, breadth, reference_model, save_model
+from qexport.capture.pieces import Pieces
+from qexport.errors import CaptureError, LoweringError
+from qexport.export import capture
+from qexport.lower.build import check_translations
+from qexport.passes.sites import linears
+from stepping import captured_runner, load_weights, next_feeds, padded, prompt_feeds, tokens, transformers_runner
+
+PROMPTS = (padded([3, 7, 1], "left"), padded([7, 2, 5], "right"))
+STEPS = 3
+REASONS = {
+    "dynamic_rope": r"length of the text decides .*rope_type dynamic.* up to 128 tokens set rope_type to \"default\"",
+    "long_longrope": r"length of the text decides .*longrope.* up to 32 tokens set max_position_embeddings to 32 .* 4",
+    "deepseek_v3": "copy_.default has no ONNX translation|new_empty.default has no ONNX translation",
+    "minicpm3": "copy_.default has no ONNX translation|new_empty.default has no ONNX translation",
+    "youtu": "copy_.default has no ONNX translation|new_empty.default has no ONNX translation",
+    "jetmoe": "no ONNX translation",
+    "llama4": "mask is neither causal nor a sliding window|cannot be run without data",
+    "mamba": "keep no keys and values",
+    "lfm2": "keep no keys and values|cannot be run without data",
+    "qwen3_next": "cannot be run without data",
+}
+
+
+def assert_computes_what_transformers_computes(captured, model):
+    ours, theirs = captured_runner(captured), transformers_runner(model)
+    for mask in PROMPTS:
+        feeds = prompt_feeds(captured, tokens(*mask.shape, vocab=VOCAB), mask)
+        for _ in range(1 + STEPS):
+            got, want = ours(feeds), theirs(feeds)["logits"]
+            real = feeds["attention_mask"][:, -want.shape[1] :].bool()
+            assert want[real].isfinite().all()
+            assert (got["logits"] - want)[real].abs().max() < 1e-5 * want[real].abs().max()
+            feeds = next_feeds(feeds, got, want[:, -1].argmax(-1))
+
+
+@pytest.mark.parametrize("family", breadth())
+def test_blocks_compute_what_transformers_computes(captured, model_folder, family):
+    model = load_weights(captured(family))
+    assert_computes_what_transformers_computes(model, reference_model(model_folder(family)))
+    check_translations(block.module.graph for block in model.blocks)
+    # Weights are read by linears and by nothing else that multiplies: none is left out of the plan.
+    for block in model.blocks:
+        for node in block.module.graph.nodes:
+            if node.target in (torch.ops.aten.matmul.default, torch.ops.aten.addmm.default, torch.ops.aten.mm.default):
+                assert not any(a.op == "get_attr" and a.target not in model.constants for a in node.all_input_nodes)
+    assert all(len(linears(block.module.graph)) >= 4 for block in model.blocks[1:-1])
+
+
+@pytest.mark.parametrize("family", [name for name in REFUSED if name in REASONS])
+def test_what_cannot_be_exported_is_refused(tmp_path, family):
+    with pytest.raises((CaptureError, LoweringError), match=REASONS[family]):
+        check_translations(block.module.graph for block in capture(save_model(family, tmp_path / family)).blocks)
+
+
+def test_layers_of_experts_are_traced_once_and_have_their_own_weights(tmp_path):
+    folder = save_model("gpt_oss", tmp_path / "model", num_hidden_layers=4, layer_types=["full_attention"] * 4)
+    model = load_weights(capture(folder))
+    assert_computes_what_transformers_computes(model, reference_model(folder))
+    names = [name for name in model.blocks[4].parameters if ".experts." in name]
+    assert "model.layers.3.mlp.experts.2.gate_up_proj.weight" in names and len(names) == 4 * 4
+
+
+def test_a_piece_is_read_without_the_rest(model_folder, monkeypatch):
+    model = capture(model_folder("gpt_oss"))
+    assert isinstance(model.weights, Pieces)
+    whole = model.weights.checkpoint.load("model.layers.1.mlp.experts.down_proj")
+    read = []
+    load = model.weights.checkpoint.load
+    monkeypatch.setattr(model.weights.checkpoint, "load", lambda *given: read.append(load(*given)) or read[-1])
+    part = model.load("model.layers.1.mlp.experts.3.down_proj.weight")
+    assert torch.equal(part, whole[3].t()) and read[0].shape == whole.shape[1:]
+
+
+def test_transposed_weights_are_turned_when_they_are_loaded(model_folder):
+    model, reference = capture(model_folder("gpt2")), reference_model(model_folder("gpt2"))
+    name = "transformer.h.1.attn.c_attn.weight"
+    assert torch.equal(model.load(name), reference.get_parameter(name).t())
+    found = {linear.name: linear.shape for block in model.blocks for linear in linears(block.module.graph)}
+    assert found[name.removesuffix(".weight")] == (192, 64)
+
+
+def test_short_factors_are_those_of_the_whole_model(model_folder, tmp_path):
+    """What the refusal of longrope says to do gives the numbers of the unchanged model, for texts that are short."""
+    folder = save_model("long_longrope", tmp_path / "long")
+    reference = reference_model(folder)
+    short = shutil.copytree(folder, tmp_path / "short")
+    config = json.loads((short / "config.json").read_text())
+    config["max_position_embeddings"] = 32
+    config["rope_parameters"]["factor"] = 4.0
+    (short / "config.json").write_text(json.dumps(config))
+    assert_computes_what_transformers_computes(load_weights(capture(short)), reference)
+
+
+def test_quick_families_are_there():
+    assert set(QUICK) <= {p if isinstance(p, str) else p.values[0] for p in breadth()}

@@ -1,0 +1,57 @@
+"""Files of further families: ONNX Runtime agrees with the graph in prefill and decoding, and CUDA computes it all."""
+
+import copy
+
+import pytest
+
+import agreement
+from agreement import assert_agree
+from cuda_placement.models import PROMPT
+from models import breadth
+from qexport.export import target_for
+from qexport.planning import plan_for
+from qexport.recipe import CalibrationSpec, Recipe
+from stepping import padded
+
+SCHEMES = ("w4a16_g32", "w8a8_dyn", "w8a8_static")
+MASK = padded([9, 4, 6], "left")
+WRITTEN_OUT = {
+    "bloom", "falcon", "falcon_new", "falcon_alibi", "mpt", "gptj", "codegen", "gpt_neo", "xglm", "diffllama",
+    "gpt_oss",
+}  # fmt: skip
+OTHERWISE = {"doge"}
+
+
+def recipe_of(scheme):
+    calibration = CalibrationSpec(source="random", samples=4, sequence_length=16)
+    return Recipe(scheme=scheme, lm_head=scheme, weights={"method": "rtn"}, calibration=calibration)
+
+
+@pytest.mark.parametrize("family", breadth())
+def test_onnxruntime_agrees_with_the_graph(captured, tmp_path, family):
+    model = captured(family)
+    for scheme in SCHEMES:
+        exported = agreement.export(copy.deepcopy(model), recipe_of(scheme), "cpu", tmp_path / scheme)
+        # A token flips where an activation lies on the border of two codes: one in a hundred at most.
+        assert_agree(exported, MASK, flips=0.02)
+    settings = exported.manifest.settings
+    assert settings["attention"] == ("standard" if family in WRITTEN_OUT | OTHERWISE else "grouped")
+    if family in WRITTEN_OUT:
+        assert "written out" in settings["attention_reason"]
+
+
+@pytest.mark.parametrize("family", breadth())
+def test_every_linear_is_planned_but_routers_and_shared_ones(captured, family):
+    recipe = recipe_of("w8a8_dyn")
+    plan, _ = plan_for(captured(family), recipe, target_for("cpu", recipe).dtype.itemsize)
+    left = {p.name: p.reason for p in plan if p.scheme is None}
+    assert all("router" in why or "shared" in why for why in left.values()), left
+    assert len(left) <= 3 and len(plan) > 7
+
+
+@pytest.mark.parametrize("family", breadth())
+def test_nothing_falls_back_to_the_cpu_on_cuda(captured, cuda_placement, tmp_path, family):
+    exported = agreement.export(captured(family), recipe_of("w4a16_g32"), "cuda", tmp_path / "out")
+    placed = cuda_placement(exported.folder / "model.onnx", exported.manifest.session, dims=PROMPT)
+    print(family, placed["nodes"].get("CPUExecutionProvider"), placed["memcpy"])
+    assert placed["memcpy"] == 0
