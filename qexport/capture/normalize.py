@@ -266,7 +266,7 @@ def _measured(source: Node, axis: int, size) -> tuple[Node, int] | None:
             for at in order:
                 if statically_known_true(value.shape[at] == size):
                     return node, at
-        if isinstance(value, torch.Tensor):
+        if isinstance(value, (torch.Tensor, tuple, list)):
             fresh = [n for n in node.all_input_nodes if n not in seen]
             seen.update(fresh)
             waiting.extend(fresh)
