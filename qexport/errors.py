@@ -1,6 +1,8 @@
 """The few kinds of error a user meets: what went wrong, where, and what to do about it."""
 
 import errno
+import os
+import tempfile
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -74,3 +76,21 @@ def writing_to(place: Path, when_full: str):
         if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
             raise InputError("cannot be written", place=str(place), remedy="Choose a folder you own") from error
         raise
+
+
+def write_whole(path: Path, text: str, when_full: str = "Free some space") -> None:
+    """Write a UTF-8 file by rename, so that it is there whole or as it was.
+
+    Raises:
+        InputError: the disk is full (`when_full` is the remedy), or the folder cannot be written.
+    """
+    with writing_to(path, when_full):
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        try:
+            with os.fdopen(handle, "w", encoding="utf-8") as file:
+                file.write(text)
+            os.chmod(temporary, 0o644)
+            os.replace(temporary, path)
+        except BaseException:
+            os.unlink(temporary)
+            raise

@@ -1,5 +1,6 @@
 import copy
 import signal
+import sys
 import warnings
 from functools import cache, partial
 
@@ -10,6 +11,7 @@ import transformers
 from cuda_placement.build import CannotBuild, build_stand_ins
 from cuda_placement.probe import placement
 from models import save_model
+from qexport import cli
 from qexport.export import capture
 
 transformers.logging.disable_progress_bar()
@@ -49,3 +51,21 @@ def hears_interrupts():
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """run(*arguments) -> (exit code, stdout, stderr), in this process."""
+
+    def run_command(*arguments):
+        monkeypatch.setattr(sys, "argv", ["qexport", *map(str, arguments)])
+        capsys.readouterr()
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as stop:
+            code = stop.code or 0
+        done = capsys.readouterr()
+        return code, done.out, done.err
+
+    return run_command

@@ -16,7 +16,6 @@ from safetensors.torch import load_file, save_file
 
 import qexport
 from models import save_model
-from qexport import cli
 from qexport.capture.decoder import capture_decoder  # noqa: F401  imports what commands need before they are timed
 from reported import a_study
 from tiny_decoder import write_word_tokenizer
@@ -41,24 +40,6 @@ def exported(model, tmp_path_factory) -> Path:
 @pytest.fixture
 def copy(model, tmp_path) -> Path:
     return Path(shutil.copytree(model, tmp_path / "copy"))
-
-
-@pytest.fixture
-def run(monkeypatch, capsys):
-    """run(*arguments) -> (exit code, stdout, stderr), in this process."""
-
-    def run_command(*arguments):
-        monkeypatch.setattr(sys, "argv", ["qexport", *map(str, arguments)])
-        capsys.readouterr()
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as stop:
-            code = stop.code or 0
-        done = capsys.readouterr()
-        return code, done.out, done.err
-
-    return run_command
 
 
 def shell(*arguments, **options):

@@ -3,8 +3,6 @@
 import base64
 import hashlib
 import json
-import os
-import tempfile
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
@@ -12,7 +10,7 @@ from pathlib import Path
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from ..errors import writing_to
+from ..errors import write_whole
 from ..validate.wording import kernels
 from . import facts, svg, tables
 from .drawing import figures
@@ -33,17 +31,7 @@ def write_html(exported: Exported, sampled: Sampled | None = None) -> Path:
         InputError: the folder cannot be written.
     """
     path = exported.folder / HTML_FILE
-    page = render_html(exported, sampled)
-    with writing_to(path, "Free some space"):
-        handle, temporary = tempfile.mkstemp(dir=exported.folder, prefix=".report.", suffix=".html")
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                file.write(page)
-            os.chmod(temporary, 0o644)
-            os.replace(temporary, path)
-        except BaseException:
-            os.unlink(temporary)
-            raise
+    write_whole(path, render_html(exported, sampled))
     return path
 
 

@@ -2,13 +2,12 @@
 
 import json
 import os
-import tempfile
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from ..errors import InputError, writing_to
+from ..errors import InputError, write_whole
 from ..validate.report import Finite
 
 FORMAT = 1
@@ -156,17 +155,8 @@ class Study(_Frozen):
         """
         path = Path(path)
         check_place(path)
-        with writing_to(path, "Free some space, or choose another place"):
-            handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-            try:
-                with os.fdopen(handle, "w", encoding="utf-8") as file:
-                    json.dump(self.as_dict(), file, indent=2, ensure_ascii=False, allow_nan=False)
-                    file.write("\n")
-                os.chmod(temporary, 0o644)
-                os.replace(temporary, path)
-            except BaseException:
-                os.unlink(temporary)
-                raise
+        text = json.dumps(self.as_dict(), indent=2, ensure_ascii=False, allow_nan=False)
+        write_whole(path, f"{text}\n", "Free some space, or choose another place")
         return path
 
 

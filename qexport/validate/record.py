@@ -2,12 +2,10 @@
 
 import json
 import math
-import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
-from ..errors import InputError
+from ..errors import InputError, write_whole
 from .report import Activation, Report
 
 REPORT_FILE = "report.json"
@@ -28,21 +26,7 @@ def keep(folder: Path, key: str, value: dict[str, Any]) -> None:
     path = folder / REPORT_FILE
     whole = _read(path)
     whole[key] = value
-    try:
-        handle, temporary = tempfile.mkstemp(dir=folder, prefix=".report.", suffix=".json")
-    except OSError as error:
-        raise InputError(
-            f"cannot be written ({error.strerror})", place=str(folder), remedy="Copy it to a folder you own"
-        ) from error
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            json.dump(whole, file, indent=2, allow_nan=False)
-            file.write("\n")
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    write_whole(path, json.dumps(whole, indent=2, allow_nan=False) + "\n")
 
 
 def load(folder: str | Path) -> Report | None:

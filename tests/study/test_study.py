@@ -3,7 +3,6 @@
 import builtins
 import json
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,7 +10,6 @@ import torch
 
 import qexport
 from models import reference_model, save_model
-from qexport import cli
 from qexport.errors import InputError
 from qexport.study.result import Study
 from tiny_decoder import write_word_tokenizer
@@ -43,24 +41,6 @@ def folders(model, tmp_path_factory) -> dict[str, Path]:
 @pytest.fixture(scope="module")
 def result(model, folders) -> Study:
     return qexport.study(list(folders.values()), model, grid=GRID, prompts=PROMPTS, threads=1)
-
-
-@pytest.fixture
-def run(monkeypatch, capsys):
-    """run(*arguments) -> (exit code, stdout, stderr), in this process."""
-
-    def run_command(*arguments):
-        monkeypatch.setattr(sys, "argv", ["qexport", *map(str, arguments)])
-        capsys.readouterr()
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as stop:
-            code = stop.code or 0
-        done = capsys.readouterr()
-        return code, done.out, done.err
-
-    return run_command
 
 
 def refused(result, *parts):
