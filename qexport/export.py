@@ -23,6 +23,7 @@ from .capture.module import Axes, Inputs, capture_module
 from .capture.origin import origin
 from .capture.source import open_model
 from .errors import InputError, QExportError, RecipeError
+from .lower.attention import count_attentions
 from .lower.blocks import lower
 from .lower.build import Lowered, Target, check_translations
 from .lower.folder import appearing, check_free, explained, write_companions, write_model
@@ -126,6 +127,7 @@ def export(
 
     captured = capture(model, example_inputs, dynamic_shapes, trust_remote_code=trust_remote_code)
     check_prefill(captured, recipe)
+    check_cache(captured, recipe)
     check_translations(block.module.graph for block in captured.blocks)
     plan, embeddings = plan_for(captured, recipe, lowering.dtype.itemsize)
     convolutions = convolutions_for(captured, recipe, lowering.name == "cpu")
@@ -230,6 +232,18 @@ def check_prefill(captured: Captured, recipe: Recipe) -> None:
         raise RecipeError(
             "prefill is for language models", place="prefill", remedy="Remove it for encoders and modules"
         )
+
+
+def check_cache(captured: Captured, recipe: Recipe) -> None:
+    """Raises RecipeError where the recipe rounds a cache that a decoder reads otherwise than attention does."""
+    if recipe.kv_cache is None or captured.kind != "decoder":
+        return
+    caches = sum(port.name.startswith("past_key_values.") for port in captured.inputs) // 2
+    if count_attentions(captured) < caches:
+        raise RecipeError(
+            "its attention is written out, and a cache of codes takes grouped attention", place="kv_cache",
+            remedy="Leave kv_cache out of the recipe",
+        )  # fmt: skip
 
 
 def _ask_for_data(passes: Sequence[GraphPass], captured: Captured) -> bool:

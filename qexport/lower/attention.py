@@ -82,6 +82,12 @@ def plan_grouping(captured: Captured, read: Callable[[str], torch.Tensor]) -> Gr
     return Grouping(sites, inside, {name: table for name, table in tables.made.items() if table is not None})
 
 
+def count_attentions(captured: Captured) -> int:
+    """How many attentions read a cache as it is: fewer than there are caches where a model does otherwise with some."""
+    nodes = (node for block in captured.blocks for node in block.module.graph.nodes)
+    return sum(is_call(node, ops.cached_attention.default) for node in nodes)
+
+
 def group_attention(captured: Captured, grouping: Grouping) -> None:
     """Rewrite a decoder's blocks, its inputs too where nothing reads positions any more, in place."""
     values = {port.name: port.value for port in captured.inputs}
@@ -107,9 +113,7 @@ def _sites(captured: Captured, values: dict[str, str]) -> list[_Site]:
     if not {"input_ids", "attention_mask", "position_ids"} <= values.keys():
         raise Unsuited("it does not read token ids, a mask and positions")
     sites, masks, made = [], set(), producers(captured)
-    caches = sum(port.name.endswith(".key") and port.name.startswith("past") for port in captured.inputs)
-    found = [n for block in captured.blocks for n in block.module.graph.nodes]
-    if sum(is_call(node, ops.cached_attention.default) for node in found) < caches:
+    if count_attentions(captured) < sum(name.startswith("past_key_values.") for name in values) // 2:
         raise Unsuited("its attention is written out: it adds more to the scores than a mask, or changes the cache")
     first, last = captured.blocks[0], captured.blocks[-1]
     for block in captured.blocks:

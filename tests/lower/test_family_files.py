@@ -8,6 +8,7 @@ import agreement
 from agreement import assert_agree
 from cuda_placement.models import CPU, PROMPT
 from models import breadth
+from qexport.errors import RecipeError
 from qexport.export import target_for
 from qexport.planning import plan_for
 from qexport.recipe import CalibrationSpec, Recipe
@@ -39,6 +40,12 @@ def test_onnxruntime_agrees_with_the_graph(captured, tmp_path, family):
     assert settings["attention"] == ("standard" if family in WRITTEN_OUT | OTHERWISE else "grouped")
     if family in WRITTEN_OUT:
         assert "written out" in settings["attention_reason"]
+
+
+def test_a_cache_of_codes_is_refused_where_attention_is_written_out(captured, tmp_path):
+    recipe = Recipe(scheme="w4a16_g32_kv8", weights={"method": "rtn"})
+    with pytest.raises(RecipeError, match="written out"):
+        agreement.export(captured("bloom"), recipe, "cpu", tmp_path / "out")
 
 
 @pytest.mark.parametrize("family", breadth())
