@@ -252,3 +252,10 @@ def test_vision(run):
     (_, size, none, right, _, _), (_, small, ten, as_right, decibels, _) = rows
     assert (none, ten) == ("0", "10") and int(small) < 0.35 * int(size)
     assert abs(float(right.rstrip("%")) - float(as_right.rstrip("%"))) < 3 and float(decibels.split()[0]) > 20
+
+
+def test_families(run):
+    lines = run("families.py", "--families", "gpt2", "mamba").splitlines()
+    (row,) = (line for line in lines if line.startswith("| gpt2 |"))
+    assert "| grouped | 9 | none |" in row and len(row.split("|")) == 11
+    assert any(line.startswith("- `mamba`: ") and "keep no keys and values" in line for line in lines)

@@ -49,11 +49,16 @@ def _baddbmm(emit: Emitter, node: Node):
     return emit.op("Add", start, product)
 
 
+def _gain(emit: Emitter, node: Node, weight: Node | None):
+    """A norm's gain; ones where it has none, as ONNX wants one."""
+    return emit.constant(torch.ones(node.args[1]).tolist(), dtype_of(node)) if weight is None else emit.get(weight)
+
+
 def _rms_norm(emit: Emitter, node: Node):
     x, shape, weight, eps = (*node.args, None, None)[:4]
     if len(shape) != 1:
         raise unsupported(node, "over several axes")
-    gain = emit.constant([1.0] * shape[0], dtype_of(node)) if weight is None else emit.get(weight)
+    gain = _gain(emit, node, weight)
     eps = torch.finfo(torch.float32).eps if eps is None else float(eps)
     return emit.op("RMSNormalization", emit.get(x), gain, axis=-1, epsilon=eps, stash_type=1)
 
@@ -61,7 +66,12 @@ def _rms_norm(emit: Emitter, node: Node):
 def _layer_norm(emit: Emitter, node: Node):
     x, shape, weight, bias, eps = (*node.args, *(None, None, 1e-5)[len(node.args) - 2 :])[:5]
     return emit.op(
-        "LayerNormalization", emit.get(x), emit.get(weight), emit.get(bias), axis=-len(shape), epsilon=float(eps)
+        "LayerNormalization",
+        emit.get(x),
+        _gain(emit, node, weight),
+        emit.get(bias),
+        axis=-len(shape),
+        epsilon=float(eps),
     )
 
 
