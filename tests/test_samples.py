@@ -213,10 +213,10 @@ def test_compare_peers(run, model, text):
 def test_auto_table(run, model, text):
     lines = run(
         "auto_table.py", model, "--calibration", text, "--text", text, "--windows", 1, "--window", 64,
-        "--schemes", "w4a16_g32",
+        "--schemes", "w4a16_g16",
     ).splitlines()  # fmt: skip
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
-    assert [row[1].split(":")[0] for row in rows[2:]] == ["w4a16_g32 everywhere", "chosen"]
+    assert [row[1].split(":")[0] for row in rows[2:]] == ["w4a16_g16 everywhere", "chosen"]
     assert all(float(row[2]) > 0 for row in rows[2:])
     one, chosen = (float(row[0].split()[0]) for row in rows[2:])
     assert chosen <= one
