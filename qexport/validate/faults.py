@@ -60,6 +60,8 @@ def fault_of_weight(x: Tensor, weight: Tensor, error: Tensor, scheme: str) -> st
         gain, share = _along(error, part @ columns.t(), energy)
         off = gain > _GAIN_OF_FEW_BITS if fmt.bits < 4 else gain.abs() > _GAIN
         gains += _groups(index, gain, off & (share > _SHARE_OF_GAIN))
+        if fmt.symmetric:  # without zero points none is wrong
+            continue
         step = (columns.amax(1) - columns.amin(1)).clamp_min(1e-30) / (2**fmt.bits - 1)
         offset, share = _along(error, part.sum(1, keepdim=True), energy)
         offsets += _groups(index, offset / step, ((offset / step).abs() > _OFFSET) & (share > _SHARE_OF_OFFSET))

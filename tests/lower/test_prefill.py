@@ -95,7 +95,7 @@ def block_differences(exported, blocks, prefix, mask):
         handed_on = next((n for n in read if n in results), block.outputs[0])
         twins = {n: got[names[n]] for n in results if n in names} | {handed_on: got[entry.output]}
         for name, twin in twins.items():
-            ours, theirs = (places.rows(v, names.get(name) == "logits") for v in (results[name], twin))
+            ours, theirs = (places.rows(v, names.get(name, "")) for v in (results[name], twin))
             rows.append((ours - theirs).abs().amax(-1) / ours.abs().max())
         values |= results | twins
     return torch.cat(rows)
