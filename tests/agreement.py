@@ -32,23 +32,29 @@ def differences(exported, mask):
     Before each block the values of both sides are made equal, so that each block answers for itself alone.
     """
     run, feeds = exported.in_onnxruntime_with_blocks(), prompt_feeds(exported.captured, tokens(*mask.shape), mask)
-    names = {port.value: port.name for port in exported.captured.outputs}
     rows = []
     for _ in range(1 + STEPS):
         got = run(feeds)
-        values = {port.value: feeds[port.name] for port in exported.captured.inputs}
-        places = Places.of(feeds, exported.manifest)
-        following = [*(b.inputs for b in exported.blocks[1:]), ["none"]]
-        for block, entry, read in zip(exported.blocks, exported.manifest.blocks, following, strict=True):
-            with torch.no_grad():
-                results = dict(zip(block.outputs, block.module(*(values[n] for n in block.inputs)), strict=True))
-            handed_on = next((n for n in read if n in results), block.outputs[0])
-            twins = {n: got[names[n]] for n in results if n in names} | {handed_on: got[entry.output]}
-            for name, twin in twins.items():
-                ours, theirs = (places.rows(v, names.get(name, "")) for v in (results[name], twin))
-                rows.append((ours - theirs).abs().amax(-1) / ours.abs().max())
-            values |= results | twins
+        rows.append(block_differences(exported, exported.blocks, feeds, got))
         feeds = next_feeds(feeds, got, got["logits"][:, -1].argmax(-1))
+    return torch.cat(rows)
+
+
+def block_differences(exported, blocks, feeds, got):
+    """The same for one call: its inputs, and what ONNX Runtime made, values that blocks hand on among it."""
+    names, rows = {port.value: port.name for port in exported.captured.outputs}, []
+    values = {port.value: feeds[port.name] for port in exported.captured.inputs}
+    places = Places.of(feeds, exported.manifest)
+    following = [*(b.inputs for b in blocks[1:]), ["none"]]
+    for block, entry, read in zip(blocks, exported.manifest.blocks, following, strict=True):
+        with torch.no_grad():
+            results = dict(zip(block.outputs, block.module(*(values[n] for n in block.inputs)), strict=True))
+        handed_on = next((n for n in read if n in results), block.outputs[0])
+        twins = {n: got[names[n]] for n in results if n in names} | {handed_on: got[entry.output]}
+        for name, twin in twins.items():
+            ours, theirs = (places.rows(v, names.get(name, "")) for v in (results[name], twin))
+            rows.append((ours - theirs).abs().amax(-1) / ours.abs().max())
+        values |= results | twins
     return torch.cat(rows)
 
 

@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from ..calibrate.streams import Feeds
+from ..calibrate.streams import Feeds, Progress
 from ..capture.graph import Captured
 from ..errors import InputError, RecipeError
 from ..lower.attention import Grouping
@@ -17,7 +17,7 @@ from ..recipe import Recipe
 from ..recipes.specs import FLOAT, Override, only
 from .allocate import Allocation, Choice, within_bytes, within_kl
 from .costs import scheme_costs
-from .importance import Importance, Progress
+from .importance import Importance
 from .schemes import SCHEMES
 
 # Of the KL of rounding to nearest, what methods that look at activations leave; until an export is measured.

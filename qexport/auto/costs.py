@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ..calibrate.streams import Feeds
+from ..calibrate.streams import Feeds, Progress
 from ..capture.graph import Captured
 from ..numerics.formats import Scheme
 from ..numerics.straight_through import round_weight
@@ -14,7 +14,7 @@ from ..passes.edit import get_tensor, set_tensor
 from ..passes.embedding import EmbeddingPlan, table_bytes
 from ..passes.plan import LinearPlan, fit, weight_bytes
 from .allocate import Choice
-from .importance import Felt, Importance, Progress, felt
+from .importance import Felt, Importance, felt
 
 
 @dataclass(frozen=True)

@@ -85,7 +85,7 @@ def export_auto(
     """Quantize a language model with the schemes that keep it closest to the float one in a file of a given size.
 
     What each scheme would cost in each linear is found by one pass forward and one back through the float model, on the
-    calibration data. Linears that read one value get one scheme, so that one product serves them.
+    calibration data.
 
     Args:
         model, out_dir, target, calibration, overwrite, dtype, attention, trust_remote_code, progress: as for `export`.
@@ -134,16 +134,19 @@ def export_auto(
         logits = compare_logits(reference, judged.windows, run, partial(progress, "logits"))
         if logits.kl_mean is None:
             raise InputError("NaN or Inf comes out of the export", remedy="See `qexport validate` of a plain export")
-        real = deployed_costs(
-            trial, made.manifest, captured, feeds, chooser.importance, transformed=transforms(trial), provider=provider,
-            progress=partial(progress, "costs"),
-        )  # fmt: skip
-        chooser.learn(allocation, real, logits.kl_mean)
         return _Trial(allocation, foretold, made, logits)
+
+    def learn(trial: _Trial) -> None:
+        folder = trial.made.folder
+        real = deployed_costs(
+            folder, trial.made.manifest, captured, feeds, chooser.importance, transformed=transforms(folder),
+            provider=provider, progress=partial(progress, "costs"),
+        )  # fmt: skip
+        chooser.learn(trial.allocation, real, trial.kl)
 
     try:
         search = _for_bytes if max_kl is None else _for_kl
-        best, exports = search(chooser, max_bytes if max_kl is None else max_kl, attempt)
+        best, exports = search(chooser, max_bytes if max_kl is None else max_kl, attempt, learn)
         result = AutoResult(
             replace(best.made, folder=out), _schemes(best.made), best.foretold,
             best.logits, judged.described, exports,
@@ -175,10 +178,14 @@ class _Trial:
         return self.logits.kl_mean
 
 
-def _for_bytes(chooser: Chooser, most: int, attempt: Callable[[Allocation], _Trial]) -> tuple[_Trial, int]:
+def _for_bytes(
+    chooser: Chooser, most: int, attempt: Callable[[Allocation], _Trial], learn: Callable[[_Trial], None]
+) -> tuple[_Trial, int]:
     """The closest of some exports that are small enough, and how many there were."""
-    small, exports = [], 0
+    small, exports, trial = [], 0, None
     while len(small) < _ENOUGH_EXPORTS:
+        if trial is not None:
+            learn(trial)
         allocation = chooser.within_bytes(most)
         if small and small[-1].allocation.schemes == allocation.schemes:
             break
@@ -189,7 +196,9 @@ def _for_bytes(chooser: Chooser, most: int, attempt: Callable[[Allocation], _Tri
     return min(small, key=lambda trial: trial.kl), exports
 
 
-def _for_kl(chooser: Chooser, most: float, attempt: Callable[[Allocation], _Trial]) -> tuple[_Trial, int]:
+def _for_kl(
+    chooser: Chooser, most: float, attempt: Callable[[Allocation], _Trial], learn: Callable[[_Trial], None]
+) -> tuple[_Trial, int]:
     """The smallest of some exports that are close enough, and how many there were.
 
     Raises:
@@ -198,6 +207,8 @@ def _for_kl(chooser: Chooser, most: float, attempt: Callable[[Allocation], _Tria
     trials: list[_Trial] = []
     close: list[_Trial] = []
     while len(trials) < _MOST_EXPORTS and len(close) < _ENOUGH_EXPORTS:
+        if trials:
+            learn(trials[-1])
         allocation = chooser.within_kl(most * (1 - _CLOSE / 2)) or chooser.best()
         if any(trial.allocation.schemes == allocation.schemes for trial in trials):
             break  # there is nothing else to try

@@ -10,7 +10,7 @@ One block's weights are in memory; what blocks read lies in a temporary folder b
 """
 
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,14 +20,12 @@ from torch import Tensor
 from torch.fx import Interpreter, Node
 
 from ..calibrate.float_model import weights_of
-from ..calibrate.streams import Feeds, Stream, last_readers
+from ..calibrate.streams import Feeds, Progress, stream_of
 from ..capture.blocks import Block
 from ..capture.graph import Captured
 from ..passes.sites import Linear, linears
 
 _SEED = 20230209
-
-Progress = Callable[[str, int, int], None]  # what, done, total
 
 
 @dataclass(frozen=True)
@@ -89,9 +87,7 @@ def felt(captured: Captured, feeds: Sequence[Feeds], progress: Progress | None =
 
 
 def _there(captured: Captured, feeds: Sequence[Feeds], places: Sequence[Path], progress: Progress | None) -> None:
-    keep = last_readers(captured)
-    batches = [{port.value: batch[port.name] for port in captured.inputs if port.value in keep} for batch in feeds]
-    stream = Stream(batches, [None] * len(batches), keep)
+    stream = stream_of(captured, feeds)
     for index, (block, place) in enumerate(zip(captured.blocks, places, strict=True)):
         if progress:
             progress(block.name, index, 2 * len(places))

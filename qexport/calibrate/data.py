@@ -13,7 +13,7 @@ from .encoder_inputs import encoder_stream
 from .float_model import fits_in_memory, loaded
 from .self_text import continue_text
 from .sources import Samples, load_samples
-from .streams import Stream, last_readers, make_stream, module_feeds
+from .streams import Stream, make_stream, module_feeds, stream_of
 
 Progress = Callable[[str, str, int, int], None]  # stage, what, done, total
 
@@ -77,9 +77,5 @@ def _module_batches(captured: Captured, data) -> tuple[Callable[[], Stream], str
             "this recipe calibrates, and an nn.Module has no text", place="calibration",
             remedy="Pass calibration=[(input, ...), ...], one tuple for each batch",
         )  # fmt: skip
-    keep = last_readers(captured)
-    batches = [
-        {port.value: fed[port.name] for port in captured.inputs if port.value in keep}
-        for fed in module_feeds(captured, data, "calibration")
-    ]
-    return lambda: Stream(batches, [None] * len(batches), keep), f"{len(batches)} batches given by the caller"
+    feeds = module_feeds(captured, data, "calibration")
+    return lambda: stream_of(captured, feeds), f"{len(feeds)} batches given by the caller"

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from ..capture.graph import Captured
 from .sources import Samples
-from .streams import Stream, last_readers
+from .streams import Stream, stream_of
 
 
 def encoder_inputs(captured: Captured, ids: Tensor, mask: Tensor) -> dict[str, Tensor]:
@@ -24,14 +24,10 @@ def encoder_inputs(captured: Captured, ids: Tensor, mask: Tensor) -> dict[str, T
 
 def encoder_stream(captured: Captured, samples: Samples, batch_size: int) -> Stream:
     """The model's inputs for calibration samples."""
-    keep = last_readers(captured)
-    found, masks = [], []
     ids = with_last_token(samples.input_ids, captured)  # their rows end with a token
-    for part, mask in zip(ids.split(batch_size), samples.attention_mask.split(batch_size), strict=True):
-        feeds = encoder_inputs(captured, part, mask)
-        found.append({port.value: feeds[port.name] for port in captured.inputs if port.value in keep})
-        masks.append(feeds["attention_mask"].bool())
-    return Stream(found, masks, keep)
+    pairs = zip(ids.split(batch_size), samples.attention_mask.split(batch_size), strict=True)
+    feeds = [encoder_inputs(captured, *pair) for pair in pairs]
+    return stream_of(captured, feeds, [batch["attention_mask"].bool() for batch in feeds])
 
 
 def with_last_token(ids: Tensor, captured: Captured) -> Tensor:

@@ -10,9 +10,7 @@ from ..errors import within
 from ..numerics.observers import AbsmaxObserver
 from .float_model import weights_of
 from .memory import trim
-from .streams import Stream, collect
-
-Progress = Callable[[str, int, int], None]
+from .streams import Progress, Stream, collect
 
 
 def _silent(name: str, done: int, total: int) -> None:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 
 import torch
 from torch.fx import GraphModule, Interpreter, Node
@@ -14,6 +15,7 @@ from ..passes.edit import is_call
 from .sources import Samples
 
 Feeds = Mapping[str, torch.Tensor]  # the model's inputs by public name
+Progress = Callable[[str, int, int], None]  # what, done, total
 
 
 class Stream:
@@ -53,15 +55,28 @@ def last_readers(captured: Captured) -> dict[str, int]:
     return {name: index for index, block in enumerate(captured.blocks) for name in block.inputs}
 
 
+def stream_of(
+    captured: Captured,
+    feeds: Sequence[Feeds],
+    masks: Sequence[torch.Tensor | None] | None = None,
+    keep_too: Mapping[str, int] = MappingProxyType({}),
+) -> Stream:
+    """The values that the first blocks read, for each batch.
+
+    Args:
+        feeds: the model's inputs by public name; masks: as `Stream` takes them, None for no padding anywhere.
+        keep_too: values to keep longer than any block reads them, see `Stream`.
+    """
+    keep = last_readers(captured)
+    batches = [{port.value: batch[port.name] for port in captured.inputs if port.value in keep} for batch in feeds]
+    return Stream(batches, masks or [None] * len(batches), keep | dict(keep_too))
+
+
 def make_stream(captured: Captured, samples: Samples, batch_size: int) -> Stream:
     """The model's inputs for calibration samples, cache empty."""
-    keep = last_readers(captured)
-    batches, masks = [], []
-    for ids, mask in zip(samples.input_ids.split(batch_size), samples.attention_mask.split(batch_size), strict=True):
-        feeds = decoder_inputs(captured, ids, mask)
-        batches.append({port.value: feeds[port.name] for port in captured.inputs if port.value in keep})
-        masks.append(mask.bool())
-    return Stream(batches, masks, keep)
+    masks = samples.attention_mask.split(batch_size)
+    pairs = zip(samples.input_ids.split(batch_size), masks, strict=True)
+    return stream_of(captured, [decoder_inputs(captured, *pair) for pair in pairs], [mask.bool() for mask in masks])
 
 
 def decoder_inputs(captured: Captured, ids: torch.Tensor, mask: torch.Tensor) -> dict[str, torch.Tensor]:

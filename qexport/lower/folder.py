@@ -105,7 +105,7 @@ def write_companions(
 ) -> None:
     """Configs, tokenizer, licence, recipe, manifest and report beside the model."""
     manifests.save(manifest, folder)
-    (folder / "recipe.yaml").write_text(recipe_yaml, encoding="utf-8")
+    (folder / manifests.RECIPE_FILE).write_text(recipe_yaml, encoding="utf-8")
     (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     if source is None:
         return

@@ -10,11 +10,9 @@ from pydantic import ValidationError
 
 from ..errors import InputError
 from ..runtime import manifest as manifests
-from ..runtime.manifest import Manifest, read_json
+from ..runtime.manifest import RECIPE_FILE, Manifest, read_json
 from ..validate.record import KEY, REPORT_FILE
 from ..validate.report import Report
-
-RECIPE_FILE = "recipe.yaml"
 
 
 @dataclass(frozen=True)

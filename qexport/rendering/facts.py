@@ -7,9 +7,10 @@ import yaml
 
 from ..console import megabytes
 from ..recipes.specs import only
+from ..runtime.manifest import RECIPE_FILE
 from ..validate.report import Logits, Report
 from ..validate.wording import decibels, own, worst_first
-from .exported import RECIPE_FILE, Exported
+from .exported import Exported
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ FORMAT = 1
 MANIFEST_FILE = "manifest.json"
 MODEL_FILE = "model.onnx"
 GENAI_FILE = "genai_config.json"
+RECIPE_FILE = "recipe.yaml"
 CPU = "CPUExecutionProvider"
 CUDA = "CUDAExecutionProvider"
 

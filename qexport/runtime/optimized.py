@@ -17,7 +17,7 @@ from . import cache
 from . import manifest as manifests
 from .decoder import Decoder
 from .layout import DATA_FILE, SHARED_FILE, lay_out
-from .manifest import CPU, GENAI_FILE, MANIFEST_FILE, MODEL_FILE, Manifest
+from .manifest import CPU, GENAI_FILE, MANIFEST_FILE, MODEL_FILE, RECIPE_FILE, Manifest
 from .session import open_session, session_options, start
 
 _SAVING = {
@@ -27,7 +27,7 @@ _SAVING = {
 }
 _TRIAL_TOKENS = 16  # a prompt, where a file tells prompts from steps
 # Files beside the model that onnxruntime-genai has no use for.
-_NOT_COPIED = (MANIFEST_FILE, GENAI_FILE, "report.json", "recipe.yaml")
+_NOT_COPIED = (MANIFEST_FILE, GENAI_FILE, "report.json", RECIPE_FILE)
 _COPIED_TYPES = (".json", ".jinja", ".model", ".txt")
 
 

@@ -1,15 +1,13 @@
 """What the linears of a deployed file really cost in KL, each by its own error."""
 
 from collections.abc import Mapping, Sequence
-from functools import partial
 from pathlib import Path
 
 from ..auto.importance import Importance
 from ..capture.graph import Captured
 from ..runtime.manifest import Manifest
-from .probes import BUDGET, Deployed, in_groups, probes
+from .probes import Deployed
 from .reference import Feeds, Progress, watch
-from .running import run_values
 
 
 def deployed_costs(
@@ -22,9 +20,8 @@ def deployed_costs(
         feeds: those that the importance was found on.
         transformed: see `Row.rescaled`.
     """
-    groups = in_groups(probes(captured, manifest, sum(batch["input_ids"].numel() for batch in feeds)), BUDGET)
-    run = partial(run_values, folder, manifest, feeds=feeds, threads=None, provider=provider)
-    deployed, costs = Deployed(groups, run, transformed), {}
+    rows, costs = sum(batch["input_ids"].numel() for batch in feeds), {}
+    deployed = Deployed(folder, manifest, captured, feeds, rows=rows, transformed=transformed, provider=provider)
     for index, seen in enumerate(watch(captured, feeds, set(importance), deployed.forced)):
         progress(seen.block.name, index, len(captured.blocks))
         for entry in deployed.probe.linears:

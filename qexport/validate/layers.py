@@ -5,7 +5,6 @@ next to it and shares its data. Values are read for a few blocks at a time, as m
 """
 
 from collections.abc import Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 
@@ -19,12 +18,12 @@ from ..runtime.session import OptimizedGraph, optimized_graph, unfused
 from .faults import with_faults
 from .noise import Noise, weight_faults
 from .placement import expected, moved, placed
-from .probes import BUDGET, Deployed, in_groups, probes
+from .probes import BUDGET, Deployed
 from .ranges import input_range, static_limits
 from .record import branch_gains
 from .reference import Feeds, Progress, Watched, channelwise, flat, watch
 from .report import Layers, Row
-from .running import run_values, with_outputs
+from .running import with_outputs
 
 
 def compare_layers(
@@ -46,13 +45,14 @@ def compare_layers(
         InputError: the folder cannot be written, or its file lacks a value of the manifest.
         RuntimeProblem: ONNX Runtime fails.
     """
-    groups = in_groups(probes(captured, manifest, rows), budget)
-    everything = dict.fromkeys(value for group in groups for probe in group for value in probe.values())
+    deployed = Deployed(
+        folder, manifest, captured, feeds, rows=rows, transformed=transformed, threads=threads, provider=provider,
+        budget=budget,
+    )  # fmt: skip
+    everything = dict.fromkeys(value for group in deployed.groups for probe in group for value in probe.values())
     with with_outputs(folder, list(everything)) as path:
         # Additional outputs can only prevent fusions: where all of them leave a linear its operator, some do.
         strayed = moved(plain, optimized_graph(path, manifest, provider=provider), manifest)
-    run = partial(run_values, folder, manifest, feeds=feeds, threads=threads, provider=provider)
-    deployed = Deployed(groups, run, transformed)
     limits = static_limits(folder)
     noise = Noise(folder, manifest, limits, threads, provider)
     linear_rows: dict[str, Row] = {}
@@ -91,7 +91,7 @@ def compare_layers(
     }
     return Layers(
         tokens=rows, linears=with_faults(found, ranges, wrong, deployed.behind), blocks=tuple(block_rows),
-        sessions=len(groups), moved=strayed, attentions=tuple(attention_rows), ranges=tuple(ranges),
+        sessions=len(deployed.groups), moved=strayed, attentions=tuple(attention_rows), ranges=tuple(ranges),
     )  # fmt: skip
 
 

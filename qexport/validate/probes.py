@@ -1,7 +1,9 @@
 """What is read of the deployed file: values of linears and blocks, for as many blocks at a time as fit a budget."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
 
 import numpy as np
 from torch import Tensor
@@ -12,7 +14,8 @@ from ..passes.edit import shape_of
 from ..passes.sites import fold_sites, linears
 from ..runtime.manifest import BlockEntry, LinearEntry, Manifest
 from .attentions import attentions
-from .reference import Forced, Watched, channelwise, flat
+from .reference import Feeds, Forced, Watched, channelwise, flat
+from .running import run_values
 
 BUDGET = 1 << 29  # bytes of deployed values in memory at once
 
@@ -87,7 +90,13 @@ def in_groups(found: Sequence[Probe], budget: int) -> list[list[Probe]]:
 class Deployed:
     """Deployed values, those of one group of blocks at a time.
 
+    Args:
+        feeds: the model's inputs by public name, one dict for each batch; rows: of every value, over all of them.
+        transformed: the export folded factors into linears; see `Row.rescaled`.
+        budget: bytes of deployed values in memory at once.
+
     Attributes:
+        groups: the blocks whose values are read at once.
         probe: of the block entered last.
         values: by name in the file, a tensor for each batch.
         state: what the block before handed on, kept across groups; None where it is unknown.
@@ -95,10 +104,13 @@ class Deployed:
     """
 
     def __init__(
-        self, groups: Sequence[Sequence[Probe]], run: Callable[[list[str]], dict[str, list[Tensor]]], transformed: bool
-    ):
-        self._groups = {probe.block: (probe, group) for group in groups for probe in group}
-        self._run, self._transformed = run, transformed
+        self, folder: Path, manifest: Manifest, captured: Captured, feeds: Sequence[Feeds], *, rows: int,
+        transformed: bool, threads: int | None = None, provider: str | None = None, budget: int = BUDGET,
+    ):  # fmt: skip
+        self.groups = in_groups(probes(captured, manifest, rows), budget)
+        self._places = {probe.block: (probe, group) for group in self.groups for probe in group}
+        self._run = partial(run_values, folder, manifest, feeds=feeds, threads=threads, provider=provider)
+        self._transformed = transformed
         self.behind: dict[str, str] = {}
         self.values: dict[str, list[Tensor]] = {}
         self.state: list[Tensor] | None = None
@@ -106,7 +118,7 @@ class Deployed:
 
     def enter(self, block: str) -> Probe:
         """Go on to a block, in order; the values of its group are there when this returns."""
-        self.probe, group = self._groups.get(block, (Probe(block, (), None, 0), ()))
+        self.probe, group = self._places.get(block, (Probe(block, (), None, 0), ()))
         if group and self.probe is group[0]:
             self.values = {}  # before the next ones come
             self.values = self._run(list(dict.fromkeys(value for member in group for value in member.values())))

@@ -12,15 +12,13 @@ from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
 
 from ..calibrate.float_model import weights_of
-from ..calibrate.streams import Feeds, Stream, decoder_inputs, last_readers
+from ..calibrate.streams import Feeds, Progress, decoder_inputs, stream_of
 from ..capture.blocks import Block
 from ..capture.graph import Captured
 from ..errors import InputError
 from ..passes.edit import attributes, set_tensor, unload
 from ..passes.sites import linears
 from ..runtime.manifest import MODEL_FILE, Manifest
-
-Progress = Callable[[str, int, int], None]  # what, done, total
 
 _FLOATS = {
     onnx.TensorProto.FLOAT: torch.float32, onnx.TensorProto.FLOAT16: torch.float16,
@@ -98,7 +96,7 @@ class FloatOutputs:
         self._captured, self._last = captured, captured.blocks[-1]
         self._ports = [port for port in captured.outputs if port.name in names]
         end = len(captured.blocks)
-        self._stream = _stream(captured, feeds, {port.value: end for port in self._ports})
+        self._stream = stream_of(captured, feeds, keep_too={port.value: end for port in self._ports})
         for index, block in enumerate(captured.blocks[:-1]):
             if progress:
                 progress(block.name, index, end)
@@ -169,7 +167,7 @@ def watch(
         wanted: names of linears.
         forced: asked once for every block, before it runs.
     """
-    stream = _stream(captured, feeds, {})
+    stream = stream_of(captured, feeds)
     state_name = None
     for index, block in enumerate(captured.blocks):
         nodes = {found.node: found.name for found in linears(block.module.graph) if found.name in wanted}
@@ -196,12 +194,6 @@ def watch(
             stream.advance(block, index)
         yield seen
         state_name = captured.handed_on(block)
-
-
-def _stream(captured: Captured, feeds: Sequence[Feeds], keep_too: Mapping[str, int]) -> Stream:
-    keep = last_readers(captured)
-    batches = [{port.value: batch[port.name] for port in captured.inputs if port.value in keep} for batch in feeds]
-    return Stream(batches, [None] * len(batches), keep | dict(keep_too))
 
 
 class _Watch(Interpreter):

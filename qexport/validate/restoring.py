@@ -7,7 +7,6 @@ session serves for all, with the deployed weights; of the float model one block 
 
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 
 import onnx
@@ -19,9 +18,9 @@ from ..capture.graph import Captured
 from ..runtime.branches import PROMPTS, only
 from ..runtime.manifest import MODEL_FILE, LinearEntry, Manifest
 from ..runtime.session import open_session
-from .probes import BUDGET, Deployed, in_groups, probes
+from .probes import Deployed
 from .reference import Feeds, FloatOutputs, Progress, channel_factors, flat, watch
-from .running import beside, run_session, run_values
+from .running import beside, run_session
 
 _PREFIX = "correction of "
 
@@ -29,7 +28,7 @@ _PREFIX = "correction of "
 def kl_costs(
     folder: Path, manifest: Manifest, captured: Captured, feeds: Sequence[Feeds], *, transformed: bool,
     names: Collection[str] | None = None, threads: int | None = None, provider: str | None = None,
-    budget: int = BUDGET, progress: Progress | None = None,
+    progress: Progress | None = None,
 ) -> tuple[float, dict[str, float]]:  # fmt: skip
     """The mean KL of the deployed model, and by how much it falls when one linear's value is the float one.
 
@@ -39,7 +38,6 @@ def kl_costs(
         feeds: the decoder's inputs by public name, one dict for each batch.
         names: of the linears to restore; None for all.
         transformed: the export folded factors into linears; their values are restored up to one factor a channel.
-        budget: bytes of deployed values in memory at once.
 
     Returns:
         (KL over the tokens of all batches, falls by name of the linear; the first block's name where it quantizes the
@@ -49,13 +47,13 @@ def kl_costs(
         InputError, RuntimeProblem: as `compare_layers`.
     """
     rows = sum(batch["input_ids"].numel() for batch in feeds)
-    groups = in_groups(probes(captured, manifest, rows), budget)
-    run = partial(run_values, folder, manifest, feeds=feeds, threads=threads, provider=provider)
-    deployed = Deployed(groups, run, transformed)
+    deployed = Deployed(
+        folder, manifest, captured, feeds, rows=rows, transformed=transformed, threads=threads, provider=provider,
+    )  # fmt: skip
     table = _embedding(folder, captured, manifest)
     entries = {entry.name: entry for entry in manifest.linears if names is None or entry.name in names}
     values = [entry.output for entry in entries.values()] + ([table] if table else [])
-    with _correctable(folder, dict.fromkeys(values)) as path:
+    with _correctable(folder, values) as path:
         session = open_session(path, manifest, threads=threads, provider=provider)
     corrected = _Corrected(session, feeds, _float_logits(captured, feeds))
     whole, falls = corrected.kl(), {}
@@ -99,19 +97,18 @@ def _embedding(folder: Path, captured: Captured, manifest: Manifest) -> str:
 
 
 @contextmanager
-def _correctable(folder: Path, values: Iterator[str]):
+def _correctable(folder: Path, values: Collection[str]) -> Iterator[Path]:
     """Path of a model.onnx in which every named value gets an addend from outside, beside the same data."""
     model = only(onnx.load(folder / MODEL_FILE, load_external_data=False), PROMPTS)
     graph = model.graph
-    wanted, kinds = set(values), {value.name: value.type.tensor_type.elem_type for value in graph.output}
-    nodes = []
+    wanted, nodes = set(values), []
     for node in graph.node:
         nodes.append(node)
         for place, name in enumerate(node.output):
             if name in wanted:
                 node.output[place] = f"{name} before"
                 nodes.append(onnx.helper.make_node("Add", [node.output[place], _PREFIX + name], [name]))
-    element = kinds["logits"]
+    element = next(value.type.tensor_type.elem_type for value in graph.output if value.name == "logits")
     graph.input.extend(onnx.helper.make_tensor_value_info(_PREFIX + name, element, None) for name in wanted)
     del graph.node[:]
     graph.node.extend(nodes)

@@ -10,12 +10,11 @@ from ..errors import InputError, RecipeError
 from ..numerics.formats import Scheme
 from ..planning import plan_for
 from ..recipe import Recipe
-from ..runtime.manifest import Manifest
+from ..runtime.manifest import RECIPE_FILE, Manifest
 from .reference import Feeds, Progress
 from .report import Better, Row, Sensitivity
 from .restoring import kl_costs
 
-RECIPE_FILE = "recipe.yaml"
 _MOST_RESTORED = 12  # linears that are restored to float, each a run of the deployed model
 _MOST_SUGGESTED = 10
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import agreement
-from agreement import ROUNDING, STEP, Places
+from agreement import ROUNDING, STEP
 from exporting import session_runner
 from passing import block_of
 from qexport import optimize
@@ -84,21 +84,7 @@ def branch_runner(exported, prefix):
 def block_differences(exported, blocks, prefix, mask):
     """As `agreement.differences`, for one call through one branch."""
     feeds = prompt_feeds(exported.captured, tokens(*mask.shape), mask)
-    got = branch_runner(exported, prefix)(feeds)
-    values = {port.value: feeds[port.name] for port in exported.captured.inputs}
-    names = {port.value: port.name for port in exported.captured.outputs}
-    places, rows = Places.of(feeds, exported.manifest), []
-    following = [*(block.inputs for block in blocks[1:]), ["none"]]
-    for block, entry, read in zip(blocks, exported.manifest.blocks, following, strict=True):
-        with torch.no_grad():
-            results = dict(zip(block.outputs, block.module(*(values[n] for n in block.inputs)), strict=True))
-        handed_on = next((n for n in read if n in results), block.outputs[0])
-        twins = {n: got[names[n]] for n in results if n in names} | {handed_on: got[entry.output]}
-        for name, twin in twins.items():
-            ours, theirs = (places.rows(v, names.get(name, "")) for v in (results[name], twin))
-            rows.append((ours - theirs).abs().amax(-1) / ours.abs().max())
-        values |= results | twins
-    return torch.cat(rows)
+    return agreement.block_differences(exported, blocks, feeds, branch_runner(exported, prefix)(feeds))
 
 
 @pytest.mark.parametrize("case", CASES)

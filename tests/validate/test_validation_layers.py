@@ -10,7 +10,8 @@ from qexport.recipe import Recipe
 from qexport.runtime import manifest as manifests
 from qexport.runtime.manifest import BlockEntry
 from qexport.runtime.session import optimized_graph
-from qexport.validate import layers, validate
+from qexport.validate import probes as reading
+from qexport.validate import validate
 from qexport.validate.layers import compare_layers
 from qexport.validate.probes import Probe, in_groups, probes
 from qexport.validate.reference import FloatOutputs, Forced, decoder_feeds, watch
@@ -48,9 +49,9 @@ def feeds_of(captured):
 def test_a_small_budget_gives_the_same_rows_block_by_block(decoder, monkeypatch):
     captured, folder, manifest = decoder
     graph, asked = optimized_graph(folder, manifest), []
-    real = layers.run_values
+    real = reading.run_values
     monkeypatch.setattr(
-        layers, "run_values", lambda f, m, values, **rest: asked.append(list(values)) or real(f, m, values, **rest)
+        reading, "run_values", lambda f, m, values, **rest: asked.append(list(values)) or real(f, m, values, **rest)
     )
     options = dict(rows=20, transformed=False)
     whole = compare_layers(folder, manifest, captured, feeds_of(captured), graph, **options)
