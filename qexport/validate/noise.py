@@ -25,6 +25,7 @@ from .running import beside, run_session
 
 ROWS = 256
 _UNEXPLAINED = 0.01  # of what linears read; a cache of 4 bits leaves less
+_SIGNAL = 0.01  # of a channel, of the median channel's
 _CUT = "noise/"  # in front of the names of values that are given instead of computed
 
 
@@ -167,10 +168,16 @@ def weight_faults(
 
 
 def _factors(want: Sequence[Tensor], got: Sequence[Tensor]) -> Tensor | None:
-    """The factor of each channel of `got`, [K], 0 where there is no signal; None where factors do not explain it."""
+    """The factor of each channel of `got`, [K], 0 where none can be told; None where factors do not explain it.
+
+    None can be told of a channel with next to no signal: behind a ReLU that hardly opens the rounding in front decides
+    how far it does.
+    """
     pairs = [(w.flatten(0, -2), g.flatten(0, -2).float()) for w, g in zip(want, got, strict=True)]
     square = sum(w.square().sum(0, dtype=torch.float64) for w, _ in pairs)
     factor = (sum((w * g).sum(0, dtype=torch.float64) for w, g in pairs) / square.clamp_min(1e-30)).float()
-    rest = sum(float((g - w * factor).square().sum()) for w, g in pairs)
-    whole = sum(float(g.square().sum()) for _, g in pairs)
-    return factor if rest <= _UNEXPLAINED * whole else None
+    rest = sum((g - w * factor).square().sum(0, dtype=torch.float64) for w, g in pairs)
+    whole = sum(g.square().sum(0, dtype=torch.float64) for _, g in pairs)
+    if rest.sum() > _UNEXPLAINED * whole.sum():
+        return None
+    return torch.where(whole > _SIGNAL**2 * whole[whole > 0].median(), factor, 0.0) if whole.any() else factor
