@@ -1,7 +1,8 @@
 """Quantize PyTorch models through torch.fx passes and run them in ONNX Runtime.
 
 Everything public is here: `export`, `export_auto`, `inspect`, `validate`, `generate`, `bench`, `study`, `optimize`,
-`diagnose`, `render`, `compare`, and the types they take and return. Names are loaded when they are first used, so that
+`diagnose`, `render`, `compare`, for encoder-decoders `export_seq2seq`, `validate_seq2seq` and `open_seq2seq`, and the
+types they take and return. Names are loaded when they are first used, so that
 importing qexport costs nothing.
 """
 
@@ -29,12 +30,19 @@ if TYPE_CHECKING:
     from .runtime.generate import generate_text as generate  # noqa: F401
     from .runtime.optimized import OptimizedInfo as OptimizedInfo
     from .runtime.optimized import optimize as optimize
+    from .runtime.seq2seq import EncoderDecoder as EncoderDecoder
+    from .runtime.seq2seq import open_seq2seq as open_seq2seq
+    from .seq2seq.exporting import Seq2SeqResult as Seq2SeqResult
+    from .seq2seq.exporting import export_seq2seq as export_seq2seq
+    from .seq2seq.validating import Seq2SeqReport as Seq2SeqReport
+    from .seq2seq.validating import validate_seq2seq as validate_seq2seq
     from .study import Grid as Grid
     from .study import study as study
     from .validate import validate as validate
 
 _WHERE = {
     "AutoResult": ("auto.exporting", "AutoResult"),
+    "EncoderDecoder": ("runtime.seq2seq", "EncoderDecoder"),
     "ExportResult": ("export", "ExportResult"),
     "Grid": ("study.grid", "Grid"),
     "Inspection": ("inspecting", "Inspection"),
@@ -42,17 +50,22 @@ _WHERE = {
     "QExportError": ("errors", "QExportError"),
     "Recipe": ("recipe", "Recipe"),
     "Sampling": ("runtime.generate", "Sampling"),
+    "Seq2SeqReport": ("seq2seq.validating", "Seq2SeqReport"),
+    "Seq2SeqResult": ("seq2seq.exporting", "Seq2SeqResult"),
     "bench": ("runtime.bench", "bench"),
     "compare": ("rendering", "compare"),
     "diagnose": ("runtime.doctor", "diagnose"),
     "export": ("export", "export"),
     "export_auto": ("auto.exporting", "export_auto"),
+    "export_seq2seq": ("seq2seq.exporting", "export_seq2seq"),
     "generate": ("runtime.generate", "generate_text"),
     "inspect": ("inspecting", "inspect"),
+    "open_seq2seq": ("runtime.seq2seq", "open_seq2seq"),
     "optimize": ("runtime.optimized", "optimize"),
     "render": ("rendering", "render"),
     "study": ("study", "study"),
     "validate": ("validate", "validate"),
+    "validate_seq2seq": ("seq2seq.validating", "validate_seq2seq"),
 }
 
 __all__ = sorted([*_WHERE, "__version__"])

@@ -126,8 +126,24 @@ def export(
     chosen = chosen.with_calibration(samples=samples, sequence_length=sequence_length, seed=seed)
     console.quiet_libraries()
     from .reporting import auto_summary, export_summary, print_auto, print_export
+    from .seq2seq import encoder_decoder
 
     _imported()
+    if (pair := encoder_decoder(model, trust_remote_code=trust_remote_code)) is not None:
+        if auto or resume or logits != "all":
+            raise InputError("an encoder-decoder takes neither --auto nor --resume nor --logits last", place=model)
+        from .seq2seq import printing
+
+        with console.showing_progress() as progress:
+            both = qexport.export_seq2seq(
+                pair, chosen, out_dir=out, target=target, dtype=dtype, calibration=calibration, overwrite=overwrite,
+                progress=progress,
+            )  # fmt: skip
+        if as_json:
+            console.print_json(printing.summary(both))
+        else:
+            printing.print_exported(both)
+        return
     if auto:
         if resume or logits != "all":
             raise InputError("--auto measures what it exports: it takes neither --resume nor --logits last")
@@ -181,8 +197,21 @@ def inspect(
     chosen = qexport.Recipe.load(recipe).with_calibration(**given)
     console.quiet_libraries()
     from .reporting import print_inspection
+    from .seq2seq import encoder_decoder
 
     _imported()
+    if (pair := encoder_decoder(model, trust_remote_code=trust_remote_code)) is not None:
+        if calibrate or calibration is not None or any(v is not None for v in given.values()):
+            raise InputError("ranges of an encoder-decoder are measured by its export only", place=model)
+        from .seq2seq import printing
+        from .seq2seq.exporting import inspect_seq2seq
+
+        both = inspect_seq2seq(pair, chosen, target=target, dtype=dtype)
+        if as_json:
+            console.print_json(both.as_dict())
+        else:
+            printing.print_inspected(both, all_layers)
+        return
     with console.showing_progress() as progress:
         found = qexport.inspect(
             model, chosen, target=target, dtype=dtype, attention=attention, trust_remote_code=trust_remote_code,
@@ -223,8 +252,24 @@ def validate(
 
     console.quiet_libraries()
     from .reporting import print_validation
+    from .runtime.seq2seq import is_seq2seq
 
     _imported()
+    if is_seq2seq(folder):
+        if references or sensitivity:
+            raise InputError("an encoder-decoder takes neither --references nor --sensitivity", place=str(folder))
+        from .seq2seq import printing
+
+        with console.showing_progress() as progress:
+            both = qexport.validate_seq2seq(
+                folder, reference, text=text, windows=windows, window=min(window, 128), new_tokens=greedy,
+                threads=threads, provider=provider, progress=progress,
+            )  # fmt: skip
+        if as_json:
+            console.print_json(both.model_dump(mode="json"))
+        else:
+            printing.print_validated(both)
+        return
     with console.showing_progress() as progress:
         report = qexport.validate(
             folder,

@@ -71,7 +71,7 @@ class ExportResult:
 
 
 def export(
-    model: str | os.PathLike | torch.nn.Module,
+    model: str | os.PathLike | torch.nn.Module | Captured,
     recipe: str | os.PathLike | Recipe = "w4a16_g32",
     *,
     out_dir: str | os.PathLike,
@@ -91,7 +91,7 @@ def export(
     """Quantize a model and write it as a folder that ONNX Runtime runs.
 
     Args:
-        model: a Hugging Face id, a folder, a GGUF file, or an nn.Module (with example_inputs).
+        model: a Hugging Face id, a folder, a GGUF file, an nn.Module (with example_inputs), or a captured model.
         recipe: name of a preset, a scheme, a YAML file, or a Recipe.
         out_dir: the folder to make; it appears when everything is done.
         target: "cpu" or "cuda".
@@ -195,6 +195,8 @@ def capture(
     model, example_inputs: Inputs | None = None, dynamic_shapes: Axes | None = None, *, trust_remote_code: bool = False
 ) -> Captured:
     """Capture whatever a user passes as a model; see `export`."""
+    if isinstance(model, Captured):
+        return model
     if isinstance(model, torch.nn.Module):
         if example_inputs is None:
             raise InputError("an nn.Module needs example_inputs", remedy="Pass the tensors of one forward call")

@@ -120,7 +120,7 @@ class Inspection:
 
 
 def inspect(
-    model: str | os.PathLike | torch.nn.Module,
+    model: str | os.PathLike | torch.nn.Module | Captured,
     recipe: str | os.PathLike | Recipe = "w4a16_g32",
     *,
     target: str = "cpu",
@@ -169,15 +169,21 @@ def inspect(
     tables = sum(t.numel() for t in grouping.tables.values()) if isinstance(grouping, Grouping) else 0
     parts = bytes_by_part(captured, plan, embeddings, width)
     parts |= {name: parts[name] + width * tables for name in ("rest", "total")}
-    name = type(model).__name__ if isinstance(model, torch.nn.Module) else str(model)
     return Inspection(
-        model=name, recipe=recipe.name, target=target, calibrates=needs_data(recipe, plan), calibration=described,
+        model=_called(model), recipe=recipe.name, target=target, calibrates=needs_data(recipe, plan),
+        calibration=described,
         smooths=any(part is not None for part in (recipe.smooth, recipe.crossquant, recipe.fptq)),
         linears=tuple(plan), activations=inputs, sites=tuple(sites),
         slow=slow_linears([b.module.graph for b in captured.blocks], by_name) if target == "cuda" else {},
         attention=_attention(captured, grouping), parameters=sum(sizes.values()),
         bytes={"float": width * sum(sizes.values()), **parts}, embeddings=tuple(embeddings),
     )  # fmt: skip
+
+
+def _called(model) -> str:
+    if isinstance(model, Captured):
+        return f"{model.folder.name}, {model.settings['part']}" if "part" in model.settings else model.kind
+    return type(model).__name__ if isinstance(model, torch.nn.Module) else str(model)
 
 
 def _attention(captured: Captured, grouping: Grouping | str | None) -> str:

@@ -133,3 +133,58 @@ def cnn() -> nn.Module:
     for _ in range(10):  # statistics of the batch norms
         model(torch.randn(8, 3, 16, 16))
     return model.eval()
+
+
+def save_seq2seq(family: str, folder: Path, *, seed: int = 0, gain: float = 1.0) -> Path:
+    """A small random encoder-decoder of a family; gain: of every matrix, above 1 for texts of more than one word."""
+    model = SEQ2SEQ[family]()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in dict.fromkeys(model.parameters()):
+            if parameter.dim() > 1:
+                parameter.normal_(0, gain * parameter.shape[-1] ** -0.5, generator=generator)
+    model.save_pretrained(folder)
+    return folder
+
+
+def _layers(**changes):
+    """Sizes under the names that most configs have for them."""
+    return {
+        "vocab_size": VOCAB, "d_model": HIDDEN, "encoder_layers": 1, "decoder_layers": 2, "encoder_attention_heads": 4,
+        "decoder_attention_heads": 4, "encoder_ffn_dim": 96, "decoder_ffn_dim": 96, "pad_token_id": 0,
+        "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1, "forced_eos_token_id": None, **changes,
+    }  # fmt: skip
+
+
+def _t5(**changes):
+    config = transformers.T5Config(
+        vocab_size=VOCAB, d_model=HIDDEN, d_kv=16, d_ff=96, num_layers=1, num_decoder_layers=2, num_heads=4,
+        decoder_start_token_id=0, eos_token_id=2, **changes,
+    )  # fmt: skip
+    return transformers.T5ForConditionalGeneration(config)
+
+
+SEQ2SEQ = {
+    "t5": _t5,
+    "t5_gated": lambda: _t5(feed_forward_proj="gated-gelu", tie_word_embeddings=False),
+    "bart": lambda: transformers.BartForConditionalGeneration(
+        transformers.BartConfig(**_layers(max_position_embeddings=64))
+    ),
+    "marian": lambda: transformers.MarianMTModel(
+        transformers.MarianConfig(**_layers(max_position_embeddings=64, share_encoder_decoder_embeddings=True))
+    ),
+    "m2m_100": lambda: transformers.M2M100ForConditionalGeneration(
+        transformers.M2M100Config(**_layers(max_position_embeddings=64))
+    ),
+    "pegasus": lambda: transformers.PegasusForConditionalGeneration(
+        transformers.PegasusConfig(**_layers(max_position_embeddings=64))
+    ),
+    "whisper": lambda: transformers.WhisperForConditionalGeneration(
+        transformers.WhisperConfig(
+            **_layers(
+                num_mel_bins=16, max_source_positions=16, max_target_positions=64, suppress_tokens=None,
+                begin_suppress_tokens=None,
+            )
+        )
+    ),
+}  # fmt: skip

@@ -1,9 +1,12 @@
 """The calibration data of an export: what a recipe names or a caller passes, as batches that blocks can read."""
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
+
+from torch import Tensor
 
 from ..capture.graph import Captured
 from ..errors import InputError
@@ -16,6 +19,19 @@ from .sources import Samples, load_samples
 from .streams import Stream, make_stream, module_feeds, stream_of
 
 Progress = Callable[[str, str, int, int], None]  # stage, what, done, total
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Calibration inputs of a captured module that are ready.
+
+    Attributes:
+        batches: by public name; every row of them counts.
+        described: what they are, for reports.
+    """
+
+    batches: Sequence[Mapping[str, Tensor]]
+    described: str
 
 
 def no_progress(stage: str, what: str, done: int, total: int) -> None:
@@ -72,6 +88,8 @@ def calibration_batches(
 
 
 def _module_batches(captured: Captured, data) -> tuple[Callable[[], Stream], str]:
+    if isinstance(data, Prepared):
+        return lambda: stream_of(captured, data.batches), data.described
     if not data:
         raise InputError(
             "this recipe calibrates, and an nn.Module has no text", place="calibration",

@@ -1,8 +1,10 @@
 """Transformers' attention redirected to one graph node, and a cache that is a plain list of tensors."""
 
+from collections.abc import Callable
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
@@ -11,6 +13,7 @@ from transformers.cache_utils import DynamicLayer
 from transformers.masking_utils import AttentionMaskInterface
 
 from ..errors import CaptureError
+from ..ops.attention import MASKED
 
 IMPLEMENTATION = "qexport"
 _PROBE = 12  # positions on which a mask pattern is compared with causal attention
@@ -79,29 +82,54 @@ class ProbeCache(Cache):
         return key_states, value_states
 
 
+class _GivenLayer(DynamicLayer):
+    """Keys and values that are there and stay as they are."""
+
+    def __init__(self, key: torch.Tensor, value: torch.Tensor):
+        super().__init__()
+        self.keys, self.values, self.is_initialized = key, value, True
+
+    def get_seq_length(self) -> int:
+        return 1  # transformers asks whether there is anything; the true length would be a condition on a size
+
+
+class GivenCache(Cache):
+    """What a decoder's cross-attention reads: keys and values of the source, a list in pairs."""
+
+    def __init__(self, given: list[torch.Tensor]):
+        super().__init__(layers=[_GivenLayer(k, v) for k, v in zip(given[::2], given[1::2], strict=True)])
+
+
 _cache: ContextVar[Cache | None] = ContextVar("cache", default=None)
+_given: ContextVar[Cache | None] = ContextVar("given", default=None)
 
 
 @contextmanager
-def tracing(cache: Cache):
-    """Name the cache that attention calls inside the `with` belong to: transformers does not hand it to them."""
-    token = _cache.set(cache)
+def tracing(cache: Cache, given: Cache | None = None):
+    """Name the caches that attention calls inside the `with` belong to: transformers does not hand them over."""
+    tokens = _cache.set(cache), _given.set(given)
     try:
         yield cache
     finally:
-        _cache.reset(token)
+        _cache.reset(tokens[0])
+        _given.reset(tokens[1])
 
 
 def _attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, softcap=None, **kwargs):
-    if kwargs.get("position_bias") is not None:
-        raise CaptureError("attention with position_bias has no lowering yet", place=type(module).__name__)
-    cache = _cache.get()
-    if cache is None or attention_mask is None:
-        raise CaptureError("attention outside a decoder layer with a cache and a mask", place=type(module).__name__)
+    cache, given = _cache.get(), _given.get()
     if isinstance(attention_mask, _Refused):
         raise CaptureError(attention_mask.why, remedy="Chunked and prefix masks have no lowering yet")
     scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
-    softcap, sinks = float(softcap or 0.0), kwargs.get("s_aux")
+    softcap, sinks, bias = float(softcap or 0.0), kwargs.get("s_aux"), kwargs.get("position_bias")
+    if given is not None and any(layer.keys is key for layer in given.layers):
+        padding = attention_mask.padding if isinstance(attention_mask, _Unhidden) else attention_mask
+        return _across(query, key, value, padding, bias, scale), None
+    if isinstance(attention_mask, _Unhidden):
+        raise CaptureError("its tokens see the ones behind them, so it cannot write with a cache")
+    if cache is None or attention_mask is None:
+        raise CaptureError("attention outside a decoder layer with a cache and a mask", place=type(module).__name__)
+    if bias is not None:
+        attention_mask = attention_mask + bias
     layer = next((at for at in cache.layers if at.new and at.keys is key and at.values is value), None)
     if layer is None or layer.present[0] is not key or sinks is not None:
         return _written_out(query, key, value, attention_mask, scale, softcap, sinks), None
@@ -109,6 +137,23 @@ def _attention(module, query, key, value, attention_mask, scaling=None, dropout=
         query, *layer.new, layer.past_key, layer.past_value, attention_mask, scale, softcap
     )
     return out, None
+
+
+def _across(query, key, value, mask, bias, scale: float) -> torch.Tensor:
+    """Attention of a decoder's tokens on its source.
+
+    Args:
+        mask, bias: added to the scores; None for nothing.
+    """
+    if mask is not None and bias is not None:
+        mask = mask + bias
+    elif mask is not None:
+        mask = mask.expand(-1, -1, query.shape[2], -1)
+    out = torch.nn.functional.scaled_dot_product_attention(
+        query, key, value, attn_mask=bias if mask is None else mask, scale=scale,
+        enable_gqa=query.shape[1] != key.shape[1],
+    )  # fmt: skip
+    return out.transpose(1, 2).contiguous()
 
 
 def _written_out(query, key, value, mask, scale: float, softcap: float, sinks: torch.Tensor | None) -> torch.Tensor:
@@ -148,9 +193,15 @@ def _mask(
     local_size=None,
     **kwargs,
 ):
+    if _is_pattern(mask_function, _everything):
+        if attention_mask is None:
+            return _Unhidden(None)
+        return _Unhidden(torch.where(attention_mask.bool()[:, None, None, :], 0.0, MASKED))
     window = _window_of(mask_function, local_size)
     if window is None:
         return _Refused("the attention mask is neither causal nor a sliding window")
+    if attention_mask is None:
+        attention_mask = torch.ones(batch_size, q_offset + q_length, dtype=torch.int64)
     return torch.ops.qexport.causal_mask(attention_mask, q_offset, window)
 
 
@@ -161,23 +212,38 @@ class _Refused:
     why: str
 
 
+@dataclass(frozen=True)
+class _Unhidden:
+    """A mask that hides padding alone: [batch, 1, 1, keys], added to the scores; None where there is no padding."""
+
+    padding: torch.Tensor | None
+
+
 def _window_of(mask_function, local_size: int | None) -> int | None:
-    """Which causal pattern a mask function of transformers is, found by evaluating it on a few positions."""
+    """The sliding window of a causal mask function of transformers, 0 for no limit; None for any other function."""
+    causal = (window for window in (0, local_size or 0) if _is_pattern(mask_function, partial(_causal, window)))
+    return next(causal, None)
+
+
+def _is_pattern(mask_function, pattern: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> bool:
+    """Whether a mask function of transformers shows the same keys as a pattern, found on a few positions."""
     with _disable_current_modes():
-        wide = (local_size or 0) + _PROBE
-        index = torch.arange(wide)
+        wide = _PROBE + (pattern.args[0] if isinstance(pattern, partial) else 0)
+        query, key = torch.arange(wide)[:, None], torch.arange(wide)[None, :]
         try:
-            got = mask_function(torch.tensor(0), torch.tensor(0), index[:, None], index[None, :])
-            got = torch.as_tensor(got).expand(wide, wide)
+            got = mask_function(torch.tensor(0), torch.tensor(0), query, key)
+            return torch.equal(torch.as_tensor(got).expand(wide, wide), pattern(query, key))
         except Exception:  # it reads more than positions: a tensor of the model, or sizes of its inputs
-            return None
-        for window in (0, local_size or 0):
-            want = index[None, :] <= index[:, None]
-            if window:
-                want = want & (index[None, :] > index[:, None] - window)
-            if torch.equal(got, want):
-                return window
-    return None
+            return False
+
+
+def _everything(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+    return (query >= 0) & (key >= 0)
+
+
+def _causal(window: int, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+    seen = key <= query
+    return seen & (key > query - window) if window else seen
 
 
 AttentionInterface.register(IMPLEMENTATION, _attention)

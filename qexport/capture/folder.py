@@ -15,9 +15,8 @@ def capture_folder(folder: ModelFolder) -> Captured:
     """
     if folder.config.is_encoder_decoder:
         raise CaptureError(
-            f"{folder.config.model_type} is an encoder-decoder, whose cached decoder has no export", place=folder.name,
-            remedy="Folders of decoders and of encoders are supported. As a module its encoder exports, "
-            "qexport.export(AutoModel.from_pretrained(...).get_encoder(), example_inputs=...), and so does the whole "
-            "with config.use_cache = False",
+            f"{folder.config.model_type} is an encoder-decoder, which becomes two exports in one folder",
+            place=folder.name, remedy="In Python: qexport.export_seq2seq and qexport.validate_seq2seq. As a module its "
+            "encoder exports alone: qexport.export(AutoModel.from_pretrained(...).get_encoder(), example_inputs=...)",
         )  # fmt: skip
     return capture_encoder(folder) if is_encoder(folder.config) else capture_decoder(folder)

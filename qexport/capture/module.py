@@ -77,7 +77,8 @@ def _captured(exported: ExportedProgram, model: torch.nn.Module, axes: Axes, abs
     inputs = [_port(name, names[name], dimension) for name in axes]
     results = _known(_results(exported, whole), absent)
     whole.graph.output_node().args = (tuple(results.values()),)
-    whole.graph.eliminate_dead_code()
+    # Everything that nothing reads: fx would keep attention, as it may draw random numbers.
+    whole.graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "output"))
     outputs = [_port(name, node, dimension) for name, node in results.items()]
     parameters = {n for n, _ in model.named_parameters(remove_duplicate=False)} | {n for n, _ in model.named_buffers()}
     used = {n.target for n in whole.graph.nodes if n.op == "get_attr"}

@@ -57,7 +57,7 @@ class Decoder:
         outputs = {value.name for value in session.get_outputs()}
         self._pasts = [name for name in inputs if name.startswith("past_key_values.")]
         presents = [name.replace("past_key_values.", "present.") for name in self._pasts]
-        missing = {"input_ids", "attention_mask"} - set(inputs) | {"logits", *presents} - outputs
+        missing = {"input_ids"} - set(inputs) | {"logits", *presents} - outputs
         if missing or not self._pasts:
             raise InputError(
                 f"not a decoder: {', '.join(sorted(missing)) or 'past_key_values'} is missing",
@@ -67,8 +67,10 @@ class Decoder:
         if self._share and max_length is None:
             raise InputError("a file with a shared cache needs max_length")
         self._session, self._outputs = session, ["logits", *presents]
-        self._has_positions = "position_ids" in inputs
-        self._takes_padding = self._has_positions or settings.get("attention") == "grouped"
+        self._has_positions, self._has_mask = "position_ids" in inputs, "attention_mask" in inputs
+        self._takes_padding = self._has_mask and (self._has_positions or settings.get("attention") == "grouped")
+        self._others = set(inputs) - {"input_ids", "attention_mask", "position_ids", *self._pasts}
+        self._given: dict[str, ort.OrtValue] = {}
         sizes = {1: settings.get("num_key_value_heads"), 3: settings.get("head_dim")}
         self._sizes = {
             name: {i: dim if isinstance(dim := inputs[name].shape[i], int) else sizes[i] for i in sizes}
@@ -95,6 +97,19 @@ class Decoder:
         if not self._share:
             self._cache = []
 
+    def give(self, values: Mapping[str, ort.OrtValue]) -> None:
+        """Set the inputs that stay the same from run to run: what a decoder of an encoder-decoder reads of its source.
+
+        The batch is forgotten.
+
+        Raises:
+            InputError: one is missing.
+        """
+        if missing := self._others - values.keys():
+            raise InputError(f"{min(missing)} is missing", remedy="Read a source first")
+        self._given = {name: values[name] for name in self._others}
+        self.reset()
+
     def run(self, input_ids: np.ndarray, attention_mask: np.ndarray | None = None) -> np.ndarray:
         """Append tokens to the cache and return the logits behind each of them.
 
@@ -118,7 +133,8 @@ class Decoder:
         mask, positions = self._append(ids, new)
         binding = self._bind(len(ids))
         binding.bind_cpu_input("input_ids", ids)
-        binding.bind_cpu_input("attention_mask", mask)
+        if self._has_mask:
+            binding.bind_cpu_input("attention_mask", mask)
         if self._has_positions:
             binding.bind_cpu_input("position_ids", positions)
         binding.bind_output("logits", "cpu")
@@ -189,6 +205,8 @@ class Decoder:
         if ids.ndim != 2 or 0 in ids.shape or (mask is not None and ids.shape != mask.shape):
             shape = ids.shape if mask is None else mask.shape
             raise InputError(f"input_ids {ids.shape} and attention_mask {shape} must both be [batch, sequence]")
+        if missing := self._others - self._given.keys():
+            raise InputError(f"{min(missing)} is missing", remedy="Read a source first")
         if self._past and len(ids) != len(self._real):
             raise InputError(f"the cache holds {len(self._real)} rows, the input {len(ids)}", remedy="Call reset()")
         if mask is not None and not mask.all():
@@ -224,6 +242,8 @@ class Decoder:
         cache = self._cache if self._past else [self._empty(name, batch) for name in self._pasts]
         binding = self._session.io_binding()
         binding.bind_output("logits", "cpu")  # the first output of the binding, wherever it is bound again
+        for name, value in self._given.items():
+            binding.bind_ortvalue_input(name, value)
         for name, past, present in zip(self._pasts, cache, self._outputs[1:], strict=True):
             binding.bind_ortvalue_input(name, past)
             if self._share:

@@ -8,6 +8,7 @@ from ..errors import InputError
 from . import manifest as manifests
 from .decoder import Decoder, Generation, open_decoder
 from .sampling import Sampling
+from .seq2seq import is_seq2seq, read_texts, start_token_ids
 
 __all__ = ["Decoder", "Generation", "Sampling", "eos_token_ids", "generate_text", "open_decoder"]
 
@@ -23,7 +24,7 @@ def generate_text(
     provider: str | None = None,
     on_text: Callable[[int, str], None] | None = None,
 ) -> list[str]:
-    """Continue text with an exported folder and the tokenizer in it.
+    """Continue text with an exported folder and the tokenizer in it; an encoder-decoder writes about it.
 
     Args:
         folder: exported folder.
@@ -43,7 +44,8 @@ def generate_text(
         RuntimeProblem: as `open_session`.
     """
     folder = Path(folder)
-    manifest = manifests.load(folder)
+    pair = is_seq2seq(folder)
+    manifest = None if pair else manifests.load(folder)
     tokenizer = _tokenizer(folder)
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
     if chat:
@@ -62,9 +64,13 @@ def generate_text(
         if piece and on_text:
             on_text(row, piece)
 
-    longest = max((len(row) for row in ids), default=0) + max_new_tokens
-    decoder = open_decoder(folder, manifest, threads=threads, provider=provider, max_length=longest)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+    if pair:
+        decoder = read_texts(folder, ids, pad, threads=threads, provider=provider)
+        ids = [start_token_ids(folder)] * len(ids)
+    else:
+        longest = max((len(row) for row in ids), default=0) + max_new_tokens
+        decoder = open_decoder(folder, manifest, threads=threads, provider=provider, max_length=longest)
     result = decoder.generate(
         ids,
         max_new_tokens=max_new_tokens,

@@ -13,6 +13,9 @@ MANIFEST_FILE = "manifest.json"
 MODEL_FILE = "model.onnx"
 GENAI_FILE = "genai_config.json"
 RECIPE_FILE = "recipe.yaml"
+SEQ2SEQ = "encoder-decoder"  # kind of a folder of two exports,
+ENCODER, DECODER = "encoder", "decoder"  # which are in these folders
+SOURCE_MASK = "encoder_attention_mask"  # input of the decoder: the attention mask of the source
 CPU = "CPUExecutionProvider"
 CUDA = "CUDAExecutionProvider"
 
@@ -142,9 +145,15 @@ def load(folder: str | Path) -> Manifest:
             place=str(folder),
             remedy="Give the folder that `qexport export` wrote",
         )
+    data = read_json(path)
+    if data.get("kind") == SEQ2SEQ:
+        raise InputError(
+            "an encoder-decoder, which is two exports", place=str(folder),
+            remedy=f"Export, validate and generate take it whole; for the rest give {folder / ENCODER} or "
+            f"{folder / DECODER}",
+        )  # fmt: skip
     if not (folder / MODEL_FILE).is_file():
         raise InputError(f"an incomplete export: {MODEL_FILE} is missing", place=str(folder), remedy=again)
-    data = read_json(path)
     version = data.get("format")
     if isinstance(version, int) and version > FORMAT:
         raise InputError(

@@ -240,7 +240,10 @@ def _logits(folder, manifest: Manifest, captured: Captured, text: Text, threads,
 def _outputs(
     folder, manifest, captured: Captured, feeds: Sequence[Feeds], threads, provider, progress
 ) -> tuple[Row, ...]:
-    names = [port.name for port in captured.outputs if port.dtype.is_floating_point]
+    # A cache is the decoder's own: smoothing may rescale it and take that back where it is read.
+    names = [
+        port.name for port in captured.outputs if port.dtype.is_floating_point and not port.name.startswith("present.")
+    ]
     reference = FloatOutputs(captured, feeds, names, partial(progress, "float model"))
     try:
         session = open_session(folder, manifest, threads=threads, provider=provider)

@@ -204,7 +204,7 @@ TRANSLATIONS = {
     aten.pow.Scalar: _binary("Pow"), aten.ne.Scalar: _differs, aten.ne.Tensor: _differs,
     aten.masked_fill.Scalar: _masked_fill, aten.masked_fill.Tensor: _masked_fill, aten.topk.default: _topk,
     aten.cumsum.default: _cumsum, aten.max.dim: _best, torch.sym_max: _binary("Max"), torch.sym_min: _binary("Min"),
-    aten.where.self: _where, aten.where.ScalarOther: _where, aten.softmax.int: _softmax,
+    aten.where.self: _where, aten.where.ScalarOther: _where, aten.where.Scalar: _where, aten.softmax.int: _softmax,
     aten._softmax.default: _softmax,
     aten.clamp.default: _clamp, aten.clamp.Tensor: _clamp_by_tensor, aten.clamp_min.default: _clamp,
     aten.__and__.Tensor: _compare("And", logical=True), aten.__or__.Tensor: _compare("Or", logical=True),

@@ -1,0 +1,236 @@
+"""Capturing an encoder-decoder (T5, BART, Whisper and their like) as two models, one of which hands on to the other.
+
+What the decoder's cross-attention reads is the same for every token that is written, so the first model makes it, once:
+encoder, and the projections of its result to keys and values for every layer of the decoder. The second is the rest of
+the decoder, with a cache of its own tokens.
+"""
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForSeq2SeqLM, AutoModelForSpeechSeq2Seq
+from transformers.cache_utils import Cache, EncoderDecoderCache
+from transformers.modeling_outputs import BaseModelOutput
+from transformers.models.auto import modeling_auto
+
+from ..errors import CaptureError
+from ..runtime.manifest import DECODER, ENCODER, SOURCE_MASK
+from .attention import IMPLEMENTATION, GivenCache, GraphCache, tracing
+from .graph import Captured, Port
+from .module import capture_module
+from .source import ModelFolder
+from .trace import quiet, root_cause
+from .weights import Checkpoint
+
+# Sizes of the example inputs; see `trace`.
+_BATCH, _SOURCE, _SEQUENCE, _PAST = 2, 7, 3, 5
+_CACHE = ("key", "value")
+
+
+@dataclass(frozen=True)
+class Parts:
+    """An encoder-decoder in two.
+
+    Attributes:
+        encoder: from the source to cross_key_values.{i}.key/value, [batch, heads, source, width] for every layer of
+            the decoder.
+        decoder: from input_ids, past_key_values.{i}.key/value, cross_key_values.{i}.key/value and, where the source is
+            text, encoder_attention_mask to logits and present.{i}.key/value.
+        model: the float model of transformers, for the texts that it writes.
+    """
+
+    encoder: Captured
+    decoder: Captured
+    model: torch.nn.Module
+
+
+def capture_seq2seq(folder: ModelFolder) -> Parts:
+    """Capture the encoder-decoder of a folder; its weights are in memory as a whole.
+
+    Raises:
+        CaptureError: it reads neither text nor spectrograms, torch.export cannot follow it, or the checkpoint does not
+            fit its config.
+    """
+    Checkpoint(folder.path)  # before the slow part: a damaged file is reported at once
+    model = _load(folder)
+    source = _example(model, folder)
+    layers = _layers(model, source)
+    model.set_attn_implementation("sdpa")
+    with _called_by(model, list(source), _encode):
+        encoder = capture_module(model, source, {name: _axes(name) for name in source})
+    model.set_attn_implementation(IMPLEMENTATION)
+    tokens, names = _tokens(source, layers)
+    with _called_by(model, list(tokens), _decode):
+        decoder = capture_module(model, tokens, {name: _axes(name) for name in tokens})
+    model.set_attn_implementation("sdpa")
+    return Parts(_part(encoder, ENCODER, folder, {}), _part(decoder, DECODER, folder, names), model)
+
+
+def _load(folder: ModelFolder) -> torch.nn.Module:
+    kind = folder.config.model_type
+    if kind in modeling_auto.MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES:
+        auto = AutoModelForSpeechSeq2Seq
+    elif kind in modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES:
+        auto = AutoModelForSeq2SeqLM
+    else:
+        raise CaptureError(
+            f"transformers knows no encoder-decoder of type {kind} that writes text", place=folder.name,
+            remedy="For other kinds of model pass an nn.Module and example inputs",
+        )  # fmt: skip
+    try:
+        with quiet():
+            model, info = auto.from_pretrained(
+                folder.path, dtype=torch.float32, trust_remote_code=folder.trust_remote_code, use_safetensors=True,
+                output_loading_info=True,
+            )  # fmt: skip
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+        raise CaptureError(
+            f"transformers cannot load it as an encoder-decoder ({root_cause(error)})", place=folder.name
+        ) from error
+    if absent := sorted(info["missing_keys"]):
+        raise CaptureError(
+            f"{len(absent)} weights are not in the checkpoint, first {absent[0]}", place=folder.name,
+            remedy="The config does not belong to these weights, or the download is incomplete",
+        )  # fmt: skip
+    return model.eval()
+
+
+def _example(model: torch.nn.Module, folder: ModelFolder) -> dict[str, Tensor]:
+    """A source to trace with."""
+    config = model.config
+    if model.main_input_name == "input_ids":
+        return {n: torch.ones(_BATCH, _SOURCE, dtype=torch.int64) for n in ("input_ids", "attention_mask")}
+    bins, positions = (getattr(config, name, None) for name in ("num_mel_bins", "max_source_positions"))
+    if not bins or not positions:
+        raise CaptureError(
+            f"its source is {model.main_input_name}, of a size that its config does not say", place=folder.name,
+            remedy="Models of text and of spectrograms of one length, such as Whisper's, are supported",
+        )  # fmt: skip
+    stride = 2  # of the second of the two convolutions in front
+    return {model.main_input_name: torch.zeros(_BATCH, bins, stride * positions)}
+
+
+def _axes(name: str) -> dict[int, str]:
+    if name == "input_features":
+        return {0: "batch"}
+    if name.startswith("past_"):
+        return {0: "batch", 2: "past"}
+    if name.startswith("cross_"):
+        return {0: "batch", 2: "source"}
+    return {0: "batch", 1: "sequence" if name == "decoder_input_ids" else "source"}
+
+
+class _Recorder(Cache):
+    """An empty cache that keeps nothing, and notes what a model puts into it.
+
+    Attributes:
+        found: keys and values by layer.
+    """
+
+    def __init__(self):
+        super().__init__(layers=[])
+        self.found: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def update(self, key_states, value_states, layer_idx, *args, **kwargs):
+        self.found[layer_idx] = key_states, value_states
+        return key_states, value_states
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return 0
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
+        return query_length, 0
+
+
+@contextmanager
+def _called_by(model: torch.nn.Module, names: Sequence[str], run: Callable):
+    """Give a model another forward, of keyword arguments of these names; names of modules stay what they are."""
+
+    def forward(**given):
+        return run(model, {name.replace("__", "."): tensor for name, tensor in given.items()})
+
+    named = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in names]
+    forward.__signature__ = inspect.Signature(named)
+    model.forward = forward
+    try:
+        yield
+    finally:
+        del model.forward
+
+
+def _call(model: torch.nn.Module, cache: EncoderDecoderCache, **inputs):
+    return type(model).forward(model, **inputs, past_key_values=cache, use_cache=True)
+
+
+def _first_step(model: torch.nn.Module, source: Mapping[str, Tensor]) -> tuple[_Recorder, _Recorder]:
+    """What a first token puts into the decoder's two caches."""
+    own, cross = _Recorder(), _Recorder()
+    token = torch.zeros(next(iter(source.values())).shape[0], 1, dtype=torch.int64)
+    _call(model, EncoderDecoderCache(own, cross), **source, decoder_input_ids=token)
+    return own, cross
+
+
+def _encode(model: torch.nn.Module, source: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    _, cross = _first_step(model, source)
+    return {
+        f"cross_key_values.{i}.{part}": tensor
+        for i, both in sorted(cross.found.items())
+        for part, tensor in zip(_CACHE, both, strict=True)
+    }
+
+
+def _decode(model: torch.nn.Module, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    own = GraphCache([tensor for name, tensor in given.items() if name.startswith("past_")])
+    cross = GivenCache([tensor for name, tensor in given.items() if name.startswith("cross_")])
+    like = cross.layers[0].keys
+    # Only its sizes are looked at: keys and values are there already.
+    states = like.new_zeros(like.shape[0], like.shape[2], model.config.hidden_size)
+    mask = {"attention_mask": given[SOURCE_MASK]} if SOURCE_MASK in given else {}
+    with tracing(own, cross):
+        result = _call(
+            model, EncoderDecoderCache(own, cross), encoder_outputs=BaseModelOutput(last_hidden_state=states),
+            decoder_input_ids=given["decoder_input_ids"], **mask,
+        )  # fmt: skip
+    names = (f"present.{i}.{part}" for i in range(len(own.layers)) for part in _CACHE)
+    return {"logits": result.logits, **dict(zip(names, own.present(), strict=True))}
+
+
+def _layers(model: torch.nn.Module, source: Mapping[str, Tensor]) -> list[tuple[Tensor, ...]]:
+    """Keys and values of the cache and of the source for every layer of the decoder, of one token."""
+    with torch.no_grad(), quiet():
+        own, cross = _first_step(model, source)
+    if not own.found or own.found.keys() != cross.found.keys():
+        raise CaptureError("not every layer of its decoder keeps keys and values of its own and of the source")
+    return [(*own.found[i], *cross.found[i]) for i in sorted(own.found)]
+
+
+def _tokens(
+    source: Mapping[str, Tensor], layers: Sequence[tuple[Tensor, ...]]
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Example inputs of the decoder, and what the ports of those are called whose names are no identifiers."""
+    found = {"decoder_input_ids": torch.ones(_BATCH, _SEQUENCE, dtype=torch.int64)}
+    if "attention_mask" in source:
+        found[SOURCE_MASK] = torch.ones_like(source["attention_mask"])
+    for prefix, place in (("past_key_values", 0), ("cross_key_values", 2)):
+        for i, tensors in enumerate(layers):
+            for part, tensor in zip(_CACHE, tensors[place : place + 2], strict=True):
+                length = _PAST if prefix.startswith("past") else tensor.shape[2]
+                sizes = (tensor.shape[0], tensor.shape[1], length, tensor.shape[3])
+                found[f"{prefix}__{i}__{part}"] = torch.zeros(sizes)
+    return found, {name: name.replace("__", ".") for name in found} | {"decoder_input_ids": "input_ids"}
+
+
+def _part(captured: Captured, part: str, folder: ModelFolder, names: Mapping[str, str]) -> Captured:
+    """A part under its public names, without inputs that nothing reads."""
+    read = {name for block in captured.blocks for name in block.inputs}
+
+    def public(port: Port) -> Port:
+        return replace(port, name=names.get(port.name, port.name))
+
+    inputs = [public(port) for port in captured.inputs if port.value in read]
+    settings = {"inputs": {port.name: list(port.dims) for port in inputs}, "part": part}
+    return replace(captured, inputs=inputs, folder=folder, settings=settings)

@@ -1,0 +1,187 @@
+"""What the two parts of an encoder-decoder read: sources, and texts that the float model writes about them."""
+
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from transformers.cache_utils import DynamicCache, EncoderDecoderCache
+
+from ..calibrate.data import Prepared
+from ..calibrate.encoder_inputs import with_last_token
+from ..calibrate.self_text import continue_text
+from ..calibrate.sources import load_samples
+from ..capture.seq2seq import Parts
+from ..errors import InputError
+from ..recipe import CalibrationSpec
+from ..runtime.generate import eos_token_ids
+from ..runtime.manifest import SOURCE_MASK
+from ..runtime.seq2seq import start_token_ids
+
+Feeds = Mapping[str, Tensor]
+_CROSS_BYTES = 1 << 30  # of keys and values of sources in memory at once
+
+
+@dataclass(frozen=True)
+class Sources:
+    """What the encoder reads, batch by batch; no batch holds padding.
+
+    Attributes:
+        batches: by public name, int64 [batch, source] or features.
+        described: what they are, for reports.
+        own: chance made them, so that measures say little.
+    """
+
+    batches: list[dict[str, Tensor]]
+    described: str
+    own: bool = False
+
+
+def load_sources(parts: Parts, spec: CalibrationSpec, data: Any = None) -> Sources:
+    """The sources that `spec` names, or those in `data`.
+
+    Args:
+        data: for a model of text a list of strings or token ids [n, S]. For one of spectrograms a tensor of them, [n,
+            bins, frames], or the path of a safetensors file whose one tensor holds them, in spec.source too.
+
+    Raises:
+        InputError: no such data, or not what this model reads.
+    """
+    name = parts.encoder.inputs[0].name
+    if name == "input_ids":
+        return _texts(parts, spec, data)
+    return _features(parts, spec, data, name)
+
+
+def _texts(parts: Parts, spec: CalibrationSpec, data: Any) -> Sources:
+    folder = parts.encoder.folder
+    limit = getattr(folder.config, "max_position_embeddings", None) or spec.sequence_length
+    own = data is None and spec.source in ("self", "random")
+    spec = spec.model_copy(update={"sequence_length": min(spec.sequence_length, limit)})
+    if own:
+        spec = spec.model_copy(update={"source": "random"})
+    size = parts.model.get_input_embeddings().weight.shape[0]
+    samples = load_samples(spec, data, tokenizer=folder.tokenizer(), vocab_size=size)
+    rows = [ids[mask.bool()] for ids, mask in zip(samples.input_ids, samples.attention_mask, strict=True)]
+    if data is None:  # windows end where they are cut
+        rows = list(with_last_token(torch.stack(rows), parts.encoder))
+    batches = [{"input_ids": ids, "attention_mask": torch.ones_like(ids)} for ids in _stacked(rows, spec.batch_size)]
+    names = {port.name for port in parts.encoder.inputs}
+    described = f"{samples.described}; an encoder-decoder writes no source itself" if own else samples.described
+    return Sources([{n: t for n, t in batch.items() if n in names} for batch in batches], described, own)
+
+
+def _stacked(rows: Sequence[Tensor], size: int) -> Iterator[Tensor]:
+    """Neighbours of one length together, at most `size` of them."""
+    start = 0
+    while start < len(rows):
+        stop = start + 1
+        while stop < len(rows) and stop - start < size and len(rows[stop]) == len(rows[start]):
+            stop += 1
+        yield torch.stack(list(rows[start:stop]))
+        start = stop
+
+
+def _features(parts: Parts, spec: CalibrationSpec, data: Any, name: str) -> Sources:
+    port = parts.encoder.inputs[0]
+    if data is None and spec.source in ("self", "random"):
+        drawn = torch.randn(spec.samples, *port.dims[1:], generator=torch.Generator().manual_seed(spec.seed))
+        described = f"{spec.samples} {name} of random numbers (seed {spec.seed}); the model writes no source itself"
+        return Sources([{name: part} for part in drawn.split(spec.batch_size)], described, True)
+    described = f"{name}, given"
+    if data is None:
+        data, described = _read_features(Path(spec.source).expanduser()), f"{name} of {Path(spec.source).name}"
+    if not isinstance(data, Tensor) or data.dim() != len(port.dims) or tuple(data.shape[1:]) != port.dims[1:]:
+        found = list(data.shape) if isinstance(data, Tensor) else type(data).__name__
+        raise InputError(
+            f"{name} is {found}, not [n, {', '.join(map(str, port.dims[1:]))}]", place="sources",
+            remedy="Give what the model's feature extractor makes",
+        )  # fmt: skip
+    data = data.float()[: spec.samples]
+    return Sources([{name: part} for part in data.split(spec.batch_size)], f"{len(data)} {described}")
+
+
+def _read_features(path: Path) -> Tensor:
+    try:
+        with safe_open(path, "pt") as file:
+            names = list(file.keys())
+            if len(names) != 1:
+                raise InputError(f"holds {len(names)} tensors", place=str(path), remedy="Give a file with one")
+            return file.get_tensor(names[0])
+    except (OSError, SafetensorError) as error:
+        raise InputError(
+            f"cannot be read as safetensors ({error})", place=os.fspath(path),
+            remedy="Save what the model's feature extractor makes with safetensors",
+        ) from None  # fmt: skip
+
+
+def write_about(parts: Parts, sources: Sources, new_tokens: int, *, seed: int | None = None) -> Prepared:
+    """Let the float model write about sources, at most as many of them as fit into memory.
+
+    Args:
+        new_tokens: of each text behind the tokens that every text begins with, fewer where the model's positions end;
+            no text ends before.
+        seed: of sampled tokens; None takes the likeliest ones.
+
+    Returns:
+        all that the decoder reads for them, the cache empty.
+    """
+    config = parts.model.config
+    start = torch.tensor([start_token_ids(parts.encoder.folder.path)])
+    limits = (getattr(config, name, None) for name in ("max_target_positions", "max_position_embeddings"))
+    new_tokens = min([new_tokens, *(limit - start.shape[1] for limit in limits if isinstance(limit, int))])
+    names, batches, texts = [port.name for port in parts.decoder.inputs], [], 0
+    generator = torch.Generator().manual_seed(seed or 0)
+    room = _CROSS_BYTES
+    for source in sources.batches:
+        rows = len(next(iter(source.values())))
+        with torch.no_grad():
+            states = parts.model.get_encoder()(**source)
+            cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
+            ids = continue_text(
+                _stepper(parts, source, states, cache), start.expand(rows, -1), new_tokens, generator,
+                greedy=new_tokens if seed is None else 4,
+            )  # fmt: skip
+        feeds = {"input_ids": ids, **_cross(cache), **_empty(parts, rows)}
+        if "attention_mask" in source:
+            feeds[SOURCE_MASK] = source["attention_mask"]
+        room -= sum(tensor.nbytes for tensor in feeds.values())
+        if room < 0 and batches:
+            break
+        batches.append({name: feeds[name] for name in names})
+        texts += rows
+    how = "likeliest" if seed is None else "sampled"
+    described = f"{texts} texts of {new_tokens} {how} tokens that the model writes about {sources.described}"
+    return Prepared(batches, described)
+
+
+def _stepper(parts: Parts, source: Feeds, states: Any, cache: EncoderDecoderCache):
+    ends = list(eos_token_ids(parts.encoder.folder.path))
+    mask = {"attention_mask": source["attention_mask"]} if "attention_mask" in source else {}
+
+    def step(ids: Tensor, _past: Any) -> tuple[Tensor, Any]:
+        made = parts.model(encoder_outputs=states, decoder_input_ids=ids, past_key_values=cache, use_cache=True, **mask)
+        logits = made.logits[:, -1].clone()
+        logits[:, ends] = -math.inf  # behind the end of a text there is nothing to learn from
+        return logits, cache
+
+    return step
+
+
+def _cross(cache: EncoderDecoderCache) -> dict[str, Tensor]:
+    layers = enumerate(cache.cross_attention_cache.layers)
+    return {
+        f"cross_key_values.{i}.{part}": tensor
+        for i, layer in layers
+        for part, tensor in (("key", layer.keys), ("value", layer.values))
+    }
+
+
+def _empty(parts: Parts, rows: int) -> dict[str, Tensor]:
+    ports = (port for port in parts.decoder.inputs if port.name.startswith("past_key_values."))
+    return {port.name: torch.zeros(rows, port.dims[1], 0, port.dims[3]) for port in ports}

@@ -1,0 +1,254 @@
+"""Encoder-decoders: both files compute what their graphs and transformers compute, padding and cache included."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from transformers import AutoModelForSeq2SeqLM, WhisperForConditionalGeneration
+
+import exporting
+from modules import SEQ2SEQ, VOCAB, save_seq2seq
+from qexport import export_seq2seq, generate, open_seq2seq, optimize, validate_seq2seq
+from qexport.capture.folder import capture_folder
+from qexport.capture.seq2seq import capture_seq2seq
+from qexport.capture.source import open_model
+from qexport.errors import CaptureError, InputError, RecipeError
+from qexport.numerics.metrics import sqnr_db
+from qexport.recipe import CalibrationSpec, Recipe
+from qexport.runtime import manifest as manifests
+from qexport.seq2seq.exporting import inspect_seq2seq
+from qexport.seq2seq.sources import load_sources, write_about
+from qexport.validate.placement import examine
+from stepping import captured_runner, load_weights, padded, tokens
+from tiny_decoder import write_word_tokenizer
+
+QUICK = ["t5", "bart", "whisper"]
+FAMILIES = [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in SEQ2SEQ]
+MASK = padded([9, 4], "right")
+TEXT = tokens(2, 8, 5, vocab=VOCAB)
+PROMPT = 3  # tokens of it that come first, the others one by one
+KERNELS = {"w4a16_g32": "MatMulNBits", "w8a8_dyn": "MatMulIntegerToFloat", "w8a8_static": "MatMulIntegerToFloat"}
+
+
+def spec(samples=4):
+    return CalibrationSpec(source="random", samples=samples, sequence_length=16, batch_size=2)
+
+
+def recipe_of(scheme, **fields):
+    return Recipe(scheme=scheme, accuracy_level=1, calibration=spec(), **fields)
+
+
+@pytest.fixture(scope="module")
+def folder(request, tmp_path_factory):
+    return save_seq2seq(request.param, tmp_path_factory.mktemp(request.param))
+
+
+@pytest.fixture(scope="module")
+def t5(tmp_path_factory):
+    folder = save_seq2seq("t5", tmp_path_factory.mktemp("model") / "t5", gain=2.0)
+    write_word_tokenizer(folder, VOCAB)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def exported(t5, tmp_path_factory):
+    out = tmp_path_factory.mktemp("exported") / "t5"
+    export_seq2seq(t5, recipe_of("w8a8_dyn"), out_dir=out)
+    return out
+
+
+def source_of(parts):
+    if parts.encoder.inputs[0].name == "input_ids":
+        return {"input_ids": tokens(*MASK.shape, vocab=VOCAB), "attention_mask": MASK}
+    return {"input_features": torch.randn(2, 16, 32, generator=torch.Generator().manual_seed(1))}
+
+
+def eager(folder, source):
+    kind = WhisperForConditionalGeneration if "input_features" in source else AutoModelForSeq2SeqLM
+    with torch.no_grad():
+        return kind.from_pretrained(folder).eval()(**source, decoder_input_ids=TEXT).logits
+
+
+def stepwise(encode, decode, decoder, source):
+    """Logits of the text, and all that went in and came out: a prompt, then token by token with the cache."""
+    cross, past = encode(source), {}
+    for port in decoder.inputs:
+        if port.name.startswith("past"):
+            past[port.name] = torch.zeros(len(TEXT), port.dims[1], 0, port.dims[3])
+    calls = []
+    for ids in [TEXT[:, :PROMPT], *TEXT[:, PROMPT:].split(1, 1)]:
+        feeds = {"input_ids": ids, **past, **cross, "encoder_attention_mask": source.get("attention_mask")}
+        feeds = {port.name: feeds[port.name] for port in decoder.inputs}
+        calls.append((feeds, decode(feeds)))
+        past = {n.replace("present", "past_key_values"): t for n, t in calls[-1][1].items() if n != "logits"}
+    return torch.cat([made["logits"] for _, made in calls], 1), calls
+
+
+@pytest.mark.parametrize("folder", FAMILIES, indirect=True)
+def test_parts_compute_what_transformers_computes(folder):
+    parts = capture_seq2seq(open_model(folder))
+    source, decoder = source_of(parts), load_weights(parts.decoder)
+    run = captured_runner(decoder)
+    got, _ = stepwise(captured_runner(load_weights(parts.encoder)), run, decoder, source)
+    want = eager(folder, source)
+    assert (got - want).abs().max() < 1e-5 * want.abs().max()
+
+
+@pytest.mark.parametrize("scheme", KERNELS)
+@pytest.mark.parametrize("folder", FAMILIES, indirect=True)
+def test_files_agree_with_their_graphs(folder, scheme, tmp_path):
+    parts = capture_seq2seq(open_model(folder))
+    recipe, source = recipe_of(scheme), source_of(parts)
+    sources = load_sources(parts, recipe.calibration)
+    written = write_about(parts, sources, 8, seed=0)
+    made = {}
+    for name, captured, batches in (
+        ("encoder", parts.encoder, sources.batches), ("decoder", parts.decoder, written.batches)
+    ):  # fmt: skip
+        made[name] = exporting.export(captured, recipe, "cpu", tmp_path / name, calibration=batches)
+        placed, _ = examine(tmp_path / name, made[name].manifest, manifests.CPU)
+        assert not placed.unfused and set(placed.nodes_per_provider) == {manifests.CPU}
+        assert {entry.kernel for entry in made[name].manifest.linears} == {KERNELS[scheme]}
+    ran, calls = stepwise(
+        made["encoder"].in_onnxruntime(), made["decoder"].in_onnxruntime(), made["decoder"].captured, source
+    )
+    encoded, graph = made["encoder"].in_onnxruntime()(source), made["encoder"].in_pytorch()(source)
+    pairs = [(graph[name], encoded[name]) for name in graph]
+    run = made["decoder"].in_pytorch()
+    for feeds, got in calls:  # each step on what the file itself had in its cache
+        want = run(feeds)
+        pairs += [(want[name], got[name]) for name in want]
+    real = MASK.bool()[:, None, :, None]  # of keys and values of the source
+    for ours, theirs in pairs:
+        if ours.dim() == 4 and ours.shape[2] == MASK.shape[1] and "attention_mask" in source:
+            ours, theirs = ours * real, theirs * real
+        if scheme == "w4a16_g32":
+            assert (ours - theirs).abs().max() < 3e-5 * ours.abs().max()
+        else:  # a code here and there falls on the other side
+            assert sqnr_db(ours, theirs) > 25
+    assert sqnr_db(eager(folder, source), ran) > (15 if scheme != "w4a16_g32" else 6)
+
+
+def test_the_source_is_read_once_and_written_about_in_batches(exported, t5):
+    pair, source = open_seq2seq(exported), source_of(capture_seq2seq(open_model(t5)))
+    feeds = {name: tensor.numpy() for name, tensor in source.items()}
+    with pytest.raises(InputError, match="Read a source first"):
+        pair.decoder.run(np.ones((1, 1), np.int64))
+    pair.read(feeds)
+    both = pair.decoder.generate([[0], [0]], max_new_tokens=6).tokens
+    assert len(set(both[0])) > 1 and both[0] != both[1]
+    for row in range(2):  # padding beside a row changes nothing
+        length = int(MASK[row].sum())
+        pair.read({name: array[row : row + 1, :length] for name, array in feeds.items()})
+        assert pair.decoder.generate([[0]], max_new_tokens=6).tokens[0] == both[row]
+    with pytest.raises(InputError, match="the encoder reads input_ids, attention_mask"):
+        pair.read({"input_ids": feeds["input_ids"]})
+
+
+def test_text_in_text_out(exported):
+    pieces = ["", ""]
+
+    def on_text(row, piece):
+        pieces[row] += piece
+
+    texts = generate(exported, ["a long text", "moon"], max_new_tokens=5, on_text=on_text)
+    assert texts == pieces and all(texts) and texts[1] == generate(exported, "moon", max_new_tokens=5)[0]
+
+
+def test_it_is_validated_whole_and_in_parts(exported, t5, tmp_path):
+    out = shutil.copytree(exported, tmp_path / "out")
+    text = " ".join(f"word {i}" for i in range(40))
+    report = validate_seq2seq(out, t5, text=text, windows=3, window=12, new_tokens=6)
+    assert not report.problems and report.logits.windows == 3 and 0 < report.logits.kl_mean < 0.2
+    assert "12 tokens" in report.sources and not report.own_sources and max(report.greedy.agreed) == 6
+    assert [row.name for row in report.decoder.outputs] == ["logits"]
+    assert len(report.encoder.layers.linears) == 6 + 4 and len(report.encoder.outputs) == 4
+    kept = json.loads((out / "report.json").read_text())["validation"]
+    assert kept["logits"]["kl_mean"] == report.logits.kl_mean and "encoder" not in kept
+    assert (out / "encoder" / "report.html").exists() and (out / "decoder" / "report.html").exists()
+    again = validate_seq2seq(out, t5, text=text, windows=3, window=12, new_tokens=6)
+    assert again.logits == report.logits
+    # A decoder that hears little of its source is found where it is.
+    broken = json.loads((out / "decoder" / "manifest.json").read_text())
+    broken["linears"][0]["kernel"] = "MatMulNBits"
+    (out / "decoder" / "manifest.json").write_text(json.dumps(broken))
+    found = validate_seq2seq(out, t5, text=text, windows=1, window=12, new_tokens=2)
+    assert len(found.problems) == 1 and found.problems[0].startswith("decoder: 1 linear is not fused")
+
+
+def test_what_the_float_model_writes_has_no_end_in_it(t5):
+    parts = capture_seq2seq(open_model(t5))
+    sources = load_sources(parts, spec(3))
+    for seed in (None, 0):
+        ids = torch.cat([batch["input_ids"] for batch in write_about(parts, sources, 30, seed=seed).batches])
+        assert ids.shape == (3, 31) and (ids[:, 0] == 0).all() and not (ids == parts.model.config.eos_token_id).any()
+    greedy = write_about(parts, sources, 30).batches
+    for batch, source in zip(greedy, sources.batches, strict=True):
+        ids = batch["input_ids"]
+        with torch.no_grad():
+            logits = parts.model(**source, decoder_input_ids=ids[:, :-1]).logits
+        logits[..., parts.model.config.eos_token_id] = -torch.inf
+        assert torch.equal(logits.argmax(-1), ids[:, 1:])
+        states = parts.model.get_encoder()(**source).last_hidden_state
+        key = parts.model.get_decoder().block[1].layer[1].EncDecAttention.k(states)
+        got = batch["cross_key_values.1.key"]
+        assert torch.allclose(got.transpose(1, 2).flatten(2), key, atol=1e-5)
+
+
+def test_overrides_match_in_either_part_and_must_match(t5, tmp_path):
+    overrides = [{"match": "decoder.block.1.*", "scheme": "float"}, {"match": "lm_head", "scheme": "w8a16_g32"}]
+    recipe = recipe_of("w4a16_g32_rtn".removesuffix("_rtn"), weights={"method": "rtn"}, overrides=overrides)
+    result = export_seq2seq(t5, recipe, out_dir=tmp_path / "out")
+    kept = {p.name for p in result.decoder.plan if p.scheme is None} | {
+        p.name for p in result.encoder.plan if p.scheme is None
+    }
+    assert kept and all(name.startswith("decoder.block.1.") for name in kept)
+    assert {p.name for p in result.encoder.plan if p.scheme is None} == {  # which reads what the encoder makes
+        f"decoder.block.1.layer.1.EncDecAttention.{part}" for part in "kv"
+    }
+    assert result.decoder.manifest.linears[-1].scheme == "w8a16_g32"
+    found = inspect_seq2seq(t5, recipe)
+    assert [p.name for p in found.encoder.linears] == [p.name for p in result.encoder.plan]
+    with pytest.raises(RecipeError, match="matches no linear.*nowhere"):
+        export_seq2seq(t5, recipe_of("w4a16_g32", overrides=[{"match": "nowhere", "scheme": "float"}]), out_dir="x")
+
+
+def test_features_come_from_a_tensor_or_a_file(tmp_path):
+    folder = save_seq2seq("whisper", tmp_path / "model")
+    parts = capture_seq2seq(open_model(folder))
+    spectra = torch.randn(3, 16, 32)
+    save_file({"input_features": spectra}, tmp_path / "spectra.safetensors")
+    given = load_sources(parts, spec(), spectra)
+    path = str(tmp_path / "spectra.safetensors")
+    read = load_sources(parts, CalibrationSpec(source=path, batch_size=2, samples=2))
+    assert torch.equal(torch.cat([b["input_features"] for b in given.batches]), spectra)
+    assert torch.equal(read.batches[0]["input_features"], spectra[:2]) and len(read.batches) == 1
+    with pytest.raises(InputError, match=r"\[3, 8, 32\], not \[n, 16, 32\]"):
+        load_sources(parts, spec(), spectra[:, :8])
+    with pytest.raises(InputError, match="cannot be read as safetensors"):
+        load_sources(parts, CalibrationSpec(source=str(tmp_path / "none.safetensors")))
+    export_seq2seq(folder, recipe_of("w8a8_static"), out_dir=tmp_path / "out", calibration=path)
+    write_word_tokenizer(tmp_path / "out", VOCAB)
+    with pytest.raises(InputError, match="reads input_features, not text"):
+        generate(tmp_path / "out", "some text")
+    report = validate_seq2seq(tmp_path / "out", folder, inputs=spectra, new_tokens=4)
+    assert not report.problems and report.logits.windows == 3
+
+
+def test_what_takes_one_file_says_which(exported, t5, tmp_path):
+    with pytest.raises(InputError, match="two exports.*decoder"):
+        manifests.load(exported)
+    with pytest.raises(CaptureError, match="export_seq2seq"):
+        capture_folder(open_model(t5))
+    with pytest.raises(InputError, match="no export of an encoder-decoder"):
+        open_seq2seq(exported / "decoder")
+    with pytest.raises(InputError, match="exists already"):
+        export_seq2seq(t5, out_dir=exported)
+    with pytest.raises(RecipeError, match="kv_cache"):
+        export_seq2seq(t5, recipe_of("w4a16_g32", kv_cache="int8"), out_dir=tmp_path / "out")
+    part = shutil.copytree(exported / "decoder", tmp_path / "decoder")
+    optimize(part)
+    assert (part / "optimized").is_dir() and not (tmp_path / "out").exists()
