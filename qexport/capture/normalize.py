@@ -13,6 +13,7 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from ..passes.edit import is_call
+from .positions import slice_tables
 
 aten = torch.ops.aten
 _END = 2**63 - 1
@@ -50,6 +51,7 @@ def normalize(module: GraphModule) -> GraphModule:
     _fuse_lookups(graph)
     _drop_round_trips(graph)
     _keep_rows_apart(graph)
+    slice_tables(graph)
     _local_sizes(graph)
     _fuse_rms_norms(graph)
     _fuse_rotary(graph)

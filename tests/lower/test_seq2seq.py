@@ -30,6 +30,7 @@ FAMILIES = [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) 
 MASK = padded([9, 4], "right")
 TEXT = tokens(2, 8, 5, vocab=VOCAB)
 PROMPT = 3  # tokens of it that come first, the others one by one
+SIZES = {"Add", "Concat", "Squeeze", "Unsqueeze"}  # arithmetic of lengths
 KERNELS = {"w4a16_g32": "MatMulNBits", "w8a8_dyn": "MatMulIntegerToFloat", "w8a8_static": "MatMulIntegerToFloat"}
 
 
@@ -129,7 +130,8 @@ def test_files_agree_with_their_graphs(folder, scheme, tmp_path):
             assert (ours - theirs).abs().max() < 3e-5 * ours.abs().max()
         else:  # a code here and there falls on the other side
             assert sqnr_db(ours, theirs) > 25
-    assert sqnr_db(eager(folder, source), ran) > (15 if scheme != "w4a16_g32" else 6)
+    # A graph that agrees with its file could still be of something else; 4 bits leave little of random weights.
+    assert sqnr_db(eager(folder, source), ran) > (15 if scheme != "w4a16_g32" else 4)
 
 
 def test_the_source_is_read_once_and_written_about_in_batches(exported, t5):
@@ -252,3 +254,16 @@ def test_what_takes_one_file_says_which(exported, t5, tmp_path):
     part = shutil.copytree(exported / "decoder", tmp_path / "decoder")
     optimize(part)
     assert (part / "optimized").is_dir() and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("folder", FAMILIES, indirect=True)
+def test_nothing_but_sizes_falls_back_to_the_cpu_on_cuda(folder, cuda_placement, tmp_path):
+    parts = capture_seq2seq(open_model(folder))
+    for captured, out in ((parts.encoder, tmp_path / "encoder"), (parts.decoder, tmp_path / "decoder")):
+        made = exporting.export(captured, Recipe(scheme="w4a16_g32", weights={"method": "rtn"}), "cuda", out)
+        # The stand-ins have no convolution to run.
+        reads_text = captured.inputs[0].name == "input_ids"
+        dims = {"batch": 2, "source": 16, "sequence": 1, "past": 3} if reads_text else None
+        placed = cuda_placement(out / "model.onnx", made.manifest.session, dims=dims)
+        assert placed["memcpy"] == 0
+        assert set(placed["nodes"].get(manifests.CPU, ())) <= SIZES, placed["nodes"][manifests.CPU]

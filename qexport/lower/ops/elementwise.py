@@ -28,10 +28,27 @@ def _binary(op_type: str):
 
 
 def _add(emit: Emitter, node: Node):
+    values, other = node.args[:2]
+    if _is_size(other) and shape_of(values):
+        return emit.op("Add", emit.get(values), _beside_tensors(emit, other, dtype_of(node)))
     total = _binary("Add")(emit, node)
     sides = [shape_of(a) if isinstance(a, Node) else () for a in node.args[:2]]
     total.producer().meta[SAME_SHAPE] = sides[0] == sides[1] and len(sides[0]) == 3
     return total
+
+
+def _is_size(argument) -> bool:
+    """Whether an argument is a size, read in this block or before it."""
+    if not isinstance(argument, Node) or (dtype_of(argument), shape_of(argument)) != (torch.int64, ()):
+        return False
+    return argument.op == "placeholder" or is_call(argument, aten.sym_size.int, operator.add)
+
+
+def _beside_tensors(emit: Emitter, size: Node, dtype: torch.dtype):
+    """A size as a tensor [1]: a range takes its ends from the CPU, where sizes are, and stands where tensors are."""
+    value = emit.get(size)
+    ranged = emit.op("Range", value, emit.op("Add", value, emit.constant(1)), emit.constant(1))
+    return ranged if dtype == torch.int64 else emit.cast(ranged, dtype)
 
 
 def _compare(op_type: str, logical: bool = False):

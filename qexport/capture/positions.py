@@ -1,0 +1,24 @@
+"""Rows of a table that stand one behind another, taken as a slice.
+
+Positions are ranges from the number of cached tokens on. ONNX Runtime makes a slice of a table's rows in a range too,
+but under the CUDA provider it copies the ends of the range to the GPU and back.
+"""
+
+import torch
+from torch.fx import Graph
+
+from ..passes.edit import is_call
+
+aten = torch.ops.aten
+
+
+def slice_tables(graph: Graph) -> None:
+    """Write embedding(table, range(start, end)) as table[start:end], in place."""
+    for node in list(graph.nodes):
+        if is_call(node, aten.embedding.default) and is_call(node.args[1], aten.arange.start):
+            table, places = node.args[:2]
+            with graph.inserting_before(node):
+                rows = graph.call_function(aten.slice.Tensor, (table, 0, *places.args))
+            rows.meta = dict(node.meta)
+            node.replace_all_uses_with(rows)
+            graph.erase_node(node)
