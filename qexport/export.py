@@ -59,6 +59,7 @@ class ExportResult:
         calibration: what the statistics were taken on, or why there was nothing to take.
         embeddings: the decision for every table of token embeddings.
         convolutions: the decision for every convolution, in order.
+        dense: mixtures of experts that compute every expert for every token, and why.
     """
 
     folder: Path
@@ -68,6 +69,7 @@ class ExportResult:
     calibration: str = ""
     embeddings: list[EmbeddingPlan] = field(default_factory=list)
     convolutions: list[ConvolutionPlan] = field(default_factory=list)
+    dense: dict[str, str] = field(default_factory=dict)
 
 
 def export(
@@ -188,7 +190,8 @@ def export(
         raise
     shutil.rmtree(work)
     seconds = {k: round(v, 2) for k, v in seconds.items()}
-    return ExportResult(out, manifest, plan, seconds, described, embeddings, convolutions)
+    dense = {name: why for item in finished for name, why in item.dense.items()}
+    return ExportResult(out, manifest, plan, seconds, described, embeddings, convolutions, dense)
 
 
 def capture(
@@ -312,6 +315,7 @@ def _report(
             "seconds": {k: round(v, 2) for k, v in seconds.items()},
             "float": [{"linear": p.name, "reason": p.reason} for p in plan if p.scheme is None],
             "apart": [{"linear": n, "reason": why} for item in finished for n, why in item.apart.items()],
+            "dense": [{"linear": n, "reason": why} for item in finished for n, why in item.dense.items()],
             "embedding": [described_embedding(e) for e in embeddings],
             "blocks": [asdict(item.record) for item in finished],
         }

@@ -37,6 +37,7 @@ def export_summary(result: ExportResult) -> dict[str, Any]:
             for p in [*result.plan, *result.convolutions]
             if p.reason
         ],
+        "dense_experts": [{"experts": name, "reason": why} for name, why in result.dense.items()],
     }
 
 
@@ -76,6 +77,8 @@ def print_export(result: ExportResult) -> None:
     print(f"  calibration: {result.calibration}")
     print(f"  seconds: {', '.join(f'{stage} {seconds:.1f}' for stage, seconds in result.seconds.items())}")
     _print_exceptions([*result.plan, *result.convolutions])
+    for reason, count in Counter(result.dense.values()).most_common():
+        print(f"  {count} mixtures of experts compute every expert for every token: {reason}")
     _print_fast([linear.slow for linear in result.manifest.linears if linear.fast is not None], "  ")
     if result.manifest.kind == "encoder":
         print(f"Next: qexport validate {result.folder} --reference MODEL --text FILE")

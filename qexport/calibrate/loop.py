@@ -51,6 +51,7 @@ class Finished:
         record: what happened to it.
         joined: tensors that the lowering made of several, by name.
         apart: linears that the lowering could have merged with others and did not, and why.
+        dense: mixtures of experts, by the path of their module, that compute every expert for every token, and why.
         prompt: what the lowering made of the block for prompts, where that is something else.
     """
 
@@ -61,6 +62,7 @@ class Finished:
     captured: Captured
     joined: dict[str, Joined] = field(default_factory=dict)
     apart: dict[str, str] = field(default_factory=dict)
+    dense: dict[str, str] = field(default_factory=dict)
     prompt: GraphModule | None = None
 
     def read(self, name: str) -> torch.Tensor:

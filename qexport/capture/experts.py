@@ -1,7 +1,8 @@
 """Mixtures of experts as plain linears: every expert on every token, times the share that the router gives it.
 
 Transformers runs an expert on the tokens that chose it, in a loop or in a grouped product whose sizes depend on data. A
-token's share of an expert that it did not choose is zero, so the sum over all experts is the same.
+token's share of an expert that it did not choose is zero, so the sum over all experts is the same. Passes see linears
+like any others; lower/experts.py puts the whole into one kernel where it can.
 """
 
 from contextlib import contextmanager
@@ -12,6 +13,7 @@ from torch.nn.functional import linear
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from ..errors import CaptureError
+from ..ops import experts as _ops  # noqa: F401  registers the operator
 
 IMPLEMENTATION = "qexport"
 _rows: ContextVar[tuple[int, int] | None] = ContextVar("rows", default=None)
@@ -37,8 +39,8 @@ def _dense(experts, hidden_states, top_k_index, top_k_weights):
     if rows is None or hidden_states.dim() != 2 or top_k_index.shape != top_k_weights.shape:
         raise CaptureError("experts of a form that has no lowering", place=type(experts).__name__)
     x = hidden_states.view(*rows, hidden_states.shape[-1])
-    chosen = top_k_index[..., None] == torch.arange(experts.num_experts)
-    shares = torch.where(chosen, top_k_weights[..., None], 0.0).sum(1).view(*rows, experts.num_experts)
+    shares = torch.ops.qexport.expert_shares(top_k_index, top_k_weights, experts.num_experts)
+    shares = shares.view(*rows, experts.num_experts)
     parts = [_expert(experts, number, x, shares[..., number : number + 1]) for number in range(experts.num_experts)]
     total = parts[0]
     for part in parts[1:]:

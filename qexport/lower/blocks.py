@@ -6,14 +6,16 @@ from importlib.metadata import version
 from ..calibrate.loop import Finished
 from ..capture.graph import Captured
 from .build import Lowered, Piece, Target, build
+from .experts import gather_experts
 from .merge import merge
 
 
 def lower(captured: Captured, finished: Sequence[Finished], target: Target) -> Lowered:
-    """Merge products and rewrite finished blocks for a target, in place, and translate them."""
+    """Gather experts, merge products and rewrite finished blocks for a target, in place, and translate them."""
     pieces = []
     for item in finished:
         block = item.block
+        item.dense = gather_experts(block.module, target.why_dense)
         merged = merge(block.module)
         item.joined, item.apart = merged.joined, merged.apart
         item.prompt, prompt = target.prompt_twin(block.module), None

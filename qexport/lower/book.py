@@ -8,6 +8,7 @@ from torch.fx import Graph, Node
 
 from ..runtime.branches import STEPS
 from .targets.forms import input_of, linear_products
+from .targets.qmoe import QMOE, mixtures
 
 
 @dataclass(frozen=True)
@@ -18,6 +19,7 @@ class Placed:
         node: name of its product; kernel: operator that it must become.
         input: value that it reads, before it is rounded.
         output: value of its result; columns: (start, stop) of the result in it, None where it is all of it.
+            Input and output are empty of experts that are computed together.
         prompt_kernel: the operator in the branch for prompts; None in a file without branches, and outside of them.
         slow: why another kernel of the same operator would be faster than its; empty where none would, None where the
             operator has one.
@@ -50,6 +52,7 @@ class Book:
         self._made: dict[str, ir.Value] = {}
         self._read: dict[str, ir.Value] = {}
         self._parts: dict[str, tuple[tuple[str, str], ...]] = {}
+        self._inside: dict[str, str] = {}
 
     def note(self, graph: Graph, values: Mapping[Node, ir.Value], made: Mapping[str, ir.Value]) -> None:
         """After a block was translated: its products, and the results of its linears.
@@ -69,12 +72,21 @@ class Book:
                 name = product.meta["linear"]
                 self._products[name], self.members[name] = found, product.meta.get("columns") or {name: None}
                 self._read[name] = values[input_of(product)]
+        for mixture in mixtures(graph):
+            experts, node = mixture.meta["experts"], plain(values[mixture].producer().name)
+            for side in ("up", "down"):
+                names = getattr(experts, side)
+                self._inside |= dict.fromkeys(names, node)
+                self.members[f"{experts.name}.{side}"] = {name: (e, e + 1) for e, name in enumerate(names)}
 
     def note_prompts(self, graph: Graph) -> None:
         """After the same block was translated for prompts; its linears are where they are for steps."""
         for product in linear_products(graph):
             if not {"plane_of", "branch_of"} & set(product.meta):
                 self._prompt_kernels[product.meta["linear"]] = self._kernel(product)
+        for mixture in mixtures(graph):
+            experts = mixture.meta["experts"]
+            self._prompt_kernels |= dict.fromkeys((*experts.up, *experts.down), QMOE)
 
     def placed(self, slow: Mapping[str, str]) -> dict[str, Placed]:
         """Where every quantized linear is, once the outputs of the model have their names: values may go by those.
@@ -82,7 +94,11 @@ class Book:
         Args:
             slow: by the name of a product, see `Placed`.
         """
-        return {
+        inside = {
+            name: Placed(node, QMOE, "", "", None, self._prompt_kernels.get(name))
+            for name, node in self._inside.items()
+        }
+        return inside | {
             linear: Placed(
                 node,
                 kernel,

@@ -15,13 +15,15 @@ from .book import Book, Placed, plain
 from .branches import Piece, add_branches, branched, branches_of
 from .emitter import ONNX_DTYPE, VIEW_OF, Emitter, unsupported
 from .fuse import fuse_norms
-from .ops import convolution, elementwise, embedding, grouped, indexing, layers, quantized, shapes
+from .ops import convolution, elementwise, embedding, experts, grouped, indexing, layers, quantized, shapes
 from .targets.forms import input_of, linear_products
+from .targets.qmoe import Form
 
 OPSET = 23  # Attention, RMSNormalization and RotaryEmbedding appeared here
 TRANSLATIONS = {
     **elementwise.TRANSLATIONS, **shapes.TRANSLATIONS, **layers.TRANSLATIONS, **grouped.TRANSLATIONS,
     **quantized.TRANSLATIONS, **embedding.TRANSLATIONS, **indexing.TRANSLATIONS, **convolution.TRANSLATIONS,
+    **experts.TRANSLATIONS,
 }  # fmt: skip
 
 
@@ -35,6 +37,7 @@ class Target(Protocol):
     def session(self, products: Sequence[Node] = ()) -> dict[str, str]: ...
     def slow(self, products: Sequence[Node]) -> dict[str, str]: ...
     def numerics(self) -> dict[str, str]: ...
+    def why_dense(self, form: Form) -> str: ...
     def prompt_twin(self, module: GraphModule) -> GraphModule | None: ...
     def rewrite(self, module: GraphModule, constants: set[str]) -> None: ...
     def kernel(self, product: Node) -> str: ...

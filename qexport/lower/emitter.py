@@ -135,12 +135,42 @@ class Emitter:
             shape, dtype: of what `make` returns for the tensor and those of `others`, None for None.
         """
         name, read, sources = f"{node.target}.{suffix}", self._read, (node, *others)
+
+        def load() -> torch.Tensor:
+            return make(*(None if source is None else read(source.target).to(dtype_of(source)) for source in sources))
+
+        return self._made(name, shape, dtype, load)
+
+    def stacked(
+        self,
+        name: str,
+        nodes: Sequence[Node],
+        shape: Sequence[int],
+        dtype: torch.dtype,
+        make: Callable[[torch.Tensor], torch.Tensor],
+    ) -> ir.Value:
+        """An initializer of what `make` returns for the tensor of each get_attr node, read one by one, in one stack.
+
+        Args:
+            shape, dtype: of the whole.
+        """
+        read = self._read
+
+        def load() -> torch.Tensor:
+            whole = torch.empty(*shape, dtype=dtype)
+            for place, node in zip(whole, nodes, strict=True):
+                place.copy_(make(read(node.target).to(dtype_of(node))))
+            return whole
+
+        return self._made(name, shape, dtype, load)
+
+    def _made(self, name: str, shape: Sequence[int], dtype: torch.dtype, make: Callable[[], torch.Tensor]) -> ir.Value:
+        """The initializer of this name, which `make` makes when the file is written."""
         if name in self.initializers:
             return self.initializers[name]
 
         def load() -> ir.TensorProtocol:
-            tensors = [None if source is None else read(source.target).to(dtype_of(source)) for source in sources]
-            return tensor_adapters.TorchTensor(make(*tensors).contiguous(), name=name)
+            return tensor_adapters.TorchTensor(make().contiguous(), name=name)
 
         return self._initializer(name, ir.LazyTensor(load, dtype=ONNX_DTYPE[dtype], shape=ir.Shape(shape), name=name))
 

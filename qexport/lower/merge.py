@@ -37,7 +37,7 @@ class Merged:
 
 
 @dataclass(frozen=True)
-class _Linear:
+class Linear:
     """A quantized linear: its product, what is added to it in order, and the sum.
 
     Attributes:
@@ -70,9 +70,9 @@ def merge(module: GraphModule) -> Merged:
     for products in by_value.values():
         if len(products) < 2:
             continue
-        groups: dict[tuple, list[_Linear]] = {}
+        groups: dict[tuple, list[Linear]] = {}
         for product in products:
-            linear = _linear_of(product)
+            linear = linear_of(product)
             why = "its result is not a plain sum" if linear is None else _why_apart(linear)
             if why:
                 merged.apart[product.meta["linear"]] = why
@@ -88,7 +88,7 @@ def merge(module: GraphModule) -> Merged:
     return merged
 
 
-def _linear_of(product: Node) -> _Linear | None:
+def linear_of(product: Node) -> Linear | None:
     """What is added to a product, up to the result of its linear."""
     name, node, bias, bias_at, addends = product.meta["linear"], product, None, 0, []
     while node.meta.get("result_of") != name:
@@ -100,10 +100,10 @@ def _linear_of(product: Node) -> _Linear | None:
             bias, bias_at = addend, len(addends)
         else:
             addends.append(addend)
-    return _Linear(name, product, tuple(addends), bias, bias_at, node)
+    return Linear(name, product, tuple(addends), bias, bias_at, node)
 
 
-def _why_apart(linear: _Linear) -> str:
+def _why_apart(linear: Linear) -> str:
     """Why a linear can be merged with no other; empty where it can."""
     if any(shape_of(addend) != shape_of(linear.result) for addend in linear.addends):
         return "what is added to it is not of its shape"
@@ -141,7 +141,7 @@ def _same_but_columns(nodes: Sequence[Node]) -> bool:
     return not any(map(_why_not_beside, weights)) and len(set(map(_form, weights))) == 1
 
 
-def _move_up(group: Sequence[_Linear]) -> str:
+def _move_up(group: Sequence[Linear]) -> str:
     """Move what is added to the products in front of the first of them; says why not where that cannot be."""
     first = group[0].product
     own = {node for linear in group for node in (linear.product, linear.result)}
@@ -166,7 +166,7 @@ class _Merge:
         joined: gets the new tensors.
     """
 
-    def __init__(self, module: GraphModule, group: Sequence[_Linear], joined: dict[str, Joined]):
+    def __init__(self, module: GraphModule, group: Sequence[Linear], joined: dict[str, Joined]):
         self._module, self._group, self._joined = module, group, joined
         self._name = joint_name([linear.name for linear in group])
 

@@ -31,8 +31,10 @@ class LinearEntry(_Frozen):
         name: module path of the linear, e.g. "model.layers.0.self_attn.q_proj".
         block: name of the block it belongs to.
         scheme: scheme name, e.g. "w4a16_g32", or "float".
-        input: name of the float value that it reads, before it is rounded; "" in files that do not say.
-        output: name of the value that holds its result (bias and scales applied).
+        input: name of the float value that it reads, before it is rounded; "" in files that do not say, and of experts
+            that are computed together.
+        output: name of the value that holds its result (bias and scales applied); "" of experts that are computed
+            together, in one node of kernel QMoE: they make no value of their own.
         columns: [start, stop) of its result in that value, where one product computes several linears; None: all.
         node: name of its MatMul node. Fusion keeps it, so it finds the node in the optimized graph.
         kernel: op type the node must have in the optimized graph.
@@ -60,6 +62,11 @@ class LinearEntry(_Frozen):
     reason: str = ""
     fast: bool | None = None
     slow: str = ""
+
+    @property
+    def inside(self) -> bool:
+        """Whether it makes no value of its own, because one node computes it and others."""
+        return not self.output
 
 
 class ConvolutionEntry(_Frozen):

@@ -214,7 +214,7 @@ def node_of(nodes: Iterable[Node], output: str, node: str = "") -> Node | None:
     for candidate in nodes:
         if node and candidate.name == node:
             return candidate
-        if output in candidate.outputs:
+        if output and output in candidate.outputs:
             by_value = candidate
     return by_value
 

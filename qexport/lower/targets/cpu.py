@@ -10,6 +10,7 @@ from torch.fx import GraphModule, Node
 from ...numerics.packing import stored_block
 from ...passes.edit import add_tensor, call, finish, is_call
 from ..prefill import LONGEST_STEP, prompt_twin
+from . import qmoe
 from .forms import DEFAULT_BLOCK, Form, as_own_kernel, form_of, linear_products, own_kernel
 
 ops = torch.ops.qexport
@@ -44,11 +45,11 @@ class CpuTarget:
         """What a user should know about the arithmetic."""
         if self.accuracy_level == 4:
             inputs = (
-                "float inputs of MatMulNBits are rounded to 8 bits per row and block (accuracy level 4), except with "
-                "2-bit weights in groups of 16, for which ONNX Runtime has no such kernel"
+                "float inputs of MatMulNBits and QMoE are rounded to 8 bits per row and block (accuracy level 4), "
+                "except with 2-bit weights in groups of 16, for which ONNX Runtime has no such kernel"
             )
         else:
-            inputs = "float inputs of MatMulNBits stay float32 (accuracy level 1)"
+            inputs = "float inputs of MatMulNBits and QMoE stay float32 (accuracy level 1)"
         said = {"weight_only": inputs, "integer": "8-bit inputs are unsigned with zero point 128", "dtype": "float32"}
         if self.int8_prompts:
             said["prefill"] = (
@@ -60,6 +61,10 @@ class CpuTarget:
     def prompt_twin(self, module: GraphModule) -> GraphModule | None:
         """What a canonical block is for prompts; None where that is nothing else."""
         return prompt_twin(module) if self.int8_prompts else None
+
+    def why_dense(self, form: qmoe.Form) -> str:
+        """Why a mixture of experts computes every one for every token; empty where it does not."""
+        return qmoe.why_dense_on_cpu(form, self.accuracy_level)
 
     def slow(self, products: Sequence[Node]) -> dict[str, str]:
         """Nothing: every MatMulNBits is of one speed here."""
@@ -78,6 +83,9 @@ class CpuTarget:
                     rounded = call(module.graph, ops.matmul_nbits_input.default, (x, block), like=x)
                 product.replace_input_with(x, rounded)
             as_own_kernel(module, product)
+        if self.accuracy_level == 4:
+            for mixture in qmoe.mixtures(module.graph):
+                mixture.args = (*mixture.args[:-1], True)
         finish(module)
 
     def kernel(self, product: Node) -> str:

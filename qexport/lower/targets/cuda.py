@@ -5,11 +5,11 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch.fx import GraphModule, Node
+from torch.fx import Graph, GraphModule, Node
 
-from ...passes.edit import call, finish, is_call
+from ...passes.edit import call, finish, is_call, shape_of
 from ..precision import KEEP, to_half
-from . import fpa_intb
+from . import fpa_intb, qmoe
 from .forms import DEFAULT_BLOCK, Form, as_own_kernel, form_of, linear_products, own_kernel
 
 ops = torch.ops.qexport
@@ -61,6 +61,10 @@ class CudaTarget:
         """
         return fpa_intb.why_slow(_nbits(products))
 
+    def why_dense(self, form: qmoe.Form) -> str:
+        """Why a mixture of experts computes every one for every token; empty where it does not."""
+        return qmoe.why_dense_on_cuda(form)
+
     def prompt_twin(self, module: GraphModule) -> None:
         """MatMulNBits has a way of its own with prompts here: there is one form for all."""
 
@@ -72,6 +76,8 @@ class CudaTarget:
                 _integer(module, product, form)
             else:
                 as_own_kernel(module, product)
+        for mixture in qmoe.mixtures(module.graph):
+            _by_scores(module.graph, mixture)
         finish(module)
         to_half(module, constants, self.dtype)
 
@@ -80,6 +86,24 @@ class CudaTarget:
         if is_call(product, ops.matmul_integer.default):
             return "MatMulInteger"
         return own_kernel(product) or "MatMulNBits"
+
+
+def _by_scores(graph: Graph, mixture: Node) -> None:
+    """Shares as the softmax of scores, times their sum: this provider does not read them from an input of their own."""
+    x, shares = mixture.args[:2]
+    with graph.inserting_before(mixture):
+        scores = shares
+        # In float32, where no share becomes zero but those that are.
+        for target, *more in ((aten.to.dtype, torch.float32), (aten.clamp_min.default, 1e-30), (aten.log.default,)):
+            scores = call(graph, target, (scores, *more), like=shares)
+            scores.meta[KEEP] = True
+        total = call(graph, aten.sum.dim_IntList, (shares, [-1], True), like=shares, shape=(shape_of(shares)[0], 1))
+        sizes = [call(graph, aten.sym_size.int, (x, axis), like=x, dtype=torch.int64, shape=()) for axis in (0, 1)]
+        total = call(graph, aten.view.default, (total, [*sizes, 1]), like=x, shape=(*shape_of(x)[:-1], 1))
+    mixture.args = (x, scores, None, *mixture.args[3:])
+    with graph.inserting_after(mixture):
+        scaled = call(graph, aten.mul.Tensor, (mixture, total), like=mixture)
+    mixture.replace_all_uses_with(scaled, delete_user_cb=lambda user: user is not scaled)
 
 
 def _nbits(products: Sequence[Node]) -> dict[str, fpa_intb.Product]:
