@@ -99,10 +99,10 @@ class Chooser:
         """Learn from an export what the recipe's method leaves of the costs of rounding to nearest.
 
         Args:
-            allocation: what was exported; real: cost of each linear in it; kl: its mean KL.
+            allocation: what was exported; real: cost of each linear in it, where it is known; kl: its mean KL.
         """
         for place, (item, choice) in enumerate(zip(self._costs.items, allocation.choices, strict=True)):
-            if item.linear and (expected := self._costs.kl[item.linear][choice.scheme]) > 0:
+            if item.linear in real and (expected := self._costs.kl[item.linear][choice.scheme]) > 0:
                 self._shares[place] = min(max(real[item.linear] / expected, _LEAST_SHARE), _MOST_SHARE)
         by_name = [{choice.scheme: choice.kl for choice in choices} for choices in self._choices]
         now = sum(known[choice.scheme] for known, choice in zip(by_name, allocation.choices, strict=True))

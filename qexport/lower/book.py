@@ -7,8 +7,9 @@ import onnx_ir as ir
 from torch.fx import Graph, Node
 
 from ..runtime.branches import STEPS
+from ..runtime.manifest import QMOE
 from .targets.forms import input_of, linear_products
-from .targets.qmoe import QMOE, mixtures
+from .targets.qmoe import mixtures
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,18 @@ def _(index, weights, experts):
     return weights.new_empty((index.shape[0], experts))
 
 
+def _remember(ctx, inputs, output) -> None:
+    ctx.save_for_backward(inputs[0])
+
+
+def _backward(ctx, gradient: Tensor) -> tuple[None, Tensor, None]:
+    (index,) = ctx.saved_tensors
+    return None, gradient.gather(1, index), None
+
+
+expert_shares.register_autograd(_backward, setup_context=_remember)
+
+
 @torch.library.custom_op("qexport::quantized_experts", mutates_args=())
 def quantized_experts(
     x: Tensor, scores: Tensor, shares: Tensor | None, k: int,

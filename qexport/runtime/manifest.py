@@ -18,6 +18,7 @@ ENCODER, DECODER = "encoder", "decoder"  # which are in these folders
 SOURCE_MASK = "encoder_attention_mask"  # input of the decoder: the attention mask of the source
 CPU = "CPUExecutionProvider"
 CUDA = "CUDAExecutionProvider"
+QMOE = "QMoE"  # the kernel that computes many linears, the experts of a mixture, in one node
 
 
 class _Frozen(BaseModel):
@@ -34,7 +35,7 @@ class LinearEntry(_Frozen):
         input: name of the float value that it reads, before it is rounded; "" in files that do not say, and of experts
             that are computed together.
         output: name of the value that holds its result (bias and scales applied); "" of experts that are computed
-            together, in one node of kernel QMoE: they make no value of their own.
+            together, in one node (kernel QMoE): they make no value of their own.
         columns: [start, stop) of its result in that value, where one product computes several linears; None: all.
         node: name of its MatMul node. Fusion keeps it, so it finds the node in the optimized graph.
         kernel: op type the node must have in the optimized graph.
@@ -62,11 +63,6 @@ class LinearEntry(_Frozen):
     reason: str = ""
     fast: bool | None = None
     slow: str = ""
-
-    @property
-    def inside(self) -> bool:
-        """Whether it makes no value of its own, because one node computes it and others."""
-        return not self.output
 
 
 class ConvolutionEntry(_Frozen):
@@ -126,6 +122,11 @@ class Manifest(_Frozen):
     blocks: tuple[BlockEntry, ...] = ()
     settings: dict[str, Any] = Field(default_factory=dict)
     bytes: dict[str, int] = Field(default_factory=dict)
+
+    @property
+    def readable(self) -> tuple[LinearEntry, ...]:
+        """Linears that make a value of their own: not experts that are computed together."""
+        return tuple(entry for entry in self.linears if entry.output)
 
 
 def save(manifest: Manifest, folder: str | Path) -> Path:

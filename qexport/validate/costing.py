@@ -14,7 +14,8 @@ def deployed_costs(
     folder: Path, manifest: Manifest, captured: Captured, feeds: Sequence[Feeds], importance: Mapping[str, Importance],
     *, transformed: bool, provider: str | None = None, progress: Progress,
 ) -> dict[str, float]:  # fmt: skip
-    """KL in nats a token by name of the linear; see `Row.kl_cost`, which is the same.
+    """KL in nats a token by name of the linear; see `Row.kl_cost`, which is the same. Experts that are computed
+    together have none: they make no value of their own.
 
     Args:
         feeds: those that the importance was found on.

@@ -58,7 +58,7 @@ def compare_layers(
     linear_rows: dict[str, Row] = {}
     block_rows, attention_rows, ranges = [], [], []
 
-    for index, seen in enumerate(watch(captured, feeds, {e.name for e in manifest.linears}, deployed.forced)):
+    for index, seen in enumerate(watch(captured, feeds, {e.name for e in manifest.readable}, deployed.forced)):
         if progress:
             progress(seen.block.name, index, len(captured.blocks))
         probe, rescaled = deployed.probe, deployed.rescaled
@@ -84,7 +84,7 @@ def compare_layers(
     gains = branch_gains(folder)
     found = [
         placed(linear_rows[entry.name], entry, plain).model_copy(update={"branch_gain_db": gains.get(entry.name)})
-        for entry in manifest.linears
+        for entry in manifest.readable
     ]
     wrong = {
         e.name: f"{there or 'nothing'} instead of {expected(e, there)}" for e, there in unfused(plain, manifest.linears)

@@ -25,6 +25,7 @@ class Probe:
     """A block and the values that are read of it.
 
     Attributes:
+        linears: those that make a value.
         bytes: estimated size of these values.
         attentions: for every attention where it is, by the name of the linear that reads what comes out of it.
     """
@@ -55,7 +56,7 @@ def probes(captured: Captured, manifest: Manifest, rows: int) -> list[Probe]:
     found = []
     for block in captured.blocks:
         nodes = {linear.name: linear.node for linear in linears(block.module.graph)}
-        entries = tuple(entry for entry in manifest.linears if entry.name in nodes)
+        entries = tuple(entry for entry in manifest.readable if entry.name in nodes)
         results = block.module.graph.output_node().args[0]
         carried = results[block.outputs.index(captured.handed_on(block))]
         output = outputs.get(block.name) if carried.meta["spec"].dtype.is_floating_point else None

@@ -51,13 +51,13 @@ def kl_costs(
         folder, manifest, captured, feeds, rows=rows, transformed=transformed, threads=threads, provider=provider,
     )  # fmt: skip
     table = _embedding(folder, captured, manifest)
-    entries = {entry.name: entry for entry in manifest.linears if names is None or entry.name in names}
+    entries = {entry.name: entry for entry in manifest.readable if names is None or entry.name in names}
     values = [entry.output for entry in entries.values()] + ([table] if table else [])
     with _correctable(folder, values) as path:
         session = open_session(path, manifest, threads=threads, provider=provider)
     corrected = _Corrected(session, feeds, _float_logits(captured, feeds))
     whole, falls = corrected.kl(), {}
-    for seen in watch(captured, feeds, {entry.name for entry in manifest.linears}, deployed.forced):
+    for seen in watch(captured, feeds, {entry.name for entry in manifest.readable}, deployed.forced):
         probe = deployed.probe
         if table and probe.output is not None and probe.output.output == table:
             differences = _minus(seen.output, deployed.values[table])

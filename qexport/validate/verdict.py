@@ -5,6 +5,7 @@ import statistics
 from collections import Counter
 from collections.abc import Sequence
 
+from ..runtime.manifest import QMOE
 from .report import HALF, Greedy, Logits, Reference, Report
 from .wording import decibels, faulty, kernels, number, own, rank, worst_first
 
@@ -106,7 +107,8 @@ def _time(report: Report) -> list[str]:
         if by_op and None not in shares:
             attention = sum(share for op, share in by_op.items() if op in ATTENTION)
             what = "a run" if report.logits is None else what
-            parts.append(f"{sum(shares):.0%} of the time of {what} ({attention:.0%} are attention)")
+            linears = sum(shares) + by_op.get(QMOE, 0.0)
+            parts.append(f"{linears:.0%} of the time of {what} ({attention:.0%} are attention)")
     return [f"quantized linears take {' and '.join(parts)}"] if parts else []
 
 
@@ -158,6 +160,11 @@ def _facts(report: Report) -> list[str]:
     total = sum(report.placement.kernels.values())
     if total and not report.placement.unfused:
         facts.append(f"all {kernels(report.placement)}")
+    if inside := report.placement.kernels.get(QMOE):
+        facts.append(
+            f"{_count(inside, 'linear')} inside {QMOE}, which makes no value of each to compare: the SQNR of their "
+            "blocks covers them"
+        )
     if report.placement.prompt_kernels:
         facts.append("what was measured are prompts; steps of a few tokens have numbers of their own")
     if report.layers.linears:

@@ -8,6 +8,7 @@ from torch.fx import Node
 
 from ...numerics.packing import pack_rows
 from ...passes.edit import dtype_of, shape_of
+from ...runtime.manifest import QMOE
 from ..emitter import Emitter
 
 ops = torch.ops.qexport
@@ -86,7 +87,7 @@ def _quantized_experts(emit: Emitter, node: Node):
         "swiglu_limit": None if limit == float("inf") else float(limit),
     }  # fmt: skip
     return emit.op(
-        "QMoE", emit.get(x), emit.get(scores), *up[:3], *down[:3], None, None, None, up[3], down[3], None,
+        QMOE, emit.get(x), emit.get(scores), *up[:3], *down[:3], None, None, None, up[3], down[3], None,
         emit.get(shares), domain="com.microsoft", name=name, k=k, activation_type=activation, expert_weight_bits=bits,
         block_size=block, normalize_routing_weights=0, weights_prepacked=0, accuracy_level=4 if rounds else 1,
         **(swiglu if activation == "swiglu" else {}),

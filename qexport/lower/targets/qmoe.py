@@ -8,7 +8,6 @@ from torch.fx import Graph, Node
 from ...numerics.packing import stored_block
 from ...passes.edit import is_call
 
-QMOE = "QMoE"
 INF = float("inf")
 _INTERLEAVE = 64  # input features of a tile of CUDA's weights; a part of a tile is read beyond its end
 _CUDA_BLOCKS = (32, 64, 128)
