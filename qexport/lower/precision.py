@@ -31,8 +31,12 @@ def to_half(module: GraphModule, constants: set[str], half: torch.dtype) -> None
     graph = module.graph
     single = _stays_single(graph, constants)
     if half == torch.bfloat16:  # what reads these has kernels again
-        single |= {node for node in graph.nodes if node.op == "call_function" and node.target in IN_FLOAT32}
+        for node in graph.nodes:
+            if is_call(node, *IN_FLOAT32) or (is_call(node, operator.getitem) and node.args[0] in single):
+                single.add(node)
     for node in list(graph.nodes):
+        if is_call(node, aten.softmax.int) and node not in single:
+            node.args = node.args[:2]  # without the float32 that a router may ask for
         if node.op == "get_attr" and _is_float(node) and node not in single:
             set_tensor(module, node.target, get_tensor(module, node.target).to(half))
         if node.op != "output" and node not in single:

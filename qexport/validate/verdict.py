@@ -120,10 +120,11 @@ def _sensitive(report: Report) -> list[str]:
         return []
     worst = max(costly, key=lambda row: row.kl_cost)
     restored = found.measured.get(worst.name)
+    experts = " but experts" if QMOE in report.placement.kernels else ""
     fall = "" if restored is None else f"; with its value restored to float KL falls by {number(restored)}"
     facts = [
         f"{worst.name} costs the most KL, {number(worst.kl_cost)} of the {number(found.kl_foretold)} foretold for all"
-        f" linears (measured: {number(found.kl_mean)}){fall}"
+        f" linears{experts} (measured: {number(found.kl_mean)}){fall}"
     ]
     if found.overrides:
         best = found.overrides[0]
