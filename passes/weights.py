@@ -94,18 +94,22 @@ class GPTQ(GraphPass):
 
     def call(self, module: GraphModule, context: Context) -> PassResult:
         hessians = {value: statistic.value() for value, statistic in context.statistics.items()}
+        unreached: list[Note] = []
 
         def quantize(linear: Linear, w: torch.Tensor, fmt: WeightFormat, factor) -> QuantizedWeight:
             hessian = hessians[linear.input]
             if fmt.codebook is not None:
                 return quantize_codebook(w, fmt)
-            if not hessian.any():  # no calibration token reached it, as can happen to an expert
+            if not hessian.any():
+                unreached.append(Note(linear.name, "rounded to nearest: no calibration token reached it"))
                 return quantize_weight(w, fmt)
             if factor is not None:
                 hessian = hessian * factor * factor[:, None]
             return gptq(w, hessian, fmt, damp=self.damp, act_order=self.act_order, clip_search=self.clip_search)
 
-        return _quantize_all(module, self.plan, context.handover, quantize)
+        result = _quantize_all(module, self.plan, context.handover, quantize)
+        result.skipped += unreached
+        return result
 
 
 def hessian_statistic(token_norm_power: float) -> HessianStatistic:

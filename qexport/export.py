@@ -37,6 +37,7 @@ from .lower.targets.cuda import CudaTarget
 from .passes.base import GraphPass
 from .passes.convolutions import ConvolutionPlan
 from .passes.embedding import EmbeddingPlan
+from .passes.experts import CountChoices
 from .passes.plan import LinearPlan
 from .planning import convolutions_for, described_embedding, output_projection, plan_for
 from .recipe import Recipe
@@ -60,6 +61,7 @@ class ExportResult:
         embeddings: the decision for every table of token embeddings.
         convolutions: the decision for every convolution, in order.
         dense: mixtures of experts that compute every expert for every token, and why.
+        rarely_chosen: linears of experts that few calibration tokens chose, and how many did.
     """
 
     folder: Path
@@ -70,6 +72,7 @@ class ExportResult:
     embeddings: list[EmbeddingPlan] = field(default_factory=list)
     convolutions: list[ConvolutionPlan] = field(default_factory=list)
     dense: dict[str, str] = field(default_factory=dict)
+    rarely_chosen: dict[str, str] = field(default_factory=dict)
 
 
 def export(
@@ -191,7 +194,8 @@ def export(
     shutil.rmtree(work)
     seconds = {k: round(v, 2) for k, v in seconds.items()}
     dense = {name: why for item in finished for name, why in item.dense.items()}
-    return ExportResult(out, manifest, plan, seconds, described, embeddings, convolutions, dense)
+    rarely = {name: what for item in finished for name, what in item.record.skipped.get(CountChoices.__name__, ())}
+    return ExportResult(out, manifest, plan, seconds, described, embeddings, convolutions, dense, rarely)
 
 
 def capture(

@@ -9,6 +9,7 @@ from .console import megabytes, print_table
 from .export import ExportResult
 from .inspecting import Inspection, Site, compressed, compressed_sites
 from .passes.embedding import EmbeddingPlan
+from .passes.experts import FEW_TOKENS
 from .passes.plan import LinearPlan
 from .planning import described_embedding
 from .rendering.facts import overrides_yaml
@@ -38,6 +39,7 @@ def export_summary(result: ExportResult) -> dict[str, Any]:
             if p.reason
         ],
         "dense_experts": [{"experts": name, "reason": why} for name, why in result.dense.items()],
+        "rarely_chosen": [{"linear": name, "tokens": what} for name, what in result.rarely_chosen.items()],
     }
 
 
@@ -79,6 +81,8 @@ def print_export(result: ExportResult) -> None:
     _print_exceptions([*result.plan, *result.convolutions])
     for reason, count in Counter(result.dense.values()).most_common():
         print(f"  {count} mixtures of experts compute every expert for every token: {reason}")
+    if rare := result.rarely_chosen:
+        print(f"  fewer than {FEW_TOKENS} calibration tokens chose the experts of {len(rare)} linears: see report.json")
     _print_fast([linear.slow for linear in result.manifest.linears if linear.fast is not None], "  ")
     if result.manifest.kind == "encoder":
         print(f"Next: qexport validate {result.folder} --reference MODEL --text FILE")

@@ -15,6 +15,7 @@ from ..passes.base import GraphPass
 from ..passes.convolutions import ConvolutionPlan, QuantizeConvolutions
 from ..passes.crossquant import CrossQuant
 from ..passes.embedding import EmbeddingPlan, QuantizeEmbedding, ShareEmbedding
+from ..passes.experts import CountChoices
 from ..passes.fptq import FPTQ
 from ..passes.kv_cache import QuantizeCache
 from ..passes.lae import LogEqualize
@@ -26,6 +27,8 @@ from ..passes.weights import GPTQ, HalfQuadratic, RoundToNearest, round_to_neare
 from ..passes.zq_global import ZQGlobal
 from ..passes.zq_local import ZQLocal
 from ..recipe import Recipe
+
+_BY_DATA = ("gptq", "zq_local", "zq_global")  # methods whose weights follow from calibration data
 
 
 def passes_for(
@@ -52,6 +55,9 @@ def passes_for(
     passes = [*_tables(recipe, embeddings, hessian), *extra, *_exact(recipe, plan, quantizes_inputs)]
     if recipe.llm_int8 is not None and quantizes_inputs:
         passes.append(SeparateOutliers(plan, recipe.llm_int8.threshold))
+    static = any(p.scheme and p.scheme.activation and p.scheme.activation.kind == "static" for p in plan.values())
+    if calibrated and (static or recipe.weights.method in _BY_DATA):
+        passes.append(CountChoices(plan))
     passes += _weights(recipe, plan)
     if recipe.lorc is not None:
         lorc = recipe.lorc

@@ -15,6 +15,7 @@ _OF_ONE_TENSOR = (
     aten.slice.Tensor, aten.unsqueeze.default, aten.expand.default, aten.sum.dim_IntList, aten.sqrt.default,
     aten.to.dtype, aten._to_copy.default,
 )  # fmt: skip
+_TINY = 1e-6  # what keeps a sum of weights from being zero
 _OF_PARTS = (aten.cat.default, aten.concat.default)
 _OF_ALL = (aten.mul.Tensor, aten.div.Tensor, aten.add.Tensor, aten.masked_fill.Scalar)
 
@@ -35,6 +36,23 @@ def columns(shares: Node) -> list[Node] | None:
             return None
         by_expert[user.args[2]] = user
     return [by_expert[e] for e in range(experts)] if set(by_expert) == set(range(experts)) else None
+
+
+def sum_of(weights: Node) -> float | None:
+    """What the weights of every token's experts [tokens, chosen] add up to, where the graph says so."""
+    if is_call(weights, aten.softmax.int) and weights.args[1] in (-1, 1):
+        return 1.0
+    if is_call(weights, aten.mul.Tensor) and isinstance(weights.args[1], (int, float)):
+        inner = sum_of(weights.args[0])
+        return None if inner is None else inner * weights.args[1]
+    if is_call(weights, aten.div.Tensor) and isinstance(weights.args[1], Node):
+        total = weights.args[1]
+        if is_call(total, aten.add.Tensor) and isinstance(total.args[1], float) and total.args[1] <= _TINY:
+            total = total.args[0]
+        summed = is_call(total, aten.sum.dim_IntList) and list(total.args[1]) in ([-1], [1])
+        if summed and total.args[0] is weights.args[0]:
+            return 1.0
+    return None
 
 
 def never_negative(value) -> bool:

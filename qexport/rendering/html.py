@@ -53,6 +53,7 @@ def render_html(exported: Exported, sampled: Sampled | None = None) -> str:
         values=tables.values(report), inputs=tables.inputs(report),
         overrides=facts.overrides_yaml(report), recipe=exported.recipe,
         kernels=kernels(report.placement), kept_float=_reasons(export, "float"), apart=_reasons(export, "apart"),
+        dense=_reasons(export, "dense"),
         calibration=str(export.get("calibration") or ""), commands=facts.commands(exported),
         versions=facts.versions(exported), numerics=_words(manifest.numerics), session=manifest.session,
         settings=_words(report.settings),

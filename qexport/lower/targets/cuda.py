@@ -9,6 +9,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from ...passes.edit import call, finish, is_call, shape_of
 from ..precision import KEEP, to_half
+from ..shares import sum_of
 from . import fpa_intb, qmoe
 from .forms import DEFAULT_BLOCK, Form, as_own_kernel, form_of, linear_products, own_kernel
 
@@ -97,10 +98,13 @@ def _by_scores(graph: Graph, mixture: Node) -> None:
         for target, *more in ((aten.to.dtype, torch.float32), (aten.clamp_min.default, 1e-30), (aten.log.default,)):
             scores = call(graph, target, (scores, *more), like=shares)
             scores.meta[KEEP] = True
-        total = call(graph, aten.sum.dim_IntList, (shares, [-1], True), like=shares, shape=(shape_of(shares)[0], 1))
-        sizes = [call(graph, aten.sym_size.int, (x, axis), like=x, dtype=torch.int64, shape=()) for axis in (0, 1)]
-        total = call(graph, aten.view.default, (total, [*sizes, 1]), like=x, shape=(*shape_of(x)[:-1], 1))
+        if (total := sum_of(shares.args[1])) is None:
+            total = call(graph, aten.sum.dim_IntList, (shares, [-1], True), like=shares, shape=(shape_of(shares)[0], 1))
+            sizes = [call(graph, aten.sym_size.int, (x, axis), like=x, dtype=torch.int64, shape=()) for axis in (0, 1)]
+            total = call(graph, aten.view.default, (total, [*sizes, 1]), like=x, shape=(*shape_of(x)[:-1], 1))
     mixture.args = (x, scores, None, *mixture.args[3:])
+    if total == 1:
+        return
     with graph.inserting_after(mixture):
         scaled = call(graph, aten.mul.Tensor, (mixture, total), like=mixture)
     mixture.replace_all_uses_with(scaled, delete_user_cb=lambda user: user is not scaled)
