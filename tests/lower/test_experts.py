@@ -1,0 +1,250 @@
+"""Mixtures of experts in one node each: found by dataflow, the same numbers, and the reason where one stays dense."""
+
+import copy
+import json
+import re
+from collections import Counter
+
+import onnx
+import pytest
+import torch
+
+import agreement
+from agreement import assert_agree, assert_float16_adds_little
+from cuda_placement.models import CPU, CUDA, PROMPT
+from models import save_model
+from qexport.export import capture
+from qexport.lower.experts import gather_experts
+from qexport.lower.gates import gate_of
+from qexport.lower.shares import never_negative, sum_of
+from qexport.lower.targets.qmoe import Gate
+from qexport.passes.edit import is_call
+from qexport.passes.sites import linears
+from qexport.recipe import CalibrationSpec, CrossQuantSpec, LoRCSpec, Override, Recipe, SmoothSpec
+from qexport.runtime.session import optimized_graph, unfused
+from stepping import padded
+
+aten = torch.ops.aten
+
+
+def slow(*case):
+    return pytest.param(*case, marks=pytest.mark.slow)
+
+
+MASK = padded([9, 4, 6], "left")
+OTHERS = ["phimoe", *map(slow, ["granitemoe", "qwen2_moe", "olmoe", "ernie4_5_moe", "glm4_moe"])]
+SIZES = {"Cast", "Concat"}  # arithmetic of lengths, as in every decoder
+EXPERT = "model.layers.0.mlp.experts"
+
+
+def recipe_of(scheme="w4a16_g32", **fields):
+    calibration = CalibrationSpec(source="random", samples=4, sequence_length=16)
+    return Recipe(scheme=scheme, **{"weights": {"method": "rtn"}, "calibration": calibration} | fields)
+
+
+@pytest.fixture
+def export(captured, tmp_path):
+    def make(family, recipe, target="cpu", **options):
+        out = tmp_path / str(len(list(tmp_path.iterdir())))
+        return agreement.export(captured(family), recipe, target, out, **options)
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory):
+    """Captured models whose widths CUDA's kernel takes, made once: wide(family)."""
+    found = {}
+
+    def fresh(family):
+        if family not in found:
+            found[family] = capture(save_model(family, tmp_path_factory.mktemp(family), **WIDTHS))
+        return copy.deepcopy(found[family])
+
+    return fresh
+
+
+WIDTHS = dict(intermediate_size=64, moe_intermediate_size=64)
+
+
+def counts(exported):
+    graph = onnx.load(exported.folder / "model.onnx", load_external_data=False).graph
+    return Counter(node.op_type for node in graph.node)
+
+
+def reasons(exported):
+    """Why mixtures are dense, by their path."""
+    listed = json.loads((exported.folder / "report.json").read_text())["export"]["dense"]
+    return {entry["linear"]: entry["reason"] for entry in listed}
+
+
+@pytest.mark.parametrize(
+    ("family", "scheme"),
+    [("mixtral", "w4a16_g32"), ("mixtral", "w8a16_g32"), ("mixtral", "w4a16_g32_asym"), ("qwen3_moe", "w4a16_g32"),
+     ("gpt_oss", "w4a16_g32"), slow("qwen3_moe", "w8a16_g32"), slow("gpt_oss", "w8a16_g32"),
+     slow("gpt_oss", "w4a16_g32_asym")],
+)  # fmt: skip
+def test_onnxruntime_agrees_with_the_graph_in_prefill_and_decoding(export, family, scheme):
+    exported = export(family, recipe_of(scheme))
+    assert counts(exported)["QMoE"] == 2 and not reasons(exported)
+    assert_agree(exported, MASK, flips=0.02)
+
+
+@pytest.mark.parametrize("family", OTHERS)
+def test_other_routers_and_experts_beside_them(export, family):
+    exported = export(family, recipe_of(accuracy_level=1))
+    mixtures = 1 if family == "glm4_moe" else 2
+    assert counts(exported)["QMoE"] == mixtures and not reasons(exported)
+    assert_agree(exported, MASK, flips=0)
+
+
+def test_nothing_of_an_expert_is_left_in_what_onnxruntime_runs(export):
+    exported = export("mixtral", recipe_of())
+    graph, manifest = optimized_graph(exported.folder, exported.manifest), exported.manifest
+    found = Counter(node.op_type for node in graph.nodes)
+    assert found["QMoE"] == 2 and found["MatMulNBits"] == 2 * 2  # q, k and v in one, and o
+    assert not unfused(graph, manifest.linears)
+    inside = [entry for entry in manifest.linears if "experts" in entry.name]
+    assert len(inside) == 2 * 4 * 2 and set(manifest.readable).isdisjoint(inside)
+    assert {(e.kernel, e.output, e.columns, e.node) for e in inside} == {
+        ("QMoE", "", None, f"model.layers.{layer}.mlp.experts") for layer in (0, 1)
+    }
+    # Codes of half a byte, and a scale of four bytes for 32 of them.
+    assert all(entry.bytes == entry.shape[0] * entry.shape[1] * (1 / 2 + 4 / 32) for entry in inside)
+    assert manifest.bytes["quantized_linears"] == sum(entry.bytes for entry in manifest.linears)
+
+
+def test_an_expert_that_is_gone_is_missed(export):
+    exported = export("mixtral", recipe_of())
+    entries = [e.model_copy(update={"node": "elsewhere"}) for e in exported.manifest.linears if not e.output]
+    graph = optimized_graph(exported.folder, exported.manifest)
+    assert [found for _, found in unfused(graph, entries)] == [None] * len(entries)
+
+
+DENSE = {
+    "two schemes": (
+        dict(overrides=(Override(match=f"{EXPERT}.2.down_proj", scheme="w8a16_g32"),)),
+        "several kinds: 4 bits in groups of 32 and 8 bits in groups of 32",
+    ),
+    "one of them float": (dict(overrides=(Override(match=f"{EXPERT}.1.*", scheme="float"),)), "are float"),
+    "up and down apart": (
+        dict(overrides=(Override(match="*.down_proj", scheme="w8a16_g32"),)), "weights of 4 bits .* and of 8 bits",
+    ),
+    "two bits": (dict(scheme="w2a16_g32"), "have 2 bits"),
+    "a table": (dict(scheme="nf4_g32"), "no codes in groups"),
+    "float input kept for 8 bits": (dict(scheme="w8a16_g32", accuracy_level=1), "accuracy level 1 keeps it float"),
+    "rounded inputs": (dict(scheme="w8a8_dyn"), "rounded"),
+    "rounded inputs in groups": (dict(scheme="w4a8_g32"), "rounded"),
+    "static inputs": (dict(scheme="w8a8_static"), "rounded"),
+    "branches": (dict(lorc=LoRCSpec(rank=4)), "more than a bias"),
+    "factors": (dict(smooth=SmoothSpec(method="awq", explicit=True)), "scaled"),
+    "planes": (
+        dict(scheme="w8a8_dyn", crossquant=CrossQuantSpec(row_scale="paper", round_weights="before_fold")), "rounded",
+    ),
+}  # fmt: skip
+
+
+QUICK = ("two schemes", "branches", "rounded inputs")
+
+
+@pytest.mark.parametrize("name", [name if name in QUICK else slow(name) for name in DENSE])
+def test_what_stands_in_the_way_is_said_and_the_dense_form_stays(export, name):
+    fields, reason = DENSE[name]
+    exported = export("mixtral", recipe_of(**fields))
+    found = reasons(exported)
+    assert EXPERT in found and re.search(reason, found[EXPERT]), found
+    assert counts(exported)["QMoE"] == 2 - len(found)
+    assert_agree(exported, MASK, flips=0.05)
+
+
+def test_a_mixture_of_its_own_scheme_is_one_node_beside_others(export):
+    exported = export("mixtral", recipe_of(overrides=(Override(match=f"{EXPERT}.*", scheme="w4a16_g16_asym"),)))
+    assert counts(exported)["QMoE"] == 2 and not reasons(exported)
+    assert_agree(exported, MASK, flips=0.02)
+
+
+def test_prompts_and_steps_share_the_weights_of_experts(export):
+    exported = export("mixtral", recipe_of(prefill="int8"))
+    inside = [entry for entry in exported.manifest.linears if "experts" in entry.name]
+    assert {(entry.kernel, entry.prompt_kernel) for entry in inside} == {("QMoE", "QMoE")}
+    assert not unfused(optimized_graph(exported.folder, exported.manifest), exported.manifest.linears)
+    names = [t.name for t in onnx.load(exported.folder / "model.onnx", load_external_data=False).graph.initializer]
+    assert sum("experts" in name for name in names) == 2 * 4  # codes and scales of two sides, for two layers
+
+
+# ---- CUDA -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("family", "scheme", "dtype"),
+    [("mixtral", "w4a16_g32", "float16"), slow("mixtral", "w8a16_g64", "float16"), slow("mixtral", "w4a16_g32_asym", "float16"),
+     slow("gpt_oss", "w4a16_g32", "float16"), slow("olmoe", "w4a16_g32", "float16"), ("mixtral", "w4a16_g32", "bfloat16")],
+)  # fmt: skip
+def test_cuda_computes_mixtures_and_nothing_falls_back(wide, cuda_placement, tmp_path, family, scheme, dtype):
+    exported = agreement.export(wide(family), recipe_of(scheme), "cuda", tmp_path / "out", dtype=dtype)
+    placed = cuda_placement(exported.folder / "model.onnx", exported.manifest.session, dims=PROMPT)
+    assert placed["memcpy"] == 0 and set(placed["nodes"].get(CPU, ())) <= SIZES
+    assert placed["nodes"][CUDA]["QMoE"] == 2 and not reasons(exported)
+
+
+@pytest.mark.parametrize(
+    ("changes", "scheme", "reason"),
+    [({}, "w4a16_g16", "takes groups of 32, 64, 128, not of 16"), (dict(intermediate_size=96), "w4a16_g32", "of 64")],
+)
+def test_what_cudas_kernel_does_not_take_stays_dense(tmp_path, changes, scheme, reason):
+    model = capture(save_model("mixtral", tmp_path / "model", **WIDTHS | changes))
+    exported = agreement.export(model, recipe_of(scheme), "cuda", tmp_path / "out")
+    assert len(reasons(exported)) == 2 and all(reason in why for why in reasons(exported).values())
+
+
+@pytest.mark.parametrize("family", ["olmoe", slow("mixtral"), slow("gpt_oss")])
+def test_shares_by_scores_are_the_same_numbers(wide, tmp_path, family):
+    """On CUDA's form, which the CPU provider computes here: olmoe's shares do not add up to one."""
+    single = agreement.export(wide(family), recipe_of(), "cuda", tmp_path / "single", single=True)
+    assert_agree(single, MASK, flips=0)
+    half = agreement.export(wide(family), recipe_of(), "cuda", tmp_path / "half")
+    assert_float16_adds_little(half, single, MASK)
+
+
+# ---- reading graphs -------------------------------------------------------------------------------------------------
+
+
+def shares_of(model):
+    nodes = [node for block in model.blocks for node in block.module.graph.nodes]
+    return next(node for node in nodes if "expert_shares" in str(node.target))
+
+
+@pytest.mark.parametrize(
+    ("family", "total"),
+    [("mixtral", 1.0), ("gpt_oss", 1.0), ("olmoe", None), ("granitemoe", 1.0), ("phimoe", None), ("glm4_moe", 1.0)],
+)
+def test_shares_are_not_negative_and_some_add_up_to_one(captured, family, total):
+    weights = shares_of(captured(family)).args[1]
+    assert never_negative(weights) and sum_of(weights) == total
+
+
+def test_a_share_that_may_be_negative_is_left_dense(captured):
+    model = captured("mixtral")
+    shares = shares_of(model)
+    graph = shares.graph
+    with graph.inserting_before(shares):
+        lower = graph.call_function(aten.sub.Tensor, (shares.args[1], 0.1))
+    lower.meta = dict(shares.args[1].meta)
+    shares.replace_input_with(shares.args[1], lower)
+    assert not never_negative(lower)
+    (why,) = gather_experts(graph.owning_module, lambda form: "").values()
+    assert "below zero" in why
+
+
+@pytest.mark.parametrize(
+    ("family", "gate"),
+    [("mixtral", Gate("swiglu")), ("gpt_oss", Gate("swiglu", True, 1.702, 1.0, 7.0)), ("olmoe", Gate("swiglu"))],
+)
+def test_gates_are_told_from_the_graph(captured, family, gate):
+    block = shares_of(captured(family)).graph
+    up, down = [linear for linear in linears(block) if f"{EXPERT}.0." in linear.name]
+    inner = down.input
+    if is_call(inner.args[1], aten.slice.Tensor):  # times the share
+        inner = inner.args[0]
+    assert gate_of(inner, up.node) == gate
+    assert gate_of(up.node, up.node) is None
