@@ -151,7 +151,8 @@ def fold(module: GraphModule, site: FoldSite, factors: torch.Tensor) -> Node:
     with graph.inserting_after(inverse):
         scaled = call(graph, aten.mul.Tensor, (site.value, inverse), like=site.value)
     for consumer in site.consumers:
-        consumer.node.replace_input_with(site.value, scaled)
+        reader = consumer.node if consumer.input is site.value else consumer.input
+        reader.replace_input_with(site.value, scaled)
     return scaled
 
 

@@ -47,7 +47,7 @@ class FoldSite:
     """A value whose channels can be scaled without changing the function.
 
     Attributes:
-        value: the node that the linears read.
+        value: the node that the linears read, some of them with all rows in one dimension (see `rows_of`).
         consumers: the linears; their input columns are multiplied by the factor.
         kind: "norm" (gain and bias are divided), "rows" (output rows of the producing linear), "explicit" (a Mul).
         producer: the norm or linear that takes the division; None for "explicit".
@@ -128,7 +128,20 @@ def readers(node: Node) -> list[Node]:
 
 def fold_sites(graph: Graph) -> list[FoldSite]:
     """For every value that linears read, where a per-channel factor can go (methods of SmoothQuant, AWQ, LAE)."""
-    return [_fold_site(value, tuple(group)) for value, group in by_input(linears(graph)).items()]
+    groups: dict[Node, list[Linear]] = {}
+    for linear in linears(graph):
+        groups.setdefault(rows_of(linear), []).append(linear)
+    return [_fold_site(value, tuple(group)) for value, group in groups.items()]
+
+
+def rows_of(linear: Linear) -> Node:
+    """The value [batch, sequence, K] whose rows a linear reads, though it reads them as [rows, K], as routers do."""
+    value = linear.input
+    if is_call(value, *SHAPE_ONLY) and len(shape_of(value)) == 2:
+        source = value.args[0]
+        if len(shape_of(source)) == 3 and shape_of(source)[-1] == shape_of(value)[-1]:
+            return source
+    return value
 
 
 def _fold_site(value: Node, consumers: tuple[Linear, ...]) -> FoldSite:
@@ -138,7 +151,9 @@ def _fold_site(value: Node, consumers: tuple[Linear, ...]) -> FoldSite:
     if not _only_readers(value.graph, [c.weight for c in consumers], {c.node for c in consumers}):
         why = f"a weight of {consumers[0].name} is also used elsewhere"
         return FoldSite(value, consumers, "explicit", why=why, scalable=False)
-    others = [u for u in readers(value) if all(u is not c.node for c in consumers)]
+    nodes = {c.node for c in consumers}
+    views = {c.input for c in consumers if set(readers(c.input)) <= nodes}
+    others = [u for u in readers(value) if u not in nodes | views]
     if others:
         return explicit(f"{value.name} is also read by {others[0].name}")
     if is_call(value, *_NORMS):

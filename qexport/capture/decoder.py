@@ -2,6 +2,7 @@
 
 import tempfile
 import weakref
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -45,6 +46,8 @@ def capture_decoder(folder: ModelFolder) -> Captured:
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters(remove_duplicate=False)}
     sources = {traced.pieces[n].source if n in traced.pieces else n for n in parameters}
     weights = _checkpoint(checkpoint, folder, model, {n: shapes[n] for n in sorted(sources)}, aliases)
+    stored = _stored_buffers(weights, model, buffers)
+    buffers, parameters = {n: b for n, b in buffers.items() if n not in stored}, [*parameters, *stored]
     settings = _settings(folder.config, traced)
     inputs, outputs = _ports(traced, settings)
     return Captured(
@@ -116,6 +119,16 @@ def _checkpoint(
         )
     check_shapes(checkpoint, parameters)
     return checkpoint
+
+
+def _stored_buffers(checkpoint: Checkpoint, model, buffers: Mapping[str, torch.Tensor]) -> list[str]:
+    """Buffers that are trained though they are no parameters, such as what a router adds to its scores."""
+    kept = model.state_dict()
+    wanted = {name: tuple(b.shape) for name, b in buffers.items() if name in kept and b.is_floating_point()}
+    missing = checkpoint.resolve({name: () for name in wanted}, getattr(model, "base_model_prefix", ""))
+    found = {name: shape for name, shape in wanted.items() if name not in missing}
+    check_shapes(checkpoint, found)
+    return list(found)
 
 
 def _settings(config, traced: Traced) -> dict[str, int]:

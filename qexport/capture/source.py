@@ -101,6 +101,8 @@ def load_in_memory(folder: ModelFolder, into: Path) -> Path:
             remedy="The config does not belong to these weights, or the download is incomplete",
         )  # fmt: skip
     own = {id(p): (name, p) for name, p in model.named_parameters()}  # save_pretrained would bring the old names back
+    kept = model.state_dict()
+    own |= {id(b): (name, b) for name, b in model.named_buffers() if name in kept}
     save_file({name: p.detach().contiguous() for name, p in own.values()}, into / "model.safetensors")
     return into
 

@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from models import QUICK, REFUSED, VOCAB, breadth, reference_model, save_model
 from qexport.capture.pieces import Pieces
@@ -78,6 +79,16 @@ def test_a_piece_is_read_without_the_rest(model_folder, monkeypatch):
     monkeypatch.setattr(model.weights.checkpoint, "load", lambda *given: read.append(load(*given)) or read[-1])
     part = model.load("model.layers.1.mlp.experts.3.down_proj.weight")
     assert torch.equal(part, whole[3].t()) and read[0].shape == whole.shape[1:]
+
+
+def test_what_a_router_adds_to_its_scores_comes_from_the_checkpoint(tmp_path):
+    """It is a buffer and no parameter, and trained all the same."""
+    folder = save_model("glm4_moe", tmp_path / "model")
+    weights, name = load_file(folder / "model.safetensors"), "model.layers.1.mlp.gate.e_score_correction_bias"
+    save_file(weights | {name: torch.tensor([0.5, -100.0, 0.0, 1.0])}, folder / "model.safetensors", {"format": "pt"})
+    model = load_weights(capture(folder))
+    assert name in model.blocks[2].parameters and name not in model.constants
+    assert_computes_what_transformers_computes(model, reference_model(folder))
 
 
 def test_transposed_weights_are_turned_when_they_are_loaded(model_folder):
