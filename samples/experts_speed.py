@@ -1,22 +1,28 @@
 """How fast a mixture of quantized experts is where only the chosen experts are computed, beside all of them.
 
-    python samples/experts_speed.py [--scheme w4a16_g32] [--layers 2] [--experts 32] [--chosen 4] [--threads 1]
+    python samples/experts_speed.py [--scheme w4a16_g32] [--layers 2] [--experts 32] [--chosen 4]
 
 The model is random, of the kind of Qwen3-MoE. The first file has one QMoE node for the experts of a layer. In the
 second one expert's weight has another scheme, which keeps the mixture dense: every expert is computed for every token,
-as products of few-bit weights. Both are measured in turns by `qexport.bench`.
+as products of few-bit weights. Both run in one process in turns, with one thread; times are CPU times, medians.
 """
 
 import argparse
+import statistics
 import tempfile
+import time
 from pathlib import Path
 
+import numpy as np
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import qexport
+from qexport.runtime import manifest as manifests
+from qexport.runtime.decoder import Decoder
+from qexport.runtime.session import open_session
 
-PROMPTS, PAST = (16, 128, 512), 128
+PROMPTS, PAST, STEPS = (16, 128, 512), 128, 12
 
 
 def save_model(folder: Path, given: argparse.Namespace) -> Path:
@@ -32,13 +38,46 @@ def save_model(folder: Path, given: argparse.Namespace) -> Path:
     return folder
 
 
+def open_decoder(folder: Path) -> Decoder:
+    """The file on one thread."""
+    manifest = manifests.load(folder)
+    session = open_session(folder, manifest, threads=1)
+    return Decoder(session, manifest.settings, max_length=max(*PROMPTS, PAST + STEPS))
+
+
+def milliseconds(decoder: Decoder, ids: np.ndarray) -> float:
+    """CPU time of one call; ids: [1, tokens]."""
+    started = time.process_time()
+    decoder.run(ids)
+    return 1e3 * (time.process_time() - started)
+
+
+def measured(decoders: dict[str, Decoder], repeats: int) -> dict[str, dict[str, float]]:
+    """Median milliseconds of a step and of prompts, by file; the first turn is not counted."""
+    tokens = np.random.default_rng(0).integers(3, 1024, (1, max(*PROMPTS, PAST + STEPS)))
+    found = {name: {} for name in decoders}
+    for turn in range(repeats + 1):
+        for name, decoder in list(decoders.items())[:: 1 if turn % 2 else -1]:
+            taken = {}
+            for length in PROMPTS:
+                decoder.reset()
+                taken[f"prompt of {length}"] = [milliseconds(decoder, tokens[:, :length])]
+            decoder.reset()
+            decoder.run(tokens[:, :PAST])
+            taken[f"a token after {PAST}"] = [
+                milliseconds(decoder, tokens[:, PAST + step : PAST + step + 1]) for step in range(STEPS)
+            ]
+            for what, times in taken.items() if turn else ():
+                found[name].setdefault(what, []).extend(times)
+    return {name: {what: statistics.median(times) for what, times in of.items()} for name, of in found.items()}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--scheme", default="w4a16_g32")
     for name, default in (("layers", 2), ("hidden", 1024), ("inner", 512), ("experts", 32), ("chosen", 4)):
         parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=7)
     given = parser.parse_args()
     rtn = {"method": "rtn"}
     odd = [{"match": "*.experts.0.down_proj", "scheme": f"{given.scheme}_asym"}]
@@ -46,25 +85,18 @@ def main() -> None:
         model, files = save_model(Path(work) / "model", given), {}
         for name, overrides in (("QMoE", []), ("dense", odd)):
             recipe = qexport.Recipe(scheme=given.scheme, weights=rtn, overrides=overrides)
-            files[name] = qexport.export(model, recipe, out_dir=Path(work) / name).folder
-        found = qexport.bench(
-            files["QMoE"], files["dense"], prompt_lengths=PROMPTS, decode_pasts=(PAST,), repeats=given.repeats,
-            threads=given.threads,
-        )  # fmt: skip
+            files[name] = qexport.export(model, recipe, out_dir=Path(work) / name)
+        times = measured({name: open_decoder(file.folder) for name, file in files.items()}, given.repeats)
     print(
         f"{given.scheme}, {given.layers} layers of {given.experts} experts of {given.inner}, {given.chosen} chosen, "
-        f"hidden {given.hidden}; {given.threads} thread{'s' if given.threads > 1 else ''}\n"
+        f"hidden {given.hidden}\n"
     )
-    print("| | QMoE | dense | ratio | of |\n| --- | --- | --- | --- | --- |")
-    first, second, ratios = found.first, found.second, found.ratios
-    rows = [(f"tokens/s after {PAST}", first.decode[PAST], second.decode[PAST], ratios[f"decode:{PAST}"])]
-    rows += [(f"prompt of {n}, tokens/s", first.prefill[n], second.prefill[n], ratios[f"prefill:{n}"]) for n in PROMPTS]
-    for name, mine, other, ratio in rows:
-        print(f"| {name} | {mine:.0f} | {other:.0f} | {ratio:.2f} | {given.experts / given.chosen:.0f} |")
-    for name, attribute, unit in (("load, s", "load_seconds", 1), ("memory, MB", "memory_bytes", 1e6)):
-        mine, other = (getattr(measured, attribute) / unit for measured in (first, second))
-        print(f"| {name} | {mine:.2f} | {other:.2f} | {mine / other:.2f} | |")
-    print(f"| file, MB | {first.model_bytes / 1e6:.1f} | {second.model_bytes / 1e6:.1f} | | |")
+    print(f"| ms | QMoE | dense | dense / QMoE (of {given.experts / given.chosen:.0f}) |\n| --- | --- | --- | --- |")
+    for what, mine in times["QMoE"].items():
+        other = times["dense"][what]
+        print(f"| {what} | {mine:.2f} | {other:.2f} | {other / mine:.2f} |")
+    sizes = [files[name].manifest.bytes["model"] / 1e6 for name in ("QMoE", "dense")]
+    print(f"| file, MB | {sizes[0]:.1f} | {sizes[1]:.1f} | |")
 
 
 if __name__ == "__main__":

@@ -67,6 +67,15 @@ def test_every_scheme(run, model, text):
     assert float(rows["w4a16_g32_rtn"][1]) > float(rows["w8a8_dyn"][1]) > 0
 
 
+def test_experts_speed(run):
+    small = [f"--{name}={size}" for name, size in dict(layers=1, hidden=64, inner=64, experts=4, chosen=2).items()]
+    lines = run("experts_speed.py", *small, "--repeats", 1).splitlines()
+    assert [line.split("|")[1].strip() for line in lines[4:]] == [
+        "prompt of 16", "prompt of 128", "prompt of 512", "a token after 128", "file, MB",
+    ]  # fmt: skip
+    assert all(float(line.split("|")[4].split()[0]) > 0 for line in lines[4:-1])
+
+
 def test_own_module(run):
     out = run("own_module.py")
     assert "all 10 quantized linears run as MatMulIntegerToFloat" in out
