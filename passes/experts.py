@@ -1,10 +1,11 @@
 """Experts that calibration hardly reached."""
 
+import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
-from torch.fx import GraphModule, Node
+from torch.fx import Graph, GraphModule, Node
 
 from .base import Context, GraphPass, Note, PassResult
 from .edit import is_call
@@ -12,7 +13,33 @@ from .plan import LinearPlan
 from .sites import SHAPE_ONLY, Linear, linears
 
 aten = torch.ops.aten
+_BETWEEN = (  # the linears of an expert
+    operator.getitem, aten.chunk.default, aten.split.Tensor, aten.slice.Tensor, aten.silu.default, aten.gelu.default,
+    aten.relu.default, aten.sigmoid.default, aten.clamp.default, aten.mul.Tensor, aten.add.Tensor,
+)  # fmt: skip
 FEW_TOKENS = 128
+
+
+def of_experts(graph: Graph) -> list[Linear]:
+    """The linears of mixtures of experts: what they make, or what they read, is multiplied by a token's share."""
+    return [found for found in linears(graph) if _reads_share(found.input) or _meets_share(found.node)]
+
+
+def _meets_share(node: Node) -> bool:
+    """Whether a value is multiplied by a share before another linear reads it."""
+    waiting, seen = [node], {node}
+    while waiting:
+        for user in waiting.pop().users:
+            if _reads_share(user):
+                return True
+            if user not in seen and is_call(user, *_BETWEEN):
+                seen.add(user)
+                waiting.append(user)
+    return False
+
+
+def _reads_share(node: Node) -> bool:
+    return is_call(node, aten.mul.Tensor) and any(map(_is_share, node.args))
 
 
 class _Reached:
@@ -60,10 +87,7 @@ class CountChoices(GraphPass):
         return [
             linear
             for linear in linears(module.graph)
-            if linear.name in self.plan
-            and self.plan[linear.name].scheme is not None
-            and is_call(linear.input, aten.mul.Tensor)
-            and any(map(_is_share, linear.input.args))
+            if linear.name in self.plan and self.plan[linear.name].scheme is not None and _reads_share(linear.input)
         ]
 
 

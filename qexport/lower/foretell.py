@@ -5,10 +5,12 @@ from collections.abc import Mapping, Sequence
 from torch.fx import Graph
 
 from ..numerics.formats import PER_TENSOR, Scheme
+from ..passes.experts import of_experts
 from ..passes.plan import LinearPlan
 from ..passes.sites import by_input, linears
 from .merge import joint_name
 from .targets import fpa_intb
+from .targets.qmoe import Form, Gate, Weights, why_dense_on_cuda
 
 
 def slow_linears(graphs: Sequence[Graph], plan: Mapping[str, LinearPlan]) -> dict[str, str]:
@@ -20,6 +22,8 @@ def slow_linears(graphs: Sequence[Graph], plan: Mapping[str, LinearPlan]) -> dic
     Returns:
         By linear name, those linears that become MatMulNBits.
     """
+    together = _together(graphs, plan)
+    plan = {name: linear for name, linear in plan.items() if name not in together}
     products: dict[str, fpa_intb.Product] = {}
     members: dict[str, list[str]] = {}
     for names, scheme in _merged(graphs, plan):
@@ -31,13 +35,30 @@ def slow_linears(graphs: Sequence[Graph], plan: Mapping[str, LinearPlan]) -> dic
     return {name: slow[product] for product, names in members.items() for name in names}
 
 
+def _together(graphs: Sequence[Graph], plan: Mapping[str, LinearPlan]) -> set[str]:
+    """Linears of experts that will be one node of another kernel, as far as shapes and schemes tell."""
+    found: set[str] = set()
+    for graph in graphs:
+        experts = [plan[linear.name] for linear in of_experts(graph) if plan[linear.name].scheme is not None]
+        kinds = {p.scheme for p in experts}
+        if len(kinds) != 1:
+            continue
+        (scheme,) = kinds
+        weight = Weights(scheme.weight.stored_bits, scheme.weight.group_size, not scheme.weight.symmetric)
+        widths = {p.shape[1] for p in experts}
+        form = Form(min(widths), max(widths), weight, weight, Gate("swiglu"))
+        if scheme.table and not form.why_dense() and not why_dense_on_cuda(form):
+            found |= {p.name for p in experts}
+    return found
+
+
 def _merged(graphs: Sequence[Graph], plan: Mapping[str, LinearPlan]) -> list[tuple[list[str], Scheme]]:
     """Linears that will be one product of float inputs and integer weights, and their scheme."""
     found: list[tuple[list[str], Scheme]] = []
     for graph in graphs:
         for readers in by_input(linears(graph)).values():
             groups: dict[Scheme, list[str]] = {}
-            for name in (linear.name for linear in readers):
+            for name in (linear.name for linear in readers if linear.name in plan):
                 scheme = plan[name].scheme
                 if scheme is not None and not scheme.integer and scheme.weight.codebook is None:
                     groups.setdefault(scheme, []).append(name)

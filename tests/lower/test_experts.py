@@ -15,11 +15,13 @@ from cuda_placement.models import CPU, CUDA, PROMPT
 from models import save_model
 from qexport.export import capture
 from qexport.lower.experts import gather_experts
+from qexport.lower.foretell import slow_linears
 from qexport.lower.gates import gate_of
 from qexport.lower.shares import never_negative, sum_of
 from qexport.lower.targets.qmoe import Gate
 from qexport.passes.edit import is_call
 from qexport.passes.sites import linears
+from qexport.planning import plan_for
 from qexport.recipe import CalibrationSpec, CrossQuantSpec, LoRCSpec, Override, Recipe, SmoothSpec
 from qexport.runtime.session import optimized_graph, unfused
 from stepping import padded
@@ -186,6 +188,16 @@ def test_cuda_computes_mixtures_and_nothing_falls_back(wide, cuda_placement, tmp
     placed = cuda_placement(exported.folder / "model.onnx", exported.manifest.session, dims=PROMPT)
     assert placed["memcpy"] == 0 and set(placed["nodes"].get(CPU, ())) <= SIZES
     assert placed["nodes"][CUDA]["QMoE"] == 2 and not reasons(exported)
+
+
+@pytest.mark.parametrize("scheme", ["w4a16_g32", "w4a16_g16"])
+def test_what_is_foretold_of_cuda_is_what_the_manifest_says(wide, tmp_path, scheme):
+    model, recipe = wide("mixtral"), recipe_of(scheme)
+    plan, _ = plan_for(model, recipe, 2)
+    foretold = slow_linears([block.module.graph for block in model.blocks], {p.name: p for p in plan})
+    manifest = agreement.export(wide("mixtral"), recipe, "cuda", tmp_path / "out").manifest
+    assert foretold == {entry.name: entry.slow for entry in manifest.linears if entry.fast is not None}
+    assert any("experts" in name for name in foretold) == (scheme == "w4a16_g16")
 
 
 @pytest.mark.parametrize(
