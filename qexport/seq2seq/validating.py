@@ -61,7 +61,7 @@ def validate_seq2seq(
     reference: str | os.PathLike | ModelFolder,
     *,
     text: str | os.PathLike | None = None,
-    inputs: Tensor | None = None,
+    inputs: Tensor | Sequence[str] | None = None,
     windows: int = 8,
     window: int = 128,
     new_tokens: int = 32,
@@ -76,7 +76,7 @@ def validate_seq2seq(
         reference: the model that was exported, a Hugging Face id or a folder.
         text: sources: a UTF-8 file or a string; for a model of spectrograms a safetensors file of them. None: tokens or
             numbers at random.
-        inputs: spectrograms [n, bins, frames] instead.
+        inputs: the sources themselves instead: texts, or spectrograms [n, bins, frames].
         windows, window: how many sources, and tokens in each.
         new_tokens: that the float model writes about each source, and the export too; 2 or more.
         threads, provider, progress: as `validate` takes them.
@@ -123,8 +123,8 @@ def validate_seq2seq(
     return report
 
 
-def _sources(parts: Parts, text, inputs: Tensor | None, windows: int, window: int, progress: Progress) -> Sources:
-    if text is not None and parts.encoder.inputs[0].name == "input_ids":
+def _sources(parts: Parts, text, inputs, windows: int, window: int, progress: Progress) -> Sources:
+    if inputs is None and text is not None and parts.encoder.inputs[0].name == "input_ids":
         chosen = choose_text(parts.encoder, text, windows, window, partial(progress, "text"))
         rows = with_last_token(chosen.windows, parts.encoder)
         return Sources(
