@@ -21,13 +21,15 @@ from .lower.attention import Grouping
 from .lower.foretell import slow_linears
 from .lower.grouping import check_attention, plan_attention
 from .numerics.formats import ActivationFormat
+from .passes.convolutions import ConvolutionPlan
 from .passes.embedding import EmbeddingPlan
 from .passes.fptq import FPTQ, Decision
 from .passes.plan import LinearPlan
 from .passes.sites import FoldSite, fold_sites, linear_at
-from .planning import bytes_by_part, described_embedding, plan_for, weight_sizes
+from .planning import bytes_by_part, convolutions_for, described_embedding, plan_for, weight_sizes
 from .recipe import Recipe
 
+Planned = LinearPlan | ConvolutionPlan
 _INDEX = re.compile(r"\.(\d+)(?=\.|$)")
 
 
@@ -85,6 +87,7 @@ class Inspection:
             "embedding" with what an output projection reads of it too, the output projection ("lm_head") and the
             "rest" (norms, linears left in float, rotary tables), "total" being their sum.
         embeddings: the decision for every table of token embeddings.
+        convolutions: the decision for every convolution, in order; their bytes are among the rest.
     """
 
     model: str
@@ -101,10 +104,11 @@ class Inspection:
     parameters: int
     bytes: dict[str, int]
     embeddings: tuple[EmbeddingPlan, ...] = ()
+    convolutions: tuple[ConvolutionPlan, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
         """Plain types, for JSON."""
-        found = asdict(replace(self, linears=(), sites=(), activations={}, embeddings=(), slow={}))
+        found = asdict(replace(self, linears=(), sites=(), activations={}, embeddings=(), convolutions=(), slow={}))
         del found["activations"], found["slow"]
         found["embeddings"] = [described_embedding(e) for e in self.embeddings]
         found["linears"] = [
@@ -114,6 +118,13 @@ class Inspection:
                 "fast": not self.slow[p.name] if p.name in self.slow else None, "slow": self.slow.get(p.name, ""),
             }
             for p in self.linears
+        ]  # fmt: skip
+        found["convolutions"] = [
+            {
+                "name": p.name, "block": p.block, "shape": list(p.shape), "bytes": p.bytes, "reason": p.reason,
+                "scheme": p.scheme.name if p.scheme else "float",
+            }
+            for p in self.convolutions
         ]  # fmt: skip
         found["sites"] = [site.as_dict() for site in self.sites]
         return found
@@ -155,6 +166,7 @@ def inspect(
     width = lowering.dtype.itemsize
     captured = capture(model, example_inputs, trust_remote_code=trust_remote_code)
     plan, embeddings = plan_for(captured, recipe, width)
+    convolutions = convolutions_for(captured, recipe, lowering.name == "cpu")
     check_kernels(lowering, plan, recipe)
     by_name = {p.name: p for p in plan}
     ranges, described = _ranges_of(captured, recipe, by_name, data, progress) if calibrate else ({}, "")
@@ -167,16 +179,17 @@ def inspect(
     sizes = weight_sizes(captured)
     grouping = plan_attention(captured, attention, captured.load)
     tables = sum(t.numel() for t in grouping.tables.values()) if isinstance(grouping, Grouping) else 0
-    parts = bytes_by_part(captured, plan, embeddings, width)
+    parts = bytes_by_part(captured, plan, embeddings, width, convolutions)
     parts |= {name: parts[name] + width * tables for name in ("rest", "total")}
     return Inspection(
-        model=_called(model), recipe=recipe.name, target=target, calibrates=needs_data(recipe, plan),
+        model=_called(model), recipe=recipe.name, target=target, calibrates=needs_data(recipe, [*plan, *convolutions]),
         calibration=described,
         smooths=any(part is not None for part in (recipe.smooth, recipe.crossquant, recipe.fptq)),
         linears=tuple(plan), activations=inputs, sites=tuple(sites),
         slow=slow_linears([b.module.graph for b in captured.blocks], by_name) if target == "cuda" else {},
         attention=_attention(captured, grouping), parameters=sum(sizes.values()),
         bytes={"float": width * sum(sizes.values()), **parts}, embeddings=tuple(embeddings),
+        convolutions=tuple(convolutions),
     )  # fmt: skip
 
 
@@ -256,8 +269,8 @@ def without_index(name: str, block: str) -> tuple[str, int | None]:
     return f"{name[: last.start(1)]}{{}}{name[last.end(1) :]}", int(last[1])
 
 
-def compressed(plan: Iterable[LinearPlan], *others: Mapping[str, str]) -> list[tuple[LinearPlan, str, int]]:
-    """Linears that differ in nothing but the number of their layer, as one.
+def compressed(plan: Iterable[Planned], *others: Mapping[str, str]) -> list[tuple[Planned, str, int]]:
+    """Linears, or convolutions, that differ in nothing but the number of their layer, as one.
 
     Args:
         others: by linear name what has to be alike too, such as what becomes of its input.
@@ -265,7 +278,7 @@ def compressed(plan: Iterable[LinearPlan], *others: Mapping[str, str]) -> list[t
     Returns:
         (the first of them, a name such as `model.layers.[0-29].mlp.up_proj`, how many they are), in order.
     """
-    groups: dict[tuple, tuple[LinearPlan, str, list[int | None]]] = {}
+    groups: dict[tuple, tuple[Planned, str, list[int | None]]] = {}
     for p in plan:
         pattern, index = without_index(p.name, p.block)
         key = (pattern, p.shape, p.scheme, p.reason, *(other.get(p.name) for other in others))

@@ -1,19 +1,30 @@
 """What a recipe means for a captured model, told from shapes alone."""
 
+import operator
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
+
+import torch
+from torch.fx import Node
 
 from .capture.graph import Captured
 from .errors import RecipeError
 from .numerics.formats import Scheme
 from .passes.convolutions import ConvolutionPlan, convolutions, plan_convolutions
-from .passes.edit import get_tensor
+from .passes.edit import get_tensor, is_call
 from .passes.embedding import EmbeddingPlan, plan_embeddings
 from .passes.plan import LinearPlan, make_plan, weight_bytes
 from .passes.sites import Linear, linears, projection_behind
 from .recipe import Recipe
 from .recipes.specs import FLOAT, TIED
+
+aten = torch.ops.aten
+_LOGITS = ("logits", "start_logits", "end_logits")
+_PARTS = (
+    operator.getitem, aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default, aten.unbind.int,
+    aten.squeeze.dim, aten.select.int, aten.slice.Tensor,
+)  # fmt: skip
 
 
 def plan_for(captured: Captured, recipe: Recipe, width: int = 4) -> tuple[list[LinearPlan], list[EmbeddingPlan]]:
@@ -25,7 +36,10 @@ def plan_for(captured: Captured, recipe: Recipe, width: int = 4) -> tuple[list[L
     Raises:
         RecipeError: an override matches no linear, or there is no embedding to quantize.
     """
-    plan = make_plan([(b.name, b.module.graph) for b in captured.blocks], recipe.scheme_for)
+    heads = output_projections(captured)
+    plan = make_plan(
+        [(b.name, b.module.graph) for b in captured.blocks], lambda name: recipe.scheme_for(name, name in heads)
+    )
     names = [name for b in captured.blocks for name in convolutions(b.module.graph)]
     idle = recipe.unmatched_overrides([*(p.name for p in plan), *names])
     if idle:
@@ -64,6 +78,20 @@ def output_projection(captured: Captured) -> Linear | None:
     return None if found is None else projection_behind(found[1])
 
 
+def output_projections(captured: Captured) -> set[str]:
+    """Names of the linears that make logits, of tokens, of texts or of the ends of an answer."""
+    made = [captured.made(name) for name in _LOGITS]
+    found = [projection_behind(_whole(node)) for _, node in filter(None, made)]
+    return {linear.name for linear in found if linear is not None}
+
+
+def _whole(value: Node) -> Node:
+    """What `value` is a part of."""
+    while is_call(value, *_PARTS):
+        value = value.args[0]
+    return value
+
+
 def described_embedding(plan: EmbeddingPlan) -> dict[str, Any]:
     """The decision for a table of token embeddings in plain types."""
     return {
@@ -73,18 +101,26 @@ def described_embedding(plan: EmbeddingPlan) -> dict[str, Any]:
 
 
 def bytes_by_part(
-    captured: Captured, plan: Sequence[LinearPlan], embeddings: Sequence[EmbeddingPlan], width: int
+    captured: Captured,
+    plan: Sequence[LinearPlan],
+    embeddings: Sequence[EmbeddingPlan],
+    width: int,
+    planned: Sequence[ConvolutionPlan] = (),
 ) -> dict[str, int]:
     """Bytes of the export, every one in one part: quantized, embedding, lm_head, rest, and their total.
 
     Args:
         width: bytes of a number that stays float.
+        planned: the decisions for convolutions, which are among the rest.
     """
     sizes = weight_sizes(captured)
     by_name, projection = {p.name: p for p in plan}, output_projection(captured)
     quantized = [p for p in plan if p.scheme is not None and (projection is None or p.name != projection.name)]
     taken = {n.weight for b in captured.blocks for n in linears(b.module.graph) if by_name[n.name].scheme is not None}
     taken |= {e.weight for e in embeddings}
+    small = {p.name: p.bytes for p in planned if p.scheme is not None}
+    nodes = [(name, node) for b in captured.blocks for name, node in convolutions(b.module.graph).items()]
+    taken |= {node.args[1].target for name, node in nodes if name in small}
     head = 0
     if projection is not None:
         decided = by_name[projection.name]
@@ -95,7 +131,7 @@ def bytes_by_part(
         "quantized": sum(p.bytes for p in quantized),
         "embedding": sum(e.bytes for e in embeddings),
         "lm_head": head,
-        "rest": width * sum(count for name, count in sizes.items() if name not in taken),
+        "rest": width * sum(count for name, count in sizes.items() if name not in taken) + sum(small.values()),
     }
     return {**parts, "total": sum(parts.values())}
 

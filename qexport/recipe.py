@@ -220,14 +220,19 @@ class Recipe(Spec):
         given = {key: value for key, value in values.items() if value is not None}
         return self.model_copy(update={"calibration": CalibrationSpec(**{**self.calibration.model_dump(), **given})})
 
-    def scheme_for(self, linear_name: str) -> Scheme | None:
-        """The scheme of a linear by its dotted name, None when it stays float."""
+    def scheme_for(self, linear_name: str, projection: bool = False) -> Scheme | None:
+        """The scheme of a linear by its dotted name, None when it stays float.
+
+        Args:
+            projection: it makes the logits, whatever its name is.
+        """
         for override in self.overrides:
             if fnmatchcase(linear_name, override.match):
                 name = override.scheme
                 break
         else:
-            name = self.lm_head if linear_name.rpartition(".")[2] in _LM_HEAD else self.scheme
+            head = projection or linear_name.rpartition(".")[2] in _LM_HEAD
+            name = self.lm_head if head else self.scheme
         return None if name == FLOAT else Scheme.parse(name)
 
     def unmatched_overrides(self, linear_names: list[str]) -> list[str]:

@@ -132,6 +132,8 @@ def print_inspection(found: Inspection, all_layers: bool) -> None:
         for row, (p, _, _) in zip(rows, plan, strict=True):
             row.append(found.slow[p.name] or "yes" if p.name in found.slow else "")
     print_table(columns, rows)
+    if found.convolutions:
+        _print_convolutions(found, all_layers)
     for embedding in found.embeddings:
         tokens, features = embedding.shape
         print(f"\nEmbedding of {tokens} x {features}, {embedding.bytes:,} bytes: {_embedding(embedding)}")
@@ -149,7 +151,11 @@ def print_inspection(found: Inspection, all_layers: bool) -> None:
     )
     sizes = found.bytes
     quantized = sum(p.scheme is not None for p in found.linears)
-    print(f"\n{quantized} of {len(found.linears)} linears quantized; {found.parameters:,} weights in all")
+    more = f"and {sum(p.scheme is not None for p in found.convolutions)} of {len(found.convolutions)} convolutions "
+    print(
+        f"\n{quantized} of {len(found.linears)} linears {more if found.convolutions else ''}quantized; "
+        f"{found.parameters:,} weights in all"
+    )
     _print_fast(list(found.slow.values()))
     print(
         f"{megabytes(sizes['float'])} in the float type of this target -> {megabytes(sizes['total'])}: "
@@ -162,6 +168,18 @@ def print_inspection(found: Inspection, all_layers: bool) -> None:
         print(f"Calibration here: {found.calibration}")
     if any(s.range is not None for s in found.sites):
         print("Ranges are the float model's; an export sees every block behind quantized ones, and may find others")
+
+
+def _print_convolutions(found: Inspection, all_layers: bool) -> None:
+    plan = [(p, p.name, 1) for p in found.convolutions] if all_layers else compressed(found.convolutions)
+    print()
+    print_table(
+        ["convolution", "how many", "weight", "scheme", "bytes each", "why"],
+        [
+            [name, count, " x ".join(map(str, p.shape)), p.scheme.name if p.scheme else "float", p.bytes, p.reason]
+            for p, name, count in plan
+        ],
+    )
 
 
 def _print_fast(slow: Sequence[str], indent: str = "") -> None:

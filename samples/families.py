@@ -1,6 +1,6 @@
-"""Which families of decoders can be exported, and what becomes of them: a table from a small random model of each.
+"""Which families of models can be exported, and what becomes of them: tables from a small random model of each.
 
-    python samples/families.py [--families 'gemma*' bloom] [-o samples/results/families.md]
+    python samples/families.py [--kinds decoders encoder-decoders encoders modules] [--families 'gemma*' bert] [-o FILE]
 
 The models are in families.yaml beside this file. Each is captured and compared with transformers, exported for the CPU
 with three schemes and compared with its graph in ONNX Runtime, and exported for CUDA and placed there without a GPU:
@@ -10,10 +10,13 @@ with the helpers of the tests, so this runs in a checkout of the project.
 import argparse
 import copy
 import json
+import re
 import sys
 import tempfile
 from collections import Counter
+from collections.abc import Callable, Iterator
 from fnmatch import fnmatchcase
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -24,65 +27,93 @@ import transformers
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 import agreement  # noqa: E402
+import modules  # noqa: E402
 from cuda_placement.build import CannotBuild, build_stand_ins  # noqa: E402
 from cuda_placement.models import CPU, PROMPT  # noqa: E402
 from cuda_placement.probe import PlacementError, placement  # noqa: E402
 from models import BREADTH, FAMILIES, REFUSED, reference_model, save_model  # noqa: E402
+from qexport.calibrate.encoder_inputs import encoder_inputs  # noqa: E402
 from qexport.capture.graph import Captured  # noqa: E402
+from qexport.capture.module import capture_module  # noqa: E402
+from qexport.capture.seq2seq import capture_seq2seq  # noqa: E402
+from qexport.capture.source import open_model  # noqa: E402
 from qexport.errors import QExportError  # noqa: E402
 from qexport.export import capture  # noqa: E402
 from qexport.lower.build import check_translations  # noqa: E402
+from qexport.passes.convolutions import convolutions  # noqa: E402
 from qexport.recipe import CalibrationSpec, Recipe  # noqa: E402
-from stepping import captured_runner, load_weights, padded, transformers_runner  # noqa: E402
+from stepping import (  # noqa: E402
+    captured_runner,
+    load_weights,
+    padded,
+    source_of,
+    stepwise,
+    tokens,
+    transformers_runner,
+)
 
 SCHEMES = {"w4a16": "w4a16_g32", "w8a8 per token": "w8a8_dyn", "w8a8 static": "w8a8_static"}
+LENGTHS = {"Add", "Cast", "Concat", "Max", "Mul", "Range", "Squeeze", "Sub", "Unsqueeze"}  # what computes with them
 MASKS = (padded([9, 4, 6], "left"), padded([7, 2, 5], "right"))
-HEADER = ["family", "from transformers", "attention", "quantized", "left in float", *SCHEMES, "CUDA"]
-HEAD = """# Families of decoders
+KINDS = {
+    "decoders": (*FAMILIES, *BREADTH, *REFUSED), "encoder-decoders": modules.SEQ2SEQ,
+    "encoders": (*modules.ENCODERS, *modules.REFUSED_ENCODERS),
+    "modules": modules.MODULES,
+}  # fmt: skip
+HEAD = """# Families of models
 
     python samples/families.py -o samples/results/families.md
 
 Small random models (`samples/families.yaml`), qexport {qexport}, torch {torch}, transformers {transformers},
 ONNX Runtime {onnxruntime}.
 
-- *From transformers*: the largest difference of a logit between the captured float model and transformers' eager one,
-  of the largest logit, over prompts padded on the left and on the right and {steps} steps with the cache.
-- *Attention*: grouped is GroupQueryAttention, standard is ONNX Attention or attention written out, and why.
-- *Quantized*: linears, the output projection among them; then those that stay float, and why.
+- *From transformers*: the largest difference of an output between the captured float model and transformers' eager one,
+  of the largest element of that output: of decoders the logits, over prompts padded on the left and on the right and
+  {steps} steps with the cache; of encoder-decoders the same, over a prompt and {steps} steps; of encoders over padded
+  texts; of modules over two calls of different sizes.
+- *Quantized*: linears, the output projection of decoders among them, of encoder-decoders in both files; then those
+  that stay float, and why.
 - By scheme, rounded to nearest, for the CPU: the largest difference of what a block makes in ONNX Runtime and in its fx
-  graph, of its largest element, over a prompt and {steps} steps. Where that is above {rounding:g}, the share of tokens
-  that are: an activation on the border of two codes gets one here and the other there.
+  graph, of its largest element; of decoders over a prompt and {steps} steps. Where that is above {rounding:g}, the
+  share of tokens (of modules, of rows) that are: a value on the border of two codes gets one here and the other there.
 - *CUDA*: the w4a16 file placed by ONNX Runtime on stand-in CUDA libraries, which computes nothing. Nodes on the CPU are
-  arithmetic of lengths; a copy between CPU and GPU would be named.
+  arithmetic of lengths; copies between CPU and GPU are named with the operators that have no CUDA kernel.
 """
+SECTIONS = {
+    "decoders": """Prefill and steps through a cache. *Attention*: grouped is GroupQueryAttention, standard is ONNX
+Attention or attention written out, and why.""",
+    "encoder-decoders": """Two files: the encoder with the keys and values that the decoder reads of its source, and the
+decoder with a cache. The worse of both is shown; on CUDA, the encoder first.""",
+    "encoders": "From their folders, without a head.",
+    "modules": """As `nn.Module` with example inputs. *Convolutions*: quantized with w8a8_static on the CPU, of all.
+Other schemes have no convolution and CUDA has no integer one, so that they stay float there. Networks that are no row
+of layers are one block, in which a code that differs changes what follows.""",
+}
+COLUMNS = {
+    "decoders": ("attention", "quantized"), "encoder-decoders": ("quantized",), "encoders": ("quantized",),
+    "modules": ("quantized", "convolutions")
+}  # fmt: skip
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
     parser.add_argument("--families", nargs="+", default=["*"], help="shell patterns of the families to try")
-    parser.add_argument("-o", "--output", type=Path, help="write the table to this file, and not to stdout")
+    parser.add_argument("-o", "--output", type=Path, help="write the tables to this file, and not to stdout")
     given = parser.parse_args()
 
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    chosen = [n for n in (*FAMILIES, *BREADTH, *REFUSED) if any(fnmatchcase(n, p) for p in given.families)]
-    rows, refusals = [], []
+    versions = {module.__name__: module.__version__ for module in (torch, transformers, onnxruntime)}
+    lines = [HEAD.format(
+        qexport=version("qexport"), **versions, steps=agreement.STEPS, rounding=agreement.ROUNDING
+    )]  # fmt: skip
     with tempfile.TemporaryDirectory(prefix="qexport-") as place:
         stand_ins = _stand_ins(Path(place))
-        for name in chosen:
-            print(name, file=sys.stderr)
-            try:
-                rows.append([name, *measured(name, Path(place) / name, stand_ins)])
-            except (QExportError, ValueError) as error:
-                refusals.append(f"- `{name}`: {_one_line(error, place)}")
-    versions = {module.__name__: module.__version__ for module in (torch, transformers, onnxruntime)}
-    head = HEAD.format(
-        qexport=version("qexport"), **versions, steps=agreement.STEPS, rounding=agreement.ROUNDING
-    )  # fmt: skip
-    lines = [head, _line(HEADER), _line(["---"] * len(HEADER)), *map(_line, rows)]
-    if refusals:
-        lines += ["", "## Not supported", "", *refusals]
+        for kind in given.kinds:
+            chosen = [n for n in KINDS[kind] if any(fnmatchcase(n, p) for p in given.families)]
+            lines += section(kind, chosen, Path(place), stand_ins)
     text = "\n".join(lines) + "\n"
     if given.output:
         given.output.write_text(text)
@@ -90,59 +121,158 @@ def main() -> None:
         print(text, end="")
 
 
-def measured(name: str, folder: Path, stand_ins: dict[str, str] | None) -> list[str]:
+def section(kind: str, names: list[str], place: Path, stand_ins: dict[str, str] | None) -> Iterator[str]:
+    """The lines of one kind of model: a table, and what is refused."""
+    rows, refusals = [], []
+    for name in names:
+        print(name, file=sys.stderr)
+        try:
+            rows.append([name, *measured(kind, name, place / kind / name, stand_ins)])
+        except (QExportError, ValueError) as error:
+            refusals.append(f"- `{name}`: {_one_line(error, f'{place}/{kind}')}")
+    header = ["family", "from transformers", *COLUMNS[kind], "left in float", *SCHEMES, "CUDA"]
+    yield from (f"## {kind.capitalize()}\n", SECTIONS[kind], "")
+    yield from (_line(header), _line(["---"] * len(header)), *map(_line, rows), "")
+    if refusals:
+        yield from ("Not supported:", "", *refusals, "")
+
+
+def measured(kind: str, name: str, folder: Path, stand_ins: dict[str, str] | None) -> list[str]:
     """The cells of a family's row.
 
     Raises:
         QExportError, ValueError: it is not supported; ValueError is transformers'.
     """
-    captured = capture(save_model(name, folder / "model"))
-    check_translations(block.module.graph for block in captured.blocks)
-    error = from_transformers(captured, reference_model(folder / "model"))
+    if kind == "encoder-decoders":
+        return measured_pair(name, folder, stand_ins)
+    captured, error, feeds = {"decoders": _decoder, "encoders": _encoder, "modules": _module}[kind](name, folder)
+    options = {"calibration": [feeds]} if kind == "modules" else {}
     exports = {
-        title: agreement.export(copy.deepcopy(captured), _recipe(scheme), "cpu", folder / scheme)
+        title: agreement.export(copy.deepcopy(captured), _recipe(scheme), "cpu", folder / scheme, **options)
         for title, scheme in SCHEMES.items()
     }
-    first = next(iter(exports.values()))
-    kept = json.loads((first.folder / "report.json").read_text())["export"]["float"]
-    reasons = Counter(entry["reason"] for entry in kept)
-    settings = first.manifest.settings
-    why = settings.get("attention_reason", "")
+    differences = partial(agreement.differences, mask=MASKS[0])
+    if kind != "decoders":
+        differences = partial(agreement.module_differences, feeds=feeds)
+    static = exports["w8a8 static"]  # the one that has convolutions
+    report, manifest = json.loads((static.folder / "report.json").read_text())["export"], static.manifest
+    reasons = Counter(entry["reason"] for entry in report["float"])
+    quantized = len(manifest.linears), f"{len(manifest.convolutions)} of {_count(captured)}"
+    why = manifest.settings.get("attention_reason", "")
+    cells = {
+        "attention": manifest.settings.get("attention", "") + (f": {why}" if why else ""),
+        "quantized": str(quantized[0]), "convolutions": quantized[1],
+    }  # fmt: skip
     return [
         f"{error:.0e}",
-        settings["attention"] + (f": {why}" if why else ""),
-        str(len(first.manifest.linears)),
+        *(cells[column] for column in COLUMNS[kind]),
         "; ".join(f"{number} ({reason})" for reason, number in reasons.items()) or "none",
-        *(_agreement(exported) for exported in exports.values()),
-        on_cuda(captured, folder / "cuda", stand_ins),
+        *(_agreement(differences, exported) for exported in exports.values()),
+        on_cuda(captured, folder / "cuda", stand_ins, options),
     ]
 
 
-def from_transformers(captured: Captured, model: torch.nn.Module) -> float:
-    """The largest difference of a logit, of the largest logit."""
-    loaded, worst = load_weights(copy.deepcopy(captured)), 0.0
+def measured_pair(name: str, folder: Path, stand_ins: dict[str, str] | None) -> list[str]:
+    """The cells of an encoder-decoder's row; raises as `measured`."""
+    parts = capture_seq2seq(open_model(modules.save_seq2seq(name, folder / "model")))
+    captured = {"encoder": _checked(parts.encoder), "decoder": _checked(parts.decoder)}
+    source, text = source_of(parts.encoder, MASKS[1]), tokens(len(MASKS[1]), 3 + agreement.STEPS, 5)
+    float_encoder, float_decoder = (captured_runner(load_weights(copy.deepcopy(c))) for c in captured.values())
+    got, calls = stepwise(float_encoder, float_decoder, parts.decoder, source, text)
+    with torch.no_grad():
+        want = parts.model(**source, decoder_input_ids=text).logits
+    feeds = {"encoder": [source], "decoder": [fed for fed, _ in calls]}
+    cells, reasons, quantized = [], Counter(), 0
+    for title, scheme in SCHEMES.items():
+        different = []
+        for part, whole in captured.items():
+            exported = agreement.export(
+                copy.deepcopy(whole), _recipe(scheme), "cpu", folder / title / part, calibration=feeds[part][:1]
+            )
+            different += [agreement.module_differences(exported, fed) for fed in feeds[part]]
+            if title == "w8a8 static":
+                report = json.loads((exported.folder / "report.json").read_text())["export"]
+                reasons.update(entry["reason"] for entry in report["float"])
+                quantized += len(exported.manifest.linears)
+        cells.append(_agreement(lambda found: torch.cat(found), different))
+    placed = [on_cuda(whole, folder / "cuda" / part, stand_ins, {}) for part, whole in captured.items()]
+    return [
+        f"{float((got - want).abs().max() / want.abs().max()):.0e}",
+        str(quantized),
+        "; ".join(f"{number} ({reason})" for reason, number in reasons.items()) or "none",
+        *cells,
+        placed[0] if placed[0] == placed[1] else " and ".join(placed),
+    ]
+
+
+def _decoder(name: str, folder: Path) -> tuple[Captured, float, None]:
+    """The captured model, and the largest difference of a logit, of the largest logit."""
+    captured = _checked(capture(save_model(name, folder / "model")))
+    loaded, model, worst = load_weights(copy.deepcopy(captured)), reference_model(folder / "model"), 0.0
     for mask in MASKS:
         runs = (captured_runner(loaded), transformers_runner(model))
         got, want = agreement.logits(mask, *((run, captured, torch.float32) for run in runs))
         worst = max(worst, float((got - want).abs().max() / want.abs().max()))
+    return captured, worst, None
+
+
+def _encoder(name: str, folder: Path) -> tuple[Captured, float, dict]:
+    """The captured model, the largest difference of an output, and inputs."""
+    modules.save_encoder(name, folder / "model")
+    captured = _checked(capture(folder / "model"))
+    model = transformers.AutoModel.from_pretrained(folder / "model", attn_implementation="eager").eval()
+    feeds = [encoder_inputs(captured, tokens(*mask.shape), mask) for mask in MASKS]
+    return captured, _from_eager(captured, model, feeds), feeds[0]
+
+
+def _module(name: str, folder: Path) -> tuple[Captured, float, dict]:
+    model, feeds = modules.make_module(name), [modules.example_inputs(name, more) for more in (0, 1)]
+    captured = _checked(capture_module(model, feeds[0], modules.axes(name)))
+    return captured, _from_eager(captured, model, feeds), feeds[0]
+
+
+def _from_eager(captured: Captured, model: torch.nn.Module, feeds: list[dict]) -> float:
+    run, worst = captured_runner(load_weights(copy.deepcopy(captured))), 0.0
+    for fed in feeds:
+        with torch.no_grad():
+            made, got = model(**fed), run(fed)
+        real = fed["attention_mask"].bool() if captured.kind == "encoder" else None
+        for name, value in got.items():
+            want = modules.looked_up(made, name)
+            if real is not None and value.shape[:2] == real.shape:
+                value, want = value[real], want[real]
+            worst = max(worst, float((value - want).abs().max() / want.abs().max()))
     return worst
 
 
-def on_cuda(captured: Captured, folder: Path, stand_ins: dict[str, str] | None) -> str:
+def _count(captured: Captured) -> int:
+    """How many convolutions a model has."""
+    return sum(len(convolutions(block.module.graph)) for block in captured.blocks)
+
+
+def _checked(captured: Captured) -> Captured:
+    check_translations(block.module.graph for block in captured.blocks)
+    return captured
+
+
+def on_cuda(captured: Captured, folder: Path, stand_ins: dict[str, str] | None, options: dict) -> str:
     """Where the nodes of the file for CUDA are placed."""
     if stand_ins is None:
         return "not tried"
-    exported = agreement.export(copy.deepcopy(captured), _recipe(SCHEMES["w4a16"]), "cuda", folder)
+    exported = agreement.export(copy.deepcopy(captured), _recipe(SCHEMES["w4a16"]), "cuda", folder, **options)
+    dims = None if _count(captured) else PROMPT | modules.SIZES | {"source": 7}  # which cuDNN's stand-in does not run
     try:
-        placed = placement(exported.folder / "model.onnx", exported.manifest.session, stand_ins, PROMPT)
+        placed = placement(exported.folder / "model.onnx", exported.manifest.session, stand_ins, dims)
     except PlacementError as error:
         return _one_line(error, "")
-    away = sum(placed["nodes"].get(CPU, {}).values())
-    return f"{away} on the CPU" + (f", {placed['memcpy']} copies" if placed["memcpy"] else "")
+    away = placed["nodes"].get(CPU, {})
+    others = ", ".join(sorted(away.keys() - LENGTHS))
+    copies = f", {placed['memcpy']} copies around {others}" if placed["memcpy"] else ""
+    return f"{sum(away.values())} on the CPU{copies}"
 
 
-def _agreement(exported) -> str:
-    different = agreement.differences(exported, MASKS[0])
+def _agreement(differences: Callable, exported) -> str:
+    different = differences(exported)
     flips = float((different > agreement.ROUNDING).float().mean())
     return f"{float(different.max()):.0e}" + (f", {flips:.1%}" if flips else "")
 
@@ -161,8 +291,8 @@ def _stand_ins(place: Path) -> dict[str, str] | None:
 
 
 def _one_line(error: Exception, place: str) -> str:
-    text = " ".join(str(error).split())
-    return text.replace(f"{place}/", "").removesuffix(". See `qexport doctor`")
+    text = re.sub(r"\S*/site-packages/", "", " ".join(str(error).split()))
+    return (text.replace(f"{place}/", "") if place else text[-300:]).removesuffix(". See `qexport doctor`")
 
 
 def _line(cells: list[str]) -> str:

@@ -40,11 +40,27 @@ def differences(exported, mask):
     return torch.cat(rows)
 
 
-def block_differences(exported, blocks, feeds, got):
-    """The same for one call: its inputs, and what ONNX Runtime made, values that blocks hand on among it."""
+def module_differences(exported, feeds):
+    """The same for one call of an encoder or a module; of an encoder's values only real tokens count."""
+    mask = feeds.get("attention_mask") if exported.manifest.kind == "encoder" else None
+
+    def rows(value, name):
+        if mask is not None and value.shape[:2] == mask.shape:
+            return value[mask.bool()]
+        return value.reshape(-1, value.shape[-1])
+
+    return block_differences(exported, exported.blocks, feeds, exported.in_onnxruntime_with_blocks()(feeds), rows)
+
+
+def block_differences(exported, blocks, feeds, got, rows_of=None):
+    """The same for one call: its inputs, and what ONNX Runtime made, values that blocks hand on among it.
+
+    Args:
+        rows_of: the rows of a value that count, by the value and the name of the output that it is; None for a decoder.
+    """
     names, rows = {port.value: port.name for port in exported.captured.outputs}, []
     values = {port.value: feeds[port.name] for port in exported.captured.inputs}
-    places = Places.of(feeds, exported.manifest)
+    rows_of = rows_of or Places.of(feeds, exported.manifest).rows
     following = [*(b.inputs for b in blocks[1:]), ["none"]]
     for block, entry, read in zip(blocks, exported.manifest.blocks, following, strict=True):
         with torch.no_grad():
@@ -52,7 +68,7 @@ def block_differences(exported, blocks, feeds, got):
         handed_on = next((n for n in read if n in results), block.outputs[0])
         twins = {n: got[names[n]] for n in results if n in names} | {handed_on: got[entry.output]}
         for name, twin in twins.items():
-            ours, theirs = (places.rows(v, names.get(name, "")) for v in (results[name], twin))
+            ours, theirs = (rows_of(v, names.get(name, "")) for v in (results[name], twin))
             rows.append((ours - theirs).abs().amax(-1) / ours.abs().max())
         values |= results | twins
     return torch.cat(rows)

@@ -7,11 +7,11 @@ import torch
 import yaml
 from transformers import AutoConfig, AutoModelForCausalLM
 
-_LISTS = yaml.safe_load((Path(__file__).parents[1] / "samples" / "families.yaml").read_text())
-FAMILIES = tuple(_LISTS["families"])
-BREADTH = tuple(_LISTS["breadth"])
-REFUSED = tuple(_LISTS["refused"])
-VOCAB, HIDDEN = _LISTS["sizes"]["vocab_size"], _LISTS["sizes"]["hidden_size"]
+LISTS = yaml.safe_load((Path(__file__).parents[1] / "samples" / "families.yaml").read_text())
+FAMILIES = tuple(LISTS["families"])
+BREADTH = tuple(LISTS["breadth"])
+REFUSED = tuple(LISTS["refused"])
+VOCAB, HIDDEN = LISTS["sizes"]["vocab_size"], LISTS["sizes"]["hidden_size"]
 
 # Of BREADTH one for every thing that capture or lowering does for such models alone.
 QUICK = (
@@ -40,7 +40,7 @@ def save_model(family: str, folder: Path, *, seed: int = 0, **changes) -> Path:
     Args:
         changes: of its config, e.g. num_hidden_layers.
     """
-    given = dict((_LISTS["families"] | _LISTS["breadth"] | _LISTS["refused"])[family])
+    given = dict((LISTS["families"] | LISTS["breadth"] | LISTS["refused"])[family])
     config = AutoConfig.for_model(given.pop("model_type"), **given)
     for name, value in changes.items():
         setattr(config, name, value)

@@ -2,83 +2,79 @@
 
 from pathlib import Path
 
+import pytest
 import torch
 import transformers
 from torch import nn
-from transformers import AutoModel
+from transformers import AutoConfig, AutoModel, AutoModelForSeq2SeqLM, AutoModelForSpeechSeq2Seq
 
-from models import randomize
+from models import LISTS, VOCAB, randomize
+from stepping import padded, tokens
 
-VOCAB, HIDDEN = 128, 64
-_SIZES = dict(
-    vocab_size=VOCAB, hidden_size=HIDDEN, num_hidden_layers=2, num_attention_heads=4, intermediate_size=96,
-    max_position_embeddings=64, pad_token_id=0,
-)  # fmt: skip
-_VISION = dict(
-    hidden_size=HIDDEN, num_hidden_layers=2, num_attention_heads=4, intermediate_size=96, image_size=16, patch_size=4
-)
-
-# What each family is here for stands beside it.
-ENCODERS = {
-    "bert": lambda: transformers.BertConfig(**_SIZES),  # segments, a pooler
-    "roberta": lambda: transformers.RobertaConfig(  # positions count from behind the padding token
-        **_SIZES | dict(pad_token_id=1), type_vocab_size=1
-    ),
-    "distilbert": lambda: transformers.DistilBertConfig(  # no segments, no pooler
-        vocab_size=VOCAB, dim=HIDDEN, n_layers=2, n_heads=4, hidden_dim=96, max_position_embeddings=64
-    ),
-    "mpnet": lambda: transformers.MPNetConfig(**_SIZES | dict(pad_token_id=1)),  # relative positions
-    "albert": lambda: transformers.AlbertConfig(**_SIZES, embedding_size=32),  # one layer for all
-    "modernbert": lambda: transformers.ModernBertConfig(  # rotary positions, windows, gated
-        **_SIZES, local_attention=4, global_attn_every_n_layers=2, bos_token_id=1, eos_token_id=2, cls_token_id=1,
-        sep_token_id=2,
-    ),
-    "deberta": lambda: transformers.DebertaV2Config(**_SIZES),  # attention of its own
-}  # fmt: skip
+ENCODERS, REFUSED_ENCODERS, MODULES = (tuple(LISTS[kind]) for kind in ("encoders", "refused_encoders", "modules"))
+SEQ2SEQ = tuple(LISTS["encoder_decoders"])
+# Of ENCODERS one for every thing that capture or lowering does for such models alone.
+QUICK = ("bert", "roberta", "distilbert", "mpnet", "albert", "modernbert", "deberta")
+SIZES = {"batch": 2, "texts": 2, "images": 3, "length": 7, "written": 5}  # of dynamic dimensions, in examples
 
 
-def save_encoder(family: str, folder: Path, *, seed: int = 0, **changes) -> Path:
+def encoders() -> list:
+    """Parameters of a test: the quick ones of ENCODERS, the others marked slow."""
+    return [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in ENCODERS]
+
+
+def save_encoder(family: str, folder: Path, *, seed: int = 0, loader: type = AutoModel, **changes) -> Path:
     """Save a random encoder as config.json and model.safetensors.
 
     Args:
+        loader: a class of transformers that makes it with a head.
         changes: of its config.
     """
-    config = ENCODERS[family]()
+    given = dict((LISTS["encoders"] | LISTS["refused_encoders"])[family])
+    config = AutoConfig.for_model(given.pop("model_type"), **given)
     for name, value in changes.items():
         setattr(config, name, value)
-    model = AutoModel.from_config(config)
+    model = loader.from_config(config)
     randomize(model, seed)
     model.save_pretrained(folder)
     return folder
 
 
-def vit() -> nn.Module:
-    return _random(transformers.ViTModel(transformers.ViTConfig(**_VISION)))
+def make_module(family: str) -> nn.Module:
+    """A random model of MODULES."""
+    given = {name: value for name, value in LISTS["modules"][family].items() if name != "inputs"}
+    kind, part = getattr(transformers, given.pop("model")), given.pop("part", "")
+    return _random(kind(kind.config_class(**given)).get_submodule(part))
 
 
-def clip() -> nn.Module:
-    text = _SIZES | dict(projection_dim=32, bos_token_id=1, eos_token_id=2)
-    return _random(transformers.CLIPModel(transformers.CLIPConfig(
-        text_config=text, vision_config=_VISION | dict(projection_dim=32), projection_dim=32
-    )))  # fmt: skip
+def example_inputs(family: str, more: int = 0) -> dict[str, torch.Tensor]:
+    """Inputs of a model of MODULES; more: by how much dynamic dimensions are longer."""
+    made, random = {}, torch.Generator().manual_seed(1)
+    for name, dims in LISTS["modules"][family]["inputs"].items():
+        shape = [SIZES[dim] + more if isinstance(dim, str) else dim for dim in dims]
+        if name.endswith("ids"):
+            made[name] = tokens(*shape, vocab=VOCAB)
+        elif name.endswith("mask"):
+            made[name] = padded([shape[1] - 3, *[shape[1]] * (shape[0] - 1)], "right")
+        else:
+            made[name] = torch.randn(shape, generator=random)
+    return made
 
 
-def t5() -> nn.Module:
-    """Encoder and decoder in one call, without a cache."""
-    config = transformers.T5Config(
-        vocab_size=VOCAB, d_model=HIDDEN, d_kv=16, d_ff=96, num_layers=1, num_heads=4, use_cache=False
-    )
-    return _random(transformers.T5ForConditionalGeneration(config))
+def axes(family: str) -> dict[str, dict[int, str]]:
+    """Dynamic dimensions of a model of MODULES."""
+    inputs = LISTS["modules"][family]["inputs"].items()
+    return {name: {i: dim for i, dim in enumerate(dims) if isinstance(dim, str)} for name, dims in inputs}
 
 
-def whisper() -> nn.Module:
-    """The same, of spectra [batch, 16, 32], which convolutions along time read first."""
-    config = transformers.WhisperConfig(
-        vocab_size=VOCAB, d_model=HIDDEN, encoder_layers=1, decoder_layers=1, encoder_attention_heads=4,
-        decoder_attention_heads=4, encoder_ffn_dim=96, decoder_ffn_dim=96, num_mel_bins=16, max_source_positions=16,
-        pad_token_id=1, bos_token_id=1, eos_token_id=2, decoder_start_token_id=1, use_cache=False,
-    )  # fmt: skip
-    return _random(transformers.WhisperForConditionalGeneration(config))
+def looked_up(result, name: str) -> torch.Tensor:
+    """The output of a module that an export calls `name`, in what forward returned."""
+    if isinstance(result, torch.Tensor):
+        return result
+    for part in name.split("."):
+        key, _, place = part.rpartition("_")
+        result = result[part] if part in result else result[key][int(place)]
+    return result
 
 
 def _random(model: nn.Module) -> nn.Module:
@@ -137,7 +133,10 @@ def cnn() -> nn.Module:
 
 def save_seq2seq(family: str, folder: Path, *, seed: int = 0, gain: float = 1.0) -> Path:
     """A small random encoder-decoder of a family; gain: of every matrix, above 1 for texts of more than one word."""
-    model = SEQ2SEQ[family]()
+    given = dict(LISTS["encoder_decoders"][family])
+    config = AutoConfig.for_model(given.pop("model_type"), **given)
+    known = type(config) in AutoModelForSpeechSeq2Seq._model_mapping
+    model = (AutoModelForSpeechSeq2Seq if known else AutoModelForSeq2SeqLM).from_config(config)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in dict.fromkeys(model.parameters()):
@@ -145,46 +144,3 @@ def save_seq2seq(family: str, folder: Path, *, seed: int = 0, gain: float = 1.0)
                 parameter.normal_(0, gain * parameter.shape[-1] ** -0.5, generator=generator)
     model.save_pretrained(folder)
     return folder
-
-
-def _layers(**changes):
-    """Sizes under the names that most configs have for them."""
-    return {
-        "vocab_size": VOCAB, "d_model": HIDDEN, "encoder_layers": 1, "decoder_layers": 2, "encoder_attention_heads": 4,
-        "decoder_attention_heads": 4, "encoder_ffn_dim": 96, "decoder_ffn_dim": 96, "pad_token_id": 0,
-        "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1, "forced_eos_token_id": None, **changes,
-    }  # fmt: skip
-
-
-def _t5(**changes):
-    config = transformers.T5Config(
-        vocab_size=VOCAB, d_model=HIDDEN, d_kv=16, d_ff=96, num_layers=1, num_decoder_layers=2, num_heads=4,
-        decoder_start_token_id=0, eos_token_id=2, **changes,
-    )  # fmt: skip
-    return transformers.T5ForConditionalGeneration(config)
-
-
-SEQ2SEQ = {
-    "t5": _t5,
-    "t5_gated": lambda: _t5(feed_forward_proj="gated-gelu", tie_word_embeddings=False),
-    "bart": lambda: transformers.BartForConditionalGeneration(
-        transformers.BartConfig(**_layers(max_position_embeddings=64))
-    ),
-    "marian": lambda: transformers.MarianMTModel(
-        transformers.MarianConfig(**_layers(max_position_embeddings=64, share_encoder_decoder_embeddings=True))
-    ),
-    "m2m_100": lambda: transformers.M2M100ForConditionalGeneration(
-        transformers.M2M100Config(**_layers(max_position_embeddings=64))
-    ),
-    "pegasus": lambda: transformers.PegasusForConditionalGeneration(
-        transformers.PegasusConfig(**_layers(max_position_embeddings=64))
-    ),
-    "whisper": lambda: transformers.WhisperForConditionalGeneration(
-        transformers.WhisperConfig(
-            **_layers(
-                num_mel_bins=16, max_source_positions=16, max_target_positions=64, suppress_tokens=None,
-                begin_suppress_tokens=None,
-            )
-        )
-    ),
-}  # fmt: skip

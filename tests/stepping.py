@@ -89,3 +89,31 @@ def run_twice(captured: Captured, ids: torch.Tensor, mask: torch.Tensor) -> torc
     first = run(feeds)
     second = run(next_feeds(feeds, first, ids[:, 0]))
     return torch.cat([first["logits"][mask.bool()], second["logits"][:, 0]])
+
+
+def source_of(encoder: Captured, mask: torch.Tensor, vocab: int = 128) -> Feeds:
+    """What the encoder of an encoder-decoder reads: texts with this mask, or as many spectrograms."""
+    if encoder.inputs[0].name == "input_ids":
+        return {"input_ids": tokens(*mask.shape, vocab=vocab), "attention_mask": mask}
+    port = encoder.inputs[0]
+    return {port.name: torch.randn(len(mask), *port.dims[1:], generator=torch.Generator().manual_seed(1))}
+
+
+def stepwise(
+    encode: Runner, decode: Runner, decoder: Captured, source: Feeds, text: torch.Tensor, prompt: int = 3
+) -> tuple[torch.Tensor, list[tuple[Feeds, Feeds]]]:
+    """Logits of an encoder-decoder for a text [batch, sequence], and what went in and came out of every call.
+
+    Args:
+        prompt: tokens of the text that come first; the others come one by one, with the cache.
+    """
+    cross, past, calls = encode(source), {}, []
+    for port in decoder.inputs:
+        if port.name.startswith("past"):
+            past[port.name] = torch.zeros(len(text), port.dims[1], 0, port.dims[3])
+    for ids in [text[:, :prompt], *text[:, prompt:].split(1, 1)]:
+        feeds = {"input_ids": ids, **past, **cross, "encoder_attention_mask": source.get("attention_mask")}
+        feeds = {port.name: feeds[port.name] for port in decoder.inputs}
+        calls.append((feeds, decode(feeds)))
+        past = {n.replace("present", "past_key_values"): t for n, t in calls[-1][1].items() if n != "logits"}
+    return torch.cat([made["logits"] for _, made in calls], 1), calls

@@ -129,7 +129,9 @@ class Chooser:
             "overrides": (),
         })  # fmt: skip
         wanted = {p.name: chosen.get(p.name, FLOAT) for p in self._plan}
-        others = {n: scheme for n, scheme in wanted.items() if scheme != _name(made.scheme_for(n))}
+        others = {
+            n: scheme for n, scheme in wanted.items() if scheme != _name(made.scheme_for(n, n == self._projection))
+        }
         overrides = tuple(Override(match=only(name), scheme=scheme) for name, scheme in others.items())
         return made.model_copy(update={"overrides": overrides})
 

@@ -52,7 +52,19 @@ class GraphCacheLayer(DynamicLayer):
         return self.past_key.shape[2] + query_length, 0
 
 
-class GraphCache(Cache):
+class _OfKeysAndValues(Cache):
+    """A cache that refuses what models keep besides keys and values."""
+
+    def _refused(self, *args, **kwargs):
+        raise CaptureError(
+            "layers of the model keep states that are not keys and values",
+            remedy="Recurrent and convolutional layers, and indexers of keys, have no lowering",
+        )
+
+    get_conv_state = update_conv_state = get_recurrent_state = update_recurrent_state = update_indexer = _refused
+
+
+class GraphCache(_OfKeysAndValues):
     """The cache handed to a Hugging Face model while it is traced."""
 
     def __init__(self, past: list[torch.Tensor]):
@@ -65,7 +77,7 @@ class GraphCache(Cache):
         return [tensor for layer in self.layers for tensor in layer.present]
 
 
-class ProbeCache(Cache):
+class ProbeCache(_OfKeysAndValues):
     """An empty cache that notes the sizes of what a model puts into it.
 
     Attributes:
@@ -118,7 +130,7 @@ def tracing(cache: Cache, given: Cache | None = None):
 def _attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, softcap=None, **kwargs):
     cache, given = _cache.get(), _given.get()
     if isinstance(attention_mask, _Refused):
-        raise CaptureError(attention_mask.why, remedy="Chunked and prefix masks have no lowering yet")
+        raise attention_mask.error()
     scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
     softcap, sinks, bias = float(softcap or 0.0), kwargs.get("s_aux"), kwargs.get("position_bias")
     if given is not None and any(layer.keys is key for layer in given.layers):
@@ -210,6 +222,14 @@ class _Refused:
     """In the place of a mask that has no lowering: some models make masks that no layer of theirs reads."""
 
     why: str
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        """Arithmetic of a model that adds masks to scores itself."""
+        raise next(arg for arg in args if isinstance(arg, cls)).error()
+
+    def error(self) -> CaptureError:
+        return CaptureError(self.why, remedy="Chunked, prefix and two-sided masks have no lowering in decoders")
 
 
 @dataclass(frozen=True)

@@ -123,7 +123,8 @@ def _block(
 ) -> Block:
     graph, env, inputs, tensors = Graph(), {}, [], {}
     inside = set(nodes)
-    outside = dict.fromkeys(n for node in nodes for n in node.all_input_nodes if n not in inside)
+    read = dict.fromkeys(n for node in nodes for n in node.all_input_nodes if n not in inside)
+    outside = sorted(read, key=_is_flag)  # `handed_on` takes the first
     for node in outside:
         if node.op == "get_attr":
             continue
@@ -142,6 +143,12 @@ def _block(
     graph.output(tuple(env[n] for n in outputs))
     module = GraphModule(holder(tensors), graph, class_name=f"Block_{index}")
     return Block(name, module, inputs, [n.name for n in outputs], list(tensors))
+
+
+def _is_flag(node: Node) -> bool:
+    """Whether a value is of integers or of bools: a mask, ids, a size."""
+    value = node.meta.get("val")
+    return not isinstance(value, torch.Tensor) or not value.is_floating_point()
 
 
 def _meta(node: Node) -> dict:

@@ -1,10 +1,16 @@
-"""Capturing a text encoder of transformers (BERT and its like) from its folder."""
+"""Capturing a text encoder of transformers (BERT and its like) from its folder, with the head that its config names."""
 
 import inspect
 from dataclasses import replace
 
 import torch
-from transformers import AutoModel, PretrainedConfig
+from transformers import (
+    AutoModel,
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    PretrainedConfig,
+)
 from transformers.models.auto import modeling_auto
 
 from ..errors import CaptureError
@@ -16,6 +22,12 @@ from .weights import Checkpoint
 
 # Sizes of the example inputs; see `trace`.
 _BATCH, _SEQUENCE = 2, 7
+# Heads that are kept, by the class that loads an encoder with one.
+_HEADS = {
+    AutoModelForSequenceClassification: modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+    AutoModelForTokenClassification: modeling_auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
+    AutoModelForQuestionAnswering: modeling_auto.MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES,
+}
 
 
 def is_encoder(config: PretrainedConfig) -> bool:
@@ -27,11 +39,12 @@ def is_encoder(config: PretrainedConfig) -> bool:
 
 
 def capture_encoder(folder: ModelFolder) -> Captured:
-    """Capture the encoder of a folder; a head on top of it is left out.
+    """Capture the encoder of a folder.
 
-    The inputs are input_ids, attention_mask and, where the model tells segments apart, token_type_ids; the outputs
-    last_hidden_state and, where there are weights for it, pooler_output. Batch and sequence are dynamic. The weights
-    are in memory as a whole.
+    The inputs are input_ids, attention_mask and, where the model tells segments apart, token_type_ids. The outputs are
+    logits where the config names a model that classifies texts or tokens, start_logits and end_logits where it names
+    one that answers questions, else last_hidden_state and, where there are weights for it, pooler_output: other heads
+    are left out. Batch and sequence are dynamic. The weights are in memory as a whole.
 
     Raises:
         CaptureError: torch.export cannot follow the model, or the checkpoint does not fit its config.
@@ -39,7 +52,7 @@ def capture_encoder(folder: ModelFolder) -> Captured:
     Checkpoint(folder.path)  # before the slow part: a damaged file is reported at once
     try:
         with quiet():
-            model, info = AutoModel.from_pretrained(
+            model, info = _loader(folder.config).from_pretrained(
                 folder.path, dtype=torch.float32, trust_remote_code=folder.trust_remote_code, use_safetensors=True,
                 output_loading_info=True,
             )  # fmt: skip
@@ -49,7 +62,10 @@ def capture_encoder(folder: ModelFolder) -> Captured:
         ) from error
     config = folder.config
     names = ["input_ids", "attention_mask"]
-    if "token_type_ids" in inspect.signature(model.forward).parameters and getattr(config, "type_vocab_size", 0) > 1:
+    taken = inspect.signature(model.forward).parameters
+    if "attention_mask" not in taken:
+        raise CaptureError("reads no attention_mask, so that padding changes what it says of a text", place=folder.name)
+    if "token_type_ids" in taken and getattr(config, "type_vocab_size", 0) > 1:
         names.append("token_type_ids")
     example = {name: torch.ones(_BATCH, _SEQUENCE, dtype=torch.int64) for name in names}
     captured = capture_module(
@@ -61,6 +77,16 @@ def capture_encoder(folder: ModelFolder) -> Captured:
         "hidden_size": config.hidden_size, "vocab_size": model.get_input_embeddings().weight.shape[0],
     }  # fmt: skip
     return replace(captured, kind="encoder", folder=folder, settings=captured.settings | sizes)
+
+
+def _loader(config: PretrainedConfig) -> type:
+    """The class that loads what the checkpoint says it is, with its head or without one."""
+    named = set(config.architectures or ())
+    for loader, names in _HEADS.items():
+        known = names.get(config.model_type, ())
+        if named.intersection([known] if isinstance(known, str) else known):
+            return loader
+    return AutoModel
 
 
 def _longest(model: torch.nn.Module) -> int | None:

@@ -75,12 +75,8 @@ def functional(exported: ExportedProgram, model: torch.nn.Module) -> ExportedPro
     Raises:
         CaptureError: it writes into a buffer or an input, takes a number out of a tensor, or makes sizes of values.
     """
+    check_sizes(exported, model)
     for node in exported.graph.nodes:
-        if isinstance(node.meta.get("val"), torch.Tensor) and free_unbacked_symbols(node.meta["val"]):
-            raise CaptureError(
-                f"makes a tensor whose size depends on values{_line_of(node)}", place=_module_of(node, model),
-                remedy=_SIZE,
-            )  # fmt: skip
         if node.op == "call_function" and node.target in (aten.item.default, aten._local_scalar_dense.default):
             raise CaptureError(
                 f"needs the value of a tensor{_line_of(node)}", place=_module_of(node, model), remedy=_ITEM
@@ -98,6 +94,16 @@ def functional(exported: ExportedProgram, model: torch.nn.Module) -> ExportedPro
             place=type(model).__name__, remedy=_STATE,
         )  # fmt: skip
     return pure
+
+
+def check_sizes(exported: ExportedProgram, model: torch.nn.Module) -> None:
+    """Raises CaptureError where the size of a tensor depends on values."""
+    for node in exported.graph.nodes:
+        if isinstance(node.meta.get("val"), torch.Tensor) and free_unbacked_symbols(node.meta["val"]):
+            raise CaptureError(
+                f"makes a tensor whose size depends on values{_line_of(node)}", place=_module_of(node, model),
+                remedy=_SIZE,
+            )  # fmt: skip
 
 
 def _failed(model: torch.nn.Module, error: BaseException) -> CaptureError:

@@ -1,4 +1,4 @@
-"""Batch norms folded into the convolutions in front of them: what is quantized then is what is computed."""
+"""Convolutions and linears as they are quantized: one weight, which is what is computed, and padding in numbers."""
 
 import operator
 
@@ -9,6 +9,10 @@ from ..passes.edit import get_tensor, is_call, set_tensor
 
 aten = torch.ops.aten
 CONVOLUTIONS = (aten.conv1d.default, aten.conv2d.default, aten.conv3d.default)
+_BY_NAME = {
+    aten.conv1d.padding: aten.conv1d.default, aten.conv2d.padding: aten.conv2d.default,
+    aten.conv3d.padding: aten.conv3d.default,
+}  # fmt: skip
 _FIRST_OF_SEVERAL = aten._native_batch_norm_legit_no_training.default
 
 
@@ -54,6 +58,77 @@ def fold_batch_norms(module: GraphModule) -> dict[str, torch.Tensor]:
         module.graph.erase_node(norm)
         made |= new
     return made
+
+
+def spell_padding(module: GraphModule) -> None:
+    """padding="valid" and padding="same" become numbers, in place; what "same" adds behind alone has a node."""
+    for node in module.graph.nodes:
+        if not is_call(node, *_BY_NAME):
+            continue
+        x, weight, bias, stride, padding, dilation, groups = (
+            *node.args,
+            *(None, 1, "valid", 1, 1)[len(node.args) - 2 :],
+        )
+        kernel = weight.meta["val"].shape[2:]
+        stride, dilation = ([v] * len(kernel) if isinstance(v, int) else v for v in (stride, dilation))
+        wide = [space * (size - 1) if padding == "same" else 0 for space, size in zip(dilation, kernel, strict=True)]
+        if any(total % 2 for total in wide):
+            more = [pad for total in reversed(wide) for pad in (0, total % 2)]  # of the last axis first
+            with module.graph.inserting_before(node):
+                x = module.graph.call_function(aten.constant_pad_nd.default, (x, more))
+            value = node.args[0].meta["val"]
+            sizes = [size + total % 2 for size, total in zip(value.shape[2:], wide, strict=True)]
+            x.meta = {**node.meta, "val": value.new_empty((*value.shape[:2], *sizes))}
+        node.target = _BY_NAME[node.target]
+        node.args = (x, weight, bias, stride, [total // 2 for total in wide], dilation, groups)
+
+
+def fold_weights(module: GraphModule) -> dict[str, torch.Tensor]:
+    """Replace weights that are made of constants, as parts of others or by a parametrization, by one tensor, in place.
+
+    Returns:
+        The new weights and biases by name; they are tensors of the module too.
+    """
+    sites: dict[str, list[Node]] = {}
+    for node in module.graph.nodes:
+        if is_call(node, aten.linear.default, *CONVOLUTIONS) and _is_made(node.args[1]):
+            owner = node.meta["module_path"].partition(".parametrizations.")[0]
+            sites.setdefault(owner, []).append(node)
+    made: dict[str, torch.Tensor] = {}
+    for owner, nodes in sites.items():
+        for number, node in enumerate(nodes):
+            prefix = ".".join(filter(None, [owner, str(number) if len(nodes) > 1 else ""]))
+            for index, role in ((1, "weight"), (2, "bias")):
+                if len(node.args) > index and _is_made(node.args[index]):
+                    name = f"{prefix}.{role}_folded".removeprefix(".")
+                    made[name] = _value(module, node.args[index]).contiguous()
+                    _read(module, node, index, name, made[name])
+    module.graph.eliminate_dead_code()
+    return made
+
+
+def _is_made(node: Node | None) -> bool:
+    """Whether a value is computed, of constants alone."""
+    if node is None or node.op != "call_function":
+        return False
+    return bool(node.all_input_nodes) and all(a.op == "get_attr" or _is_made(a) for a in node.all_input_nodes)
+
+
+def _value(module: GraphModule, node: Node):
+    if node.op == "get_attr":
+        return get_tensor(module, node.target).detach()
+    args, kwargs = torch.fx.map_arg((node.args, node.kwargs), lambda argument: _value(module, argument))
+    with torch.no_grad():
+        return node.target(*args, **kwargs)
+
+
+def _read(module: GraphModule, node: Node, index: int, name: str, tensor: torch.Tensor) -> None:
+    """Let a node read a new tensor as one of its arguments."""
+    set_tensor(module, name, tensor)
+    with module.graph.inserting_before(node):
+        new = module.graph.get_attr(name)
+    new.meta = {**node.args[index].meta, "val": tensor}
+    node.update_arg(index, new)
 
 
 def _is_own(weight: Node) -> bool:

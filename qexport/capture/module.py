@@ -14,7 +14,7 @@ from ..errors import CaptureError, InputError
 from ..passes.edit import get_tensor
 from .blocks import cut
 from .explain import explained, functional
-from .fold import fold_batch_norms
+from .fold import fold_batch_norms, fold_weights, spell_padding
 from .graph import Captured, Port
 from .normalize import normalize
 from .trace import quiet
@@ -66,7 +66,9 @@ def _captured(exported: ExportedProgram, model: torch.nn.Module, axes: Axes, abs
     for node in whole.graph.nodes:
         stack = node.meta.get("nn_module_stack") or {}
         node.meta["module_path"] = next(reversed(stack.values()))[0] if stack else ""
-    folded = fold_batch_norms(whole)
+    spell_padding(whole)
+    folded = fold_weights(whole)
+    folded |= fold_batch_norms(whole)
     normalize(whole)
     for node in whole.graph.nodes:
         if node.target is aten.view.default:  # what made its input contiguous was a no-op and is gone

@@ -13,6 +13,7 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from ..passes.edit import is_call
+from .filling import join_parts
 from .positions import slice_tables
 
 aten = torch.ops.aten
@@ -45,6 +46,7 @@ def normalize(module: GraphModule) -> GraphModule:
     The module's code is not regenerated: what runs are the blocks that the graph is cut into.
     """
     graph = module.graph
+    join_parts(graph)
     _leave_inputs_alone(graph)
     _compute_in_float32(graph)
     _drop_identities(graph)

@@ -9,6 +9,7 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -58,15 +59,20 @@ def capture_seq2seq(folder: ModelFolder) -> Parts:
     Checkpoint(folder.path)  # before the slow part: a damaged file is reported at once
     model = _load(folder)
     source = _example(model, folder)
-    layers = _layers(model, source)
-    model.set_attn_implementation("sdpa")
+    layers, width = _layers(model, source)
+    own = model.config._attn_implementation
     with _called_by(model, list(source), _encode):
         encoder = capture_module(model, source, {name: _axes(name) for name in source})
-    model.set_attn_implementation(IMPLEMENTATION)
     tokens, names = _tokens(source, layers)
-    with _called_by(model, list(tokens), _decode):
-        decoder = capture_module(model, tokens, {name: _axes(name) for name in tokens})
-    model.set_attn_implementation("sdpa")
+    try:
+        model.set_attn_implementation(IMPLEMENTATION)
+        with _called_by(model, list(tokens), partial(_decode, width)):
+            decoder = capture_module(model, tokens, {name: _axes(name) for name in tokens})
+    except ValueError as error:
+        why = f"attention of a form that has no lowering: {root_cause(error)}"
+        raise CaptureError(why, place=folder.name) from error
+    finally:
+        model.set_attn_implementation(own)
     return Parts(_part(encoder, ENCODER, folder, {}), _part(decoder, DECODER, folder, names), model)
 
 
@@ -183,12 +189,12 @@ def _encode(model: torch.nn.Module, source: Mapping[str, Tensor]) -> dict[str, T
     }
 
 
-def _decode(model: torch.nn.Module, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _decode(width: int, model: torch.nn.Module, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
     own = GraphCache([tensor for name, tensor in given.items() if name.startswith("past_")])
     cross = GivenCache([tensor for name, tensor in given.items() if name.startswith("cross_")])
     like = cross.layers[0].keys
     # Only its sizes are looked at: keys and values are there already.
-    states = like.new_zeros(like.shape[0], like.shape[2], model.config.hidden_size)
+    states = like.new_zeros(like.shape[0], like.shape[2], width)
     mask = {"attention_mask": given[SOURCE_MASK]} if SOURCE_MASK in given else {}
     with tracing(own, cross):
         result = _call(
@@ -199,13 +205,15 @@ def _decode(model: torch.nn.Module, given: Mapping[str, Tensor]) -> dict[str, Te
     return {"logits": result.logits, **dict(zip(names, own.present(), strict=True))}
 
 
-def _layers(model: torch.nn.Module, source: Mapping[str, Tensor]) -> list[tuple[Tensor, ...]]:
-    """Keys and values of the cache and of the source for every layer of the decoder, of one token."""
+def _layers(model: torch.nn.Module, source: Mapping[str, Tensor]) -> tuple[list[tuple[Tensor, ...]], int]:
+    """Keys and values of the cache and of the source for every layer of the decoder, of one token; features that the
+    encoder makes."""
     with torch.no_grad(), quiet():
+        width = model.get_encoder()(**source).last_hidden_state.shape[-1]
         own, cross = _first_step(model, source)
     if not own.found or own.found.keys() != cross.found.keys():
         raise CaptureError("not every layer of its decoder keeps keys and values of its own and of the source")
-    return [(*own.found[i], *cross.found[i]) for i in sorted(own.found)]
+    return [(*own.found[i], *cross.found[i]) for i in sorted(own.found)], width
 
 
 def _tokens(

@@ -101,7 +101,8 @@ def _probe(model: torch.nn.Module, place: str) -> list[CacheShape]:
     try:
         with fake, torch.no_grad(), quiet():
             _Flat(model).run(cache, ids[0], ids[0], ids[2])
-    except CaptureError:
+    except CaptureError as error:
+        error.place = error.place or place
         raise
     except Exception as error:
         raise CaptureError(f"cannot be run without data: {root_cause(error)}", place=place) from error
@@ -116,7 +117,11 @@ def _probe(model: torch.nn.Module, place: str) -> list[CacheShape]:
 
 def _trace_whole(model: torch.nn.Module, aliases, cache: list[CacheShape], place: str) -> Traced:
     """Trace a model that has as many layers now as it has caches, and cut it into blocks."""
-    whole = _export(model, cache, place).module(check_guards=False)
+    from .explain import check_sizes  # which imports what is in here
+
+    exported = _export(model, cache, place)
+    check_sizes(exported, model)
+    whole = exported.module(check_guards=False)
     _rename_weights(whole, aliases)
     own = dict(_named_tensors(model))
     pieces = cut_weights(whole, {name for name, _ in model.named_parameters(remove_duplicate=False)})

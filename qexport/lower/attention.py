@@ -23,6 +23,7 @@ from .wires import first_call, hand_on, names_of, producers, prune, read_in
 aten = torch.ops.aten
 ops = torch.ops.qexport
 _CASTS = (aten.to.dtype, aten.to.device, aten.to.dtype_layout, aten._to_copy.default)
+_OF_CACHE = (ops.cached_attention.default, aten.sym_size.int)
 
 
 class Unsuited(Exception):
@@ -135,8 +136,11 @@ def _sites(captured: Captured, values: dict[str, str]) -> list[_Site]:
             sites.append(_site(block, node, source.args[2]))
     if not sites or first is last or sites[-1].block is last:
         raise Unsuited("the model could not be cut into a beginning, layers and an end")
+    pasts = {value for name, value in values.items() if name.startswith("past_key_values.")}
     for block in captured.blocks:
         for placeholder, name in names_of(block).items():
+            if name in pasts and not all(is_call(user, *_OF_CACHE) for user in placeholder.users):
+                raise Unsuited("layers of it attend to the keys and values of others")
             if name == values["attention_mask"] and not _ends_in(placeholder, masks):
                 raise Unsuited("something other than attention reads the attention mask")
     return sites

@@ -15,7 +15,7 @@ from .book import Book, Placed, plain
 from .branches import Piece, add_branches, branched, branches_of
 from .emitter import ONNX_DTYPE, VIEW_OF, Emitter, unsupported
 from .fuse import fuse_norms
-from .ops import convolution, elementwise, embedding, experts, grouped, indexing, layers, quantized, shapes
+from .ops import convolution, elementwise, embedding, experts, grouped, indexing, layers, quantized, resampling, shapes
 from .targets.forms import input_of, linear_products
 from .targets.qmoe import Form
 
@@ -23,7 +23,7 @@ OPSET = 23  # Attention, RMSNormalization and RotaryEmbedding appeared here
 TRANSLATIONS = {
     **elementwise.TRANSLATIONS, **shapes.TRANSLATIONS, **layers.TRANSLATIONS, **grouped.TRANSLATIONS,
     **quantized.TRANSLATIONS, **embedding.TRANSLATIONS, **indexing.TRANSLATIONS, **convolution.TRANSLATIONS,
-    **experts.TRANSLATIONS,
+    **experts.TRANSLATIONS, **resampling.TRANSLATIONS,
 }  # fmt: skip
 
 

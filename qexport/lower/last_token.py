@@ -21,9 +21,11 @@ def read_by_projection(captured: Captured) -> str:
         InputError: the model has no logits, or they do not come straight from a linear.
     """
     found = captured.made("logits")
-    if found is None:
+    if found is None or captured.kind == "encoder":
         raise InputError(
-            "this model makes no logits for each token", place="logits", remedy="Export it with logits all"
+            "this model makes no logits of the token that comes next",
+            place="logits",
+            remedy="Export it with logits all",
         )
     projection = projection_behind(found[1])
     if projection is None or len(shape_of(projection.input)) != 3:

@@ -35,6 +35,7 @@ def examine(folder: Path, manifest: Manifest, provider: str) -> tuple[Placement,
         provider=provider, nodes_per_provider=dict(graph.nodes_per_provider()),
         op_counts=dict(graph.op_counts().most_common()), kernels=dict(kernels.most_common()),
         prompt_kernels=dict(prompts.most_common()), unfused=wrong,
+        convolutions=len(manifest.convolutions),
     )  # fmt: skip
     return placement, graph
 

@@ -86,7 +86,8 @@ class Placement(_Frozen):
         op_counts: operators of the optimized graph.
         kernels: for each kernel how many planned linears run as it.
         prompt_kernels: the same for prompts, where the file has a branch for them; what is measured is then of prompts.
-        unfused: planned linears that do not run as planned.
+        unfused: planned linears and convolutions that do not run as planned.
+        convolutions: how many are planned.
     """
 
     provider: str
@@ -95,6 +96,7 @@ class Placement(_Frozen):
     kernels: dict[str, int]
     prompt_kernels: dict[str, int] = Field(default_factory=dict)
     unfused: tuple[Unfused, ...] = ()
+    convolutions: int = 0
 
 
 class Layers(_Frozen):

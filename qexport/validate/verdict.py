@@ -39,7 +39,8 @@ def _fusion_problems(report: Report) -> list[str]:
     sentences = []
     if unfused:
         listed = _listed([f"{u.name} ({u.found or 'nothing'} instead of {u.expected})" for u in unfused])
-        sentences.append(f"{_count(len(unfused), 'linear')} not fused: {listed}")
+        what = "layer" if report.placement.convolutions else "linear"
+        sentences.append(f"{_count(len(unfused), what)} not fused: {listed}")
     if moved:
         listed = _listed([f"{u.name} ({u.found or 'nothing'} instead of {u.expected})" for u in moved])
         sentences.append(f"{_count(len(moved), 'linear')} measured on another operator than the deployed one: {listed}")
@@ -158,7 +159,7 @@ def _values(report: Report) -> list[str]:
 
 def _facts(report: Report) -> list[str]:
     facts = []
-    total = sum(report.placement.kernels.values())
+    total = sum(report.placement.kernels.values()) + report.placement.convolutions
     if total and not report.placement.unfused:
         facts.append(f"all {kernels(report.placement)}")
     if inside := report.placement.kernels.get(QMOE):

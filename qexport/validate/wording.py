@@ -81,12 +81,14 @@ def decibels(value: float | None, row: Row) -> str:
 
 
 def kernels(placement: Placement) -> str:
-    """What the quantized linears run as."""
-    total = sum(placement.kernels.values())
+    """What the quantized linears and convolutions run as."""
+    total, convolutions = sum(placement.kernels.values()), placement.convolutions
+    others = f"{convolutions} quantized convolutions run as QLinearConv" if convolutions else ""
     if not total:
-        return "no quantized linears"
+        return others or "no quantized linears"
     text = f"{total} quantized linears run as {_counted(placement.kernels)}"
-    return f"{text}, for prompts as {_counted(placement.prompt_kernels)}" if placement.prompt_kernels else text
+    text += f", for prompts as {_counted(placement.prompt_kernels)}" if placement.prompt_kernels else ""
+    return f"{text}, {others}" if others else text
 
 
 def _counted(kernels: dict[str, int]) -> str:

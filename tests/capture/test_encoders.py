@@ -3,13 +3,22 @@
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModel
+from transformers import (
+    AutoModel,
+    AutoModelForMaskedLM,
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+)
 
-from modules import ENCODERS, VOCAB, save_encoder
+from modules import REFUSED_ENCODERS, VOCAB, encoders, save_encoder
 from qexport.calibrate.encoder_inputs import encoder_inputs
-from qexport.errors import CaptureError
-from qexport.export import capture
+from qexport.errors import CaptureError, InputError, LoweringError
+from qexport.export import capture, export
+from qexport.lower.build import check_translations
 from qexport.passes.sites import fold_sites
+from qexport.planning import plan_for
+from qexport.recipe import Recipe
 from stepping import captured_runner, load_weights, padded, tokens
 
 MASKS = {
@@ -25,7 +34,7 @@ def pair(request, tmp_path_factory):
     return load_weights(capture(folder)), AutoModel.from_pretrained(folder, attn_implementation="eager").eval()
 
 
-@pytest.mark.parametrize("pair", ENCODERS, indirect=True)
+@pytest.mark.parametrize("pair", encoders(), indirect=True)
 def test_blocks_compute_what_transformers_computes(pair):
     captured, model = pair
     run = captured_runner(captured)
@@ -64,12 +73,77 @@ def test_interface(pair):
     assert captured.settings["vocab_size"] == VOCAB and captured.settings["max_position_embeddings"] == 64
 
 
+HEADS = {
+    "sequence": (AutoModelForSequenceClassification, {"logits": ("batch", 3)}),
+    "tokens": (AutoModelForTokenClassification, {"logits": ("batch", "sequence", 3)}),
+    "answers": (
+        AutoModelForQuestionAnswering, {"start_logits": ("batch", "sequence"), "end_logits": ("batch", "sequence")}
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("family", ["bert", "modernbert"])
+def test_a_head_that_the_config_names_is_kept(tmp_path, family, head):
+    loader, outputs = HEADS[head]
+    folder = save_encoder(family, tmp_path, loader=loader, num_labels=2 if head == "answers" else 3)
+    captured = capture(folder)
+    assert captured.kind == "encoder" and {p.name: p.dims for p in captured.outputs} == outputs
+    model = loader.from_pretrained(folder, attn_implementation="eager").eval()
+    run = captured_runner(load_weights(captured))
+    for mask in MASKS.values():
+        feeds = encoder_inputs(captured, tokens(*mask.shape, vocab=VOCAB), mask)
+        with torch.no_grad():
+            want, got = model(**feeds), run(feeds)
+        for name, value in got.items():
+            same = mask.shape == value.shape[:2] and head != "sequence"
+            rows = (value[mask.bool()], want[name][mask.bool()]) if same else (value, want[name])
+            assert (rows[0] - rows[1]).abs().max() < 1e-5 * rows[1].abs().max()
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_what_makes_logits_takes_the_scheme_of_the_output_projection(tmp_path, head):
+    captured = capture(save_encoder("bert", tmp_path, loader=HEADS[head][0]))
+    name = "qa_outputs" if head == "answers" else "classifier"
+    for asked in ("float", "w8a16_g32"):
+        plan, _ = plan_for(captured, Recipe(scheme="w4a16_g32", lm_head=asked))
+        given = {p.name: p.scheme.name if p.scheme else "float" for p in plan}
+        assert given.pop(name) == asked and set(given.values()) == {"w4a16_g32"}
+
+
+def test_other_heads_are_left_out(tmp_path):
+    save_encoder("bert", tmp_path, loader=AutoModelForMaskedLM)
+    assert [p.name for p in capture(tmp_path).outputs] == ["last_hidden_state"]
+
+
+def test_a_head_without_weights_is_not_made_up(tmp_path):
+    strip(save_encoder("bert", tmp_path, loader=AutoModelForSequenceClassification), "classifier")
+    with pytest.raises(CaptureError, match="2 weights are not in the checkpoint, first classifier.bias"):
+        capture(tmp_path)
+
+
+def test_logits_of_texts_have_no_last_token(tmp_path):
+    save_encoder("bert", tmp_path / "model", loader=AutoModelForTokenClassification)
+    with pytest.raises(InputError, match="makes no logits of the token"):
+        export(tmp_path / "model", "w4a16_g32_rtn", out_dir=tmp_path / "out", logits="last")
+
+
 def test_what_a_model_reads_at_most_counts_its_padding_row(tmp_path):
     longest = {
         family: capture(save_encoder(family, tmp_path / family)).settings.get("max_position_embeddings")
         for family in ("bert", "roberta")
     }
     assert longest == {"bert": 64, "roberta": 62}
+
+
+@pytest.mark.parametrize("family", REFUSED_ENCODERS)
+def test_what_cannot_be_exported_is_refused(tmp_path, family):
+    why = {
+        "convbert": "im2col.default has no ONNX translation", "fnet": "reads no attention_mask",
+        "longformer": "control flow depends on the value of a tensor",
+    }  # fmt: skip
+    with pytest.raises((CaptureError, LoweringError), match=why[family]):
+        check_translations(block.module.graph for block in capture(save_encoder(family, tmp_path)).blocks)
 
 
 def strip(folder, part):

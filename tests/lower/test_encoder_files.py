@@ -1,9 +1,10 @@
 """The files of encoders compute in ONNX Runtime what their graphs compute in PyTorch, padding included."""
 
 import pytest
+from transformers import AutoModelForSequenceClassification
 
 import exporting
-from modules import ENCODERS, VOCAB, save_encoder
+from modules import VOCAB, encoders, save_encoder
 from qexport import generate, optimize, validate
 from qexport.calibrate.encoder_inputs import encoder_inputs
 from qexport.errors import InputError
@@ -47,7 +48,7 @@ def test_every_scheme_agrees(folder, tmp_path):
             assert sqnr_db(ours, got) > sqnr_db(want, ours) + 10
 
 
-@pytest.mark.parametrize("folder", ENCODERS, indirect=True)
+@pytest.mark.parametrize("folder", encoders(), indirect=True)
 def test_float_encoders_agree_to_rounding(folder, tmp_path):
     recipe = Recipe(scheme="w4a16_g32", overrides=[{"match": "*", "scheme": "float"}])
     made = exporting.export(capture(folder), recipe, "cpu", tmp_path / "float")
@@ -70,3 +71,12 @@ def test_recipes_for_longer_texts_than_the_model_reads(folder, tmp_path):
     optimize(result.folder)
     with pytest.raises(InputError, match="not a decoder"):
         generate(result.folder, "some text", max_new_tokens=1)
+
+
+def test_a_classifier_is_exported_and_validated(tmp_path):
+    folder = save_encoder("bert", tmp_path / "model", loader=AutoModelForSequenceClassification, num_labels=3)
+    result = exporting.exporting.export(folder, "w8a8_dyn", out_dir=tmp_path / "out", calibration="random")
+    assert {p.name: p.scheme for p in result.plan}["classifier"] is None
+    report = validate(result.folder, folder, windows=4)
+    assert not report.problems and [row.name for row in report.outputs] == ["logits"]
+    assert report.outputs[0].sqnr_db > 15

@@ -126,7 +126,7 @@ def test_what_compares_all_logits_refuses_the_file(captured, tmp_path):
 
 def test_models_without_such_logits(tmp_path):
     x = torch.randn(2, 32)
-    with pytest.raises(InputError, match="makes no logits for each token"):
+    with pytest.raises(InputError, match="makes no logits of the token"):
         export_model(nn.Linear(32, 32), "w4a16_g32_rtn", out_dir=tmp_path / "a", example_inputs=(x,), logits="last")
     with pytest.raises(InputError, match="unknown logits 'first'. Logits are all or last"):
         export_model(nn.Linear(32, 32), "w4a16_g32_rtn", out_dir=tmp_path / "b", example_inputs=(x,), logits="first")

@@ -5,17 +5,17 @@ import torch
 from torch import nn
 
 import exporting
-from modules import VOCAB, clip, cnn, t5, vit, whisper
+from modules import MODULES, axes, cnn, example_inputs, looked_up, make_module
 from qexport.capture.module import capture_module
+from qexport.inspecting import inspect
 from qexport.numerics.metrics import sqnr_db
 from qexport.recipe import Recipe
+from qexport.reporting import print_inspection
 from qexport.validate import validate
 from qexport.validate.placement import examine
-from stepping import captured_runner, load_weights, padded, tokens
+from stepping import captured_runner, load_weights
 
 FLOAT = Recipe(scheme="w4a16_g32", overrides=[{"match": "*", "scheme": "float"}])
-MASK = padded([4, 7], "right")
-TEXT = {0: "batch", 1: "length"}
 IMAGE_AXES = {"image": {0: "batch", 2: "height", 3: "width"}}
 
 
@@ -23,39 +23,17 @@ def images(*shape):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(1))
 
 
-CASES = {
-    "vit": (vit, {"pixel_values": images(2, 3, 16, 16)}, None),
-    "clip": (
-        clip,
-        {"input_ids": tokens(2, 7, vocab=VOCAB), "pixel_values": images(3, 3, 16, 16), "attention_mask": MASK},
-        {
-            "input_ids": {0: "texts", 1: "length"}, "attention_mask": {0: "texts", 1: "length"},
-            "pixel_values": {0: "images"},
-        },
-    ),
-    "cnn": (cnn, {"image": images(2, 3, 16, 16)}, IMAGE_AXES),
-    "t5": (
-        t5, {"input_ids": tokens(2, 7, vocab=VOCAB), "attention_mask": MASK, "decoder_input_ids": tokens(2, 5, 1)},
-        {"input_ids": TEXT, "attention_mask": TEXT, "decoder_input_ids": {0: "batch", 1: "written"}},
-    ),
-    "whisper": (
-        whisper, {"input_features": images(2, 16, 32), "decoder_input_ids": tokens(2, 5, 1)},
-        {"input_features": {0: "batch"}, "decoder_input_ids": {0: "batch", 1: "written"}},
-    ),
-}  # fmt: skip
+MODELS = ("vit", "clip", "t5", "whisper")
 CONVOLUTIONS = {"vit": 1, "clip": 1, "cnn": 6, "t5": 0, "whisper": 2}
 
 
-@pytest.fixture(scope="module", params=CASES)
+@pytest.fixture(scope="module", params=["cnn", *MODELS])
 def case(request):
-    build, inputs, axes = CASES[request.param]
-    return request.param, build(), inputs, axes
-
-
-def other_sizes(inputs):
-    """The same inputs with one row more, CNN images larger."""
-    more = {n: torch.cat([t, t[:1]]) for n, t in inputs.items()}
-    return {n: t.repeat(1, 1, 2, 3) if n == "image" else t for n, t in more.items()}
+    """Name, model, two calls' inputs and dynamic dimensions."""
+    if request.param == "cnn":
+        return request.param, cnn(), ({"image": images(2, 3, 16, 16)}, {"image": images(3, 3, 32, 48)}), IMAGE_AXES
+    inputs = example_inputs(request.param), example_inputs(request.param, more=1)
+    return request.param, make_module(request.param), inputs, axes(request.param)
 
 
 def eager(model, inputs):
@@ -64,16 +42,10 @@ def eager(model, inputs):
     return {"output": made} if isinstance(made, torch.Tensor) else made
 
 
-def looked_up(result, name):
-    for part in name.split("."):
-        result = result[part]
-    return result
-
-
 def test_float_models_agree(case, tmp_path):
-    _, model, inputs, axes = case
-    made = exporting.export(capture_module(model, inputs, axes), FLOAT, "cpu", tmp_path / "out")
-    for fed in (inputs, other_sizes(inputs)):
+    _, model, inputs, dynamic = case
+    made = exporting.export(capture_module(model, inputs[0], dynamic), FLOAT, "cpu", tmp_path / "out")
+    for fed in inputs:
         want, graph, ran = (
             eager(model, fed),
             captured_runner(load_weights(made.captured))(fed),
@@ -87,11 +59,23 @@ def test_float_models_agree(case, tmp_path):
                 assert (got - wanted).abs().max() < 2e-5 * wanted.abs().max()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in MODULES if name not in MODELS])
+def test_further_models_agree(name, tmp_path):
+    model, inputs = make_module(name), [example_inputs(name, more) for more in (0, 1)]
+    made = exporting.export(capture_module(model, inputs[0], axes(name)), FLOAT, "cpu", tmp_path / "out")
+    for fed in inputs:
+        want, ran = eager(model, fed), made.in_onnxruntime()(fed)
+        for output, got in ran.items():
+            wanted = looked_up(want, output)
+            assert got.shape == wanted.shape and (got - wanted).abs().max() < 5e-5 * wanted.abs().max()
+
+
 def test_schemes_agree_and_fuse(case, tmp_path):
-    name, model, inputs, axes = case
+    name, model, (inputs, _), dynamic = case
     for scheme, kernel in (("w8a8_static", "MatMulIntegerToFloat"), ("w4a16_g32", "MatMulNBits")):
         made = exporting.export(
-            capture_module(model, inputs, axes), Recipe(scheme=scheme, accuracy_level=1), "cpu", tmp_path / scheme,
+            capture_module(model, inputs, dynamic), Recipe(scheme=scheme, accuracy_level=1), "cpu", tmp_path / scheme,
             calibration=[inputs],
         )  # fmt: skip
         placed, _ = examine(made.folder, made.manifest, made.manifest.provider)
@@ -136,9 +120,33 @@ def test_a_cnn_is_validated_on_images(tmp_path):
     )  # fmt: skip
     report = validate(result.folder, model, inputs=[{"image": images(2, 3, 24, 16)}])
     assert not report.problems and report.outputs[0].sqnr_db > 20
+    assert "6 quantized convolutions run as QLinearConv" in report.verdict[0]
     manifest = result.manifest
     broken = manifest.model_copy(
         update={"convolutions": (manifest.convolutions[0].model_copy(update={"kernel": "ConvInteger"}),)}
     )
     placed, _ = examine(result.folder, broken, broken.provider)
     assert [(u.name, u.found) for u in placed.unfused] == [("stem", "QLinearConv")]
+
+
+def test_an_inspection_lists_convolutions(tmp_path, capsys):
+    x = images(2, 3, 16, 16)
+    recipe = Recipe(scheme="w8a8_static", overrides=[{"match": "last", "scheme": "float"}])
+    found = inspect(cnn(), recipe, example_inputs=(x,))
+    exported = exporting.exporting.export(
+        cnn(), recipe, out_dir=tmp_path / "out", example_inputs=(x,), calibration=[(x,)]
+    )
+    assert list(found.convolutions) == exported.convolutions
+    # The last convolution and the biases take four bytes a number, the other weights one.
+    kept = [p for p in found.convolutions if p.scheme is None]
+    assert [p.name for p in kept] == ["last"]
+    plain = inspect(cnn(), "w8a8_dyn", example_inputs=(x,))
+    assert plain.bytes["rest"] - found.bytes["rest"] == 3 * sum(p.bytes for p in found.convolutions if p.scheme)
+    print_inspection(found, all_layers=False)
+    shown = capsys.readouterr().out
+    assert "layers.[0-1].wide" in shown and "1 of 1 linears and 5 of 6 convolutions quantized" in shown
+    listed = found.as_dict()["convolutions"]
+    assert listed[0] == {
+        "name": "stem", "block": "prologue", "shape": [16, 3, 3, 3], "bytes": 432, "reason": "",
+        "scheme": "w8a8_static",
+    }  # fmt: skip

@@ -3,24 +3,26 @@
 import copy
 
 import pytest
+import torch
 
 import agreement
 from agreement import assert_agree
 from cuda_placement.models import CPU, PROMPT
-from models import breadth
+from models import BREADTH, breadth
 from qexport.errors import RecipeError
 from qexport.export import target_for
 from qexport.planning import plan_for
 from qexport.recipe import CalibrationSpec, Recipe
-from stepping import padded
+from stepping import captured_runner, load_weights, padded
 
 SCHEMES = ("w4a16_g32", "w8a8_dyn", "w8a8_static")
 MASK = padded([9, 4, 6], "left")
 WRITTEN_OUT = {
     "bloom", "falcon", "falcon_new", "falcon_alibi", "mpt", "gptj", "codegen", "gpt_neo", "xglm", "diffllama",
-    "gpt_oss",
+    "gpt_oss", "deepseek_v3", "minicpm3", "youtu", "glm4_moe_lite", "axk1", "mimo_v2", "granite_swa",
+    "gpt_neox_japanese",
 }  # fmt: skip
-OTHERWISE = {"doge"}
+OTHERWISE = {"doge", "gemma4_shared"}
 SIZES = {"Add", "Cast", "Concat", "Max", "Mul", "Range", "Squeeze", "Sub", "Unsqueeze"}  # arithmetic of lengths
 
 
@@ -40,6 +42,27 @@ def test_onnxruntime_agrees_with_the_graph(captured, tmp_path, family):
     assert settings["attention"] == ("standard" if family in WRITTEN_OUT | OTHERWISE else "grouped")
     if family in WRITTEN_OUT:
         assert "written out" in settings["attention_reason"]
+
+
+def end_to_end():
+    """Two quick families, whose caches are shared by layers or of what keys and values are made of."""
+    quick = {"gemma4_shared", "minicpm3"}
+    return [n if n in quick else pytest.param(n, marks=pytest.mark.slow) for n in BREADTH]
+
+
+@pytest.mark.parametrize("family", end_to_end())
+def test_a_file_without_quantization_is_the_model(captured, tmp_path, family):
+    """Whatever becomes of its attention and its cache.
+
+    On the left only: behind padding on the right transformers counts it among the tokens of a sliding window, and a
+    cache without gaps does not.
+    """
+    recipe = Recipe(scheme="w4a16_g32", overrides=[{"match": "*", "scheme": "float"}])
+    exported = agreement.export(captured(family), recipe, "cpu", tmp_path / "out")
+    run = captured_runner(load_weights(captured(family)))
+    pairs = ((runner, exported.captured, torch.float32) for runner in (exported.in_onnxruntime(), run))
+    got, want = agreement.logits(MASK, *pairs)
+    assert (got - want).abs().max() < 1e-4 * want.abs().max()
 
 
 def test_a_cache_of_codes_is_refused_where_attention_is_written_out(captured, tmp_path):

@@ -3,7 +3,7 @@
 import torch
 from torch.fx import Node
 
-from ...passes.edit import shape_of
+from ...passes.edit import dtype_of, shape_of
 from ..emitter import Emitter, unsupported
 
 aten = torch.ops.aten
@@ -72,9 +72,9 @@ def _batch_norm(emit: Emitter, node: Node):
     if node.target is aten.batch_norm.default and rest[0]:
         raise unsupported(node, "in training mode")
     epsilon = rest[2] if node.target is aten.batch_norm.default else rest[1]
-    channels = shape_of(x)[1]
-    gain = emit.get(weight) if weight is not None else emit.constant([1.0] * channels, torch.float32)
-    shift = emit.get(bias) if bias is not None else emit.constant([0.0] * channels, torch.float32)
+    channels, dtype = shape_of(x)[1], dtype_of(x)
+    gain = emit.get(weight) if weight is not None else emit.constant([1.0] * channels, dtype)
+    shift = emit.get(bias) if bias is not None else emit.constant([0.0] * channels, dtype)
     made = emit.op(
         "BatchNormalization", emit.get(x), gain, shift, emit.get(mean), emit.get(variance), epsilon=float(epsilon)
     )
@@ -86,7 +86,7 @@ def _group_norm(emit: Emitter, node: Node):
     channels, rank = shape_of(x)[1], len(shape_of(x))
     # Every group is one row to normalize.
     rows = emit.op("Reshape", emit.get(x), emit.constant([0, groups, -1]))
-    ones, zeros = emit.constant([1.0] * groups, torch.float32), emit.constant([0.0] * groups, torch.float32)
+    ones, zeros = (emit.constant([value] * groups, dtype_of(x)) for value in (1.0, 0.0))
     rows = emit.op("InstanceNormalization", rows, ones, zeros, epsilon=float(epsilon))
     made = emit.op("Reshape", rows, emit.op("Shape", emit.get(x)))
     beside = emit.constant([1, channels, *[1] * (rank - 2)])

@@ -193,6 +193,7 @@ def _clamp_by_tensor(emit: Emitter, node: Node):
 
 TRANSLATIONS = {
     aten.add.Tensor: _add, aten.sub.Tensor: _binary("Sub"), aten.mul.Tensor: _binary("Mul"),
+    aten.multiply.Tensor: _binary("Mul"),
     aten.div.Tensor: _binary("Div"), aten.pow.Tensor_Scalar: _binary("Pow"), aten.pow.Tensor_Tensor: _binary("Pow"),
     aten.maximum.default: _binary("Max"), aten.minimum.default: _binary("Min"),
     operator.add: _binary("Add"), operator.sub: _binary("Sub"), operator.mul: _binary("Mul"),

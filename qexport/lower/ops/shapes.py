@@ -100,9 +100,10 @@ def _repeat_each(emit: Emitter, node: Node):
 def _repeat(emit: Emitter, node: Node):
     source, times = node.args
     x, missing = emit.get(source), len(times) - len(shape_of(source))
-    if missing:
+    times = [1] * -missing + list(times)
+    if missing > 0:
         x = emit.op("Unsqueeze", x, emit.constant(list(range(missing))))
-    return emit.op("Tile", x, emit.shape(list(times)))
+    return emit.op("Tile", x, emit.shape(times))
 
 
 def _full(emit: Emitter, node: Node):
@@ -172,6 +173,84 @@ def _flatten(emit: Emitter, node: Node):
     return emit.op("Reshape", emit.get(source), shape)
 
 
+def _unflatten(emit: Emitter, node: Node):
+    """One axis becomes several."""
+    source, axis, sizes = node.args
+    rank = len(shape_of(source))
+    axis %= rank
+    behind = [
+        size if isinstance(size, int) else emit.op("Shape", emit.get(source), start=at, end=at + 1)
+        for at, size in enumerate(shape_of(source)[axis + 1 :], axis + 1)
+    ]
+    parts = [emit.shape([0] * axis + list(sizes)), *(emit.constant([s]) if isinstance(s, int) else s for s in behind)]
+    return emit.op("Reshape", emit.get(source), emit.op("Concat", *parts, axis=0) if behind else parts[0])
+
+
+def _expand_as(emit: Emitter, node: Node):
+    return emit.op("Expand", emit.get(node.args[0]), emit.op("Shape", emit.get(node.args[1])))
+
+
+def _reshape_as(emit: Emitter, node: Node):
+    return emit.op("Reshape", emit.get(node.args[0]), emit.op("Shape", emit.get(node.args[1])))
+
+
+def _copy(emit: Emitter, node: Node):
+    """A value in the place of another, with its shape and type."""
+    old, new = node.args[:2]
+    value = emit.get(new, dtype_of(node))
+    return (
+        value
+        if isinstance(new, Node) and shape_of(old) == shape_of(new)
+        else emit.op("Expand", value, emit.op("Shape", emit.get(old)))
+    )
+
+
+def _roll(emit: Emitter, node: Node):
+    """The end of an axis in front of its beginning."""
+    x, one = emit.get(node.args[0]), emit.constant([1])
+    axes = node.args[2] if len(node.args) > 2 else ()
+    if len(axes) != len(node.args[1]):
+        raise unsupported(node, "without axes")
+    for shift, axis in zip(node.args[1], axes, strict=True):
+        if shift:
+            border, at = emit.shape([-shift]), emit.constant([axis])
+            end = emit.op("Slice", x, border, emit.constant([_END]), at, one)
+            x = emit.op("Concat", end, emit.op("Slice", x, emit.constant([0]), border, at, one), axis=axis)
+    return x
+
+
+def _scatter_part(emit: Emitter, node: Node):
+    """A value in the place of a slice, or of one element, of an axis."""
+    x, part, axis, start, end, step = (*node.args, *(0, None, None, 1)[len(node.args) - 2 :])[:6]
+    value, one = emit.get(part, dtype_of(node)), emit.constant([1])
+    if is_call(node, aten.select_scatter.default):
+        value, end = emit.op("Unsqueeze", value, emit.constant([axis])), (start + 1) or None
+    elif step != 1:
+        raise unsupported(node, f"with a step of {step}")
+    sides = [(0, start)] if start not in (0, None) else []
+    behind = [(end, _END)] if end not in (_END, None) else []
+
+    def cut(bounds):
+        return emit.op("Slice", emit.get(x), *(emit.shape([b]) for b in bounds), emit.constant([axis]), one)
+
+    return emit.op("Concat", *map(cut, sides), value, *map(cut, behind), axis=axis)
+
+
+def _meshgrid(emit: Emitter, node: Node):
+    """Vectors, each along an axis of its own and repeated along the others."""
+    vectors, order = node.args[0], node.kwargs.get("indexing", node.args[1] if len(node.args) > 1 else "ij")
+    if order != "ij":
+        raise unsupported(node, f"with indexing {order!r}")
+    values = [emit.get(v) for v in vectors]
+    shape = emit.op("Concat", *(emit.op("Shape", v) for v in values), axis=0)
+    return tuple(
+        emit.op(
+            "Expand", emit.op("Reshape", v, emit.constant([-1 if i == at else 1 for i in range(len(values))])), shape
+        )
+        for at, v in enumerate(values)
+    )
+
+
 def _arange(emit: Emitter, node: Node):
     bounds = {1: (0, *node.args), 2: node.args}.get(len(node.args), node.args[:2])
     dtype = dtype_of(node)
@@ -197,5 +276,11 @@ TRANSLATIONS = {
     aten.full_like.default: _full_like, aten.zeros_like.default: _full_like, aten.ones_like.default: _full_like,
     aten.zeros.default: _zeros, aten.scatter.value: _scatter, aten.scatter.src: _scatter,
     aten.gather.default: _gather, aten.stack.default: _stack, aten.broadcast_to.default: _expand,
+    aten.unflatten.int: _unflatten, aten.reshape_as.default: _reshape_as, aten.view_as.default: _reshape_as,
+    aten.expand_as.default: _expand_as, aten.roll.default: _roll,
+    aten.copy.default: _copy, aten.fill.Tensor: _copy,
+    aten.fill.Scalar: _copy,
+    aten.select_scatter.default: _scatter_part, aten.slice_scatter.default: _scatter_part, aten.tile.default: _repeat,
+    aten.meshgrid.indexing: _meshgrid, aten.meshgrid.default: _meshgrid,
     operator.getitem: lambda emit, node: emit.values[node.args[0]][node.args[1]],
 }  # fmt: skip
