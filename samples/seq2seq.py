@@ -89,7 +89,7 @@ def written_by_float(folder: Path, texts: list[str]) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--steps", type=int, default=800, help="of training")
+    parser.add_argument("--steps", type=int, default=900, help="of training")
     parser.add_argument("--recipes", nargs="+", default=RECIPES)
     parser.add_argument("--keep", type=Path, help="folder to keep the model and its exports in")
     arguments = parser.parse_args()

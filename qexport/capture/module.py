@@ -71,7 +71,8 @@ def _captured(exported: ExportedProgram, model: torch.nn.Module, axes: Axes, abs
     folded |= fold_batch_norms(whole)
     normalize(whole)
     for node in whole.graph.nodes:
-        if node.target is aten.view.default:  # what made its input contiguous was a no-op and is gone
+        # What made its input contiguous was a no-op and is gone.
+        if node.target in (aten.view.default, aten._unsafe_view.default):
             node.target = aten.reshape.default
     placeholders = [n for n in whole.graph.nodes if n.op == "placeholder"]
     names = _pytree.tree_unflatten(placeholders, exported.call_spec.in_spec)[1]
