@@ -5,7 +5,7 @@ import os
 import shutil
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from .calibrate.data import Progress, calibration_batches, needs_data, no_progress, recipe_and_data
-from .calibrate.loop import Finished, quantize_blocks
+from .calibrate.loop import quantize_blocks
 from .calibrate.projection import hessian_of
 from .calibrate.stages import passes_for
 from .capture.folder import capture_folder
@@ -22,10 +22,11 @@ from .capture.graph import Captured
 from .capture.module import Axes, Inputs, capture_module
 from .capture.origin import origin
 from .capture.source import open_model
+from .describing import manifest_of, report_of
 from .errors import InputError, QExportError, RecipeError
 from .lower.attention import count_attentions
 from .lower.blocks import lower
-from .lower.build import Lowered, Target, check_translations
+from .lower.build import Target, check_translations
 from .lower.folder import appearing, check_free, explained, write_companions, write_model
 from .lower.grouping import check_attention, deploy_attention, plan_attention
 from .lower.last_token import keep_last, read_by_projection
@@ -39,10 +40,10 @@ from .passes.convolutions import ConvolutionPlan
 from .passes.embedding import EmbeddingPlan
 from .passes.experts import CountChoices
 from .passes.plan import LinearPlan
-from .planning import convolutions_for, described_embedding, output_projection, plan_for
+from .planning import convolutions_for, output_projection, plan_for
 from .recipe import Recipe
 from .rendering import read_export, write_card
-from .runtime.manifest import BlockEntry, ConvolutionEntry, LinearEntry, Manifest
+from .runtime.manifest import Manifest
 
 # By target, first what is taken unasked.
 _DTYPES = {"cpu": ("float32",), "cuda": ("float16", "bfloat16")}
@@ -179,10 +180,10 @@ def export(
             )
             named = (projection.name, projection.weight) if projection else ("", "")
             sizes = by_part(size, lowered.tensors, lowered.bytes, embeddings, named)
-            manifest = _manifest(captured, plan, convolutions, lowered, lowering, sizes, settings)
+            manifest = manifest_of(captured, plan, convolutions, lowered, lowering, sizes, settings)
             seconds["lower"] = clock.lap()
             source = origin(captured.folder) if captured.folder else {"name": type(model).__name__}
-            report = _report(source, [*plan, *convolutions], embeddings, finished, seconds, described)
+            report = report_of(source, [*plan, *convolutions], embeddings, finished, seconds, described)
             write_companions(folder, manifest, captured.folder, recipe.to_yaml(), report)
             write_card(read_export(folder))
     except BaseException as error:
@@ -271,59 +272,6 @@ def _fingerprint(captured: Captured, recipe: Recipe, batches, extra_passes: Sequ
             for name in sorted(batch):
                 digest.update(batch[name].contiguous().numpy().tobytes())
     return digest.hexdigest()
-
-
-def _manifest(
-    captured: Captured,
-    plan: Sequence[LinearPlan],
-    convolutions: Sequence[ConvolutionPlan],
-    lowered: Lowered,
-    target: Target,
-    sizes: dict[str, int],
-    settings: dict[str, Any],
-) -> Manifest:
-    linears = []
-    for p in plan:
-        if p.scheme is not None:
-            found = lowered.linears[p.name]
-            linears.append(LinearEntry(
-                name=p.name, block=p.block, scheme=p.scheme.name, input=found.input, output=found.output,
-                columns=found.columns, node=found.node, kernel=found.kernel, prompt_kernel=found.prompt_kernel,
-                parts=lowered.parts.get(p.name, ()), shape=p.shape, bytes=lowered.bytes[p.name], reason=p.reason,
-                fast=None if found.slow is None else not found.slow, slow=found.slow or "",
-            ))  # fmt: skip
-    return Manifest(
-        qexport=version("qexport"), target=target.name, kind=captured.kind, provider=target.provider,
-        dtype=str(target.dtype).removeprefix("torch."), session=lowered.session, numerics=target.numerics(),
-        linears=tuple(linears), convolutions=_convolutions(convolutions),
-        blocks=tuple(BlockEntry(name=n, output=o) for n, o in lowered.blocks.items()),
-        settings=settings, bytes=sizes,
-    )  # fmt: skip
-
-
-def _convolutions(plan: Sequence[ConvolutionPlan]) -> tuple[ConvolutionEntry, ...]:
-    return tuple(
-        ConvolutionEntry(name=p.name, block=p.block, scheme=p.scheme.name, shape=p.shape, bytes=p.bytes)
-        for p in plan
-        if p.scheme is not None
-    )
-
-
-def _report(
-    source: dict[str, Any], plan, embeddings, finished: Sequence[Finished], seconds, calibration: str
-) -> dict[str, Any]:
-    return {
-        "export": {
-            "source": source,
-            "calibration": calibration,
-            "seconds": {k: round(v, 2) for k, v in seconds.items()},
-            "float": [{"linear": p.name, "reason": p.reason} for p in plan if p.scheme is None],
-            "apart": [{"linear": n, "reason": why} for item in finished for n, why in item.apart.items()],
-            "dense": [{"linear": n, "reason": why} for item in finished for n, why in item.dense.items()],
-            "embedding": [described_embedding(e) for e in embeddings],
-            "blocks": [asdict(item.record) for item in finished],
-        }
-    }
 
 
 class _Clock:

@@ -102,8 +102,10 @@ class Chooser:
             allocation: what was exported; real: cost of each linear in it, where it is known; kl: its mean KL.
         """
         for place, (item, choice) in enumerate(zip(self._costs.items, allocation.choices, strict=True)):
-            if item.linear in real and (expected := self._costs.kl[item.linear][choice.scheme]) > 0:
-                self._shares[place] = min(max(real[item.linear] / expected, _LEAST_SHARE), _MOST_SHARE)
+            known = [name for name in item.linears if name in real]
+            if known and (expected := sum(self._costs.kl[name][choice.scheme] for name in known)) > 0:
+                share = sum(real[name] for name in known) / expected
+                self._shares[place] = min(max(share, _LEAST_SHARE), _MOST_SHARE)
         by_name = [{choice.scheme: choice.kl for choice in choices} for choices in self._choices]
         now = sum(known[choice.scheme] for known, choice in zip(by_name, allocation.choices, strict=True))
         self.left = kl / max(now, 1e-12)
@@ -112,7 +114,7 @@ class Chooser:
         """The scheme asked for, of every linear that is chosen for, and of a table of embeddings."""
         table = next((e.name for e in self._embeddings if e.scheme is not None), "")
         pairs = zip(self._costs.items, allocation.choices, strict=True)
-        return {item.linear or table: choice.scheme for item, choice in pairs}
+        return {name: choice.scheme for item, choice in pairs for name in item.linears or (table,)}
 
     def recipe(self, allocation: Allocation) -> Recipe:
         """The recipe with this choice: the commonest scheme for all, and an override for each other linear."""

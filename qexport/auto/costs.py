@@ -12,6 +12,7 @@ from ..numerics.formats import Scheme
 from ..numerics.straight_through import round_weight
 from ..passes.edit import get_tensor, set_tensor
 from ..passes.embedding import EmbeddingPlan, table_bytes
+from ..passes.experts import of_experts
 from ..passes.plan import LinearPlan, fit, weight_bytes
 from .allocate import Choice
 from .importance import Felt, Importance, felt
@@ -25,11 +26,18 @@ class Item:
         linear: its name; empty for a table alone.
         choices: what each scheme costs, its name as asked for.
         bytes: what the plan's scheme takes.
+        others: linears of the same experts, which get the same scheme: one kernel computes them only then.
     """
 
     linear: str
     choices: tuple[Choice, ...]
     bytes: int
+    others: tuple[str, ...] = ()
+
+    @property
+    def linears(self) -> tuple[str, ...]:
+        """Names of all; none for a table alone."""
+        return (self.linear, *self.others) if self.linear else ()
 
 
 @dataclass(frozen=True)
@@ -74,7 +82,8 @@ def scheme_costs(
                 }  # fmt: skip
         if table is not None and found.block.name == table.block and found.output is not None:
             kl[""] = {s.name: found.output.kl(_moved(found, table.weight, s)) for s in schemes}
-    items = [_item(linear, schemes, kl, table, width) for linear in quantized.values()]
+    experts = {linear.name for block in captured.blocks for linear in of_experts(block.module.graph)}
+    items = _together([_item(linear, schemes, kl, table, width) for linear in quantized.values()], experts, quantized)
     if table is not None and not table.linear:
         choices = (Choice(s.name, _table_bytes(table, s, width), kl[""][s.name]) for s in schemes)
         items.append(Item("", tuple(choices), table.bytes))
@@ -91,6 +100,23 @@ def _item(linear: LinearPlan, schemes: Sequence[Scheme], kl, table: EmbeddingPla
             fitted = replace(linear, scheme=fit(scheme, linear.shape[1])[0])
             choices.append(Choice(scheme.name, weight_bytes(fitted, width), cost))
     return Item(linear.name, tuple(choices), table.bytes if shares else linear.bytes)
+
+
+def _together(items: Sequence[Item], experts: set[str], plan: Mapping[str, LinearPlan]) -> list[Item]:
+    """The experts of a block as one item, in the place of the first of them."""
+    found: dict[str, Item] = {}
+    for item in items:
+        key = plan[item.linear].block if item.linear in experts else item.linear
+        if key not in found:
+            found[key] = item
+            continue
+        before = found[key]
+        pairs = zip(before.choices, item.choices, strict=True)
+        choices = tuple(replace(one, bytes=one.bytes + other.bytes, kl=one.kl + other.kl) for one, other in pairs)
+        found[key] = replace(
+            before, choices=choices, bytes=before.bytes + item.bytes, others=(*before.others, item.linear)
+        )
+    return list(found.values())
 
 
 def _table_bytes(table: EmbeddingPlan, scheme: Scheme, width: int) -> int:

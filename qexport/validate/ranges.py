@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..runtime.branches import PROMPTS, only
 from ..runtime.manifest import MODEL_FILE
+from ..runtime.tensors import tensor_of
 from .report import InputRange
 
 _CODES = {onnx.TensorProto.INT8: (-128, 127), onnx.TensorProto.UINT8: (0, 255)}
@@ -27,7 +28,7 @@ def static_limits(folder: Path) -> dict[str, tuple[float, float]]:
         tensor = constants.get(name)
         if tensor is None or max(tensor.dims, default=1) != 1:
             return None
-        return float(onnx.numpy_helper.to_array(tensor, str(folder)).reshape(()))
+        return float(tensor_of(tensor, folder).reshape(()))
 
     divided: dict[str, tuple[str, float]] = {}
     for node in graph.node:

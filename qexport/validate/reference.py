@@ -19,6 +19,7 @@ from ..errors import InputError
 from ..passes.edit import attributes, set_tensor, unload
 from ..passes.sites import linears
 from ..runtime.manifest import MODEL_FILE, Manifest
+from ..runtime.tensors import tensor_of
 
 _FLOATS = {
     onnx.TensorProto.FLOAT: torch.float32, onnx.TensorProto.FLOAT16: torch.float16,
@@ -70,7 +71,7 @@ def check_same_model(captured: Captured, manifest: Manifest, folder: Path, *, tr
     for tensor in onnx.load(folder / MODEL_FILE, load_external_data=False).graph.initializer:
         dtype = _FLOATS.get(tensor.data_type)
         if tensor.name in parameters and dtype is not None and math.prod(tensor.dims) <= _COMPARED:
-            stored = onnx.numpy_helper.to_array(tensor, str(folder)).copy()
+            stored = tensor_of(tensor, folder)
             if dtype == torch.bfloat16:
                 stored = stored.view(np.int16)  # which torch takes from numpy
             stored = torch.from_numpy(stored).view(dtype)

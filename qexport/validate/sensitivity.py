@@ -62,12 +62,13 @@ def suggested(rows: Sequence[Row], costs: Costs) -> tuple[Better, ...]:
     """Overrides that buy back the most KL for each byte, best first.
 
     What a linear would cost with another scheme is its cost by rounding to nearest, times what the export's way of
-    finding weights left of that with the scheme that it has.
+    finding weights left of that with the scheme that it has. Experts get none: one kernel computes them while they have
+    one scheme.
 
     Args:
         rows: of the quantized linears, with `kl_cost`.
     """
-    items = {item.linear: item for item in costs.items}
+    items = {item.linear: item for item in costs.items if not item.others}
     found = [_best(items[row.name], row, costs.kl) for row in rows if row.kl_cost is not None and row.name in items]
     found = sorted((pair for pair in found if pair is not None), key=lambda pair: -pair[0])
     return tuple(better for _, better in found[:_MOST_SUGGESTED])

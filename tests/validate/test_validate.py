@@ -14,6 +14,7 @@ from qexport.errors import InputError
 from qexport.export import capture, export
 from qexport.recipe import Recipe
 from qexport.runtime import manifest as manifests
+from qexport.runtime.optimized import optimize
 from qexport.validate import Report, load, summary_rows, validate, worst_first
 from qexport.validate.logits import compare_logits
 from qexport.validate.reference import FloatOutputs, decoder_feeds
@@ -309,3 +310,11 @@ def test_one_float_pass_serves_many_exports(llama):
 
 def index_of(ids: torch.Tensor) -> int:
     return next(i for i, row in enumerate(tokens()) if torch.equal(row, ids))
+
+
+def test_an_optimized_export_is_validated_like_any_other(copy, llama, report):
+    """`optimize` gives model.onnx.data a second hard link."""
+    optimize(copy, repeats=1)
+    assert (copy / "model.onnx.data").stat().st_nlink == 2
+    again = validate(copy, llama, text=TEXT, windows=WINDOWS, window=WINDOW)
+    assert again.logits == report.logits and again.layers.linears[0].sqnr_db == report.layers.linears[0].sqnr_db

@@ -91,4 +91,7 @@ def test_schemes_are_chosen_though_experts_cannot_be_measured(model, exported, t
         model, RTN, out_dir=tmp_path / "auto", max_bytes=size, text=TEXT, windows=2, window=32, calibration="random"
     )
     assert found.logits.kl_mean > 0 and len(found.schemes) == 9 + INSIDE
+    assert not found.export.dense  # all experts of a layer have one scheme
+    for layer in range(2):
+        assert len({s for n, s in found.schemes.items() if f".{layer}." in n and ".experts." in n}) == 1
     assert found.export.manifest.bytes["model"] <= size

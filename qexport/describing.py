@@ -1,0 +1,77 @@
+"""What an export writes about itself: what a runtime needs to know, and an account of what was done."""
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from importlib.metadata import version
+from typing import Any
+
+from .calibrate.loop import Finished
+from .capture.graph import Captured
+from .lower.build import Lowered, Target
+from .passes.convolutions import ConvolutionPlan
+from .passes.plan import LinearPlan
+from .planning import described_embedding
+from .runtime.manifest import BlockEntry, ConvolutionEntry, LinearEntry, Manifest
+
+
+def manifest_of(
+    captured: Captured,
+    plan: Sequence[LinearPlan],
+    convolutions: Sequence[ConvolutionPlan],
+    lowered: Lowered,
+    target: Target,
+    sizes: dict[str, int],
+    settings: dict[str, Any],
+) -> Manifest:
+    """What manifest.json says.
+
+    Args:
+        sizes: see `lower.sizes.by_part`; settings: see `Manifest`.
+    """
+    linears = []
+    for p in plan:
+        if p.scheme is not None:
+            found = lowered.linears[p.name]
+            linears.append(LinearEntry(
+                name=p.name, block=p.block, scheme=p.scheme.name, input=found.input, output=found.output,
+                columns=found.columns, node=found.node, kernel=found.kernel, prompt_kernel=found.prompt_kernel,
+                parts=lowered.parts.get(p.name, ()), shape=p.shape, bytes=lowered.bytes[p.name], reason=p.reason,
+                fast=None if found.slow is None else not found.slow, slow=found.slow or "",
+            ))  # fmt: skip
+    return Manifest(
+        qexport=version("qexport"), target=target.name, kind=captured.kind, provider=target.provider,
+        dtype=str(target.dtype).removeprefix("torch."), session=lowered.session, numerics=target.numerics(),
+        linears=tuple(linears), convolutions=_convolutions(convolutions),
+        blocks=tuple(BlockEntry(name=n, output=o) for n, o in lowered.blocks.items()),
+        settings=settings, bytes=sizes,
+    )  # fmt: skip
+
+
+def _convolutions(plan: Sequence[ConvolutionPlan]) -> tuple[ConvolutionEntry, ...]:
+    return tuple(
+        ConvolutionEntry(name=p.name, block=p.block, scheme=p.scheme.name, shape=p.shape, bytes=p.bytes)
+        for p in plan
+        if p.scheme is not None
+    )
+
+
+def report_of(
+    source: dict[str, Any], plan, embeddings, finished: Sequence[Finished], seconds, calibration: str
+) -> dict[str, Any]:
+    """What report.json says of the export.
+
+    Args:
+        source: see `capture.origin`; plan: of linears and convolutions.
+    """
+    return {
+        "export": {
+            "source": source,
+            "calibration": calibration,
+            "seconds": {k: round(v, 2) for k, v in seconds.items()},
+            "float": [{"linear": p.name, "reason": p.reason} for p in plan if p.scheme is None],
+            "apart": [{"linear": n, "reason": why} for item in finished for n, why in item.apart.items()],
+            "dense": [{"linear": n, "reason": why} for item in finished for n, why in item.dense.items()],
+            "embedding": [described_embedding(e) for e in embeddings],
+            "blocks": [asdict(item.record) for item in finished],
+        }
+    }
