@@ -150,6 +150,7 @@ def test_the_demo_keeps_the_function_of_the_model_it_rewrites(model):
     assert (llama.model.layers[0].self_attn.q_proj.weight / weight - 1).abs().mean() > 0.05
 
 
+@pytest.mark.slow
 def test_methods_table(run, model, text):
     lines = run(
         "methods_table.py", model, "--calibration", text, "--text", text, "--windows", 1, "--window", 32,
@@ -181,6 +182,7 @@ def test_gpu_check_rehearses_on_the_cpu(run, tmp_path):
     assert [row[6] for row in rows[2:]] == ["14 of 14", ""]
 
 
+@pytest.mark.slow
 def test_gpu_check_names_a_recipe_that_fails(run, tmp_path):
     with pytest.raises(SystemExit) as stopped:
         run(

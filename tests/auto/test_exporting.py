@@ -35,9 +35,10 @@ def size_of(folder: Path) -> int:
     return sum(file.stat().st_size for file in folder.glob("model.onnx*"))
 
 
-@pytest.mark.parametrize("kind, recipe", [("tied", TIED), ("untied", RTN), ("untied", Recipe(
-    scheme="w4a16_g16", lm_head="w4a16_g16", embedding="w4a16_g16"
-))])  # fmt: skip
+@pytest.mark.parametrize("kind, recipe", [
+    ("tied", TIED), pytest.param("untied", RTN, marks=pytest.mark.slow),
+    ("untied", Recipe(scheme="w4a16_g16", lm_head="w4a16_g16", embedding="w4a16_g16")),
+])  # fmt: skip
 def test_it_is_closer_than_one_scheme_everywhere_in_no_more_bytes(models, tmp_path, kind, recipe):
     model, out = models[kind], tmp_path / "auto"
     export(model, recipe, out_dir=tmp_path / "plain")
@@ -69,7 +70,7 @@ def test_what_the_recipe_keeps_in_float_stays_float(models, tmp_path):
     assert not [name for name in found.schemes if name.endswith("o_proj")]
 
 
-@pytest.mark.parametrize("most", [0.2, 0.02])
+@pytest.mark.parametrize("most", [0.2, pytest.param(0.02, marks=pytest.mark.slow)])
 def test_a_kl_asked_for_is_met_with_fewer_bytes_than_the_closest(models, tmp_path, most):
     found = qexport.export_auto(models["tied"], TIED, out_dir=tmp_path / "auto", max_kl=most, **MEASURED)
     assert found.logits.kl_mean <= most

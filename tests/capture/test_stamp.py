@@ -60,7 +60,10 @@ def assert_same_blocks(ours, theirs):
     assert (ours.settings, ours.tied, set(ours.constants)) == (theirs.settings, theirs.tied, set(theirs.constants))
 
 
-@pytest.mark.parametrize(("family", "changes", "kinds"), [(name, *given) for name, given in KINDS.items()], ids=KINDS)
+@pytest.mark.parametrize(("family", "changes", "kinds"), [
+    pytest.param(name, *given, marks=pytest.mark.slow) if name == "gemma3" else (name, *given)
+    for name, given in KINDS.items()
+], ids=KINDS)  # fmt: skip
 def test_stamped_blocks_are_the_traced_ones(tmp_path, monkeypatch, depths, family, changes, kinds):
     folder = save_model(family, tmp_path / "model", num_hidden_layers=len(kinds), **changes)
     found = []

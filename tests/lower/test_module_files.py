@@ -27,7 +27,9 @@ MODELS = ("vit", "clip", "t5", "whisper")
 CONVOLUTIONS = {"vit": 1, "clip": 1, "cnn": 6, "t5": 0, "whisper": 2}
 
 
-@pytest.fixture(scope="module", params=["cnn", *MODELS])
+@pytest.fixture(
+    scope="module", params=["cnn", *(pytest.param(m, marks=pytest.mark.slow) if m == "t5" else m for m in MODELS)]
+)
 def case(request):
     """Name, model, two calls' inputs and dynamic dimensions."""
     if request.param == "cnn":

@@ -155,8 +155,6 @@ def test_it_is_validated_whole_and_in_parts(exported, t5, tmp_path):
     kept = json.loads((out / "report.json").read_text())["validation"]
     assert kept["logits"]["kl_mean"] == report.logits.kl_mean and "encoder" not in kept
     assert (out / "encoder" / "report.html").exists() and (out / "decoder" / "report.html").exists()
-    again = validate_seq2seq(out, t5, text=text, windows=3, window=12, new_tokens=6)
-    assert again.logits == report.logits
     # A decoder that hears little of its source is found where it is.
     broken = json.loads((out / "decoder" / "manifest.json").read_text())
     broken["linears"][0]["kernel"] = "MatMulNBits"
