@@ -158,6 +158,8 @@ class Decoder:
         pad_token_id: int = 0,
         sampling: Sampling | None = None,
         on_token: Callable[[int, int], None] | None = None,
+        never: Sequence[int] = (),
+        never_first: Sequence[int] = (),
     ) -> Generation:
         """Continue a batch of prompts; the cache starts empty.
 
@@ -169,6 +171,7 @@ class Decoder:
             sampling: how to draw; None takes the likeliest token. The same seed draws the same tokens, and a row
                 draws the same whatever rows are beside it.
             on_token: called as on_token(row, token) for each new token.
+            never: tokens that are not written; never_first: nor these as the first new one.
 
         Raises:
             InputError: an empty batch or prompt, or prompts of different length for a file without position_ids.
@@ -188,7 +191,7 @@ class Decoder:
         logits = self.run(ids, mask)[:, -1]
         prefill = perf_counter() - start
         for step in range(max_new_tokens):
-            chosen = choose(logits, sampling, draws)
+            chosen = choose(_without(logits, [*never, *(() if step else never_first)]), sampling, draws)
             for row in np.flatnonzero(~finished):
                 token = int(chosen[row])
                 tokens[row].append(token)
@@ -258,6 +261,15 @@ class Decoder:
         sizes = self._sizes[name]
         shape = [batch, sizes[1], self._max_length if self._share else 0, sizes[3]]
         return ort.OrtValue.ortvalue_from_shape_and_type(shape, self._cache_type, self._device, 0)
+
+
+def _without(logits: np.ndarray, tokens: Sequence[int]) -> np.ndarray:
+    """Logits [batch, vocab] under which these tokens are impossible."""
+    if not tokens:
+        return logits
+    logits = logits.copy()  # which is memory of the session
+    logits[:, tokens] = -np.inf
+    return logits
 
 
 def open_decoder(

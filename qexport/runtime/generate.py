@@ -8,7 +8,7 @@ from ..errors import InputError
 from . import manifest as manifests
 from .decoder import Decoder, Generation, open_decoder
 from .sampling import Sampling
-from .seq2seq import is_seq2seq, read_texts, start_token_ids
+from .seq2seq import is_seq2seq, open_seq2seq, texts_as_source
 
 __all__ = ["Decoder", "Generation", "Sampling", "eos_token_ids", "generate_text", "open_decoder"]
 
@@ -44,8 +44,8 @@ def generate_text(
         RuntimeProblem: as `open_session`.
     """
     folder = Path(folder)
-    pair = is_seq2seq(folder)
-    manifest = None if pair else manifests.load(folder)
+    if not is_seq2seq(folder):
+        manifests.load(folder)  # which says what is wrong with a folder that is no export
     tokenizer = _tokenizer(folder)
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
     if chat:
@@ -64,21 +64,22 @@ def generate_text(
         if piece and on_text:
             on_text(row, piece)
 
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
-    if pair:
-        decoder = read_texts(folder, ids, pad, threads=threads, provider=provider)
-        ids = [start_token_ids(folder)] * len(ids)
+    listener = on_token if on_text else None
+    if is_seq2seq(folder):
+        pair = open_seq2seq(folder, threads=threads, provider=provider)
+        source = texts_as_source(pair, ids)
+        result = pair.write(source, max_new_tokens=max_new_tokens, sampling=sampling, on_token=listener)
     else:
         longest = max((len(row) for row in ids), default=0) + max_new_tokens
-        decoder = open_decoder(folder, manifest, threads=threads, provider=provider, max_length=longest)
-    result = decoder.generate(
-        ids,
-        max_new_tokens=max_new_tokens,
-        eos_token_ids=eos_token_ids(folder, tokenizer.eos_token_id),
-        pad_token_id=pad,
-        sampling=sampling,
-        on_token=on_token if on_text else None,
-    )
+        decoder = open_decoder(folder, threads=threads, provider=provider, max_length=longest)
+        result = decoder.generate(
+            ids,
+            max_new_tokens=max_new_tokens,
+            eos_token_ids=eos_token_ids(folder, tokenizer.eos_token_id),
+            pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0,
+            sampling=sampling,
+            on_token=listener,
+        )
     if on_text:
         for row, stream in enumerate(streams):
             if rest := stream.finish():

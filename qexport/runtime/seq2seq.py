@@ -1,7 +1,7 @@
 """An exported encoder-decoder: the source is read once, then the decoder writes with its cache."""
 
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +10,9 @@ import onnxruntime as ort
 
 from ..errors import InputError, RuntimeProblem
 from . import manifest as manifests
-from .decoder import Decoder
+from .decoder import Decoder, Generation
 from .manifest import CUDA, DECODER, ENCODER, MANIFEST_FILE, SEQ2SEQ, SOURCE_MASK, read_json
+from .sampling import Sampling
 from .session import open_session
 
 
@@ -21,22 +22,43 @@ def is_seq2seq(folder: str | Path) -> bool:
     return path.is_file() and read_json(path).get("kind") == SEQ2SEQ
 
 
-def start_token_ids(folder: str | Path) -> list[int]:
-    """The tokens that every text of an encoder-decoder begins with, by the configs in its folder.
+@dataclass(frozen=True)
+class Habits:
+    """How an encoder-decoder writes, by the configs in its folder.
+
+    Attributes:
+        start: tokens that every text begins with; ends: any of these ends one; pad: fills up behind the end.
+        never: tokens that are never written; never_first: nor these as the first new one.
+    """
+
+    start: tuple[int, ...]
+    ends: tuple[int, ...] = ()
+    pad: int = 0
+    never: tuple[int, ...] = ()
+    never_first: tuple[int, ...] = ()
+
+
+def habits_of(folder: str | Path) -> Habits:
+    """Read them from generation_config.json, or from config.json what that does not say.
 
     Raises:
-        InputError: they do not say.
+        InputError: they do not say how texts begin, or are no JSON objects.
     """
     found: dict[str, Any] = {}
     for name in ("config.json", "generation_config.json"):
         path = Path(folder) / name
         if path.is_file():
-            found |= {k: v for k, v in json.loads(path.read_text(encoding="utf-8")).items() if v is not None}
+            found |= {key: value for key, value in read_json(path).items() if value is not None}
     first = found.get("decoder_start_token_id", found.get("bos_token_id"))
     if not isinstance(first, int):
         raise InputError("no decoder_start_token_id", place=str(folder), remedy="Write it into generation_config.json")
     forced = found.get("forced_decoder_ids") or []  # pairs of position and token, some of them open
-    return [first, *(token for _, token in sorted(forced) if token is not None)]
+    start = (first, *(token for _, token in sorted(forced) if token is not None))
+    ends, pad = found.get("eos_token_id", ()), found.get("pad_token_id", 0)
+    return Habits(
+        start, tuple(ends) if isinstance(ends, list | tuple) else (ends,), pad,
+        tuple(found.get("suppress_tokens", ())), tuple(found.get("begin_suppress_tokens", ())),
+    )  # fmt: skip
 
 
 class EncoderDecoder:
@@ -44,14 +66,15 @@ class EncoderDecoder:
 
     Attributes:
         inputs: names and types of what the encoder reads.
+        habits: how it writes.
         decoder: writes, once a source was read.
 
     Args:
         encoder: session on the first part; decoder: on the second.
     """
 
-    def __init__(self, encoder: ort.InferenceSession, decoder: ort.InferenceSession):
-        self._encoder = encoder
+    def __init__(self, encoder: ort.InferenceSession, decoder: ort.InferenceSession, habits: Habits):
+        self._encoder, self.habits = encoder, habits
         self._device = "cuda" if encoder.get_providers()[0] == CUDA else "cpu"
         self.inputs = {value.name: value.type for value in encoder.get_inputs()}
         self.decoder = Decoder(decoder)
@@ -85,6 +108,34 @@ class EncoderDecoder:
         self.decoder.give(given)
 
 
+    def write(
+        self,
+        source: Mapping[str, np.ndarray],
+        *,
+        max_new_tokens: int,
+        prompts: Sequence[Sequence[int]] | None = None,
+        sampling: Sampling | None = None,
+        on_token: Callable[[int, int], None] | None = None,
+    ) -> Generation:
+        """Write about a batch of sources, as the model's configs say that it writes.
+
+        Args:
+            source: see `read`.
+            prompts: token ids that the texts begin with, one list a row, all of one length, in the place of those that
+                the configs name: for Whisper language and task, say.
+            max_new_tokens, sampling, on_token: see `Decoder.generate`.
+
+        Raises: as `read` and `Decoder.generate`.
+        """
+        self.read(source)
+        rows = len(next(iter(source.values())))
+        return self.decoder.generate(
+            [self.habits.start] * rows if prompts is None else prompts, max_new_tokens=max_new_tokens,
+            eos_token_ids=self.habits.ends, pad_token_id=self.habits.pad, sampling=sampling, on_token=on_token,
+            never=self.habits.never, never_first=self.habits.never_first,
+        )  # fmt: skip
+
+
 def open_seq2seq(folder: str | Path, *, threads: int | None = None, provider: str | None = None) -> EncoderDecoder:
     """Open an export of an encoder-decoder.
 
@@ -96,31 +147,27 @@ def open_seq2seq(folder: str | Path, *, threads: int | None = None, provider: st
         raise InputError("is no export of an encoder-decoder", place=str(folder))
     parts = [folder / ENCODER, folder / DECODER]
     sessions = [open_session(part, manifests.load(part), threads=threads, provider=provider) for part in parts]
-    return EncoderDecoder(*sessions)
+    return EncoderDecoder(*sessions, habits_of(folder))
 
 
-def read_texts(
-    folder: Path, rows: Sequence[Sequence[int]], pad_token_id: int, *, threads: int | None, provider: str | None
-) -> Decoder:
-    """The decoder of an export, its encoder having read texts.
+def texts_as_source(pair: EncoderDecoder, rows: Sequence[Sequence[int]]) -> dict[str, np.ndarray]:
+    """What the encoder of an export reads of texts.
 
     Args:
         rows: token ids, one list a text; shorter ones are padded on the right.
 
     Raises:
-        InputError: it reads something else than text, or there is none. Otherwise as `open_seq2seq`.
+        InputError: it reads something else than text, or there is none.
     """
-    pair = open_seq2seq(folder, threads=threads, provider=provider)
     if "input_ids" not in pair.inputs:
         raise InputError(
-            f"its encoder reads {', '.join(pair.inputs)}, not text", place=str(folder),
-            remedy="In Python: qexport.open_seq2seq(FOLDER), then read() and decoder.generate()",
-        )  # fmt: skip
+            f"its encoder reads {', '.join(pair.inputs)}, not text",
+            remedy="In Python: qexport.open_seq2seq(FOLDER).write({name: array}, max_new_tokens=...)",
+        )
     if not rows or not all(rows):
         raise InputError("there is nothing to read: a text without tokens", remedy="Give at least one token")
     length = max(map(len, rows))
-    ids = np.array([[*row, *[pad_token_id] * (length - len(row))] for row in rows], np.int64)
+    ids = np.array([[*row, *[pair.habits.pad] * (length - len(row))] for row in rows], np.int64)
     mask = np.array([[1] * len(row) + [0] * (length - len(row)) for row in rows], np.int64)
     source = {"input_ids": ids, "attention_mask": mask}
-    pair.read({name: source[name] for name in pair.inputs})
-    return pair.decoder
+    return {name: source[name] for name in pair.inputs}

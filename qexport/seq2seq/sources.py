@@ -19,9 +19,8 @@ from ..calibrate.sources import load_samples
 from ..capture.seq2seq import Parts
 from ..errors import InputError
 from ..recipe import CalibrationSpec
-from ..runtime.generate import eos_token_ids
 from ..runtime.manifest import SOURCE_MASK
-from ..runtime.seq2seq import start_token_ids
+from ..runtime.seq2seq import habits_of
 
 Feeds = Mapping[str, Tensor]
 _CROSS_BYTES = 1 << 30  # of keys and values of sources in memory at once
@@ -77,8 +76,8 @@ def _texts(parts: Parts, spec: CalibrationSpec, data: Any) -> Sources:
 
 
 def _stacked(rows: Sequence[Tensor], size: int) -> Iterator[Tensor]:
-    """Neighbours of one length together, at most `size` of them."""
-    start = 0
+    """Those of one length together, at most `size` of them; the shortest first where rows go together at all."""
+    rows, start = sorted(rows, key=len) if size > 1 else rows, 0
     while start < len(rows):
         stop = start + 1
         while stop < len(rows) and stop - start < size and len(rows[stop]) == len(rows[start]):
@@ -132,7 +131,7 @@ def write_about(parts: Parts, sources: Sources, new_tokens: int, *, seed: int | 
         all that the decoder reads for them, the cache empty.
     """
     config = parts.model.config
-    start = torch.tensor([start_token_ids(parts.encoder.folder.path)])
+    start = torch.tensor([habits_of(parts.encoder.folder.path).start])
     limits = (getattr(config, name, None) for name in ("max_target_positions", "max_position_embeddings"))
     new_tokens = min([new_tokens, *(limit - start.shape[1] for limit in limits if isinstance(limit, int))])
     names, batches, texts = [port.name for port in parts.decoder.inputs], [], 0
@@ -161,7 +160,7 @@ def write_about(parts: Parts, sources: Sources, new_tokens: int, *, seed: int | 
 
 
 def _stepper(parts: Parts, source: Feeds, states: Any, cache: EncoderDecoderCache):
-    ends = list(eos_token_ids(parts.encoder.folder.path))
+    ends = list(habits_of(parts.encoder.folder.path).ends)
     mask = {"attention_mask": source["attention_mask"]} if "attention_mask" in source else {}
 
     def step(ids: Tensor, _past: Any) -> tuple[Tensor, Any]:

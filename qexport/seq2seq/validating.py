@@ -17,7 +17,7 @@ from ..capture.source import ModelFolder, open_model
 from ..errors import InputError
 from ..recipe import CalibrationSpec
 from ..runtime.manifest import DECODER, ENCODER
-from ..runtime.seq2seq import EncoderDecoder, is_seq2seq, open_seq2seq, start_token_ids
+from ..runtime.seq2seq import EncoderDecoder, is_seq2seq, open_seq2seq
 from ..validate import Report, validate
 from ..validate.greedy import alike
 from ..validate.logits import compare_logits
@@ -145,7 +145,7 @@ def _of_part(progress: Progress, part: str, stage: str, what: str, done: int, to
 def _logits(parts: Parts, pair: EncoderDecoder, sources: Sequence[dict[str, Tensor]], written: Prepared, progress):
     """Both models on the float model's texts; the export takes them token by token."""
     texts = torch.cat([batch["input_ids"] for batch in written.batches])
-    start, waiting = len(start_token_ids(parts.encoder.folder.path)), iter(sources)
+    start, waiting = len(pair.habits.start), iter(sources)
 
     def deployed(ids: Tensor) -> Tensor:
         pair.read({name: tensor.numpy() for name, tensor in next(waiting).items()})
@@ -165,7 +165,7 @@ def _greedy(
     parts: Parts, pair: EncoderDecoder, sources: Sequence[dict[str, Tensor]], written: Prepared, progress
 ) -> Greedy:
     """Where the float model would part from what the export writes."""
-    start = start_token_ids(parts.encoder.folder.path)
+    start = pair.habits.start
     count = written.batches[0]["input_ids"].shape[1] - len(start)
     texts = []
     for index, source in enumerate(sources):

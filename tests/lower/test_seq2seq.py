@@ -134,6 +134,29 @@ def test_the_source_is_read_once_and_written_about_in_batches(exported, t5):
         pair.read({"input_ids": feeds["input_ids"]})
 
 
+def test_it_writes_as_its_configs_say(exported, t5, tmp_path):
+    source = source_of(capture_seq2seq(open_model(t5)).encoder, MASK)
+    feeds = {name: tensor[:1, :4].numpy() for name, tensor in source.items()}
+    plain = open_seq2seq(exported).write(feeds, max_new_tokens=6).tokens[0]
+    out = shutil.copytree(exported, tmp_path / "out")
+
+    def written(**changes):
+        (out / "generation_config.json").write_text(json.dumps({"decoder_start_token_id": 0, **changes}))
+        return open_seq2seq(out).write(feeds, max_new_tokens=6).tokens[0]
+
+    assert plain[0] not in written(suppress_tokens=[plain[0]])
+    assert written(begin_suppress_tokens=[plain[0]])[0] != plain[0]
+    assert written(eos_token_id=plain[0]) == plain[:1]
+    forced = written(forced_decoder_ids=[[1, plain[0]], [2, None]])
+    assert forced[:5] == plain[1:6]
+    prompted = open_seq2seq(exported).write(feeds, max_new_tokens=5, prompts=[[0, plain[0]]]).tokens[0]
+    assert prompted == forced[:5]
+    (out / "generation_config.json").write_text("{}")
+    (out / "config.json").write_text("{}")
+    with pytest.raises(InputError, match="no decoder_start_token_id"):
+        open_seq2seq(out)
+
+
 def test_text_in_text_out(exported):
     pieces = ["", ""]
 
