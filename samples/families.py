@@ -42,6 +42,7 @@ from qexport.export import capture  # noqa: E402
 from qexport.lower.build import check_translations  # noqa: E402
 from qexport.passes.convolutions import convolutions  # noqa: E402
 from qexport.recipe import CalibrationSpec, Recipe  # noqa: E402
+from qexport.runtime.manifest import QMOE  # noqa: E402
 from stepping import (  # noqa: E402
     captured_runner,
     load_weights,
@@ -81,7 +82,8 @@ ONNX Runtime {onnxruntime}.
 """
 SECTIONS = {
     "decoders": """Prefill and steps through a cache. *Attention*: grouped is GroupQueryAttention, standard is ONNX
-Attention or attention written out, and why.""",
+Attention or attention written out, and why. *Experts*: with w4a16, QMoE computes those that a token chose; or why every
+token takes all of them.""",
     "encoder-decoders": """Two files: the encoder with the keys and values that the decoder reads of its source, and the
 decoder with a cache. The worse of both is shown; on CUDA, the encoder first.""",
     "encoders": "From their folders, without a head.",
@@ -90,7 +92,7 @@ Other schemes have no convolution and CUDA has no integer one, so that they stay
 of layers are one block, in which a code that differs changes what follows.""",
 }
 COLUMNS = {
-    "decoders": ("attention", "quantized"), "encoder-decoders": ("quantized",), "encoders": ("quantized",),
+    "decoders": ("attention", "experts", "quantized"), "encoder-decoders": ("quantized",), "encoders": ("quantized",),
     "modules": ("quantized", "convolutions")
 }  # fmt: skip
 
@@ -161,7 +163,7 @@ def measured(kind: str, name: str, folder: Path, stand_ins: dict[str, str] | Non
     why = manifest.settings.get("attention_reason", "")
     cells = {
         "attention": manifest.settings.get("attention", "") + (f": {why}" if why else ""),
-        "quantized": str(quantized[0]), "convolutions": quantized[1],
+        "experts": _experts(exports["w4a16"]), "quantized": str(quantized[0]), "convolutions": quantized[1],
     }  # fmt: skip
     return [
         f"{error:.0e}",
@@ -243,6 +245,13 @@ def _from_eager(captured: Captured, model: torch.nn.Module, feeds: list[dict]) -
                 value, want = value[real], want[real]
             worst = max(worst, float((value - want).abs().max() / want.abs().max()))
     return worst
+
+
+def _experts(exported) -> str:
+    """How the mixtures of a file are computed; empty where it has none."""
+    report = json.loads((exported.folder / "report.json").read_text())["export"]
+    reasons = dict.fromkeys(f"all: {entry['reason']}" for entry in report["dense"])
+    return "; ".join(["QMoE"] * any(entry.kernel == QMOE for entry in exported.manifest.linears) + list(reasons))
 
 
 def _count(captured: Captured) -> int:

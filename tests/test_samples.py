@@ -268,5 +268,5 @@ def test_vision(run):
 def test_families(run):
     lines = run("families.py", "--families", "gpt2", "mamba").splitlines()
     (row,) = (line for line in lines if line.startswith("| gpt2 |"))
-    assert "| grouped | 9 | none |" in row and len(row.split("|")) == 11
+    assert "| grouped |  | 9 | none |" in row and len(row.split("|")) == 12
     assert any(line.startswith("- `mamba`: ") and "keep no keys and values" in line for line in lines)
