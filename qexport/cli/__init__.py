@@ -1,0 +1,45 @@
+"""The command line: arguments in, one call of the library, its result out."""
+
+import gc
+import sys
+from typing import Annotated
+
+import typer
+
+import qexport
+
+from ..errors import QExportError
+from . import making, proving, running  # noqa: F401  their commands belong to the application
+from .options import app
+
+
+def main() -> None:
+    """Entry point: expected errors become one line on stderr and exit code 2."""
+    gc.disable()  # until everything is imported, see `options.imported`
+    try:
+        app()
+    except QExportError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+    finally:
+        # Leaving, Python looks through all that tracing left behind for cycles to free; the system frees it at once.
+        gc.freeze()
+        gc.enable()
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(qexport.__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+):
+    pass

@@ -1,0 +1,184 @@
+"""Commands that make exports, and say what they would make."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+import qexport
+
+from ..errors import InputError
+from .options import (
+    Attention,
+    Calibration,
+    CalibrationLength,
+    CalibrationSamples,
+    Dtype,
+    Json,
+    Model,
+    RecipeName,
+    Remote,
+    Seed,
+    Target,
+    app,
+    imported,
+    recipes_app,
+)
+
+
+@app.command()
+def export(
+    model: Model,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder to make.")],
+    recipe: Annotated[
+        str | None,
+        typer.Option(
+            "--recipe", "-r", help="Preset, scheme, or YAML file; w4a16_g32 if not given, and compact with --auto."
+        ),
+    ] = None,
+    target: Target = "cpu",
+    dtype: Dtype = None,
+    attention: Attention = "grouped",
+    calibration: Calibration = None,
+    samples: CalibrationSamples = None,
+    sequence_length: CalibrationLength = None,
+    seed: Seed = None,
+    auto: Annotated[
+        bool, typer.Option("--auto", help="Choose the scheme of every linear for --max-bytes or --max-kl.")
+    ] = False,
+    max_bytes: Annotated[str | None, typer.Option(help="With --auto: the most bytes, such as 90MB.")] = None,
+    max_kl: Annotated[float | None, typer.Option(help="With --auto: the largest mean KL from the float model.")] = None,
+    text: Annotated[
+        Path | None, typer.Option(help="With --auto: UTF-8 text to measure KL on; by default the model writes it.")
+    ] = None,
+    provider: Annotated[str | None, typer.Option(help="With --auto: execution provider to measure KL on.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier export.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted export.")] = False,
+    logits: Annotated[
+        str, typer.Option(help="all, or last: of the last token only, which is all that generation reads.")
+    ] = "all",
+    trust_remote_code: Remote = False,
+    as_json: Json = False,
+) -> None:
+    """Quantize a model and write it as a folder that ONNX Runtime runs."""
+    from .. import console
+
+    auto = auto or max_bytes is not None or max_kl is not None
+    chosen = qexport.Recipe.load(recipe or ("compact" if auto else "w4a16_g32"))
+    chosen = chosen.with_calibration(samples=samples, sequence_length=sequence_length, seed=seed)
+    console.quiet_libraries()
+    from ..reporting import auto_summary, export_summary, print_auto, print_export
+    from ..seq2seq import encoder_decoder
+
+    imported()
+    if (pair := encoder_decoder(model, trust_remote_code=trust_remote_code)) is not None:
+        if auto or resume or logits != "all":
+            raise InputError("an encoder-decoder takes neither --auto nor --resume nor --logits last", place=model)
+        from ..seq2seq import printing
+
+        with console.showing_progress() as progress:
+            both = qexport.export_seq2seq(
+                pair, chosen, out_dir=out, target=target, dtype=dtype, calibration=calibration, overwrite=overwrite,
+                progress=progress,
+            )  # fmt: skip
+        if as_json:
+            console.print_json(printing.summary(both))
+        else:
+            printing.print_exported(both)
+        return
+    if auto:
+        if resume or logits != "all":
+            raise InputError("--auto measures what it exports: it takes neither --resume nor --logits last")
+        most = None if max_bytes is None else console.parsed_bytes(max_bytes)
+        with console.showing_progress() as progress:
+            found = qexport.export_auto(
+                model, chosen, out_dir=out, max_bytes=most, max_kl=max_kl, target=target, dtype=dtype,
+                calibration=calibration, text=text, overwrite=overwrite, attention=attention, provider=provider,
+                trust_remote_code=trust_remote_code, progress=progress,
+            )  # fmt: skip
+        if as_json:
+            console.print_json(auto_summary(found))
+        else:
+            print_auto(found)
+        return
+    with console.showing_progress() as progress:
+        result = qexport.export(
+            model, chosen, out_dir=out, target=target, dtype=dtype, calibration=calibration, overwrite=overwrite,
+            resume=resume, logits=logits, trust_remote_code=trust_remote_code, attention=attention, progress=progress,
+        )  # fmt: skip
+    if as_json:
+        console.print_json(export_summary(result))
+    else:
+        print_export(result)
+
+
+@app.command()
+def inspect(
+    model: Model,
+    recipe: RecipeName = "w4a16_g32",
+    target: Target = "cpu",
+    dtype: Dtype = None,
+    attention: Attention = "grouped",
+    all_layers: Annotated[
+        bool, typer.Option("--all", help="One line for every linear, also where layers are alike.")
+    ] = False,
+    calibrate: Annotated[
+        bool, typer.Option("--calibrate", help="Run the float model for ranges of activations and what they decide.")
+    ] = False,
+    calibration: Calibration = None,
+    samples: CalibrationSamples = None,
+    sequence_length: CalibrationLength = None,
+    seed: Seed = None,
+    trust_remote_code: Remote = False,
+    as_json: Json = False,
+) -> None:
+    """Show what an export would do. No weight is read unless it calibrates: --calibrate, or a calibration option."""
+    from .. import console
+
+    given = {"samples": samples, "sequence_length": sequence_length, "seed": seed}
+    chosen = qexport.Recipe.load(recipe).with_calibration(**given)
+    console.quiet_libraries()
+    from ..reporting import print_inspection
+    from ..seq2seq import encoder_decoder
+
+    imported()
+    if (pair := encoder_decoder(model, trust_remote_code=trust_remote_code)) is not None:
+        if calibrate or calibration is not None or any(v is not None for v in given.values()):
+            raise InputError("ranges of an encoder-decoder are measured by its export only", place=model)
+        from ..seq2seq import printing
+        from ..seq2seq.exporting import inspect_seq2seq
+
+        both = inspect_seq2seq(pair, chosen, target=target, dtype=dtype)
+        if as_json:
+            console.print_json(both.as_dict())
+        else:
+            printing.print_inspected(both, all_layers)
+        return
+    with console.showing_progress() as progress:
+        found = qexport.inspect(
+            model, chosen, target=target, dtype=dtype, attention=attention, trust_remote_code=trust_remote_code,
+            calibrate=calibrate or any(v is not None for v in given.values()), calibration=calibration,
+            progress=progress,
+        )  # fmt: skip
+    if as_json:
+        console.print_json(found.as_dict())
+    else:
+        print_inspection(found, all_layers)
+
+
+@recipes_app.command("list")
+def list_recipes(as_json: Json = False) -> None:
+    """Name and purpose of every preset."""
+    from .. import console
+
+    presets = qexport.Recipe.presets()
+    if as_json:
+        console.print_json(presets)
+    else:
+        console.print_table(["preset", "what it is"], [list(row) for row in presets.items()])
+
+
+@recipes_app.command("show")
+def show_recipe(name: Annotated[str, typer.Argument(help="Preset, scheme, or YAML file.")]) -> None:
+    """A recipe with every key written out, as YAML to copy and change."""
+    print(qexport.Recipe.load(name).to_yaml(), end="")
