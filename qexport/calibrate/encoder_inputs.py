@@ -31,13 +31,12 @@ def encoder_stream(captured: Captured, samples: Samples, batch_size: int) -> Str
 
 
 def with_last_token(ids: Tensor, captured: Captured) -> Tensor:
-    """Windows cut out of a text with the separator in the place of their last token.
+    """Windows cut out of a text with what the tokenizer puts behind a text in the place of their last token.
 
     Args:
         ids: int64 [n, S], every row ending with a token.
     """
     tokenizer = captured.folder.tokenizer()
-    last = getattr(tokenizer, "sep_token_id", None)
-    if last is None:
+    if tokenizer is None or (last := tokenizer("a")["input_ids"][-1]) not in tokenizer.all_special_ids:
         return ids
     return torch.cat([ids[:, :-1], torch.full_like(ids[:, -1:], last)], dim=1)
