@@ -16,9 +16,10 @@ from ..passes.edit import get_tensor
 from .attention import IMPLEMENTATION
 from .experts import IMPLEMENTATION as EXPERTS
 from .graph import Captured, Port
+from .loading import load_in_memory
 from .pieces import Pieces
 from .rope import settle_frequencies
-from .source import ModelFolder, load_in_memory
+from .source import ModelFolder
 from .trace import IDS, Traced, quiet, root_cause, trace
 from .weights import Checkpoint, check_shapes
 

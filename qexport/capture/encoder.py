@@ -15,9 +15,9 @@ from transformers.models.auto import modeling_auto
 
 from ..errors import CaptureError
 from .graph import Captured
+from .loading import load_known
 from .module import capture_module
 from .source import ModelFolder
-from .trace import quiet, root_cause
 from .weights import Checkpoint
 
 # Sizes of the example inputs; see `trace`.
@@ -50,16 +50,7 @@ def capture_encoder(folder: ModelFolder) -> Captured:
         CaptureError: torch.export cannot follow the model, or the checkpoint does not fit its config.
     """
     Checkpoint(folder.path)  # before the slow part: a damaged file is reported at once
-    try:
-        with quiet():
-            model, info = _loader(folder.config).from_pretrained(
-                folder.path, dtype=torch.float32, trust_remote_code=folder.trust_remote_code, use_safetensors=True,
-                output_loading_info=True,
-            )  # fmt: skip
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
-        raise CaptureError(
-            f"transformers cannot load it as an encoder ({root_cause(error)})", place=folder.name
-        ) from error
+    model, absent = load_known(folder, _loader(folder.config))
     config = folder.config
     names = ["input_ids", "attention_mask"]
     taken = inspect.signature(model.forward).parameters
@@ -69,7 +60,7 @@ def capture_encoder(folder: ModelFolder) -> Captured:
         names.append("token_type_ids")
     example = {name: torch.ones(_BATCH, _SEQUENCE, dtype=torch.int64) for name in names}
     captured = capture_module(
-        model.eval(), example, {name: {0: "batch", 1: "sequence"} for name in names}, absent=set(info["missing_keys"])
+        model, example, {name: {0: "batch", 1: "sequence"} for name in names}, absent=absent
     )
     longest = _longest(model)
     sizes = {

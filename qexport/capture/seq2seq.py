@@ -22,6 +22,7 @@ from ..errors import CaptureError
 from ..runtime.manifest import DECODER, ENCODER, SOURCE_MASK
 from .attention import IMPLEMENTATION, GivenCache, GraphCache, tracing
 from .graph import Captured, Port
+from .loading import load_whole
 from .module import capture_module
 from .source import ModelFolder
 from .trace import quiet, root_cause
@@ -87,22 +88,7 @@ def _load(folder: ModelFolder) -> torch.nn.Module:
             f"transformers knows no encoder-decoder of type {kind} that writes text", place=folder.name,
             remedy="For other kinds of model pass an nn.Module and example inputs",
         )  # fmt: skip
-    try:
-        with quiet():
-            model, info = auto.from_pretrained(
-                folder.path, dtype=torch.float32, trust_remote_code=folder.trust_remote_code, use_safetensors=True,
-                output_loading_info=True,
-            )  # fmt: skip
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
-        raise CaptureError(
-            f"transformers cannot load it as an encoder-decoder ({root_cause(error)})", place=folder.name
-        ) from error
-    if absent := sorted(info["missing_keys"]):
-        raise CaptureError(
-            f"{len(absent)} weights are not in the checkpoint, first {absent[0]}", place=folder.name,
-            remedy="The config does not belong to these weights, or the download is incomplete",
-        )  # fmt: skip
-    return model.eval()
+    return load_whole(folder, auto)
 
 
 def _example(model: torch.nn.Module, folder: ModelFolder) -> dict[str, Tensor]:

@@ -8,10 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
 
-from ..errors import CaptureError, InputError, QExportError
+from ..errors import InputError, QExportError
 
 _TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model",
@@ -76,35 +75,6 @@ def open_model(model: str | os.PathLike, *, trust_remote_code: bool = False, cac
             remedy="The folder needs a config.json of a known model_type",
         ) from error  # fmt: skip
     return ModelFolder(path.resolve(), name, config, trust_remote_code)
-
-
-def load_in_memory(folder: ModelFolder, into: Path) -> Path:
-    """Load a checkpoint whose tensors are named or shaped otherwise than the model's, and save it under its own names.
-
-    The whole model is in memory while this runs; transformers does the conversion.
-
-    Raises:
-        CaptureError: transformers cannot load it, or has to make up weights that the checkpoint lacks.
-    """
-    try:
-        model, info = AutoModelForCausalLM.from_pretrained(
-            folder.path, dtype=torch.float32, trust_remote_code=folder.trust_remote_code, weights_only=True,
-            output_loading_info=True,
-        )  # fmt: skip
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise CaptureError(
-            f"transformers cannot load the checkpoint ({_first_line(error)})", place=folder.name
-        ) from error
-    if absent := sorted(info["missing_keys"]):
-        raise CaptureError(
-            f"{len(absent)} weights are not in the checkpoint, first {absent[0]}", place=folder.name,
-            remedy="The config does not belong to these weights, or the download is incomplete",
-        )  # fmt: skip
-    own = {id(p): (name, p) for name, p in model.named_parameters()}  # save_pretrained would bring the old names back
-    kept = model.state_dict()
-    own |= {id(b): (name, b) for name, b in model.named_buffers() if name in kept}
-    save_file({name: p.detach().contiguous() for name, p in own.values()}, into / "model.safetensors")
-    return into
 
 
 def _convert_gguf(file: Path, cache: Path | None) -> Path:

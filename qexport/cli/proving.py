@@ -9,14 +9,7 @@ import typer
 import qexport
 
 from ..errors import InputError
-from .options import (
-    Folder,
-    Json,
-    Provider,
-    Threads,
-    app,
-    imported,
-)
+from .options import Folder, Json, Provider, Threads, app, imported
 
 
 @app.command()

@@ -7,14 +7,7 @@ import typer
 
 import qexport
 
-from .options import (
-    Folder,
-    Json,
-    Provider,
-    Threads,
-    app,
-    imported,
-)
+from .options import Folder, Json, Provider, Threads, app, imported
 
 
 @app.command()

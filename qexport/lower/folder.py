@@ -4,7 +4,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -109,12 +109,17 @@ def write_companions(
     (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     if source is None:
         return
-    for name in (*_COPIED, *LEGAL_FILES):
+    copy_companions(folder, source, _COPIED)
+    if manifest.kind == "decoder":
+        configs = [json.loads((folder / n).read_text()) if (folder / n).exists() else {} for n in _COPIED]
+        (folder / manifests.GENAI_FILE).write_text(json.dumps(genai_config(manifest, *configs), indent=2) + "\n")
+
+
+def copy_companions(folder: Path, source: ModelFolder, names: Iterable[str]) -> None:
+    """These files of a model, its licence and its tokenizer, as far as it has them."""
+    for name in (*names, *LEGAL_FILES):
         if (source.path / name).exists():
             shutil.copyfile(source.path / name, folder / name)
     tokenizer = source.tokenizer()
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
-    if manifest.kind == "decoder":
-        configs = [json.loads((folder / n).read_text()) if (folder / n).exists() else {} for n in _COPIED]
-        (folder / manifests.GENAI_FILE).write_text(json.dumps(genai_config(manifest, *configs), indent=2) + "\n")

@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -12,13 +11,12 @@ from typing import Any
 
 from ..calibrate.data import Prepared, Progress, needs_data, no_progress, recipe_and_data
 from ..capture.graph import Captured
-from ..capture.origin import LEGAL_FILES
 from ..capture.seq2seq import Parts, capture_seq2seq
 from ..capture.source import ModelFolder, open_model
 from ..errors import RecipeError
 from ..export import ExportResult, export, target_for
 from ..inspecting import Inspection, inspect
-from ..lower.folder import appearing, check_free
+from ..lower.folder import appearing, check_free, copy_companions
 from ..passes.convolutions import convolutions
 from ..passes.sites import linears
 from ..planning import plan_for
@@ -175,9 +173,4 @@ def _write_companions(out: Path, source: ModelFolder) -> None:
     """What belongs to both parts: configs, tokenizer, licence, and a manifest that says what this is."""
     about = {"format": FORMAT, "qexport": version("qexport"), "kind": SEQ2SEQ, "parts": [ENCODER, DECODER]}
     (out / MANIFEST_FILE).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
-    for name in (*_CONFIGS, *LEGAL_FILES):
-        if (source.path / name).exists():
-            shutil.copyfile(source.path / name, out / name)
-    tokenizer = source.tokenizer()
-    if tokenizer is not None:
-        tokenizer.save_pretrained(out)
+    copy_companions(out, source, _CONFIGS)
