@@ -14,6 +14,7 @@ from .decoder import Decoder, Generation
 from .manifest import CUDA, DECODER, ENCODER, MANIFEST_FILE, SEQ2SEQ, SOURCE_MASK, read_json
 from .sampling import Sampling
 from .session import open_session
+from .values import value_of
 
 
 def is_seq2seq(folder: str | Path) -> bool:
@@ -93,9 +94,9 @@ class EncoderDecoder:
         if self.inputs.keys() != source.keys():
             raise InputError(f"the source has {', '.join(source)}, and the encoder reads {', '.join(self.inputs)}")
         binding, names = self._encoder.io_binding(), [value.name for value in self._encoder.get_outputs()]
-        for name, array in source.items():
-            half = self.inputs[name] == "tensor(float16)"
-            binding.bind_cpu_input(name, np.ascontiguousarray(array, np.float16 if half else None))
+        values = {name: value_of(array, self.inputs[name]) for name, array in source.items()}
+        for name, value in values.items():
+            binding.bind_ortvalue_input(name, value)
         for name in names:
             binding.bind_output(name, self._device)
         try:
@@ -104,7 +105,7 @@ class EncoderDecoder:
             raise RuntimeProblem(f"the encoder failed: {error}") from error
         given = dict(zip(names, binding.get_outputs(), strict=True))
         if "attention_mask" in source:
-            given[SOURCE_MASK] = ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(source["attention_mask"]))
+            given[SOURCE_MASK] = values["attention_mask"]
         self.decoder.give(given)
 
 
