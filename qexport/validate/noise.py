@@ -18,7 +18,6 @@ from ..passes.sites import linears
 from ..runtime.branches import PROMPTS, only
 from ..runtime.manifest import MODEL_FILE, LinearEntry, Manifest
 from ..runtime.session import open_session
-from ..runtime.values import ELEMENT_TYPES
 from .faults import fault_of_weight
 from .reference import Watched, channelwise
 from .running import beside, run_session
@@ -26,6 +25,10 @@ from .running import beside, run_session
 ROWS = 256
 _UNEXPLAINED = 0.01  # of what linears read; a cache of 4 bits leaves less
 _SIGNAL = 0.01  # of a channel, of the median channel's
+_TYPES = {
+    torch.float32: onnx.TensorProto.FLOAT, torch.float16: onnx.TensorProto.FLOAT16,
+    torch.bfloat16: onnx.TensorProto.BFLOAT16,
+}  # fmt: skip
 _CUT = "noise/"  # in front of the names of values that are given instead of computed
 
 
@@ -53,11 +56,12 @@ class Noise:
         self._model = only(onnx.load(folder / MODEL_FILE, load_external_data=False), PROMPTS)
         self._makers = {name: node for node in self._model.graph.node for name in node.output}
 
-    def run(self, entries: Sequence[LinearEntry], channels: Mapping[str, tuple[int, Tensor]]) -> dict[str, Heard]:
+    def run(self, entries: Sequence[LinearEntry], channels: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, Heard]:
         """What linears read and make; those that read something else besides are left out.
 
         Args:
-            channels: by the name of a value its rank, and bool [K]: the channels that are not to be silent.
+            channels: by the name of a value one such value, whose rank and dtype are taken, and bool [K]: the channels
+                that are not to be silent.
 
         Raises:
             RuntimeProblem: ONNX Runtime fails.
@@ -71,12 +75,13 @@ class Noise:
         nodes = {e.output: found for e in entries if (found := self._between(e.output, set(noise))) is not None}
         if not nodes:
             return {}
-        with self._file(nodes, list(noise)) as path:
+        types = {value: _TYPES[like.dtype] for value, (like, _) in channels.items()}
+        with self._file(nodes, types) as path:
             session = open_session(path, self._manifest, threads=self._threads, provider=self._provider)
         feeds = {}
         for port in session.get_inputs():
             value = port.name.removeprefix(_CUT)
-            shape = (1,) * (channels[value][0] - 2) + noise[value].shape
+            shape = (1,) * (channels[value][0].dim() - 2) + noise[value].shape
             feeds[port.name] = noise[value].reshape(shape)
         made = run_session(session, feeds, list(nodes))
         heard = {}
@@ -103,7 +108,7 @@ class Noise:
         return nodes
 
     @contextmanager
-    def _file(self, nodes: Mapping[str, set[str]], given: Sequence[str]) -> Iterator[Path]:
+    def _file(self, nodes: Mapping[str, set[str]], given: Mapping[str, int]) -> Iterator[Path]:
         graph, wanted = self._model.graph, set().union(*nodes.values())
         part = onnx.ModelProto(ir_version=self._model.ir_version, opset_import=self._model.opset_import)
         part.graph.name = graph.name
@@ -113,18 +118,12 @@ class Noise:
                 part.graph.node[-1].input[:] = [_CUT + name if name in given else name for name in node.input]
         read = {name for node in part.graph.node for name in node.input}
         part.graph.initializer.extend(tensor for tensor in graph.initializer if tensor.name in read)
-        for name in given:
+        for name, kind in given.items():
             if _CUT + name in read:
-                part.graph.input.append(onnx.helper.make_tensor_value_info(_CUT + name, self._type(name), None))
+                part.graph.input.append(onnx.helper.make_tensor_value_info(_CUT + name, kind, None))
         part.graph.output.extend(onnx.ValueInfoProto(name=name) for name in nodes)
         with beside(self._folder, part) as path:
             yield path
-
-    def _type(self, value: str) -> int:
-        maker = self._makers.get(value)
-        if maker is not None and maker.op_type == "Cast":
-            return next(attribute.i for attribute in maker.attribute if attribute.name == "to")
-        return ELEMENT_TYPES[f"tensor({self._manifest.dtype.replace('float32', 'float')})"]
 
 
 def weight_faults(
@@ -147,10 +146,9 @@ def weight_faults(
             found = _factors(seen.own_inputs[entry.name], given) if transformed else plain
             if found is not None:
                 factors[entry.input] = found
-    ranks = {name: values[name][0].dim() for name in factors}
     heard = noise.run(
         [entry for entry in entries if entry.input in factors],
-        {name: (ranks[name], factor != 0) for name, factor in factors.items()},
+        {name: (values[name][0], factor != 0) for name, factor in factors.items()},
     )
     found = {linear.name: linear for linear in linears(seen.block.module.graph)}
     faults = {}
