@@ -135,7 +135,7 @@ def _attention(module, query, key, value, attention_mask, scaling=None, dropout=
     softcap, sinks, bias = float(softcap or 0.0), kwargs.get("s_aux"), kwargs.get("position_bias")
     if given is not None and any(layer.keys is key for layer in given.layers):
         padding = attention_mask.padding if isinstance(attention_mask, _Unhidden) else attention_mask
-        return _across(query, key, value, padding, bias, scale), None
+        return _across(query, key, value, padding, bias, scale, softcap, sinks), None
     if isinstance(attention_mask, _Unhidden):
         raise CaptureError("its tokens see the ones behind them, so it cannot write with a cache")
     if cache is None or attention_mask is None:
@@ -151,20 +151,22 @@ def _attention(module, query, key, value, attention_mask, scaling=None, dropout=
     return out, None
 
 
-def _across(query, key, value, mask, bias, scale: float) -> torch.Tensor:
+def _across(query, key, value, mask, bias, scale: float, softcap: float, sinks: torch.Tensor | None) -> torch.Tensor:
     """Attention of a decoder's tokens on its source.
 
     Args:
         mask, bias: added to the scores; None for nothing.
     """
-    if mask is not None and bias is not None:
-        mask = mask + bias
-    elif mask is not None:
+    if mask is not None and bias is None:
         mask = mask.expand(-1, -1, query.shape[2], -1)
+    elif bias is not None:
+        mask = bias if mask is None else mask + bias
+    if softcap or sinks is not None:
+        return _written_out(query, key, value, 0.0 if mask is None else mask, scale, softcap, sinks)
+    grouped = query.shape[1] != key.shape[1]
     out = torch.nn.functional.scaled_dot_product_attention(
-        query, key, value, attn_mask=bias if mask is None else mask, scale=scale,
-        enable_gqa=query.shape[1] != key.shape[1],
-    )  # fmt: skip
+        query, key, value, attn_mask=mask, scale=scale, enable_gqa=grouped
+    )
     return out.transpose(1, 2).contiguous()
 
 

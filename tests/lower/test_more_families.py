@@ -23,7 +23,8 @@ WRITTEN_OUT = {
     "gpt_neox_japanese",
 }  # fmt: skip
 OTHERWISE = {"doge", "gemma4_shared"}
-SIZES = {"Add", "Cast", "Concat", "Max", "Mul", "Range", "Squeeze", "Sub", "Unsqueeze"}  # arithmetic of lengths
+# Arithmetic of lengths; a look-up in a table would be followed by a copy.
+SIZES = {"Add", "Cast", "Concat", "Gather", "Max", "Mul", "Range", "Squeeze", "Sub", "Unsqueeze"}
 
 
 def recipe_of(scheme):
