@@ -270,3 +270,19 @@ def test_families(run):
     (row,) = (line for line in lines if line.startswith("| gpt2 |"))
     assert "| grouped |  | 9 | none |" in row and len(row.split("|")) == 12
     assert any(line.startswith("- `mamba`: ") and "keep no keys and values" in line for line in lines)
+
+
+@pytest.mark.slow
+def test_seq2seq(run, tmp_path):
+    lines = run("seq2seq.py", "--steps", 60, "--recipes", "w8a8_dyn", "--keep", tmp_path / "kept").splitlines()
+    rows = [line for line in lines if line.startswith(("| float32", "| w8a8"))]
+    float_row, row = ([cell.strip() for cell in line.split("|")[1:-1]] for line in rows)
+    assert float_row[0] == "float32" and row[0] == "w8a8_dyn" and float(row[1]) < 0.4 * float(float_row[1])
+    assert 0 < float(row[3]) < 0.05 and float(row[4].removesuffix(" %")) > 90
+
+
+def test_numbers_in_words():
+    in_words = sample("seq2seq.py")["in_words"]
+    assert [in_words(n) for n in (0, 15, 40, 342, 1000, 90_021)] == [
+        "zero", "fifteen", "forty", "three hundred forty two", "one thousand", "ninety thousand twenty one",
+    ]  # fmt: skip
