@@ -19,7 +19,7 @@ from .edit import add_tensor, call, finish, get_tensor, is_call, shape_of
 aten = torch.ops.aten
 ops = torch.ops.qexport
 
-_KINDS = (aten.conv1d.default, aten.conv2d.default, aten.conv3d.default)
+CONVOLUTIONS = (aten.conv1d.default, aten.conv2d.default, aten.conv3d.default)
 # Clipping that rounding to the range of the clipped values does by itself.
 _CLIPS = (aten.relu.default, aten.relu_.default, aten.relu6.default)
 # Only move or choose values: what goes in on a grid comes out on it.
@@ -49,7 +49,7 @@ class ConvolutionPlan:
 
 def convolutions(graph: Graph) -> dict[str, Node]:
     """Convolutions with constant weights by the path of their module, in order."""
-    found = [n for n in graph.nodes if is_call(n, *_KINDS) and n.args[1].op == "get_attr"]
+    found = [n for n in graph.nodes if is_call(n, *CONVOLUTIONS) and n.args[1].op == "get_attr"]
     return {n.args[1].target.rpartition(".")[0] or n.args[1].target: n for n in found}
 
 
@@ -63,7 +63,7 @@ def plan_convolutions(
         scheme_for: the scheme asked for by name; None for float.
         integer: whether the target has an integer convolution.
     """
-    weights = [n.args[1].target for _, graph in graphs for n in graph.nodes if is_call(n, *_KINDS)]
+    weights = [n.args[1].target for _, graph in graphs for n in graph.nodes if is_call(n, *CONVOLUTIONS)]
     plans = []
     for block, graph in graphs:
         for name, node in convolutions(graph).items():

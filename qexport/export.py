@@ -21,7 +21,7 @@ from .capture.folder import capture_folder
 from .capture.graph import Captured
 from .capture.module import Axes, Inputs, capture_module
 from .capture.origin import origin
-from .capture.source import open_model
+from .capture.source import ModelFolder, open_model
 from .describing import manifest_of, report_of
 from .errors import InputError, QExportError, RecipeError
 from .lower.attention import count_attentions
@@ -77,7 +77,7 @@ class ExportResult:
 
 
 def export(
-    model: str | os.PathLike | torch.nn.Module | Captured,
+    model: str | os.PathLike | ModelFolder | torch.nn.Module | Captured,
     recipe: str | os.PathLike | Recipe = "w4a16_g32",
     *,
     out_dir: str | os.PathLike,

@@ -16,6 +16,7 @@ from .calibrate.data import Progress, calibration_batches, needs_data, no_progre
 from .calibrate.ranges import float_ranges
 from .calibrate.stages import passes_for
 from .capture.graph import Captured
+from .capture.source import ModelFolder
 from .export import capture, check_kernels, target_for
 from .lower.attention import Grouping
 from .lower.foretell import slow_linears
@@ -131,7 +132,7 @@ class Inspection:
 
 
 def inspect(
-    model: str | os.PathLike | torch.nn.Module | Captured,
+    model: str | os.PathLike | ModelFolder | torch.nn.Module | Captured,
     recipe: str | os.PathLike | Recipe = "w4a16_g32",
     *,
     target: str = "cpu",

@@ -40,11 +40,22 @@ def save_model(family: str, folder: Path, *, seed: int = 0, **changes) -> Path:
     Args:
         changes: of its config, e.g. num_hidden_layers.
     """
-    given = dict((LISTS["families"] | LISTS["breadth"] | LISTS["refused"])[family])
+    given = (LISTS["families"] | LISTS["breadth"] | LISTS["refused"])[family]
+    return save_random(given, folder, AutoModelForCausalLM, seed=seed, **changes)
+
+
+def save_random(given: dict, folder: Path, loader: type, *, seed: int = 0, **changes) -> Path:
+    """Save a random model of a config, as the lists of families give it.
+
+    Args:
+        loader: a class of transformers that makes it.
+        changes: of its config.
+    """
+    given = dict(given)
     config = AutoConfig.for_model(given.pop("model_type"), **given)
     for name, value in changes.items():
         setattr(config, name, value)
-    model = AutoModelForCausalLM.from_config(config)
+    model = loader.from_config(config)
     randomize(model, seed)
     model.save_pretrained(folder)
     return folder

@@ -8,7 +8,7 @@ import transformers
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForSeq2SeqLM, AutoModelForSpeechSeq2Seq
 
-from models import LISTS, VOCAB, randomize
+from models import LISTS, VOCAB, save_random
 from stepping import padded, tokens
 
 ENCODERS, REFUSED_ENCODERS, MODULES = (tuple(LISTS[kind]) for kind in ("encoders", "refused_encoders", "modules"))
@@ -30,14 +30,8 @@ def save_encoder(family: str, folder: Path, *, seed: int = 0, loader: type = Aut
         loader: a class of transformers that makes it with a head.
         changes: of its config.
     """
-    given = dict((LISTS["encoders"] | LISTS["refused_encoders"])[family])
-    config = AutoConfig.for_model(given.pop("model_type"), **given)
-    for name, value in changes.items():
-        setattr(config, name, value)
-    model = loader.from_config(config)
-    randomize(model, seed)
-    model.save_pretrained(folder)
-    return folder
+    given = (LISTS["encoders"] | LISTS["refused_encoders"])[family]
+    return save_random(given, folder, loader, seed=seed, **changes)
 
 
 def make_module(family: str) -> nn.Module:

@@ -15,6 +15,7 @@ import torch
 from ..calibrate.data import Progress, calibration_batches, no_progress, recipe_and_data
 from ..calibrate.streams import Feeds, decoder_inputs
 from ..capture.graph import Captured
+from ..capture.source import ModelFolder
 from ..errors import InputError
 from ..export import ExportResult, capture, export, target_for
 from ..lower.folder import appearing, check_free
@@ -64,7 +65,7 @@ class AutoResult:
 
 
 def export_auto(
-    model: str | os.PathLike,
+    model: str | os.PathLike | ModelFolder,
     recipe: str | os.PathLike | Recipe = "compact",
     *,
     out_dir: str | os.PathLike,

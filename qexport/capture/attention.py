@@ -78,20 +78,29 @@ class GraphCache(_OfKeysAndValues):
 
 
 class ProbeCache(_OfKeysAndValues):
-    """An empty cache that notes the sizes of what a model puts into it.
+    """An empty cache that keeps nothing, and notes what a model puts into it.
 
     Attributes:
-        found: by number of the layer, sizes of keys and values.
+        found: by number of the layer, keys and values.
+
+    Args:
+        depth: layers that the cache has before anything is put into it.
     """
 
-    def __init__(self, depth: int):
+    def __init__(self, depth: int = 0):
         nothing = torch.empty(0, 0, 0, 0)
         super().__init__(layers=[GraphCacheLayer(nothing, nothing) for _ in range(depth)])
-        self.found: dict[int, tuple[torch.Size, torch.Size]] = {}
+        self.found: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def update(self, key_states, value_states, layer_idx, *args, **kwargs):
-        self.found[layer_idx] = key_states.shape, value_states.shape
+        self.found[layer_idx] = key_states, value_states
         return key_states, value_states
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return 0
+
+    def get_mask_sizes(self, query_length, layer_idx: int = 0) -> tuple[int, int]:
+        return query_length, 0
 
 
 class _GivenLayer(DynamicLayer):

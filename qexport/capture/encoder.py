@@ -18,7 +18,6 @@ from .graph import Captured
 from .loading import load_known
 from .module import capture_module
 from .source import ModelFolder
-from .weights import Checkpoint
 
 # Sizes of the example inputs; see `trace`.
 _BATCH, _SEQUENCE = 2, 7
@@ -49,7 +48,6 @@ def capture_encoder(folder: ModelFolder) -> Captured:
     Raises:
         CaptureError: torch.export cannot follow the model, or the checkpoint does not fit its config.
     """
-    Checkpoint(folder.path)  # before the slow part: a damaged file is reported at once
     model, absent = load_known(folder, _loader(folder.config))
     config = folder.config
     names = ["input_ids", "attention_mask"]
@@ -59,9 +57,7 @@ def capture_encoder(folder: ModelFolder) -> Captured:
     if "token_type_ids" in taken and getattr(config, "type_vocab_size", 0) > 1:
         names.append("token_type_ids")
     example = {name: torch.ones(_BATCH, _SEQUENCE, dtype=torch.int64) for name in names}
-    captured = capture_module(
-        model, example, {name: {0: "batch", 1: "sequence"} for name in names}, absent=absent
-    )
+    captured = capture_module(model, example, {name: {0: "batch", 1: "sequence"} for name in names}, absent=absent)
     longest = _longest(model)
     sizes = {
         **({"max_position_embeddings": longest} if longest else {}),

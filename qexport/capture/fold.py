@@ -5,10 +5,10 @@ import operator
 import torch
 from torch.fx import GraphModule, Node
 
+from ..passes.convolutions import CONVOLUTIONS
 from ..passes.edit import get_tensor, is_call, set_tensor
 
 aten = torch.ops.aten
-CONVOLUTIONS = (aten.conv1d.default, aten.conv2d.default, aten.conv3d.default)
 _BY_NAME = {
     aten.conv1d.padding: aten.conv1d.default, aten.conv2d.padding: aten.conv2d.default,
     aten.conv3d.padding: aten.conv3d.default,

@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM
 from ..errors import CaptureError
 from .source import ModelFolder
 from .trace import quiet, root_cause
+from .weights import Checkpoint
 
 
 def load_known(folder: ModelFolder, loader: type) -> tuple[torch.nn.Module, list[str]]:
@@ -23,6 +24,7 @@ def load_known(folder: ModelFolder, loader: type) -> tuple[torch.nn.Module, list
     Raises:
         CaptureError: transformers cannot load it.
     """
+    Checkpoint(folder.path)  # before the slow part: a damaged file is reported at once
     try:
         with quiet():
             model, info = loader.from_pretrained(

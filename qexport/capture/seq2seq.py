@@ -14,19 +14,18 @@ from functools import partial
 import torch
 from torch import Tensor
 from transformers import AutoModelForSeq2SeqLM, AutoModelForSpeechSeq2Seq
-from transformers.cache_utils import Cache, EncoderDecoderCache
+from transformers.cache_utils import EncoderDecoderCache
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.models.auto import modeling_auto
 
 from ..errors import CaptureError
 from ..runtime.manifest import DECODER, ENCODER, SOURCE_MASK
-from .attention import IMPLEMENTATION, GivenCache, GraphCache, tracing
+from .attention import IMPLEMENTATION, GivenCache, GraphCache, ProbeCache, tracing
 from .graph import Captured, Port
 from .loading import load_whole
 from .module import capture_module
 from .source import ModelFolder
 from .trace import quiet, root_cause
-from .weights import Checkpoint
 
 # Sizes of the example inputs; see `trace`.
 _BATCH, _SOURCE, _SEQUENCE, _PAST = 2, 7, 3, 5
@@ -57,7 +56,6 @@ def capture_seq2seq(folder: ModelFolder) -> Parts:
         CaptureError: it reads neither text nor spectrograms, torch.export cannot follow it, or the checkpoint does not
             fit its config.
     """
-    Checkpoint(folder.path)  # before the slow part: a damaged file is reported at once
     model = _load(folder)
     source = _example(model, folder)
     layers, width = _layers(model, source)
@@ -116,28 +114,6 @@ def _axes(name: str) -> dict[int, str]:
     return {0: "batch", 1: "sequence" if name == "decoder_input_ids" else "source"}
 
 
-class _Recorder(Cache):
-    """An empty cache that keeps nothing, and notes what a model puts into it.
-
-    Attributes:
-        found: keys and values by layer.
-    """
-
-    def __init__(self):
-        super().__init__(layers=[])
-        self.found: dict[int, tuple[Tensor, Tensor]] = {}
-
-    def update(self, key_states, value_states, layer_idx, *args, **kwargs):
-        self.found[layer_idx] = key_states, value_states
-        return key_states, value_states
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        return 0
-
-    def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
-        return query_length, 0
-
-
 @contextmanager
 def _called_by(model: torch.nn.Module, names: Sequence[str], run: Callable):
     """Give a model another forward, of keyword arguments of these names; names of modules stay what they are."""
@@ -158,9 +134,9 @@ def _call(model: torch.nn.Module, cache: EncoderDecoderCache, **inputs):
     return type(model).forward(model, **inputs, past_key_values=cache, use_cache=True)
 
 
-def _first_step(model: torch.nn.Module, source: Mapping[str, Tensor]) -> tuple[_Recorder, _Recorder]:
+def _first_step(model: torch.nn.Module, source: Mapping[str, Tensor]) -> tuple[ProbeCache, ProbeCache]:
     """What a first token puts into the decoder's two caches."""
-    own, cross = _Recorder(), _Recorder()
+    own, cross = ProbeCache(), ProbeCache()
     token = torch.zeros(next(iter(source.values())).shape[0], 1, dtype=torch.int64)
     _call(model, EncoderDecoderCache(own, cross), **source, decoder_input_ids=token)
     return own, cross

@@ -33,6 +33,9 @@ class ModelFolder:
     config: PretrainedConfig
     trust_remote_code: bool = False
 
+    def __str__(self) -> str:
+        return self.name
+
     def tokenizer(self):
         """The tokenizer, or None where the folder has none."""
         if not any((self.path / name).exists() for name in _TOKENIZER_FILES):
@@ -43,17 +46,21 @@ class ModelFolder:
             return None
 
 
-def open_model(model: str | os.PathLike, *, trust_remote_code: bool = False, cache: Path | None = None) -> ModelFolder:
+def open_model(
+    model: str | os.PathLike | ModelFolder, *, trust_remote_code: bool = False, cache: Path | None = None
+) -> ModelFolder:
     """Find a model and its config.
 
     Args:
-        model: a local folder, a GGUF file or a folder with one, or a Hugging Face id.
+        model: a local folder, a GGUF file or a folder with one, or a Hugging Face id; or what this function returned.
         trust_remote_code: run model code that comes with the checkpoint.
         cache: where converted GGUF models are kept; by default below $XDG_CACHE_HOME or ~/.cache.
 
     Raises:
         InputError: nothing usable is there.
     """
+    if isinstance(model, ModelFolder):
+        return model
     path, name = Path(model), str(model)
     if path.suffix == ".gguf" and path.is_file():
         path, name = _convert_gguf(path, cache), name

@@ -112,7 +112,8 @@ def _probe(model: torch.nn.Module, place: str) -> list[CacheShape]:
             f"layers {without or 'of it'} keep no keys and values", place=place,
             remedy="A state of another kind (of recurrent and convolutional layers) has no lowering",
         )  # fmt: skip
-    return [CacheShape(key[1], key[3], value[3]) for _, (key, value) in sorted(cache.found.items())]
+    sizes = ((key.shape, value.shape) for _, (key, value) in sorted(cache.found.items()))
+    return [CacheShape(key[1], key[3], value[3]) for key, value in sizes]
 
 
 def _trace_whole(model: torch.nn.Module, aliases, cache: list[CacheShape], place: str) -> Traced:

@@ -67,18 +67,19 @@ def export(
     chosen = qexport.Recipe.load(recipe or ("compact" if auto else "w4a16_g32"))
     chosen = chosen.with_calibration(samples=samples, sequence_length=sequence_length, seed=seed)
     console.quiet_libraries()
+    from ..capture.source import open_model
     from ..reporting import auto_summary, export_summary, print_auto, print_export
-    from ..seq2seq import encoder_decoder
 
     imported()
-    if (pair := encoder_decoder(model, trust_remote_code=trust_remote_code)) is not None:
+    source = open_model(model, trust_remote_code=trust_remote_code)
+    if source.config.is_encoder_decoder:
         if auto or resume or logits != "all":
             raise InputError("an encoder-decoder takes neither --auto nor --resume nor --logits last", place=model)
         from ..seq2seq import printing
 
         with console.showing_progress() as progress:
             both = qexport.export_seq2seq(
-                pair, chosen, out_dir=out, target=target, dtype=dtype, calibration=calibration, overwrite=overwrite,
+                source, chosen, out_dir=out, target=target, dtype=dtype, calibration=calibration, overwrite=overwrite,
                 progress=progress,
             )  # fmt: skip
         if as_json:
@@ -92,7 +93,7 @@ def export(
         most = None if max_bytes is None else console.parsed_bytes(max_bytes)
         with console.showing_progress() as progress:
             found = qexport.export_auto(
-                model, chosen, out_dir=out, max_bytes=most, max_kl=max_kl, target=target, dtype=dtype,
+                source, chosen, out_dir=out, max_bytes=most, max_kl=max_kl, target=target, dtype=dtype,
                 calibration=calibration, text=text, overwrite=overwrite, attention=attention, provider=provider,
                 trust_remote_code=trust_remote_code, progress=progress,
             )  # fmt: skip
@@ -103,7 +104,7 @@ def export(
         return
     with console.showing_progress() as progress:
         result = qexport.export(
-            model, chosen, out_dir=out, target=target, dtype=dtype, calibration=calibration, overwrite=overwrite,
+            source, chosen, out_dir=out, target=target, dtype=dtype, calibration=calibration, overwrite=overwrite,
             resume=resume, logits=logits, trust_remote_code=trust_remote_code, attention=attention, progress=progress,
         )  # fmt: skip
     if as_json:
@@ -138,17 +139,18 @@ def inspect(
     given = {"samples": samples, "sequence_length": sequence_length, "seed": seed}
     chosen = qexport.Recipe.load(recipe).with_calibration(**given)
     console.quiet_libraries()
+    from ..capture.source import open_model
     from ..reporting import print_inspection
-    from ..seq2seq import encoder_decoder
 
     imported()
-    if (pair := encoder_decoder(model, trust_remote_code=trust_remote_code)) is not None:
+    source = open_model(model, trust_remote_code=trust_remote_code)
+    if source.config.is_encoder_decoder:
         if calibrate or calibration is not None or any(v is not None for v in given.values()):
             raise InputError("ranges of an encoder-decoder are measured by its export only", place=model)
         from ..seq2seq import printing
         from ..seq2seq.exporting import inspect_seq2seq
 
-        both = inspect_seq2seq(pair, chosen, target=target, dtype=dtype)
+        both = inspect_seq2seq(source, chosen, target=target, dtype=dtype)
         if as_json:
             console.print_json(both.as_dict())
         else:
@@ -156,7 +158,7 @@ def inspect(
         return
     with console.showing_progress() as progress:
         found = qexport.inspect(
-            model, chosen, target=target, dtype=dtype, attention=attention, trust_remote_code=trust_remote_code,
+            source, chosen, target=target, dtype=dtype, attention=attention, trust_remote_code=trust_remote_code,
             calibrate=calibrate or any(v is not None for v in given.values()), calibration=calibration,
             progress=progress,
         )  # fmt: skip

@@ -1,6 +1,5 @@
 """Text from an exported decoder, with the tokenizer in its folder."""
 
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -44,8 +43,7 @@ def generate_text(
         RuntimeProblem: as `open_session`.
     """
     folder = Path(folder)
-    if not is_seq2seq(folder):
-        manifests.load(folder)  # which says what is wrong with a folder that is no export
+    manifest = None if is_seq2seq(folder) else manifests.load(folder)
     tokenizer = _tokenizer(folder)
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
     if chat:
@@ -65,13 +63,13 @@ def generate_text(
             on_text(row, piece)
 
     listener = on_token if on_text else None
-    if is_seq2seq(folder):
+    if manifest is None:
         pair = open_seq2seq(folder, threads=threads, provider=provider)
         source = texts_as_source(pair, ids)
         result = pair.write(source, max_new_tokens=max_new_tokens, sampling=sampling, on_token=listener)
     else:
         longest = max((len(row) for row in ids), default=0) + max_new_tokens
-        decoder = open_decoder(folder, threads=threads, provider=provider, max_length=longest)
+        decoder = open_decoder(folder, manifest, threads=threads, provider=provider, max_length=longest)
         result = decoder.generate(
             ids,
             max_new_tokens=max_new_tokens,
@@ -89,13 +87,8 @@ def generate_text(
 
 def eos_token_ids(folder: str | Path, default: int | None = None) -> tuple[int, ...]:
     """End-of-sequence tokens from generation_config.json, else config.json, else `default`."""
-    for name in ("generation_config.json", "config.json"):
-        path = Path(folder) / name
-        if path.is_file():
-            value = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
-            if value is not None:
-                return tuple(value) if isinstance(value, list) else (value,)
-    return () if default is None else (default,)
+    value = manifests.stated(folder).get("eos_token_id", () if default is None else default)
+    return tuple(value) if isinstance(value, list | tuple) else (value,)
 
 
 class _TextStream:

@@ -236,6 +236,17 @@ def read_json(path: Path) -> dict[str, Any]:
     return data
 
 
+def stated(folder: str | Path) -> dict[str, Any]:
+    """What generation_config.json says, and config.json where that does not; nothing that is null.
+
+    Raises:
+        InputError: one of them is no JSON object.
+    """
+    paths = (Path(folder) / name for name in ("config.json", "generation_config.json"))
+    pairs = (pair for path in paths if path.is_file() for pair in read_json(path).items())
+    return {key: value for key, value in pairs if value is not None}
+
+
 def _first(error: ValidationError) -> str:
     detail = error.errors()[0]
     return f"{'.'.join(str(part) for part in detail['loc'])}: {detail['msg']}"

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnxruntime as ort
@@ -11,7 +10,7 @@ import onnxruntime as ort
 from ..errors import InputError, RuntimeProblem
 from . import manifest as manifests
 from .decoder import Decoder, Generation
-from .manifest import CUDA, DECODER, ENCODER, MANIFEST_FILE, SEQ2SEQ, SOURCE_MASK, read_json
+from .manifest import CUDA, DECODER, ENCODER, MANIFEST_FILE, SEQ2SEQ, SOURCE_MASK, read_json, stated
 from .sampling import Sampling
 from .session import open_session
 from .values import value_of
@@ -45,11 +44,7 @@ def habits_of(folder: str | Path) -> Habits:
     Raises:
         InputError: they do not say how texts begin, or are no JSON objects.
     """
-    found: dict[str, Any] = {}
-    for name in ("config.json", "generation_config.json"):
-        path = Path(folder) / name
-        if path.is_file():
-            found |= {key: value for key, value in read_json(path).items() if value is not None}
+    found = stated(folder)
     first = found.get("decoder_start_token_id", found.get("bos_token_id"))
     if not isinstance(first, int):
         raise InputError("no decoder_start_token_id", place=str(folder), remedy="Write it into generation_config.json")
@@ -107,7 +102,6 @@ class EncoderDecoder:
         if "attention_mask" in source:
             given[SOURCE_MASK] = values["attention_mask"]
         self.decoder.give(given)
-
 
     def write(
         self,

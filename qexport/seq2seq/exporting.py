@@ -23,7 +23,7 @@ from ..planning import plan_for
 from ..recipe import Recipe
 from ..recipes.specs import FLOAT
 from ..runtime.manifest import DECODER, ENCODER, FORMAT, MANIFEST_FILE, SEQ2SEQ
-from .sources import load_sources, write_about
+from .sources import load_sources, of_part, write_about
 
 WRITTEN = 64  # tokens of a text that calibrates the decoder
 _CONFIGS = ("config.json", "generation_config.json", "preprocessor_config.json", "processor_config.json")
@@ -79,7 +79,7 @@ def export_seq2seq(
             raise RecipeError(f"{name} is for decoders alone", place=name, remedy="Remove it for encoder-decoders")
     check_free(out, overwrite)
     recipe, data = recipe_and_data(recipe, calibration)
-    folder = model if isinstance(model, ModelFolder) else open_model(model, trust_remote_code=trust_remote_code)
+    folder = open_model(model, trust_remote_code=trust_remote_code)
     progress("capture", folder.name, 0, 1)
     parts = capture_seq2seq(folder)
     recipes = part_recipes(parts, recipe)
@@ -95,7 +95,7 @@ def export_seq2seq(
         made = {
             part: export(
                 captured, recipes[part], out_dir=temporary / part, target=target, dtype=dtype, calibration=read[part],
-                progress=partial(_of_part, progress, part),
+                progress=partial(of_part, progress, part),
             )
             for part, captured in _named(parts).items()
         }  # fmt: skip
@@ -126,7 +126,7 @@ def inspect_seq2seq(
 ) -> Parted:
     """Say what `export_seq2seq` would do with the same arguments; raises as it does."""
     recipe = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
-    folder = model if isinstance(model, ModelFolder) else open_model(model, trust_remote_code=trust_remote_code)
+    folder = open_model(model, trust_remote_code=trust_remote_code)
     parts = capture_seq2seq(folder)
     recipes = part_recipes(parts, recipe)
     found = {
@@ -163,10 +163,6 @@ def _names(captured: Captured) -> Sequence[str]:
     graphs = [block.module.graph for block in captured.blocks]
     found = [linear.name for graph in graphs for linear in linears(graph)]
     return [*found, *(name for graph in graphs for name in convolutions(graph))]
-
-
-def _of_part(progress: Progress, part: str, stage: str, what: str, done: int, total: int) -> None:
-    progress(f"{part}: {stage}", what, done, total)
 
 
 def _write_companions(out: Path, source: ModelFolder) -> None:

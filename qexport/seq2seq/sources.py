@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 
-from ..calibrate.data import Prepared
+from ..calibrate.data import Prepared, Progress
 from ..calibrate.encoder_inputs import with_last_token
 from ..calibrate.self_text import continue_text
 from ..calibrate.sources import load_samples
@@ -69,10 +69,15 @@ def _texts(parts: Parts, spec: CalibrationSpec, data: Any) -> Sources:
     rows = [ids[mask.bool()] for ids, mask in zip(samples.input_ids, samples.attention_mask, strict=True)]
     if data is None:  # windows end where they are cut
         rows = list(with_last_token(torch.stack(rows), parts.encoder))
-    batches = [{"input_ids": ids, "attention_mask": torch.ones_like(ids)} for ids in _stacked(rows, spec.batch_size)]
-    names = {port.name for port in parts.encoder.inputs}
     described = f"{samples.described}; an encoder-decoder writes no source itself" if own else samples.described
-    return Sources([{n: t for n, t in batch.items() if n in names} for batch in batches], described, own)
+    return Sources(batches_of(parts, rows, spec.batch_size), described, own)
+
+
+def batches_of(parts: Parts, rows: Sequence[Tensor], size: int) -> list[dict[str, Tensor]]:
+    """What the encoder reads of texts of token ids [source], at most `size` of them together."""
+    names = {port.name for port in parts.encoder.inputs}
+    batches = ({"input_ids": ids, "attention_mask": torch.ones_like(ids)} for ids in _stacked(rows, size))
+    return [{name: tensor for name, tensor in batch.items() if name in names} for batch in batches]
 
 
 def _stacked(rows: Sequence[Tensor], size: int) -> Iterator[Tensor]:
@@ -184,3 +189,8 @@ def _cross(cache: EncoderDecoderCache) -> dict[str, Tensor]:
 def _empty(parts: Parts, rows: int) -> dict[str, Tensor]:
     ports = (port for port in parts.decoder.inputs if port.name.startswith("past_key_values."))
     return {port.name: torch.zeros(rows, port.dims[1], 0, port.dims[3]) for port in ports}
+
+
+def of_part(progress: Progress, part: str, stage: str, what: str, done: int, total: int) -> None:
+    """Report the progress of one part."""
+    progress(f"{part}: {stage}", what, done, total)

@@ -26,7 +26,7 @@ from ..validate.reference import FloatOutputs
 from ..validate.report import Greedy, Logits
 from ..validate.text import choose_text
 from ..validate.wording import number
-from .sources import Sources, load_sources, write_about
+from .sources import Sources, batches_of, load_sources, of_part, write_about
 
 _SEED = 0x5EED0F7E57  # of sources that nobody gave: others than any recipe's
 _LAYER_BATCHES = 4  # sources on which values inside the parts are compared
@@ -91,7 +91,7 @@ def validate_seq2seq(
         raise InputError("is no export of an encoder-decoder", place=str(folder))
     if new_tokens < 2:
         raise InputError(f"{new_tokens} new tokens tell nothing", place="new_tokens", remedy="Take 2 or more")
-    model = reference if isinstance(reference, ModelFolder) else open_model(reference)
+    model = open_model(reference)
     if not model.config.is_encoder_decoder:
         raise InputError("is no encoder-decoder", place=model.name, remedy="Give the model that was exported")
     progress("capture", model.name, 0, 1)
@@ -104,7 +104,7 @@ def validate_seq2seq(
     reports = [
         validate(
             folder / part, captured, inputs=batches[:_LAYER_BATCHES], threads=threads, provider=provider,
-            progress=partial(_of_part, progress, part),
+            progress=partial(of_part, progress, part),
         )
         for part, captured, batches in ((ENCODER, parts.encoder, read), (DECODER, parts.decoder, written.batches))
     ]  # fmt: skip
@@ -126,20 +126,13 @@ def validate_seq2seq(
 def _sources(parts: Parts, text, inputs, windows: int, window: int, progress: Progress) -> Sources:
     if inputs is None and text is not None and parts.encoder.inputs[0].name == "input_ids":
         chosen = choose_text(parts.encoder, text, windows, window, partial(progress, "text"))
-        rows = with_last_token(chosen.windows, parts.encoder)
-        return Sources(
-            [{p.name: row[None] if p.name == "input_ids" else torch.ones_like(row[None]) for p in parts.encoder.inputs}
-             for row in rows], chosen.described,
-        )  # fmt: skip
+        rows = list(with_last_token(chosen.windows, parts.encoder))
+        return Sources(batches_of(parts, rows, 1), chosen.described)
     spec = CalibrationSpec(
         source="random" if text is None else os.fspath(text), samples=windows, sequence_length=window, seed=_SEED,
         batch_size=1,
     )  # fmt: skip
     return load_sources(parts, spec, inputs)
-
-
-def _of_part(progress: Progress, part: str, stage: str, what: str, done: int, total: int) -> None:
-    progress(f"{part}: {stage}", what, done, total)
 
 
 def _logits(parts: Parts, pair: EncoderDecoder, sources: Sequence[dict[str, Tensor]], written: Prepared, progress):

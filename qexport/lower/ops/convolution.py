@@ -3,6 +3,7 @@
 import torch
 from torch.fx import Node
 
+from ...passes.convolutions import CONVOLUTIONS
 from ...passes.edit import dtype_of, shape_of
 from ..emitter import Emitter, unsupported
 
@@ -104,7 +105,7 @@ def _each(value: int | list[int], rank: int) -> list[int]:
 
 
 TRANSLATIONS = {
-    aten.conv1d.default: _conv, aten.conv2d.default: _conv, aten.conv3d.default: _conv,
+    **dict.fromkeys(CONVOLUTIONS, _conv),
     aten.conv1d.padding: _conv, aten.conv2d.padding: _conv,
     aten.max_pool1d.default: _max_pool(1), aten.max_pool2d.default: _max_pool(2),
     aten.avg_pool1d.default: _avg_pool(1), aten.avg_pool2d.default: _avg_pool(2),

@@ -5,6 +5,7 @@ import operator
 import torch
 from torch.fx import Node
 
+from ...passes.convolutions import CONVOLUTIONS
 from ...passes.edit import dtype_of, is_call, shape_of
 from ..emitter import ONNX_DTYPE, Emitter, unsupported
 from ..fuse import SAME_SHAPE
@@ -71,7 +72,7 @@ def _silu(emit: Emitter, node: Node):
 
 def _relu(emit: Emitter, node: Node):
     """Max(x, 0): ONNX Runtime does not fuse a quantized MatMul whose only reader is a Relu; of convolutions it does."""
-    if is_call(node.args[0], aten.conv1d.default, aten.conv2d.default, aten.conv3d.default):
+    if is_call(node.args[0], *CONVOLUTIONS):
         return emit.op("Relu", emit.get(node.args[0]))
     return emit.op("Max", emit.get(node.args[0]), emit.constant(0, dtype_of(node)))
 
