@@ -1,0 +1,1 @@
+"""Where models come from: folders, the Hub, GGUF; what their weights are, and the independent reference."""
