@@ -66,6 +66,34 @@ def within(place: str):
 
 
 @contextmanager
+def reading(place: str | os.PathLike, message: str, remedy: str | None = None, kind: type[QExportError] = InputError):
+    """Turn whatever a library raises about a file that people brought into one expected error.
+
+    For the one call of the library, and nothing else: a fault of our own in the `with` would be called the file's.
+    Which errors a parser can raise, no library says.
+
+    Args:
+        place: the file; message: what is wrong, to which the library's own words are added.
+    """
+    try:
+        yield
+    except QExportError:
+        raise
+    except BaseException as error:
+        # A panic in a library of Rust is no Exception, and known by its name only.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise kind(f"{message} ({in_a_line(error)})", place=os.fspath(place), remedy=remedy) from error
+
+
+def in_a_line(error: BaseException) -> str:
+    """What an error says, or its kind where it says nothing, in one line that is not too long."""
+    said = " ".join(str(error).split()).rstrip(".")
+    said = f"{type(error).__name__}: {said}" if isinstance(error, LookupError) else said  # whose words are but the key
+    return (said if len(said) <= 300 else f"{said[:300]}...") or type(error).__name__
+
+
+@contextmanager
 def writing_to(place: Path, when_full: str):
     """Turn a full disk, whose remedy is `when_full`, or a refused write into an InputError."""
     try:

@@ -8,9 +8,10 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
+from ..artifact.files import read_json
 from ..errors import InputError
 from ..runtime import manifest as manifests
-from ..runtime.manifest import RECIPE_FILE, Manifest, read_json
+from ..runtime.manifest import RECIPE_FILE, Manifest
 from ..validate.record import KEY, REPORT_FILE
 from ..validate.report import Report
 

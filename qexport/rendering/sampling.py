@@ -8,8 +8,9 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
+from ..artifact.files import read_json
 from ..errors import InputError
-from ..runtime.manifest import MODEL_FILE, read_json
+from ..runtime.manifest import MODEL_FILE
 from ..study.result import Row, Study
 from .drawing import with_numbers
 from .figures import Lines, Point, Series

@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from ..artifact.files import read_json
 from ..errors import InputError
 
 FORMAT = 1
@@ -223,17 +224,6 @@ def load_genai(folder: str | Path) -> Manifest:
         raise InputError(f"not the genai_config.json of a decoder ({error!r})", place=str(path)) from None
     except ValidationError as error:
         raise InputError(f"unusable genai_config.json: {_first(error)}", place=str(path)) from None
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file; InputError names the file that is none."""
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise InputError(f"unreadable: {error}", place=str(path)) from None
-    if not isinstance(data, dict):
-        raise InputError("not a JSON object", place=str(path))
-    return data
 
 
 def stated(folder: str | Path) -> dict[str, Any]:
