@@ -6,12 +6,17 @@ types they take and return. Names are loaded when they are first used, so that
 importing qexport costs nothing.
 """
 
+import os
 import sys
 from importlib import import_module
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from .garbage import no_garbage_collection
+
+# ONNX Runtime from 1.29 on sends telemetry, and leaves a device id in the home folder as soon as it is imported, unless
+# it was told not to. Whoever set this, to whatever, has decided.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 if TYPE_CHECKING:
     from .auto.exporting import AutoResult as AutoResult

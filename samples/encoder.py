@@ -10,11 +10,11 @@ import time
 from pathlib import Path
 
 import numpy as np
-import onnxruntime
 import torch
 from transformers import AutoModel, AutoTokenizer, logging
 
-import qexport
+import qexport  # isort: skip  before ONNX Runtime, whose telemetry it turns off
+import onnxruntime
 
 # Nothing of what is judged is calibrated on.
 CALIBRATION = """

@@ -20,6 +20,7 @@ from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
+import qexport  # noqa: F401  # isort: skip  before ONNX Runtime, whose telemetry it turns off
 import onnxruntime
 import torch
 import transformers

@@ -23,12 +23,12 @@ from pathlib import Path
 from unittest.mock import patch
 
 import onnx
-import onnxruntime as ort
 import psutil
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-import qexport
+import qexport  # isort: skip  before ONNX Runtime, whose telemetry it turns off
+import onnxruntime as ort
 from qexport.calibrate.streams import decoder_inputs
 from qexport.console import megabytes, showing_progress
 from qexport.errors import InputError, QExportError

@@ -4,11 +4,11 @@ python samples/own_module.py
 """
 
 import numpy as np
-import onnxruntime
 import torch
 from torch import nn
 
-import qexport
+import qexport  # isort: skip  before ONNX Runtime, whose telemetry it turns off
+import onnxruntime
 
 
 class Classifier(nn.Module):

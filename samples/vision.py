@@ -8,11 +8,11 @@ import statistics
 import time
 
 import numpy as np
-import onnxruntime
 import torch
 from torch import nn
 
-import qexport
+import qexport  # isort: skip  before ONNX Runtime, whose telemetry it turns off
+import onnxruntime
 
 SHAPES = ("disc", "ring", "square", "frame", "cross", "stripes")
 
