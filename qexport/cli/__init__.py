@@ -9,12 +9,14 @@ import typer
 import qexport
 
 from ..errors import QExportError
+from ..log import show_warnings
 from . import making, proving, running  # noqa: F401  their commands belong to the application
 from .options import app
 
 
 def main() -> None:
     """Entry point: expected errors become one line on stderr and exit code 2."""
+    show_warnings()
     gc.disable()  # until everything is imported, see `options.imported`
     try:
         app()

@@ -22,6 +22,7 @@ def generate(
     top_p: Annotated[float | None, typer.Option(help="Sample from the likeliest tokens that add up to p.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of sampling.")] = None,
     chat: Annotated[bool, typer.Option("--chat", help="Put the prompt into the chat template of the model.")] = False,
+    system: Annotated[str | None, typer.Option(help="With --chat: what the system says before the prompt.")] = None,
     threads: Threads = None,
     provider: Provider = None,
 ) -> None:
@@ -33,11 +34,21 @@ def generate(
     sampling = qexport.Sampling(**given) if given and temperature != 0 else None
     console.quiet_libraries()
     imported()
-    qexport.generate(
-        folder, prompt, max_new_tokens=max_new_tokens, sampling=sampling, chat=chat, threads=threads, provider=provider,
-        on_text=lambda row, piece: print(piece, end="", flush=True),
-    )  # fmt: skip
-    print()
+    written = False
+
+    def show(row: int, piece: str) -> None:
+        nonlocal written
+        written = True
+        print(piece, end="", flush=True)
+
+    try:
+        qexport.generate(
+            folder, prompt, max_new_tokens=max_new_tokens, sampling=sampling, chat=chat, system=system, threads=threads,
+            provider=provider, on_text=show,
+        )  # fmt: skip
+    finally:  # what stands there stays readable, whatever comes after it
+        if written:
+            print(flush=True)
 
 
 @app.command()

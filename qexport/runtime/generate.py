@@ -3,13 +3,16 @@
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from ..errors import InputError
+from ..errors import InputError, reading
+from ..log import warn
 from . import manifest as manifests
 from .decoder import Decoder, Generation, open_decoder
 from .sampling import Sampling
 from .seq2seq import is_seq2seq, open_seq2seq, texts_as_source
 
 __all__ = ["Decoder", "Generation", "Sampling", "eos_token_ids", "generate_text", "open_decoder"]
+
+_DAMAGED = "Copy the model's tokenizer files into it again"
 
 
 def generate_text(
@@ -19,6 +22,7 @@ def generate_text(
     max_new_tokens: int = 128,
     sampling: Sampling | None = None,
     chat: bool = False,
+    system: str | None = None,
     threads: int | None = None,
     provider: str | None = None,
     on_text: Callable[[int, str], None] | None = None,
@@ -28,9 +32,10 @@ def generate_text(
     Args:
         folder: exported folder.
         prompt: one prompt or a batch.
-        max_new_tokens: new tokens a prompt gets at most.
+        max_new_tokens: new tokens a prompt gets at most; fewer where the model's context ends before, and a warning
+            says so.
         sampling: how to draw; None takes the likeliest token.
-        chat: put the prompt as a user's turn into the tokenizer's chat template.
+        chat: put the prompt as a user's turn into the tokenizer's chat template; system: what the system says before.
         threads: threads within an operator.
         provider: run on this provider instead of the one the file was made for.
         on_text: called as on_text(row, piece) while text grows; the pieces of a row add up to its text.
@@ -39,23 +44,23 @@ def generate_text(
         the new text of each prompt, without special tokens.
 
     Raises:
-        InputError: the folder is no export or has no tokenizer, or chat without a chat template.
+        InputError: the folder is no export or has no usable tokenizer, there is no chat template or it refuses the
+            turns, a system without chat, or a prompt that the model's context has no room for.
         RuntimeProblem: as `open_session`.
     """
     folder = Path(folder)
     manifest = None if is_seq2seq(folder) else manifests.load(folder)
     tokenizer = _tokenizer(folder)
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+    if system is not None and not chat:
+        raise InputError("a system message is part of a chat", place="system", remedy="Pass --chat too")
     if chat:
-        if not tokenizer.chat_template:
-            raise InputError("the tokenizer has no chat template", place=str(folder), remedy="Leave out --chat")
-        turns = [[{"role": "user", "content": text}] for text in prompts]
-        prompts = [tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True) for turn in turns]
-    # A template writes its own special tokens.
-    ids = [tokenizer(text, add_special_tokens=not chat)["input_ids"] for text in prompts]
-    if any(not row for row in ids) and tokenizer.bos_token_id is not None:
-        ids = [row or [tokenizer.bos_token_id] for row in ids]
-    streams = [_TextStream(tokenizer) for _ in ids]
+        prompts = [_templated(tokenizer, text, system, folder) for text in prompts]
+    ids = _token_ids(tokenizer, prompts, folder, special=not chat)  # a template writes its own special tokens
+    limit, rows = _limits(folder, manifest)
+    room = _room(ids, limit, rows, apart=manifest is None)
+    new_tokens = max_new_tokens if room is None else min(max_new_tokens, room)
+    streams = [_TextStream(tokenizer, folder) for _ in ids]
 
     def on_token(row: int, token: int) -> None:
         piece = streams[row].push(token)
@@ -66,13 +71,13 @@ def generate_text(
     if manifest is None:
         pair = open_seq2seq(folder, threads=threads, provider=provider)
         source = texts_as_source(pair, ids)
-        result = pair.write(source, max_new_tokens=max_new_tokens, sampling=sampling, on_token=listener)
+        result = pair.write(source, max_new_tokens=new_tokens, sampling=sampling, on_token=listener)
     else:
-        longest = max((len(row) for row in ids), default=0) + max_new_tokens
+        longest = max((len(row) for row in ids), default=0) + new_tokens
         decoder = open_decoder(folder, manifest, threads=threads, provider=provider, max_length=longest)
         result = decoder.generate(
             ids,
-            max_new_tokens=max_new_tokens,
+            max_new_tokens=new_tokens,
             eos_token_ids=eos_token_ids(folder, tokenizer.eos_token_id),
             pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0,
             sampling=sampling,
@@ -82,7 +87,9 @@ def generate_text(
         for row, stream in enumerate(streams):
             if rest := stream.finish():
                 on_text(row, rest)
-    return [tokenizer.decode(row, skip_special_tokens=True) for row in result.tokens]
+    if new_tokens < max_new_tokens and not all(result.finished):
+        warn(f"stopped after {new_tokens} new tokens, where the model's context of {limit} tokens ends")
+    return [_decoded(tokenizer, row, folder) for row in result.tokens]
 
 
 def eos_token_ids(folder: str | Path, default: int | None = None) -> tuple[int, ...]:
@@ -91,11 +98,68 @@ def eos_token_ids(folder: str | Path, default: int | None = None) -> tuple[int, 
     return tuple(value) if isinstance(value, list | tuple) else (value,)
 
 
+def _templated(tokenizer, text: str, system: str | None, folder: Path) -> str:
+    if not tokenizer.chat_template:
+        raise InputError("the tokenizer has no chat template", place=str(folder), remedy="Leave out --chat")
+    turns = [{"role": "user", "content": text}]
+    if system is not None:
+        turns.insert(0, {"role": "system", "content": system})
+    remedy = "It may want a system message: pass --system" if system is None else "It may take no system message"
+    with reading(folder, "its chat template refuses these messages", remedy):
+        return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+
+
+def _token_ids(tokenizer, texts: Sequence[str], folder: Path, *, special: bool) -> list[list[int]]:
+    """Token ids of each text; of an empty one what begins texts, where something does."""
+    with reading(folder, "its tokenizer cannot read the prompt", _DAMAGED):
+        ids = [list(tokenizer(text, add_special_tokens=special)["input_ids"]) for text in texts]
+    start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    return [row or start for row in ids]
+
+
+def _limits(folder: Path, manifest: manifests.Manifest | None) -> tuple[int | None, int | None]:
+    """The most tokens that the model reads, and how many it knows; None where nothing says so."""
+    said = manifests.stated(folder) if manifest is None else manifest.settings
+    found = (said.get("max_position_embeddings"), said.get("vocab_size"))
+    return tuple(size if isinstance(size, int) and size > 0 else None for size in found)
+
+
+def _room(ids: Sequence[Sequence[int]], limit: int | None, rows: int | None, *, apart: bool) -> int | None:
+    """How many tokens there may be after the longest prompt, None where there is no end.
+
+    Args:
+        apart: an encoder reads the prompts, and what is written has a context of its own.
+
+    Raises:
+        InputError: none, or a token that the model does not know.
+    """
+    unknown = next((token for row in ids for token in row if rows is not None and token >= rows), None)
+    if unknown is not None:
+        raise InputError(
+            f"the tokenizer gives token {unknown}, and the model knows {rows} tokens", place="prompt",
+            remedy="Take the tokenizer that belongs to the model",
+        )  # fmt: skip
+    longest = max((len(row) for row in ids), default=0)
+    if limit is None:
+        return None
+    if longest > limit - (not apart):
+        raise InputError(
+            f"its {longest} tokens leave no room: the model reads at most {limit}", place="prompt",
+            remedy=f"Shorten it to {limit - (not apart)} tokens or fewer",
+        )  # fmt: skip
+    return limit - (1 if apart else longest)
+
+
+def _decoded(tokenizer, tokens: Sequence[int], folder: Path) -> str:
+    with reading(folder, "its tokenizer cannot decode what the model wrote", _DAMAGED):
+        return tokenizer.decode(tokens, skip_special_tokens=True)
+
+
 class _TextStream:
     """Text of a growing list of tokens, handed out once no later token can change it."""
 
-    def __init__(self, tokenizer):
-        self._tokenizer, self._tokens, self._given = tokenizer, [], ""
+    def __init__(self, tokenizer, folder: Path):
+        self._tokenizer, self._folder, self._tokens, self._given = tokenizer, folder, [], ""
 
     def push(self, token: int) -> str:
         self._tokens.append(token)
@@ -109,7 +173,7 @@ class _TextStream:
         return self._hand_out(self._text())
 
     def _text(self) -> str:
-        return self._tokenizer.decode(self._tokens, skip_special_tokens=True)
+        return _decoded(self._tokenizer, self._tokens, self._folder)
 
     def _hand_out(self, text: str) -> str:
         piece, self._given = text[len(self._given) :], text
@@ -119,9 +183,5 @@ class _TextStream:
 def _tokenizer(folder: Path):
     from transformers import AutoTokenizer
 
-    try:
+    with reading(folder, "no usable tokenizer", _DAMAGED):
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise InputError(
-            f"no usable tokenizer: {error}", place=str(folder), remedy="Copy the model's tokenizer files into it"
-        ) from error

@@ -1,0 +1,76 @@
+"""Prompts, chats and lengths that do not fit are one sentence, and what was written stays."""
+
+import json
+import string
+import subprocess
+import sys
+
+import pytest
+from transformers import AutoTokenizer
+
+from qexport.errors import InputError
+from qexport.runtime.generate import generate_text
+from tiny_decoder import write_tiny_decoder, write_word_tokenizer
+
+CONTEXT = 16
+STRICT = (
+    "{% if messages[0]['role'] != 'system' %}{{ raise_exception('A system message is needed') }}{% endif %}"
+    "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("decoder")
+    write_tiny_decoder(folder, up_scheme="float")
+    write_word_tokenizer(folder)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["settings"]["max_position_embeddings"] = CONTEXT
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = STRICT
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def words(count):
+    """Letters, each of which is a token."""
+    return string.ascii_letters[:count]
+
+
+def test_a_prompt_that_fills_the_context_is_refused_with_the_limit(folder):
+    with pytest.raises(InputError, match="its 16 tokens leave no room: the model reads at most 16. Shorten it to 15"):
+        generate_text(folder, words(CONTEXT))
+
+
+def test_text_ends_where_the_context_ends(folder, caplog):
+    pieces = []
+    texts = generate_text(folder, words(10), max_new_tokens=50, on_text=lambda row, piece: pieces.append(piece))
+    assert caplog.messages == ["stopped after 6 new tokens, where the model's context of 16 tokens ends"]
+    assert texts == ["".join(pieces)] and texts == generate_text(folder, words(10), max_new_tokens=6)
+
+
+def test_a_template_that_refuses_is_quoted_and_a_system_message_helps(folder):
+    with pytest.raises(InputError, match=r"refuses these messages \(A system message is needed\).*pass --system"):
+        generate_text(folder, "b", chat=True)
+    with_system = generate_text(folder, "b", chat=True, system="a", max_new_tokens=3)
+    assert with_system == generate_text(folder, "ab", max_new_tokens=3)
+    with pytest.raises(InputError, match="part of a chat. Pass --chat"):
+        generate_text(folder, "b", system="a")
+
+
+def test_a_token_without_a_row_is_refused(folder, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens(["<new>"])
+    for file in folder.iterdir():
+        (tmp_path / file.name).symlink_to(file) if "token" not in file.name else None
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(InputError, match="the tokenizer gives token 97, and the model knows 97 tokens"):
+        generate_text(tmp_path, "b<new>")
+
+
+def test_the_command_line_keeps_what_was_written(folder):
+    command = [sys.executable, "-m", "qexport", "generate", folder, "-p", words(12), "--max-new-tokens", "99"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0 and result.stdout.endswith("\n") and len(result.stdout.strip()) > 0
+    assert result.stderr == "warning: stopped after 4 new tokens, where the model's context of 16 tokens ends\n"
