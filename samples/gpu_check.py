@@ -29,6 +29,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 import qexport  # isort: skip  before ONNX Runtime, whose telemetry it turns off
 import onnxruntime as ort
+
 from qexport.calibrate.streams import decoder_inputs
 from qexport.console import megabytes, showing_progress
 from qexport.errors import InputError, QExportError

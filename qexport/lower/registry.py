@@ -1,0 +1,47 @@
+"""Which function translates which operator: each is registered once, where it is written."""
+
+from collections.abc import Callable
+from typing import Any
+
+from torch.fx import Node
+
+from ..graph.schema import Arguments, bind
+from .emitter import Emitter, unsupported
+
+# The emitter, the node, and its arguments by name; returns the ONNX value, or a tuple where the operator makes several.
+Translation = Callable[[Emitter, Node, Arguments], Any]
+
+_TRANSLATIONS: dict[Any, Translation] = {}
+
+
+def translates(*targets: Any) -> Callable[[Translation], Translation]:
+    """Register a function as the translation of operators; at most one may translate each.
+
+    Raises:
+        ValueError: an operator has a translation already.
+    """
+
+    def register(translation: Translation) -> Translation:
+        for target in targets:
+            if target in _TRANSLATIONS:
+                raise ValueError(f"{target} has a translation already: {_TRANSLATIONS[target].__qualname__}")
+            _TRANSLATIONS[target] = translation
+        return translation
+
+    return register
+
+
+def is_translated(target: Any) -> bool:
+    """Whether an operator has an ONNX form."""
+    return target in _TRANSLATIONS
+
+
+def translate(emit: Emitter, node: Node) -> Any:
+    """The ONNX value of a call.
+
+    Raises:
+        LoweringError: its operator has no ONNX form.
+    """
+    if node.target not in _TRANSLATIONS:
+        raise unsupported(node, "has no ONNX translation")
+    return _TRANSLATIONS[node.target](emit, node, bind(node))
