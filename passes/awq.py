@@ -8,6 +8,7 @@ from torch.fx import GraphModule
 
 from ..errors import NumericsError, RecipeError
 from ..numerics.observers import ChannelMeanAbs, RowSample, Several
+from ..numerics.smoothing import filled
 from .edit import get_tensor
 from .equalize import Equalize, on_consumers
 from .search import best
@@ -54,7 +55,7 @@ def awq_factors(activation_mean: torch.Tensor, alpha: float) -> torch.Tensor:
         activation_mean: mean|x_j| of every feature, [K].
         alpha: 0 (no factor) to 1.
     Returns:
-        float32 [K], positive; 1 for a feature that is never active.
+        float32 [K], positive; a feature that is never active has that of the median one (see `filled`).
     Raises:
         NumericsError: NaN or Inf in a mean.
         RecipeError: alpha is outside [0, 1].
@@ -64,12 +65,11 @@ def awq_factors(activation_mean: torch.Tensor, alpha: float) -> torch.Tensor:
     mean = activation_mean.double()
     if not bool(torch.isfinite(mean).all()):
         raise NumericsError("an activation has NaN or Inf", remedy="Check the checkpoint and the data")
-    dead = mean == 0
-    factors = mean.pow(alpha).clamp_min_(_FLOOR)
-    if not dead.all():
-        least, most = factors[~dead].aminmax()
-        factors = factors / (least * most).sqrt()
-    return factors.masked_fill_(dead, 1).float()
+    if not mean.any():
+        return torch.ones_like(mean).float()
+    factors = filled(mean).pow(alpha).clamp_min_(_FLOOR)
+    least, most = factors.aminmax()
+    return (factors / (least * most).sqrt()).float()
 
 
 def _producer_mean(site: FoldSite, means: torch.Tensor) -> torch.Tensor:

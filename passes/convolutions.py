@@ -102,7 +102,9 @@ class Extent:
             self.low, self.high = min(self.low, low), max(self.high, high)
 
     def grid(self) -> tuple[float, int]:
-        """(scale, zero point) of uint8 codes that cover it; 0 is a code."""
+        """(scale, zero point) of uint8 codes that cover it; 0 is a code. Steps of 1 where nothing but 0 was seen."""
+        if self.low == self.high == 0:
+            return 1.0, 128
         scale = max((self.high - self.low) / 255, 1e-8)
         return scale, round(-self.low / scale)
 

@@ -13,8 +13,9 @@ from typing import Any
 
 import torch
 
+from .calibrate.coverage import unseen_shares, warning
 from .calibrate.data import Progress, calibration_batches, needs_data, no_progress, recipe_and_data
-from .calibrate.loop import quantize_blocks
+from .calibrate.loop import Finished, quantize_blocks
 from .calibrate.projection import hessian_of
 from .calibrate.stages import passes_for
 from .capture.folder import capture_folder
@@ -40,6 +41,7 @@ from .passes.convolutions import ConvolutionPlan
 from .passes.embedding import EmbeddingPlan
 from .passes.experts import CountChoices
 from .passes.plan import LinearPlan
+from .passes.sites import Linear
 from .planning import convolutions_for, output_projection, plan_for
 from .recipe import Recipe
 from .rendering import read_export, write_card
@@ -63,6 +65,8 @@ class ExportResult:
         convolutions: the decision for every convolution, in order.
         dense: mixtures of experts that compute every expert for every token, and why.
         rarely_chosen: linears of experts that few calibration tokens chose, and how many did.
+        unseen: by name of the linear, the share of its input features that calibration never made active, if any.
+        warnings: sentences about what may hurt, though it was done as asked.
     """
 
     folder: Path
@@ -74,6 +78,8 @@ class ExportResult:
     convolutions: list[ConvolutionPlan] = field(default_factory=list)
     dense: dict[str, str] = field(default_factory=dict)
     rarely_chosen: dict[str, str] = field(default_factory=dict)
+    unseen: dict[str, float] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
 
 
 def export(
@@ -183,7 +189,10 @@ def export(
             manifest = manifest_of(captured, plan, convolutions, lowered, lowering, sizes, settings)
             seconds["lower"] = clock.lap()
             source = origin(captured.folder) if captured.folder else {"name": type(model).__name__}
-            report = report_of(source, [*plan, *convolutions], embeddings, finished, seconds, described)
+            rarely, unseen = _rarely_chosen(finished), _unseen(finished, plan, projection, hessian)
+            told = warning({name: share for name, share in unseen.items() if name not in rarely})
+            warnings = (told,) if told else ()
+            report = report_of(source, [*plan, *convolutions], embeddings, finished, seconds, described, warnings)
             write_companions(folder, manifest, captured.folder, recipe.to_yaml(), report)
             write_card(read_export(folder))
     except BaseException as error:
@@ -195,8 +204,23 @@ def export(
     shutil.rmtree(work)
     seconds = {k: round(v, 2) for k, v in seconds.items()}
     dense = {name: why for item in finished for name, why in item.dense.items()}
-    rarely = {name: what for item in finished for name, what in item.record.skipped.get(CountChoices.__name__, ())}
-    return ExportResult(out, manifest, plan, seconds, described, embeddings, convolutions, dense, rarely)
+    return ExportResult(
+        out, manifest, plan, seconds, described, embeddings, convolutions, dense, rarely, unseen, warnings
+    )
+
+
+def _rarely_chosen(finished: Sequence[Finished]) -> dict[str, str]:
+    return {name: what for item in finished for name, what in item.record.skipped.get(CountChoices.__name__, ())}
+
+
+def _unseen(
+    finished: Sequence[Finished], plan: Sequence[LinearPlan], projection: Linear | None, hessian: torch.Tensor | None
+) -> dict[str, float]:
+    """Shares of features that were never active, for the linears that have some."""
+    counts = {name: count for item in finished for name, count in item.record.unseen.items()}
+    if hessian is not None and (count := int((hessian.diagonal() == 0).sum())):
+        counts[projection.name] = count
+    return unseen_shares(counts, plan)
 
 
 def capture(

@@ -40,6 +40,8 @@ def export_summary(result: ExportResult) -> dict[str, Any]:
         ],
         "dense_experts": [{"experts": name, "reason": why} for name, why in result.dense.items()],
         "rarely_chosen": [{"linear": name, "tokens": what} for name, what in result.rarely_chosen.items()],
+        "unseen_features": [{"linear": n, "share": round(share, 4)} for n, share in result.unseen.items()],
+        "warnings": list(result.warnings),
     }
 
 
@@ -83,6 +85,8 @@ def print_export(result: ExportResult) -> None:
         print(f"  {count} mixtures of experts compute every expert for every token: {reason}")
     if rare := result.rarely_chosen:
         print(f"  fewer than {FEW_TOKENS} calibration tokens chose the experts of {len(rare)} linears: see report.json")
+    for sentence in result.warnings:
+        print(f"  warning: {sentence}")
     _print_fast([linear.slow for linear in result.manifest.linears if linear.fast is not None], "  ")
     if result.manifest.kind == "encoder":
         print(f"Next: qexport validate {result.folder} --reference MODEL --text FILE")

@@ -20,8 +20,9 @@ from ..numerics.joined import Joined
 from ..passes.base import GraphPass, Pipeline
 from ..passes.edit import attributes, delete_tensor, get_tensor, set_tensor, unload
 from . import shards
+from .coverage import Coverage
 from .memory import trim
-from .streams import Stream, batches, collect, sqnr
+from .streams import Stream, batches, sqnr
 
 JOURNAL = "journal.jsonl"
 
@@ -33,6 +34,7 @@ class BlockRecord:
     Attributes:
         sqnr_db: of what it hands on, against the float model, on the calibration data; None without calibration.
         changed, skipped: by pass, (site, what) pairs.
+        unseen: by name of the linear, how many of its input features calibration never made active.
     """
 
     name: str
@@ -40,6 +42,7 @@ class BlockRecord:
     sqnr_db: float | None = None
     changed: Mapping[str, list] = field(default_factory=dict)
     skipped: Mapping[str, list] = field(default_factory=dict)
+    unseen: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass
@@ -150,13 +153,12 @@ def _one(captured, block: Block, passes, stream, reference, finished, total: int
         loaded = _load(captured, block)
     if reference is not None and not last:
         reference.advance(block, index)
-    results = {}
+    results, coverage = {}, Coverage(block, stream)
     if steps:
         sample = stream.inputs(block, 0) if stream is not None else ()
         with torch.no_grad():
             results = Pipeline(steps).run(
-                block.module, partial(collect, block, stream), sample, batches(block, stream, reference),
-                partial(_earlier, finished),
+                block.module, coverage.collect, sample, batches(block, stream, reference), partial(_earlier, finished)
             )  # fmt: skip
         _untie(captured, block, loaded)
     decibels = None
@@ -173,7 +175,7 @@ def _one(captured, block: Block, passes, stream, reference, finished, total: int
     record = BlockRecord(
         block.name, round(time.perf_counter() - started, 3), decibels,
         {name: [(n.site, n.what, dict(n.data)) for n in r.changed] for name, r in results.items() if r.changed},
-        {name: [(n.site, n.what) for n in r.skipped] for name, r in results.items() if r.skipped},
+        {name: [(n.site, n.what) for n in r.skipped] for name, r in results.items() if r.skipped}, coverage.unseen,
     )  # fmt: skip
     return Finished(block, record, place, set(stored), captured)
 

@@ -10,8 +10,12 @@ def code_range(bits: int) -> tuple[int, int]:
 
 
 def cache_scale(absmax: Tensor, bits: int) -> Tensor:
-    """absmax / the largest code, and 1 where nothing but zeros was seen; float32 of absmax's shape."""
-    scale = absmax.float() / code_range(bits)[1]
+    """absmax / the largest code, float32 of absmax's shape.
+
+    A channel where nothing but zeros was seen gets the widest scale of the others, as new data may wake it; 1 where all
+    are such.
+    """
+    scale = absmax.float().masked_fill(absmax == 0, float(absmax.max())) / code_range(bits)[1]
     return scale.masked_fill(scale < torch.finfo(torch.float32).tiny, 1)
 
 

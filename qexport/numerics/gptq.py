@@ -51,6 +51,12 @@ class HessianStatistic:
             raise NumericsError("the input of a linear has NaN or Inf", remedy=_DATA_REMEDY)
         self.tokens += x.shape[0]
 
+    def unseen(self) -> Tensor:
+        """Whether a feature was zero for every token, bool [K]; raises as `value`."""
+        if self._sum is None:
+            raise _no_token()
+        return self._sum.diagonal() == 0
+
     def value(self) -> Tensor:
         """H, float32 [K, K].
 
@@ -58,7 +64,7 @@ class HessianStatistic:
             NumericsError: no token was seen.
         """
         if self._sum is None or not self.tokens:
-            raise NumericsError("no calibration token reached the linear", remedy="Use more calibration data")
+            raise _no_token()
         return self._sum * (2 / self.tokens)
 
 
@@ -76,15 +82,17 @@ def gptq(
 
     Scales are static: they come from the original weight, before any column is compensated, so `act_order` (columns by
     falling diag(H)) needs no group index and the codes are in the original order of features. Input features that were
-    never active (a zero on the diagonal) get weight zero, as in the paper's code; damping is relative to the mean
-    diagonal of the others, which makes the result independent of the scale of H.
+    never active (a zero on the diagonal) are rounded to nearest: data says nothing about them, and other data may wake
+    them (the paper's code sets their weights to zero instead). Damping is relative to the mean diagonal of the others,
+    which makes the result independent of the scale of H.
 
     Args:
         w: float [N, K].
         hessian: float32 [K, K], symmetric, as `HessianStatistic.value` returns it; not modified.
         damp: share of the mean diagonal added to the diagonal; 10, 100 and 1000 times that if H cannot be factorized.
         block_size: columns compensated at once; changes speed and rounding of float32, nothing else.
-        clip_search: take scales from `search_clip` with diag(H) as importance.
+        clip_search: take scales from `search_clip` with diag(H) as importance; features that were never active count
+            as much as damping makes them count.
     Raises:
         NumericsError: NaN or Inf, an all-zero Hessian, or one that cannot be factorized.
     """
@@ -96,9 +104,11 @@ def gptq(
     if bool(dead.all()):
         remedy = "Use more calibration data, or round this weight to nearest"
         raise NumericsError("the Hessian is zero: no calibration token activates the linear", remedy=remedy)
-    if bool(dead.any()):
-        w = w.masked_fill(dead, 0)
-    scale, zero_point = search_clip(w, fmt, diagonal) if clip_search else weight_scales(w, fmt)
+    if clip_search:
+        importance = diagonal.masked_fill(dead, damp * _mean_of_seen(diagonal, dead))
+        scale, zero_point = search_clip(w, fmt, importance)
+    else:
+        scale, zero_point = weight_scales(w, fmt)
 
     order = torch.argsort(diagonal, descending=True, stable=True) if act_order else torch.arange(k, device=w.device)
     factor = _inverse_factor(hessian, dead, order, damp)
@@ -140,7 +150,7 @@ def _inverse_factor(hessian: Tensor, dead: Tensor, order: Tensor, damp: float) -
     With J the reversal of all indices, J H J = L L^T gives H = R R^T for the upper triangular R = J L J, and U = R^-1:
     one factorization and one triangular solve, without forming the inverse.
     """
-    mean = float(hessian.diagonal()[~dead].double().mean())
+    mean = _mean_of_seen(hessian.diagonal(), dead)
     reverse = order.flip(0)
     flipped = hessian[reverse[:, None], reverse].float()
     flipped.diagonal().masked_fill_(dead[reverse], mean)
@@ -159,3 +169,11 @@ def _inverse_factor(hessian: Tensor, dead: Tensor, order: Tensor, damp: float) -
         f"the Hessian cannot be factorized, even with {10 ** (_DAMP_TRIES - 1)} times the damping of {damp}",
         remedy="Use more calibration data, raise the damping, or round to nearest",
     )
+
+
+def _no_token() -> NumericsError:
+    return NumericsError("no calibration token reached the linear", remedy="Use more calibration data")
+
+
+def _mean_of_seen(diagonal: Tensor, dead: Tensor) -> float:
+    return float(diagonal[~dead].double().mean())

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .formats import ActivationFormat
-from .observers import MagnitudeHistogram
+from .observers import ChannelAbsmax, MagnitudeHistogram
 
 
 def token_range(x: Tensor, factors: Tensor | None = None, alpha: float = 1.0) -> Tensor:
@@ -77,17 +77,22 @@ class RangeAndKernel:
     """
 
     def __init__(self, chooses: Any = None) -> None:
-        self._histogram, self._chooses = MagnitudeHistogram(), chooses
+        self._histogram, self._channels, self._chooses = MagnitudeHistogram(), ChannelAbsmax(), chooses
 
     def update(self, x: Tensor) -> None:
-        """Take in x, float of any shape; raises NumericsError on NaN or Inf."""
+        """Take in x, float [tokens, K]; raises NumericsError on NaN or Inf."""
         self._histogram.update(x)
+        self._channels.update(x)
         if self._chooses is not None:
             self._chooses.update(x)
 
     def absmax(self) -> float:
         """Raises NumericsError when nothing was seen."""
         return (self._chooses or self._histogram).absmax()
+
+    def unseen(self) -> Tensor:
+        """Whether a feature was zero for every token, bool [K]."""
+        return self._channels.unseen()
 
     def kernel(self, scale: float) -> dict[str, float]:
         """The shares for a scale; the histogram's bins make them exact to 2^-10 of the half step."""

@@ -134,6 +134,10 @@ class ChannelAbsmax:
             raise _no_data()
         return self._absmax
 
+    def unseen(self) -> Tensor:
+        """Whether a feature was zero for every token, bool [K]; raises as `absmax`."""
+        return self.absmax() == 0
+
 
 class ChannelMeanAbs:
     """The mean magnitude of every feature over all tokens."""
@@ -156,6 +160,10 @@ class ChannelMeanAbs:
         if self._sum is None:
             raise _no_data()
         return (self._sum / self._tokens).float()
+
+    def unseen(self) -> Tensor:
+        """Whether a feature was zero for every token, bool [K]; raises as `mean`."""
+        return self.mean() == 0
 
 
 class RowSample:
@@ -202,6 +210,10 @@ class Several:
         """Show x to every part."""
         for part in self.parts:
             part.update(x)
+
+    def unseen(self) -> Tensor:
+        """What the first part says; see `ChannelAbsmax.unseen`."""
+        return self.parts[0].unseen()
 
 
 def _not_finite() -> NumericsError:

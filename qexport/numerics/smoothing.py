@@ -11,7 +11,8 @@ _FLOOR = 1e-5
 def smoothquant_factors(activation_absmax: Tensor, weights: list[Tensor], alpha: float) -> Tensor:
     """s_j = max|x_j|^alpha / max|w_j|^(1 - alpha): x is to be divided by s and the columns of every w multiplied.
 
-    Both ranges and s itself are floored at 1e-5. A feature that is never active, or that no weight reads, keeps s = 1.
+    Both ranges and s itself are floored at 1e-5. A feature that no weight reads keeps s = 1; for one that is never
+    active see `filled`.
 
     Args:
         activation_absmax: [K], the largest magnitude of every feature.
@@ -29,9 +30,9 @@ def smoothquant_factors(activation_absmax: Tensor, weights: list[Tensor], alpha:
     weight = torch.stack([torch.maximum(w.amax(0), -w.amin(0)).double() for w in weights]).amax(0)
     if not bool(torch.isfinite(activation + weight).all()):
         raise NumericsError("an activation or a weight has NaN or Inf", remedy="Check the checkpoint and the data")
-    factors = activation.clamp_min(_FLOOR).pow(alpha) / weight.clamp_min(_FLOOR).pow(1 - alpha)
-    dead = (activation == 0) | (weight == 0)
-    return factors.clamp_min_(_FLOOR).masked_fill_(dead, 1).float()
+    factors = filled(activation).clamp_min(_FLOOR).pow(alpha) / weight.clamp_min(_FLOOR).pow(1 - alpha)
+    idle = (activation == 0).all() | (weight == 0)
+    return factors.clamp_min_(_FLOOR).masked_fill_(idle, 1).float()
 
 
 def crossquant_factors(activation_absmax: Tensor, alpha: float) -> Tensor:
@@ -41,7 +42,7 @@ def crossquant_factors(activation_absmax: Tensor, alpha: float) -> Tensor:
         activation_absmax: c, [K], the largest magnitude of every feature.
         alpha: 1 (per token only) to 0 (per channel only).
     Returns:
-        float32 [K], positive; 1 for a feature that is never active.
+        float32 [K], positive; for a feature that is never active see `filled`.
     Raises:
         NumericsError: NaN or Inf in a range.
         RecipeError: alpha is outside [0, 1].
@@ -51,8 +52,8 @@ def crossquant_factors(activation_absmax: Tensor, alpha: float) -> Tensor:
     activation = activation_absmax.double()
     if not bool(torch.isfinite(activation).all()):
         raise NumericsError("an activation has NaN or Inf", remedy="Check the checkpoint and the data")
-    factors = activation.pow(1 - alpha).clamp_min_(_FLOOR)
-    return factors.masked_fill_(activation == 0, 1).float()
+    factors = filled(activation).pow(1 - alpha).clamp_min_(_FLOOR)
+    return factors.masked_fill_((activation == 0).all(), 1).float()
 
 
 def lae_factors(activation_absmax: Tensor) -> Tensor:
@@ -64,12 +65,26 @@ def lae_factors(activation_absmax: Tensor) -> Tensor:
     Args:
         activation_absmax: r, [K], the largest magnitude of every feature.
     Returns:
-        float32 [K], positive; 1 for a feature that is never active.
+        float32 [K], positive; for a feature that is never active see `filled`.
     Raises:
         NumericsError: NaN or Inf in a range.
     """
     activation = activation_absmax.double()
     if not bool(torch.isfinite(activation).all()):
         raise NumericsError("an activation has NaN or Inf", remedy="Check the checkpoint and the data")
-    factors = activation / torch.log2(2 + activation)
-    return factors.clamp_min_(_FLOOR).masked_fill_(activation == 0, 1).float()
+    reach = filled(activation)
+    factors = reach / torch.log2(2 + reach)
+    return factors.clamp_min_(_FLOOR).masked_fill_((activation == 0).all(), 1).float()
+
+
+def filled(sizes: Tensor) -> Tensor:
+    """The sizes of features with the median of the others in the place of zeros, as new data may wake these.
+
+    A factor of 1 beside others of a hundredth would let the weights of a feature that was never active set the scale of
+    a whole row, and beside others of a hundred the feature would be clipped as soon as it is active.
+
+    Args:
+        sizes: non-negative [K], such as the largest magnitude of every feature; returned as they are if all are zero.
+    """
+    idle = sizes == 0
+    return sizes if bool(idle.all()) else sizes.masked_fill(idle, float(sizes[~idle].median()))

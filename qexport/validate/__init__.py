@@ -25,7 +25,7 @@ from .greedy import compare_greedy
 from .layers import compare, compare_layers
 from .logits import check_all_logits, compare_logits, deployed_logits
 from .placement import examine
-from .record import exported_activations, load, save
+from .record import exported_activations, exported_warnings, load, save
 from .reference import Feeds, FloatOutputs, check_same_model, decoder_feeds
 from .report import Report, Row
 from .running import run_session
@@ -166,7 +166,8 @@ def validate(
     name = captured.folder.name if captured.folder else type(reference).__name__
     report = with_verdict(Report(
         reference=name, text=chosen.described, own_text=chosen.own, layers=layers, logits=logits, outputs=outputs,
-        activations=exported_activations(folder), placement=placed, seconds=seconds, references=tuple(others),
+        activations=exported_activations(folder), warnings=exported_warnings(folder), placement=placed,
+        seconds=seconds, references=tuple(others),
         greedy=texts, sensitivity=restored, left_out=tuple(left_out), versions=versions(),
         settings=settings(
             reference, text, windows=windows, window=window, threads=threads, provider=provider,

@@ -45,6 +45,11 @@ def exported_activations(folder: Path) -> tuple[Activation, ...]:
     return tuple(found)
 
 
+def exported_warnings(folder: Path) -> tuple[str, ...]:
+    """What the export warned of."""
+    return tuple(_read(folder / REPORT_FILE).get("export", {}).get("warnings", ()))
+
+
 def branch_gains(folder: Path) -> dict[str, float]:
     """By how many dB the low-rank branch of a linear lowers the error of its weight, by the account of the export."""
     gains = {}

@@ -290,6 +290,7 @@ class Report(_Frozen):
         outputs: for models without text, each output over all inputs.
         references, greedy, sensitivity: see their classes; empty or null where they were not asked for.
         left_out: sentences about what was asked for and not done.
+        warnings: sentences of the export about what may hurt on other data.
         problems: sentences about what has to be repaired; empty when the export does what was planned.
         verdict: everything in plain sentences, problems first.
         seconds: wall time by stage.
@@ -309,6 +310,7 @@ class Report(_Frozen):
     greedy: Greedy | None = None
     sensitivity: Sensitivity | None = None
     left_out: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
     placement: Placement
     problems: tuple[str, ...] = ()
     verdict: tuple[str, ...] = ()

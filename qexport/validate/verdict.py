@@ -158,7 +158,7 @@ def _values(report: Report) -> list[str]:
 
 
 def _facts(report: Report) -> list[str]:
-    facts = []
+    facts = list(report.warnings)
     total = sum(report.placement.kernels.values()) + report.placement.convolutions
     if total and not report.placement.unfused:
         facts.append(f"all {kernels(report.placement)}")

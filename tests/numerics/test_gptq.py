@@ -86,28 +86,48 @@ def test_clip_search_takes_its_scales_from_the_hessian_diagonal():
     assert objective(w, q, hessian) < objective(w, quantize_weight(w, INT4), hessian)
 
 
-def test_dead_features_become_zero_and_do_not_widen_the_scale():
-    w, hessian = correlated()
-    dead = [3, 20, 47]
+def without(hessian, dead):
+    """The Hessian of inputs in which some features were never active."""
+    hessian = hessian.clone()
     hessian[dead] = 0
     hessian[:, dead] = 0
-    w[:, dead] = 1000
-    alive = w.clone()
-    alive[:, dead] = 0
-    for fmt in (INT4, WeightFormat(4, 16, False)):
-        q = gptq(w, hessian, fmt)
-        assert not q.dequantize()[:, dead].any() and float(q.scale.max()) < 2
-        assert objective(alive, q, hessian) < objective(alive, quantize_weight(alive, fmt), hessian)
+    return hessian
 
 
-def test_dead_features_do_not_change_the_codes_of_the_others():
+@pytest.mark.parametrize("fmt", [INT4, WeightFormat(4, 16, False), WeightFormat(8, PER_CHANNEL)])
+def test_features_that_were_never_active_are_rounded_to_nearest_and_the_others_are_those_of_elimination(fmt):
     w, hessian = correlated()
-    dead = torch.arange(48) % 3 != 1
-    alone = gptq(w[:, ~dead], hessian[~dead][:, ~dead], WeightFormat(4))
-    hessian[dead] = 0
-    hessian[:, dead] = 0
-    q = gptq(w, hessian, WeightFormat(4))
-    assert torch.equal(q.codes[:, ~dead], alone.codes) and not q.codes[:, dead].any()
+    dead = torch.arange(48) % 3 == 1
+    q = gptq(w, without(hessian, dead), fmt)
+    scale, zero_point = weight_scales(w, fmt)
+    assert torch.equal(q.scale, scale)
+    assert torch.equal(q.codes[:, dead], quantize_weight(w, fmt).codes[:, dead])
+    # In float64, of the others alone: what no feature met has no part in any error that they push around.
+    seen, kept = hessian[~dead][:, ~dead], w[:, ~dead]
+    groups = torch.arange(48)[~dead] // (fmt.group_size if fmt.group_size > 0 else 48)
+    one_each = WeightFormat(fmt.bits, 1, fmt.symmetric)
+    zero = None if zero_point is None else zero_point[:, groups]
+    expected = slow_gptq(kept, seen, one_each, scale[:, groups], zero, act_order=True)
+    assert numpy.array_equal(q.codes[:, ~dead].numpy(), expected)
+
+
+def test_a_searched_clip_does_not_forget_features_that_were_never_active():
+    w, hessian = correlated()
+    dead = torch.arange(48) >= 32  # the last group of 16
+    q = gptq(w, without(hessian, dead), INT4, clip_search=True)
+    assert torch.equal(q.scale[:, 2], search_clip(w, INT4)[0][:, 2])
+    dead = torch.arange(48) % 16 == 5
+    w[:, dead] = 4 * w.abs().max()
+    clipped = search_clip(w, INT4, without(hessian, dead).diagonal())[0]
+    assert (gptq(w, without(hessian, dead), INT4, clip_search=True).scale >= clipped).all()
+
+
+def test_a_hessian_knows_the_features_it_never_saw():
+    statistic = HessianStatistic("token_norm")
+    with pytest.raises(NumericsError, match="no calibration token"):
+        statistic.unseen()
+    statistic.update(torch.tensor([[0.0, 1.0, 0.0], [0.0, 0.0, 1e-3]]))
+    assert statistic.unseen().tolist() == [True, False, False]
 
 
 def test_the_size_of_the_hessian_does_not_matter_and_inputs_are_left_alone():

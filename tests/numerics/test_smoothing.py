@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qexport.errors import NumericsError, RecipeError
-from qexport.numerics.smoothing import lae_factors, smoothquant_factors
+from qexport.numerics.smoothing import crossquant_factors, filled, lae_factors, smoothquant_factors
 
 
 def case(seed=0):
@@ -36,15 +36,34 @@ def test_half_way_makes_both_ranges_equal():
     assert torch.allclose(scaled, activation / factors, rtol=1e-5)
 
 
-def test_dead_features_keep_one_and_small_ranges_are_floored():
+def test_a_feature_that_was_never_active_is_taken_for_the_median_one():
+    """A factor of 1 beside others of a hundredth would give its weights a hundred times their part in a row's scale."""
     activation, weights = case()
+    activation *= 1e-3
     activation[2] = 0
+    median = float(activation[activation > 0].median())
+    assert float(filled(activation)[2]) == median and torch.equal(filled(torch.zeros(3)), torch.zeros(3))
+    known = activation.clone()
+    known[2] = median
+    for found, expected in (
+        (smoothquant_factors(activation, weights, 0.5), smoothquant_factors(known, weights, 0.5)),
+        (lae_factors(activation), lae_factors(known)),
+        (crossquant_factors(activation, 0.15), crossquant_factors(known, 0.15)),
+    ):
+        assert torch.equal(found, expected) and float(found[2]) < 0.5
+    none = torch.zeros_like(activation)
+    assert all((f == 1).all() for f in (smoothquant_factors(none, weights, 0.5), lae_factors(none)))
+    assert (crossquant_factors(none, 0.5) == 1).all()
+
+
+def test_features_without_a_reader_keep_one_and_small_ranges_are_floored():
+    activation, weights = case()
     for w in weights:
         w[:, 5] = 0
         w[:, 7] = 1e-9
     activation[8] = 1e-9
     factors = smoothquant_factors(activation, weights, 0.5)
-    assert float(factors[2]) == float(factors[5]) == 1
+    assert float(factors[5]) == 1
     assert float(factors[7]) == pytest.approx(math.sqrt(float(activation[7]) / 1e-5), rel=1e-6)
     top = max(float(w[:, 8].abs().max()) for w in weights)
     assert float(factors[8]) == pytest.approx(math.sqrt(1e-5 / top), rel=1e-6)
@@ -71,7 +90,9 @@ def test_what_cannot_be_used_is_refused():
 def test_logarithmic_factors_agree_with_a_loop(ranges):
     factors = lae_factors(torch.tensor(ranges))
     assert factors.dtype == torch.float32 and factors.shape == (len(ranges),)
+    active = sorted(r for r in ranges if r)
     for got, r in zip(factors.tolist(), ranges, strict=True):
+        r = r or (active[(len(active) - 1) // 2] if active else 0)
         assert got == pytest.approx(max(r / math.log2(2 + r), 1e-5) if r else 1, rel=1e-6)
 
 
@@ -84,8 +105,8 @@ def test_logarithmic_equalization_turns_a_range_into_its_logarithm():
 
 
 def test_logarithmic_equalization_of_ranges_next_to_zero():
-    factors = lae_factors(torch.tensor([0.0, 1e-20, 1e-6, 1.0]))
-    assert factors.tolist() == pytest.approx([1, 1e-5, 1e-5, 1 / math.log2(3)], rel=1e-6)
+    factors = lae_factors(torch.tensor([1e-20, 1e-6, 1.0]))
+    assert factors.tolist() == pytest.approx([1e-5, 1e-5, 1 / math.log2(3)], rel=1e-6)
     for bad in (math.nan, math.inf):
         with pytest.raises(NumericsError, match="NaN or Inf"):
             lae_factors(torch.tensor([1.0, bad]))
