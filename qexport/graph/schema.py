@@ -18,6 +18,7 @@ _MISSING: Any = object()
 _PLAIN: dict[Any, Sequence[str]] = {
     operator.getitem: ("source", "index"),
     **dict.fromkeys((operator.add, operator.sub, operator.mul, operator.floordiv, operator.mod), ("a", "b")),
+    **dict.fromkeys((torch.sym_max, torch.sym_min), ("a", "b")),
 }
 
 

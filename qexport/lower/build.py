@@ -1,6 +1,6 @@
 """From finished blocks to one ONNX model."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -8,23 +8,18 @@ import onnx_ir as ir
 import torch
 from torch.fx import Graph, GraphModule, Node
 
-from .. import ops as _ops  # noqa: F401  registers the operators
 from ..capture.blocks import handed_on
 from ..capture.graph import Port
+from . import ops as _ops  # noqa: F401  registers the translations
 from .book import Book, Placed, plain
 from .branches import Piece, add_branches, branched, branches_of
-from .emitter import ONNX_DTYPE, VIEW_OF, Emitter, unsupported
+from .emitter import ONNX_DTYPE, VIEW_OF, Emitter
 from .fuse import fuse_norms
-from .ops import convolution, elementwise, embedding, experts, grouped, indexing, layers, quantized, resampling, shapes
+from .registry import is_translated, translate, untranslated
 from .targets.forms import input_of, linear_products
 from .targets.qmoe import Form
 
 OPSET = 23  # Attention, RMSNormalization and RotaryEmbedding appeared here
-TRANSLATIONS = {
-    **elementwise.TRANSLATIONS, **shapes.TRANSLATIONS, **layers.TRANSLATIONS, **grouped.TRANSLATIONS,
-    **quantized.TRANSLATIONS, **embedding.TRANSLATIONS, **indexing.TRANSLATIONS, **convolution.TRANSLATIONS,
-    **experts.TRANSLATIONS, **resampling.TRANSLATIONS,
-}  # fmt: skip
 
 
 class Target(Protocol):
@@ -73,8 +68,8 @@ def check_translations(graphs: Iterable[Graph]) -> None:
     """
     for graph in graphs:
         for node in graph.nodes:
-            if node.op == "call_function":
-                _translation(node)
+            if node.op == "call_function" and not is_translated(node.target):
+                raise untranslated(node)
 
 
 def build(
@@ -149,9 +144,12 @@ def _translate(emit: Emitter, piece: Piece, known: dict[str, ir.Value]) -> dict[
         emit.values[node] = known[name]
     for node in piece.module.graph.nodes:
         if node.op == "call_function":
-            value = emit.values[node] = _translation(node)(emit, node)
-            linear = node.meta.get("result_of")
-            if linear is not None:
+            value = translate(emit, node)
+            if isinstance(value, tuple):
+                emit.results[node] = value
+                continue
+            emit.values[node] = value
+            if (linear := node.meta.get("result_of")) is not None:
                 value.name = emit.named(f"{linear}.output")
                 made[linear] = value
         elif node.op == "output":
@@ -172,12 +170,6 @@ def _name_inputs(emit: Emitter, graph: Graph, named: set[ir.Value]) -> None:
         if value is not None and value.producer() is not None and value not in named:
             value.name = emit.named(f"{product.meta['linear']}.input")
             named.add(value)
-
-
-def _translation(node: Node) -> Callable:
-    if node.target not in TRANSLATIONS:
-        raise unsupported(node, "has no ONNX translation")
-    return TRANSLATIONS[node.target]
 
 
 def _interface(port: Port, target: Target) -> ir.Value:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import overload
 
 import onnx_ir as ir
 import torch
@@ -10,8 +10,9 @@ from onnx_ir import tensor_adapters
 from torch.fx import Node
 
 from ..errors import LoweringError
+from ..graph.views import Size, tensor_name
 from ..numerics.packing import pack_int4
-from ..passes.edit import dtype_of, is_call, shape_of
+from ..passes.edit import dtype_of, shape_of
 
 ONNX_DTYPE = {
     torch.float32: ir.DataType.FLOAT, torch.float16: ir.DataType.FLOAT16, torch.bfloat16: ir.DataType.BFLOAT16,
@@ -21,23 +22,29 @@ ONNX_DTYPE = {
 VIEW_OF = "view_of"  # in the meta of an initializer: the one whose bytes it is made of
 _FOUR_BITS = {torch.int8: ir.DataType.INT4, torch.uint8: ir.DataType.UINT4}
 
+Number = int | float | bool
+Attribute = int | float | str | Sequence[int] | ir.DataType | None
+
 
 class Emitter:
     """The ONNX graph under construction.
 
     Attributes:
-        values: the ONNX value of every fx node translated so far, a tuple for nodes with several results.
+        values: the ONNX value of every fx node translated so far that has one.
+        results: the ONNX values of every fx node translated so far that has several.
         nodes: ONNX nodes in order.
         initializers: by name.
     """
 
     def __init__(self) -> None:
-        self.values: dict[Node, Any] = {}
+        self.values: dict[Node, ir.Value] = {}
+        self.results: dict[Node, tuple[ir.Value, ...]] = {}
         self.nodes: list[ir.Node] = []
         self.initializers: dict[str, ir.Value] = {}
         self._constants: dict[tuple, ir.Value] = {}
-        self._scope, self._prefix, self._taken = "", "", {}
-        self._read: Callable[[str], torch.Tensor] | None = None
+        self._scope, self._prefix = "", ""
+        self._taken: dict[str, int] = {}
+        self._read: Callable[[str], torch.Tensor]  # from the first block on
 
     def enter(self, scope: str, read: Callable[[str], torch.Tensor]) -> None:
         """Start a block: its name, and how its tensors are read when the file is written."""
@@ -57,24 +64,44 @@ class Emitter:
         return self._prefix + name
 
     def op(
-        self, op_type: str, *inputs, domain: str = "", outputs: int = 1, name: str = "", output: str = "", **attributes
-    ):
-        """Add a node; Python numbers among the inputs are not allowed, None is an absent input.
+        self,
+        op_type: str,
+        *inputs: ir.Value | None,
+        domain: str = "",
+        name: str = "",
+        output: str = "",
+        **attributes: Attribute,
+    ) -> ir.Value:
+        """Add a node of one output.
 
-        Returns:
-            Its output, or a tuple of them.
+        Args:
+            inputs: None is an absent one.
+            name, output: of the node and of its output; counted by operator where they are empty.
+            attributes: None is an absent one.
         """
+        return self.several(1, op_type, *inputs, domain=domain, name=name, output=output, **attributes)[0]
+
+    def several(
+        self,
+        outputs: int,
+        op_type: str,
+        *inputs: ir.Value | None,
+        domain: str = "",
+        name: str = "",
+        output: str = "",
+        **attributes: Attribute,
+    ) -> tuple[ir.Value, ...]:
+        """Add a node with this many outputs; see `op`."""
         name = self._unique(self.named(name or f"{self._scope}/{op_type}"))
         output = output and self._unique(self.named(output))
-        made = [ir.Value(name=output if output and i == 0 else f"{name}:{i}") for i in range(outputs)]
+        made = tuple(ir.Value(name=output if output and i == 0 else f"{name}:{i}") for i in range(outputs))
         while inputs and inputs[-1] is None:  # ONNX Runtime's fusions count a trailing absent input as present
             inputs = inputs[:-1]
-        attributes = {k: v for k, v in attributes.items() if v is not None}
-        node = ir.node(op_type, list(inputs), attributes, domain=domain, outputs=made, name=name)
-        self.nodes.append(node)
-        return made[0] if outputs == 1 else tuple(made)
+        given = {k: v for k, v in attributes.items() if v is not None}
+        self.nodes.append(ir.node(op_type, list(inputs), given, domain=domain, outputs=made, name=name))
+        return made
 
-    def constant(self, value, dtype: torch.dtype = torch.int64) -> ir.Value:
+    def constant(self, value: Number | Sequence[Number], dtype: torch.dtype = torch.int64) -> ir.Value:
         """A small constant: a number or a list of numbers."""
         array = tensor_adapters.TorchTensor(torch.tensor(value, dtype=dtype)).numpy()  # which knows bfloat16
         key = (array.tobytes(), array.shape, dtype)
@@ -83,7 +110,14 @@ class Emitter:
             self._constants[key] = self._initializer(name, ir.tensor(array, name=name))
         return self._constants[key]
 
-    def get(self, argument, dtype: torch.dtype | None = None):
+    @overload
+    def get(self, argument: Node | Number, dtype: torch.dtype | None = None) -> ir.Value: ...
+    @overload
+    def get(self, argument: None, dtype: torch.dtype | None = None) -> None: ...
+    @overload
+    def get(self, argument: Node | Number | None, dtype: torch.dtype | None = None) -> ir.Value | None: ...
+
+    def get(self, argument: Node | Number | None, dtype: torch.dtype | None = None) -> ir.Value | None:
         """The ONNX value of an fx argument: a node, or a number that becomes a constant of `dtype`."""
         if argument is None:
             return None
@@ -103,15 +137,15 @@ class Emitter:
             bits: 4 packs two codes in a byte.
             transpose: store the transpose of the matrix.
         """
-        name = node.target + (".T" if transpose else "")
+        source, read, spec = tensor_name(node), self._read, node.meta["spec"]
+        name = source + (".T" if transpose else "")
         if name in self.initializers:
             return self.initializers[name]
-        spec, read = node.meta["spec"], self._read
         dtype = ONNX_DTYPE[spec.dtype] if bits == 8 else _FOUR_BITS[spec.dtype]
         shape = ir.Shape(spec.shape[::-1] if transpose else spec.shape)
 
         def load() -> ir.TensorProtocol:
-            tensor = read(node.target)
+            tensor = read(source)
             tensor = tensor.to(spec.dtype).t() if transpose else tensor.to(spec.dtype)
             if bits == 4:
                 return ir.PackedTensor(pack_int4(tensor).numpy(), dtype, shape=shape, name=name)
@@ -137,7 +171,9 @@ class Emitter:
         name, read, sources = f"{node.target}.{suffix}", self._read, (node, *others)
 
         def load() -> torch.Tensor:
-            return make(*(None if source is None else read(source.target).to(dtype_of(source)) for source in sources))
+            return make(
+                *(None if source is None else read(tensor_name(source)).to(dtype_of(source)) for source in sources)
+            )
 
         return self._made(name, shape, dtype, load)
 
@@ -159,7 +195,7 @@ class Emitter:
         def load() -> torch.Tensor:
             whole = torch.empty(*shape, dtype=dtype)
             for place, node in zip(whole, nodes, strict=True):
-                place.copy_(make(read(node.target).to(dtype_of(node))))
+                place.copy_(make(read(tensor_name(node)).to(dtype_of(node))))
             return whole
 
         return self._made(name, shape, dtype, load)
@@ -183,18 +219,26 @@ class Emitter:
         name, source = f"{value.name}.{suffix}", value.const_value
         if name in self.initializers:
             return self.initializers[name]
+        if source is None:
+            raise TypeError(f"{value.name} is no initializer")
 
         def load() -> ir.TensorProtocol:
             return ir.tensor(source.numpy().reshape(shape), name=name)
 
-        made = self._initializer(name, ir.LazyTensor(load, dtype=value.dtype, shape=ir.Shape(shape), name=name))
+        made = self._initializer(name, ir.LazyTensor(load, dtype=source.dtype, shape=ir.Shape(shape), name=name))
         made.meta[VIEW_OF] = value.name
         return made
 
     def cast(self, value: ir.Value, dtype: torch.dtype) -> ir.Value:
         return self.op("Cast", value, to=ONNX_DTYPE[dtype])
 
-    def shape(self, sizes: Sequence) -> ir.Value:
+    def axes(self, dims: int | Sequence[int] | None) -> ir.Value | None:
+        """Axes as an input; None, which is all of them, where there are none."""
+        if dims is None or dims == []:
+            return None
+        return self.constant([dims] if isinstance(dims, int) else list(dims))
+
+    def shape(self, sizes: Sequence[int | Node]) -> ir.Value:
         """A shape vector from ints and fx nodes of sizes."""
         if all(isinstance(s, int) for s in sizes):
             return self.constant(list(sizes))
@@ -203,13 +247,12 @@ class Emitter:
 
     def _size(self, node: Node) -> ir.Value:
         """A size as a vector of one element."""
-        if is_call(node, torch.ops.aten.sym_size.int):
-            source, axis = node.args
-            axis %= len(shape_of(source))
-            return self.op("Shape", self.get(source), start=axis, end=axis + 1)
+        if (size := Size.match(node)) is not None:
+            axis = size.dim % len(shape_of(size.x))
+            return self.op("Shape", self.get(size.x), start=axis, end=axis + 1)
         return self.op("Unsqueeze", self.get(node), self.constant([0]))
 
-    def _initializer(self, name: str, tensor) -> ir.Value:
+    def _initializer(self, name: str, tensor: ir.TensorProtocol) -> ir.Value:
         value = ir.Value(name=name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
         self.initializers[name] = value
         return value

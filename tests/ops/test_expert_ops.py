@@ -11,7 +11,7 @@ from torch.fx import Graph, GraphModule
 import qexport.ops  # noqa: F401  registers the operators
 from qexport.lower.emitter import Emitter
 from qexport.lower.experts import Experts
-from qexport.lower.ops.experts import TRANSLATIONS
+from qexport.lower.registry import translate
 from qexport.numerics.formats import WeightFormat
 from qexport.numerics.grid import quantize_weight
 from qexport.passes.edit import Spec, add_tensor, get_tensor
@@ -96,7 +96,7 @@ class Case:
             emit.values[given] = ir.Value(
                 name=given.name, shape=ir.Shape(value.shape), type=ir.TensorType(ir.DataType.FLOAT)
             )
-        made = TRANSLATIONS[node.target](emit, node)
+        made = translate(emit, node)
         made.type, made.shape = ir.TensorType(ir.DataType.FLOAT), ir.Shape(self.x.shape)
         built = ir.Graph(
             [emit.values[x], emit.values[shares]], [made], nodes=emit.nodes, opset_imports={"": 23, "com.microsoft": 1},

@@ -1,115 +1,131 @@
 """Convolutions, pooling and batch norms, channels in the second dimension."""
 
+from collections.abc import Sequence
+
+import onnx_ir as ir
 import torch
 from torch.fx import Node
 
+from ...graph.schema import Arguments
+from ...graph.views import size_at
 from ...passes.convolutions import CONVOLUTIONS
 from ...passes.edit import dtype_of, shape_of
-from ..emitter import Emitter, unsupported
+from ..emitter import Attribute, Emitter, unsupported
+from ..registry import Translation, translates
 
 aten = torch.ops.aten
 
 
-def _conv(emit: Emitter, node: Node):
-    x, weight, bias, stride, padding, dilation, groups = (*node.args, *(None, 1, 0, 1, 1)[len(node.args) - 2 :])
-    rank = len(shape_of(weight)) - 2
-    if isinstance(padding, str):
-        pads = {"auto_pad": {"same": "SAME_UPPER", "valid": "VALID"}[padding]}
-        if padding == "same" and set(_each(stride, rank)) != {1}:
+@translates(*CONVOLUTIONS, aten.conv1d.padding, aten.conv2d.padding)
+def _conv(emit: Emitter, node: Node, given: Arguments) -> ir.Value:
+    rank = len(shape_of(given.weight)) - 2
+    strides = _each(given.stride, rank)
+    pads: dict[str, Attribute]
+    if isinstance(given.padding, str):
+        pads = {"auto_pad": {"same": "SAME_UPPER", "valid": "VALID"}[given.padding]}
+        if given.padding == "same" and set(strides) != {1}:
             raise unsupported(node, "with padding='same' and a stride")
     else:
-        pads = {"pads": _each(padding, rank) * 2}
+        pads = {"pads": _each(given.padding, rank) * 2}
     name, output = node.meta.get("convolution", ""), node.meta.get("result_of", "")
     return emit.op(
-        "Conv", emit.get(x), emit.get(weight), emit.get(bias), name=name, output=output and f"{output}.output",
-        strides=_each(stride, rank), dilations=_each(dilation, rank), group=groups, **pads,
+        "Conv", emit.get(given.input), emit.get(given.weight), emit.get(given.bias), name=name,
+        output=output and f"{output}.output", strides=strides, dilations=_each(given.dilation, rank),
+        group=given.groups, **pads,
     )  # fmt: skip
 
 
-def _max_pool(rank: int):
-    def translate(emit: Emitter, node: Node):
-        x, kernel, stride, padding, dilation, ceil = (*node.args, *([], 0, 1, False)[len(node.args) - 2 :])
-        kernel = _each(kernel, rank)
+def _max_pool(rank: int) -> Translation:
+    def translate(emit: Emitter, node: Node, given: Arguments) -> ir.Value:
+        kernel = _each(given.kernel_size, rank)
         return emit.op(
-            "MaxPool", emit.get(x), kernel_shape=kernel, strides=_each(stride, rank) or kernel,
-            pads=_each(padding, rank) * 2, dilations=_each(dilation, rank), ceil_mode=int(ceil),
+            "MaxPool", emit.get(given.self), kernel_shape=kernel, strides=_each(given.stride, rank) or kernel,
+            pads=_each(given.padding, rank) * 2, dilations=_each(given.dilation, rank),
+            ceil_mode=int(given.ceil_mode),
         )  # fmt: skip
 
     return translate
 
 
-def _avg_pool(rank: int):
-    def translate(emit: Emitter, node: Node):
-        x, kernel, stride, padding, ceil, include, divisor = (
-            *node.args, *([], 0, False, True, None)[len(node.args) - 2 :], None
-        )[:7]  # fmt: skip
-        if divisor is not None:
+translates(aten.max_pool1d.default)(_max_pool(1))
+translates(aten.max_pool2d.default)(_max_pool(2))
+
+
+def _avg_pool(rank: int) -> Translation:
+    def translate(emit: Emitter, node: Node, given: Arguments) -> ir.Value:
+        if getattr(given, "divisor_override", None) is not None:
             raise unsupported(node, "with a divisor of its own")
-        kernel = _each(kernel, rank)
+        kernel = _each(given.kernel_size, rank)
         return emit.op(
-            "AveragePool", emit.get(x), kernel_shape=kernel, strides=_each(stride, rank) or kernel,
-            pads=_each(padding, rank) * 2, ceil_mode=int(ceil), count_include_pad=int(include),
+            "AveragePool", emit.get(given.self), kernel_shape=kernel, strides=_each(given.stride, rank) or kernel,
+            pads=_each(given.padding, rank) * 2, ceil_mode=int(given.ceil_mode),
+            count_include_pad=int(given.count_include_pad),
         )  # fmt: skip
 
     return translate
 
 
-def _adaptive_avg_pool(rank: int):
-    def translate(emit: Emitter, node: Node):
-        x, wanted = node.args[0], _each(node.args[1], rank)
+translates(aten.avg_pool1d.default)(_avg_pool(1))
+translates(aten.avg_pool2d.default)(_avg_pool(2))
+
+
+def _adaptive_avg_pool(rank: int) -> Translation:
+    def translate(emit: Emitter, node: Node, given: Arguments) -> ir.Value:
+        x, wanted = given.self, _each(given.output_size, rank)
         sizes = shape_of(x)[-rank:]
         if set(wanted) == {1}:
             return emit.op("ReduceMean", emit.get(x), emit.constant(list(range(-rank, 0))), keepdims=1)
-        if not all(isinstance(s, int) and s % w == 0 for s, w in zip(sizes, wanted, strict=True)):
+        kernel = [s // w for s, w in zip(sizes, wanted, strict=True) if isinstance(s, int) and s % w == 0]
+        if len(kernel) < rank:
             raise unsupported(node, f"from {list(sizes)} to {wanted}, which are not whole windows,")
-        kernel = [s // w for s, w in zip(sizes, wanted, strict=True)]
         return emit.op("AveragePool", emit.get(x), kernel_shape=kernel, strides=kernel)
 
     return translate
 
 
-def _batch_norm(emit: Emitter, node: Node):
-    x, weight, bias, mean, variance, *rest = node.args
-    if node.target is aten.batch_norm.default and rest[0]:
+translates(aten.adaptive_avg_pool1d.default)(_adaptive_avg_pool(1))
+translates(aten.adaptive_avg_pool2d.default)(_adaptive_avg_pool(2))
+
+
+@translates(aten.batch_norm.default)
+def _batch_norm(emit: Emitter, node: Node, given: Arguments) -> ir.Value:
+    if given.training:
         raise unsupported(node, "in training mode")
-    epsilon = rest[2] if node.target is aten.batch_norm.default else rest[1]
-    channels, dtype = shape_of(x)[1], dtype_of(x)
-    gain = emit.get(weight) if weight is not None else emit.constant([1.0] * channels, dtype)
-    shift = emit.get(bias) if bias is not None else emit.constant([0.0] * channels, dtype)
-    made = emit.op(
-        "BatchNormalization", emit.get(x), gain, shift, emit.get(mean), emit.get(variance), epsilon=float(epsilon)
-    )
-    return made if node.target is aten.batch_norm.default else (made,)
+    return _normalized(emit, given)
 
 
-def _group_norm(emit: Emitter, node: Node):
-    x, groups, weight, bias, epsilon = (*node.args, *(None, None, 1e-5)[len(node.args) - 2 :])[:5]
-    channels, rank = shape_of(x)[1], len(shape_of(x))
+@translates(aten._native_batch_norm_legit_no_training.default)
+def _native_batch_norm(emit: Emitter, node: Node, given: Arguments) -> tuple[ir.Value, ...]:
+    return (_normalized(emit, given),)  # the others are of training
+
+
+def _normalized(emit: Emitter, given: Arguments) -> ir.Value:
+    x, dtype, channels = given.input, dtype_of(given.input), size_at(given.input, 1)
+    gain = emit.get(given.weight) if given.weight is not None else emit.constant([1.0] * channels, dtype)
+    shift = emit.get(given.bias) if given.bias is not None else emit.constant([0.0] * channels, dtype)
+    return emit.op(
+        "BatchNormalization", emit.get(x), gain, shift, emit.get(given.running_mean), emit.get(given.running_var),
+        epsilon=float(given.eps),
+    )  # fmt: skip
+
+
+@translates(aten.group_norm.default)
+def _group_norm(emit: Emitter, node: Node, given: Arguments) -> ir.Value:
+    x, groups = given.input, given.num_groups
     # Every group is one row to normalize.
     rows = emit.op("Reshape", emit.get(x), emit.constant([0, groups, -1]))
     ones, zeros = (emit.constant([value] * groups, dtype_of(x)) for value in (1.0, 0.0))
-    rows = emit.op("InstanceNormalization", rows, ones, zeros, epsilon=float(epsilon))
+    rows = emit.op("InstanceNormalization", rows, ones, zeros, epsilon=float(given.eps))
     made = emit.op("Reshape", rows, emit.op("Shape", emit.get(x)))
-    beside = emit.constant([1, channels, *[1] * (rank - 2)])
-    for op_type, parameter in (("Mul", weight), ("Add", bias)):
+    beside = emit.constant([1, size_at(x, 1), *[1] * (len(shape_of(x)) - 2)])
+    for op_type, parameter in (("Mul", given.weight), ("Add", given.bias)):
         if parameter is not None:
             made = emit.op(op_type, made, emit.op("Reshape", emit.get(parameter), beside))
     return made
 
 
-def _each(value: int | list[int], rank: int) -> list[int]:
+def _each(value: int | Sequence[int], rank: int) -> list[int]:
     """One number for every dimension of space, from one for all or a list."""
     if isinstance(value, int):
         return [value] * rank
     return list(value) * rank if len(value) == 1 else list(value)
-
-
-TRANSLATIONS = {
-    **dict.fromkeys(CONVOLUTIONS, _conv),
-    aten.conv1d.padding: _conv, aten.conv2d.padding: _conv,
-    aten.max_pool1d.default: _max_pool(1), aten.max_pool2d.default: _max_pool(2),
-    aten.avg_pool1d.default: _avg_pool(1), aten.avg_pool2d.default: _avg_pool(2),
-    aten.adaptive_avg_pool1d.default: _adaptive_avg_pool(1), aten.adaptive_avg_pool2d.default: _adaptive_avg_pool(2),
-    aten.batch_norm.default: _batch_norm, aten._native_batch_norm_legit_no_training.default: _batch_norm,
-    aten.group_norm.default: _group_norm,
-}  # fmt: skip

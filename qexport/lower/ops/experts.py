@@ -1,25 +1,29 @@
 """Mixtures of experts."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import onnx_ir as ir
 import torch
 from torch.fx import Node
 
+from ...graph.schema import Arguments
+from ...graph.views import sizes_of
 from ...numerics.packing import pack_rows
-from ...passes.edit import dtype_of, shape_of
+from ...passes.edit import dtype_of
 from ...runtime.manifest import QMOE
-from ..emitter import Emitter
+from ..emitter import Attribute, Emitter
+from ..registry import translates
 
 ops = torch.ops.qexport
 
 
-def _expert_shares(emit: Emitter, node: Node):
-    index, weights, experts = node.args
-    last, every = emit.constant([-1]), emit.constant(list(range(experts)))
-    chosen = emit.op("Equal", emit.op("Unsqueeze", emit.get(index), last), every)
-    given = emit.op("Unsqueeze", emit.get(weights), last)
-    spread = emit.op("Where", chosen, given, emit.constant(0.0, dtype_of(node)))
+@translates(ops.expert_shares.default)
+def _expert_shares(emit: Emitter, node: Node, given: Arguments) -> ir.Value:
+    last, every = emit.constant([-1]), emit.constant(list(range(given.experts)))
+    chosen = emit.op("Equal", emit.op("Unsqueeze", emit.get(given.index), last), every)
+    weights = emit.op("Unsqueeze", emit.get(given.weights), last)
+    spread = emit.op("Where", chosen, weights, emit.constant(0.0, dtype_of(node)))
     return emit.op("ReduceSum", spread, emit.constant([1]), keepdims=0)
 
 
@@ -42,9 +46,9 @@ class _Side:
     block: int
     order: torch.Tensor | None = None
 
-    def inputs(self, emit: Emitter) -> tuple:
+    def inputs(self, emit: Emitter) -> tuple[ir.Value | None, ...]:
         """(codes [E, N, K * bits / 8], scales [E, N, blocks], biases [E, N] or None, zero points or None)."""
-        (k, n), bits, count = shape_of(self.codes[0]), self.bits, len(self.codes)
+        (k, n), bits, count = sizes_of(self.codes[0]), self.bits, len(self.codes)
         blocks = k // self.block
         offset = 0 if self.zeros else 2 ** (bits - 1)  # what a kernel takes off where there are none
 
@@ -60,7 +64,10 @@ class _Side:
         def biases(t: torch.Tensor) -> torch.Tensor:
             return t if self.order is None else t[self.order]
 
-        def stacked(what: str, parts: Sequence[Node], shape: Sequence[int], dtype: torch.dtype, make):
+        def stacked(
+            what: str, parts: Sequence[Node], shape: Sequence[int], dtype: torch.dtype,
+            make: Callable[[torch.Tensor], torch.Tensor],
+        ) -> ir.Value | None:  # fmt: skip
             return emit.stacked(f"{self.name}.{what}", parts, (count, *shape), dtype, make) if parts else None
 
         def zeros(t: torch.Tensor) -> torch.Tensor:
@@ -74,24 +81,28 @@ class _Side:
         )  # fmt: skip
 
 
-def _quantized_experts(emit: Emitter, node: Node):
-    x, scores, shares, k, *tensors = node.args[:12]
-    bits, up_group, down_group, block, activation, interleaved, alpha, beta, limit, rounds = node.args[12:]
-    name, order = node.meta["experts"].name, None
-    if activation == "swiglu" and not interleaved:  # the only order that the CPU provider takes
-        order = torch.arange(shape_of(tensors[0][0])[1]).view(2, -1).t().reshape(-1)
-    up = _Side(f"{name}.up", *tensors[:4], bits, up_group, block, order).inputs(emit)
-    down = _Side(f"{name}.down", *tensors[4:], bits, down_group, block).inputs(emit)
-    swiglu = {
-        "swiglu_fusion": 1, "activation_alpha": float(alpha), "activation_beta": float(beta),
-        "swiglu_limit": None if limit == float("inf") else float(limit),
-    }  # fmt: skip
+@translates(ops.quantized_experts.default)
+def _quantized_experts(emit: Emitter, node: Node, given: Arguments) -> ir.Value:
+    name, order, bits, block = node.meta["experts"].name, None, given.bits, given.block_size
+    if given.activation == "swiglu" and not given.interleaved:  # the only order that the CPU provider takes
+        order = torch.arange(sizes_of(given.up_codes[0])[1]).view(2, -1).t().reshape(-1)
+    up = _Side(
+        f"{name}.up", given.up_codes, given.up_scales, given.up_zeros, given.up_biases, bits, given.up_group, block,
+        order,
+    ).inputs(emit)  # fmt: skip
+    down = _Side(
+        f"{name}.down", given.down_codes, given.down_scales, given.down_zeros, given.down_biases, bits,
+        given.down_group, block,
+    ).inputs(emit)  # fmt: skip
+    swiglu: dict[str, Attribute] = {}
+    if given.activation == "swiglu":
+        swiglu = {
+            "swiglu_fusion": 1, "activation_alpha": float(given.alpha), "activation_beta": float(given.beta),
+            "swiglu_limit": None if given.limit == float("inf") else float(given.limit),
+        }  # fmt: skip
     return emit.op(
-        QMOE, emit.get(x), emit.get(scores), *up[:3], *down[:3], None, None, None, up[3], down[3], None,
-        emit.get(shares), domain="com.microsoft", name=name, k=k, activation_type=activation, expert_weight_bits=bits,
-        block_size=block, normalize_routing_weights=0, weights_prepacked=0, accuracy_level=4 if rounds else 1,
-        **(swiglu if activation == "swiglu" else {}),
+        QMOE, emit.get(given.x), emit.get(given.scores), *up[:3], *down[:3], None, None, None, up[3], down[3], None,
+        emit.get(given.shares), domain="com.microsoft", name=name, k=given.k, activation_type=given.activation,
+        expert_weight_bits=bits, block_size=block, normalize_routing_weights=0, weights_prepacked=0,
+        accuracy_level=4 if given.rounds else 1, **swiglu,
     )  # fmt: skip
-
-
-TRANSLATIONS = {ops.expert_shares.default: _expert_shares, ops.quantized_experts.default: _quantized_experts}

@@ -1,26 +1,28 @@
 """GroupQueryAttention, and the reordering of tokens that it asks for."""
 
-import operator
-
+import onnx_ir as ir
 import torch
 from torch.fx import Node
 
+from ...graph.schema import Arguments, bind
+from ...graph.views import Item, Slice, size_at
 from ...passes.edit import is_call, shape_of
-from ..emitter import Emitter
+from ..emitter import Attribute, Emitter
+from ..registry import translates
 
 aten = torch.ops.aten
 ops = torch.ops.qexport
-_END = 2**63 - 1
 _GRANULARITY = {1: "PER_TENSOR", 3: "PER_CHANNEL"}  # by the axes of the scale
 
 
-def _real_first(emit: Emitter, node: Node):
+@translates(ops.real_first.default)
+def _real_first(emit: Emitter, node: Node, given: Arguments) -> tuple[ir.Value, ...]:
     """Few nodes, since every step of decoding runs them.
 
     Lengths are sums of ones and not read from shapes: those are on the CPU, and so is what meets them. Orders may be
     negative, which counts from the end, as the gathering operators take it: that spares the modulo.
     """
-    mask, ids = (emit.get(argument) for argument in node.args)
+    mask, ids = emit.get(given.attention_mask), emit.get(given.input_ids)
     zero, one, row = emit.constant(0), emit.constant(1), emit.constant([1])
     ones = emit.op("Clip", ids, one, one)
     place = emit.op("CumSum", ones, one, exclusive=1)
@@ -46,50 +48,50 @@ def _real_first(emit: Emitter, node: Node):
     )  # fmt: skip
 
 
-def _take_tokens(emit: Emitter, node: Node):
-    x, order = node.args
-    if len(shape_of(x)) == 2:
-        return emit.op("GatherElements", emit.get(x), emit.get(order), axis=1)
-    places = emit.op("Unsqueeze", emit.get(order), emit.constant([2]))
-    return emit.op("GatherND", emit.get(x), places, batch_dims=1)
+@translates(ops.take_tokens.default)
+def _take_tokens(emit: Emitter, node: Node, given: Arguments) -> ir.Value:
+    if len(shape_of(given.x)) == 2:
+        return emit.op("GatherElements", emit.get(given.x), emit.get(given.order), axis=1)
+    places = emit.op("Unsqueeze", emit.get(given.order), emit.constant([2]))
+    return emit.op("GatherND", emit.get(given.x), places, batch_dims=1)
 
 
-def _grouped_attention(emit: Emitter, node: Node):
-    *tensors, key_scale, value_scale, bits, scale, softcap, window = node.args
-    query, key, value, past_key = tensors[:4]
-    kv_heads = shape_of(past_key)[1]
-    size = shape_of(key)[-1] // kv_heads
-    packed = _packed(query, key, value)
-    query, key, value = (packed, None, None) if packed is not None else (query, key, value)
-    return emit.op(
-        "GroupQueryAttention", *(emit.get(a) for a in (query, key, value, *tensors[3:])), None, None, None,
-        emit.get(key_scale), emit.get(value_scale),
-        domain="com.microsoft", outputs=3, num_heads=shape_of(node.args[0])[-1] // size, kv_num_heads=kv_heads,
-        scale=float(scale), softcap=float(softcap) or None, do_rotary=int(tensors[7] is not None),
-        local_window_size=window or -1, kv_cache_bit_width=bits or None,
-        **({name: _GRANULARITY[len(shape_of(key_scale))] for name in ("k_quant_type", "v_quant_type")} if bits else {}),
+@translates(ops.grouped_attention.default)
+def _grouped_attention(emit: Emitter, node: Node, given: Arguments) -> tuple[ir.Value, ...]:
+    kv_heads = size_at(given.past_key, 1)
+    size = size_at(given.key, -1) // kv_heads
+    packed = _packed(given.query, given.key, given.value)
+    read = (given.query, given.key, given.value) if packed is None else (packed, None, None)
+    codes: dict[str, Attribute] = {}
+    if given.bits:
+        codes = dict.fromkeys(("k_quant_type", "v_quant_type"), _GRANULARITY[len(shape_of(given.key_scale))])
+    return emit.several(
+        3, "GroupQueryAttention", *map(emit.get, read), emit.get(given.past_key), emit.get(given.past_value),
+        emit.get(given.last), emit.get(given.total), emit.get(given.cos), emit.get(given.sin), None, None, None,
+        emit.get(given.key_scale), emit.get(given.value_scale), domain="com.microsoft",
+        num_heads=size_at(given.query, -1) // size, kv_num_heads=kv_heads, scale=float(given.scale),
+        softcap=float(given.softcap) or None, do_rotary=int(given.cos is not None),
+        local_window_size=given.window or -1, kv_cache_bit_width=given.bits or None, **codes,
     )  # fmt: skip
 
 
 def _packed(query: Node, key: Node, value: Node) -> Node | None:
     """The value of which query, key and value are the first, second and third part, and there is no other."""
     parts = (query, key, value)
-    source = query.args[0] if query.args else None
-    if all(is_call(part, operator.getitem) for part in parts) and is_call(source, aten.split_with_sizes.default):
-        in_order = [part.args for part in parts] == [(source, i) for i in range(3)]
-        return source.args[0] if in_order and len(source.args[1]) == 3 else None
-    if not all(is_call(part, aten.slice.Tensor) and part.args[0] is source for part in parts):
-        return None
-    start = 0
-    for part in parts:
-        _, axis, begin, end = (*part.args, _END)[:4]
-        if axis not in (2, -1) or begin != start or len(part.args) > 4:
+    items = [item for part in parts if (item := Item.match(part)) is not None]
+    if len(items) == len(parts):
+        source = items[0].source
+        if not is_call(source, aten.split_with_sizes.default) or items != [Item(source, i) for i in range(3)]:
             return None
-        start = min(end, shape_of(source)[-1])
-    return source if start == shape_of(source)[-1] else None
-
-
-TRANSLATIONS = {
-    ops.real_first.default: _real_first, ops.take_tokens.default: _take_tokens,
-    ops.grouped_attention.default: _grouped_attention,
-}  # fmt: skip
+        split = bind(source)
+        return split.self if len(split.split_sizes) == 3 else None
+    cuts = [cut for part in parts if (cut := Slice.match(part)) is not None]
+    if len(cuts) < len(parts):
+        return None
+    whole, start = cuts[0].x, 0
+    for cut in cuts:
+        begin, end = cut.bounds
+        if cut.x is not whole or cut.dim not in (2, -1) or begin != start or cut.step != 1 or isinstance(end, Node):
+            return None
+        start = min(end, size_at(whole, -1))
+    return whole if start == size_at(whole, -1) else None

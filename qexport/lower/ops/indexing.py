@@ -1,17 +1,24 @@
-"""Picking elements by index, and tensors of one value."""
+"""Picking elements by index, tensors of one value, and what is counted along an axis."""
 
+from collections.abc import Callable, Sequence
+
+import onnx_ir as ir
 import torch
 from torch.fx import Node
 
+from ...graph.schema import Arguments
+from ...graph.views import END, Operand
 from ...passes.edit import dtype_of, shape_of
 from ..emitter import Emitter, unsupported
+from ..registry import Translation, translates
 
 aten = torch.ops.aten
 
 
-def _index(emit: Emitter, node: Node):
+@translates(aten.index.Tensor)
+def _index(emit: Emitter, node: Node, given: Arguments) -> ir.Value:
     """x[i, j, ...] with integer tensors for the first dimensions, or for one of them."""
-    source, indices = node.args
+    source, indices = given.self, given.indices
     axes = [axis for axis, index in enumerate(indices) if index is not None]
     if any(dtype_of(indices[axis]) in (torch.bool, torch.uint8) for axis in axes):
         raise unsupported(node, "with a mask makes a size that depends on values and")
@@ -29,49 +36,72 @@ def _index(emit: Emitter, node: Node):
     return emit.op("GatherND", emit.get(source), emit.op("Concat", *places, axis=-1))
 
 
-def _gather(emit: Emitter, node: Node):
-    source, axis, index = node.args[:3]
-    return emit.op("GatherElements", emit.get(source), emit.get(index), axis=axis)
+@translates(aten.select.int, aten.index_select.default)
+def _select(emit: Emitter, node: Node, given: Arguments) -> ir.Value:
+    return emit.op("Gather", emit.get(given.self), emit.get(given.index), axis=given.dim)
 
 
-def _filled(value_of, shape_argument: int | None):
-    """A tensor of one value.
+@translates(aten.embedding.default)
+def _embedding(emit: Emitter, node: Node, given: Arguments) -> ir.Value:
+    return emit.op("Gather", emit.get(given.weight), emit.get(given.indices), axis=0)
 
-    Args:
-        value_of: the value from the node.
-        shape_argument: place of the shape among the arguments; None for the shape of the first one.
-    """
 
-    def translate(emit: Emitter, node: Node):
-        value = emit.get(value_of(node), dtype_of(node))
-        if shape_argument is None:
-            shape = emit.op("Shape", emit.get(node.args[0]))
-        else:
-            sizes = node.args[shape_argument]
-            if not sizes:
-                return value
-            shape = emit.shape(sizes)
-        return emit.op("Expand", value, shape)
+@translates(aten.gather.default)
+def _gather(emit: Emitter, node: Node, given: Arguments) -> ir.Value:
+    return emit.op("GatherElements", emit.get(given.self), emit.get(given.index), axis=given.dim)
+
+
+@translates(aten.scatter.value)
+def _scatter_value(emit: Emitter, node: Node, given: Arguments) -> ir.Value:
+    value = emit.get(given.value, dtype_of(node))
+    updates = emit.op("Expand", value, emit.op("Shape", emit.get(given.index)))
+    return emit.op("ScatterElements", emit.get(given.self), emit.get(given.index), updates, axis=given.dim)
+
+
+@translates(aten.scatter.src)
+def _scatter(emit: Emitter, node: Node, given: Arguments) -> ir.Value:
+    updates = emit.get(given.src)
+    return emit.op("ScatterElements", emit.get(given.self), emit.get(given.index), updates, axis=given.dim)
+
+
+def _filled(value_of: Callable[[Arguments], Operand]) -> Translation:
+    """A tensor of one value, of the given size."""
+
+    def translate(emit: Emitter, node: Node, given: Arguments) -> ir.Value:
+        value = emit.get(value_of(given), dtype_of(node))
+        return emit.op("Expand", value, emit.shape(given.size)) if given.size else value
 
     return translate
 
 
-def _masked_fill(emit: Emitter, node: Node):
-    source, mask, value = node.args
+def _filled_like(value_of: Callable[[Arguments], Operand]) -> Translation:
+    """A tensor of one value, of the size of another."""
+
+    def translate(emit: Emitter, node: Node, given: Arguments) -> ir.Value:
+        value = emit.get(value_of(given), dtype_of(node))
+        return emit.op("Expand", value, emit.op("Shape", emit.get(given.self)))
+
+    return translate
+
+
+translates(aten.ones.default, aten.new_ones.default)(_filled(lambda _: 1))
+translates(aten.zeros.default, aten.new_zeros.default)(_filled(lambda _: 0))
+translates(aten.full.default, aten.new_full.default)(_filled(lambda given: given.fill_value))
+translates(aten.ones_like.default)(_filled_like(lambda _: 1))
+translates(aten.zeros_like.default)(_filled_like(lambda _: 0))
+translates(aten.full_like.default)(_filled_like(lambda given: given.fill_value))
+
+
+@translates(aten.masked_fill.Scalar, aten.masked_fill.Tensor)
+def _masked_fill(emit: Emitter, node: Node, given: Arguments) -> ir.Value:
     dtype = dtype_of(node)
-    return emit.op("Where", emit.get(mask), emit.get(value, dtype), emit.get(source, dtype))
+    return emit.op("Where", emit.get(given.mask), emit.get(given.value, dtype), emit.get(given.self, dtype))
 
 
-def _unbind(emit: Emitter, node: Node):
-    axis = node.args[1] if len(node.args) > 1 else 0
-    parts = range(shape_of(node.args[0])[axis])
-    return tuple(emit.op("Gather", emit.get(node.args[0]), emit.constant(part), axis=axis) for part in parts)
-
-
-def _argument(op_type: str):
-    def translate(emit: Emitter, node: Node):
-        source, axis, keep = (*node.args, *(None, False)[len(node.args) - 1 :])
-        x = emit.get(source, torch.int32 if dtype_of(source) == torch.int64 else None)
+def _argument(op_type: str) -> Translation:
+    def translate(emit: Emitter, node: Node, given: Arguments) -> ir.Value:
+        axis, keep = given.dim, given.keepdim
+        x = emit.get(given.self, torch.int32 if dtype_of(given.self) == torch.int64 else None)
         if axis is None:
             x, axis, keep = emit.op("Reshape", x, emit.constant([-1])), 0, False
         return emit.op(op_type, x, axis=axis, keepdims=int(keep))
@@ -79,62 +109,46 @@ def _argument(op_type: str):
     return translate
 
 
-def _cumsum(emit: Emitter, node: Node):
-    return emit.op("CumSum", emit.get(node.args[0], dtype_of(node)), emit.constant(node.args[1]))
+translates(aten.argmax.default)(_argument("ArgMax"))
+translates(aten.argmin.default)(_argument("ArgMin"))
 
 
-def _diff(emit: Emitter, node: Node):
+@translates(aten.cumsum.default)
+def _cumsum(emit: Emitter, node: Node, given: Arguments) -> ir.Value:
+    return emit.op("CumSum", emit.get(given.self, dtype_of(node)), emit.constant(given.dim))
+
+
+@translates(aten.diff.default)
+def _diff(emit: Emitter, node: Node, given: Arguments) -> ir.Value:
     """Every element minus the one before it."""
-    x, order, axis, before, after = (*node.args, *(1, -1, None, None)[len(node.args) - 1 :])
-    if order != 1:
-        raise unsupported(node, f"of order {order}")
-    parts = [emit.get(t, dtype_of(node)) for t in (before, x, after) if t is not None]
-    whole = emit.op("Concat", *parts, axis=axis) if len(parts) > 1 else parts[0]
-    one, axes = emit.constant([1]), emit.constant([axis])
-    rest = emit.op("Slice", whole, one, emit.constant([2**63 - 1]), axes, one)
+    if given.n != 1:
+        raise unsupported(node, f"of order {given.n}")
+    parts = [emit.get(t, dtype_of(node)) for t in (given.prepend, given.self, given.append) if t is not None]
+    whole = emit.op("Concat", *parts, axis=given.dim) if len(parts) > 1 else parts[0]
+    one, axes = emit.constant([1]), emit.constant([given.dim])
+    rest = emit.op("Slice", whole, one, emit.constant([END]), axes, one)
     return emit.op("Sub", rest, emit.op("Slice", whole, emit.constant([0]), emit.constant([-1]), axes, one))
 
 
-def _stack(emit: Emitter, node: Node):
-    axis = emit.constant([node.args[1] if len(node.args) > 1 else 0])
-    parts = [emit.op("Unsqueeze", emit.get(t, dtype_of(node)), axis) for t in node.args[0]]
-    return emit.op("Concat", *parts, axis=node.args[1] if len(node.args) > 1 else 0)
+@translates(aten.pad.default)
+def _pad(emit: Emitter, node: Node, given: Arguments) -> ir.Value:
+    return _padded(emit, node, given.self, given.pad, given.mode, given.value)
 
 
-def _repeat(emit: Emitter, node: Node):
-    source, times = node.args
-    x, more = emit.get(source), len(times) - len(shape_of(source))
-    if more:
-        x = emit.op("Unsqueeze", x, emit.constant(list(range(more))))
-    return emit.op("Tile", x, emit.shape(times))
+@translates(aten.constant_pad_nd.default)
+def _constant_pad(emit: Emitter, node: Node, given: Arguments) -> ir.Value:
+    return _padded(emit, node, given.self, given.pad, "constant", given.value)
 
 
-def _pad(emit: Emitter, node: Node):
-    source, pads = node.args[:2]
-    given = node.args[2:]
-    if given and not isinstance(given[0], str):  # constant_pad_nd
-        given = ("constant", *given)
-    mode, value = (*given, *("constant", None)[len(given) :])
+def _padded(
+    emit: Emitter, node: Node, source: Node, pads: Sequence[int | Node], mode: str, value: Operand | None
+) -> ir.Value:
     rank = len(shape_of(source))
     if mode not in ("constant", "reflect"):
         raise unsupported(node, f"with mode {mode!r}")
-    begin, end = [0] * rank, [0] * rank
+    begin: list[int | Node] = [0] * rank
+    end: list[int | Node] = [0] * rank
     for place in range(len(pads) // 2):  # pairs for the last dimension, the one before it, and so on
         begin[rank - 1 - place], end[rank - 1 - place] = pads[2 * place : 2 * place + 2]
-    fill = emit.constant(value or 0.0, dtype_of(node)) if mode == "constant" else None
+    fill = emit.get(value or 0.0, dtype_of(node)) if mode == "constant" else None
     return emit.op("Pad", emit.get(source), emit.shape([*begin, *end]), fill, mode=mode)
-
-
-TRANSLATIONS = {
-    aten.index.Tensor: _index, aten.gather.default: _gather,
-    aten.new_ones.default: _filled(lambda node: 1, 1), aten.new_zeros.default: _filled(lambda node: 0, 1),
-    aten.new_full.default: _filled(lambda node: node.args[2], 1),
-    aten.ones.default: _filled(lambda node: 1, 0), aten.zeros.default: _filled(lambda node: 0, 0),
-    aten.full.default: _filled(lambda node: node.args[1], 0),
-    aten.ones_like.default: _filled(lambda node: 1, None), aten.zeros_like.default: _filled(lambda node: 0, None),
-    aten.full_like.default: _filled(lambda node: node.args[1], None),
-    aten.masked_fill.Scalar: _masked_fill, aten.masked_fill.Tensor: _masked_fill,
-    aten.unbind.int: _unbind, aten.argmax.default: _argument("ArgMax"), aten.argmin.default: _argument("ArgMin"),
-    aten.cumsum.default: _cumsum, aten.stack.default: _stack, aten.repeat.default: _repeat,
-    aten.diff.default: _diff, aten.pad.default: _pad, aten.constant_pad_nd.default: _pad,
-}  # fmt: skip

@@ -1,135 +1,138 @@
 """Matrix products, norms, attention and rotary embedding."""
 
+import onnx_ir as ir
 import torch
 from torch.fx import Node
 
+from ...graph.schema import Arguments
+from ...graph.views import END
 from ...ops.attention import MASKED
 from ...passes.edit import dtype_of, shape_of
 from ..emitter import ONNX_DTYPE, Emitter, unsupported
+from ..registry import Translation, translates
 
 aten = torch.ops.aten
 ops = torch.ops.qexport
-_END = 2**63 - 1
 
 
-def _linear(emit: Emitter, node: Node):
-    x, weight, bias = (*node.args, None)[:3]
-    name = weight.target.rpartition(".")[0]
-    output = f"{name}.output" if bias is None else ""
+@translates(aten.linear.default)
+def _linear(emit: Emitter, node: Node, given: Arguments) -> ir.Value:
+    x, weight, bias = given.input, given.weight, given.bias
+    name = weight.target.rpartition(".")[0] if isinstance(weight.target, str) else ""
+    output = f"{name}.output" if name else ""
+    inner = output if bias is None else ""
     if weight.op == "get_attr" and weight.target not in emit.initializers:
-        product = emit.op("MatMul", emit.get(x), emit.tensor(weight, transpose=True), name=name, output=output)
+        product = emit.op("MatMul", emit.get(x), emit.tensor(weight, transpose=True), name=name, output=inner)
     else:
         # Shared with an embedding. A Transpose in front of the product would be a second copy, made at every load, and
         # ONNX Runtime makes none above 2 GB.
         product = emit.op(
-            "FusedMatMul", emit.get(x), emit.get(weight), domain="com.microsoft", name=name, output=output, transB=1
+            "FusedMatMul", emit.get(x), emit.get(weight), domain="com.microsoft", name=name, output=inner, transB=1
         )
-    return product if bias is None else emit.op("Add", product, emit.get(bias), output=f"{name}.output")
+    return product if bias is None else emit.op("Add", product, emit.get(bias), output=output)
 
 
-def _matmul(emit: Emitter, node: Node):
-    name = node.meta.get("linear", "")
-    output = f"{name}.output" if name and "result_of" in node.meta else ""
-    return emit.op("MatMul", emit.get(node.args[0]), emit.get(node.args[1]), name=name, output=output)
+def _matmul(right: str) -> Translation:
+    """A product whose second factor the schema calls `right`."""
+
+    def translate(emit: Emitter, node: Node, given: Arguments) -> ir.Value:
+        name = node.meta.get("linear", "")
+        output = f"{name}.output" if name and "result_of" in node.meta else ""
+        return emit.op("MatMul", emit.get(given.self), emit.get(getattr(given, right)), name=name, output=output)
+
+    return translate
 
 
-def _addmm(emit: Emitter, node: Node):
-    bias, x, weight = node.args
-    return emit.op("Add", emit.op("MatMul", emit.get(x), emit.get(weight)), emit.get(bias))
+translates(aten.matmul.default)(_matmul("other"))
+translates(aten.mm.default, aten.bmm.default)(_matmul("mat2"))
 
 
-def _baddbmm(emit: Emitter, node: Node):
+@translates(aten.addmm.default)
+def _addmm(emit: Emitter, node: Node, given: Arguments) -> ir.Value:
+    if (given.beta, given.alpha) != (1, 1):
+        raise unsupported(node, f"with beta={given.beta} and alpha={given.alpha}")
+    return emit.op("Add", emit.op("MatMul", emit.get(given.mat1), emit.get(given.mat2)), emit.get(given.self))
+
+
+@translates(aten.baddbmm.default)
+def _baddbmm(emit: Emitter, node: Node, given: Arguments) -> ir.Value:
     """beta * input + alpha * (x @ y)."""
-    dtype, given = dtype_of(node), node.kwargs
-    start, product = emit.get(node.args[0], dtype), emit.op("MatMul", emit.get(node.args[1]), emit.get(node.args[2]))
-    if (alpha := given.get("alpha", 1)) != 1:
-        product = emit.op("Mul", product, emit.constant(float(alpha), dtype))
-    if (beta := given.get("beta", 1)) != 1:
-        start = emit.op("Mul", start, emit.constant(float(beta), dtype))
+    dtype = dtype_of(node)
+    start, product = emit.get(given.self, dtype), emit.op("MatMul", emit.get(given.batch1), emit.get(given.batch2))
+    if given.alpha != 1:
+        product = emit.op("Mul", product, emit.constant(float(given.alpha), dtype))
+    if given.beta != 1:
+        start = emit.op("Mul", start, emit.constant(float(given.beta), dtype))
     return emit.op("Add", start, product)
 
 
-def _gain(emit: Emitter, node: Node, weight: Node | None):
+def _gain(emit: Emitter, node: Node, given: Arguments) -> ir.Value:
     """A norm's gain; ones where it has none, as ONNX wants one."""
-    return emit.constant(torch.ones(node.args[1]).tolist(), dtype_of(node)) if weight is None else emit.get(weight)
+    if given.weight is not None:
+        return emit.get(given.weight)
+    return emit.constant(torch.ones(given.normalized_shape).tolist(), dtype_of(node))
 
 
-def _rms_norm(emit: Emitter, node: Node):
-    x, shape, weight, eps = (*node.args, None, None)[:4]
-    if len(shape) != 1:
+@translates(aten.rms_norm.default)
+def _rms_norm(emit: Emitter, node: Node, given: Arguments) -> ir.Value:
+    if len(given.normalized_shape) != 1:
         raise unsupported(node, "over several axes")
-    gain = _gain(emit, node, weight)
-    eps = torch.finfo(torch.float32).eps if eps is None else float(eps)
-    return emit.op("RMSNormalization", emit.get(x), gain, axis=-1, epsilon=eps, stash_type=1)
+    gain = _gain(emit, node, given)
+    eps = torch.finfo(torch.float32).eps if given.eps is None else float(given.eps)
+    return emit.op("RMSNormalization", emit.get(given.input), gain, axis=-1, epsilon=eps, stash_type=1)
 
 
-def _layer_norm(emit: Emitter, node: Node):
-    x, shape, weight, bias, eps = (*node.args, *(None, None, 1e-5)[len(node.args) - 2 :])[:5]
+@translates(aten.layer_norm.default)
+def _layer_norm(emit: Emitter, node: Node, given: Arguments) -> ir.Value:
     return emit.op(
-        "LayerNormalization",
-        emit.get(x),
-        _gain(emit, node, weight),
-        emit.get(bias),
-        axis=-len(shape),
-        epsilon=float(eps),
-    )
+        "LayerNormalization", emit.get(given.input), _gain(emit, node, given), emit.get(given.bias),
+        axis=-len(given.normalized_shape), epsilon=float(given.eps),
+    )  # fmt: skip
 
 
-def _causal_mask(emit: Emitter, node: Node):
+@translates(ops.causal_mask.default)
+def _causal_mask(emit: Emitter, node: Node, given: Arguments) -> ir.Value:
     """Positions are counted by a CumSum over ones: comparing with a length read from a shape would move the comparison
     to the CPU and its result back under the CUDA provider."""
-    attention_mask, past_length, window = node.args
-    real = emit.get(attention_mask, torch.bool)
+    real = emit.get(given.attention_mask, torch.bool)
     ones = emit.op("Cast", emit.op("Or", real, emit.op("Not", real)), to=ONNX_DTYPE[torch.int64])
     key = emit.op("CumSum", ones, emit.constant(1))
-    query = emit.op("Slice", key, emit.shape([past_length]), emit.constant([_END]), emit.constant([1]))
+    query = emit.op("Slice", key, emit.shape([given.past_length]), emit.constant([END]), emit.constant([1]))
     key = emit.op("Unsqueeze", key, emit.constant([1, 2]))
     query = emit.op("Unsqueeze", query, emit.constant([1, 3]))
     visible = emit.op("LessOrEqual", key, query)
-    if window:
-        visible = emit.op("And", visible, emit.op("Greater", key, emit.op("Sub", query, emit.constant(window))))
+    if given.window:
+        near = emit.op("Greater", key, emit.op("Sub", query, emit.constant(given.window)))
+        visible = emit.op("And", visible, near)
     visible = emit.op("And", visible, emit.op("Unsqueeze", real, emit.constant([1, 2])))
     return emit.op("Where", visible, emit.constant(0.0, dtype_of(node)), emit.constant(MASKED, dtype_of(node)))
 
 
-def _cached_attention(emit: Emitter, node: Node):
-    query, key, value, past_key, past_value, mask, scale, softcap = node.args
-    out, *present = emit.op(
-        "Attention", *(emit.get(a) for a in (query, key, value, mask, past_key, past_value)),
-        scale=float(scale), softcap=float(softcap) or None, outputs=3,
-    )  # fmt: skip
+@translates(ops.cached_attention.default)
+def _cached_attention(emit: Emitter, node: Node, given: Arguments) -> tuple[ir.Value, ...]:
+    inputs = (given.query, given.key, given.value, given.mask, given.past_key, given.past_value)
+    out, *present = emit.several(
+        3, "Attention", *map(emit.get, inputs), scale=float(given.scale), softcap=float(given.softcap) or None
+    )
     return emit.op("Transpose", out, perm=[0, 2, 1, 3]), *present
 
 
-def _attention(emit: Emitter, node: Node):
-    names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
-    given = dict(zip(names, node.args, strict=False)) | node.kwargs
-    if given.get("dropout_p", 0.0):
+@translates(aten.scaled_dot_product_attention.default)
+def _attention(emit: Emitter, node: Node, given: Arguments) -> ir.Value:
+    if given.dropout_p:
         raise unsupported(node, "with dropout")
-    inputs = [emit.get(given.get(name)) for name in names[:4]]
-    scale = given.get("scale")
     return emit.op(
-        "Attention",
-        *inputs,
-        is_causal=int(given.get("is_causal", False)),
-        scale=None if scale is None else float(scale),
-    )
+        "Attention", *map(emit.get, (given.query, given.key, given.value, given.attn_mask)),
+        is_causal=int(given.is_causal), scale=None if given.scale is None else float(given.scale),
+    )  # fmt: skip
 
 
-def _rotary(emit: Emitter, node: Node):
-    x, *tables = node.args
-    values = [emit.get(table) for table in tables]
-    if shape_of(tables[0])[0] == 1 and shape_of(x)[0] != 1:  # one table for all rows, which the operator wants for each
-        rows = emit.op("Shape", emit.get(x), start=0, end=1)
+@translates(ops.rotary_embedding.default)
+def _rotary(emit: Emitter, node: Node, given: Arguments) -> ir.Value:
+    values = [emit.get(given.cos), emit.get(given.sin)]
+    # One table for all rows, and the operator wants one for each.
+    if shape_of(given.cos)[0] == 1 and shape_of(given.x)[0] != 1:
+        rows = emit.op("Shape", emit.get(given.x), start=0, end=1)
         shape = emit.op("Concat", rows, emit.constant([1, 1]), axis=0)
         values = [emit.op("Expand", value, shape) for value in values]
-    return emit.op("RotaryEmbedding", emit.get(x), *values)
-
-
-TRANSLATIONS = {
-    aten.linear.default: _linear, aten.matmul.default: _matmul, aten.mm.default: _matmul, aten.bmm.default: _matmul,
-    aten.baddbmm.default: _baddbmm, aten.addmm.default: _addmm,
-    aten.rms_norm.default: _rms_norm, aten.layer_norm.default: _layer_norm,
-    ops.causal_mask.default: _causal_mask, ops.cached_attention.default: _cached_attention,
-    ops.rotary_embedding.default: _rotary, aten.scaled_dot_product_attention.default: _attention,
-}  # fmt: skip
+    return emit.op("RotaryEmbedding", emit.get(given.x), *values)

@@ -1,0 +1,310 @@
+"""Calls as what they are: a class for each kind of call that code asks about, its fields named as in the schema.
+
+`of` reads a node that must be such a call, `match` one that may be. aten calls its first operand "self"; it is x here.
+"""
+
+import operator
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar, Self
+
+import torch
+from torch.fx import Node
+
+from .. import ops as _ops  # noqa: F401  registers the operators
+from .schema import bind
+
+aten = torch.ops.aten
+ops = torch.ops.qexport
+END = 2**63 - 1  # of a slice that reaches as far as there is something
+
+Operand = Node | int | float
+
+
+def tensor_name(node: Node) -> str:
+    """The name of the tensor that a get_attr node reads.
+
+    Raises:
+        TypeError: it is no such node.
+    """
+    if node.op != "get_attr" or not isinstance(node.target, str):
+        raise TypeError(f"{node} reads no tensor of its module")
+    return node.target
+
+
+def sizes_of(node: Node) -> tuple[int, ...]:
+    """Shape of a value whose sizes are all known, as those of weights are.
+
+    Raises:
+        TypeError: one is dynamic.
+    """
+    return tuple(size_at(node, axis) for axis in range(len(node.meta["spec"].shape)))
+
+
+def size_at(node: Node, axis: int) -> int:
+    """The size of an axis that is known.
+
+    Raises:
+        TypeError: it is dynamic.
+    """
+    size = node.meta["spec"].shape[axis]
+    if not isinstance(size, int):
+        raise TypeError(f"axis {axis} of {node} has a dynamic size: {size}")
+    return size
+
+
+@dataclass(frozen=True)
+class _View:
+    """A call of one of the operators in `targets`.
+
+    Attributes:
+        named: what the schema calls a field, where that is something else.
+    """
+
+    targets: ClassVar[tuple[Any, ...]]
+    named: ClassVar[dict[str, str]] = {}
+
+    @classmethod
+    def match(cls, node: object) -> Self | None:
+        """The call that a node makes, None where it makes another one or none."""
+        if not isinstance(node, Node) or node.op != "call_function" or node.target not in cls.targets:
+            return None
+        given = bind(node)
+        return cls(**{f.name: getattr(given, cls.named.get(f.name, f.name)) for f in fields(cls)})
+
+    @classmethod
+    def of(cls, node: object) -> Self:
+        """The call that a node makes.
+
+        Raises:
+            TypeError: it makes another one or none.
+        """
+        if (found := cls.match(node)) is None:
+            raise TypeError(f"{node} is no call of {' or '.join(map(str, cls.targets))}")
+        return found
+
+
+@dataclass(frozen=True)
+class DequantizeLinear(_View):
+    """What codes stand for; block_size 0: one scale per channel or tensor."""
+
+    targets = (ops.dequantize_linear.default,)
+    codes: Node
+    scale: Node
+    zero_point: Node | None
+    axis: int
+    block_size: int
+    bits: int
+
+
+@dataclass(frozen=True)
+class DequantizeCodebook(_View):
+    """What indices of a table of 16 values stand for."""
+
+    targets = (ops.dequantize_codebook.default,)
+    codes: Node
+    scale: Node
+    codebook: str
+    block_size: int
+
+
+@dataclass(frozen=True)
+class QuantizeLinear(_View):
+    """A float value as 8-bit codes."""
+
+    targets = (ops.quantize_linear.default,)
+    x: Node
+    scale: Node
+    zero_point: int
+    signed: bool
+
+
+@dataclass(frozen=True)
+class ExpandCodes(_View):
+    """Codes in groups as int8 codes with one scale per output channel."""
+
+    targets = (ops.expand_codes.default,)
+    codes: Node
+    scale: Node
+    zero_point: Node | None
+    factor: Node | None
+    row_scale: Node
+    group_size: int
+    bits: int
+
+
+@dataclass(frozen=True)
+class MatMulNBits(_View):
+    """A product with a weight in groups, as one kernel."""
+
+    targets = (ops.matmul_nbits.default,)
+    x: Node
+    codes: Node
+    scale: Node
+    zero_point: Node | None
+    bits: int
+    group_size: int
+    block_size: int
+
+
+@dataclass(frozen=True)
+class ExpertShares(_View):
+    """What every token gives each expert: the weights of those it chose, 0 for others."""
+
+    targets = (ops.expert_shares.default,)
+    index: Node
+    weights: Node
+    experts: int
+
+
+@dataclass(frozen=True)
+class RoundCache(_View):
+    """Keys or values rounded to the grid of a cache of codes."""
+
+    targets = (ops.round_cache.default,)
+    x: Node
+    scale: Node
+    bits: int
+
+
+@dataclass(frozen=True)
+class CausalMask(_View):
+    """The mask of a decoder, from the attention mask."""
+
+    targets = (ops.causal_mask.default,)
+    attention_mask: Node
+    past_length: Operand
+    window: int
+
+
+@dataclass(frozen=True)
+class CachedAttention(_View):
+    """Attention that reads a cache, and returns it with the new keys and values behind."""
+
+    targets = (ops.cached_attention.default,)
+    query: Node
+    key: Node
+    value: Node
+    past_key: Node
+    past_value: Node
+    mask: Node
+    scale: float
+    softcap: float
+
+
+@dataclass(frozen=True)
+class RotaryEmbedding(_View):
+    """All features of every head, rotated."""
+
+    targets = (ops.rotary_embedding.default,)
+    x: Node
+    cos: Node
+    sin: Node
+
+
+@dataclass(frozen=True)
+class Matmul(_View):
+    """A product; of a quantized linear: of what it reads and its weight [K, N]."""
+
+    targets = (aten.matmul.default,)
+    named = {"x": "self", "weight": "other"}
+    x: Node
+    weight: Node
+
+
+@dataclass(frozen=True)
+class _Binary(_View):
+    named = {"x": "self"}
+    x: Node
+    other: Operand
+
+    @property
+    def operands(self) -> tuple[Operand, Operand]:
+        return self.x, self.other
+
+
+@dataclass(frozen=True)
+class Add(_Binary):
+    """x + alpha * other."""
+
+    targets = (aten.add.Tensor,)
+    alpha: int | float
+
+
+@dataclass(frozen=True)
+class Mul(_Binary):
+    """x * other."""
+
+    targets = (aten.mul.Tensor,)
+
+
+@dataclass(frozen=True)
+class Div(_Binary):
+    """x / other."""
+
+    targets = (aten.div.Tensor,)
+
+
+@dataclass(frozen=True)
+class Cast(_View):
+    """A value in another dtype."""
+
+    targets = (aten.to.dtype,)
+    named = {"x": "self"}
+    x: Node
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class Cat(_View):
+    """Values one behind the other along an axis."""
+
+    targets = (aten.cat.default, aten.concat.default)
+    tensors: list[Node]
+    dim: int
+
+
+@dataclass(frozen=True)
+class Slice(_View):
+    """A part of an axis."""
+
+    targets = (aten.slice.Tensor,)
+    named = {"x": "self"}
+    x: Node
+    dim: int
+    start: int | Node | None
+    end: int | Node | None
+    step: int
+
+    @property
+    def bounds(self) -> tuple[int | Node, int | Node]:
+        """[start, end), as numbers where nothing is said."""
+        return 0 if self.start is None else self.start, END if self.end is None else self.end
+
+
+@dataclass(frozen=True)
+class Split(_View):
+    """A value in parts along an axis; what says how large they are has many names."""
+
+    targets = (aten.split.Tensor, aten.split_with_sizes.default)
+    named = {"x": "self"}
+    x: Node
+    dim: int
+
+
+@dataclass(frozen=True)
+class Item(_View):
+    """One of several results."""
+
+    targets = (operator.getitem,)
+    source: Node
+    index: int
+
+
+@dataclass(frozen=True)
+class Size(_View):
+    """The size of an axis."""
+
+    targets = (aten.sym_size.int,)
+    named = {"x": "self"}
+    x: Node
+    dim: int
