@@ -20,8 +20,6 @@ aten = torch.ops.aten
 ops = torch.ops.qexport
 
 CONVOLUTIONS = (aten.conv1d.default, aten.conv2d.default, aten.conv3d.default)
-# Clipping that rounding to the range of the clipped values does by itself.
-_CLIPS = (aten.relu.default, aten.relu_.default, aten.relu6.default)
 # Only move or choose values: what goes in on a grid comes out on it.
 _KEEP_GRID = (
     aten.max_pool1d.default, aten.max_pool2d.default, aten.view.default, aten.reshape.default, aten.flatten.using_ints,
@@ -125,13 +123,13 @@ class QuantizeConvolutions(GraphPass):
         return bool(self._sites(module))
 
     def wanted(self, module: GraphModule, handover: Handover) -> dict[Node, Callable]:
-        values = [v for conv in self._sites(module).values() for v in (_grid_source(conv.args[0]), _end(conv))]
+        values = [v for conv in self._sites(module).values() for v in (_grid_source(_input(conv)), _end(conv))]
         return dict.fromkeys(values, Extent)
 
     def call(self, module: GraphModule, context: Context) -> PassResult:
         result, grids = PassResult(), {}
         # Where statistics were taken; nodes behind them are replaced while the graph changes.
-        sites = {name: (conv, _grid_source(conv.args[0]), _end(conv)) for name, conv in self._sites(module).items()}
+        sites = {name: (conv, _grid_source(_input(conv)), _end(conv)) for name, conv in self._sites(module).items()}
         for name, (conv, source, end) in sites.items():
             scale = self._input(module, name, conv, context.statistics[source], grids)
             seen = context.statistics[end]
@@ -145,14 +143,15 @@ class QuantizeConvolutions(GraphPass):
 
     def _input(self, module: GraphModule, name: str, conv: Node, seen: Extent, grids: dict) -> Node:
         """Let the convolution read codes; returns the node of their scale."""
-        graph, x = module.graph, conv.args[0]
+        graph, x = module.graph, _input(conv)
+        reader = conv if x is conv.args[0] else conv.args[0]  # zeros that are added to codes are a code
         if x not in grids:
             known = grids.get(_grid_source(x))  # what comes off a grid lies on it still
-            with graph.inserting_before(conv):
+            with graph.inserting_before(reader):
                 parts = known or _grid(graph, f"{name}.input", seen)
                 grids[x] = (*parts[:3], _rounded(graph, x, parts))
         scale, _, _, rounded = grids[x]
-        conv.replace_input_with(x, rounded)
+        reader.replace_input_with(x, rounded)
         return scale
 
     def _output(self, module: GraphModule, name: str, conv: Node, end: Node, seen: Extent, grids: dict) -> None:
@@ -189,6 +188,13 @@ class QuantizeConvolutions(GraphPass):
         return {n: conv for n, conv in found.items() if n in self.plan and self.plan[n].scheme is not None}
 
 
+def _input(conv: Node) -> Node:
+    """What a convolution reads, without zeros that are added for it alone: see `lower.ops.convolution`."""
+    x = conv.args[0]
+    alone = len(x.users) == 1 and zero_padding(x, len(shape_of(conv.args[1])) - 2) is not None
+    return x.args[0] if alone else x
+
+
 def _grid_source(value: Node) -> Node:
     """The node whose values `value` holds, only moved or chosen from."""
     while is_call(value, *_KEEP_GRID):
@@ -197,9 +203,34 @@ def _grid_source(value: Node) -> Node:
 
 
 def _end(conv: Node) -> Node:
-    """The value that is rounded behind a convolution: its own, or that of the clipping which is its only reader."""
+    """The value that is rounded behind a convolution: its own, or that of the clip which is its only reader."""
     user = next(iter(conv.users)) if len(conv.users) == 1 else None
-    return user if is_call(user, *_CLIPS) else conv
+    return user if _clips_around_zero(user) else conv
+
+
+def _clips_around_zero(node: Node | None) -> bool:
+    """Whether a node clips to a range with 0 in it: rounding to the range of the clipped values does that by itself."""
+    if is_call(node, aten.clamp.default):
+        low, high = (*node.args[1:], None)[:2]
+        return (low is None or low <= 0) and (high is None or high >= 0)
+    return is_call(node, aten.relu.default)
+
+
+def zero_padding(node: Node, rank: int) -> tuple[list[int], list[int]] | None:
+    """What a node adds of zeros before and behind each of the last `rank` dimensions; None where it is no such padding.
+
+    Convolutions pad with zeros themselves, and the zero of a quantized input is exact.
+    """
+    if not is_call(node, aten.constant_pad_nd.default, aten.pad.default):
+        return None
+    pads, given = node.args[1], node.args[2:]
+    mode, value = ("constant", *given) if given and not isinstance(given[0], str) else (*given, "constant", None)[:2]
+    if mode != "constant" or value not in (None, 0) or not all(isinstance(pad, int) and pad >= 0 for pad in pads):
+        return None
+    pads = [*pads, *[0] * (2 * rank - len(pads))]  # pairs for the last dimension, the one before it, and so on
+    if any(pads[2 * rank :]):
+        return None
+    return pads[0 : 2 * rank : 2][::-1], pads[1 : 2 * rank : 2][::-1]
 
 
 def _grid(graph: Graph, name: str, seen: Extent) -> tuple[Node, Node, int]:

@@ -14,7 +14,7 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 
 from ..errors import CaptureError
-from ..passes.edit import get_tensor, set_tensor, spec_of
+from ..passes.edit import get_tensor, is_call, set_tensor, spec_of
 
 _LAYER = re.compile(r"^(?P<container>.*?)\.(?P<index>\d+)(?=\.|$)")
 
@@ -100,6 +100,8 @@ def _assign(graph: Graph, layers: list[str]) -> dict[Node, int]:
         if own is None:
             # Belongs to no layer: as early as its inputs allow, but what follows the last layer is the epilogue.
             own = last if layers and earliest == len(layers) else earliest
+        if _clips_alone(node):
+            own = earliest  # where the range is taken that it ends
         if own < earliest:
             raise CaptureError(
                 f"layer {layers[own - 1]} needs a value made later, in part {earliest}", place=node.name,
@@ -116,6 +118,11 @@ def _assign(graph: Graph, layers: list[str]) -> dict[Node, int]:
         if node in fixed and node in part:
             part[node] = min((part[user] for user in node.users if user in part), default=part[node])
     return part
+
+
+def _clips_alone(node: Node) -> bool:
+    """Whether a node clips a value that nothing else reads."""
+    return is_call(node, torch.ops.aten.relu.default, torch.ops.aten.clamp.default) and len(node.args[0].users) == 1
 
 
 def _block(

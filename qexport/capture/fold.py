@@ -5,7 +5,7 @@ import operator
 import torch
 from torch.fx import GraphModule, Node
 
-from ..passes.convolutions import CONVOLUTIONS
+from ..passes.convolutions import CONVOLUTIONS, zero_padding
 from ..passes.edit import get_tensor, is_call, set_tensor
 
 aten = torch.ops.aten
@@ -81,6 +81,26 @@ def spell_padding(module: GraphModule) -> None:
             x.meta = {**node.meta, "val": value.new_empty((*value.shape[:2], *sizes))}
         node.target = _BY_NAME[node.target]
         node.args = (x, weight, bias, stride, [total // 2 for total in wide], dilation, groups)
+
+
+def fold_padding(module: GraphModule) -> None:
+    """Zeros that are added on both sides alike in front of a convolution become its own padding, in place.
+
+    Others stay nodes, as the operator pads both sides alike; ONNX's takes them in.
+    """
+    for node in list(module.graph.nodes):
+        if not is_call(node, *CONVOLUTIONS):
+            continue
+        x, rank = node.args[0], len(node.args[1].meta["val"].shape) - 2
+        more = zero_padding(x, rank)
+        if more is None or more[0] != more[1]:
+            continue
+        bias, stride, padding, *rest = (*node.args[2:], *(None, [1] * rank, [0] * rank)[len(node.args) - 2 :])
+        padding = list(padding) * (rank if len(padding) == 1 else 1)
+        wider = [old + new for old, new in zip(padding, more[0], strict=True)]
+        node.args = (x.args[0], node.args[1], bias, stride, wider, *rest)
+        if not x.users:
+            module.graph.erase_node(x)
 
 
 def fold_weights(module: GraphModule) -> dict[str, torch.Tensor]:

@@ -14,7 +14,7 @@ from ..errors import CaptureError, InputError
 from ..passes.edit import get_tensor
 from .blocks import cut
 from .explain import explained, functional
-from .fold import fold_batch_norms, fold_weights, spell_padding
+from .fold import fold_batch_norms, fold_padding, fold_weights, spell_padding
 from .graph import Captured, Port
 from .normalize import normalize
 from .trace import quiet
@@ -67,6 +67,7 @@ def _captured(exported: ExportedProgram, model: torch.nn.Module, axes: Axes, abs
         stack = node.meta.get("nn_module_stack") or {}
         node.meta["module_path"] = next(reversed(stack.values()))[0] if stack else ""
     spell_padding(whole)
+    fold_padding(whole)
     folded = fold_weights(whole)
     folded |= fold_batch_norms(whole)
     normalize(whole)

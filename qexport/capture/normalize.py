@@ -13,6 +13,7 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from ..passes.edit import is_call
+from .clips import spell_clips
 from .filling import join_parts
 from .positions import slice_tables
 
@@ -50,6 +51,7 @@ def normalize(module: GraphModule) -> GraphModule:
     _leave_inputs_alone(graph)
     _compute_in_float32(graph)
     _drop_identities(graph)
+    spell_clips(module)
     _fuse_lookups(graph)
     _drop_round_trips(graph)
     _keep_rows_apart(graph)

@@ -8,7 +8,7 @@ from torch.fx import Node
 
 from ...graph.schema import Arguments
 from ...graph.views import size_at
-from ...passes.convolutions import CONVOLUTIONS
+from ...passes.convolutions import CONVOLUTIONS, zero_padding
 from ...passes.edit import dtype_of, shape_of
 from ..emitter import Attribute, Emitter, unsupported
 from ..registry import Translation, translates
@@ -19,17 +19,21 @@ aten = torch.ops.aten
 @translates(*CONVOLUTIONS, aten.conv1d.padding, aten.conv2d.padding)
 def _conv(emit: Emitter, node: Node, given: Arguments) -> ir.Value:
     rank = len(shape_of(given.weight)) - 2
-    strides = _each(given.stride, rank)
+    x, strides = given.input, _each(given.stride, rank)
     pads: dict[str, Attribute]
     if isinstance(given.padding, str):
         pads = {"auto_pad": {"same": "SAME_UPPER", "valid": "VALID"}[given.padding]}
         if given.padding == "same" and set(strides) != {1}:
             raise unsupported(node, "with padding='same' and a stride")
     else:
-        pads = {"pads": _each(given.padding, rank) * 2}
+        begin = end = _each(given.padding, rank)
+        if (more := zero_padding(x, rank)) is not None:  # its Pad is dropped if nothing else reads it
+            begin, end = ([a + b for a, b in zip(own, added, strict=True)] for own, added in zip((begin, end), more))
+            x = x.args[0]
+        pads = {"pads": [*begin, *end]}
     name, output = node.meta.get("convolution", ""), node.meta.get("result_of", "")
     return emit.op(
-        "Conv", emit.get(given.input), emit.get(given.weight), emit.get(given.bias), name=name,
+        "Conv", emit.get(x), emit.get(given.weight), emit.get(given.bias), name=name,
         output=output and f"{output}.output", strides=strides, dilations=_each(given.dilation, rank),
         group=given.groups, **pads,
     )  # fmt: skip

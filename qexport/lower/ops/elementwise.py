@@ -153,12 +153,6 @@ def _relu(emit: Emitter, node: Node, given: Arguments) -> ir.Value:
     return emit.op("Max", emit.get(given.self), emit.constant(0, dtype_of(node)))
 
 
-@translates(aten.relu6.default)
-def _relu6(emit: Emitter, node: Node, given: Arguments) -> ir.Value:
-    dtype = dtype_of(node)
-    return emit.op("Clip", emit.get(given.self), emit.constant(0.0, dtype), emit.constant(6.0, dtype))
-
-
 @translates(aten.leaky_relu.default, aten.leaky_relu_.default)
 def _leaky_relu(emit: Emitter, node: Node, given: Arguments) -> ir.Value:
     return emit.op("LeakyRelu", emit.get(given.self), alpha=float(given.negative_slope))
@@ -287,11 +281,6 @@ def _clamp(emit: Emitter, node: Node, given: Arguments) -> ir.Value:
 @translates(aten.clamp_min.default)
 def _clamp_min(emit: Emitter, node: Node, given: Arguments) -> ir.Value:
     return _clipped(emit, node, given.self, given.min, None)
-
-
-@translates(aten.hardtanh.default, aten.hardtanh_.default)
-def _hardtanh(emit: Emitter, node: Node, given: Arguments) -> ir.Value:
-    return _clipped(emit, node, given.self, given.min_val, given.max_val)
 
 
 @translates(aten.clamp.Tensor)
