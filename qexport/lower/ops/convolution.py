@@ -26,11 +26,10 @@ def _conv(emit: Emitter, node: Node, given: Arguments) -> ir.Value:
         if given.padding == "same" and set(strides) != {1}:
             raise unsupported(node, "with padding='same' and a stride")
     else:
-        begin = end = _each(given.padding, rank)
-        if (more := zero_padding(x, rank)) is not None:  # its Pad is dropped if nothing else reads it
-            begin, end = ([a + b for a, b in zip(own, added, strict=True)] for own, added in zip((begin, end), more))
-            x = x.args[0]
-        pads = {"pads": [*begin, *end]}
+        own, more = _each(given.padding, rank) * 2, [0] * 2 * rank
+        if (added := zero_padding(x, rank)) is not None:  # its Pad is dropped if nothing else reads it
+            x, more = x.args[0], [*added[0], *added[1]]
+        pads = {"pads": [a + b for a, b in zip(own, more, strict=True)]}
     name, output = node.meta.get("convolution", ""), node.meta.get("result_of", "")
     return emit.op(
         "Conv", emit.get(x), emit.get(given.weight), emit.get(given.bias), name=name,
