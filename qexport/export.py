@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from .calibrate.coverage import unseen_shares, warning
-from .calibrate.data import Progress, calibration_batches, needs_data, no_progress, recipe_and_data
+from .calibrate.data import Progress, calibration_batches, check_calibration, needs_data, no_progress, recipe_and_data
 from .calibrate.loop import Finished, quantize_blocks
 from .calibrate.projection import hessian_of
 from .calibrate.stages import passes_for
@@ -25,6 +25,7 @@ from .capture.origin import origin
 from .capture.source import ModelFolder, open_model
 from .describing import manifest_of, report_of
 from .errors import InputError, QExportError, RecipeError
+from .log import warn
 from .lower.attention import count_attentions
 from .lower.blocks import lower
 from .lower.build import Target, check_translations
@@ -137,6 +138,9 @@ def export(
     check_free(out, overwrite)
     recipe, data = recipe_and_data(recipe, calibration)
 
+    if not isinstance(model, torch.nn.Module | Captured):
+        model = opened(model, trust_remote_code=trust_remote_code)
+        check_calibration(model, recipe, data, calibration is not None)
     captured = capture(model, example_inputs, dynamic_shapes, trust_remote_code=trust_remote_code)
     check_prefill(captured, recipe)
     check_cache(captured, recipe)
@@ -233,7 +237,16 @@ def capture(
         if example_inputs is None:
             raise InputError("an nn.Module needs example_inputs", remedy="Pass the tensors of one forward call")
         return capture_module(model, example_inputs, dynamic_shapes)
-    return capture_folder(open_model(model, trust_remote_code=trust_remote_code))
+    return capture_folder(opened(model, trust_remote_code=trust_remote_code))
+
+
+def opened(model: str | os.PathLike | ModelFolder, *, trust_remote_code: bool = False) -> ModelFolder:
+    """`open_model`, and a warning for whatever an export of it will go without."""
+    folder = open_model(model, trust_remote_code=trust_remote_code)
+    if folder is not model:  # otherwise they were said when it was opened
+        for note in folder.notes:
+            warn(note)
+    return folder
 
 
 def target_for(name: str, recipe: Recipe, dtype: str | None = None) -> Target:

@@ -9,10 +9,11 @@ from typing import Any, Literal, Self
 import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
 
-from .errors import RecipeError
+from .artifact.files import read_text
+from .errors import InputError, RecipeError
 from .numerics.formats import Scheme
 from .recipes.explaining import explain, nearest
-from .recipes.reading import read_yaml
+from .recipes.reading import MOST_BYTES, read_yaml
 from .recipes.specs import (
     FLOAT,
     TIED,
@@ -177,11 +178,9 @@ class Recipe(Spec):
     @classmethod
     def _from_file(cls, path: Path) -> Self:
         try:
-            text = path.read_bytes().decode("utf-8-sig")
-        except OSError as error:
-            raise RecipeError(f"cannot read the recipe: {error.strerror}", place=str(path)) from None
-        except UnicodeDecodeError as error:
-            raise RecipeError(f"byte {error.start} is not UTF-8", place=str(path)) from None
+            text = read_text(path, MOST_BYTES)
+        except InputError as error:
+            raise RecipeError(error.message, place=error.place) from None
         return cls._from_yaml(text, str(path), path.stem)
 
     @classmethod

@@ -256,7 +256,7 @@ def test_a_wrong_file_is_explained(text, line, message, write):
 
 
 def test_a_file_nested_too_deeply_is_no_crash(write):
-    with pytest.raises(RecipeError, match="this is not YAML"):
+    with pytest.raises(RecipeError, match=r"mine\.yaml:1: more than 16 mappings and lists within each other"):
         Recipe.load(write("[" * 2000))
 
 
@@ -264,9 +264,9 @@ def test_unreadable_files(tmp_path):
     (tmp_path / "latin.yaml").write_bytes("name: grün".encode("latin-1"))
     with pytest.raises(RecipeError, match=r"latin\.yaml: byte 8 is not UTF-8"):
         Recipe.load(tmp_path / "latin.yaml")
-    with pytest.raises(RecipeError, match=r"none\.yaml: cannot read the recipe: No such file"):
+    with pytest.raises(RecipeError, match=r"none\.yaml: cannot be read: No such file"):
         Recipe.load("none.yaml")
-    with pytest.raises(RecipeError, match="cannot read the recipe: Is a directory"):
+    with pytest.raises(RecipeError, match="is no file"):
         Recipe.load(tmp_path)
 
 

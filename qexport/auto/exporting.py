@@ -12,12 +12,12 @@ from typing import Any
 
 import torch
 
-from ..calibrate.data import Progress, calibration_batches, no_progress, recipe_and_data
+from ..calibrate.data import Progress, calibration_batches, check_calibration, no_progress, recipe_and_data
 from ..calibrate.streams import Feeds, decoder_inputs
 from ..capture.graph import Captured
 from ..capture.source import ModelFolder
 from ..errors import InputError
-from ..export import ExportResult, capture, export, target_for
+from ..export import ExportResult, capture, export, opened, target_for
 from ..lower.folder import appearing, check_free
 from ..lower.grouping import check_attention
 from ..recipe import Recipe
@@ -111,6 +111,9 @@ def export_auto(
     check_attention(attention)
     check_free(out, overwrite)
     recipe, data = recipe_and_data(recipe, calibration)
+    if not isinstance(model, torch.nn.Module | Captured):
+        model = opened(model, trust_remote_code=trust_remote_code)
+        check_calibration(model, recipe, data, calibration is not None)
     captured = capture(model, trust_remote_code=trust_remote_code)
     if captured.kind != "decoder":
         raise InputError(f"schemes are chosen for decoders, and its kind is {captured.kind}", place=str(model))

@@ -9,13 +9,14 @@ from typing import Any
 from torch import Tensor
 
 from ..capture.graph import Captured
+from ..capture.source import ModelFolder
 from ..errors import InputError
 from ..passes.plan import LinearPlan
 from ..recipe import Recipe
 from .encoder_inputs import encoder_stream
 from .float_model import fits_in_memory, loaded
 from .self_text import continue_text
-from .sources import Samples, load_samples
+from .sources import Samples, check_text, load_samples
 from .streams import Stream, make_stream, module_feeds, stream_of
 
 Progress = Callable[[str, str, int, int], None]  # stage, what, done, total
@@ -51,6 +52,21 @@ def recipe_and_data(recipe: Recipe, calibration: Any) -> tuple[Recipe, Any]:
         spec = recipe.calibration.model_copy(update={"source": os.fspath(calibration)})
         return recipe.model_copy(update={"calibration": spec}), None
     return recipe, calibration
+
+
+def check_calibration(folder: ModelFolder, recipe: Recipe, data: Any, asked: bool) -> None:
+    """Find out before the work begins that calibration text cannot be had.
+
+    Args:
+        asked: the user named the calibration, whether the recipe needs it or not.
+
+    Raises:
+        InputError: there is no tokenizer for it, or no such file.
+    """
+    spec = recipe.calibration
+    texts = spec.source not in ("self", "random") if data is None else isinstance(data, list | tuple)
+    if texts and (asked or recipe.needs_calibration):
+        check_text(spec if data is None else None, folder.tokenizer())
 
 
 def calibration_batches(

@@ -1,6 +1,7 @@
 """Where calibration tokens come from: a text file, strings, a data set, token tensors, chance, or the model itself."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -85,19 +86,39 @@ def load_samples(
     return samples
 
 
-def _read(spec: CalibrationSpec) -> tuple[str, str]:
-    if spec.source.startswith("datasets:"):
-        # Text enough for 16 characters a token: up to four times what is needed, to spread the windows over.
-        return dataset_text(spec.source, enough=16 * spec.samples * spec.sequence_length), spec.source
+def check_text(spec: CalibrationSpec | None, tokenizer: Any) -> None:
+    """Raises InputError where the text that `spec` names, or one given (None), cannot be had; it is not read."""
+    _needed(tokenizer, "calibration texts" if spec is None else spec.source)
+    if spec is not None and not spec.source.startswith("datasets:"):
+        with _text_file(spec) as file:
+            file.read(1)
+
+
+@contextmanager
+def _text_file(spec: CalibrationSpec):
+    """The open file, whose errors are explained."""
     path = Path(spec.source).expanduser()
     try:
-        return path.read_bytes().decode("utf-8-sig"), path.name
+        if path.exists() and not path.is_file():
+            raise InputError("the calibration text is no file", place=str(path), remedy="Name a text file")
+        with path.open("rb") as file:
+            yield file
     except OSError as error:
         raise InputError(
             f"cannot read the calibration text: {error.strerror}",
             place=str(path),
             remedy='Sources are "self", "random", a text file and "datasets:ID:SPLIT:COLUMN"',
         ) from None
+
+
+def _read(spec: CalibrationSpec) -> tuple[str, str]:
+    if spec.source.startswith("datasets:"):
+        # Text enough for 16 characters a token: up to four times what is needed, to spread the windows over.
+        return dataset_text(spec.source, enough=16 * spec.samples * spec.sequence_length), spec.source
+    path = Path(spec.source).expanduser()
+    try:
+        with _text_file(spec) as file:
+            return file.read().decode("utf-8-sig"), path.name
     except UnicodeDecodeError as error:
         raise InputError(f"byte {error.start} is not UTF-8", place=str(path), remedy="Convert the file") from None
 

@@ -31,7 +31,7 @@ def load_known(folder: ModelFolder, loader: type) -> tuple[torch.nn.Module, list
                 folder.path, dtype=torch.float32, trust_remote_code=folder.trust_remote_code, use_safetensors=True,
                 output_loading_info=True,
             )  # fmt: skip
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+    except Exception as error:  # whatever a model's code makes of a config
         what = loader.__name__.removeprefix("AutoModel").removeprefix("For") or "an encoder"
         raise CaptureError(f"transformers cannot load it as {what} ({root_cause(error)})", place=folder.name) from error
     return model.eval(), sorted(info["missing_keys"])

@@ -3,12 +3,10 @@
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from ..errors import InputError
+from ..models.preflight import LEGAL_FILES, front_matter
 from .source import ModelFolder
 
-# Files of a source model that have to travel with what is made of it.
-LEGAL_FILES = ("LICENSE", "LICENSE.txt", "LICENSE.md", "LICENCE", "LICENCE.txt", "NOTICE", "NOTICE.txt")
 _KEYS = ("license", "license_name", "license_link")
 
 
@@ -33,23 +31,11 @@ def licence_of(path: Path) -> dict[str, str]:
     Returns:
         license, license_name, license_link as the Hub's model cards have them, and file; those that are there.
     """
-    found = {key: value for key, value in _front_matter(path / "README.md").items() if key in _KEYS}
+    try:
+        stated = front_matter(path / "README.md")
+    except InputError:
+        stated = {}  # which was said when the model was opened
+    found = {key: value for key, value in stated.items() if key in _KEYS}
     found = {key: value for key, value in found.items() if isinstance(value, str) and value.strip()}
     files = [name for name in LEGAL_FILES[:-2] if (path / name).is_file()]
     return found | ({"file": files[0]} if files else {})
-
-
-def _front_matter(card: Path) -> dict[str, Any]:
-    """The YAML between the first two lines of `---`; empty where there is none."""
-    try:
-        lines = card.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError):
-        return {}
-    if not lines or lines[0].strip() != "---":
-        return {}
-    end = next((i for i, line in enumerate(lines[1:], 1) if line.strip() == "---"), 0)
-    try:
-        found = yaml.safe_load("\n".join(lines[1:end]))
-    except yaml.YAMLError:
-        return {}
-    return found if isinstance(found, dict) else {}

@@ -2,7 +2,7 @@
 
 import torch
 
-from ..errors import CaptureError
+from ..errors import CaptureError, reading
 
 
 def settle_frequencies(model: torch.nn.Module, place: str) -> None:
@@ -16,8 +16,9 @@ def settle_frequencies(model: torch.nn.Module, place: str) -> None:
         if kinds is None or config is None:
             continue
         for layer, kind in kinds.items() if isinstance(kinds, dict) else [(None, kinds)]:
-            given = config.rope_parameters if layer is None else config.rope_parameters[layer]
-            _check(kind, given, config.max_position_embeddings, place)
+            with reading(place, "its rope_parameters are incomplete", kind=CaptureError):
+                given = config.rope_parameters if layer is None else config.rope_parameters[layer]
+                _check(kind, given, config.max_position_embeddings, place)
         # The frequencies of short texts are those it begins with.
         module.rope_type = dict.fromkeys(kinds, "default") if isinstance(kinds, dict) else "default"
 

@@ -8,15 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
 
-from ..errors import InputError, QExportError
-
-_TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model",
-    "vocab.json", "vocab.txt", "tekken.json",
-)  # fmt: skip
-
+from ..errors import InputError, QExportError, reading
+from ..models.configs import read_config
+from ..models.gguf_header import check_gguf
+from ..models.preflight import notes_on
+from ..models.tokenizers import load_tokenizer
 
 # Of a repository on the Hub: the model, and what the card of an export says of its licence.
 _WANTED = [
@@ -26,24 +24,23 @@ _WANTED = [
 
 @dataclass(frozen=True)
 class ModelFolder:
-    """A model on disk: `path` holds config.json and safetensors; `name` is what the user called it."""
+    """A model on disk: `path` holds config.json and safetensors; `name` is what the user called it.
+
+    notes: what an export goes without, a sentence each.
+    """
 
     path: Path
     name: str
     config: PretrainedConfig
     trust_remote_code: bool = False
+    notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         return self.name
 
     def tokenizer(self):
-        """The tokenizer, or None where the folder has none."""
-        if not any((self.path / name).exists() for name in _TOKENIZER_FILES):
-            return None  # transformers would make one without a vocabulary
-        try:
-            return AutoTokenizer.from_pretrained(self.path, trust_remote_code=self.trust_remote_code)
-        except (OSError, ValueError, KeyError, ImportError):
-            return None
+        """The tokenizer, or None where the folder has none that can be used; see `load_tokenizer`."""
+        return load_tokenizer(self.path, trust_remote_code=self.trust_remote_code)
 
 
 def open_model(
@@ -74,14 +71,9 @@ def open_model(
         raise InputError("is neither a folder nor a GGUF file", place=name)
     else:
         path = _download(name)
-    try:
-        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(
-            f"has no config that transformers understands ({_first_line(error)})", place=name,
-            remedy="The folder needs a config.json of a known model_type",
-        ) from error  # fmt: skip
-    return ModelFolder(path.resolve(), name, config, trust_remote_code)
+    config = read_config(path, name, trust_remote_code=trust_remote_code)
+    tokenizer = load_tokenizer(path, trust_remote_code=trust_remote_code)
+    return ModelFolder(path.resolve(), name, config, trust_remote_code, notes_on(path, config, tokenizer))
 
 
 def _convert_gguf(file: Path, cache: Path | None) -> Path:
@@ -91,11 +83,10 @@ def _convert_gguf(file: Path, cache: Path | None) -> Path:
     target = root / f"{file.stem}-{key}"
     if target.exists():
         return target
-    try:
+    check_gguf(file)
+    with reading(file, "cannot be read as GGUF"):
         tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
         model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
-    except (OSError, ValueError, KeyError, NotImplementedError, RuntimeError) as error:
-        raise InputError(f"cannot be read as GGUF ({_first_line(error)})", place=str(file)) from error
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     model.hf_quantizer = None  # the weights are float now, and save_pretrained would refuse them

@@ -67,11 +67,11 @@ def export(
     chosen = qexport.Recipe.load(recipe or ("compact" if auto else "w4a16_g32"))
     chosen = chosen.with_calibration(samples=samples, sequence_length=sequence_length, seed=seed)
     console.quiet_libraries()
-    from ..capture.source import open_model
+    from ..export import opened
     from ..reporting import auto_summary, export_summary, print_auto, print_export
 
     imported()
-    source = open_model(model, trust_remote_code=trust_remote_code)
+    source = opened(model, trust_remote_code=trust_remote_code)
     if source.config.is_encoder_decoder:
         if auto or resume or logits != "all":
             raise InputError("an encoder-decoder takes neither --auto nor --resume nor --logits last", place=model)

@@ -10,9 +10,11 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from ..capture.origin import LEGAL_FILES
+from ..artifact.files import read_json
 from ..capture.source import ModelFolder
 from ..errors import InputError, writing_to
+from ..log import warn
+from ..models.preflight import GENERATION, LEGAL_FILES, generation_config
 from ..runtime import manifest as manifests
 from ..runtime.genai import genai_config
 from ..runtime.manifest import Manifest
@@ -111,14 +113,26 @@ def write_companions(
         return
     copy_companions(folder, source, _COPIED)
     if manifest.kind == "decoder":
-        configs = [json.loads((folder / n).read_text()) if (folder / n).exists() else {} for n in _COPIED]
-        (folder / manifests.GENAI_FILE).write_text(json.dumps(genai_config(manifest, *configs), indent=2) + "\n")
+        _write_genai(folder, manifest, source)
+
+
+def _write_genai(folder: Path, manifest: Manifest, source: ModelFolder) -> None:
+    """What onnxruntime-genai needs to run the export, which is whole without it."""
+    configs = [read_json(folder / n) if (folder / n).exists() else {} for n in _COPIED]
+    tokenizer = source.tokenizer()
+    end = None if tokenizer is None else tokenizer.eos_token_id
+    try:
+        contents = genai_config(manifest, *configs, end)
+    except InputError as error:
+        warn(f"{manifests.GENAI_FILE} is left out: {error}")
+    else:
+        (folder / manifests.GENAI_FILE).write_text(json.dumps(contents, indent=2) + "\n")
 
 
 def copy_companions(folder: Path, source: ModelFolder, names: Iterable[str]) -> None:
     """These files of a model, its licence and its tokenizer, as far as it has them."""
     for name in (*names, *LEGAL_FILES):
-        if (source.path / name).exists():
+        if (source.path / name).is_file() and (name != GENERATION or generation_config(source.path)):
             shutil.copyfile(source.path / name, folder / name)
     tokenizer = source.tokenizer()
     if tokenizer is not None:

@@ -6,6 +6,8 @@ import yaml
 
 from ..errors import RecipeError
 
+MOST_BYTES, _DEEPEST = 1 << 18, 16  # of a recipe; mappings and lists within each other
+
 
 def read_yaml(text: str, place: str) -> tuple[dict[str, Any], dict[tuple, int]]:
     """A YAML mapping as plain Python, and the line of each of its keys by path, e.g. ("overrides", 0, "match").
@@ -17,8 +19,7 @@ def read_yaml(text: str, place: str) -> tuple[dict[str, Any], dict[tuple, int]]:
         RecipeError: not YAML, not a mapping, an alias, or a key given twice, with the line.
     """
     try:
-        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=yaml.SafeLoader)):
-            raise RecipeError("a recipe has no YAML aliases", place=place, remedy="Write the value out")
+        _check_events(text, place)
         root, data = yaml.compose(text, Loader=yaml.SafeLoader), yaml.safe_load(text)
     except (yaml.YAMLError, RecursionError, ValueError) as error:
         mark = getattr(error, "problem_mark", None)
@@ -29,6 +30,18 @@ def read_yaml(text: str, place: str) -> tuple[dict[str, Any], dict[tuple, int]]:
     lines: dict[tuple, int] = {}
     _note_lines(root, (), lines, place)
     return data, lines
+
+
+def _check_events(text: str, place: str) -> None:
+    """Refuse what would grow when it is composed, and what is so deep that composing it runs out of stack."""
+    depth = 0
+    for event in yaml.parse(text, Loader=yaml.SafeLoader):
+        if isinstance(event, yaml.AliasEvent):
+            raise RecipeError("a recipe has no YAML aliases", place=place, remedy="Write the value out")
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > _DEEPEST:
+            line = event.start_mark.line + 1
+            raise RecipeError(f"more than {_DEEPEST} mappings and lists within each other", place=f"{place}:{line}")
 
 
 def _note_lines(node: yaml.Node, path: tuple, lines: dict[tuple, int], place: str) -> None:

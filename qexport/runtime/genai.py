@@ -43,7 +43,10 @@ def model_type(name: str) -> str:
 
 
 def genai_config(
-    manifest: Manifest, config: Mapping[str, Any], generation_config: Mapping[str, Any] | None = None
+    manifest: Manifest,
+    config: Mapping[str, Any],
+    generation_config: Mapping[str, Any] | None = None,
+    eos_token_id: int | None = None,
 ) -> dict[str, Any]:
     """Contents of genai_config.json for an exported decoder.
 
@@ -52,6 +55,7 @@ def genai_config(
             as in a session of qexport.
         config: config.json of the model.
         generation_config: generation_config.json of the model; where present, its tokens and search defaults win.
+        eos_token_id: the tokenizer's, taken where neither config names one.
 
     Raises:
         InputError: not a decoder, or the configs lack a size or an end-of-sequence token.
@@ -62,6 +66,8 @@ def genai_config(
     text = _text_config(config)
     tokens = {key: generation.get(key, text.get(key)) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
     eos = tokens["eos_token_id"]
+    if eos is None or eos == []:
+        eos = tokens["eos_token_id"] = eos_token_id
     if eos is None:
         raise InputError("the model's configs name no eos_token_id", remedy="Set it in generation_config.json")
     if tokens["pad_token_id"] is None:

@@ -12,6 +12,7 @@ from .seq2seq import is_seq2seq, open_seq2seq, texts_as_source
 
 __all__ = ["Decoder", "Generation", "Sampling", "eos_token_ids", "generate_text", "open_decoder"]
 
+_MOST_CHARACTERS = 1 << 23  # of a prompt: what some templates write would fill the memory
 _DAMAGED = "Copy the model's tokenizer files into it again"
 
 
@@ -111,6 +112,8 @@ def _templated(tokenizer, text: str, system: str | None, folder: Path) -> str:
 
 def _token_ids(tokenizer, texts: Sequence[str], folder: Path, *, special: bool) -> list[list[int]]:
     """Token ids of each text; of an empty one what begins texts, where something does."""
+    if (longest := max(map(len, texts), default=0)) > _MOST_CHARACTERS:
+        raise InputError(f"of {longest:,} characters, more than any model reads", place="prompt", remedy="Shorten it")
     with reading(folder, "its tokenizer cannot read the prompt", _DAMAGED):
         ids = [list(tokenizer(text, add_special_tokens=special)["input_ids"]) for text in texts]
     start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]

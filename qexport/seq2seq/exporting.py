@@ -14,7 +14,7 @@ from ..capture.graph import Captured
 from ..capture.seq2seq import Parts, capture_seq2seq
 from ..capture.source import ModelFolder, open_model
 from ..errors import RecipeError
-from ..export import ExportResult, export, target_for
+from ..export import ExportResult, export, opened, target_for
 from ..inspecting import Inspection, inspect
 from ..lower.folder import appearing, check_free, copy_companions
 from ..passes.convolutions import convolutions
@@ -79,7 +79,7 @@ def export_seq2seq(
             raise RecipeError(f"{name} is for decoders alone", place=name, remedy="Remove it for encoder-decoders")
     check_free(out, overwrite)
     recipe, data = recipe_and_data(recipe, calibration)
-    folder = open_model(model, trust_remote_code=trust_remote_code)
+    folder = opened(model, trust_remote_code=trust_remote_code)
     progress("capture", folder.name, 0, 1)
     parts = capture_seq2seq(folder)
     recipes = part_recipes(parts, recipe)

@@ -115,13 +115,13 @@ def test_unknown_architecture(folder):
 
 def test_no_config(folder):
     (folder / "config.json").unlink()
-    with pytest.raises(InputError, match="config that transformers understands"):
+    with pytest.raises(InputError, match="has no config.json. The folder needs a config.json of a known model_type"):
         capture(folder)
 
 
 def test_damaged_config(folder):
     (folder / "config.json").write_text('{"model_type": ')
-    with pytest.raises(InputError, match="config that transformers understands"):
+    with pytest.raises(InputError, match="config.json: unreadable: Expecting value"):
         capture(folder)
 
 
