@@ -11,6 +11,7 @@ from pathlib import Path
 import onnx_ir as ir
 
 from ..artifact.files import read_json
+from ..artifact.tokenizer import write_tokenizer
 from ..capture.source import ModelFolder
 from ..errors import InputError, writing_to
 from ..log import warn
@@ -136,4 +137,4 @@ def copy_companions(folder: Path, source: ModelFolder, names: Iterable[str]) -> 
             shutil.copyfile(source.path / name, folder / name)
     tokenizer = source.tokenizer()
     if tokenizer is not None:
-        tokenizer.save_pretrained(folder)
+        write_tokenizer(tokenizer, source.path, folder)

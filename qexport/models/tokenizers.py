@@ -1,11 +1,13 @@
 """The tokenizer in a model's folder."""
 
+from functools import cache
 from pathlib import Path
 
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from ..artifact.files import read_json
 from ..errors import reading
+from ..log import warn
 
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model",
@@ -13,8 +15,13 @@ TOKENIZER_FILES = (
 )  # fmt: skip
 
 
+_warn_once = cache(warn)
+
+
 def load_tokenizer(folder: Path, *, trust_remote_code: bool = False):
     """The tokenizer of a folder; None where it has none, or one that takes code or packages that are not to be had.
+
+    One that is code of its own, which is not trusted, is made of its tokenizer.json where there is one, with a warning.
 
     Raises:
         InputError: its files are damaged.
@@ -27,13 +34,19 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False):
             read_json(folder / name, remedy)
     with reading(folder, "its tokenizer is damaged", remedy):
         try:
-            return _checked(AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code))
+            # Never asking the Hub about a folder: its answer would change the result.
+            options = dict(local_files_only=True, trust_remote_code=trust_remote_code)
+            return _checked(AutoTokenizer.from_pretrained(folder, **options))
         except ImportError:
             return None
         except ValueError as error:
-            if "trust_remote_code" in str(error):
-                return None
-            raise
+            if "trust_remote_code" not in str(error):
+                raise
+        if not (folder / "tokenizer.json").is_file():
+            _warn_once(f"{folder}: its tokenizer is code of its own, left out here: --trust-remote-code runs it")
+            return None
+        _warn_once(f"{folder}: its tokenizer is read without code of its own: --trust-remote-code runs that")
+        return _checked(PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True))
 
 
 def _checked(tokenizer):

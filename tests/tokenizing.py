@@ -1,0 +1,53 @@
+"""Small tokenizers of the two kinds that language models have, made here."""
+
+from pathlib import Path
+
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
+
+BOS, EOS = "<s>", "</s>"
+TEXT = "The moon has phases because the sun lights one half of it, and we see it from the side. Hello you 1 2 3 45"
+CHAT = (
+    "{{ bos_token }}{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}{{ eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+def save_tokenizer(folder: Path, kind: str = "bytes", *, adds_bos: bool, chat: str | None = CHAT) -> Path:
+    """Save a tokenizer of fewer than 400 tokens as transformers does; ids 1 and 2 begin and end a text.
+
+    Args:
+        kind: "bytes" (byte-level BPE: Llama 3, Qwen) or "spaces" (BPE with bytes to fall back on: Llama 2, Mistral).
+    """
+    made = _of_bytes() if kind == "bytes" else _of_spaces()
+    if adds_bos:
+        made.post_processor = processors.TemplateProcessing(
+            single=f"{BOS} $A", pair=f"{BOS} $A $B", special_tokens=[(BOS, 1)]
+        )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=made, bos_token=BOS, eos_token=EOS, pad_token=EOS)
+    tokenizer.chat_template = chat
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def _of_bytes() -> Tokenizer:
+    made = Tokenizer(models.BPE())
+    made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    made.train_from_iterator(
+        [TEXT] * 3, trainers.BpeTrainer(vocab_size=400, special_tokens=["<unk>", BOS, EOS], initial_alphabet=alphabet)
+    )
+    return made
+
+
+def _of_spaces() -> Tokenizer:
+    made = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
+    made.pre_tokenizer = pre_tokenizers.Metaspace()
+    special = ["<unk>", BOS, EOS, *(f"<0x{byte:02X}>" for byte in range(256))]
+    made.train_from_iterator([TEXT] * 3, trainers.BpeTrainer(vocab_size=400, special_tokens=special))
+    made.pre_tokenizer = None
+    made.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+    made.decoder = decoders.Sequence(
+        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    return made
