@@ -57,18 +57,20 @@ def _convolutions(plan: Sequence[ConvolutionPlan]) -> tuple[ConvolutionEntry, ..
 
 def report_of(
     source: dict[str, Any], plan, embeddings, finished: Sequence[Finished], seconds, calibration: str,
-    warnings: Sequence[str] = (),
+    ran: str, warnings: Sequence[str] = (),
 ) -> dict[str, Any]:  # fmt: skip
     """What report.json says of the export.
 
     Args:
-        source: see `capture.origin`; plan: of linears and convolutions; warnings: sentences.
+        source: see `capture.origin`; plan: of linears and convolutions; ran: see `runtime.first_run`;
+            warnings: sentences.
     """
     return {
         "export": {
             "source": source,
             "calibration": calibration,
             "warnings": list(warnings),
+            "first_run": ran,
             "seconds": {k: round(v, 2) for k, v in seconds.items()},
             "float": [{"linear": p.name, "reason": p.reason} for p in plan if p.scheme is None],
             "apart": [{"linear": n, "reason": why} for item in finished for n, why in item.apart.items()],

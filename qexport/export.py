@@ -46,6 +46,7 @@ from .passes.sites import Linear
 from .planning import convolutions_for, output_projection, plan_for
 from .recipe import Recipe
 from .rendering import read_export, write_card
+from .runtime.first_run import first_run
 from .runtime.manifest import Manifest
 
 # By target, first what is taken unasked.
@@ -191,12 +192,14 @@ def export(
             named = (projection.name, projection.weight) if projection else ("", "")
             sizes = by_part(size, lowered.tensors, lowered.bytes, embeddings, named)
             manifest = manifest_of(captured, plan, convolutions, lowered, lowering, sizes, settings)
+            ran = first_run(folder, manifest, {port.name: port.sizes for port in captured.inputs})
             seconds["lower"] = clock.lap()
             source = origin(captured.folder) if captured.folder else {"name": type(model).__name__}
             rarely, unseen = _rarely_chosen(finished), _unseen(finished, plan, projection, hessian)
             told = warning({name: share for name, share in unseen.items() if name not in rarely})
             warnings = (told,) if told else ()
-            report = report_of(source, [*plan, *convolutions], embeddings, finished, seconds, described, warnings)
+            planned = [*plan, *convolutions]
+            report = report_of(source, planned, embeddings, finished, seconds, described, ran, warnings)
             write_companions(folder, manifest, captured.folder, recipe.to_yaml(), report)
             write_card(read_export(folder))
     except BaseException as error:

@@ -25,12 +25,14 @@ class Port:
         value: name of the value in the graph.
         dtype: torch dtype.
         dims: an int, or the name of a dynamic dimension, for each axis.
+        sizes: of the example that the model was traced with; () of a decoder's.
     """
 
     name: str
     value: str
     dtype: torch.dtype
     dims: tuple[int | str, ...]
+    sizes: tuple[int, ...] = ()
 
 
 @dataclass

@@ -224,4 +224,5 @@ def _walk(value, path: str = ""):
 
 def _port(name: str, node: Node, called: Callable) -> Port:
     value = node.meta["val"]
-    return Port(name, node.name, value.dtype, tuple(called(d) for d in value.shape))
+    sizes = tuple(size if isinstance(size, int) else size.node.hint for size in value.shape)
+    return Port(name, node.name, value.dtype, tuple(called(d) for d in value.shape), sizes)
