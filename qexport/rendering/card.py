@@ -7,8 +7,11 @@ from typing import Any
 import yaml
 from markupsafe import Markup, escape
 
+from ..artifact.tokenizer import TEMPLATE
 from ..console import megabytes
 from ..errors import writing_to
+from ..runtime.genai import context_length
+from ..runtime.manifest import GENAI_FILE
 from ..validate.wording import summary_rows
 from .exported import Exported, recipe_settings
 from .html import environment
@@ -18,6 +21,7 @@ CARD_FILE = "README.md"
 _OURS = "<!-- Written by qexport; `qexport validate` writes it again while this line is here. -->"
 # Of the measures of a validation: the float model's path is the business of the machine it was on.
 _LEFT_OUT = ("reference",)
+_LENGTH = 256  # tokens of a text in the card's code
 
 
 def write_card(exported: Exported) -> Path | None:
@@ -33,13 +37,15 @@ def write_card(exported: Exported) -> Path | None:
 def render_card(exported: Exported) -> str:
     """The model card, with numbers where the export was validated."""
     manifest, report = exported.manifest, exported.report
+    genai = (exported.folder / GENAI_FILE).is_file()
     return environment().get_template("card.md").render(
         ours=Markup(_OURS), front=Markup(front_matter(exported)), model=exported.model, code=code, text=text,
         hub_id=exported.source.get("hub_id"), recipe=exported.recipe_name, manifest=manifest, report=report,
         scheme=str(recipe_settings(exported.recipe).get("scheme") or ""),
         sizes={_PARTS[key]: megabytes(manifest.bytes[key]) for key in _PARTS if manifest.bytes.get(key)},
         measures=[row for row in summary_rows(report) if row[0] not in _LEFT_OUT] if report else [],
-        licence=_licence(exported), genai=(exported.folder / "genai_config.json").is_file(),
+        licence=_licence(exported), genai=genai, chat=(exported.folder / TEMPLATE).is_file(),
+        max_length=min(_LENGTH, context_length(exported.folder) or _LENGTH) if genai else None,
     )  # fmt: skip
 
 

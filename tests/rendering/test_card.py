@@ -28,8 +28,11 @@ def test_a_card_of_a_model_from_the_hub(tmp_path):
     assert "qexport generate ." in card and "That of the source model: apache-2.0." in card
     assert "| perplexity, quantized | 11 |" in card and "| whole model | 3.0 MB |" in card
     assert "| `some.option` | `4` |" in card and "onnxruntime_genai" not in card, "there is no genai_config.json"
-    (tmp_path / "genai_config.json").touch()
-    assert "onnxruntime_genai" in render_card(write_validated(tmp_path, full_report()))
+    assert "--chat" not in card and "ORT_DISABLE_TELEMETRY=1" in card
+    (tmp_path / "genai_config.json").write_text('{"model": {"context_length": 99}}')
+    (tmp_path / "chat_template.jinja").touch()
+    card = render_card(write_validated(tmp_path, full_report()))
+    assert "max_length=99" in card and "add_special_tokens=True" in card and "apply_chat_template" in card
 
 
 def test_nothing_is_made_up(tmp_path):
