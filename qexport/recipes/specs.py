@@ -103,8 +103,8 @@ class WeightSpec(Spec):
     act_order: bool = False
     token_norm_power: float = Field(0.75, ge=0, le=2)
     clip_search: bool = False
-    learning_rates: tuple[float, ...] = Field((0.01, 0.03, 0.1), min_length=1)
-    steps: int = Field(40, ge=1)
+    learning_rates: tuple[float, ...] = Field((0.01, 0.03, 0.1), min_length=1, max_length=16)
+    steps: int = Field(40, ge=1, le=100_000)
 
     @field_validator("learning_rates")
     @classmethod
@@ -191,7 +191,7 @@ class LoRCSpec(Spec):
         weighted: weigh the error of each input feature by its mean magnitude (LQER, arXiv 2402.02446); calibrates.
     """
 
-    rank: int = Field(8, ge=1)
+    rank: int = Field(8, ge=1, le=65_536)
     factors: Literal["float", "int8"] = "float"
     shared: bool = False
     weighted: bool = False
@@ -252,7 +252,7 @@ class CalibrationSpec(Spec):
     """
 
     source: str = Field("self", min_length=1)
-    samples: int = Field(32, ge=1)
-    sequence_length: int = Field(256, ge=1)
+    samples: int = Field(32, ge=1, le=100_000)
+    sequence_length: int = Field(256, ge=1, le=1_000_000)
     seed: int = Field(0, ge=0, lt=2**63)
-    batch_size: int = Field(4, ge=1)
+    batch_size: int = Field(4, ge=1, le=4_096)

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from ..artifact.files import read_json
 from ..errors import InputError
@@ -20,6 +20,14 @@ SOURCE_MASK = "encoder_attention_mask"  # input of the decoder: the attention ma
 CPU = "CPUExecutionProvider"
 CUDA = "CUDAExecutionProvider"
 QMOE = "QMoE"  # the kernel that computes many linears, the experts of a mixture, in one node
+
+
+# Settings that are sizes, and the types of others.
+_SIZES = frozenset(
+    {"max_position_embeddings", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
+     "hidden_size", "vocab_size", "prompts_from"}
+)  # fmt: skip
+_KINDS = {"filename": str, "inputs": dict, "attention": str, "logits": str}
 
 
 class _Frozen(BaseModel):
@@ -123,6 +131,19 @@ class Manifest(_Frozen):
     blocks: tuple[BlockEntry, ...] = ()
     settings: dict[str, Any] = Field(default_factory=dict)
     bytes: dict[str, int] = Field(default_factory=dict)
+
+    @field_validator("settings")
+    @classmethod
+    def _plausible(cls, settings: dict[str, Any]) -> dict[str, Any]:
+        for key in _SIZES.intersection(settings):
+            if isinstance(settings[key], bool) or not isinstance(settings[key], int) or settings[key] < 1:
+                raise ValueError(f"{key} is no size: {str(settings[key])[:40]!r}")
+        for key, kind in _KINDS.items():
+            if not isinstance(settings.get(key, kind()), kind):
+                raise ValueError(f"{key} is {str(settings[key])[:40]!r}")
+        if not all(isinstance(dims, list | tuple) for dims in settings.get("inputs", {}).values()):
+            raise ValueError("inputs are names and their dimensions")
+        return settings
 
     @property
     def readable(self) -> tuple[LinearEntry, ...]:

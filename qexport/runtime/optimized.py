@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 
+from ..artifact.files import read_json
 from ..errors import InputError, RuntimeProblem, writing_to
 from . import cache
 from . import manifest as manifests
@@ -176,12 +177,12 @@ def _random_input(random: np.random.Generator, value: ort.NodeArg, rows: int) ->
 def _let_genai_load(folder: Path, new: Path) -> None:
     """Make the copy a folder for onnxruntime-genai, if the export is one: its files, and nothing optimized again."""
     try:
-        config = json.loads((folder / GENAI_FILE).read_text(encoding="utf-8"))
+        config = read_json(folder / GENAI_FILE)
         decoder = config["model"]["decoder"]
         decoder["filename"] = MODEL_FILE
         decoder["session_options"]["graph_optimization_level"] = "ORT_DISABLE_ALL"
-    except (OSError, ValueError, KeyError, TypeError):
-        return
+    except (InputError, KeyError, TypeError):
+        return  # a folder that genai does not load
     (new / GENAI_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     for file in folder.iterdir():
         if file.is_file() and file.suffix in _COPIED_TYPES and file.name not in _NOT_COPIED:

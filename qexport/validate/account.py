@@ -1,8 +1,9 @@
 """What an export did to the weights, by its own account."""
 
-import json
 from pathlib import Path
 
+from ..artifact.files import read_json
+from ..errors import InputError
 from ..passes.activations import QuantizeActivations
 from ..passes.convolutions import QuantizeConvolutions
 from ..passes.embedding import QuantizeEmbedding, ShareEmbedding
@@ -36,7 +37,7 @@ def transforms(folder: Path) -> bool:
     """Whether any pass but the quantizers changed the weights, by the account of the export; unknown counts as yes."""
     path = folder / REPORT_FILE
     try:
-        blocks = json.loads(path.read_text(encoding="utf-8"))["export"]["blocks"]
+        blocks = read_json(path)["export"]["blocks"]
         return bool({name for block in blocks for name in block["changed"]} - _QUANTIZERS)
-    except (OSError, ValueError, KeyError, TypeError):
+    except (InputError, KeyError, TypeError):
         return True

@@ -2,12 +2,18 @@
 
 import json
 import math
+import os
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from pydantic import BaseModel, ValidationError
+
+from ..artifact.files import read_json
 from ..errors import InputError, write_whole
 from .report import Activation, Report
 
+Model = TypeVar("Model", bound=BaseModel)
+_REMEDY = "Delete it; it is only a record"
 REPORT_FILE = "report.json"
 KEY = "validation"
 
@@ -31,40 +37,66 @@ def keep(folder: Path, key: str, value: dict[str, Any]) -> None:
 
 def load(folder: str | Path) -> Report | None:
     """The validation in a folder's report.json; None where there is none."""
-    data = _read(Path(folder) / REPORT_FILE).get(KEY)
-    return None if data is None else Report.model_validate(data)
+    path = Path(folder) / REPORT_FILE
+    data = _read(path).get(KEY)
+    return None if data is None else checked(Report, data, path)
 
 
 def exported_activations(folder: Path) -> tuple[Activation, ...]:
     """The quantized activations in a folder's report.json, by the account of the export; none without one."""
     found = []
-    for block in _read(folder / REPORT_FILE).get("export", {}).get("blocks", ()):
-        for _, what, data in block["changed"].get("QuantizeActivations", ()):
+    for block in _account(folder).blocks:
+        for _, what, data in block.changed.get("QuantizeActivations", ()):
             known = {key: data[key] for key in ("linears", "bits", "kernel", "kernel_without_zeros") if key in data}
-            found.append(Activation(block=block["name"], what=what, **known))
+            found.append(checked(Activation, {"block": block.name, "what": what, **known}, folder / REPORT_FILE))
     return tuple(found)
 
 
 def exported_warnings(folder: Path) -> tuple[str, ...]:
     """What the export warned of."""
-    return tuple(_read(folder / REPORT_FILE).get("export", {}).get("warnings", ()))
+    return _account(folder).warnings
 
 
 def branch_gains(folder: Path) -> dict[str, float]:
     """By how many dB the low-rank branch of a linear lowers the error of its weight, by the account of the export."""
     gains = {}
-    for block in _read(folder / REPORT_FILE).get("export", {}).get("blocks", ()):
-        for name, _, data in block["changed"].get("LoRC", ()):
-            left = 1 - data["error removed"]
-            gains[name] = -10 * math.log10(left) if left > 0 else math.inf
+    for block in _account(folder).blocks:
+        for name, _, data in block.changed.get("LoRC", ()):
+            removed = data.get("error removed")
+            if isinstance(removed, int | float):
+                gains[name] = -10 * math.log10(1 - removed) if removed < 1 else math.inf
     return gains
 
 
-def _read(path: Path) -> dict:
+class _Block(BaseModel):
+    """What passes did to a block: by pass, (place, what, numbers) of every change."""
+
+    name: str
+    changed: dict[str, tuple[tuple[str, str, dict[str, Any]], ...]] = {}
+
+
+class _Account(BaseModel):
+    blocks: tuple[_Block, ...] = ()
+    warnings: tuple[str, ...] = ()
+
+
+def _account(folder: Path) -> _Account:
+    """What report.json keeps of the export, as far as it is read again."""
+    path = folder / REPORT_FILE
+    return checked(_Account, _read(path).get("export", {}), path)
+
+
+def checked(kind: type[Model], data: Any, path: Path) -> Model:
+    """Data of a record as what they are; InputError names the file and the first key that is wrong."""
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError) as error:
-        raise InputError(f"unreadable: {error}", place=str(path), remedy="Delete it; it is only a record") from None
-    return data if isinstance(data, dict) else {}
+        return kind.model_validate(data)
+    except ValidationError as error:
+        first = error.errors()[0]
+        at = ".".join(str(part)[:60] for part in first["loc"])
+        raise InputError(
+            f"is damaged, or of another version of qexport ({at}: {first['msg']})", place=str(path), remedy=_REMEDY
+        ) from None
+
+
+def _read(path: Path) -> dict[str, Any]:
+    return read_json(path, _REMEDY) if os.path.lexists(path) else {}

@@ -63,7 +63,7 @@ KINDS = {
     "safetensors": Kind(0.08, ("llama",), ("model.safetensors",), (EXPORT,)),
     "safetensors index": Kind(0.05, ("sharded",), ("model.safetensors.index.json",), (EXPORT,)),
     "recipe": Kind(0.1, ("recipe.yaml",), ("recipe.yaml",),
-                   (("export", "{seeds}/llama", "-o", "{out}", "-r", "{model}"),)),
+                   (("export", "{seeds}/llama", "-o", "{out}", "-r", "{model}", "--calibration", "{seeds}/text.txt"),)),
     "manifest and configs of an export": Kind(
         0.06, ("export",), ("manifest.json", "genai_config.json", "config.json", "tokenizer.json"), READERS
     ),
