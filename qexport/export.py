@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from .artifact.names import public_name
 from .calibrate.coverage import unseen_shares, warning
 from .calibrate.data import Progress, calibration_batches, check_calibration, needs_data, no_progress, recipe_and_data
 from .calibrate.loop import Finished, quantize_blocks
@@ -200,7 +201,7 @@ def export(
             warnings = (told,) if told else ()
             planned = [*plan, *convolutions]
             report = report_of(source, planned, embeddings, finished, seconds, described, ran, warnings)
-            write_companions(folder, manifest, captured.folder, recipe.to_yaml(), report)
+            write_companions(folder, manifest, captured.folder, _published(recipe).to_yaml(), report)
             write_card(read_export(folder))
     except BaseException as error:
         # Neither a bad model nor a bad pass gets better by going on from where it stopped.
@@ -294,6 +295,11 @@ def check_cache(captured: Captured, recipe: Recipe) -> None:
             "its attention is written out, and a cache of codes takes grouped attention", place="kv_cache",
             remedy="Leave kv_cache out of the recipe",
         )  # fmt: skip
+
+
+def _published(recipe: Recipe) -> Recipe:
+    """The recipe as it travels with the export: a calibration text by its name, not by where it lay."""
+    return recipe.with_calibration(source=public_name(recipe.calibration.source))
 
 
 def _ask_for_data(passes: Sequence[GraphPass], captured: Captured) -> bool:

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from ..artifact.names import public_name
 from ..errors import InputError
 from ..models.preflight import LEGAL_FILES, front_matter
 from .source import ModelFolder
@@ -19,7 +20,7 @@ def origin(folder: ModelFolder) -> dict[str, Any]:
     """
     local = Path(folder.name).exists()
     return {
-        "name": Path(folder.name).resolve().name if local else folder.name,
+        "name": public_name(folder.name),
         "hub_id": None if local else folder.name,
         "licence": licence_of(folder.path),
     }

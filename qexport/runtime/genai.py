@@ -72,13 +72,16 @@ def genai_config(
         raise InputError("the model's configs name no eos_token_id", remedy="Set it in generation_config.json")
     if tokens["pad_token_id"] is None:
         tokens["pad_token_id"] = eos[0] if isinstance(eos, list) else eos
-    sizes = {**text, **manifest.settings}
+    sizes, vocabulary = {**text, **manifest.settings}, _need(manifest.settings, "vocab_size")
     context = sizes.get("max_position_embeddings", _UNSTATED)
     search = {key: generation.get(key, default) for key, default in _SEARCH.items()}
+    # To transformers 0 means all tokens, and more than there are means it too; genai refuses the second, and what it
+    # makes of the first depends on its other options.
+    search["top_k"] = min(search["top_k"] or vocabulary, vocabulary)
     return {
         "model": {
             "type": model_type(text.get("model_type", "decoder")),
-            "vocab_size": _need(manifest.settings, "vocab_size"),
+            "vocab_size": vocabulary,
             "context_length": context,
             **{key: value for key, value in tokens.items() if value is not None},
             "decoder": {

@@ -9,6 +9,7 @@ from importlib.metadata import version
 import numpy as np
 import onnxruntime
 
+from ..artifact.names import public_name
 from ..calibrate.float_model import float_bytes, running
 from ..capture.decoder import capture_decoder
 from ..capture.graph import Captured
@@ -93,7 +94,7 @@ def study(
     table = rows(measured, [format.name for format in formats])
     chosen = [choice for length, found in measured.items() for choice in choices(found, sizes, length)]
     return Study(
-        reference=captured.folder.name, prompts=texts, seeds=grid.seeds, temperatures=grid.temperatures,
+        reference=public_name(captured.folder.name), prompts=texts, seeds=grid.seeds, temperatures=grid.temperatures,
         top_ks=grid.top_ks, max_new_tokens=grid.max_new_tokens, threads=threads, provider=provider or "",
         formats=tuple(formats), rows=tuple(table), choices=tuple(chosen),
         conclusions=tuple(conclude(chosen, table, measured[grid.longest], sizes, grid.longest)),

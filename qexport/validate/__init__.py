@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from ..artifact.names import public_name
 from ..calibrate.encoder_inputs import encoder_inputs, with_last_token
 from ..calibrate.streams import module_feeds
 from ..capture.folder import capture_folder
@@ -163,7 +164,7 @@ def validate(
             progress=partial(progress, "greedy"),
         )  # fmt: skip
         lap("greedy")
-    name = captured.folder.name if captured.folder else type(reference).__name__
+    name = public_name(captured.folder.name) if captured.folder else type(reference).__name__
     report = with_verdict(Report(
         reference=name, text=chosen.described, own_text=chosen.own, layers=layers, logits=logits, outputs=outputs,
         activations=exported_activations(folder), warnings=exported_warnings(folder), placement=placed,

@@ -9,6 +9,8 @@ import onnxruntime
 import torch
 import transformers
 
+from ..artifact.names import public_name
+
 
 def versions() -> dict[str, str]:
     """Of qexport and of what computes: the float model in PyTorch, the deployed one in ONNX Runtime."""
@@ -23,11 +25,12 @@ def settings(reference: Any, text: str | os.PathLike | None, **others: Any) -> d
 
     Args:
         reference: null for a model that is no file; text: a text given itself is not kept, `Report.text` describes it.
+            Of paths the last part is kept.
         others: plain types already.
     """
     named = isinstance(reference, (str, os.PathLike))
     given = text is not None and os.path.isfile(os.path.expanduser(text))
     return {
-        "reference": os.fspath(reference) if named else None,
-        "text": os.fspath(text) if given else text and "TEXT", **others,
+        "reference": public_name(reference) if named else None,
+        "text": public_name(text) if given else text and "TEXT", **others,
     }  # fmt: skip

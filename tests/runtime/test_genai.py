@@ -31,6 +31,46 @@ def test_tokens_and_search_come_from_the_generation_config_first(export):
     assert genai_config(manifest, config | {"pad_token_id": None})["model"]["pad_token_id"] == EOS
 
 
+@pytest.mark.parametrize(("stated", "taken"), [(0, 97), (98, 97), (None, 50), (5, 5)])
+def test_top_k_means_what_it_means_to_transformers(export, stated, taken):
+    _, manifest, config = export
+    assert genai_config(manifest, config, {"top_k": stated})["search"]["top_k"] == taken
+
+
+def first_tokens(folder, config, **search) -> set[int]:
+    """The first token that genai draws, of 40 seeds; 0 where it is the end of the text."""
+    og = pytest.importorskip("onnxruntime_genai")
+    config["search"] |= {"do_sample": True, **search}
+    (folder / "genai_config.json").write_text(json.dumps(config))
+    model, found = og.Model(str(folder)), set()
+    for seed in range(40):
+        parameters = og.GeneratorParams(model)
+        parameters.set_search_options(max_length=8, random_seed=seed)
+        generator = og.Generator(model, parameters)
+        generator.append_tokens([5, 6, 7])
+        generator.generate_next_token()
+        found.add(int([*generator.get_sequence(0), 0][3]))
+    return found
+
+
+def test_all_tokens_are_drawn_from_where_the_model_asks_for_it(export):
+    folder, manifest, config = export
+    whole = first_tokens(folder, genai_config(manifest, config, {"top_k": 0}))
+    few = first_tokens(folder, genai_config(manifest, config, {"top_k": 2}))
+    assert len(few) == 2 and len(whole) > 20
+    with pytest.raises(RuntimeError, match="less than or equal to vocab_size"):
+        first_tokens(folder, genai_config(manifest, config), top_k=98)
+
+
+def test_padding_on_the_left_counts_as_tokens_in_genai(export):
+    folder, manifest, config = export
+    prompts = [[0, 0, 5, 6, 7], [9, 8, 7, 6, 5]]
+    found = run_genai(folder, genai_config(manifest, config), prompts)[1]
+    padded = open_decoder(folder).generate([[0, 0, 5, 6, 7]], max_new_tokens=NEW, eos_token_ids=[EOS]).tokens[0]
+    right = open_decoder(folder).generate([[5, 6, 7]], max_new_tokens=NEW, eos_token_ids=[EOS]).tokens[0]
+    assert found[0] == padded != right
+
+
 def test_session_entries_lie_flat_beside_the_named_options_and_cuda_names_its_provider(export):
     _, manifest, config = export
     session = {ACCURACY: "0", "ep.cuda.fpa_intb_gemm": "1"}

@@ -149,7 +149,7 @@ def test_the_command(run, model, folders, tmp_path):
     )  # fmt: skip
     assert code == 0 and "12 texts of up to 6 tokens: about" in err and "texts 4/4" in err
     found = Study.model_validate_json((tmp_path / "study.json").read_text())
-    assert found.prompts == ("abc", "Once upon") and found.reference == str(model) and len(found.rows) == 6
+    assert found.prompts == ("abc", "Once upon") and found.reference == model.name and len(found.rows) == 6
     lines = out.splitlines()
     assert [line.split()[0] for line in lines[:4]] == ["format", "float", "w2", "w8"]
     assert all(f"- {sentence}" in lines for sentence in found.conclusions)

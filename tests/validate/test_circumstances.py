@@ -9,7 +9,7 @@ from qexport.validate.circumstances import settings, versions
 def test_settings_are_what_repeats_the_run_and_keep_no_text(tmp_path):
     file = tmp_path / "text.txt"
     file.write_text("words")
-    assert settings(tmp_path, file, windows=2) == {"reference": str(tmp_path), "text": str(file), "windows": 2}
+    assert settings(tmp_path, file, windows=2) == {"reference": tmp_path.name, "text": file.name, "windows": 2}
     assert settings("some/model", None) == {"reference": "some/model", "text": None}
     for given in ("~nobody said so", "long " * 5000, "two\nlines\0"):
         assert settings(torch.nn.Linear(1, 1), given) == {"reference": None, "text": "TEXT"}
