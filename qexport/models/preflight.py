@@ -8,6 +8,7 @@ import yaml
 from transformers import PretrainedConfig
 
 from ..artifact.files import read_json, read_text
+from ..artifact.token_ids import check_token_ids
 from ..errors import InputError, reading
 
 GENERATION = "generation_config.json"
@@ -58,22 +59,12 @@ def generation_config(folder: Path, notes: list[str] | None = None) -> Mapping[s
         return {}
     try:
         said = {key: value for key, value in read_json(path).items() if value is not None}
-        check_tokens(said, path)
+        check_token_ids(said, path)
     except InputError as error:
         if notes is not None:
             notes.append(f"{GENERATION} is left out: {error}")
         return {}
     return said
-
-
-def check_tokens(said: Mapping[str, Any], path: Path) -> None:
-    """Raises InputError where the ids of special tokens are no token ids."""
-    for key in ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id"):
-        ids = said.get(key, [])
-        ids = ids if isinstance(ids, list) and key != "pad_token_id" else [ids]
-        wrong = [i for i in ids if isinstance(i, bool) or not isinstance(i, int) or not -1 <= i < 2**31]
-        if wrong and key in said:
-            raise InputError(f"{key} is no token id: {str(wrong[0])[:40]!r}", place=str(path))
 
 
 def front_matter(card: Path) -> Mapping[str, Any]:

@@ -7,6 +7,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from ..artifact.files import read_json
+from ..artifact.token_ids import check_token_ids
 from ..errors import InputError
 
 FORMAT = 1
@@ -251,11 +252,16 @@ def stated(folder: str | Path) -> dict[str, Any]:
     """What generation_config.json says, and config.json where that does not; nothing that is null.
 
     Raises:
-        InputError: one of them is no JSON object.
+        InputError: one of them is no JSON object, or names a special token by what is no token id.
     """
-    paths = (Path(folder) / name for name in ("config.json", "generation_config.json"))
-    pairs = (pair for path in paths if path.is_file() for pair in read_json(path).items())
-    return {key: value for key, value in pairs if value is not None}
+    found = {}
+    for name in ("config.json", "generation_config.json"):
+        path = Path(folder) / name
+        if path.is_file():
+            said = read_json(path)
+            check_token_ids(said, path)
+            found |= {key: value for key, value in said.items() if value is not None}
+    return found
 
 
 def _first(error: ValidationError) -> str:

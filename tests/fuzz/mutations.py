@@ -65,7 +65,7 @@ def _edit(data: Any, random: Random) -> tuple[Any, str]:
         holder[key] = type(holder[key])(holder[key] * scaled)
         return data, f"{name} times {scaled}"
     if what == 5:
-        for _ in range(random.choice((1, 2, 200, 900))):
+        for _ in range(random.choice((1, 2, 70, 100))):
             holder[key] = random.choice(([holder[key]], {"a": holder[key]}))
         return data, f"{name} wrapped"
     value = random.choice(_VALUES)
