@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch.fx import Graph, GraphModule, Node
@@ -43,6 +43,7 @@ class QuantizeActivations(GraphPass):
     measure: bool = False
     only_kernel: bool = False
     cross_alpha: float | None = None
+    keeps_values: ClassVar[bool] = True
 
     def wanted(self, module: GraphModule, handover: Handover) -> dict[Node, Callable]:
         wanted: dict[Node, Callable] = {}

@@ -124,6 +124,9 @@ class GraphPass(ABC):
     """Base of every pass. Subclasses are frozen dataclasses of options."""
 
     keeps_function: ClassVar[bool] = False
+    # It rounds, or changes nothing: every value stays the float model's but for errors. One that keeps the function may
+    # still move factors between layers. A validation compares layers by this, see `validate.account`.
+    keeps_values: ClassVar[bool] = False
     reads_float_weights: ClassVar[bool] = False  # of linears that passes before it have rounded
 
     @property

@@ -7,6 +7,7 @@ Conv, quantize. The output is quantized too, or the fusion would not happen.
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch.fx import Graph, GraphModule, Node
@@ -14,7 +15,7 @@ from torch.fx import Graph, GraphModule, Node
 from ..errors import NumericsError
 from ..numerics.formats import PER_CHANNEL, Scheme
 from .base import Context, GraphPass, Handover, Note, PassResult
-from .edit import add_tensor, call, finish, get_tensor, is_call, shape_of
+from .edit import add_tensor, call, finish, get_tensor, is_call, owner_of, shape_of
 
 aten = torch.ops.aten
 ops = torch.ops.qexport
@@ -48,7 +49,7 @@ class ConvolutionPlan:
 def convolutions(graph: Graph) -> dict[str, Node]:
     """Convolutions with constant weights by the path of their module, in order."""
     found = [n for n in graph.nodes if is_call(n, *CONVOLUTIONS) and n.args[1].op == "get_attr"]
-    return {n.args[1].target.rpartition(".")[0] or n.args[1].target: n for n in found}
+    return {owner_of(n.args[1].target): n for n in found}
 
 
 def plan_convolutions(
@@ -118,6 +119,7 @@ class QuantizeConvolutions(GraphPass):
     """
 
     plan: Mapping[str, ConvolutionPlan]
+    keeps_values: ClassVar[bool] = True
 
     def works_on(self, module: GraphModule) -> bool:
         return bool(self._sites(module))

@@ -52,6 +52,15 @@ def is_call(node, *targets) -> bool:
     return isinstance(node, Node) and node.op == "call_function" and node.target in targets
 
 
+def owner_of(tensor: str) -> str:
+    """The path of the module that owns a tensor, by its dotted name; "root" stands for the model itself.
+
+    Tensors that passes add are named after their layer, so no layer can be called as a tensor is.
+    """
+    path, _, leaf = tensor.rpartition(".")
+    return path or ("root" if leaf == "weight" else f"root.{leaf}")
+
+
 def get_tensor(module: torch.nn.Module, name: str) -> torch.Tensor:
     """The tensor at a dotted name."""
     for step in name.split("."):

@@ -6,6 +6,7 @@ output projection takes codes and scales as they are.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from torch.fx import Graph, GraphModule, Node
@@ -147,6 +148,7 @@ class QuantizeEmbedding(GraphPass):
 
     plan: Mapping[str, EmbeddingPlan]
     rounding: Rounding = quantize_weight
+    keeps_values: ClassVar[bool] = True
 
     def works_on(self, module: GraphModule) -> bool:
         return bool(self._lookups(module.graph))
@@ -184,6 +186,7 @@ class ShareEmbedding(GraphPass):
     """
 
     plan: Mapping[str, EmbeddingPlan]
+    keeps_values: ClassVar[bool] = True
 
     def works_on(self, module: GraphModule) -> bool:
         return any(linear.name in self.plan for linear in linears(module.graph))

@@ -3,6 +3,7 @@
 import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch.fx import Graph, GraphModule, Node
@@ -66,6 +67,7 @@ class CountChoices(GraphPass):
     """
 
     plan: Mapping[str, LinearPlan]
+    keeps_values: ClassVar[bool] = True
 
     def works_on(self, module: GraphModule) -> bool:
         return bool(self._read_by_choice(module))

@@ -5,6 +5,7 @@ them from the cache.
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch.fx import GraphModule, Node
@@ -28,6 +29,7 @@ class QuantizeCache(GraphPass):
 
     bits: int
     per_channel: bool = True
+    keeps_values: ClassVar[bool] = True
 
     def works_on(self, module: GraphModule) -> bool:
         return bool(_attentions(module))

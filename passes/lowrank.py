@@ -44,6 +44,7 @@ class LoRC(GraphPass):
     shared: bool = False
     weighted: bool = False
     reads_float_weights: ClassVar[bool] = True
+    keeps_values: ClassVar[bool] = True
 
     def requires(self, module: GraphModule) -> None:
         for linear in linears(module.graph):

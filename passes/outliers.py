@@ -39,6 +39,7 @@ class SeparateOutliers(GraphPass):
     plan: Mapping[str, LinearPlan]
     threshold: float = 6.0
     reads_float_weights: ClassVar[bool] = True
+    keeps_values: ClassVar[bool] = True
 
     def statistics(self, module: GraphModule) -> dict[Node, Callable]:
         return dict.fromkeys(self._sites(module), ChannelAbsmax)

@@ -38,13 +38,13 @@ def make_plan(graphs: Sequence[tuple[str, Graph]], scheme_for: Callable[[str], S
     """
     weights = [linear.weight for _, graph in graphs for linear in linears(graph)]
     plans = []
-    for block, graph in graphs:
+    for index, (block, graph) in enumerate(graphs, 1):
         shared = {n.target for n in graph.nodes if n.op == "get_attr" and len(n.users) > 1}
         for linear in linears(graph):
             asked = scheme_for(linear.name)
             if asked is not None and (weights.count(linear.weight) > 1 or linear.weight in shared):
                 plan = LinearPlan(linear.name, block, linear.shape, None, "its weight is shared by several linears")
-            elif asked is not None and chooses(linear):
+            elif asked is not None and chooses(linear, index == len(graphs)):
                 plan = LinearPlan(linear.name, block, linear.shape, None, "a router: its result picks experts")
             else:
                 scheme, reason = fit(asked, linear.shape[1])

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch.fx import Graph, Node
 
-from .edit import is_call, shape_of
+from .edit import is_call, owner_of, shape_of
 
 aten = torch.ops.aten
 _NORMS = (aten.rms_norm.default, aten.layer_norm.default)
@@ -19,6 +19,17 @@ _POINTWISE = (
     aten.to.dtype, aten._to_copy.default,
 )  # fmt: skip
 _SCORES = (aten.softmax.int, aten.sigmoid.default, aten.softplus.default, aten.sqrt.default)
+_LARGEST = (aten.topk.default, aten.sort.default, aten.max.dim)
+_PLACES = (aten.argmax.default, aten.argsort.default)
+_COMPARISONS = (
+    aten.ge.Tensor, aten.gt.Tensor, aten.le.Tensor, aten.lt.Tensor, aten.eq.Tensor, aten.ge.Scalar, aten.gt.Scalar,
+    aten.le.Scalar, aten.lt.Scalar,
+)  # fmt: skip
+# What takes some of the largest, or adds them up: to choose groups of experts, or as many as make up a share.
+_PARTS = (
+    aten.sum.dim_IntList, aten.cumsum.default, aten.slice.Tensor, aten.select.int, aten.unsqueeze.default,
+    aten.expand.default,
+)  # fmt: skip
 SHAPE_ONLY = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
 
 
@@ -82,17 +93,40 @@ def linear_at(node: Node) -> Linear | None:
     return Linear(_name(node, weight), node, weight, bias.target if bias else None, shape_of(node.args[1]))
 
 
-def chooses(linear: Linear) -> bool:
-    """Whether the result decides which features are taken: a router's scores, of which the largest pick experts."""
-    waiting, seen = [linear.node], set()
+def chooses(linear: Linear, last: bool = False) -> bool:
+    """Whether the result decides which features are taken: a router's scores, of which the largest pick experts.
+
+    It does where the places of the largest are read, or where scores are compared with the largest. The largest
+    themselves are a value as any other.
+
+    Args:
+        last: what the block hands on is the model's result, and read by no later block.
+    """
+    waiting, seen = [(linear.node, False)], set()
     while waiting:
-        for user in waiting.pop().users:
-            if is_call(user, aten.topk.default, aten.sort.default, aten.max.dim):
+        node, largest = waiting.pop()
+        for user in node.users:
+            if is_call(user, *_PLACES) and _read(user, last):
                 return True
-            if user not in seen and is_call(user, *_POINTWISE, *_SCORES, *SHAPE_ONLY):
-                seen.add(user)
-                waiting.append(user)
+            if largest and is_call(user, *_COMPARISONS):
+                return True
+            if is_call(user, *_LARGEST):
+                parts = {part.args[1]: part for part in user.users if is_call(part, operator.getitem)}
+                if 1 in parts and _read(parts[1], last):
+                    return True
+                reached = [(parts[0], True)] if 0 in parts else []
+            elif is_call(user, *_POINTWISE, *_SCORES, *SHAPE_ONLY) or (largest and is_call(user, *_PARTS)):
+                reached = [(user, largest)]
+            else:
+                continue
+            waiting += [found for found in reached if found not in seen]
+            seen.update(reached)
     return False
+
+
+def _read(places: Node, last: bool) -> bool:
+    """Whether anything but the model's caller reads places of elements."""
+    return any(not last or user.op != "output" for user in places.users)
 
 
 def projection_behind(value: Node) -> Linear | None:
@@ -108,7 +142,7 @@ def projection_behind(value: Node) -> Linear | None:
 
 def _name(node: Node, weight: str) -> str:
     """The path of the module that owns the weight; of the module that calls, where the weight is tied to another's."""
-    owner, caller = weight.rpartition(".")[0] or weight, node.meta.get("module_path", "")
+    owner, caller = owner_of(weight), node.meta.get("module_path", "")
     related = not caller or f"{owner}.".startswith(f"{caller}.") or f"{caller}.".startswith(f"{owner}.")
     return owner if related else caller
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch.fx import GraphModule, Node
@@ -41,6 +42,7 @@ class RoundToNearest(GraphPass):
 
     plan: Mapping[str, LinearPlan]
     clip_search: bool = False
+    keeps_values: ClassVar[bool] = True
 
     def call(self, module: GraphModule, context: Context) -> PassResult:
         def quantize(linear: Linear, w: torch.Tensor, fmt: WeightFormat, factor) -> QuantizedWeight:
@@ -58,6 +60,7 @@ class HalfQuadratic(GraphPass):
     """
 
     plan: Mapping[str, LinearPlan]
+    keeps_values: ClassVar[bool] = True
 
     def call(self, module: GraphModule, context: Context) -> PassResult:
         def quantize(linear: Linear, w: torch.Tensor, fmt: WeightFormat, factor) -> QuantizedWeight:
@@ -84,6 +87,7 @@ class GPTQ(GraphPass):
     act_order: bool = True
     token_norm_power: float = 1.0
     clip_search: bool = False
+    keeps_values: ClassVar[bool] = True
 
     def statistics(self, module: GraphModule) -> dict[Node, Callable]:
         return {

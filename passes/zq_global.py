@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -42,6 +43,7 @@ class ZQGlobal(GraphPass):
     learning_rates: Sequence[float] = (0.01, 0.03, 0.1)
     steps: int = 100
     token_norm_power: float = 0.75
+    keeps_values: ClassVar[bool] = True
 
     def call(self, module: GraphModule, context: Context) -> PassResult:
         result, found = PassResult(), []

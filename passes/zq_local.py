@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch.fx import GraphModule, Node
 
@@ -33,6 +34,7 @@ class ZQLocal(GraphPass):
     learning_rates: Sequence[float] = (0.01, 0.03, 0.1)
     steps: int = 100
     token_norm_power: float = 0.75
+    keeps_values: ClassVar[bool] = True
 
     def statistics(self, module: GraphModule) -> dict[Node, Callable]:
         power = self.token_norm_power

@@ -8,6 +8,7 @@ from typing import Any
 from .calibrate.loop import Finished
 from .capture.graph import Captured
 from .lower.build import Lowered, Target
+from .passes.base import GraphPass
 from .passes.convolutions import ConvolutionPlan
 from .passes.plan import LinearPlan
 from .planning import described_embedding
@@ -56,14 +57,14 @@ def _convolutions(plan: Sequence[ConvolutionPlan]) -> tuple[ConvolutionEntry, ..
 
 
 def report_of(
-    source: dict[str, Any], plan, embeddings, finished: Sequence[Finished], seconds, calibration: str,
-    ran: str, warnings: Sequence[str] = (),
+    source: dict[str, Any], plan, embeddings, passes: Sequence[GraphPass], finished: Sequence[Finished], seconds,
+    calibration: str, ran: str, warnings: Sequence[str] = (),
 ) -> dict[str, Any]:  # fmt: skip
     """What report.json says of the export.
 
     Args:
-        source: see `capture.origin`; plan: of linears and convolutions; ran: see `runtime.first_run`;
-            warnings: sentences.
+        source: see `capture.origin`; plan: of linears and convolutions; passes: all that blocks went through;
+            ran: see `runtime.first_run`; warnings: sentences.
     """
     return {
         "export": {
@@ -76,6 +77,9 @@ def report_of(
             "apart": [{"linear": n, "reason": why} for item in finished for n, why in item.apart.items()],
             "dense": [{"linear": n, "reason": why} for item in finished for n, why in item.dense.items()],
             "embedding": [described_embedding(e) for e in embeddings],
+            "passes": [
+                {"name": p.name, "keeps_function": p.keeps_function, "keeps_values": p.keeps_values} for p in passes
+            ],
             "blocks": [asdict(item.record) for item in finished],
         }
     }

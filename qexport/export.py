@@ -19,23 +19,22 @@ from .calibrate.data import Progress, calibration_batches, check_calibration, ne
 from .calibrate.loop import Finished, quantize_blocks
 from .calibrate.projection import hessian_of
 from .calibrate.stages import passes_for
+from .capture.dynamic import DynamicShapes
 from .capture.folder import capture_folder
 from .capture.graph import Captured
-from .capture.module import Axes, Inputs, capture_module
+from .capture.module import Inputs, capture_module
 from .capture.origin import origin
 from .capture.source import ModelFolder, open_model
 from .describing import manifest_of, report_of
 from .errors import InputError, QExportError, RecipeError
 from .log import warn
-from .lower.attention import count_attentions
 from .lower.blocks import lower
-from .lower.build import Target, check_translations
+from .lower.build import Target
 from .lower.folder import appearing, check_free, explained, write_companions, write_model
 from .lower.grouping import check_attention, deploy_attention, plan_attention
 from .lower.last_token import keep_last, read_by_projection
 from .lower.prefill import LONGEST_STEP
 from .lower.sizes import by_part
-from .lower.targets.bfloat16 import check_bfloat16
 from .lower.targets.cpu import CpuTarget
 from .lower.targets.cuda import CudaTarget
 from .passes.base import GraphPass
@@ -44,8 +43,9 @@ from .passes.embedding import EmbeddingPlan
 from .passes.experts import CountChoices
 from .passes.plan import LinearPlan
 from .passes.sites import Linear
-from .planning import convolutions_for, output_projection, plan_for
+from .planning import output_projection
 from .recipe import Recipe
+from .refusals import check_range, decide
 from .rendering import read_export, write_card
 from .runtime.first_run import first_run
 from .runtime.manifest import Manifest
@@ -94,7 +94,7 @@ def export(
     dtype: str | None = None,
     calibration: Any = None,
     example_inputs: Inputs | None = None,
-    dynamic_shapes: Axes | None = None,
+    dynamic_shapes: DynamicShapes | None = None,
     overwrite: bool = False,
     resume: bool = False,
     logits: str = "all",
@@ -118,7 +118,7 @@ def export(
             pass needs it, quantized activations are still measured on it: blocks' SQNR and the quantization kernel.
         example_inputs: of an nn.Module: the tensors of one forward call, in order, or by the names of its parameters.
         dynamic_shapes: of an nn.Module: by input name, the dimensions that may change and their names, such as
-            {"x": {0: "batch", 1: "length"}}; None: the first dimension of every input.
+            {"x": {0: "batch", 1: "length"}}, or as torch.export takes them; None: the first dimension of every input.
         overwrite: replace an earlier export.
         resume: go on with an interrupted export of the same model, recipe and calibration.
         logits: "all", or "last" for those of the last token of a sequence only: all that generation reads, and less
@@ -144,12 +144,9 @@ def export(
         model = opened(model, trust_remote_code=trust_remote_code)
         check_calibration(model, recipe, data, calibration is not None)
     captured = capture(model, example_inputs, dynamic_shapes, trust_remote_code=trust_remote_code)
-    check_prefill(captured, recipe)
-    check_cache(captured, recipe)
-    check_translations(block.module.graph for block in captured.blocks)
-    plan, embeddings = plan_for(captured, recipe, lowering.dtype.itemsize)
-    convolutions = convolutions_for(captured, recipe, lowering.name == "cpu")
-    check_kernels(lowering, plan, recipe)
+    decisions = decide(captured, recipe, lowering, attention)
+    plan, embeddings, convolutions = decisions.plan, decisions.embeddings, decisions.convolutions
+    check_range(captured, decisions, lowering.dtype)
     projection = output_projection(captured)
     hidden = read_by_projection(captured) if logits == "last" else None
     seconds["capture"] = clock.lap()
@@ -200,7 +197,7 @@ def export(
             told = warning({name: share for name, share in unseen.items() if name not in rarely})
             warnings = (told,) if told else ()
             planned = [*plan, *convolutions]
-            report = report_of(source, planned, embeddings, finished, seconds, described, ran, warnings)
+            report = report_of(source, planned, embeddings, passes, finished, seconds, described, ran, warnings)
             write_companions(folder, manifest, captured.folder, _published(recipe).to_yaml(), report)
             write_card(read_export(folder))
     except BaseException as error:
@@ -232,7 +229,11 @@ def _unseen(
 
 
 def capture(
-    model, example_inputs: Inputs | None = None, dynamic_shapes: Axes | None = None, *, trust_remote_code: bool = False
+    model,
+    example_inputs: Inputs | None = None,
+    dynamic_shapes: DynamicShapes | None = None,
+    *,
+    trust_remote_code: bool = False,
 ) -> Captured:
     """Capture whatever a user passes as a model; see `export`."""
     if isinstance(model, Captured):
@@ -246,6 +247,10 @@ def capture(
 
 def opened(model: str | os.PathLike | ModelFolder, *, trust_remote_code: bool = False) -> ModelFolder:
     """`open_model`, and a warning for whatever an export of it will go without."""
+    if not isinstance(model, (str, os.PathLike, ModelFolder)):
+        raise InputError(
+            f"a {type(model).__name__} is no model", remedy="Pass a folder, a Hugging Face id or the nn.Module itself"
+        )
     folder = open_model(model, trust_remote_code=trust_remote_code)
     if folder is not model:  # otherwise they were said when it was opened
         for note in folder.notes:
@@ -269,32 +274,6 @@ def target_for(name: str, recipe: Recipe, dtype: str | None = None) -> Target:
     if recipe.prefill is not None:
         raise RecipeError("prefill: int8 is a form for the CPU", place="prefill", remedy="Remove it for cuda")
     return CudaTarget(getattr(torch, dtype or _DTYPES[name][0]))
-
-
-def check_kernels(target: Target, plan: Sequence[LinearPlan], recipe: Recipe) -> None:
-    """Raises InputError where the target's dtype has no kernel for a linear of the plan."""
-    if target.dtype == torch.bfloat16:
-        check_bfloat16(plan, recipe.lorc is not None and recipe.lorc.factors == "int8")
-
-
-def check_prefill(captured: Captured, recipe: Recipe) -> None:
-    """Raises RecipeError where the recipe tells prompts from steps, and the model knows neither."""
-    if recipe.prefill is not None and captured.kind != "decoder":
-        raise RecipeError(
-            "prefill is for language models", place="prefill", remedy="Remove it for encoders and modules"
-        )
-
-
-def check_cache(captured: Captured, recipe: Recipe) -> None:
-    """Raises RecipeError where the recipe rounds a cache that a decoder reads otherwise than attention does."""
-    if recipe.kv_cache is None or captured.kind != "decoder":
-        return
-    caches = sum(port.name.startswith("past_key_values.") for port in captured.inputs) // 2
-    if count_attentions(captured) < caches:
-        raise RecipeError(
-            "its attention is written out, and a cache of codes takes grouped attention", place="kv_cache",
-            remedy="Leave kv_cache out of the recipe",
-        )  # fmt: skip
 
 
 def _published(recipe: Recipe) -> Recipe:

@@ -15,9 +15,11 @@ import torch
 from .calibrate.data import Progress, calibration_batches, needs_data, no_progress, recipe_and_data
 from .calibrate.ranges import float_ranges
 from .calibrate.stages import passes_for
+from .capture.dynamic import DynamicShapes
 from .capture.graph import Captured
+from .capture.module import Inputs
 from .capture.source import ModelFolder
-from .export import capture, check_kernels, target_for
+from .export import capture, target_for
 from .lower.attention import Grouping
 from .lower.foretell import slow_linears
 from .lower.grouping import check_attention, plan_attention
@@ -27,8 +29,9 @@ from .passes.embedding import EmbeddingPlan
 from .passes.fptq import FPTQ, Decision
 from .passes.plan import LinearPlan
 from .passes.sites import FoldSite, fold_sites, linear_at
-from .planning import bytes_by_part, convolutions_for, described_embedding, plan_for, weight_sizes
+from .planning import bytes_by_part, described_embedding, weight_sizes
 from .recipe import Recipe
+from .refusals import check_range, decide
 
 Planned = LinearPlan | ConvolutionPlan
 _INDEX = re.compile(r"\.(\d+)(?=\.|$)")
@@ -139,7 +142,8 @@ def inspect(
     dtype: str | None = None,
     calibrate: bool = False,
     calibration: Any = None,
-    example_inputs: Sequence[torch.Tensor] | None = None,
+    example_inputs: Inputs | None = None,
+    dynamic_shapes: DynamicShapes | None = None,
     trust_remote_code: bool = False,
     attention: str = "grouped",
     progress: Progress = no_progress,
@@ -153,11 +157,12 @@ def inspect(
     Args:
         calibrate: run calibration data through the model for the ranges of quantized activations.
         calibration: the data, as `export` takes it; None takes what the recipe says. Giving it implies `calibrate`.
-        dtype, attention: as `export` takes them.
+        dtype, attention, example_inputs, dynamic_shapes: as `export` takes them.
         progress: called with (stage, what, done, total) while calibrating.
 
     Raises:
-        QExportError: as `export`, for everything that shows before weights are quantized.
+        QExportError: as `export`, for everything that shows before weights are quantized; that weights are beyond the
+            range of float16 shows when it calibrates.
     """
     recipe = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
     calibrate = calibrate or calibration is not None
@@ -165,10 +170,11 @@ def inspect(
     check_attention(attention)
     lowering = target_for(target, recipe, dtype)
     width = lowering.dtype.itemsize
-    captured = capture(model, example_inputs, trust_remote_code=trust_remote_code)
-    plan, embeddings = plan_for(captured, recipe, width)
-    convolutions = convolutions_for(captured, recipe, lowering.name == "cpu")
-    check_kernels(lowering, plan, recipe)
+    captured = capture(model, example_inputs, dynamic_shapes, trust_remote_code=trust_remote_code)
+    decisions = decide(captured, recipe, lowering, attention)
+    plan, embeddings, convolutions = decisions.plan, decisions.embeddings, decisions.convolutions
+    if calibrate:
+        check_range(captured, decisions, lowering.dtype)
     by_name = {p.name: p for p in plan}
     ranges, described = _ranges_of(captured, recipe, by_name, data, progress) if calibrate else ({}, "")
     policy = _policy(recipe, by_name)

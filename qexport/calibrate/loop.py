@@ -17,6 +17,7 @@ from ..capture.blocks import Block
 from ..capture.graph import Captured
 from ..errors import InputError, PassError, within
 from ..numerics.joined import Joined
+from ..numerics.narrowing import narrowed
 from ..passes.base import GraphPass, Pipeline
 from ..passes.edit import attributes, delete_tensor, get_tensor, set_tensor, unload
 from . import shards
@@ -87,7 +88,7 @@ class Finished:
         """Load every tensor, in the dtype that the graph says."""
         for name in attributes(self.block.module.graph):
             own = get_tensor(self.block.module, name)
-            set_tensor(self.block.module, name, self.read(name).to(own.dtype))
+            set_tensor(self.block.module, name, narrowed(self.read(name), own.dtype, name))
 
 
 def quantize_blocks(

@@ -13,6 +13,7 @@ from .. import ops  # noqa: F401  registers the operators
 from ..errors import CaptureError, InputError
 from ..passes.edit import get_tensor
 from .blocks import cut
+from .dynamic import Axes, DynamicShapes, Hint, dynamic_axes
 from .explain import explained, functional
 from .fold import fold_batch_norms, fold_padding, fold_weights, spell_padding
 from .graph import Captured, Port
@@ -22,13 +23,12 @@ from .weights import StateDict
 
 aten = torch.ops.aten
 Inputs = Sequence[torch.Tensor] | Mapping[str, torch.Tensor]
-Axes = Mapping[str, Mapping[int, str]]
 
 
 def capture_module(
     model: torch.nn.Module,
     example_inputs: Inputs,
-    dynamic_shapes: Axes | None = None,
+    dynamic_shapes: DynamicShapes | None = None,
     *,
     absent: Collection[str] = (),
 ) -> Captured:
@@ -41,15 +41,22 @@ def capture_module(
         example_inputs: the tensors of one forward call, in order or by the names of forward's parameters.
         dynamic_shapes: by input name, the dimensions that may change and their names: {"x": {0: "batch", 1: "length"}}.
             None: the first dimension of every input, "batch" where it is as long as the first input's, else
-            "{input}.batch".
+            "{input}.batch". What torch.export takes will do too: an entry for every input in order or by name, of
+            dimensions by number or in order; torch.export.Dim objects, whose bounds are not kept, Dim.AUTO and
+            Dim.DYNAMIC, None or Dim.STATIC for what never changes.
         absent: weights that are not known; outputs that depend on them are left out.
 
     Raises:
         InputError: an input is no tensor, or dynamic_shapes names what is not there.
         CaptureError: torch.export cannot follow the model, or a dynamic dimension is not free in it.
     """
+    if isinstance(model, torch.jit.ScriptModule):
+        raise InputError(
+            "is a TorchScript module, which torch.export cannot follow", place=type(model).__name__,
+            remedy="Pass the Python module that it was scripted or traced from",
+        )  # fmt: skip
     given = named_inputs(model, example_inputs)
-    axes = _dynamic(given, dynamic_shapes)
+    axes = dynamic_axes(given, dynamic_shapes)
     examples = {name: _stretched(tensor, axes[name]) for name, tensor in given.items()}
     training = model.training
     try:
@@ -125,24 +132,6 @@ def axes_of(inputs: Mapping[str, Sequence[int | str]]) -> Axes:
     return {name: {i: d for i, d in enumerate(dims) if isinstance(d, str)} for name, dims in inputs.items()}
 
 
-def _dynamic(given: Mapping[str, torch.Tensor], wanted: Axes | None) -> dict[str, dict[int, str]]:
-    if wanted is None:
-        size = next(iter(given.values())).shape[0]
-        return {name: {0: "batch" if t.shape[0] == size else f"{name}.batch"} for name, t in given.items()}
-    for name, axes in wanted.items():
-        if name not in given:
-            raise InputError(
-                f"no input is called {name}", place="dynamic_shapes", remedy=f"There are {', '.join(given)}"
-            )
-        for axis, label in axes.items():
-            if not isinstance(axis, int) or not 0 <= axis < given[name].dim() or not isinstance(label, str):
-                raise InputError(
-                    f"{name} has no dimension {axis!r} to call {label!r}", place="dynamic_shapes",
-                    remedy='Write {"input": {0: "batch", 1: "length"}}, dimensions from 0',
-                )  # fmt: skip
-    return {name: dict(wanted.get(name, {})) for name in given}
-
-
 def _stretched(tensor: torch.Tensor, axes: Mapping[int, str]) -> torch.Tensor:
     """At least 2 of every dynamic dimension: torch.export takes a 1 for a size that never changes."""
     for axis in axes:
@@ -163,6 +152,8 @@ def _dimensions(placeholders: Mapping[str, Node], axes: Axes) -> Callable[[int |
             size = node.meta["val"].shape[axis]
             expression = size.node.expr if isinstance(size, torch.SymInt) else None
             if not isinstance(expression, sympy.Symbol) or names.get(expression, label) != label:
+                if isinstance(label, Hint):
+                    continue
                 what = names.get(expression) or expression or size
                 raise CaptureError(
                     f"dimension {axis} ({label}) of {name} is always {what} in this model", place="dynamic_shapes",
@@ -173,7 +164,8 @@ def _dimensions(placeholders: Mapping[str, Node], axes: Axes) -> Callable[[int |
     symbols = {symbol: sympy.Symbol(label) for symbol, label in names.items()}
 
     def called(size: int | torch.SymInt) -> int | str:
-        return size if isinstance(size, int) else str(size.node.expr.xreplace(symbols)).replace(" ", "")
+        expression = sympy.sympify(size if isinstance(size, int) else size.node.expr).xreplace(symbols)
+        return int(expression) if expression.is_number else str(expression).replace(" ", "")
 
     return called
 

@@ -9,7 +9,7 @@ import typer
 import qexport
 
 from ..errors import InputError
-from .options import Folder, Json, Provider, Threads, app, imported
+from .options import Folder, Json, Provider, Remote, Threads, app, imported
 
 
 @app.command()
@@ -33,6 +33,7 @@ def validate(
     ] = False,
     threads: Threads = None,
     provider: Provider = None,
+    trust_remote_code: Remote = False,
     as_json: Json = False,
 ) -> None:
     """Compare an export with the float model: layers, logits, text. report.json and report.html keep it."""
@@ -51,7 +52,7 @@ def validate(
         with console.showing_progress() as progress:
             both = qexport.validate_seq2seq(
                 folder, reference, text=text, windows=windows, window=min(window, 128), new_tokens=greedy,
-                threads=threads, provider=provider, progress=progress,
+                threads=threads, provider=provider, trust_remote_code=trust_remote_code, progress=progress,
             )  # fmt: skip
         if as_json:
             console.print_json(both.model_dump(mode="json"))
@@ -70,6 +71,7 @@ def validate(
             references=references,
             greedy=greedy,
             sensitivity=sensitivity,
+            trust_remote_code=trust_remote_code,
             progress=progress,
         )
     if as_json:
@@ -141,6 +143,7 @@ def study(
     plot: Annotated[Path | None, typer.Option(help="Draw curves over temperature into this PNG (matplotlib).")] = None,
     threads: Threads = None,
     provider: Provider = None,
+    trust_remote_code: Remote = False,
     as_json: Json = False,
 ) -> None:
     """Let exports and the float model write under many sampling settings, and compare their texts.
@@ -166,7 +169,8 @@ def study(
         check_plot(plot)
     with console.showing_progress() as progress:
         result = qexport.study(
-            folders, reference, grid=grid, prompts=prompts, threads=threads, provider=provider, progress=progress,
+            folders, reference, grid=grid, prompts=prompts, threads=threads, provider=provider,
+            trust_remote_code=trust_remote_code, progress=progress,
             on_estimate=lambda estimate: print(estimate, file=sys.stderr, flush=True),
         )  # fmt: skip
     if out is not None:

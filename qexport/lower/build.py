@@ -64,12 +64,11 @@ def check_translations(graphs: Iterable[Graph]) -> None:
     """Find operators without an ONNX form before any work is done on a model.
 
     Raises:
-        LoweringError: names the first one and where it is.
+        LoweringError: names all of them, and where the first is.
     """
-    for graph in graphs:
-        for node in graph.nodes:
-            if node.op == "call_function" and not is_translated(node.target):
-                raise untranslated(node)
+    calls = (node for graph in graphs for node in graph.nodes if node.op == "call_function")
+    if missing := [node for node in calls if not is_translated(node.target)]:
+        raise untranslated(*missing)
 
 
 def build(

@@ -11,8 +11,9 @@ from torch.fx import Node
 
 from ..errors import LoweringError
 from ..graph.views import Size, tensor_name
+from ..numerics.narrowing import narrowed, narrowed_number
 from ..numerics.packing import pack_int4
-from ..passes.edit import dtype_of, shape_of
+from ..passes.edit import dtype_of, is_call, shape_of
 
 ONNX_DTYPE = {
     torch.float32: ir.DataType.FLOAT, torch.float16: ir.DataType.FLOAT16, torch.bfloat16: ir.DataType.BFLOAT16,
@@ -111,17 +112,30 @@ class Emitter:
         return self._constants[key]
 
     @overload
-    def get(self, argument: Node | Number, dtype: torch.dtype | None = None) -> ir.Value: ...
+    def get(self, argument: Node | Number, dtype: torch.dtype | None = None, *, counts: bool = False) -> ir.Value: ...
     @overload
-    def get(self, argument: None, dtype: torch.dtype | None = None) -> None: ...
+    def get(self, argument: None, dtype: torch.dtype | None = None, *, counts: bool = False) -> None: ...
     @overload
-    def get(self, argument: Node | Number | None, dtype: torch.dtype | None = None) -> ir.Value | None: ...
+    def get(
+        self, argument: Node | Number | None, dtype: torch.dtype | None = None, *, counts: bool = False
+    ) -> ir.Value | None: ...
 
-    def get(self, argument: Node | Number | None, dtype: torch.dtype | None = None) -> ir.Value | None:
-        """The ONNX value of an fx argument: a node, or a number that becomes a constant of `dtype`."""
+    def get(
+        self, argument: Node | Number | None, dtype: torch.dtype | None = None, *, counts: bool = False
+    ) -> ir.Value | None:
+        """The ONNX value of an fx argument: a node, or a number that becomes a constant of `dtype`.
+
+        Args:
+            counts: values are added to the number or multiplied by it, see `narrowing.narrowed_number`.
+
+        Raises:
+            NumericsError: a number that counts is beyond the range of `dtype`.
+        """
         if argument is None:
             return None
         if not isinstance(argument, Node):
+            if dtype is not None:
+                argument = narrowed_number(argument, dtype, self._scope, counts=counts)
             return self.constant(argument, dtype or torch.int64)
         if argument.op == "get_attr":
             return self.tensor(argument)
@@ -145,8 +159,8 @@ class Emitter:
         shape = ir.Shape(spec.shape[::-1] if transpose else spec.shape)
 
         def load() -> ir.TensorProtocol:
-            tensor = read(source)
-            tensor = tensor.to(spec.dtype).t() if transpose else tensor.to(spec.dtype)
+            tensor = _as_spec(node, read)
+            tensor = tensor.t() if transpose else tensor
             if bits == 4:
                 return ir.PackedTensor(pack_int4(tensor).numpy(), dtype, shape=shape, name=name)
             return tensor_adapters.TorchTensor(tensor.contiguous(), name=name)
@@ -171,9 +185,7 @@ class Emitter:
         name, read, sources = f"{node.target}.{suffix}", self._read, (node, *others)
 
         def load() -> torch.Tensor:
-            return make(
-                *(None if source is None else read(tensor_name(source)).to(dtype_of(source)) for source in sources)
-            )
+            return make(*(None if source is None else _as_spec(source, read) for source in sources))
 
         return self._made(name, shape, dtype, load)
 
@@ -195,7 +207,7 @@ class Emitter:
         def load() -> torch.Tensor:
             whole = torch.empty(*shape, dtype=dtype)
             for place, node in zip(whole, nodes, strict=True):
-                place.copy_(make(read(tensor_name(node)).to(dtype_of(node))))
+                place.copy_(make(_as_spec(node, read)))
             return whole
 
         return self._made(name, shape, dtype, load)
@@ -261,6 +273,21 @@ class Emitter:
         count = self._taken.get(name, 0)
         self._taken[name] = count + 1
         return name if count == 0 else f"{name}_{count}"
+
+
+def _as_spec(node: Node, read: Callable[[str], torch.Tensor]) -> torch.Tensor:
+    """The tensor of a get_attr node in the dtype it has in the graph.
+
+    Raises:
+        NumericsError: that dtype, or the one that the graph casts it to, cannot hold it.
+    """
+    name = tensor_name(node)
+    tensor = read(name)
+    scale = name.endswith("_scale") and any(getattr(user.target, "namespace", "") == "qexport" for user in node.users)
+    for user in node.users:
+        if is_call(user, torch.ops.aten.to.dtype):
+            narrowed(tensor, dtype_of(user), name)
+    return narrowed(tensor, dtype_of(node), name, scale=scale)
 
 
 def unsupported(node: Node, why: str) -> LoweringError:

@@ -12,6 +12,7 @@ from dataclasses import replace
 import torch
 from torch.fx import Graph, GraphModule, Node
 
+from ..numerics.narrowing import narrowed
 from ..passes.edit import Spec, call, finish, get_tensor, is_call, set_tensor
 from .targets.bfloat16 import IN_FLOAT32
 
@@ -38,7 +39,7 @@ def to_half(module: GraphModule, constants: set[str], half: torch.dtype) -> None
         if is_call(node, aten.softmax.int) and node not in single:
             node.args = node.args[:2]  # without the float32 that a router may ask for
         if node.op == "get_attr" and _is_float(node) and node not in single:
-            set_tensor(module, node.target, get_tensor(module, node.target).to(half))
+            set_tensor(module, node.target, narrowed(get_tensor(module, node.target), half, node.target))
         if node.op != "output" and node not in single:
             node.meta["spec"] = _halved(node.meta["spec"], half)
     casts: dict[tuple[Node, torch.dtype], Node] = {}

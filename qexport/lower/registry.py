@@ -51,6 +51,7 @@ def translate(emit: Emitter, node: Node) -> Translated:
     return _TRANSLATIONS[node.target](emit, node, bind(node))
 
 
-def untranslated(node: Node) -> LoweringError:
-    """The error for a call of an operator that has no ONNX form."""
-    return unsupported(node, "has no ONNX translation")
+def untranslated(node: Node, *more: Node) -> LoweringError:
+    """The error for calls of operators that have no ONNX form."""
+    others = dict.fromkeys(str(call.target) for call in more if call.target is not node.target)
+    return unsupported(node, "has no ONNX translation" + ", nor has ".join(["", *others]))

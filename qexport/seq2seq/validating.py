@@ -67,6 +67,7 @@ def validate_seq2seq(
     new_tokens: int = 32,
     threads: int | None = None,
     provider: str | None = None,
+    trust_remote_code: bool = False,
     progress: Progress = no_progress,
 ) -> Seq2SeqReport:
     """Compare an export with the float encoder-decoder it was made from, and write the result into report.json.
@@ -79,7 +80,7 @@ def validate_seq2seq(
         inputs: the sources themselves instead: texts, or spectrograms [n, bins, frames].
         windows, window: how many sources, and tokens in each.
         new_tokens: that the float model writes about each source, and the export too; 2 or more.
-        threads, provider, progress: as `validate` takes them.
+        threads, provider, trust_remote_code, progress: as `validate` takes them.
 
     Raises:
         InputError: the folder is no export of an encoder-decoder, the reference is another model, or there is nothing
@@ -91,7 +92,7 @@ def validate_seq2seq(
         raise InputError("is no export of an encoder-decoder", place=str(folder))
     if new_tokens < 2:
         raise InputError(f"{new_tokens} new tokens tell nothing", place="new_tokens", remedy="Take 2 or more")
-    model = open_model(reference)
+    model = open_model(reference, trust_remote_code=trust_remote_code)
     if not model.config.is_encoder_decoder:
         raise InputError("is no encoder-decoder", place=model.name, remedy="Give the model that was exported")
     progress("capture", model.name, 0, 1)

@@ -35,6 +35,7 @@ def study(
     prompts: str | os.PathLike | Sequence[str] | None = None,
     threads: int | None = None,
     provider: str | None = None,
+    trust_remote_code: bool = False,
     on_estimate: Callable[[Estimate], None] = lambda estimate: None,
     progress: Callable[[str, str, int, int], None] = lambda stage, what, done, total: None,
 ) -> Study:
@@ -50,6 +51,7 @@ def study(
         prompts: a UTF-8 file with one a line, or a sequence of texts; None takes those of `grid.PROMPTS`.
         threads: threads within an ONNX Runtime operator.
         provider: execution provider; None takes the one each file was made for.
+        trust_remote_code: run Python code that comes with the reference.
         on_estimate: called once, before the long part, with how much there is to do.
         progress: called with (stage, what, done, total).
 
@@ -61,7 +63,9 @@ def study(
     """
     begin, grid, texts = time.perf_counter(), grid or Grid(), read_prompts(prompts)
     subjects = open_subjects(folders)
-    captured = reference if isinstance(reference, Captured) else capture_decoder(open_model(reference))
+    captured = reference
+    if not isinstance(captured, Captured):
+        captured = capture_decoder(open_model(reference, trust_remote_code=trust_remote_code))
     check_subjects(subjects, captured)
     ids, eos = prompt_tokens(captured, texts, grid.longest)
     room = max(map(len, ids)) + grid.longest

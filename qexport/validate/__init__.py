@@ -60,6 +60,7 @@ def validate(
     references: bool = False,
     greedy: int = 32,
     sensitivity: bool = False,
+    trust_remote_code: bool = False,
     progress: Callable[[str, str, int, int], None] = _silent,
 ) -> Report:
     """Compare an export with the float model it was made from, and write the result into its report.json.
@@ -85,6 +86,7 @@ def validate(
             where they part; 0 for none.
         sensitivity: also measure what each linear costs in KL, restore the costliest to float in turn, and suggest
             overrides for the recipe. It runs the float model forward and back.
+        trust_remote_code: run Python code that comes with the reference.
         progress: called with (stage, what, done, total).
 
     Raises:
@@ -109,7 +111,7 @@ def validate(
             "cannot be written, and the report goes there", place=str(folder), remedy="Copy it to a folder you own"
         )
     check_all_logits(manifest, folder)
-    captured = _capture(reference, inputs, manifest)
+    captured = _capture(reference, inputs, manifest, trust_remote_code)
     transformed = transforms(folder)
     check_same_model(captured, manifest, folder, transformed=transformed)
     lap("capture")
@@ -205,13 +207,13 @@ def _given(inputs) -> Sequence[Inputs]:
     return inputs
 
 
-def _capture(reference, inputs, manifest: Manifest) -> Captured:
+def _capture(reference, inputs, manifest: Manifest, trust_remote_code: bool) -> Captured:
     if isinstance(reference, Captured):
         return reference
     if isinstance(reference, torch.nn.Module):
         dims = manifest.settings.get("inputs")
         return capture_module(reference, _given(inputs)[0], axes_of(dims) if dims else None)
-    return capture_folder(open_model(reference))
+    return capture_folder(open_model(reference, trust_remote_code=trust_remote_code))
 
 
 def _logits(folder, manifest: Manifest, captured: Captured, text: Text, threads, provider, progress, forms, lap):

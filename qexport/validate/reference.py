@@ -227,8 +227,11 @@ class _Watch(Interpreter):
 
 
 def flat(tensors: Sequence[Tensor]) -> Tensor:
-    """All batches' rows, float32 [rows, channels]."""
-    rows = [t.float().reshape(-1, t.shape[-1]) for t in tensors]
+    """All batches' rows, float32 [rows, channels]; of pictures of several widths, whose last axis is none of channels,
+    every element is a row.
+    """
+    alike = len({t.shape[-1:] for t in tensors}) == 1
+    rows = [t.float().reshape(-1, t.shape[-1] if alike and t.dim() else 1) for t in tensors]
     return rows[0] if len(rows) == 1 else torch.cat(rows)
 
 

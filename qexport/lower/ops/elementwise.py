@@ -15,6 +15,7 @@ from ..fuse import SAME_SHAPE
 from ..registry import Translation, translates
 
 aten = torch.ops.aten
+_ARITHMETIC = ("Add", "Sub", "Mul", "Div", "Pow")
 
 
 def _unary(op_type: str, **attributes: Attribute) -> Translation:
@@ -51,7 +52,8 @@ def _binary(op_type: str, left: str = "self", right: str = "other") -> Translati
 
 
 def _of_two(emit: Emitter, op_type: str, left: Operand, right: Operand, dtype: torch.dtype) -> ir.Value:
-    return emit.op(op_type, emit.get(left, dtype), emit.get(right, dtype))
+    counts = op_type in _ARITHMETIC
+    return emit.op(op_type, emit.get(left, dtype, counts=counts), emit.get(right, dtype, counts=counts))
 
 
 def _refuse_alpha(node: Node, given: Arguments) -> None:
@@ -103,8 +105,7 @@ def _beside_tensors(emit: Emitter, size: Node, dtype: torch.dtype) -> ir.Value:
 @translates(aten.rsub.Scalar)
 def _reversed_sub(emit: Emitter, node: Node, given: Arguments) -> ir.Value:
     _refuse_alpha(node, given)
-    dtype = dtype_of(node)
-    return emit.op("Sub", emit.get(given.other, dtype), emit.get(given.self, dtype))
+    return _of_two(emit, "Sub", given.other, given.self, dtype_of(node))
 
 
 def _compare(op_type: str, logical: bool = False) -> Translation:
@@ -156,6 +157,17 @@ def _relu(emit: Emitter, node: Node, given: Arguments) -> ir.Value:
 @translates(aten.leaky_relu.default, aten.leaky_relu_.default)
 def _leaky_relu(emit: Emitter, node: Node, given: Arguments) -> ir.Value:
     return emit.op("LeakyRelu", emit.get(given.self), alpha=float(given.negative_slope))
+
+
+@translates(aten.prelu.default)
+def _prelu(emit: Emitter, node: Node, given: Arguments) -> ir.Value:
+    slope = given.weight
+    beside = [*shape_of(slope), *(1 for _ in shape_of(given.self)[2:])]  # of channels, the second dimension
+    if slope.op == "get_attr":
+        shaped = emit.derived(slope, "slope", beside, dtype_of(node), lambda weight: weight.view(beside))
+    else:
+        shaped = emit.op("Reshape", emit.get(slope, dtype_of(node)), emit.constant(beside))
+    return emit.op("PRelu", emit.get(given.self), shaped)
 
 
 @translates(aten.elu.default)

@@ -1,0 +1,109 @@
+"""What an export refuses before it works on weights: one list for the export and for the dry run."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from .capture.graph import Captured
+from .errors import LoweringError, RecipeError
+from .lower.attention import Grouping, count_attentions
+from .lower.build import Target, check_translations
+from .lower.grouping import plan_attention
+from .lower.targets.bfloat16 import check_bfloat16
+from .numerics.narrowing import narrowed
+from .passes.convolutions import ConvolutionPlan, convolutions
+from .passes.edit import get_tensor
+from .passes.embedding import EmbeddingPlan
+from .passes.plan import LinearPlan
+from .passes.sites import linears
+from .planning import convolutions_for, plan_for
+from .recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Decisions:
+    """What an export makes of every layer.
+
+    Attributes:
+        plan: of every linear, in order; embeddings: of every table of tokens; convolutions: of every convolution.
+    """
+
+    plan: list[LinearPlan]
+    embeddings: list[EmbeddingPlan]
+    convolutions: list[ConvolutionPlan]
+
+
+def decide(captured: Captured, recipe: Recipe, target: Target, attention: str) -> Decisions:
+    """Decide for every layer from shapes alone, and refuse what cannot become a file.
+
+    Args:
+        attention: as `export` takes it.
+
+    Raises:
+        RecipeError: the recipe asks for what this model or target does not have.
+        LoweringError: an operator has no ONNX form, or the recipe's cache has none with this attention.
+        InputError: the target's dtype has no kernel for a linear.
+    """
+    _check_prefill(captured, recipe)
+    check_translations(block.module.graph for block in captured.blocks)
+    _check_cache(captured, recipe, attention)
+    plan, embeddings = plan_for(captured, recipe, target.dtype.itemsize)
+    if target.dtype == torch.bfloat16:
+        check_bfloat16(plan, recipe.lorc is not None and recipe.lorc.factors == "int8")
+    return Decisions(plan, embeddings, convolutions_for(captured, recipe, target.name == "cpu"))
+
+
+def check_range(captured: Captured, decisions: Decisions, dtype: torch.dtype) -> None:
+    """Refuse weights that stay float and that the target's dtype cannot hold; they are read one by one.
+
+    Raises:
+        NumericsError: names the first one.
+    """
+    if dtype != torch.float16:
+        return  # bfloat16 has the range of float32
+    for name in _staying_float(captured, decisions):
+        narrowed(captured.load(name), dtype, name)
+
+
+def _staying_float(captured: Captured, decisions: Decisions) -> Iterator[str]:
+    by_name = {p.name: p for p in (*decisions.plan, *decisions.convolutions)}
+    quantized = {e.weight for e in decisions.embeddings if e.scheme is not None}
+    for block in captured.blocks:
+        graph = block.module.graph
+        quantized |= {found.weight for found in linears(graph) if by_name[found.name].scheme is not None}
+        named = convolutions(graph).items()
+        quantized |= {node.args[1].target for name, node in named if by_name[name].scheme is not None}
+    seen = quantized | captured.constants.keys()
+    for block in captured.blocks:
+        for name in block.parameters:
+            if name not in seen and get_tensor(block.module, name).is_floating_point():
+                seen.add(name)
+                yield name
+
+
+def _check_prefill(captured: Captured, recipe: Recipe) -> None:
+    """Refuse a recipe that tells prompts from steps where the model knows neither."""
+    if recipe.prefill is not None and captured.kind != "decoder":
+        raise RecipeError(
+            "prefill is for language models", place="prefill", remedy="Remove it for encoders and modules"
+        )
+
+
+def _check_cache(captured: Captured, recipe: Recipe, attention: str) -> None:
+    """Refuse a recipe that rounds a cache that a decoder reads otherwise than grouped attention does."""
+    if recipe.kv_cache is None or captured.kind != "decoder":
+        return
+    remedy = "Leave kv_cache out of the recipe"
+    caches = sum(port.name.startswith("past_key_values.") for port in captured.inputs) // 2
+    if count_attentions(captured) < caches:
+        raise RecipeError(
+            "its attention is written out, and a cache of codes takes grouped attention", place="kv_cache",
+            remedy=remedy,
+        )  # fmt: skip
+    grouping = plan_attention(captured, attention, captured.load)
+    if not isinstance(grouping, Grouping):
+        raise LoweringError(
+            f"a cache of codes takes grouped attention, and it is standard here: {grouping or 'as asked for'}",
+            place="kv_cache", remedy=remedy,
+        )  # fmt: skip
