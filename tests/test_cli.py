@@ -223,6 +223,31 @@ def test_report(model, exported, tmp_path, run):
     refused(run("report", exported, exported, "--study", study), "--study", "one folder")
 
 
+_OWN_CODE = """
+from transformers import LlamaConfig, LlamaForCausalLM
+class OwnConfig(LlamaConfig):
+    model_type = "own_llama"
+class OwnForCausalLM(LlamaForCausalLM):
+    config_class = OwnConfig
+"""
+
+
+def test_code_of_the_model_runs_only_when_asked_to(copy, tmp_path, run):
+    config = json.loads((copy / "config.json").read_text())
+    config |= {"model_type": "own_llama", "architectures": ["OwnForCausalLM"]}
+    config["auto_map"] = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnForCausalLM"}
+    (copy / "config.json").write_text(json.dumps(config))
+    (copy / "own.py").write_text(_OWN_CODE)
+    out = tmp_path / "out"
+    assert run("export", copy, "-o", out, "-r", "w4a16_g32_rtn", "--trust-remote-code")[0] == 0
+    few = ("--windows", 1, "--window", 8, "--greedy", 0)
+    refused(run("validate", out, "--reference", copy, *few), "no config that transformers understands")
+    assert run("validate", out, "--reference", copy, *few, "--trust-remote-code")[0] == 0
+    short = ("--max-new-tokens", 2, "--temperature", 0, "--seed", 0)
+    refused(run("study", out, "--reference", copy, *short), "no config that transformers understands")
+    assert run("study", out, "--reference", copy, *short, "--trust-remote-code")[0] == 0
+
+
 def test_the_schema_of_a_report(run):
     code, out, _ = run("report", "--schema")
     schema = json.loads(out)

@@ -21,6 +21,7 @@ from ..export import ExportResult, capture, export, opened, target_for
 from ..lower.folder import appearing, check_free
 from ..lower.grouping import check_attention
 from ..recipe import Recipe
+from ..runtime.provider import provider_named
 from ..validate.account import transforms
 from ..validate.costing import deployed_costs
 from ..validate.logits import compare_logits, deployed_logits
@@ -42,6 +43,7 @@ class AutoResult:
 
     Attributes:
         export: the export, as `export` returns it.
+        asked: "max_bytes" or "max_kl", and its number.
         schemes: of every quantized linear, and of a quantized table of embeddings, by name.
         predicted_kl: by the costs, corrected by what earlier exports measured; logits: as measured.
         text: what that was measured on.
@@ -49,6 +51,7 @@ class AutoResult:
     """
 
     export: ExportResult
+    asked: Mapping[str, float]
     schemes: Mapping[str, str]
     predicted_kl: float
     logits: Logits
@@ -56,10 +59,13 @@ class AutoResult:
     exports: int
 
     def as_dict(self) -> dict[str, Any]:
-        """The choice in plain types."""
+        """The choice in plain types, as report.json keeps it under "auto"; "schemes": how many have each."""
+        scores = self.logits
         return {
-            "predicted_kl": self.predicted_kl, "kl": self.logits.kl_mean, "perplexity": self.logits.perplexity,
-            "float_perplexity": self.logits.float_perplexity, "text": self.text, "exports": self.exports,
+            "asked": dict(self.asked), "windows": scores.windows, "window": scores.window,
+            "top1_agreement": scores.top1_agreement, "choices": dict(self.schemes),
+            "predicted_kl": self.predicted_kl, "kl": scores.kl_mean, "perplexity": scores.perplexity,
+            "float_perplexity": scores.float_perplexity, "text": self.text, "exports": self.exports,
             "bytes": self.export.manifest.bytes["model"], "schemes": dict(Counter(self.schemes.values())),
         }  # fmt: skip
 
@@ -108,6 +114,7 @@ def export_auto(
         raise InputError(f"a KL of {max_kl:g} takes the float model", place="max_kl", remedy="Give a number above 0")
     out, recipe = Path(out_dir), recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
     lowering = target_for(target, recipe, dtype)
+    provider = None if provider is None else provider_named(provider)
     check_attention(attention)
     check_free(out, overwrite)
     recipe, data = recipe_and_data(recipe, calibration)
@@ -151,8 +158,9 @@ def export_auto(
     try:
         search = _for_bytes if max_kl is None else _for_kl
         best, exports = search(chooser, max_bytes if max_kl is None else max_kl, attempt, learn)
+        asked = {"max_bytes": max_bytes} if max_kl is None else {"max_kl": max_kl}
         result = AutoResult(
-            replace(best.made, folder=out), _schemes(best.made), best.foretold,
+            replace(best.made, folder=out), asked, _schemes(best.made), best.foretold,
             best.logits, judged.described, exports,
         )  # fmt: skip
         keep(best.made.folder, "auto", result.as_dict())

@@ -38,7 +38,10 @@ Calibration = Annotated[
 CalibrationSamples = Annotated[int | None, typer.Option(help="Calibration sequences.")]
 CalibrationLength = Annotated[int | None, typer.Option(help="Tokens in a calibration sequence.")]
 Seed = Annotated[int | None, typer.Option(help="Seed of everything random.")]
-Provider = Annotated[str | None, typer.Option(help="Execution provider, instead of the one the export was made for.")]
+Provider = Annotated[
+    str | None,
+    typer.Option(help="Execution provider, instead of the one the export was made for: cpu, cuda, or its full name."),
+]
 
 
 def imported() -> None:

@@ -151,10 +151,10 @@ def costs(report: Report) -> list[Bars]:
         return []
     caption = "What the error of each linear adds to the mean KL, as estimated by the Fisher metric of the float model."
     if whole is not None:
-        caption += _beside_measured(whole)
+        caption += _beside_measured(whole, report.logits)
     if others:
         caption += (
-            f" The {'bar' if len(others) == 1 else 'bars'} of another colour: no estimate, but by how much the mean KL "
+            f" The {'bar' if len(others) == 1 else 'bars'} of another colour: no estimate, but by how much KL "
             "falls when that alone is restored to float, measured among the errors of all others."
         )
     return [Bars("cost", "What single linears cost", caption, "nats a token", tuple(drawn))]
@@ -172,16 +172,21 @@ def _bar_labels(rows: Sequence[Row]) -> list[str]:
 def _restored(fall: float | None) -> str:
     if fall is None:
         return ""
-    return f"; restored to float, the mean KL {'falls' if fall >= 0 else 'rises'} by {abs(fall):.4g} (measured)"
+    return f"; restored to float, KL {'falls' if fall >= 0 else 'rises'} by {abs(fall):.4g} (measured)"
 
 
-def _beside_measured(whole: Sensitivity) -> str:
-    """All estimates beside what they should add up to, which says how far to trust them."""
+def _beside_measured(whole: Sensitivity, scores: Logits | None) -> str:
+    """All estimates beside what they should add up to, which says how far to trust them.
+
+    That is of the tokens that costs are measured on, fewer than those of the mean KL of this page.
+    """
     if whole.kl_foretold is None or whole.kl_mean is None:
         return f" On {whole.tokens} tokens."
+    whole_text = scores is not None and scores.kl_mean is not None
+    others = f" (over all {scores.tokens} tokens of the text the mean KL is {scores.kl_mean:.4g})" if whole_text else ""
     return (
-        f" On {whole.tokens} tokens all estimates add up to {whole.kl_foretold:.4g}, and the mean KL is "
-        f"{whole.kl_mean:.4g}: the further apart, the more the estimates are guesses."
+        f" On {whole.tokens} tokens of the text all estimates add up to {whole.kl_foretold:.4g}, and what was measured "
+        f"there is {whole.kl_mean:.4g}{others}: the further apart, the more the estimates are guesses."
     )
 
 

@@ -12,6 +12,7 @@ from . import manifest as manifests
 from .bench_process import Measured
 from .genai import context_length
 from .manifest import Manifest
+from .provider import provider_named
 
 PROMPT_LENGTHS = (128, 512, 2048)
 DECODE_PASTS = (128, 2048)
@@ -116,11 +117,13 @@ def measure(
         a measurement for each folder, and notes on what was not measured as asked.
 
     Raises:
-        InputError: a folder is no decoder, the numbers asked for are not positive, or more tokens than a model reads.
+        InputError: a folder is no decoder, no provider is called so, the numbers asked for are not positive, or more
+            tokens than a model reads.
         RuntimeProblem: a folder does not load or run, or its process dies.
     """
     if repeats < 1 or threads < 1 or min([*(prompt_lengths or ()), *(decode_pasts or ()), 1]) < 1:
         raise InputError("prompt lengths, pasts, repeats and threads are 1 or more")
+    provider = None if provider is None else provider_named(provider)
     plans = [_describe(path) for path in folders]
     prompts, pasts, notes = _fitting(folders, prompt_lengths, decode_pasts)
     longest = max([*prompts, *(past + DECODE_STEPS for past in pasts)], default=1)

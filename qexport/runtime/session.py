@@ -15,6 +15,7 @@ from . import cache
 from . import manifest as manifests
 from .branches import PROMPTS, all_nodes
 from .manifest import CPU, CUDA, MODEL_FILE, ConvolutionEntry, LinearEntry, Manifest
+from .provider import chosen_provider, why_missing
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ def open_session(
         source: an exported folder, or an ONNX file. A file is loaded as it is, without the optimized copy.
         manifest: what the file says about itself; read from the folder (or from the file's folder) when absent.
         threads: threads within an operator; None lets ONNX Runtime take every physical core.
-        provider: run on this provider instead of the one the file was made for.
+        provider: run on this provider instead of the one the file was made for: cpu, cuda, or ONNX Runtime's name.
         outputs_path: also write the optimized model here, its weights beside it.
         record_assignment: remember which provider takes which node (see `optimized_graph`).
         optimize: make the optimized copy first, as `qexport.optimize` does, where the folder has none that fits.
@@ -81,7 +82,8 @@ def open_session(
             with this, and returns it. The optimized copy is not used then.
 
     Raises:
-        InputError: the folder is no export; with `optimize`, it cannot be written or was not made for the CPU.
+        InputError: the folder is no export, or no provider is called so; with `optimize`, it cannot be written or was
+            not made for the CPU.
         RuntimeProblem: the provider does not load (the session never falls back to another one), or ONNX Runtime
             refuses the model.
     """
@@ -89,7 +91,7 @@ def open_session(
     folder = source if source.is_dir() else source.parent
     manifest = manifest or manifests.load(folder)
     path = source / Path(manifest.settings.get("filename", MODEL_FILE)).name if source.is_dir() else source
-    wanted = provider or manifest.provider
+    wanted = chosen_provider(provider, manifest)
     if (
         source.is_dir()
         and path.name == MODEL_FILE
@@ -152,7 +154,7 @@ def start(path: Path, options: ort.SessionOptions, provider: str) -> ort.Inferen
         RuntimeProblem: as `open_session`.
     """
     if provider not in ort.get_available_providers():
-        raise _missing(provider, path, "this onnxruntime package was built without it")
+        raise _missing(provider, path)
     try:
         session = ort.InferenceSession(path, options, providers=[provider] if provider == CPU else [provider, CPU])
     except Exception as error:  # onnxruntime has one exception class for each status code and no base class
@@ -161,7 +163,7 @@ def start(path: Path, options: ort.SessionOptions, provider: str) -> ort.Inferen
         ) from error
     # A provider whose libraries are missing is dropped with a line in the log and nothing else.
     if provider not in session.get_providers():
-        raise _missing(provider, path, "its libraries did not load")
+        raise _missing(provider, path)
     session.disable_fallback()
     return session
 
@@ -241,8 +243,8 @@ def unfused_convolutions(
     return [(e.name, e.kernel, found.get(e.name)) for e in planned if found.get(e.name) != e.kernel]
 
 
-def _missing(provider: str, path: Path, why: str) -> RuntimeProblem:
-    remedy = "Run `qexport doctor` to see why"
+def _missing(provider: str, path: Path) -> RuntimeProblem:
+    remedy = "See `qexport doctor`"
     if provider == CUDA:
-        remedy += f', or run the file on the CPU with provider="{CPU}"'
-    return RuntimeProblem(f"{provider} is not available: {why}", place=str(path), remedy=remedy)
+        remedy += ", or run the file on the CPU with provider cpu"
+    return RuntimeProblem(f"{provider} is not available: {why_missing(provider)}", place=str(path), remedy=remedy)

@@ -15,6 +15,7 @@ from ..capture.decoder import capture_decoder
 from ..capture.graph import Captured
 from ..capture.source import open_model
 from ..runtime.decoder import open_decoder
+from ..runtime.provider import provider_named
 from .conclusions import choices, conclude
 from .grid import Draw, Grid, read_prompts
 from .plot import check_plot, plot
@@ -62,6 +63,7 @@ def study(
         RuntimeProblem: ONNX Runtime refuses a model or does not have the provider.
     """
     begin, grid, texts = time.perf_counter(), grid or Grid(), read_prompts(prompts)
+    provider = None if provider is None else provider_named(provider)
     subjects = open_subjects(folders)
     captured = reference
     if not isinstance(captured, Captured):

@@ -18,6 +18,7 @@ from ..capture.source import open_model
 from ..errors import InputError
 from ..runtime import manifest as manifests
 from ..runtime.manifest import Manifest
+from ..runtime.provider import chosen_provider, provider_named
 from ..runtime.session import open_session
 from .account import transforms
 from .circumstances import settings, versions
@@ -78,7 +79,7 @@ def validate(
         windows, window: how many stretches of text and tokens in each; each stands alone.
         inputs: for models without text: the tensors of one forward call each, in order or by name.
         threads: threads within an ONNX Runtime operator.
-        provider: execution provider; None takes the one the file was made for.
+        provider: execution provider: cpu, cuda, or ONNX Runtime's name; None takes the one the file was made for.
         references: also measure how far other forms of the float model are from float32 in PyTorch on the same windows:
             float16 in PyTorch, and the float model in ONNX Runtime, exported like this export (for a while this takes
             the disk of the float model). It takes a float16 kernel of PyTorch for every operator.
@@ -104,6 +105,7 @@ def validate(
     if greedy < 0:
         raise InputError(f"{greedy} new tokens cannot be written", place="greedy", remedy="Take 0 for none")
     manifest = manifests.load(folder)
+    provider = None if provider is None else provider_named(provider)
     if references and manifest.kind != "decoder":
         raise InputError("references are for language models", place="references", remedy="Leave them out")
     if not os.access(folder, os.W_OK):
@@ -115,7 +117,7 @@ def validate(
     transformed = transforms(folder)
     check_same_model(captured, manifest, folder, transformed=transformed)
     lap("capture")
-    placed, plain = examine(folder, manifest, provider or manifest.provider)
+    placed, plain = examine(folder, manifest, chosen_provider(provider, manifest))
     lap("placement")
     if captured.kind == "encoder":
         window = min(window, captured.settings.get("max_position_embeddings", window))

@@ -264,7 +264,8 @@ class Sensitivity(_Frozen):
     """Which linears cost the most KL.
 
     Attributes:
-        tokens: rows it was measured on; kl_mean: of the deployed model on them.
+        tokens: of the text that it was measured on; kl_mean: of the deployed model on these alone, which is not that of
+            the whole text in `Logits`.
         kl_foretold: the sum of all `Row.kl_cost`; where it is far from kl_mean, the costs are guesses.
         measured: the fall of kl_mean by name, with the value of that linear alone restored to float in the deployed
             file: of the costliest linears, and of a quantized embedding (by the name of its block). It is measured

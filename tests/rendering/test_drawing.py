@@ -92,14 +92,17 @@ def test_bars_go_from_the_most_expensive_with_names_without_what_they_share():
     assert figure.bars[0].label == "2.mlp.down_proj"
     # What restoring a linear brings is said, and not drawn as if it were an estimate.
     assert figure.bars[0].title == (
-        "model.layers.2.mlp.down_proj: estimated 0.012; restored to float, the mean KL falls by 0.02 (measured)"
+        "model.layers.2.mlp.down_proj: estimated 0.012; restored to float, KL falls by 0.02 (measured)"
     )
     titles = [bar.title for bar in estimates]
-    assert "model.layers.0.mlp.up_proj: estimated 0.003; restored to float, the mean KL rises by 0.001 (measured)" in (
+    assert "model.layers.0.mlp.up_proj: estimated 0.003; restored to float, KL rises by 0.001 (measured)" in (
         titles
     )
     assert "model.layers.0.self_attn.q_proj: estimated 0.001" in titles and not any(bar.apart for bar in estimates)
-    assert "On 64 tokens all estimates add up to 0.078, and the mean KL is 0.1" in figure.caption
+    assert (
+        "On 64 tokens of the text all estimates add up to 0.078, and what was measured there is 0.1 (over all "
+        in figure.caption
+    )
 
 
 def test_a_measured_embedding_has_a_bar_apart():
