@@ -3,10 +3,7 @@
 import json
 import os
 import re
-import signal
 import sys
-import threading
-from collections.abc import Callable
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,6 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from .errors import InputError
+from .stopping import Remembered
 
 # Where no terminal can redraw a bar, a stage prints about this many lines.
 _LINES = 8
@@ -76,14 +74,14 @@ def parsed_bytes(text: str) -> int:
 def showing_progress():
     """Yields a callback (stage, what, done, total) that draws bars on a terminal and prints a few lines elsewhere.
 
-    Ctrl-C inside the `with` is not lost: see `_Interrupts`.
+    Ctrl-C inside the `with` is not lost: see `Remembered`.
     """
-    with _Interrupts() as interrupts:
+    with Remembered() as signals:
         if sys.stderr.isatty():
             with _bars() as show:
-                yield interrupts.checked(show)
+                yield signals.checked(show)
         else:
-            yield interrupts.checked(_Lines())
+            yield signals.checked(_Lines())
 
 
 @contextmanager
@@ -104,44 +102,6 @@ def _bars():
             bars.update(tasks[stage], completed=done, total=total, what=what)
 
         yield show
-
-
-class _Interrupts:
-    """Remembers Ctrl-C, because the exception alone gets lost.
-
-    Where it arrives while native code calls back into Python, that code drops it or raises an error of its own instead.
-    So the next progress raises it again, and whatever leaves the `with` after it is a KeyboardInterrupt.
-    """
-
-    def __init__(self) -> None:
-        self._came, self._before = False, None
-
-    def __enter__(self) -> "_Interrupts":
-        # Signals reach no other thread; and who started this in the background may want Ctrl-C ignored.
-        heard = signal.getsignal(signal.SIGINT) is signal.default_int_handler
-        if heard and threading.current_thread() is threading.main_thread():
-            self._before = signal.signal(signal.SIGINT, self._remember)
-        return self
-
-    def __exit__(self, kind, error, traceback) -> None:
-        if self._before is not None:
-            signal.signal(signal.SIGINT, self._before)
-        if self._came and kind is not KeyboardInterrupt:
-            raise KeyboardInterrupt from error
-
-    def checked(self, show: Callable[..., None]) -> Callable[..., None]:
-        """A progress callback that raises what was lost."""
-
-        def checking(stage: str, what: str, done: int, total: int) -> None:
-            if self._came:
-                raise KeyboardInterrupt
-            show(stage, what, done, total)
-
-        return checking
-
-    def _remember(self, number, frame) -> None:
-        self._came = True
-        raise KeyboardInterrupt
 
 
 class _Lines:

@@ -2,7 +2,6 @@
 
 import errno
 import os
-import tempfile
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -95,30 +94,44 @@ def in_a_line(error: BaseException) -> str:
 
 @contextmanager
 def writing_to(place: Path, when_full: str):
-    """Turn a full disk, whose remedy is `when_full`, or a refused write into an InputError."""
+    """Turn a full disk, whose remedy is `when_full`, or a refused write into an InputError.
+
+    Libraries that are not written in Python say it in errors of their own: safetensors, tokenizers, ONNX Runtime.
+    """
     try:
         yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    except InputError:
+        raise
+    except Exception as error:
+        if _is(error, _FULL, _FULL_TEXTS):
             raise InputError("the disk is full", place=str(place), remedy=when_full) from error
-        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
+        if _is(error, (errno.EFBIG,), ("(os error 27)",)):
+            raise InputError(
+                "a file is larger than this file system or this process may write", place=str(place),
+                remedy="Choose a folder on another file system, or raise the limit (ulimit -f)",
+            ) from error  # fmt: skip
+        if _is(error, _REFUSED, ("(os error 13)", "(os error 30)", "(os error 1)")):
             raise InputError("cannot be written", place=str(place), remedy="Choose a folder you own") from error
         raise
 
 
-def write_whole(path: Path, text: str, when_full: str = "Free some space") -> None:
-    """Write a UTF-8 file by rename, so that it is there whole or as it was.
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+_FULL_TEXTS = (
+    "(os error 28)", "(os error 122)", "No space left on device", "Disk quota exceeded",
+    " requested and ",  # "4096 requested and 512 written", which is all that numpy says
+)  # fmt: skip
+_REFUSED = (errno.EACCES, errno.EROFS, errno.EPERM)
 
-    Raises:
-        InputError: the disk is full (`when_full` is the remedy), or the folder cannot be written.
-    """
-    with writing_to(path, when_full):
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                file.write(text)
-            os.chmod(temporary, 0o644)
-            os.replace(temporary, path)
-        except BaseException:
-            os.unlink(temporary)
-            raise
+
+def _is(error: BaseException, codes: tuple[int, ...], texts: tuple[str, ...]) -> bool:
+    """Whether an error, or one that it came from, has one of these numbers, or says so."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        if isinstance(error, OSError) and error.errno is not None:
+            if error.errno in codes:
+                return True
+        elif any(text in str(error) for text in texts):
+            return True
+        error = error.__cause__ or error.__context__
+    return False

@@ -1,21 +1,20 @@
 """Export: capture, quantize block by block, lower, package."""
 
-import hashlib
 import os
-import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from .artifact.names import public_name
+from .artifact.output import Work, claimed, explained
 from .calibrate.coverage import unseen_shares, warning
 from .calibrate.data import Progress, calibration_batches, check_calibration, needs_data, no_progress, recipe_and_data
+from .calibrate.fingerprint import fingerprint_of
 from .calibrate.loop import Finished, quantize_blocks
 from .calibrate.projection import hessian_of
 from .calibrate.stages import passes_for
@@ -24,13 +23,13 @@ from .capture.folder import capture_folder
 from .capture.graph import Captured
 from .capture.module import Inputs, capture_module
 from .capture.origin import origin
-from .capture.source import ModelFolder, open_model
+from .capture.source import ModelFolder, open_model, source_path
 from .describing import manifest_of, report_of
 from .errors import InputError, QExportError, RecipeError
 from .log import warn
 from .lower.blocks import lower
 from .lower.build import Target
-from .lower.folder import appearing, check_free, explained, write_companions, write_model
+from .lower.folder import write_companions, write_model
 from .lower.grouping import check_attention, deploy_attention, plan_attention
 from .lower.last_token import keep_last, read_by_projection
 from .lower.prefill import LONGEST_STEP
@@ -70,6 +69,7 @@ class ExportResult:
         rarely_chosen: linears of experts that few calibration tokens chose, and how many did.
         unseen: by name of the linear, the share of its input features that calibration never made active, if any.
         warnings: sentences about what may hurt, though it was done as asked.
+        kept: files that the replaced folder held and no export wrote: they are in the new one, under these names.
     """
 
     folder: Path
@@ -83,6 +83,7 @@ class ExportResult:
     rarely_chosen: dict[str, str] = field(default_factory=dict)
     unseen: dict[str, float] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
+    kept: list[str] = field(default_factory=list)
 
 
 def export(
@@ -131,13 +132,24 @@ def export(
     Raises:
         QExportError: one of its kinds says what is wrong, where, and what to do.
     """
-    out, seconds, clock = Path(out_dir), {}, _Clock()
     recipe = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
     lowering = target_for(target, recipe, dtype)
     check_attention(attention)
     if logits not in ("all", "last"):
         raise InputError(f"unknown logits {logits!r}", remedy="Logits are all or last")
-    check_free(out, overwrite)
+    with claimed(Path(out_dir), overwrite, source_path(model)) as work:
+        return _export(
+            work, model, recipe, lowering, calibration=calibration, example_inputs=example_inputs,
+            dynamic_shapes=dynamic_shapes, resume=resume, logits=logits, trust_remote_code=trust_remote_code,
+            extra_passes=extra_passes, attention=attention, progress=progress,
+        )  # fmt: skip
+
+
+def _export(
+    work: Work, model, recipe: Recipe, lowering: Target, *, calibration, example_inputs, dynamic_shapes, resume: bool,
+    logits: str, trust_remote_code: bool, extra_passes: Sequence[GraphPass], attention: str, progress: Progress,
+) -> ExportResult:  # fmt: skip
+    seconds, clock = {}, _Clock()
     recipe, data = recipe_and_data(recipe, calibration)
 
     if not isinstance(model, torch.nn.Module | Captured):
@@ -158,12 +170,10 @@ def export(
         batches, described = calibration_batches(captured, recipe, data, progress)
     seconds["calibration"] = clock.lap()
 
-    work = out.parent / f".{out.name}.work"
-    fingerprint = _fingerprint(captured, recipe, batches, extra_passes)
-    if not resume:
-        shutil.rmtree(work, ignore_errors=True)
+    decided = [plan, embeddings, convolutions]
+    fingerprint = fingerprint_of(captured, recipe, (lowering.name, lowering.dtype, decided), batches, extra_passes)
     try:
-        with explained(work):
+        with explained(work.blocks):
             by_name, calibrated = {p.name: p for p in plan}, batches is not None
             hessian = None
             if recipe.weights.method == "gptq" and batches and any(e.linear for e in embeddings):
@@ -172,7 +182,7 @@ def export(
             stream, reference = (batches(), batches()) if batches else (None, None)
             on_block = partial(progress, "quantize")
             finished = quantize_blocks(
-                captured, passes, stream, reference, work, fingerprint, resume=resume, progress=on_block
+                captured, passes, stream, reference, work.blocks, fingerprint, resume=resume, progress=on_block
             )
         seconds["quantize"] = clock.lap()
         if hidden is not None:
@@ -183,7 +193,7 @@ def export(
         lowered = lower(captured, finished, lowering)
         if any(item.prompt is not None for item in finished):
             settings["prompts_from"] = LONGEST_STEP + 1
-        with appearing(out, overwrite) as folder:
+        with work.appearing() as folder:
             size = write_model(
                 folder, lowered.model, lambda done, total: progress("write", "model.onnx.data", done, total)
             )
@@ -200,18 +210,16 @@ def export(
             report = report_of(source, planned, embeddings, passes, finished, seconds, described, ran, warnings)
             write_companions(folder, manifest, captured.folder, _published(recipe).to_yaml(), report)
             write_card(read_export(folder))
-    except BaseException as error:
-        # Neither a bad model nor a bad pass gets better by going on from where it stopped.
-        hopeless = isinstance(error, QExportError) and not isinstance(error, InputError)
-        if hopeless or not any(work.glob("*.safetensors")):
-            shutil.rmtree(work, ignore_errors=True)
+    except QExportError as error:
+        if not isinstance(error, InputError):
+            work.discard()  # neither a bad model nor a bad pass gets better by going on from where it stopped
         raise
-    shutil.rmtree(work)
     seconds = {k: round(v, 2) for k, v in seconds.items()}
     dense = {name: why for item in finished for name, why in item.dense.items()}
     return ExportResult(
-        out, manifest, plan, seconds, described, embeddings, convolutions, dense, rarely, unseen, warnings
-    )
+        work.given, manifest, plan, seconds, described, embeddings, convolutions, dense, rarely, unseen, warnings,
+        work.kept,
+    )  # fmt: skip
 
 
 def _rarely_chosen(finished: Sequence[Finished]) -> dict[str, str]:
@@ -284,19 +292,6 @@ def _published(recipe: Recipe) -> Recipe:
 def _ask_for_data(passes: Sequence[GraphPass], captured: Captured) -> bool:
     """Whether a pass wants statistics, or promises to keep the function, which is checked on data."""
     return any(p.keeps_function or any(p.statistics(b.module) for b in captured.blocks) for p in passes)
-
-
-def _fingerprint(captured: Captured, recipe: Recipe, batches, extra_passes: Sequence[GraphPass]) -> str:
-    digest = hashlib.sha256(f"{version('qexport')}\n{recipe.to_yaml()}\n{list(extra_passes)}".encode())
-    if captured.folder is not None:
-        for file in sorted(captured.folder.path.glob("*.safetensors")):
-            state = file.stat()
-            digest.update(f"{file}|{state.st_size}|{state.st_mtime_ns}".encode())
-    if batches is not None:
-        for batch in batches().batches:
-            for name in sorted(batch):
-                digest.update(batch[name].contiguous().numpy().tobytes())
-    return digest.hexdigest()
 
 
 class _Clock:

@@ -40,6 +40,7 @@ def export_summary(result: ExportResult) -> dict[str, Any]:
         ],
         "dense_experts": [{"experts": name, "reason": why} for name, why in result.dense.items()],
         "rarely_chosen": [{"linear": name, "tokens": what} for name, what in result.rarely_chosen.items()],
+        "kept": result.kept,
         "unseen_features": [{"linear": n, "share": round(share, 4)} for n, share in result.unseen.items()],
         "warnings": list(result.warnings),
     }
@@ -60,6 +61,12 @@ def print_auto(found: AutoResult) -> None:
         f"  KL {number(scores.kl_mean)} a token (foretold {number(found.predicted_kl)}), perplexity"
         f" {number(scores.float_perplexity)} -> {number(scores.perplexity)}, on {found.text}"
     )
+
+
+def print_kept(kept: list[str]) -> None:
+    """Files that a replaced folder held."""
+    if kept:
+        print(f"  kept, as no export wrote them: {', '.join(kept)}")
 
 
 def print_export(result: ExportResult) -> None:
@@ -87,6 +94,7 @@ def print_export(result: ExportResult) -> None:
         print(f"  fewer than {FEW_TOKENS} calibration tokens chose the experts of {len(rare)} linears: see report.json")
     for sentence in result.warnings:
         print(f"  warning: {sentence}")
+    print_kept(result.kept)
     _print_fast([linear.slow for linear in result.manifest.linears if linear.fast is not None], "  ")
     if result.manifest.kind == "encoder":
         print(f"Next: qexport validate {result.folder} --reference MODEL --text FILE")

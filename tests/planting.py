@@ -1,4 +1,4 @@
-"""Faults planted in a finished export, by editing its ONNX file and the data beside it."""
+"""Faults planted in a finished export, by editing its ONNX file and the data beside it, which then knows its own bytes again."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -7,6 +7,7 @@ import numpy as np
 import onnx
 from onnx import numpy_helper
 
+from qexport.artifact import checksums
 from qexport.runtime.manifest import LinearEntry
 
 MODEL, KIND = "model.onnx", "QuantizeLinear"
@@ -28,6 +29,7 @@ def change(folder: Path, name: str, edit: Callable[[np.ndarray], None]) -> None:
         edit(data)
         tensor.CopyFrom(numpy_helper.from_array(data, name))
         (folder / MODEL).write_bytes(model.SerializeToString())
+    checksums.write(folder)
 
 
 def wrong_scale(folder: Path, entry: LinearEntry) -> None:
@@ -62,6 +64,7 @@ def unfused(folder: Path, entry: LinearEntry) -> None:
     model.graph.initializer.append(numpy_helper.from_array(np.ascontiguousarray(weight.T), "in_float"))
     node.CopyFrom(onnx.helper.make_node("MatMul", [node.input[0], "in_float"], list(node.output), name=node.name))
     (folder / MODEL).write_bytes(model.SerializeToString())
+    checksums.write(folder)
 
 
 def clipped_input(folder: Path, entry: LinearEntry) -> None:

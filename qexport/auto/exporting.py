@@ -1,7 +1,6 @@
 """Export with schemes chosen for a size or for a KL: measure what schemes cost, choose, export, measure the result."""
 
 import os
-import shutil
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -12,13 +11,14 @@ from typing import Any
 
 import torch
 
+from ..artifact.output import Work, claimed
 from ..calibrate.data import Progress, calibration_batches, check_calibration, no_progress, recipe_and_data
 from ..calibrate.streams import Feeds, decoder_inputs
 from ..capture.graph import Captured
-from ..capture.source import ModelFolder
+from ..capture.source import ModelFolder, source_path
 from ..errors import InputError
 from ..export import ExportResult, capture, export, opened, target_for
-from ..lower.folder import appearing, check_free
+from ..lower.build import Target
 from ..lower.grouping import check_attention
 from ..recipe import Recipe
 from ..runtime.provider import provider_named
@@ -116,7 +116,18 @@ def export_auto(
     lowering = target_for(target, recipe, dtype)
     provider = None if provider is None else provider_named(provider)
     check_attention(attention)
-    check_free(out, overwrite)
+    with claimed(out, overwrite, source_path(model)) as work:
+        return _export(
+            work, model, recipe, lowering, max_bytes=max_bytes, max_kl=max_kl, target=target, calibration=calibration,
+            text=text, windows=windows, window=window, dtype=dtype, attention=attention, provider=provider,
+            trust_remote_code=trust_remote_code, progress=progress,
+        )  # fmt: skip
+
+
+def _export(
+    work: Work, model, recipe: Recipe, lowering: Target, *, max_bytes, max_kl, target, calibration, text, windows,
+    window, dtype, attention, provider, trust_remote_code, progress: Progress,
+) -> AutoResult:  # fmt: skip
     recipe, data = recipe_and_data(recipe, calibration)
     if not isinstance(model, torch.nn.Module | Captured):
         model = opened(model, trust_remote_code=trust_remote_code)
@@ -133,10 +144,10 @@ def export_auto(
         chooser.within_bytes(max_bytes)  # what cannot be is said before the work begins
     held = capture(model, trust_remote_code=trust_remote_code)  # whose last block stays loaded
     reference = FloatOutputs(held, decoder_feeds(held, judged.windows), ("logits",), partial(progress, "float model"))
-    work, names = out.parent / f".{out.name}.auto", count()
+    trials, names = work.folder / "trials", count()
 
     def attempt(allocation: Allocation) -> _Trial:
-        trial, foretold = work / str(next(names)), chooser.left * allocation.kl
+        trial, foretold = trials / str(next(names)), chooser.left * allocation.kl
         made = export(
             model, chooser.recipe(allocation), out_dir=trial, target=target, dtype=dtype, calibration=calibration,
             attention=attention, trust_remote_code=trust_remote_code, progress=progress,
@@ -160,16 +171,16 @@ def export_auto(
         best, exports = search(chooser, max_bytes if max_kl is None else max_kl, attempt, learn)
         asked = {"max_bytes": max_bytes} if max_kl is None else {"max_kl": max_kl}
         result = AutoResult(
-            replace(best.made, folder=out), asked, _schemes(best.made), best.foretold,
+            replace(best.made, folder=work.given), asked, _schemes(best.made), best.foretold,
             best.logits, judged.described, exports,
         )  # fmt: skip
         keep(best.made.folder, "auto", result.as_dict())
-        with appearing(out, overwrite) as folder:
+        with work.appearing() as folder:
             os.replace(best.made.folder, folder)
+        result.export.kept.extend(work.kept)
         return result
     finally:
         reference.close()
-        shutil.rmtree(work, ignore_errors=True)
 
 
 @dataclass(frozen=True)

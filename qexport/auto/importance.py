@@ -9,7 +9,6 @@ their product stands for the matrix.
 One block's weights are in memory; what blocks read lies in a temporary folder between the way there and the way back.
 """
 
-import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.fx import Interpreter, Node
 
+from ..artifact.scratch import scratch
 from ..calibrate.float_model import weights_of
 from ..calibrate.streams import Feeds, Progress, stream_of
 from ..capture.blocks import Block
@@ -80,8 +80,8 @@ def felt(captured: Captured, feeds: Sequence[Feeds], progress: Progress | None =
         captured: a decoder.
         feeds: its inputs by public name, one dict for each batch.
     """
-    with tempfile.TemporaryDirectory(prefix="qexport-") as folder:
-        places = [Path(folder) / f"{index}.safetensors" for index in range(len(captured.blocks))]
+    with scratch() as folder:
+        places = [folder / f"{index}.safetensors" for index in range(len(captured.blocks))]
         _there(captured, feeds, places, progress)
         yield from _back(captured, len(feeds), places, progress)
 

@@ -4,7 +4,9 @@ At any moment one block's weights are in memory, and the activations that blocks
 """
 
 import json
+import os
 import time
+import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -26,6 +28,7 @@ from .memory import trim
 from .streams import Stream, batches, sqnr
 
 JOURNAL = "journal.jsonl"
+_AGAIN = "Export without --resume to start again"
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,7 @@ class Finished:
     Attributes:
         block: its graph; tensors are on the meta device.
         record: what happened to it.
+        shard, run: its file and who wrote it; stored: names of the tensors in there.
         joined: tensors that the lowering made of several, by name.
         apart: linears that the lowering could have merged with others and did not, and why.
         dense: mixtures of experts, by the path of their module, that compute every expert for every token, and why.
@@ -62,6 +66,7 @@ class Finished:
     block: Block
     record: BlockRecord
     shard: Path
+    run: str
     stored: set[str]
     captured: Captured
     joined: dict[str, Joined] = field(default_factory=dict)
@@ -82,7 +87,7 @@ class Finished:
         return self.read(name) if own.device.type == "meta" else own
 
     def _load(self, name: str) -> torch.Tensor:
-        return shards.load_tensor(self.shard, name) if name in self.stored else self.captured.load(name)
+        return shards.load_tensor(self.shard, name, self.run) if name in self.stored else self.captured.load(name)
 
     def fill(self) -> None:
         """Load every tensor, in the dtype that the graph says."""
@@ -119,18 +124,18 @@ def quantize_blocks(
         NumericsError: NaN or Inf in weights or activations.
     """
     work.mkdir(parents=True, exist_ok=True)
-    done = _journal(work, fingerprint, resume)
+    run, done = _journal(work, fingerprint, resume)
     finished = []
     total = len(captured.blocks)
     for index, block in enumerate(captured.blocks):
         progress(block.name, index, total)
         place = work / f"{index:04d}.safetensors"
         if index < len(done):
-            finished.append(_continue(captured, block, place, done[index], index, stream, reference))
+            finished.append(_continue(captured, block, place, run, done[index], index, stream, reference))
             continue
         try:
             with within(block.name):
-                item = _one(captured, block, passes, stream, reference, finished, total, place)
+                item = _one(captured, block, passes, stream, reference, finished, total, place, run)
         except (MemoryError, RuntimeError) as error:
             if isinstance(error, RuntimeError) and "allocate memory" not in str(error):  # how PyTorch says it on a CPU
                 raise
@@ -145,7 +150,9 @@ def quantize_blocks(
     return finished
 
 
-def _one(captured, block: Block, passes, stream, reference, finished, total: int, place: Path) -> Finished:
+def _one(
+    captured, block: Block, passes, stream, reference, finished, total: int, place: Path, run: str
+) -> Finished:
     started, index = time.perf_counter(), len(finished)
     last = index == total - 1
     steps = [step for step in passes if step.works_on(block.module)]
@@ -171,14 +178,14 @@ def _one(captured, block: Block, passes, stream, reference, finished, total: int
         for name in attributes(block.module.graph)
         if loaded and (name not in loaded or get_tensor(block.module, name).data_ptr() != loaded[name].data_ptr())
     }
-    shards.save_block(place, block, stored)
+    shards.save_block(place, block, stored, run)
     unload(block.module)
     record = BlockRecord(
         block.name, round(time.perf_counter() - started, 3), decibels,
         {name: [(n.site, n.what, dict(n.data)) for n in r.changed] for name, r in results.items() if r.changed},
         {name: [(n.site, n.what) for n in r.skipped] for name, r in results.items() if r.skipped}, coverage.unseen,
     )  # fmt: skip
-    return Finished(block, record, place, set(stored), captured)
+    return Finished(block, record, place, run, set(stored), captured)
 
 
 def _earlier(finished: list[Finished], name: str) -> torch.Tensor:
@@ -214,29 +221,42 @@ def _load(captured: Captured, block: Block) -> dict[str, torch.Tensor]:
     return loaded
 
 
-def _journal(work: Path, fingerprint: str, resume: bool) -> list[BlockRecord]:
+def _journal(work: Path, fingerprint: str, resume: bool) -> tuple[str, list[BlockRecord]]:
+    """The run that wrote the blocks, and what happened to those that are finished; a new run where none is."""
     path = work / JOURNAL
-    if resume and path.exists():
-        lines = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
-        header = json.loads(lines[0]) if lines else {}
-        if header.get("fingerprint") != fingerprint:
-            raise InputError(
-                "holds an export of another model, recipe or calibration", place=str(work),
-                remedy="Export without --resume to start again",
-            )  # fmt: skip
-        return [BlockRecord(**json.loads(line)) for line in lines[1:]]
-    path.write_text(json.dumps({"fingerprint": fingerprint}) + "\n")
-    return []
+    text = path.read_text(encoding="utf-8") if resume and path.exists() else ""
+    # A line that a kill or a full disk cut short is no line.
+    lines = [line for line in text.splitlines(keepends=True) if line.endswith("\n")]
+    if not lines:
+        for old in [*work.glob("*.safetensors"), *work.glob("*.part")]:
+            old.unlink()
+        run = uuid.uuid4().hex
+        path.write_text(json.dumps({"fingerprint": fingerprint, "run": run}) + "\n", encoding="utf-8")
+        return run, []
+    try:
+        header, records = json.loads(lines[0]), [BlockRecord(**json.loads(line)) for line in lines[1:]]
+        known, run = header["fingerprint"], header["run"]
+    except (ValueError, TypeError, KeyError) as error:
+        raise InputError(f"is damaged ({error})", place=str(path), remedy=_AGAIN) from None
+    if known != fingerprint:
+        raise InputError(
+            "holds an export of another model, recipe, calibration, target or version of a library", place=str(work),
+            remedy=_AGAIN,
+        )  # fmt: skip
+    os.truncate(path, sum(len(line.encode()) for line in lines))
+    return run, records
 
 
-def _continue(captured, block: Block, place: Path, record: BlockRecord, index: int, stream, reference) -> Finished:
+def _continue(
+    captured, block: Block, place: Path, run: str, record: BlockRecord, index: int, stream, reference
+) -> Finished:
     """Read a finished block back and let the calibration data pass through it."""
     if reference is not None and index < len(captured.blocks) - 1:
         _load(captured, block)
         reference.advance(block, index)
-    restored, stored = shards.load_block(place)
+    restored, stored = shards.load_block(place, run)
     block.module = restored.module
-    item = Finished(block, record, place, stored, captured)
+    item = Finished(block, record, place, run, stored, captured)
     if stream is not None and index < len(captured.blocks) - 1:
         item.fill()
         stream.advance(block, index)

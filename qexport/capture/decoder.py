@@ -1,6 +1,5 @@
 """Capturing a causal language model of transformers: one graph for prefill and decoding, no weights loaded."""
 
-import tempfile
 import weakref
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,6 +9,7 @@ from accelerate import init_empty_weights
 from transformers import AutoModelForCausalLM
 
 from .. import ops  # noqa: F401  registers the operators
+from ..artifact.scratch import Scratch
 from ..errors import CaptureError
 from ..garbage import no_garbage_collection
 from ..passes.edit import get_tensor
@@ -110,7 +110,7 @@ def _checkpoint(
     prefix = getattr(model, "base_model_prefix", "")
     missing = checkpoint.resolve(wanted, prefix)
     if missing:
-        temporary = tempfile.TemporaryDirectory(prefix="qexport-")
+        temporary = Scratch()
         checkpoint = Checkpoint(load_in_memory(folder, Path(temporary.name)))
         weakref.finalize(checkpoint, temporary.cleanup)
         missing = checkpoint.resolve(wanted, prefix)

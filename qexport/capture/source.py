@@ -2,14 +2,13 @@
 
 import hashlib
 import os
-import shutil
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
 
+from ..artifact.scratch import scratch
 from ..errors import InputError, QExportError, reading
 from ..models.configs import read_config
 from ..models.gguf_header import check_gguf
@@ -76,6 +75,15 @@ def open_model(
     return ModelFolder(path.resolve(), name, config, trust_remote_code, notes_on(path, config, tokenizer))
 
 
+def source_path(model) -> Path | None:
+    """The folder or file on this machine that a model is read from, as far as it is known before it is opened."""
+    if isinstance(model, ModelFolder):
+        return model.path
+    if isinstance(model, (str, os.PathLike)) and os.path.exists(model):
+        return Path(model)
+    return getattr(getattr(model, "folder", None), "path", None)  # a captured one
+
+
 def _convert_gguf(file: Path, cache: Path | None) -> Path:
     state = file.stat()
     key = hashlib.sha256(f"{file.resolve()}|{state.st_size}|{state.st_mtime_ns}".encode()).hexdigest()[:16]
@@ -96,16 +104,12 @@ def _convert_gguf(file: Path, cache: Path | None) -> Path:
 
 def _save(model, tokenizer, target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-    try:
-        model.save_pretrained(temporary)
+    with scratch(target.parent) as temporary:
+        made = temporary / target.name
+        model.save_pretrained(made)
         if tokenizer is not None:
-            tokenizer.save_pretrained(temporary)
-        temporary.chmod(0o755)
-        temporary.rename(target)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+            tokenizer.save_pretrained(made)
+        made.rename(target)
 
 
 def _download(name: str) -> Path:

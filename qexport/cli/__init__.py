@@ -10,6 +10,7 @@ import qexport
 
 from ..errors import QExportError
 from ..log import show_warnings
+from ..stopping import Stopped, raising_stopped
 from . import making, proving, running  # noqa: F401  their commands belong to the application
 from .options import app
 
@@ -19,13 +20,14 @@ def main() -> None:
     show_warnings()
     gc.disable()  # until everything is imported, see `options.imported`
     try:
-        app()
+        with raising_stopped():
+            app()
     except QExportError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
+    except Stopped as stop:
+        print(stop, file=sys.stderr)
+        sys.exit(stop.exit_code)
     finally:
         # Leaving, Python looks through all that tracing left behind for cycles to free; the system frees it at once.
         gc.freeze()

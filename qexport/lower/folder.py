@@ -1,11 +1,8 @@
 """The output folder: everything a runtime needs, appearing complete or not at all."""
 
 import json
-import os
 import shutil
-import tempfile
 from collections.abc import Callable, Iterable
-from contextlib import contextmanager
 from pathlib import Path
 
 import onnx_ir as ir
@@ -13,7 +10,6 @@ import onnx_ir as ir
 from ..artifact.files import read_json
 from ..artifact.tokenizer import write_tokenizer
 from ..capture.source import ModelFolder
-from ..errors import InputError, writing_to
 from ..log import warn
 from ..models.preflight import GENERATION, LEGAL_FILES, generation_config
 from ..runtime import manifest as manifests
@@ -22,55 +18,6 @@ from ..runtime.manifest import Manifest
 from .emitter import VIEW_OF
 
 _COPIED = ("config.json", "generation_config.json")  # what the runtime reads
-
-
-@contextmanager
-def appearing(out: Path, overwrite: bool):
-    """A temporary folder beside `out` that takes its place when the `with` ends without an error.
-
-    Raises:
-        InputError: `out` exists and may not be replaced, cannot be written, or the disk is full.
-    """
-    check_free(out, overwrite)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-    try:
-        with explained(out):
-            yield temporary
-        temporary.chmod(0o755)
-        if out.exists():
-            old = Path(tempfile.mkdtemp(prefix=f".{out.name}.old.", dir=out.parent))
-            out.rename(old / out.name)
-            temporary.rename(out)
-            shutil.rmtree(old)
-        else:
-            temporary.rename(out)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-
-
-def check_free(out: Path, overwrite: bool) -> None:
-    """Refuse an output folder that exists, unless it is an export that may be replaced, and a parent that is read-only.
-
-    Raises:
-        InputError: as said.
-    """
-    if out.exists():
-        if not overwrite:
-            raise InputError("exists already", place=str(out), remedy="Choose another folder or pass --overwrite")
-        if not out.is_dir() or (any(out.iterdir()) and not (out / manifests.MANIFEST_FILE).exists()):
-            raise InputError(
-                "is not an export, so it will not be replaced", place=str(out), remedy="Choose another folder"
-            )
-    parent = next(p for p in (out.absolute(), *out.absolute().parents) if p.exists() and p != out.absolute())
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise InputError("cannot be written", place=str(parent), remedy="Choose a folder you own")
-
-
-def explained(place: Path):
-    """Turn a full disk or a refused write into an InputError that knows of --resume."""
-    return writing_to(place, "Free some space; --resume goes on from there")
 
 
 def write_model(folder: Path, model: ir.Model, progress: Callable[[int, int], None]) -> int:

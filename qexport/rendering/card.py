@@ -7,9 +7,10 @@ from typing import Any
 import yaml
 from markupsafe import Markup, escape
 
+from ..artifact.ownership import CARD_MARK
+from ..artifact.scratch import write_whole
 from ..artifact.tokenizer import TEMPLATE
 from ..console import megabytes
-from ..errors import writing_to
 from ..runtime.genai import context_length
 from ..runtime.manifest import GENAI_FILE
 from ..validate.wording import summary_rows
@@ -17,8 +18,6 @@ from .exported import Exported, recipe_settings
 from .html import environment
 
 CARD_FILE = "README.md"
-# While this line is in the file it is qexport's to write again; a card that people took over stays as it is.
-_OURS = "<!-- Written by qexport; `qexport validate` writes it again while this line is here. -->"
 # Of the measures of a validation: the float model's path is the business of the machine it was on.
 _LEFT_OUT = ("reference",)
 _LENGTH = 256  # tokens of a text in the card's code
@@ -27,10 +26,9 @@ _LENGTH = 256  # tokens of a text in the card's code
 def write_card(exported: Exported) -> Path | None:
     """Write README.md into an exported folder; None, and nothing is written, where somebody wrote their own."""
     path = exported.folder / CARD_FILE
-    if path.is_file() and _OURS not in path.read_text(encoding="utf-8", errors="replace"):
+    if path.is_file() and CARD_MARK not in path.read_text(encoding="utf-8", errors="replace"):
         return None
-    with writing_to(path, "Free some space"):
-        path.write_text(render_card(exported), encoding="utf-8")
+    write_whole(path, render_card(exported))
     return path
 
 
@@ -39,7 +37,7 @@ def render_card(exported: Exported) -> str:
     manifest, report = exported.manifest, exported.report
     genai = (exported.folder / GENAI_FILE).is_file()
     return environment().get_template("card.md").render(
-        ours=Markup(_OURS), front=Markup(front_matter(exported)), model=exported.model, code=code, text=text,
+        ours=Markup(CARD_MARK), front=Markup(front_matter(exported)), model=exported.model, code=code, text=text,
         hub_id=exported.source.get("hub_id"), recipe=exported.recipe_name, manifest=manifest, report=report,
         scheme=str(recipe_settings(exported.recipe).get("scheme") or ""),
         sizes={_PARTS[key]: megabytes(manifest.bytes[key]) for key in _PARTS if manifest.bytes.get(key)},

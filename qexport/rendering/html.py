@@ -10,7 +10,7 @@ from pathlib import Path
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from ..errors import write_whole
+from ..artifact.scratch import write_whole
 from ..validate.wording import kernels
 from . import facts, svg, tables
 from .drawing import figures

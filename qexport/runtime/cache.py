@@ -6,11 +6,11 @@ from typing import Any
 
 import onnxruntime as ort
 
+from ..artifact import ownership
 from . import processor
 from .manifest import MODEL_FILE, Manifest
 
-FOLDER = "optimized"
-KEY_FILE = "key.json"
+FOLDER, KEY_FILE = ownership.COPY, ownership.COPY_KEY
 FORMAT = 1
 
 

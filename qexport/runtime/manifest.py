@@ -6,12 +6,12 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from ..artifact.checksums import MANIFEST_FILE
 from ..artifact.files import read_json
 from ..artifact.token_ids import check_token_ids
 from ..errors import InputError
 
 FORMAT = 1
-MANIFEST_FILE = "manifest.json"
 MODEL_FILE = "model.onnx"
 GENAI_FILE = "genai_config.json"
 RECIPE_FILE = "recipe.yaml"

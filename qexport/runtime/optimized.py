@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
@@ -12,7 +11,11 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 
+from ..artifact import checksums
 from ..artifact.files import read_json
+from ..artifact.output import inside
+from ..artifact.ownership import copied
+from ..artifact.swap import put
 from ..errors import InputError, RuntimeProblem, writing_to
 from . import cache
 from . import manifest as manifests
@@ -28,7 +31,7 @@ _SAVING = {
 }
 _TRIAL_TOKENS = 16  # a prompt, where a file tells prompts from steps
 # Files beside the model that onnxruntime-genai has no use for.
-_NOT_COPIED = (MANIFEST_FILE, GENAI_FILE, "report.json", RECIPE_FILE)
+_NOT_COPIED = (MANIFEST_FILE, GENAI_FILE, "report.json", RECIPE_FILE, checksums.FILE)
 _COPIED_TYPES = (".json", ".jinja", ".model", ".txt")
 
 
@@ -107,23 +110,34 @@ def build(folder: Path, manifest: Manifest) -> int:
             place=str(folder),
             remedy="Export with --target cpu",
         )
-    if place.exists() and not (place / cache.KEY_FILE).is_file():
-        raise InputError("is no optimized copy, so it will not be replaced", place=str(place), remedy="Move it away")
-    key = cache.key_of(folder, manifest, CPU)
-    with writing_to(folder, "Free some space: making a copy takes about five times the size of the model for a while"):
-        work = Path(tempfile.mkdtemp(prefix=f".{cache.FOLDER}.", dir=folder))
-        try:
-            new = work / "new"
-            new.mkdir()
-            shared = _write(folder, manifest, work, new)
-            _let_genai_load(folder, new)
-            cache.write_key(new, key)
-            if place.exists():
-                place.rename(work / "old")
-            new.rename(place)
-        finally:
-            shutil.rmtree(work, ignore_errors=True)
+    _check_replaceable(place)
+    with (
+        inside(folder, "optimizing") as work,
+        writing_to(folder, "Free some space: making a copy takes about five times the size of the model for a while"),
+    ):
+        checksums.check(folder)
+        key = cache.key_of(folder, manifest, CPU)
+        new = work / "new"
+        new.mkdir()
+        shared = _write(folder, manifest, work, new)
+        _let_genai_load(folder, new)
+        cache.write_key(new, key)
+        _check_replaceable(place)
+        put(new, place, work / "old")
     return shared
+
+
+def _check_replaceable(place: Path) -> None:
+    if not place.exists():
+        return
+    ours = copied(place)
+    if not ours:
+        raise InputError("is no optimized copy, so it will not be replaced", place=str(place), remedy="Move it away")
+    if others := sorted(path.name for path in place.iterdir() if path.name not in ours):
+        raise InputError(
+            f"holds {others[0]}, which is none of the copy's files, so it will not be replaced", place=str(place),
+            remedy="Move that file away",
+        )  # fmt: skip
 
 
 def _write(folder: Path, manifest: Manifest, work: Path, new: Path) -> int:

@@ -1,6 +1,5 @@
 """ONNX Runtime sessions that run a file with the options its numbers depend on, or not at all."""
 
-import tempfile
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
@@ -10,6 +9,9 @@ from pathlib import Path
 import onnx
 import onnxruntime as ort
 
+from ..artifact import checksums
+from ..artifact.owner import Busy
+from ..artifact.scratch import scratch
 from ..errors import RuntimeProblem
 from . import cache
 from . import manifest as manifests
@@ -54,8 +56,22 @@ class OptimizedGraph:
         return Counter(provider for _, _, provider in self.placement)
 
 
+@dataclass(frozen=True)
+class Beside:
+    """A model in memory whose tensors are in the files of a folder, as if it were a file in it.
+
+    ONNX Runtime refuses tensors that lie, or are linked, outside of the folder of a model's file.
+
+    Attributes:
+        model: a serialized ModelProto.
+    """
+
+    folder: Path
+    model: bytes
+
+
 def open_session(
-    source: str | Path,
+    source: str | Path | Beside,
     manifest: Manifest | None = None,
     *,
     threads: int | None = None,
@@ -71,7 +87,8 @@ def open_session(
     with less memory. Nothing is ever written into the folder unasked.
 
     Args:
-        source: an exported folder, or an ONNX file. A file is loaded as it is, without the optimized copy.
+        source: an exported folder, an ONNX file, or what stands for one. A file is loaded as it is, without the
+            optimized copy.
         manifest: what the file says about itself; read from the folder (or from the file's folder) when absent.
         threads: threads within an operator; None lets ONNX Runtime take every physical core.
         provider: run on this provider instead of the one the file was made for: cpu, cuda, or ONNX Runtime's name.
@@ -87,13 +104,16 @@ def open_session(
         RuntimeProblem: the provider does not load (the session never falls back to another one), or ONNX Runtime
             refuses the model.
     """
-    source = Path(source)
-    folder = source if source.is_dir() else source.parent
+    source = source if isinstance(source, Beside) else Path(source)
+    whole = isinstance(source, Path) and source.is_dir()
+    folder = source if whole else source.folder if isinstance(source, Beside) else source.parent
     manifest = manifest or manifests.load(folder)
-    path = source / Path(manifest.settings.get("filename", MODEL_FILE)).name if source.is_dir() else source
+    path = source / Path(manifest.settings.get("filename", MODEL_FILE)).name if whole else source
     wanted = chosen_provider(provider, manifest)
+    if whole:
+        checksums.check_sample(folder)
     if (
-        source.is_dir()
+        whole
         and path.name == MODEL_FILE
         and outputs_path is None
         and not record_assignment
@@ -102,7 +122,8 @@ def open_session(
         if optimize and cache.find(folder, manifest, wanted) is None:
             from .optimized import build  # it opens sessions itself
 
-            build(folder, manifest)
+            with suppress(Busy):  # who is at it will have it made; until then the export itself does
+                build(folder, manifest)
         copy = cache.find(folder, manifest, wanted)
         if copy is not None:
             with suppress(RuntimeProblem):  # a damaged copy must not keep the export from loading
@@ -124,7 +145,7 @@ def open_session(
         if manifest.dtype != "bfloat16" or wanted != CPU:
             raise
         raise RuntimeProblem(
-            "computes in bfloat16, and ONNX Runtime has few bfloat16 kernels for the CPU", place=str(source),
+            "computes in bfloat16, and ONNX Runtime has few bfloat16 kernels for the CPU", place=str(folder),
             remedy="Run it on CUDA, or export it with dtype float16",
         ) from error  # fmt: skip
 
@@ -147,16 +168,19 @@ def session_options(manifest: Manifest, threads: int | None = None, *, optimized
     return options
 
 
-def start(path: Path, options: ort.SessionOptions, provider: str) -> ort.InferenceSession:
+def start(source: Path | Beside, options: ort.SessionOptions, provider: str) -> ort.InferenceSession:
     """Load a model on one provider, or not at all.
 
     Raises:
         RuntimeProblem: as `open_session`.
     """
+    path, model = (source.folder, source.model) if isinstance(source, Beside) else (source, source)
+    if isinstance(source, Beside):
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path))
     if provider not in ort.get_available_providers():
         raise _missing(provider, path)
     try:
-        session = ort.InferenceSession(path, options, providers=[provider] if provider == CPU else [provider, CPU])
+        session = ort.InferenceSession(model, options, providers=[provider] if provider == CPU else [provider, CPU])
     except Exception as error:  # onnxruntime has one exception class for each status code and no base class
         raise RuntimeProblem(
             f"ONNX Runtime refuses the model: {str(error).strip()}", place=str(path), remedy="See `qexport doctor`"
@@ -169,7 +193,7 @@ def start(path: Path, options: ort.SessionOptions, provider: str) -> ort.Inferen
 
 
 def optimized_graph(
-    source: str | Path, manifest: Manifest | None = None, *, provider: str | None = None
+    source: str | Path | Beside, manifest: Manifest | None = None, *, provider: str | None = None
 ) -> OptimizedGraph:
     """Load the model and return the graph that ONNX Runtime made of it, with the provider of each node.
 
@@ -177,8 +201,8 @@ def optimized_graph(
 
     Raises: as `open_session`.
     """
-    with tempfile.TemporaryDirectory(prefix="qexport-") as folder:
-        target = Path(folder) / "optimized.onnx"
+    with scratch() as folder:
+        target = folder / "optimized.onnx"
         session = open_session(source, manifest, provider=provider, outputs_path=target, record_assignment=True)
         placement = tuple(
             (node.name, node.op_type, group.ep_name)

@@ -3,20 +3,21 @@
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from ..artifact.output import Work, claimed
 from ..calibrate.data import Prepared, Progress, needs_data, no_progress, recipe_and_data
 from ..capture.graph import Captured
 from ..capture.seq2seq import Parts, capture_seq2seq
-from ..capture.source import ModelFolder, open_model
+from ..capture.source import ModelFolder, open_model, source_path
 from ..errors import RecipeError
 from ..export import ExportResult, export, opened, target_for
 from ..inspecting import Inspection, inspect
-from ..lower.folder import appearing, check_free, copy_companions
+from ..lower.folder import copy_companions
 from ..passes.convolutions import convolutions
 from ..passes.sites import linears
 from ..planning import plan_for
@@ -36,11 +37,13 @@ class Seq2SeqResult:
     Attributes:
         folder: the output folder.
         encoder, decoder: its parts, which are in folders of these names.
+        kept: see `ExportResult`.
     """
 
     folder: Path
     encoder: ExportResult
     decoder: ExportResult
+    kept: list[str] = field(default_factory=list)
 
 
 def export_seq2seq(
@@ -77,7 +80,14 @@ def export_seq2seq(
     for name in ("kv_cache", "prefill"):
         if getattr(recipe, name) is not None:
             raise RecipeError(f"{name} is for decoders alone", place=name, remedy="Remove it for encoder-decoders")
-    check_free(out, overwrite)
+    with claimed(out, overwrite, source_path(model)) as work:
+        return _export(work, model, recipe, width, target, dtype, calibration, trust_remote_code, progress)
+
+
+def _export(
+    work: Work, model, recipe: Recipe, width: int, target: str, dtype: str | None, calibration, trust_remote_code: bool,
+    progress: Progress,
+) -> Seq2SeqResult:  # fmt: skip
     recipe, data = recipe_and_data(recipe, calibration)
     folder = opened(model, trust_remote_code=trust_remote_code)
     progress("capture", folder.name, 0, 1)
@@ -91,7 +101,7 @@ def export_seq2seq(
         written = write_about(parts, sources, WRITTEN, seed=recipe.calibration.seed)
         progress("calibrate", "the model writes about its sources", 1, 1)
         read = {ENCODER: Prepared(sources.batches, sources.described), DECODER: written}
-    with appearing(out, overwrite) as temporary:
+    with work.appearing() as temporary:
         made = {
             part: export(
                 captured, recipes[part], out_dir=temporary / part, target=target, dtype=dtype, calibration=read[part],
@@ -100,8 +110,8 @@ def export_seq2seq(
             for part, captured in _named(parts).items()
         }  # fmt: skip
         _write_companions(temporary, folder)
-    found = {part: replace(result, folder=out / part) for part, result in made.items()}
-    return Seq2SeqResult(out, found[ENCODER], found[DECODER])
+    found = {part: replace(result, folder=work.given / part) for part, result in made.items()}
+    return Seq2SeqResult(work.given, found[ENCODER], found[DECODER], work.kept)
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from typing import Any
 
 from ..console import print_table
-from ..reporting import export_summary, print_export, print_inspection
+from ..reporting import export_summary, print_export, print_inspection, print_kept
 from ..validate.wording import number
 from .exporting import Parted, Seq2SeqResult
 from .validating import Seq2SeqReport
@@ -12,13 +12,14 @@ from .validating import Seq2SeqReport
 def summary(result: Seq2SeqResult) -> dict[str, Any]:
     """What an export did, in plain types."""
     parts = {"encoder": export_summary(result.encoder), "decoder": export_summary(result.decoder)}
-    return {"folder": str(result.folder), **parts}
+    return {"folder": str(result.folder), **parts, "kept": result.kept}
 
 
 def print_exported(result: Seq2SeqResult) -> None:
     """Both parts, and what to do next."""
     for part in (result.encoder, result.decoder):
         print_export(part)
+    print_kept(result.kept)
     print(
         f"Next: qexport validate {result.folder} --reference MODEL --text FILE; qexport generate {result.folder} "
         "--prompt TEXT"

@@ -10,6 +10,7 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
+from ..artifact.output import inside
 from ..calibrate.data import Prepared, Progress, no_progress
 from ..calibrate.encoder_inputs import with_last_token
 from ..capture.seq2seq import Parts, capture_seq2seq
@@ -92,6 +93,16 @@ def validate_seq2seq(
         raise InputError("is no export of an encoder-decoder", place=str(folder))
     if new_tokens < 2:
         raise InputError(f"{new_tokens} new tokens tell nothing", place="new_tokens", remedy="Take 2 or more")
+    with inside(folder, "validating"):
+        return _validate(
+            folder, reference, text, inputs, windows, window, new_tokens, threads, provider, progress, trust_remote_code
+        )
+
+
+def _validate(
+    folder: Path, reference, text, inputs, windows: int, window: int, new_tokens: int, threads, provider,
+    progress: Progress, trust_remote_code: bool,
+) -> Seq2SeqReport:  # fmt: skip
     model = open_model(reference, trust_remote_code=trust_remote_code)
     if not model.config.is_encoder_decoder:
         raise InputError("is no encoder-decoder", place=model.name, remedy="Give the model that was exported")

@@ -7,7 +7,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from ..errors import InputError, write_whole
+from ..artifact.scratch import write_whole
+from ..errors import InputError
 from ..validate.report import Finite
 
 FORMAT = 1

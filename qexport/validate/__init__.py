@@ -8,7 +8,9 @@ from pathlib import Path
 
 import torch
 
+from ..artifact import checksums
 from ..artifact.names import public_name
+from ..artifact.output import inside
 from ..calibrate.encoder_inputs import encoder_inputs, with_last_token
 from ..calibrate.streams import module_feeds
 from ..capture.folder import capture_folder
@@ -95,23 +97,36 @@ def validate(
             does not do, or references or greedy cannot be had.
         RuntimeProblem: ONNX Runtime refuses the model or does not have the provider.
     """
-    folder, seconds, started = Path(folder), {}, time.perf_counter()
+    folder = Path(folder)
+    if greedy < 0:
+        raise InputError(f"{greedy} new tokens cannot be written", place="greedy", remedy="Take 0 for none")
+    manifest = manifests.load(folder)
+    if not os.access(folder, os.W_OK):
+        raise InputError(
+            "cannot be written, and the report goes there", place=str(folder), remedy="Copy it to a folder you own"
+        )
+    with inside(folder, "validating"):
+        checksums.check(folder)
+        return _validate(
+            folder, manifest, reference, text, windows, window, inputs, threads, provider, references, greedy,
+            sensitivity, trust_remote_code, progress,
+        )  # fmt: skip
+
+
+def _validate(
+    folder, manifest, reference, text, windows, window, inputs, threads, provider, references, greedy, sensitivity,
+    trust_remote_code, progress,
+) -> Report:  # fmt: skip
+    seconds, started = {}, time.perf_counter()
 
     def lap(stage: str) -> None:
         nonlocal started
         now = time.perf_counter()
         seconds[stage], started = round(now - started, 2), now
 
-    if greedy < 0:
-        raise InputError(f"{greedy} new tokens cannot be written", place="greedy", remedy="Take 0 for none")
-    manifest = manifests.load(folder)
     provider = None if provider is None else provider_named(provider)
     if references and manifest.kind != "decoder":
         raise InputError("references are for language models", place="references", remedy="Leave them out")
-    if not os.access(folder, os.W_OK):
-        raise InputError(
-            "cannot be written, and the report goes there", place=str(folder), remedy="Copy it to a folder you own"
-        )
     check_all_logits(manifest, folder)
     captured = _capture(reference, inputs, manifest, trust_remote_code)
     transformed = transforms(folder)

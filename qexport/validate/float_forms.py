@@ -3,7 +3,6 @@
 import copy
 import dataclasses
 import os
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
@@ -12,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..artifact.scratch import scratch
 from ..calibrate.float_model import fits_in_memory
 from ..calibrate.loop import quantize_blocks
 from ..capture.blocks import Block
@@ -172,8 +172,7 @@ def float_file_logits(
         RuntimeProblem: ONNX Runtime refuses the file or does not have the provider.
     """
     place = beside.parent if os.access(beside.parent, os.W_OK) else None
-    with tempfile.TemporaryDirectory(prefix=".qexport-float-", dir=place, ignore_cleanup_errors=True) as temporary:
-        folder = Path(temporary)
+    with scratch(place) as folder:
         with writing_to(folder, "Free as much as the float model takes, or validate without references"):
             made = export_float(captured, manifest, folder, progress)
         yield deployed_logits(folder, made, length, steps=_STEPS, threads=threads, provider=provider)

@@ -50,9 +50,9 @@ def compare_layers(
         budget=budget,
     )  # fmt: skip
     everything = dict.fromkeys(value for group in deployed.groups for probe in group for value in probe.values())
-    with with_outputs(folder, list(everything)) as path:
-        # Additional outputs can only prevent fusions: where all of them leave a linear its operator, some do.
-        strayed = moved(plain, optimized_graph(path, manifest, provider=provider), manifest)
+    # Additional outputs can only prevent fusions: where all of them leave a linear its operator, some do.
+    watched = with_outputs(folder, list(everything))
+    strayed = moved(plain, optimized_graph(watched, manifest, provider=provider), manifest)
     limits = static_limits(folder)
     noise = Noise(folder, manifest, limits, threads, provider)
     linear_rows: dict[str, Row] = {}

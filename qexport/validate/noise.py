@@ -4,8 +4,7 @@ On a text a few channels carry most of a value, and the errors of the weights be
 every channel alike weighs every weight alike, so a scale that is wrong stands out of the rounding around it.
 """
 
-from collections.abc import Iterator, Mapping, Sequence, Set
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,10 +16,10 @@ from ..capture.graph import Captured
 from ..passes.sites import linears
 from ..runtime.branches import PROMPTS, only
 from ..runtime.manifest import MODEL_FILE, LinearEntry, Manifest
-from ..runtime.session import open_session
+from ..runtime.session import Beside, open_session
 from .faults import fault_of_weight
 from .reference import Watched, channelwise
-from .running import beside, run_session
+from .running import run_session
 
 ROWS = 256
 _UNEXPLAINED = 0.01  # of what linears read; a cache of 4 bits leaves less
@@ -76,8 +75,9 @@ class Noise:
         if not nodes:
             return {}
         types = {value: _TYPES[like.dtype] for value, (like, _) in channels.items()}
-        with self._file(nodes, types) as path:
-            session = open_session(path, self._manifest, threads=self._threads, provider=self._provider)
+        session = open_session(
+            self._part(nodes, types), self._manifest, threads=self._threads, provider=self._provider
+        )
         feeds = {}
         for port in session.get_inputs():
             value = port.name.removeprefix(_CUT)
@@ -107,8 +107,7 @@ class Noise:
                 waiting += node.input
         return nodes
 
-    @contextmanager
-    def _file(self, nodes: Mapping[str, set[str]], given: Mapping[str, int]) -> Iterator[Path]:
+    def _part(self, nodes: Mapping[str, set[str]], given: Mapping[str, int]) -> Beside:
         graph, wanted = self._model.graph, set().union(*nodes.values())
         part = onnx.ModelProto(ir_version=self._model.ir_version, opset_import=self._model.opset_import)
         part.graph.name = graph.name
@@ -122,8 +121,7 @@ class Noise:
             if _CUT + name in read:
                 part.graph.input.append(onnx.helper.make_tensor_value_info(_CUT + name, kind, None))
         part.graph.output.extend(onnx.ValueInfoProto(name=name) for name in nodes)
-        with beside(self._folder, part) as path:
-            yield path
+        return Beside(self._folder, part.SerializeToString())
 
 
 def weight_faults(

@@ -9,7 +9,8 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from ..artifact.files import read_json
-from ..errors import InputError, write_whole
+from ..artifact.scratch import write_whole
+from ..errors import InputError
 from .report import Activation, Report
 
 Model = TypeVar("Model", bound=BaseModel)

@@ -1,12 +1,11 @@
 """What each linear costs: the deployed model with the value of one linear, or of the embedding, restored to float.
 
-A temporary model beside the deployed one adds an input to every such value. It is fed zeros, and in turn for one value
+A model in memory beside the deployed one adds an input to every such value. It is fed zeros, and in turn for one value
 the difference between what the float linear makes of the deployed input and what the deployed one makes of it. One
 session serves for all, with the deployed weights; of the float model one block is in memory.
 """
 
-from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import onnx
@@ -17,10 +16,10 @@ from torch import Tensor
 from ..capture.graph import Captured
 from ..runtime.branches import PROMPTS, only
 from ..runtime.manifest import MODEL_FILE, LinearEntry, Manifest
-from ..runtime.session import open_session
+from ..runtime.session import Beside, open_session
 from .probes import Deployed
 from .reference import Feeds, FloatOutputs, Progress, channel_factors, flat, watch
-from .running import beside, run_session
+from .running import run_session
 
 _PREFIX = "correction of "
 
@@ -53,8 +52,7 @@ def kl_costs(
     table = _embedding(folder, captured, manifest)
     entries = {entry.name: entry for entry in manifest.readable if names is None or entry.name in names}
     values = [entry.output for entry in entries.values()] + ([table] if table else [])
-    with _correctable(folder, values) as path:
-        session = open_session(path, manifest, threads=threads, provider=provider)
+    session = open_session(_correctable(folder, values), manifest, threads=threads, provider=provider)
     corrected = _Corrected(session, feeds, _float_logits(captured, feeds))
     whole, falls = corrected.kl(), {}
     for seen in watch(captured, feeds, {entry.name for entry in manifest.readable}, deployed.forced):
@@ -96,9 +94,8 @@ def _embedding(folder: Path, captured: Captured, manifest: Manifest) -> str:
     return output if output in gathered else ""
 
 
-@contextmanager
-def _correctable(folder: Path, values: Collection[str]) -> Iterator[Path]:
-    """Path of a model.onnx in which every named value gets an addend from outside, beside the same data."""
+def _correctable(folder: Path, values: Collection[str]) -> Beside:
+    """The model of a folder in which every named value gets an addend from outside."""
     model = only(onnx.load(folder / MODEL_FILE, load_external_data=False), PROMPTS)
     graph = model.graph
     wanted, nodes = set(values), []
@@ -112,8 +109,7 @@ def _correctable(folder: Path, values: Collection[str]) -> Iterator[Path]:
     graph.input.extend(onnx.helper.make_tensor_value_info(_PREFIX + name, element, None) for name in wanted)
     del graph.node[:]
     graph.node.extend(nodes)
-    with beside(folder, model) as path:
-        yield path
+    return Beside(folder, model.SerializeToString())
 
 
 def _float_logits(captured: Captured, feeds: Sequence[Feeds]) -> list[Tensor]:

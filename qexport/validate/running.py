@@ -1,9 +1,6 @@
-"""Running the deployed file on tensors, also with more outputs than it has: they come from a model beside it."""
+"""Running the deployed file on tensors, also with more outputs than it has: they come from a model in memory."""
 
-import os
-import tempfile
 from collections.abc import Sequence
-from contextlib import contextmanager
 from pathlib import Path
 
 import onnx
@@ -14,7 +11,7 @@ from torch import Tensor
 from ..errors import InputError, RuntimeProblem
 from ..runtime.branches import PROMPTS, only
 from ..runtime.manifest import MODEL_FILE, Manifest
-from ..runtime.session import open_session
+from ..runtime.session import Beside, open_session
 from .reference import Feeds
 
 _DTYPES = {  # of what a session takes, by the names that it has for types
@@ -23,14 +20,13 @@ _DTYPES = {  # of what a session takes, by the names that it has for types
 }  # fmt: skip
 
 
-@contextmanager
-def with_outputs(folder: Path, values: Sequence[str]):
-    """Path of a model.onnx with additional outputs, beside the same data; it is gone after the `with`.
+def with_outputs(folder: Path, values: Sequence[str]) -> Beside:
+    """The model of a folder with additional outputs.
 
     Of a file with branches it has the one for prompts alone: what is inside of a branch cannot be an output.
 
     Raises:
-        InputError: the folder cannot be written, or the graph has no such value.
+        InputError: the graph has no such value.
     """
     model = only(onnx.load(folder / MODEL_FILE, load_external_data=False), PROMPTS)
     graph = model.graph
@@ -43,31 +39,7 @@ def with_outputs(folder: Path, values: Sequence[str]):
         )
     present = {output.name for output in graph.output}
     graph.output.extend(onnx.ValueInfoProto(name=value) for value in values if value not in present)
-    with beside(folder, model) as path:
-        yield path
-
-
-@contextmanager
-def beside(folder: Path, model: onnx.ModelProto):
-    """Path of a model that shares the data of the one in the folder; it is gone after the `with`.
-
-    Raises:
-        InputError: the folder cannot be written.
-    """
-    try:
-        # In the same folder, because ONNX Runtime refuses data that lie, or are linked, outside of the model's folder.
-        handle, name = tempfile.mkstemp(dir=folder, prefix=".probe.", suffix=".onnx")
-    except OSError as error:
-        raise InputError(
-            f"cannot be written ({error.strerror})", place=str(folder), remedy="Copy it to a folder you own"
-        ) from error
-    path = Path(name)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(model.SerializeToString())
-        yield path
-    finally:
-        path.unlink(missing_ok=True)
+    return Beside(folder, model.SerializeToString())
 
 
 def run_values(
@@ -75,8 +47,7 @@ def run_values(
     threads: int | None, provider: str | None,
 ) -> dict[str, list[Tensor]]:  # fmt: skip
     """Values of the deployed file by name, a tensor for each batch."""
-    with with_outputs(folder, values) as path:
-        session = open_session(path, manifest, threads=threads, provider=provider)
+    session = open_session(with_outputs(folder, values), manifest, threads=threads, provider=provider)
     results: dict[str, list[Tensor]] = {value: [] for value in values}
     for batch in feeds:
         for name, array in run_session(session, batch, values).items():

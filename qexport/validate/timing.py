@@ -1,7 +1,6 @@
 """Where the time of a deployed file goes, node by node, from ONNX Runtime's own profile."""
 
 import json
-import tempfile
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -10,6 +9,7 @@ from statistics import median
 
 from torch import Tensor
 
+from ..artifact.scratch import scratch
 from ..runtime.branches import PROMPTS, STEPS
 from ..runtime.decoder import Decoder
 from ..runtime.manifest import CPU, LinearEntry, Manifest
@@ -54,9 +54,9 @@ def measure(
     """
     if (provider or manifest.provider) != CPU:
         return Times()
-    with tempfile.TemporaryDirectory(prefix="qexport-") as place:
+    with scratch() as place:
         session = open_session(
-            folder, manifest, threads=threads, provider=provider, profile_prefix=Path(place) / "profile"
+            folder, manifest, threads=threads, provider=provider, profile_prefix=place / "profile"
         )
         if prompt is None:
             for _ in range(1 + _RUNS):

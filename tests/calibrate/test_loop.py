@@ -119,7 +119,7 @@ def test_resume_with_nothing_to_go_on_with_starts(run):
 def test_the_journal_of_another_export_is_refused(run, other):
     with pytest.raises(Stop):
         run(progress=stop_at("model.layers.1"))
-    with pytest.raises(InputError, match="holds an export of another model, recipe or calibration"):
+    with pytest.raises(InputError, match="holds an export of another model, recipe, calibration, target"):
         run(recipe=other, resume=True)
     run(resume=True)  # and it is still there for its own
     assert run.worked == BLOCKS[2:]
@@ -129,7 +129,7 @@ def test_a_journal_line_cut_short_is_a_block_not_done(run, tmp_path):
     whole = run("whole")
     with pytest.raises(Stop):
         run(progress=stop_at("model.layers.1"))
-    journal = tmp_path / ".out.work" / loop.JOURNAL
+    journal = tmp_path / ".out.work" / "blocks" / loop.JOURNAL
     journal.write_text(journal.read_text()[:-20])
     parts = run(resume=True)
     assert run.worked == BLOCKS[1:]
@@ -139,7 +139,7 @@ def test_a_journal_line_cut_short_is_a_block_not_done(run, tmp_path):
 def test_a_damaged_block_is_named(run, tmp_path):
     with pytest.raises(Stop):
         run(progress=stop_at("model.layers.1"))
-    file = tmp_path / ".out.work" / "0001.safetensors"
+    file = tmp_path / ".out.work" / "blocks" / "0001.safetensors"
     file.write_bytes(file.read_bytes()[:-10])
     with pytest.raises(InputError, match="is not a finished block") as caught:
         run(resume=True)

@@ -252,9 +252,9 @@ def test_loading_writes_nothing_unless_asked(tmp_path):
 
 def test_an_older_copy_is_replaced(folder):
     write_tiny_decoder(folder, seed=1)
-    (folder / "optimized" / "old").write_text("")
+    before = (folder / "optimized" / "key.json").read_text()
     qexport.optimize(folder, repeats=1)
-    assert uses_copy(folder) and "old" not in names(folder / "optimized")
+    assert uses_copy(folder) and (folder / "optimized" / "key.json").read_text() != before
     assert not [name for name in names(folder) if name.startswith(".")]
 
 
@@ -291,13 +291,14 @@ def test_a_folder_that_is_no_copy_is_not_replaced(tmp_path):
 def test_a_folder_that_cannot_be_written(tmp_path, monkeypatch, number, message):
     write_tiny_decoder(tmp_path)
 
-    def refused(**_):
+    def refused(*_):
         raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr(optimized.tempfile, "mkdtemp", refused)
+    monkeypatch.setattr(optimized, "lay_out", refused)
     with pytest.raises(InputError, match=message) as caught:
         qexport.optimize(tmp_path)
     assert caught.value.place == str(tmp_path)
+    assert not [name for name in names(tmp_path) if name.startswith(".")]
 
 
 def test_what_is_refused(tmp_path):

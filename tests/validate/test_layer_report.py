@@ -59,8 +59,7 @@ def static(checked, ids):
 def deployed(folder, llama, ids, names):
     """Values of the deployed file on `ids`, by name."""
     feeds, manifest = decoder_feeds(capture(llama), ids)[0], manifests.load(folder)
-    with with_outputs(folder, names) as path:
-        return run_session(open_session(path, manifest), feeds, names)
+    return run_session(open_session(with_outputs(folder, names), manifest), feeds, names)
 
 
 def test_attention_is_what_the_linear_behind_it_reads(checked, llama, ids):
