@@ -1,4 +1,4 @@
-"""Faults planted in a finished export, by editing its ONNX file and the data beside it, which then knows its own bytes again."""
+"""Faults planted in a finished export, by editing its ONNX file and the data beside it; its checksums are made anew."""
 
 from collections.abc import Callable
 from pathlib import Path
