@@ -2,9 +2,9 @@
 
     python samples/kills.py [--out samples/results/kills.md]
 
-A process runs a command and looks at the files before each file-system call that Python knows of (its audit events). It
-is killed with SIGKILL wherever something has changed since the call before, which covers what libraries write in C++.
-At that instant an output that was there has to be there still, and to be whole; then the command runs again, and nothing
+A process runs a command and looks at the files before each file-system call that Python knows of (audit events). It is
+killed with SIGKILL wherever something has changed since the call before, which covers what libraries write in C++. At
+that instant an output that was there has to be there still, and to be whole; then the command runs again, and nothing
 but its result may lie beside the output, inside it, or among temporary files.
 """
 

@@ -24,7 +24,7 @@ def check_output(out: Path, overwrite: bool, model: Path | None = None) -> None:
     """
     try:
         _check(out, overwrite, model)
-    except (OSError, ValueError, RuntimeError) as error:  # a name that is too long, or has a zero in it; a loop of links
+    except (OSError, ValueError, RuntimeError) as error:  # a name too long or with a zero in it, a loop of links
         why = getattr(error, "strerror", None) or str(error)
         raise InputError(f"cannot be a folder ({why})", place=str(out), remedy=_ELSEWHERE) from error
 
@@ -223,4 +223,3 @@ def inside_free(folder: Path) -> None:
 def explained(place: Path):
     """Turn a full disk or a refused write into an InputError that knows of --resume."""
     return writing_to(place, "Free some space; --resume goes on from there")
-

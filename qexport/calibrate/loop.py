@@ -150,9 +150,7 @@ def quantize_blocks(
     return finished
 
 
-def _one(
-    captured, block: Block, passes, stream, reference, finished, total: int, place: Path, run: str
-) -> Finished:
+def _one(captured, block: Block, passes, stream, reference, finished, total: int, place: Path, run: str) -> Finished:
     started, index = time.perf_counter(), len(finished)
     last = index == total - 1
     steps = [step for step in passes if step.works_on(block.module)]

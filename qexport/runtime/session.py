@@ -112,13 +112,7 @@ def open_session(
     wanted = chosen_provider(provider, manifest)
     if whole:
         checksums.check_sample(folder)
-    if (
-        whole
-        and path.name == MODEL_FILE
-        and outputs_path is None
-        and not record_assignment
-        and not profile_prefix
-    ):
+    if whole and path.name == MODEL_FILE and outputs_path is None and not record_assignment and not profile_prefix:
         if optimize and cache.find(folder, manifest, wanted) is None:
             from .optimized import build  # it opens sessions itself
 

@@ -75,9 +75,7 @@ class Noise:
         if not nodes:
             return {}
         types = {value: _TYPES[like.dtype] for value, (like, _) in channels.items()}
-        session = open_session(
-            self._part(nodes, types), self._manifest, threads=self._threads, provider=self._provider
-        )
+        session = open_session(self._part(nodes, types), self._manifest, threads=self._threads, provider=self._provider)
         feeds = {}
         for port in session.get_inputs():
             value = port.name.removeprefix(_CUT)

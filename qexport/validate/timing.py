@@ -55,9 +55,7 @@ def measure(
     if (provider or manifest.provider) != CPU:
         return Times()
     with scratch() as place:
-        session = open_session(
-            folder, manifest, threads=threads, provider=provider, profile_prefix=place / "profile"
-        )
+        session = open_session(folder, manifest, threads=threads, provider=provider, profile_prefix=place / "profile")
         if prompt is None:
             for _ in range(1 + _RUNS):
                 run_session(session, feeds[0], [value.name for value in session.get_outputs()])

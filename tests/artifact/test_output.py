@@ -83,7 +83,9 @@ def test_only_with_overwrite(out):
     assert (out / "model.onnx").read_text() == "two"
 
 
-@pytest.mark.parametrize("manifest", ['{"manifest_version": 3}', '{"format": 1, "qexport": "1", "kind": "decoder"}', "["])
+@pytest.mark.parametrize(
+    "manifest", ['{"manifest_version": 3}', '{"format": 1, "qexport": "1", "kind": "decoder"}', "["]
+)
 def test_a_folder_with_a_manifest_is_no_export_for_that(tmp_path, manifest):
     (tmp_path / "page").mkdir()
     (tmp_path / "page" / "manifest.json").write_text(manifest)
@@ -210,11 +212,14 @@ def test_a_folder_of_the_user_in_the_place_of_the_work_folder(tmp_path):
 
 
 def test_what_appears_meanwhile_is_not_replaced(tmp_path):
-    with pytest.raises(InputError, match="exists already"), claimed(tmp_path / "out", False) as work:
-        with work.appearing() as folder:
+    def make_beside():
+        with claimed(tmp_path / "out", False) as work, work.appearing() as folder:
             write(folder)
             (tmp_path / "out").mkdir()
             (tmp_path / "out" / "mine").write_text("")
+
+    with pytest.raises(InputError, match="exists already"):
+        make_beside()
     assert os.listdir(tmp_path) == ["out"] and os.listdir(tmp_path / "out") == ["mine"]
 
 

@@ -10,6 +10,8 @@ import torch
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+import planting
+from qexport.artifact import checksums
 from qexport.errors import InputError
 from qexport.export import capture, export
 from qexport.recipe import Recipe
@@ -64,18 +66,6 @@ def tokens() -> torch.Tensor:
     ids = torch.tensor([ord(c) - 33 + 4 for c in TEXT])
     body = ids[: (len(ids) // (WINDOW - 1)) * (WINDOW - 1)].view(-1, WINDOW - 1)[:WINDOWS]
     return torch.cat([torch.ones(WINDOWS, 1, dtype=torch.int64), body], 1)
-
-
-def corrupt(folder: Path, name: str, change) -> None:
-    """Apply `change` to an initializer where it lies in model.onnx.data."""
-    model = onnx.load(folder / "model.onnx", load_external_data=False)
-    tensor = next(t for t in model.graph.initializer if t.name == name)
-    place = {entry.key: entry.value for entry in tensor.external_data}
-    data = np.memmap(
-        folder / place["location"], np.float32, "r+", offset=int(place["offset"]), shape=tuple(tensor.dims)
-    )
-    change(data)
-    data.flush()
 
 
 def test_logits_agree_with_a_direct_computation(report, exported, llama):
@@ -169,7 +159,7 @@ def test_a_planted_fault_is_named_first(copy, llama, report, name):
     def change(scale):
         scale[entry.columns[0] + 5, 0] *= 30
 
-    corrupt(copy, f"{entry.node}.weight_scale.blocks", change)
+    planting.change(copy, f"{entry.node}.weight_scale.blocks", change)
     found = validate(copy, llama, text=TEXT, windows=1, window=WINDOW)
     assert worst_first(report.layers.linears)[0].name != name
     assert worst_first(found.layers.linears)[0].name == name
@@ -182,7 +172,7 @@ def test_nan_is_a_finding(copy, llama):
     def change(scale):
         scale[0, 0] = np.nan
 
-    corrupt(copy, f"{name}.weight_scale.blocks", change)
+    planting.change(copy, f"{name}.weight_scale.blocks", change)
     found = validate(copy, llama, text=TEXT, windows=2, window=WINDOW)
     assert worst_first(found.layers.linears)[0].name == name
     assert found.logits.nonfinite_tokens == found.logits.tokens == 2 * (WINDOW - 1)
@@ -202,6 +192,9 @@ def test_an_unfused_linear_is_a_problem(llama, tmp_path):
     model.graph.node.append(onnx.helper.make_node("Identity", [product.input[1]], ["weight_too"]))
     model.graph.output.append(onnx.ValueInfoProto(name="weight_too"))
     (copy / "model.onnx").write_bytes(model.SerializeToString())
+    with pytest.raises(InputError, match="model.onnx: is not as the export wrote it"):
+        validate(copy, llama, text=TEXT, windows=1, window=WINDOW)
+    checksums.write(copy)
     found = validate(copy, llama, text=TEXT, windows=1, window=WINDOW)
     assert [(u.name, u.expected, u.found) for u in found.placement.unfused] == [(name, "MatMulNBits", "MatMul")]
     assert found.placement.kernels == {"MatMulNBits": 20, "MatMul": 1}
