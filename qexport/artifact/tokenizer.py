@@ -8,12 +8,12 @@ the source, byte for byte, and tokenizer_config.json says what the readers would
 
 import json
 import shutil
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from .files import read_json
+from .scratch import scratch
 
 CONFIG, WHOLE = "tokenizer_config.json", "tokenizer.json"
 TEMPLATE, TEMPLATES = "chat_template.jinja", "additional_chat_templates"
@@ -40,11 +40,11 @@ def write_tokenizer(tokenizer, source: Path, folder: Path) -> None:
     else:
         _copy(tokenizer, source, folder)
     if not (folder / CONFIG).is_file() or (tokenizer.is_fast and not (folder / WHOLE).is_file()):
-        with tempfile.TemporaryDirectory(prefix="qexport-") as made:
+        with scratch() as made:
             tokenizer.save_pretrained(made)
             for name in (WHOLE, CONFIG):
-                if (Path(made) / name).is_file() and not (folder / name).is_file():
-                    shutil.copyfile(Path(made) / name, folder / name)
+                if (made / name).is_file() and not (folder / name).is_file():
+                    shutil.copyfile(made / name, folder / name)
     for name, template in _templates(tokenizer).items():
         path = folder / TEMPLATE if name == "default" else folder / TEMPLATES / f"{name}.jinja"
         if not path.is_file():

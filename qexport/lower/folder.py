@@ -10,6 +10,7 @@ import onnx_ir as ir
 from ..artifact.files import read_json
 from ..artifact.tokenizer import write_tokenizer
 from ..capture.source import ModelFolder
+from ..errors import InputError
 from ..log import warn
 from ..models.preflight import GENERATION, LEGAL_FILES, generation_config
 from ..runtime import manifest as manifests
