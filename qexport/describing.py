@@ -8,6 +8,7 @@ from typing import Any
 from .calibrate.loop import Finished
 from .capture.graph import Captured
 from .lower.build import Lowered, Target
+from .models.agreement import ReaderAgreement
 from .passes.base import GraphPass
 from .passes.convolutions import ConvolutionPlan
 from .passes.plan import LinearPlan
@@ -58,17 +59,18 @@ def _convolutions(plan: Sequence[ConvolutionPlan]) -> tuple[ConvolutionEntry, ..
 
 def report_of(
     source: dict[str, Any], plan, embeddings, passes: Sequence[GraphPass], finished: Sequence[Finished], seconds,
-    calibration: str, ran: str, warnings: Sequence[str] = (),
+    calibration: str, ran: str, reference: ReaderAgreement, warnings: Sequence[str] = (),
 ) -> dict[str, Any]:  # fmt: skip
     """What report.json says of the export.
 
     Args:
         source: see `capture.origin`; plan: of linears and convolutions; passes: all that blocks went through;
-            ran: see `runtime.first_run`; warnings: sentences.
+            ran: see `runtime.first_run`; reference: how far the float graph is from a witness; warnings: sentences.
     """
     return {
         "export": {
             "source": source,
+            "reference": asdict(reference),
             "calibration": calibration,
             "warnings": list(warnings),
             "first_run": ran,

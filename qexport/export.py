@@ -36,6 +36,7 @@ from .lower.prefill import LONGEST_STEP
 from .lower.sizes import by_part
 from .lower.targets.cpu import CpuTarget
 from .lower.targets.cuda import CudaTarget
+from .models.agreement import ReaderAgreement
 from .passes.base import GraphPass
 from .passes.convolutions import ConvolutionPlan
 from .passes.embedding import EmbeddingPlan
@@ -48,6 +49,7 @@ from .refusals import check_range, decide
 from .rendering import read_export, write_card
 from .runtime.first_run import first_run
 from .runtime.manifest import Manifest
+from .validate.reader import check_reader
 
 # By target, first what is taken unasked.
 _DTYPES = {"cpu": ("float32",), "cuda": ("float16", "bfloat16")}
@@ -70,6 +72,7 @@ class ExportResult:
         unseen: by name of the linear, the share of its input features that calibration never made active, if any.
         warnings: sentences about what may hurt, though it was done as asked.
         kept: files that the replaced folder held and no export wrote: they are in the new one, under these names.
+        reference: how far the captured float graph is from a witness that reads the model itself.
     """
 
     folder: Path
@@ -84,6 +87,7 @@ class ExportResult:
     unseen: dict[str, float] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
     kept: list[str] = field(default_factory=list)
+    reference: ReaderAgreement = field(default_factory=ReaderAgreement)
 
 
 def export(
@@ -129,8 +133,12 @@ def export(
             other, and the manifest says why) or "standard" (ONNX Attention).
         progress: called with (stage, what, done, total).
 
+    Before calibration the captured float graph runs beside a witness that reads the model itself: transformers' model
+    of the same folder, or the module; see `validate.reader.check_reader`.
+
     Raises:
-        QExportError: one of its kinds says what is wrong, where, and what to do.
+        QExportError: one of its kinds says what is wrong, where, and what to do; CaptureError where the graph and its
+            witness differ by more than rounding.
     """
     recipe = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
     lowering = target_for(target, recipe, dtype)
@@ -162,6 +170,10 @@ def _export(
     projection = output_projection(captured)
     hidden = read_by_projection(captured) if logits == "last" else None
     seconds["capture"] = clock.lap()
+    progress("check", "reading of the model", 0, 1)
+    checked = check_reader(captured)
+    progress("check", "reading of the model", 1, 1)
+    seconds["check"] = clock.lap()
 
     batches = None
     described = "none needed"
@@ -205,9 +217,11 @@ def _export(
             source = origin(captured.folder) if captured.folder else {"name": type(model).__name__}
             rarely, unseen = _rarely_chosen(finished), _unseen(finished, plan, projection, hessian)
             told = warning({name: share for name, share in unseen.items() if name not in rarely})
-            warnings = (told,) if told else ()
+            warnings = (*((told,) if told else ()), *_unchecked(captured))
             planned = [*plan, *convolutions]
-            report = report_of(source, planned, embeddings, passes, finished, seconds, described, ran, warnings)
+            report = report_of(
+                source, planned, embeddings, passes, finished, seconds, described, ran, checked, warnings
+            )
             write_companions(folder, manifest, captured.folder, _published(recipe).to_yaml(), report)
             write_card(read_export(folder))
     except QExportError as error:
@@ -218,8 +232,13 @@ def _export(
     dense = {name: why for item in finished for name, why in item.dense.items()}
     return ExportResult(
         work.given, manifest, plan, seconds, described, embeddings, convolutions, dense, rarely, unseen, warnings,
-        work.kept,
+        work.kept, checked,
     )  # fmt: skip
+
+
+def _unchecked(captured: Captured) -> list[str]:
+    """A warning where the witness of a model could say nothing."""
+    return [captured.reader.sentence()] if captured.witness is not None and captured.reader.why_not else []
 
 
 def _rarely_chosen(finished: Sequence[Finished]) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from .auto.exporting import AutoResult
@@ -28,6 +29,7 @@ def export_summary(result: ExportResult) -> dict[str, Any]:
         "target": result.manifest.target,
         "bytes": dict(result.manifest.bytes),
         "calibration": result.calibration,
+        "reference": asdict(result.reference),
         "seconds": dict(result.seconds),
         "quantized_linears": len(result.manifest.linears),
         "quantized_convolutions": len(result.manifest.convolutions),
@@ -85,6 +87,7 @@ def print_export(result: ExportResult) -> None:
     print(f"  {_parts(sizes)}")
     for embedding in result.embeddings:
         print(f"  {_embedding(embedding)}")
+    print(f"  reference: {result.reference.sentence()}")
     print(f"  calibration: {result.calibration}")
     print(f"  seconds: {', '.join(f'{stage} {seconds:.1f}' for stage, seconds in result.seconds.items())}")
     _print_exceptions([*result.plan, *result.convolutions])

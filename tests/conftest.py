@@ -13,6 +13,7 @@ from cuda_placement.probe import placement
 from models import save_model
 from qexport import cli
 from qexport.export import capture
+from qexport.validate.reader import check_reader
 
 transformers.logging.disable_progress_bar()
 torch.set_num_threads(1)  # models here are so small that threads cost more than they bring
@@ -27,7 +28,12 @@ def model_folder(tmp_path_factory):
 @pytest.fixture(scope="session")
 def captured(model_folder):
     """captured(family): a copy of its captured graph, for the caller to change."""
-    once = cache(lambda family: capture(model_folder(family)))
+
+    @cache
+    def once(family):
+        model = capture(model_folder(family))
+        check_reader(model)  # here, and not in every export of a copy
+        return model
 
     def fresh(family):
         with warnings.catch_warnings(action="ignore"):  # about copying a fake tensor

@@ -25,6 +25,7 @@ from ..runtime.provider import provider_named
 from ..validate.account import transforms
 from ..validate.costing import deployed_costs
 from ..validate.logits import compare_logits, deployed_logits
+from ..validate.reader import check_reader
 from ..validate.record import keep
 from ..validate.reference import FloatOutputs, decoder_feeds
 from ..validate.report import Logits
@@ -135,6 +136,7 @@ def _export(
     captured = capture(model, trust_remote_code=trust_remote_code)
     if captured.kind != "decoder":
         raise InputError(f"schemes are chosen for decoders, and its kind is {captured.kind}", place=str(model))
+    checked = check_reader(captured)
     feeds = _feeds(captured, recipe, data, progress)
     width = lowering.dtype.itemsize
     chooser = Chooser(captured, recipe, target, width, attention, feeds, partial(progress, "costs"))
@@ -148,9 +150,10 @@ def _export(
 
     def attempt(allocation: Allocation) -> _Trial:
         trial, foretold = trials / str(next(names)), chooser.left * allocation.kl
+        again = replace(capture(model, trust_remote_code=trust_remote_code), reader=checked)
         made = export(
-            model, chooser.recipe(allocation), out_dir=trial, target=target, dtype=dtype, calibration=calibration,
-            attention=attention, trust_remote_code=trust_remote_code, progress=progress,
+            again, chooser.recipe(allocation), out_dir=trial, target=target, dtype=dtype, calibration=calibration,
+            attention=attention, progress=progress,
         )  # fmt: skip
         run = deployed_logits(trial, made.manifest, judged.windows.shape[1], provider=provider)
         logits = compare_logits(reference, judged.windows, run, partial(progress, "logits"))

@@ -12,6 +12,7 @@ from .. import ops  # noqa: F401  registers the operators
 from ..artifact.scratch import Scratch
 from ..errors import CaptureError
 from ..garbage import no_garbage_collection
+from ..models.transformers_witness import DecoderWitness
 from ..passes.edit import get_tensor
 from .attention import IMPLEMENTATION
 from .experts import IMPLEMENTATION as EXPERTS
@@ -61,6 +62,7 @@ def capture_decoder(folder: ModelFolder) -> Captured:
         settings=settings,
         folder=folder,
         tied={n: tuple(a for a in aliases.get(n, ()) if a != n) for n in parameters},
+        witness=DecoderWitness(folder),
     )
 
 

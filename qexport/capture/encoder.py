@@ -14,6 +14,7 @@ from transformers import (
 from transformers.models.auto import modeling_auto
 
 from ..errors import CaptureError
+from ..models.transformers_witness import EncoderWitness
 from .graph import Captured
 from .loading import load_known
 from .module import capture_module
@@ -48,7 +49,8 @@ def capture_encoder(folder: ModelFolder) -> Captured:
     Raises:
         CaptureError: torch.export cannot follow the model, or the checkpoint does not fit its config.
     """
-    model, absent = load_known(folder, _loader(folder.config))
+    loader = _loader(folder.config)
+    model, absent = load_known(folder, loader)
     config = folder.config
     names = ["input_ids", "attention_mask"]
     taken = inspect.signature(model.forward).parameters
@@ -63,7 +65,8 @@ def capture_encoder(folder: ModelFolder) -> Captured:
         **({"max_position_embeddings": longest} if longest else {}),
         "hidden_size": config.hidden_size, "vocab_size": model.get_input_embeddings().weight.shape[0],
     }  # fmt: skip
-    return replace(captured, kind="encoder", folder=folder, settings=captured.settings | sizes)
+    witness = EncoderWitness(folder, loader, model, frozenset(absent))
+    return replace(captured, kind="encoder", folder=folder, settings=captured.settings | sizes, witness=witness)
 
 
 def _loader(config: PretrainedConfig) -> type:

@@ -6,6 +6,8 @@ from typing import Any, Protocol
 import torch
 from torch.fx import Node
 
+from ..models.agreement import ReaderAgreement
+from ..models.witness import Witness
 from .blocks import Block, handed_on
 from .source import ModelFolder
 
@@ -45,6 +47,8 @@ class Captured:
         settings: sizes that the runtime needs; for decoders layers, heads, head_dim and vocabulary; for encoders and
             modules the dimensions of every input.
         tied: for each weight every other name it goes by.
+        witness: who else can say what the model computes; None for a graph that came without its model.
+        reader: what comparing the graph with the witness showed; None before `validate.reader.check_reader`.
     """
 
     kind: str
@@ -56,6 +60,8 @@ class Captured:
     settings: dict[str, Any] = field(default_factory=dict)
     folder: ModelFolder | None = None
     tied: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    witness: Witness | None = None
+    reader: ReaderAgreement | None = None
 
     def made(self, output: str) -> tuple[Block, Node] | None:
         """The block and the node that make an output of the model, by its public name; None without such an output."""

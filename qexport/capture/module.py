@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
 
 import sympy
 import torch
@@ -11,6 +12,7 @@ from torch.utils import _pytree
 
 from .. import ops  # noqa: F401  registers the operators
 from ..errors import CaptureError, InputError
+from ..models.witness import ModuleWitness
 from ..passes.edit import get_tensor
 from .blocks import cut
 from .dynamic import Axes, DynamicShapes, Hint, dynamic_axes
@@ -65,7 +67,28 @@ def capture_module(
             exported = torch.export.export(model.eval(), (), examples, dynamic_shapes=shapes, strict=False)
     finally:
         model.train(training)
-    return _captured(functional(exported, model), model, axes, absent)
+    captured = _captured(functional(exported, model), model, axes, absent)
+    return replace(captured, witness=_witness(model, given, axes))
+
+
+def _witness(model: torch.nn.Module, given: Mapping[str, torch.Tensor], axes: Axes) -> ModuleWitness:
+    """The module on the example inputs, and on one more row of them where their first dimension is dynamic."""
+
+    def run(feeds: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        training = model.training
+        try:
+            with torch.no_grad():
+                result = model.eval()(**feeds)
+        finally:
+            model.train(training)
+        named = {"output": result} if isinstance(result, torch.Tensor) else dict(_walk(result))
+        return {name: value for name, value in named.items() if isinstance(value, torch.Tensor)}
+
+    longer = {name: torch.cat([t, t[:1]]) if 0 in axes[name] else t for name, t in given.items()}
+    calls = [given] if all(longer[name] is t for name, t in given.items()) else [given, longer]
+    dtypes = [p.dtype for p in model.parameters() if p.is_floating_point()]
+    eps = max(torch.finfo(dtype).eps for dtype in [torch.float32, *dtypes])
+    return ModuleWitness(f"the module's own forward, {type(model).__name__}", run, calls, eps)
 
 
 def _captured(exported: ExportedProgram, model: torch.nn.Module, axes: Axes, absent: Collection[str]) -> Captured:

@@ -19,6 +19,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from transformers.models.auto import modeling_auto
 
 from ..errors import CaptureError
+from ..models.transformers_witness import PartWitness
 from ..runtime.manifest import DECODER, ENCODER, SOURCE_MASK
 from .attention import IMPLEMENTATION, GivenCache, GraphCache, ProbeCache, tracing
 from .graph import Captured, Port
@@ -56,7 +57,8 @@ def capture_seq2seq(folder: ModelFolder) -> Parts:
         CaptureError: it reads neither text nor spectrograms, torch.export cannot follow it, or the checkpoint does not
             fit its config.
     """
-    model = _load(folder)
+    loader = _loader(folder)
+    model = load_whole(folder, loader)
     source = _example(model, folder)
     layers, width = _layers(model, source)
     own = model.config._attn_implementation
@@ -72,21 +74,24 @@ def capture_seq2seq(folder: ModelFolder) -> Parts:
         raise CaptureError(why, place=folder.name) from error
     finally:
         model.set_attn_implementation(own)
+    encoder, decoder = (
+        replace(part, witness=PartWitness(folder, loader, model, source, decodes=part is decoder))
+        for part in (encoder, decoder)
+    )
     return Parts(_part(encoder, ENCODER, folder, {}), _part(decoder, DECODER, folder, names), model)
 
 
-def _load(folder: ModelFolder) -> torch.nn.Module:
+def _loader(folder: ModelFolder) -> type:
+    """The class of transformers that loads it."""
     kind = folder.config.model_type
     if kind in modeling_auto.MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES:
-        auto = AutoModelForSpeechSeq2Seq
-    elif kind in modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES:
-        auto = AutoModelForSeq2SeqLM
-    else:
-        raise CaptureError(
-            f"transformers knows no encoder-decoder of type {kind} that writes text", place=folder.name,
-            remedy="For other kinds of model pass an nn.Module and example inputs",
-        )  # fmt: skip
-    return load_whole(folder, auto)
+        return AutoModelForSpeechSeq2Seq
+    if kind in modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES:
+        return AutoModelForSeq2SeqLM
+    raise CaptureError(
+        f"transformers knows no encoder-decoder of type {kind} that writes text", place=folder.name,
+        remedy="For other kinds of model pass an nn.Module and example inputs",
+    )  # fmt: skip
 
 
 def _example(model: torch.nn.Module, folder: ModelFolder) -> dict[str, Tensor]:

@@ -24,6 +24,7 @@ from ..planning import plan_for
 from ..recipe import Recipe
 from ..recipes.specs import FLOAT
 from ..runtime.manifest import DECODER, ENCODER, FORMAT, MANIFEST_FILE, SEQ2SEQ
+from ..validate.reader import check_reader
 from .sources import load_sources, of_part, write_about
 
 WRITTEN = 64  # tokens of a text that calibrates the decoder
@@ -95,6 +96,8 @@ def _export(
     recipes = part_recipes(parts, recipe)
     read: dict[str, Prepared | None] = {ENCODER: None, DECODER: None}
     plans = {part: plan_for(captured, recipes[part], width)[0] for part, captured in _named(parts).items()}
+    for captured in _named(parts).values():
+        check_reader(captured)
     if calibration is not None or any(needs_data(recipes[part], plan) for part, plan in plans.items()):
         sources = load_sources(parts, recipe.calibration, data)
         progress("calibrate", "the model writes about its sources", 0, 1)

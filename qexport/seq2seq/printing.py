@@ -49,6 +49,8 @@ def print_validated(report: Seq2SeqReport) -> None:
         worst = min((row for row in part.outputs if row.sqnr_db is not None), key=lambda row: row.sqnr_db, default=None)
         if worst:
             print(f"{name}: worst output {worst.name}, {worst.sqnr_db:.1f} dB; {name}/report.html has every layer")
+        if part.reader:
+            print(f"{name}: {part.reader.sentence()}")
     print()
     for sentence in report.verdict:
         print(f"- {sentence}")

@@ -29,6 +29,7 @@ from .greedy import compare_greedy
 from .layers import compare, compare_layers
 from .logits import check_all_logits, compare_logits, deployed_logits
 from .placement import examine
+from .reader import check_reader
 from .record import exported_activations, exported_warnings, load, save
 from .reference import Feeds, FloatOutputs, check_same_model, decoder_feeds
 from .report import Report, Row
@@ -70,8 +71,9 @@ def validate(
 
     report.html shows it, and the model card gets its numbers.
 
-    The deployed file runs in ONNX Runtime with the session options of its manifest; the float model runs in PyTorch in
-    float32, one block in memory at a time.
+    The float model itself is compared first with a witness that reads it too: transformers' model of the same folder,
+    or the module. The deployed file runs in ONNX Runtime with the session options of its manifest; the float model runs
+    in PyTorch in float32, one block in memory at a time.
 
     Args:
         folder: what `export` wrote; it has to be writable.
@@ -95,6 +97,7 @@ def validate(
     Raises:
         InputError: the folder is no export or gives the last logits only, the reference is another model, the text
             does not do, or references or greedy cannot be had.
+        CaptureError: the float model's graph is not what its witness computes, see `reader.check_reader`.
         RuntimeProblem: ONNX Runtime refuses the model or does not have the provider.
     """
     folder = Path(folder)
@@ -132,6 +135,10 @@ def _validate(
     transformed = transforms(folder)
     check_same_model(captured, manifest, folder, transformed=transformed)
     lap("capture")
+    progress("check", "reading of the model", 0, 1)
+    checked = check_reader(captured)
+    progress("check", "reading of the model", 1, 1)
+    lap("check")
     placed, plain = examine(folder, manifest, chosen_provider(provider, manifest))
     lap("placement")
     if captured.kind == "encoder":
@@ -185,8 +192,8 @@ def _validate(
         lap("greedy")
     name = public_name(captured.folder.name) if captured.folder else type(reference).__name__
     report = with_verdict(Report(
-        reference=name, text=chosen.described, own_text=chosen.own, layers=layers, logits=logits, outputs=outputs,
-        activations=exported_activations(folder), warnings=exported_warnings(folder), placement=placed,
+        reference=name, reader=checked, text=chosen.described, own_text=chosen.own, layers=layers, logits=logits,
+        outputs=outputs, activations=exported_activations(folder), warnings=exported_warnings(folder), placement=placed,
         seconds=seconds, references=tuple(others),
         greedy=texts, sensitivity=restored, left_out=tuple(left_out), versions=versions(),
         settings=settings(

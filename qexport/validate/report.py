@@ -5,6 +5,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
+from ..models.agreement import ReaderAgreement
+
 FORMAT = 1
 HALF = "float16 in PyTorch"  # name of a `Reference`
 
@@ -285,6 +287,7 @@ class Report(_Frozen):
 
     Attributes:
         reference: the float model's name; text: what both models read.
+        reader: how far the float model, as it was read here, is from a witness that reads it too; null in old reports.
         own_text: the float model wrote the text, or chance did: its perplexity compares with nothing else.
         layers, logits, placement: see their classes; logits is null for models without text.
         activations: every quantized activation.
@@ -301,6 +304,7 @@ class Report(_Frozen):
 
     format: Literal[1] = FORMAT
     reference: str
+    reader: ReaderAgreement | None = None
     text: str
     own_text: bool = False
     layers: Layers

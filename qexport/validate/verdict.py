@@ -207,6 +207,8 @@ def _facts(report: Report) -> list[str]:
             )
     if report.greedy is not None:
         facts.append(_greedy(report.greedy))
+    if report.reader is not None:
+        facts.append(f"the reference: {report.reader.sentence()}")
     facts += report.left_out
     facts += _sensitive(report)
     facts += [f"output {row.name} has {decibels(row.sqnr_db, row)}" for row in report.outputs]

@@ -9,6 +9,8 @@ from .report import Placement, Report, Row
 def summary_rows(report: Report) -> list[tuple[str, str, str]]:
     """(measure, value, what it means) for a table."""
     rows = [("reference", report.reference, "the float model"), ("text", report.text, "what both models read")]
+    if (read := report.reader) is not None:
+        rows.insert(1, ("reference checked by", read.short(), "who else read the float model, and how far it is off"))
     if (scores := report.logits) is not None:
         kl = " / ".join(number(value) for value in (scores.kl_mean, scores.kl_median, scores.kl_p99))
         rows += [

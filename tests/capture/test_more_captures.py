@@ -44,6 +44,7 @@ def assert_computes_what_transformers_computes(captured, model):
 def test_blocks_compute_what_transformers_computes(captured, model_folder, family):
     model = load_weights(captured(family))
     assert_computes_what_transformers_computes(model, reference_model(model_folder(family)))
+    assert model.reader.difference < 1e-4  # by the comparison that every export makes
     check_translations(block.module.graph for block in model.blocks)
     # Weights are read by linears and by nothing else that multiplies: none is left out of the plan.
     for block in model.blocks:

@@ -1,0 +1,328 @@
+"""Transformers' own model as a witness: loaded by transformers from the user's folder or GGUF file, attention eager."""
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import transformers
+from torch import Tensor
+from transformers import AutoModelForCausalLM, DynamicCache
+from transformers.cache_utils import EncoderDecoderCache
+
+from .witness import Absent, Call, Outline, Testimony, first_line
+
+if TYPE_CHECKING:
+    from ..capture.source import ModelFolder
+
+ROWS, PROMPT, STEPS = 2, 16, 2
+_SHAPES = ((ROWS, PROMPT), (3, 7))  # of the texts that encoders read
+_LAYER = re.compile(r"(?P<container>.+)\.(?P<index>\d+)$")
+
+
+@dataclass(frozen=True)
+class DecoderWitness:
+    """A causal language model: a prompt and two steps with transformers' cache.
+
+    Attributes:
+        loader: an auto class of transformers.
+    """
+
+    folder: "ModelFolder"
+    loader: type = AutoModelForCausalLM
+
+    def testify(self, outline: Outline) -> Testimony:
+        with _quiet():
+            if outline.fits:
+                model = _loaded(self.loader, self.folder, source=_gguf(self.folder))
+                return _said(model, self._calls(model, outline), source=_gguf(self.folder))
+            return self._of_some_layers(outline)
+
+    def _of_some_layers(self, outline: Outline) -> Testimony:
+        """The model without the layers between the second and the last one; without that too if it needs the others."""
+        container, depth = _row(outline.blocks)
+        if depth < 3:
+            raise Absent("its float32 weights do not fit into memory, and it is no row of layers")
+        for kept in ((0, 1, depth - 1), (0, 1)):
+            model = _loaded(self.loader, self.folder, container=container, kept=kept)
+            tensors = _tensors(model)  # by the layers' own numbers
+            try:
+                calls = self._calls(model, outline, container, kept)
+            except Absent:
+                if len(kept) == 2:
+                    raise
+                continue
+            return _said(model, calls, kept=tuple(f"{container}.{i}" for i in kept), tensors=tensors)
+        raise AssertionError
+
+    def _calls(
+        self, model: torch.nn.Module, outline: Outline, container: str = "", kept: Sequence[int] = ()
+    ) -> list[Call]:
+        cache = DynamicCache(config=model.config)
+        watched = _watched(model, outline.blocks)
+        if kept:
+            _shorten(model, container, kept)
+        ids = _tokens(model, (ROWS, PROMPT + STEPS))
+        calls, start = [], 0
+        for end in range(PROMPT, PROMPT + STEPS + 1):
+            feeds = {
+                "input_ids": ids[:, start:end],
+                "attention_mask": torch.ones(ROWS, end, dtype=torch.int64),
+                "position_ids": torch.arange(start, end).expand(ROWS, -1),
+            }
+            with _watching(watched) as states:
+                made = _run(model, **feeds, past_key_values=cache, use_cache=True)
+            calls.append(Call(feeds, {"logits": made.logits}, dict(states)))
+            start = end
+        return calls
+
+
+@dataclass(frozen=True)
+class EncoderWitness:
+    """A text encoder with the head that its config names: two batches of texts of other lengths.
+
+    Attributes:
+        loader: an auto class of transformers.
+        captured: the model that the graph was made from, which runs again where a second one does not fit into memory.
+        absent: weights that no checkpoint has; what depends on them is no output of the graph.
+    """
+
+    folder: "ModelFolder"
+    loader: type
+    captured: torch.nn.Module
+    absent: frozenset[str]
+
+    def __deepcopy__(self, memo):
+        return self
+
+    def testify(self, outline: Outline) -> Testimony:
+        with _quiet():
+            model = _loaded(self.loader, self.folder, self.absent) if outline.fits else self.captured
+            watched, calls = _watched(model, outline.blocks), []
+            for shape in _SHAPES:
+                ids = _tokens(model, shape)
+                feeds = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "token_type_ids": ids % 2}
+                feeds = {name: feeds[name] for name in outline.inputs}
+                with _watching(watched) as states:
+                    made = _run(model, **feeds)
+                calls.append(Call(feeds, {n: made[n] for n in outline.outputs if n in made}, dict(states)))
+            return _said(model, calls, again=model is self.captured)
+
+
+@dataclass(frozen=True)
+class PartWitness:
+    """The encoder or the decoder of an encoder-decoder, which transformers runs as one model.
+
+    Attributes:
+        loader: an auto class of transformers.
+        captured: as in `EncoderWitness`.
+        source: an input of the encoder, whose shapes are taken.
+        decodes: whether it is the decoder.
+    """
+
+    folder: "ModelFolder"
+    loader: type
+    captured: torch.nn.Module
+    source: Mapping[str, Tensor]
+    decodes: bool
+
+    def __deepcopy__(self, memo):
+        return self
+
+    def testify(self, outline: Outline) -> Testimony:
+        with _quiet():
+            model = _loaded(self.loader, self.folder) if outline.fits else self.captured
+            return _said(model, (self._decoded if self.decodes else self._encoded)(model), again=model is self.captured)
+
+    def _sources(self, model: torch.nn.Module) -> dict[str, Tensor]:
+        random = torch.Generator().manual_seed(1)
+        return {
+            name: torch.randn(like.shape, generator=random) if like.is_floating_point()
+            else torch.ones_like(like) if name == "attention_mask" else _tokens(model, like.shape)
+            for name, like in self.source.items()
+        }  # fmt: skip
+
+    def _read(self, model: torch.nn.Module, source: Mapping[str, Tensor]) -> tuple[Any, dict[str, Tensor]]:
+        """What the encoder makes, and the keys and values that the decoder's layers make of it."""
+        states, cache = _run(model.get_encoder(), **source), _caches()
+        first = _tokens(model, (len(next(iter(source.values()))), 1))
+        mask = {name: mask for name, mask in source.items() if name == "attention_mask"}
+        _run(model, encoder_outputs=states, decoder_input_ids=first, past_key_values=cache, use_cache=True, **mask)
+        return states, {
+            f"cross_key_values.{i}.{part}": tensor
+            for i, layer in enumerate(cache.cross_attention_cache.layers)
+            for part, tensor in (("key", layer.keys), ("value", layer.values))
+        }
+
+    def _encoded(self, model: torch.nn.Module) -> list[Call]:
+        source = self._sources(model)
+        return [Call(source, self._read(model, source)[1])]
+
+    def _decoded(self, model: torch.nn.Module) -> list[Call]:
+        source = self._sources(model)
+        states, cross = self._read(model, source)
+        cache, calls, start = _caches(), [], 0
+        mask = {name: mask for name, mask in source.items() if name == "attention_mask"}
+        length = PROMPT // 4  # of what is decoded: some models write a few tokens only
+        ids = _tokens(model, (len(next(iter(source.values()))), length + STEPS))
+        for end in range(length, length + STEPS + 1):
+            made = _run(
+                model, encoder_outputs=states, decoder_input_ids=ids[:, start:end], past_key_values=cache,
+                use_cache=True, **mask,
+            )  # fmt: skip
+            feeds = {"input_ids": ids[:, start:end], "encoder_attention_mask": source.get("attention_mask"), **cross}
+            feeds = {name: tensor for name, tensor in feeds.items() if tensor is not None}
+            calls.append(Call(feeds, {"logits": made.logits}))
+            start = end
+        return calls
+
+
+def _gguf(folder: "ModelFolder") -> Path | None:
+    """The GGUF file that the folder was made from, if it was."""
+    named = Path(folder.name)
+    if named.is_file():
+        return named
+    own = sorted(named.glob("*.gguf")) if named.is_dir() and named.resolve() != folder.path.resolve() else []
+    return own[0] if len(own) == 1 else None
+
+
+def _loaded(
+    loader: type, folder: "ModelFolder", absent: frozenset[str] = frozenset(), *, source: Path | None = None,
+    container: str = "", kept: Sequence[int] = (),
+) -> torch.nn.Module:  # fmt: skip
+    """Transformers' model in float32.
+
+    Args:
+        absent: weights that may be missing; source: a GGUF file to read instead of the folder.
+        container, kept: path of a list of layers, and those of them that are loaded; empty: all.
+
+    Raises:
+        Absent: transformers cannot load it, or makes up weights.
+    """
+    place, options = folder.path, {"use_safetensors": True}
+    if source is not None:
+        place, options = source.parent, {"gguf_file": source.name}
+    try:
+        if kept:
+            with torch.device("meta"):
+                config = transformers.AutoConfig.from_pretrained(place, trust_remote_code=folder.trust_remote_code)
+                whole = loader.from_config(config, trust_remote_code=folder.trust_remote_code)
+            loader = _without_others(type(whole), container, kept)
+        model, info = loader.from_pretrained(
+            place, dtype=torch.float32, attn_implementation="eager", trust_remote_code=folder.trust_remote_code,
+            output_loading_info=True, **options,
+        )  # fmt: skip
+    except Exception as error:  # transformers raises what its libraries raise, and remote code anything
+        why = first_line(error).replace(str(place), "its folder")
+        raise Absent(f"transformers cannot load it ({why})") from error
+    missing = sorted(set(info["missing_keys"]) - absent)
+    if missing:
+        raise Absent(f"transformers finds {len(missing)} of its weights nowhere, first {missing[0]}")
+    return model.eval()
+
+
+def _without_others(model: type, container: str, kept: Sequence[int]) -> type:
+    """A model class whose other layers are empty, so that nothing is loaded for them."""
+
+    def __init__(self, config, *args, **options):
+        model.__init__(self, config, *args, **options)
+        layers = self.get_submodule(container)
+        for index in range(len(layers)):
+            if index not in kept:
+                layers[index] = torch.nn.Module()
+
+    return type(model.__name__, (model,), {"__init__": __init__, "__module__": model.__module__})
+
+
+def _shorten(model: torch.nn.Module, container: str, kept: Sequence[int]) -> None:
+    """Leave only some layers of a model, in place; they keep their numbers."""
+    owner, _, leaf = container.rpartition(".")
+    layers, config = model.get_submodule(container), model.config.get_text_config()
+    for value in vars(config).values():
+        if isinstance(value, list) and len(value) == len(layers):
+            # Models look up the kind of a layer by its place among those that run, and by its own number.
+            for place, index in enumerate(kept):
+                value[place] = value[index]
+    setattr(model.get_submodule(owner), leaf, torch.nn.ModuleList([layers[index] for index in kept]))
+    config.num_hidden_layers = len(kept)
+
+
+def _row(blocks: Sequence[str]) -> tuple[str, int]:
+    """Path of the list of layers, and how many there are."""
+    found = [match for name in blocks if (match := _LAYER.match(name))]
+    containers = {match["container"] for match in found}
+    return (containers.pop(), len(found)) if len(containers) == 1 else ("", 0)
+
+
+def _watched(model: torch.nn.Module, blocks: Sequence[str]) -> dict[str, torch.nn.Module]:
+    modules = dict(model.named_modules())
+    return {name: modules[name] for name in blocks if name in modules}
+
+
+@contextmanager
+def _watching(modules: Mapping[str, torch.nn.Module]) -> Iterator[dict[str, Tensor]]:
+    """What modules make while the `with` runs, by name; of several values the first."""
+    seen: dict[str, Tensor] = {}
+
+    def note(name: str) -> Callable:
+        def hook(module, inputs, result):
+            seen[name] = result if isinstance(result, Tensor) else result[0]
+
+        return hook
+
+    handles = [module.register_forward_hook(note(name)) for name, module in modules.items()]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _tokens(model: torch.nn.Module, shape: Sequence[int]) -> Tensor:
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    return torch.randint(0, vocabulary, tuple(shape), generator=torch.Generator().manual_seed(0))
+
+
+def _caches() -> EncoderDecoderCache:
+    return EncoderDecoderCache(DynamicCache(), DynamicCache())
+
+
+def _run(model: torch.nn.Module, **feeds):
+    try:
+        with torch.no_grad():
+            return model(**feeds)
+    except Exception as error:  # as above
+        raise Absent(f"transformers cannot run it ({first_line(error)})") from error
+
+
+def _said(
+    model: torch.nn.Module, calls: Sequence[Call], *, kept: tuple[str, ...] | None = None, again: bool = False,
+    source: Path | None = None, tensors: Mapping[str, Tensor] | None = None,
+) -> Testimony:  # fmt: skip
+    note = " on the weights that were captured, for want of memory" if again else " of the GGUF file" if source else ""
+    name = f"transformers {transformers.__version__}, {type(model).__name__}{note}"
+    return Testimony(name, calls, kept, (tensors or _tensors(model)).get)
+
+
+def _tensors(model: torch.nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers by name."""
+    tensors = dict(model.named_buffers(remove_duplicate=False))
+    return tensors | {name: p.detach() for name, p in model.named_parameters(remove_duplicate=False)}
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the log lines and bars of transformers: what is missing or too much is the caller's to say."""
+    logging = transformers.utils.logging
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity(logging.CRITICAL)
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
