@@ -7,12 +7,14 @@ from ..errors import InputError, reading
 from ..log import warn
 from . import manifest as manifests
 from .decoder import Decoder, Generation, open_decoder
+from .patience import at_most
 from .sampling import Sampling
 from .seq2seq import is_seq2seq, open_seq2seq, texts_as_source
 
 __all__ = ["Decoder", "Generation", "Sampling", "eos_token_ids", "generate_text", "open_decoder"]
 
 _MOST_CHARACTERS = 1 << 23  # of a prompt: what some templates write would fill the memory
+_PATIENCE = 10.0  # seconds for a chat template: its loops may be longer than anybody lives
 _DAMAGED = "Copy the model's tokenizer files into it again"
 
 
@@ -106,7 +108,7 @@ def _templated(tokenizer, text: str, system: str | None, folder: Path) -> str:
     if system is not None:
         turns.insert(0, {"role": "system", "content": system})
     remedy = "It may want a system message: pass --system" if system is None else "It may take no system message"
-    with reading(folder, "its chat template refuses these messages", remedy):
+    with reading(folder, "its chat template refuses these messages", remedy), at_most(_PATIENCE):
         return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
 
 

@@ -152,6 +152,7 @@ def _template(path: Path, random: Random) -> str:
         "{{ raise_exception('no') }}", "{{ messages[99].content }}", "{{ 1 / 0 }}", "{% for %}", "{{ undefined.x.y }}",
         "{{ 'a' * 10 ** 9 }}", "{{ range(10 ** 9) | list }}", "{{ messages.__class__.__mro__ }}", "{% include 'x' %}",
         "{{ messages | tojson | tojson }}", "{% macro a() %}{{ a() }}{% endmacro %}{{ a() }}", "{{ '\\ud800' }}", "{{",
+        "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
         "", "{% set x = namespace(v=messages) %}{% for i in range(9) %}{% set x.v = x.v + x.v %}{% endfor %}{{ x.v }}",
     )  # fmt: skip
     line = random.choice(lines)

@@ -59,6 +59,17 @@ def test_a_template_that_refuses_is_quoted_and_a_system_message_helps(folder):
         generate_text(folder, "b", system="a")
 
 
+def test_a_template_that_never_ends_is_stopped(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("qexport.runtime.generate._PATIENCE", 0.5)
+    endless = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+    for file in folder.iterdir():
+        if file.suffix != ".jinja":
+            (tmp_path / file.name).symlink_to(file)
+    (tmp_path / "chat_template.jinja").write_text(endless)
+    with pytest.raises(InputError, match="it takes longer than 0.5 seconds"):
+        generate_text(tmp_path, "b", chat=True)
+
+
 def test_a_token_without_a_row_is_refused(folder, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.add_tokens(["<new>"])
