@@ -59,13 +59,14 @@ def _convolutions(plan: Sequence[ConvolutionPlan]) -> tuple[ConvolutionEntry, ..
 
 def report_of(
     source: dict[str, Any], plan, embeddings, passes: Sequence[GraphPass], finished: Sequence[Finished], seconds,
-    calibration: str, ran: str, reference: ReaderAgreement, warnings: Sequence[str] = (),
+    calibration: str, ran: str, reference: ReaderAgreement, warnings: Sequence[str] = (), left_out: Sequence[str] = (),
 ) -> dict[str, Any]:  # fmt: skip
     """What report.json says of the export.
 
     Args:
         source: see `capture.origin`; plan: of linears and convolutions; passes: all that blocks went through;
-            ran: see `runtime.first_run`; reference: how far the float graph is from a witness; warnings: sentences.
+            ran: see `runtime.first_run`; reference: how far the float graph is from a witness; warnings: sentences;
+            left_out: tensors of the checkpoint that the model does not read.
     """
     return {
         "export": {
@@ -74,6 +75,7 @@ def report_of(
             "calibration": calibration,
             "warnings": list(warnings),
             "first_run": ran,
+            "left_out": list(left_out),
             "seconds": {k: round(v, 2) for k, v in seconds.items()},
             "float": [{"linear": p.name, "reason": p.reason} for p in plan if p.scheme is None],
             "apart": [{"linear": n, "reason": why} for item in finished for n, why in item.apart.items()],

@@ -164,6 +164,9 @@ def _export(
         model = opened(model, trust_remote_code=trust_remote_code)
         check_calibration(model, recipe, data, calibration is not None)
     captured = capture(model, example_inputs, dynamic_shapes, trust_remote_code=trust_remote_code)
+    if captured is not model:
+        for note in captured.notes:
+            warn(note)
     decisions = decide(captured, recipe, lowering, attention)
     plan, embeddings, convolutions = decisions.plan, decisions.embeddings, decisions.convolutions
     check_range(captured, decisions, lowering.dtype)
@@ -217,11 +220,12 @@ def _export(
             source = origin(captured.folder) if captured.folder else {"name": type(model).__name__}
             rarely, unseen = _rarely_chosen(finished), _unseen(finished, plan, projection, hessian)
             told = warning({name: share for name, share in unseen.items() if name not in rarely})
-            warnings = (*((told,) if told else ()), *_unchecked(captured))
+            warnings = (*captured.notes, *((told,) if told else ()), *_unchecked(captured))
             planned = [*plan, *convolutions]
             report = report_of(
-                source, planned, embeddings, passes, finished, seconds, described, ran, checked, warnings
-            )
+                source, planned, embeddings, passes, finished, seconds, described, ran, checked, warnings,
+                captured.left_out,
+            )  # fmt: skip
             write_companions(folder, manifest, captured.folder, _published(recipe).to_yaml(), report)
             write_card(read_export(folder))
     except QExportError as error:

@@ -92,6 +92,7 @@ class Inspection:
             "rest" (norms, linears left in float, rotary tables), "total" being their sum.
         embeddings: the decision for every table of token embeddings.
         convolutions: the decision for every convolution, in order; their bytes are among the rest.
+        warnings: sentences on what a user may not expect of the model's folder.
     """
 
     model: str
@@ -109,6 +110,7 @@ class Inspection:
     bytes: dict[str, int]
     embeddings: tuple[EmbeddingPlan, ...] = ()
     convolutions: tuple[ConvolutionPlan, ...] = ()
+    warnings: tuple[str, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
         """Plain types, for JSON."""
@@ -196,7 +198,7 @@ def inspect(
         slow=slow_linears([b.module.graph for b in captured.blocks], by_name) if target == "cuda" else {},
         attention=_attention(captured, grouping), parameters=sum(sizes.values()),
         bytes={"float": width * sum(sizes.values()), **parts}, embeddings=tuple(embeddings),
-        convolutions=tuple(convolutions),
+        convolutions=tuple(convolutions), warnings=tuple(captured.notes),
     )  # fmt: skip
 
 

@@ -23,7 +23,7 @@ aten = torch.ops.aten
 _LOGITS = ("logits", "start_logits", "end_logits")
 _PARTS = (
     operator.getitem, aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default, aten.unbind.int,
-    aten.squeeze.dim, aten.select.int, aten.slice.Tensor,
+    aten.squeeze.dim, aten.select.int, aten.slice.Tensor, aten.index.Tensor,
 )  # fmt: skip
 
 

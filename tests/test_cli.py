@@ -335,6 +335,7 @@ def test_missing_weights(run, copy, tmp_path):
 
 
 def test_a_shard_that_the_index_names_is_missing(run, copy, tmp_path):
+    (copy / "model.safetensors").unlink()
     (copy / "model.safetensors.index.json").write_text(
         json.dumps({"weight_map": {"lm_head.weight": "model-00001.safetensors"}})
     )

@@ -18,6 +18,7 @@ from ..capture.graph import Captured
 from ..capture.source import ModelFolder, source_path
 from ..errors import InputError
 from ..export import ExportResult, capture, export, opened, target_for
+from ..log import warn
 from ..lower.build import Target
 from ..lower.grouping import check_attention
 from ..recipe import Recipe
@@ -134,6 +135,8 @@ def _export(
         model = opened(model, trust_remote_code=trust_remote_code)
         check_calibration(model, recipe, data, calibration is not None)
     captured = capture(model, trust_remote_code=trust_remote_code)
+    for note in captured.notes:
+        warn(note)
     if captured.kind != "decoder":
         raise InputError(f"schemes are chosen for decoders, and its kind is {captured.kind}", place=str(model))
     checked = check_reader(captured)

@@ -1,28 +1,24 @@
 """Capturing a causal language model of transformers: one graph for prefill and decoding, no weights loaded."""
 
-import weakref
-from collections.abc import Mapping
-from pathlib import Path
-
 import torch
 from accelerate import init_empty_weights
 from transformers import AutoModelForCausalLM
 
 from .. import ops  # noqa: F401  registers the operators
-from ..artifact.scratch import Scratch
 from ..errors import CaptureError
 from ..garbage import no_garbage_collection
+from ..models.tokens import tokens_without_rows
 from ..models.transformers_witness import DecoderWitness
 from ..passes.edit import get_tensor
 from .attention import IMPLEMENTATION
 from .experts import IMPLEMENTATION as EXPERTS
 from .graph import Captured, Port
-from .loading import load_in_memory
 from .pieces import Pieces
 from .rope import settle_frequencies
 from .source import ModelFolder
+from .stored import aliases_of, find_weights, untie
 from .trace import IDS, Traced, quiet, root_cause, trace
-from .weights import Checkpoint, check_shapes
+from .weights import Checkpoint
 
 _LONGEST = ("max_position_embeddings", "max_seq_len", "seq_length")  # what configs call the longest text
 
@@ -37,9 +33,10 @@ def capture_decoder(folder: ModelFolder) -> Captured:
     Raises:
         CaptureError: torch.export cannot follow the model, or the checkpoint does not fit its config.
     """
-    checkpoint = Checkpoint(folder.path)  # before the slow part: a damaged file is reported at once
+    checkpoint = Checkpoint(folder.path, folder.stated_weights)  # a damaged file is reported before the slow part
     model = _empty_model(folder)
-    aliases = _aliases(model)
+    notes = untie(model, checkpoint)
+    aliases = aliases_of(model)
     traced = trace(model, aliases, folder.name)
     used = {n: tuple(get_tensor(b.module, n).shape) for b in traced.blocks for n in b.parameters}
     buffers = {n: b.detach() for n, b in model.named_buffers() if n in used}
@@ -47,10 +44,10 @@ def capture_decoder(folder: ModelFolder) -> Captured:
     parameters = [n for n in used if n not in buffers]
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters(remove_duplicate=False)}
     sources = {traced.pieces[n].source if n in traced.pieces else n for n in parameters}
-    weights = _checkpoint(checkpoint, folder, model, {n: shapes[n] for n in sorted(sources)}, aliases)
-    stored = _stored_buffers(weights, model, buffers)
+    read = {n: shapes[n] for n in sorted(sources)}
+    weights, stored, left_out = find_weights(checkpoint, folder, model, read, buffers, aliases)
     buffers, parameters = {n: b for n, b in buffers.items() if n not in stored}, [*parameters, *stored]
-    settings = _settings(folder.config, traced)
+    settings, rows = _settings(folder.config, traced), model.get_input_embeddings().weight.shape[0]
     inputs, outputs = _ports(traced, settings)
     return Captured(
         kind="decoder",
@@ -62,6 +59,8 @@ def capture_decoder(folder: ModelFolder) -> Captured:
         settings=settings,
         folder=folder,
         tied={n: tuple(a for a in aliases.get(n, ()) if a != n) for n in parameters},
+        notes=[*notes, *checkpoint.notes, *tokens_without_rows(folder.tokenizer(), rows)],
+        left_out=left_out,
         witness=DecoderWitness(folder),
     )
 
@@ -94,44 +93,6 @@ def _empty_model(folder: ModelFolder) -> torch.nn.Module:
     settle_frequencies(model, folder.name)
     model.tie_weights()
     return model.eval()
-
-
-def _aliases(model: torch.nn.Module) -> dict[str, tuple[str, ...]]:
-    """For each parameter name all names of the same tensor, the one that comes first in the model first."""
-    groups: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        groups.setdefault(id(parameter), []).append(name)
-    return {name: tuple(names) for names in groups.values() for name in names}
-
-
-def _checkpoint(
-    checkpoint: Checkpoint, folder: ModelFolder, model, parameters: dict[str, tuple[int, ...]], aliases
-) -> Checkpoint:
-    """The checkpoint with every parameter found in it, converted by transformers where its names are others."""
-    wanted = {name: aliases.get(name, ()) for name in parameters}
-    prefix = getattr(model, "base_model_prefix", "")
-    missing = checkpoint.resolve(wanted, prefix)
-    if missing:
-        temporary = Scratch()
-        checkpoint = Checkpoint(load_in_memory(folder, Path(temporary.name)))
-        weakref.finalize(checkpoint, temporary.cleanup)
-        missing = checkpoint.resolve(wanted, prefix)
-    if missing:
-        raise CaptureError(
-            f"{len(missing)} weights are not in the checkpoint, first {missing[0]}", place=str(folder.path)
-        )
-    check_shapes(checkpoint, parameters)
-    return checkpoint
-
-
-def _stored_buffers(checkpoint: Checkpoint, model, buffers: Mapping[str, torch.Tensor]) -> list[str]:
-    """Buffers that are trained though they are no parameters, such as what a router adds to its scores."""
-    kept = model.state_dict()
-    wanted = {name: tuple(b.shape) for name, b in buffers.items() if name in kept and b.is_floating_point()}
-    missing = checkpoint.resolve({name: () for name in wanted}, getattr(model, "base_model_prefix", ""))
-    found = {name: shape for name, shape in wanted.items() if name not in missing}
-    check_shapes(checkpoint, found)
-    return list(found)
 
 
 def _settings(config, traced: Traced) -> dict[str, int]:

@@ -1,19 +1,15 @@
-"""Capturing a text encoder of transformers (BERT and its like) from its folder, with the head that its config names."""
+"""Capturing what reads a text whole and says something of it: encoders, and decoders with a head other than text.
+
+BERT and its like, and reward models, rerankers and embedding models made of decoders.
+"""
 
 import inspect
 from dataclasses import replace
 
 import torch
-from transformers import (
-    AutoModel,
-    AutoModelForQuestionAnswering,
-    AutoModelForSequenceClassification,
-    AutoModelForTokenClassification,
-    PretrainedConfig,
-)
-from transformers.models.auto import modeling_auto
 
 from ..errors import CaptureError
+from ..models.tokens import tokens_without_rows
 from ..models.transformers_witness import EncoderWitness
 from .graph import Captured
 from .loading import load_known
@@ -22,36 +18,27 @@ from .source import ModelFolder
 
 # Sizes of the example inputs; see `trace`.
 _BATCH, _SEQUENCE = 2, 7
-# Heads that are kept, by the class that loads an encoder with one.
-_HEADS = {
-    AutoModelForSequenceClassification: modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
-    AutoModelForTokenClassification: modeling_auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
-    AutoModelForQuestionAnswering: modeling_auto.MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES,
-}
 
 
-def is_encoder(config: PretrainedConfig) -> bool:
-    """Whether transformers knows the model as one that fills in masked tokens, and its checkpoint is no decoder's."""
-    causal = set(modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
-    masked = modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES
-    known = config.model_type in masked and not config.is_encoder_decoder
-    return known and not causal.intersection(config.architectures or ()) and not getattr(config, "is_decoder", False)
-
-
-def capture_encoder(folder: ModelFolder) -> Captured:
-    """Capture the encoder of a folder.
+def capture_encoder(folder: ModelFolder, loader: type) -> Captured:
+    """Capture the encoder of a folder, or a decoder that keeps no cache.
 
     The inputs are input_ids, attention_mask and, where the model tells segments apart, token_type_ids. The outputs are
     logits where the config names a model that classifies texts or tokens, start_logits and end_logits where it names
     one that answers questions, else last_hidden_state and, where there are weights for it, pooler_output: other heads
-    are left out. Batch and sequence are dynamic. The weights are in memory as a whole.
+    are left out. A decoder that classifies texts does so by the last token that is not its config's pad_token_id, on
+    whichever side that stands. Batch and sequence are dynamic. The weights are in memory as a whole.
+
+    Args:
+        loader: the auto class of transformers for it, see `models.heads`.
 
     Raises:
         CaptureError: torch.export cannot follow the model, or the checkpoint does not fit its config.
     """
-    loader = _loader(folder.config)
-    model, absent = load_known(folder, loader)
-    config = folder.config
+    loaded, config = load_known(folder, loader), folder.config
+    model, absent = loaded.model, loaded.absent
+    _check_padding(model, folder)
+    model.config.use_cache = False
     names = ["input_ids", "attention_mask"]
     taken = inspect.signature(model.forward).parameters
     if "attention_mask" not in taken:
@@ -65,18 +52,21 @@ def capture_encoder(folder: ModelFolder) -> Captured:
         **({"max_position_embeddings": longest} if longest else {}),
         "hidden_size": config.hidden_size, "vocab_size": model.get_input_embeddings().weight.shape[0],
     }  # fmt: skip
-    witness = EncoderWitness(folder, loader, model, frozenset(absent))
-    return replace(captured, kind="encoder", folder=folder, settings=captured.settings | sizes, witness=witness)
+    notes = [*loaded.notes, *tokens_without_rows(folder.tokenizer(), sizes["vocab_size"])]
+    return replace(
+        captured, kind="encoder", folder=folder, settings=captured.settings | sizes, notes=notes,
+        left_out=loaded.left_out, witness=EncoderWitness(folder, loader, model, frozenset(absent)),
+    )  # fmt: skip
 
 
-def _loader(config: PretrainedConfig) -> type:
-    """The class that loads what the checkpoint says it is, with its head or without one."""
-    named = set(config.architectures or ())
-    for loader, names in _HEADS.items():
-        known = names.get(config.model_type, ())
-        if named.intersection([known] if isinstance(known, str) else known):
-            return loader
-    return AutoModel
+def _check_padding(model: torch.nn.Module, folder: ModelFolder) -> None:
+    """A decoder scores a text by its last token, and knows padding by its id alone."""
+    scores = type(model).__name__.endswith("ForSequenceClassification") and hasattr(model, "score")
+    if scores and model.config.get_text_config().pad_token_id is None:
+        raise CaptureError(
+            "scores the last token of a text, and its config has no pad_token_id to tell that from padding",
+            place=folder.name, remedy="Set pad_token_id in config.json to the tokenizer's",
+        )  # fmt: skip
 
 
 def _longest(model: torch.nn.Module) -> int | None:

@@ -1,14 +1,15 @@
 """Capturing whatever kind of model a folder holds."""
 
 from ..errors import CaptureError
+from ..models.heads import loader_of
 from .decoder import capture_decoder
-from .encoder import capture_encoder, is_encoder
+from .encoder import capture_encoder
 from .graph import Captured
 from .source import ModelFolder
 
 
 def capture_folder(folder: ModelFolder) -> Captured:
-    """Capture a decoder or an encoder.
+    """Capture a decoder that writes text, or an encoder or decoder with the head that its config names.
 
     Raises:
         CaptureError: it is neither, or cannot be followed.
@@ -19,4 +20,5 @@ def capture_folder(folder: ModelFolder) -> Captured:
             place=folder.name, remedy="In Python: qexport.export_seq2seq and qexport.validate_seq2seq. As a module its "
             "encoder exports alone: qexport.export(AutoModel.from_pretrained(...).get_encoder(), example_inputs=...)",
         )  # fmt: skip
-    return capture_encoder(folder) if is_encoder(folder.config) else capture_decoder(folder)
+    loader = loader_of(folder.config, folder.name)
+    return capture_decoder(folder) if loader is None else capture_encoder(folder, loader)

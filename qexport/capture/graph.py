@@ -49,6 +49,8 @@ class Captured:
         tied: for each weight every other name it goes by.
         witness: who else can say what the model computes; None for a graph that came without its model.
         reader: what comparing the graph with the witness showed; None before `validate.reader.check_reader`.
+        notes: sentences on what a user may not expect of the model's folder.
+        left_out: tensors of the checkpoint that the model does not read.
     """
 
     kind: str
@@ -62,6 +64,8 @@ class Captured:
     tied: dict[str, tuple[str, ...]] = field(default_factory=dict)
     witness: Witness | None = None
     reader: ReaderAgreement | None = None
+    notes: list[str] = field(default_factory=list)
+    left_out: list[str] = field(default_factory=list)
 
     def made(self, output: str) -> tuple[Block, Node] | None:
         """The block and the node that make an output of the model, by its public name; None without such an output."""

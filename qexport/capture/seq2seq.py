@@ -58,7 +58,8 @@ def capture_seq2seq(folder: ModelFolder) -> Parts:
             fit its config.
     """
     loader = _loader(folder)
-    model = load_whole(folder, loader)
+    loaded = load_whole(folder, loader)
+    model = loaded.model
     source = _example(model, folder)
     layers, width = _layers(model, source)
     own = model.config._attn_implementation
@@ -78,6 +79,7 @@ def capture_seq2seq(folder: ModelFolder) -> Parts:
         replace(part, witness=PartWitness(folder, loader, model, source, decodes=part is decoder))
         for part in (encoder, decoder)
     )
+    encoder = replace(encoder, notes=[*loaded.notes], left_out=loaded.left_out)
     return Parts(_part(encoder, ENCODER, folder, {}), _part(decoder, DECODER, folder, names), model)
 
 

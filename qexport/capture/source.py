@@ -1,18 +1,17 @@
 """From what a user names (Hub id, folder, GGUF) to a local folder with a config and safetensors."""
 
-import hashlib
 import os
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
+from transformers import PretrainedConfig
 
-from ..artifact.scratch import scratch
-from ..errors import InputError, QExportError, reading
+from ..errors import InputError, QExportError
+from ..models.adapters import check_adapter
 from ..models.configs import read_config
-from ..models.gguf_header import check_gguf
+from ..models.gguf import convert
 from ..models.preflight import notes_on
+from ..models.quantized import check_float
 from ..models.tokenizers import load_tokenizer
 
 # Of a repository on the Hub: the model, and what the card of an export says of its licence.
@@ -37,6 +36,12 @@ class ModelFolder:
     def __str__(self) -> str:
         return self.name
 
+    @property
+    def stated_weights(self) -> str | None:
+        """The file that its config states as the weights, where it does."""
+        stated = getattr(self.config, "transformers_weights", None)
+        return stated if isinstance(stated, str) else None
+
     def tokenizer(self):
         """The tokenizer, or None where the folder has none that can be used; see `load_tokenizer`."""
         return load_tokenizer(self.path, trust_remote_code=self.trust_remote_code)
@@ -59,17 +64,23 @@ def open_model(
         return model
     path, name = Path(model), str(model)
     if path.suffix == ".gguf" and path.is_file():
-        path, name = _convert_gguf(path, cache), name
+        path = convert(path, cache)
     elif path.is_dir():
         gguf = sorted(path.glob("*.gguf"))
         if gguf and not any(path.glob("*.safetensors")):
             if len(gguf) > 1:
-                raise InputError(f"holds {len(gguf)} GGUF files", place=name, remedy="Pass the path of one of them")
-            path = _convert_gguf(gguf[0], cache)
+                raise InputError(
+                    f"holds {len(gguf)} GGUF files", place=name,
+                    remedy="Pass the path of one of them; parts of one model have to be joined first, with "
+                    "llama-gguf-split --merge",
+                )  # fmt: skip
+            path = convert(gguf[0], cache)
     elif path.exists():
         raise InputError("is neither a folder nor a GGUF file", place=name)
     else:
         path = _download(name)
+    check_adapter(path, name)
+    check_float(path, name)
     config = read_config(path, name, trust_remote_code=trust_remote_code)
     tokenizer = load_tokenizer(path, trust_remote_code=trust_remote_code)
     return ModelFolder(path.resolve(), name, config, trust_remote_code, notes_on(path, config, tokenizer))
@@ -82,34 +93,6 @@ def source_path(model) -> Path | None:
     if isinstance(model, (str, os.PathLike)) and os.path.exists(model):
         return Path(model)
     return getattr(getattr(model, "folder", None), "path", None)  # a captured one
-
-
-def _convert_gguf(file: Path, cache: Path | None) -> Path:
-    state = file.stat()
-    key = hashlib.sha256(f"{file.resolve()}|{state.st_size}|{state.st_mtime_ns}".encode()).hexdigest()[:16]
-    root = cache or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qexport"
-    target = root / f"{file.stem}-{key}"
-    if target.exists():
-        return target
-    check_gguf(file)
-    with reading(file, "cannot be read as GGUF"):
-        tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-        model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
-    if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config
-    model.hf_quantizer = None  # the weights are float now, and save_pretrained would refuse them
-    _save(model, tokenizer, target)
-    return target
-
-
-def _save(model, tokenizer, target: Path) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with scratch(target.parent) as temporary:
-        made = temporary / target.name
-        model.save_pretrained(made)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(made)
-        made.rename(target)
 
 
 def _download(name: str) -> Path:

@@ -1,30 +1,52 @@
 """Reading the tensors of a checkpoint one at a time."""
 
-import json
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 
 from ..errors import CaptureError, InputError, NumericsError
+from ..models.files import weight_files
+from ..models.leftovers import check_float_dtype
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """Where a tensor is, its dtype as safetensors calls it, and its shape."""
+
+    file: str
+    dtype: str
+    shape: tuple[int, ...]
 
 
 class Checkpoint:
-    """The safetensors files of a folder, memory-mapped; nothing is read before `load`.
+    """The safetensors files of a folder, memory-mapped; no tensor is read before `load`.
+
+    Args:
+        stated: `transformers_weights` of the config, where it has that.
+
+    Attributes:
+        notes: a sentence where other safetensors files lie beside the weights.
 
     Raises:
-        InputError: no safetensors file, one that the index names is missing, or one is truncated or damaged.
+        InputError: no weights under the names of transformers, one of the index is missing, or one is truncated or
+            damaged.
     """
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, stated: str | None = None):
         self.folder = folder
-        self._files: dict[str, str] = {}
+        self._stored: dict[str, _Stored] = {}
         self._aliases: dict[str, str] = {}
-        for file in _safetensors(folder):
+        files = weight_files(folder, stated)
+        self.notes = files.notes
+        for file in files.read:
             try:
                 with safe_open(folder / file, framework="pt") as handle:
-                    self._files.update(dict.fromkeys(handle.keys(), file))
+                    for name in handle.keys():  # noqa: SIM118  a handle is no mapping
+                        part = handle.get_slice(name)
+                        self._stored[name] = _Stored(file, part.get_dtype(), tuple(part.get_shape()))
             except (SafetensorError, OSError) as error:
                 raise InputError(
                     f"cannot be read ({error})", place=str(folder / file),
@@ -32,7 +54,15 @@ class Checkpoint:
                 ) from error  # fmt: skip
 
     def names(self) -> set[str]:
-        return set(self._files)
+        return set(self._stored)
+
+    def unread(self) -> set[str]:
+        """Tensors that nothing was resolved to."""
+        return self.names() - set(self._aliases.values())
+
+    def find(self, name: str, prefix: str = "") -> str | None:
+        """What a tensor goes by here, with or without the base model's prefix; None where there is none."""
+        return next((c for c in _spellings(name, prefix) if c in self._stored), None)
 
     def resolve(self, wanted: Mapping[str, Iterable[str]], prefix: str = "") -> list[str]:
         """Find each parameter under its own name, the name of a tied one, or with or without the base model's prefix.
@@ -46,8 +76,7 @@ class Checkpoint:
         """
         missing = []
         for name, aliases in wanted.items():
-            candidates = [v for a in (name, *aliases) for v in (a, a.removeprefix(f"{prefix}."), f"{prefix}.{a}")]
-            found = next((c for c in candidates if c in self._files), None)
+            found = next((f for a in (name, *aliases) if (f := self.find(a, prefix))), None)
             if found is None:
                 missing.append(name)
             else:
@@ -55,9 +84,25 @@ class Checkpoint:
         return missing
 
     def shape(self, name: str) -> tuple[int, ...]:
+        return self._stored[self._aliases.get(name, name)].shape
+
+    def dtype(self, name: str) -> str:
+        """As safetensors calls it."""
+        return self._stored[self._aliases.get(name, name)].dtype
+
+    def same(self, one: str, other: str) -> bool:
+        """Whether two tensors have the same shape and values."""
+        if self.shape(one) != self.shape(other):
+            return False
+        return torch.equal(self._raw(one), self._raw(other))
+
+    def is_zero(self, name: str) -> bool:
+        return not bool(self._raw(name).any())
+
+    def _raw(self, name: str, index: int | None = None) -> torch.Tensor:
         stored = self._aliases.get(name, name)
-        with safe_open(self.folder / self._files[stored], framework="pt") as handle:
-            return tuple(handle.get_slice(stored).get_shape())
+        with safe_open(self.folder / self._stored[stored].file, framework="pt") as handle:
+            return handle.get_tensor(stored) if index is None else handle.get_slice(stored)[index]
 
     def load(self, name: str, index: int | None = None) -> torch.Tensor:
         """A tensor as stored, floating point ones as float32.
@@ -68,9 +113,7 @@ class Checkpoint:
         Raises:
             NumericsError: the tensor holds NaN or Inf.
         """
-        stored = self._aliases.get(name, name)
-        with safe_open(self.folder / self._files[stored], framework="pt") as handle:
-            tensor = handle.get_tensor(stored) if index is None else handle.get_slice(stored)[index]
+        tensor = self._raw(name, index)
         if not tensor.is_floating_point():
             return tensor
         tensor = tensor.to(torch.float32)
@@ -102,35 +145,18 @@ def check_finite(tensor: torch.Tensor, name: str) -> torch.Tensor:
     return tensor
 
 
-def _safetensors(folder: Path) -> list[str]:
-    index = folder / "model.safetensors.index.json"
-    if index.exists():
-        try:
-            files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise InputError("is not a valid index of safetensors files", place=str(index)) from error
-        for file in files:
-            if Path(file).name != file:
-                raise InputError(f"names a file outside its folder: {file!r}", place=str(index))
-            if not (folder / file).exists():
-                raise InputError(f"names {file}, which is missing", place=str(index), remedy="Download the model again")
-        return files
-    files = sorted(p.name for p in folder.glob("*.safetensors"))
-    if not files:
-        raise InputError(
-            "holds no safetensors file", place=str(folder),
-            remedy="Pass a Hugging Face id, a folder with *.safetensors, or a folder with one *.gguf file",
-        )  # fmt: skip
-    return files
+def _spellings(name: str, prefix: str) -> tuple[str, ...]:
+    return (name, name.removeprefix(f"{prefix}."), f"{prefix}.{name}") if prefix else (name,)
 
 
 def check_shapes(checkpoint: Checkpoint, expected: Mapping[str, tuple[int, ...]]) -> None:
-    """Compare the shapes in the checkpoint with what the architecture expects.
+    """Compare dtypes and shapes in the checkpoint with the float tensors that the architecture expects.
 
     Raises:
-        CaptureError: a shape differs.
+        CaptureError: a shape differs, or a tensor is not floating point.
     """
     for name, shape in expected.items():
+        check_float_dtype(name, checkpoint.dtype(name))
         stored = checkpoint.shape(name)
         if stored != shape:
             raise CaptureError(

@@ -94,6 +94,7 @@ def test_an_index_may_not_point_outside_its_folder(folder):
 
 @pytest.mark.parametrize("text", ["{", "[]", "{}"])
 def test_damaged_index(folder, text):
+    shard(folder)
     (folder / "model.safetensors.index.json").write_text(text)
     with pytest.raises(InputError, match="not a valid index"):
         capture(folder)

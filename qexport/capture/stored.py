@@ -1,0 +1,111 @@
+"""A decoder's weights in its checkpoint: found under their names, converted where those are others, none left over."""
+
+import weakref
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from ..artifact.scratch import Scratch
+from ..errors import CaptureError
+from ..models.leftovers import check_leftovers
+from .loading import load_in_memory
+from .source import ModelFolder
+from .weights import Checkpoint, check_shapes
+
+Names = Mapping[str, tuple[str, ...]]
+
+
+def aliases_of(model: torch.nn.Module) -> dict[str, tuple[str, ...]]:
+    """For each parameter name all names of the same tensor, the one that comes first in the model first."""
+    groups: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        groups.setdefault(id(parameter), []).append(name)
+    return {name: tuple(names) for names in groups.values() for name in names}
+
+
+def untie(model: torch.nn.Module, checkpoint: Checkpoint) -> list[str]:
+    """Give tied parameters tensors of their own where the checkpoint holds different ones, as transformers 5 does.
+
+    Returns:
+        A sentence for each.
+    """
+    prefix, said = getattr(model, "base_model_prefix", ""), []
+    for names in set(aliases_of(model).values()):
+        first, *others = [(name, found) for name in names if (found := checkpoint.find(name, prefix))] or [("", "")]
+        for name, found in others:
+            if found == first[1] or checkpoint.same(first[1], found):
+                continue
+            owner, _, leaf = name.rpartition(".")
+            tied = model.get_parameter(name)
+            own = torch.nn.Parameter(torch.empty_like(tied), requires_grad=tied.requires_grad)
+            setattr(model.get_submodule(owner), leaf, own)
+            said.append(
+                f"{first[1]} and {found} differ in the checkpoint although config.json ties them "
+                "(tie_word_embeddings): both are kept, as transformers does"
+            )
+    return sorted(said)
+
+
+def find_weights(
+    checkpoint: Checkpoint,
+    folder: ModelFolder,
+    model: torch.nn.Module,
+    parameters: Mapping[str, tuple[int, ...]],
+    buffers: Mapping[str, torch.Tensor],
+    aliases: Names,
+) -> tuple[Checkpoint, list[str], list[str]]:
+    """Find every parameter in a checkpoint; transformers converts one whose names are others.
+
+    Args:
+        parameters: the shapes of those that the graph reads.
+        buffers: those that the graph reads.
+
+    Returns:
+        The checkpoint; the buffers that it holds, though they are no parameters, such as what a router adds to its
+        scores; and the tensors of the original one that nothing reads.
+
+    Raises:
+        CaptureError: a weight is missing, of another shape or no float, or a tensor that belongs to one is not read.
+    """
+    prefix, ignored = (
+        getattr(model, "base_model_prefix", ""),
+        getattr(model, "_keys_to_ignore_on_load_unexpected", None),
+    )
+    wanted = {name: aliases.get(name, ()) for name in parameters}
+    kept = model.state_dict()
+    trained = {name: tuple(b.shape) for name, b in buffers.items() if name in kept and b.is_floating_point()}
+    missing = checkpoint.resolve(wanted, prefix)
+    stored = _resolved(checkpoint, trained, prefix)
+    unread = checkpoint.unread() - {checkpoint.find(name, prefix) for name in kept}
+    left = check_leftovers(checkpoint.names(), unread, missing, checkpoint.is_zero, ignored)
+    if missing:
+        temporary = Scratch()
+        left = load_in_memory(folder, Path(temporary.name))
+        checkpoint = Checkpoint(Path(temporary.name))
+        weakref.finalize(checkpoint, temporary.cleanup)
+        missing = checkpoint.resolve(wanted, prefix)
+        stored = _resolved(checkpoint, trained, prefix)
+        _check_tied(checkpoint, aliases, folder)
+    if missing:
+        raise CaptureError(
+            f"{len(missing)} weights are not in the checkpoint, first {missing[0]}", place=str(folder.path)
+        )
+    check_shapes(checkpoint, {**parameters, **{name: trained[name] for name in stored}})
+    return checkpoint, stored, left
+
+
+def _resolved(checkpoint: Checkpoint, wanted: Mapping[str, tuple[int, ...]], prefix: str) -> list[str]:
+    missing = checkpoint.resolve({name: () for name in wanted}, prefix)
+    return [name for name in wanted if name not in missing]
+
+
+def _check_tied(checkpoint: Checkpoint, aliases: Names, folder: ModelFolder) -> None:
+    """What transformers converted must share tensors where the graph does."""
+    for names in set(aliases.values()):
+        found = [name for name in names if name in checkpoint.names()]
+        if len(found) > 1:
+            raise CaptureError(
+                f"{' and '.join(found)} are tied by config.json, and differ in the checkpoint", place=folder.name,
+                remedy="Set tie_word_embeddings to false in config.json to keep both",
+            )  # fmt: skip

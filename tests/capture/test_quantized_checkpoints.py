@@ -1,0 +1,151 @@
+"""Checkpoints that somebody else quantized are refused by what their configs say, and by what lies beside a weight."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from models import save_model
+from modules import save_encoder
+from qexport.capture.source import open_model
+from qexport.errors import CaptureError, InputError
+from qexport.export import capture
+from qexport.models.quantized import check_float
+
+CONFIGS = {  # what a config says, and what the sentence names
+    "fp8": ({"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128]}, r"FP8 \(e4m3\)"),
+    "compressed": (
+        {"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": {}},
+        r"compressed-tensors \(pack-quantized\)",
+    ),
+    "bnb": ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "bitsandbytes, 4 bits"),
+    "bnb without a method": ({"load_in_8bit": True}, "bitsandbytes, 8 bits"),
+    "gptq": ({"quant_method": "gptq", "bits": 4}, r"GPTQ \(4 bits\)"),
+    "awq": ({"quant_method": "awq", "bits": 4, "version": "gemm"}, r"AWQ \(4 bits\)"),
+    "modelopt": ({"quant_method": "modelopt", "quant_algo": "NVFP4"}, r"ModelOpt \(NVFP4\)"),
+    "mxfp4": ({"quant_method": "mxfp4"}, "MXFP4"),
+    "bitnet": ({"quant_method": "bitnet"}, "BitNet"),
+    "unknown": ({"quant_method": "new-method", "bits": 3}, r"new-method \(3 bits\)"),
+    "without a method": ({"group_size": 64}, "a method that it does not name"),
+}
+
+
+def say(folder, **files):
+    for name, said in files.items():
+        (folder / f"{name}.json").write_text(json.dumps(said))
+    return folder
+
+
+@pytest.mark.parametrize("form", CONFIGS)
+def test_the_method_is_named(tmp_path, form):
+    said, named = CONFIGS[form]
+    with pytest.raises(InputError, match=f"quantized already with {named}, as quantization_config in config.json"):
+        open_model(say(tmp_path, config={"model_type": "llama", "quantization_config": said}))
+
+
+@pytest.mark.parametrize(("files", "named"), [
+    ({"config": {"quantization": {"group_size": 64, "bits": 4}}}, r"MLX \(4 bits\), as quantization in config.json"),
+    ({"config": {"text_config": {"quantization_config": {"quant_method": "awq"}}}}, "AWQ, as text_config.quanti"),
+    ({"config": {"compression_config": {"config_groups": {}}}}, "compressed-tensors, as compression_config in"),
+    ({"hf_quant_config": {"quantization": {"quant_algo": "FP8"}}}, r"ModelOpt \(FP8\), as hf_quant_config.json says"),
+    ({"quantize_config": {"bits": 4, "desc_act": True}}, r"GPTQ \(4 bits\), as quantize_config.json says"),
+    ({"quant_config": {"w_bit": 4, "q_group_size": 128}}, r"AWQ \(4 bits\), as quant_config.json says"),
+], ids=["mlx", "part", "compression", "modelopt", "gptq", "awq"])  # fmt: skip
+def test_other_places_where_it_is_said(tmp_path, files, named):
+    with pytest.raises(InputError, match=named):
+        check_float(say(tmp_path, **files), "model")
+
+
+@pytest.mark.parametrize("said", [
+    None, {}, {"quant_method": "bitsandbytes", "load_in_8bit": False, "load_in_4bit": False}
+], ids=["null", "empty", "neither"])  # fmt: skip
+def test_configs_of_float_models(tmp_path, said):
+    check_float(say(tmp_path, config={"quantization_config": said, "text_config": {"quantization": said}}), "model")
+
+
+def float8(w, scale):
+    return (w / scale).to(torch.float8_e4m3fn)
+
+
+CODES = {  # what a linear's weight becomes, by what follows the linear's name, and what the sentence names
+    "fp8 blocks": (
+        lambda w: {"weight": float8(w, 0.01), "weight_scale_inv": torch.full((1, 1), 0.01)}, "block-scaled FP8"
+    ),
+    "fp8": (lambda w: {"weight": float8(w, 0.01), "weight_scale": torch.ones(len(w), 1)}, "FP8 or int8 with scales"),
+    "static inputs": (lambda w: {"weight": w, "input_scale": torch.ones(1)}, "static FP8 or int8 inputs"),
+    "int8": (lambda w: {"weight": w.to(torch.int8), "weight_scale": torch.ones(len(w), 1)}, "FP8 or int8 with scales"),
+    "bnb int8": (lambda w: {"weight": w.to(torch.int8), "SCB": torch.ones(len(w))}, "bitsandbytes, 8 bits"),
+    "bnb 4 bits": (
+        lambda w: {"weight": torch.zeros(w.numel() // 2, 1, dtype=torch.uint8), "weight.absmax": torch.ones(4)},
+        "bitsandbytes, 4 bits",
+    ),
+    "gptq": (
+        lambda w: {"qweight": torch.zeros(w.shape[1] // 8, len(w), dtype=torch.int32), "scales": torch.ones(1, len(w))},
+        "GPTQ or AWQ",
+    ),
+    "packed": (
+        lambda w: {"weight_packed": torch.zeros(len(w), 8, dtype=torch.int32), "weight_scale": torch.ones(len(w), 2)},
+        "compressed-tensors, packed",
+    ),
+    "mlx": (
+        lambda w: {"weight": torch.zeros(len(w), 8, dtype=torch.uint32), "scales": torch.ones(len(w), 1),
+                   "biases": torch.ones(len(w), 1)},
+        "MLX",
+    ),
+    "lora": (lambda w: {"weight": w, "lora_A.weight": torch.ones(4, w.shape[1])}, "nothing reads it.*adapters merged"),
+}  # fmt: skip
+
+
+def coded(folder, encode, ends="proj.weight"):
+    """Rewrite the weights of linears."""
+    tensors = load_file(folder / "model.safetensors")
+    for name in [n for n in tensors if n.endswith(ends)]:
+        parts = encode(tensors.pop(name))
+        tensors |= {name.removesuffix("weight") + end: t.contiguous() for end, t in parts.items()}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def shallow(tmp_path_factory):
+    return save_model("llama", tmp_path_factory.mktemp("llama"), num_hidden_layers=1)
+
+
+@pytest.mark.parametrize("form", CODES)
+def test_codes_are_refused_whatever_the_config_says(shallow, tmp_path, form):
+    encode, named = CODES[form]
+    with pytest.raises(CaptureError, match=named) as caught:
+        capture(coded(shutil.copytree(shallow, tmp_path / "model"), encode))
+    assert caught.value.place.startswith("model.layers.0.")
+
+
+def test_one_weight_of_integers_is_named(shallow, tmp_path):
+    folder = coded(
+        shutil.copytree(shallow, tmp_path / "model"), lambda w: {"weight": w.to(torch.int32)}, "up_proj.weight"
+    )
+    with pytest.raises(CaptureError, match="is stored as I32 .* where the model reads a float weight") as caught:
+        capture(folder)
+    assert caught.value.place == "model.layers.0.mlp.up_proj.weight"
+
+
+@pytest.mark.parametrize(("encode", "named"), [
+    (lambda w: {"weight": float8(w, 0.01), "weight_scale_inv": torch.full((1, 1), 0.01)}, "block-scaled FP8"),
+    (lambda w: {"qweight": torch.zeros(8, len(w), dtype=torch.int32), "scales": torch.ones(1, len(w))}, "GPTQ or AWQ"),
+], ids=["scaled", "packed"])  # fmt: skip
+def test_codes_of_a_checkpoint_that_transformers_converts(model_folder, tmp_path, encode, named):
+    folder = coded(shutil.copytree(model_folder("mixtral"), tmp_path / "model"), encode, ("w1.weight", "w2.weight"))
+    with pytest.raises(CaptureError, match=named):
+        capture(folder)
+
+
+def test_codes_of_an_encoder(tmp_path):
+    def encode(w):
+        return {"weight": w.to(torch.int8), "SCB": torch.ones(len(w))}
+
+    with pytest.raises(CaptureError, match="bitsandbytes, 8 bits"):
+        capture(coded(save_encoder("bert", tmp_path), encode, "query.weight"))
+    folder = coded(save_encoder("bert", tmp_path), lambda w: {"weight": w.to(torch.int8)}, "query.weight")
+    with pytest.raises(CaptureError, match="is stored as I8"):
+        capture(folder)
