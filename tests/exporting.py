@@ -99,6 +99,6 @@ def export(captured: Captured, recipe: Recipe, target: str, out: Path, **options
             prompts.append(dataclasses.replace(item.block, module=prompt) if prompt else twin.block)
         return lowered
 
-    with patch.object(exporting, "capture", lambda *_, **__: captured), patch.object(exporting, "lower", spy):
-        result = exporting.export("captured already", recipe, out_dir=out, target=target, **options)
+    with patch.object(exporting, "lower", spy):
+        result = exporting.export(captured, recipe, out_dir=out, target=target, **options)
     return Exported(result.folder, result.manifest, kept, original, prompts)
