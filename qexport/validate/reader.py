@@ -15,7 +15,7 @@ from ..models.agreement import ReaderAgreement, difference, explained
 from ..models.witness import Absent, Outline, Testimony
 from ..passes.edit import get_tensor
 
-_REMEDY = "Nothing was written. Report it with the model's name: one of the two readings is wrong"
+_REMEDY = "One of the two readings is wrong: please report it with the model's name"
 # Decisions that a difference of one bit turns.
 _DECISIONS = ("topk", "sort", "argsort", "argmax", "argmin", "round", "expert_shares")
 
@@ -39,9 +39,12 @@ def _compared(captured: Captured) -> ReaderAgreement:
     names = ([b.name for b in captured.blocks], [p.name for p in captured.inputs], [p.name for p in captured.outputs])
     outline = Outline(*map(tuple, names), float_bytes(captured), psutil.virtual_memory().available // 2)
     try:
-        said = captured.witness.testify(outline)
+        return _beside(captured, captured.witness.testify(outline))
     except Absent as reason:
         return ReaderAgreement(why_not=str(reason))
+
+
+def _beside(captured: Captured, said: Testimony) -> ReaderAgreement:
     worst, blocks, compared = 0.0, _kept(captured, said), 0
     chooses = any(_decides(block) for block in blocks)
     bound = explained(said.eps)
@@ -101,7 +104,7 @@ def _run(
         if before is not None and before not in blocks:  # the last block that ran takes the place of those left out
             values[captured.handed_on(before)] = values[stream]
         if absent := [name for name in block.inputs if name not in values]:
-            raise CaptureError(f"needs {absent[0]} of a block that was left out", place=block.name)
+            raise Absent(f"it is too large for the memory, and {block.name} reads {absent[0]}, of layers left out")
         with weights_of(captured, block):
             weights += _same_weights(captured, block, said) if first else 0
             try:
