@@ -45,6 +45,28 @@ def bind(node: Node) -> Arguments:
     return Arguments(**found)
 
 
+def rebind(node: Node, **changes: Any) -> None:
+    """Give a call of an operator other arguments, by name; those that are not named stay.
+
+    Raises:
+        TypeError: it is no such call, or has no argument of a name.
+    """
+    given = vars(bind(node))
+    if unknown := changes.keys() - given.keys():
+        raise TypeError(f"{node.target} has no argument {', '.join(sorted(unknown))}")
+    given = given | changes
+    keywords = _keywords(node.target)
+    node.args = tuple(value for name, value in given.items() if name not in keywords)
+    node.kwargs = {name: given[name] for name in keywords if name in given}
+
+
+def _keywords(target: Any) -> list[str]:
+    """Names of the arguments that can be given by keyword only."""
+    if not isinstance(target, torch._ops.OpOverload):
+        return []
+    return [argument.name for argument in target._schema.arguments if argument.kwarg_only]
+
+
 @cache
 def _signature(target: Any) -> tuple[tuple[str, ...], tuple[Any, ...]]:
     if isinstance(target, torch._ops.OpOverload):

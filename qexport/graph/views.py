@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Self
 
 import torch
-from torch.fx import Node
+from torch.fx import Graph, Node
 
 from .. import ops as _ops  # noqa: F401  registers the operators
 from .schema import bind
@@ -50,6 +50,17 @@ def size_at(node: Node, axis: int) -> int:
     if not isinstance(size, int):
         raise TypeError(f"axis {axis} of {node} has a dynamic size: {size}")
     return size
+
+
+def results_of(graph: Graph) -> tuple[Node, ...]:
+    """What the graph of a block returns."""
+    results = graph.output_node().args[0]
+    if not isinstance(results, (tuple, list)):
+        raise TypeError(f"a block returns a tuple, and this one {results}")
+    nodes = tuple(node for node in results if isinstance(node, Node))
+    if len(nodes) < len(results):
+        raise TypeError(f"a block returns values of nodes, and this one {results}")
+    return nodes
 
 
 @dataclass(frozen=True)
@@ -279,16 +290,6 @@ class Slice(_View):
     def bounds(self) -> tuple[int | Node, int | Node]:
         """[start, end), as numbers where nothing is said."""
         return 0 if self.start is None else self.start, END if self.end is None else self.end
-
-
-@dataclass(frozen=True)
-class Split(_View):
-    """A value in parts along an axis; what says how large they are has many names."""
-
-    targets = (aten.split.Tensor, aten.split_with_sizes.default)
-    named = {"x": "self"}
-    x: Node
-    dim: int
 
 
 @dataclass(frozen=True)

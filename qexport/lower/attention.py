@@ -14,6 +14,8 @@ from torch.fx import Graph, Node
 
 from ..capture.blocks import Block
 from ..capture.graph import Captured
+from ..graph.schema import bind
+from ..graph.views import CachedAttention, CausalMask, Item, RoundCache, size_at
 from ..passes.edit import Spec, add_tensor, call, is_call, shape_of
 from ..passes.sites import SHAPE_ONLY
 from .rotary import Rotated, position_table, rotated
@@ -101,9 +103,10 @@ def group_attention(captured: Captured, grouping: Grouping) -> None:
     for name, table in grouping.tables.items():
         with graph.inserting_before(first_call(graph)):
             hand_on(first, add_tensor(graph, f"rotary.{name}", table), f"rotary.{name}")
-    codes = {}
+    codes: dict[str, int] = {}
     for site in grouping.sites:
-        codes |= dict.fromkeys((names_of(site.block)[n] for n in site.node.args[3:5]), site.bits)
+        names, attention = names_of(site.block), CachedAttention.of(site.node)
+        codes |= dict.fromkeys((names[past] for past in (attention.past_key, attention.past_value)), site.bits)
         _replace(site, grouping.inside[site.node], grouping.tables)
     _keep_codes(captured, codes)
     turn_back(captured.blocks[-1], captured)
@@ -113,27 +116,30 @@ def group_attention(captured: Captured, grouping: Grouping) -> None:
 def _sites(captured: Captured, values: dict[str, str]) -> list[_Site]:
     if not {"input_ids", "attention_mask", "position_ids"} <= values.keys():
         raise Unsuited("it does not read token ids, a mask and positions")
-    sites, masks, made = [], set(), producers(captured)
+    sites: list[_Site] = []
+    masks: set[Node] = set()
+    made = producers(captured)
     if count_attentions(captured) < sum(name.startswith("past_key_values.") for name in values) // 2:
         raise Unsuited("its attention is written out: it adds more to the scores than a mask, or changes the cache")
     first, last = captured.blocks[0], captured.blocks[-1]
     for block in captured.blocks:
         names = names_of(block)
         for node in block.module.graph.nodes:
-            if not is_call(node, ops.cached_attention.default):
+            if (attention := CachedAttention.match(node)) is None:
                 continue
-            _query, key, value, past_key, _past_value, mask = node.args[:6]
-            home, source = made.get(names.get(mask), (block, mask))
-            if not is_call(source, ops.causal_mask.default) or home is not first:
+            home, source = made.get(names.get(attention.mask, ""), (block, attention.mask))
+            mask = CausalMask.match(source)
+            if mask is None or home is not first:
                 raise Unsuited("its mask is not made of the attention mask alone")
-            if names.get(past_key) not in values.values():
+            if names.get(attention.past_key) not in values.values():
                 raise Unsuited("its cache is changed before attention reads it")
-            if shape_of(key)[-1] != shape_of(value)[-1]:
+            size = size_at(attention.key, -1)
+            if size != size_at(attention.value, -1):
                 raise Unsuited("keys and values have heads of different size")
-            if shape_of(key)[-1] % 8:
-                raise Unsuited(f"heads of {shape_of(key)[-1]} features, and ONNX Runtime wants a multiple of 8")
+            if size % 8:
+                raise Unsuited(f"heads of {size} features, and ONNX Runtime wants a multiple of 8")
             masks.add(source)
-            sites.append(_site(block, node, source.args[2]))
+            sites.append(_site(block, node, attention, mask.window))
     if not sites or first is last or sites[-1].block is last:
         raise Unsuited("the model could not be cut into a beginning, layers and an end")
     pasts = {value for name, value in values.items() if name.startswith("past_key_values.")}
@@ -160,14 +166,17 @@ def _codes(spec: Spec, bits: int) -> Spec:
     """The type of a cache of codes, see numerics.cache."""
     if bits == 8:
         return replace(spec, dtype=torch.int8)
-    return Spec(torch.uint8, (*spec.shape[:-1], spec.shape[-1] // 2))
+    *axes, size = spec.shape
+    if not isinstance(size, int):
+        raise TypeError(f"heads of {size} features")
+    return Spec(torch.uint8, (*axes, size // 2))
 
 
-def _site(block: Block, node: Node, window: int) -> _Site:
-    query, key, value = node.args[:3]
-    if not (is_call(key, ops.round_cache.default) and is_call(value, ops.round_cache.default)):
-        return _Site(block, node, window, query, key, value, (None, None), 0)
-    return _Site(block, node, window, query, key.args[0], value.args[0], (key.args[1], value.args[1]), key.args[2])
+def _site(block: Block, node: Node, attention: CachedAttention, window: int) -> _Site:
+    key, value = RoundCache.match(attention.key), RoundCache.match(attention.value)
+    if key is None or value is None:
+        return _Site(block, node, window, attention.query, attention.key, attention.value, (None, None), 0)
+    return _Site(block, node, window, attention.query, key.x, value.x, (key.scale, value.scale), key.bits)
 
 
 def _ends_in(node: Node, ends: set[Node]) -> bool:
@@ -189,23 +198,26 @@ class _Tables:
 
     def of(self, site: _Site) -> tuple[Rotated, Rotated] | None:
         """How query and key are rotated, where one pair of tables of positions alone does it."""
-        pair = tuple(rotated(part) for part in (site.query, site.key))
-        if None in pair or self._length is None or (pair[0].cos, pair[0].sin) != (pair[1].cos, pair[1].sin):
+        query, key = rotated(site.query), rotated(site.key)
+        if query is None or key is None or self._length is None or (query.cos, query.sin) != (key.cos, key.sin):
             return None
         names = names_of(site.block)
-        tables = [self._table(names.get(node)) for node in (pair[0].cos, pair[0].sin)]
-        return None if any(table is None for table in tables) else pair
+        tables = [self._table(names.get(node), self._length) for node in (query.cos, query.sin)]
+        return None if any(table is None for table in tables) else (query, key)
 
-    def _table(self, name: str | None) -> torch.Tensor | None:
-        if name is not None and name not in self.made:
-            self.made[name] = position_table(self._first, name, self._position_ids, self._length, self._read)
-        return self.made.get(name)
+    def _table(self, name: str | None, length: int) -> torch.Tensor | None:
+        if name is None:
+            return None
+        if name not in self.made:
+            self.made[name] = position_table(self._first, name, self._position_ids, length, self._read)
+        return self.made[name]
 
 
 def _replace(site: _Site, inside: tuple[Rotated, Rotated] | None, tables: Mapping[str, torch.Tensor]) -> None:
     graph, node, names = site.block.module.graph, site.node, names_of(site.block)
     query, key, value = site.query, site.key, site.value
-    past_key, past_value, _mask, scale, softcap = node.args[3:]
+    attention = CachedAttention.of(node)
+    pasts = attention.past_key, attention.past_value
     last = read_in(site.block, LAST, Spec(torch.int32, (shape_of(query)[0],)))
     total = read_in(site.block, TOTAL, Spec(torch.int32, (1,)))
     cos = sin = None
@@ -217,43 +229,50 @@ def _replace(site: _Site, inside: tuple[Rotated, Rotated] | None, tables: Mappin
         )
     kept = node.meta["spec"]
     if site.bits:
-        for past in (past_key, past_value):
+        for past in pasts:
             past.meta["spec"] = _codes(past.meta["spec"], site.bits)
         kept = (kept[0], *(_codes(spec, site.bits) for spec in kept[1:]))
     with graph.inserting_before(node):
         flat = [_flat(graph, part) for part in (query, key, value)]
         new = call(
             graph, ops.grouped_attention.default,
-            (*flat, past_key, past_value, last, total, cos, sin, *site.scales, site.bits, scale, softcap, site.window),
+            (
+                *flat, *pasts, last, total, cos, sin, *site.scales, site.bits, attention.scale, attention.softcap,
+                site.window,
+            ),
             like=flat[0],
         )  # fmt: skip
         results = {}
-        for index, (spec, like) in enumerate(zip(kept, (flat[0], past_key, past_value), strict=True)):
+        for index, (spec, like) in enumerate(zip(kept, (flat[0], *pasts), strict=True)):
             results[index] = call(graph, operator.getitem, (new, index), like=like)
             if index:
                 results[index].meta["spec"] = spec
         new.meta["spec"] = tuple(part.meta["spec"] for part in results.values())
     for user in list(node.users):
-        if user.args[1]:
-            user.replace_all_uses_with(results[user.args[1]])
+        if place := Item.of(user).index:
+            user.replace_all_uses_with(results[place])
         else:
             _flatten_users(graph, user, results[0])
 
 
 def _flat(graph: Graph, node: Node) -> Node:
     """[batch, heads, sequence, head_dim] as [batch, sequence, heads * head_dim]."""
-    heads, size = shape_of(node)[1], shape_of(node)[3]
-    if is_call(node, aten.rms_norm.default) and _swaps_heads(node.args[0]):  # a norm of every head does not mind
-        before = node.args[0].args[0]
-        norm = call(graph, node.target, (before, *node.args[1:]), like=before)
-        node = call(graph, aten.transpose.int, (norm, 1, 2), like=node)
-    if _swaps_heads(node):
-        node = node.args[0]
+    heads, size = size_at(node, 1), size_at(node, 3)
+    if is_call(node, aten.rms_norm.default):  # a norm of every head does not mind
+        norm = bind(node)
+        if (before := _heads_swapped(norm.input)) is not None:
+            arguments = (before, norm.normalized_shape, norm.weight, norm.eps)
+            normalized = call(graph, aten.rms_norm.default, arguments, like=before)
+            node = call(graph, aten.transpose.int, (normalized, 1, 2), like=node)
+    if (before := _heads_swapped(node)) is not None:
+        node = before
     else:
         batch, _, sequence, _ = shape_of(node)
         node = call(graph, aten.transpose.int, (node, 1, 2), like=node, shape=(batch, sequence, heads, size))
-    if is_call(node, *SHAPE_ONLY) and len(shape_of(node.args[0])) == 3 and shape_of(node.args[0])[-1] == heads * size:
-        return node.args[0]
+    if is_call(node, *SHAPE_ONLY):
+        flat = bind(node).self
+        if len(shape_of(flat)) == 3 and shape_of(flat)[-1] == heads * size:
+            return flat
     sizes = [call(graph, aten.sym_size.int, (node, i), like=node, dtype=torch.int64, shape=()) for i in (0, 1)]
     shape = (*shape_of(node)[:2], heads * size)
     return call(graph, aten.reshape.default, (node, [*sizes, heads * size]), like=node, shape=shape)
@@ -272,7 +291,14 @@ def _flatten_users(graph: Graph, old: Node, flat: Node) -> None:
         old.replace_all_uses_with(shaped)
 
 
-def _swaps_heads(node: Node) -> bool:
-    """Whether a node exchanges axes 1 and 2 of four."""
-    swapped = is_call(node, aten.transpose.int) and {axis % 4 for axis in node.args[1:]} == {1, 2}
-    return swapped or (is_call(node, aten.permute.default) and list(node.args[1]) == [0, 2, 1, 3])
+def _heads_swapped(node: Node) -> Node | None:
+    """The value whose axes 1 and 2 of four a node exchanges; None where it does something else."""
+    if not is_call(node, aten.transpose.int, aten.permute.default):
+        return None
+    given = bind(node)
+    order = [0, 1, 2, 3]
+    if is_call(node, aten.permute.default):
+        order = list(given.dims)
+    else:
+        order[given.dim0], order[given.dim1] = order[given.dim1], order[given.dim0]
+    return given.self if order == [0, 2, 1, 3] else None

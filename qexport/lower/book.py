@@ -8,6 +8,7 @@ from torch.fx import Graph, Node
 
 from ..runtime.branches import STEPS
 from ..runtime.manifest import QMOE
+from .emitter import maker_of, name_of
 from .targets.forms import input_of, linear_products
 from .targets.qmoe import mixtures
 
@@ -64,8 +65,7 @@ class Book:
         """
         self._made |= made
         for product in linear_products(graph):
-            node = values[product].producer()
-            found = (plain(node.name), self._kernel(product))
+            found = (plain(name_of(maker_of(values[product]))), self._kernel(product))
             owner = product.meta.get("plane_of") or product.meta.get("branch_of")
             if owner:
                 self._parts[owner] = (*self._parts.get(owner, ()), found)
@@ -74,7 +74,7 @@ class Book:
                 self._products[name], self.members[name] = found, product.meta.get("columns") or {name: None}
                 self._read[name] = values[input_of(product)]
         for mixture in mixtures(graph):
-            experts, node = mixture.meta["experts"], plain(values[mixture].producer().name)
+            experts, node = mixture.meta["experts"], plain(name_of(maker_of(values[mixture])))
             for side in ("up", "down"):
                 names = getattr(experts, side)
                 self._inside |= dict.fromkeys(names, node)
@@ -103,8 +103,8 @@ class Book:
             linear: Placed(
                 node,
                 kernel,
-                plain(self._read[name].name),
-                plain(self._made[name].name),
+                plain(name_of(self._read[name])),
+                plain(name_of(self._made[name])),
                 columns,
                 self._prompt_kernels.get(name),
                 slow.get(name),

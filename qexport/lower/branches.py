@@ -7,9 +7,10 @@ import onnx_ir as ir
 import torch
 from torch.fx import GraphModule
 
+from ..graph.views import results_of
 from ..passes.edit import dtype_of
 from ..runtime.branches import LAYERS, PROMPTS, STEPS
-from .emitter import ONNX_DTYPE, Emitter
+from .emitter import ONNX_DTYPE, Emitter, name_of
 from .prefill import LONGEST_STEP
 
 Add = Callable[["Piece", dict[str, ir.Value]], None]
@@ -56,7 +57,7 @@ def add_branches(
     dtypes = {
         name: ONNX_DTYPE[dtype_of(result)]
         for piece in pieces
-        for name, result in zip(piece.outputs, piece.module.graph.output_node().args[0], strict=True)
+        for name, result in zip(piece.outputs, results_of(piece.module.graph), strict=True)
     }
     sides = []
     for prefix in (PROMPTS, STEPS):
@@ -94,7 +95,7 @@ def branches_of(graph: ir.Graph) -> list[ir.Graph]:
             branches = [node.attributes[name].as_graph() for name in ("then_branch", "else_branch")]
             for branch, prefix in zip(branches, (PROMPTS, STEPS), strict=True):
                 for inner, outer in zip(branch.outputs, node.outputs, strict=True):
-                    inner.name = prefix + outer.name
+                    inner.name = prefix + name_of(outer)
             return branches
     return []
 
@@ -120,7 +121,7 @@ def _choose(
         ir.Graph([], values, nodes=nodes, name=name.rstrip("/"))
         for name, (nodes, values) in ((PROMPTS, prompts), (STEPS, steps))
     ]
-    left = [ir.Value(name=value.name.removeprefix(STEPS), type=value.type, shape=value.shape) for value in steps[1]]
+    left = [ir.Value(name=name_of(value).removeprefix(STEPS), type=value.type, shape=value.shape) for value in steps[1]]
     branches = {"then_branch": graphs[0], "else_branch": graphs[1]}
     emit.nodes.append(ir.node("If", [long], branches, outputs=left, name=LAYERS))
     return left

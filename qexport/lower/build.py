@@ -10,10 +10,11 @@ from torch.fx import Graph, GraphModule, Node
 
 from ..capture.blocks import handed_on
 from ..capture.graph import Port
+from ..graph.views import results_of
 from . import ops as _ops  # noqa: F401  registers the translations
 from .book import Book, Placed, plain
 from .branches import Piece, add_branches, branched, branches_of
-from .emitter import ONNX_DTYPE, VIEW_OF, Emitter
+from .emitter import ONNX_DTYPE, VIEW_OF, Emitter, name_of
 from .fuse import fuse_norms
 from .registry import is_translated, translate, untranslated
 from .targets.forms import input_of, linear_products
@@ -114,14 +115,14 @@ def build(
     for branch in branches:
         _drop_unused_nodes(branch)
     _drop_unused(graph)
-    tensors = {n: 0 if VIEW_OF in v.meta else v.const_value.nbytes for n, v in graph.initializers.items()}
+    tensors = {name: _size_in_file(value) for name, value in graph.initializers.items()}
     read_next = [*(piece.inputs for piece in pieces[1:]), ()]
     handed = {piece.name: handed_on(piece.outputs, read) for piece, read in zip(pieces, read_next, strict=True)}
     everything = [product for piece in pieces for product in linear_products(piece.module.graph)]
     lowered = Lowered(
         ir.Model(graph, ir_version=11, producer_name="qexport", producer_version=version),
         book.placed(target.slow(everything)), book.parts(), tensors, _bytes(tensors, book.members),
-        {name: plain((inner | known)[value].name) for name, value in handed.items()}, target.session(everything),
+        {name: plain(name_of((inner | known)[value])) for name, value in handed.items()}, target.session(everything),
     )  # fmt: skip
     for part in (graph, *branches):
         fuse_norms(part)  # which hands the names on to other values
@@ -152,7 +153,7 @@ def _translate(emit: Emitter, piece: Piece, known: dict[str, ir.Value]) -> dict[
                 value.name = emit.named(f"{linear}.output")
                 made[linear] = value
         elif node.op == "output":
-            for result, name in zip(node.args[0], piece.outputs, strict=True):
+            for result, name in zip(results_of(piece.module.graph), piece.outputs, strict=True):
                 known[name] = emit.get(result)
     _name_inputs(emit, piece.module.graph, {*made.values(), *(emit.values[node] for node in placeholders)})
     return made
@@ -182,6 +183,13 @@ def _named(value: ir.Value, port: Port, target: Target) -> ir.Value:
     return value
 
 
+def _size_in_file(initializer: ir.Value) -> int:
+    """Bytes of a tensor; 0 for one that is made of another's."""
+    if VIEW_OF in initializer.meta or initializer.const_value is None:
+        return 0
+    return initializer.const_value.nbytes
+
+
 def _bytes(tensors: Mapping[str, int], members: Mapping[str, Mapping[str, tuple[int, int] | None]]) -> dict[str, int]:
     """Bytes of the tensors that belong to each linear: their names begin with its name, or with that of a product.
 
@@ -196,8 +204,9 @@ def _bytes(tensors: Mapping[str, int], members: Mapping[str, Mapping[str, tuple[
             sizes[owner] += nbytes
     for name, linears in members.items():
         if name not in linears:
-            size, end = sizes.pop(name), max(stop for _, stop in linears.values())
-            for linear, (start, stop) in linears.items():
+            spans = {linear: span for linear, span in linears.items() if span is not None}
+            size, end = sizes.pop(name), max(stop for _, stop in spans.values())
+            for linear, (start, stop) in spans.items():
                 sizes[linear] += size * stop // end - size * start // end  # rounded so that the sum stays the size
     return sizes
 

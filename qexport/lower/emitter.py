@@ -1,6 +1,6 @@
 """Collecting ONNX nodes and initializers while a graph is translated."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import overload
 
@@ -71,6 +71,7 @@ class Emitter:
         domain: str = "",
         name: str = "",
         output: str = "",
+        more: Mapping[str, Attribute] | None = None,
         **attributes: Attribute,
     ) -> ir.Value:
         """Add a node of one output.
@@ -79,8 +80,9 @@ class Emitter:
             inputs: None is an absent one.
             name, output: of the node and of its output; counted by operator where they are empty.
             attributes: None is an absent one.
+            more: attributes of a node that has them in some cases only, behind the others.
         """
-        return self.several(1, op_type, *inputs, domain=domain, name=name, output=output, **attributes)[0]
+        return self.several(1, op_type, *inputs, domain=domain, name=name, output=output, more=more, **attributes)[0]
 
     def several(
         self,
@@ -90,6 +92,7 @@ class Emitter:
         domain: str = "",
         name: str = "",
         output: str = "",
+        more: Mapping[str, Attribute] | None = None,
         **attributes: Attribute,
     ) -> tuple[ir.Value, ...]:
         """Add a node with this many outputs; see `op`."""
@@ -98,7 +101,7 @@ class Emitter:
         made = tuple(ir.Value(name=output if output and i == 0 else f"{name}:{i}") for i in range(outputs))
         while inputs and inputs[-1] is None:  # ONNX Runtime's fusions count a trailing absent input as present
             inputs = inputs[:-1]
-        given = {k: v for k, v in attributes.items() if v is not None}
+        given = {k: v for k, v in (*attributes.items(), *(more or {}).items()) if v is not None}
         self.nodes.append(ir.node(op_type, list(inputs), given, domain=domain, outputs=made, name=name))
         return made
 
@@ -252,8 +255,8 @@ class Emitter:
 
     def shape(self, sizes: Sequence[int | Node]) -> ir.Value:
         """A shape vector from ints and fx nodes of sizes."""
-        if all(isinstance(s, int) for s in sizes):
-            return self.constant(list(sizes))
+        if len(known := [s for s in sizes if isinstance(s, int)]) == len(sizes):
+            return self.constant(known)
         parts = [self.constant([s]) if isinstance(s, int) else self._size(s) for s in sizes]
         return parts[0] if len(parts) == 1 else self.op("Concat", *parts, axis=0)
 
@@ -265,7 +268,9 @@ class Emitter:
         return self.op("Unsqueeze", self.get(node), self.constant([0]))
 
     def _initializer(self, name: str, tensor: ir.TensorProtocol) -> ir.Value:
-        value = ir.Value(name=name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
+        value = ir.Value(
+            name=name, shape=ir.Shape(tensor.shape.numpy()), type=ir.TensorType(tensor.dtype), const_value=tensor
+        )
         self.initializers[name] = value
         return value
 
@@ -288,6 +293,28 @@ def _as_spec(node: Node, read: Callable[[str], torch.Tensor]) -> torch.Tensor:
         if is_call(user, torch.ops.aten.to.dtype):
             narrowed(tensor, dtype_of(user), name)
     return narrowed(tensor, dtype_of(node), name, scale=scale)
+
+
+def name_of(made: ir.Value | ir.Node) -> str:
+    """The name of a value or node of this graph, where all have one.
+
+    Raises:
+        TypeError: it has none.
+    """
+    if made.name is None:
+        raise TypeError(f"{made} has no name")
+    return made.name
+
+
+def maker_of(value: ir.Value) -> ir.Node:
+    """The node that makes a value.
+
+    Raises:
+        TypeError: none does.
+    """
+    if (node := value.producer()) is None:
+        raise TypeError(f"no node makes {value}")
+    return node
 
 
 def unsupported(node: Node, why: str) -> LoweringError:

@@ -6,11 +6,13 @@ by dataflow: what every token gives each expert, the two linears of each and wha
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 from torch.fx import GraphModule, Node
 
-from ..passes.edit import call, finish, is_call, shape_of
+from ..graph.views import Add, DequantizeLinear, ExpertShares, Mul, size_at
+from ..passes.edit import call, finish, is_call
 from ..passes.sites import readers
 from .gates import gate_of
 from .merge import Linear, linear_of
@@ -20,6 +22,8 @@ from .targets.qmoe import Form, Gate, Weights
 
 aten = torch.ops.aten
 ops = torch.ops.qexport
+_FACTOR = "a share is read in another way than as a factor"
+_T = TypeVar("_T")
 _GATE_NODES = 16  # between the two linears of an expert, at most
 
 
@@ -86,7 +90,7 @@ class _Gathering:
         found = columns(self._shares)
         if found is None:
             raise Dense("its shares are read in another way than one for each expert")
-        if not never_negative(self._shares.args[1]):
+        if not never_negative(ExpertShares.of(self._shares).weights):
             raise Dense("a share may be below zero, and QMoE leaves such experts out")
         experts = [self._expert(column) for column in found]
         total = _sum_of([expert.part for expert in experts])
@@ -98,9 +102,12 @@ class _Gathering:
     def _expert(self, share: Node) -> _Expert:
         """The share stands in front of the second linear, or behind it."""
         scaled = _only(share, aten.mul.Tensor)
-        value = next(a for a in scaled.args if a is not share)
+        value = next(a for a in Mul.of(scaled).operands if a is not share)
+        if not isinstance(value, Node):
+            raise Dense(_FACTOR)
         if value in self._linears:
-            down, inner, part = self._linears[value], self._linears[value].product.args[0], scaled
+            down = self._linears[value]
+            inner, part = down.input, scaled
         else:
             down, inner = self._reader(scaled), value
             part = down.result
@@ -108,7 +115,7 @@ class _Gathering:
         gate = gate_of(inner, up.result)
         if gate is None:
             raise Dense("what stands between its linears is no gate that QMoE has")
-        if any(input_of(product) is not product.args[0] for product in (up.product, down.product)):
+        if any(input_of(linear.product) is not linear.input for linear in (up, down)):
             raise Dense("what its linears read is rounded or split on the way")
         return _Expert(up, gate, down, part)
 
@@ -131,9 +138,9 @@ class _Gathering:
 
     def _replace(self, experts: Sequence[_Expert], total: Node, form: Form) -> None:
         ups, downs = [e.up for e in experts], [e.down for e in experts]
-        gate, k = form.gate, shape_of(self._shares.args[0])[-1]
+        gate, k = form.gate, size_at(ExpertShares.of(self._shares).index, -1)
         arguments = (
-            ups[0].product.args[0], self._shares, self._shares, k, *_tensors(ups), *_tensors(downs), form.up.bits,
+            ups[0].input, self._shares, self._shares, k, *_tensors(ups), *_tensors(downs), form.up.bits,
             form.up.group, form.down.group, form.block_size, gate.activation, gate.interleaved, gate.alpha, gate.beta,
             gate.limit, False,
         )  # fmt: skip
@@ -144,10 +151,10 @@ class _Gathering:
         total.replace_all_uses_with(node)
 
 
-def _only(value: Node, target) -> Node:
+def _only(value: Node, target: Any) -> Node:
     users = readers(value)
     if len(users) != 1 or not is_call(users[0], target):
-        raise Dense("a share is read in another way than as a factor")
+        raise Dense(_FACTOR)
     return users[0]
 
 
@@ -162,22 +169,22 @@ def _sum_of(parts: Sequence[Node]) -> Node:
     total = parts[0]
     for part in parts[1:]:
         users = readers(total)
-        if len(users) != 1 or not is_call(users[0], aten.add.Tensor) or set(users[0].args) != {total, part}:
+        added = Add.match(users[0]) if len(users) == 1 else None
+        if added is None or set(added.operands) != {total, part}:
             raise Dense("what its experts make is not just summed")
         total = users[0]
     return total
 
 
 def _form_of(experts: Sequence[_Expert]) -> Form:
-    x = experts[0].up.product.args[0]
-    if any(expert.up.product.args[0] is not x for expert in experts):
+    if any(expert.up.input is not experts[0].up.input for expert in experts):
         raise Dense("its experts do not all read one value")
     up, down = (_one([_weights(getattr(e, side)) for e in experts]) for side in ("up", "down"))
-    hidden, inner = (shape_of(linear.product.args[1])[0] for linear in (experts[0].up, experts[0].down))
+    hidden, inner = (size_at(linear.weight, 0) for linear in (experts[0].up, experts[0].down))
     return Form(hidden, inner, up, down, _one([expert.gate for expert in experts]))
 
 
-def _one(found: Sequence):
+def _one(found: Sequence[_T]) -> _T:
     """What all of these are."""
     if len(kinds := list(dict.fromkeys(found))) > 1:
         raise Dense(f"its experts are of several kinds: {' and '.join(map(str, kinds))}")
@@ -187,18 +194,17 @@ def _one(found: Sequence):
 def _weights(linear: Linear) -> Weights:
     if linear.addends:
         raise Dense("more than a bias is added to what its linears make")
-    weight = linear.product.args[1]
-    if not is_call(weight, ops.dequantize_linear.default) or weight.args[0].op != "get_attr" or weight.args[4] == 0:
+    weight = DequantizeLinear.match(linear.weight)
+    if weight is None or weight.codes.op != "get_attr" or weight.block_size == 0:
         raise Dense("its weights are no codes in groups")
-    codes, _scale, zero_point, _axis, group, bits = weight.args
-    return Weights(bits, group, zero_point is not None)
+    return Weights(weight.bits, weight.block_size, weight.zero_point is not None)
 
 
 def _tensors(linears: Sequence[Linear]) -> tuple[list[Node], ...]:
     """(codes, scales, zero points, biases) of all experts, an empty list where they have none."""
-    weights = [linear.product.args[1].args for linear in linears]
-    codes, scales, zeros = (list(parts) for parts in zip(*(w[:3] for w in weights), strict=True))
-    biases = [linear.bias for linear in linears]
-    if len({bias is None for bias in biases}) > 1:
+    weights = [DequantizeLinear.of(linear.weight) for linear in linears]
+    zeros = [weight.zero_point for weight in weights if weight.zero_point is not None]
+    biases = [linear.bias for linear in linears if linear.bias is not None]
+    if len(biases) not in (0, len(linears)):
         raise Dense("some of its linears have biases and others have none")
-    return codes, scales, *([] if None in parts else parts for parts in (zeros, biases))
+    return [weight.codes for weight in weights], [weight.scale for weight in weights], zeros, biases

@@ -16,7 +16,7 @@ from ..models.preflight import GENERATION, LEGAL_FILES, generation_config
 from ..runtime import manifest as manifests
 from ..runtime.genai import genai_config
 from ..runtime.manifest import Manifest
-from .emitter import VIEW_OF
+from .emitter import VIEW_OF, name_of
 
 _COPIED = ("config.json", "generation_config.json")  # what the runtime reads
 
@@ -37,17 +37,20 @@ def write_model(folder: Path, model: ir.Model, progress: Callable[[int, int], No
         callback=lambda _tensor, info: progress(info.index + 1, info.total),
     )  # fmt: skip
     for value, source in views.items():
-        value.const_value = _reshaped(source.const_value, value)
+        value.const_value = _reshaped(source, value)
     ir.save(model, folder / manifests.MODEL_FILE)
     return sum(p.stat().st_size for p in folder.iterdir())
 
 
-def _reshaped(tensor: ir.TensorProtocol, value: ir.Value) -> ir.TensorProtocol:
+def _reshaped(source: ir.Value, value: ir.Value) -> ir.TensorProtocol:
+    tensor, shape, name = source.const_value, value.shape, name_of(value)
+    if tensor is None or shape is None:
+        raise TypeError(f"{name} is a view of {source.name}, and one of them is no initializer")
     if not isinstance(tensor, ir.ExternalTensor):
-        return ir.tensor(tensor.numpy().reshape(value.shape.numpy()), name=value.name)
+        return ir.tensor(tensor.numpy().reshape(shape.numpy()), name=name)
     return ir.ExternalTensor(
         tensor.location, tensor.offset, tensor.length, tensor.dtype,
-        shape=value.shape, name=value.name, base_dir=tensor.base_dir,
+        shape=shape, name=name, base_dir=tensor.base_dir,
     )  # fmt: skip
 
 

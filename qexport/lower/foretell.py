@@ -39,11 +39,11 @@ def _together(graphs: Sequence[Graph], plan: Mapping[str, LinearPlan]) -> set[st
     """Linears of experts that will be one node of another kernel, as far as shapes and schemes tell."""
     found: set[str] = set()
     for graph in graphs:
-        experts = [plan[linear.name] for linear in of_experts(graph) if plan[linear.name].scheme is not None]
-        kinds = {p.scheme for p in experts}
-        if len(kinds) != 1:
+        experts = [p for linear in of_experts(graph) if (p := plan[linear.name]).scheme is not None]
+        kinds = [scheme for p in experts if (scheme := p.scheme) is not None]
+        if len(set(kinds)) != 1:
             continue
-        (scheme,) = kinds
+        scheme = kinds[0]
         weight = Weights(scheme.weight.stored_bits, scheme.weight.group_size, not scheme.weight.symmetric)
         widths = {p.shape[1] for p in experts}
         form = Form(min(widths), max(widths), weight, weight, Gate("swiglu"))

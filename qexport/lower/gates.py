@@ -1,98 +1,104 @@
 """What stands between the two linears of an expert, told from the graph."""
 
-import operator
+from typing import Any
 
 import torch
 from torch.fx import Node
 
+from ..graph.schema import bind
+from ..graph.views import Add, Item, Mul, Operand, Slice, size_at
 from ..passes.edit import is_call, shape_of
 from .targets.qmoe import INF, Gate
 
 aten = torch.ops.aten
-_END = 2**63 - 1
-_SPLITS = (aten.split.Tensor, aten.chunk.default, aten.split_with_sizes.default)
-_PLAIN = {aten.relu.default: "relu", aten.silu.default: "silu"}
+# What says how large the parts are, and what it is for halves: of features, one or both.
+_HALVES: dict[Any, tuple[str, Any]] = {
+    aten.chunk.default: ("chunks", lambda half: 2),
+    aten.split.Tensor: ("split_size", lambda half: half),
+    aten.split_with_sizes.default: ("split_sizes", lambda half: [half, half]),
+}
+_PLAIN: dict[Any, str] = {aten.relu.default: "relu", aten.silu.default: "silu"}
 
 
 def gate_of(value: Node, result: Node) -> Gate | None:
     """How a value is made of the result of a linear; None where that is nothing that `ops.experts.gate` does."""
-    if value.args[:1] == (result,):
-        if is_call(value, *_PLAIN):
-            return Gate(_PLAIN[value.target])
-        if is_call(value, aten.gelu.default) and value.kwargs.get("approximate") == "tanh":
-            return Gate("gelu")
-    if not is_call(value, aten.mul.Tensor):
+    if is_call(value, *_PLAIN) and bind(value).self is result:
+        return Gate(_PLAIN[value.target])
+    if is_call(value, aten.gelu.default):
+        given = bind(value)
+        return Gate("gelu") if given.self is result and given.approximate == "tanh" else None
+    if (product := Mul.match(value)) is None:
         return None
-    for swish, linear in (value.args, value.args[::-1]):
+    for swish, linear in (product.operands, product.operands[::-1]):
         if (found := _swish(swish)) and (gate := _swiglu(*found, *_shifted(linear), result)):
             return gate
     return None
 
 
-def _swiglu(g: Node, alpha: float, linear: Node, beta: float, result: Node) -> Gate | None:
+def _swiglu(g: Operand, alpha: float, linear: Operand, beta: float, result: Node) -> Gate | None:
     """g * sigmoid(alpha * g) * (linear + beta), if g and linear are the halves of the result, at most clamped."""
     g, least, limit = _clamped(g)
     linear, low, high = _clamped(linear)
     if least != -INF or (low, high) != (-limit, limit):
         return None
-    halves = _half(g, result), _half(linear, result)
-    if None in halves or [place for place, _ in halves] != [0, 1] or halves[0][1] != halves[1][1]:
+    first, second = _half(g, result), _half(linear, result)
+    if first is None or second is None or (first[0], second[0]) != (0, 1) or first[1] != second[1]:
         return None
-    return Gate("swiglu", halves[0][1], alpha, beta, limit)
+    return Gate("swiglu", first[1], alpha, beta, limit)
 
 
-def _swish(node) -> tuple[Node, float] | None:
+def _swish(value: Operand) -> tuple[Node, float] | None:
     """(x, a) of x * sigmoid(a * x)."""
-    if is_call(node, aten.silu.default):
-        return node.args[0], 1.0
-    if not is_call(node, aten.mul.Tensor):
+    if isinstance(value, Node) and is_call(value, aten.silu.default):
+        return bind(value).self, 1.0
+    if (product := Mul.match(value)) is None:
         return None
-    for x, other in (node.args, node.args[::-1]):
-        if is_call(other, aten.sigmoid.default):
-            inside = other.args[0]
+    for x, other in (product.operands, product.operands[::-1]):
+        if isinstance(x, Node) and isinstance(other, Node) and is_call(other, aten.sigmoid.default):
+            inside = bind(other).self
             if inside is x:
                 return x, 1.0
-            if is_call(inside, aten.mul.Tensor) and inside.args[0] is x and isinstance(inside.args[1], (int, float)):
-                return x, float(inside.args[1])
+            scaled = Mul.match(inside)
+            if scaled is not None and scaled.x is x and isinstance(scaled.other, (int, float)):
+                return x, float(scaled.other)
     return None
 
 
-def _shifted(node) -> tuple[Node, float]:
+def _shifted(value: Operand) -> tuple[Operand, float]:
     """(x, b) of x + b."""
-    if is_call(node, aten.add.Tensor) and isinstance(node.args[1], (int, float)) and not node.kwargs:
-        return node.args[0], float(node.args[1])
-    return node, 0.0
+    shifted = Add.match(value)
+    if shifted is not None and isinstance(shifted.other, (int, float)) and shifted.alpha == 1:
+        return shifted.x, float(shifted.other)
+    return value, 0.0
 
 
-def _clamped(node) -> tuple[Node, float, float]:
+def _clamped(value: Operand) -> tuple[Operand, float, float]:
     """(x, smallest, largest)."""
-    if not is_call(node, aten.clamp.default):
-        return node, -INF, INF
-    x, low, high = (*node.args, None, None)[:3]
-    low, high = node.kwargs.get("min", low), node.kwargs.get("max", high)
-    return x, -INF if low is None else float(low), INF if high is None else float(high)
+    if not isinstance(value, Node) or not is_call(value, aten.clamp.default):
+        return value, -INF, INF
+    given = bind(value)
+    return (
+        given.self, -INF if given.min is None else float(given.min), INF if given.max is None else float(given.max),
+    )  # fmt: skip
 
 
-def _half(node, result: Node) -> tuple[int, bool] | None:
+def _half(value: Operand, result: Node) -> tuple[int, bool] | None:
     """Which half of the result's features a value is, and whether it is every other one of them."""
-    size, last = shape_of(result)[-1], (-1, len(shape_of(result)) - 1)
-    if is_call(node, operator.getitem):
-        parts, place = node.args
-        if not is_call(parts, *_SPLITS) or parts.args[0] is not result or (*parts.args, 0)[2] not in last:
+    size, last = size_at(result, -1), (-1, len(shape_of(result)) - 1)
+    if (item := Item.match(value)) is not None:
+        if not is_call(item.source, *_HALVES):
             return None
-        sizes = [2] if is_call(parts, aten.chunk.default) else [size // 2, [size // 2] * 2]
-        return (place, False) if parts.args[1] in sizes else None
-    if not is_call(node, aten.slice.Tensor) or node.args[0] is not result or node.args[1] not in last:
+        given, (name, halves) = bind(item.source), _HALVES[item.source.target]
+        whole = given.self is result and given.dim in last and getattr(given, name) == halves(size // 2)
+        return (item.index, False) if whole else None
+    cut = Slice.match(value)
+    if cut is None or cut.x is not result or cut.dim not in last:
         return None
-    start, stop, step = _span(node)
-    if step == 2 and start in (0, 1) and stop >= size:
+    start, stop = cut.bounds
+    if isinstance(start, Node) or isinstance(stop, Node):
+        return None
+    if cut.step == 2 and start in (0, 1) and stop >= size:
         return start, True
-    if step == 1 and start in (0, size // 2) and min(stop, size) == start + size // 2:
+    if cut.step == 1 and start in (0, size // 2) and min(stop, size) == start + size // 2:
         return int(start > 0), False
     return None
-
-
-def _span(node: Node) -> tuple[int, int, int]:
-    """(start, stop, step) of a slice."""
-    start, stop, step = (*node.args[2:], None, None, None)[:3]
-    return start or 0, _END if stop is None else stop, step or 1

@@ -7,11 +7,11 @@ from torch.fx import Node
 
 from ..capture.graph import Captured
 from ..errors import InputError, LoweringError
+from ..graph.views import END, results_of
 from ..passes.edit import Spec, call, finish, shape_of
 from ..passes.sites import projection_behind
 
 aten = torch.ops.aten
-_END = 2**63 - 1
 
 
 def read_by_projection(captured: Captured) -> str:
@@ -47,19 +47,20 @@ def keep_last(captured: Captured, value: str) -> None:
     Raises:
         LoweringError: a pass took the value away, or something else than the logits depends on it.
     """
-    block, logits = captured.made("logits")
-    graph = block.module.graph
+    if (made := captured.made("logits")) is None:
+        raise TypeError("this model makes no logits")
+    block, logits = made
+    graph, results = block.module.graph, results_of(block.module.graph)
     hidden = next((node for node in graph.nodes if node.name == value), None)
     behind = _descendants(hidden) if hidden is not None else set()
-    results = graph.output_node().args[0]
-    if logits not in behind or any(r in behind or r is hidden for r in results if r is not logits):
+    if hidden is None or logits not in behind or any(r in behind or r is hidden for r in results if r is not logits):
         raise LoweringError(
             f"{value}, which the output projection read, no longer leads to the logits and nothing else",
             place=block.name, remedy="Export with logits all",
         )  # fmt: skip
     batch, length, features = shape_of(hidden)
     with graph.inserting_before(min(hidden.users)):
-        last = call(graph, aten.slice.Tensor, (hidden, 1, -1, _END), like=hidden, shape=(batch, 1, features))
+        last = call(graph, aten.slice.Tensor, (hidden, 1, -1, END), like=hidden, shape=(batch, 1, features))
     hidden.replace_all_uses_with(last, delete_user_cb=lambda user: user is not last)
     for node in behind:
         if isinstance(spec := node.meta.get("spec"), Spec):
@@ -72,7 +73,8 @@ def keep_last(captured: Captured, value: str) -> None:
 
 
 def _descendants(node: Node) -> set[Node]:
-    found, todo = set(), [node]
+    found: set[Node] = set()
+    todo = [node]
     while todo:
         for user in todo.pop().users:
             if user.op != "output" and user not in found:

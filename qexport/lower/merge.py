@@ -15,6 +15,8 @@ from os.path import commonprefix
 import torch
 from torch.fx import GraphModule, Node
 
+from ..graph.schema import bind
+from ..graph.views import Add, DequantizeLinear, ExpandCodes, Matmul, size_at, tensor_name
 from ..numerics.joined import Joined
 from ..passes.edit import add_tensor, call, finish, get_tensor, is_call, shape_of
 from .targets.forms import linear_products
@@ -53,7 +55,15 @@ class Linear:
 
     @property
     def size(self) -> int:
-        return shape_of(self.product)[-1]
+        return size_at(self.product, -1)
+
+    @property
+    def input(self) -> Node:
+        return Matmul.of(self.product).x
+
+    @property
+    def weight(self) -> Node:
+        return Matmul.of(self.product).weight
 
 
 def merge(module: GraphModule) -> Merged:
@@ -65,19 +75,19 @@ def merge(module: GraphModule) -> Merged:
     by_value: dict[Node, list[Node]] = {}
     for product in linear_products(module.graph):
         if not {"plane_of", "branch_of"} & set(product.meta):
-            by_value.setdefault(product.args[0], []).append(product)
+            by_value.setdefault(Matmul.of(product).x, []).append(product)
     merged = Merged()
     for products in by_value.values():
         if len(products) < 2:
             continue
         groups: dict[tuple, list[Linear]] = {}
         for product in products:
-            linear = linear_of(product)
-            why = "its result is not a plain sum" if linear is None else _why_apart(linear)
-            if why:
-                merged.apart[product.meta["linear"]] = why
+            if (linear := linear_of(product)) is None:
+                merged.apart[product.meta["linear"]] = "its result is not a plain sum"
+            elif why := _why_apart(linear):
+                merged.apart[linear.name] = why
             else:
-                groups.setdefault((_form(product.args[1]), len(linear.addends)), []).append(linear)
+                groups.setdefault((_form(linear.weight), len(linear.addends)), []).append(linear)
         for group in groups.values():
             why = _move_up(group) if len(group) > 1 else "no other linear that reads the same value has its form"
             if why:
@@ -90,12 +100,17 @@ def merge(module: GraphModule) -> Merged:
 
 def linear_of(product: Node) -> Linear | None:
     """What is added to a product, up to the result of its linear."""
-    name, node, bias, bias_at, addends = product.meta["linear"], product, None, 0, []
+    name, node, bias_at = product.meta["linear"], product, 0
+    bias: Node | None = None
+    addends: list[Node] = []
     while node.meta.get("result_of") != name:
-        total = next(iter(node.users), None)
-        if len(node.users) != 1 or not is_call(total, aten.add.Tensor) or total.args[0] is not node:
+        if len(node.users) != 1:
             return None
-        addend, node = total.args[1], total
+        (user,) = node.users
+        total = Add.match(user)
+        if total is None or total.x is not node or not isinstance(total.other, Node):
+            return None
+        addend, node = total.other, user
         if bias is None and addend.op == "get_attr" and len(shape_of(addend)) == 1:
             bias, bias_at = addend, len(addends)
         else:
@@ -107,7 +122,7 @@ def _why_apart(linear: Linear) -> str:
     """Why a linear can be merged with no other; empty where it can."""
     if any(shape_of(addend) != shape_of(linear.result) for addend in linear.addends):
         return "what is added to it is not of its shape"
-    return _why_not_beside(linear.product.args[1])
+    return _why_not_beside(linear.weight)
 
 
 def _why_not_beside(weight: Node) -> str:
@@ -116,11 +131,12 @@ def _why_not_beside(weight: Node) -> str:
         return ""
     if is_call(weight, ops.dequantize_codebook.default):
         return "its codes are indices of a table"
-    if not is_call(weight, ops.dequantize_linear.default):
+    if (found := DequantizeLinear.match(weight)) is None:
         return "its weight has a form of its own"
-    if shape_of(weight.args[1]) == ():
+    if shape_of(found.scale) == ():
         return "its weight has one scale"
-    if is_call(weight.args[0], ops.expand_codes.default) and weight.args[0].args[3] is not None:
+    expanded = ExpandCodes.match(found.codes)
+    if expanded is not None and expanded.factor is not None:
         return "the columns of its weight carry factors"
     return ""
 
@@ -130,14 +146,15 @@ def _form(node: Node) -> tuple:
     if node.op == "get_attr":
         spec = node.meta["spec"]
         return spec.dtype, spec.shape[:-1]
-    return node.target, *(_form(a) if isinstance(a, Node) else a for a in node.args)
+    return node.target, *(_form(a) if isinstance(a, Node) else a for a in vars(bind(node)).values())
 
 
 def _same_but_columns(nodes: Sequence[Node]) -> bool:
     """Whether these are products of one value with weights that can stand side by side."""
-    if not all(is_call(node, aten.matmul.default) and node.args[0] is nodes[0].args[0] for node in nodes):
+    products = [product for node in nodes if (product := Matmul.match(node)) is not None]
+    if len(products) < len(nodes) or any(product.x is not products[0].x for product in products):
         return False
-    weights = [node.args[1] for node in nodes]
+    weights = [product.weight for product in products]
     return not any(map(_why_not_beside, weights)) and len(set(map(_form, weights))) == 1
 
 
@@ -174,10 +191,11 @@ class _Merge:
         graph, group = self._module.graph, self._group
         sizes = [linear.size for linear in group]
         with graph.inserting_before(group[0].product):
-            result = product = self._product([linear.product for linear in group])
+            product = self._product([linear.product for linear in group])
+            result = product
             addends = [self._sum(nodes) for nodes in zip(*(linear.addends for linear in group), strict=True)]
             if biased := [linear for linear in group if linear.bias is not None]:
-                addends.insert(biased[0].bias_at, self._bias(biased[0].bias.target))
+                addends.insert(biased[0].bias_at, self._bias())
             for addend in addends:
                 result = call(graph, aten.add.Tensor, (result, addend), like=product)
             pieces = graph.call_function(aten.split_with_sizes.default, (result, sizes, -1))
@@ -199,14 +217,15 @@ class _Merge:
         """
         if _same_but_columns(nodes):
             return self._product(nodes)
-        shape = (*shape_of(nodes[0])[:-1], sum(shape_of(node)[-1] for node in nodes))
+        shape = (*shape_of(nodes[0])[:-1], sum(size_at(node, -1) for node in nodes))
         return call(self._module.graph, aten.cat.default, (list(nodes), -1), like=nodes[0], shape=shape)
 
     def _product(self, nodes: Sequence[Node]) -> Node:
         """One product for several with the same first factor."""
-        first, weight = nodes[0], self._weight([node.args[1] for node in nodes])
+        products = [Matmul.of(node) for node in nodes]
+        first, weight = nodes[0], self._weight([product.weight for product in products])
         shape = (*shape_of(first)[:-1], shape_of(weight)[-1])
-        product = call(self._module.graph, aten.matmul.default, (first.args[0], weight), like=first, shape=shape)
+        product = call(self._module.graph, aten.matmul.default, (products[0].x, weight), like=first, shape=shape)
         if "linear" in first.meta:
             product.meta["linear"] = self._name_like(first.meta["linear"])
             product.meta |= {key: self._name for key in ("plane_of", "branch_of") if key in first.meta}
@@ -216,17 +235,19 @@ class _Merge:
         """Weights of one form, side by side."""
         first = nodes[0]
         if first.op == "get_attr":
-            return self._add(first.target, Joined(tuple(node.target for node in nodes)))
+            return self._add(tensor_name(first), Joined(tuple(map(tensor_name, nodes))))
+        given = [vars(bind(node)) for node in nodes]
         arguments = tuple(
-            self._weight([node.args[i] for node in nodes]) if isinstance(argument, Node) else argument
-            for i, argument in enumerate(first.args)
+            self._weight([other[name] for other in given]) if isinstance(argument, Node) else argument
+            for name, argument in given[0].items()
         )
-        columns = sum(shape_of(node)[-1] for node in nodes)
+        columns = sum(size_at(node, -1) for node in nodes)
         return call(self._module.graph, first.target, arguments, like=first, shape=(shape_of(first)[0], columns))
 
-    def _bias(self, like: str) -> Node:
-        parts = [linear.size if linear.bias is None else linear.bias.target for linear in self._group]
-        return self._add(like, Joined(tuple(parts)))
+    def _bias(self) -> Node:
+        """The biases side by side, as many zeros where a linear has none."""
+        parts = [linear.size if linear.bias is None else tensor_name(linear.bias) for linear in self._group]
+        return self._add(next(part for part in parts if isinstance(part, str)), Joined(tuple(parts)))
 
     def _add(self, like: str, joined: Joined) -> Node:
         name = self._name_like(like)

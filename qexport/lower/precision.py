@@ -12,6 +12,8 @@ from dataclasses import replace
 import torch
 from torch.fx import Graph, GraphModule, Node
 
+from ..graph.schema import bind, rebind
+from ..graph.views import Item
 from ..numerics.narrowing import narrowed
 from ..passes.edit import Spec, call, finish, get_tensor, is_call, set_tensor
 from .targets.bfloat16 import IN_FLOAT32
@@ -33,11 +35,12 @@ def to_half(module: GraphModule, constants: set[str], half: torch.dtype) -> None
     single = _stays_single(graph, constants)
     if half == torch.bfloat16:  # what reads these has kernels again
         for node in graph.nodes:
-            if is_call(node, *IN_FLOAT32) or (is_call(node, operator.getitem) and node.args[0] in single):
+            item = Item.match(node)
+            if is_call(node, *IN_FLOAT32) or (item is not None and item.source in single):
                 single.add(node)
     for node in list(graph.nodes):
         if is_call(node, aten.softmax.int) and node not in single:
-            node.args = node.args[:2]  # without the float32 that a router may ask for
+            rebind(node, dtype=None)  # without the float32 that a router may ask for
         if node.op == "get_attr" and _is_float(node) and node not in single:
             set_tensor(module, node.target, narrowed(get_tensor(module, node.target), half, node.target))
         if node.op != "output" and node not in single:
@@ -68,9 +71,12 @@ def _stays_single(graph: Graph, constants: set[str]) -> set[Node]:
     return single
 
 
-def _cache_scales(node: Node) -> tuple:
+def _cache_scales(node: Node) -> tuple[Node | None, ...]:
     """What attention reads in float32 whatever its own type: the scales of a cache of codes."""
-    return node.args[9:11] if is_call(node, torch.ops.qexport.grouped_attention.default) else ()
+    if not is_call(node, torch.ops.qexport.grouped_attention.default):
+        return ()
+    given = bind(node)
+    return given.key_scale, given.value_scale
 
 
 def _cast(graph: Graph, source: Node, dtype: torch.dtype, casts: dict) -> Node:

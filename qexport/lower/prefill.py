@@ -10,8 +10,9 @@ import copy
 import torch
 from torch.fx import GraphModule, Node
 
+from ..graph.views import DequantizeLinear, Matmul
 from ..passes.activations import round_per_token
-from ..passes.edit import call, finish, is_call
+from ..passes.edit import call, finish, is_call, shape_of
 from .targets.forms import form_of, linear_products
 
 ops = torch.ops.qexport
@@ -36,10 +37,10 @@ def prompt_twin(module: GraphModule) -> GraphModule | None:
     readers: dict[Node, list[Node]] = {}
     for product in linear_products(graph):
         if _weight_only(product):
-            readers.setdefault(product.args[0], []).append(product)
-            weight = product.args[1]
+            canonical = Matmul.of(product)
+            readers.setdefault(canonical.x, []).append(product)
             with graph.inserting_before(product):
-                product.replace_input_with(weight, _in_int8(weight))
+                product.replace_input_with(canonical.weight, _in_int8(canonical.weight))
     for value, products in readers.items():
         round_per_token(graph, value, products)
     finish(twin)
@@ -48,20 +49,20 @@ def prompt_twin(module: GraphModule) -> GraphModule | None:
 
 def _weight_only(product: Node) -> bool:
     """Whether a canonical product has a weight in groups and a float input, and is all of its linear."""
-    weight = product.args[1]
+    weight = Matmul.of(product).weight
     if not is_call(weight, ops.dequantize_linear.default) or {"plane_of", "branch_of"} & set(product.meta):
         return False
     form = form_of(product)
-    return form.block_size > 0 and form.quantize is None
+    return form.block_size > 0 and form.rounding is None
 
 
 def _in_int8(weight: Node) -> Node:
-    codes, scale, zero_point, _axis, group_size, bits = weight.args
-    graph, columns = weight.graph, codes.meta["spec"].shape[1:]
-    arguments = (codes, scale, zero_point, group_size)
+    found, graph = DequantizeLinear.of(weight), weight.graph
+    codes, columns = found.codes, shape_of(found.codes)[1:]
+    arguments = (codes, found.scale, found.zero_point, found.block_size)
     step = call(graph, ops.channel_scale.default, arguments, like=weight, shape=columns)
     wide = call(
-        graph, ops.expand_codes.default, (codes, scale, zero_point, None, step, group_size, bits),
-        like=codes, dtype=torch.int8,
+        graph, ops.expand_codes.default,
+        (codes, found.scale, found.zero_point, None, step, found.block_size, found.bits), like=codes, dtype=torch.int8,
     )  # fmt: skip
     return call(graph, ops.dequantize_linear.default, (wide, step, None, 1, 0, 8), like=weight)

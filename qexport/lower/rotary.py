@@ -2,15 +2,15 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.fx import Node
 from torch.fx.node import map_arg
 
 from ..capture.blocks import Block
-from ..passes.edit import is_call, shape_of
-
-aten = torch.ops.aten
+from ..graph.views import Cat, RotaryEmbedding, Slice, results_of, size_at, tensor_name
+from ..passes.edit import shape_of
 
 _LARGEST = 1 << 26  # bytes; a model with more positions than fit rotates outside of attention
 
@@ -31,20 +31,21 @@ class Rotated:
 
 def rotated(node: Node) -> Rotated | None:
     """What a node rotates: all features, or the first ones with the others put behind them again."""
-    if is_call(node, torch.ops.qexport.rotary_embedding.default):
-        return Rotated(*node.args)
-    if not is_call(node, aten.cat.default) or len(node.args[0]) != 2 or node.args[1] not in (-1, 3):
+    if (whole := RotaryEmbedding.match(node)) is not None:
+        return Rotated(whole.x, whole.cos, whole.sin)
+    joined = Cat.match(node)
+    if joined is None or len(joined.tensors) != 2 or joined.dim not in (-1, 3):
         return None
-    turned, kept = node.args[0]
-    if not is_call(turned, torch.ops.qexport.rotary_embedding.default) or not is_call(kept, aten.slice.Tensor):
+    turned, kept = RotaryEmbedding.match(joined.tensors[0]), Slice.match(joined.tensors[1])
+    if turned is None or kept is None or kept.dim not in (-1, 3):
         return None
-    x, axis, start, end = (*kept.args, 2**63 - 1)[:4]
-    width = shape_of(turned)[-1]
-    if axis not in (3, -1) or start != width or end < shape_of(x)[-1]:
+    x, width = kept.x, size_at(turned.x, -1)
+    start, end = kept.bounds
+    if start != width or isinstance(end, Node) or end < size_at(x, -1):
         return None
-    part = turned.args[0]
-    first = is_call(part, aten.slice.Tensor) and part.args[:4] in ((x, 3, 0, width), (x, -1, 0, width))
-    return Rotated(x, *turned.args[1:]) if part is x or first else None
+    first = Slice.match(turned.x)
+    beside = first is not None and first.x is x and first.dim in (-1, 3) and first.bounds == (0, width)
+    return Rotated(x, turned.cos, turned.sin) if turned.x is x or beside else None
 
 
 def position_table(
@@ -63,13 +64,13 @@ def position_table(
     graph = block.module.graph
     placeholders = [n for n in graph.nodes if n.op == "placeholder"]
     names = dict(zip(placeholders, block.inputs, strict=True))
-    results = dict(zip(block.outputs, graph.output_node().args[0], strict=True))
+    results = dict(zip(block.outputs, results_of(graph), strict=True))
     if value not in results:
         return None
     nodes = _ancestors(results[value])
     if any(node.op == "placeholder" and names[node] != position_ids for node in nodes):
         return None
-    width = shape_of(results[value])[-1]
+    width = size_at(results[value], -1)
     if len(shape_of(results[value])) != 3 or 4 * length * width > _LARGEST or width % 8:
         return None  # GroupQueryAttention wants tables of a multiple of 8 columns
     table = _run(nodes, torch.arange(length)[None], read)[0].contiguous()
@@ -79,13 +80,13 @@ def position_table(
 
 
 def _run(nodes: list[Node], positions: torch.Tensor, read: Callable[[str], torch.Tensor]) -> torch.Tensor:
-    known: dict[Node, object] = {}
+    known: dict[Node, Any] = {}
     for node in nodes:
         if node.op == "placeholder":
             known[node] = positions
         elif node.op == "get_attr":
-            known[node] = read(node.target)
-        else:
+            known[node] = read(tensor_name(node))
+        elif callable(node.target):
             arguments, options = map_arg((node.args, dict(node.kwargs)), known.__getitem__)
             known[node] = node.target(*arguments, **options)
     return known[nodes[-1]]

@@ -3,6 +3,7 @@
 import operator
 
 import torch
+from torch.fx import Node
 
 from ..capture.blocks import Block
 from ..capture.graph import Captured
@@ -37,8 +38,7 @@ def turn_tokens(first: Block, values: dict[str, str]) -> None:
         for name in ("input_ids", "position_ids"):
             if (node := by_name.get(values[name])) is not None:
                 turned = call(graph, ops.take_tokens.default, (node, parts[0]), like=node)
-                others = (found, turned)
-                node.replace_all_uses_with(turned, delete_user_cb=lambda user, others=others: user not in others)
+                _replace(node, turned, but={found, turned})
                 handed_on[turned_name(name)] = turned
     for name, node in handed_on.items():
         hand_on(first, node, name)
@@ -65,4 +65,9 @@ def turn_back(last: Block, captured: Captured) -> None:
         with graph.inserting_before(first_call(graph)):
             turned = call(graph, ops.take_tokens.default, (node, back), like=node)
             marked = call(graph, aten.where.ScalarOther, (valid, turned, float("nan")), like=node)
-        node.replace_all_uses_with(marked, delete_user_cb=lambda user, turned=turned: user is not turned)
+        _replace(node, marked, but={turned})
+
+
+def _replace(node: Node, other: Node, but: set[Node]) -> None:
+    """Let everything that reads a value read another one, `but` these."""
+    node.replace_all_uses_with(other, delete_user_cb=lambda user: user not in but)

@@ -4,14 +4,15 @@ from torch.fx import Graph, Node
 
 from ..capture.blocks import Block
 from ..capture.graph import Captured
+from ..graph.views import results_of
 from ..passes.edit import Spec, finish
 
 
 def producers(captured: Captured) -> dict[str, tuple[Block, Node]]:
     """The block and the node that make each value which leaves a block."""
-    found = {}
+    found: dict[str, tuple[Block, Node]] = {}
     for block in captured.blocks:
-        results = block.module.graph.output_node().args[0]
+        results = results_of(block.module.graph)
         found |= {name: (block, node) for name, node in zip(block.outputs, results, strict=True)}
     return found
 
@@ -30,7 +31,7 @@ def first_call(graph: Graph) -> Node:
 def hand_on(block: Block, node: Node, name: str) -> None:
     """Make a value an output of a block."""
     output = block.module.graph.output_node()
-    output.args = ((*output.args[0], node),)
+    output.args = ((*results_of(block.module.graph), node),)
     block.outputs.append(name)
 
 
@@ -52,9 +53,9 @@ def prune(captured: Captured) -> None:
     wanted = {port.value for port in captured.outputs}
     for block in reversed(captured.blocks):
         graph = block.module.graph
-        output = graph.output_node()
+        results = results_of(graph)
         kept = [i for i, name in enumerate(block.outputs) if name in wanted]
-        output.args = (tuple(output.args[0][i] for i in kept),)
+        graph.output_node().args = (tuple(results[i] for i in kept),)
         block.outputs[:] = [block.outputs[i] for i in kept]
         finish(block.module)
         for node, name in names_of(block).items():

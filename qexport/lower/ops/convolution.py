@@ -34,7 +34,7 @@ def _conv(emit: Emitter, node: Node, given: Arguments) -> ir.Value:
     return emit.op(
         "Conv", emit.get(x), emit.get(given.weight), emit.get(given.bias), name=name,
         output=output and f"{output}.output", strides=strides, dilations=_each(given.dilation, rank),
-        group=given.groups, **pads,
+        group=given.groups, more=pads,
     )  # fmt: skip
 
 

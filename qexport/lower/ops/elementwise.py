@@ -19,7 +19,7 @@ _ARITHMETIC = ("Add", "Sub", "Mul", "Div", "Pow")
 
 
 def _unary(op_type: str, **attributes: Attribute) -> Translation:
-    return lambda emit, node, given: emit.op(op_type, emit.get(given.self, dtype_of(node)), **attributes)
+    return lambda emit, node, given: emit.op(op_type, emit.get(given.self, dtype_of(node)), more=attributes)
 
 
 translates(aten.neg.default)(_unary("Neg"))

@@ -104,5 +104,5 @@ def _quantized_experts(emit: Emitter, node: Node, given: Arguments) -> ir.Value:
         QMOE, emit.get(given.x), emit.get(given.scores), *up[:3], *down[:3], None, None, None, up[3], down[3], None,
         emit.get(given.shares), domain="com.microsoft", name=name, k=given.k, activation_type=given.activation,
         expert_weight_bits=bits, block_size=block, normalize_routing_weights=0, weights_prepacked=0,
-        accuracy_level=4 if given.rounds else 1, **swiglu,
+        accuracy_level=4 if given.rounds else 1, more=swiglu,
     )  # fmt: skip

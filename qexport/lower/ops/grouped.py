@@ -71,7 +71,7 @@ def _grouped_attention(emit: Emitter, node: Node, given: Arguments) -> tuple[ir.
         emit.get(given.key_scale), emit.get(given.value_scale), domain="com.microsoft",
         num_heads=size_at(given.query, -1) // size, kv_num_heads=kv_heads, scale=float(given.scale),
         softcap=float(given.softcap) or None, do_rotary=int(given.cos is not None),
-        local_window_size=given.window or -1, kv_cache_bit_width=given.bits or None, **codes,
+        local_window_size=given.window or -1, kv_cache_bit_width=given.bits or None, more=codes,
     )  # fmt: skip
 
 

@@ -176,4 +176,4 @@ def _kernel(
     """A product that is a kernel of ONNX Runtime's own, under the linear's name."""
     name = node.meta["linear"]
     output = f"{name}.output" if "result_of" in node.meta else ""
-    return emit.op(op_type, emit.get(x), *constants, domain="com.microsoft", name=name, output=output, **attributes)
+    return emit.op(op_type, emit.get(x), *constants, domain="com.microsoft", name=name, output=output, more=attributes)

@@ -13,20 +13,18 @@ aten = torch.ops.aten
 
 def _resize(mode: str, **attributes: Attribute) -> Translation:
     def translate(emit: Emitter, node: Node, given: Arguments) -> ir.Value:
-        attributes_of: dict[str, Attribute]
+        more = {"coordinate_transformation_mode": "half_pixel", **attributes}
         if getattr(given, "align_corners", False):
-            attributes_of = attributes | {"coordinate_transformation_mode": "align_corners"}
-        else:
-            attributes_of = {"coordinate_transformation_mode": "half_pixel"} | attributes
+            more = {**attributes, "coordinate_transformation_mode": "align_corners"}
         value = emit.get(given.input)
         if given.scale_factors is not None:
             scales = emit.constant([1.0, 1.0, *map(float, given.scale_factors)], torch.float32)
-            return emit.op("Resize", value, None, scales, mode=mode, **attributes_of)
+            return emit.op("Resize", value, None, scales, mode=mode, more=more)
         if given.output_size is None:
             raise unsupported(node, "without a size")
         size = emit.op("Shape", value, start=0, end=2)
         wanted = emit.op("Concat", size, emit.shape(list(given.output_size)), axis=0)
-        return emit.op("Resize", value, None, None, wanted, mode=mode, **attributes_of)
+        return emit.op("Resize", value, None, None, wanted, mode=mode, more=more)
 
     return translate
 

@@ -7,11 +7,13 @@ from typing import ClassVar
 import torch
 from torch.fx import GraphModule, Node
 
+from ...graph.schema import rebind
+from ...graph.views import DequantizeLinear, Matmul, QuantizeLinear
 from ...numerics.packing import stored_block
 from ...passes.edit import add_tensor, call, finish, is_call
 from ..prefill import LONGEST_STEP, prompt_twin
 from . import qmoe
-from .forms import DEFAULT_BLOCK, Form, as_own_kernel, form_of, linear_products, own_kernel
+from .forms import DEFAULT_BLOCK, Rounding, as_own_kernel, form_of, linear_products, own_kernel
 
 ops = torch.ops.qexport
 aten = torch.ops.aten
@@ -73,11 +75,11 @@ class CpuTarget:
     def rewrite(self, module: GraphModule, constants: set[str]) -> None:
         """Turn canonical QDQ into the forms that this provider fuses, in place."""
         for product in linear_products(module.graph):
-            form = form_of(product)
-            if form.integer:
-                _integer(module, product, form)
+            if (rounding := form_of(product).integer) is not None:
+                _integer(module, product, rounding)
                 continue
-            x, block = product.args[0], _input_block(product.args[1])
+            canonical = Matmul.of(product)
+            x, block = canonical.x, _input_block(canonical.weight)
             if self.accuracy_level == 4 and block is not None:
                 with module.graph.inserting_before(product):
                     rounded = call(module.graph, ops.matmul_nbits_input.default, (x, block), like=x)
@@ -85,7 +87,7 @@ class CpuTarget:
             as_own_kernel(module, product)
         if self.accuracy_level == 4:
             for mixture in qmoe.mixtures(module.graph):
-                mixture.args = (*mixture.args[:-1], True)
+                rebind(mixture, rounds=True)
         finish(module)
 
     def kernel(self, product: Node) -> str:
@@ -97,33 +99,33 @@ def _input_block(weight: Node) -> int | None:
     """Features of the input that accuracy level 4 rounds together; None where the kernel keeps the input as it is."""
     if is_call(weight, ops.dequantize_codebook.default):
         return None
-    *_, group_size, bits = weight.args
+    codes = DequantizeLinear.of(weight)
+    group_size, bits = codes.block_size, codes.bits
     if group_size == 0:
         return DEFAULT_BLOCK
     # The 2-bit kernel for 8-bit inputs has no blocks of 16; without it the weight is unpacked and the product float.
     return None if bits == 2 and group_size == 16 else stored_block(bits, group_size)
 
 
-def _integer(module: GraphModule, product: Node, form: Form) -> None:
+def _integer(module: GraphModule, product: Node, rounding: Rounding) -> None:
     """uint8 activations with zero point 128; the token scale behind the product; 4-bit codes widened when loaded."""
     graph = module.graph
-    codes = form.quantize
-    if codes.args[3]:  # still signed: not yet rewritten for another linear that shares it
+    codes, token_scale, canonical = rounding.quantize, rounding.token_scale, Matmul.of(product)
+    if QuantizeLinear.of(codes).signed:  # still signed: not yet rewritten for another linear that shares it
         with graph.inserting_before(codes):
             zero = add_tensor(graph, f"{product.meta['linear']}.input_zero_point", torch.tensor(128, dtype=torch.uint8))
-        codes.args = (codes.args[0], codes.args[1], 128, False)
+        rebind(codes, zero_point=128, signed=False)
         codes.meta["spec"] = replace(codes.meta["spec"], dtype=torch.uint8)
-        dequantize = form.dequantize
-        dequantize.args = (codes, dequantize.args[1], zero, *dequantize.args[3:])
-    if form.token_scale is not None:
-        product.replace_input_with(product.args[0], form.dequantize)
+        rebind(rounding.dequantize, zero_point=zero)
+    if token_scale is not None:
+        product.replace_input_with(canonical.x, rounding.dequantize)
         with graph.inserting_after(product):
-            scaled = call(graph, aten.mul.Tensor, (product, form.token_scale), like=product)
+            scaled = call(graph, aten.mul.Tensor, (product, token_scale), like=product)
         product.replace_all_uses_with(scaled, delete_user_cb=lambda user: user is not scaled)
         if "result_of" in product.meta:
             scaled.meta["result_of"] = product.meta.pop("result_of")
-    weight = product.args[1]
-    if weight.args[5] == 4 and not is_call(weight.args[0], ops.widen_int4.default):
-        with graph.inserting_before(weight):
-            wide = call(graph, ops.widen_int4.default, (weight.args[0],), like=weight.args[0])
-        weight.args = (wide, *weight.args[1:5], 8)
+    weight = DequantizeLinear.of(canonical.weight)
+    if weight.bits == 4 and not is_call(weight.codes, ops.widen_int4.default):
+        with graph.inserting_before(canonical.weight):
+            wide = call(graph, ops.widen_int4.default, (weight.codes,), like=weight.codes)
+        rebind(canonical.weight, codes=wide, bits=8)

@@ -7,11 +7,13 @@ from typing import ClassVar
 import torch
 from torch.fx import Graph, GraphModule, Node
 
+from ...graph.schema import bind, rebind
+from ...graph.views import DequantizeLinear, ExpertShares, Matmul, QuantizeLinear
 from ...passes.edit import call, finish, is_call, shape_of
 from ..precision import KEEP, to_half
 from ..shares import sum_of
 from . import fpa_intb, qmoe
-from .forms import DEFAULT_BLOCK, Form, as_own_kernel, form_of, linear_products, own_kernel
+from .forms import DEFAULT_BLOCK, Rounding, as_own_kernel, form_of, linear_products, own_kernel
 
 ops = torch.ops.qexport
 aten = torch.ops.aten
@@ -72,9 +74,8 @@ class CudaTarget:
     def rewrite(self, module: GraphModule, constants: set[str]) -> None:
         """Turn canonical QDQ into nodes that have CUDA kernels, and the graph into `dtype`, in place."""
         for product in linear_products(module.graph):
-            form = form_of(product)
-            if form.integer:
-                _integer(module, product, form)
+            if (rounding := form_of(product).integer) is not None:
+                _integer(module, product, rounding)
             else:
                 as_own_kernel(module, product)
         for mixture in qmoe.mixtures(module.graph):
@@ -91,18 +92,20 @@ class CudaTarget:
 
 def _by_scores(graph: Graph, mixture: Node) -> None:
     """Shares as the softmax of scores, times their sum: this provider does not read them from an input of their own."""
-    x, shares = mixture.args[:2]
+    given = bind(mixture)
+    x, shares = given.x, given.scores
+    total: Node | float | None = sum_of(ExpertShares.of(shares).weights)
     with graph.inserting_before(mixture):
         scores = shares
         # In float32, where no share becomes zero but those that are.
         for target, *more in ((aten.to.dtype, torch.float32), (aten.clamp_min.default, 1e-30), (aten.log.default,)):
             scores = call(graph, target, (scores, *more), like=shares)
             scores.meta[KEEP] = True
-        if (total := sum_of(shares.args[1])) is None:
+        if total is None:
             total = call(graph, aten.sum.dim_IntList, (shares, [-1], True), like=shares, shape=(shape_of(shares)[0], 1))
             sizes = [call(graph, aten.sym_size.int, (x, axis), like=x, dtype=torch.int64, shape=()) for axis in (0, 1)]
             total = call(graph, aten.view.default, (total, [*sizes, 1]), like=x, shape=(*shape_of(x)[:-1], 1))
-    mixture.args = (x, scores, None, *mixture.args[3:])
+    rebind(mixture, scores=scores, shares=None)
     if total == 1:
         return
     with graph.inserting_after(mixture):
@@ -115,17 +118,17 @@ def _nbits(products: Sequence[Node]) -> dict[str, fpa_intb.Product]:
     return {name: product for name, product in found.items() if product is not None}
 
 
-def _integer(module: GraphModule, product: Node, form: Form) -> None:
+def _integer(module: GraphModule, product: Node, rounding: Rounding) -> None:
     """codes x codes in int32, then the scales in float32: the sums do not fit float16."""
-    graph, weight = module.graph, product.args[1]
-    codes, scale, _zero_point, _axis, _block, bits = weight.args
+    graph, weight = module.graph, DequantizeLinear.of(Matmul.of(product).weight)
+    codes, step = weight.codes, rounding.token_scale
     with graph.inserting_before(product):
-        if bits == 4:
+        if weight.bits == 4:
             codes = call(graph, ops.widen_int4.default, (codes,), like=codes)
-        exact = call(graph, ops.matmul_integer.default, (form.quantize, codes), like=product, dtype=torch.int32)
+        exact = call(graph, ops.matmul_integer.default, (rounding.quantize, codes), like=product, dtype=torch.int32)
         result = call(graph, aten.to.dtype, (exact, torch.float32), like=product)
         result.meta[KEEP] = True
-        for factor in (form.token_scale if form.token_scale is not None else form.quantize.args[1], scale):
+        for factor in (QuantizeLinear.of(rounding.quantize).scale if step is None else step, weight.scale):
             result = call(graph, aten.mul.Tensor, (result, factor), like=product)
             result.meta[KEEP] = True
     if is_call(codes, ops.expand_codes.default):

@@ -1,10 +1,13 @@
 """Reading a quantized linear back from the canonical graph."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.fx import Graph, GraphModule, Node
 
+from ...graph.schema import bind
+from ...graph.views import Cast, DequantizeCodebook, DequantizeLinear, Div, Matmul, Mul, Operand
 from ...numerics.packing import stored_block
 from ...passes.edit import WITHOUT_OUTLIERS, call, is_call
 
@@ -15,7 +18,21 @@ ops = torch.ops.qexport
 # (session.qdq_matmulnbits_block_size, its default).
 DEFAULT_BLOCK = 32
 
-_OWN_KERNELS = {ops.matmul_bnb4.default: "MatMulBnb4", ops.matmul_nbits.default: "MatMulNBits"}
+_OWN_KERNELS: dict[Any, str] = {ops.matmul_bnb4.default: "MatMulBnb4", ops.matmul_nbits.default: "MatMulNBits"}
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """How what a product reads is rounded.
+
+    Attributes:
+        quantize, dequantize: the calls.
+        token_scale: of a dynamic activation; None where it is static.
+    """
+
+    quantize: Node
+    dequantize: Node
+    token_scale: Node | None = None
 
 
 @dataclass(frozen=True)
@@ -24,19 +41,16 @@ class Form:
 
     Attributes:
         block_size: of the weight; 0 for one scale per channel or tensor.
-        quantize, dequantize: of the activation; None where it is float.
-        token_scale: of a dynamic activation; None where it is static.
+        rounding: of the activation; None where it is float.
     """
 
     block_size: int
-    quantize: Node | None = None
-    dequantize: Node | None = None
-    token_scale: Node | None = None
+    rounding: Rounding | None = None
 
     @property
-    def integer(self) -> bool:
-        """Whether the product can run as one integer matmul: both sides 8 bits, scales outside the sum."""
-        return self.quantize is not None and self.block_size == 0
+    def integer(self) -> Rounding | None:
+        """The rounding, where the product can run as one integer matmul: both sides 8 bits, scales outside the sum."""
+        return self.rounding if self.block_size == 0 else None
 
 
 def linear_products(graph: Graph) -> list[Node]:
@@ -44,57 +58,76 @@ def linear_products(graph: Graph) -> list[Node]:
     return [n for n in graph.nodes if "linear" in n.meta]
 
 
+def read_by(product: Node) -> Node:
+    """What a product, canonical or rewritten, multiplies with its weight."""
+    if (canonical := Matmul.match(product)) is not None:
+        return canonical.x
+    given = bind(product)
+    return given.a if is_call(product, ops.matmul_integer.default) else given.x
+
+
 def form_of(product: Node) -> Form:
     """The form of a canonical product, or of one already rewritten for the CPU."""
-    x, weight = product.args
-    block_size = weight.args[4 if is_call(weight, ops.dequantize_linear.default) else 3]
-    if is_call(x, ops.dequantize_linear.default):
-        token_scale = None
-        users = [u for u in product.users if is_call(u, aten.mul.Tensor) and _is_step(u.args[1])]
-        if users:
-            token_scale = users[0].args[1]
-        return Form(block_size, x.args[0], x, token_scale)
-    if is_call(x, aten.mul.Tensor) and is_call(x.args[0], ops.dequantize_linear.default):
-        return Form(block_size, x.args[0].args[0], x.args[0], x.args[1])
-    return Form(block_size)
+    canonical = Matmul.of(product)
+    weight = DequantizeLinear.match(canonical.weight) or DequantizeCodebook.of(canonical.weight)
+    if (static := DequantizeLinear.match(canonical.x)) is not None:
+        return Form(weight.block_size, Rounding(static.codes, canonical.x, _token_scale_behind(product)))
+    dynamic = Mul.match(canonical.x)
+    if dynamic is not None and (codes := DequantizeLinear.match(dynamic.x)) is not None:
+        step = dynamic.other if isinstance(dynamic.other, Node) else None
+        return Form(weight.block_size, Rounding(codes.codes, dynamic.x, step))
+    return Form(weight.block_size)
+
+
+def _token_scale_behind(product: Node) -> Node | None:
+    for user in product.users:
+        scaled = Mul.match(user)
+        if scaled is not None and isinstance(scaled.other, Node) and _is_step(scaled.other):
+            return scaled.other
+    return None
 
 
 def input_of(product: Node) -> Node:
     """The float value that a product reads, before it is rounded; of a canonical product, or one rewritten."""
-    node = product.args[0]
+    node = read_by(product)
     while (before := _unrounded(_uncast(node))) is not None:
         node = before
     return node
 
 
 def _uncast(node: Node) -> Node:
-    while is_call(node, aten.to.dtype):
-        node = node.args[0]
+    while (cast := Cast.match(node)) is not None:
+        node = cast.x
     return node
 
 
 def _unrounded(node: Node) -> Node | None:
     """What a step of rounding a value reads; None of a node that is no such step."""
-    if is_call(node, ops.matmul_nbits_input.default, ops.quantize_linear.default, ops.dequantize_linear.default):
-        return node.args[0]
-    if is_call(node, aten.div.Tensor) and _is_step(node.args[1]):
-        return node.args[0]
-    if not is_call(node, aten.mul.Tensor):
+    if is_call(node, ops.matmul_nbits_input.default, ops.quantize_linear.default):
+        return bind(node).x
+    if (dequantized := DequantizeLinear.match(node)) is not None:
+        return dequantized.codes
+    if (quotient := Div.match(node)) is not None and _is_step(quotient.other):
+        return quotient.x
+    if (product := Mul.match(node)) is None:
         return None
-    inner, factor = node.args
-    if node.meta.get(WITHOUT_OUTLIERS) or is_call(inner, ops.dequantize_linear.default):
-        return inner
+    if node.meta.get(WITHOUT_OUTLIERS) or is_call(product.x, ops.dequantize_linear.default):
+        return product.x
     # A value held within the range of few bits, and CrossQuant's rounding on floats.
-    if is_call(inner, aten.clamp.default, aten.round.default) and is_call(inner.args[0], aten.div.Tensor):
-        return inner.args[0].args[0] if inner.args[0].args[1] is factor else None
+    if is_call(product.x, aten.clamp.default, aten.round.default):
+        inside = Div.match(bind(product.x).self)
+        return inside.x if inside is not None and inside.other is product.other else None
     return None
 
 
-def _is_step(node) -> bool:
-    """Whether a node is the step of a dynamic activation: a token's scale, or the larger of two."""
-    node = _uncast(node)
-    parts = node.args if is_call(node, aten.maximum.default) else (node,)
-    return all(is_call(_uncast(part), ops.token_scale.default) for part in parts)
+def _is_step(value: Operand) -> bool:
+    """Whether a value is the step of a dynamic activation: a token's scale, or the larger of two."""
+    if not isinstance(value, Node):
+        return False
+    node = _uncast(value)
+    parts = bind(node) if is_call(node, aten.maximum.default) else None
+    scales = (node,) if parts is None else (_uncast(parts.self), _uncast(parts.other))
+    return all(is_call(scale, ops.token_scale.default) for scale in scales)
 
 
 def as_own_kernel(module: GraphModule, product: Node) -> None:
@@ -104,17 +137,20 @@ def as_own_kernel(module: GraphModule, product: Node) -> None:
     forget. Codebooks, 2-bit codes and blocks above 256 it would not fuse at all. One scale per channel is left to it:
     it repeats the scale for every block, which the file need not.
     """
-    x, weight = product.args
-    if is_call(weight, ops.dequantize_codebook.default):
-        target, arguments = ops.matmul_bnb4.default, (*weight.args, stored_block(4, weight.args[3]))
+    canonical = Matmul.of(product)
+    arguments: tuple[Any, ...]
+    if (table := DequantizeCodebook.match(canonical.weight)) is not None:
+        group_size, target = table.block_size, ops.matmul_bnb4.default
+        arguments = (table.codes, table.scale, table.codebook, group_size, stored_block(4, group_size))
     else:
-        codes, scale, zero_point, _axis, group_size, bits = weight.args
+        weight, target = DequantizeLinear.of(canonical.weight), ops.matmul_nbits.default
+        group_size, bits = weight.block_size, weight.bits
         if group_size == 0:
             return
         block_size = stored_block(bits, group_size)
-        target, arguments = ops.matmul_nbits.default, (codes, scale, zero_point, bits, group_size, block_size)
+        arguments = (weight.codes, weight.scale, weight.zero_point, bits, group_size, block_size)
     with module.graph.inserting_before(product):
-        node = call(module.graph, target, (x, *arguments), like=product)
+        node = call(module.graph, target, (canonical.x, *arguments), like=product)
     node.meta = dict(product.meta)
     product.replace_all_uses_with(node)
     module.graph.erase_node(product)

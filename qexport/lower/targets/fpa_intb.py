@@ -11,10 +11,10 @@ from dataclasses import dataclass
 
 from torch.fx import Node
 
+from ...graph.views import DequantizeLinear, Matmul, MatMulNBits, sizes_of
 from ...numerics.formats import WeightFormat
 from ...numerics.packing import stored_block
-from ...passes.edit import is_call, shape_of
-from .forms import DEFAULT_BLOCK, ops
+from .forms import DEFAULT_BLOCK
 
 ENTRY = "ep.cuda.fpa_intb_gemm"
 
@@ -48,15 +48,15 @@ def planned(weight: WeightFormat, shape: tuple[int, int]) -> Product:
 
 def product_of(node: Node) -> Product | None:
     """The MatMulNBits that a rewritten product is, or will be when the file is loaded; None for other operators."""
-    if is_call(node, ops.matmul_nbits.default):
-        _x, codes, _scale, zero_point, bits, _group_size, block_size = node.args
-    elif not is_call(node, ops.matmul_bnb4.default, ops.matmul_integer.default):
-        codes, _scale, zero_point, _axis, _group_size, bits = node.args[1].args
-        block_size = DEFAULT_BLOCK
+    weight: MatMulNBits | DequantizeLinear
+    if (kernel := MatMulNBits.match(node)) is not None:
+        weight, block_size = kernel, kernel.block_size
+    elif (product := Matmul.match(node)) is not None:
+        weight, block_size = DequantizeLinear.of(product.weight), DEFAULT_BLOCK
     else:
         return None
-    k, n = shape_of(codes)
-    return Product(bits, block_size, zero_point is None, (n, k))
+    k, n = sizes_of(weight.codes)
+    return Product(weight.bits, block_size, weight.zero_point is None, (n, k))
 
 
 def why_not(product: Product) -> str:
