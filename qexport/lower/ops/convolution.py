@@ -6,7 +6,7 @@ import onnx_ir as ir
 import torch
 from torch.fx import Node
 
-from ...graph.schema import Arguments
+from ...graph.schema import Arguments, bind
 from ...graph.views import size_at
 from ...passes.convolutions import CONVOLUTIONS, zero_padding
 from ...passes.edit import dtype_of, shape_of
@@ -28,7 +28,7 @@ def _conv(emit: Emitter, node: Node, given: Arguments) -> ir.Value:
     else:
         own, more = _each(given.padding, rank) * 2, [0] * 2 * rank
         if (added := zero_padding(x, rank)) is not None:  # its Pad is dropped if nothing else reads it
-            x, more = x.args[0], [*added[0], *added[1]]
+            x, more = bind(x).self, [*added[0], *added[1]]
         pads = {"pads": [a + b for a, b in zip(own, more, strict=True)]}
     name, output = node.meta.get("convolution", ""), node.meta.get("result_of", "")
     return emit.op(
