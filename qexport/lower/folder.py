@@ -70,11 +70,11 @@ def write_companions(
 
 def _write_genai(folder: Path, manifest: Manifest, source: ModelFolder) -> None:
     """What onnxruntime-genai needs to run the export, which is whole without it."""
-    configs = [read_json(folder / n) if (folder / n).exists() else {} for n in _COPIED]
+    config, generation = (read_json(folder / n) if (folder / n).exists() else {} for n in _COPIED)
     tokenizer = source.tokenizer()
     end = None if tokenizer is None else tokenizer.eos_token_id
     try:
-        contents = genai_config(manifest, *configs, end)
+        contents = genai_config(manifest, config, generation, end)
     except InputError as error:
         warn(f"{manifests.GENAI_FILE} is left out: {error}")
     else:

@@ -13,7 +13,7 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 
 from ..graph.schema import bind, rebind
-from ..graph.views import Item
+from ..graph.views import Item, tensor_name
 from ..numerics.narrowing import narrowed
 from ..passes.edit import Spec, call, finish, get_tensor, is_call, set_tensor
 from .targets.bfloat16 import IN_FLOAT32
@@ -42,7 +42,8 @@ def to_half(module: GraphModule, constants: set[str], half: torch.dtype) -> None
         if is_call(node, aten.softmax.int) and node not in single:
             rebind(node, dtype=None)  # without the float32 that a router may ask for
         if node.op == "get_attr" and _is_float(node) and node not in single:
-            set_tensor(module, node.target, narrowed(get_tensor(module, node.target), half, node.target))
+            name = tensor_name(node)
+            set_tensor(module, name, narrowed(get_tensor(module, name), half, name))
         if node.op != "output" and node not in single:
             node.meta["spec"] = _halved(node.meta["spec"], half)
     casts: dict[tuple[Node, torch.dtype], Node] = {}

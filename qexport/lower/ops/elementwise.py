@@ -7,7 +7,7 @@ import torch
 from torch.fx import Node
 
 from ...graph.schema import Arguments
-from ...graph.views import Operand
+from ...graph.views import Operand, sizes_of
 from ...passes.convolutions import CONVOLUTIONS
 from ...passes.edit import dtype_of, is_call, shape_of
 from ..emitter import ONNX_DTYPE, Attribute, Emitter, unsupported
@@ -162,7 +162,7 @@ def _leaky_relu(emit: Emitter, node: Node, given: Arguments) -> ir.Value:
 @translates(aten.prelu.default)
 def _prelu(emit: Emitter, node: Node, given: Arguments) -> ir.Value:
     slope = given.weight
-    beside = [*shape_of(slope), *(1 for _ in shape_of(given.self)[2:])]  # of channels, the second dimension
+    beside = [*sizes_of(slope), *(1 for _ in shape_of(given.self)[2:])]  # of channels, the second dimension
     if slope.op == "get_attr":
         shaped = emit.derived(slope, "slope", beside, dtype_of(node), lambda weight: weight.view(beside))
     else:
