@@ -122,9 +122,23 @@ def _attention(emit: Emitter, node: Node, given: Arguments) -> ir.Value:
     if given.dropout_p:
         raise unsupported(node, "with dropout")
     return emit.op(
-        "Attention", *map(emit.get, (given.query, given.key, given.value, given.attn_mask)),
+        "Attention", *map(emit.get, (given.query, given.key, given.value)), _added_mask(emit, given.attn_mask),
         is_causal=int(given.is_causal), scale=None if given.scale is None else float(given.scale),
     )  # fmt: skip
+
+
+def _added_mask(emit: Emitter, node: Node | None) -> ir.Value | None:
+    """A mask that is added to the scores, or of truth values.
+
+    Where every score of a row is masked with the lowest number of its type, PyTorch gives the mean of the values, as it
+    does for any other number, and ONNX Runtime zeros, as both do for -inf. Half the number masks as well.
+    """
+    mask = emit.get(node)
+    if mask is None or not (dtype := dtype_of(node)).is_floating_point:
+        return mask
+    lowest = torch.finfo(dtype).min
+    is_lowest = emit.op("Equal", mask, emit.constant(lowest, dtype))
+    return emit.op("Where", is_lowest, emit.constant(lowest / 2, dtype), mask)
 
 
 @translates(ops.rotary_embedding.default)
