@@ -31,7 +31,7 @@ def test_a_row_is_the_mean_or_nothing_as_in_pytorch(tmp_path, hidden, seen):
     mask[0, 0, 0, seen:] = hidden
     with torch.no_grad():
         expected = model(x, mask)
-    assert bool(expected[0, 0].abs().max() == 0) is (not seen and hidden in (False, float("-inf"))), "this test's premise"
+    assert bool(expected[0, 0].abs().max() == 0) is (not seen and hidden in (False, float("-inf")))
     folder = export(model, FLOAT, out_dir=tmp_path / "out", example_inputs={"x": x, "mask": mask}).folder
     found = open_session(folder, threads=1).run(None, {"x": x.numpy(), "mask": mask.numpy()})[0]
     torch.testing.assert_close(torch.from_numpy(found), expected, rtol=1e-5, atol=1e-6)
