@@ -2,12 +2,14 @@
 
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from safetensors import safe_open
 from transformers import AutoConfig, PretrainedConfig
+from transformers.integrations.heterogeneity.configuration_utils import AmbiguousGlobalPerLayerAttributeError
 
 from ..artifact.files import not_finite, read_json
 from ..errors import InputError, reading
@@ -112,7 +114,8 @@ def read_config(folder: Path, name: str, *, trust_remote_code: bool = False) -> 
 def _check_stated(config: PretrainedConfig, path: Path) -> None:
     found = {}
     for name in Stated.model_fields:
-        with reading(path, f"{name} cannot be read"):  # some are computed from others
+        # Some are computed from others, and where every layer has its own there is none for all.
+        with reading(path, f"{name} cannot be read"), suppress(AmbiguousGlobalPerLayerAttributeError):
             found[name] = getattr(config, name, None)
     try:
         Stated.model_validate(found)
