@@ -74,6 +74,13 @@ class LinearEntry(_Frozen):
     fast: bool | None = None
     slow: str = ""
 
+    @field_validator("columns")
+    @classmethod
+    def _some(cls, columns: tuple[int, int] | None) -> tuple[int, int] | None:
+        if columns is not None and not 0 <= columns[0] < columns[1] < 2**31:
+            raise ValueError("not the first column and the one behind the last")
+        return columns
+
 
 class ConvolutionEntry(_Frozen):
     """One quantized convolution. Its node goes by its name, and has to be a QLinearConv in the optimized graph.

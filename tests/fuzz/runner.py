@@ -20,6 +20,7 @@ from random import Random
 from .mutations import mutate
 
 HUNG = 20  # seconds of computing
+_AS_PYTHON = "backslashreplace"  # is how its own stderr writes what has no encoding
 _WAIT = 120  # seconds in all, on a machine that has other things to do
 ROOM = 8 << 30  # bytes of addresses beyond those of this process
 
@@ -161,7 +162,7 @@ def _become(command: list[str], written: Path, work: Path) -> None:
         err = os.open(written, os.O_WRONLY | os.O_CREAT)
         os.dup2(out, 1)
         os.dup2(err, 2)
-        sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
+        sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False, errors=_AS_PYTHON)
         os.environ.update(XDG_CACHE_HOME=str(work / "cache"), HF_HUB_OFFLINE="1")
         os.chdir(work)
         addresses = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
