@@ -220,7 +220,8 @@ def _export(
             source = origin(captured.folder) if captured.folder else {"name": type(model).__name__}
             rarely, unseen = _rarely_chosen(finished), _unseen(finished, plan, projection, hessian)
             told = warning({name: share for name, share in unseen.items() if name not in rarely})
-            warnings = (*captured.notes, *((told,) if told else ()), *_unchecked(captured))
+            without = captured.folder.notes if captured.folder else ()
+            warnings = (*without, *captured.notes, *((told,) if told else ()), *_unchecked(captured))
             planned = [*plan, *convolutions]
             report = report_of(
                 source, planned, embeddings, passes, finished, seconds, described, ran, checked, warnings,

@@ -48,6 +48,7 @@ def test_side_files_that_cannot_be_used_are_left_out(folder, tmp_path, caplog):
     out = export(folder, "w8a16_g32", out_dir=tmp_path / "out").folder
     for sentence in SENTENCES.values():
         assert sum(sentence in message for message in caplog.messages) == 1
+        assert any(sentence in said for said in json.loads((out / "report.json").read_text())["export"]["warnings"])
     assert (out / "genai_config.json").exists()
     assert not (out / "generation_config.json").exists() and not (out / "LICENSE").exists()
 
