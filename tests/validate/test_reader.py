@@ -65,10 +65,11 @@ def permuted_projection(monkeypatch, captured):
 
 def swapped_file(monkeypatch, captured):
     """Another file of the folder than transformers takes."""
-    folder = captured.folder.path
-    tensors = load_file(folder / "model.safetensors")
-    save_file({name: torch.randn_like(t) for name, t in tensors.items()}, folder / "model_old.safetensors")
-    captured.weights._files = dict.fromkeys(captured.weights._files, "model_old.safetensors")
+    tensors = load_file(captured.folder.path / "model.safetensors")
+    other = captured.folder.path / "model_old.safetensors"
+    save_file({name: torch.randn_like(t) for name, t in tensors.items()}, other)
+    held = load_file(other)
+    changed(monkeypatch, lambda name, t: held[name])
 
 
 def tied_head(monkeypatch, captured):
