@@ -53,6 +53,54 @@ def swapped_zero_points(folder: Path, entry: LinearEntry) -> None:
     change(folder, f"{entry.node}.weight_zero_point.packed", edit)
 
 
+def _weight(folder: Path, entry: LinearEntry) -> tuple[str, slice]:
+    """The name of the packed codes that a node reads, and the rows that are the linear's."""
+    graph = onnx.load(folder / MODEL, load_external_data=False).graph
+    node = next(n for n in graph.node if n.name == entry.node)
+    return node.input[1], slice(*(entry.columns or (None,)))
+
+
+def swapped_rows(folder: Path, entry: LinearEntry) -> None:
+    """The codes of two channels in each other's place."""
+    name, rows = _weight(folder, entry)
+
+    def edit(codes: np.ndarray) -> None:
+        own = codes[rows]
+        own[[2, 9]] = own[[9, 2]]
+
+    change(folder, name, edit)
+
+
+def swapped_nibbles(folder: Path, entry: LinearEntry) -> None:
+    """The two codes of each byte in each other's place."""
+    name, rows = _weight(folder, entry)
+
+    def edit(codes: np.ndarray) -> None:
+        own = codes[rows]
+        own[:] = (own >> 4) | (own << 4)
+
+    change(folder, name, edit)
+
+
+def zeroed_group(folder: Path, entry: LinearEntry) -> None:
+    """One group of one channel with a scale of zero."""
+
+    def edit(scale: np.ndarray) -> None:
+        scale[(entry.columns[0] if entry.columns else 0) + 4, 1] = 0
+
+    change(folder, f"{entry.node}.weight_scale.blocks", edit)
+
+
+def shifted_scales(folder: Path, entry: LinearEntry) -> None:
+    """The scales of every channel one group further."""
+
+    def edit(scale: np.ndarray) -> None:
+        own = scale[slice(*(entry.columns or (None,)))]
+        own[:] = np.roll(own, 1, axis=1)
+
+    change(folder, f"{entry.node}.weight_scale.blocks", edit)
+
+
 def unfused(folder: Path, entry: LinearEntry) -> None:
     """A product in float32 with what the codes stand for, where one with 4-bit codes was planned."""
     model = onnx.load(folder / MODEL, load_external_data=False)
@@ -72,6 +120,16 @@ def clipped_input(folder: Path, entry: LinearEntry) -> None:
 
     def edit(scale: np.ndarray) -> None:
         scale /= 8
+
+    graph = onnx.load(folder / MODEL, load_external_data=False).graph
+    change(folder, next(n.input[1] for n in graph.node if entry.input in n.input[:1] and n.op_type == KIND), edit)
+
+
+def coarse_input(folder: Path, entry: LinearEntry) -> None:
+    """The scale of an input, eight times too large."""
+
+    def edit(scale: np.ndarray) -> None:
+        scale *= 8
 
     graph = onnx.load(folder / MODEL, load_external_data=False).graph
     change(folder, next(n.input[1] for n in graph.node if entry.input in n.input[:1] and n.op_type == KIND), edit)

@@ -60,14 +60,14 @@ def input_range(
     """
     float_absmax, float_spread = _reached(want)
     absmax, spread = _reached(got)
-    clipped = None
+    clipped = reach = None
     if limits is not None:
         low, high = limits
         outside = sum(int(((value < low) | (value > high)).sum()) for value in got)
-        clipped = outside / sum(value.numel() for value in got)
+        clipped, reach = outside / sum(value.numel() for value in got), max(-low, high)
     return InputRange(
         block=block, linears=tuple(linears), float_absmax=float_absmax, absmax=absmax, float_spread=float_spread,
-        spread=spread, clipped=clipped,
+        spread=spread, clipped=clipped, reach=reach,
     )  # fmt: skip
 
 

@@ -135,6 +135,7 @@ class InputRange(_Frozen):
         float_absmax, absmax: largest magnitude in the float model, and in the deployed one (after smoothing).
         float_spread, spread: largest magnitude of a channel over the median channel's, in the same two.
         clipped: share of the deployed elements outside of the range of the static scale; null where there is none.
+        reach: largest magnitude within that range.
     """
 
     block: str
@@ -144,6 +145,7 @@ class InputRange(_Frozen):
     float_spread: Finite
     spread: Finite
     clipped: Finite = None
+    reach: Finite = None
 
 
 class Activation(_Frozen):

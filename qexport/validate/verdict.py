@@ -14,6 +14,10 @@ ATTENTION = ("GroupQueryAttention", "Attention", "MultiHeadAttention")
 _CLIPPED = 1e-3
 _EXACT = 60.0  # dB of its own errors above which an attention is the float one, in float16 too
 
+# dB of an output. At 15.8 an image classifier in 8 bits still agrees with the float one on 84 % of the images, at 4.3
+# on 56 %: from a tenth of the energy on, errors decide.
+_USABLE = 10.0
+
 # Errors of rounding are proportional to the unit of the dtype, and KL to their square. From float16 (2^-11) to float32
 # (2^-24) the errors shrink by 2^13 and KL by 2^26; half of that is left for kernels that approximate exp and sum in
 # another order. What is wrong with a lowering is seldom as small as a 90th of float16's error: it is a missing term,
@@ -29,7 +33,7 @@ def with_verdict(report: Report) -> Report:
     """The report with its sentences."""
     problems = [
         *_fusion_problems(report), *_placement_problems(report), *_number_problems(report), *_fault_problems(report),
-        *reference_problems(report.references),
+        *_quality_problems(report), *reference_problems(report.references),
     ]  # fmt: skip
     return report.model_copy(update={"problems": tuple(problems), "verdict": (*problems, *_facts(report))})
 
@@ -62,6 +66,15 @@ def _number_problems(report: Report) -> list[str]:
             f"the logits of {report.logits.nonfinite_tokens} of {report.logits.tokens} tokens hold NaN or Inf"
         )
     return sentences
+
+
+def _quality_problems(report: Report) -> list[str]:
+    """Outputs with so much error that nobody would deploy them, whatever the formats cost."""
+    return [
+        f"output {row.name} has {decibels(row.sqnr_db, row)}: {10 ** (-row.sqnr_db / 10):.0%} of its energy is error"
+        for row in report.outputs
+        if row.sqnr_db is not None and row.sqnr_db < _USABLE
+    ]
 
 
 def reference_problems(references: Sequence[Reference]) -> list[str]:

@@ -20,6 +20,11 @@ FAULTS = {
     "zero point": (planting.swapped_zero_points, "w4a16_g32_asym", "off in zero point"),
     "unfused": (planting.unfused, "w4a16_g32", "MatMul instead of MatMulNBits"),
     "clipped": (planting.clipped_input, "w8a8_static", "beyond its static scale"),
+    "coarse": (planting.coarse_input, "w8a8_static", "times as far as its input"),
+    "rows": (planting.swapped_rows, "w4a16_g32", "channels of its weight are not the float ones"),
+    "nibbles": (planting.swapped_nibbles, "w4a16_g32", "channels of its weight are not the float ones"),
+    "zeroed": (planting.zeroed_group, "w4a16_g32", "off in scale"),
+    "shifted": (planting.shifted_scales, "w4a16_g32", "off"),
 }
 CASES = [
     ("scale", "model.layers.1.self_attn.k_proj"),
@@ -30,6 +35,11 @@ CASES = [
     ("unfused", "model.layers.3.self_attn.o_proj"),
     ("clipped", "model.layers.2.mlp.down_proj"),
     ("clipped", "model.layers.1.self_attn.o_proj"),
+    ("coarse", "model.layers.0.mlp.down_proj"),
+    ("rows", "model.layers.2.mlp.gate_proj"),
+    ("nibbles", "model.layers.0.self_attn.v_proj"),
+    ("zeroed", "model.layers.3.self_attn.q_proj"),
+    ("shifted", "model.layers.1.mlp.down_proj"),
 ]
 
 

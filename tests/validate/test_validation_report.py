@@ -218,3 +218,42 @@ def test_gains_of_branches_are_what_the_export_says(tmp_path):
     blocks = [{"name": "layers.0", "changed": {"LoRC": notes}, "skipped": {}}]
     (tmp_path / "report.json").write_text(json.dumps({"export": {"blocks": blocks}}))
     assert branch_gains(tmp_path) == {"a": pytest.approx(10), "b": math.inf}
+
+
+def test_an_output_that_is_mostly_error_is_a_problem():
+    good, bad = Row(name="logits", sqnr_db=15.8, max_abs_error=1.0), Row(name="boxes", sqnr_db=4.3, max_abs_error=1.0)
+    (problem,) = with_verdict(a_report(outputs=(good, bad))).problems
+    assert problem == "output boxes has 4.3 dB: 37% of its energy is error"
+
+
+def test_evidence_lowers_the_bar_where_a_kind_differs_much_between_layers():
+    """One static scale divided by 8 took a linear 17 dB down, less than 8 of the median deviations of its kind."""
+    sqnr = [22.0, 18.0, 26.0, 20.0, 24.0, 17.0, 27.0, 22.5, 5.0]
+    rows = [row(f"layers.{i}.down_proj", value, scheme="w8a8_static") for i, value in enumerate(sqnr)]
+
+    def ranges(clipped=1e-4, reach=1.1):
+        return [
+            InputRange(
+                block="", linears=(r.name,), float_absmax=1.0, absmax=1.0, float_spread=1.0, spread=1.0,
+                clipped=clipped if r is rows[-1] else 7e-5, reach=reach if r is rows[-1] else 1.1,
+            )
+            for r in rows
+        ]  # fmt: skip
+
+    def faults(found, given=None):
+        return {r.name: r.fault for r in with_faults(given or rows, found, {}, {}) if r.fault}
+
+    name = rows[-1].name
+    assert not faults(ranges()), "far below the others, and nothing else speaks against it"
+    assert faults(ranges(clipped=0.03)) == {
+        name: "its SQNR of 5.0 dB is 17.2 dB below the median of the 8 others like it; 3.0% of its input is beyond its "
+        "static scale"
+    }
+    assert "its static scale reaches 8.8 times as far as its input" in faults(ranges(reach=8.8))[name]
+    costly = [r.model_copy(update={"kl_cost": 0.05 if r.name == name else 0.001}) for r in rows]
+    assert "it costs 50 times the KL of the others like it" in faults(ranges(), costly)[name]
+    near = [*rows[:-1], row(name, 18.0, scheme="w8a8_static")]
+    clipped = [r.model_copy(update={"clipped": 0.03}) if r.linears == (name,) else r for r in ranges()]
+    assert not faults(clipped, near), "it is clipped, and no worse than others"
+    most = [r.model_copy(update={"clipped": 0.06}) for r in clipped]
+    assert faults(most, near)[name] == "6.0% of its input is beyond its static scale"
