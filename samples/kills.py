@@ -27,6 +27,7 @@ import qexport
 from qexport.artifact import checksums, swap
 from qexport.artifact.ownership import is_export
 from qexport.capture.graph import Captured
+from qexport.errors import InputError, QExportError
 from qexport.export import capture
 from qexport.rendering import read_validated  # noqa: F401  imported once, not in every process
 from qexport.runtime import manifest as manifests
@@ -158,7 +159,7 @@ def _again(command: Command, place: Path) -> None:
     """The command as a user repeats it, who sees that an export has come to its end where it has."""
     try:
         command.run(place)
-    except qexport.InputError as error:
+    except InputError as error:
         if "exists already" not in str(error) or not is_export(place / "out"):
             raise
 
@@ -169,7 +170,7 @@ def _wrong(place: Path, command: Command) -> str:
     try:
         manifests.load(out)
         checksums.check(out)
-    except qexport.QExportError as error:
+    except QExportError as error:
         return str(error)
     if not is_export(out):
         return "no export"

@@ -105,7 +105,7 @@ class Work:
         self.folder = lock.folder
         self.blocks = self.folder / "blocks"
         self.kept: list[str] = []
-        self._new, self._old = self.folder / "new", self.folder / "old"
+        self._new, self._old, self._moving = (self.folder / name for name in ("new", "old", "moving"))
 
     def settle(self) -> None:
         """Restore or remove what a dead owner left, but its finished blocks."""
@@ -134,12 +134,19 @@ class Work:
             owner.remove(self._old)
 
     def _appear(self) -> None:
+        self._moving.touch()  # with it and an output, finished blocks are of an export that is done
         if not os.path.lexists(self.out):
             swap.put(self._new, self.out, self._old)
             return
         with inside(self.out, "replacing it by a new export"):
             self.kept = carry(foreign(self.out), self.out, self._new)
             swap.put(self._new, self.out, self._old)
+
+    def left_by_a_refused_run(self) -> None:
+        """Tidy up for a run that will not begin: what is left of an export that was killed when it was done goes."""
+        done = self._moving.exists() or not self.blocks.exists()
+        self.settle()
+        self._lock.remove() if done else self._lock.release()
 
     def discard(self) -> None:
         """Forget the finished blocks: going on from them would end as this did."""
@@ -168,7 +175,11 @@ def claimed(out: Path, overwrite: bool, model: Path | None = None) -> Iterator[W
     Raises:
         InputError: another process works on the same output (`owner.Busy`), or see `check_output`.
     """
-    check_output(out, overwrite, model)
+    try:
+        check_output(out, overwrite, model)
+    except InputError:
+        _tidy(out)
+        raise
     folder = work_folder(out)
     made = [p for p in folder.parents if not p.exists()]
     with writing_to(folder.parent, "Choose another folder"):
@@ -192,6 +203,14 @@ def claimed(out: Path, overwrite: bool, model: Path | None = None) -> Iterator[W
         with suppress(OSError):
             for parent in made:
                 parent.rmdir()  # if nothing came into it
+
+
+def _tidy(out: Path) -> None:
+    """Remove what a killed export left beside its output, where the next one is refused because that is there."""
+    with suppress(OSError, ValueError, RuntimeError, InputError):
+        folder = work_folder(out)
+        if folder.is_dir() and os.path.lexists(out):
+            Work(out, False, owner.take(folder, "tidying up")).left_by_a_refused_run()
 
 
 @contextmanager

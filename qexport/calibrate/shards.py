@@ -66,8 +66,9 @@ def load_block(path: Path, run: str) -> tuple[Block, set[str]]:
             item["op"], _target(item["op"], item["target"]), tuple(_decode(a, env) for a in item["args"]),
             {k: _decode(v, env) for k, v in item["kwargs"].items()}, name=item["name"],
         )  # fmt: skip
-        node.meta = {k: _decode(v, env) for k, v in item["meta"].items()}
         env[item["name"]] = node
+    for item in record["nodes"]:  # what is noted may name any node
+        env[item["name"]].meta = {k: _decode(v, env) for k, v in item["meta"].items()}
     specs = {n: _decode(s, {}) for n, s in record["tensors"].items()}
     module = GraphModule(
         holder({n: torch.empty(s.shape, dtype=s.dtype, device="meta") for n, s in specs.items()}), graph

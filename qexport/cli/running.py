@@ -97,14 +97,19 @@ def optimize(folder: Folder, as_json: Json = False) -> None:
 
 
 @app.command()
-def doctor(as_json: Json = False) -> None:
+def doctor(
+    folder: Annotated[
+        Path | None, typer.Argument(help="Export whose files are compared with what was written, byte by byte.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
     """Look for what keeps models from running on this machine. Exit code 1 when something has to be mended."""
     from dataclasses import asdict
 
     from .. import console
     from ..reporting import print_checks
 
-    checks: list[Any] = qexport.diagnose()
+    checks: list[Any] = qexport.diagnose(export=folder)
     if as_json:
         console.print_json([asdict(check) for check in checks])
     else:

@@ -12,6 +12,9 @@ from pathlib import Path
 
 import psutil
 
+from ..artifact import checksums
+from ..artifact.ownership import foreign
+from ..errors import InputError
 from .manifest import CPU, CUDA
 from .processor import instruction_sets
 
@@ -53,8 +56,16 @@ class Check:
     optional: bool = False
 
 
-def diagnose(folder: str | Path = ".") -> list[Check]:
-    """Look at packages, execution providers, CPU instructions, and the free disk (of `folder`) and memory."""
+def diagnose(folder: str | Path = ".", export: str | Path | None = None) -> list[Check]:
+    """Look at packages, execution providers, CPU instructions, and the free disk (of `folder`) and memory.
+
+    Args:
+        export: an exported folder, whose files are compared byte by byte with what the export wrote.
+
+    Raises:
+        InputError: `export` is none.
+    """
+    about = [] if export is None else check_files(Path(export))
     installed = {name: version for name in (*ONNXRUNTIMES, *GENAIS) if (version := _version(name))}
     checks = [check_python(sys.version_info[:2])]
     checks += [_check_package(name) for name in ("torch", "transformers", "onnx")]
@@ -62,7 +73,28 @@ def diagnose(folder: str | Path = ".") -> list[Check]:
     if any(name in installed for name in ONNXRUNTIMES):
         checks += [check_provider(CPU), check_provider(CUDA, optional=True)]
     checks += [check_int8(instruction_sets(), platform.machine())]
-    return [*checks, _check_disk(Path(folder)), _check_memory()]
+    return [*checks, _check_disk(Path(folder)), _check_memory(), *about]
+
+
+def check_files(folder: Path) -> list[Check]:
+    """Whether the files of an export are as they were written; the model's have to be, others may have been edited.
+
+    Raises:
+        InputError: the folder is no export, or has no checksums.
+    """
+    if not folder.is_dir():
+        raise InputError("no such folder", place=str(folder), remedy="Give the folder that `qexport export` wrote")
+    changed, found = checksums.changed(folder), []
+    for name, what in changed.items():
+        vital = name.rsplit("/", 1)[-1] in checksums.MODEL_FILES
+        remedy = "Copy the folder again, or export the model again" if vital else "Right if you edited it"
+        found.append(Check(name, False, f"not as the export wrote it: {what}", remedy, optional=not vital))
+    whole = not any(not check.optional for check in found)
+    others = foreign(folder)
+    found.append(Check("files of the export", whole, f"{len(checksums.read(folder).files) - len(changed)} as written"))
+    if others:
+        found.append(Check("files of others", True, ", ".join(others), optional=True))
+    return found
 
 
 def check_python(version: tuple[int, int]) -> Check:
