@@ -15,7 +15,7 @@ from ..numerics.formats import Scheme, WeightFormat
 from ..numerics.grid import QuantizedWeight, quantize_weight
 from ..numerics.packing import stored_block
 from .base import Context, GraphPass, Note, PassResult
-from .edit import call, finish, get_tensor, is_call, shape_of
+from .edit import call, finish, get_tensor, is_call, owner_of, shape_of
 from .insert import insert_weight, weight_tensors
 from .plan import LinearPlan, fit
 from .sites import Linear, linears
@@ -92,7 +92,7 @@ def plan_embeddings(
     for block, graph, ids in graphs:
         for node in token_embeddings(graph, ids):
             weight, shape = node.args[0].target, shape_of(node.args[0])
-            empty = EmbeddingPlan(weight.rpartition(".")[0] or weight, block, weight, shape, None)
+            empty = EmbeddingPlan(owner_of(weight), block, weight, shape, None)
             same = projection is not None and projection.weight == weight
             if tied:
                 made = _tied(empty, linear if same else None)

@@ -160,9 +160,7 @@ def _export(
     seconds, clock = {}, _Clock()
     recipe, data = recipe_and_data(recipe, calibration)
 
-    if not isinstance(model, torch.nn.Module | Captured):
-        model = opened(model, trust_remote_code=trust_remote_code)
-        check_calibration(model, recipe, data, calibration is not None)
+    model = source_of(model, recipe, data, calibration is not None, trust_remote_code=trust_remote_code)
     captured = capture(model, example_inputs, dynamic_shapes, trust_remote_code=trust_remote_code)
     if captured is not model:
         for note in captured.notes:
@@ -275,6 +273,19 @@ def capture(
             raise InputError("an nn.Module needs example_inputs", remedy="Pass the tensors of one forward call")
         return capture_module(model, example_inputs, dynamic_shapes)
     return capture_folder(opened(model, trust_remote_code=trust_remote_code))
+
+
+def source_of(model, recipe: Recipe, data: Any, asked: bool, *, trust_remote_code: bool = False):
+    """What a user passes, a model on disk opened, after a look for the texts that calibrate it.
+
+    Args:
+        data, asked: as `check_calibration` takes them.
+    """
+    if isinstance(model, torch.nn.Module | Captured):
+        return model
+    folder = opened(model, trust_remote_code=trust_remote_code)
+    check_calibration(folder, recipe, data, asked)
+    return folder
 
 
 def opened(model: str | os.PathLike | ModelFolder, *, trust_remote_code: bool = False) -> ModelFolder:

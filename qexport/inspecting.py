@@ -19,7 +19,7 @@ from .capture.dynamic import DynamicShapes
 from .capture.graph import Captured
 from .capture.module import Inputs
 from .capture.source import ModelFolder
-from .export import capture, target_for
+from .export import capture, source_of, target_for
 from .lower.attention import Grouping
 from .lower.foretell import slow_linears
 from .lower.grouping import check_attention, plan_attention
@@ -172,7 +172,8 @@ def inspect(
     check_attention(attention)
     lowering = target_for(target, recipe, dtype)
     width = lowering.dtype.itemsize
-    captured = capture(model, example_inputs, dynamic_shapes, trust_remote_code=trust_remote_code)
+    model = source_of(model, recipe, data, calibration is not None, trust_remote_code=trust_remote_code)
+    captured = capture(model, example_inputs, dynamic_shapes)
     decisions = decide(captured, recipe, lowering, attention)
     plan, embeddings, convolutions = decisions.plan, decisions.embeddings, decisions.convolutions
     if calibrate:

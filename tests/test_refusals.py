@@ -46,10 +46,11 @@ def test_every_operator_without_a_translation_is_named_at_once(tmp_path):
         (Recipe(scheme="w4a16_g32", kv_cache={"bits": 8}), {"attention": "standard"}, LoweringError),
         (Recipe(scheme="w4a16_g32", embedding="w4a16_g32", overrides=[{"match": "nowhere", "scheme": "float"}]), {},
          RecipeError),
+        (Recipe(scheme="w4a16_g32", weights={"method": "gptq"}), {"calibration": "nowhere.txt"}, InputError),
     ],
-    ids=["kernels", "cache", "overrides"],
+    ids=["kernels", "cache", "overrides", "text"],
 )  # fmt: skip
-def test_kernels_caches_and_overrides(recipe, options, kind, model_folder, tmp_path):
+def test_kernels_caches_overrides_and_texts(recipe, options, kind, model_folder, tmp_path):
     made, dry = both(model_folder("llama"), recipe, tmp_path / "out", **options)
     assert str(made) == str(dry) and isinstance(made, kind)
 

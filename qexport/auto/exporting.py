@@ -12,12 +12,12 @@ from typing import Any
 import torch
 
 from ..artifact.output import Work, claimed
-from ..calibrate.data import Progress, calibration_batches, check_calibration, no_progress, recipe_and_data
+from ..calibrate.data import Progress, calibration_batches, no_progress, recipe_and_data
 from ..calibrate.streams import Feeds, decoder_inputs
 from ..capture.graph import Captured
 from ..capture.source import ModelFolder, source_path
 from ..errors import InputError
-from ..export import ExportResult, capture, export, opened, target_for
+from ..export import ExportResult, capture, export, source_of, target_for
 from ..log import warn
 from ..lower.build import Target
 from ..lower.grouping import check_attention
@@ -131,9 +131,7 @@ def _export(
     window, dtype, attention, provider, trust_remote_code, progress: Progress,
 ) -> AutoResult:  # fmt: skip
     recipe, data = recipe_and_data(recipe, calibration)
-    if not isinstance(model, torch.nn.Module | Captured):
-        model = opened(model, trust_remote_code=trust_remote_code)
-        check_calibration(model, recipe, data, calibration is not None)
+    model = source_of(model, recipe, data, calibration is not None, trust_remote_code=trust_remote_code)
     captured = capture(model, trust_remote_code=trust_remote_code)
     for note in captured.notes:
         warn(note)

@@ -189,11 +189,8 @@ def test_tensors_are_joined_only_while_the_file_is_written(captured, tmp_path):
             large.extend(t.shape for t in tensors if t.device.type != "meta" and t.numel() > 1)
         return lowered
 
-    with (
-        patch.object(exporting.exporting, "capture", lambda *_, **__: captured("llama_bias")),
-        patch.object(exporting.exporting, "lower", watched),
-    ):
-        exporting.exporting.export("llama_bias", recipe_of(scheme="w8a8_dyn"), out_dir=tmp_path / "out")
+    with patch.object(exporting.exporting, "lower", watched):
+        exporting.exporting.export(captured("llama_bias"), recipe_of(scheme="w8a8_dyn"), out_dir=tmp_path / "out")
     assert large == []
 
 

@@ -3,7 +3,6 @@
 import copy
 import json
 import warnings
-from unittest.mock import patch
 
 import onnx
 import pytest
@@ -50,8 +49,7 @@ def tied(tmp_path_factory):
 
 
 def inspect(model, recipe, target="cpu"):
-    with patch.object(inspecting, "capture", lambda *_, **__: model):
-        return inspecting.inspect("captured already", recipe, target=target)
+    return inspecting.inspect(model, recipe, target=target)
 
 
 def decided(captured, family, **fields):
@@ -235,8 +233,7 @@ def test_what_is_printed(captured, tmp_path, capsys):
     assert "embedding 5.1 kB, the rest takes" in out
 
     def printed(family, recipe):
-        with patch.object(exporting.exporting, "capture", lambda *_, **__: captured(family)):
-            print_export(export("captured already", recipe, out_dir=tmp_path / family))
+        print_export(export(captured(family), recipe, out_dir=tmp_path / family))
         return capsys.readouterr().out
 
     out = printed("llama_bias", recipe)
