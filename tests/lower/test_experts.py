@@ -221,6 +221,29 @@ def test_what_cudas_kernel_does_not_take_stays_dense(tmp_path, changes, scheme, 
     assert len(reasons(exported)) == 2 and all(reason in why for why in reasons(exported).values())
 
 
+@pytest.mark.parametrize("normed", [False, True])
+def test_shares_on_cuda_are_those_of_the_model_too(tmp_path, normed):
+    """That node reads scores only, and what it makes of them is normed: the sum of other shares is a factor behind it."""
+    captured = capture(save_model("qwen3_moe", tmp_path / "model", norm_topk_prob=normed, **WIDTHS))
+    single = agreement.export(captured, recipe_of(), "cuda", tmp_path / "out", single=True)
+    graph = onnx.load(single.folder / "model.onnx", load_external_data=False).graph
+    makers = {name: node for node in graph.node for name in node.output}
+    mixtures = [node for node in graph.node if node.op_type == "QMoE"]
+    assert len(mixtures) == 2 and not reasons(single)
+    for node in mixtures:
+        attributes = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
+        # k = 2, and every other expert has a score of log(1e-30): normed among the chosen or all, the softmax is one.
+        assert attributes["k"] == 2 and attributes["normalize_routing_weights"] == 0
+        assert not any(node.input[14:]) and makers[node.input[1]].op_type == "Log"
+        (after,) = [reader for reader in graph.node if node.output[0] in reader.input]
+        if normed:
+            assert after.op_type != "Mul"
+        else:
+            (factor,) = set(after.input) - set(node.output)
+            assert after.op_type == "Mul" and makers[makers[factor].input[0]].op_type == "ReduceSum"
+    assert_agree(single, MASK, flips=0)
+
+
 @pytest.mark.parametrize("family", ["olmoe", slow("mixtral"), slow("gpt_oss")])
 def test_shares_by_scores_are_the_same_numbers(wide, tmp_path, family):
     """On CUDA's form, which the CPU provider computes here: olmoe's shares do not add up to one."""
