@@ -223,7 +223,7 @@ def test_what_cudas_kernel_does_not_take_stays_dense(tmp_path, changes, scheme, 
 
 @pytest.mark.parametrize("normed", [False, True])
 def test_shares_on_cuda_are_those_of_the_model_too(tmp_path, normed):
-    """That node reads scores only, and what it makes of them is normed: the sum of other shares is a factor behind it."""
+    """That node reads scores, and what it makes of them is normed: where shares are not, their sum is a factor."""
     captured = capture(save_model("qwen3_moe", tmp_path / "model", norm_topk_prob=normed, **WIDTHS))
     single = agreement.export(captured, recipe_of(), "cuda", tmp_path / "out", single=True)
     graph = onnx.load(single.folder / "model.onnx", load_external_data=False).graph
