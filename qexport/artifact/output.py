@@ -11,6 +11,7 @@ from . import checksums, owner, scratch, swap
 from .ownership import INSIDE, carry, foreign, is_export
 
 _ELSEWHERE = "Choose another folder"
+_OLD = "old"  # in a work folder: the export that another one replaces
 
 
 def check_output(out: Path, overwrite: bool, model: Path | None = None) -> None:
@@ -105,7 +106,7 @@ class Work:
         self.folder = lock.folder
         self.blocks = self.folder / "blocks"
         self.kept: list[str] = []
-        self._new, self._old, self._moving = (self.folder / name for name in ("new", "old", "moving"))
+        self._new, self._old, self._moving = (self.folder / name for name in ("new", _OLD, "moving"))
 
     def settle(self) -> None:
         """Restore or remove what a dead owner left, but its finished blocks."""
@@ -203,6 +204,36 @@ def claimed(out: Path, overwrite: bool, model: Path | None = None) -> Iterator[W
         with suppress(OSError):
             for parent in made:
                 parent.rmdir()  # if nothing came into it
+
+
+def check_there(out: Path) -> None:
+    """Refuse a folder that is not there, once an export that a killed one had moved aside is back in its place.
+
+    Raises:
+        InputError: as said; or the process that moved it aside is alive (`owner.Busy`), or it cannot be moved back.
+    """
+    restore(out)
+    if not os.path.isdir(out):
+        raise InputError("no such folder", place=str(out), remedy="Give the folder that `qexport export` wrote")
+
+
+def restore(out: Path) -> None:
+    """Bring an export back that another one had moved aside when it was killed, if there is one; see `swap.put`."""
+    place = Path(os.path.abspath(out))
+    if os.path.lexists(place) or not os.path.isdir(place.parent):
+        return
+    aside = work_folder(place) / _OLD
+    if not os.path.isdir(aside):
+        return
+    try:
+        Work(place, False, owner.take(aside.parent, "restoring the export")).left_by_a_refused_run()
+    except owner.Busy:
+        raise
+    except (OSError, InputError):
+        raise InputError(
+            f"was moved to {aside} by an export that was killed, and cannot be moved back", place=str(out),
+            remedy="Move it back",
+        ) from None  # fmt: skip
 
 
 def _tidy(out: Path) -> None:

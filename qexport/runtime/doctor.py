@@ -13,8 +13,8 @@ from pathlib import Path
 import psutil
 
 from ..artifact import checksums
+from ..artifact.output import check_there
 from ..artifact.ownership import foreign
-from ..errors import InputError
 from .manifest import CPU, CUDA
 from .processor import instruction_sets
 
@@ -82,8 +82,7 @@ def check_files(folder: Path) -> list[Check]:
     Raises:
         InputError: the folder is no export, or has no checksums.
     """
-    if not folder.is_dir():
-        raise InputError("no such folder", place=str(folder), remedy="Give the folder that `qexport export` wrote")
+    check_there(folder)
     changed, found = checksums.changed(folder), []
     for name, what in changed.items():
         vital = name.rsplit("/", 1)[-1] in checksums.MODEL_FILES

@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from ..artifact.checksums import MANIFEST_FILE
 from ..artifact.files import read_json
+from ..artifact.output import check_there
 from ..artifact.token_ids import check_token_ids
 from ..errors import InputError
 
@@ -174,8 +175,7 @@ def load(folder: str | Path) -> Manifest:
     """
     folder = Path(folder)
     again = "Export the model again"
-    if not folder.is_dir():
-        raise InputError("no such folder", place=str(folder), remedy="Give the folder that `qexport export` wrote")
+    check_there(folder)
     path = folder / MANIFEST_FILE
     if not path.is_file():
         raise InputError(

@@ -8,6 +8,7 @@ import numpy as np
 import onnxruntime as ort
 
 from ..artifact.files import read_json
+from ..artifact.output import restore
 from ..errors import InputError, RuntimeProblem
 from . import manifest as manifests
 from .decoder import Decoder, Generation
@@ -19,6 +20,7 @@ from .values import value_of
 
 def is_seq2seq(folder: str | Path) -> bool:
     """Whether a folder is an export in two parts."""
+    restore(Path(folder))
     path = Path(folder) / MANIFEST_FILE
     return path.is_file() and read_json(path).get("kind") == SEQ2SEQ
 

@@ -10,6 +10,7 @@ import onnx
 import onnxruntime as ort
 
 from ..artifact import checksums
+from ..artifact.output import restore
 from ..artifact.owner import Busy
 from ..artifact.scratch import scratch
 from ..errors import RuntimeProblem
@@ -105,6 +106,8 @@ def open_session(
             refuses the model.
     """
     source = source if isinstance(source, Beside) else Path(source)
+    if isinstance(source, Path):
+        restore(source)
     whole = isinstance(source, Path) and source.is_dir()
     folder = source if whole else source.folder if isinstance(source, Beside) else source.parent
     manifest = manifest or manifests.load(folder)

@@ -10,13 +10,18 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 import qexport
-from qexport.artifact.output import work_folder
+from qexport.artifact import checksums, owner
+from qexport.artifact.output import claimed, work_folder
+from qexport.artifact.ownership import is_export
 from qexport.calibrate import shards
 from qexport.capture.blocks import Block
 from qexport.errors import InputError, PassError
 from qexport.export import capture
+from qexport.runtime import manifest as manifests
+from qexport.runtime.seq2seq import is_seq2seq
 from qexport.runtime.session import open_session
 
 RECIPE = "w4a16_g32_rtn"
@@ -52,6 +57,72 @@ def test_doctor_names_files_that_changed(run, copy):
 def test_doctor_of_a_folder_that_is_no_export(run, tmp_path):
     code, _, err = run("doctor", tmp_path)
     assert code == 2 and "has no checksums.json" in err
+
+
+COMMANDS = {
+    "doctor": lambda run, out: run("doctor", out)[0] == 0,
+    "optimize": lambda run, out: run("optimize", out)[0] == 0,
+    "a session": lambda run, out: open_session(out) is not None,
+    "generate, which asks first whether it is two": lambda run, out: not is_seq2seq(out) and is_export(out),
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_what_opens_an_export_brings_back_one_that_a_killed_export_had_moved_aside(run, copy, tmp_path, command):
+    work = work_folder(copy)
+    owner.take(work, "exporting").release()
+    (work / "moving").touch()
+    (work / "new").mkdir()
+    copy.rename(work / "old")
+    assert COMMANDS[command](run, copy)
+    assert os.listdir(tmp_path) == ["copy"] and checksums.changed(copy) == {}
+
+
+def test_what_a_living_export_has_moved_aside_stays_there(run, copy):
+    with claimed(copy, True) as work:
+        copy.rename(work.folder / "old")
+        code, _, err = run("doctor", copy)
+        assert code == 2 and f"process {os.getpid()}" in err and "(exporting, since" in err
+        assert (work.folder / "old").is_dir()
+        work.settle()
+    assert checksums.changed(copy) == {}
+
+
+RACING = """
+import sys, qexport.export
+from qexport.cli import main
+print("ready", flush=True)
+sys.stdin.readline()
+main()
+"""
+
+
+def test_of_two_exports_that_start_together_one_makes_it_and_the_other_says_who_does(model_folder, tmp_path):
+    out, schemes = tmp_path / "out", ("w4a16_g32", "w8a16_g32")
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", RACING, "export", str(model_folder("llama")), "-o", str(out), "-r", scheme]
+            + ["--calibration", "random", "--samples", "8", "--sequence-length", "16"],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for scheme in schemes
+    ]  # fmt: skip
+    assert all(process.stdout.readline() == "ready\n" for process in started)
+    for process in started:
+        process.stdin.write("go\n")
+        process.stdin.flush()
+    said = [process.communicate(timeout=300)[1] for process in started]
+    codes = [process.returncode for process in started]
+    assert sorted(codes) == [0, 2], said
+    winner, loser = codes.index(0), codes.index(2)
+    sentence = said[loser].strip().splitlines()[-1]
+    assert f"process {started[winner].pid} on " in sentence and "(exporting, since" in sentence, said[loser]
+    assert "Traceback" not in said[loser] and os.listdir(tmp_path) == ["out"]
+    assert checksums.changed(out) == {}
+    assert yaml.safe_load((out / "recipe.yaml").read_text())["scheme"] == schemes[winner]
+    assert {entry.scheme for entry in manifests.load(out).linears} <= {schemes[winner], "float"}
+    assert schemes[winner] in (out / "README.md").read_text()
+    assert schemes[loser] not in (out / "report.json").read_text()
 
 
 def graph_block(captured) -> Block:
