@@ -1,23 +1,26 @@
 """From what a user names (Hub id, folder, GGUF) to a local folder with a config and safetensors."""
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from glob import escape
 from pathlib import Path
 
 from transformers import PretrainedConfig
 
+from ..artifact.files import read_json
 from ..errors import InputError, QExportError
 from ..models.adapters import check_adapter
-from ..models.configs import read_config
+from ..models.configs import CONFIG, read_config
+from ..models.files import INDEX, INDEX_SUFFIX, STATED, WHOLE, named_by
 from ..models.gguf import convert
 from ..models.preflight import notes_on
 from ..models.quantized import check_float
 from ..models.tokenizers import load_tokenizer
 
-# Of a repository on the Hub: the model, and what the card of an export says of its licence.
-_WANTED = [
-    "*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "README.md", "LICENSE*", "LICENCE*", "NOTICE*",
-]  # fmt: skip
+# Of a repository on the Hub, before its weights: configs, tokenizer, and what a card says of its licence.
+_SMALL = ["*.json", "*.model", "*.txt", "*.jinja", "README.md", "LICENSE*", "LICENCE*", "NOTICE*"]
 
 
 @dataclass(frozen=True)
@@ -39,7 +42,7 @@ class ModelFolder:
     @property
     def stated_weights(self) -> str | None:
         """The file that its config states as the weights, where it does."""
-        stated = getattr(self.config, "transformers_weights", None)
+        stated = getattr(self.config, STATED, None)
         return stated if isinstance(stated, str) else None
 
     def tokenizer(self):
@@ -96,11 +99,16 @@ def source_path(model) -> Path | None:
 
 
 def _download(name: str) -> Path:
+    """Fetch what is read of a repository: of its weights those that `weight_files` chooses, no copies and variants."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(name, allow_patterns=_WANTED))
+        folder = Path(snapshot_download(name, allow_patterns=_SMALL))
+        check_adapter(folder, name)  # whose weights would be missed below
+        # The folder is called by its commit, which may not be the newest any more.
+        _fetch_weights(folder, name, partial(snapshot_download, name, revision=folder.name))
+        return folder
     except HFValidationError as error:
         raise InputError("is neither a local path nor a Hugging Face id", place=name) from error
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
@@ -108,6 +116,27 @@ def _download(name: str) -> Path:
             f"is no local folder and could not be downloaded ({_first_line(error)})", place=name,
             remedy="Check the spelling and the network, or download the model and pass its folder",
         ) from error  # fmt: skip
+
+
+def _fetch_weights(folder: Path, name: str, fetch: Callable[..., str]) -> None:
+    """Fetch the weights that go with the small files in a folder.
+
+    Raises:
+        InputError: config.json or an index is damaged, or there are none under transformers' names.
+    """
+    stated = read_json(folder / CONFIG).get(STATED) if (folder / CONFIG).is_file() else None
+    first = stated if isinstance(stated, str) else WHOLE
+    if not first.endswith(INDEX_SUFFIX):
+        fetch(allow_patterns=[escape(first), INDEX])
+    if first == WHOLE and not (folder / WHOLE).is_file():
+        first = INDEX
+    if not (folder / first).is_file():
+        raise InputError(
+            f"has neither {WHOLE} nor {INDEX}" if first == INDEX else f"has no {first}, which its {CONFIG} names",
+            place=name, remedy="Download what it has, and pass the folder or the GGUF file",
+        )  # fmt: skip
+    if first.endswith(INDEX_SUFFIX):
+        fetch(allow_patterns=[escape(file) for file in named_by(folder / first)])
 
 
 def _first_line(error: BaseException) -> str:

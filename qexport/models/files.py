@@ -8,6 +8,7 @@ from pathlib import Path
 from ..errors import InputError
 
 WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+STATED, INDEX_SUFFIX = "transformers_weights", ".index.json"  # a key of the config that names other files, or an index
 _SHARD = re.compile(r"-\d{5}-of-\d{5}\.safetensors$")
 _PICKLES = ("*.bin", "*.pt", "*.pth")
 
@@ -29,7 +30,7 @@ def weight_files(folder: Path, stated: str | None = None) -> WeightFiles:
     """Find the weights as transformers 5 does: what the config states, else the whole file, else those of the index.
 
     Args:
-        stated: `transformers_weights` of the config, a safetensors file or an index of such.
+        stated: the config's STATED, a safetensors file or an index of such.
 
     Raises:
         InputError: there are none under these names, or the index is damaged or names what is not there.
@@ -41,13 +42,26 @@ def weight_files(folder: Path, stated: str | None = None) -> WeightFiles:
         raise _nothing(folder)
     if Path(first).name != first:
         raise InputError(f"names a file outside its folder: {first!r}", place=str(folder / "config.json"))
-    read = _indexed(folder / first) if first.endswith(".index.json") else (first,)
+    read = _indexed(folder / first) if first.endswith(INDEX_SUFFIX) else (first,)
     others = sorted({p.name for pattern in ("*.safetensors", INDEX) for p in folder.glob(pattern)} - {*read, first})
     some = f"{', '.join(others[:3])}{', ...' if len(others) > 3 else ''}"
     return WeightFiles(read, (f"the weights are {first}, as for transformers, and not {some}",) if others else ())
 
 
 def _indexed(index: Path) -> tuple[str, ...]:
+    files = named_by(index)
+    for file in files:
+        if not (index.parent / file).is_file():
+            raise InputError(f"names {file}, which is missing", place=str(index), remedy="Download the model again")
+    return files
+
+
+def named_by(index: Path) -> tuple[str, ...]:
+    """The files that an index of safetensors files names, which need not be there.
+
+    Raises:
+        InputError: it is damaged, or names a file elsewhere or none.
+    """
     try:
         files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -55,8 +69,6 @@ def _indexed(index: Path) -> tuple[str, ...]:
     for file in files:
         if not isinstance(file, str) or Path(file).name != file:
             raise InputError(f"names a file outside its folder: {file!r}", place=str(index))
-        if not (index.parent / file).is_file():
-            raise InputError(f"names {file}, which is missing", place=str(index), remedy="Download the model again")
     if not files:
         raise InputError("names no file", place=str(index), remedy="Download the model again")
     return tuple(files)
