@@ -7,8 +7,10 @@ import inspect
 from dataclasses import replace
 
 import torch
+from transformers import AutoModel
 
 from ..errors import CaptureError
+from ..models.heads import note_on_bare
 from ..models.tokens import tokens_without_rows
 from ..models.transformers_witness import EncoderWitness
 from .graph import Captured
@@ -52,7 +54,8 @@ def capture_encoder(folder: ModelFolder, loader: type) -> Captured:
         **({"max_position_embeddings": longest} if longest else {}),
         "hidden_size": config.hidden_size, "vocab_size": model.get_input_embeddings().weight.shape[0],
     }  # fmt: skip
-    notes = [*loaded.notes, *tokens_without_rows(folder.tokenizer(), sizes["vocab_size"])]
+    bare = note_on_bare(config) if loader is AutoModel else []
+    notes = [*loaded.notes, *bare, *tokens_without_rows(folder.tokenizer(), sizes["vocab_size"])]
     return replace(
         captured, kind="encoder", folder=folder, settings=captured.settings | sizes, notes=notes,
         left_out=loaded.left_out, witness=EncoderWitness(folder, loader, model, frozenset(absent)),

@@ -45,6 +45,18 @@ def loader_of(config: PretrainedConfig, place: str) -> type | None:
     )  # fmt: skip
 
 
+def note_on_bare(config: PretrainedConfig) -> list[str]:
+    """A sentence where the config names a decoder without its output projection, which may be meant or not."""
+    bare = set(config.architectures or ()) & _names(modeling_auto.MODEL_MAPPING_NAMES, config)
+    writers = _names(modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, config)
+    if not bare or not writers or _fills_masks(config):
+        return []
+    return [
+        f"config.json names {' and '.join(sorted(bare))}, so the export gives hidden states and writes no text; if its "
+        f"weights are a language model's, set architectures to {' or '.join(sorted(writers))}"
+    ]
+
+
 def _names(known, config: PretrainedConfig) -> set[str]:
     found = known.get(config.model_type, ())
     return {found} if isinstance(found, str) else set(found)

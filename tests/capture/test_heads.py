@@ -4,13 +4,14 @@ import json
 
 import pytest
 import torch
-from transformers import AutoModel, AutoModelForSequenceClassification, AutoModelForTokenClassification
+from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, AutoModelForTokenClassification
 
 import exporting
 from models import LISTS, VOCAB, save_random
 from qexport import validate
 from qexport.errors import CaptureError
 from qexport.export import capture
+from qexport.models.heads import note_on_bare
 from qexport.recipe import Recipe
 from stepping import captured_runner, load_weights, padded, tokens
 
@@ -73,6 +74,19 @@ def test_without_a_head_there_are_hidden_states(tmp_path):
     folder = save(tmp_path, AutoModel)
     captured = capture(folder)
     assert captured.kind == "encoder" and [p.name for p in captured.outputs] == ["last_hidden_state"]
+    (note,) = [note for note in captured.notes if "hidden states" in note]
+    assert "names Qwen3Model" in note and note.endswith("set architectures to Qwen3ForCausalLM")
+
+
+def test_only_a_decoder_without_its_head_is_said_to_give_hidden_states():
+    said = {
+        (name, *changes): bool(note_on_bare(AutoConfig.for_model(kind, architectures=[name], **dict(changes))))
+        for kind, name, *changes in [
+            ("llama", "LlamaModel"), ("llama", "LlamaForCausalLM"), ("llama", "LlamaForSequenceClassification"),
+            ("bert", "BertModel"), ("bert", "BertModel", ("is_decoder", True)), ("vit", "ViTModel"),
+        ]
+    }  # fmt: skip
+    assert [key for key, noted in said.items() if noted] == [("LlamaModel",), ("BertModel", ("is_decoder", True))]
 
 
 def test_a_score_without_a_token_for_padding_is_refused(tmp_path):
