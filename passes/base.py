@@ -14,9 +14,9 @@ import torch
 from torch.fx import GraphModule, Node
 
 from ..errors import PassError, QExportError
-from ..numerics.formats import ActivationFormat
-from .edit import is_call
-from .sites import linears
+from ..graph.edit import is_call
+from ..graph.sites import linears
+from ..quant.formats import ActivationFormat
 
 
 @dataclass(frozen=True)

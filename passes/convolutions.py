@@ -13,9 +13,9 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 
 from ..errors import NumericsError
-from ..numerics.formats import PER_CHANNEL, Scheme
+from ..graph.edit import add_tensor, call, finish, get_tensor, is_call, owner_of, shape_of
+from ..quant.formats import PER_CHANNEL, Scheme
 from .base import Context, GraphPass, Handover, Note, PassResult
-from .edit import add_tensor, call, finish, get_tensor, is_call, owner_of, shape_of
 
 aten = torch.ops.aten
 ops = torch.ops.qexport

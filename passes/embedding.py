@@ -11,14 +11,14 @@ from typing import ClassVar
 import torch
 from torch.fx import Graph, GraphModule, Node
 
-from ..numerics.formats import Scheme, WeightFormat
-from ..numerics.grid import QuantizedWeight, quantize_weight
-from ..numerics.packing import stored_block
+from ..graph.edit import call, finish, get_tensor, is_call, owner_of, shape_of
+from ..graph.sites import Linear, linears
+from ..plan.linear_plan import LinearPlan, fit
+from ..quant.affine import QuantizedWeight, quantize_weight
+from ..quant.formats import Scheme, WeightFormat
+from ..quant.packing import stored_block
 from .base import Context, GraphPass, Note, PassResult
-from .edit import call, finish, get_tensor, is_call, owner_of, shape_of
-from .insert import insert_weight, weight_tensors
-from .plan import LinearPlan, fit
-from .sites import Linear, linears
+from .insert_qdq import insert_weight, weight_tensors
 
 aten = torch.ops.aten
 ops = torch.ops.qexport

@@ -12,24 +12,24 @@ from importlib import import_module
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from .garbage import no_garbage_collection
+from .gc_pause import no_garbage_collection
 
 # ONNX Runtime from 1.29 on sends telemetry, and leaves a device id in the home folder as soon as it is imported, unless
 # it was told not to. Whoever set this, to whatever, has decided.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 if TYPE_CHECKING:
-    from .auto.exporting import AutoResult as AutoResult
-    from .auto.exporting import export_auto as export_auto
     from .errors import QExportError as QExportError
     from .export import ExportResult as ExportResult
     from .export import export as export
     from .inspecting import Inspection as Inspection
     from .inspecting import inspect as inspect
-    from .recipe import Recipe as Recipe
-    from .rendering import compare as compare
-    from .rendering import render as render
-    from .runtime.bench import bench as bench
+    from .mixed_precision.search import AutoResult as AutoResult
+    from .mixed_precision.search import export_auto as export_auto
+    from .recipe.recipe import Recipe as Recipe
+    from .report import compare as compare
+    from .report import render as render
+    from .runtime.benchmark import bench as bench
     from .runtime.doctor import diagnose as diagnose
     from .runtime.generate import Sampling as Sampling
     from .runtime.generate import generate_text as generate  # noqa: F401
@@ -37,39 +37,39 @@ if TYPE_CHECKING:
     from .runtime.optimized import optimize as optimize
     from .runtime.seq2seq import EncoderDecoder as EncoderDecoder
     from .runtime.seq2seq import open_seq2seq as open_seq2seq
+    from .sampling_study import Grid as Grid
+    from .sampling_study import study as study
     from .seq2seq.exporting import Seq2SeqResult as Seq2SeqResult
     from .seq2seq.exporting import export_seq2seq as export_seq2seq
     from .seq2seq.validating import Seq2SeqReport as Seq2SeqReport
     from .seq2seq.validating import validate_seq2seq as validate_seq2seq
-    from .study import Grid as Grid
-    from .study import study as study
-    from .validate import validate as validate
+    from .validation import validate as validate
 
 _WHERE = {
-    "AutoResult": ("auto.exporting", "AutoResult"),
+    "AutoResult": ("mixed_precision.search", "AutoResult"),
     "EncoderDecoder": ("runtime.seq2seq", "EncoderDecoder"),
     "ExportResult": ("export", "ExportResult"),
-    "Grid": ("study.grid", "Grid"),
+    "Grid": ("sampling_study.grid", "Grid"),
     "Inspection": ("inspecting", "Inspection"),
     "OptimizedInfo": ("runtime.optimized", "OptimizedInfo"),
     "QExportError": ("errors", "QExportError"),
-    "Recipe": ("recipe", "Recipe"),
+    "Recipe": ("recipe.recipe", "Recipe"),
     "Sampling": ("runtime.generate", "Sampling"),
     "Seq2SeqReport": ("seq2seq.validating", "Seq2SeqReport"),
     "Seq2SeqResult": ("seq2seq.exporting", "Seq2SeqResult"),
-    "bench": ("runtime.bench", "bench"),
-    "compare": ("rendering", "compare"),
+    "bench": ("runtime.benchmark", "bench"),
+    "compare": ("report", "compare"),
     "diagnose": ("runtime.doctor", "diagnose"),
     "export": ("export", "export"),
-    "export_auto": ("auto.exporting", "export_auto"),
+    "export_auto": ("mixed_precision.search", "export_auto"),
     "export_seq2seq": ("seq2seq.exporting", "export_seq2seq"),
     "generate": ("runtime.generate", "generate_text"),
     "inspect": ("inspecting", "inspect"),
     "open_seq2seq": ("runtime.seq2seq", "open_seq2seq"),
     "optimize": ("runtime.optimized", "optimize"),
-    "render": ("rendering", "render"),
-    "study": ("study", "study"),
-    "validate": ("validate", "validate"),
+    "render": ("report", "render"),
+    "study": ("sampling_study", "study"),
+    "validate": ("validation", "validate"),
     "validate_seq2seq": ("seq2seq.validating", "validate_seq2seq"),
 }
 

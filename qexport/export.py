@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from .artifact.manifest import Manifest
 from .artifact.names import public_name
 from .artifact.output import Work, claimed, explained
 from .calibrate.coverage import unseen_shares, warning
@@ -17,39 +18,38 @@ from .calibrate.data import Progress, calibration_batches, check_calibration, ne
 from .calibrate.fingerprint import fingerprint_of
 from .calibrate.loop import Finished, quantize_blocks
 from .calibrate.projection import hessian_of
-from .calibrate.stages import passes_for
+from .calibrate.recipe_passes import passes_for
 from .capture.dynamic import DynamicShapes
 from .capture.folder import capture_folder
 from .capture.graph import Captured
 from .capture.module import Inputs, capture_module
-from .capture.origin import origin
-from .capture.source import ModelFolder, open_model, source_path
 from .describing import manifest_of, report_of
 from .errors import InputError, QExportError, RecipeError
+from .graph.sites import Linear
 from .log import warn
+from .lower.attention_plan import check_attention, deploy_attention, plan_attention
 from .lower.blocks import lower
 from .lower.build import Target
 from .lower.folder import write_companions, write_model
-from .lower.grouping import check_attention, deploy_attention, plan_attention
 from .lower.last_token import keep_last, read_by_projection
-from .lower.prefill import LONGEST_STEP
+from .lower.prefill_twin import LONGEST_STEP
 from .lower.sizes import by_part
-from .lower.targets.cpu import CpuTarget
-from .lower.targets.cuda import CudaTarget
 from .models.agreement import ReaderAgreement
+from .models.provenance import origin
+from .models.source import ModelFolder, open_model, source_path
 from .passes.base import GraphPass
 from .passes.convolutions import ConvolutionPlan
 from .passes.embedding import EmbeddingPlan
-from .passes.experts import CountChoices
-from .passes.plan import LinearPlan
-from .passes.sites import Linear
-from .planning import output_projection
-from .recipe import Recipe
+from .passes.moe_coverage import CountChoices
+from .plan.linear_plan import LinearPlan
+from .plan.model_plan import output_projection
+from .recipe.recipe import Recipe
 from .refusals import check_range, decide
-from .rendering import read_export, write_card
+from .report import read_export, write_card
 from .runtime.first_run import first_run
-from .runtime.manifest import Manifest
-from .validate.reader import check_reader
+from .targets.cpu import CpuTarget
+from .targets.cuda import CudaTarget
+from .validation.reader import check_reader
 
 # By target, first what is taken unasked.
 _DTYPES = {"cpu": ("float32",), "cuda": ("float16", "bfloat16")}

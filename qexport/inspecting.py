@@ -14,24 +14,24 @@ import torch
 
 from .calibrate.data import Progress, calibration_batches, needs_data, no_progress, recipe_and_data
 from .calibrate.ranges import float_ranges
-from .calibrate.stages import passes_for
+from .calibrate.recipe_passes import passes_for
 from .capture.dynamic import DynamicShapes
 from .capture.graph import Captured
 from .capture.module import Inputs
-from .capture.source import ModelFolder
 from .export import capture, source_of, target_for
-from .lower.attention import Grouping
-from .lower.foretell import slow_linears
-from .lower.grouping import check_attention, plan_attention
-from .numerics.formats import ActivationFormat
+from .graph.sites import FoldSite, fold_sites, linear_at
+from .lower.attention_plan import check_attention, plan_attention
+from .lower.gqa import Grouping
+from .models.source import ModelFolder
 from .passes.convolutions import ConvolutionPlan
 from .passes.embedding import EmbeddingPlan
-from .passes.fptq import FPTQ, Decision
-from .passes.plan import LinearPlan
-from .passes.sites import FoldSite, fold_sites, linear_at
-from .planning import bytes_by_part, described_embedding, weight_sizes
-from .recipe import Recipe
+from .passes.equalization.fptq import FPTQ, Decision
+from .plan.linear_plan import LinearPlan
+from .plan.model_plan import bytes_by_part, described_embedding, weight_sizes
+from .quant.formats import ActivationFormat
+from .recipe.recipe import Recipe
 from .refusals import check_range, decide
+from .targets.predict_kernels import slow_linears
 
 Planned = LinearPlan | ConvolutionPlan
 _INDEX = re.compile(r"\.(\d+)(?=\.|$)")

@@ -7,18 +7,18 @@ import torch
 
 from .capture.graph import Captured
 from .errors import LoweringError, RecipeError
-from .lower.attention import Grouping, count_attentions
+from .graph.edit import get_tensor
+from .graph.sites import linears
+from .lower.attention_plan import plan_attention
 from .lower.build import Target, check_translations
-from .lower.grouping import plan_attention
-from .lower.targets.bfloat16 import check_bfloat16
-from .numerics.narrowing import narrowed
+from .lower.gqa import Grouping, count_attentions
 from .passes.convolutions import ConvolutionPlan, convolutions
-from .passes.edit import get_tensor
 from .passes.embedding import EmbeddingPlan
-from .passes.plan import LinearPlan
-from .passes.sites import linears
-from .planning import convolutions_for, plan_for
-from .recipe import Recipe
+from .plan.linear_plan import LinearPlan
+from .plan.model_plan import convolutions_for, plan_for
+from .quant.narrowing import narrowed
+from .recipe.recipe import Recipe
+from .targets.bfloat16 import check_bfloat16
 
 
 @dataclass(frozen=True)

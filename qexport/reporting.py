@@ -5,21 +5,21 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from .auto.exporting import AutoResult
 from .console import megabytes, print_table
 from .export import ExportResult
 from .inspecting import Inspection, Site, compressed, compressed_sites
+from .mixed_precision.search import AutoResult
 from .passes.embedding import EmbeddingPlan
-from .passes.experts import FEW_TOKENS
-from .passes.plan import LinearPlan
-from .planning import described_embedding
-from .rendering.facts import overrides_yaml
-from .runtime.bench import BenchResult
+from .passes.moe_coverage import FEW_TOKENS
+from .plan.linear_plan import LinearPlan
+from .plan.model_plan import described_embedding
+from .report.facts import overrides_yaml
+from .runtime.benchmark import BenchResult
 from .runtime.doctor import Check
 from .runtime.optimized import OptimizedInfo
-from .study.result import Row, Study
-from .validate import Report, summary_rows, worst_linears
-from .validate.wording import number
+from .sampling_study.result import Row, Study
+from .validation import Report, summary_rows, worst_linears
+from .validation.formatting import number
 
 
 def export_summary(result: ExportResult) -> dict[str, Any]:

@@ -14,10 +14,10 @@ import time
 from pathlib import Path
 
 from qexport.export import capture, export
-from qexport.recipe import Recipe
-from qexport.validate.logits import compare_logits, deployed_logits
-from qexport.validate.reference import FloatOutputs, decoder_feeds
-from qexport.validate.text import choose_text
+from qexport.recipe.recipe import Recipe
+from qexport.validation.logits import compare_logits, deployed_logits
+from qexport.validation.reference import FloatOutputs, decoder_feeds
+from qexport.validation.text import choose_text
 
 HEADER = ["recipe", "linears, bytes", "perplexity", "KL mean", "KL 99 %", "top-1", "export, s"]
 

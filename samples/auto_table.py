@@ -14,14 +14,14 @@ import tempfile
 from collections import Counter
 from pathlib import Path
 
-from qexport.auto.exporting import export_auto
 from qexport.console import megabytes, parsed_bytes, showing_progress
 from qexport.export import capture, export
-from qexport.recipe import Recipe
-from qexport.validate.logits import compare_logits, deployed_logits
-from qexport.validate.reference import FloatOutputs, decoder_feeds
-from qexport.validate.report import Logits
-from qexport.validate.text import choose_text
+from qexport.mixed_precision.search import export_auto
+from qexport.recipe.recipe import Recipe
+from qexport.validation.logits import compare_logits, deployed_logits
+from qexport.validation.reference import FloatOutputs, decoder_feeds
+from qexport.validation.report import Logits
+from qexport.validation.text import choose_text
 
 HEADER = ["files", "schemes", "KL mean", "KL 99 %", "perplexity, float", "top-1", "exports"]
 

@@ -22,15 +22,15 @@ import venv
 from fnmatch import fnmatchcase
 from pathlib import Path
 
+from qexport.artifact import manifest as manifests
 from qexport.console import showing_progress
 from qexport.export import capture
-from qexport.recipe import Recipe
-from qexport.runtime import manifest as manifests
-from qexport.runtime.bench import Measurement, measure, ratios
-from qexport.validate.logits import compare_logits, deployed_logits
-from qexport.validate.reference import FloatOutputs, decoder_feeds
-from qexport.validate.report import Logits
-from qexport.validate.text import choose_text
+from qexport.recipe.recipe import Recipe
+from qexport.runtime.benchmark import Measurement, measure, ratios
+from qexport.validation.logits import compare_logits, deployed_logits
+from qexport.validation.reference import FloatOutputs, decoder_feeds
+from qexport.validation.report import Logits
+from qexport.validation.text import choose_text
 
 PACKAGE = "onnxruntime-genai-cuda>=0.18"  # its builder writes files for the CPU as well
 DEFAULT = "builder int4"

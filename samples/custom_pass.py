@@ -19,9 +19,9 @@ from torch.fx import GraphModule, Node
 
 import qexport
 from qexport.errors import PassError
+from qexport.graph.sites import FoldSite, fold_sites
 from qexport.passes.base import Context, GraphPass, Note, PassResult
-from qexport.passes.equalize import fold
-from qexport.passes.sites import FoldSite, fold_sites
+from qexport.passes.equalization.equalize import fold
 
 
 class MeanAbs:
@@ -91,7 +91,7 @@ def main(model: str, text: str | None) -> None:
     for name, passes in (("plain", []), ("scaled", [ScaleByActivation(recipe)])):
         out = f"out/custom_pass_{name}"
         qexport.export(model, recipe, out_dir=out, calibration=text, extra_passes=passes, overwrite=True)
-        report = qexport.validate(out, model, text=text, windows=4, window=256)
+        report = qexport.validation(out, model, text=text, windows=4, window=256)
         scores = report.logits
         print(f"{name:<8} KL against the float model {scores.kl_mean:.4f}, top-1 agreement {scores.top1_agreement:.1%}")
 

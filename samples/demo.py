@@ -38,7 +38,7 @@ def main() -> None:
         say("Exporting the float model, for comparison")
         plain = qexport.export(model, untouched, out_dir=OUT / "float", overwrite=True)
         say("Validating: both models read other text, also written by the float model")
-        report = qexport.validate(made.folder, model, windows=4, window=256, progress=progress)
+        report = qexport.validation(made.folder, model, windows=4, window=256, progress=progress)
     say(f"Generating in ONNX Runtime: {PROMPT}")
     qexport.generate(
         made.folder, PROMPT, max_new_tokens=60, chat=True, on_text=lambda row, piece: print(piece, end="", flush=True)

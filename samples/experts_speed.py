@@ -18,7 +18,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import qexport
-from qexport.runtime import manifest as manifests
+from qexport.artifact import manifest as manifests
 from qexport.runtime.decoder import Decoder
 from qexport.runtime.session import open_session
 

@@ -30,16 +30,16 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 import qexport  # isort: skip  before ONNX Runtime, whose telemetry it turns off
 import onnxruntime as ort
 
-from qexport.calibrate.streams import decoder_inputs
+from qexport.artifact.manifest import CPU, CUDA, MODEL_FILE
+from qexport.calibrate.block_activations import decoder_inputs
 from qexport.console import megabytes, showing_progress
 from qexport.errors import InputError, QExportError
-from qexport.numerics.metrics import kl_divergence, top1_agreement
-from qexport.recipe import Override, Recipe
+from qexport.quant.metrics import kl_divergence, top1_agreement
+from qexport.recipe.recipe import Override, Recipe
 from qexport.runtime.decoder import open_decoder
-from qexport.runtime.manifest import CPU, CUDA, MODEL_FILE
-from qexport.validate.logits import deployed_logits
-from qexport.validate.placement import examine
-from qexport.validate.text import choose_text
+from qexport.validation.logits import deployed_logits
+from qexport.validation.placement import examine
+from qexport.validation.text import choose_text
 
 RECIPES = (
     "w4a16_g32", "w4a16_g32_asym", "w8a16", "w8a8_dyn", "w8a8_static", "w4a8", "nf4", "fp4", "crossquant_w8a8",

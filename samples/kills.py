@@ -25,12 +25,12 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import qexport
 from qexport.artifact import checksums, swap
+from qexport.artifact import manifest as manifests
 from qexport.artifact.ownership import is_export
 from qexport.capture.graph import Captured
 from qexport.errors import InputError, QExportError
 from qexport.export import capture
-from qexport.rendering import read_validated  # noqa: F401  imported once, not in every process
-from qexport.runtime import manifest as manifests
+from qexport.report import read_validated  # noqa: F401  imported once, not in every process
 
 RECIPE, NOTES = "w4a16_g32_rtn", "what I think of this model"
 _EVENTS = ("open", "os.", "shutil.", "tempfile.", "qexport.")
@@ -88,7 +88,7 @@ def commands(model: Captured) -> list[Command]:
         qexport.optimize(place / "out", repeats=1)
 
     def validate(place: Path) -> None:
-        qexport.validate(place / "out", model, windows=1, window=16, greedy=0)
+        qexport.validation(place / "out", model, windows=1, window=16, greedy=0)
 
     def optimize(place: Path) -> None:
         qexport.optimize(place / "out", repeats=1)

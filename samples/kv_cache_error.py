@@ -15,13 +15,13 @@ from statistics import mean
 import torch
 from torch.fx import Interpreter
 
+from qexport.calibrate.block_activations import Stream, decoder_inputs, last_readers
 from qexport.calibrate.float_model import weights_of
-from qexport.calibrate.streams import Stream, decoder_inputs, last_readers
 from qexport.export import capture
-from qexport.numerics.cache import cache_codes, cache_scale
-from qexport.numerics.metrics import sqnr_db
-from qexport.passes.edit import is_call
-from qexport.validate.text import choose_text
+from qexport.graph.edit import is_call
+from qexport.quant.kv_cache import cache_codes, cache_scale
+from qexport.quant.metrics import sqnr_db
+from qexport.validation.text import choose_text
 
 ops = torch.ops.qexport
 

@@ -20,11 +20,11 @@ import yaml
 from qexport import bench
 from qexport.console import showing_progress
 from qexport.export import capture, export
-from qexport.recipe import Override, Recipe
-from qexport.validate.logits import compare_logits, deployed_logits
-from qexport.validate.record import REPORT_FILE
-from qexport.validate.reference import FloatOutputs, decoder_feeds
-from qexport.validate.text import choose_text
+from qexport.recipe.recipe import Override, Recipe
+from qexport.validation.logits import compare_logits, deployed_logits
+from qexport.validation.reference import FloatOutputs, decoder_feeds
+from qexport.validation.report_store import REPORT_FILE
+from qexport.validation.text import choose_text
 
 ROWS = Path(__file__).with_name("methods.yaml")
 HEADER = ["method", "linears, MB", "perplexity", "KL", "top-1", "kernel", "prefill", "decode"]

@@ -7,8 +7,8 @@ from unittest.mock import patch
 import torch
 
 import exporting
-from qexport.lower.targets import cuda
-from qexport.numerics.metrics import sqnr_db
+from qexport.quant.metrics import sqnr_db
+from qexport.targets import cuda
 from stepping import captured_runner, load_weights, next_feeds, prompt_feeds, tokens
 
 STEPS = 5

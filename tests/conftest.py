@@ -13,7 +13,7 @@ from cuda_placement.probe import placement
 from models import save_model
 from qexport import cli
 from qexport.export import capture
-from qexport.validate.reader import check_reader
+from qexport.validation.reader import check_reader
 
 transformers.logging.disable_progress_bar()
 torch.set_num_threads(1)  # models here are so small that threads cost more than they bring

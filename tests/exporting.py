@@ -12,14 +12,14 @@ import onnxruntime as ort
 import torch
 from onnx import TensorProto, helper
 
+from qexport.artifact.manifest import CPU, MODEL_FILE, Manifest
 from qexport.capture.blocks import Block
 from qexport.capture.graph import Captured
+from qexport.graph.edit import attributes, get_tensor, set_tensor
 from qexport.lower.emitter import ONNX_DTYPE
-from qexport.passes.edit import attributes, get_tensor, set_tensor
-from qexport.recipe import Recipe
-from qexport.runtime.manifest import CPU, MODEL_FILE, Manifest
+from qexport.recipe.recipe import Recipe
 from qexport.runtime.session import open_session
-from qexport.validate.running import run_session
+from qexport.validation.running import run_session
 from stepping import Runner, block_runner
 
 exporting = importlib.import_module("qexport.export")  # the package's attribute of this name is the function

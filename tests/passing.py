@@ -3,13 +3,13 @@
 import torch
 from torch import nn
 
+from qexport.calibrate.block_activations import Stream, batches, collect, make_stream
 from qexport.calibrate.sources import Samples
-from qexport.calibrate.streams import Stream, batches, collect, make_stream
 from qexport.capture.graph import Captured
 from qexport.capture.module import capture_module
-from qexport.numerics.formats import Scheme
 from qexport.passes.base import GraphPass, PassResult, Pipeline
-from qexport.passes.plan import LinearPlan, make_plan
+from qexport.plan.linear_plan import LinearPlan, make_plan
+from qexport.quant.formats import Scheme
 from stepping import load_weights
 
 

@@ -8,7 +8,7 @@ import onnx
 from onnx import numpy_helper
 
 from qexport.artifact import checksums
-from qexport.runtime.manifest import LinearEntry
+from qexport.artifact.manifest import LinearEntry
 
 MODEL, KIND = "model.onnx", "QuantizeLinear"
 

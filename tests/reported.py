@@ -3,13 +3,13 @@
 import json
 from pathlib import Path
 
-from qexport.rendering import read_validated
-from qexport.rendering.exported import Exported
-from qexport.runtime.manifest import LinearEntry, Manifest
-from qexport.runtime.manifest import save as save_manifest
-from qexport.study.result import Format, Study
-from qexport.study.result import Row as TextRow
-from qexport.validate.report import (
+from qexport.artifact.manifest import LinearEntry, Manifest
+from qexport.artifact.manifest import save as save_manifest
+from qexport.report import read_validated
+from qexport.report.exported import Exported
+from qexport.sampling_study.result import Format, Study
+from qexport.sampling_study.result import Row as TextRow
+from qexport.validation.report import (
     Better,
     Greedy,
     InputRange,
@@ -21,7 +21,7 @@ from qexport.validate.report import (
     Row,
     Sensitivity,
 )
-from qexport.validate.verdict import with_verdict
+from qexport.validation.verdict import with_verdict
 
 KINDS = ("self_attn.q_proj", "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj")
 

@@ -10,7 +10,7 @@ from transformers import DynamicCache
 
 from qexport.capture.blocks import Block
 from qexport.capture.graph import Captured, Port
-from qexport.passes.edit import set_tensor
+from qexport.graph.edit import set_tensor
 
 Feeds = dict[str, torch.Tensor]
 Runner = Callable[[Feeds], Feeds]

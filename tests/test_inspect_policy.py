@@ -18,10 +18,10 @@ from qexport import cli
 from qexport.calibrate.ranges import float_ranges
 from qexport.errors import InputError, NumericsError
 from qexport.export import capture
+from qexport.graph.edit import get_tensor, is_call
+from qexport.graph.sites import fold_sites
 from qexport.inspecting import compressed, compressed_sites
-from qexport.passes.edit import get_tensor, is_call
-from qexport.passes.sites import fold_sites
-from qexport.recipe import CalibrationSpec, FptqSpec, Override, Recipe
+from qexport.recipe.recipe import CalibrationSpec, FptqSpec, Override, Recipe
 from stepping import captured_runner, load_weights, padded, prompt_feeds, tokens
 
 ops = torch.ops.qexport

@@ -4,8 +4,8 @@ import pytest
 import yaml
 
 from qexport.errors import RecipeError
-from qexport.numerics.formats import PER_CHANNEL, ActivationFormat, Scheme, WeightFormat
-from qexport.recipe import CalibrationSpec, Override, Recipe, WeightSpec, scheme_name
+from qexport.quant.formats import PER_CHANNEL, ActivationFormat, Scheme, WeightFormat
+from qexport.recipe.recipe import CalibrationSpec, Override, Recipe, WeightSpec, scheme_name
 
 PRESETS = {
     "w4a16_g32": ("w4a16_g32", "gptq", None),

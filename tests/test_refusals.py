@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM
 
 import qexport
 from qexport.errors import InputError, LoweringError, NumericsError, RecipeError
-from qexport.recipe import CalibrationSpec, Recipe
+from qexport.recipe.recipe import CalibrationSpec, Recipe
 
 RANDOM = CalibrationSpec(source="random", samples=2, sequence_length=8)
 

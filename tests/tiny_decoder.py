@@ -11,7 +11,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from qexport.runtime import manifest as manifests
+from qexport.artifact import manifest as manifests
 
 FLOAT, INT64, BOOL = TensorProto.FLOAT, TensorProto.INT64, TensorProto.BOOL
 ACCURACY = "session.qdq_matmulnbits_accuracy_level"

@@ -9,7 +9,7 @@ from pathlib import Path
 import onnx
 from onnx import NodeProto, TensorProto, helper
 
-from qexport.runtime.manifest import MODEL_FILE
+from qexport.artifact.manifest import MODEL_FILE
 
 BFLOAT16, FLOAT = TensorProto.BFLOAT16, TensorProto.FLOAT
 _CODES = 1, 2  # outputs of GroupQueryAttention that are codes where its caches are

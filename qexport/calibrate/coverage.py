@@ -5,9 +5,9 @@ from collections.abc import Callable, Iterable, Mapping
 from torch.fx import GraphModule, Node
 
 from ..capture.blocks import Block
-from ..passes.plan import LinearPlan
-from ..passes.sites import linears, rows_of
-from .streams import Stream, collect
+from ..graph.sites import linears, rows_of
+from ..plan.linear_plan import LinearPlan
+from .block_activations import Stream, collect
 
 MANY = 0.1  # share of a linear's input features
 

@@ -9,15 +9,15 @@ from typing import Any
 from torch import Tensor
 
 from ..capture.graph import Captured
-from ..capture.source import ModelFolder
 from ..errors import InputError
-from ..passes.plan import LinearPlan
-from ..recipe import Recipe
+from ..models.source import ModelFolder
+from ..plan.linear_plan import LinearPlan
+from ..recipe.recipe import Recipe
+from .block_activations import Stream, make_stream, module_feeds, stream_of
 from .encoder_inputs import encoder_stream
 from .float_model import fits_in_memory, loaded
 from .self_text import continue_text
 from .sources import Samples, check_text, load_samples
-from .streams import Stream, make_stream, module_feeds, stream_of
 
 Progress = Callable[[str, str, int, int], None]  # stage, what, done, total
 

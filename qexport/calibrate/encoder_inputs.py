@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 
 from ..capture.graph import Captured
+from .block_activations import Stream, stream_of
 from .sources import Samples
-from .streams import Stream, stream_of
 
 
 def encoder_inputs(captured: Captured, ids: Tensor, mask: Tensor) -> dict[str, Tensor]:

@@ -13,9 +13,9 @@ from ..artifact.checksums import sampled
 from ..capture.graph import Captured
 from ..errors import NumericsError
 from ..passes.base import GraphPass
-from ..recipe import Recipe
+from ..recipe.recipe import Recipe
 from . import shards
-from .streams import Stream
+from .block_activations import Stream
 
 _LIBRARIES = ("qexport", "torch", "transformers", "numpy", "safetensors")
 _WEIGHTS = (".safetensors", ".gguf", ".bin", ".pt", ".pth")

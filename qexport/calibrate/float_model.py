@@ -7,7 +7,7 @@ import torch
 
 from ..capture.blocks import Block
 from ..capture.graph import Captured
-from ..passes.edit import attributes, get_tensor, set_tensor, unload
+from ..graph.edit import attributes, get_tensor, set_tensor, unload
 
 
 def float_bytes(captured: Captured) -> int:

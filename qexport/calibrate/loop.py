@@ -18,14 +18,14 @@ from torch.fx import GraphModule
 from ..capture.blocks import Block
 from ..capture.graph import Captured
 from ..errors import InputError, PassError, within
-from ..numerics.joined import Joined
-from ..numerics.narrowing import narrowed
+from ..graph.edit import attributes, delete_tensor, get_tensor, set_tensor, unload
 from ..passes.base import GraphPass, Pipeline
-from ..passes.edit import attributes, delete_tensor, get_tensor, set_tensor, unload
+from ..quant.concat_tensor import Joined
+from ..quant.narrowing import narrowed
 from . import shards
+from .block_activations import Stream, batches, sqnr
 from .coverage import Coverage
 from .memory import trim
-from .streams import Stream, batches, sqnr
 
 JOURNAL = "journal.jsonl"
 _AGAIN = "Export without --resume to start again"

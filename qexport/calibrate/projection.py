@@ -3,12 +3,12 @@
 import torch
 
 from ..capture.graph import Captured
-from ..numerics.gptq import HessianStatistic
-from ..passes.sites import Linear
-from ..passes.weights import hessian_statistic
-from ..recipes.specs import WeightSpec
+from ..graph.sites import Linear
+from ..passes.weights.rounding import hessian_statistic
+from ..quant.gptq import HessianStatistic
+from ..recipe.sections import WeightSpec
+from .block_activations import Stream
 from .ranges import Progress, float_statistics
-from .streams import Stream
 
 
 def hessian_of(

@@ -7,10 +7,10 @@ from torch.fx import Node
 
 from ..capture.graph import Captured
 from ..errors import within
-from ..numerics.observers import AbsmaxObserver
+from ..quant.observers import AbsmaxObserver
+from .block_activations import Progress, Stream, collect
 from .float_model import weights_of
 from .memory import trim
-from .streams import Progress, Stream, collect
 
 
 def _silent(name: str, done: int, total: int) -> None:

@@ -18,7 +18,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from ..capture.blocks import Block, holder
 from ..errors import InputError, PassError, writing_to
-from ..passes.edit import Spec, attributes, get_tensor
+from ..graph.edit import Spec, attributes, get_tensor
 
 _MODULES = {"_operator": operator, "operator": operator, "math": math, "torch": torch}  # of plain functions in graphs
 _PLAIN = "python:"  # before the name of one

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
-from ..recipe import CalibrationSpec
+from ..recipe.recipe import CalibrationSpec
 from .datasets_source import dataset_text
 from .self_text import Generate, write_text
 

@@ -13,7 +13,7 @@ from transformers.cache_utils import DynamicLayer
 from transformers.masking_utils import AttentionMaskInterface
 
 from ..errors import CaptureError
-from ..ops.attention import MASKED
+from ..graph.ops.attention import MASKED
 
 IMPLEMENTATION = "qexport"
 _PROBE = 12  # positions on which a mask pattern is compared with causal attention

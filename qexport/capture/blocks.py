@@ -14,7 +14,7 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 
 from ..errors import CaptureError
-from ..passes.edit import get_tensor, is_call, set_tensor, spec_of
+from ..graph.edit import get_tensor, is_call, set_tensor, spec_of
 
 _LAYER = re.compile(r"^(?P<container>.*?)\.(?P<index>\d+)(?=\.|$)")
 

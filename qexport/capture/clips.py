@@ -9,8 +9,8 @@ import math
 import torch
 from torch.fx import Graph, GraphModule, Node
 
+from ..graph.edit import get_tensor, is_call
 from ..graph.schema import bind
-from ..passes.edit import get_tensor, is_call
 
 aten = torch.ops.aten
 Bounds = tuple[float | None, float | None]

@@ -4,21 +4,21 @@ import torch
 from accelerate import init_empty_weights
 from transformers import AutoModelForCausalLM
 
-from .. import ops  # noqa: F401  registers the operators
 from ..errors import CaptureError
-from ..garbage import no_garbage_collection
+from ..gc_pause import no_garbage_collection
+from ..graph import ops  # noqa: F401  registers the operators
+from ..graph.edit import get_tensor
+from ..models.checkpoint import Checkpoint
+from ..models.source import ModelFolder
 from ..models.tokens import tokens_without_rows
 from ..models.transformers_witness import DecoderWitness
-from ..passes.edit import get_tensor
 from .attention import IMPLEMENTATION
 from .experts import IMPLEMENTATION as EXPERTS
 from .graph import Captured, Port
-from .pieces import Pieces
 from .rope import settle_frequencies
-from .source import ModelFolder
 from .stored import aliases_of, find_weights, untie
 from .trace import IDS, Traced, quiet, root_cause, trace
-from .weights import Checkpoint
+from .weight_views import Pieces
 
 _LONGEST = ("max_position_embeddings", "max_seq_len", "seq_length")  # what configs call the longest text
 

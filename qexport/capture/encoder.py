@@ -11,12 +11,12 @@ from transformers import AutoModel
 
 from ..errors import CaptureError
 from ..models.heads import note_on_bare
+from ..models.loading import load_known
+from ..models.source import ModelFolder
 from ..models.tokens import tokens_without_rows
 from ..models.transformers_witness import EncoderWitness
 from .graph import Captured
-from .loading import load_known
 from .module import capture_module
-from .source import ModelFolder
 
 # Sizes of the example inputs; see `trace`.
 _BATCH, _SEQUENCE = 2, 7

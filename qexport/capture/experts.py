@@ -13,7 +13,7 @@ from torch.nn.functional import linear
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from ..errors import CaptureError
-from ..ops import experts as _ops  # noqa: F401  registers the operator
+from ..graph.ops import experts as _ops  # noqa: F401  registers the operator
 
 IMPLEMENTATION = "qexport"
 _rows: ContextVar[tuple[int, int] | None] = ContextVar("rows", default=None)

@@ -2,10 +2,10 @@
 
 from ..errors import CaptureError
 from ..models.heads import loader_of
+from ..models.source import ModelFolder
 from .decoder import capture_decoder
 from .encoder import capture_encoder
 from .graph import Captured
-from .source import ModelFolder
 
 
 def capture_folder(folder: ModelFolder) -> Captured:

@@ -7,9 +7,9 @@ import torch
 from torch.fx import Node
 
 from ..models.agreement import ReaderAgreement
+from ..models.source import ModelFolder
 from ..models.witness import Witness
 from .blocks import Block, handed_on
-from .source import ModelFolder
 
 
 class Weights(Protocol):

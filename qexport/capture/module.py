@@ -10,10 +10,11 @@ from torch.export import ExportedProgram
 from torch.fx import GraphModule, Node
 from torch.utils import _pytree
 
-from .. import ops  # noqa: F401  registers the operators
 from ..errors import CaptureError, InputError
+from ..graph import ops  # noqa: F401  registers the operators
+from ..graph.edit import get_tensor
+from ..models.checkpoint import StateDict
 from ..models.witness import ModuleWitness
-from ..passes.edit import get_tensor
 from .blocks import cut
 from .dynamic import Axes, DynamicShapes, Hint, dynamic_axes
 from .explain import explained, functional
@@ -21,7 +22,6 @@ from .fold import fold_batch_norms, fold_padding, fold_weights, spell_padding
 from .graph import Captured, Port
 from .normalize import normalize
 from .trace import quiet
-from .weights import StateDict
 
 aten = torch.ops.aten
 Inputs = Sequence[torch.Tensor] | Mapping[str, torch.Tensor]

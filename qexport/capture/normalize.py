@@ -12,9 +12,9 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from ..passes.edit import is_call
+from ..graph.edit import is_call
 from .clips import spell_clips
-from .filling import join_parts
+from .copies_to_concat import join_parts
 from .positions import slice_tables
 
 aten = torch.ops.aten

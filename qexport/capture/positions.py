@@ -7,7 +7,7 @@ but under the CUDA provider it copies the ends of the range to the GPU and back.
 import torch
 from torch.fx import Graph
 
-from ..passes.edit import is_call
+from ..graph.edit import is_call
 
 aten = torch.ops.aten
 

@@ -18,14 +18,14 @@ from transformers.cache_utils import EncoderDecoderCache
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.models.auto import modeling_auto
 
+from ..artifact.manifest import DECODER, ENCODER, SOURCE_MASK
 from ..errors import CaptureError
+from ..models.loading import load_whole
+from ..models.source import ModelFolder
 from ..models.transformers_witness import PartWitness
-from ..runtime.manifest import DECODER, ENCODER, SOURCE_MASK
 from .attention import IMPLEMENTATION, GivenCache, GraphCache, ProbeCache, tracing
 from .graph import Captured, Port
-from .loading import load_whole
 from .module import capture_module
-from .source import ModelFolder
 from .trace import quiet, root_cause
 
 # Sizes of the example inputs; see `trace`.

@@ -8,10 +8,10 @@ import torch
 
 from ..artifact.scratch import Scratch
 from ..errors import CaptureError
+from ..models.checkpoint import Checkpoint, check_shapes
 from ..models.leftovers import check_leftovers
-from .loading import load_in_memory
-from .source import ModelFolder
-from .weights import Checkpoint, check_shapes
+from ..models.loading import load_in_memory
+from ..models.source import ModelFolder
 
 Names = Mapping[str, tuple[str, ...]]
 

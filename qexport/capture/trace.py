@@ -10,14 +10,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from ..errors import CaptureError
-from ..passes.edit import get_tensor, set_tensor
-from .alike import Layers, find_layers
+from ..graph.edit import get_tensor, set_tensor
 from .attention import GraphCache, ProbeCache, tracing
 from .blocks import Block, cut
 from .experts import tokens_of
+from .layer_groups import Layers, find_layers
+from .layer_stamps import stamp
 from .normalize import normalize
-from .pieces import Piece, cut_weights, moved
-from .stamp import stamp
+from .weight_views import Piece, cut_weights, moved
 
 # Sizes of the example inputs. torch.export specialises 0 and 1, and two dimensions of one size could be taken for the
 # same one; the graph it makes with these is right for every size, 0 and 1 included.

@@ -139,7 +139,7 @@ def inspect(
     given = {"samples": samples, "sequence_length": sequence_length, "seed": seed}
     chosen = qexport.Recipe.load(recipe).with_calibration(**given)
     console.quiet_libraries()
-    from ..capture.source import open_model
+    from ..models.source import open_model
     from ..reporting import print_inspection
 
     imported()

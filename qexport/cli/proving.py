@@ -60,7 +60,7 @@ def validate(
             printing.print_validated(both)
         return
     with console.showing_progress() as progress:
-        report = qexport.validate(
+        report = qexport.validation(
             folder,
             reference,
             text=text,
@@ -96,13 +96,13 @@ def report(
     from .. import console
 
     if schema:
-        from ..validate import Report
+        from ..validation import Report
 
         console.print_json(Report.model_json_schema())
         return
     if folder is None:
         raise InputError("no folder given", remedy="Give the folder that `qexport validate` looked at")
-    from ..rendering.printing import print_comparison, print_rendered, rendered_summary
+    from ..report.printing import print_comparison, print_rendered, rendered_summary
 
     imported()
     if other is not None:
@@ -157,8 +157,8 @@ def study(
 
     console.quiet_libraries()
     from ..reporting import print_study
-    from ..study import check_place, check_plot
-    from ..study import plot as draw
+    from ..sampling_study import check_place, check_plot
+    from ..sampling_study import plot as draw
 
     imported()
     given = {"temperatures": temperature, "top_ks": top_k, "max_new_tokens": max_new_tokens, "seeds": seed}
@@ -168,7 +168,7 @@ def study(
     if plot is not None:
         check_plot(plot)
     with console.showing_progress() as progress:
-        result = qexport.study(
+        result = qexport.sampling_study(
             folders, reference, grid=grid, prompts=prompts, threads=threads, provider=provider,
             trust_remote_code=trust_remote_code, progress=progress,
             on_estimate=lambda estimate: print(estimate, file=sys.stderr, flush=True),

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch.fx import Graph, Node
 
-from .. import ops as _ops  # noqa: F401  registers the operators
+from . import ops as _ops  # noqa: F401  registers the operators
 from .schema import bind
 
 aten = torch.ops.aten

@@ -6,8 +6,8 @@ from importlib.metadata import version
 from ..calibrate.loop import Finished
 from ..capture.graph import Captured
 from .build import Lowered, Piece, Target, build
-from .experts import gather_experts
-from .merge import merge
+from .fuse_moe import gather_experts
+from .fuse_parallel_linears import merge
 
 
 def lower(captured: Captured, finished: Sequence[Finished], target: Target) -> Lowered:

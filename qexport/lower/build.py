@@ -11,14 +11,14 @@ from torch.fx import Graph, GraphModule, Node
 from ..capture.blocks import handed_on
 from ..capture.graph import Port
 from ..graph.views import results_of
+from ..targets.qmoe import Form
 from . import ops as _ops  # noqa: F401  registers the translations
-from .book import Book, Placed, plain
-from .branches import Piece, add_branches, branched, branches_of
 from .emitter import ONNX_DTYPE, VIEW_OF, Emitter, name_of
-from .fuse import fuse_norms
+from .fuse_norms import fuse_norms
+from .kernel_map import Book, Placed, plain
+from .prefill_decode import Piece, add_branches, branched, branches_of
+from .qdq_patterns import input_of, linear_products
 from .registry import is_translated, translate, untranslated
-from .targets.forms import input_of, linear_products
-from .targets.qmoe import Form
 
 OPSET = 23  # Attention, RMSNormalization and RotaryEmbedding appeared here
 

@@ -10,10 +10,10 @@ from onnx_ir import tensor_adapters
 from torch.fx import Node
 
 from ..errors import LoweringError
+from ..graph.edit import dtype_of, is_call, shape_of
 from ..graph.views import Size, tensor_name
-from ..numerics.narrowing import narrowed, narrowed_number
-from ..numerics.packing import pack_int4
-from ..passes.edit import dtype_of, is_call, shape_of
+from ..quant.narrowing import narrowed, narrowed_number
+from ..quant.packing import pack_int4
 
 ONNX_DTYPE = {
     torch.float32: ir.DataType.FLOAT, torch.float16: ir.DataType.FLOAT16, torch.bfloat16: ir.DataType.BFLOAT16,

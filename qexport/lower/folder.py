@@ -7,15 +7,15 @@ from pathlib import Path
 
 import onnx_ir as ir
 
+from ..artifact import manifest as manifests
 from ..artifact.files import read_json
+from ..artifact.manifest import Manifest
 from ..artifact.tokenizer import write_tokenizer
-from ..capture.source import ModelFolder
 from ..errors import InputError
 from ..log import warn
 from ..models.preflight import GENERATION, LEGAL_FILES, generation_config
-from ..runtime import manifest as manifests
+from ..models.source import ModelFolder
 from ..runtime.genai import genai_config
-from ..runtime.manifest import Manifest
 from .emitter import VIEW_OF, name_of
 
 _COPIED = ("config.json", "generation_config.json")  # what the runtime reads

@@ -7,9 +7,9 @@ from torch.fx import Node
 
 from ..capture.graph import Captured
 from ..errors import InputError, LoweringError
+from ..graph.edit import Spec, call, finish, shape_of
+from ..graph.sites import projection_behind
 from ..graph.views import END, results_of
-from ..passes.edit import Spec, call, finish, shape_of
-from ..passes.sites import projection_behind
 
 aten = torch.ops.aten
 

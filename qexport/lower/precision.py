@@ -12,11 +12,11 @@ from dataclasses import replace
 import torch
 from torch.fx import Graph, GraphModule, Node
 
+from ..graph.edit import Spec, call, finish, get_tensor, is_call, set_tensor
 from ..graph.schema import bind, rebind
 from ..graph.views import Item, tensor_name
-from ..numerics.narrowing import narrowed
-from ..passes.edit import Spec, call, finish, get_tensor, is_call, set_tensor
-from .targets.bfloat16 import IN_FLOAT32
+from ..quant.narrowing import narrowed
+from ..targets.bfloat16 import IN_FLOAT32
 
 aten = torch.ops.aten
 KEEP = "keep_float32"

@@ -9,8 +9,8 @@ from torch.fx import Node
 from torch.fx.node import map_arg
 
 from ..capture.blocks import Block
+from ..graph.edit import shape_of
 from ..graph.views import Cat, RotaryEmbedding, Slice, results_of, size_at, tensor_name
-from ..passes.edit import shape_of
 
 _LARGEST = 1 << 26  # bytes; a model with more positions than fit rotates outside of attention
 

@@ -16,7 +16,7 @@ from transformers.cache_utils import EncoderDecoderCache
 from .witness import Absent, Call, Outline, Testimony, first_line
 
 if TYPE_CHECKING:
-    from ..capture.source import ModelFolder
+    from .source import ModelFolder
 
 ROWS, PROMPT, STEPS = 2, 16, 2
 _SHAPES = ((ROWS, PROMPT), (3, 7))  # of the texts that encoders read

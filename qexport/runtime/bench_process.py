@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 import psutil
 
+from ..artifact.manifest import Manifest
 from ..errors import RuntimeProblem
 from .decoder import Decoder, open_decoder
-from .manifest import Manifest
 
 _CHILD = "from qexport.runtime.bench_process import _serve; _serve()"
 

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 
+from ..artifact import manifest as manifests
+from ..artifact.manifest import CUDA, Manifest
 from ..errors import InputError, RuntimeProblem
-from . import manifest as manifests
-from .manifest import CUDA, Manifest
 from .sampling import Sampling, choose
 from .session import open_session
 from .values import ELEMENT_TYPES, array_of

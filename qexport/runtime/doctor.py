@@ -13,9 +13,9 @@ from pathlib import Path
 import psutil
 
 from ..artifact import checksums
+from ..artifact.manifest import CPU, CUDA
 from ..artifact.output import check_there
 from ..artifact.ownership import foreign
-from .manifest import CPU, CUDA
 from .processor import instruction_sets
 
 # Distributions that unpack into the same Python package, so that only the last one installed is whole.

@@ -14,9 +14,9 @@ from pathlib import Path
 import numpy as np
 import onnxruntime as ort
 
+from ..artifact.manifest import CPU, CUDA, MODEL_FILE, Manifest
 from ..errors import RuntimeProblem
 from .decoder import Decoder
-from .manifest import CPU, CUDA, MODEL_FILE, Manifest
 from .session import session_options, start
 from .values import value_of
 

@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from ..artifact.files import read_json
+from ..artifact.manifest import CPU, CUDA, GENAI_FILE, MODEL_FILE, Manifest
 from ..errors import InputError
-from .manifest import CPU, CUDA, GENAI_FILE, MODEL_FILE, Manifest
 
 # Types that onnxruntime-genai runs as a plain decoder: tokens, mask and positions in, logits and separate keys and
 # values out. The type still picks tool-call and reasoning tokens, so it is kept where it is known.

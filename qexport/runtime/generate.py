@@ -3,9 +3,9 @@
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from ..artifact import manifest as manifests
 from ..errors import InputError, reading
 from ..log import warn
-from . import manifest as manifests
 from .decoder import Decoder, Generation, open_decoder
 from .patience import at_most
 from .sampling import Sampling

@@ -8,7 +8,7 @@ from typing import BinaryIO
 import onnx
 from onnx import ModelProto, StringStringEntryProto, TensorProto
 
-from .manifest import MODEL_FILE
+from ..artifact.manifest import MODEL_FILE
 
 DATA_FILE = f"{MODEL_FILE}.data"
 SHARED_FILE = "shared.data"

@@ -12,16 +12,16 @@ import numpy as np
 import onnxruntime as ort
 
 from ..artifact import checksums
+from ..artifact import manifest as manifests
 from ..artifact.files import read_json
+from ..artifact.manifest import CPU, GENAI_FILE, MANIFEST_FILE, MODEL_FILE, RECIPE_FILE, Manifest
 from ..artifact.output import inside
 from ..artifact.ownership import copied
 from ..artifact.swap import put
 from ..errors import InputError, RuntimeProblem, writing_to
-from . import cache
-from . import manifest as manifests
+from . import optimized_cache as cache
 from .decoder import Decoder
 from .layout import DATA_FILE, SHARED_FILE, lay_out
-from .manifest import CPU, GENAI_FILE, MANIFEST_FILE, MODEL_FILE, RECIPE_FILE, Manifest
 from .session import open_session, session_options, start
 
 _SAVING = {

@@ -2,9 +2,9 @@
 
 import onnxruntime as ort
 
+from ..artifact.manifest import Manifest
 from ..errors import InputError
 from .doctor import check_provider
-from .manifest import Manifest
 
 _SUFFIX = "ExecutionProvider"
 

@@ -7,12 +7,12 @@ from pathlib import Path
 import numpy as np
 import onnxruntime as ort
 
+from ..artifact import manifest as manifests
 from ..artifact.files import read_json
+from ..artifact.manifest import CUDA, DECODER, ENCODER, MANIFEST_FILE, SEQ2SEQ, SOURCE_MASK, stated
 from ..artifact.output import restore
 from ..errors import InputError, RuntimeProblem
-from . import manifest as manifests
 from .decoder import Decoder, Generation
-from .manifest import CUDA, DECODER, ENCODER, MANIFEST_FILE, SEQ2SEQ, SOURCE_MASK, stated
 from .sampling import Sampling
 from .session import open_session
 from .values import value_of

@@ -4,7 +4,7 @@ from typing import Any
 
 from ..console import print_table
 from ..reporting import export_summary, print_export, print_inspection, print_kept
-from ..validate.wording import number
+from ..validation.formatting import number
 from .exporting import Parted, Seq2SeqResult
 from .validating import Seq2SeqReport
 

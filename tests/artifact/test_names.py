@@ -7,7 +7,7 @@ import pytest
 from qexport import validate
 from qexport.artifact.names import public_name
 from qexport.export import export
-from qexport.recipe import Recipe
+from qexport.recipe.recipe import Recipe
 from tiny_decoder import write_word_tokenizer
 
 

@@ -6,15 +6,15 @@ from dataclasses import replace
 import pytest
 import torch
 
+from qexport.artifact import manifest as manifests
 from qexport.calibrate.coverage import unseen_shares, warning
 from qexport.export import export
-from qexport.numerics.formats import Scheme
-from qexport.passes.plan import LinearPlan
-from qexport.recipe import Recipe
-from qexport.runtime import manifest as manifests
+from qexport.plan.linear_plan import LinearPlan
+from qexport.quant.formats import Scheme
+from qexport.recipe.recipe import Recipe
 from qexport.runtime.session import open_session
-from qexport.validate import validate
-from qexport.validate.running import run_session
+from qexport.validation import validate
+from qexport.validation.running import run_session
 
 
 class Gate(torch.nn.Module):

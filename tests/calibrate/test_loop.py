@@ -10,7 +10,7 @@ from torch import nn
 import exporting
 from qexport.calibrate import loop
 from qexport.errors import InputError, NumericsError
-from qexport.recipe import CalibrationSpec, Recipe, SmoothSpec, WeightSpec
+from qexport.recipe.recipe import CalibrationSpec, Recipe, SmoothSpec, WeightSpec
 
 export = exporting.exporting.export
 CALIBRATION = CalibrationSpec(source="random", samples=4, sequence_length=16, batch_size=2)

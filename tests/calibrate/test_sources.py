@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast
 from qexport.calibrate.self_text import continue_text, write_text
 from qexport.calibrate.sources import _pieces, _spread, load_samples
 from qexport.errors import InputError, NumericsError
-from qexport.recipe import CalibrationSpec
+from qexport.recipe.recipe import CalibrationSpec
 
 VOCAB = 300
 BOS = 256

@@ -8,7 +8,7 @@ from torch.nn import functional
 
 import exporting
 from qexport.capture.module import capture_module
-from qexport.validate import validate
+from qexport.validation import validate
 from stepping import captured_runner, load_weights
 
 aten = torch.ops.aten

@@ -6,8 +6,8 @@ import time
 
 import pytest
 
-from qexport.capture.source import open_model
 from qexport.errors import InputError
+from qexport.models.source import open_model
 
 
 @pytest.fixture

@@ -8,9 +8,9 @@ import pytest
 from huggingface_hub import constants
 from huggingface_hub.utils import filter_repo_objects
 
-from qexport.capture.source import open_model
 from qexport.errors import InputError
 from qexport.models.files import INDEX, WHOLE
+from qexport.models.source import open_model
 
 COMMIT = "c" * 40
 OTHERS = ("consolidated.safetensors", "model.fp16.safetensors", "original/model.safetensors", "pytorch_model.bin")

@@ -15,10 +15,10 @@ from modules import REFUSED_ENCODERS, VOCAB, encoders, save_encoder
 from qexport.calibrate.encoder_inputs import encoder_inputs
 from qexport.errors import CaptureError, InputError, LoweringError
 from qexport.export import capture, export
+from qexport.graph.sites import fold_sites
 from qexport.lower.build import check_translations
-from qexport.passes.sites import fold_sites
-from qexport.planning import plan_for
-from qexport.recipe import Recipe
+from qexport.plan.model_plan import plan_for
+from qexport.recipe.recipe import Recipe
 from stepping import captured_runner, load_weights, padded, tokens
 
 MASKS = {

@@ -5,9 +5,9 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
 from models import FAMILIES, VOCAB, reference_model
-from qexport.capture.weights import Checkpoint
 from qexport.export import capture
-from qexport.passes.edit import attributes, get_tensor
+from qexport.graph.edit import attributes, get_tensor
+from qexport.models.checkpoint import Checkpoint
 from stepping import captured_runner, load_weights, next_feeds, padded, prompt_feeds, tokens, transformers_runner
 
 LAYERS = {"opt": "model.decoder.layers", "gpt_neox": "gpt_neox.layers"}

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from qexport.capture.filling import join_parts
+from qexport.capture.copies_to_concat import join_parts
 
 aten = torch.ops.aten
 

@@ -6,8 +6,8 @@ import torch
 from safetensors.torch import load_file
 
 from gguf_files import write_gguf
-from qexport.capture.source import open_model
 from qexport.errors import InputError
+from qexport.models.source import open_model
 
 
 @pytest.fixture

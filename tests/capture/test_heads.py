@@ -12,7 +12,7 @@ from qexport import validate
 from qexport.errors import CaptureError
 from qexport.export import capture
 from qexport.models.heads import note_on_bare
-from qexport.recipe import Recipe
+from qexport.recipe.recipe import Recipe
 from stepping import captured_runner, load_weights, padded, tokens
 
 PAD = 3
@@ -98,7 +98,7 @@ def test_a_score_without_a_token_for_padding_is_refused(tmp_path):
 
 
 def test_a_class_that_transformers_does_not_know_is_refused(tmp_path, model_folder):
-    from qexport.capture.source import open_model
+    from qexport.models.source import open_model
 
     model = open_model(model_folder("llama"))
     model.config.architectures = ["LlamaForRewards"]

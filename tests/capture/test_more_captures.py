@@ -8,11 +8,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from models import QUICK, REFUSED, VOCAB, breadth, reference_model, save_model
-from qexport.capture.pieces import Pieces
+from qexport.capture.weight_views import Pieces
 from qexport.errors import CaptureError, LoweringError
 from qexport.export import capture
+from qexport.graph.sites import linears
 from qexport.lower.build import check_translations
-from qexport.passes.sites import linears
 from stepping import captured_runner, load_weights, next_feeds, padded, prompt_feeds, tokens, transformers_runner
 
 PROMPTS = (padded([3, 7, 1], "left"), padded([7, 2, 5], "right"))

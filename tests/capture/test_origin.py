@@ -2,8 +2,8 @@ from pathlib import Path
 
 import pytest
 
-from qexport.capture.origin import licence_of, origin
-from qexport.capture.source import ModelFolder
+from qexport.models.provenance import licence_of, origin
+from qexport.models.source import ModelFolder
 
 
 def test_a_local_folder_has_no_id_and_leaves_its_parents_out(tmp_path):

@@ -9,10 +9,10 @@ from safetensors.torch import load_file, save_file
 
 from models import save_model
 from modules import save_encoder
-from qexport.capture.source import open_model
 from qexport.errors import CaptureError, InputError
 from qexport.export import capture
 from qexport.models.quantized import check_float
+from qexport.models.source import open_model
 
 CONFIGS = {  # what a config says, and what the sentence names
     "fp8": ({"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128]}, r"FP8 \(e4m3\)"),

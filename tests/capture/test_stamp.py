@@ -7,7 +7,7 @@ from transformers.models.llama.modeling_llama import LlamaAttention
 
 from models import VOCAB, reference_model, save_model
 from qexport.capture import trace
-from qexport.capture.alike import Layers, find_layers
+from qexport.capture.layer_groups import Layers, find_layers
 from qexport.errors import CaptureError
 from qexport.export import capture, export
 from stepping import captured_runner, load_weights, prompt_feeds, tokens, transformers_runner

@@ -8,11 +8,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from models import VOCAB, reference_model
-from qexport.capture.source import open_model
-from qexport.capture.weights import Checkpoint
 from qexport.errors import CaptureError, InputError
 from qexport.export import capture
+from qexport.models.checkpoint import Checkpoint
 from qexport.models.files import INDEX, WHOLE, weight_files
+from qexport.models.source import open_model
 from stepping import captured_runner, load_weights, prompt_feeds, tokens, transformers_runner
 
 

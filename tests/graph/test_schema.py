@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.fx import Graph
 
-from qexport import ops  # noqa: F401  registers the operators
+from qexport.graph import ops  # noqa: F401  registers the operators
 from qexport.graph.schema import bind
 
 aten = torch.ops.aten

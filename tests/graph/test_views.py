@@ -2,9 +2,9 @@ import pytest
 import torch
 from torch.fx import Graph
 
+from qexport.graph.edit import Spec
 from qexport.graph.schema import bind, rebind
 from qexport.graph.views import END, Add, Matmul, MatMulNBits, QuantizeLinear, Slice, results_of, size_at, tensor_name
-from qexport.passes.edit import Spec
 
 aten = torch.ops.aten
 ops = torch.ops.qexport

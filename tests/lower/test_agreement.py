@@ -16,8 +16,8 @@ import torch
 import agreement
 from agreement import ROUNDING, assert_agree, assert_float16_adds_little, logits
 from models import FAMILIES
-from qexport.numerics.metrics import sqnr_db
-from qexport.recipe import CalibrationSpec, Recipe, WeightSpec
+from qexport.quant.metrics import sqnr_db
+from qexport.recipe.recipe import CalibrationSpec, Recipe, WeightSpec
 from stepping import captured_runner, load_weights, padded
 
 SCHEMES = [

@@ -17,13 +17,13 @@ import qexport
 from agreement import assert_float16_adds_little
 from cuda_placement.models import CPU, CUDA, PROMPT, assert_decoder_on_cuda
 from qexport.errors import InputError, RuntimeProblem
-from qexport.lower.targets.bfloat16 import check_bfloat16
-from qexport.numerics.formats import Scheme
-from qexport.passes.plan import LinearPlan
-from qexport.recipe import CalibrationSpec, LoRCSpec, Override, Recipe
+from qexport.plan.linear_plan import LinearPlan
+from qexport.quant.formats import Scheme
+from qexport.recipe.recipe import CalibrationSpec, LoRCSpec, Override, Recipe
 from qexport.runtime import session
 from qexport.runtime.decoder import open_decoder
-from qexport.validate import validate
+from qexport.targets.bfloat16 import check_bfloat16
+from qexport.validation import validate
 from stepping import padded
 from tiny_decoder import write_word_tokenizer
 from widening import widen

@@ -12,9 +12,9 @@ import agreement
 import exporting
 from agreement import assert_agree, assert_float16_adds_little, logits
 from cuda_placement.models import PROMPT, assert_decoder_on_cuda
-from qexport.numerics.metrics import sqnr_db
-from qexport.passes.sites import by_input, linears
-from qexport.recipe import CalibrationSpec, LlmInt8Spec, LoRCSpec, Recipe, WeightSpec
+from qexport.graph.sites import by_input, linears
+from qexport.quant.metrics import sqnr_db
+from qexport.recipe.recipe import CalibrationSpec, LlmInt8Spec, LoRCSpec, Recipe, WeightSpec
 from qexport.runtime.session import optimized_graph, unfused
 from stepping import captured_runner, load_weights, padded
 

@@ -9,12 +9,12 @@ import torch
 import agreement
 from agreement import ROUNDING, assert_agree, assert_float16_adds_little, logits
 from cuda_placement.models import PROMPT, assert_decoder_on_cuda
-from qexport.numerics.codebook import dequantize
-from qexport.numerics.formats import Scheme
-from qexport.numerics.metrics import sqnr_db
-from qexport.passes.edit import get_tensor, is_call
-from qexport.passes.plan import LinearPlan, weight_bytes
-from qexport.recipe import CalibrationSpec, Recipe
+from qexport.graph.edit import get_tensor, is_call
+from qexport.plan.linear_plan import LinearPlan, weight_bytes
+from qexport.quant.codebook import dequantize
+from qexport.quant.formats import Scheme
+from qexport.quant.metrics import sqnr_db
+from qexport.recipe.recipe import CalibrationSpec, Recipe
 from qexport.runtime.session import optimized_graph, unfused
 from stepping import captured_runner, load_weights, padded
 

@@ -9,7 +9,7 @@ from torch.nn import functional
 import exporting
 from agreement import module_differences
 from qexport.capture.module import capture_module
-from qexport.recipe import Recipe
+from qexport.recipe.recipe import Recipe
 from qexport.runtime.session import optimized_graph, unfused_convolutions
 
 FLOAT = Recipe(scheme="w4a16_g32", overrides=[{"match": "*", "scheme": "float"}])

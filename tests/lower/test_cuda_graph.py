@@ -14,8 +14,8 @@ import pytest
 
 import cuda_placement
 import qexport
-from qexport.recipe import CalibrationSpec, Recipe
-from qexport.runtime.manifest import CPU
+from qexport.artifact.manifest import CPU
+from qexport.recipe.recipe import CalibrationSpec, Recipe
 from qexport.runtime.session import open_session
 
 LENGTH, PROMPT = 24, 6

@@ -9,9 +9,9 @@ from qexport import generate, optimize, validate
 from qexport.calibrate.encoder_inputs import encoder_inputs
 from qexport.errors import InputError
 from qexport.export import capture
-from qexport.numerics.metrics import sqnr_db
-from qexport.recipe import CalibrationSpec, Recipe
-from qexport.validate.placement import examine
+from qexport.quant.metrics import sqnr_db
+from qexport.recipe.recipe import CalibrationSpec, Recipe
+from qexport.validation.placement import examine
 from stepping import captured_runner, load_weights, padded, tokens
 
 KERNELS = {"w4a16_g32": "MatMulNBits", "w8a8_dyn": "MatMulIntegerToFloat", "w8a8_static": "MatMulIntegerToFloat"}

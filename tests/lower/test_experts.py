@@ -14,16 +14,16 @@ from agreement import assert_agree, assert_float16_adds_little
 from cuda_placement.models import CPU, CUDA, PROMPT
 from models import save_model
 from qexport.export import capture
-from qexport.lower.experts import gather_experts
-from qexport.lower.foretell import slow_linears
-from qexport.lower.gates import gate_of
-from qexport.lower.shares import never_negative, sum_of
-from qexport.lower.targets.qmoe import Gate
-from qexport.passes.edit import is_call
-from qexport.passes.sites import linears
-from qexport.planning import plan_for
-from qexport.recipe import CalibrationSpec, CrossQuantSpec, LoRCSpec, Override, Recipe, SmoothSpec
+from qexport.graph.edit import is_call
+from qexport.graph.sites import linears
+from qexport.lower.fuse_moe import gather_experts
+from qexport.lower.match_gated_activation import gate_of
+from qexport.lower.routing_weights import never_negative, sum_of
+from qexport.plan.model_plan import plan_for
+from qexport.recipe.recipe import CalibrationSpec, CrossQuantSpec, LoRCSpec, Override, Recipe, SmoothSpec
 from qexport.runtime.session import optimized_graph, unfused
+from qexport.targets.predict_kernels import slow_linears
+from qexport.targets.qmoe import Gate
 from stepping import padded
 
 aten = torch.ops.aten

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from qexport.export import export
-from qexport.recipe import Override, Recipe
+from qexport.recipe.recipe import Override, Recipe
 from qexport.runtime.session import optimized_graph
 
 FLOAT = Recipe(scheme="w8a8_dyn", overrides=(Override(match="*", scheme="float"),))

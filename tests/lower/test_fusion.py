@@ -7,7 +7,7 @@ import pytest
 import exporting
 from cuda_placement.models import PROMPT, assert_decoder_on_cuda
 from models import FAMILIES
-from qexport.recipe import CalibrationSpec, Recipe
+from qexport.recipe.recipe import CalibrationSpec, Recipe
 from qexport.runtime.session import optimized_graph, unfused
 
 KERNELS = {  # on the CPU, on CUDA

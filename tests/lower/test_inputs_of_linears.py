@@ -3,8 +3,8 @@
 import onnx
 import pytest
 
+from qexport.artifact import manifest as manifests
 from qexport.export import export
-from qexport.runtime import manifest as manifests
 from qexport.runtime.branches import PROMPTS, STEPS, only
 
 ROUNDING = {"QuantizeLinear", "DequantizeLinear", "Div", "Clip"}

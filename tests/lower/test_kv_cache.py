@@ -10,10 +10,10 @@ import exporting
 from agreement import ROUNDING
 from qexport.errors import LoweringError, RecipeError
 from qexport.export import export as export_model
-from qexport.passes.edit import is_call
-from qexport.recipe import CalibrationSpec, KvCacheSpec, Override, Recipe
+from qexport.graph.edit import is_call
+from qexport.recipe.recipe import CalibrationSpec, KvCacheSpec, Override, Recipe
 from qexport.runtime.decoder import open_decoder
-from qexport.validate import validate
+from qexport.validation import validate
 from stepping import captured_runner, load_weights, next_feeds, padded, prompt_feeds, tokens
 
 CALIBRATION = CalibrationSpec(source="random", samples=16, sequence_length=48)

@@ -6,7 +6,7 @@ from torch import nn
 from torch.nn import functional
 
 from qexport.export import export
-from qexport.recipe import Override, Recipe
+from qexport.recipe.recipe import Override, Recipe
 from qexport.runtime.session import open_session
 
 FLOAT = Recipe(scheme="w4a16_g32", overrides=[Override(match="*", scheme="float")])

@@ -17,21 +17,21 @@ import agreement
 import exporting
 from agreement import ROUNDING, assert_agree
 from passing import block_of, collecting
+from qexport.artifact.manifest import CPU
+from qexport.graph.edit import attributes, call, get_tensor, is_call, shape_of
+from qexport.graph.sites import linears
 from qexport.lower import blocks
-from qexport.lower.merge import Merged, joint_name, merge
-from qexport.numerics.formats import Scheme
-from qexport.passes.activations import QuantizeActivations
+from qexport.lower.fuse_parallel_linears import Merged, joint_name, merge
+from qexport.passes.activations.quantize import QuantizeActivations
 from qexport.passes.base import Pipeline
-from qexport.passes.edit import attributes, call, get_tensor, is_call, shape_of
-from qexport.passes.insert import add_branch, result_of
-from qexport.passes.lowrank import LoRC
-from qexport.passes.plan import LinearPlan
-from qexport.passes.sites import linears
-from qexport.passes.weights import RoundToNearest
-from qexport.recipe import CalibrationSpec, CrossQuantSpec, LlmInt8Spec, LoRCSpec, Override, Recipe
-from qexport.runtime.manifest import CPU
+from qexport.passes.branches.lorc import LoRC
+from qexport.passes.insert_qdq import add_branch, result_of
+from qexport.passes.weights.rounding import RoundToNearest
+from qexport.plan.linear_plan import LinearPlan
+from qexport.quant.formats import Scheme
+from qexport.recipe.recipe import CalibrationSpec, CrossQuantSpec, LlmInt8Spec, LoRCSpec, Override, Recipe
 from qexport.runtime.session import open_session, optimized_graph, unfused
-from qexport.validate import validate
+from qexport.validation import validate
 from stepping import padded, prompt_feeds, tokens
 
 aten = torch.ops.aten

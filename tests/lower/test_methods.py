@@ -11,7 +11,7 @@ import torch
 import agreement
 from agreement import assert_agree
 from cuda_placement.models import PROMPT, assert_decoder_on_cuda
-from qexport.recipe import ActivationSpec, CalibrationSpec, CrossQuantSpec, Recipe
+from qexport.recipe.recipe import ActivationSpec, CalibrationSpec, CrossQuantSpec, Recipe
 from qexport.runtime.session import optimized_graph, unfused
 from stepping import padded
 

@@ -8,11 +8,11 @@ import exporting
 from modules import MODULES, axes, cnn, example_inputs, looked_up, make_module
 from qexport.capture.module import capture_module
 from qexport.inspecting import inspect
-from qexport.numerics.metrics import sqnr_db
-from qexport.recipe import Recipe
+from qexport.quant.metrics import sqnr_db
+from qexport.recipe.recipe import Recipe
 from qexport.reporting import print_inspection
-from qexport.validate import validate
-from qexport.validate.placement import examine
+from qexport.validation import validate
+from qexport.validation.placement import examine
 from stepping import captured_runner, load_weights
 
 FLOAT = Recipe(scheme="w4a16_g32", overrides=[{"match": "*", "scheme": "float"}])

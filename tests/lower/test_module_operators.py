@@ -9,9 +9,9 @@ from torch.nn.utils.parametrizations import weight_norm
 import exporting
 from modules import example_inputs, make_module
 from qexport.capture.module import capture_module
+from qexport.graph.sites import linears
 from qexport.passes.convolutions import convolutions
-from qexport.passes.sites import linears
-from qexport.recipe import Recipe
+from qexport.recipe.recipe import Recipe
 from stepping import captured_runner, load_weights
 
 FLOAT = Recipe(scheme="w4a16_g32", overrides=[{"match": "*", "scheme": "float"}])

@@ -11,8 +11,8 @@ from cuda_placement.models import CPU, PROMPT
 from models import BREADTH, breadth
 from qexport.errors import RecipeError
 from qexport.export import target_for
-from qexport.planning import plan_for
-from qexport.recipe import CalibrationSpec, Recipe
+from qexport.plan.model_plan import plan_for
+from qexport.recipe.recipe import CalibrationSpec, Recipe
 from stepping import captured_runner, load_weights, padded
 
 SCHEMES = ("w4a16_g32", "w8a8_dyn", "w8a8_static")

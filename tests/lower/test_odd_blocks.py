@@ -5,10 +5,10 @@ import pytest
 import torch
 
 import exporting
+from qexport.artifact.manifest import MODEL_FILE
 from qexport.capture.module import capture_module
 from qexport.export import export
-from qexport.recipe import Recipe
-from qexport.runtime.manifest import MODEL_FILE
+from qexport.recipe.recipe import Recipe
 
 
 @pytest.mark.parametrize("scheme", ["w4a16_g64_asym", "w2a16_g64_asym", "w4a16_g128_asym"])

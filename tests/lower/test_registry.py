@@ -3,10 +3,10 @@ import torch
 from torch.fx import Graph
 
 from qexport.errors import LoweringError
+from qexport.graph.edit import Spec
 from qexport.lower import ops  # noqa: F401  registers the translations
 from qexport.lower.emitter import Emitter
 from qexport.lower.registry import is_translated, translate, translates
-from qexport.passes.edit import Spec
 
 aten = torch.ops.aten
 

@@ -14,10 +14,10 @@ from agreement import ROUNDING, assert_agree, assert_float16_adds_little, differ
 from cuda_placement.models import PROMPT, assert_decoder_on_cuda
 from models import save_model
 from qexport.export import capture
-from qexport.numerics.formats import Scheme
-from qexport.passes.edit import is_call
-from qexport.passes.plan import LinearPlan, weight_bytes
-from qexport.recipe import CalibrationSpec, Recipe
+from qexport.graph.edit import is_call
+from qexport.plan.linear_plan import LinearPlan, weight_bytes
+from qexport.quant.formats import Scheme
+from qexport.recipe.recipe import CalibrationSpec, Recipe
 from qexport.runtime.session import optimized_graph, unfused
 from stepping import padded
 

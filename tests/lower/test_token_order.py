@@ -9,9 +9,9 @@ import torch
 from torch.fx import Graph, GraphModule
 
 from qexport.capture.graph import Port
+from qexport.graph.edit import Spec
 from qexport.lower.build import Piece, build
-from qexport.lower.targets.cpu import CpuTarget
-from qexport.passes.edit import Spec
+from qexport.targets.cpu import CpuTarget
 
 ops = torch.ops.qexport
 ROWS, ONE = ("batch", "sequence"), ("one",)

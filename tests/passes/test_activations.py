@@ -5,13 +5,13 @@ import torch
 
 from models import FAMILIES
 from passing import plan_of, run_passes, stream_of
-from qexport.calibrate.streams import collect
-from qexport.numerics.gptq import HessianStatistic
-from qexport.numerics.observers import AbsmaxObserver, ChannelAbsmax
-from qexport.passes.activations import QuantizeActivations
-from qexport.passes.edit import is_call
-from qexport.passes.sites import by_input, linears
-from qexport.passes.weights import RoundToNearest
+from qexport.calibrate.block_activations import collect
+from qexport.graph.edit import is_call
+from qexport.graph.sites import by_input, linears
+from qexport.passes.activations.quantize import QuantizeActivations
+from qexport.passes.weights.rounding import RoundToNearest
+from qexport.quant.gptq import HessianStatistic
+from qexport.quant.observers import AbsmaxObserver, ChannelAbsmax
 from stepping import load_weights, padded, tokens
 
 ops = torch.ops.qexport

@@ -9,14 +9,14 @@ from hypothesis import strategies as st
 from torch import nn
 
 from passing import block_of, plan_of, run_passes, stream_of
-from qexport.calibrate.streams import Stream, collect
+from qexport.calibrate.block_activations import Stream, collect
 from qexport.errors import NumericsError, RecipeError
-from qexport.numerics.formats import Scheme
-from qexport.passes.awq import AWQ, awq_factors
+from qexport.graph.sites import fold_sites
 from qexport.passes.base import Pipeline
-from qexport.passes.plan import LinearPlan
-from qexport.passes.sites import fold_sites
-from qexport.passes.weights import RoundToNearest
+from qexport.passes.equalization.awq import AWQ, awq_factors
+from qexport.passes.weights.rounding import RoundToNearest
+from qexport.plan.linear_plan import LinearPlan
+from qexport.quant.formats import Scheme
 from stepping import load_weights, padded, run_twice, tokens
 
 IDS, MASK = tokens(3, 9), padded([9, 4, 6], "left")

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from qexport.capture.module import capture_module
-from qexport.passes.sites import chooses, linears
+from qexport.graph.sites import chooses, linears
 
 
 def largest(x):

@@ -5,15 +5,15 @@ import torch
 from torch import nn
 
 from passing import block_of, plan_of, run_passes, stream_of
-from qexport.calibrate.streams import Stream, collect
+from qexport.calibrate.block_activations import Stream, collect
 from qexport.errors import RecipeError
-from qexport.numerics.formats import Scheme
-from qexport.numerics.smoothing import crossquant_factors
-from qexport.passes.activations import QuantizeActivations
+from qexport.passes.activations.quantize import QuantizeActivations
 from qexport.passes.base import Pipeline
-from qexport.passes.crossquant import CrossQuant
-from qexport.passes.plan import LinearPlan
-from qexport.passes.weights import RoundToNearest
+from qexport.passes.equalization.crossquant import CrossQuant
+from qexport.passes.weights.rounding import RoundToNearest
+from qexport.plan.linear_plan import LinearPlan
+from qexport.quant.formats import Scheme
+from qexport.quant.smoothing import crossquant_factors
 from stepping import load_weights, padded, tokens
 
 WIDTH, OUT = 64, 48

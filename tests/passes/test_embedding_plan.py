@@ -16,18 +16,18 @@ from qexport import inspecting
 from qexport.calibrate.sources import load_samples
 from qexport.errors import PassError, RecipeError
 from qexport.export import capture, export
-from qexport.numerics.formats import WeightFormat
-from qexport.numerics.gptq import HessianStatistic, gptq
-from qexport.numerics.grid import quantize_weight
-from qexport.numerics.hqq import hqq
+from qexport.graph.edit import get_tensor
 from qexport.passes.base import Context
-from qexport.passes.edit import get_tensor
 from qexport.passes.embedding import ShareEmbedding, token_embeddings
-from qexport.passes.weights import round_to_nearest
-from qexport.planning import plan_for
-from qexport.recipe import CalibrationSpec, LoRCSpec, Recipe, WeightSpec
+from qexport.passes.weights.rounding import round_to_nearest
+from qexport.plan.model_plan import plan_for
+from qexport.quant.affine import quantize_weight
+from qexport.quant.formats import WeightFormat
+from qexport.quant.gptq import HessianStatistic, gptq
+from qexport.quant.hqq import hqq
+from qexport.recipe.recipe import CalibrationSpec, LoRCSpec, Recipe, WeightSpec
 from qexport.reporting import print_export, print_inspection
-from qexport.validate import validate
+from qexport.validation import validate
 from stepping import padded
 
 RANDOM = CalibrationSpec(source="random", samples=4, sequence_length=16)
@@ -253,8 +253,8 @@ def test_validation_of_a_tied_file(captured, tmp_path):
 
 def test_custom_passes_do_not_see_the_shared_projection(captured, tmp_path):
     """They may change everything else, and the file stays true to the graph."""
-    from qexport.passes.lae import LogEqualize
-    from qexport.passes.sites import linears
+    from qexport.graph.sites import linears
+    from qexport.passes.equalization.lae import LogEqualize
 
     plan, _ = plan_for(captured("llama_bias"), Recipe(scheme="w8a8_dyn", lm_head="w8a8_dyn"))
     step = LogEqualize({p.name: p for p in plan}, explicit=True)

@@ -8,17 +8,17 @@ from torch import nn
 
 from models import FAMILIES
 from passing import plan_of, run_passes, stream_of
-from qexport.calibrate.streams import Stream, collect
+from qexport.calibrate.block_activations import Stream, collect
 from qexport.capture.module import capture_module
 from qexport.errors import PassError
-from qexport.numerics.formats import ActivationFormat, Scheme
-from qexport.passes.activations import QuantizeActivations
+from qexport.graph.edit import get_tensor, is_call
+from qexport.graph.sites import fold_sites
+from qexport.passes.activations.quantize import QuantizeActivations
 from qexport.passes.base import Context, Pipeline
-from qexport.passes.edit import get_tensor, is_call
-from qexport.passes.fptq import FPTQ, Decision, decide
-from qexport.passes.plan import make_plan
-from qexport.passes.sites import fold_sites
-from qexport.passes.weights import RoundToNearest
+from qexport.passes.equalization.fptq import FPTQ, Decision, decide
+from qexport.passes.weights.rounding import RoundToNearest
+from qexport.plan.linear_plan import make_plan
+from qexport.quant.formats import ActivationFormat, Scheme
 from stepping import captured_runner, load_weights, padded, prompt_feeds, tokens
 
 ops = torch.ops.qexport

@@ -7,16 +7,16 @@ from torch import nn
 
 from passing import block_of, collecting, plan_of, run_passes, stream_of
 from qexport.errors import PassError
-from qexport.numerics.formats import Scheme
-from qexport.numerics.grid import quantize_weight
-from qexport.passes.activations import QuantizeActivations
+from qexport.graph.edit import get_tensor, is_call, set_tensor
+from qexport.graph.sites import by_input, linears
+from qexport.passes.activations.quantize import QuantizeActivations
 from qexport.passes.base import Context, Handover, Pipeline
-from qexport.passes.crossquant import CrossQuant
-from qexport.passes.edit import get_tensor, is_call, set_tensor
-from qexport.passes.lowrank import LoRC, deployed_weight, products_of
-from qexport.passes.plan import LinearPlan, make_plan
-from qexport.passes.sites import by_input, linears
-from qexport.passes.weights import GPTQ, RoundToNearest
+from qexport.passes.branches.lorc import LoRC, deployed_weight, products_of
+from qexport.passes.equalization.crossquant import CrossQuant
+from qexport.passes.weights.rounding import GPTQ, RoundToNearest
+from qexport.plan.linear_plan import LinearPlan, make_plan
+from qexport.quant.affine import quantize_weight
+from qexport.quant.formats import Scheme
 from stepping import captured_runner, load_weights, padded, prompt_feeds, tokens
 
 aten, ops = torch.ops.aten, torch.ops.qexport

@@ -5,17 +5,17 @@ import torch
 from torch import nn
 
 from passing import block_of, collecting, plan_of, run_passes, stream_of
-from qexport.numerics.formats import ActivationFormat, Scheme
-from qexport.numerics.grid import quantize_weight
-from qexport.numerics.metrics import sqnr_db
-from qexport.passes.activations import QuantizeActivations
+from qexport.graph.edit import get_tensor, is_call
+from qexport.graph.sites import linears
+from qexport.passes.activations.quantize import QuantizeActivations
 from qexport.passes.base import Context, Handover, Pipeline, RowScale
-from qexport.passes.edit import get_tensor, is_call
-from qexport.passes.lowrank import LoRC
-from qexport.passes.outliers import SeparateOutliers
-from qexport.passes.plan import LinearPlan, make_plan
-from qexport.passes.sites import linears
-from qexport.passes.weights import GPTQ, RoundToNearest
+from qexport.passes.branches.lorc import LoRC
+from qexport.passes.branches.outliers import SeparateOutliers
+from qexport.passes.weights.rounding import GPTQ, RoundToNearest
+from qexport.plan.linear_plan import LinearPlan, make_plan
+from qexport.quant.affine import quantize_weight
+from qexport.quant.formats import ActivationFormat, Scheme
+from qexport.quant.metrics import sqnr_db
 from stepping import captured_runner, load_weights, padded, prompt_feeds, tokens
 
 aten, ops = torch.ops.aten, torch.ops.qexport

@@ -9,9 +9,9 @@ from torch import nn
 
 from passing import block_of
 from qexport.errors import NumericsError, PassError
+from qexport.graph.edit import set_tensor
+from qexport.graph.sites import linears
 from qexport.passes.base import GraphPass, Note, PassResult, Pipeline
-from qexport.passes.edit import set_tensor
-from qexport.passes.sites import linears
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,8 @@ import pytest
 
 from models import FAMILIES
 from passing import plan_of
-from qexport.numerics.formats import Scheme
-from qexport.passes.plan import fit, make_plan, weight_bytes
+from qexport.plan.linear_plan import fit, make_plan, weight_bytes
+from qexport.quant.formats import Scheme
 
 
 def fitted(scheme, width):

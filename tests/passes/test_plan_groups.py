@@ -2,8 +2,8 @@
 
 import pytest
 
-from qexport.numerics.formats import Scheme
-from qexport.passes.plan import LinearPlan, fit, weight_bytes
+from qexport.plan.linear_plan import LinearPlan, fit, weight_bytes
+from qexport.quant.formats import Scheme
 
 
 @pytest.mark.parametrize(

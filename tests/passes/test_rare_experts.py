@@ -9,12 +9,12 @@ from safetensors.torch import load_file, save_file
 from models import save_model
 from passing import plan_of, run_passes, stream_of
 from qexport.export import capture, export
-from qexport.passes.awq import AWQ
-from qexport.passes.edit import get_tensor
-from qexport.passes.experts import FEW_TOKENS, CountChoices
-from qexport.passes.smooth import SmoothQuant
-from qexport.passes.weights import GPTQ
-from qexport.recipe import CalibrationSpec, Recipe
+from qexport.graph.edit import get_tensor
+from qexport.passes.equalization.awq import AWQ
+from qexport.passes.equalization.smoothquant import SmoothQuant
+from qexport.passes.moe_coverage import FEW_TOKENS, CountChoices
+from qexport.passes.weights.rounding import GPTQ
+from qexport.recipe.recipe import CalibrationSpec, Recipe
 from stepping import captured_runner, load_weights, prompt_feeds, tokens
 
 IDS, MASK = tokens(4, 24), torch.ones(4, 24, dtype=torch.int64)

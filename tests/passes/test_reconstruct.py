@@ -11,21 +11,21 @@ from torch import nn
 
 import exporting
 from passing import block_of, plan_of, run_passes, stream_of
-from qexport.calibrate.streams import batches, collect, sqnr
+from qexport.calibrate.block_activations import batches, collect, sqnr
 from qexport.errors import NumericsError
-from qexport.numerics.formats import Scheme
-from qexport.numerics.gptq import HessianStatistic
-from qexport.numerics.grid import quantize_weight
-from qexport.passes.activations import QuantizeActivations
+from qexport.graph.edit import get_tensor, set_tensor
+from qexport.graph.sites import by_input, linears
+from qexport.passes.activations.quantize import QuantizeActivations
 from qexport.passes.base import Batch, Context, GraphPass, Handover, PassResult, Pipeline
-from qexport.passes.crossquant import CrossQuant
-from qexport.passes.edit import get_tensor, set_tensor
-from qexport.passes.plan import LinearPlan, make_plan
-from qexport.passes.sites import by_input, linears
-from qexport.passes.weights import RoundToNearest
-from qexport.passes.zq_global import ZQGlobal
-from qexport.passes.zq_local import ZQLocal
-from qexport.recipe import CalibrationSpec, Recipe, WeightSpec
+from qexport.passes.equalization.crossquant import CrossQuant
+from qexport.passes.weights.rounding import RoundToNearest
+from qexport.passes.weights.zq_global import ZQGlobal
+from qexport.passes.weights.zq_local import ZQLocal
+from qexport.plan.linear_plan import LinearPlan, make_plan
+from qexport.quant.affine import quantize_weight
+from qexport.quant.formats import Scheme
+from qexport.quant.gptq import HessianStatistic
+from qexport.recipe.recipe import CalibrationSpec, Recipe, WeightSpec
 from stepping import load_weights, padded, tokens
 
 IDS, MASK = tokens(8, 24), padded([24, 9, 24, 17, 24, 24, 5, 24], "left")

@@ -7,17 +7,17 @@ import torch
 from torch import nn
 
 from passing import block_of
-from qexport.calibrate.streams import Stream, collect
+from qexport.calibrate.block_activations import Stream, collect
 from qexport.errors import NumericsError
-from qexport.numerics.formats import Scheme
-from qexport.passes.activations import QuantizeActivations
-from qexport.passes.awq import AWQ
+from qexport.passes.activations.quantize import QuantizeActivations
 from qexport.passes.base import Pipeline
-from qexport.passes.crossquant import CrossQuant
-from qexport.passes.plan import LinearPlan
-from qexport.passes.search import ALPHAS, best
-from qexport.passes.smooth import SmoothQuant
-from qexport.passes.weights import RoundToNearest
+from qexport.passes.equalization.awq import AWQ
+from qexport.passes.equalization.crossquant import CrossQuant
+from qexport.passes.equalization.scale_search import ALPHAS, best
+from qexport.passes.equalization.smoothquant import SmoothQuant
+from qexport.passes.weights.rounding import RoundToNearest
+from qexport.plan.linear_plan import LinearPlan
+from qexport.quant.formats import Scheme
 
 K = 32
 SCHEMES = ["w4a16_g16", "w4a16_g16_asym", "w3a16_pt", "w8a8_dyn", "w8a8_static", "w4a4", "w4a8_g16_int"]
@@ -130,7 +130,7 @@ def test_large_weights_are_worked_on_in_pieces(monkeypatch):
         schemes = [Scheme.parse(name)] * 2
         whole = best(ALPHAS, factors_of, rows, weights, schemes)
         with monkeypatch.context() as patch:
-            patch.setattr("qexport.passes.search._PIECE", 5 * K)
+            patch.setattr("qexport.passes.equalization.scale_search._PIECE", 5 * K)
             pieces = best(ALPHAS, factors_of, rows, weights, schemes)
         assert pieces.value == whole.value and pieces.error == pytest.approx(whole.error, rel=1e-4)
 

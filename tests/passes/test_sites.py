@@ -11,8 +11,8 @@ from torch import nn
 from models import FAMILIES
 from passing import block_of
 from qexport.errors import PassError
-from qexport.passes.equalize import fold
-from qexport.passes.sites import by_input, fold_sites, linears
+from qexport.graph.sites import by_input, fold_sites, linears
+from qexport.passes.equalization.equalize import fold
 from stepping import captured_runner, load_weights, padded, prompt_feeds, tokens
 
 GROUPED, ALONE = (2, 2, 16), (4, 1, 16)

@@ -7,15 +7,15 @@ import torch
 
 from models import FAMILIES, breadth
 from passing import plan_of, run_passes, stream_of
-from qexport.calibrate.streams import collect
-from qexport.numerics.observers import ChannelAbsmax
-from qexport.numerics.smoothing import smoothquant_factors
+from qexport.calibrate.block_activations import collect
+from qexport.graph.edit import get_tensor
+from qexport.graph.sites import fold_sites
 from qexport.passes.base import Context
-from qexport.passes.edit import get_tensor
-from qexport.passes.equalize import on_consumers, on_producer
-from qexport.passes.search import ALPHAS, best
-from qexport.passes.sites import fold_sites
-from qexport.passes.smooth import SmoothQuant
+from qexport.passes.equalization.equalize import on_consumers, on_producer
+from qexport.passes.equalization.scale_search import ALPHAS, best
+from qexport.passes.equalization.smoothquant import SmoothQuant
+from qexport.quant.observers import ChannelAbsmax
+from qexport.quant.smoothing import smoothquant_factors
 from stepping import load_weights, padded, run_twice, tokens
 
 IDS, MASK = tokens(3, 9), padded([9, 4, 6], "left")

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 
 from qexport.errors import InputError, RuntimeProblem
-from qexport.runtime.bench import bench, measure
 from qexport.runtime.bench_process import Measured
+from qexport.runtime.benchmark import bench, measure
 from qexport.runtime.genai import genai_config
 from tiny_decoder import write_tiny_decoder
 
@@ -50,7 +50,7 @@ def test_folders_are_measured_there_and_back_and_the_first_turn_is_not_counted(t
             calls.append((tokens, self._folder.name))
             return super().run(tokens, steps)
 
-    monkeypatch.setattr("qexport.runtime.bench.Measured", Recorded)
+    monkeypatch.setattr("qexport.runtime.benchmark.Measured", Recorded)
     for name in "abc":
         write_tiny_decoder(tmp_path / name)
     found, _ = measure([tmp_path / name for name in "abc"], **QUICK)

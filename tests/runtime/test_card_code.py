@@ -7,7 +7,7 @@ from transformers import AutoTokenizer
 
 from models import save_model
 from qexport.export import export
-from qexport.rendering.card import CARD_FILE
+from qexport.report.card import CARD_FILE
 from qexport.runtime.decoder import open_decoder
 from tokenizing import save_tokenizer
 

@@ -1,5 +1,6 @@
 import pytest
 
+from qexport.artifact.manifest import CPU
 from qexport.runtime import doctor
 from qexport.runtime.doctor import (
     check_genai,
@@ -10,7 +11,6 @@ from qexport.runtime.doctor import (
     diagnose,
     why_not,
 )
-from qexport.runtime.manifest import CPU
 
 MISSING_LIBRARY = (
     "\x1b[1;31m[E:onnxruntime:Default] [ONNXRuntimeError] : 1 : FAIL : Failed to load library "

@@ -10,7 +10,7 @@ import torch
 
 from qexport.errors import RuntimeProblem
 from qexport.export import export
-from qexport.recipe import Recipe
+from qexport.recipe.recipe import Recipe
 from qexport.runtime import first_run as first
 from qexport.runtime.session import open_session
 

@@ -3,10 +3,10 @@ import json
 import numpy as np
 import pytest
 
+from qexport.artifact.manifest import CUDA
 from qexport.errors import InputError
 from qexport.runtime.decoder import open_decoder
 from qexport.runtime.genai import genai_config, model_type
-from qexport.runtime.manifest import CUDA
 from tiny_decoder import ACCURACY, EOS, write_tiny_decoder, write_word_tokenizer
 
 NEW = 12

@@ -12,7 +12,7 @@ from qexport.runtime.decoder import Decoder, open_decoder
 from qexport.runtime.generate import eos_token_ids, generate_text
 from qexport.runtime.sampling import Sampling
 from qexport.runtime.session import open_session
-from qexport.validate.logits import deployed_logits
+from qexport.validation.logits import deployed_logits
 from tiny_decoder import EOS, write_tiny_decoder, write_word_tokenizer
 
 # Scores of differently shaped runs differ by the order of float32 sums.

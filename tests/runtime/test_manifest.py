@@ -2,8 +2,8 @@ import json
 
 import pytest
 
+from qexport.artifact import manifest as manifests
 from qexport.errors import InputError
-from qexport.runtime import manifest as manifests
 from tiny_decoder import write_tiny_decoder
 
 

@@ -15,13 +15,14 @@ from torch import nn
 
 import qexport
 from qexport import cli
+from qexport.artifact import manifest as manifests
+from qexport.artifact.manifest import CUDA
 from qexport.errors import InputError, RuntimeProblem
 from qexport.export import export
-from qexport.runtime import cache, optimized, processor
-from qexport.runtime import manifest as manifests
+from qexport.runtime import optimized, processor
+from qexport.runtime import optimized_cache as cache
 from qexport.runtime.decoder import Decoder
 from qexport.runtime.layout import ALIGNMENT, lay_out
-from qexport.runtime.manifest import CUDA
 from qexport.runtime.session import open_session, optimized_graph
 from tiny_decoder import ACCURACY, write_tiny_decoder, write_word_tokenizer
 

@@ -7,11 +7,11 @@ import sys
 import pytest
 
 from models import save_model
-from qexport.capture.source import open_model
+from qexport.artifact.manifest import Manifest
 from qexport.errors import InputError
 from qexport.export import export
+from qexport.models.source import open_model
 from qexport.runtime.genai import genai_config
-from qexport.runtime.manifest import Manifest
 from tiny_decoder import write_word_tokenizer
 
 SENTENCES = {

@@ -3,10 +3,10 @@ import onnx
 import onnxruntime as ort
 import pytest
 
+from qexport.artifact.manifest import CPU, CUDA, save
 from qexport.errors import InputError, RuntimeProblem
 from qexport.runtime.decoder import Decoder
 from qexport.runtime.doctor import check_provider
-from qexport.runtime.manifest import CPU, CUDA, save
 from qexport.runtime.session import Node, kernel_of, open_session, optimized_graph, unfused
 from tiny_decoder import ACCURACY, write_tiny_decoder
 

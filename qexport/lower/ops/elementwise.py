@@ -6,12 +6,12 @@ import onnx_ir as ir
 import torch
 from torch.fx import Node
 
+from ...graph.edit import dtype_of, is_call, shape_of
 from ...graph.schema import Arguments
 from ...graph.views import Operand, sizes_of
 from ...passes.convolutions import CONVOLUTIONS
-from ...passes.edit import dtype_of, is_call, shape_of
 from ..emitter import ONNX_DTYPE, Attribute, Emitter, unsupported
-from ..fuse import SAME_SHAPE
+from ..fuse_norms import SAME_SHAPE
 from ..registry import Translation, translates
 
 aten = torch.ops.aten

@@ -6,7 +6,7 @@ from torch.fx import Node
 
 from ...graph.schema import Arguments
 from ...graph.views import sizes_of
-from ...numerics.packing import stored_block
+from ...quant.packing import stored_block
 from ..emitter import Emitter
 from ..registry import translates
 from .quantized import packed_codes, packed_scales

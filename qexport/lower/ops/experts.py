@@ -7,11 +7,11 @@ import onnx_ir as ir
 import torch
 from torch.fx import Node
 
+from ...artifact.manifest import QMOE
+from ...graph.edit import dtype_of
 from ...graph.schema import Arguments
 from ...graph.views import sizes_of
-from ...numerics.packing import pack_rows
-from ...passes.edit import dtype_of
-from ...runtime.manifest import QMOE
+from ...quant.packing import pack_rows
 from ..emitter import Attribute, Emitter
 from ..registry import translates
 

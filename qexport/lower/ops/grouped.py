@@ -4,9 +4,9 @@ import onnx_ir as ir
 import torch
 from torch.fx import Node
 
+from ...graph.edit import is_call, shape_of
 from ...graph.schema import Arguments, bind
 from ...graph.views import Item, Slice, size_at
-from ...passes.edit import is_call, shape_of
 from ..emitter import Attribute, Emitter
 from ..registry import translates
 

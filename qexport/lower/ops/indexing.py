@@ -6,9 +6,9 @@ import onnx_ir as ir
 import torch
 from torch.fx import Node
 
+from ...graph.edit import dtype_of, shape_of
 from ...graph.schema import Arguments
 from ...graph.views import END, Operand
-from ...passes.edit import dtype_of, shape_of
 from ..emitter import Emitter, unsupported
 from ..registry import Translation, translates
 

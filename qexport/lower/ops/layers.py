@@ -4,10 +4,10 @@ import onnx_ir as ir
 import torch
 from torch.fx import Node
 
+from ...graph.edit import dtype_of, shape_of
+from ...graph.ops.attention import MASKED
 from ...graph.schema import Arguments
 from ...graph.views import END
-from ...ops.attention import MASKED
-from ...passes.edit import dtype_of, shape_of
 from ..emitter import ONNX_DTYPE, Emitter, unsupported
 from ..registry import Translation, translates
 

@@ -6,11 +6,11 @@ import onnx_ir as ir
 import torch
 from torch.fx import Node
 
+from ...graph.edit import dtype_of, is_call, shape_of
 from ...graph.schema import Arguments
 from ...graph.views import sizes_of, tensor_name
-from ...numerics.expand import channel_scale, expand
-from ...numerics.packing import pack_high_first, pack_rows
-from ...passes.edit import dtype_of, is_call, shape_of
+from ...quant.expand import channel_scale, expand
+from ...quant.packing import pack_high_first, pack_rows
 from ..emitter import Attribute, Emitter
 from ..registry import translates
 

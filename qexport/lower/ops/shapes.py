@@ -7,9 +7,9 @@ import onnx_ir as ir
 import torch
 from torch.fx import Node
 
+from ...graph.edit import dtype_of, shape_of
 from ...graph.schema import Arguments
 from ...graph.views import END, Operand, Size
-from ...passes.edit import dtype_of, shape_of
 from ..emitter import Emitter, unsupported
 from ..registry import translates
 

@@ -1,0 +1,61 @@
+"""Keys and values that attention keeps, in 8 or 4 bits with calibrated scales.
+
+They are rounded as the cache holds them, keys behind their rotation, for the new tokens too: attention reads all of
+them from the cache.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch.fx import GraphModule, Node
+
+from ...graph.edit import add_tensor, call, finish, is_call, shape_of
+from ...quant.kv_cache import cache_scale
+from ...quant.observers import ChannelAbsmax
+from ..base import Context, GraphPass, Note, PassResult
+
+ops = torch.ops.qexport
+
+
+@dataclass(frozen=True)
+class QuantizeCache(GraphPass):
+    """Round what goes into the cache of every attention.
+
+    Attributes:
+        bits: 8 or 4.
+        per_channel: a scale for every feature of every head; else one for all keys and one for all values of a layer.
+    """
+
+    bits: int
+    per_channel: bool = True
+    keeps_values: ClassVar[bool] = True
+
+    def works_on(self, module: GraphModule) -> bool:
+        return bool(_attentions(module))
+
+    def statistics(self, module: GraphModule):
+        return {node.args[part]: ChannelAbsmax for node in _attentions(module) for part in (1, 2)}
+
+    def call(self, module: GraphModule, context: Context) -> PassResult:
+        result, graph = PassResult(), module.graph
+        for node in _attentions(module):
+            _, heads, _, size = shape_of(node.args[1])
+            for part, name in ((1, "key"), (2, "value")):
+                value = node.args[part]
+                absmax = context.statistics[value].absmax()
+                shape = (heads, 1, size) if self.per_channel else (1,)
+                absmax = absmax.view(shape) if self.per_channel else absmax.max().view(shape)
+                place = f"{node.meta.get('module_path', '') or node.name}.{name}_scale"
+                with graph.inserting_before(node):
+                    scale = add_tensor(graph, place, cache_scale(absmax, self.bits))
+                    rounded = call(graph, ops.round_cache.default, (value, scale, self.bits), like=value)
+                node.update_arg(part, rounded)
+                data = {"range": round(float(absmax.max()), 4)}
+                result.changed.append(Note(place.removesuffix("_scale"), f"int{self.bits}", data))
+        finish(module)
+        return result
+
+
+def _attentions(module: GraphModule) -> list[Node]:
+    return [node for node in module.graph.nodes if is_call(node, ops.cached_attention.default)]

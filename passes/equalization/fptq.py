@@ -1,0 +1,125 @@
+"""FPTQ (arXiv 2308.15987): each activation is static, equalized and static, or dynamic, by its calibrated range.
+
+A small range costs a static scale nothing. A medium one is compressed by logarithmic equalization first. What is larger
+still would be too much for either, and pays for one scale per token.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch.fx import GraphModule, Node
+
+from ...errors import PassError
+from ...graph.sites import FoldSite, fold_sites
+from ...quant.formats import ActivationFormat
+from ..base import Context, Note, PassResult
+from .lae import LogEqualize
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What the policy does with one activation.
+
+    Attributes:
+        kind: of its format, "static" or "dynamic".
+        equalize: whether its channels are equalized first.
+        why: how its range compares with the bounds, such as "<= 15", and what stands in the way of an equalization.
+    """
+
+    kind: str
+    equalize: bool
+    why: str
+
+    @property
+    def what(self) -> str:
+        """The decision in words."""
+        if self.equalize:
+            return "equalized, static per-tensor"
+        return "static per-tensor" if self.kind == "static" else "dynamic per-token"
+
+    def sentence(self, reach: float) -> str:
+        """The decision about a range, with its reason."""
+        return f"range {reach:.4g} {self.why}: {self.what}"
+
+
+def decide(reach: float, static_up_to: float, dynamic_from: float, no_place: str = "") -> Decision:
+    """The policy of the paper.
+
+    Args:
+        reach: the largest magnitude of the activation on calibration data.
+        static_up_to: ranges up to this one are static as they are.
+        dynamic_from: ranges from this one on are dynamic.
+        no_place: what keeps a factor for each channel from being folded; empty where nothing does. A range between the
+            bounds is then dynamic: a static scale is not good enough for it as it is.
+    """
+    if reach <= static_up_to:
+        return Decision("static", False, f"<= {static_up_to:g}")
+    if reach >= dynamic_from:
+        return Decision("dynamic", False, f">= {dynamic_from:g}")
+    between = f"> {static_up_to:g} and < {dynamic_from:g}"
+    if no_place:
+        return Decision("dynamic", False, f"{between}, {no_place}")
+    return Decision("static", True, between)
+
+
+@dataclass(frozen=True)
+class FPTQ(LogEqualize):
+    """Equalize where the range asks for it, and choose the activation format of every site with quantized inputs.
+
+    The formats are handed over to `QuantizeActivations`, which takes the ranges of static ones after the weights are
+    quantized. Bits stay those of the scheme.
+
+    Attributes:
+        static_up_to, dynamic_from: see `decide`.
+    """
+
+    static_up_to: float = 15.0
+    dynamic_from: float = 150.0
+
+    def requires(self, module: GraphModule) -> None:
+        if not 0 <= self.static_up_to <= self.dynamic_from:
+            raise PassError(
+                f"static up to {self.static_up_to:g} and dynamic from {self.dynamic_from:g}",
+                remedy="Take bounds that are not negative and in this order",
+            )
+
+    def statistics(self, module: GraphModule) -> dict[Node, Callable]:
+        return {site.value: self.observer for site in fold_sites(module.graph) if not self.why_left(site)}
+
+    def call(self, module: GraphModule, context: Context) -> PassResult:
+        result = PassResult()
+        for site in fold_sites(module.graph):
+            names = ", ".join(c.name for c in site.consumers)
+            if why := self.why_left(site):
+                result.skipped.append(Note(names, why))
+                continue
+            seen, value = context.statistics[site.value], site.value
+            reach = seen.absmax().max().item()
+            decision = self.decision(site, reach)
+            what, data = decision.sentence(reach), {"range": reach, "decision": decision.what}
+            if decision.equalize:
+                factors, _ = self.factors(module, site, seen)
+                value, where, data = self.move(module, site, factors, context, data)
+                what = f"{what}, {where}"
+            (bits,) = self._bits(site)
+            context.handover.formats[value] = ActivationFormat(decision.kind, bits)
+            result.changed.append(Note(names, what, data))
+        module.recompile()
+        return result
+
+    def why_left(self, site: FoldSite) -> str:
+        """Why the policy has no say at a site; empty where it decides."""
+        if why := self._why_left(site):
+            return why
+        if len(bits := self._bits(site)) > 1:
+            listed = " and ".join(map(str, sorted(bits)))
+            return f"these linears ask for activations of {listed} bits, and one value has one format"
+        return ""
+
+    def decision(self, site: FoldSite, reach: float) -> Decision:
+        """The decision about a site whose value reaches this magnitude."""
+        return decide(reach, self.static_up_to, self.dynamic_from, self._no_place(site))
+
+    def _bits(self, site: FoldSite) -> set[int]:
+        schemes = [self.plan[c.name].scheme for c in site.consumers if c.name in self.plan]
+        return {s.activation.bits for s in schemes if s is not None and s.activation is not None}

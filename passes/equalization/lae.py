@@ -1,0 +1,31 @@
+"""Logarithmic activation equalization (FPTQ, arXiv 2308.15987): every channel's range becomes its logarithm."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Node
+
+from ...graph.sites import FoldSite
+from ...quant.observers import ChannelAbsmax
+from ...quant.smoothing import lae_factors
+from ..base import Context
+from .equalize import Equalize, on_consumers, on_producer
+
+
+@dataclass(frozen=True)
+class LogEqualize(Equalize):
+    """s = max|x| / log2(2 + max|x|). The weights are not consulted."""
+
+    def observer(self) -> ChannelAbsmax:
+        return ChannelAbsmax()
+
+    def factors(self, module: GraphModule, site: FoldSite, seen: ChannelAbsmax) -> tuple[torch.Tensor, dict[str, Any]]:
+        return lae_factors(on_producer(site, seen.absmax())), {}
+
+    def done(self, site: FoldSite, value: Node, factors: torch.Tensor, context: Context, data: dict[str, Any]) -> None:
+        """Weights that are expanded when they are loaded carry the factor from there on: 4 bits have no room for it."""
+        columns = on_consumers(site, factors)
+        plans = {c.name: self.plan.get(c.name) for c in site.consumers}
+        expanded = [n for n, p in plans.items() if p is not None and p.scheme is not None and p.scheme.expand]
+        context.handover.folded.update(dict.fromkeys(expanded, columns))

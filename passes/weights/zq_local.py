@@ -1,0 +1,82 @@
+"""ZQ-Local (ZeroQuant-V2, arXiv 2303.08302): each weight trained so that rounding it changes its linear less."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch.fx import GraphModule, Node
+
+from ...errors import QExportError
+from ...graph.edit import get_tensor, set_tensor
+from ...graph.sites import Linear, linears
+from ...plan.linear_plan import LinearPlan
+from ...quant.gptq import HessianStatistic
+from ...quant.straight_through import train_weight
+from ..base import Context, GraphPass, Note, PassResult
+
+
+@dataclass(frozen=True)
+class ZQLocal(GraphPass):
+    """Changes float weights; rounding them to nearest comes after it.
+
+    What is minimised is the squared output error over all calibration tokens. It depends on them through the Hessian
+    alone, so no activations are kept.
+
+    Attributes:
+        plan: by linear name; linears without a scheme, or with a codebook for a grid, stay as they are.
+        learning_rates: compared on a few rows of each weight, as shares of the mean step between codes.
+        steps: updates of a weight.
+        token_norm_power: tokens are divided by their norm to this power before they enter the Hessian: a few tokens
+            of huge norm (attention sinks) otherwise own it.
+    """
+
+    plan: Mapping[str, LinearPlan]
+    learning_rates: Sequence[float] = (0.01, 0.03, 0.1)
+    steps: int = 100
+    token_norm_power: float = 0.75
+    keeps_values: ClassVar[bool] = True
+
+    def statistics(self, module: GraphModule) -> dict[Node, Callable]:
+        power = self.token_norm_power
+        return {
+            linear.input: lambda: HessianStatistic("token_norm" if power else "none", power or 1.0)
+            for linear in linears(module.graph)
+            if not why_not(self.plan, linear)
+        }
+
+    def call(self, module: GraphModule, context: Context) -> PassResult:
+        result, handover = PassResult(), context.handover
+        hessians = {value: statistic.value() for value, statistic in context.statistics.items()}
+        for linear in linears(module.graph):
+            name, why = linear.name, why_not(self.plan, linear)
+            if not why and not hessians[linear.input].any():
+                why = "no calibration token reached it"
+            if why:
+                result.skipped.append(Note(name, why))
+                continue
+            w, hessian, factor = get_tensor(module, linear.weight), hessians[linear.input], handover.folded.get(name)
+            seen = w
+            if factor is not None:
+                seen, hessian = w / factor, hessian * factor * factor[:, None]
+            try:
+                found = train_weight(seen, hessian, self.plan[name].scheme.weight, self.learning_rates, self.steps)
+            except QExportError as error:
+                raise type(error)(error.message, place=name, remedy=error.remedy) from error
+            if found.learning_rate is None:
+                result.skipped.append(Note(name, "no learning rate gave less error than rounding"))
+                continue
+            handover.keep_weight(name, w)
+            set_tensor(module, linear.weight, found.weight if factor is None else found.weight * factor)
+            what = f"error {found.error:.3f} of rounding's, learning rate {found.learning_rate:g}, {found.steps} steps"
+            result.changed.append(Note(name, what, {"error relative to rounding": round(found.error, 4)}))
+        return result
+
+
+def why_not(plan: Mapping[str, LinearPlan], linear: Linear) -> str:
+    """Why the weight of a linear cannot be trained to be rounded; empty where it can."""
+    if linear.name not in plan:
+        return "not in the plan"
+    scheme = plan[linear.name].scheme
+    if scheme is None:
+        return plan[linear.name].reason
+    return "its grid is a codebook" if scheme.weight.codebook is not None else ""

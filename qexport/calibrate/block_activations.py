@@ -1,0 +1,205 @@
+"""Activations that travel from block to block while a model is quantized, batch by batch."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
+
+import torch
+from torch.fx import GraphModule, Interpreter, Node
+
+from ..capture.blocks import Block
+from ..capture.graph import Captured
+from ..errors import InputError, NumericsError, QExportError
+from ..graph.edit import is_call
+from ..passes.base import Batch
+from .sources import Samples
+
+Feeds = Mapping[str, torch.Tensor]  # the model's inputs by public name
+Progress = Callable[[str, int, int], None]  # what, done, total
+
+
+class Stream:
+    """The values that blocks not yet run will need, for every calibration batch.
+
+    Args:
+        batches: for each batch, the model's inputs by value name.
+        masks: for each batch the real tokens, [batch, sequence] bool, or None.
+        keep: for each value name the index of the last block that reads it.
+    """
+
+    def __init__(
+        self,
+        batches: Sequence[dict[str, torch.Tensor]],
+        masks: Sequence[torch.Tensor | None],
+        keep: dict[str, int],
+    ):
+        self.batches, self.masks, self._keep = [dict(b) for b in batches], list(masks), keep
+
+    def inputs(self, block: Block, batch: int) -> tuple[torch.Tensor, ...]:
+        return tuple(self.batches[batch][name] for name in block.inputs)
+
+    def advance(self, block: Block, index: int) -> None:
+        """Run a block on every batch, keep its outputs and drop what no later block reads."""
+        for number, values in enumerate(self.batches):
+            with torch.no_grad():
+                results = block.module(*self.inputs(block, number))
+            for name, result in zip(block.outputs, results, strict=True):
+                if self._keep.get(name, -1) > index:
+                    values[name] = result
+            for name in [n for n in values if self._keep.get(n, -1) <= index]:
+                del values[name]
+
+
+def last_readers(captured: Captured) -> dict[str, int]:
+    """For each value that blocks read, the index of the last one that does."""
+    return {name: index for index, block in enumerate(captured.blocks) for name in block.inputs}
+
+
+def stream_of(
+    captured: Captured,
+    feeds: Sequence[Feeds],
+    masks: Sequence[torch.Tensor | None] | None = None,
+    keep_too: Mapping[str, int] = MappingProxyType({}),
+) -> Stream:
+    """The values that the first blocks read, for each batch.
+
+    Args:
+        feeds: the model's inputs by public name; masks: as `Stream` takes them, None for no padding anywhere.
+        keep_too: values to keep longer than any block reads them, see `Stream`.
+    """
+    keep = last_readers(captured)
+    batches = [{port.value: batch[port.name] for port in captured.inputs if port.value in keep} for batch in feeds]
+    return Stream(batches, masks or [None] * len(batches), keep | dict(keep_too))
+
+
+def make_stream(captured: Captured, samples: Samples, batch_size: int) -> Stream:
+    """The model's inputs for calibration samples, cache empty."""
+    masks = samples.attention_mask.split(batch_size)
+    pairs = zip(samples.input_ids.split(batch_size), masks, strict=True)
+    return stream_of(captured, [decoder_inputs(captured, *pair) for pair in pairs], [mask.bool() for mask in masks])
+
+
+def decoder_inputs(captured: Captured, ids: torch.Tensor, mask: torch.Tensor) -> dict[str, torch.Tensor]:
+    """All inputs of a decoder for a prompt [batch, sequence] without a past, by public name."""
+    feeds = {"input_ids": ids, "attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp_min(0)}
+    for port in captured.inputs:
+        if port.name.startswith("past_key_values"):
+            feeds[port.name] = torch.zeros(ids.shape[0], port.dims[1], 0, port.dims[3], dtype=port.dtype)
+    return feeds
+
+
+def module_feeds(
+    captured: Captured, inputs: Sequence[Sequence[torch.Tensor] | Mapping[str, torch.Tensor]], place: str
+) -> list[dict[str, torch.Tensor]]:
+    """Inputs of an nn.Module by public name, one batch for each tuple (in the order of its ports) or mapping.
+
+    Raises:
+        InputError: one does not fit the model; `place` says whose they are.
+    """
+    found = []
+    for index, given in enumerate(inputs):
+        where, names = f"{place}[{index}]", [port.name for port in captured.inputs]
+        if isinstance(given, torch.Tensor):
+            given = (given,)
+        if isinstance(given, Mapping):
+            if set(given) != set(names):
+                raise InputError(f"has {', '.join(given)}, and the model takes {', '.join(names)}", place=where)
+        elif len(given) != len(names):
+            raise InputError(f"{len(given)} tensors, and the model takes {len(names)}", place=where)
+        else:
+            given = dict(zip(names, given, strict=True))
+        for port in captured.inputs:
+            tensor = given[port.name]
+            fits = tensor.dim() == len(port.dims) and all(
+                isinstance(wanted, str) or size == wanted for size, wanted in zip(tensor.shape, port.dims, strict=True)
+            )
+            if tensor.dtype != port.dtype or not fits:
+                raise InputError(
+                    f"{port.name} is {tensor.dtype} {list(tensor.shape)}, not {port.dtype} {list(port.dims)}",
+                    place=where,
+                )
+        found.append({name: given[name] for name in names})
+    return found
+
+
+def collect(block: Block, stream: Stream, module: GraphModule, wanted: dict[Node, Callable]) -> dict[Node, object]:
+    """Run all batches through a block and show each wanted value's real rows to its statistic."""
+    statistics = {node: factory() for node, factory in wanted.items()}
+    for number, mask in enumerate(stream.masks):
+        with torch.no_grad():
+            _Watch(module, statistics, mask).run(*stream.inputs(block, number))
+    return statistics
+
+
+class _Watch(Interpreter):
+    def __init__(self, module: GraphModule, statistics: dict[Node, object], mask: torch.Tensor | None):
+        super().__init__(module)
+        self._statistics, self._mask = statistics, mask
+
+    def run_node(self, node: Node):
+        value = super().run_node(node)
+        if node in self._statistics:
+            rows = value.flatten(0, -2)
+            if self._mask is not None and value.shape[:-1] == self._mask.shape:
+                rows = value[self._mask]
+            elif _is_cached(node):  # [batch, heads, tokens, features]: the features of every head are channels
+                rows = value.transpose(1, 2)
+                rows = (rows.flatten(0, 1) if self._mask is None else rows[self._mask]).flatten(1)
+            try:
+                self._statistics[node].update(rows.float())
+            except QExportError as error:
+                error.place = error.place or node.name
+                raise
+        return value
+
+
+def _is_cached(node: Node) -> bool:
+    """Whether a value is what attention keeps as keys or values."""
+    return any(
+        is_call(user, torch.ops.qexport.cached_attention.default) and node in user.args[1:3] for user in node.users
+    )
+
+
+def batches(block: Block, stream: Stream | None, reference: Stream | None) -> list[Batch]:
+    """The calibration batches of a block that `reference` has passed and `stream` has not."""
+    if stream is None:
+        return []
+    name = None if reference is None else _handed_on(block, reference)
+    found = []
+    for number, mask in enumerate(stream.masks):
+        target = None if name is None else reference.batches[number][name]
+        fits = target is not None and mask is not None and target.shape[: mask.dim()] == mask.shape
+        output = 0 if name is None else block.outputs.index(name)
+        found.append(Batch(stream.inputs(block, number), target, output, mask if fits else None))
+    return found
+
+
+def _handed_on(block: Block, reference: Stream) -> str | None:
+    """The last floating point value that a block hands on."""
+    values = reference.batches[0]
+    real = [n for n in block.outputs if isinstance(values.get(n), torch.Tensor) and values[n].is_floating_point()]
+    return real[-1] if real else None
+
+
+def sqnr(block: Block, stream: Stream, reference: Stream) -> float | None:
+    """SQNR in dB of the last floating point value that a block hands on, over the real tokens of all batches.
+
+    Returns:
+        None where there is no such value or no error.
+
+    Raises:
+        NumericsError: NaN or Inf.
+    """
+    name = _handed_on(block, reference)
+    if name is None or name not in stream.batches[0]:
+        return None
+    signal = noise = 0.0
+    for mask, got, want in zip(stream.masks, stream.batches, reference.batches, strict=True):
+        got, want = got[name], want[name]
+        if mask is not None and got.shape[: mask.dim()] == mask.shape:
+            got, want = got[mask], want[mask]
+        signal += want.double().square().sum().item()
+        noise += (got - want).double().square().sum().item()
+    if not math.isfinite(noise):
+        raise NumericsError("produces NaN or Inf on the calibration data", place=block.name)
+    return round(10 * math.log10(signal / noise), 2) if signal and noise else None

@@ -1,0 +1,148 @@
+"""Weights that a graph reads in parts or transposed, as weights of their own, and products with weights as linears.
+
+An expert's matrix is a slice of one tensor of all experts; GPT-2 keeps its matrices transposed. Passes know linears
+with a weight [out, in] of their own, so the graph reads such weights under names of their own, and `Pieces` cuts them
+from the checkpoint's tensors when they are loaded.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch.fx import GraphModule, Node
+
+from ..graph.edit import get_tensor, is_call, set_tensor
+from ..models.checkpoint import Checkpoint
+
+aten = torch.ops.aten
+_PRODUCTS = (aten.matmul.default, aten.mm.default)
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Part of a weight.
+
+    Attributes:
+        source: name of the weight.
+        index: along its first axis; None for all of it.
+        transposed: the last two axes exchanged.
+    """
+
+    source: str
+    index: int | None = None
+    transposed: bool = False
+
+    def of(self, tensor: torch.Tensor) -> torch.Tensor:
+        part = tensor if self.index is None else tensor[self.index]
+        return part.t() if self.transposed else part
+
+    def name(self, dim: int) -> str:
+        """What it is called; dim: axes that it has."""
+        if self.index is None:
+            return self.source
+        owner, _, leaf = self.source.rpartition(".")
+        whole = f"{owner}.{self.index}.{leaf}"
+        return whole if dim < 2 or leaf == "weight" else f"{whole}.weight"
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """The tensors of a checkpoint, and the pieces of them, by name."""
+
+    checkpoint: Checkpoint
+    table: Mapping[str, Piece]
+
+    def load(self, name: str) -> torch.Tensor:
+        piece = self.table.get(name)
+        if piece is None:
+            return self.checkpoint.load(name)
+        part = self.checkpoint.load(piece.source, piece.index)
+        return part.t().contiguous() if piece.transposed else part
+
+
+def cut_weights(module: GraphModule, weights: set[str]) -> dict[str, Piece]:
+    """Rewrite a traced graph, in place.
+
+    Args:
+        weights: names of the tensors that come from a checkpoint.
+
+    Returns:
+        The pieces by the names under which the graph reads them now.
+    """
+    graph, table = module.graph, {}
+    for node in list(graph.nodes):
+        if node.op == "get_attr" and node.target in weights:
+            _follow(module, node, Piece(node.target), table)
+    for node in list(graph.nodes):
+        if is_call(node, *_PRODUCTS) or (is_call(node, aten.addmm.default) and not node.kwargs):
+            _as_linear(module, node, weights, table)
+    graph.eliminate_dead_code()
+    return {name: piece for name, piece in table.items() if piece != Piece(name)}
+
+
+def moved(table: Mapping[str, Piece], prefix: str, to: str) -> dict[str, Piece]:
+    """The same pieces of another layer's weights; prefix, to: module paths of the layers, with a dot behind."""
+    return {
+        to + name.removeprefix(prefix): replace(piece, source=to + piece.source.removeprefix(prefix))
+        for name, piece in table.items()
+        if name.startswith(prefix) and piece.source.startswith(prefix)
+    }
+
+
+def _follow(module: GraphModule, node: Node, piece: Piece, table: dict[str, Piece]) -> None:
+    """Replace what a graph makes of a weight, or of a piece of one, by pieces."""
+    for user in list(node.users):
+        if is_call(user, aten.select.int) and tuple(user.args[1:2]) == (0,) and _is_stack(node):
+            part = _read(module, user, replace(piece, index=user.args[2]), table)
+        elif _transposes(user) and len(node.users) == 1:
+            part = _read(module, user, replace(piece, transposed=not piece.transposed), table)
+        else:
+            continue
+        user.replace_all_uses_with(part)
+        module.graph.erase_node(user)
+        _follow(module, part, table[part.target], table)
+
+
+def _is_stack(node: Node) -> bool:
+    """A tensor of matrices, or of biases, of which every reader takes one."""
+    return all(is_call(user, aten.select.int) and isinstance(user.args[2], int) for user in node.users)
+
+
+def _transposes(node: Node) -> bool:
+    if not isinstance(node.meta.get("val"), torch.Tensor) or node.meta["val"].dim() != 2:
+        return False
+    if is_call(node, aten.t.default, aten.numpy_T.default):
+        return True
+    if is_call(node, aten.transpose.int):
+        return {axis % 2 for axis in node.args[1:]} == {0, 1}
+    return is_call(node, aten.permute.default) and [axis % 2 for axis in node.args[1]] == [1, 0]
+
+
+def _read(module: GraphModule, at: Node, piece: Piece, table: dict[str, Piece]) -> Node:
+    """A get_attr node for a piece, in front of `at`."""
+    tensor = piece.of(get_tensor(module, piece.source))
+    name = piece.name(tensor.dim())
+    if name != piece.source:
+        set_tensor(module, name, tensor)
+    with module.graph.inserting_before(at):
+        node = module.graph.get_attr(name)
+    node.meta = {"val": tensor, "module_path": at.meta.get("module_path", "")}
+    table[name] = piece
+    return node
+
+
+def _as_linear(module: GraphModule, node: Node, weights: set[str], table: dict[str, Piece]) -> None:
+    """x @ W or b + x @ W with a weight W of its own: linear(x, W^T, b)."""
+    *bias, x, weight = node.args
+    known = weight.op == "get_attr" and (weight.target in table or weight.target in weights)
+    if not known or weight.meta["val"].dim() != 2 or len(weight.users) != 1 or x.op == "get_attr":
+        return
+    if bias and (bias[0].op != "get_attr" or bias[0].meta["val"].dim() != 1):
+        return
+    piece = table.get(weight.target, Piece(weight.target))
+    turned = _read(module, node, replace(piece, transposed=not piece.transposed), table)
+    with module.graph.inserting_before(node):
+        linear = module.graph.call_function(aten.linear.default, (x, turned, *bias))
+    linear.meta = dict(node.meta)
+    node.replace_all_uses_with(linear)
+    module.graph.erase_node(node)

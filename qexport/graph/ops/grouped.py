@@ -1,0 +1,141 @@
+"""Attention over a cache whose rows hold their real tokens first, and the reordering that makes it so.
+
+ONNX Runtime's GroupQueryAttention appends to each row of the cache behind the tokens that the row holds, counts
+positions from there, and knows no mask. Prompts of different length are mostly padded on the left. So rows of new
+tokens are turned until their padding is behind the real tokens, and turned back before they leave the model.
+"""
+
+import torch
+from torch import Tensor
+
+from ...quant.kv_cache import cache_codes, pack_cache, unpack_cache
+from .attention import _attend, _rotate
+
+
+@torch.library.custom_op("qexport::real_first", mutates_args=())
+def real_first(attention_mask: Tensor, input_ids: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """How to put the real tokens of every row first, and how long its cache becomes.
+
+    Args:
+        attention_mask: [batch, past + new] integer, 0 for padding. The first tokens may have padding on the left and on
+            the right, later ones none.
+        input_ids: [batch, new]; only its shape counts.
+
+    Returns:
+        forward, backward: [batch, new] int64, the places that new tokens are taken from, and taken back from.
+        valid: [batch, 1, 1] bool, whether the row has padding only where it may.
+        last: [batch] int32, the place of the row's last new token in its cache, padding behind the real ones included.
+        total: int32 [1], past + new.
+    """
+    total, new = attention_mask.shape[1], input_ids.shape[1]
+    mask = attention_mask != 0
+    real, mask = mask.long().cumsum(1)[:, total - new :], mask[:, total - new :]
+    before = real[:, :1] - mask[:, :1].long()
+    place = torch.arange(new, device=mask.device)
+    lead = (real == 0).sum(1, keepdim=True)
+    forward, backward = (place + lead) % new, (place - lead) % new
+    many = real[:, -1:] - before
+    turned = mask.gather(1, forward)
+    valid = (turned == (place < many)).all(1, keepdim=True) & (many > 0) & ((many == new) | (total == new))
+    last = (before[:, 0] + new - 1).to(torch.int32)
+    return forward, backward, valid[..., None], last, torch.tensor([total], dtype=torch.int32, device=mask.device)
+
+
+@real_first.register_fake
+def _(attention_mask, input_ids):
+    order = torch.empty_like(input_ids, dtype=torch.int64)
+    return (
+        order, torch.empty_like(order), order.new_empty((order.shape[0], 1, 1), dtype=torch.bool),
+        order.new_empty((order.shape[0],), dtype=torch.int32), order.new_empty((1,), dtype=torch.int32),
+    )  # fmt: skip
+
+
+@torch.library.custom_op("qexport::take_tokens", mutates_args=())
+def take_tokens(x: Tensor, order: Tensor) -> Tensor:
+    """The tokens of every row in another order.
+
+    Args:
+        x: [batch, tokens] or [batch, tokens, features].
+        order: [batch, new tokens] int64, places in the row.
+    """
+    if x.dim() == 2:
+        return x.gather(1, order)
+    return x.gather(1, order[..., None].expand(-1, -1, x.shape[2]))
+
+
+@take_tokens.register_fake
+def _(x, order):
+    return x.new_empty((*order.shape, *x.shape[2:]))
+
+
+@torch.library.custom_op("qexport::grouped_attention", mutates_args=())
+def grouped_attention(
+    query: Tensor, key: Tensor, value: Tensor, past_key: Tensor, past_value: Tensor, last: Tensor, total: Tensor,
+    cos: Tensor | None, sin: Tensor | None, key_scale: Tensor | None, value_scale: Tensor | None, bits: int,
+    scale: float, softcap: float, window: int,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Causal attention of new tokens over a cache that each row fills from its start.
+
+    Args:
+        query: [batch, sequence, heads * head_dim]; key, value: [batch, sequence, kv_heads * head_dim].
+        past_key, past_value: [batch, kv_heads, past, head_dim], or codes as `numerics.cache.pack_cache` makes them.
+        last, total: as `real_first` returns them.
+        cos, sin: [positions, n / 2], tables that rotate the first n features of every head of query and key; None where
+            those are as they should be.
+        key_scale, value_scale, bits: of a cache of codes, see `numerics.cache`; None and 0 for one of floats.
+        scale: factor of the scores; softcap: scores become softcap * tanh(scores / softcap), 0 for none.
+        window: keys further back than window - 1 positions are hidden; 0 for no limit.
+
+    Returns:
+        output [batch, sequence, heads * head_dim]; present_key and present_value [batch, kv_heads, past + sequence,
+        head_dim], or codes like the past.
+    """
+    batch, kv_heads, past, _ = past_key.shape
+    sequence, size = query.shape[1], key.shape[2] // past_key.shape[1]
+    query, key, value = (t.view(batch, sequence, -1, size).transpose(1, 2) for t in (query, key, value))
+    start = last.long() - (sequence - 1)
+    place = start[:, None] + torch.arange(sequence, device=query.device)
+    if cos is not None:
+        width = 2 * cos.shape[1]
+        query, key = (
+            torch.cat([_rotate(t[..., :width], cos[place], sin[place]), t[..., width:]], dim=-1) for t in (query, key)
+        )
+    present, seen = [], []
+    for old, new, step in ((past_key, key, key_scale), (past_value, value, value_scale)):
+        new = pack_cache(cache_codes(new, step, bits), bits) if bits else new
+        room = torch.cat([old, old.new_zeros(new.shape)], dim=2)
+        present.append(room.scatter(2, place[:, None, :, None].expand_as(new), new))
+        values = (unpack_cache(present[-1], bits).float() * step).to(query.dtype) if bits else present[-1]
+        seen.append(values)
+    index = torch.arange(past + sequence, device=query.device)
+    visible = index <= place[..., None]
+    if window > 0:
+        visible = visible & (index > place[..., None] - window)
+    mask = torch.where(visible, 0.0, -torch.inf)[:, None]
+    empty = seen[0][:, :, :0]
+    out, _, _ = _attend(query, *seen, empty, empty, mask, scale, softcap)
+    return out.flatten(2), *present
+
+
+@grouped_attention.register_fake
+def _(
+    query, key, value, past_key, past_value, last, total, cos, sin, key_scale, value_scale, bits, scale, softcap, window
+):
+    batch, kv_heads, past, size = past_key.shape
+    present = past_key.new_empty((batch, kv_heads, past + query.shape[1], size))
+    return torch.empty_like(query), present, torch.empty_like(present)
+
+
+@torch.library.custom_op("qexport::round_cache", mutates_args=())
+def round_cache(x: Tensor, scale: Tensor, bits: int) -> Tensor:
+    """Keys or values as attention will read them from a cache of codes.
+
+    Args:
+        x: [batch, kv_heads, tokens, head_dim]; scale, bits: as `numerics.cache.cache_codes`.
+    """
+    return (cache_codes(x, scale, bits).float() * scale).to(x.dtype)
+
+
+@round_cache.register_fake
+def _(x, scale, bits):
+    return torch.empty_like(x, memory_format=torch.contiguous_format)

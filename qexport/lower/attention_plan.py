@@ -1,0 +1,51 @@
+"""Which attention a decoder is deployed with: what a user asks for, what the model allows, what the manifest says."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from ..capture.graph import Captured
+from ..errors import InputError, LoweringError
+from ..graph.edit import is_call
+from .gqa import Grouping, Unsuited, group_attention, plan_grouping
+
+ATTENTION = ("grouped", "standard")
+
+
+def check_attention(attention: str) -> None:
+    """Raises InputError for anything but "grouped" and "standard"."""
+    if attention not in ATTENTION:
+        raise InputError(f"unknown attention {attention!r}", remedy=f"Choose {' or '.join(ATTENTION)}")
+
+
+def plan_attention(captured: Captured, attention: str, read: Callable[[str], torch.Tensor]) -> Grouping | str | None:
+    """How the attention of a decoder can be grouped, or why not; None where that is not asked for.
+
+    Args:
+        attention: as `export` takes it.
+        read: a tensor of the first block.
+    """
+    if attention == "standard" or captured.kind != "decoder":
+        return None
+    try:
+        return plan_grouping(captured, read)
+    except Unsuited as why:
+        return str(why)
+
+
+def deploy_attention(captured: Captured, grouping: Grouping | str | None) -> dict[str, Any]:
+    """Rewrite a decoder's attention for the runtime, in place; returns what the manifest's settings say of it."""
+    if not isinstance(grouping, Grouping):
+        nodes = (node for block in captured.blocks for node in block.module.graph.nodes)
+        if any(is_call(node, torch.ops.qexport.round_cache.default) for node in nodes):
+            raise LoweringError(
+                f"a cache of codes takes grouped attention, and it is standard here: {grouping or 'as asked for'}",
+                place="kv_cache", remedy="Leave kv_cache out of the recipe",
+            )  # fmt: skip
+        return {"attention": "standard", **({"attention_reason": grouping} if grouping else {})}
+    group_attention(captured, grouping)
+    positions = any(port.name == "position_ids" for port in captured.inputs)
+    settings = {"attention": "grouped", "past_present_share_buffer": True, "position_ids": positions}
+    bits = max(site.bits for site in grouping.sites)
+    return settings | ({"kv_cache_bits": bits} if bits else {})

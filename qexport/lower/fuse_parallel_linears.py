@@ -1,0 +1,268 @@
+"""One product for quantized linears that read one value, such as q, k and v, or gate and up.
+
+Their codes and scales stand side by side along the output features, so that each result is what it was. What is added
+to the products (biases, a second plane, low-rank branches, float paths of outliers) is added once, and a split behind
+the sum hands every reader its columns. A long product costs less than several short ones: its input is read, rounded
+and handed to threads once.
+"""
+
+import operator
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from itertools import accumulate, pairwise
+from os.path import commonprefix
+
+import torch
+from torch.fx import GraphModule, Node
+
+from ..graph.edit import add_tensor, call, finish, get_tensor, is_call, shape_of
+from ..graph.schema import bind
+from ..graph.views import Add, DequantizeLinear, ExpandCodes, Matmul, size_at, tensor_name
+from ..quant.concat_tensor import Joined
+from .qdq_patterns import linear_products
+
+aten = torch.ops.aten
+ops = torch.ops.qexport
+
+
+@dataclass
+class Merged:
+    """What became of the linears of a block.
+
+    Attributes:
+        joined: the new tensors, by name.
+        apart: why a linear that shares its input with others kept a product of its own, by name.
+    """
+
+    joined: dict[str, Joined] = field(default_factory=dict)
+    apart: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A quantized linear: its product, what is added to it in order, and the sum.
+
+    Attributes:
+        bias_at: how many addends come before the bias.
+    """
+
+    name: str
+    product: Node
+    addends: tuple[Node, ...]
+    bias: Node | None
+    bias_at: int
+    result: Node
+
+    @property
+    def size(self) -> int:
+        return size_at(self.product, -1)
+
+    @property
+    def input(self) -> Node:
+        return Matmul.of(self.product).x
+
+    @property
+    def weight(self) -> Node:
+        return Matmul.of(self.product).weight
+
+
+def merge(module: GraphModule) -> Merged:
+    """Merge the products of a canonical block, in place; its tensors may be on the meta device.
+
+    The product of merged linears has all their names in one as meta "linear", and meta "columns": the columns
+    (start, stop) of each linear in the value that has the same name as "result_of".
+    """
+    by_value: dict[Node, list[Node]] = {}
+    for product in linear_products(module.graph):
+        if not {"plane_of", "branch_of"} & set(product.meta):
+            by_value.setdefault(Matmul.of(product).x, []).append(product)
+    merged = Merged()
+    for products in by_value.values():
+        if len(products) < 2:
+            continue
+        groups: dict[tuple, list[Linear]] = {}
+        for product in products:
+            if (linear := linear_of(product)) is None:
+                merged.apart[product.meta["linear"]] = "its result is not a plain sum"
+            elif why := _why_apart(linear):
+                merged.apart[linear.name] = why
+            else:
+                groups.setdefault((_form(linear.weight), len(linear.addends)), []).append(linear)
+        for group in groups.values():
+            why = _move_up(group) if len(group) > 1 else "no other linear that reads the same value has its form"
+            if why:
+                merged.apart.update(dict.fromkeys((linear.name for linear in group), why))
+            else:
+                _Merge(module, group, merged.joined).run()
+    finish(module)
+    return merged
+
+
+def linear_of(product: Node) -> Linear | None:
+    """What is added to a product, up to the result of its linear."""
+    name, node, bias_at = product.meta["linear"], product, 0
+    bias: Node | None = None
+    addends: list[Node] = []
+    while node.meta.get("result_of") != name:
+        if len(node.users) != 1:
+            return None
+        (user,) = node.users
+        total = Add.match(user)
+        if total is None or total.x is not node or not isinstance(total.other, Node):
+            return None
+        addend, node = total.other, user
+        if bias is None and addend.op == "get_attr" and len(shape_of(addend)) == 1:
+            bias, bias_at = addend, len(addends)
+        else:
+            addends.append(addend)
+    return Linear(name, product, tuple(addends), bias, bias_at, node)
+
+
+def _why_apart(linear: Linear) -> str:
+    """Why a linear can be merged with no other; empty where it can."""
+    if any(shape_of(addend) != shape_of(linear.result) for addend in linear.addends):
+        return "what is added to it is not of its shape"
+    return _why_not_beside(linear.weight)
+
+
+def _why_not_beside(weight: Node) -> str:
+    """Why a weight [K, N] cannot stand beside others; empty where it can."""
+    if weight.op == "get_attr":
+        return ""
+    if is_call(weight, ops.dequantize_codebook.default):
+        return "its codes are indices of a table"
+    if (found := DequantizeLinear.match(weight)) is None:
+        return "its weight has a form of its own"
+    if shape_of(found.scale) == ():
+        return "its weight has one scale"
+    expanded = ExpandCodes.match(found.codes)
+    if expanded is not None and expanded.factor is not None:
+        return "the columns of its weight carry factors"
+    return ""
+
+
+def _form(node: Node) -> tuple:
+    """What must be equal for weights to stand side by side: everything but values and the number of columns."""
+    if node.op == "get_attr":
+        spec = node.meta["spec"]
+        return spec.dtype, spec.shape[:-1]
+    return node.target, *(_form(a) if isinstance(a, Node) else a for a in vars(bind(node)).values())
+
+
+def _same_but_columns(nodes: Sequence[Node]) -> bool:
+    """Whether these are products of one value with weights that can stand side by side."""
+    products = [product for node in nodes if (product := Matmul.match(node)) is not None]
+    if len(products) < len(nodes) or any(product.x is not products[0].x for product in products):
+        return False
+    weights = [product.weight for product in products]
+    return not any(map(_why_not_beside, weights)) and len(set(map(_form, weights))) == 1
+
+
+def _move_up(group: Sequence[Linear]) -> str:
+    """Move what is added to the products in front of the first of them; says why not where that cannot be."""
+    first = group[0].product
+    own = {node for linear in group for node in (linear.product, linear.result)}
+    late: set[Node] = set()
+    waiting = [addend for linear in group for addend in linear.addends]
+    while waiting:
+        node = waiting.pop()
+        if node in own:
+            return "what is added to one of these linears reads the result of another"
+        if node not in late and first < node:
+            late.add(node)
+            waiting += node.all_input_nodes
+    for node in sorted(late):
+        first.prepend(node)
+    return ""
+
+
+class _Merge:
+    """Merges linears of one form.
+
+    Args:
+        joined: gets the new tensors.
+    """
+
+    def __init__(self, module: GraphModule, group: Sequence[Linear], joined: dict[str, Joined]):
+        self._module, self._group, self._joined = module, group, joined
+        self._name = joint_name([linear.name for linear in group])
+
+    def run(self) -> None:
+        graph, group = self._module.graph, self._group
+        sizes = [linear.size for linear in group]
+        with graph.inserting_before(group[0].product):
+            product = self._product([linear.product for linear in group])
+            result = product
+            addends = [self._sum(nodes) for nodes in zip(*(linear.addends for linear in group), strict=True)]
+            if biased := [linear for linear in group if linear.bias is not None]:
+                addends.insert(biased[0].bias_at, self._bias())
+            for addend in addends:
+                result = call(graph, aten.add.Tensor, (result, addend), like=product)
+            pieces = graph.call_function(aten.split_with_sizes.default, (result, sizes, -1))
+            spec = result.meta["spec"]
+            specs = tuple(replace(spec, shape=(*spec.shape[:-1], size)) for size in sizes)
+            pieces.meta = {"spec": specs, "module_path": result.meta["module_path"]}
+            for place, (linear, spec) in enumerate(zip(group, specs, strict=True)):
+                piece = call(graph, operator.getitem, (pieces, place), like=result, shape=spec.shape)
+                linear.result.replace_all_uses_with(piece)
+        columns = pairwise(accumulate(sizes, initial=0))
+        product.meta["columns"] = {linear.name: span for linear, span in zip(group, columns, strict=True)}
+        result.meta["result_of"] = self._name
+
+    def _sum(self, nodes: Sequence[Node]) -> Node:
+        """What is added to the products, side by side: one product too, where the first factor is the same.
+
+        Low-rank branches of their own stay apart: one with its second factors along a diagonal is no faster than
+        several, and in a small model's file the zeros are a fourteenth of the linears.
+        """
+        if _same_but_columns(nodes):
+            return self._product(nodes)
+        shape = (*shape_of(nodes[0])[:-1], sum(size_at(node, -1) for node in nodes))
+        return call(self._module.graph, aten.cat.default, (list(nodes), -1), like=nodes[0], shape=shape)
+
+    def _product(self, nodes: Sequence[Node]) -> Node:
+        """One product for several with the same first factor."""
+        products = [Matmul.of(node) for node in nodes]
+        first, weight = nodes[0], self._weight([product.weight for product in products])
+        shape = (*shape_of(first)[:-1], shape_of(weight)[-1])
+        product = call(self._module.graph, aten.matmul.default, (products[0].x, weight), like=first, shape=shape)
+        if "linear" in first.meta:
+            product.meta["linear"] = self._name_like(first.meta["linear"])
+            product.meta |= {key: self._name for key in ("plane_of", "branch_of") if key in first.meta}
+        return product
+
+    def _weight(self, nodes: Sequence[Node]) -> Node:
+        """Weights of one form, side by side."""
+        first = nodes[0]
+        if first.op == "get_attr":
+            return self._add(tensor_name(first), Joined(tuple(map(tensor_name, nodes))))
+        given = [vars(bind(node)) for node in nodes]
+        arguments = tuple(
+            self._weight([other[name] for other in given]) if isinstance(argument, Node) else argument
+            for name, argument in given[0].items()
+        )
+        columns = sum(size_at(node, -1) for node in nodes)
+        return call(self._module.graph, first.target, arguments, like=first, shape=(shape_of(first)[0], columns))
+
+    def _bias(self) -> Node:
+        """The biases side by side, as many zeros where a linear has none."""
+        parts = [linear.size if linear.bias is None else tensor_name(linear.bias) for linear in self._group]
+        return self._add(next(part for part in parts if isinstance(part, str)), Joined(tuple(parts)))
+
+    def _add(self, like: str, joined: Joined) -> Node:
+        name = self._name_like(like)
+        self._joined[name] = joined
+        tensor = joined.make(lambda part: get_tensor(self._module, part))
+        return add_tensor(self._module.graph, name, tensor)
+
+    def _name_like(self, name: str) -> str:
+        """The name of what belongs to one linear, for all of them."""
+        owner = next((linear.name for linear in self._group if f"{name}.".startswith(f"{linear.name}.")), None)
+        return f"{self._name}.{name}" if owner is None else self._name + name.removeprefix(owner)
+
+
+def joint_name(names: Sequence[str]) -> str:
+    """One name for several linears: "a.q", "a.k", "a.v" is "a.q+k+v"."""
+    parents = [name.split(".")[:-1] for name in names]
+    shared = "".join(f"{step}." for step in commonprefix(parents))
+    return shared + "+".join(name.removeprefix(shared) for name in names)

@@ -1,0 +1,304 @@
+"""Attention rewritten for ONNX Runtime's GroupQueryAttention: a cache that can be one shared buffer, rotary inside.
+
+The operator appends to each row of its cache behind the tokens that the row holds and knows no mask. So the first block
+puts the real tokens of every row first, the last one puts them back, and a row with padding where none may be comes out
+as NaN rather than as something plausible. A model that the operator cannot serve keeps standard Attention.
+"""
+
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch.fx import Graph, Node
+
+from ..capture.blocks import Block
+from ..capture.graph import Captured
+from ..graph.edit import Spec, add_tensor, call, is_call, shape_of
+from ..graph.schema import bind
+from ..graph.sites import SHAPE_ONLY
+from ..graph.views import CachedAttention, CausalMask, Item, RoundCache, size_at
+from .block_io import first_call, hand_on, names_of, producers, prune, read_in
+from .compact_padding import LAST, TOTAL, turn_back, turn_tokens, turned_name
+from .rotary import Rotated, position_table, rotated
+
+aten = torch.ops.aten
+ops = torch.ops.qexport
+_CASTS = (aten.to.dtype, aten.to.device, aten.to.dtype_layout, aten._to_copy.default)
+_OF_CACHE = (ops.cached_attention.default, aten.sym_size.int)
+
+
+class Unsuited(Exception):
+    """GroupQueryAttention cannot serve the model; the text says why."""
+
+
+@dataclass(frozen=True)
+class _Site:
+    """One attention of the model.
+
+    Attributes:
+        block, node: where it is.
+        window: of its mask.
+        query, key, value: what it reads, before it is rounded for the cache.
+        scales, bits: of a cache of codes, for keys and values; None and 0 for one of floats.
+    """
+
+    block: Block
+    node: Node
+    window: int
+    query: Node
+    key: Node
+    value: Node
+    scales: tuple[Node, Node] | tuple[None, None]
+    bits: int
+
+
+@dataclass(frozen=True)
+class Grouping:
+    """How a decoder's attention becomes GroupQueryAttention.
+
+    Attributes:
+        sites: every attention.
+        inside: by attention, how query and key are rotated, where the operator can do it itself.
+        tables: [positions, n], the cosines and sines for that, by the name of the value they are a table of.
+    """
+
+    sites: Sequence[_Site]
+    inside: Mapping[Node, tuple[Rotated, Rotated] | None]
+    tables: Mapping[str, torch.Tensor]
+
+
+def plan_grouping(captured: Captured, read: Callable[[str], torch.Tensor]) -> Grouping:
+    """Look for all that GroupQueryAttention needs; changes nothing.
+
+    Args:
+        captured: a decoder, quantized or not.
+        read: a tensor of its first block.
+
+    Raises:
+        Unsuited: says why GroupQueryAttention cannot serve the model.
+    """
+    values = {port.name: port.value for port in captured.inputs}
+    sites = _sites(captured, values)
+    tables = _Tables(captured, values["position_ids"], read)
+    inside = {site.node: tables.of(site) for site in sites}
+    return Grouping(sites, inside, {name: table for name, table in tables.made.items() if table is not None})
+
+
+def count_attentions(captured: Captured) -> int:
+    """How many attentions read a cache as it is: fewer than there are caches where a model does otherwise with some."""
+    nodes = (node for block in captured.blocks for node in block.module.graph.nodes)
+    return sum(is_call(node, ops.cached_attention.default) for node in nodes)
+
+
+def group_attention(captured: Captured, grouping: Grouping) -> None:
+    """Rewrite a decoder's blocks, its inputs too where nothing reads positions any more, in place."""
+    values = {port.name: port.value for port in captured.inputs}
+    first = captured.blocks[0]
+    turn_tokens(first, values)
+    turned = {values[name]: turned_name(name) for name in ("input_ids", "position_ids")}
+    for block in captured.blocks[1:]:
+        block.inputs[:] = [turned.get(name, name) for name in block.inputs]
+    graph = first.module.graph
+    for name, table in grouping.tables.items():
+        with graph.inserting_before(first_call(graph)):
+            hand_on(first, add_tensor(graph, f"rotary.{name}", table), f"rotary.{name}")
+    codes: dict[str, int] = {}
+    for site in grouping.sites:
+        names, attention = names_of(site.block), CachedAttention.of(site.node)
+        codes |= dict.fromkeys((names[past] for past in (attention.past_key, attention.past_value)), site.bits)
+        _replace(site, grouping.inside[site.node], grouping.tables)
+    _keep_codes(captured, codes)
+    turn_back(captured.blocks[-1], captured)
+    prune(captured)
+
+
+def _sites(captured: Captured, values: dict[str, str]) -> list[_Site]:
+    if not {"input_ids", "attention_mask", "position_ids"} <= values.keys():
+        raise Unsuited("it does not read token ids, a mask and positions")
+    sites: list[_Site] = []
+    masks: set[Node] = set()
+    made = producers(captured)
+    if count_attentions(captured) < sum(name.startswith("past_key_values.") for name in values) // 2:
+        raise Unsuited("its attention is written out: it adds more to the scores than a mask, or changes the cache")
+    first, last = captured.blocks[0], captured.blocks[-1]
+    for block in captured.blocks:
+        names = names_of(block)
+        for node in block.module.graph.nodes:
+            if (attention := CachedAttention.match(node)) is None:
+                continue
+            home, source = made.get(names.get(attention.mask, ""), (block, attention.mask))
+            mask = CausalMask.match(source)
+            if mask is None or home is not first:
+                raise Unsuited("its mask is not made of the attention mask alone")
+            if names.get(attention.past_key) not in values.values():
+                raise Unsuited("its cache is changed before attention reads it")
+            size = size_at(attention.key, -1)
+            if size != size_at(attention.value, -1):
+                raise Unsuited("keys and values have heads of different size")
+            if size % 8:
+                raise Unsuited(f"heads of {size} features, and ONNX Runtime wants a multiple of 8")
+            masks.add(source)
+            sites.append(_site(block, node, attention, mask.window))
+    if not sites or first is last or sites[-1].block is last:
+        raise Unsuited("the model could not be cut into a beginning, layers and an end")
+    pasts = {value for name, value in values.items() if name.startswith("past_key_values.")}
+    for block in captured.blocks:
+        for placeholder, name in names_of(block).items():
+            if name in pasts and not all(is_call(user, *_OF_CACHE) for user in placeholder.users):
+                raise Unsuited("layers of it attend to the keys and values of others")
+            if name == values["attention_mask"] and not _ends_in(placeholder, masks):
+                raise Unsuited("something other than attention reads the attention mask")
+    return sites
+
+
+def _keep_codes(captured: Captured, bits: Mapping[str, int]) -> None:
+    """Give the model's caches of codes their type; bits: by the value of the past, 0 for floats."""
+    held = {port.name: bits[port.value] for port in captured.inputs if bits.get(port.value)}
+    for ports in (captured.inputs, captured.outputs):
+        for index, port in enumerate(ports):
+            if width := held.get(port.name.replace("present.", "past_key_values.")):
+                spec = _codes(Spec(port.dtype, port.dims), width)
+                ports[index] = replace(port, dtype=spec.dtype, dims=spec.shape)
+
+
+def _codes(spec: Spec, bits: int) -> Spec:
+    """The type of a cache of codes, see numerics.cache."""
+    if bits == 8:
+        return replace(spec, dtype=torch.int8)
+    *axes, size = spec.shape
+    if not isinstance(size, int):
+        raise TypeError(f"heads of {size} features")
+    return Spec(torch.uint8, (*axes, size // 2))
+
+
+def _site(block: Block, node: Node, attention: CachedAttention, window: int) -> _Site:
+    key, value = RoundCache.match(attention.key), RoundCache.match(attention.value)
+    if key is None or value is None:
+        return _Site(block, node, window, attention.query, attention.key, attention.value, (None, None), 0)
+    return _Site(block, node, window, attention.query, key.x, value.x, (key.scale, value.scale), key.bits)
+
+
+def _ends_in(node: Node, ends: set[Node]) -> bool:
+    """Whether a value is read, as it is or as another type, by nothing but `ends`."""
+    return all(user in ends or is_call(user, *_CASTS) and _ends_in(user, ends) for user in node.users)
+
+
+class _Tables:
+    """Rotary tables of the attentions that can rotate inside.
+
+    Attributes:
+        made: [positions, n] by the name of the value it is a table of; None where that is none.
+    """
+
+    def __init__(self, captured: Captured, position_ids: str, read: Callable[[str], torch.Tensor]) -> None:
+        self._first, self._position_ids, self._read = captured.blocks[0], position_ids, read
+        self._length = captured.settings.get("max_position_embeddings")
+        self.made: dict[str, torch.Tensor | None] = {}
+
+    def of(self, site: _Site) -> tuple[Rotated, Rotated] | None:
+        """How query and key are rotated, where one pair of tables of positions alone does it."""
+        query, key = rotated(site.query), rotated(site.key)
+        if query is None or key is None or self._length is None or (query.cos, query.sin) != (key.cos, key.sin):
+            return None
+        names = names_of(site.block)
+        tables = [self._table(names.get(node), self._length) for node in (query.cos, query.sin)]
+        return None if any(table is None for table in tables) else (query, key)
+
+    def _table(self, name: str | None, length: int) -> torch.Tensor | None:
+        if name is None:
+            return None
+        if name not in self.made:
+            self.made[name] = position_table(self._first, name, self._position_ids, length, self._read)
+        return self.made[name]
+
+
+def _replace(site: _Site, inside: tuple[Rotated, Rotated] | None, tables: Mapping[str, torch.Tensor]) -> None:
+    graph, node, names = site.block.module.graph, site.node, names_of(site.block)
+    query, key, value = site.query, site.key, site.value
+    attention = CachedAttention.of(node)
+    pasts = attention.past_key, attention.past_value
+    last = read_in(site.block, LAST, Spec(torch.int32, (shape_of(query)[0],)))
+    total = read_in(site.block, TOTAL, Spec(torch.int32, (1,)))
+    cos = sin = None
+    if inside is not None:
+        query, key = (part.x for part in inside)
+        cos, sin = (
+            read_in(site.block, f"rotary.{names[n]}", Spec(torch.float32, tuple(tables[names[n]].shape)))
+            for n in (inside[0].cos, inside[0].sin)
+        )
+    kept = node.meta["spec"]
+    if site.bits:
+        for past in pasts:
+            past.meta["spec"] = _codes(past.meta["spec"], site.bits)
+        kept = (kept[0], *(_codes(spec, site.bits) for spec in kept[1:]))
+    with graph.inserting_before(node):
+        flat = [_flat(graph, part) for part in (query, key, value)]
+        new = call(
+            graph, ops.grouped_attention.default,
+            (
+                *flat, *pasts, last, total, cos, sin, *site.scales, site.bits, attention.scale, attention.softcap,
+                site.window,
+            ),
+            like=flat[0],
+        )  # fmt: skip
+        results = {}
+        for index, (spec, like) in enumerate(zip(kept, (flat[0], *pasts), strict=True)):
+            results[index] = call(graph, operator.getitem, (new, index), like=like)
+            if index:
+                results[index].meta["spec"] = spec
+        new.meta["spec"] = tuple(part.meta["spec"] for part in results.values())
+    for user in list(node.users):
+        if place := Item.of(user).index:
+            user.replace_all_uses_with(results[place])
+        else:
+            _flatten_users(graph, user, results[0])
+
+
+def _flat(graph: Graph, node: Node) -> Node:
+    """[batch, heads, sequence, head_dim] as [batch, sequence, heads * head_dim]."""
+    heads, size = size_at(node, 1), size_at(node, 3)
+    if is_call(node, aten.rms_norm.default):  # a norm of every head does not mind
+        norm = bind(node)
+        if (before := _heads_swapped(norm.input)) is not None:
+            arguments = (before, norm.normalized_shape, norm.weight, norm.eps)
+            normalized = call(graph, aten.rms_norm.default, arguments, like=before)
+            node = call(graph, aten.transpose.int, (normalized, 1, 2), like=node)
+    if (before := _heads_swapped(node)) is not None:
+        node = before
+    else:
+        batch, _, sequence, _ = shape_of(node)
+        node = call(graph, aten.transpose.int, (node, 1, 2), like=node, shape=(batch, sequence, heads, size))
+    if is_call(node, *SHAPE_ONLY):
+        flat = bind(node).self
+        if len(shape_of(flat)) == 3 and shape_of(flat)[-1] == heads * size:
+            return flat
+    sizes = [call(graph, aten.sym_size.int, (node, i), like=node, dtype=torch.int64, shape=()) for i in (0, 1)]
+    shape = (*shape_of(node)[:2], heads * size)
+    return call(graph, aten.reshape.default, (node, [*sizes, heads * size]), like=node, shape=shape)
+
+
+def _flatten_users(graph: Graph, old: Node, flat: Node) -> None:
+    """Readers of an output [batch, sequence, heads, head_dim]: most flatten it and get it flat at once."""
+    for user in list(old.users):
+        if is_call(user, *SHAPE_ONLY) and shape_of(user)[1:] == shape_of(flat)[1:]:
+            user.replace_all_uses_with(flat)
+    if old.users:
+        with graph.inserting_after(flat):
+            sizes = [call(graph, aten.sym_size.int, (flat, i), like=flat, dtype=torch.int64, shape=()) for i in (0, 1)]
+        with graph.inserting_before(old):
+            shaped = call(graph, aten.view.default, (flat, [*sizes, *shape_of(old)[2:]]), like=old)
+        old.replace_all_uses_with(shaped)
+
+
+def _heads_swapped(node: Node) -> Node | None:
+    """The value whose axes 1 and 2 of four a node exchanges; None where it does something else."""
+    if not is_call(node, aten.transpose.int, aten.permute.default):
+        return None
+    given = bind(node)
+    order = [0, 1, 2, 3]
+    if is_call(node, aten.permute.default):
+        order = list(given.dims)
+    else:
+        order[given.dim0], order[given.dim1] = order[given.dim1], order[given.dim0]
+    return given.self if order == [0, 2, 1, 3] else None

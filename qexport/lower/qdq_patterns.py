@@ -1,0 +1,161 @@
+"""Reading a quantized linear back from the canonical graph."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.fx import Graph, GraphModule, Node
+
+from ..graph.edit import WITHOUT_OUTLIERS, call, is_call
+from ..graph.schema import bind
+from ..graph.views import Cast, DequantizeCodebook, DequantizeLinear, Div, Matmul, Mul, Operand
+from ..quant.packing import stored_block
+
+aten = torch.ops.aten
+ops = torch.ops.qexport
+
+# Blocks that ONNX Runtime splits weights with one scale per channel into when it makes MatMulNBits of them
+# (session.qdq_matmulnbits_block_size, its default).
+DEFAULT_BLOCK = 32
+
+_OWN_KERNELS: dict[Any, str] = {ops.matmul_bnb4.default: "MatMulBnb4", ops.matmul_nbits.default: "MatMulNBits"}
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """How what a product reads is rounded.
+
+    Attributes:
+        quantize, dequantize: the calls.
+        token_scale: of a dynamic activation; None where it is static.
+    """
+
+    quantize: Node
+    dequantize: Node
+    token_scale: Node | None = None
+
+
+@dataclass(frozen=True)
+class Form:
+    """How one product of the canonical graph is quantized.
+
+    Attributes:
+        block_size: of the weight; 0 for one scale per channel or tensor.
+        rounding: of the activation; None where it is float.
+    """
+
+    block_size: int
+    rounding: Rounding | None = None
+
+    @property
+    def integer(self) -> Rounding | None:
+        """The rounding, where the product can run as one integer matmul: both sides 8 bits, scales outside the sum."""
+        return self.rounding if self.block_size == 0 else None
+
+
+def linear_products(graph: Graph) -> list[Node]:
+    """The matmul of every quantized linear."""
+    return [n for n in graph.nodes if "linear" in n.meta]
+
+
+def read_by(product: Node) -> Node:
+    """What a product, canonical or rewritten, multiplies with its weight."""
+    if (canonical := Matmul.match(product)) is not None:
+        return canonical.x
+    given = bind(product)
+    return given.a if is_call(product, ops.matmul_integer.default) else given.x
+
+
+def form_of(product: Node) -> Form:
+    """The form of a canonical product, or of one already rewritten for the CPU."""
+    canonical = Matmul.of(product)
+    weight = DequantizeLinear.match(canonical.weight) or DequantizeCodebook.of(canonical.weight)
+    if (static := DequantizeLinear.match(canonical.x)) is not None:
+        return Form(weight.block_size, Rounding(static.codes, canonical.x, _token_scale_behind(product)))
+    dynamic = Mul.match(canonical.x)
+    if dynamic is not None and (codes := DequantizeLinear.match(dynamic.x)) is not None:
+        step = dynamic.other if isinstance(dynamic.other, Node) else None
+        return Form(weight.block_size, Rounding(codes.codes, dynamic.x, step))
+    return Form(weight.block_size)
+
+
+def _token_scale_behind(product: Node) -> Node | None:
+    for user in product.users:
+        scaled = Mul.match(user)
+        if scaled is not None and isinstance(scaled.other, Node) and _is_step(scaled.other):
+            return scaled.other
+    return None
+
+
+def input_of(product: Node) -> Node:
+    """The float value that a product reads, before it is rounded; of a canonical product, or one rewritten."""
+    node = read_by(product)
+    while (before := _unrounded(_uncast(node))) is not None:
+        node = before
+    return node
+
+
+def _uncast(node: Node) -> Node:
+    while (cast := Cast.match(node)) is not None:
+        node = cast.x
+    return node
+
+
+def _unrounded(node: Node) -> Node | None:
+    """What a step of rounding a value reads; None of a node that is no such step."""
+    if is_call(node, ops.matmul_nbits_input.default, ops.quantize_linear.default):
+        return bind(node).x
+    if (dequantized := DequantizeLinear.match(node)) is not None:
+        return dequantized.codes
+    if (quotient := Div.match(node)) is not None and _is_step(quotient.other):
+        return quotient.x
+    if (product := Mul.match(node)) is None:
+        return None
+    if node.meta.get(WITHOUT_OUTLIERS) or is_call(product.x, ops.dequantize_linear.default):
+        return product.x
+    # A value held within the range of few bits, and CrossQuant's rounding on floats.
+    if is_call(product.x, aten.clamp.default, aten.round.default):
+        inside = Div.match(bind(product.x).self)
+        return inside.x if inside is not None and inside.other is product.other else None
+    return None
+
+
+def _is_step(value: Operand) -> bool:
+    """Whether a value is the step of a dynamic activation: a token's scale, or the larger of two."""
+    if not isinstance(value, Node):
+        return False
+    node = _uncast(value)
+    parts = bind(node) if is_call(node, aten.maximum.default) else None
+    scales = (node,) if parts is None else (_uncast(parts.self), _uncast(parts.other))
+    return all(is_call(scale, ops.token_scale.default) for scale in scales)
+
+
+def as_own_kernel(module: GraphModule, product: Node) -> None:
+    """matmul(x, dequantize(...)) of a weight in groups becomes the one node that ONNX Runtime would make of the two.
+
+    It would do so while it loads the file, which then takes twice as long, and by session entries that a caller may
+    forget. Codebooks, 2-bit codes and blocks above 256 it would not fuse at all. One scale per channel is left to it:
+    it repeats the scale for every block, which the file need not.
+    """
+    canonical = Matmul.of(product)
+    arguments: tuple[Any, ...]
+    if (table := DequantizeCodebook.match(canonical.weight)) is not None:
+        group_size, target = table.block_size, ops.matmul_bnb4.default
+        arguments = (table.codes, table.scale, table.codebook, group_size, stored_block(4, group_size))
+    else:
+        weight, target = DequantizeLinear.of(canonical.weight), ops.matmul_nbits.default
+        group_size, bits = weight.block_size, weight.bits
+        if group_size == 0:
+            return
+        block_size = stored_block(bits, group_size)
+        arguments = (weight.codes, weight.scale, weight.zero_point, bits, group_size, block_size)
+    with module.graph.inserting_before(product):
+        node = call(module.graph, target, (canonical.x, *arguments), like=product)
+    node.meta = dict(product.meta)
+    product.replace_all_uses_with(node)
+    module.graph.erase_node(product)
+
+
+def own_kernel(product: Node) -> str | None:
+    """The operator of a product that `as_own_kernel` rewrote."""
+    return _OWN_KERNELS.get(product.target)

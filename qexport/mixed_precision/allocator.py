@@ -1,0 +1,175 @@
+"""From costs to a recipe: what there is to choose from, what else is in the file, and the choice as overrides."""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from ..calibrate.block_activations import Feeds, Progress
+from ..capture.graph import Captured
+from ..errors import InputError, RecipeError
+from ..lower.attention_plan import plan_attention
+from ..lower.gqa import Grouping
+from ..passes.embedding import EmbeddingPlan
+from ..plan.linear_plan import LinearPlan
+from ..plan.model_plan import bytes_by_part, output_projection, plan_for
+from ..quant.formats import Scheme
+from ..recipe.recipe import Recipe
+from ..recipe.sections import FLOAT, Override, only
+from .allocate import Allocation, Choice, within_bytes, within_kl
+from .candidates import SCHEMES
+from .costs import scheme_costs
+from .fisher import Importance
+
+# Of the KL of rounding to nearest, what methods that look at activations leave; until an export is measured.
+_LEFT = {"rtn": 1.0, "hqq": 0.9}
+_LEFT_BY_TRAINED = 0.35
+_LEAST_SHARE, _MOST_SHARE = 0.05, 1.5  # of the same, by linear: beyond are errors of measurement
+_GRAPH_BYTES = 1400  # of model.onnx for each linear and what surrounds it, at most
+
+
+class Chooser:
+    """Chooses schemes for what a recipe quantizes.
+
+    Args:
+        target, width: what is exported for, and bytes of a number that stays float.
+        feeds: what costs are measured on.
+
+    Attributes:
+        left: share of the KL that costs add up to which an export is expected to have.
+
+    Raises:
+        RecipeError: the recipe quantizes activations, or nothing.
+    """
+
+    def __init__(
+        self, captured: Captured, recipe: Recipe, target: str, width: int, attention: str, feeds: Sequence[Feeds],
+        progress: Progress,
+    ):  # fmt: skip
+        self._recipe, self._plan, self._embeddings = recipe, *plan_for(captured, recipe, width)
+        self._check()
+        self.left = _LEFT.get(recipe.weights.method, _LEFT_BY_TRAINED)
+        schemes = [Scheme.parse(name) for name in SCHEMES[target]]
+        self._costs = scheme_costs(captured, self._plan, self._embeddings, schemes, feeds, width, progress)
+        self._shares = [1.0] * len(self._costs.items)
+        self._guessed = _GRAPH_BYTES * len(self._plan)  # of the rest, until an export is measured
+        self._rest = _rest(captured, self._plan, self._embeddings, width, attention) + self._guessed
+        projection = output_projection(captured)
+        self._projection = projection.name if projection else ""
+
+    def within_bytes(self, most: int) -> Allocation:
+        """The least KL in a file of at most so many bytes.
+
+        Raises:
+            InputError: the smallest choices take more.
+        """
+        found = within_bytes(self._choices, most - self._rest)
+        if found is None:
+            smallest = Allocation(tuple(min(choices, key=lambda c: (c.bytes, c.kl)) for choices in self._choices))
+            least = self.bytes(smallest)
+            if most >= least - self._guessed:  # an export will tell
+                return smallest
+            raise InputError(
+                f"{most:,} bytes are too few: with the smallest schemes the file takes about {least:,}",
+                place="max_bytes", remedy="Give more, or quantize what the recipe keeps in float",
+            )  # fmt: skip
+        return found
+
+    def within_kl(self, most: float) -> Allocation | None:
+        """The fewest bytes for at most so much KL, by what exports have measured; None where the best is not enough."""
+        return within_kl(self._choices, most / self.left)
+
+    def best(self) -> Allocation:
+        """The least KL, at any size."""
+        return Allocation(tuple(min(choices, key=lambda c: (c.kl, c.bytes)) for choices in self._choices))
+
+    def bytes(self, allocation: Allocation) -> int:
+        """About the size of the file."""
+        return allocation.bytes + self._rest
+
+    def wrong_by(self, more: int) -> None:
+        """Learn from an export that its file was so many bytes larger than foretold."""
+        self._rest, self._guessed = self._rest + more, 0
+
+    @property
+    def importance(self) -> Mapping[str, Importance]:
+        """Of the result of every linear that is chosen for, by name."""
+        return self._costs.importance
+
+    def learn(self, allocation: Allocation, real: Mapping[str, float], kl: float) -> None:
+        """Learn from an export what the recipe's method leaves of the costs of rounding to nearest.
+
+        Args:
+            allocation: what was exported; real: cost of each linear in it, where it is known; kl: its mean KL.
+        """
+        for place, (item, choice) in enumerate(zip(self._costs.items, allocation.choices, strict=True)):
+            known = [name for name in item.linears if name in real]
+            if known and (expected := sum(self._costs.kl[name][choice.scheme] for name in known)) > 0:
+                share = sum(real[name] for name in known) / expected
+                self._shares[place] = min(max(share, _LEAST_SHARE), _MOST_SHARE)
+        by_name = [{choice.scheme: choice.kl for choice in choices} for choices in self._choices]
+        now = sum(known[choice.scheme] for known, choice in zip(by_name, allocation.choices, strict=True))
+        self.left = kl / max(now, 1e-12)
+
+    def _schemes(self, allocation: Allocation) -> dict[str, str]:
+        """The scheme asked for, of every linear that is chosen for, and of a table of embeddings."""
+        table = next((e.name for e in self._embeddings if e.scheme is not None), "")
+        pairs = zip(self._costs.items, allocation.choices, strict=True)
+        return {name: choice.scheme for item, choice in pairs for name in item.linears or (table,)}
+
+    def recipe(self, allocation: Allocation) -> Recipe:
+        """The recipe with this choice: the commonest scheme for all, and an override for each other linear."""
+        chosen = self._schemes(allocation)
+        table = next((e for e in self._embeddings if e.scheme is not None), None)
+        embedding = self._recipe.embedding
+        if table is not None and not table.linear:
+            embedding = chosen.pop(table.name)
+        layers = Counter(scheme for name, scheme in chosen.items() if name != self._projection)
+        head = chosen.get(self._projection, self._recipe.lm_head)
+        made = self._recipe.model_copy(update={
+            "name": f"{self._recipe.name}_auto", "description": f"{self._recipe.name}, schemes chosen by their cost",
+            "scheme": layers.most_common(1)[0][0] if layers else head, "lm_head": head, "embedding": embedding,
+            "overrides": (),
+        })  # fmt: skip
+        wanted = {p.name: chosen.get(p.name, FLOAT) for p in self._plan}
+        others = {
+            n: scheme for n, scheme in wanted.items() if scheme != _name(made.scheme_for(n, n == self._projection))
+        }
+        overrides = tuple(Override(match=only(name), scheme=scheme) for name, scheme in others.items())
+        return made.model_copy(update={"overrides": overrides})
+
+    @property
+    def _choices(self) -> list[tuple[Choice, ...]]:
+        """The choices of every item, their costs with what the recipe's method is known to leave of them."""
+        pairs = zip(self._costs.items, self._shares, strict=True)
+        return [tuple(replace(c, kl=c.kl * share) for c in item.choices) for item, share in pairs]
+
+    def _check(self) -> None:
+        quantized = [p for p in self._plan if p.scheme is not None]
+        if not quantized:
+            raise RecipeError("quantizes nothing, so there is nothing to choose", place=self._recipe.name)
+        other = next((p for p in quantized if not _has_ladder(p.scheme)), None)
+        if other is not None:
+            raise RecipeError(
+                f"schemes are chosen among weights in groups, and {other.name} would be {other.scheme.name}",
+                place=self._recipe.name, remedy="Take compact or another recipe that leaves activations alone",
+            )  # fmt: skip
+
+
+def _rest(
+    captured: Captured, plan: Sequence[LinearPlan], embeddings: Sequence[EmbeddingPlan], width: int, attention: str
+) -> int:
+    """Bytes of everything that is not chosen for, without the graph: what stays float, tables of positions."""
+    sizes = bytes_by_part(captured, plan, embeddings, width)
+    quantized = sum(p.bytes for p in plan if p.scheme is not None)
+    tables = sum(e.bytes for e in embeddings if e.scheme is not None)
+    grouping = plan_attention(captured, attention, captured.load)
+    rotary = sum(t.numel() * width for t in grouping.tables.values()) if isinstance(grouping, Grouping) else 0
+    return sizes["total"] - quantized - tables + rotary
+
+
+def _has_ladder(scheme: Scheme) -> bool:
+    return scheme.activation is None and scheme.weight.codebook is None and scheme.weight.group_size > 0
+
+
+def _name(scheme: Scheme | None) -> str:
+    return FLOAT if scheme is None else scheme.name

@@ -1,0 +1,146 @@
+"""What every scheme of every linear would cost, in bytes and in KL, from one pass through the float model."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ..calibrate.block_activations import Feeds, Progress
+from ..capture.graph import Captured
+from ..graph.edit import get_tensor, set_tensor
+from ..passes.embedding import EmbeddingPlan, table_bytes
+from ..passes.moe_coverage import of_experts
+from ..plan.linear_plan import LinearPlan, fit, weight_bytes
+from ..quant.formats import Scheme
+from ..quant.straight_through import round_weight
+from .allocate import Choice
+from .fisher import Felt, Importance, felt
+
+
+@dataclass(frozen=True)
+class Item:
+    """What gets a scheme of its own: a linear, an output projection and the table it shares, or a table alone.
+
+    Attributes:
+        linear: its name; empty for a table alone.
+        choices: what each scheme costs, its name as asked for.
+        bytes: what the plan's scheme takes.
+        others: linears of the same experts, which get the same scheme: one kernel computes them only then.
+    """
+
+    linear: str
+    choices: tuple[Choice, ...]
+    bytes: int
+    others: tuple[str, ...] = ()
+
+    @property
+    def linears(self) -> tuple[str, ...]:
+        """Names of all; none for a table alone."""
+        return (self.linear, *self.others) if self.linear else ()
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What schemes cost.
+
+    Attributes:
+        items: everything that the recipe quantizes.
+        importance: of the result of each of those linears, by name.
+        kl: of each linear by itself, by name and scheme; "" is the table of embeddings.
+    """
+
+    items: tuple[Item, ...]
+    importance: Mapping[str, Importance]
+    kl: Mapping[str, Mapping[str, float]]
+
+
+def scheme_costs(
+    captured: Captured, plan: Sequence[LinearPlan], embeddings: Sequence[EmbeddingPlan], schemes: Sequence[Scheme],
+    feeds: Sequence[Feeds], width: int = 4, progress: Progress | None = None,
+) -> Costs:  # fmt: skip
+    """Cost of rounding to nearest with each scheme, for everything that a plan quantizes.
+
+    Args:
+        captured: a decoder.
+        plan, embeddings: say what is quantized, and what shares a table.
+        schemes: weight-only ones, in groups.
+        feeds: inputs of the decoder by public name, one dict for each batch.
+        width: bytes of a number that stays float.
+    """
+    quantized = {p.name: p for p in plan if p.scheme is not None}
+    table = next((e for e in embeddings if e.scheme is not None), None)
+    kl: dict[str, dict[str, float]] = {}
+    importance: dict[str, Importance] = {}
+    for found in felt(captured, feeds, progress):
+        for linear, inputs, felt_there in found.linears:
+            if linear.name in quantized:
+                weight = get_tensor(found.block.module, linear.weight)
+                importance[linear.name] = felt_there
+                kl[linear.name] = {
+                    s.name: felt_there.kl_of_weight(inputs, _difference(weight, s)) for s in schemes
+                }  # fmt: skip
+        if table is not None and found.block.name == table.block and found.output is not None:
+            kl[""] = {s.name: found.output.kl(_moved(found, table.weight, s)) for s in schemes}
+    experts = {linear.name for block in captured.blocks for linear in of_experts(block.module.graph)}
+    items = _together([_item(linear, schemes, kl, table, width) for linear in quantized.values()], experts, quantized)
+    if table is not None and not table.linear:
+        choices = (Choice(s.name, _table_bytes(table, s, width), kl[""][s.name]) for s in schemes)
+        items.append(Item("", tuple(choices), table.bytes))
+    return Costs(tuple(items), importance, kl)
+
+
+def _item(linear: LinearPlan, schemes: Sequence[Scheme], kl, table: EmbeddingPlan | None, width: int) -> Item:
+    shares, choices = table is not None and table.linear == linear.name, []
+    for scheme in schemes:
+        cost = kl[linear.name][scheme.name]
+        if shares:
+            choices.append(Choice(scheme.name, _table_bytes(table, scheme, width), cost + kl[""][scheme.name]))
+        else:
+            fitted = replace(linear, scheme=fit(scheme, linear.shape[1])[0])
+            choices.append(Choice(scheme.name, weight_bytes(fitted, width), cost))
+    return Item(linear.name, tuple(choices), table.bytes if shares else linear.bytes)
+
+
+def _together(items: Sequence[Item], experts: set[str], plan: Mapping[str, LinearPlan]) -> list[Item]:
+    """The experts of a block as one item, in the place of the first of them."""
+    found: dict[str, Item] = {}
+    for item in items:
+        key = plan[item.linear].block if item.linear in experts else item.linear
+        if key not in found:
+            found[key] = item
+            continue
+        before = found[key]
+        pairs = zip(before.choices, item.choices, strict=True)
+        choices = tuple(replace(one, bytes=one.bytes + other.bytes, kl=one.kl + other.kl) for one, other in pairs)
+        found[key] = replace(
+            before, choices=choices, bytes=before.bytes + item.bytes, others=(*before.others, item.linear)
+        )
+    return list(found.values())
+
+
+def _table_bytes(table: EmbeddingPlan, scheme: Scheme, width: int) -> int:
+    return table_bytes(replace(table, scheme=fit(scheme, table.shape[1], whole=True)[0]), width)
+
+
+def _difference(weight: Tensor, scheme: Scheme, whole: bool = False) -> Tensor:
+    fitted = fit(scheme, weight.shape[1], whole)[0]
+    return round_weight(weight, fitted.weight).sub_(weight)
+
+
+def _moved(found: Felt, weight: str, scheme: Scheme) -> Tensor:
+    """The error [rows, channels] of what a block hands on, with a rounded table of embeddings."""
+    module = found.block.module
+    table = get_tensor(module, weight)
+
+    def run() -> Tensor:
+        with torch.no_grad():
+            results = [module(*inputs)[found.handed] for inputs in found.inputs]
+        return torch.cat([value.reshape(-1, value.shape[-1]) for value in results])
+
+    plain = run()
+    set_tensor(module, weight, table + _difference(table, scheme, whole=True))
+    try:
+        return run() - plain
+    finally:
+        set_tensor(module, weight, table)

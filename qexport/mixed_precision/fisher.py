@@ -1,0 +1,225 @@
+"""How much an error in a value costs in KL, found by one pass backward through the float model, block by block.
+
+KL between the float model's next-token distributions and slightly moved ones is half the square of the movement in the
+Fisher metric: KL = 1/2 E (g . e)^2, where e is the error of a value and g the gradient of the log-likelihood of tokens
+drawn from the model's own distribution with respect to that value. Errors of rounding are as good as independent from
+one output channel to the next, so the squares of g are enough; of those the rows' and the columns' sums are kept, and
+their product stands for the matrix.
+
+One block's weights are in memory; what blocks read lies in a temporary folder between the way there and the way back.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.fx import Interpreter, Node
+
+from ..artifact.scratch import scratch
+from ..calibrate.block_activations import Feeds, Progress, stream_of
+from ..calibrate.float_model import weights_of
+from ..capture.blocks import Block
+from ..capture.graph import Captured
+from ..graph.sites import Linear, linears
+
+_SEED = 20230209
+
+
+@dataclass(frozen=True)
+class Importance:
+    """Mean squared gradients of a value, as a product.
+
+    Attributes:
+        rows: float32 [rows], over channels summed; columns: float32 [channels], shares that sum to 1.
+    """
+
+    rows: Tensor
+    columns: Tensor
+
+    def kl(self, error: Tensor) -> float:
+        """What an error [rows, channels] adds to the mean KL of a token, in nats; rows are those it was found on."""
+        # A row that the model does not listen to may hold an error of any size, or no number at all.
+        squares = error.float().square().nan_to_num(posinf=torch.finfo(torch.float32).max) @ self.columns
+        return float((squares.double() * self.rows.double()).mean() / 2)
+
+    def kl_of_weight(self, inputs: Tensor, difference: Tensor) -> float:
+        """The same for a rounded weight, whose errors are as good as independent of each other.
+
+        Args:
+            inputs: float32 [rows, in_features], what the linear reads.
+            difference: float32 [channels, in_features], rounded weight minus float weight.
+        """
+        features = self.rows @ inputs.square() / (2 * len(self.rows))
+        return float((difference.square() @ features).double() @ self.columns.double())
+
+
+@dataclass(frozen=True)
+class Felt:
+    """A block on the way back, its weights loaded.
+
+    Attributes:
+        linears: (linear, input float32 [rows, in_features], importance of its result) for every linear.
+        output: importance of what the block hands on, which is its result number `handed`; None for the last block.
+        inputs: of the block, for each batch.
+    """
+
+    block: Block
+    inputs: list[tuple[Tensor, ...]]
+    linears: list[tuple[Linear, Tensor, Importance]]
+    output: Importance | None
+    handed: int
+
+
+def felt(captured: Captured, feeds: Sequence[Feeds], progress: Progress | None = None) -> Iterator[Felt]:
+    """Every block, last first, with the importance of the values in it.
+
+    Args:
+        captured: a decoder.
+        feeds: its inputs by public name, one dict for each batch.
+    """
+    with scratch() as folder:
+        places = [folder / f"{index}.safetensors" for index in range(len(captured.blocks))]
+        _there(captured, feeds, places, progress)
+        yield from _back(captured, len(feeds), places, progress)
+
+
+def _there(captured: Captured, feeds: Sequence[Feeds], places: Sequence[Path], progress: Progress | None) -> None:
+    stream = stream_of(captured, feeds)
+    for index, (block, place) in enumerate(zip(captured.blocks, places, strict=True)):
+        if progress:
+            progress(block.name, index, 2 * len(places))
+        given = {
+            f"{batch} {name}": value.contiguous().clone()
+            for batch in range(len(feeds))
+            for name, value in zip(block.inputs, stream.inputs(block, batch), strict=True)
+        }
+        save_file(given, place)
+        if index < len(places) - 1:
+            with weights_of(captured, block):
+                stream.advance(block, index)
+
+
+def _back(captured: Captured, count: int, places: Sequence[Path], progress: Progress | None) -> Iterator[Felt]:
+    made = {name for block in captured.blocks for name in block.outputs}
+    logits = next(port.value for port in captured.outputs if port.name == "logits")
+    gradients: list[dict[str, Tensor]] = [{} for _ in range(count)]
+    draws = torch.Generator().manual_seed(_SEED)
+    for index in reversed(range(len(places))):
+        block = captured.blocks[index]
+        if progress:
+            progress(block.name, 2 * len(places) - 1 - index, 2 * len(places))
+        given = load_file(places[index])
+        places[index].unlink()
+        sites = linears(block.module.graph)
+        sums, handed = _Sums(len(sites)), captured.handed_on(block)
+        inputs = [tuple(given.pop(f"{batch} {name}") for name in block.inputs) for batch in range(count)]
+        with weights_of(captured, block):
+            for batch in range(count):
+                sums.add(_one(block, sites, inputs[batch], made, logits, gradients[batch], draws, handed))
+            yield Felt(block, inputs, sums.linears(sites), sums.output(), block.outputs.index(handed))
+    if progress:
+        progress("", 2 * len(places), 2 * len(places))
+
+
+def _one(
+    block: Block, sites: Sequence[Linear], inputs: Sequence[Tensor], made: set[str], logits: str,
+    gradients: dict[str, Tensor], draws: torch.Generator, handed: str,
+) -> tuple[list[tuple[Tensor, Tensor]], Tensor | None]:  # fmt: skip
+    """One batch through one block and back: (input, gradient of the result) of each linear, and that of the output.
+
+    Args:
+        made: values that blocks make: only these have gradients to pass on.
+        gradients: those of values that later blocks read, by name; gets those of what this block reads.
+        handed: name of the value whose gradient is wanted too.
+    """
+    inputs = [
+        value.detach().requires_grad_(name in made and value.is_floating_point())
+        for name, value in zip(block.inputs, inputs, strict=True)
+    ]
+    watch = _Watch(block.module, {linear.node for linear in sites}, {linear.input for linear in sites})
+    results = dict(zip(block.outputs, watch.run(*inputs), strict=True))
+    if logits in results:
+        gradients[logits] = _drawn(results[logits].detach(), draws)
+    known = {name: gradients.pop(name) for name in results if name in gradients}
+    ends = [name for name in known if results[name].requires_grad]
+    starts = [watch.seen[linear.node] for linear in sites]
+    names = [name for name, value in zip(block.inputs, inputs, strict=True) if value.requires_grad]
+    starts += [value for value in inputs if value.requires_grad]
+    found = [None] * len(starts)
+    if ends and starts:
+        found = torch.autograd.grad(
+            [results[name] for name in ends], starts, [known[name] for name in ends], allow_unused=True
+        )
+    for name, gradient in zip(names, found[len(sites) :], strict=True):
+        if gradient is not None:
+            gradients[name] = gradients[name] + gradient if name in gradients else gradient
+    pairs = []
+    for linear, gradient in zip(sites, found, strict=False):
+        x = watch.seen[linear.input].detach()
+        gradient = torch.zeros_like(watch.seen[linear.node]) if gradient is None else gradient
+        pairs.append((x.reshape(-1, x.shape[-1]), gradient.reshape(-1, gradient.shape[-1])))
+    return pairs, None if logits in results else known.get(handed)
+
+
+def _drawn(logits: Tensor, draws: torch.Generator) -> Tensor:
+    """Gradient of the negative log-likelihood of a token drawn for every row, with respect to the logits."""
+    likely = torch.softmax(logits.float(), -1)
+    rows = likely.flatten(0, -2)
+    picked = torch.multinomial(rows, 1, generator=draws)
+    rows.scatter_add_(1, picked, torch.full(picked.shape, -1.0))
+    return likely
+
+
+class _Watch(Interpreter):
+    """Keeps values of nodes; results of linears can be differentiated for."""
+
+    def __init__(self, module, results: set[Node], inputs: set[Node]):
+        super().__init__(module)
+        self._results, self._wanted, self.seen = results, results | inputs, {}
+
+    def run_node(self, node: Node):
+        value = super().run_node(node)
+        if node in self._results and not value.requires_grad:
+            value.requires_grad_()
+        if node in self._wanted:
+            self.seen[node] = value
+        return value
+
+
+class _Sums:
+    """What is kept of gradients over batches."""
+
+    def __init__(self, count: int):
+        self._inputs: list[list[Tensor]] = [[] for _ in range(count)]
+        self._rows: list[list[Tensor]] = [[] for _ in range(count + 1)]
+        self._columns: list[Tensor | None] = [None] * (count + 1)
+
+    def add(self, found: tuple[list[tuple[Tensor, Tensor]], Tensor | None]) -> None:
+        pairs, handed = found
+        for place, (x, gradient) in enumerate(pairs):
+            self._inputs[place].append(x)
+            self._note(place, gradient)
+        if handed is not None:
+            self._note(len(self._inputs), handed.reshape(-1, handed.shape[-1]))
+
+    def linears(self, sites: Sequence[Linear]) -> list[tuple[Linear, Tensor, Importance]]:
+        return [
+            (linear, torch.cat(x), self._importance(place))
+            for place, (linear, x) in enumerate(zip(sites, self._inputs, strict=True))
+        ]
+
+    def output(self) -> Importance | None:
+        return None if self._columns[-1] is None else self._importance(len(self._inputs))
+
+    def _note(self, place: int, gradient: Tensor) -> None:
+        squares = gradient.square()
+        self._rows[place].append(squares.sum(1))
+        columns = squares.sum(0)
+        self._columns[place] = columns if self._columns[place] is None else self._columns[place] + columns
+
+    def _importance(self, place: int) -> Importance:
+        columns = self._columns[place]
+        return Importance(torch.cat(self._rows[place]), columns / columns.sum().clamp_min(1e-30))

@@ -1,0 +1,275 @@
+"""Export with schemes chosen for a size or for a KL: measure what schemes cost, choose, export, measure the result."""
+
+import os
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..artifact.output import Work, claimed
+from ..calibrate.block_activations import Feeds, decoder_inputs
+from ..calibrate.data import Progress, calibration_batches, no_progress, recipe_and_data
+from ..capture.graph import Captured
+from ..errors import InputError
+from ..export import ExportResult, capture, export, source_of, target_for
+from ..log import warn
+from ..lower.attention_plan import check_attention
+from ..lower.build import Target
+from ..models.source import ModelFolder, source_path
+from ..recipe.recipe import Recipe
+from ..runtime.provider import provider_named
+from ..validation.account import transforms
+from ..validation.kl_costs import deployed_costs
+from ..validation.logits import compare_logits, deployed_logits
+from ..validation.reader import check_reader
+from ..validation.reference import FloatOutputs, decoder_feeds
+from ..validation.report import Logits
+from ..validation.report_store import keep
+from ..validation.text import choose_text
+from .allocate import Allocation
+from .allocator import Chooser
+
+_TOKENS, _LENGTH = 1024, 512  # on which costs are measured, and tokens of a sequence at most
+# A file within this share below the KL asked for is not made smaller again.
+_CLOSE, _ENOUGH_EXPORTS, _MOST_EXPORTS = 0.1, 2, 5
+
+
+@dataclass(frozen=True)
+class AutoResult:
+    """What an automatic export wrote.
+
+    Attributes:
+        export: the export, as `export` returns it.
+        asked: "max_bytes" or "max_kl", and its number.
+        schemes: of every quantized linear, and of a quantized table of embeddings, by name.
+        predicted_kl: by the costs, corrected by what earlier exports measured; logits: as measured.
+        text: what that was measured on.
+        exports: how many it took.
+    """
+
+    export: ExportResult
+    asked: Mapping[str, float]
+    schemes: Mapping[str, str]
+    predicted_kl: float
+    logits: Logits
+    text: str
+    exports: int
+
+    def as_dict(self) -> dict[str, Any]:
+        """The choice in plain types, as report.json keeps it under "auto"; "schemes": how many have each."""
+        scores = self.logits
+        return {
+            "asked": dict(self.asked), "windows": scores.windows, "window": scores.window,
+            "top1_agreement": scores.top1_agreement, "choices": dict(self.schemes),
+            "predicted_kl": self.predicted_kl, "kl": scores.kl_mean, "perplexity": scores.perplexity,
+            "float_perplexity": scores.float_perplexity, "text": self.text, "exports": self.exports,
+            "bytes": self.export.manifest.bytes["model"], "schemes": dict(Counter(self.schemes.values())),
+        }  # fmt: skip
+
+
+def export_auto(
+    model: str | os.PathLike | ModelFolder,
+    recipe: str | os.PathLike | Recipe = "compact",
+    *,
+    out_dir: str | os.PathLike,
+    max_bytes: int | None = None,
+    max_kl: float | None = None,
+    target: str = "cpu",
+    calibration: Any = None,
+    text: str | os.PathLike | None = None,
+    windows: int = 8,
+    window: int = 512,
+    overwrite: bool = False,
+    dtype: str | None = None,
+    attention: str = "grouped",
+    provider: str | None = None,
+    trust_remote_code: bool = False,
+    progress: Progress = no_progress,
+) -> AutoResult:
+    """Quantize a language model with the schemes that keep it closest to the float one in a file of a given size.
+
+    What each scheme would cost in each linear is found by one pass forward and one back through the float model, on the
+    calibration data.
+
+    Args:
+        model, out_dir, target, calibration, overwrite, dtype, attention, trust_remote_code, progress: as for `export`.
+        recipe: everything but the schemes: what it keeps in float stays so, and it says how weights are found.
+        max_bytes: the most bytes of the model's files; or
+        max_kl: the largest mean KL from the float model, as measured on `text`. Exactly one of the two.
+        text, windows, window, provider: as for `validate`; the KL of the result is measured on them, and there.
+            Windows are no longer than what the model reads.
+
+    Raises:
+        InputError: neither bound, or both; a size that no choice meets, or a KL that the best choices miss; a model
+            without text.
+        RecipeError: the recipe quantizes activations.
+        QExportError: as `export`.
+    """
+    if (max_bytes is None) == (max_kl is None):
+        raise InputError("give either the most bytes or the largest KL", place="max_bytes, max_kl")
+    if max_kl is not None and max_kl <= 0:
+        raise InputError(f"a KL of {max_kl:g} takes the float model", place="max_kl", remedy="Give a number above 0")
+    out, recipe = Path(out_dir), recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
+    lowering = target_for(target, recipe, dtype)
+    provider = None if provider is None else provider_named(provider)
+    check_attention(attention)
+    with claimed(out, overwrite, source_path(model)) as work:
+        return _export(
+            work, model, recipe, lowering, max_bytes=max_bytes, max_kl=max_kl, target=target, calibration=calibration,
+            text=text, windows=windows, window=window, dtype=dtype, attention=attention, provider=provider,
+            trust_remote_code=trust_remote_code, progress=progress,
+        )  # fmt: skip
+
+
+def _export(
+    work: Work, model, recipe: Recipe, lowering: Target, *, max_bytes, max_kl, target, calibration, text, windows,
+    window, dtype, attention, provider, trust_remote_code, progress: Progress,
+) -> AutoResult:  # fmt: skip
+    recipe, data = recipe_and_data(recipe, calibration)
+    model = source_of(model, recipe, data, calibration is not None, trust_remote_code=trust_remote_code)
+    captured = capture(model, trust_remote_code=trust_remote_code)
+    for note in captured.notes:
+        warn(note)
+    if captured.kind != "decoder":
+        raise InputError(f"schemes are chosen for decoders, and its kind is {captured.kind}", place=str(model))
+    checked = check_reader(captured)
+    feeds = _feeds(captured, recipe, data, progress)
+    width = lowering.dtype.itemsize
+    chooser = Chooser(captured, recipe, target, width, attention, feeds, partial(progress, "costs"))
+    window = min(window, captured.settings.get("max_position_embeddings") or window)
+    judged = choose_text(captured, text, windows, window, partial(progress, "text"))
+    if max_bytes is not None:
+        chooser.within_bytes(max_bytes)  # what cannot be is said before the work begins
+    held = capture(model, trust_remote_code=trust_remote_code)  # whose last block stays loaded
+    reference = FloatOutputs(held, decoder_feeds(held, judged.windows), ("logits",), partial(progress, "float model"))
+    trials, names = work.folder / "trials", count()
+
+    def attempt(allocation: Allocation) -> _Trial:
+        trial, foretold = trials / str(next(names)), chooser.left * allocation.kl
+        again = replace(capture(model, trust_remote_code=trust_remote_code), reader=checked)
+        made = export(
+            again, chooser.recipe(allocation), out_dir=trial, target=target, dtype=dtype, calibration=calibration,
+            attention=attention, progress=progress,
+        )  # fmt: skip
+        run = deployed_logits(trial, made.manifest, judged.windows.shape[1], provider=provider)
+        logits = compare_logits(reference, judged.windows, run, partial(progress, "logits"))
+        if logits.kl_mean is None:
+            raise InputError("NaN or Inf comes out of the export", remedy="See `qexport validate` of a plain export")
+        return _Trial(allocation, foretold, made, logits)
+
+    def learn(trial: _Trial) -> None:
+        folder = trial.made.folder
+        real = deployed_costs(
+            folder, trial.made.manifest, captured, feeds, chooser.importance, transformed=transforms(folder),
+            provider=provider, progress=partial(progress, "costs"),
+        )  # fmt: skip
+        chooser.learn(trial.allocation, real, trial.kl)
+
+    try:
+        search = _for_bytes if max_kl is None else _for_kl
+        best, exports = search(chooser, max_bytes if max_kl is None else max_kl, attempt, learn)
+        asked = {"max_bytes": max_bytes} if max_kl is None else {"max_kl": max_kl}
+        result = AutoResult(
+            replace(best.made, folder=work.given), asked, _schemes(best.made), best.foretold,
+            best.logits, judged.described, exports,
+        )  # fmt: skip
+        keep(best.made.folder, "auto", result.as_dict())
+        with work.appearing() as folder:
+            os.replace(best.made.folder, folder)
+        result.export.kept.extend(work.kept)
+        return result
+    finally:
+        reference.close()
+
+
+@dataclass(frozen=True)
+class _Trial:
+    """An export, the KL that was expected of it, and what it has."""
+
+    allocation: Allocation
+    foretold: float
+    made: ExportResult
+    logits: Logits
+
+    @property
+    def bytes(self) -> int:
+        return self.made.manifest.bytes["model"]
+
+    @property
+    def kl(self) -> float:
+        return self.logits.kl_mean
+
+
+def _for_bytes(
+    chooser: Chooser, most: int, attempt: Callable[[Allocation], _Trial], learn: Callable[[_Trial], None]
+) -> tuple[_Trial, int]:
+    """The closest of some exports that are small enough, and how many there were."""
+    small, exports, trial = [], 0, None
+    while len(small) < _ENOUGH_EXPORTS:
+        if trial is not None:
+            learn(trial)
+        allocation = chooser.within_bytes(most)
+        if small and small[-1].allocation.schemes == allocation.schemes:
+            break
+        trial, exports = attempt(allocation), exports + 1
+        chooser.wrong_by(trial.bytes - chooser.bytes(allocation))
+        if trial.bytes <= most:
+            small.append(trial)
+    return min(small, key=lambda trial: trial.kl), exports
+
+
+def _for_kl(
+    chooser: Chooser, most: float, attempt: Callable[[Allocation], _Trial], learn: Callable[[_Trial], None]
+) -> tuple[_Trial, int]:
+    """The smallest of some exports that are close enough, and how many there were.
+
+    Raises:
+        InputError: the best schemes are not close enough.
+    """
+    trials: list[_Trial] = []
+    close: list[_Trial] = []
+    while len(trials) < _MOST_EXPORTS and len(close) < _ENOUGH_EXPORTS:
+        if trials:
+            learn(trials[-1])
+        allocation = chooser.within_kl(most * (1 - _CLOSE / 2)) or chooser.best()
+        if any(trial.allocation.schemes == allocation.schemes for trial in trials):
+            break  # there is nothing else to try
+        trials.append(attempt(allocation))
+        if trials[-1].kl <= most:
+            close.append(trials[-1])
+            if trials[-1].kl >= most * (1 - _CLOSE):
+                break
+    if not close:
+        best = min(trials, key=lambda trial: trial.kl)
+        raise InputError(
+            f"not met: {best.kl:.4g} with {best.bytes:,} bytes", place="max_kl",
+            remedy="Give a larger one, or a recipe that keeps more in float",
+        )  # fmt: skip
+    return min(close, key=lambda trial: trial.bytes), len(trials)
+
+
+def _schemes(made: ExportResult) -> dict[str, str]:
+    tables = {table.name: table.scheme for table in made.embeddings}
+    linears = {linear.name: linear.scheme for linear in made.plan}
+    return {name: scheme.name for name, scheme in (tables | linears).items() if scheme is not None}
+
+
+def _feeds(captured: Captured, recipe: Recipe, data: Any, progress: Progress) -> list[Feeds]:
+    """The first tokens of the calibration data, each sequence alone."""
+    batches, _ = calibration_batches(captured, recipe, data, progress)
+    ids_name = next(port.value for port in captured.inputs if port.name == "input_ids")
+    longest = min(_LENGTH, captured.settings.get("max_position_embeddings") or _LENGTH)
+    feeds, left = [], _TOKENS
+    stream = batches()
+    for batch, mask in zip(stream.batches, stream.masks, strict=True):
+        for ids, real in zip(batch[ids_name], mask, strict=True):
+            if left > 0:
+                ids = ids[real][: min(left, longest)]
+                feeds.append(decoder_inputs(captured, ids[None], torch.ones_like(ids)[None]))
+                left -= len(ids)
+    return feeds

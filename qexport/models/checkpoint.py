@@ -1,0 +1,165 @@
+"""Reading the tensors of a checkpoint one at a time."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from ..errors import CaptureError, InputError, NumericsError
+from .files import weight_files
+from .leftovers import check_float_dtype
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """Where a tensor is, its dtype as safetensors calls it, and its shape."""
+
+    file: str
+    dtype: str
+    shape: tuple[int, ...]
+
+
+class Checkpoint:
+    """The safetensors files of a folder, memory-mapped; no tensor is read before `load`.
+
+    Args:
+        stated: `transformers_weights` of the config, where it has that.
+
+    Attributes:
+        notes: a sentence where other safetensors files lie beside the weights.
+
+    Raises:
+        InputError: no weights under the names of transformers, one of the index is missing, or one is truncated or
+            damaged.
+    """
+
+    def __init__(self, folder: Path, stated: str | None = None):
+        self.folder = folder
+        self._stored: dict[str, _Stored] = {}
+        self._aliases: dict[str, str] = {}
+        files = weight_files(folder, stated)
+        self.notes = files.notes
+        for file in files.read:
+            try:
+                with safe_open(folder / file, framework="pt") as handle:
+                    for name in handle.keys():  # noqa: SIM118  a handle is no mapping
+                        part = handle.get_slice(name)
+                        self._stored[name] = _Stored(file, part.get_dtype(), tuple(part.get_shape()))
+            except (SafetensorError, OSError) as error:
+                raise InputError(
+                    f"cannot be read ({error})", place=str(folder / file),
+                    remedy="The file is truncated or damaged: download or save it again",
+                ) from error  # fmt: skip
+
+    def names(self) -> set[str]:
+        return set(self._stored)
+
+    def unread(self) -> set[str]:
+        """Tensors that nothing was resolved to."""
+        return self.names() - set(self._aliases.values())
+
+    def find(self, name: str, prefix: str = "") -> str | None:
+        """What a tensor goes by here, with or without the base model's prefix; None where there is none."""
+        return next((c for c in _spellings(name, prefix) if c in self._stored), None)
+
+    def resolve(self, wanted: Mapping[str, Iterable[str]], prefix: str = "") -> list[str]:
+        """Find each parameter under its own name, the name of a tied one, or with or without the base model's prefix.
+
+        Args:
+            wanted: for each parameter every name it goes by.
+            prefix: `base_model_prefix` of the architecture.
+
+        Returns:
+            The parameters that the checkpoint does not have.
+        """
+        missing = []
+        for name, aliases in wanted.items():
+            found = next((f for a in (name, *aliases) if (f := self.find(a, prefix))), None)
+            if found is None:
+                missing.append(name)
+            else:
+                self._aliases[name] = found
+        return missing
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._stored[self._aliases.get(name, name)].shape
+
+    def dtype(self, name: str) -> str:
+        """As safetensors calls it."""
+        return self._stored[self._aliases.get(name, name)].dtype
+
+    def same(self, one: str, other: str) -> bool:
+        """Whether two tensors have the same shape and values."""
+        if self.shape(one) != self.shape(other):
+            return False
+        return torch.equal(self._raw(one), self._raw(other))
+
+    def is_zero(self, name: str) -> bool:
+        return not bool(self._raw(name).any())
+
+    def _raw(self, name: str, index: int | None = None) -> torch.Tensor:
+        stored = self._aliases.get(name, name)
+        with safe_open(self.folder / self._stored[stored].file, framework="pt") as handle:
+            return handle.get_tensor(stored) if index is None else handle.get_slice(stored)[index]
+
+    def load(self, name: str, index: int | None = None) -> torch.Tensor:
+        """A tensor as stored, floating point ones as float32.
+
+        Args:
+            index: along its first axis, for that part of it alone.
+
+        Raises:
+            NumericsError: the tensor holds NaN or Inf.
+        """
+        tensor = self._raw(name, index)
+        if not tensor.is_floating_point():
+            return tensor
+        tensor = tensor.to(torch.float32)
+        return check_finite(tensor, name)
+
+
+class StateDict:
+    """The tensors of a module that is already in memory."""
+
+    def __init__(self, module: torch.nn.Module, made: Mapping[str, torch.Tensor] | None = None):
+        """made: further tensors, computed from those of the module."""
+        self._tensors = dict(module.state_dict(keep_vars=False)) | dict(made or {})
+        self._tensors.update(module.named_buffers(remove_duplicate=False))  # those that no checkpoint has, too
+        self._tensors.update({n: p.detach() for n, p in module.named_parameters(remove_duplicate=False)})
+
+    def load(self, name: str) -> torch.Tensor:
+        tensor = self._tensors[name]
+        return check_finite(tensor.to(torch.float32), name) if tensor.is_floating_point() else tensor
+
+
+def check_finite(tensor: torch.Tensor, name: str) -> torch.Tensor:
+    """The tensor itself, when it has neither NaN nor Inf; otherwise NumericsError names it."""
+    # The sum of finite float32 weights is finite, and one pass without a temporary is all it takes.
+    if not torch.isfinite(tensor.sum()) and not bool(torch.isfinite(tensor).all()):
+        bad = int((~torch.isfinite(tensor)).sum())
+        raise NumericsError(
+            f"{bad} of {tensor.numel()} weights are NaN or Inf", place=name, remedy="Repair the checkpoint"
+        )
+    return tensor
+
+
+def _spellings(name: str, prefix: str) -> tuple[str, ...]:
+    return (name, name.removeprefix(f"{prefix}."), f"{prefix}.{name}") if prefix else (name,)
+
+
+def check_shapes(checkpoint: Checkpoint, expected: Mapping[str, tuple[int, ...]]) -> None:
+    """Compare dtypes and shapes in the checkpoint with the float tensors that the architecture expects.
+
+    Raises:
+        CaptureError: a shape differs, or a tensor is not floating point.
+    """
+    for name, shape in expected.items():
+        check_float_dtype(name, checkpoint.dtype(name))
+        stored = checkpoint.shape(name)
+        if stored != shape:
+            raise CaptureError(
+                f"has shape {list(stored)} in the checkpoint and {list(shape)} by config.json", place=name,
+                remedy="The config does not belong to these weights",
+            )  # fmt: skip

@@ -1,0 +1,142 @@
+"""What a recipe means for a captured model, told from shapes alone."""
+
+import operator
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from ..capture.graph import Captured
+from ..errors import RecipeError
+from ..graph.edit import get_tensor, is_call
+from ..graph.sites import Linear, linears, projection_behind
+from ..passes.convolutions import ConvolutionPlan, convolutions, plan_convolutions
+from ..passes.embedding import EmbeddingPlan, plan_embeddings
+from ..quant.formats import Scheme
+from ..recipe.recipe import Recipe
+from ..recipe.sections import FLOAT, TIED
+from .linear_plan import LinearPlan, make_plan, weight_bytes
+
+aten = torch.ops.aten
+_LOGITS = ("logits", "start_logits", "end_logits")
+_PARTS = (
+    operator.getitem, aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default, aten.unbind.int,
+    aten.squeeze.dim, aten.select.int, aten.slice.Tensor, aten.index.Tensor,
+)  # fmt: skip
+
+
+def plan_for(captured: Captured, recipe: Recipe, width: int = 4) -> tuple[list[LinearPlan], list[EmbeddingPlan]]:
+    """The decision for every linear and every table of token embeddings of a captured model.
+
+    Args:
+        width: bytes of a number that stays float.
+
+    Raises:
+        RecipeError: an override matches no linear, or there is no embedding to quantize.
+    """
+    heads = output_projections(captured)
+    plan = make_plan(
+        [(b.name, b.module.graph) for b in captured.blocks], lambda name: recipe.scheme_for(name, name in heads)
+    )
+    names = [name for b in captured.blocks for name in convolutions(b.module.graph)]
+    idle = recipe.unmatched_overrides([*(p.name for p in plan), *names])
+    if idle:
+        raise RecipeError(
+            f"matches no linear or convolution of the model: {idle[0]!r}",
+            place="overrides",
+            remedy="See `qexport inspect`",
+        )
+    tied = recipe.embedding == TIED
+    wanted = None if tied or recipe.embedding == FLOAT else Scheme.parse(recipe.embedding)
+    graphs = [(b.name, b.module.graph, captured.taken("input_ids", b)) for b in captured.blocks]
+    plan = [replace(p, bytes=weight_bytes(p, width)) for p in plan]
+    projection, method = output_projection(captured), recipe.weights.method
+    embeddings, plan = plan_embeddings(graphs, wanted, tied, plan, projection, method, width)
+    if not embeddings and recipe.embedding != FLOAT:
+        raise RecipeError(
+            "the model looks up no rows by input_ids, so there is no embedding to quantize", place="embedding",
+            remedy="Leave out embedding",
+        )  # fmt: skip
+    return plan, embeddings
+
+
+def convolutions_for(captured: Captured, recipe: Recipe, integer: bool) -> list[ConvolutionPlan]:
+    """The decision for every convolution.
+
+    Args:
+        integer: whether the target has an integer convolution.
+    """
+    graphs = [(b.name, b.module.graph) for b in captured.blocks]
+    return plan_convolutions(graphs, recipe.scheme_for, integer)
+
+
+def output_projection(captured: Captured) -> Linear | None:
+    """The linear that makes the logits; None where there is none."""
+    found = captured.made("logits")
+    return None if found is None else projection_behind(found[1])
+
+
+def output_projections(captured: Captured) -> set[str]:
+    """Names of the linears that make logits, of tokens, of texts or of the ends of an answer."""
+    made = [captured.made(name) for name in _LOGITS]
+    found = [projection_behind(_whole(node)) for _, node in filter(None, made)]
+    return {linear.name for linear in found if linear is not None}
+
+
+def _whole(value: Node) -> Node:
+    """What `value` is a part of."""
+    while is_call(value, *_PARTS):
+        value = value.args[0]
+    return value
+
+
+def described_embedding(plan: EmbeddingPlan) -> dict[str, Any]:
+    """The decision for a table of token embeddings in plain types."""
+    return {
+        "name": plan.name, "scheme": plan.scheme.name if plan.scheme else FLOAT, "shape": list(plan.shape),
+        "bytes": plan.bytes, "shared with": plan.linear or None, "reason": plan.reason,
+    }  # fmt: skip
+
+
+def bytes_by_part(
+    captured: Captured,
+    plan: Sequence[LinearPlan],
+    embeddings: Sequence[EmbeddingPlan],
+    width: int,
+    planned: Sequence[ConvolutionPlan] = (),
+) -> dict[str, int]:
+    """Bytes of the export, every one in one part: quantized, embedding, lm_head, rest, and their total.
+
+    Args:
+        width: bytes of a number that stays float.
+        planned: the decisions for convolutions, which are among the rest.
+    """
+    sizes = weight_sizes(captured)
+    by_name, projection = {p.name: p for p in plan}, output_projection(captured)
+    quantized = [p for p in plan if p.scheme is not None and (projection is None or p.name != projection.name)]
+    taken = {n.weight for b in captured.blocks for n in linears(b.module.graph) if by_name[n.name].scheme is not None}
+    taken |= {e.weight for e in embeddings}
+    small = {p.name: p.bytes for p in planned if p.scheme is not None}
+    nodes = [(name, node) for b in captured.blocks for name, node in convolutions(b.module.graph).items()]
+    taken |= {node.args[1].target for name, node in nodes if name in small}
+    head = 0
+    if projection is not None:
+        decided = by_name[projection.name]
+        one_table = any(e.weight == projection.weight and e.scheme is None for e in embeddings)
+        head = 0 if decided.scheme is None and one_table else decided.bytes
+        taken.add(projection.weight)
+    parts = {
+        "quantized": sum(p.bytes for p in quantized),
+        "embedding": sum(e.bytes for e in embeddings),
+        "lm_head": head,
+        "rest": width * sum(count for name, count in sizes.items() if name not in taken) + sum(small.values()),
+    }
+    return {**parts, "total": sum(parts.values())}
+
+
+def weight_sizes(captured: Captured) -> dict[str, int]:
+    """Number of elements of every weight of the checkpoint."""
+    names = ((b, n) for b in captured.blocks for n in b.parameters if n not in captured.constants)
+    return {n: get_tensor(b.module, n).numel() for b, n in names}

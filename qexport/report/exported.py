@@ -1,0 +1,104 @@
+"""An exported folder as its readers need it: manifest, recipe, and what export and validation reported."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from ..artifact import manifest as manifests
+from ..artifact.files import read_json
+from ..artifact.manifest import RECIPE_FILE, Manifest
+from ..errors import InputError
+from ..validation.report import Report
+from ..validation.report_store import KEY, REPORT_FILE
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What a folder says about itself.
+
+    Attributes:
+        manifest: what is in the folder.
+        recipe: recipe.yaml as text; empty where there is none.
+        export: the key "export" of report.json; empty where there is none.
+        report: the validation; None where there was none.
+    """
+
+    folder: Path
+    manifest: Manifest
+    recipe: str
+    export: Mapping[str, Any]
+    report: Report | None
+
+    @property
+    def source(self) -> Mapping[str, Any]:
+        """What the export knows of the float model: name, hub_id, licence."""
+        found = self.export.get("source")
+        return found if isinstance(found, Mapping) else {}
+
+    @property
+    def model(self) -> str:
+        """Name of the float model without the folders of the machine it was on."""
+        name = str(self.source.get("hub_id") or self.source.get("name") or "")
+        if not name and self.report is not None:
+            path = Path(self.report.reference)
+            name = path.name if path.is_absolute() else self.report.reference
+        return name or self.folder.resolve().name
+
+    @property
+    def recipe_name(self) -> str:
+        """Name of the recipe, or its scheme."""
+        settings = recipe_settings(self.recipe)
+        return str(settings.get("name") or settings.get("scheme") or "")
+
+
+def recipe_settings(text: str) -> Mapping[str, Any]:
+    """The keys of a recipe; none where the text is no YAML mapping."""
+    try:
+        found = yaml.safe_load(text)
+    except yaml.YAMLError:
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def read_export(folder: str | Path) -> Exported:
+    """Read an exported folder.
+
+    Raises:
+        InputError: no export, or a report.json that is damaged or of another version of qexport.
+    """
+    folder = Path(folder)
+    manifest, path, recipe = manifests.load(folder), folder / REPORT_FILE, folder / RECIPE_FILE
+    whole = read_json(path) if path.is_file() else {}
+    export, report = whole.get("export"), whole.get(KEY)
+    try:
+        found = None if report is None else Report.model_validate(report)
+    except ValidationError as error:
+        first = error.errors()[0]
+        at = ".".join(str(part) for part in first["loc"])
+        raise InputError(
+            f"its validation is damaged or of another version of qexport ({at}: {first['msg']})", place=str(path),
+            remedy=f"Run qexport validate {folder} --reference MODEL again",
+        ) from None  # fmt: skip
+    return Exported(
+        folder, manifest, recipe.read_text(encoding="utf-8", errors="replace") if recipe.is_file() else "",
+        export if isinstance(export, Mapping) else {}, found,
+    )  # fmt: skip
+
+
+def read_validated(folder: str | Path) -> Exported:
+    """The same of a folder that was validated.
+
+    Raises:
+        InputError: as `read_export`, or no validation.
+    """
+    found = read_export(folder)
+    if found.report is None:
+        raise InputError(
+            "was never validated, so there is nothing to show", place=str(folder),
+            remedy=f"Run qexport validate {folder} --reference MODEL",
+        )  # fmt: skip
+    return found

@@ -1,0 +1,223 @@
+"""How fast and how large exported decoders are, measured in turns so that they can be compared."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..artifact import manifest as manifests
+from ..artifact.manifest import Manifest
+from ..errors import InputError
+from .bench_process import Measured
+from .genai import context_length
+from .provider import provider_named
+
+PROMPT_LENGTHS = (128, 512, 2048)
+DECODE_PASTS = (128, 2048)
+DECODE_STEPS = 16
+Progress = Callable[[str, str, int, int], None]  # stage, what, done, total
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One folder, medians over the repeats.
+
+    Attributes:
+        folder: the folder.
+        load_seconds: time to open a session on it, the files in the page cache.
+        prefill: prompt length → prompt tokens a second, batch 1.
+        decode: tokens already in the cache → new tokens a second, batch 1.
+        memory_bytes: largest growth of the process over its size before the first load.
+        model_bytes: size of the ONNX file and its data.
+        samples: seconds of every repeat: "load", "prefill:{length}", "decode:{past}" (the median of its steps).
+        spread: for each key of `samples` the interquartile range of the seconds over their median.
+    """
+
+    folder: str
+    load_seconds: float
+    prefill: dict[int, float]
+    decode: dict[int, float]
+    memory_bytes: int
+    model_bytes: int
+    samples: dict[str, list[float]]
+    spread: dict[str, float]
+
+
+@dataclass(frozen=True)
+class BenchResult:
+    """Measurements, and how the first folder compares with the second where there is one.
+
+    ratios: first / second of every quantity; above 1 is faster for "prefill:…" and "decode:…", and larger or slower for
+    "load_seconds", "memory_bytes" and "model_bytes".
+    notes: what was not measured as asked.
+    """
+
+    first: Measurement
+    second: Measurement | None
+    ratios: dict[str, float]
+    threads: int
+    notes: tuple[str, ...] = ()
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def bench(
+    folder: str | Path,
+    against: str | Path | None = None,
+    *,
+    prompt_lengths: Sequence[int] | None = None,
+    decode_pasts: Sequence[int] | None = None,
+    repeats: int = 5,
+    threads: int = 2,
+    provider: str | None = None,
+    progress: Progress = lambda stage, what, done, total: None,
+) -> BenchResult:
+    """Measure a decoder folder of qexport or of onnxruntime-genai's model builder.
+
+    Args:
+        folder, against: the folders.
+        prompt_lengths: by default 128, 512 and 2048 tokens, or what the model's context holds of them.
+        decode_pasts: tokens in the cache when decoding; by default 128 and 2048, or what the context holds.
+        repeats: measurements of everything.
+        threads: threads within an operator.
+        provider: run on this provider instead of the one the file was made for.
+        progress: called with (stage, what, done, total).
+
+    Raises: as `measure`.
+    """
+    folders = [Path(path) for path in (folder, against) if path is not None]
+    measured, notes = measure(
+        folders, prompt_lengths=prompt_lengths, decode_pasts=decode_pasts, repeats=repeats, threads=threads,
+        provider=provider, progress=progress,
+    )  # fmt: skip
+    second = measured[1] if len(measured) > 1 else None
+    return BenchResult(measured[0], second, ratios(measured[0], second) if second else {}, threads, notes)
+
+
+def measure(
+    folders: Sequence[Path],
+    *,
+    prompt_lengths: Sequence[int] | None = None,
+    decode_pasts: Sequence[int] | None = None,
+    repeats: int = 5,
+    threads: int = 2,
+    provider: str | None = None,
+    progress: Progress = lambda stage, what, done, total: None,
+) -> tuple[list[Measurement], tuple[str, ...]]:
+    """Measure any number of folders in one run; see `bench`.
+
+    Each folder has a process of its own, so that memory and load time are its own; the repeats go through the folders
+    there and back (A B B A), so that a change in the machine's speed meets all of them alike. Tokens are random,
+    sampling is not timed.
+
+    Returns:
+        a measurement for each folder, and notes on what was not measured as asked.
+
+    Raises:
+        InputError: a folder is no decoder, no provider is called so, the numbers asked for are not positive, or more
+            tokens than a model reads.
+        RuntimeProblem: a folder does not load or run, or its process dies.
+    """
+    if repeats < 1 or threads < 1 or min([*(prompt_lengths or ()), *(decode_pasts or ()), 1]) < 1:
+        raise InputError("prompt lengths, pasts, repeats and threads are 1 or more")
+    provider = None if provider is None else provider_named(provider)
+    plans = [_describe(path) for path in folders]
+    prompts, pasts, notes = _fitting(folders, prompt_lengths, decode_pasts)
+    longest = max([*prompts, *(past + DECODE_STEPS for past in pasts)], default=1)
+    jobs = [None, *sorted({*prompts, *pasts})]  # to load, then to run so many tokens
+    processes: list[Measured] = []
+    samples: list[dict[str, list[float]]] = [{} for _ in folders]
+    try:
+        for path, plan in zip(folders, plans, strict=True):
+            processes.append(Measured(path, plan, threads, provider, longest))
+        turns = [(tokens, turn) for tokens in jobs for turn in range(repeats + 1)]
+        for done, (tokens, turn) in enumerate(turns):
+            progress("measure", "load" if tokens is None else f"{tokens} tokens", done, len(turns))
+            order = list(zip(processes, samples, strict=True))
+            for process, kept in order if turn % 2 else reversed(order):
+                found = _once(process, tokens, prompts, pasts)
+                if turn:  # the first turn warms caches and memory up
+                    for key, seconds in found.items():
+                        kept.setdefault(key, []).append(seconds)
+        progress("measure", "", len(turns), len(turns))
+        memory = [process.memory() for process in processes]
+    finally:
+        for process in processes:
+            process.close()
+    return [_summarize(*parts) for parts in zip(folders, plans, samples, memory, strict=True)], notes
+
+
+def ratios(first: Measurement, second: Measurement) -> dict[str, float]:
+    """first / second of every quantity; see `BenchResult`."""
+    found = {
+        name: getattr(first, name) / max(getattr(second, name), 1e-12)
+        for name in ("load_seconds", "memory_bytes", "model_bytes")
+    }
+    found |= {f"prefill:{n}": rate / second.prefill[n] for n, rate in first.prefill.items()}
+    return found | {f"decode:{n}": rate / second.decode[n] for n, rate in first.decode.items()}
+
+
+def _describe(folder: Path) -> Manifest:
+    plan = manifests.load_any(folder)
+    if plan.kind != "decoder":
+        raise InputError(f"this export is a {plan.kind}, and bench measures decoders", place=str(folder))
+    return plan
+
+
+def _fitting(
+    folders: Sequence[Path], prompt_lengths: Sequence[int] | None, decode_pasts: Sequence[int] | None
+) -> tuple[list[int], list[int], tuple[str, ...]]:
+    """Prompt lengths and pasts that every model reads, and a note where the defaults had to be shortened."""
+    context, place = min(
+        ((length, str(path)) for path in folders if (length := context_length(path)) is not None),
+        default=(None, ""),
+    )
+    room = {"a prompt of": context, f"decoding {DECODE_STEPS} tokens after": context and context - DECODE_STEPS}
+    kept, notes = [], []
+    for (what, limit), given, default in zip(
+        room.items(), (prompt_lengths, decode_pasts), (PROMPT_LENGTHS, DECODE_PASTS), strict=True
+    ):
+        lengths = list(default if given is None else given)
+        over = [n for n in lengths if limit is not None and n > limit]
+        if over and given is not None:
+            raise InputError(
+                f"{what} {over[0]} tokens does not fit: the model reads {context}", place=place,
+                remedy=f"Ask for {limit} or fewer" if limit > 0 else "Ask for a prompt alone",
+            )  # fmt: skip
+        if over:
+            lengths = sorted({min(n, limit) for n in lengths if limit > 0})
+            notes.append(f"{what} {over[0]} tokens became {limit}: the model reads {context}")
+        kept.append(lengths)
+    return kept[0], kept[1], tuple(notes)
+
+
+def _once(process: Measured, tokens: int | None, prompts: Sequence[int], pasts: Sequence[int]) -> dict[str, float]:
+    """Seconds of one turn of a job, by key of `Measurement.samples`."""
+    if tokens is None:
+        return {"load": process.load()}
+    prefill, step = process.run(tokens, DECODE_STEPS if tokens in pasts else 0)
+    found = {f"prefill:{tokens}": prefill} if tokens in prompts else {}
+    return found | ({f"decode:{tokens}": step} if tokens in pasts else {})
+
+
+def _summarize(folder: Path, plan: Manifest, samples: dict[str, list[float]], memory: int) -> Measurement:
+    middle = {key: float(np.median(values)) for key, values in samples.items()}
+    quartiles = {key: np.percentile(values, [25, 75]) for key, values in samples.items()}
+
+    def times(what: str) -> dict[int, float]:
+        return {int(key.split(":")[1]): seconds for key, seconds in middle.items() if key.startswith(what)}
+
+    name = plan.settings.get("filename", manifests.MODEL_FILE)
+    return Measurement(
+        folder=str(folder),
+        load_seconds=middle["load"],
+        prefill={n: n / seconds for n, seconds in times("prefill").items()},
+        decode={n: 1 / seconds for n, seconds in times("decode").items()},
+        memory_bytes=memory,
+        model_bytes=sum(path.stat().st_size for path in folder.glob(f"{name}*") if path.is_file()),
+        samples=samples,
+        spread={key: float(high - low) / middle[key] for key, (low, high) in quartiles.items()},
+    )

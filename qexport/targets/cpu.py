@@ -1,0 +1,131 @@
+"""The CPU provider of ONNX Runtime: float32, uint8 activations, MatMulNBits for weights in groups."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+from torch.fx import GraphModule, Node
+
+from ..graph.edit import add_tensor, call, finish, is_call
+from ..graph.schema import rebind
+from ..graph.views import DequantizeLinear, Matmul, QuantizeLinear
+from ..lower.prefill_twin import LONGEST_STEP, prompt_twin
+from ..lower.qdq_patterns import DEFAULT_BLOCK, Rounding, as_own_kernel, form_of, linear_products, own_kernel
+from ..quant.packing import stored_block
+from . import qmoe
+
+ops = torch.ops.qexport
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class CpuTarget:
+    """How a quantized graph is written for the CPU.
+
+    Attributes:
+        accuracy_level: 4 lets MatMulNBits round its float input to 8 bits in blocks (fast); 1 keeps it float32.
+        int8_prompts: prompts go through int8 products (see lower/prefill.py).
+    """
+
+    accuracy_level: int = 4
+    int8_prompts: bool = False
+    name: ClassVar[str] = "cpu"
+    provider: ClassVar[str] = "CPUExecutionProvider"
+    dtype: ClassVar[torch.dtype] = torch.float32
+
+    def session(self, products: Sequence[Node] = ()) -> dict[str, str]:
+        """Session entries without which the file computes something else."""
+        return {
+            "session.qdq_matmulnbits_accuracy_level": str(self.accuracy_level),
+            "session.qdq_matmulnbits_block_size": str(DEFAULT_BLOCK),
+            # It makes a Gemm of a product of 2-D activations and its bias, and the integer fusion passes Gemm by.
+            "optimization.disable_specified_optimizers": "MatMulAddFusion",
+        }
+
+    def numerics(self) -> dict[str, str]:
+        """What a user should know about the arithmetic."""
+        if self.accuracy_level == 4:
+            inputs = (
+                "float inputs of MatMulNBits and QMoE are rounded to 8 bits per row and block (accuracy level 4), "
+                "except with 2-bit weights in groups of 16, for which ONNX Runtime has no such kernel"
+            )
+        else:
+            inputs = "float inputs of MatMulNBits and QMoE stay float32 (accuracy level 1)"
+        said = {"weight_only": inputs, "integer": "8-bit inputs are unsigned with zero point 128", "dtype": "float32"}
+        if self.int8_prompts:
+            said["prefill"] = (
+                f"calls with more than {LONGEST_STEP} new tokens round the inputs of weights in groups to 8 bits per "
+                "token, and these weights to int8 per output channel"
+            )
+        return said
+
+    def prompt_twin(self, module: GraphModule) -> GraphModule | None:
+        """What a canonical block is for prompts; None where that is nothing else."""
+        return prompt_twin(module) if self.int8_prompts else None
+
+    def why_dense(self, form: qmoe.Form) -> str:
+        """Why a mixture of experts computes every one for every token; empty where it does not."""
+        return qmoe.why_dense_on_cpu(form, self.accuracy_level)
+
+    def slow(self, products: Sequence[Node]) -> dict[str, str]:
+        """Nothing: every MatMulNBits is of one speed here."""
+        return {}
+
+    def rewrite(self, module: GraphModule, constants: set[str]) -> None:
+        """Turn canonical QDQ into the forms that this provider fuses, in place."""
+        for product in linear_products(module.graph):
+            if (rounding := form_of(product).integer) is not None:
+                _integer(module, product, rounding)
+                continue
+            canonical = Matmul.of(product)
+            x, block = canonical.x, _input_block(canonical.weight)
+            if self.accuracy_level == 4 and block is not None:
+                with module.graph.inserting_before(product):
+                    rounded = call(module.graph, ops.matmul_nbits_input.default, (x, block), like=x)
+                product.replace_input_with(x, rounded)
+            as_own_kernel(module, product)
+        if self.accuracy_level == 4:
+            for mixture in qmoe.mixtures(module.graph):
+                rebind(mixture, rounds=True)
+        finish(module)
+
+    def kernel(self, product: Node) -> str:
+        """The operator that the linear must have become in the optimized graph."""
+        return own_kernel(product) or ("MatMulIntegerToFloat" if form_of(product).integer else "MatMulNBits")
+
+
+def _input_block(weight: Node) -> int | None:
+    """Features of the input that accuracy level 4 rounds together; None where the kernel keeps the input as it is."""
+    if is_call(weight, ops.dequantize_codebook.default):
+        return None
+    codes = DequantizeLinear.of(weight)
+    group_size, bits = codes.block_size, codes.bits
+    if group_size == 0:
+        return DEFAULT_BLOCK
+    # The 2-bit kernel for 8-bit inputs has no blocks of 16; without it the weight is unpacked and the product float.
+    return None if bits == 2 and group_size == 16 else stored_block(bits, group_size)
+
+
+def _integer(module: GraphModule, product: Node, rounding: Rounding) -> None:
+    """uint8 activations with zero point 128; the token scale behind the product; 4-bit codes widened when loaded."""
+    graph = module.graph
+    codes, token_scale, canonical = rounding.quantize, rounding.token_scale, Matmul.of(product)
+    if QuantizeLinear.of(codes).signed:  # still signed: not yet rewritten for another linear that shares it
+        with graph.inserting_before(codes):
+            zero = add_tensor(graph, f"{product.meta['linear']}.input_zero_point", torch.tensor(128, dtype=torch.uint8))
+        rebind(codes, zero_point=128, signed=False)
+        codes.meta["spec"] = replace(codes.meta["spec"], dtype=torch.uint8)
+        rebind(rounding.dequantize, zero_point=zero)
+    if token_scale is not None:
+        product.replace_input_with(canonical.x, rounding.dequantize)
+        with graph.inserting_after(product):
+            scaled = call(graph, aten.mul.Tensor, (product, token_scale), like=product)
+        product.replace_all_uses_with(scaled, delete_user_cb=lambda user: user is not scaled)
+        if "result_of" in product.meta:
+            scaled.meta["result_of"] = product.meta.pop("result_of")
+    weight = DequantizeLinear.of(canonical.weight)
+    if weight.bits == 4 and not is_call(weight.codes, ops.widen_int4.default):
+        with graph.inserting_before(canonical.weight):
+            wide = call(graph, ops.widen_int4.default, (weight.codes,), like=weight.codes)
+        rebind(canonical.weight, codes=wide, bits=8)

@@ -1,0 +1,140 @@
+"""The CUDA provider of ONNX Runtime: float16 (or bfloat16), int8 activations through MatMulInteger, MatMulNBits."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch.fx import Graph, GraphModule, Node
+
+from ..graph.edit import call, finish, is_call, shape_of
+from ..graph.schema import bind, rebind
+from ..graph.views import DequantizeLinear, ExpertShares, Matmul, QuantizeLinear
+from ..lower.precision import KEEP, to_half
+from ..lower.qdq_patterns import DEFAULT_BLOCK, Rounding, as_own_kernel, form_of, linear_products, own_kernel
+from ..lower.routing_weights import sum_of
+from . import fpa_intb, qmoe
+
+ops = torch.ops.qexport
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class CudaTarget:
+    """How a quantized graph is written for CUDA.
+
+    Attributes:
+        dtype: float16, or bfloat16 for the schemes that `bfloat16.check_bfloat16` lets pass.
+    """
+
+    dtype: torch.dtype = torch.float16
+    name: ClassVar[str] = "cuda"
+    provider: ClassVar[str] = "CUDAExecutionProvider"
+
+    def session(self, products: Sequence[Node] = ()) -> dict[str, str]:
+        """Session entries without which the file runs otherwise than planned, or not at all.
+
+        Args:
+            products: of the whole file, rewritten.
+        """
+        fails = any(map(fpa_intb.has_no_kernel, _nbits(products).values()))
+        return {
+            fpa_intb.ENTRY: "0" if fails else "1",
+            # A bias folded into MatMulNBits rules out its fastest kernel; and the transformer would copy a static
+            # quantization to the other side of every transpose and reshape that precedes it, without taking it away.
+            "optimization.disable_specified_optimizers": "MatMulAddFusion;MatMulNBitsFusion;QDQPropagationTransformer",
+            "session.qdq_matmulnbits_block_size": str(DEFAULT_BLOCK),
+            # CUDA does not read it; the CPU provider, when it runs the file, would round float inputs to 8 bits.
+            "session.qdq_matmulnbits_accuracy_level": "1",
+        }
+
+    def numerics(self) -> dict[str, str]:
+        """What a user should know about the arithmetic."""
+        name = str(self.dtype).removeprefix("torch.")
+        return {
+            "dtype": f"{name}; position tables and the scaling of integer products are float32",
+            "integer": "8-bit inputs are signed with zero point 0",
+        }
+
+    def slow(self, products: Sequence[Node]) -> dict[str, str]:
+        """For every MatMulNBits of a file, by name, why it is not ONNX Runtime's fastest; empty where it is.
+
+        Args:
+            products: of the whole file, rewritten.
+        """
+        return fpa_intb.why_slow(_nbits(products))
+
+    def why_dense(self, form: qmoe.Form) -> str:
+        """Why a mixture of experts computes every one for every token; empty where it does not."""
+        return qmoe.why_dense_on_cuda(form)
+
+    def prompt_twin(self, module: GraphModule) -> None:
+        """MatMulNBits has a way of its own with prompts here: there is one form for all."""
+
+    def rewrite(self, module: GraphModule, constants: set[str]) -> None:
+        """Turn canonical QDQ into nodes that have CUDA kernels, and the graph into `dtype`, in place."""
+        for product in linear_products(module.graph):
+            if (rounding := form_of(product).integer) is not None:
+                _integer(module, product, rounding)
+            else:
+                as_own_kernel(module, product)
+        for mixture in qmoe.mixtures(module.graph):
+            _by_scores(module.graph, mixture)
+        finish(module)
+        to_half(module, constants, self.dtype)
+
+    def kernel(self, product: Node) -> str:
+        """The operator that the linear must have become in the optimized graph."""
+        if is_call(product, ops.matmul_integer.default):
+            return "MatMulInteger"
+        return own_kernel(product) or "MatMulNBits"
+
+
+def _by_scores(graph: Graph, mixture: Node) -> None:
+    """Shares as the softmax of scores, times their sum: this provider does not read them from an input of their own."""
+    given = bind(mixture)
+    x, shares = given.x, given.scores
+    total: Node | float | None = sum_of(ExpertShares.of(shares).weights)
+    with graph.inserting_before(mixture):
+        scores = shares
+        # In float32, where no share becomes zero but those that are.
+        for target, *more in ((aten.to.dtype, torch.float32), (aten.clamp_min.default, 1e-30), (aten.log.default,)):
+            scores = call(graph, target, (scores, *more), like=shares)
+            scores.meta[KEEP] = True
+        if total is None:
+            total = call(graph, aten.sum.dim_IntList, (shares, [-1], True), like=shares, shape=(shape_of(shares)[0], 1))
+            sizes = [call(graph, aten.sym_size.int, (x, axis), like=x, dtype=torch.int64, shape=()) for axis in (0, 1)]
+            total = call(graph, aten.view.default, (total, [*sizes, 1]), like=x, shape=(*shape_of(x)[:-1], 1))
+    rebind(mixture, scores=scores, shares=None)
+    if total == 1:
+        return
+    with graph.inserting_after(mixture):
+        scaled = call(graph, aten.mul.Tensor, (mixture, total), like=mixture)
+    mixture.replace_all_uses_with(scaled, delete_user_cb=lambda user: user is not scaled)
+
+
+def _nbits(products: Sequence[Node]) -> dict[str, fpa_intb.Product]:
+    found = {product.meta["linear"]: fpa_intb.product_of(product) for product in products}
+    return {name: product for name, product in found.items() if product is not None}
+
+
+def _integer(module: GraphModule, product: Node, rounding: Rounding) -> None:
+    """codes x codes in int32, then the scales in float32: the sums do not fit float16."""
+    graph, weight = module.graph, DequantizeLinear.of(Matmul.of(product).weight)
+    codes, step = weight.codes, rounding.token_scale
+    with graph.inserting_before(product):
+        if weight.bits == 4:
+            codes = call(graph, ops.widen_int4.default, (codes,), like=codes)
+        exact = call(graph, ops.matmul_integer.default, (rounding.quantize, codes), like=product, dtype=torch.int32)
+        result = call(graph, aten.to.dtype, (exact, torch.float32), like=product)
+        result.meta[KEEP] = True
+        for factor in (QuantizeLinear.of(rounding.quantize).scale if step is None else step, weight.scale):
+            result = call(graph, aten.mul.Tensor, (result, factor), like=product)
+            result.meta[KEEP] = True
+    if is_call(codes, ops.expand_codes.default):
+        codes.meta[KEEP] = True  # what is expanded is expanded once and in float32
+    exact.meta.update({key: product.meta[key] for key in ("linear", "plane_of", "columns") if key in product.meta})
+    if "result_of" in product.meta:
+        result.meta["result_of"] = product.meta["result_of"]
+    product.replace_all_uses_with(result)
+    graph.erase_node(product)

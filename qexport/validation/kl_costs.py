@@ -1,0 +1,31 @@
+"""What the linears of a deployed file really cost in KL, each by its own error."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from ..artifact.manifest import Manifest
+from ..capture.graph import Captured
+from ..mixed_precision.fisher import Importance
+from .probes import Deployed
+from .reference import Feeds, Progress, watch
+
+
+def deployed_costs(
+    folder: Path, manifest: Manifest, captured: Captured, feeds: Sequence[Feeds], importance: Mapping[str, Importance],
+    *, transformed: bool, provider: str | None = None, progress: Progress,
+) -> dict[str, float]:  # fmt: skip
+    """KL in nats a token by name of the linear; see `Row.kl_cost`, which is the same. Experts that are computed
+    together have none: they make no value of their own.
+
+    Args:
+        feeds: those that the importance was found on.
+        transformed: see `Row.rescaled`.
+    """
+    rows, costs = sum(batch["input_ids"].numel() for batch in feeds), {}
+    deployed = Deployed(folder, manifest, captured, feeds, rows=rows, transformed=transformed, provider=provider)
+    for index, seen in enumerate(watch(captured, feeds, set(importance), deployed.forced)):
+        progress(seen.block.name, index, len(captured.blocks))
+        for entry in deployed.probe.linears:
+            costs[entry.name] = importance[entry.name].kl(deployed.error(entry, seen))
+    progress("", len(captured.blocks), len(captured.blocks))
+    return costs

@@ -1,0 +1,172 @@
+"""Whether the captured float graph computes what a witness computes that reads the model itself."""
+
+from collections.abc import Mapping, Sequence
+
+import psutil
+import torch
+from torch import Tensor
+
+from ..calibrate.float_model import float_bytes, weights_of
+from ..capture.blocks import Block
+from ..capture.graph import Captured
+from ..capture.weight_views import Piece, Pieces
+from ..errors import CaptureError
+from ..graph.edit import get_tensor
+from ..models.agreement import ReaderAgreement, difference, explained
+from ..models.witness import Absent, Outline, Testimony
+
+_REMEDY = "One of the two readings is wrong: please report it with the model's name"
+# Decisions that a difference of one bit turns.
+_DECISIONS = ("topk", "sort", "argsort", "argmax", "argmin", "round", "expert_shares")
+
+
+def check_reader(captured: Captured) -> ReaderAgreement:
+    """Run the captured graph beside its witness; keeps the result as `captured.reader`, and does it once.
+
+    One block's weights are in memory at a time, beside the witness's model.
+
+    Raises:
+        CaptureError: they differ by more than rounding, or the graph cannot run what the witness ran.
+    """
+    if captured.reader is None:
+        captured.reader = _compared(captured)
+    return captured.reader
+
+
+def _compared(captured: Captured) -> ReaderAgreement:
+    if captured.witness is None:
+        return ReaderAgreement(why_not="it was captured from something else than a folder or a module")
+    names = ([b.name for b in captured.blocks], [p.name for p in captured.inputs], [p.name for p in captured.outputs])
+    outline = Outline(*map(tuple, names), float_bytes(captured), psutil.virtual_memory().available // 2)
+    try:
+        return _beside(captured, captured.witness.testify(outline))
+    except Absent as reason:
+        return ReaderAgreement(why_not=str(reason))
+
+
+def _beside(captured: Captured, said: Testimony) -> ReaderAgreement:
+    worst, blocks, compared = 0.0, _kept(captured, said), 0
+    chooses = any(_decides(block) for block in blocks)
+    bound = explained(said.eps)
+    results: dict[str, Tensor] = {}
+    for number, call in enumerate(said.calls):
+        feeds = dict(call.feeds) | _past(captured, call.feeds, results)
+        values, weights = _run(captured, blocks, feeds, said, first=number == 0)
+        results = {port.name: values[port.value] for port in captured.outputs if port.value in values}
+        compared = compared or weights
+        pairs = {
+            name: (want, results[name]) for name, want in call.outputs.items()
+            if name in results and want.is_floating_point()
+        }  # fmt: skip
+        if not pairs:
+            return ReaderAgreement(why_not="no output of it goes by the same name in both")
+        for name, pair in pairs.items():
+            found = difference([pair], chooses)
+            if not found <= bound:
+                raise _differs(captured, blocks, said, values, call.states, name, found, bound, chooses)
+            worst = max(worst, found)
+    what = "the whole model" if said.kept is None else f"layers {_numbers(said.kept)} as a model of their own"
+    return ReaderAgreement(said.name, f"{what}, {said.described()}", worst, bound, compared)
+
+
+def _kept(captured: Captured, said: Testimony) -> list[Block]:
+    """The blocks that take part."""
+    if said.kept is None:
+        return list(captured.blocks)
+    container = said.kept[0].rpartition(".")[0] + "."
+    return [b for b in captured.blocks if b.name in said.kept or not b.name.startswith(container)]
+
+
+def _numbers(names: Sequence[str]) -> str:
+    numbers = [name.rpartition(".")[2] for name in names]
+    return f"{', '.join(numbers[:-1])} and {numbers[-1]}"
+
+
+def _past(captured: Captured, feeds: Mapping[str, Tensor], results: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What the call before left in the cache; nothing for the first."""
+    rows = len(next(iter(feeds.values())))
+    past = {}
+    for port in captured.inputs:
+        if port.name.startswith("past_key_values."):
+            made = results.get(port.name.replace("past_key_values", "present", 1))
+            past[port.name] = torch.zeros(rows, port.dims[1], 0, port.dims[3]) if made is None else made
+    return past
+
+
+def _run(
+    captured: Captured, blocks: Sequence[Block], feeds: Mapping[str, Tensor], said: Testimony, *, first: bool
+) -> tuple[dict[str, Tensor], int]:
+    """All values of one call, and how many weights were compared, which they are in the first one."""
+    values = {port.value: feeds[port.name] for port in captured.inputs if port.name in feeds}
+    order, weights, stream = list(captured.blocks), 0, None
+    for block in blocks:
+        before = order[order.index(block) - 1] if order.index(block) else None
+        if before is not None and before not in blocks:  # the last block that ran takes the place of those left out
+            values[captured.handed_on(before)] = values[stream]
+        if absent := [name for name in block.inputs if name not in values]:
+            raise Absent(f"it is too large for the memory, and {block.name} reads {absent[0]}, of layers left out")
+        with weights_of(captured, block):
+            weights += _same_weights(captured, block, said) if first else 0
+            try:
+                with torch.no_grad():
+                    made = block.module(*(values[name] for name in block.inputs))
+            except (RuntimeError, IndexError, ValueError) as error:
+                shapes = ", ".join(f"{n} {list(t.shape)}" for n, t in feeds.items() if not n.startswith("past_"))
+                raise CaptureError(
+                    f"the captured graph cannot run what {said.name} runs ({shapes}): {str(error).splitlines()[0]}",
+                    place=block.name, remedy=_REMEDY,
+                ) from error  # fmt: skip
+        values.update(zip(block.outputs, made, strict=True))
+        stream = captured.handed_on(block) if block.outputs else stream
+    return values, weights
+
+
+def _same_weights(captured: Captured, block: Block, said: Testimony) -> int:
+    """How many weights of a block, loaded, the witness knows by their names; all of them are equal."""
+    table = captured.weights.table if isinstance(captured.weights, Pieces) else {}
+    known = 0
+    for name in block.parameters:
+        piece = table.get(name, Piece(name))
+        if name in captured.constants or (whole := said.weight(piece.source)) is None:
+            continue
+        want, got = piece.of(whole).float(), get_tensor(block.module, name).float()
+        known += 1
+        if want.shape == got.shape and torch.equal(want, got):
+            continue
+        off = difference([(want.flatten()[None], got.flatten()[None])], False)
+        if not off <= explained(said.eps):
+            raise CaptureError(
+                f"the weight that was read differs from that of {said.name} by {_parts(off)} of its magnitude",
+                place=name, remedy=_REMEDY,
+            )  # fmt: skip
+    return known
+
+
+def _differs(captured, blocks, said, values, states, output, found, bound, chooses) -> CaptureError:
+    """Names the first block whose result differs too, where the witness shows those."""
+    place, what = f"output {output}", "it"
+    for block in blocks:
+        want, got = states.get(block.name), values.get(captured.handed_on(block)) if block.outputs else None
+        if want is None or got is None or want.shape != got.shape:
+            continue
+        off = difference([(want, got)], chooses)
+        if not off <= bound:
+            place, what = block.name, f"its result differs by {_parts(off)}, and {output}"
+            break
+    return CaptureError(
+        f"{what} differs from that of {said.name} by {_parts(found)} of its spread, and rounding explains {bound:.0e}",
+        place=place, remedy=_REMEDY,
+    )  # fmt: skip
+
+
+def _parts(value: float) -> str:
+    return f"{value:.2g}"
+
+
+def _decides(block: Block) -> bool:
+    """Whether a block makes decisions that a difference of one bit turns."""
+    return any(
+        node.op == "call_function" and str(getattr(node.target, "name", lambda: "")()).split("::")[-1].split(".")[0]
+        in _DECISIONS
+        for node in block.module.graph.nodes
+    )  # fmt: skip

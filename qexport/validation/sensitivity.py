@@ -1,0 +1,94 @@
+"""Which linears cost the most KL, and which schemes would buy back the most of it for a byte."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from ..artifact.manifest import RECIPE_FILE, Manifest
+from ..capture.graph import Captured
+from ..errors import InputError, RecipeError
+from ..mixed_precision.candidates import SCHEMES
+from ..mixed_precision.costs import Costs, Item, scheme_costs
+from ..plan.model_plan import plan_for
+from ..quant.formats import Scheme
+from ..recipe.recipe import Recipe
+from .reference import Feeds, Progress
+from .report import Better, Row, Sensitivity
+from .restoring import kl_costs
+
+_MOST_RESTORED = 12  # linears that are restored to float, each a run of the deployed model
+_MOST_SUGGESTED = 10
+
+
+def costs_of(folder: Path, manifest: Manifest, captured: Captured, feeds: Sequence[Feeds], progress: Progress) -> Costs:
+    """What schemes cost in the linears that an export quantizes, see `scheme_costs`.
+
+    Raises:
+        InputError: the folder has no readable recipe of its model, or the model reads no text.
+    """
+    if captured.kind != "decoder":
+        raise InputError("sensitivity is measured on logits, and this model has none", place="sensitivity")
+    try:
+        recipe = Recipe.load(folder / RECIPE_FILE)
+        width = 4 if manifest.dtype == "float32" else 2
+        plan, embeddings = plan_for(captured, recipe, width)
+    except RecipeError as error:
+        raise InputError(f"sensitivity needs the recipe of the export: {error}", place=str(folder)) from error
+    schemes = [Scheme.parse(name) for name in SCHEMES[manifest.target]]
+    return scheme_costs(captured, plan, embeddings, schemes, feeds, width, progress)
+
+
+def restore(
+    folder: Path, manifest: Manifest, captured: Captured, feeds: Sequence[Feeds], rows: Sequence[Row], costs: Costs, *,
+    transformed: bool, threads: int | None, provider: str | None, progress: Progress,
+) -> Sensitivity:  # fmt: skip
+    """Restore the costliest linears to float, one at a time, and say what would buy back the most KL.
+
+    Args:
+        rows: of the quantized linears, with `kl_cost`.
+    """
+    costly = sorted((row for row in rows if row.kl_cost is not None), key=lambda row: -row.kl_cost)
+    whole, falls = kl_costs(
+        folder, manifest, captured, feeds, names={row.name for row in costly[:_MOST_RESTORED]},
+        transformed=transformed, threads=threads, provider=provider, progress=progress,
+    )  # fmt: skip
+    tokens = sum(batch["input_ids"].numel() for batch in feeds)
+    return Sensitivity(
+        tokens=tokens, kl_mean=whole, kl_foretold=sum(row.kl_cost for row in costly), measured=falls,
+        overrides=suggested(rows, costs),
+    )  # fmt: skip
+
+
+def suggested(rows: Sequence[Row], costs: Costs) -> tuple[Better, ...]:
+    """Overrides that buy back the most KL for each byte, best first.
+
+    What a linear would cost with another scheme is its cost by rounding to nearest, times what the export's way of
+    finding weights left of that with the scheme that it has. Experts get none: one kernel computes them while they have
+    one scheme.
+
+    Args:
+        rows: of the quantized linears, with `kl_cost`.
+    """
+    items = {item.linear: item for item in costs.items if not item.others}
+    found = [_best(items[row.name], row, costs.kl) for row in rows if row.kl_cost is not None and row.name in items]
+    found = sorted((pair for pair in found if pair is not None), key=lambda pair: -pair[0])
+    return tuple(better for _, better in found[:_MOST_SUGGESTED])
+
+
+def _best(item: Item, row: Row, kl: Mapping[str, Mapping[str, float]]) -> tuple[float, Better] | None:
+    """The scheme that gains the most for a byte over a linear's present one, and that gain."""
+    expected = kl[row.name].get(row.scheme, 0.0)
+    left = min(row.kl_cost / expected, 1.0) if expected else 1.0
+    present = next((choice for choice in item.choices if choice.scheme == row.scheme), None)
+    now = row.kl_cost if present is None else left * present.kl  # with what a shared table of embeddings costs
+    steps = [
+        ((now - left * choice.kl) / (choice.bytes - item.bytes), choice)
+        for choice in item.choices
+        if choice.bytes > item.bytes and left * choice.kl < now
+    ]
+    if not steps:
+        return None
+    gain, best = max(steps, key=lambda step: step[0])
+    return gain, Better(
+        match=row.name, scheme=best.scheme, instead_of=row.scheme, more_bytes=best.bytes - item.bytes,
+        kl_gain=now - left * best.kl,
+    )  # fmt: skip

@@ -1,0 +1,106 @@
+"""The text that both models read."""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from torch import Tensor
+
+from ..calibrate.float_model import fits_in_memory, loaded
+from ..calibrate.self_text import continue_text
+from ..calibrate.sources import load_samples, text_windows
+from ..capture.graph import Captured
+from ..errors import InputError
+from ..recipe.recipe import CalibrationSpec
+
+# Of text that the model writes: another one than any recipe's, so that nothing is judged on what it was calibrated on.
+_SEED = 0x5EED0F7E57
+
+
+@dataclass(frozen=True)
+class Text:
+    """Windows of tokens that do not overlap.
+
+    Attributes:
+        windows: int64 [n, S].
+        described: what they are, for reports.
+        own: the model wrote them, or chance did.
+    """
+
+    windows: Tensor
+    described: str
+    own: bool
+
+
+def choose_text(
+    captured: Captured,
+    text: str | os.PathLike | None,
+    windows: int,
+    window: int,
+    progress: Callable[[str, int, int], None],
+) -> Text:
+    """The first windows of a text, or what the float model writes when there is none.
+
+    Args:
+        text: a path, or a string: the path of a UTF-8 file when there is one of that name, else the text itself.
+        windows: how many to take; fewer where the text is shorter.
+        window: tokens in each, with the special tokens that the tokenizer puts before a text.
+
+    Raises:
+        InputError: no such file, not UTF-8, no text in it, fewer tokens than one window, a window longer than the model
+            reads, or no tokenizer.
+    """
+    if windows < 1 or window < 2:
+        raise InputError(
+            f"{windows} windows of {window} tokens predict nothing", remedy="Take 1 window of 2 tokens or more"
+        )
+    tokenizer = captured.folder.tokenizer() if captured.folder else None
+    longest = getattr(captured.folder.config, "max_position_embeddings", None) if captured.folder else None
+    if longest and window > longest:
+        raise InputError(
+            f"a window of {window} tokens is longer than the {longest} that the model reads", place="window"
+        )
+    if text is None:
+        return _own(captured, tokenizer, windows, window, progress)
+    content, name = _read(text)
+    if tokenizer is None:
+        raise InputError("text needs a tokenizer, and the reference has none", place=name, remedy="Give no text")
+    found = text_windows(content, tokenizer, window, place=name, remedy="Give more text or a smaller window")
+    taken = found[:windows]
+    fewer = "" if len(taken) == windows else f" (no more in it; {windows} asked for)"
+    return Text(taken, f"the first {len(taken)} windows of {window} tokens of {name}{fewer}", False)
+
+
+def _read(text: str | os.PathLike) -> tuple[str, str]:
+    path = Path(os.path.expanduser(text))
+    if isinstance(text, str) and not os.path.isfile(path):
+        if len(text.split()) == 1 and len(text) < 256 and path.suffix.isascii() and path.suffix[1:].isalnum():
+            raise InputError(
+                "no such file", place=text, remedy="Give the path of a UTF-8 text file, or the text itself"
+            )
+        return text, "the given text"
+    try:
+        return path.read_bytes().decode("utf-8-sig"), path.name
+    except OSError as error:
+        raise InputError(f"cannot read the text: {error.strerror}", place=str(path)) from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"byte {error.start} is not UTF-8", place=str(path), remedy="Convert the file") from None
+
+
+def _own(captured: Captured, tokenizer, windows: int, window: int, progress: Callable[[str, int, int], None]) -> Text:
+    spec = CalibrationSpec(
+        source="self", samples=windows, sequence_length=window, seed=_SEED, batch_size=min(windows, 8)
+    )
+    size = captured.settings["vocab_size"]
+    encoder = captured.kind == "encoder"
+    if encoder or not fits_in_memory(captured):
+        samples = load_samples(spec.model_copy(update={"source": "random"}), tokenizer=tokenizer, vocab_size=size)
+        why = "an encoder writes no text itself" if encoder else "the float model is too large to write text itself"
+        return Text(samples.input_ids, f"{samples.described}; {why}", True)
+    progress("the float model writes the text", 0, 1)
+    with loaded(captured) as step:
+        samples = load_samples(spec, tokenizer=tokenizer, vocab_size=size, generate=partial(continue_text, step))
+    progress("the float model writes the text", 1, 1)
+    return Text(samples.input_ids, samples.described, True)

@@ -1,0 +1,102 @@
+import pytest
+import torch
+
+from qexport.calibrate.float_model import loaded
+from qexport.graph.edit import get_tensor
+from qexport.graph.sites import linears
+from qexport.mixed_precision.fisher import _SEED, Importance, felt
+from qexport.validation.reference import FloatOutputs, decoder_feeds
+
+FAMILIES = ("llama", "gemma2", "opt", "gpt_neox")
+
+
+def windows(count, length, seed=0):
+    return torch.randint(3, 128, (count, length), generator=torch.Generator().manual_seed(seed))
+
+
+def gradients(captured, feeds):
+    """Squared gradients of the log-likelihood of drawn tokens for every linear's result, all blocks in one graph."""
+    draws, found = torch.Generator().manual_seed(_SEED), {}
+    for batch in feeds:
+        noise, values = {}, {port.value: batch[port.name] for port in captured.inputs}
+        with loaded(captured):
+            for block in captured.blocks:
+                given = dict(
+                    zip([n for n in block.module.graph.nodes if n.op == "placeholder"], block.inputs, strict=True)
+                )
+                results = _Noisy(block.module, noise).run(*(values[given[n]] for n in given))
+                values |= dict(zip(block.outputs, results, strict=True))
+            logits = values[next(port.value for port in captured.outputs if port.name == "logits")]
+            likely = torch.log_softmax(logits.flatten(0, 1), -1)
+            picked = torch.multinomial(likely.detach().exp(), 1, generator=draws)
+            (-likely.gather(1, picked).sum()).backward()
+        for name, zeros in noise.items():
+            found.setdefault(name, []).append(zeros.grad.flatten(0, -2).square())
+    return {name: torch.cat(squares) for name, squares in found.items()}
+
+
+class _Noisy(torch.fx.Interpreter):
+    def __init__(self, module, noise):
+        super().__init__(module)
+        self._names, self._noise = {linear.node: linear.name for linear in linears(module.graph)}, noise
+
+    def run_node(self, node):
+        value = super().run_node(node)
+        if node not in self._names:
+            return value
+        zeros = self._noise[self._names[node]] = torch.zeros_like(value, requires_grad=True)
+        return value + zeros
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_way_back_block_by_block_is_the_gradient_of_the_whole_model(captured, family):
+    model = captured(family)
+    feeds = decoder_feeds(model, windows(2, 12))
+    wanted, seen = gradients(model, feeds), []
+    for found in felt(model, feeds):
+        for linear, x, importance in found.linears:
+            squares = wanted[linear.name]
+            assert x.shape == (24, linear.shape[1])
+            torch.testing.assert_close(importance.rows, squares.sum(1), rtol=1e-3, atol=1e-6)
+            torch.testing.assert_close(importance.columns, squares.sum(0) / squares.sum(), rtol=1e-3, atol=1e-6)
+            seen.append(linear.name)
+    assert sorted(seen) == sorted(wanted)
+
+
+def test_an_error_of_one_row_and_channel_costs_half_its_square_times_both_shares():
+    importance = Importance(torch.tensor([2.0, 0.0]), torch.tensor([0.25, 0.75]))
+    assert importance.kl(torch.tensor([[0.0, 4.0], [0.0, 0.0]])) == pytest.approx(16 * 2 * 0.75 / 2 / 2)
+    assert importance.kl(torch.tensor([[0.0, 0.0], [9.0, torch.inf]])) == 0  # nobody listens to that row
+
+
+def test_the_cost_of_a_weight_is_the_mean_over_independent_errors():
+    random = torch.Generator().manual_seed(0)
+    x, rows = torch.randn(40, 16, generator=random), torch.rand(40, generator=random)
+    columns = torch.softmax(torch.randn(8, generator=random), 0)
+    importance, size = Importance(rows, columns), torch.rand(8, 16, generator=random)
+    signs = [torch.randint(0, 2, (8, 16), generator=random) * 2 - 1 for _ in range(600)]
+    mean = sum(importance.kl(x @ (size * sign).T) for sign in signs) / len(signs)
+    assert importance.kl_of_weight(x, size) == pytest.approx(mean, rel=0.05)
+
+
+@pytest.mark.parametrize("family", ("llama", "gemma2"))
+def test_costs_foretell_the_kl_that_small_errors_make(captured, family):
+    """The sum over all linears of what noise in their weights costs, and what it does."""
+    model = captured(family)
+    feeds = decoder_feeds(model, windows(16, 24, seed=1))
+    noise, random, foretold = {}, torch.Generator().manual_seed(2), 0.0
+    for found in felt(model, feeds):
+        for linear, x, importance in found.linears:
+            weight = get_tensor(found.block.module, linear.weight)
+            noise[linear.weight] = 2e-3 * weight.std() * torch.randn(weight.shape, generator=random)
+            foretold += importance.kl_of_weight(x, noise[linear.weight])
+    plain = FloatOutputs(model, feeds, ("logits",))
+    want = [plain.outputs(batch)["logits"][0] for batch in range(len(feeds))]
+    plain.close()
+    load = model.weights.load
+    model.weights.load = lambda name: load(name) + noise.get(name, 0)
+    moved = FloatOutputs(model, feeds, ("logits",))
+    got = [moved.outputs(batch)["logits"][0] for batch in range(len(feeds))]
+    p, q = (torch.log_softmax(torch.cat(logits).double(), -1) for logits in (want, got))
+    measured = float((p.exp() * (p - q)).sum(-1).mean())
+    assert foretold == pytest.approx(measured, rel=0.35)
