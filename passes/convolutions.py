@@ -5,7 +5,7 @@ Conv, quantize. The output is quantized too, or the fusion would not happen.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -13,77 +13,19 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 
 from ..errors import NumericsError
-from ..graph.edit import add_tensor, call, finish, get_tensor, is_call, owner_of, shape_of
-from ..quant.formats import PER_CHANNEL, Scheme
+from ..graph.convolutions import convolutions, zero_padding
+from ..graph.edit import add_tensor, call, finish, get_tensor, is_call, shape_of
+from ..plan.convolution_plan import ConvolutionPlan
 from .base import Context, GraphPass, Handover, Note, PassResult
 
 aten = torch.ops.aten
 ops = torch.ops.qexport
 
-CONVOLUTIONS = (aten.conv1d.default, aten.conv2d.default, aten.conv3d.default)
 # Only move or choose values: what goes in on a grid comes out on it.
 _KEEP_GRID = (
     aten.max_pool1d.default, aten.max_pool2d.default, aten.view.default, aten.reshape.default, aten.flatten.using_ints,
     aten.permute.default, aten.transpose.int,
 )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class ConvolutionPlan:
-    """The decision for one convolution.
-
-    Attributes:
-        name: its module path; block: the block it is in; shape: of its weight, [out, in, ...].
-        scheme: None keeps it in float; reason: why, or empty.
-        bytes: of its weight in the file.
-    """
-
-    name: str
-    block: str
-    shape: tuple[int, ...]
-    scheme: Scheme | None
-    reason: str = ""
-    bytes: int = 0
-
-
-def convolutions(graph: Graph) -> dict[str, Node]:
-    """Convolutions with constant weights by the path of their module, in order."""
-    found = [n for n in graph.nodes if is_call(n, *CONVOLUTIONS) and n.args[1].op == "get_attr"]
-    return {owner_of(n.args[1].target): n for n in found}
-
-
-def plan_convolutions(
-    graphs: Sequence[tuple[str, Graph]], scheme_for: Callable[[str], Scheme | None], integer: bool
-) -> list[ConvolutionPlan]:
-    """Decide for every convolution of the blocks.
-
-    Args:
-        graphs: (block name, graph) in order.
-        scheme_for: the scheme asked for by name; None for float.
-        integer: whether the target has an integer convolution.
-    """
-    weights = [n.args[1].target for _, graph in graphs for n in graph.nodes if is_call(n, *CONVOLUTIONS)]
-    plans = []
-    for block, graph in graphs:
-        for name, node in convolutions(graph).items():
-            scheme, weight = scheme_for(name), node.args[1]
-            reason = _reason(scheme, weights.count(weight.target) > 1 or len(weight.users) > 1, integer)
-            scheme = None if reason else scheme
-            size = math.prod(shape_of(weight)) * (1 if scheme else 4)
-            plans.append(ConvolutionPlan(name, block, tuple(shape_of(weight)), scheme, reason, size))
-    return plans
-
-
-def _reason(scheme: Scheme | None, shared: bool, integer: bool) -> str:
-    if scheme is None:
-        return "kept in float by the recipe"
-    weight, activation = scheme.weight, scheme.activation
-    fits = weight.bits == 8 and weight.group_size == PER_CHANNEL and weight.codebook is None and weight.symmetric
-    if not fits or activation is None or activation.kind != "static" or activation.bits != 8:
-        return f"{scheme.name} has no convolution: w8a8_static has one"
-    if not integer:
-        return "this target has no integer convolution"
-    return "its weight is used several times" if shared else ""
 
 
 class Extent:
@@ -216,23 +158,6 @@ def _clips_around_zero(node: Node | None) -> bool:
         low, high = (*node.args[1:], None)[:2]
         return (low is None or low <= 0) and (high is None or high >= 0)
     return is_call(node, aten.relu.default)
-
-
-def zero_padding(node: Node, rank: int) -> tuple[list[int], list[int]] | None:
-    """What a node adds of zeros before and behind each of the last `rank` dimensions; None where it is no such padding.
-
-    Convolutions pad with zeros themselves, and the zero of a quantized input is exact.
-    """
-    if not is_call(node, aten.constant_pad_nd.default, aten.pad.default):
-        return None
-    pads, given = node.args[1], node.args[2:]
-    mode, value = ("constant", *given) if given and not isinstance(given[0], str) else (*given, "constant", None)[:2]
-    if mode != "constant" or value not in (None, 0) or not all(isinstance(pad, int) and pad >= 0 for pad in pads):
-        return None
-    pads = [*pads, *[0] * (2 * rank - len(pads))]  # pairs for the last dimension, the one before it, and so on
-    if any(pads[2 * rank :]):
-        return None
-    return pads[0 : 2 * rank : 2][::-1], pads[1 : 2 * rank : 2][::-1]
 
 
 def _grid(graph: Graph, name: str, seen: Extent) -> tuple[Node, Node, int]:

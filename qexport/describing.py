@@ -11,7 +11,7 @@ from .capture.graph import Captured
 from .lower.build import Lowered, Target
 from .models.agreement import ReaderAgreement
 from .passes.base import GraphPass
-from .passes.convolutions import ConvolutionPlan
+from .plan.convolution_plan import ConvolutionPlan
 from .plan.linear_plan import LinearPlan
 from .plan.model_plan import described_embedding
 

@@ -135,3 +135,10 @@ def _is(error: BaseException, codes: tuple[int, ...], texts: tuple[str, ...]) ->
             return True
         error = error.__cause__ or error.__context__
     return False
+
+
+def root_cause(error: BaseException) -> str:
+    """The first line of the innermost error of a chain."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"

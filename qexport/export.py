@@ -38,9 +38,9 @@ from .models.agreement import ReaderAgreement
 from .models.provenance import origin
 from .models.source import ModelFolder, open_model, source_path
 from .passes.base import GraphPass
-from .passes.convolutions import ConvolutionPlan
-from .passes.embedding import EmbeddingPlan
 from .passes.moe_coverage import CountChoices
+from .plan.convolution_plan import ConvolutionPlan
+from .plan.embedding_plan import EmbeddingPlan
 from .plan.linear_plan import LinearPlan
 from .plan.model_plan import output_projection
 from .recipe.recipe import Recipe

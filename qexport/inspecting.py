@@ -23,9 +23,9 @@ from .graph.sites import FoldSite, fold_sites, linear_at
 from .lower.attention_plan import check_attention, plan_attention
 from .lower.gqa import Grouping
 from .models.source import ModelFolder
-from .passes.convolutions import ConvolutionPlan
-from .passes.embedding import EmbeddingPlan
 from .passes.equalization.fptq import FPTQ, Decision
+from .plan.convolution_plan import ConvolutionPlan
+from .plan.embedding_plan import EmbeddingPlan
 from .plan.linear_plan import LinearPlan
 from .plan.model_plan import bytes_by_part, described_embedding, weight_sizes
 from .quant.formats import ActivationFormat

@@ -9,8 +9,8 @@ from .console import megabytes, print_table
 from .export import ExportResult
 from .inspecting import Inspection, Site, compressed, compressed_sites
 from .mixed_precision.search import AutoResult
-from .passes.embedding import EmbeddingPlan
 from .passes.moe_coverage import FEW_TOKENS
+from .plan.embedding_plan import EmbeddingPlan
 from .plan.linear_plan import LinearPlan
 from .plan.model_plan import described_embedding
 from .report.facts import overrides_yaml

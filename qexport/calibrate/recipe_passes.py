@@ -10,8 +10,8 @@ from ..passes.base import GraphPass
 from ..passes.branches.lorc import LoRC
 from ..passes.branches.outliers import SeparateOutliers
 from ..passes.cache.kv_cache import QuantizeCache
-from ..passes.convolutions import ConvolutionPlan, QuantizeConvolutions
-from ..passes.embedding import EmbeddingPlan, QuantizeEmbedding, ShareEmbedding
+from ..passes.convolutions import QuantizeConvolutions
+from ..passes.embedding import QuantizeEmbedding, ShareEmbedding
 from ..passes.equalization.awq import AWQ
 from ..passes.equalization.crossquant import CrossQuant
 from ..passes.equalization.fptq import FPTQ
@@ -21,6 +21,8 @@ from ..passes.moe_coverage import CountChoices
 from ..passes.weights.rounding import GPTQ, HalfQuadratic, RoundToNearest, round_to_nearest
 from ..passes.weights.zq_global import ZQGlobal
 from ..passes.weights.zq_local import ZQLocal
+from ..plan.convolution_plan import ConvolutionPlan
+from ..plan.embedding_plan import EmbeddingPlan
 from ..plan.linear_plan import LinearPlan
 from ..quant.affine import QuantizedWeight
 from ..quant.formats import ActivationFormat, WeightFormat

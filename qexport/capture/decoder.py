@@ -4,11 +4,12 @@ import torch
 from accelerate import init_empty_weights
 from transformers import AutoModelForCausalLM
 
-from ..errors import CaptureError
+from ..errors import CaptureError, root_cause
 from ..gc_pause import no_garbage_collection
 from ..graph import ops  # noqa: F401  registers the operators
 from ..graph.edit import get_tensor
 from ..models.checkpoint import Checkpoint
+from ..models.quiet import quiet
 from ..models.source import ModelFolder
 from ..models.tokens import tokens_without_rows
 from ..models.transformers_witness import DecoderWitness
@@ -17,7 +18,7 @@ from .experts import IMPLEMENTATION as EXPERTS
 from .graph import Captured, Port
 from .rope import settle_frequencies
 from .stored import aliases_of, find_weights, untie
-from .trace import IDS, Traced, quiet, root_cause, trace
+from .trace import IDS, Traced, trace
 from .weight_views import Pieces
 
 _LONGEST = ("max_position_embeddings", "max_seq_len", "seq_length")  # what configs call the longest text

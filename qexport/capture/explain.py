@@ -17,8 +17,7 @@ from torch.export import ExportedProgram
 from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
-from ..errors import CaptureError
-from .trace import root_cause
+from ..errors import CaptureError, root_cause
 
 aten = torch.ops.aten
 _TRANSFORMERS = Path(transformers.__file__).parent

@@ -5,8 +5,8 @@ import operator
 import torch
 from torch.fx import GraphModule, Node
 
+from ..graph.convolutions import CONVOLUTIONS, zero_padding
 from ..graph.edit import get_tensor, is_call, set_tensor
-from ..passes.convolutions import CONVOLUTIONS, zero_padding
 
 aten = torch.ops.aten
 _BY_NAME = {

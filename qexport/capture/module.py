@@ -14,6 +14,7 @@ from ..errors import CaptureError, InputError
 from ..graph import ops  # noqa: F401  registers the operators
 from ..graph.edit import get_tensor
 from ..models.checkpoint import StateDict
+from ..models.quiet import quiet
 from ..models.witness import ModuleWitness
 from .blocks import cut
 from .dynamic import Axes, DynamicShapes, Hint, dynamic_axes
@@ -21,7 +22,6 @@ from .explain import explained, functional
 from .fold import fold_batch_norms, fold_padding, fold_weights, spell_padding
 from .graph import Captured, Port
 from .normalize import normalize
-from .trace import quiet
 
 aten = torch.ops.aten
 Inputs = Sequence[torch.Tensor] | Mapping[str, torch.Tensor]

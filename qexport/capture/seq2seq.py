@@ -19,14 +19,14 @@ from transformers.modeling_outputs import BaseModelOutput
 from transformers.models.auto import modeling_auto
 
 from ..artifact.manifest import DECODER, ENCODER, SOURCE_MASK
-from ..errors import CaptureError
+from ..errors import CaptureError, root_cause
 from ..models.loading import load_whole
+from ..models.quiet import quiet
 from ..models.source import ModelFolder
 from ..models.transformers_witness import PartWitness
 from .attention import IMPLEMENTATION, GivenCache, GraphCache, ProbeCache, tracing
 from .graph import Captured, Port
 from .module import capture_module
-from .trace import quiet, root_cause
 
 # Sizes of the example inputs; see `trace`.
 _BATCH, _SOURCE, _SEQUENCE, _PAST = 2, 7, 3, 5

@@ -1,7 +1,5 @@
 """Tracing a language model into blocks: through torch.export, one layer of every kind."""
 
-import logging
-import warnings
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -9,8 +7,9 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-from ..errors import CaptureError
+from ..errors import CaptureError, root_cause
 from ..graph.edit import get_tensor, set_tensor
+from ..models.quiet import quiet
 from .attention import GraphCache, ProbeCache, tracing
 from .blocks import Block, cut
 from .experts import tokens_of
@@ -207,13 +206,6 @@ def _export(model: torch.nn.Module, cache: list[CacheShape], place: str):
         raise CaptureError(f"torch.export failed: {root_cause(error)}", place=place) from error
 
 
-def root_cause(error: BaseException) -> str:
-    """The first line of the innermost error of a chain."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
-
-
 def _rename_weights(whole: torch.fx.GraphModule, aliases: dict[str, tuple[str, ...]]) -> None:
     """Give get_attr nodes and module paths the checkpoint's names; tied weights go by one of them."""
     for node in whole.graph.nodes:
@@ -227,15 +219,3 @@ def _rename_weights(whole: torch.fx.GraphModule, aliases: dict[str, tuple[str, .
                 node.target = name
 
 
-@contextmanager
-def quiet():
-    """Without the warnings and log lines of libraries about things the user cannot change."""
-    logger = logging.getLogger("torch.export")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(level)

@@ -11,11 +11,11 @@ from torch.fx import Graph, GraphModule, Node
 from ..capture.blocks import handed_on
 from ..capture.graph import Port
 from ..graph.views import results_of
-from ..targets.qmoe import Form
 from . import ops as _ops  # noqa: F401  registers the translations
 from .emitter import ONNX_DTYPE, VIEW_OF, Emitter, name_of
 from .fuse_norms import fuse_norms
 from .kernel_map import Book, Placed, plain
+from .moe_form import Form
 from .prefill_decode import Piece, add_branches, branched, branches_of
 from .qdq_patterns import input_of, linear_products
 from .registry import is_translated, translate, untranslated

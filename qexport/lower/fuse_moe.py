@@ -14,9 +14,9 @@ from torch.fx import GraphModule, Node
 from ..graph.edit import call, finish, is_call
 from ..graph.sites import readers
 from ..graph.views import Add, DequantizeLinear, ExpertShares, Mul, size_at
-from ..targets.qmoe import Form, Gate, Weights
 from .fuse_parallel_linears import Linear, linear_of
 from .match_gated_activation import gate_of
+from .moe_form import Form, Gate, Weights
 from .qdq_patterns import input_of, linear_products
 from .routing_weights import columns, never_negative
 

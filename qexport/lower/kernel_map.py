@@ -8,8 +8,8 @@ from torch.fx import Graph, Node
 
 from ..artifact.manifest import QMOE
 from ..runtime.branches import STEPS
-from ..targets.qmoe import mixtures
 from .emitter import maker_of, name_of
+from .moe_form import mixtures
 from .qdq_patterns import input_of, linear_products
 
 

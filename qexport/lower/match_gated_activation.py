@@ -8,7 +8,7 @@ from torch.fx import Node
 from ..graph.edit import is_call, shape_of
 from ..graph.schema import bind
 from ..graph.views import Add, Item, Mul, Operand, Slice, size_at
-from ..targets.qmoe import INF, Gate
+from .moe_form import INF, Gate
 
 aten = torch.ops.aten
 # What says how large the parts are, and what it is for halves: of features, one or both.

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
-from ..passes.embedding import EmbeddingPlan
+from ..plan.embedding_plan import EmbeddingPlan
 
 
 def by_part(

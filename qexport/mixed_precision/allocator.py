@@ -9,7 +9,7 @@ from ..capture.graph import Captured
 from ..errors import InputError, RecipeError
 from ..lower.attention_plan import plan_attention
 from ..lower.gqa import Grouping
-from ..passes.embedding import EmbeddingPlan
+from ..plan.embedding_plan import EmbeddingPlan
 from ..plan.linear_plan import LinearPlan
 from ..plan.model_plan import bytes_by_part, output_projection, plan_for
 from ..quant.formats import Scheme

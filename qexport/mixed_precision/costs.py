@@ -9,8 +9,8 @@ from torch import Tensor
 from ..calibrate.block_activations import Feeds, Progress
 from ..capture.graph import Captured
 from ..graph.edit import get_tensor, set_tensor
-from ..passes.embedding import EmbeddingPlan, table_bytes
 from ..passes.moe_coverage import of_experts
+from ..plan.embedding_plan import EmbeddingPlan, table_bytes
 from ..plan.linear_plan import LinearPlan, fit, weight_bytes
 from ..quant.formats import Scheme
 from ..quant.straight_through import round_weight

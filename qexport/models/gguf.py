@@ -109,7 +109,7 @@ def _contents(file: Path) -> _Contents:
 
 
 def _loaded(file: Path) -> tuple[torch.nn.Module, object]:
-    from ..capture.trace import quiet
+    from .quiet import quiet
 
     with reading(file, "cannot be read as GGUF"), quiet():
         tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)

@@ -8,10 +8,10 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
-from ..capture.trace import quiet, root_cause
-from ..errors import CaptureError
+from ..errors import CaptureError, root_cause
 from .checkpoint import Checkpoint
 from .leftovers import check_float_dtype, check_leftovers, refusal, telling
+from .quiet import quiet
 from .source import ModelFolder
 
 

@@ -10,13 +10,14 @@ from torch.fx import Node
 
 from ..capture.graph import Captured
 from ..errors import RecipeError
+from ..graph.convolutions import convolutions
 from ..graph.edit import get_tensor, is_call
 from ..graph.sites import Linear, linears, projection_behind
-from ..passes.convolutions import ConvolutionPlan, convolutions, plan_convolutions
-from ..passes.embedding import EmbeddingPlan, plan_embeddings
 from ..quant.formats import Scheme
 from ..recipe.recipe import Recipe
 from ..recipe.sections import FLOAT, TIED
+from .convolution_plan import ConvolutionPlan, plan_convolutions
+from .embedding_plan import EmbeddingPlan, plan_embeddings
 from .linear_plan import LinearPlan, make_plan, weight_bytes
 
 aten = torch.ops.aten

@@ -16,11 +16,11 @@ from ..capture.graph import Captured
 from ..capture.seq2seq import Parts, capture_seq2seq
 from ..errors import RecipeError
 from ..export import ExportResult, export, opened, target_for
+from ..graph.convolutions import convolutions
 from ..graph.sites import linears
 from ..inspecting import Inspection, inspect
 from ..lower.folder import copy_companions
 from ..models.source import ModelFolder, open_model, source_path
-from ..passes.convolutions import convolutions
 from ..plan.model_plan import plan_for
 from ..recipe.recipe import Recipe
 from ..recipe.sections import FLOAT

@@ -10,6 +10,7 @@ from torch.fx import GraphModule, Node
 from ..graph.edit import add_tensor, call, finish, is_call
 from ..graph.schema import rebind
 from ..graph.views import DequantizeLinear, Matmul, QuantizeLinear
+from ..lower import moe_form
 from ..lower.prefill_twin import LONGEST_STEP, prompt_twin
 from ..lower.qdq_patterns import DEFAULT_BLOCK, Rounding, as_own_kernel, form_of, linear_products, own_kernel
 from ..quant.packing import stored_block
@@ -64,7 +65,7 @@ class CpuTarget:
         """What a canonical block is for prompts; None where that is nothing else."""
         return prompt_twin(module) if self.int8_prompts else None
 
-    def why_dense(self, form: qmoe.Form) -> str:
+    def why_dense(self, form: moe_form.Form) -> str:
         """Why a mixture of experts computes every one for every token; empty where it does not."""
         return qmoe.why_dense_on_cpu(form, self.accuracy_level)
 
@@ -86,7 +87,7 @@ class CpuTarget:
                 product.replace_input_with(x, rounded)
             as_own_kernel(module, product)
         if self.accuracy_level == 4:
-            for mixture in qmoe.mixtures(module.graph):
+            for mixture in moe_form.mixtures(module.graph):
                 rebind(mixture, rounds=True)
         finish(module)
 

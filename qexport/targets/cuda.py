@@ -10,6 +10,7 @@ from torch.fx import Graph, GraphModule, Node
 from ..graph.edit import call, finish, is_call, shape_of
 from ..graph.schema import bind, rebind
 from ..graph.views import DequantizeLinear, ExpertShares, Matmul, QuantizeLinear
+from ..lower import moe_form
 from ..lower.precision import KEEP, to_half
 from ..lower.qdq_patterns import DEFAULT_BLOCK, Rounding, as_own_kernel, form_of, linear_products, own_kernel
 from ..lower.routing_weights import sum_of
@@ -64,7 +65,7 @@ class CudaTarget:
         """
         return fpa_intb.why_slow(_nbits(products))
 
-    def why_dense(self, form: qmoe.Form) -> str:
+    def why_dense(self, form: moe_form.Form) -> str:
         """Why a mixture of experts computes every one for every token; empty where it does not."""
         return qmoe.why_dense_on_cuda(form)
 
@@ -78,7 +79,7 @@ class CudaTarget:
                 _integer(module, product, rounding)
             else:
                 as_own_kernel(module, product)
-        for mixture in qmoe.mixtures(module.graph):
+        for mixture in moe_form.mixtures(module.graph):
             _by_scores(module.graph, mixture)
         finish(module)
         to_half(module, constants, self.dtype)

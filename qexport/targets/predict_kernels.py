@@ -6,11 +6,12 @@ from torch.fx import Graph
 
 from ..graph.sites import by_input, linears
 from ..lower.fuse_parallel_linears import joint_name
+from ..lower.moe_form import Form, Gate, Weights
 from ..passes.moe_coverage import of_experts
 from ..plan.linear_plan import LinearPlan
 from ..quant.formats import PER_TENSOR, Scheme
 from . import fpa_intb
-from .qmoe import Form, Gate, Weights, why_dense_on_cuda
+from .qmoe import why_dense_on_cuda
 
 
 def slow_linears(graphs: Sequence[Graph], plan: Mapping[str, LinearPlan]) -> dict[str, str]:

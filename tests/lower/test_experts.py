@@ -18,12 +18,12 @@ from qexport.graph.edit import is_call
 from qexport.graph.sites import linears
 from qexport.lower.fuse_moe import gather_experts
 from qexport.lower.match_gated_activation import gate_of
+from qexport.lower.moe_form import Gate
 from qexport.lower.routing_weights import never_negative, sum_of
 from qexport.plan.model_plan import plan_for
 from qexport.recipe.recipe import CalibrationSpec, CrossQuantSpec, LoRCSpec, Override, Recipe, SmoothSpec
 from qexport.runtime.session import optimized_graph, unfused
 from qexport.targets.predict_kernels import slow_linears
-from qexport.targets.qmoe import Gate
 from stepping import padded
 
 aten = torch.ops.aten

@@ -18,8 +18,9 @@ from qexport.errors import PassError, RecipeError
 from qexport.export import capture, export
 from qexport.graph.edit import get_tensor
 from qexport.passes.base import Context
-from qexport.passes.embedding import ShareEmbedding, token_embeddings
+from qexport.passes.embedding import ShareEmbedding
 from qexport.passes.weights.rounding import round_to_nearest
+from qexport.plan.embedding_plan import token_embeddings
 from qexport.plan.model_plan import plan_for
 from qexport.quant.affine import quantize_weight
 from qexport.quant.formats import WeightFormat

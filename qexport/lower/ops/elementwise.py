@@ -6,10 +6,10 @@ import onnx_ir as ir
 import torch
 from torch.fx import Node
 
+from ...graph.convolutions import CONVOLUTIONS
 from ...graph.edit import dtype_of, is_call, shape_of
 from ...graph.schema import Arguments
 from ...graph.views import Operand, sizes_of
-from ...passes.convolutions import CONVOLUTIONS
 from ..emitter import ONNX_DTYPE, Attribute, Emitter, unsupported
 from ..fuse_norms import SAME_SHAPE
 from ..registry import Translation, translates

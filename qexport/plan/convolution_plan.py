@@ -1,0 +1,63 @@
+"""What every convolution becomes, decided from shapes alone."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from torch.fx import Graph
+
+from ..graph.convolutions import CONVOLUTIONS, convolutions
+from ..graph.edit import is_call, shape_of
+from ..quant.formats import PER_CHANNEL, Scheme
+
+
+@dataclass(frozen=True)
+class ConvolutionPlan:
+    """The decision for one convolution.
+
+    Attributes:
+        name: its module path; block: the block it is in; shape: of its weight, [out, in, ...].
+        scheme: None keeps it in float; reason: why, or empty.
+        bytes: of its weight in the file.
+    """
+
+    name: str
+    block: str
+    shape: tuple[int, ...]
+    scheme: Scheme | None
+    reason: str = ""
+    bytes: int = 0
+
+
+def plan_convolutions(
+    graphs: Sequence[tuple[str, Graph]], scheme_for: Callable[[str], Scheme | None], integer: bool
+) -> list[ConvolutionPlan]:
+    """Decide for every convolution of the blocks.
+
+    Args:
+        graphs: (block name, graph) in order.
+        scheme_for: the scheme asked for by name; None for float.
+        integer: whether the target has an integer convolution.
+    """
+    weights = [n.args[1].target for _, graph in graphs for n in graph.nodes if is_call(n, *CONVOLUTIONS)]
+    plans = []
+    for block, graph in graphs:
+        for name, node in convolutions(graph).items():
+            scheme, weight = scheme_for(name), node.args[1]
+            reason = _reason(scheme, weights.count(weight.target) > 1 or len(weight.users) > 1, integer)
+            scheme = None if reason else scheme
+            size = math.prod(shape_of(weight)) * (1 if scheme else 4)
+            plans.append(ConvolutionPlan(name, block, tuple(shape_of(weight)), scheme, reason, size))
+    return plans
+
+
+def _reason(scheme: Scheme | None, shared: bool, integer: bool) -> str:
+    if scheme is None:
+        return "kept in float by the recipe"
+    weight, activation = scheme.weight, scheme.activation
+    fits = weight.bits == 8 and weight.group_size == PER_CHANNEL and weight.codebook is None and weight.symmetric
+    if not fits or activation is None or activation.kind != "static" or activation.bits != 8:
+        return f"{scheme.name} has no convolution: w8a8_static has one"
+    if not integer:
+        return "this target has no integer convolution"
+    return "its weight is used several times" if shared else ""
