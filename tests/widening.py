@@ -9,6 +9,7 @@ from pathlib import Path
 import onnx
 from onnx import NodeProto, TensorProto, helper
 
+from qexport.artifact import checksums
 from qexport.artifact.manifest import MODEL_FILE
 
 BFLOAT16, FLOAT = TensorProto.BFLOAT16, TensorProto.FLOAT
@@ -28,6 +29,7 @@ def widen(folder: Path) -> Path:
     del graph.node[:]
     graph.node.extend(nodes)
     onnx.save(model, path)
+    checksums.write(folder)
     return folder
 
 

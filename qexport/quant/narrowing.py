@@ -55,7 +55,7 @@ def narrowed_number(value: float, dtype: torch.dtype, what: str, *, counts: bool
     Raises:
         NumericsError: it counts, and is finite and beyond the range of `dtype`.
     """
-    if not dtype.is_floating_point or math.isinf(value) or abs(value) <= _largest(dtype):
+    if not dtype.is_floating_point or not math.isfinite(value) or abs(value) <= _largest(dtype):
         return value
     if counts and abs(value) not in _ENDS:
         raise _does_not_fit(what, dtype, f"computes with {value:.4g}, and {_called(dtype)} ends at {_largest(dtype):g}")

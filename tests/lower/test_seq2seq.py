@@ -12,6 +12,7 @@ from transformers import AutoModelForSeq2SeqLM, WhisperForConditionalGeneration
 import exporting
 from modules import SEQ2SEQ, VOCAB, save_seq2seq
 from qexport import export_seq2seq, generate, open_seq2seq, optimize, validate_seq2seq
+from qexport.artifact import checksums
 from qexport.artifact import manifest as manifests
 from qexport.capture.folder import capture_folder
 from qexport.capture.seq2seq import capture_seq2seq
@@ -182,6 +183,7 @@ def test_it_is_validated_whole_and_in_parts(exported, t5, tmp_path):
     broken = json.loads((out / "decoder" / "manifest.json").read_text())
     broken["linears"][0]["kernel"] = "MatMulNBits"
     (out / "decoder" / "manifest.json").write_text(json.dumps(broken))
+    checksums.write(out / "decoder")
     found = validate_seq2seq(out, t5, text=text, windows=1, window=12, new_tokens=2)
     assert len(found.problems) == 1 and found.problems[0].startswith("decoder: 1 linear is not fused")
 

@@ -114,5 +114,5 @@ def test_statistics_are_collected_for_the_pass_that_asks(block):
         return {node: node.name for node in wanted}
 
     results = Pipeline([Scale(), Watch()]).run(block, collect, SAMPLE)
-    assert asked == [{"input_1": [], "relu": []}]
-    assert {note.site for note in results["Watch"].changed} == {"input_1", "relu"}
+    assert asked == [{"input_1": [], "relu_default": []}]
+    assert {note.site for note in results["Watch"].changed} == {"input_1", "relu_default"}

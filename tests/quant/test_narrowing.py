@@ -1,5 +1,7 @@
 """Floats that become narrower: what fits is rounded, what is meant to saturate does, all else is refused by name."""
 
+import math
+
 import pytest
 import torch
 
@@ -71,3 +73,7 @@ def test_other_types_and_tensors_without_data_pass():
     assert torch.equal(narrowed(codes, torch.int8, "codes"), codes.to(torch.int8))
     assert narrowed(torch.ones(2, device="meta"), HALF, "x").dtype == HALF
     assert narrowed(torch.ones(0, 3), HALF, "x").shape == (0, 3)
+
+
+def test_nan_stays_nan():
+    assert math.isnan(narrowed_number(float("nan"), HALF, "block"))
