@@ -9,6 +9,7 @@ but its result may lie beside the output, inside it, or among temporary files.
 """
 
 import argparse
+import copy
 import os
 import shutil
 import signal
@@ -21,16 +22,23 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the process is forked, and threads would not come along
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
 
 import qexport
 from qexport.artifact import checksums, swap
 from qexport.artifact import manifest as manifests
+from qexport.artifact.manifest import DECODER, ENCODER
 from qexport.artifact.ownership import is_export
 from qexport.capture.graph import Captured
+from qexport.capture.seq2seq import Parts, capture_seq2seq
 from qexport.errors import InputError, QExportError
 from qexport.export import capture
+from qexport.mixed_precision import search as choosing
+from qexport.models.source import open_model
 from qexport.report import read_validated  # noqa: F401  imported once, not in every process
+from qexport.runtime.seq2seq import is_seq2seq
+from qexport.seq2seq import exporting as exporting_parts
+from qexport.validation.reader import check_reader
 
 RECIPE, NOTES = "w4a16_g32_rtn", "what I think of this model"
 _EVENTS = ("open", "os.", "shutil.", "tempfile.", "qexport.")
@@ -43,12 +51,14 @@ class Command:
     Attributes:
         prepare: makes what is there before, in a folder; run: runs it there.
         standing: an output is there before, so that there has to be one at every instant.
+        noted: a file of the user's is in it.
     """
 
     name: str
     prepare: Callable[[Path], None]
     run: Callable[[Path], None]
     standing: bool
+    noted: bool = True
 
 
 @dataclass
@@ -70,8 +80,12 @@ class Outcome:
     failed: list[str] = field(default_factory=list)
 
 
-def commands(model: Captured) -> list[Command]:
-    """Export, export over another, optimize, optimize again, validate."""
+def commands(model: Captured, parts: Parts) -> list[Command]:
+    """Export, of an encoder-decoder too and with chosen schemes, export over another, optimize, again, validate.
+
+    Args:
+        parts: of an encoder-decoder.
+    """
 
     def nothing(place: Path) -> None:
         pass
@@ -96,12 +110,24 @@ def commands(model: Captured) -> list[Command]:
     def over(place: Path) -> None:
         export(place, overwrite=True)
 
+    def choose(place: Path) -> None:
+        choosing.capture = lambda *_, **__: copy.deepcopy(model)  # which it does again for each trial
+        qexport.export_auto(
+            model.folder, out_dir=place / "out", max_bytes=200_000, calibration="random", windows=1, window=16
+        )
+
+    def export_parts(place: Path) -> None:
+        exporting_parts.capture_seq2seq = lambda *_: parts
+        qexport.export_seq2seq(parts.decoder.folder, RECIPE, out_dir=place / "out")
+
     def over_by_renames(place: Path) -> None:
         swap._renameat2 = lambda: None
         export(place, overwrite=True)
 
     return [
-        Command("export", nothing, export, False),
+        Command("export", nothing, export, False, noted=False),
+        Command("export --auto", nothing, choose, False, noted=False),
+        Command("export of an encoder-decoder", nothing, export_parts, False, noted=False),
         Command("export --overwrite", used, over, True),
         Command("export --overwrite without renameat2", used, over_by_renames, False),
         Command("optimize", exported, optimize, True),
@@ -117,7 +143,27 @@ def tiny_model(folder: Path) -> Captured:
         vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
         num_key_value_heads=1, max_position_embeddings=64, tie_word_embeddings=False, eos_token_id=2, bos_token_id=1,
     )).save_pretrained(folder)  # fmt: skip
-    return capture(folder)
+    return checked(capture(folder))
+
+
+def tiny_parts(folder: Path) -> Parts:
+    """A random T5 of a layer each, captured once for all processes."""
+    torch.manual_seed(0)
+    T5ForConditionalGeneration(T5Config(
+        vocab_size=64, d_model=32, d_kv=16, d_ff=64, num_layers=1, num_decoder_layers=1, num_heads=2,
+        feed_forward_proj="gated-gelu", decoder_start_token_id=0, pad_token_id=0, eos_token_id=1,
+        tie_word_embeddings=False,
+    )).save_pretrained(folder)  # fmt: skip
+    parts = capture_seq2seq(open_model(folder))
+    checked(parts.encoder)
+    checked(parts.decoder)
+    return parts
+
+
+def checked(captured: Captured) -> Captured:
+    """The same, with its reader checked, once for all processes too."""
+    check_reader(captured)
+    return captured
 
 
 def kill_everywhere(command: Command, root: Path, every: int = 1) -> Outcome:
@@ -167,15 +213,18 @@ def _again(command: Command, place: Path) -> None:
 def _wrong(place: Path, command: Command) -> str:
     """What is wrong with the output; empty where it is whole and the user's file is in it."""
     out = place / "out"
+    if not out.is_dir():  # looked at first, as opening it may bring it back
+        return "no output"
     try:
-        manifests.load(out)
-        checksums.check(out)
+        for part in [out / ENCODER, out / DECODER] if is_seq2seq(out) else [out]:
+            manifests.load(part)
+            checksums.check(part)
     except QExportError as error:
         return str(error)
     if not is_export(out):
         return "no export"
     notes = out / "notes.txt"
-    if command.name != "export" and not (notes.is_file() and notes.read_text() == NOTES):
+    if command.noted and not (notes.is_file() and notes.read_text() == NOTES):
         return "the user's file is gone"
     return ""
 
@@ -312,10 +361,10 @@ def main() -> None:
     torch.set_num_threads(1)
     outcomes = []
     with tempfile.TemporaryDirectory(prefix="kills-") as folder:
-        model = tiny_model(Path(folder) / "model")
+        model, parts = tiny_model(Path(folder) / "model"), tiny_parts(Path(folder) / "parts")
         root = Path(folder) / "root"
         root.mkdir()
-        for command in commands(model):
+        for command in commands(model, parts):
             if args.only is None or args.only in command.name:
                 outcomes.append(kill_everywhere(command, root, args.every))
                 found = outcomes[-1]

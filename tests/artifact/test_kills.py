@@ -16,5 +16,5 @@ def test_kills_leave_nothing(tmp_path):
     done = subprocess.run([sys.executable, SAMPLE, "--out", page], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     rows = [line.split("|")[3:8] for line in page.read_text().splitlines() if line.startswith("| ")][1:]
-    assert len(rows) == 6 and all(int(kills) > 5 and int(dirty) > 0 for kills, dirty, *_ in rows)
+    assert len(rows) == 8 and all(int(kills) > 5 and int(dirty) > 0 for kills, dirty, *_ in rows)
     assert all(int(count) == 0 for row in rows for count in row[2:])
