@@ -7,9 +7,7 @@ importing qexport costs nothing.
 """
 
 import os
-import sys
 from importlib import import_module
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from .gc_pause import no_garbage_collection
@@ -19,13 +17,17 @@ from .gc_pause import no_garbage_collection
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 if TYPE_CHECKING:
+    from .api.auto import AutoResult as AutoResult
+    from .api.auto import export_auto as export_auto
+    from .api.exporting import ExportResult as ExportResult
+    from .api.exporting import export as export
+    from .api.inspecting import Inspection as Inspection
+    from .api.inspecting import inspect as inspect
+    from .api.seq2seq.exporting import Seq2SeqResult as Seq2SeqResult
+    from .api.seq2seq.exporting import export_seq2seq as export_seq2seq
+    from .api.seq2seq.validating import Seq2SeqReport as Seq2SeqReport
+    from .api.seq2seq.validating import validate_seq2seq as validate_seq2seq
     from .errors import QExportError as QExportError
-    from .export import ExportResult as ExportResult
-    from .export import export as export
-    from .inspecting import Inspection as Inspection
-    from .inspecting import inspect as inspect
-    from .mixed_precision.search import AutoResult as AutoResult
-    from .mixed_precision.search import export_auto as export_auto
     from .recipe.recipe import Recipe as Recipe
     from .report import compare as compare
     from .report import render as render
@@ -39,38 +41,34 @@ if TYPE_CHECKING:
     from .runtime.seq2seq import open_seq2seq as open_seq2seq
     from .sampling_study import Grid as Grid
     from .sampling_study import study as study
-    from .seq2seq.exporting import Seq2SeqResult as Seq2SeqResult
-    from .seq2seq.exporting import export_seq2seq as export_seq2seq
-    from .seq2seq.validating import Seq2SeqReport as Seq2SeqReport
-    from .seq2seq.validating import validate_seq2seq as validate_seq2seq
     from .validation import validate as validate
 
 _WHERE = {
-    "AutoResult": ("mixed_precision.search", "AutoResult"),
+    "AutoResult": ("api.auto", "AutoResult"),
     "EncoderDecoder": ("runtime.seq2seq", "EncoderDecoder"),
-    "ExportResult": ("export", "ExportResult"),
+    "ExportResult": ("api.exporting", "ExportResult"),
     "Grid": ("sampling_study.grid", "Grid"),
-    "Inspection": ("inspecting", "Inspection"),
+    "Inspection": ("api.inspecting", "Inspection"),
     "OptimizedInfo": ("runtime.optimized", "OptimizedInfo"),
     "QExportError": ("errors", "QExportError"),
     "Recipe": ("recipe.recipe", "Recipe"),
     "Sampling": ("runtime.generate", "Sampling"),
-    "Seq2SeqReport": ("seq2seq.validating", "Seq2SeqReport"),
-    "Seq2SeqResult": ("seq2seq.exporting", "Seq2SeqResult"),
+    "Seq2SeqReport": ("api.seq2seq.validating", "Seq2SeqReport"),
+    "Seq2SeqResult": ("api.seq2seq.exporting", "Seq2SeqResult"),
     "bench": ("runtime.benchmark", "bench"),
     "compare": ("report", "compare"),
     "diagnose": ("runtime.doctor", "diagnose"),
-    "export": ("export", "export"),
-    "export_auto": ("mixed_precision.search", "export_auto"),
-    "export_seq2seq": ("seq2seq.exporting", "export_seq2seq"),
+    "export": ("api.exporting", "export"),
+    "export_auto": ("api.auto", "export_auto"),
+    "export_seq2seq": ("api.seq2seq.exporting", "export_seq2seq"),
     "generate": ("runtime.generate", "generate_text"),
-    "inspect": ("inspecting", "inspect"),
+    "inspect": ("api.inspecting", "inspect"),
     "open_seq2seq": ("runtime.seq2seq", "open_seq2seq"),
     "optimize": ("runtime.optimized", "optimize"),
     "render": ("report", "render"),
     "study": ("sampling_study", "study"),
-    "validate": ("validation", "validate"),
-    "validate_seq2seq": ("seq2seq.validating", "validate_seq2seq"),
+    "validate": ("api.validating", "validate"),
+    "validate_seq2seq": ("api.seq2seq.validating", "validate_seq2seq"),
 }
 
 __all__ = sorted([*_WHERE, "__version__"])
@@ -92,14 +90,3 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return __all__
-
-
-class _Package(ModuleType):
-    """Importing a submodule binds its name here; `export` and `validate` have to stay the functions."""
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if not (name in _WHERE and isinstance(value, ModuleType)):
-            super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package

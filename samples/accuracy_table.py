@@ -13,7 +13,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from qexport.export import capture, export
+from qexport.api.exporting import capture, export
 from qexport.recipe.recipe import Recipe
 from qexport.validation.logits import compare_logits, deployed_logits
 from qexport.validation.reference import FloatOutputs, decoder_feeds

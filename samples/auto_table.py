@@ -14,9 +14,10 @@ import tempfile
 from collections import Counter
 from pathlib import Path
 
-from qexport.console import megabytes, parsed_bytes, showing_progress
-from qexport.export import capture, export
-from qexport.mixed_precision.search import export_auto
+from qexport.api.auto import export_auto
+from qexport.api.exporting import capture, export
+from qexport.cli.console import showing_progress
+from qexport.formatting import megabytes, parsed_bytes
 from qexport.recipe.recipe import Recipe
 from qexport.validation.logits import compare_logits, deployed_logits
 from qexport.validation.reference import FloatOutputs, decoder_feeds

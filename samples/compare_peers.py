@@ -22,9 +22,9 @@ import venv
 from fnmatch import fnmatchcase
 from pathlib import Path
 
+from qexport.api.exporting import capture
 from qexport.artifact import manifest as manifests
-from qexport.console import showing_progress
-from qexport.export import capture
+from qexport.cli.console import showing_progress
 from qexport.recipe.recipe import Recipe
 from qexport.runtime.benchmark import Measurement, measure, ratios
 from qexport.validation.logits import compare_logits, deployed_logits

@@ -91,7 +91,7 @@ def main(model: str, text: str | None) -> None:
     for name, passes in (("plain", []), ("scaled", [ScaleByActivation(recipe)])):
         out = f"out/custom_pass_{name}"
         qexport.export(model, recipe, out_dir=out, calibration=text, extra_passes=passes, overwrite=True)
-        report = qexport.validation(out, model, text=text, windows=4, window=256)
+        report = qexport.validate(out, model, text=text, windows=4, window=256)
         scores = report.logits
         print(f"{name:<8} KL against the float model {scores.kl_mean:.4f}, top-1 agreement {scores.top1_agreement:.1%}")
 

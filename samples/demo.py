@@ -13,7 +13,7 @@ import zipfile
 from pathlib import Path
 
 import qexport
-from qexport.console import print_table, quiet_libraries, showing_progress
+from qexport.cli.console import print_table, quiet_libraries, showing_progress
 
 quiet_libraries()  # before torch, which loads the library that draws progress bars
 import torch  # noqa: E402
@@ -38,7 +38,7 @@ def main() -> None:
         say("Exporting the float model, for comparison")
         plain = qexport.export(model, untouched, out_dir=OUT / "float", overwrite=True)
         say("Validating: both models read other text, also written by the float model")
-        report = qexport.validation(made.folder, model, windows=4, window=256, progress=progress)
+        report = qexport.validate(made.folder, model, windows=4, window=256, progress=progress)
     say(f"Generating in ONNX Runtime: {PROMPT}")
     qexport.generate(
         made.folder, PROMPT, max_new_tokens=60, chat=True, on_text=lambda row, piece: print(piece, end="", flush=True)

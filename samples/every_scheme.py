@@ -28,7 +28,7 @@ def main() -> None:
         made = qexport.export(
             args.model, recipe, out_dir=out, target=args.target, calibration=args.text, overwrite=True
         )
-        scores = qexport.validation(out, args.model, text=args.text, windows=4, window=args.length).logits
+        scores = qexport.validate(out, args.model, text=args.text, windows=4, window=args.length).logits
         speed = qexport.bench(out, prompt_lengths=[args.length], decode_pasts=[args.length], repeats=3).first
         print(
             f"{name:<16}{made.manifest.bytes['model'] / 1e6:>8.1f}{scores.kl_mean:>9.4f}{scores.top1_agreement:>8.1%}"

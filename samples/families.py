@@ -33,13 +33,13 @@ from cuda_placement.build import CannotBuild, build_stand_ins  # noqa: E402
 from cuda_placement.models import CPU, PROMPT  # noqa: E402
 from cuda_placement.probe import PlacementError, placement  # noqa: E402
 from models import BREADTH, FAMILIES, REFUSED, reference_model, save_model  # noqa: E402
+from qexport.api.exporting import capture  # noqa: E402
 from qexport.artifact.manifest import QMOE  # noqa: E402
 from qexport.calibrate.encoder_inputs import encoder_inputs  # noqa: E402
 from qexport.capture.graph import Captured  # noqa: E402
 from qexport.capture.module import capture_module  # noqa: E402
 from qexport.capture.seq2seq import capture_seq2seq  # noqa: E402
 from qexport.errors import QExportError  # noqa: E402
-from qexport.export import capture  # noqa: E402
 from qexport.graph.convolutions import convolutions
 from qexport.lower.build import check_translations  # noqa: E402
 from qexport.models.source import open_model  # noqa: E402

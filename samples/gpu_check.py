@@ -32,8 +32,9 @@ import onnxruntime as ort
 
 from qexport.artifact.manifest import CPU, CUDA, MODEL_FILE
 from qexport.calibrate.block_activations import decoder_inputs
-from qexport.console import megabytes, showing_progress
+from qexport.cli.console import showing_progress
 from qexport.errors import InputError, QExportError
+from qexport.formatting import megabytes
 from qexport.quant.metrics import kl_divergence, top1_agreement
 from qexport.recipe.recipe import Override, Recipe
 from qexport.runtime.decoder import open_decoder
@@ -47,7 +48,7 @@ RECIPES = (
 )  # fmt: skip
 BFLOAT16 = ("w4a16_g32", "w4a16_g32_asym", "w8a16", "nf4", "w4a16_g64_lorc", "w2a16_g64")
 BITS = {onnx.TensorProto.INT4: 4, onnx.TensorProto.UINT4: 4}
-exporting = importlib.import_module("qexport.export")  # the package's attribute of this name is the function
+exporting = importlib.import_module("qexport.api.exporting")  # the package's attribute of this name is the function
 
 
 def main() -> None:

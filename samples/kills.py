@@ -25,6 +25,9 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
 
 import qexport
+from qexport.api import auto as choosing
+from qexport.api.exporting import capture
+from qexport.api.seq2seq import exporting as exporting_parts
 from qexport.artifact import checksums, swap
 from qexport.artifact import manifest as manifests
 from qexport.artifact.manifest import DECODER, ENCODER
@@ -32,12 +35,9 @@ from qexport.artifact.ownership import is_export
 from qexport.capture.graph import Captured
 from qexport.capture.seq2seq import Parts, capture_seq2seq
 from qexport.errors import InputError, QExportError
-from qexport.export import capture
-from qexport.mixed_precision import search as choosing
 from qexport.models.source import open_model
 from qexport.report import read_validated  # noqa: F401  imported once, not in every process
 from qexport.runtime.seq2seq import is_seq2seq
-from qexport.seq2seq import exporting as exporting_parts
 from qexport.validation.reader import check_reader
 
 RECIPE, NOTES = "w4a16_g32_rtn", "what I think of this model"
@@ -102,7 +102,7 @@ def commands(model: Captured, parts: Parts) -> list[Command]:
         qexport.optimize(place / "out", repeats=1)
 
     def validate(place: Path) -> None:
-        qexport.validation(place / "out", model, windows=1, window=16, greedy=0)
+        qexport.validate(place / "out", model, windows=1, window=16, greedy=0)
 
     def optimize(place: Path) -> None:
         qexport.optimize(place / "out", repeats=1)

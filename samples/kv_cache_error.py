@@ -15,9 +15,9 @@ from statistics import mean
 import torch
 from torch.fx import Interpreter
 
+from qexport.api.exporting import capture
 from qexport.calibrate.block_activations import Stream, decoder_inputs, last_readers
 from qexport.calibrate.float_model import weights_of
-from qexport.export import capture
 from qexport.graph.edit import is_call
 from qexport.quant.kv_cache import cache_codes, cache_scale
 from qexport.quant.metrics import sqnr_db

@@ -21,7 +21,7 @@ from transformers import LlamaConfig
 CHILD = """
 import json, resource, sys, time
 from qexport import export
-from qexport.recipe import Recipe
+from qexport.recipe.recipe import Recipe
 import psutil
 options = json.loads(sys.argv[1])
 recipe = Recipe.load(options["recipe"])

@@ -18,8 +18,8 @@ from statistics import mean
 import yaml
 
 from qexport import bench
-from qexport.console import showing_progress
-from qexport.export import capture, export
+from qexport.api.exporting import capture, export
+from qexport.cli.console import showing_progress
 from qexport.recipe.recipe import Override, Recipe
 from qexport.validation.logits import compare_logits, deployed_logits
 from qexport.validation.reference import FloatOutputs, decoder_feeds

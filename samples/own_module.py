@@ -39,7 +39,7 @@ def main() -> None:
         model, "w8a8_static", out_dir="out/own_module", example_inputs=batches[0], calibration=batches, overwrite=True
     )
     print(f"{result.folder}: {len(result.manifest.linears)} linears, {result.manifest.bytes['model'] / 1e3:.0f} kB")
-    report = qexport.validation(result.folder, model, inputs=[(torch.randn(32, 64),)])
+    report = qexport.validate(result.folder, model, inputs=[(torch.randn(32, 64),)])
     for line in report.verdict:
         print(f"  {line}")
 

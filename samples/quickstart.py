@@ -15,7 +15,7 @@ def main(model: str, text: str | None) -> None:
     manifest = result.manifest
     print(f"{result.folder}: {manifest.bytes['model'] / 1e6:.1f} MB, {len(manifest.linears)} linears quantized")
 
-    report = qexport.validation(result.folder, model, windows=4, window=256)
+    report = qexport.validate(result.folder, model, windows=4, window=256)
     for sentence in report.verdict:
         print(f"  {sentence}")
 

@@ -97,7 +97,7 @@ def main() -> None:
             model, recipe, out_dir=f"out/vision/{name}", example_inputs=calibration[0], calibration=calibration,
             dynamic_shapes={"image": {0: "batch", 2: "height", 3: "width"}}, overwrite=True,
         )  # fmt: skip
-        report = qexport.validation(result.folder, model, inputs=[{"image": images[:256]}])
+        report = qexport.validate(result.folder, model, inputs=[{"image": images[:256]}])
         sessions[name] = open_file(result)
         (answers[name],) = sessions[name].run(None, {"image": images.numpy()})
         answers[name] = (result, report, np.mean(answers[name].argmax(1) == kinds.numpy()))

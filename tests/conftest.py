@@ -12,7 +12,7 @@ from cuda_placement.build import CannotBuild, build_stand_ins
 from cuda_placement.probe import placement
 from models import save_model
 from qexport import cli
-from qexport.export import capture
+from qexport.api.exporting import capture
 from qexport.validation.reader import check_reader
 
 transformers.logging.disable_progress_bar()

@@ -22,7 +22,7 @@ from qexport.runtime.session import open_session
 from qexport.validation.running import run_session
 from stepping import Runner, block_runner
 
-exporting = importlib.import_module("qexport.export")  # the package's attribute of this name is the function
+exporting = importlib.import_module("qexport.api.exporting")  # the package's attribute of this name is the function
 
 
 @dataclass

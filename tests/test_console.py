@@ -4,7 +4,7 @@ import signal
 
 import pytest
 
-from qexport.console import showing_progress
+from qexport.cli.console import showing_progress
 
 
 @pytest.mark.parametrize("native", [None, ValueError])

@@ -15,12 +15,12 @@ from agreement import assert_agree
 from models import save_model
 from passing import stream_of
 from qexport import cli
+from qexport.api.exporting import capture
+from qexport.api.inspecting import compressed, compressed_sites
 from qexport.calibrate.ranges import float_ranges
 from qexport.errors import InputError, NumericsError
-from qexport.export import capture
 from qexport.graph.edit import get_tensor, is_call
 from qexport.graph.sites import fold_sites
-from qexport.inspecting import compressed, compressed_sites
 from qexport.recipe.recipe import CalibrationSpec, FptqSpec, Override, Recipe
 from stepping import captured_runner, load_weights, padded, prompt_feeds, tokens
 

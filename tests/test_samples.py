@@ -135,7 +135,7 @@ def test_a_tied_weight_that_a_pass_changes_is_stored_twice(text, tmp_path):
     scale = sample("custom_pass.py")["ScaleByActivation"](scaled)
     out = tmp_path / "out"
     qexport.export(tied, untouched, out_dir=out, calibration=[text.read_text()[:200]], extra_passes=[scale])
-    assert qexport.validation(out, tied, text=text, windows=2, window=64).logits.kl_mean < 1e-6  # float32 rounding
+    assert qexport.validate(out, tied, text=text, windows=2, window=64).logits.kl_mean < 1e-6  # float32 rounding
 
 
 def test_the_demo_keeps_the_function_of_the_model_it_rewrites(model):

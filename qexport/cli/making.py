@@ -61,21 +61,21 @@ def export(
     as_json: Json = False,
 ) -> None:
     """Quantize a model and write it as a folder that ONNX Runtime runs."""
-    from .. import console
+    from . import console
 
     auto = auto or max_bytes is not None or max_kl is not None
     chosen = qexport.Recipe.load(recipe or ("compact" if auto else "w4a16_g32"))
     chosen = chosen.with_calibration(samples=samples, sequence_length=sequence_length, seed=seed)
     console.quiet_libraries()
-    from ..export import opened
-    from ..reporting import auto_summary, export_summary, print_auto, print_export
+    from ..api.exporting import opened
+    from .printers.summaries import auto_summary, export_summary, print_auto, print_export
 
     imported()
     source = opened(model, trust_remote_code=trust_remote_code)
     if source.config.is_encoder_decoder:
         if auto or resume or logits != "all":
             raise InputError("an encoder-decoder takes neither --auto nor --resume nor --logits last", place=model)
-        from ..seq2seq import printing
+        from .printers import seq2seq as printing
 
         with console.showing_progress() as progress:
             both = qexport.export_seq2seq(
@@ -134,21 +134,21 @@ def inspect(
     as_json: Json = False,
 ) -> None:
     """Show what an export would do. No weight is read unless it calibrates: --calibrate, or a calibration option."""
-    from .. import console
+    from . import console
 
     given = {"samples": samples, "sequence_length": sequence_length, "seed": seed}
     chosen = qexport.Recipe.load(recipe).with_calibration(**given)
     console.quiet_libraries()
     from ..models.source import open_model
-    from ..reporting import print_inspection
+    from .printers.summaries import print_inspection
 
     imported()
     source = open_model(model, trust_remote_code=trust_remote_code)
     if source.config.is_encoder_decoder:
         if calibrate or calibration is not None or any(v is not None for v in given.values()):
             raise InputError("ranges of an encoder-decoder are measured by its export only", place=model)
-        from ..seq2seq import printing
-        from ..seq2seq.exporting import inspect_seq2seq
+        from ..api.seq2seq.exporting import inspect_seq2seq
+        from .printers import seq2seq as printing
 
         both = inspect_seq2seq(source, chosen, target=target, dtype=dtype)
         if as_json:
@@ -171,7 +171,7 @@ def inspect(
 @recipes_app.command("list")
 def list_recipes(as_json: Json = False) -> None:
     """Name and purpose of every preset."""
-    from .. import console
+    from . import console
 
     presets = qexport.Recipe.presets()
     if as_json:

@@ -37,17 +37,17 @@ def validate(
     as_json: Json = False,
 ) -> None:
     """Compare an export with the float model: layers, logits, text. report.json and report.html keep it."""
-    from .. import console
+    from . import console
 
     console.quiet_libraries()
-    from ..reporting import print_validation
     from ..runtime.seq2seq import is_seq2seq
+    from .printers.summaries import print_validation
 
     imported()
     if is_seq2seq(folder):
         if references or sensitivity:
             raise InputError("an encoder-decoder takes neither --references nor --sensitivity", place=str(folder))
-        from ..seq2seq import printing
+        from .printers import seq2seq as printing
 
         with console.showing_progress() as progress:
             both = qexport.validate_seq2seq(
@@ -60,7 +60,7 @@ def validate(
             printing.print_validated(both)
         return
     with console.showing_progress() as progress:
-        report = qexport.validation(
+        report = qexport.validate(
             folder,
             reference,
             text=text,
@@ -93,7 +93,7 @@ def report(
     as_json: Json = False,
 ) -> None:
     """Show a validation again, or two side by side. Nothing runs; report.html is written again from report.json."""
-    from .. import console
+    from . import console
 
     if schema:
         from ..validation import Report
@@ -102,7 +102,7 @@ def report(
         return
     if folder is None:
         raise InputError("no folder given", remedy="Give the folder that `qexport validate` looked at")
-    from ..report.printing import print_comparison, print_rendered, rendered_summary
+    from .printers.validations import print_comparison, print_rendered, rendered_summary
 
     imported()
     if other is not None:
@@ -153,12 +153,12 @@ def study(
     at all. perplexity: of the text under the float model; to float's: over that of the float model's own text.
     repeated: 4-grams that were there before. tokens/s: without prompts and drawing; the float model runs in PyTorch.
     """
-    from .. import console
+    from . import console
 
     console.quiet_libraries()
-    from ..reporting import print_study
     from ..sampling_study import check_place, check_plot
     from ..sampling_study import plot as draw
+    from .printers.summaries import print_study
 
     imported()
     given = {"temperatures": temperature, "top_ks": top_k, "max_new_tokens": max_new_tokens, "seeds": seed}
@@ -168,7 +168,7 @@ def study(
     if plot is not None:
         check_plot(plot)
     with console.showing_progress() as progress:
-        result = qexport.sampling_study(
+        result = qexport.study(
             folders, reference, grid=grid, prompts=prompts, threads=threads, provider=provider,
             trust_remote_code=trust_remote_code, progress=progress,
             on_estimate=lambda estimate: print(estimate, file=sys.stderr, flush=True),

@@ -27,7 +27,7 @@ def generate(
     provider: Provider = None,
 ) -> None:
     """Continue a prompt with ONNX Runtime, printing while it grows."""
-    from .. import console
+    from . import console
 
     given = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
     given = {name: value for name, value in given.items() if value is not None}
@@ -67,8 +67,8 @@ def bench(
     as_json: Json = False,
 ) -> None:
     """Measure speed, load time, memory and size, alone or against another folder."""
-    from .. import console
-    from ..reporting import print_bench
+    from . import console
+    from .printers.summaries import print_bench
 
     imported()
     with console.showing_progress() as progress:
@@ -85,13 +85,13 @@ def bench(
 @app.command()
 def optimize(folder: Folder, as_json: Json = False) -> None:
     """Keep the graph that ONNX Runtime makes at every load in FOLDER/optimized: it loads faster, and takes disk."""
-    from .. import console
+    from . import console
 
     result = qexport.optimize(folder)
     if as_json:
         console.print_json(result.as_dict())
     else:
-        from ..reporting import print_optimized
+        from .printers.summaries import print_optimized
 
         print_optimized(result)
 
@@ -106,8 +106,8 @@ def doctor(
     """Look for what keeps models from running on this machine. Exit code 1 when something has to be mended."""
     from dataclasses import asdict
 
-    from .. import console
-    from ..reporting import print_checks
+    from . import console
+    from .printers.summaries import print_checks
 
     checks: list[Any] = qexport.diagnose(export=folder)
     if as_json:

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import onnx_ir as ir
 from torch.fx import Graph, Node
 
+from ..artifact.branches import STEPS
 from ..artifact.manifest import QMOE
-from ..runtime.branches import STEPS
 from .emitter import maker_of, name_of
 from .moe_form import mixtures
 from .qdq_patterns import input_of, linear_products

@@ -16,7 +16,6 @@ from ..graph.edit import Spec, call, finish, get_tensor, is_call, set_tensor
 from ..graph.schema import bind, rebind
 from ..graph.views import Item, tensor_name
 from ..quant.narrowing import narrowed
-from ..targets.bfloat16 import IN_FLOAT32
 
 aten = torch.ops.aten
 KEEP = "keep_float32"
@@ -97,3 +96,12 @@ def _halved(spec, half: torch.dtype):
     if isinstance(spec, tuple):
         return tuple(_halved(s, half) for s in spec)
     return replace(spec, dtype=half) if spec is not None and spec.dtype == torch.float32 else spec
+
+
+# Their ONNX forms: Clip, PRelu, ReduceMax, Log, Reciprocal, Round, TopK, and comparisons.
+IN_FLOAT32 = frozenset({
+    aten.clamp.default, aten.clamp_min.default, aten.amax.default, aten.log.default, aten.reciprocal.default,
+    aten.rsqrt.default, aten.round.default, aten.topk.default, aten.max.dim, aten.le.Tensor, aten.lt.Tensor,
+    aten.ge.Tensor, aten.gt.Tensor, aten.eq.Tensor, aten.le.Scalar, aten.lt.Scalar, aten.ge.Scalar, aten.gt.Scalar,
+    aten.eq.Scalar, aten.prelu.default,
+})  # fmt: skip

@@ -7,9 +7,9 @@ import onnx_ir as ir
 import torch
 from torch.fx import GraphModule
 
+from ..artifact.branches import LAYERS, PROMPTS, STEPS
 from ..graph.edit import dtype_of
 from ..graph.views import results_of
-from ..runtime.branches import LAYERS, PROMPTS, STEPS
 from .emitter import ONNX_DTYPE, Emitter, name_of
 from .prefill_twin import LONGEST_STEP
 

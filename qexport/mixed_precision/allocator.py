@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from ..calibrate.block_activations import Feeds, Progress
+from ..calibrate.fisher import Importance
 from ..capture.graph import Captured
 from ..errors import InputError, RecipeError
 from ..lower.attention_plan import plan_attention
@@ -18,7 +19,6 @@ from ..recipe.sections import FLOAT, Override, only
 from .allocate import Allocation, Choice, within_bytes, within_kl
 from .candidates import SCHEMES
 from .costs import scheme_costs
-from .fisher import Importance
 
 # Of the KL of rounding to nearest, what methods that look at activations leave; until an export is measured.
 _LEFT = {"rtn": 1.0, "hqq": 0.9}

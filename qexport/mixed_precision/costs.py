@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ..calibrate.block_activations import Feeds, Progress
+from ..calibrate.fisher import Felt, Importance, felt
 from ..capture.graph import Captured
 from ..graph.edit import get_tensor, set_tensor
 from ..passes.moe_coverage import of_experts
@@ -15,7 +16,6 @@ from ..plan.linear_plan import LinearPlan, fit, weight_bytes
 from ..quant.formats import Scheme
 from ..quant.straight_through import round_weight
 from .allocate import Choice
-from .fisher import Felt, Importance, felt
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from ..artifact.manifest import GENAI_FILE
 from ..artifact.ownership import CARD_MARK
 from ..artifact.scratch import write_whole
 from ..artifact.tokenizer import TEMPLATE
-from ..console import megabytes
+from ..formatting import megabytes
 from ..runtime.genai import context_length
 from ..validation.formatting import summary_rows
 from .exported import Exported, recipe_settings

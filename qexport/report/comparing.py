@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from ..console import megabytes
+from ..formatting import megabytes
 from ..validation.formatting import number, own, rank
 from ..validation.report import Report, Row
 from .exported import Exported

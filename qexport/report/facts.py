@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import yaml
 
 from ..artifact.manifest import RECIPE_FILE
-from ..console import megabytes
+from ..formatting import megabytes
 from ..recipe.sections import only
 from ..validation.formatting import decibels, own, worst_first
 from ..validation.report import Logits, Report

@@ -11,13 +11,13 @@ import onnxruntime as ort
 
 from ..artifact import checksums
 from ..artifact import manifest as manifests
+from ..artifact.branches import PROMPTS, all_nodes
 from ..artifact.manifest import CPU, CUDA, MODEL_FILE, ConvolutionEntry, LinearEntry, Manifest
 from ..artifact.output import restore
 from ..artifact.owner import Busy
 from ..artifact.scratch import scratch
 from ..errors import RuntimeProblem
 from . import optimized_cache as cache
-from .branches import PROMPTS, all_nodes
 from .provider import chosen_provider, why_missing
 
 

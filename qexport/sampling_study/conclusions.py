@@ -7,7 +7,7 @@ make it firmer.
 
 from collections.abc import Mapping, Sequence
 
-from ..console import megabytes
+from ..formatting import megabytes
 from .result import Choice, Row
 from .summary import Group, Key, Measured, differences, mean_and_error
 

@@ -12,8 +12,8 @@ from ..artifact import manifest as manifests
 from ..artifact.manifest import MODEL_FILE, Manifest
 from ..calibrate.float_model import float_bytes
 from ..capture.graph import Captured
-from ..console import megabytes
 from ..errors import InputError
+from ..formatting import megabytes
 from ..runtime.genai import context_length
 from ..runtime.generate import eos_token_ids
 from ..validation.account import transforms

@@ -15,14 +15,6 @@ from ..quant.formats import Scheme
 
 aten = torch.ops.aten
 
-# Their ONNX forms: Clip, PRelu, ReduceMax, Log, Reciprocal, Round, TopK, and comparisons.
-IN_FLOAT32 = frozenset({
-    aten.clamp.default, aten.clamp_min.default, aten.amax.default, aten.log.default, aten.reciprocal.default,
-    aten.rsqrt.default, aten.round.default, aten.topk.default, aten.max.dim, aten.le.Tensor, aten.lt.Tensor,
-    aten.ge.Tensor, aten.gt.Tensor, aten.eq.Tensor, aten.le.Scalar, aten.lt.Scalar, aten.ge.Scalar, aten.gt.Scalar,
-    aten.eq.Scalar, aten.prelu.default,
-})  # fmt: skip
-
 
 def check_bfloat16(plan: Iterable[LinearPlan], int8_factors: bool) -> None:
     """Refuse what cannot run in bfloat16.

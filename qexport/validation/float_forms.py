@@ -21,8 +21,8 @@ from ..errors import InputError, writing_to
 from ..graph.edit import attributes, get_tensor
 from ..lower.attention_plan import deploy_attention, plan_attention
 from ..lower.blocks import lower
-from ..lower.folder import write_model
 from ..lower.precision import to_half
+from ..lower.saving import write_model
 from ..targets.cpu import CpuTarget
 from ..targets.cuda import CudaTarget
 from .logits import compare_logits, deployed_logits

@@ -4,8 +4,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ..artifact.manifest import Manifest
+from ..calibrate.fisher import Importance
 from ..capture.graph import Captured
-from ..mixed_precision.fisher import Importance
 from .probes import Deployed
 from .reference import Feeds, Progress, watch
 

@@ -11,8 +11,8 @@ from types import MappingProxyType
 from torch import Tensor
 
 from ..artifact.manifest import LinearEntry, Manifest
+from ..calibrate.fisher import Importance
 from ..capture.graph import Captured
-from ..mixed_precision.fisher import Importance
 from ..quant.metrics import cosine, sqnr_db
 from ..runtime.session import OptimizedGraph, optimized_graph, unfused
 from .anomalies import with_faults

@@ -4,8 +4,8 @@ import math
 from collections import Counter
 from pathlib import Path
 
+from ..artifact.branches import PROMPTS
 from ..artifact.manifest import LinearEntry, Manifest
-from ..runtime.branches import PROMPTS
 from ..runtime.session import OptimizedGraph, kernel_of, node_of, optimized_graph, unfused, unfused_convolutions
 from .report import Placement, Row, Unfused
 

@@ -7,8 +7,8 @@ import onnx
 import torch
 from torch import Tensor
 
+from ..artifact.branches import PROMPTS, only
 from ..artifact.manifest import MODEL_FILE
-from ..runtime.branches import PROMPTS, only
 from ..runtime.tensors import tensor_of
 from .report import InputRange
 

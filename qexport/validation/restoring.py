@@ -13,9 +13,9 @@ import onnxruntime as ort
 import torch
 from torch import Tensor
 
+from ..artifact.branches import PROMPTS, only
 from ..artifact.manifest import MODEL_FILE, LinearEntry, Manifest
 from ..capture.graph import Captured
-from ..runtime.branches import PROMPTS, only
 from ..runtime.session import Beside, open_session
 from .probes import Deployed
 from .reference import Feeds, FloatOutputs, Progress, channel_factors, flat, watch

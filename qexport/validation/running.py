@@ -8,9 +8,9 @@ import onnxruntime as ort
 import torch
 from torch import Tensor
 
+from ..artifact.branches import PROMPTS, only
 from ..artifact.manifest import MODEL_FILE, Manifest
 from ..errors import InputError, RuntimeProblem
-from ..runtime.branches import PROMPTS, only
 from ..runtime.session import Beside, open_session
 from .reference import Feeds
 

@@ -9,9 +9,9 @@ from statistics import median
 
 from torch import Tensor
 
+from ..artifact.branches import PROMPTS, STEPS
 from ..artifact.manifest import CPU, LinearEntry, Manifest
 from ..artifact.scratch import scratch
-from ..runtime.branches import PROMPTS, STEPS
 from ..runtime.decoder import Decoder
 from ..runtime.session import open_session
 from .reference import Feeds

@@ -12,10 +12,10 @@ import onnx
 import torch
 from torch import Tensor
 
+from ..artifact.branches import PROMPTS, only
 from ..artifact.manifest import MODEL_FILE, LinearEntry, Manifest
 from ..capture.graph import Captured
 from ..graph.sites import linears
-from ..runtime.branches import PROMPTS, only
 from ..runtime.session import Beside, open_session
 from .anomalies import fault_of_weight
 from .reference import Watched, channelwise

@@ -5,8 +5,8 @@ import os
 import pytest
 
 from qexport import validate
+from qexport.api.exporting import export
 from qexport.artifact.names import public_name
-from qexport.export import export
 from qexport.recipe.recipe import Recipe
 from tiny_decoder import write_word_tokenizer
 

@@ -13,6 +13,7 @@ import torch
 import yaml
 
 import qexport
+from qexport.api.exporting import capture
 from qexport.artifact import checksums, owner
 from qexport.artifact import manifest as manifests
 from qexport.artifact.output import claimed, work_folder
@@ -20,7 +21,6 @@ from qexport.artifact.ownership import is_export
 from qexport.calibrate import shards
 from qexport.capture.blocks import Block
 from qexport.errors import InputError, PassError
-from qexport.export import capture
 from qexport.runtime.seq2seq import is_seq2seq
 from qexport.runtime.session import open_session
 

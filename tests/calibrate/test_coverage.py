@@ -6,14 +6,14 @@ from dataclasses import replace
 import pytest
 import torch
 
+from qexport.api.exporting import export
+from qexport.api.validating import validate
 from qexport.artifact import manifest as manifests
 from qexport.calibrate.coverage import unseen_shares, warning
-from qexport.export import export
 from qexport.plan.linear_plan import LinearPlan
 from qexport.quant.formats import Scheme
 from qexport.recipe.recipe import Recipe
 from qexport.runtime.session import open_session
-from qexport.validation import validate
 from qexport.validation.running import run_session
 
 

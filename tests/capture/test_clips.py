@@ -7,8 +7,8 @@ from torch import nn
 from torch.nn import functional
 
 import exporting
+from qexport.api.validating import validate
 from qexport.capture.module import capture_module
-from qexport.validation import validate
 from stepping import captured_runner, load_weights
 
 aten = torch.ops.aten

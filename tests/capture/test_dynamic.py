@@ -68,7 +68,7 @@ def test_the_module_itself_may_be_the_layer(module, example, tmp_path):
         module, "w8a8_static", out_dir=tmp_path / "out", example_inputs=(example,), calibration=inputs
     )
     assert [p.name for p in (*made.plan, *made.convolutions) if p.scheme is not None] == ["root"]
-    report = qexport.validation(made.folder, module, inputs=inputs, threads=1)
+    report = qexport.validate(made.folder, module, inputs=inputs, threads=1)
     assert report.outputs[0].sqnr_db > 20 and not report.problems
 
 
@@ -88,6 +88,6 @@ def test_pictures_of_several_sizes_are_compared(tmp_path):
         net, "w8a8_static", out_dir=tmp_path / "out", example_inputs=first, calibration=[first, *others],
         dynamic_shapes={"input": {0: "batch", 2: "height", 3: "width"}},
     )  # fmt: skip
-    report = qexport.validation(made.folder, net, inputs=[first, *others], threads=1)
+    report = qexport.validate(made.folder, net, inputs=[first, *others], threads=1)
     assert len(made.convolutions) == 2 and not report.problems
     assert report.outputs[0].sqnr_db > 25 and all(row.sqnr_db > 25 for row in report.layers.blocks)

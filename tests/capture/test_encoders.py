@@ -12,9 +12,9 @@ from transformers import (
 )
 
 from modules import REFUSED_ENCODERS, VOCAB, encoders, save_encoder
+from qexport.api.exporting import capture, export
 from qexport.calibrate.encoder_inputs import encoder_inputs
 from qexport.errors import CaptureError, InputError, LoweringError
-from qexport.export import capture, export
 from qexport.graph.sites import fold_sites
 from qexport.lower.build import check_translations
 from qexport.plan.model_plan import plan_for

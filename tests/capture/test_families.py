@@ -5,7 +5,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
 from models import FAMILIES, VOCAB, reference_model
-from qexport.export import capture
+from qexport.api.exporting import capture
 from qexport.graph.edit import attributes, get_tensor
 from qexport.models.checkpoint import Checkpoint
 from stepping import captured_runner, load_weights, next_feeds, padded, prompt_feeds, tokens, transformers_runner

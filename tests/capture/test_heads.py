@@ -9,8 +9,8 @@ from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassificati
 import exporting
 from models import LISTS, VOCAB, save_random
 from qexport import validate
+from qexport.api.exporting import capture
 from qexport.errors import CaptureError
-from qexport.export import capture
 from qexport.models.heads import note_on_bare
 from qexport.recipe.recipe import Recipe
 from stepping import captured_runner, load_weights, padded, tokens

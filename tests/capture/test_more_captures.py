@@ -8,9 +8,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from models import QUICK, REFUSED, VOCAB, breadth, reference_model, save_model
+from qexport.api.exporting import capture
 from qexport.capture.weight_views import Pieces
 from qexport.errors import CaptureError, LoweringError
-from qexport.export import capture
 from qexport.graph.sites import linears
 from qexport.lower.build import check_translations
 from stepping import captured_runner, load_weights, next_feeds, padded, prompt_feeds, tokens, transformers_runner

@@ -9,8 +9,8 @@ from safetensors.torch import load_file, save_file
 
 from models import save_model
 from modules import save_encoder
+from qexport.api.exporting import capture
 from qexport.errors import CaptureError, InputError
-from qexport.export import capture
 from qexport.models.quantized import check_float
 from qexport.models.source import open_model
 

@@ -9,8 +9,8 @@ import transformers
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from qexport.api.exporting import capture, export
 from qexport.errors import CaptureError, InputError, NumericsError
-from qexport.export import capture, export
 
 
 @pytest.fixture

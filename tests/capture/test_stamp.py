@@ -6,10 +6,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers.models.llama.modeling_llama import LlamaAttention
 
 from models import VOCAB, reference_model, save_model
+from qexport.api.exporting import capture, export
 from qexport.capture import trace
 from qexport.capture.layer_groups import Layers, find_layers
 from qexport.errors import CaptureError
-from qexport.export import capture, export
 from stepping import captured_runner, load_weights, prompt_feeds, tokens, transformers_runner
 
 SLIDING, FULL = "sliding_attention", "full_attention"

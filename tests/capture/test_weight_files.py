@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from models import VOCAB, reference_model
+from qexport.api.exporting import capture
 from qexport.errors import CaptureError, InputError
-from qexport.export import capture
 from qexport.models.checkpoint import Checkpoint
 from qexport.models.files import INDEX, WHOLE, weight_files
 from qexport.models.source import open_model

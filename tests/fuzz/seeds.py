@@ -55,7 +55,7 @@ def make(folder: Path) -> None:
     (folder / "recipe.yaml").write_text(RECIPE)
     torch.manual_seed(0)
     qexport.export(folder / "llama", "w8a16_g32", out_dir=folder / "export")
-    qexport.validation(folder / "export", folder / "llama", windows=1, window=16, greedy=2)
+    qexport.validate(folder / "export", folder / "llama", windows=1, window=16, greedy=2)
 
 
 def _tokenizer() -> PreTrainedTokenizerFast:

@@ -8,9 +8,9 @@ import torch
 import exporting
 from agreement import logits
 from models import FAMILIES
+from qexport.api.exporting import export as export_model
 from qexport.artifact.manifest import MODEL_FILE
 from qexport.errors import InputError
-from qexport.export import export as export_model
 from qexport.recipe.recipe import CalibrationSpec, Override, Recipe
 from qexport.runtime.decoder import Decoder, open_decoder
 from qexport.runtime.session import open_session

@@ -16,6 +16,7 @@ import agreement
 import qexport
 from agreement import assert_float16_adds_little
 from cuda_placement.models import CPU, CUDA, PROMPT, assert_decoder_on_cuda
+from qexport.api.validating import validate
 from qexport.errors import InputError, RuntimeProblem
 from qexport.plan.linear_plan import LinearPlan
 from qexport.quant.formats import Scheme
@@ -23,7 +24,6 @@ from qexport.recipe.recipe import CalibrationSpec, LoRCSpec, Override, Recipe
 from qexport.runtime import session
 from qexport.runtime.decoder import open_decoder
 from qexport.targets.bfloat16 import check_bfloat16
-from qexport.validation import validate
 from stepping import padded
 from tiny_decoder import write_word_tokenizer
 from widening import widen

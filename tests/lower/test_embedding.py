@@ -13,7 +13,7 @@ import agreement
 from agreement import ROUNDING, assert_agree, assert_float16_adds_little, logits
 from cuda_placement.models import PROMPT, assert_decoder_on_cuda
 from models import HIDDEN, VOCAB, save_model
-from qexport.export import capture
+from qexport.api.exporting import capture
 from qexport.graph.edit import get_tensor, is_call
 from qexport.recipe.recipe import CalibrationSpec, LoRCSpec, Recipe, SmoothSpec, WeightSpec
 from qexport.runtime.session import optimized_graph, unfused

@@ -6,9 +6,9 @@ from transformers import AutoModelForSequenceClassification
 import exporting
 from modules import VOCAB, encoders, save_encoder
 from qexport import generate, optimize, validate
+from qexport.api.exporting import capture
 from qexport.calibrate.encoder_inputs import encoder_inputs
 from qexport.errors import InputError
-from qexport.export import capture
 from qexport.quant.metrics import sqnr_db
 from qexport.recipe.recipe import CalibrationSpec, Recipe
 from qexport.validation.placement import examine

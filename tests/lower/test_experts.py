@@ -13,7 +13,7 @@ import agreement
 from agreement import assert_agree, assert_float16_adds_little
 from cuda_placement.models import CPU, CUDA, PROMPT
 from models import save_model
-from qexport.export import capture
+from qexport.api.exporting import capture
 from qexport.graph.edit import is_call
 from qexport.graph.sites import linears
 from qexport.lower.fuse_moe import gather_experts

@@ -15,9 +15,9 @@ import qexport
 from cuda_placement.models import assert_decoder_on_cuda, model, tensor, value
 from cuda_placement.probe import PlacementError
 from models import save_model
-from qexport.inspecting import inspect
+from qexport.api.inspecting import inspect
+from qexport.cli.printers.summaries import export_summary, print_export, print_inspection
 from qexport.recipe.recipe import CalibrationSpec, Recipe
-from qexport.reporting import export_summary, print_export, print_inspection
 from qexport.targets.fpa_intb import ENTRY, Product, has_no_kernel, why_not, why_slow
 
 ON = {ENTRY: "1"}

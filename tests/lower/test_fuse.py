@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from qexport.export import export
+from qexport.api.exporting import export
 from qexport.recipe.recipe import Override, Recipe
 from qexport.runtime.session import optimized_graph
 

@@ -3,9 +3,9 @@
 import onnx
 import pytest
 
+from qexport.api.exporting import export
 from qexport.artifact import manifest as manifests
-from qexport.export import export
-from qexport.runtime.branches import PROMPTS, STEPS, only
+from qexport.artifact.branches import PROMPTS, STEPS, only
 
 ROUNDING = {"QuantizeLinear", "DequantizeLinear", "Div", "Clip"}
 

@@ -8,12 +8,12 @@ import torch
 
 import exporting
 from agreement import ROUNDING
+from qexport.api.exporting import export as export_model
+from qexport.api.validating import validate
 from qexport.errors import LoweringError, RecipeError
-from qexport.export import export as export_model
 from qexport.graph.edit import is_call
 from qexport.recipe.recipe import CalibrationSpec, KvCacheSpec, Override, Recipe
 from qexport.runtime.decoder import open_decoder
-from qexport.validation import validate
 from stepping import captured_runner, load_weights, next_feeds, padded, prompt_feeds, tokens
 
 CALIBRATION = CalibrationSpec(source="random", samples=16, sequence_length=48)

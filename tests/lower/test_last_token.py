@@ -9,13 +9,13 @@ import agreement
 import exporting
 from agreement import assert_agree
 from cuda_placement.models import PROMPT, assert_decoder_on_cuda
+from qexport.api.exporting import export as export_model
+from qexport.api.validating import validate
 from qexport.errors import InputError, LoweringError
-from qexport.export import export as export_model
 from qexport.graph.edit import call, shape_of
 from qexport.lower.last_token import keep_last, read_by_projection
 from qexport.recipe.recipe import CalibrationSpec, CrossQuantSpec, LlmInt8Spec, LoRCSpec, Recipe, SmoothSpec
 from qexport.runtime.decoder import open_decoder
-from qexport.validation import validate
 from qexport.validation.logits import deployed_logits
 from stepping import captured_runner, load_weights, next_feeds, padded, prompt_feeds, tokens
 

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from qexport.export import export
+from qexport.api.exporting import export
 from qexport.recipe.recipe import Override, Recipe
 from qexport.runtime.session import open_session
 

@@ -17,6 +17,7 @@ import agreement
 import exporting
 from agreement import ROUNDING, assert_agree
 from passing import block_of, collecting
+from qexport.api.validating import validate
 from qexport.artifact.manifest import CPU
 from qexport.graph.edit import attributes, call, get_tensor, is_call, shape_of
 from qexport.graph.sites import linears
@@ -31,7 +32,6 @@ from qexport.plan.linear_plan import LinearPlan
 from qexport.quant.formats import Scheme
 from qexport.recipe.recipe import CalibrationSpec, CrossQuantSpec, LlmInt8Spec, LoRCSpec, Override, Recipe
 from qexport.runtime.session import open_session, optimized_graph, unfused
-from qexport.validation import validate
 from stepping import padded, prompt_feeds, tokens
 
 aten = torch.ops.aten

@@ -6,12 +6,12 @@ from torch import nn
 
 import exporting
 from modules import MODULES, axes, cnn, example_inputs, looked_up, make_module
+from qexport.api.inspecting import inspect
+from qexport.api.validating import validate
 from qexport.capture.module import capture_module
-from qexport.inspecting import inspect
+from qexport.cli.printers.summaries import print_inspection
 from qexport.quant.metrics import sqnr_db
 from qexport.recipe.recipe import Recipe
-from qexport.reporting import print_inspection
-from qexport.validation import validate
 from qexport.validation.placement import examine
 from stepping import captured_runner, load_weights
 

@@ -9,8 +9,8 @@ import agreement
 from agreement import assert_agree
 from cuda_placement.models import CPU, PROMPT
 from models import BREADTH, breadth
+from qexport.api.exporting import target_for
 from qexport.errors import RecipeError
-from qexport.export import target_for
 from qexport.plan.model_plan import plan_for
 from qexport.recipe.recipe import CalibrationSpec, Recipe
 from stepping import captured_runner, load_weights, padded

@@ -5,9 +5,9 @@ import pytest
 import torch
 
 import exporting
+from qexport.api.exporting import export
 from qexport.artifact.manifest import MODEL_FILE
 from qexport.capture.module import capture_module
-from qexport.export import export
 from qexport.recipe.recipe import Recipe
 
 

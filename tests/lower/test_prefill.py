@@ -15,19 +15,19 @@ from agreement import ROUNDING, STEP
 from exporting import session_runner
 from passing import block_of
 from qexport import optimize
+from qexport.api.exporting import export as export_model
+from qexport.api.validating import validate
+from qexport.artifact.branches import PROMPTS, STEPS, only
 from qexport.artifact.manifest import CPU, MODEL_FILE
 from qexport.errors import RecipeError
-from qexport.export import export as export_model
 from qexport.graph.sites import linears
 from qexport.lower.prefill_twin import LONGEST_STEP, prompt_twin
 from qexport.quant.affine import quantize_weight
 from qexport.quant.expand import channel_scale, expand
 from qexport.quant.formats import WeightFormat
 from qexport.recipe.recipe import CalibrationSpec, LoRCSpec, Override, Recipe, SmoothSpec
-from qexport.runtime.branches import PROMPTS, STEPS, only
 from qexport.runtime.decoder import open_decoder
 from qexport.runtime.session import open_session, optimized_graph, unfused
-from qexport.validation import validate
 from stepping import block_runner, next_feeds, padded, prompt_feeds, tokens
 
 PROMPT_MASK, STEP_MASK = padded([12, 9, 10], "left"), padded([7, 4, 6], "left")

@@ -12,6 +12,8 @@ from transformers import AutoModelForSeq2SeqLM, WhisperForConditionalGeneration
 import exporting
 from modules import SEQ2SEQ, VOCAB, save_seq2seq
 from qexport import export_seq2seq, generate, open_seq2seq, optimize, validate_seq2seq
+from qexport.api.seq2seq.exporting import inspect_seq2seq
+from qexport.api.seq2seq.sources import load_sources, write_about
 from qexport.artifact import checksums
 from qexport.artifact import manifest as manifests
 from qexport.capture.folder import capture_folder
@@ -20,8 +22,6 @@ from qexport.errors import CaptureError, InputError, RecipeError
 from qexport.models.source import open_model
 from qexport.quant.metrics import sqnr_db
 from qexport.recipe.recipe import CalibrationSpec, Recipe
-from qexport.seq2seq.exporting import inspect_seq2seq
-from qexport.seq2seq.sources import load_sources, write_about
 from qexport.validation.placement import examine
 from stepping import captured_runner, load_weights, padded, source_of, stepwise, tokens
 from tiny_decoder import write_word_tokenizer

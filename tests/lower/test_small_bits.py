@@ -13,7 +13,7 @@ import exporting
 from agreement import ROUNDING, assert_agree, assert_float16_adds_little, differences
 from cuda_placement.models import PROMPT, assert_decoder_on_cuda
 from models import save_model
-from qexport.export import capture
+from qexport.api.exporting import capture
 from qexport.graph.edit import is_call
 from qexport.plan.linear_plan import LinearPlan, weight_bytes
 from qexport.quant.formats import Scheme

@@ -5,11 +5,11 @@ import pytest
 
 import qexport
 from models import save_model
+from qexport.api.exporting import export
+from qexport.api.validating import validate
 from qexport.artifact.manifest import CPU
 from qexport.errors import InputError, RecipeError
-from qexport.export import export
 from qexport.recipe.recipe import Override, Recipe
-from qexport.validation import validate
 from tiny_decoder import write_word_tokenizer
 
 TEXT = " ".join(f"w{i * i % 97}" for i in range(600))

@@ -1,10 +1,10 @@
 import pytest
 import torch
 
+from qexport.calibrate.fisher import _SEED, Importance, felt
 from qexport.calibrate.float_model import loaded
 from qexport.graph.edit import get_tensor
 from qexport.graph.sites import linears
-from qexport.mixed_precision.fisher import _SEED, Importance, felt
 from qexport.validation.reference import FloatOutputs, decoder_feeds
 
 FAMILIES = ("llama", "gemma2", "opt", "gpt_neox")

@@ -12,10 +12,12 @@ from torch import nn
 import exporting
 from agreement import assert_agree
 from models import HIDDEN, VOCAB, reference_model, save_model
-from qexport import inspecting
+from qexport.api import inspecting
+from qexport.api.exporting import capture, export
+from qexport.api.validating import validate
 from qexport.calibrate.sources import load_samples
+from qexport.cli.printers.summaries import print_export, print_inspection
 from qexport.errors import PassError, RecipeError
-from qexport.export import capture, export
 from qexport.graph.edit import get_tensor
 from qexport.passes.base import Context
 from qexport.passes.embedding import ShareEmbedding
@@ -27,8 +29,6 @@ from qexport.quant.formats import WeightFormat
 from qexport.quant.gptq import HessianStatistic, gptq
 from qexport.quant.hqq import hqq
 from qexport.recipe.recipe import CalibrationSpec, LoRCSpec, Recipe, WeightSpec
-from qexport.reporting import print_export, print_inspection
-from qexport.validation import validate
 from stepping import padded
 
 RANDOM = CalibrationSpec(source="random", samples=4, sequence_length=16)

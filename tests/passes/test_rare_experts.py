@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 
 from models import save_model
 from passing import plan_of, run_passes, stream_of
-from qexport.export import capture, export
+from qexport.api.exporting import capture, export
 from qexport.graph.edit import get_tensor
 from qexport.passes.equalization.awq import AWQ
 from qexport.passes.equalization.smoothquant import SmoothQuant

@@ -7,9 +7,9 @@ import pytest
 
 _SCRIPT = """
 import resource, sys, torch
-from qexport.numerics.formats import WeightFormat
-from qexport.numerics.grid import quantize_weight, search_clip
-from qexport.numerics.metrics import kl_divergence
+from qexport.quant.formats import WeightFormat
+from qexport.quant.affine import quantize_weight, search_clip
+from qexport.quant.metrics import kl_divergence
 
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

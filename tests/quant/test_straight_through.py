@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import qexport.ops  # noqa: F401  registers the operators
+import qexport.graph.ops  # noqa: F401  registers the operators
 from qexport.errors import NumericsError
 from qexport.quant.affine import quantize_weight
 from qexport.quant.formats import PER_CHANNEL, PER_TENSOR, ActivationFormat, WeightFormat

@@ -6,7 +6,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from models import save_model
-from qexport.export import export
+from qexport.api.exporting import export
 from qexport.report.card import CARD_FILE
 from qexport.runtime.decoder import open_decoder
 from tokenizing import save_tokenizer

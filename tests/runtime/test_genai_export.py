@@ -2,7 +2,7 @@
 
 import pytest
 
-from qexport.export import export
+from qexport.api.exporting import export
 from qexport.recipe.recipe import Recipe
 from qexport.runtime.decoder import open_decoder
 from tiny_decoder import write_word_tokenizer

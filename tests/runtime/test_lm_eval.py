@@ -13,7 +13,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from models import save_model
-from qexport.export import export
+from qexport.api.exporting import export
 from qexport.runtime.decoder import open_decoder
 from tiny_decoder import write_word_tokenizer
 

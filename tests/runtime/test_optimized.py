@@ -15,10 +15,10 @@ from torch import nn
 
 import qexport
 from qexport import cli
+from qexport.api.exporting import export
 from qexport.artifact import manifest as manifests
 from qexport.artifact.manifest import CUDA
 from qexport.errors import InputError, RuntimeProblem
-from qexport.export import export
 from qexport.runtime import optimized, processor
 from qexport.runtime import optimized_cache as cache
 from qexport.runtime.decoder import Decoder

@@ -7,9 +7,9 @@ import sys
 import pytest
 
 from models import save_model
+from qexport.api.exporting import export
 from qexport.artifact.manifest import Manifest
 from qexport.errors import InputError
-from qexport.export import export
 from qexport.models.source import open_model
 from qexport.runtime.genai import genai_config
 from tiny_decoder import write_word_tokenizer
@@ -86,7 +86,7 @@ def test_a_damaged_tokenizer_is_refused_before_capture(folder, tmp_path):
 
 
 def test_calibration_text_that_cannot_be_had_is_refused_before_capture(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(sys.modules["qexport.export"], "capture_folder", lambda folder: pytest.fail("captured"))
+    monkeypatch.setattr(sys.modules["qexport.api.exporting"], "capture_folder", lambda folder: pytest.fail("captured"))
     with pytest.raises(InputError, match="gone.txt: cannot read the calibration text: No such file"):
         export(folder, "w8a8_static", out_dir=tmp_path / "out", calibration="gone.txt")
     for file in folder.glob("token*"):

@@ -40,7 +40,7 @@ def folders(model, tmp_path_factory) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def result(model, folders) -> Study:
-    return qexport.sampling_study(list(folders.values()), model, grid=GRID, prompts=PROMPTS, threads=1)
+    return qexport.study(list(folders.values()), model, grid=GRID, prompts=PROMPTS, threads=1)
 
 
 def refused(result, *parts):
@@ -92,7 +92,7 @@ def test_an_export_in_float_writes_what_the_float_model_writes(result, folders):
 
 def test_perplexity_is_that_of_transformers(model, folders):
     grid = qexport.Grid(temperatures=(0.9,), top_ks=(0,), max_new_tokens=(8,), seeds=(4,))
-    found = qexport.sampling_study([folders["w2"]], model, grid=grid, prompts=PROMPTS[:1], threads=1)
+    found = qexport.study([folders["w2"]], model, grid=grid, prompts=PROMPTS[:1], threads=1)
     sampling = qexport.Sampling(0.9, seed=4)
     from transformers import AutoTokenizer
 
@@ -110,7 +110,7 @@ def test_perplexity_is_that_of_transformers(model, folders):
 
 def test_a_shorter_length_is_the_start_of_the_longer_one(model, folders, result):
     grid = qexport.Grid(temperatures=(1.0,), top_ks=(5,), max_new_tokens=(6,), seeds=(0, 1))
-    alone = qexport.sampling_study([folders["w2"]], model, grid=grid, prompts=PROMPTS, threads=1)
+    alone = qexport.study([folders["w2"]], model, grid=grid, prompts=PROMPTS, threads=1)
     speed = {"format", "tokens_per_second", "tokens_per_second_spread"}
     expected = by_setting(result, str(folders["w2"]))[1.0, 5, 6].model_dump(exclude=speed)
     # The float model reads another number of tokens at once, which rounds differently.
@@ -119,7 +119,7 @@ def test_a_shorter_length_is_the_start_of_the_longer_one(model, folders, result)
 
 def test_an_estimate_comes_before_the_work(model, folders):
     seen = []
-    qexport.sampling_study(
+    qexport.study(
         [folders["w8"]], model, grid=qexport.Grid(temperatures=(0,), max_new_tokens=(4,)), prompts=["ab"],
         on_estimate=seen.append, progress=lambda stage, what, done, total: seen.append(stage),
     )  # fmt: skip

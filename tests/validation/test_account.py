@@ -37,7 +37,7 @@ def test_only_passes_that_do_not_keep_values_make_a_comparison_lenient(recipe, e
     assert transforms(out) is moves
     if moves:
         return
-    report = qexport.validation(out, model_folder("llama"), windows=1, window=16, greedy=0, threads=1)
+    report = qexport.validate(out, model_folder("llama"), windows=1, window=16, greedy=0, threads=1)
     assert not any(row.rescaled for row in (*report.layers.linears, *report.layers.attentions)) and not report.problems
     kept = json.loads((out / "report.json").read_text())
     del kept["export"]["passes"]

@@ -6,10 +6,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from models import save_model
+from qexport.api.exporting import capture, export
 from qexport.artifact import manifest as manifests
 from qexport.artifact.manifest import CPU
 from qexport.errors import InputError
-from qexport.export import capture, export
 from qexport.quant.metrics import kl_divergence
 from qexport.recipe.recipe import Recipe
 from qexport.runtime.decoder import Decoder

@@ -5,8 +5,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from models import save_model
+from qexport.api.exporting import capture, export
 from qexport.artifact import manifest as manifests
-from qexport.export import capture, export
 from qexport.recipe.recipe import Override, Recipe
 from qexport.runtime.decoder import open_decoder
 from qexport.validation.greedy import alike, compare_greedy

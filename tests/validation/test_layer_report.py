@@ -9,12 +9,13 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from models import save_model
+from qexport.api.exporting import capture, export
+from qexport.api.validating import validate
 from qexport.artifact import manifest as manifests
-from qexport.export import capture, export
 from qexport.recipe.recipe import Recipe
 from qexport.recipe.sections import KvCacheSpec, LoRCSpec
 from qexport.runtime.session import open_session
-from qexport.validation import validate, worst_linears
+from qexport.validation import worst_linears
 from qexport.validation.attentions import attentions
 from qexport.validation.ranges import static_limits
 from qexport.validation.reference import decoder_feeds

@@ -8,10 +8,11 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import planting
+from qexport.api.exporting import export
+from qexport.api.validating import validate
 from qexport.artifact import manifest as manifests
-from qexport.export import export
 from qexport.recipe.recipe import Recipe
-from qexport.validation import Report, validate, worst_first
+from qexport.validation import Report, worst_first
 from tiny_decoder import write_word_tokenizer
 
 TEXT = "".join(chr(33 + (i * i * 31 + i * 7) % 94) for i in range(300))  # one token a character

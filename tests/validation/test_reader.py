@@ -13,17 +13,17 @@ from torch import nn
 
 from models import FAMILIES, save_model
 from modules import cnn, save_encoder, save_seq2seq
+from qexport.api.exporting import capture, export
+from qexport.api.validating import validate
 from qexport.capture.module import capture_module
 from qexport.capture.seq2seq import capture_seq2seq
 from qexport.errors import CaptureError
-from qexport.export import capture, export
 from qexport.models.agreement import ReaderAgreement, difference, explained, row_errors
 from qexport.models.checkpoint import Checkpoint, StateDict
 from qexport.models.source import open_model
 from qexport.models.witness import Call
 from qexport.models.witness import Testimony as Said
 from qexport.recipe.recipe import Recipe
-from qexport.validation import validate
 from qexport.validation.reader import check_reader
 
 RECIPE = Recipe(scheme="w8a16_g32", weights={"method": "rtn"})

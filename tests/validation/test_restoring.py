@@ -1,8 +1,8 @@
 import pytest
 import torch
 
+from qexport.api.exporting import export
 from qexport.artifact import manifest as manifests
-from qexport.export import export
 from qexport.recipe.recipe import Override, Recipe
 from qexport.validation.reference import decoder_feeds
 from qexport.validation.restoring import kl_costs

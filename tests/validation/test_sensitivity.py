@@ -3,14 +3,14 @@
 import pytest
 
 from models import save_model
+from qexport.api.exporting import export
+from qexport.api.validating import validate
 from qexport.errors import InputError
-from qexport.export import export
 from qexport.mixed_precision.allocate import Choice
 from qexport.mixed_precision.costs import Costs, Item
+from qexport.mixed_precision.sensitivity import suggested
 from qexport.recipe.recipe import Override, Recipe
-from qexport.validation import validate
 from qexport.validation.report import Row
-from qexport.validation.sensitivity import suggested
 from tiny_decoder import write_word_tokenizer
 
 TEXT = " ".join(f"w{i * i % 97}" for i in range(600))

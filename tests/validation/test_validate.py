@@ -11,13 +11,19 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import planting
+from qexport.api.exporting import capture, export
+from qexport.api.validating import validate
 from qexport.artifact import checksums
 from qexport.artifact import manifest as manifests
 from qexport.errors import InputError
-from qexport.export import capture, export
 from qexport.recipe.recipe import Recipe
 from qexport.runtime.optimized import optimize
-from qexport.validation import Report, load, summary_rows, validate, worst_first
+from qexport.validation import (
+    Report,
+    load,
+    summary_rows,
+    worst_first,
+)
 from qexport.validation.logits import compare_logits
 from qexport.validation.reference import FloatOutputs, decoder_feeds
 from qexport.validation.text import choose_text

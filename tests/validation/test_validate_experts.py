@@ -33,7 +33,7 @@ def exported(model, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def report(model, exported):
-    return qexport.validation(exported, model, text=TEXT, windows=2, window=32, greedy=4, sensitivity=True)
+    return qexport.validate(exported, model, text=TEXT, windows=2, window=32, greedy=4, sensitivity=True)
 
 
 def test_one_sentence_says_what_is_not_compared_and_everything_else_is(report, exported):

@@ -3,15 +3,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from qexport.api.exporting import capture, export
+from qexport.api.validating import validate
 from qexport.artifact import manifest as manifests
 from qexport.artifact.manifest import BlockEntry
 from qexport.calibrate.block_activations import module_feeds
 from qexport.errors import InputError
-from qexport.export import capture, export
 from qexport.recipe.recipe import Recipe
 from qexport.runtime.session import optimized_graph
 from qexport.validation import probes as reading
-from qexport.validation import validate
 from qexport.validation.layers import compare_layers
 from qexport.validation.probes import Probe, in_groups, probes
 from qexport.validation.reference import FloatOutputs, Forced, decoder_feeds, watch

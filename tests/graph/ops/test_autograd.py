@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-import qexport.ops  # noqa: F401  registers the operators
+import qexport.graph.ops  # noqa: F401  registers the operators
 
 ops = torch.ops.qexport
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.fx import Graph, GraphModule
 
-import qexport.ops  # noqa: F401  registers the operators
+import qexport.graph.ops  # noqa: F401  registers the operators
 from qexport.graph.edit import Spec, add_tensor, get_tensor
 from qexport.lower.emitter import Emitter
 from qexport.lower.fuse_moe import Experts

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper
 
-import qexport.ops  # noqa: F401  registers the operators
+import qexport.graph.ops  # noqa: F401  registers the operators
 
 ops = torch.ops.qexport
 

@@ -10,23 +10,24 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
-from ..artifact.manifest import DECODER, ENCODER
-from ..artifact.output import inside
-from ..calibrate.data import Prepared, Progress, no_progress
-from ..calibrate.encoder_inputs import with_last_token
-from ..capture.seq2seq import Parts, capture_seq2seq
-from ..errors import InputError
-from ..models.source import ModelFolder, open_model
-from ..recipe.recipe import CalibrationSpec
-from ..runtime.seq2seq import EncoderDecoder, is_seq2seq, open_seq2seq
-from ..validation import Report, validate
-from ..validation.formatting import number
-from ..validation.greedy import alike
-from ..validation.logits import compare_logits
-from ..validation.reference import FloatOutputs
-from ..validation.report import Greedy, Logits
-from ..validation.report_store import KEY, keep
-from ..validation.text import choose_text
+from ...artifact.manifest import DECODER, ENCODER
+from ...artifact.output import inside
+from ...calibrate.data import Prepared, Progress, no_progress
+from ...calibrate.encoder_inputs import with_last_token
+from ...capture.seq2seq import Parts, capture_seq2seq
+from ...errors import InputError
+from ...models.source import ModelFolder, open_model
+from ...recipe.recipe import CalibrationSpec
+from ...runtime.seq2seq import EncoderDecoder, is_seq2seq, open_seq2seq
+from ...validation import Report
+from ...validation.formatting import number
+from ...validation.greedy import alike
+from ...validation.logits import compare_logits
+from ...validation.reference import FloatOutputs
+from ...validation.report import Greedy, Logits
+from ...validation.report_store import KEY, keep
+from ...validation.text import choose_text
+from ..validating import validate
 from .sources import Sources, batches_of, load_sources, of_part, write_about
 
 _SEED = 0x5EED0F7E57  # of sources that nobody gave: others than any recipe's

@@ -12,15 +12,15 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 
-from ..artifact.manifest import SOURCE_MASK
-from ..calibrate.data import Prepared, Progress
-from ..calibrate.encoder_inputs import with_last_token
-from ..calibrate.self_text import continue_text
-from ..calibrate.sources import load_samples
-from ..capture.seq2seq import Parts
-from ..errors import InputError
-from ..recipe.recipe import CalibrationSpec
-from ..runtime.seq2seq import habits_of
+from ...artifact.manifest import SOURCE_MASK
+from ...calibrate.data import Prepared, Progress
+from ...calibrate.encoder_inputs import with_last_token
+from ...calibrate.self_text import continue_text
+from ...calibrate.sources import load_samples
+from ...capture.seq2seq import Parts
+from ...errors import InputError
+from ...recipe.recipe import CalibrationSpec
+from ...runtime.seq2seq import habits_of
 
 Feeds = Mapping[str, Tensor]
 _CROSS_BYTES = 1 << 30  # of keys and values of sources in memory at once

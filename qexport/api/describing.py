@@ -5,15 +5,15 @@ from dataclasses import asdict
 from importlib.metadata import version
 from typing import Any
 
-from .artifact.manifest import BlockEntry, ConvolutionEntry, LinearEntry, Manifest
-from .calibrate.loop import Finished
-from .capture.graph import Captured
-from .lower.build import Lowered, Target
-from .models.agreement import ReaderAgreement
-from .passes.base import GraphPass
-from .plan.convolution_plan import ConvolutionPlan
-from .plan.linear_plan import LinearPlan
-from .plan.model_plan import described_embedding
+from ..artifact.manifest import BlockEntry, ConvolutionEntry, LinearEntry, Manifest
+from ..calibrate.loop import Finished
+from ..capture.graph import Captured
+from ..lower.build import Lowered, Target
+from ..models.agreement import ReaderAgreement
+from ..passes.base import GraphPass
+from ..plan.convolution_plan import ConvolutionPlan
+from ..plan.linear_plan import LinearPlan
+from ..plan.model_plan import described_embedding
 
 
 def manifest_of(

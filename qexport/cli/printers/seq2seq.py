@@ -2,11 +2,11 @@
 
 from typing import Any
 
+from ...api.seq2seq.exporting import Parted, Seq2SeqResult
+from ...api.seq2seq.validating import Seq2SeqReport
+from ...validation.formatting import number
 from ..console import print_table
-from ..reporting import export_summary, print_export, print_inspection, print_kept
-from ..validation.formatting import number
-from .exporting import Parted, Seq2SeqResult
-from .validating import Seq2SeqReport
+from .summaries import export_summary, print_export, print_inspection, print_kept
 
 
 def summary(result: Seq2SeqResult) -> dict[str, Any]:

@@ -10,46 +10,47 @@ from typing import Any
 
 import torch
 
-from .artifact.manifest import Manifest
-from .artifact.names import public_name
-from .artifact.output import Work, claimed, explained
-from .calibrate.coverage import unseen_shares, warning
-from .calibrate.data import Progress, calibration_batches, check_calibration, needs_data, no_progress, recipe_and_data
-from .calibrate.fingerprint import fingerprint_of
-from .calibrate.loop import Finished, quantize_blocks
-from .calibrate.projection import hessian_of
-from .calibrate.recipe_passes import passes_for
-from .capture.dynamic import DynamicShapes
-from .capture.folder import capture_folder
-from .capture.graph import Captured
-from .capture.module import Inputs, capture_module
+from ..artifact.manifest import Manifest
+from ..artifact.names import public_name
+from ..artifact.output import Work, claimed, explained
+from ..calibrate.coverage import unseen_shares, warning
+from ..calibrate.data import Progress, calibration_batches, check_calibration, needs_data, no_progress, recipe_and_data
+from ..calibrate.fingerprint import fingerprint_of
+from ..calibrate.loop import Finished, quantize_blocks
+from ..calibrate.projection import hessian_of
+from ..calibrate.recipe_passes import passes_for
+from ..capture.dynamic import DynamicShapes
+from ..capture.folder import capture_folder
+from ..capture.graph import Captured
+from ..capture.module import Inputs, capture_module
+from ..errors import InputError, QExportError, RecipeError
+from ..graph.sites import Linear
+from ..log import warn
+from ..lower.attention_plan import check_attention, deploy_attention, plan_attention
+from ..lower.blocks import lower
+from ..lower.build import Target
+from ..lower.last_token import keep_last, read_by_projection
+from ..lower.prefill_twin import LONGEST_STEP
+from ..lower.saving import write_model
+from ..lower.sizes import by_part
+from ..models.agreement import ReaderAgreement
+from ..models.provenance import origin
+from ..models.source import ModelFolder, open_model, source_path
+from ..passes.base import GraphPass
+from ..passes.moe_coverage import CountChoices
+from ..plan.convolution_plan import ConvolutionPlan
+from ..plan.embedding_plan import EmbeddingPlan
+from ..plan.linear_plan import LinearPlan
+from ..plan.model_plan import output_projection
+from ..recipe.recipe import Recipe
+from ..report import read_export, write_card
+from ..runtime.first_run import first_run
+from ..targets.cpu import CpuTarget
+from ..targets.cuda import CudaTarget
+from ..validation.reader import check_reader
 from .describing import manifest_of, report_of
-from .errors import InputError, QExportError, RecipeError
-from .graph.sites import Linear
-from .log import warn
-from .lower.attention_plan import check_attention, deploy_attention, plan_attention
-from .lower.blocks import lower
-from .lower.build import Target
-from .lower.folder import write_companions, write_model
-from .lower.last_token import keep_last, read_by_projection
-from .lower.prefill_twin import LONGEST_STEP
-from .lower.sizes import by_part
-from .models.agreement import ReaderAgreement
-from .models.provenance import origin
-from .models.source import ModelFolder, open_model, source_path
-from .passes.base import GraphPass
-from .passes.moe_coverage import CountChoices
-from .plan.convolution_plan import ConvolutionPlan
-from .plan.embedding_plan import EmbeddingPlan
-from .plan.linear_plan import LinearPlan
-from .plan.model_plan import output_projection
-from .recipe.recipe import Recipe
+from .folder import write_companions
 from .refusals import check_range, decide
-from .report import read_export, write_card
-from .runtime.first_run import first_run
-from .targets.cpu import CpuTarget
-from .targets.cuda import CudaTarget
-from .validation.reader import check_reader
 
 # By target, first what is taken unasked.
 _DTYPES = {"cpu": ("float32",), "cuda": ("float16", "bfloat16")}

@@ -12,26 +12,26 @@ from typing import Any
 
 import torch
 
-from .calibrate.data import Progress, calibration_batches, needs_data, no_progress, recipe_and_data
-from .calibrate.ranges import float_ranges
-from .calibrate.recipe_passes import passes_for
-from .capture.dynamic import DynamicShapes
-from .capture.graph import Captured
-from .capture.module import Inputs
-from .export import capture, source_of, target_for
-from .graph.sites import FoldSite, fold_sites, linear_at
-from .lower.attention_plan import check_attention, plan_attention
-from .lower.gqa import Grouping
-from .models.source import ModelFolder
-from .passes.equalization.fptq import FPTQ, Decision
-from .plan.convolution_plan import ConvolutionPlan
-from .plan.embedding_plan import EmbeddingPlan
-from .plan.linear_plan import LinearPlan
-from .plan.model_plan import bytes_by_part, described_embedding, weight_sizes
-from .quant.formats import ActivationFormat
-from .recipe.recipe import Recipe
+from ..calibrate.data import Progress, calibration_batches, needs_data, no_progress, recipe_and_data
+from ..calibrate.ranges import float_ranges
+from ..calibrate.recipe_passes import passes_for
+from ..capture.dynamic import DynamicShapes
+from ..capture.graph import Captured
+from ..capture.module import Inputs
+from ..graph.sites import FoldSite, fold_sites, linear_at
+from ..lower.attention_plan import check_attention, plan_attention
+from ..lower.gqa import Grouping
+from ..models.source import ModelFolder
+from ..passes.equalization.fptq import FPTQ, Decision
+from ..plan.convolution_plan import ConvolutionPlan
+from ..plan.embedding_plan import EmbeddingPlan
+from ..plan.linear_plan import LinearPlan
+from ..plan.model_plan import bytes_by_part, described_embedding, weight_sizes
+from ..quant.formats import ActivationFormat
+from ..recipe.recipe import Recipe
+from ..targets.predict_kernels import slow_linears
+from .exporting import capture, source_of, target_for
 from .refusals import check_range, decide
-from .targets.predict_kernels import slow_linears
 
 Planned = LinearPlan | ConvolutionPlan
 _INDEX = re.compile(r"\.(\d+)(?=\.|$)")

@@ -9,22 +9,22 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from ..artifact.manifest import DECODER, ENCODER, FORMAT, MANIFEST_FILE, SEQ2SEQ
-from ..artifact.output import Work, claimed
-from ..calibrate.data import Prepared, Progress, needs_data, no_progress, recipe_and_data
-from ..capture.graph import Captured
-from ..capture.seq2seq import Parts, capture_seq2seq
-from ..errors import RecipeError
-from ..export import ExportResult, export, opened, target_for
-from ..graph.convolutions import convolutions
-from ..graph.sites import linears
+from ...artifact.manifest import DECODER, ENCODER, FORMAT, MANIFEST_FILE, SEQ2SEQ
+from ...artifact.output import Work, claimed
+from ...calibrate.data import Prepared, Progress, needs_data, no_progress, recipe_and_data
+from ...capture.graph import Captured
+from ...capture.seq2seq import Parts, capture_seq2seq
+from ...errors import RecipeError
+from ...graph.convolutions import convolutions
+from ...graph.sites import linears
+from ...models.source import ModelFolder, open_model, source_path
+from ...plan.model_plan import plan_for
+from ...recipe.recipe import Recipe
+from ...recipe.sections import FLOAT
+from ...validation.reader import check_reader
+from ..exporting import ExportResult, export, opened, target_for
+from ..folder import copy_companions
 from ..inspecting import Inspection, inspect
-from ..lower.folder import copy_companions
-from ..models.source import ModelFolder, open_model, source_path
-from ..plan.model_plan import plan_for
-from ..recipe.recipe import Recipe
-from ..recipe.sections import FLOAT
-from ..validation.reader import check_reader
 from .sources import load_sources, of_part, write_about
 
 WRITTEN = 64  # tokens of a text that calibrates the decoder

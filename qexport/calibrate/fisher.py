@@ -19,11 +19,11 @@ from torch import Tensor
 from torch.fx import Interpreter, Node
 
 from ..artifact.scratch import scratch
-from ..calibrate.block_activations import Feeds, Progress, stream_of
-from ..calibrate.float_model import weights_of
 from ..capture.blocks import Block
 from ..capture.graph import Captured
 from ..graph.sites import Linear, linears
+from .block_activations import Feeds, Progress, stream_of
+from .float_model import weights_of
 
 _SEED = 20230209
 

@@ -16,10 +16,11 @@ from ..calibrate.block_activations import Feeds, decoder_inputs
 from ..calibrate.data import Progress, calibration_batches, no_progress, recipe_and_data
 from ..capture.graph import Captured
 from ..errors import InputError
-from ..export import ExportResult, capture, export, source_of, target_for
 from ..log import warn
 from ..lower.attention_plan import check_attention
 from ..lower.build import Target
+from ..mixed_precision.allocate import Allocation
+from ..mixed_precision.allocator import Chooser
 from ..models.source import ModelFolder, source_path
 from ..recipe.recipe import Recipe
 from ..runtime.provider import provider_named
@@ -31,8 +32,7 @@ from ..validation.reference import FloatOutputs, decoder_feeds
 from ..validation.report import Logits
 from ..validation.report_store import keep
 from ..validation.text import choose_text
-from .allocate import Allocation
-from .allocator import Chooser
+from .exporting import ExportResult, capture, export, source_of, target_for
 
 _TOKENS, _LENGTH = 1024, 512  # on which costs are measured, and tokens of a sequence at most
 # A file within this share below the KL asked for is not made smaller again.

@@ -5,21 +5,21 @@ from dataclasses import dataclass
 
 import torch
 
-from .capture.graph import Captured
-from .errors import LoweringError, RecipeError
-from .graph.convolutions import convolutions
-from .graph.edit import get_tensor
-from .graph.sites import linears
-from .lower.attention_plan import plan_attention
-from .lower.build import Target, check_translations
-from .lower.gqa import Grouping, count_attentions
-from .plan.convolution_plan import ConvolutionPlan
-from .plan.embedding_plan import EmbeddingPlan
-from .plan.linear_plan import LinearPlan
-from .plan.model_plan import convolutions_for, plan_for
-from .quant.narrowing import narrowed
-from .recipe.recipe import Recipe
-from .targets.bfloat16 import check_bfloat16
+from ..capture.graph import Captured
+from ..errors import LoweringError, RecipeError
+from ..graph.convolutions import convolutions
+from ..graph.edit import get_tensor
+from ..graph.sites import linears
+from ..lower.attention_plan import plan_attention
+from ..lower.build import Target, check_translations
+from ..lower.gqa import Grouping, count_attentions
+from ..plan.convolution_plan import ConvolutionPlan
+from ..plan.embedding_plan import EmbeddingPlan
+from ..plan.linear_plan import LinearPlan
+from ..plan.model_plan import convolutions_for, plan_for
+from ..quant.narrowing import narrowed
+from ..recipe.recipe import Recipe
+from ..targets.bfloat16 import check_bfloat16
 
 
 @dataclass(frozen=True)

@@ -6,14 +6,14 @@ from pathlib import Path
 from ..artifact.manifest import RECIPE_FILE, Manifest
 from ..capture.graph import Captured
 from ..errors import InputError, RecipeError
-from ..mixed_precision.candidates import SCHEMES
-from ..mixed_precision.costs import Costs, Item, scheme_costs
 from ..plan.model_plan import plan_for
 from ..quant.formats import Scheme
 from ..recipe.recipe import Recipe
-from .reference import Feeds, Progress
-from .report import Better, Row, Sensitivity
-from .restoring import kl_costs
+from ..validation.reference import Feeds, Progress
+from ..validation.report import Better, Row, Sensitivity
+from ..validation.restoring import kl_costs
+from .candidates import SCHEMES
+from .costs import Costs, Item, scheme_costs
 
 _MOST_RESTORED = 12  # linears that are restored to float, each a run of the deployed model
 _MOST_SUGGESTED = 10

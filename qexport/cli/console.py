@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import sys
 from contextlib import contextmanager
 from typing import Any
@@ -11,8 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from .errors import InputError
-from .stopping import Remembered
+from ..stopping import Remembered
 
 # Where no terminal can redraw a bar, a stage prints about this many lines.
 _LINES = 8
@@ -49,25 +47,6 @@ def print_table(columns: list[str], rows: list[list[Any]]) -> None:
     with console.capture() as text:
         console.print(table)
     print(*(line.rstrip() for line in text.get().splitlines()), sep="\n")
-
-
-def megabytes(count: int) -> str:
-    """A size for people: `66.4 MB`, with kB and GB where those are easier to read."""
-    if count < 1e6:
-        return f"{count / 1e3:,.1f} kB"
-    return f"{count / 1e6:,.1f} MB" if count < 1e9 else f"{count / 1e9:,.2f} GB"
-
-
-def parsed_bytes(text: str) -> int:
-    """The number of bytes in `90MB`, `1.5 GB`, `86300000`: powers of 1000, as `megabytes` prints them.
-
-    Raises:
-        InputError: it is none.
-    """
-    found = re.fullmatch(r"(\d+(?:\.\d*)?)\s*([kmg]?)b?", text.strip().lower())
-    if found is None:
-        raise InputError(f"not a size: {text!r}", remedy="Give bytes, or a number with kB, MB or GB")
-    return round(float(found[1]) * {"": 1, "k": 1e3, "m": 1e6, "g": 1e9}[found[2]])
 
 
 @contextmanager

@@ -5,21 +5,22 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from .console import megabytes, print_table
-from .export import ExportResult
-from .inspecting import Inspection, Site, compressed, compressed_sites
-from .mixed_precision.search import AutoResult
-from .passes.moe_coverage import FEW_TOKENS
-from .plan.embedding_plan import EmbeddingPlan
-from .plan.linear_plan import LinearPlan
-from .plan.model_plan import described_embedding
-from .report.facts import overrides_yaml
-from .runtime.benchmark import BenchResult
-from .runtime.doctor import Check
-from .runtime.optimized import OptimizedInfo
-from .sampling_study.result import Row, Study
-from .validation import Report, summary_rows, worst_linears
-from .validation.formatting import number
+from ...api.auto import AutoResult
+from ...api.exporting import ExportResult
+from ...api.inspecting import Inspection, Site, compressed, compressed_sites
+from ...formatting import megabytes
+from ...passes.moe_coverage import FEW_TOKENS
+from ...plan.embedding_plan import EmbeddingPlan
+from ...plan.linear_plan import LinearPlan
+from ...plan.model_plan import described_embedding
+from ...report.facts import overrides_yaml
+from ...runtime.benchmark import BenchResult
+from ...runtime.doctor import Check
+from ...runtime.optimized import OptimizedInfo
+from ...sampling_study.result import Row, Study
+from ...validation import Report, summary_rows, worst_linears
+from ...validation.formatting import number
+from ..console import print_table
 
 
 def export_summary(result: ExportResult) -> dict[str, Any]:

@@ -3,10 +3,10 @@
 from pathlib import Path
 from typing import Any
 
+from ...report.comparing import Comparison, Pair
+from ...report.exported import read_validated
 from ..console import print_table
-from ..reporting import print_validation
-from .comparing import Comparison, Pair
-from .exported import read_validated
+from .summaries import print_validation
 
 _MOST_LINEARS = 12
 
