@@ -36,17 +36,29 @@ _BELOW, _DEVIATIONS = 12.0, 8.0
 # Where kinds differ much between layers, a fault hides among them: one static scale divided by 8 took a linear 17 dB
 # down, of a kind with median deviations of more than 2. Something else that points at the same linear lowers the bar.
 _BELOW_TOO, _DEVIATIONS_TOO = 6.0, 2.0
-_CLIPPED, _TIMES_CLIPPED = 2e-3, 20.0  # share beyond a static scale, and times the median share of the kind
-_HEADROOM = 4.0  # times the median of the kind: how far the static scale reaches beyond the largest value
+# Share beyond a static scale, and times the median share of the kind; 6e-4 and 5 at most on good ones.
+_CLIPPED, _TIMES_CLIPPED = 1e-3, 10.0
+_HEADROOM = 4.0  # times the median of the kind, or a part of it: how far the static scale reaches of the largest value
+_MOSTLY_ERROR = 3.0  # dB; deviations of a kind excuse no linear with so much error, half of what it makes
 _COST = 10.0  # times the median cost in KL of the kind
 _CLIPPED_ALONE = 0.05  # no observer leaves so much outside, whatever the others do
 _OTHERS = 2  # of a kind, at least
+# By whether the linear in front is known to be wrong.
+_SHOWS = {
+    False: "a factor on channels of {} in front of it would show",
+    True: "what is wrong with {} in front of it shows",
+}
 # Error of a channel over its signal on noise, without what gains and offsets of its groups explain. 4 bits leave 0.01
 # to 0.1; two rows in each other's place make it 1, and so do codes in another order. Fewer bits leave so much that
 # nothing can be told.
 _LOST, _ODD, _TIMES_ODD = 0.7, 0.4, 6.0
 # Share of all errors of a weight that gains of its groups explain, less what chance does; scales in each other's place.
 _EXPLAINED = 0.5
+# Gain of an input channel over all outputs, less 1, where it makes more of the errors than rounding a whole channel to
+# zero would (3 / K at most), or where it is far more than rounding makes of small weights and no chance. A factor of
+# smoothing that is divided out in front and not multiplied back, 4 times too large, makes it 3.
+_COLUMN, _TIMES_ROUNDED = 0.5, 12.0
+_COLUMN_ALONE, _TIMES_CHANCE = 1.5, 50.0
 
 
 @dataclass(frozen=True)
@@ -88,7 +100,8 @@ def fault_of_weight(x: Tensor, weight: Tensor, error: Tensor, scheme: str) -> st
         return lost
     found, what = (gains, "scale") if len(gains) >= len(offsets) else (offsets, "zero point")
     if not found:
-        return "" if coarse else _scales_elsewhere(explained, energy, -(-weight.shape[1] // size), len(x))
+        elsewhere = "" if coarse else _scales_elsewhere(explained, energy, -(-weight.shape[1] // size), len(x))
+        return elsewhere or _input_channel_off(x, weight, error)
     worst, parts = max(found, key=lambda group: abs(group.amount)), -(-weight.shape[1] // size)
     how = f"a factor of {1 + worst.amount:.2g}" if what == "scale" else f"{abs(worst.amount):.1f} steps"
     units, place = ("groups", f" in group {worst.index}") if parts > 1 else ("channels", "")
@@ -121,6 +134,22 @@ def _scales_elsewhere(explained: Tensor, energy: Tensor, groups: int, rows: int)
     return f"scales of its {'groups' if groups > 1 else 'channels'} are off: they explain {share:.0%} of its error"
 
 
+def _input_channel_off(x: Tensor, weight: Tensor, error: Tensor) -> str:
+    """Says so where what one input channel contributes is in the errors of all outputs again, so many times."""
+    seen = error.t() @ x / x.square().sum(0).clamp_min(1e-30)  # [N, K], the error of each weight, and chance
+    dot, square = (seen * weight).sum(0), weight.square().sum(0).clamp_min(1e-30)
+    gain, share = dot / square, dot.square() / square * x.square().sum(0) / error.square().sum().clamp_min(1e-30)
+    off = (gain.abs() > _COLUMN) & (share > _TIMES_ROUNDED / weight.shape[1])
+    off |= (gain > _COLUMN_ALONE) & (share > _TIMES_CHANCE / error.numel())
+    if not bool(off.any()):
+        return ""
+    worst = int(share.masked_fill(~off, 0).argmax())
+    return (
+        f"{int(off.sum())} of {weight.shape[1]} input channels of its weight are off, channel {worst} by a factor of "
+        f"{1 + gain[worst]:.2g}"
+    )
+
+
 def _along(error: Tensor, direction: Tensor, energy: Tensor) -> tuple[Tensor, Tensor]:
     """How often a direction [rows, N or 1] is in the errors [rows, N] of channels, and its share of their energy."""
     dot, square = (error * direction).sum(0), direction.square().sum(0).clamp_min(1e-30)
@@ -142,20 +171,28 @@ def with_faults(
         behind: by name, the linear in front whose channels smoothing rescaled, so that its own row cannot show factors.
     """
     inputs = {name: found for found in ranges for name in found.linears}
+    alone = {row.name: _alone(row, rows, inputs) for row in rows}
+    wrong = {row.name for row in rows if row.fault or alone[row.name]}
     marked = []
     for row in rows:
-        said = [unfused[row.name]] if row.name in unfused else []
-        said += [row.fault] if row.fault else []
-        if not said:
-            evidence = _evidence(row, rows, inputs)
-            if others := _below(row, rows, bool(evidence)):
-                said += [others, *evidence]
-            elif row.name in inputs and (inputs[row.name].clipped or 0.0) > _CLIPPED_ALONE:
-                said.append(_beyond(inputs[row.name]))
-        if said and row.name in behind and row.name not in unfused:
-            said.append(f"a factor on channels of {behind[row.name]} in front of it would show here too")
+        front = behind.get(row.name)
+        # Factors are told by what the linear in front made: where that is wrong, they say nothing of this weight.
+        of_weight = "" if front in wrong else row.fault
+        said = [said for said in (unfused.get(row.name), of_weight) if said] or alone[row.name]
+        if said and front and row.name not in unfused:
+            said = [*said, f"{_SHOWS[front in wrong].format(front)} here too"]
         marked.append(row.model_copy(update={"fault": "; ".join(said)}))
     return tuple(marked)
+
+
+def _alone(row: Row, rows: Sequence[Row], inputs: Mapping[str, InputRange]) -> list[str]:
+    """What is wrong with a linear whatever its weight is like."""
+    evidence = _evidence(row, rows, inputs)
+    if others := _below(row, rows, bool(evidence)):
+        return [others, *evidence]
+    if row.name in inputs and (inputs[row.name].clipped or 0.0) > _CLIPPED_ALONE:
+        return [_beyond(inputs[row.name])]
+    return []
 
 
 def _evidence(row: Row, rows: Sequence[Row], inputs: Mapping[str, InputRange]) -> list[str]:
@@ -170,8 +207,8 @@ def _evidence(row: Row, rows: Sequence[Row], inputs: Mapping[str, InputRange]) -
         if mine.clipped > max(_CLIPPED, _TIMES_CLIPPED * usual):
             said.append(_beyond(mine))
         usual = statistics.median(_headroom(other) for other in beside)
-        if _headroom(mine) > _HEADROOM * usual:
-            said.append(f"its static scale reaches {_headroom(mine):.1f} times as far as its input")
+        if not usual / _HEADROOM < _headroom(mine) < _HEADROOM * usual:
+            said.append(f"its static scale reaches {_headroom(mine):.2g} times as far as its input")
     costs = [other.kl_cost for other in others if other.kl_cost is not None]
     if row.kl_cost is not None and len(costs) >= _OTHERS:
         usual = statistics.median(costs)
@@ -201,6 +238,8 @@ def _below(row: Row, rows: Sequence[Row], evidence: bool) -> str:
     median = statistics.median(others)
     deviation = statistics.median(abs(other - median) for other in others)
     bar = max(_BELOW_TOO, _DEVIATIONS_TOO * deviation) if evidence else max(_BELOW, _DEVIATIONS * deviation)
+    if value < _MOSTLY_ERROR:
+        bar = min(bar, _BELOW)
     if median - value < bar:
         return ""
     return f"its SQNR of {value:.1f} dB is {median - value:.1f} dB below the median of the {len(others)} others like it"

@@ -2,9 +2,10 @@ import json
 import math
 
 import pytest
+import torch
 
 from qexport.errors import InputError
-from qexport.validation.anomalies import with_faults
+from qexport.validation.anomalies import fault_of_weight, with_faults
 from qexport.validation.formatting import summary_rows, worst_first
 from qexport.validation.report import (  # fmt: skip
     HALF,
@@ -220,6 +221,29 @@ def test_gains_of_branches_are_what_the_export_says(tmp_path):
     assert branch_gains(tmp_path) == {"a": pytest.approx(10), "b": math.inf}
 
 
+def test_what_reads_a_linear_that_is_wrong_is_not_accused_of_its_factors():
+    """Factors of smoothing are told by what the linear in front made."""
+    rows = [row("up", 30.0, fault="2 channels off"), row("down", 20.0, fault="input channels off")]
+    assert [r.fault for r in with_faults(rows, (), {}, {"down": "up"})] == ["2 channels off", ""]
+    rows[0] = row("up", 30.0)
+    assert [r.fault for r in with_faults(rows, (), {}, {"down": "up"})] == [
+        "", "input channels off; a factor on channels of up in front of it would show here too",
+    ]  # fmt: skip
+
+
+def test_a_factor_on_one_input_channel_is_told_from_rounding():
+    random = torch.Generator().manual_seed(0)
+    x = torch.randint(0, 2, (256, 192), generator=random) * 2.0 - 1
+    weight = torch.randn(96, 192, generator=random)
+    step = weight.abs().amax(1, keepdim=True) / 127
+    weight[:, 5] *= 0.01  # most of it rounds to nothing, which is no fault
+    rounded = (weight / step).round() * step
+    assert fault_of_weight(x, weight, x @ (rounded - weight).t(), "w8a8_static") == ""
+    rounded[:, 17] *= 4
+    said = fault_of_weight(x, weight, x @ (rounded - weight).t(), "w8a8_static")
+    assert said == "1 of 192 input channels of its weight are off, channel 17 by a factor of 4"
+
+
 def test_an_output_that_is_mostly_error_is_a_problem():
     good, bad = Row(name="logits", sqnr_db=15.8, max_abs_error=1.0), Row(name="boxes", sqnr_db=4.3, max_abs_error=1.0)
     (problem,) = with_verdict(a_report(outputs=(good, bad))).problems
@@ -252,6 +276,10 @@ def test_evidence_lowers_the_bar_where_a_kind_differs_much_between_layers():
     assert "its static scale reaches 8.8 times as far as its input" in faults(ranges(reach=8.8))[name]
     costly = [r.model_copy(update={"kl_cost": 0.05 if r.name == name else 0.001}) for r in rows]
     assert "it costs 50 times the KL of the others like it" in faults(ranges(), costly)[name]
+    # Of a kind with a few huge values, next to nothing is cut off, and what is left of it is mostly error.
+    assert "its static scale reaches 0.12 times as far as its input" in faults(ranges(reach=0.12))[name]
+    lost = [*rows[:-1], row(name, 1.2, scheme="w8a8_static")]
+    assert faults(ranges(), lost)[name].startswith("its SQNR of 1.2 dB is 21.1 dB below the median of the 8")
     near = [*rows[:-1], row(name, 18.0, scheme="w8a8_static")]
     clipped = [r.model_copy(update={"clipped": 0.03}) if r.linears == (name,) else r for r in ranges()]
     assert not faults(clipped, near), "it is clipped, and no worse than others"
