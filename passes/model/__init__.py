@@ -1,0 +1,1 @@
+"""Passes that see the whole model before its blocks are quantized one by one."""

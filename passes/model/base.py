@@ -1,0 +1,66 @@
+"""The contract of a pass over a whole model.
+
+Passes of the block loop see one block at a time and keep what it hands on. What changes values that cross blocks, such
+as a rotation of the residual stream, has to be decided for all blocks at once, before a weight is read. Such a pass
+edits the graphs, says which weights are to be read otherwise, and declares how values that cross blocks change.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+
+from ...capture.graph import Captured, Weights
+from ..base import Note
+
+Read = Callable[[str], torch.Tensor]
+Recipe = Callable[[Read], torch.Tensor]
+
+
+@dataclass
+class ModelResult:
+    """The account of a pass over a model.
+
+    Attributes:
+        changed, skipped: what was done where, and what was left alone and why.
+        basis: by the name of a value that crosses blocks, the matrix [d, d] that its rows were multiplied by from the
+            right. What compares such values with those of the model as it was multiplies by the inverse.
+    """
+
+    changed: list[Note] = field(default_factory=list)
+    skipped: list[Note] = field(default_factory=list)
+    basis: dict[str, torch.Tensor] = field(default_factory=dict)
+
+
+class ModelPass(ABC):
+    """Base of passes over a whole model. Subclasses are frozen dataclasses of options."""
+
+    @property
+    def name(self) -> str:
+        return type(self).__name__
+
+    @abstractmethod
+    def call(self, captured: Captured) -> ModelResult:
+        """Change the graphs, and what its weights are read as, in place.
+
+        Raises:
+            PassError: it cannot work on this model, and why; nothing has been changed then.
+        """
+
+
+@dataclass(frozen=True)
+class ChangedWeights:
+    """The weights of a model, some of them made of others when they are read.
+
+    Attributes:
+        source: the weights as they were.
+        made: by name, what makes the tensor from those of the source.
+    """
+
+    source: Weights
+    made: Mapping[str, Recipe]
+
+    def load(self, name: str) -> torch.Tensor:
+        """A weight, float32 where it is floating point; raises as the source does."""
+        return self.made[name](self.source.load) if name in self.made else self.source.load(name)

@@ -1,0 +1,71 @@
+"""Orthogonal matrices that spread every channel over all: Hadamard's, or random ones (QuaRot, arXiv 2404.00456)."""
+
+import torch
+from torch import Tensor
+
+
+def rotation(size: int, seed: int = 0) -> Tensor:
+    """An orthogonal matrix that mixes `size` channels.
+
+    A Hadamard matrix with random signs of its rows where one is known, divided by the root of its size, so that every
+    channel goes into every other with the same magnitude; otherwise the orthogonal factor of a Gaussian matrix.
+
+    Args:
+        size: number of channels d.
+        seed: of the signs, or of the Gaussian matrix.
+
+    Returns:
+        float64 [d, d], Q with Q Q^T = 1.
+    """
+    random = torch.Generator().manual_seed(seed)
+    found = hadamard(size)
+    if found is not None:
+        signs = torch.randint(0, 2, (size, 1), generator=random, dtype=torch.float64) * 2 - 1
+        return signs * found / size**0.5
+    q, r = torch.linalg.qr(torch.randn(size, size, generator=random, dtype=torch.float64))
+    return q * r.diagonal().sign()  # which makes it uniformly distributed, and the same for every LAPACK
+
+
+def hadamard(size: int) -> Tensor | None:
+    """A matrix of 1 and -1 with orthogonal rows, float64 [size, size]; None where no construction here makes one.
+
+    Sylvester's doubling of a matrix of Paley's: of order q + 1 for a prime q = 3 modulo 4, of order 2 (q + 1) for a
+    prime q = 1 modulo 4.
+    """
+    if size == 1:
+        return torch.ones(1, 1, dtype=torch.float64)
+    found = _paley(size)
+    if found is None and size % 2 == 0 and (half := hadamard(size // 2)) is not None:
+        found = torch.kron(torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64), half)
+    return found
+
+
+def _paley(size: int) -> Tensor | None:
+    if _is_prime(size - 1) and size % 4 == 0:
+        q = size - 1
+        ones = torch.ones(q, dtype=torch.float64)
+        top = torch.cat([torch.zeros(1, dtype=torch.float64), ones])[None]
+        skew = torch.cat([top, torch.cat([-ones[:, None], _residues(q)], 1)])
+        return skew + torch.eye(size, dtype=torch.float64)
+    q = size // 2 - 1
+    if size % 4 == 0 and q % 4 == 1 and _is_prime(q):
+        ones = torch.ones(q, dtype=torch.float64)
+        top = torch.cat([torch.zeros(1, dtype=torch.float64), ones])[None]
+        symmetric = torch.cat([top, torch.cat([ones[:, None], _residues(q)], 1)])
+        plus = torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64)
+        minus = torch.tensor([[1.0, -1.0], [-1.0, -1.0]], dtype=torch.float64)
+        return torch.kron(symmetric, plus) + torch.kron(torch.eye(q + 1, dtype=torch.float64), minus)
+    return None
+
+
+def _residues(q: int) -> Tensor:
+    """Jacobsthal's matrix: 1 where i - j is a square modulo the prime q, -1 where it is none, 0 on the diagonal."""
+    character = torch.full((q,), -1.0, dtype=torch.float64)
+    character[(torch.arange(1, q) ** 2) % q] = 1.0
+    character[0] = 0.0
+    at = torch.arange(q)
+    return character[(at[:, None] - at[None]) % q]
+
+
+def _is_prime(n: int) -> bool:
+    return n > 1 and all(n % d for d in range(2, int(n**0.5) + 1))
