@@ -6,7 +6,7 @@ edits the graphs, says which weights are to be read otherwise, and declares how 
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass, field
 
 import torch
@@ -15,7 +15,7 @@ from ...capture.graph import Captured, Weights
 from ..base import Note
 
 Read = Callable[[str], torch.Tensor]
-Recipe = Callable[[Read], torch.Tensor]
+Make = Callable[[Read], torch.Tensor]
 
 
 @dataclass
@@ -24,13 +24,10 @@ class ModelResult:
 
     Attributes:
         changed, skipped: what was done where, and what was left alone and why.
-        basis: by the name of a value that crosses blocks, the matrix [d, d] that its rows were multiplied by from the
-            right. What compares such values with those of the model as it was multiplies by the inverse.
     """
 
     changed: list[Note] = field(default_factory=list)
     skipped: list[Note] = field(default_factory=list)
-    basis: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
 class ModelPass(ABC):
@@ -42,7 +39,7 @@ class ModelPass(ABC):
 
     @abstractmethod
     def call(self, captured: Captured) -> ModelResult:
-        """Change the graphs, and what its weights are read as, in place.
+        """Change the graphs and what the weights are read as, in place, and declare it in `captured.basis`.
 
         Raises:
             PassError: it cannot work on this model, and why; nothing has been changed then.
@@ -56,10 +53,12 @@ class ChangedWeights:
     Attributes:
         source: the weights as they were.
         made: by name, what makes the tensor from those of the source.
+        added: names of tensors that the source does not have.
     """
 
     source: Weights
-    made: Mapping[str, Recipe]
+    made: Mapping[str, Make]
+    added: Set[str] = frozenset()
 
     def load(self, name: str) -> torch.Tensor:
         """A weight, float32 where it is floating point; raises as the source does."""

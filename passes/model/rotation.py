@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from ...capture.blocks import Block
-from ...capture.graph import Captured
+from ...capture.graph import Basis, Captured
 from ...errors import PassError
 from ...graph.edit import get_tensor, is_call, set_tensor, spec_of
 from ...graph.schema import bind
@@ -46,6 +46,7 @@ class RotateResidual(ModelPass):
             PassError: something stands between the stream and the linears that a rotation cannot pass.
         """
         stream = residual_stream(captured)
+        before = {name for block in captured.blocks for name in block.parameters}
         centred = _centred(stream)
         _check_uses(captured, stream)
         turn = rotation(stream.width, self.seed)
@@ -64,9 +65,11 @@ class RotateResidual(ModelPass):
             made[weight] = partial(_read_by, linear.weight, None, turn)
         for norm in stream.norms:
             made |= _folded(captured, norm, turn, made)
-        captured.weights = ChangedWeights(captured.weights, made)
+        known = {name for block in captured.blocks for name in block.parameters} - before
+        captured.weights = ChangedWeights(captured.weights, made, known)
         found = [Note(name, "rotated", {"width": stream.width}) for name in stream.crossing]
-        return ModelResult(changed=found, basis=dict.fromkeys(stream.crossing, turn))
+        captured.basis |= dict.fromkeys(stream.crossing, Basis(turn, centred))
+        return ModelResult(changed=found)
 
 
 def _centred(stream: ResidualStream) -> bool:

@@ -14,6 +14,7 @@ import torch
 from ..artifact.output import Work, claimed
 from ..calibrate.block_activations import Feeds, decoder_inputs
 from ..calibrate.data import Progress, calibration_batches, no_progress, recipe_and_data
+from ..calibrate.model_passes import change_model
 from ..capture.graph import Captured
 from ..errors import InputError
 from ..log import warn
@@ -135,6 +136,7 @@ def _export(
     captured = capture(model, trust_remote_code=trust_remote_code)
     for note in captured.notes:
         warn(note)
+    change_model(captured, recipe)
     if captured.kind != "decoder":
         raise InputError(f"schemes are chosen for decoders, and its kind is {captured.kind}", place=str(model))
     checked = check_reader(captured)
@@ -145,7 +147,7 @@ def _export(
     judged = choose_text(captured, text, windows, window, partial(progress, "text"))
     if max_bytes is not None:
         chooser.within_bytes(max_bytes)  # what cannot be is said before the work begins
-    held = capture(model, trust_remote_code=trust_remote_code)  # whose last block stays loaded
+    held = capture(model, trust_remote_code=trust_remote_code)  # as it is, whose last block stays loaded
     reference = FloatOutputs(held, decoder_feeds(held, judged.windows), ("logits",), partial(progress, "float model"))
     trials, names = work.folder / "trials", count()
 

@@ -1,6 +1,6 @@
 """What an export writes about itself: what a runtime needs to know, and an account of what was done."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from typing import Any
@@ -11,6 +11,7 @@ from ..capture.graph import Captured
 from ..lower.build import Lowered, Target
 from ..models.agreement import ReaderAgreement
 from ..passes.base import GraphPass
+from ..passes.model.base import ModelResult
 from ..plan.convolution_plan import ConvolutionPlan
 from ..plan.linear_plan import LinearPlan
 from ..plan.model_plan import described_embedding
@@ -59,13 +60,15 @@ def _convolutions(plan: Sequence[ConvolutionPlan]) -> tuple[ConvolutionEntry, ..
 
 def report_of(
     source: dict[str, Any], plan, embeddings, passes: Sequence[GraphPass], finished: Sequence[Finished], seconds,
-    calibration: str, ran: str, reference: ReaderAgreement, warnings: Sequence[str] = (), left_out: Sequence[str] = (),
+    calibration: str, ran: str, reference: ReaderAgreement, changes: Mapping[str, ModelResult],
+    warnings: Sequence[str] = (), left_out: Sequence[str] = (),
 ) -> dict[str, Any]:  # fmt: skip
     """What report.json says of the export.
 
     Args:
         source: see `capture.origin`; plan: of linears and convolutions; passes: all that blocks went through;
-            ran: see `runtime.first_run`; reference: how far the float graph is from a witness; warnings: sentences;
+            ran: see `runtime.first_run`; reference: how far the float graph is from a witness; changes: what passes
+            over the whole model did, by their names; warnings: sentences;
             left_out: tensors of the checkpoint that the model does not read.
     """
     return {
@@ -81,6 +84,7 @@ def report_of(
             "apart": [{"linear": n, "reason": why} for item in finished for n, why in item.apart.items()],
             "dense": [{"linear": n, "reason": why} for item in finished for n, why in item.dense.items()],
             "embedding": [described_embedding(e) for e in embeddings],
+            "model_passes": {name: [asdict(note) for note in found.changed] for name, found in changes.items()},
             "passes": [
                 {"name": p.name, "keeps_function": p.keeps_function, "keeps_values": p.keeps_values} for p in passes
             ],

@@ -17,6 +17,7 @@ from ..calibrate.coverage import unseen_shares, warning
 from ..calibrate.data import Progress, calibration_batches, check_calibration, needs_data, no_progress, recipe_and_data
 from ..calibrate.fingerprint import fingerprint_of
 from ..calibrate.loop import Finished, quantize_blocks
+from ..calibrate.model_passes import change_model
 from ..calibrate.projection import hessian_of
 from ..calibrate.recipe_passes import passes_for
 from ..capture.dynamic import DynamicShapes
@@ -166,6 +167,7 @@ def _export(
     if captured is not model:
         for note in captured.notes:
             warn(note)
+    changes = change_model(captured, recipe)
     decisions = decide(captured, recipe, lowering, attention)
     plan, embeddings, convolutions = decisions.plan, decisions.embeddings, decisions.convolutions
     check_range(captured, decisions, lowering.dtype)
@@ -223,7 +225,7 @@ def _export(
             warnings = (*without, *captured.notes, *((told,) if told else ()), *_unchecked(captured))
             planned = [*plan, *convolutions]
             report = report_of(
-                source, planned, embeddings, passes, finished, seconds, described, ran, checked, warnings,
+                source, planned, embeddings, passes, finished, seconds, described, ran, checked, changes, warnings,
                 captured.left_out,
             )  # fmt: skip
             write_companions(folder, manifest, captured.folder, _published(recipe).to_yaml(), report)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from ..calibrate.data import Progress, calibration_batches, needs_data, no_progress, recipe_and_data
+from ..calibrate.model_passes import change_model
 from ..calibrate.ranges import float_ranges
 from ..calibrate.recipe_passes import passes_for
 from ..capture.dynamic import DynamicShapes
@@ -174,6 +175,7 @@ def inspect(
     width = lowering.dtype.itemsize
     model = source_of(model, recipe, data, calibration is not None, trust_remote_code=trust_remote_code)
     captured = capture(model, example_inputs, dynamic_shapes)
+    change_model(captured, recipe)
     decisions = decide(captured, recipe, lowering, attention)
     plan, embeddings, convolutions = decisions.plan, decisions.embeddings, decisions.convolutions
     if calibrate:

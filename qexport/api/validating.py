@@ -10,17 +10,19 @@ import torch
 
 from ..artifact import checksums
 from ..artifact import manifest as manifests
-from ..artifact.manifest import Manifest
+from ..artifact.manifest import RECIPE_FILE, Manifest
 from ..artifact.names import public_name
 from ..artifact.output import inside
 from ..calibrate.block_activations import module_feeds
 from ..calibrate.encoder_inputs import encoder_inputs, with_last_token
+from ..calibrate.model_passes import change_model
 from ..capture.folder import capture_folder
 from ..capture.graph import Captured
 from ..capture.module import Inputs, axes_of, capture_module
 from ..errors import InputError
 from ..mixed_precision.sensitivity import costs_of, restore
 from ..models.source import open_model
+from ..recipe.recipe import Recipe
 from ..report import read_validated, write_card, write_html
 from ..runtime.provider import chosen_provider, provider_named
 from ..runtime.session import open_session
@@ -130,6 +132,8 @@ def _validate(
         raise InputError("references are for language models", place="references", remedy="Leave them out")
     check_all_logits(manifest, folder)
     captured = _capture(reference, inputs, manifest, trust_remote_code)
+    if (folder / RECIPE_FILE).is_file():  # values are compared in the basis in which the export has them
+        change_model(captured, Recipe.load(folder / RECIPE_FILE))
     transformed = transforms(folder)
     check_same_model(captured, manifest, folder, transformed=transformed)
     lap("capture")

@@ -37,6 +37,27 @@ class Port:
     sizes: tuple[int, ...] = ()
 
 
+@dataclass(frozen=True)
+class Basis:
+    """How rows of a value differ from those of the model as it was: their mean is taken off, and they are turned.
+
+    Attributes:
+        turn: orthogonal, float64 [d, d]; rows are multiplied by it from the right.
+        centred: whether the mean of each row is taken off before.
+    """
+
+    turn: torch.Tensor
+    centred: bool = False
+
+    def undo(self, changed: torch.Tensor) -> torch.Tensor:
+        """Rows [..., d] as they were, but for their mean where it was taken off."""
+        return (changed.double() @ self.turn.t()).to(changed.dtype)
+
+    def comparable(self, original: torch.Tensor) -> torch.Tensor:
+        """What `undo` gives for rows of the model as it was."""
+        return original - original.mean(-1, keepdim=True) if self.centred else original
+
+
 @dataclass
 class Captured:
     """A model as blocks without weights.
@@ -49,6 +70,7 @@ class Captured:
         tied: for each weight every other name it goes by.
         witness: who else can say what the model computes; None for a graph that came without its model.
         reader: what comparing the graph with the witness showed; None before `validate.reader.check_reader`.
+        basis: by the name of a value that crosses blocks, how a pass over the whole model changed it.
         notes: sentences on what a user may not expect of the model's folder.
         left_out: tensors of the checkpoint that the model does not read.
     """
@@ -64,6 +86,7 @@ class Captured:
     tied: dict[str, tuple[str, ...]] = field(default_factory=dict)
     witness: Witness | None = None
     reader: ReaderAgreement | None = None
+    basis: dict[str, Basis] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)
 

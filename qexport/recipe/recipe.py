@@ -25,6 +25,7 @@ from .sections import (
     LlmInt8Spec,
     LoRCSpec,
     Override,
+    RotationSpec,
     SmoothSpec,
     Spec,
     WeightSpec,
@@ -50,6 +51,7 @@ class Recipe(Spec):
         embedding: scheme of the token embedding, "float", or "tied": where it is one tensor with the output projection,
             both read the same codes.
         weights, activations, calibration: see their classes.
+        rotation: see its class; None leaves the residual stream as it is.
         smooth, crossquant, fptq: see their classes; at most one of them, None for nothing of the kind.
         lorc, llm_int8: see their classes; None for no such branch.
         kv_cache: see its class; None keeps keys and values in float.
@@ -66,6 +68,7 @@ class Recipe(Spec):
     lm_head: str = FLOAT
     embedding: str = FLOAT
     weights: WeightSpec = WeightSpec()
+    rotation: RotationSpec | None = None
     smooth: SmoothSpec | None = None
     crossquant: CrossQuantSpec | None = None
     fptq: FptqSpec | None = None

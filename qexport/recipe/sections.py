@@ -181,6 +181,19 @@ class KvCacheSpec(Spec):
     scales: Literal["channel", "tensor"] = "channel"
 
 
+class RotationSpec(Spec):
+    """A rotation of the residual stream by a Hadamard matrix, folded into the weights (QuaRot, arXiv 2404.00456).
+
+    It spreads the outliers of a few channels over all of them, and changes no result of the float model. For decoders
+    whose residual stream is read through norms and written by linears and embeddings.
+
+    Attributes:
+        seed: of the random signs of its rows.
+    """
+
+    seed: int = Field(0, ge=0, lt=2**63)
+
+
 class LoRCSpec(Spec):
     """A low-rank branch that gives back part of the weights' rounding error (LoRC, arXiv 2303.08302).
 

@@ -14,6 +14,7 @@ from ..errors import CaptureError
 from ..graph.edit import get_tensor
 from ..models.agreement import ReaderAgreement, difference, explained
 from ..models.witness import Absent, Outline, Testimony
+from ..passes.model.base import ChangedWeights
 
 _REMEDY = "One of the two readings is wrong: please report it with the model's name"
 # Decisions that a difference of one bit turns.
@@ -123,13 +124,18 @@ def _run(
 
 def _same_weights(captured: Captured, block: Block, said: Testimony) -> int:
     """How many weights of a block, loaded, the witness knows by their names; all of them are equal."""
-    table = captured.weights.table if isinstance(captured.weights, Pieces) else {}
+    changed = captured.weights if isinstance(captured.weights, ChangedWeights) else None
+    read = captured.weights if changed is None else changed.source
+    table = read.table if isinstance(read, Pieces) else {}
     known = 0
     for name in block.parameters:
+        if changed is not None and name in changed.added:
+            continue
         piece = table.get(name, Piece(name))
         if name in captured.constants or (whole := said.weight(piece.source)) is None:
             continue
-        want, got = piece.of(whole).float(), get_tensor(block.module, name).float()
+        own = changed is not None and name in changed.made  # which is compared as it was read
+        want, got = piece.of(whole).float(), (read.load(name) if own else get_tensor(block.module, name)).float()
         known += 1
         if want.shape == got.shape and torch.equal(want, got):
             continue
@@ -149,6 +155,8 @@ def _differs(captured, blocks, said, values, states, output, found, bound, choos
         want, got = states.get(block.name), values.get(captured.handed_on(block)) if block.outputs else None
         if want is None or got is None or want.shape != got.shape:
             continue
+        if (basis := captured.basis.get(captured.handed_on(block))) is not None:
+            want, got = basis.comparable(want), basis.undo(got)
         off = difference([(want, got)], chooses)
         if not off <= bound:
             place, what = block.name, f"its result differs by {_parts(off)}, and {output}"

@@ -39,7 +39,7 @@ def test_the_model_computes_what_it_did(family, tmp_path):
     result = RotateResidual().call(captured)
     got = logits(captured)
     assert (got - want).abs().max() <= 1e-4 * want.abs().max()
-    assert len(result.basis) == len(captured.blocks) - 1
+    assert len(result.changed) == len(captured.basis) == len(captured.blocks) - 1
 
 
 def test_a_head_that_is_the_embedding_is_turned_the_other_way_by_a_tensor_of_its_own(tmp_path):
