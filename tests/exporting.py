@@ -2,7 +2,6 @@
 
 import copy
 import dataclasses
-import importlib
 from dataclasses import dataclass
 from pathlib import Path
 from unittest.mock import patch
@@ -12,6 +11,7 @@ import onnxruntime as ort
 import torch
 from onnx import TensorProto, helper
 
+from qexport.api import exporting
 from qexport.artifact.manifest import CPU, MODEL_FILE, Manifest
 from qexport.capture.blocks import Block
 from qexport.capture.graph import Captured
@@ -21,8 +21,6 @@ from qexport.recipe.recipe import Recipe
 from qexport.runtime.session import open_session
 from qexport.validation.running import run_session
 from stepping import Runner, block_runner
-
-exporting = importlib.import_module("qexport.api.exporting")  # the package's attribute of this name is the function
 
 
 @dataclass

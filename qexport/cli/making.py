@@ -8,6 +8,7 @@ import typer
 import qexport
 
 from ..errors import InputError
+from ..formatting import parsed_bytes
 from .options import (
     Attention,
     Calibration,
@@ -90,7 +91,7 @@ def export(
     if auto:
         if resume or logits != "all":
             raise InputError("--auto measures what it exports: it takes neither --resume nor --logits last")
-        most = None if max_bytes is None else console.parsed_bytes(max_bytes)
+        most = None if max_bytes is None else parsed_bytes(max_bytes)
         with console.showing_progress() as progress:
             found = qexport.export_auto(
                 source, chosen, out_dir=out, max_bytes=most, max_kl=max_kl, target=target, dtype=dtype,

@@ -89,7 +89,7 @@ def test_what_a_living_export_has_moved_aside_stays_there(run, copy):
 
 
 RACING = """
-import sys, qexport.export
+import sys, qexport.api.exporting
 from qexport.cli import main
 print("ready", flush=True)
 sys.stdin.readline()

@@ -129,7 +129,7 @@ def test_zeros_and_groups_that_the_grid_holds_exactly(fmt):
 def test_rows_are_worked_on_in_pieces(size, monkeypatch):
     w, fmt = heavy(10, 64), WeightFormat(4, size)
     whole = hqq(w, fmt)
-    for room in ("grid", "hqq"):
+    for room in ("affine", "hqq"):
         monkeypatch.setattr(f"qexport.quant.{room}.CHUNK", 3 * 64)
     pieces = hqq(w, fmt)
     assert torch.allclose(whole.scale, pieces.scale, rtol=1e-5)

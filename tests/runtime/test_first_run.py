@@ -1,6 +1,5 @@
 """No folder appears with a file that does not run."""
 
-import importlib
 import json
 
 import numpy as np
@@ -8,13 +7,12 @@ import onnx_ir as ir
 import pytest
 import torch
 
+from qexport.api import exporting
 from qexport.api.exporting import export
 from qexport.errors import RuntimeProblem
 from qexport.recipe.recipe import Recipe
 from qexport.runtime import first_run as first
 from qexport.runtime.session import open_session
-
-exporting = importlib.import_module("qexport.api.exporting")  # the package's attribute of this name is the function
 
 
 def with_more_scales(monkeypatch, operator: str, place: int) -> list[str]:

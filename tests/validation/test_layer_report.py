@@ -1,6 +1,5 @@
 """What the report says of a layer beside its errors: attentions, ranges, sizes, kernels and time."""
 
-import importlib
 import math
 
 import numpy as np
@@ -9,6 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from models import save_model
+from qexport.api import validating
 from qexport.api.exporting import capture, export
 from qexport.api.validating import validate
 from qexport.artifact import manifest as manifests
@@ -23,7 +23,6 @@ from qexport.validation.running import run_session, with_outputs
 from qexport.validation.text import Text
 
 WINDOW = 40
-validation = importlib.import_module("qexport.validation")  # the package's attribute of this name is the function
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +44,7 @@ def checked(llama, ids, tmp_path_factory):
         export(llama, recipe, out_dir=folder, **options)
         with pytest.MonkeyPatch.context() as patch:
             given = lambda *_: Text(ids, "token ids", False)  # noqa: E731
-            patch.setattr(validation, "choose_text", given)
+            patch.setattr(validating, "choose_text", given)
             return folder, validate(folder, llama)
 
     return run
