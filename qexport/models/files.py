@@ -35,7 +35,7 @@ def weight_files(folder: Path, stated: str | None = None) -> WeightFiles:
     Raises:
         InputError: there are none under these names, or the index is damaged or names what is not there.
     """
-    first = next((file for file in (stated, WHOLE, INDEX) if file and (folder / file).is_file()), None)
+    first = next((file for file in (stated, WHOLE, INDEX) if file and _is_there(folder / file)), None)
     if stated and first != stated:
         raise InputError(f"names {stated} as its weights, which is missing", place=str(folder / "config.json"))
     if first is None:
@@ -51,7 +51,7 @@ def weight_files(folder: Path, stated: str | None = None) -> WeightFiles:
 def _indexed(index: Path) -> tuple[str, ...]:
     files = named_by(index)
     for file in files:
-        if not (index.parent / file).is_file():
+        if not _is_there(index.parent / file):
             raise InputError(f"names {file}, which is missing", place=str(index), remedy="Download the model again")
     return files
 
@@ -72,6 +72,14 @@ def named_by(index: Path) -> tuple[str, ...]:
     if not files:
         raise InputError("names no file", place=str(index), remedy="Download the model again")
     return tuple(files)
+
+
+def _is_there(file: Path) -> bool:
+    """Whether there is such a file; a name that is too long for a file system is the name of none."""
+    try:
+        return file.is_file()
+    except OSError:
+        return False
 
 
 def _nothing(folder: Path) -> InputError:

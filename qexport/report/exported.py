@@ -5,13 +5,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import ValidationError
 
 from ..artifact import manifest as manifests
 from ..artifact.files import read_json
 from ..artifact.manifest import RECIPE_FILE, Manifest
-from ..errors import InputError
+from ..errors import InputError, RecipeError
+from ..recipe.reading import read_yaml
 from ..validation.report import Report
 from ..validation.report_store import KEY, REPORT_FILE
 
@@ -58,10 +58,9 @@ class Exported:
 def recipe_settings(text: str) -> Mapping[str, Any]:
     """The keys of a recipe; none where the text is no YAML mapping."""
     try:
-        found = yaml.safe_load(text)
-    except yaml.YAMLError:
+        return read_yaml(text, RECIPE_FILE)[0]
+    except RecipeError:
         return {}
-    return found if isinstance(found, dict) else {}
 
 
 def read_export(folder: str | Path) -> Exported:

@@ -134,3 +134,10 @@ def test_a_bias_that_the_config_does_not_know(folder):
     with pytest.raises(CaptureError, match="config.json knows no such bias") as caught:
         capture(folder)
     assert caught.value.place == bias
+
+
+@pytest.mark.parametrize("name", ["a" * 300 + ".safetensors", "\ud800.safetensors", "a\0b.safetensors"])
+def test_a_name_that_no_file_can_have_is_missing(tmp_path, name):
+    index(tmp_path, name)
+    with pytest.raises(InputError, match="which is missing"):
+        weight_files(tmp_path)

@@ -7,6 +7,7 @@ import yaml
 
 from qexport.report import write_card
 from qexport.report.card import code, front_matter, render_card, text
+from qexport.report.exported import recipe_settings
 from reported import full_report, logits, plain_report, write_validated
 
 HUB = {"name": "some/model", "hub_id": "some/model", "licence": {"license": "apache-2.0", "file": "LICENSE"}}
@@ -92,3 +93,8 @@ def test_a_card_of_ones_own_stays(tmp_path):
     assert write_card(write_validated(tmp_path, other)) == path and "98.76" in path.read_text() and "98.76" not in first
     path.write_text("# Mine\n")
     assert write_card(exported) is None and path.read_text() == "# Mine\n"
+
+
+@pytest.mark.parametrize("recipe", ["[" * 10_000, "name: [unfinished", "- a list", "name: &a [*a]"])
+def test_a_recipe_that_cannot_be_read_says_nothing(recipe):
+    assert recipe_settings(recipe) == {}
