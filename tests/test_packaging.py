@@ -1,4 +1,4 @@
-"""What pyproject.toml puts into a wheel is all that the package consists of; an editable installation would not tell."""
+"""What pyproject.toml puts into a wheel is all of the package; an editable installation would not tell."""
 
 import tomllib
 from pathlib import Path
