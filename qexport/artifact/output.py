@@ -147,7 +147,12 @@ class Work:
         """Tidy up for a run that will not begin: what is left of an export that was killed when it was done goes."""
         done = self._moving.exists() or not self.blocks.exists()
         self.settle()
-        self._lock.remove() if done else self._lock.release()
+        self._remove() if done else self._lock.release()
+
+    def _remove(self) -> None:
+        """Remove the work folder; what says that its blocks are of an export that is done goes after them."""
+        owner.remove(self.blocks)
+        self._lock.remove()
 
     def discard(self) -> None:
         """Forget the finished blocks: going on from them would end as this did."""
@@ -156,7 +161,7 @@ class Work:
     def _finish(self, error: BaseException | None) -> None:
         done = len(list(self.blocks.glob("*.safetensors"))) if error is not None else 0
         if not done:
-            self._lock.remove()
+            self._remove()
             return
         self._lock.release()
         if isinstance(error, QExportError):
