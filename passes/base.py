@@ -125,7 +125,7 @@ class GraphPass(ABC):
 
     keeps_function: ClassVar[bool] = False
     # It rounds, or changes nothing: every value stays the float model's but for errors. One that keeps the function may
-    # still move factors between layers. A validation compares layers by this, see `validate.account`.
+    # still move factors between layers. A validation compares layers by this, see `validation.account`.
     keeps_values: ClassVar[bool] = False
     reads_float_weights: ClassVar[bool] = False  # of linears that passes before it have rounded
 

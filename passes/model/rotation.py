@@ -52,21 +52,19 @@ class RotateResidual(ModelPass):
         turn = rotation(stream.width, self.seed)
         write = turn - turn.mean(0, keepdim=True) if centred else turn  # the mean of a row taken out first
         made: dict[str, Callable[[Read], Tensor]] = {}
-        for name in stream.tables:
-            made[name] = partial(_times, name, write)
-        for name in stream.vectors:
+        for name in (*stream.tables, *stream.vectors):
             made[name] = partial(_times, name, write)
         for _, linear in stream.writers:
             made[linear.weight] = partial(_written, linear.weight, write)
             if linear.bias is not None:
                 made[linear.bias] = partial(_times, linear.bias, write)
         for block, linear in stream.readers:
-            weight = _own_weight(captured, block, linear, made)
+            weight = _own_weight(block, linear, made)
             made[weight] = partial(_read_by, linear.weight, None, turn)
         for norm in stream.norms:
-            made |= _folded(captured, norm, turn, made)
-        known = {name for block in captured.blocks for name in block.parameters} - before
-        captured.weights = ChangedWeights(captured.weights, made, known)
+            made |= _folded(norm, turn, made)
+        added = {name for block in captured.blocks for name in block.parameters} - before
+        captured.weights = ChangedWeights(captured.weights, made, added)
         found = [Note(name, "rotated", {"width": stream.width}) for name in stream.crossing]
         captured.basis |= dict.fromkeys(stream.crossing, Basis(turn, centred))
         return ModelResult(changed=found)
@@ -124,12 +122,12 @@ def _gain_of(norm: Norm) -> tuple[str | None, float]:
         raise PassError(f"the gain of {norm.node.name} is not a constant") from None
 
 
-def _folded(captured: Captured, norm: Norm, turn: Tensor, made) -> dict[str, Callable[[Read], Tensor]]:
+def _folded(norm: Norm, turn: Tensor, made) -> dict[str, Callable[[Read], Tensor]]:
     """Move a norm's gain and bias into its readers, and turn what they read back; a LayerNorm becomes an RMSNorm."""
     (gain, offset), bias = _gain_of(norm), norm_bias(norm.node)
     found: dict[str, Callable[[Read], Tensor]] = {}
     for block, linear in norm.readers:
-        weight = _own_weight(captured, block, linear, made | found)
+        weight = _own_weight(block, linear, made | found)
         scale = None if gain is None else partial(_plus, gain, offset)
         found[weight] = partial(_read_by, linear.weight, scale, turn)
         if bias is not None:
@@ -145,7 +143,7 @@ def _folded(captured: Captured, norm: Norm, turn: Tensor, made) -> dict[str, Cal
     return found
 
 
-def _own_weight(captured: Captured, block: Block, linear: Linear, made) -> str:
+def _own_weight(block: Block, linear: Linear, made) -> str:
     """The name of a reader's weight; a new one where it is a table too, which turns another way."""
     if linear.weight not in made:
         return linear.weight

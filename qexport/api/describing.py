@@ -66,7 +66,7 @@ def report_of(
     """What report.json says of the export.
 
     Args:
-        source: see `capture.origin`; plan: of linears and convolutions; passes: all that blocks went through;
+        source: see `models.provenance`; plan: of linears and convolutions; passes: all that blocks went through;
             ran: see `runtime.first_run`; reference: how far the float graph is from a witness; changes: what passes
             over the whole model did, by their names; warnings: sentences;
             left_out: tensors of the checkpoint that the model does not read.

@@ -136,7 +136,7 @@ def export(
         progress: called with (stage, what, done, total).
 
     Before calibration the captured float graph runs beside a witness that reads the model itself: transformers' model
-    of the same folder, or the module; see `validate.reader.check_reader`.
+    of the same folder, or the module; see `validation.reader.check_reader`.
 
     Raises:
         QExportError: one of its kinds says what is wrong, where, and what to do; CaptureError where the graph and its

@@ -1,4 +1,4 @@
-"""Files that have the stack of blocks twice: for prompts and for steps. See lower/prefill.py.
+"""Files that have the stack of blocks twice: for prompts and for steps. See lower/prefill_twin.py.
 
 Nodes and values in a branch are called what they would be in a file without branches, behind the branch's prefix.
 """

@@ -69,7 +69,7 @@ class Captured:
             modules the dimensions of every input.
         tied: for each weight every other name it goes by.
         witness: who else can say what the model computes; None for a graph that came without its model.
-        reader: what comparing the graph with the witness showed; None before `validate.reader.check_reader`.
+        reader: what comparing the graph with the witness showed; None before `validation.reader.check_reader`.
         basis: by the name of a value that crosses blocks, how a pass over the whole model changed it.
         notes: sentences on what a user may not expect of the model's folder.
         left_out: tensors of the checkpoint that the model does not read.

@@ -163,7 +163,7 @@ def _keep_codes(captured: Captured, bits: Mapping[str, int]) -> None:
 
 
 def _codes(spec: Spec, bits: int) -> Spec:
-    """The type of a cache of codes, see numerics.cache."""
+    """The type of a cache of codes, see quant.kv_cache."""
     if bits == 8:
         return replace(spec, dtype=torch.int8)
     *axes, size = spec.shape

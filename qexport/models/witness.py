@@ -2,7 +2,7 @@
 
 A witness computes what the captured graph claims to compute, from weights that it reads itself. Of folders of
 transformers it is transformers' own model; of an nn.Module the module; of a checkpoint of codes it may be the published
-formula. `validate.reader` runs the graph on a witness's calls and compares.
+formula. `validation.reader` runs the graph on a witness's calls and compares.
 """
 
 from collections.abc import Callable, Mapping, Sequence

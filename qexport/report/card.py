@@ -71,7 +71,7 @@ def front_matter(exported: Exported) -> str:
 
 
 def _licence(exported: Exported) -> dict[str, str | None]:
-    """What is known of the source model's licence, None for the rest; see `capture.origin.licence_of`."""
+    """What is known of the source model's licence, None for the rest; see `models.provenance.licence_of`."""
     known = exported.source.get("licence")
     known = known if isinstance(known, dict) else {}
     return {key: known.get(key) for key in ("license", "license_name", "license_link", "file")}

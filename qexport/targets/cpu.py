@@ -26,7 +26,7 @@ class CpuTarget:
 
     Attributes:
         accuracy_level: 4 lets MatMulNBits round its float input to 8 bits in blocks (fast); 1 keeps it float32.
-        int8_prompts: prompts go through int8 products (see lower/prefill.py).
+        int8_prompts: prompts go through int8 products (see lower/prefill_twin.py).
     """
 
     accuracy_level: int = 4

@@ -45,7 +45,7 @@ class Row(_Frozen):
         branch_gain_db: by how much a linear's low-rank branch lowers the error of its weight.
         fault: what is wrong with a linear that rounding does not explain, in words; empty where nothing is.
         kl_cost: what the linear's own error adds to the mean KL of the logits, in nats a token, by the Fisher metric of
-            the float model (qexport/auto/importance.py): an estimate for all linears from one pass forward and back.
+            the float model (qexport/calibrate/fisher.py): an estimate for all linears from one pass forward and back.
     """
 
     name: str

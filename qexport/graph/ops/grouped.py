@@ -78,11 +78,11 @@ def grouped_attention(
 
     Args:
         query: [batch, sequence, heads * head_dim]; key, value: [batch, sequence, kv_heads * head_dim].
-        past_key, past_value: [batch, kv_heads, past, head_dim], or codes as `numerics.cache.pack_cache` makes them.
+        past_key, past_value: [batch, kv_heads, past, head_dim], or codes as `quant.kv_cache.pack_cache` makes them.
         last, total: as `real_first` returns them.
         cos, sin: [positions, n / 2], tables that rotate the first n features of every head of query and key; None where
             those are as they should be.
-        key_scale, value_scale, bits: of a cache of codes, see `numerics.cache`; None and 0 for one of floats.
+        key_scale, value_scale, bits: of a cache of codes, see `quant.kv_cache`; None and 0 for one of floats.
         scale: factor of the scores; softcap: scores become softcap * tanh(scores / softcap), 0 for none.
         window: keys further back than window - 1 positions are hidden; 0 for no limit.
 
@@ -131,7 +131,7 @@ def round_cache(x: Tensor, scale: Tensor, bits: int) -> Tensor:
     """Keys or values as attention will read them from a cache of codes.
 
     Args:
-        x: [batch, kv_heads, tokens, head_dim]; scale, bits: as `numerics.cache.cache_codes`.
+        x: [batch, kv_heads, tokens, head_dim]; scale, bits: as `quant.kv_cache.cache_codes`.
     """
     return (cache_codes(x, scale, bits).float() * scale).to(x.dtype)
 
