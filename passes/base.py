@@ -20,7 +20,7 @@ from ..quant.formats import ActivationFormat
 
 
 @dataclass(frozen=True)
-class Note:
+class SiteRecord:
     """What a pass did at a site, or why it did nothing there.
 
     Attributes:
@@ -38,8 +38,8 @@ class Note:
 class PassResult:
     """The account of one pass over one graph."""
 
-    changed: list[Note] = field(default_factory=list)
-    skipped: list[Note] = field(default_factory=list)
+    changed: list[SiteRecord] = field(default_factory=list)
+    skipped: list[SiteRecord] = field(default_factory=list)
 
 
 Statistics = dict[Node, Any]
@@ -63,7 +63,7 @@ class Batch:
 
 
 @dataclass
-class Handover:
+class PassState:
     """What passes leave for those after them in the same block.
 
     Attributes:
@@ -116,24 +116,24 @@ class Context:
     statistics: Statistics = field(default_factory=dict)
     sample: tuple[torch.Tensor, ...] = ()
     batches: Sequence[Batch] = ()
-    handover: Handover = field(default_factory=Handover)
+    handover: PassState = field(default_factory=PassState)
     earlier: Earlier = _nothing_earlier
 
 
 class GraphPass(ABC):
     """Base of every pass. Subclasses are frozen dataclasses of options."""
 
-    keeps_function: ClassVar[bool] = False
+    preserves_output: ClassVar[bool] = False
     # It rounds, or changes nothing: every value stays the float model's but for errors. One that keeps the function may
     # still move factors between layers. A validation compares layers by this, see `validation.account`.
-    keeps_values: ClassVar[bool] = False
+    preserves_values: ClassVar[bool] = False
     reads_float_weights: ClassVar[bool] = False  # of linears that passes before it have rounded
 
     @property
     def name(self) -> str:
         return type(self).__name__
 
-    def works_on(self, module: GraphModule) -> bool:
+    def applies_to(self, module: GraphModule) -> bool:
         """Whether the pass has anything to look at in a block; blocks where no pass has are not even loaded."""
         return bool(linears(module.graph))
 
@@ -144,7 +144,7 @@ class GraphPass(ABC):
         """For each value whose rows the pass wants to see, a factory of the object with `update(x)` that sees them."""
         return {}
 
-    def wanted(self, module: GraphModule, handover: Handover) -> dict[Node, Callable[[], Any]]:
+    def wanted(self, module: GraphModule, handover: PassState) -> dict[Node, Callable[[], Any]]:
         """The same for a pass whose questions depend on what passes before it left."""
         return self.statistics(module)
 
@@ -158,7 +158,7 @@ class GraphPass(ABC):
         Raises:
             PassError: an output moved by more than 1e-4 of its largest element.
         """
-        if not self.keeps_function:
+        if not self.preserves_output:
             return
         for index, (old, new) in enumerate(zip(before, after, strict=True)):
             if not old.is_floating_point():
@@ -199,11 +199,11 @@ class Pipeline:
                 their kind and get the pass as their place.
         """
         results: dict[str, PassResult] = {}
-        handover = Handover(keeps_weights=any(step.reads_float_weights for step in self.passes))
+        handover = PassState(keeps_weights=any(step.reads_float_weights for step in self.passes))
         for step in self.passes:
             try:
                 step.requires(module)
-                before = _visible(module, sample) if sample and step.keeps_function else ()
+                before = _visible(module, sample) if sample and step.preserves_output else ()
                 wanted = step.wanted(module, handover)
                 statistics = collect(module, wanted) if wanted else {}
                 result = step.call(module, Context(statistics, sample, batches, handover, earlier))

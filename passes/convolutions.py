@@ -13,10 +13,10 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 
 from ..errors import NumericsError
-from ..graph.convolutions import convolutions, zero_padding
+from ..graph.convolution_sites import convolutions, zero_padding
 from ..graph.edit import add_tensor, call, finish, get_tensor, is_call, shape_of
 from ..plan.convolution_plan import ConvolutionPlan
-from .base import Context, GraphPass, Handover, Note, PassResult
+from .base import Context, GraphPass, PassResult, PassState, SiteRecord
 
 aten = torch.ops.aten
 ops = torch.ops.qexport
@@ -28,7 +28,7 @@ _KEEP_GRID = (
 )  # fmt: skip
 
 
-class Extent:
+class MinMaxObserver:
     """The least and the largest value seen, and 0."""
 
     def __init__(self) -> None:
@@ -61,14 +61,14 @@ class QuantizeConvolutions(GraphPass):
     """
 
     plan: Mapping[str, ConvolutionPlan]
-    keeps_values: ClassVar[bool] = True
+    preserves_values: ClassVar[bool] = True
 
-    def works_on(self, module: GraphModule) -> bool:
+    def applies_to(self, module: GraphModule) -> bool:
         return bool(self._sites(module))
 
-    def wanted(self, module: GraphModule, handover: Handover) -> dict[Node, Callable]:
+    def wanted(self, module: GraphModule, handover: PassState) -> dict[Node, Callable]:
         values = [v for conv in self._sites(module).values() for v in (_grid_source(_input(conv)), _end(conv))]
-        return dict.fromkeys(values, Extent)
+        return dict.fromkeys(values, MinMaxObserver)
 
     def call(self, module: GraphModule, context: Context) -> PassResult:
         result, grids = PassResult(), {}
@@ -80,12 +80,12 @@ class QuantizeConvolutions(GraphPass):
             self._output(module, name, conv, end, seen, grids)
             self._weights(module, name, conv, scale)
             result.changed.append(
-                Note(name, "static per-tensor input and output", {"low": seen.low, "high": seen.high})
+                SiteRecord(name, "static per-tensor input and output", {"low": seen.low, "high": seen.high})
             )
         finish(module)
         return result
 
-    def _input(self, module: GraphModule, name: str, conv: Node, seen: Extent, grids: dict) -> Node:
+    def _input(self, module: GraphModule, name: str, conv: Node, seen: MinMaxObserver, grids: dict) -> Node:
         """Let the convolution read codes; returns the node of their scale."""
         graph, x = module.graph, _input(conv)
         reader = conv if x is conv.args[0] else conv.args[0]  # zeros that are added to codes are a code
@@ -98,7 +98,7 @@ class QuantizeConvolutions(GraphPass):
         reader.replace_input_with(x, rounded)
         return scale
 
-    def _output(self, module: GraphModule, name: str, conv: Node, end: Node, seen: Extent, grids: dict) -> None:
+    def _output(self, module: GraphModule, name: str, conv: Node, end: Node, seen: MinMaxObserver, grids: dict) -> None:
         """Round the result of the convolution to the range of the values at `end`, which clips it at most."""
         graph = module.graph
         with graph.inserting_before(end.next):
@@ -160,7 +160,7 @@ def _clips_around_zero(node: Node | None) -> bool:
     return is_call(node, aten.relu.default)
 
 
-def _grid(graph: Graph, name: str, seen: Extent) -> tuple[Node, Node, int]:
+def _grid(graph: Graph, name: str, seen: MinMaxObserver) -> tuple[Node, Node, int]:
     scale, zero_point = seen.grid()
     step = add_tensor(graph, f"{name}_scale", torch.tensor(scale, dtype=torch.float32))
     zero = add_tensor(graph, f"{name}_zero_point", torch.tensor(zero_point, dtype=torch.uint8))

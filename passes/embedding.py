@@ -16,7 +16,7 @@ from ..graph.sites import linears
 from ..plan.embedding_plan import EmbeddingPlan
 from ..quant.affine import QuantizedWeight, quantize_weight
 from ..quant.formats import WeightFormat
-from .base import Context, GraphPass, Note, PassResult
+from .base import Context, GraphPass, PassResult, SiteRecord
 from .insert_qdq import insert_weight, weight_tensors
 
 aten = torch.ops.aten
@@ -35,9 +35,9 @@ class QuantizeEmbedding(GraphPass):
 
     plan: Mapping[str, EmbeddingPlan]
     rounding: Rounding = quantize_weight
-    keeps_values: ClassVar[bool] = True
+    preserves_values: ClassVar[bool] = True
 
-    def works_on(self, module: GraphModule) -> bool:
+    def applies_to(self, module: GraphModule) -> bool:
         return bool(self._lookups(module.graph))
 
     def call(self, module: GraphModule, context: Context) -> PassResult:
@@ -51,7 +51,7 @@ class QuantizeEmbedding(GraphPass):
                     table = self.rounding(get_tensor(module, plan.weight), fmt)
                     tables[plan.weight] = weight_tensors(module, plan.name, table)
                     what = f"{plan.scheme.name}, shared with {plan.linear}" if plan.linear else plan.scheme.name
-                    result.changed.append(Note(plan.name, what))
+                    result.changed.append(SiteRecord(plan.name, what))
                 arguments = (*tables[plan.weight], node.args[1], fmt.group_size, fmt.stored_bits)
                 rows = call(graph, ops.gather_quantized.default, arguments, like=node)
             node.replace_all_uses_with(rows)
@@ -73,9 +73,9 @@ class ShareEmbedding(GraphPass):
     """
 
     plan: Mapping[str, EmbeddingPlan]
-    keeps_values: ClassVar[bool] = True
+    preserves_values: ClassVar[bool] = True
 
-    def works_on(self, module: GraphModule) -> bool:
+    def applies_to(self, module: GraphModule) -> bool:
         return any(linear.name in self.plan for linear in linears(module.graph))
 
     def call(self, module: GraphModule, context: Context) -> PassResult:
@@ -93,6 +93,6 @@ class ShareEmbedding(GraphPass):
                 tensors["zero_point"].t() if "zero_point" in tensors else None, owner.scheme.weight,
             )  # fmt: skip
             insert_weight(module, linear, table, shares=owner.name)
-            result.changed.append(Note(linear.name, f"{owner.scheme.name}, the codes of {owner.name}"))
+            result.changed.append(SiteRecord(linear.name, f"{owner.scheme.name}, the codes of {owner.name}"))
         finish(module)
         return result

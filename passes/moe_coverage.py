@@ -11,7 +11,7 @@ from torch.fx import Graph, GraphModule, Node
 from ..graph.edit import is_call
 from ..graph.sites import SHAPE_ONLY, Linear, linears
 from ..plan.linear_plan import LinearPlan
-from .base import Context, GraphPass, Note, PassResult
+from .base import Context, GraphPass, PassResult, SiteRecord
 
 aten = torch.ops.aten
 _BETWEEN = (  # the linears of an expert
@@ -67,9 +67,9 @@ class CountChoices(GraphPass):
     """
 
     plan: Mapping[str, LinearPlan]
-    keeps_values: ClassVar[bool] = True
+    preserves_values: ClassVar[bool] = True
 
-    def works_on(self, module: GraphModule) -> bool:
+    def applies_to(self, module: GraphModule) -> bool:
         return bool(self._read_by_choice(module))
 
     def statistics(self, module: GraphModule) -> dict[Node, Callable]:
@@ -81,7 +81,7 @@ class CountChoices(GraphPass):
             seen = context.statistics[linear.input]
             if seen.tokens < FEW_TOKENS:
                 what = f"{seen.tokens} of {seen.all} calibration tokens chose its expert, fewer than {FEW_TOKENS}"
-                result.skipped.append(Note(linear.name, what))
+                result.skipped.append(SiteRecord(linear.name, what))
         return result
 
     def _read_by_choice(self, module: GraphModule) -> list[Linear]:

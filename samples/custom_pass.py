@@ -20,7 +20,7 @@ from torch.fx import GraphModule, Node
 import qexport
 from qexport.errors import PassError
 from qexport.graph.sites import FoldSite, fold_sites
-from qexport.passes.base import Context, GraphPass, Note, PassResult
+from qexport.passes.base import Context, GraphPass, PassResult, SiteRecord
 from qexport.passes.equalization.equalize import fold
 
 
@@ -49,7 +49,7 @@ class ScaleByActivation(GraphPass):
 
     recipe: qexport.Recipe
     power: float = 0.5
-    keeps_function: ClassVar[bool] = True  # so qexport checks on the calibration data that the block's outputs stay
+    preserves_output: ClassVar[bool] = True  # so qexport checks on the calibration data that the block's outputs stay
 
     def requires(self, module: GraphModule) -> None:
         if not 0 <= self.power <= 1:
@@ -63,12 +63,12 @@ class ScaleByActivation(GraphPass):
         for site in fold_sites(module.graph):
             names = ", ".join(linear.name for linear in site.consumers)
             if why := self._why_not(site):
-                result.skipped.append(Note(names, why))
+                result.skipped.append(SiteRecord(names, why))
                 continue
             factors = self._factors(site, context.statistics[site.value].value())
             fold(module, site, factors)
             result.changed.append(
-                Note(names, "scaled", {"largest/smallest": round((factors.max() / factors.min()).item(), 2)})
+                SiteRecord(names, "scaled", {"largest/smallest": round((factors.max() / factors.min()).item(), 2)})
             )
         module.recompile()
         return result

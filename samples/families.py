@@ -35,12 +35,12 @@ from cuda_placement.probe import PlacementError, placement  # noqa: E402
 from models import BREADTH, FAMILIES, REFUSED, reference_model, save_model  # noqa: E402
 from qexport.api.exporting import capture  # noqa: E402
 from qexport.artifact.manifest import QMOE  # noqa: E402
-from qexport.calibrate.encoder_inputs import encoder_inputs  # noqa: E402
-from qexport.capture.graph import Captured  # noqa: E402
+from qexport.calibrate.encoder_inputs import encoder_batch  # noqa: E402
+from qexport.capture.graph import CapturedModel  # noqa: E402
 from qexport.capture.module import capture_module  # noqa: E402
 from qexport.capture.seq2seq import capture_seq2seq  # noqa: E402
 from qexport.errors import QExportError  # noqa: E402
-from qexport.graph.convolutions import convolutions
+from qexport.graph.convolution_sites import convolutions
 from qexport.lower.build import check_translations  # noqa: E402
 from qexport.models.source import open_model  # noqa: E402
 from qexport.recipe.recipe import CalibrationSpec, Recipe  # noqa: E402
@@ -209,7 +209,7 @@ def measured_pair(name: str, folder: Path, stand_ins: dict[str, str] | None) -> 
     ]
 
 
-def _decoder(name: str, folder: Path) -> tuple[Captured, float, None]:
+def _decoder(name: str, folder: Path) -> tuple[CapturedModel, float, None]:
     """The captured model, and the largest difference of a logit, of the largest logit."""
     captured = _checked(capture(save_model(name, folder / "model")))
     loaded, model, worst = load_weights(copy.deepcopy(captured)), reference_model(folder / "model"), 0.0
@@ -220,22 +220,22 @@ def _decoder(name: str, folder: Path) -> tuple[Captured, float, None]:
     return captured, worst, None
 
 
-def _encoder(name: str, folder: Path) -> tuple[Captured, float, dict]:
+def _encoder(name: str, folder: Path) -> tuple[CapturedModel, float, dict]:
     """The captured model, the largest difference of an output, and inputs."""
     modules.save_encoder(name, folder / "model")
     captured = _checked(capture(folder / "model"))
     model = transformers.AutoModel.from_pretrained(folder / "model", attn_implementation="eager").eval()
-    feeds = [encoder_inputs(captured, tokens(*mask.shape), mask) for mask in MASKS]
+    feeds = [encoder_batch(captured, tokens(*mask.shape), mask) for mask in MASKS]
     return captured, _from_eager(captured, model, feeds), feeds[0]
 
 
-def _module(name: str, folder: Path) -> tuple[Captured, float, dict]:
+def _module(name: str, folder: Path) -> tuple[CapturedModel, float, dict]:
     model, feeds = modules.make_module(name), [modules.example_inputs(name, more) for more in (0, 1)]
     captured = _checked(capture_module(model, feeds[0], modules.axes(name)))
     return captured, _from_eager(captured, model, feeds), feeds[0]
 
 
-def _from_eager(captured: Captured, model: torch.nn.Module, feeds: list[dict]) -> float:
+def _from_eager(captured: CapturedModel, model: torch.nn.Module, feeds: list[dict]) -> float:
     run, worst = captured_runner(load_weights(copy.deepcopy(captured))), 0.0
     for fed in feeds:
         with torch.no_grad():
@@ -256,17 +256,17 @@ def _experts(exported) -> str:
     return "; ".join(["QMoE"] * any(entry.kernel == QMOE for entry in exported.manifest.linears) + list(reasons))
 
 
-def _count(captured: Captured) -> int:
+def _count(captured: CapturedModel) -> int:
     """How many convolutions a model has."""
     return sum(len(convolutions(block.module.graph)) for block in captured.blocks)
 
 
-def _checked(captured: Captured) -> Captured:
+def _checked(captured: CapturedModel) -> CapturedModel:
     check_translations(block.module.graph for block in captured.blocks)
     return captured
 
 
-def on_cuda(captured: Captured, folder: Path, stand_ins: dict[str, str] | None, options: dict) -> str:
+def on_cuda(captured: CapturedModel, folder: Path, stand_ins: dict[str, str] | None, options: dict) -> str:
     """Where the nodes of the file for CUDA are placed."""
     if stand_ins is None:
         return "not tried"

@@ -32,7 +32,7 @@ from qexport.artifact import checksums, swap
 from qexport.artifact import manifest as manifests
 from qexport.artifact.manifest import DECODER, ENCODER
 from qexport.artifact.ownership import is_export
-from qexport.capture.graph import Captured
+from qexport.capture.graph import CapturedModel
 from qexport.capture.seq2seq import Parts, capture_seq2seq
 from qexport.errors import InputError, QExportError
 from qexport.models.source import open_model
@@ -80,7 +80,7 @@ class Outcome:
     failed: list[str] = field(default_factory=list)
 
 
-def commands(model: Captured, parts: Parts) -> list[Command]:
+def commands(model: CapturedModel, parts: Parts) -> list[Command]:
     """Export, of an encoder-decoder too and with chosen schemes, export over another, optimize, again, validate.
 
     Args:
@@ -136,7 +136,7 @@ def commands(model: Captured, parts: Parts) -> list[Command]:
     ]
 
 
-def tiny_model(folder: Path) -> Captured:
+def tiny_model(folder: Path) -> CapturedModel:
     """A random Llama of two layers, captured once for all processes."""
     torch.manual_seed(0)
     LlamaForCausalLM(LlamaConfig(
@@ -160,7 +160,7 @@ def tiny_parts(folder: Path) -> Parts:
     return parts
 
 
-def checked(captured: Captured) -> Captured:
+def checked(captured: CapturedModel) -> CapturedModel:
     """The same, with its reader checked, once for all processes too."""
     check_reader(captured)
     return captured

@@ -14,7 +14,7 @@ from onnx import TensorProto, helper
 from qexport.api import exporting
 from qexport.artifact.manifest import CPU, MODEL_FILE, Manifest
 from qexport.capture.blocks import Block
-from qexport.capture.graph import Captured
+from qexport.capture.graph import CapturedModel
 from qexport.graph.edit import attributes, get_tensor, set_tensor
 from qexport.lower.emitter import ONNX_DTYPE
 from qexport.recipe.recipe import Recipe
@@ -36,7 +36,7 @@ class Exported:
     folder: Path
     manifest: Manifest
     blocks: list[Block]
-    captured: Captured
+    captured: CapturedModel
     prompts: list[Block]
 
     @property
@@ -75,7 +75,7 @@ def session_runner(session: ort.InferenceSession) -> Runner:
     return lambda feeds: run_session(session, feeds, names)
 
 
-def export(captured: Captured, recipe: Recipe, target: str, out: Path, **options) -> Exported:
+def export(captured: CapturedModel, recipe: Recipe, target: str, out: Path, **options) -> Exported:
     """`qexport.export` of a graph captured already.
 
     Args:

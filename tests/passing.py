@@ -5,7 +5,7 @@ from torch import nn
 
 from qexport.calibrate.block_activations import Stream, batches, collect, make_stream
 from qexport.calibrate.sources import Samples
-from qexport.capture.graph import Captured
+from qexport.capture.graph import CapturedModel
 from qexport.capture.module import capture_module
 from qexport.passes.base import GraphPass, PassResult, Pipeline
 from qexport.plan.linear_plan import LinearPlan, make_plan
@@ -13,18 +13,18 @@ from qexport.quant.formats import Scheme
 from stepping import load_weights
 
 
-def plan_of(captured: Captured, scheme: str) -> dict[str, LinearPlan]:
+def plan_of(captured: CapturedModel, scheme: str) -> dict[str, LinearPlan]:
     """One scheme for every linear, by linear name."""
     graphs = [(block.name, block.module.graph) for block in captured.blocks]
     return {plan.name: plan for plan in make_plan(graphs, lambda name: Scheme.parse(scheme))}
 
 
-def stream_of(captured: Captured, ids: torch.Tensor, mask: torch.Tensor, batch_size: int = 2) -> Stream:
+def stream_of(captured: CapturedModel, ids: torch.Tensor, mask: torch.Tensor, batch_size: int = 2) -> Stream:
     return make_stream(captured, Samples(ids, mask, "tokens of the test"), batch_size)
 
 
 def run_passes(
-    captured: Captured, passes: list[GraphPass], stream: Stream, reference: Stream | None = None
+    captured: CapturedModel, passes: list[GraphPass], stream: Stream, reference: Stream | None = None
 ) -> dict[str, dict[str, PassResult]]:
     """Results by block and pass; each block sees what the changed blocks before it make.
 

@@ -7,19 +7,18 @@ from qexport.artifact.manifest import LinearEntry, Manifest
 from qexport.artifact.manifest import save as save_manifest
 from qexport.report import read_validated
 from qexport.report.exported import Exported
-from qexport.sampling_study.result import Format, Study
-from qexport.sampling_study.result import Row as TextRow
+from qexport.sampling_study.result import ComparedModel, Study, StudyRow
 from qexport.validation.report import (
-    Better,
     Greedy,
     InputRange,
-    Layers,
+    LayerComparison,
     Logits,
     Placement,
     Reference,
     Report,
-    Row,
     Sensitivity,
+    SuggestedOverride,
+    ValueComparison,
 )
 from qexport.validation.verdict import with_verdict
 
@@ -37,7 +36,7 @@ def logits(**changes) -> Logits:
 def plain_report(layers: int = 3, **changes) -> Report:
     """A report as the oldest version wrote it: no optional field has a value."""
     linears = [
-        Row(
+        ValueComparison(
             name=f"model.layers.{i}.{kind}", block=f"model.layers.{i}", scheme="w4a16_g32", sqnr_db=30.0 - i,
             own_sqnr_db=40.0 - i - 3 * k, cosine=0.999, max_abs_error=0.5,
         )
@@ -45,12 +44,14 @@ def plain_report(layers: int = 3, **changes) -> Report:
         for k, kind in enumerate(KINDS)
     ]  # fmt: skip
     blocks = [
-        Row(name=f"model.layers.{i}", block=f"model.layers.{i}", sqnr_db=25.0 - i, own_sqnr_db=33.0, max_abs_error=1.0)
+        ValueComparison(
+            name=f"model.layers.{i}", block=f"model.layers.{i}", sqnr_db=25.0 - i, own_sqnr_db=33.0, max_abs_error=1.0
+        )
         for i in range(layers)
     ]
     fields = dict(
         reference="some/model", text="the first 2 windows of 33 tokens of text.txt",
-        layers=Layers(tokens=32, linears=tuple(linears), blocks=tuple(blocks), sessions=1), logits=logits(),
+        layers=LayerComparison(tokens=32, linears=tuple(linears), blocks=tuple(blocks), sessions=1), logits=logits(),
         placement=Placement(
             provider="CPUExecutionProvider", nodes_per_provider={"CPUExecutionProvider": 40},
             op_counts={"MatMulNBits": len(linears)}, kernels={"MatMulNBits": len(linears)},
@@ -77,7 +78,7 @@ def full_report(layers: int = 3) -> Report:
         for i in range(layers)
         for kind in KINDS[:2]
     )  # fmt: skip
-    attentions = (Row(name="model.layers.0.self_attn", sqnr_db=30.0, own_sqnr_db=60.0, max_abs_error=0.1),)
+    attentions = (ValueComparison(name="model.layers.0.self_attn", sqnr_db=30.0, own_sqnr_db=60.0, max_abs_error=0.1),)
     worst = linears[-1].name
     return report.model_copy(update=dict(
         layers=report.layers.model_copy(update=dict(linears=linears, ranges=ranges, attentions=attentions)),
@@ -88,7 +89,9 @@ def full_report(layers: int = 3) -> Report:
             tokens=64, kl_mean=0.1, kl_foretold=0.078,
             measured={worst: 0.02, "model.layers.0.mlp.up_proj": -0.001, "prologue": 0.004},
             overrides=(
-                Better(match=worst, scheme="w8a16_g32", instead_of="w4a16_g32", more_bytes=5000, kl_gain=0.02),
+                SuggestedOverride(
+                    match=worst, scheme="w8a16_g32", instead_of="w4a16_g32", more_bytes=5000, kl_gain=0.02
+                ),
             ),
         ),
         settings=dict(reference="some/model", text="my text.txt", windows=2, window=33, threads=None, provider=None),
@@ -127,10 +130,10 @@ def write_validated(
 
 def a_study(names=("mine", "other"), temperatures=(0.0, 1.0), top_ks=(0,), lengths=(8,), **changes) -> Study:
     """A study in which the n-th export (float is 0) has distance 0.1 n + 0.01 temperature + 0.001 top_k; no file."""
-    measures = [*TextRow.model_fields][5:]  # behind the setting
+    measures = [*StudyRow.model_fields][5:]  # behind the setting
     settings = [(t, k) for t in temperatures for k in (top_ks if t else (0,))]
     rows = [
-        TextRow(
+        StudyRow(
             format=name, temperature=t, top_k=k, max_new_tokens=length, texts=3,
             **dict.fromkeys(measures, 0.5)
             | dict(distance=0.1 * n + 0.01 * t + 0.001 * k, distance_error=0.02, perplexity_ratio=1.0 + n),
@@ -143,7 +146,7 @@ def a_study(names=("mine", "other"), temperatures=(0.0, 1.0), top_ks=(0,), lengt
         reference="/home/somebody/models/some-model", prompts=("a", "b", "c"), seeds=(0, 1), temperatures=temperatures,
         top_ks=top_ks, max_new_tokens=lengths, rows=tuple(rows), choices=(),
         formats=tuple(
-            Format(name=name, folder="" if name == "float" else name, runtime="", model_bytes=0)
+            ComparedModel(name=name, folder="" if name == "float" else name, runtime="", model_bytes=0)
             for name in ("float", *names)
         ),
         conclusions=tuple(f"{name}, top-k off: distance" for name in names),

@@ -9,14 +9,14 @@ import torch
 from transformers import DynamicCache
 
 from qexport.capture.blocks import Block
-from qexport.capture.graph import Captured, Port
+from qexport.capture.graph import CapturedModel, Port
 from qexport.graph.edit import set_tensor
 
 Feeds = dict[str, torch.Tensor]
 Runner = Callable[[Feeds], Feeds]
 
 
-def load_weights(captured: Captured) -> Captured:
+def load_weights(captured: CapturedModel) -> CapturedModel:
     """Give every block its real weights."""
     for block in captured.blocks:
         for name in block.parameters:
@@ -37,7 +37,7 @@ def block_runner(blocks: Sequence[Block], inputs: Sequence[Port], outputs: Seque
     return run
 
 
-def captured_runner(captured: Captured) -> Runner:
+def captured_runner(captured: CapturedModel) -> Runner:
     return block_runner(captured.blocks, captured.inputs, captured.outputs)
 
 
@@ -56,7 +56,7 @@ def transformers_runner(model: torch.nn.Module) -> Runner:
     return run
 
 
-def prompt_feeds(captured: Captured, ids: torch.Tensor, mask: torch.Tensor, dtype=torch.float32) -> Feeds:
+def prompt_feeds(captured: CapturedModel, ids: torch.Tensor, mask: torch.Tensor, dtype=torch.float32) -> Feeds:
     """A prompt [batch, sequence] with its attention mask and an empty cache."""
     feeds = {"input_ids": ids, "attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp_min(0)}
     for port in captured.inputs:
@@ -83,7 +83,7 @@ def padded(lengths: Sequence[int], side: str) -> torch.Tensor:
     return torch.tensor([row[::-1] if side == "left" else row for row in rows])
 
 
-def run_twice(captured: Captured, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+def run_twice(captured: CapturedModel, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """Logits of the real tokens of a prompt and of one more token, which reads the cache."""
     run, feeds = captured_runner(captured), prompt_feeds(captured, ids, mask)
     first = run(feeds)
@@ -91,7 +91,7 @@ def run_twice(captured: Captured, ids: torch.Tensor, mask: torch.Tensor) -> torc
     return torch.cat([first["logits"][mask.bool()], second["logits"][:, 0]])
 
 
-def source_of(encoder: Captured, mask: torch.Tensor, vocab: int = 128) -> Feeds:
+def source_of(encoder: CapturedModel, mask: torch.Tensor, vocab: int = 128) -> Feeds:
     """What the encoder of an encoder-decoder reads: texts with this mask, or as many spectrograms."""
     if encoder.inputs[0].name == "input_ids":
         return {"input_ids": tokens(*mask.shape, vocab=vocab), "attention_mask": mask}
@@ -100,7 +100,7 @@ def source_of(encoder: Captured, mask: torch.Tensor, vocab: int = 128) -> Feeds:
 
 
 def stepwise(
-    encode: Runner, decode: Runner, decoder: Captured, source: Feeds, text: torch.Tensor, prompt: int = 3
+    encode: Runner, decode: Runner, decoder: CapturedModel, source: Feeds, text: torch.Tensor, prompt: int = 3
 ) -> tuple[torch.Tensor, list[tuple[Feeds, Feeds]]]:
     """Logits of an encoder-decoder for a text [batch, sequence], and what went in and came out of every call.
 

@@ -109,7 +109,7 @@ def test_a_pass_that_breaks_its_promise_is_caught(model, text, tmp_path):
     from qexport.passes.base import GraphPass, PassResult
 
     class Shrink(GraphPass):
-        keeps_function = True
+        preserves_output = True
 
         def call(self, module, context):
             weight = linears(module.graph)[0].weight

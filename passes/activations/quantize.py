@@ -13,7 +13,7 @@ from ...quant.affine import static_scale
 from ...quant.formats import ActivationFormat
 from ...quant.observers import MseObserver, PercentileObserver
 from ...quant.zero_fraction import RangeAndKernel, TokenKernel
-from ..base import Context, GraphPass, Handover, Note, PassResult, RowScale
+from ..base import Context, GraphPass, PassResult, PassState, RowScale, SiteRecord
 
 aten = torch.ops.aten
 ops = torch.ops.qexport
@@ -43,9 +43,9 @@ class QuantizeActivations(GraphPass):
     measure: bool = False
     only_kernel: bool = False
     cross_alpha: float | None = None
-    keeps_values: ClassVar[bool] = True
+    preserves_values: ClassVar[bool] = True
 
-    def wanted(self, module: GraphModule, handover: Handover) -> dict[Node, Callable]:
+    def wanted(self, module: GraphModule, handover: PassState) -> dict[Node, Callable]:
         wanted: dict[Node, Callable] = {}
         for value, fmt in self._sites(module, handover):
             if fmt.kind == "static":
@@ -85,7 +85,9 @@ class QuantizeActivations(GraphPass):
                 what = f"{what}, row scale t^{row.alpha:g}"
             elif self.cross_alpha is not None and fmt.kind == "dynamic":
                 what = f"dynamic, t^{self.cross_alpha:g} c^{1 - self.cross_alpha:g}, float matmul"
-            result.changed.append(Note(value.name, what, {**data, "linears": [p.meta["linear"] for p in products]}))
+            result.changed.append(
+                SiteRecord(value.name, what, {**data, "linears": [p.meta["linear"] for p in products]})
+            )
         finish(module)
         return result
 
@@ -100,7 +102,7 @@ class QuantizeActivations(GraphPass):
             return TokenKernel(fmt, alpha=self.cross_alpha, crossed=True)
         return TokenKernel(fmt) if row is None else TokenKernel(fmt, row.factors, row.alpha)
 
-    def _sites(self, module: GraphModule, handover: Handover) -> dict[tuple[Node, ActivationFormat], list[Node]]:
+    def _sites(self, module: GraphModule, handover: PassState) -> dict[tuple[Node, ActivationFormat], list[Node]]:
         sites: dict[tuple[Node, ActivationFormat], list[Node]] = {}
         for node in module.graph.nodes:
             plan = self.plan.get(node.meta.get("plane_of") or node.meta.get("linear", ""))

@@ -13,7 +13,7 @@ from ...graph.sites import linears
 from ...plan.linear_plan import LinearPlan
 from ...quant.lowrank import low_rank, quantize_factor, share_removed
 from ...quant.observers import ChannelMeanAbs
-from ..base import Context, GraphPass, Handover, Note, PassResult
+from ..base import Context, GraphPass, PassResult, PassState, SiteRecord
 from ..insert_qdq import add_branch, result_of
 
 aten = torch.ops.aten
@@ -44,7 +44,7 @@ class LoRC(GraphPass):
     shared: bool = False
     weighted: bool = False
     reads_float_weights: ClassVar[bool] = True
-    keeps_values: ClassVar[bool] = True
+    preserves_values: ClassVar[bool] = True
 
     def requires(self, module: GraphModule) -> None:
         for linear in linears(module.graph):
@@ -63,13 +63,13 @@ class LoRC(GraphPass):
         result = PassResult()
         for linear in linears(module.graph):
             why = self.plan[linear.name].reason if linear.name in self.plan else "not in the plan"
-            result.skipped.append(Note(linear.name, why))
+            result.skipped.append(SiteRecord(linear.name, why))
         products = products_of(module, self.plan)
         for names in self._groups(products):
             value = products[names[0]][0].args[0]
             errors = [float_weight(context.handover, name) - deployed_weight(module, products[name]) for name in names]
             if not any(bool(error.any()) for error in errors):
-                result.skipped += [Note(name, "rounding left no error") for name in names]
+                result.skipped += [SiteRecord(name, "rounding left no error") for name in names]
                 continue
             importance = context.statistics[value].mean() if self.weighted else None
             down, up = low_rank(torch.cat(errors), self.rank, importance)
@@ -87,7 +87,7 @@ class LoRC(GraphPass):
 
     def _insert(
         self, module: GraphModule, value: Node, errors: Mapping[str, torch.Tensor], down: torch.Tensor, up: torch.Tensor
-    ) -> list[Note]:
+    ) -> list[SiteRecord]:
         """Add the branches of linears that share `down`; up: their factors side by side."""
         first, notes, narrow = next(iter(errors)), [], None
         for (name, error), part in zip(errors.items(), up.split([len(e) for e in errors.values()], dim=1), strict=True):
@@ -102,7 +102,7 @@ class LoRC(GraphPass):
             }  # fmt: skip
             if len(errors) > 1:
                 data["shares with"] = [other for other in errors if other != name]
-            notes.append(Note(name, f"a branch of rank {down.shape[1]}", data))
+            notes.append(SiteRecord(name, f"a branch of rank {down.shape[1]}", data))
         return notes
 
     def _product(
@@ -134,7 +134,7 @@ def products_of(module: GraphModule, plan: Mapping[str, LinearPlan]) -> dict[str
     return found
 
 
-def float_weight(handover: Handover, name: str) -> torch.Tensor:
+def float_weight(handover: PassState, name: str) -> torch.Tensor:
     """The weight [N, K] of a linear before it was rounded.
 
     Raises:

@@ -11,7 +11,7 @@ from ...graph.edit import WITHOUT_OUTLIERS, add_tensor, call, finish, get_tensor
 from ...graph.sites import linear_at, linears
 from ...plan.linear_plan import LinearPlan
 from ...quant.observers import ChannelAbsmax
-from ..base import Context, GraphPass, Handover, Note, PassResult
+from ..base import Context, GraphPass, PassResult, PassState, SiteRecord
 from ..insert_qdq import add_branch, result_of
 from .lorc import float_weight, products_of
 
@@ -39,7 +39,7 @@ class SeparateOutliers(GraphPass):
     plan: Mapping[str, LinearPlan]
     threshold: float = 6.0
     reads_float_weights: ClassVar[bool] = True
-    keeps_values: ClassVar[bool] = True
+    preserves_values: ClassVar[bool] = True
 
     def statistics(self, module: GraphModule) -> dict[Node, Callable]:
         return dict.fromkeys(self._sites(module), ChannelAbsmax)
@@ -52,10 +52,10 @@ class SeparateOutliers(GraphPass):
             names = list(readers)
             data = {"outliers": len(index), "features": len(absmax), "absmax": float(absmax.max()), "linears": names}
             if not len(index):
-                result.skipped.append(Note(value.name, f"no feature above {self.threshold:g}", data))
+                result.skipped.append(SiteRecord(value.name, f"no feature above {self.threshold:g}", data))
                 continue
             _separate(module, context.handover, value, readers, index)
-            result.changed.append(Note(value.name, f"{len(index)} of {len(absmax)} features in float", data))
+            result.changed.append(SiteRecord(value.name, f"{len(index)} of {len(absmax)} features in float", data))
         finish(module)
         return result
 
@@ -72,7 +72,7 @@ class SeparateOutliers(GraphPass):
 
 
 def _separate(
-    module: GraphModule, handover: Handover, value: Node, readers: Mapping[str, list[Node]], index: torch.Tensor
+    module: GraphModule, handover: PassState, value: Node, readers: Mapping[str, list[Node]], index: torch.Tensor
 ) -> None:
     graph, first = module.graph, next(iter(readers))
     # A branch that corrects the rounded weight corrects it at the outliers too, where there is nothing to correct now.
@@ -100,7 +100,9 @@ def _separate(
         add_branch(module, name, branch)
 
 
-def _float_columns(module: GraphModule, handover: Handover, name: str, node: Node, index: torch.Tensor) -> torch.Tensor:
+def _float_columns(
+    module: GraphModule, handover: PassState, name: str, node: Node, index: torch.Tensor
+) -> torch.Tensor:
     """Rows of the transposed float weight at `index`; a weight that is still to be rounded loses them."""
     linear = linear_at(node)
     if linear is None:

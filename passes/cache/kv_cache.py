@@ -13,7 +13,7 @@ from torch.fx import GraphModule, Node
 from ...graph.edit import add_tensor, call, finish, is_call, shape_of
 from ...quant.kv_cache import cache_scale
 from ...quant.observers import ChannelAbsmax
-from ..base import Context, GraphPass, Note, PassResult
+from ..base import Context, GraphPass, PassResult, SiteRecord
 
 ops = torch.ops.qexport
 
@@ -29,9 +29,9 @@ class QuantizeCache(GraphPass):
 
     bits: int
     per_channel: bool = True
-    keeps_values: ClassVar[bool] = True
+    preserves_values: ClassVar[bool] = True
 
-    def works_on(self, module: GraphModule) -> bool:
+    def applies_to(self, module: GraphModule) -> bool:
         return bool(_attentions(module))
 
     def statistics(self, module: GraphModule):
@@ -52,7 +52,7 @@ class QuantizeCache(GraphPass):
                     rounded = call(graph, ops.round_cache.default, (value, scale, self.bits), like=value)
                 node.update_arg(part, rounded)
                 data = {"range": round(float(absmax.max()), 4)}
-                result.changed.append(Note(place.removesuffix("_scale"), f"int{self.bits}", data))
+                result.changed.append(SiteRecord(place.removesuffix("_scale"), f"int{self.bits}", data))
         finish(module)
         return result
 

@@ -9,7 +9,7 @@ from torch.fx import GraphModule
 from ...errors import NumericsError, RecipeError
 from ...graph.edit import get_tensor
 from ...graph.sites import FoldSite
-from ...quant.observers import ChannelMeanAbs, RowSample, Several
+from ...quant.observers import ChannelMeanAbs, CompositeObserver, RowSample
 from ...quant.smoothing import filled
 from .equalize import Equalize, on_consumers
 from .scale_search import best
@@ -30,8 +30,8 @@ class AWQ(Equalize):
     alpha: float | None = None
     for_activations: ClassVar[bool] = False
 
-    def observer(self) -> ChannelMeanAbs | Several:
-        return ChannelMeanAbs() if self.alpha is not None else Several(ChannelMeanAbs(), RowSample())
+    def observer(self) -> ChannelMeanAbs | CompositeObserver:
+        return ChannelMeanAbs() if self.alpha is not None else CompositeObserver(ChannelMeanAbs(), RowSample())
 
     def factors(self, module: GraphModule, site: FoldSite, seen: Any) -> tuple[torch.Tensor | None, dict[str, Any]]:
         if self.alpha is not None:

@@ -13,7 +13,7 @@ from torch.fx import GraphModule, Node
 
 from ...graph.edit import get_tensor
 from ...graph.sites import FoldSite
-from ...quant.observers import ChannelAbsmax, RowSample, Several
+from ...quant.observers import ChannelAbsmax, CompositeObserver, RowSample
 from ...quant.smoothing import crossquant_factors
 from ..base import Context, RowScale
 from .equalize import Equalize, on_consumers, on_producer
@@ -35,8 +35,8 @@ class CrossQuant(Equalize):
     paper_rows: bool = False
     round_before_fold: bool = False
 
-    def observer(self) -> ChannelAbsmax | Several:
-        return ChannelAbsmax() if self.alpha is not None else Several(ChannelAbsmax(), RowSample())
+    def observer(self) -> ChannelAbsmax | CompositeObserver:
+        return ChannelAbsmax() if self.alpha is not None else CompositeObserver(ChannelAbsmax(), RowSample())
 
     def factors(self, module: GraphModule, site: FoldSite, seen: Any) -> tuple[torch.Tensor | None, dict[str, Any]]:
         if self.alpha is not None:

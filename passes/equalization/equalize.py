@@ -12,7 +12,7 @@ from ...errors import PassError
 from ...graph.edit import add_tensor, call, get_tensor, set_tensor
 from ...graph.sites import FoldSite, fold_sites, linear_at, norm_bias, norm_gain
 from ...plan.linear_plan import LinearPlan
-from ..base import Context, GraphPass, Note, PassResult
+from ..base import Context, GraphPass, PassResult, SiteRecord
 
 aten = torch.ops.aten
 
@@ -31,7 +31,7 @@ class Equalize(GraphPass):
 
     plan: Mapping[str, LinearPlan]
     explicit: bool = False
-    keeps_function: ClassVar[bool] = True
+    preserves_output: ClassVar[bool] = True
     for_activations: ClassVar[bool] = True
 
     @abstractmethod
@@ -55,14 +55,14 @@ class Equalize(GraphPass):
         for site in fold_sites(module.graph):
             names = ", ".join(c.name for c in site.consumers)
             if why := self._why_not(site):
-                result.skipped.append(Note(names, why))
+                result.skipped.append(SiteRecord(names, why))
                 continue
             factors, data = self.factors(module, site, context.statistics[site.value])
             if factors is None:
-                result.skipped.append(Note(names, data.pop("why"), data))
+                result.skipped.append(SiteRecord(names, data.pop("why"), data))
                 continue
             _, where, data = self.move(module, site, factors, context, data)
-            result.changed.append(Note(names, where, data))
+            result.changed.append(SiteRecord(names, where, data))
         module.recompile()
         return result
 

@@ -12,7 +12,7 @@ from torch.fx import GraphModule, Node
 from ...errors import PassError
 from ...graph.sites import FoldSite, fold_sites
 from ...quant.formats import ActivationFormat
-from ..base import Context, Note, PassResult
+from ..base import Context, PassResult, SiteRecord
 from .lae import LogEqualize
 
 
@@ -91,7 +91,7 @@ class FPTQ(LogEqualize):
         for site in fold_sites(module.graph):
             names = ", ".join(c.name for c in site.consumers)
             if why := self.why_left(site):
-                result.skipped.append(Note(names, why))
+                result.skipped.append(SiteRecord(names, why))
                 continue
             seen, value = context.statistics[site.value], site.value
             reach = seen.absmax().max().item()
@@ -103,7 +103,7 @@ class FPTQ(LogEqualize):
                 what = f"{what}, {where}"
             (bits,) = self._bits(site)
             context.handover.formats[value] = ActivationFormat(decision.kind, bits)
-            result.changed.append(Note(names, what, data))
+            result.changed.append(SiteRecord(names, what, data))
         module.recompile()
         return result
 

@@ -23,7 +23,7 @@ _PIECE = 1 << 22  # elements of a weight worked on at once
 
 
 @dataclass(frozen=True)
-class Found:
+class BestScale:
     """The best candidate.
 
     Attributes:
@@ -56,7 +56,7 @@ def best(
     absmax: Tensor | None = None,
     weights_unscaled: bool = False,
     paper_rows: bool = False,
-) -> Found:
+) -> BestScale:
     """The candidate with the least sum over linears of || Q(X / s) Q(W diag(s))^T - X W^T ||^2; the first of equals.
 
     Q rounds to nearest in the formats of each linear's scheme. Linears without a scheme have no error. Of more than 256
@@ -87,7 +87,7 @@ def best(
     value = min(errors, key=errors.get)
     if not all(map(math.isfinite, (without, *errors.values()))):
         raise NumericsError("the output of a linear has NaN or Inf", remedy="Check the calibration data and the model")
-    return Found(value, errors[value], without)
+    return BestScale(value, errors[value], without)
 
 
 class _Inputs:

@@ -8,7 +8,7 @@ from torch.fx import GraphModule
 
 from ...graph.edit import get_tensor
 from ...graph.sites import FoldSite
-from ...quant.observers import ChannelAbsmax, RowSample, Several
+from ...quant.observers import ChannelAbsmax, CompositeObserver, RowSample
 from ...quant.smoothing import smoothquant_factors
 from .equalize import Equalize, on_consumers, on_producer
 from .scale_search import ALPHAS, best
@@ -25,8 +25,8 @@ class SmoothQuant(Equalize):
 
     alpha: float | None = 0.5
 
-    def observer(self) -> ChannelAbsmax | Several:
-        return ChannelAbsmax() if self.alpha is not None else Several(ChannelAbsmax(), RowSample())
+    def observer(self) -> ChannelAbsmax | CompositeObserver:
+        return ChannelAbsmax() if self.alpha is not None else CompositeObserver(ChannelAbsmax(), RowSample())
 
     def factors(self, module: GraphModule, site: FoldSite, seen: Any) -> tuple[torch.Tensor | None, dict[str, Any]]:
         weights = [get_tensor(module, c.weight) for c in site.consumers]

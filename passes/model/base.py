@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-from ...capture.graph import Captured, Weights
-from ..base import Note
+from ...capture.graph import CapturedModel, WeightSource
+from ..base import SiteRecord
 
 Read = Callable[[str], torch.Tensor]
 Make = Callable[[Read], torch.Tensor]
@@ -26,8 +26,8 @@ class ModelResult:
         changed, skipped: what was done where, and what was left alone and why.
     """
 
-    changed: list[Note] = field(default_factory=list)
-    skipped: list[Note] = field(default_factory=list)
+    changed: list[SiteRecord] = field(default_factory=list)
+    skipped: list[SiteRecord] = field(default_factory=list)
 
 
 class ModelPass(ABC):
@@ -38,7 +38,7 @@ class ModelPass(ABC):
         return type(self).__name__
 
     @abstractmethod
-    def call(self, captured: Captured) -> ModelResult:
+    def call(self, captured: CapturedModel) -> ModelResult:
         """Change the graphs and what the weights are read as, in place, and declare it in `captured.basis`.
 
         Raises:
@@ -56,7 +56,7 @@ class ChangedWeights:
         added: names of tensors that the source does not have.
     """
 
-    source: Weights
+    source: WeightSource
     made: Mapping[str, Make]
     added: Set[str] = frozenset()
 

@@ -12,7 +12,7 @@ import torch
 from torch.fx import Node
 
 from ...capture.blocks import Block
-from ...capture.graph import Captured
+from ...capture.graph import CapturedModel
 from ...errors import PassError
 from ...graph.edit import is_call, shape_of
 from ...graph.schema import bind
@@ -61,7 +61,7 @@ class ResidualStream:
     crossing: list[str] = field(default_factory=list)
 
 
-def residual_stream(captured: Captured) -> ResidualStream:
+def residual_stream(captured: CapturedModel) -> ResidualStream:
     """Find the residual stream of a model of several blocks.
 
     Raises:
@@ -71,7 +71,7 @@ def residual_stream(captured: Captured) -> ResidualStream:
 
 
 class _Walk:
-    def __init__(self, captured: Captured):
+    def __init__(self, captured: CapturedModel):
         self._makers: dict[str, tuple[Block, Node]] = {}
         self._takers: dict[str, list[tuple[Block, Node]]] = {}
         self._results = {port.value for port in captured.outputs}

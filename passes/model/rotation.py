@@ -16,13 +16,13 @@ from torch import Tensor
 from torch.fx import Node
 
 from ...capture.blocks import Block
-from ...capture.graph import Basis, Captured
+from ...capture.graph import Basis, CapturedModel
 from ...errors import PassError
 from ...graph.edit import get_tensor, is_call, set_tensor, spec_of
 from ...graph.schema import bind
 from ...graph.sites import Linear, norm_bias, norm_gain
 from ...quant.hadamard import rotation
-from ..base import Note
+from ..base import SiteRecord
 from .base import ChangedWeights, ModelPass, ModelResult, Read
 from .residual import Norm, ResidualStream, residual_stream
 
@@ -39,7 +39,7 @@ class RotateResidual(ModelPass):
 
     seed: int = 0
 
-    def call(self, captured: Captured) -> ModelResult:
+    def call(self, captured: CapturedModel) -> ModelResult:
         """Fold the rotation into embeddings, linears and the output projection.
 
         Raises:
@@ -65,7 +65,7 @@ class RotateResidual(ModelPass):
             made |= _folded(norm, turn, made)
         added = {name for block in captured.blocks for name in block.parameters} - before
         captured.weights = ChangedWeights(captured.weights, made, added)
-        found = [Note(name, "rotated", {"width": stream.width}) for name in stream.crossing]
+        found = [SiteRecord(name, "rotated", {"width": stream.width}) for name in stream.crossing]
         captured.basis |= dict.fromkeys(stream.crossing, Basis(turn, centred))
         return ModelResult(changed=found)
 
@@ -84,7 +84,7 @@ def _centred(stream: ResidualStream) -> bool:
     return kinds == {True}
 
 
-def _check_uses(captured: Captured, stream: ResidualStream) -> None:
+def _check_uses(captured: CapturedModel, stream: ResidualStream) -> None:
     """Refuse tensors that something else reads too, but for a table that is the output projection's weight."""
     uses = Counter(
         node.target for block in captured.blocks for node in block.module.graph.nodes if node.op == "get_attr"

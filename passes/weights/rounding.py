@@ -14,9 +14,9 @@ from ...plan.linear_plan import LinearPlan
 from ...quant.affine import QuantizedWeight, encode, quantize_weight, search_clip
 from ...quant.codebook import quantize_codebook
 from ...quant.formats import WeightFormat
-from ...quant.gptq import HessianStatistic, gptq
-from ...quant.hqq import hqq
-from ..base import Context, GraphPass, Handover, Note, PassResult
+from ...quant.gptq import HessianStatistic, gptq_quantize
+from ...quant.hqq import hqq_quantize
+from ..base import Context, GraphPass, PassResult, PassState, SiteRecord
 from ..insert_qdq import insert_expanded, insert_planes, insert_weight
 
 # weight [N, K], its format, and the factor [K] that its columns shall carry after it is rounded (None: 1)
@@ -42,7 +42,7 @@ class RoundToNearest(GraphPass):
 
     plan: Mapping[str, LinearPlan]
     clip_search: bool = False
-    keeps_values: ClassVar[bool] = True
+    preserves_values: ClassVar[bool] = True
 
     def call(self, module: GraphModule, context: Context) -> PassResult:
         def quantize(linear: Linear, w: torch.Tensor, fmt: WeightFormat, factor) -> QuantizedWeight:
@@ -60,11 +60,11 @@ class HalfQuadratic(GraphPass):
     """
 
     plan: Mapping[str, LinearPlan]
-    keeps_values: ClassVar[bool] = True
+    preserves_values: ClassVar[bool] = True
 
     def call(self, module: GraphModule, context: Context) -> PassResult:
         def quantize(linear: Linear, w: torch.Tensor, fmt: WeightFormat, factor) -> QuantizedWeight:
-            return quantize_codebook(w, fmt) if fmt.codebook is not None else hqq(w, fmt)
+            return quantize_codebook(w, fmt) if fmt.codebook is not None else hqq_quantize(w, fmt)
 
         return _quantize_all(module, self.plan, context.handover, quantize)
 
@@ -87,7 +87,7 @@ class GPTQ(GraphPass):
     act_order: bool = True
     token_norm_power: float = 1.0
     clip_search: bool = False
-    keeps_values: ClassVar[bool] = True
+    preserves_values: ClassVar[bool] = True
 
     def statistics(self, module: GraphModule) -> dict[Node, Callable]:
         return {
@@ -98,18 +98,20 @@ class GPTQ(GraphPass):
 
     def call(self, module: GraphModule, context: Context) -> PassResult:
         hessians = {value: statistic.value() for value, statistic in context.statistics.items()}
-        unreached: list[Note] = []
+        unreached: list[SiteRecord] = []
 
         def quantize(linear: Linear, w: torch.Tensor, fmt: WeightFormat, factor) -> QuantizedWeight:
             hessian = hessians[linear.input]
             if fmt.codebook is not None:
                 return quantize_codebook(w, fmt)
             if not hessian.any():
-                unreached.append(Note(linear.name, "rounded to nearest: no calibration token reached it"))
+                unreached.append(SiteRecord(linear.name, "rounded to nearest: no calibration token reached it"))
                 return quantize_weight(w, fmt)
             if factor is not None:
                 hessian = hessian * factor * factor[:, None]
-            return gptq(w, hessian, fmt, damp=self.damp, act_order=self.act_order, clip_search=self.clip_search)
+            return gptq_quantize(
+                w, hessian, fmt, damp=self.damp, act_order=self.act_order, clip_search=self.clip_search
+            )
 
         result = _quantize_all(module, self.plan, context.handover, quantize)
         result.skipped += unreached
@@ -127,13 +129,13 @@ def planned(plan: Mapping[str, LinearPlan], linear: Linear) -> bool:
 
 
 def _quantize_all(
-    module: GraphModule, plan: Mapping[str, LinearPlan], handover: Handover, quantize: Quantize
+    module: GraphModule, plan: Mapping[str, LinearPlan], handover: PassState, quantize: Quantize
 ) -> PassResult:
     result = PassResult()
     for linear in linears(module.graph):
         if not planned(plan, linear):
             why = plan[linear.name].reason if linear.name in plan else "not in the plan"
-            result.skipped.append(Note(linear.name, why))
+            result.skipped.append(SiteRecord(linear.name, why))
             continue
         scheme, factor = plan[linear.name].scheme, handover.folded.get(linear.name)
         w = get_tensor(module, linear.weight)
@@ -149,6 +151,6 @@ def _quantize_all(
             insert_planes(module, linear, quantized, factor)
         else:
             insert_weight(module, linear, quantized)
-        result.changed.append(Note(linear.name, scheme.name))
+        result.changed.append(SiteRecord(linear.name, scheme.name))
     finish(module)
     return result

@@ -14,7 +14,7 @@ from ...graph.sites import Linear, linears
 from ...plan.linear_plan import LinearPlan
 from ...quant.formats import ActivationFormat, WeightFormat
 from ...quant.straight_through import Descent, fake_quantize_tokens, fake_quantize_weight, mean_step
-from ..base import Batch, Context, GraphPass, Handover, Note, PassResult, RowScale
+from ..base import Batch, Context, GraphPass, PassResult, PassState, RowScale, SiteRecord
 from .zq_local import why_not
 
 # A learning rate is tried for a tenth of the steps, but not for fewer than rank rates as all steps do.
@@ -43,7 +43,7 @@ class ZQGlobal(GraphPass):
     learning_rates: Sequence[float] = (0.01, 0.03, 0.1)
     steps: int = 100
     token_norm_power: float = 0.75
-    keeps_values: ClassVar[bool] = True
+    preserves_values: ClassVar[bool] = True
 
     def call(self, module: GraphModule, context: Context) -> PassResult:
         result, found = PassResult(), []
@@ -53,7 +53,7 @@ class ZQGlobal(GraphPass):
             if not why and not goals:
                 why = "what the float model hands on from this block is not known"
             if why:
-                result.skipped.append(Note(linear.name, why))
+                result.skipped.append(SiteRecord(linear.name, why))
             else:
                 found.append(linear)
         if found:
@@ -61,7 +61,7 @@ class ZQGlobal(GraphPass):
         return result
 
     def _train(
-        self, module: GraphModule, found: list[Linear], goals: list["_Goal"], handover: Handover, result: PassResult
+        self, module: GraphModule, found: list[Linear], goals: list["_Goal"], handover: PassState, result: PassResult
     ) -> None:
         latents = {linear.weight: self._latent(module, linear, handover) for linear in found}
         block = _Rounding(module, latents, self._dynamic(found, handover), handover.row_scales)
@@ -70,13 +70,13 @@ class ZQGlobal(GraphPass):
         done = block.descend(goals, rate, self.steps)
         after, names = block.error(goals), ", ".join(linear.name for linear in found)
         if not after < before:
-            result.skipped.append(Note(names, "training did not lower the error of the block"))
+            result.skipped.append(SiteRecord(names, "training did not lower the error of the block"))
             return
         for linear in found:
             handover.keep_weight(linear.name, get_tensor(module, linear.weight))
             set_tensor(module, linear.weight, latents[linear.weight].weight())
         what = f"error of the block {after / before:.3f} of rounding's, learning rate {rate:g}, {done} steps"
-        result.changed.append(Note(names, what, {"error relative to rounding": round(after / before, 4)}))
+        result.changed.append(SiteRecord(names, what, {"error relative to rounding": round(after / before, 4)}))
 
     def _choose_rate(self, block: "_Rounding", goals: list["_Goal"]) -> float:
         """Try all on a few batches, and leave the block as the best of them made it."""
@@ -91,12 +91,12 @@ class ZQGlobal(GraphPass):
         block.restore(start if kept is None else kept)
         return best
 
-    def _latent(self, module: GraphModule, linear: Linear, handover: Handover) -> "_Latent":
+    def _latent(self, module: GraphModule, linear: Linear, handover: PassState) -> "_Latent":
         w, factor = get_tensor(module, linear.weight), handover.folded.get(linear.name)
         values = w.clone() if factor is None else w / factor
         return _Latent(values.requires_grad_(), self.plan[linear.name].scheme.weight, factor)
 
-    def _dynamic(self, found: list[Linear], handover: Handover) -> dict[Node, ActivationFormat]:
+    def _dynamic(self, found: list[Linear], handover: PassState) -> dict[Node, ActivationFormat]:
         """By linear, the format of its input, where that is taken token by token."""
         formats = {
             linear.node: handover.formats.get(linear.input, self.plan[linear.name].scheme.activation)

@@ -12,7 +12,7 @@ from ...graph.sites import Linear, linears
 from ...plan.linear_plan import LinearPlan
 from ...quant.gptq import HessianStatistic
 from ...quant.straight_through import train_weight
-from ..base import Context, GraphPass, Note, PassResult
+from ..base import Context, GraphPass, PassResult, SiteRecord
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class ZQLocal(GraphPass):
     learning_rates: Sequence[float] = (0.01, 0.03, 0.1)
     steps: int = 100
     token_norm_power: float = 0.75
-    keeps_values: ClassVar[bool] = True
+    preserves_values: ClassVar[bool] = True
 
     def statistics(self, module: GraphModule) -> dict[Node, Callable]:
         power = self.token_norm_power
@@ -52,7 +52,7 @@ class ZQLocal(GraphPass):
             if not why and not hessians[linear.input].any():
                 why = "no calibration token reached it"
             if why:
-                result.skipped.append(Note(name, why))
+                result.skipped.append(SiteRecord(name, why))
                 continue
             w, hessian, factor = get_tensor(module, linear.weight), hessians[linear.input], handover.folded.get(name)
             seen = w
@@ -63,12 +63,12 @@ class ZQLocal(GraphPass):
             except QExportError as error:
                 raise type(error)(error.message, place=name, remedy=error.remedy) from error
             if found.learning_rate is None:
-                result.skipped.append(Note(name, "no learning rate gave less error than rounding"))
+                result.skipped.append(SiteRecord(name, "no learning rate gave less error than rounding"))
                 continue
             handover.keep_weight(name, w)
             set_tensor(module, linear.weight, found.weight if factor is None else found.weight * factor)
             what = f"error {found.error:.3f} of rounding's, learning rate {found.learning_rate:g}, {found.steps} steps"
-            result.changed.append(Note(name, what, {"error relative to rounding": round(found.error, 4)}))
+            result.changed.append(SiteRecord(name, what, {"error relative to rounding": round(found.error, 4)}))
         return result
 
 

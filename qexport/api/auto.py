@@ -11,17 +11,17 @@ from typing import Any
 
 import torch
 
-from ..artifact.output import Work, claimed
+from ..artifact.output import WorkFolder, claimed
 from ..calibrate.block_activations import Feeds, decoder_inputs
 from ..calibrate.data import Progress, calibration_batches, no_progress, recipe_and_data
 from ..calibrate.model_passes import change_model
-from ..capture.graph import Captured
+from ..capture.graph import CapturedModel
 from ..errors import InputError
 from ..log import warn
 from ..lower.attention_plan import check_attention
 from ..lower.build import Target
 from ..mixed_precision.allocate import Allocation
-from ..mixed_precision.allocator import Chooser
+from ..mixed_precision.allocator import SchemeAllocator
 from ..models.source import ModelFolder, source_path
 from ..recipe.recipe import Recipe
 from ..runtime.provider import provider_named
@@ -128,7 +128,7 @@ def export_auto(
 
 
 def _export(
-    work: Work, model, recipe: Recipe, lowering: Target, *, max_bytes, max_kl, target, calibration, text, windows,
+    work: WorkFolder, model, recipe: Recipe, lowering: Target, *, max_bytes, max_kl, target, calibration, text, windows,
     window, dtype, attention, provider, trust_remote_code, progress: Progress,
 ) -> AutoResult:  # fmt: skip
     recipe, data = recipe_and_data(recipe, calibration)
@@ -142,7 +142,7 @@ def _export(
     checked = check_reader(captured)
     feeds = _feeds(captured, recipe, data, progress)
     width = lowering.dtype.itemsize
-    chooser = Chooser(captured, recipe, target, width, attention, feeds, partial(progress, "costs"))
+    chooser = SchemeAllocator(captured, recipe, target, width, attention, feeds, partial(progress, "costs"))
     window = min(window, captured.settings.get("max_position_embeddings") or window)
     judged = choose_text(captured, text, windows, window, partial(progress, "text"))
     if max_bytes is not None:
@@ -208,7 +208,7 @@ class _Trial:
 
 
 def _for_bytes(
-    chooser: Chooser, most: int, attempt: Callable[[Allocation], _Trial], learn: Callable[[_Trial], None]
+    chooser: SchemeAllocator, most: int, attempt: Callable[[Allocation], _Trial], learn: Callable[[_Trial], None]
 ) -> tuple[_Trial, int]:
     """The closest of some exports that are small enough, and how many there were."""
     small, exports, trial = [], 0, None
@@ -226,7 +226,7 @@ def _for_bytes(
 
 
 def _for_kl(
-    chooser: Chooser, most: float, attempt: Callable[[Allocation], _Trial], learn: Callable[[_Trial], None]
+    chooser: SchemeAllocator, most: float, attempt: Callable[[Allocation], _Trial], learn: Callable[[_Trial], None]
 ) -> tuple[_Trial, int]:
     """The smallest of some exports that are close enough, and how many there were.
 
@@ -261,7 +261,7 @@ def _schemes(made: ExportResult) -> dict[str, str]:
     return {name: scheme.name for name, scheme in (tables | linears).items() if scheme is not None}
 
 
-def _feeds(captured: Captured, recipe: Recipe, data: Any, progress: Progress) -> list[Feeds]:
+def _feeds(captured: CapturedModel, recipe: Recipe, data: Any, progress: Progress) -> list[Feeds]:
     """The first tokens of the calibration data, each sequence alone."""
     batches, _ = calibration_batches(captured, recipe, data, progress)
     ids_name = next(port.value for port in captured.inputs if port.name == "input_ids")

@@ -6,8 +6,8 @@ from importlib.metadata import version
 from typing import Any
 
 from ..artifact.manifest import BlockEntry, ConvolutionEntry, LinearEntry, Manifest
-from ..calibrate.loop import Finished
-from ..capture.graph import Captured
+from ..calibrate.loop import QuantizedBlock
+from ..capture.graph import CapturedModel
 from ..lower.build import Lowered, Target
 from ..models.agreement import ReaderAgreement
 from ..passes.base import GraphPass
@@ -18,7 +18,7 @@ from ..plan.model_plan import described_embedding
 
 
 def manifest_of(
-    captured: Captured,
+    captured: CapturedModel,
     plan: Sequence[LinearPlan],
     convolutions: Sequence[ConvolutionPlan],
     lowered: Lowered,
@@ -59,7 +59,7 @@ def _convolutions(plan: Sequence[ConvolutionPlan]) -> tuple[ConvolutionEntry, ..
 
 
 def report_of(
-    source: dict[str, Any], plan, embeddings, passes: Sequence[GraphPass], finished: Sequence[Finished], seconds,
+    source: dict[str, Any], plan, embeddings, passes: Sequence[GraphPass], finished: Sequence[QuantizedBlock], seconds,
     calibration: str, ran: str, reference: ReaderAgreement, changes: Mapping[str, ModelResult],
     warnings: Sequence[str] = (), left_out: Sequence[str] = (),
 ) -> dict[str, Any]:  # fmt: skip
@@ -86,7 +86,8 @@ def report_of(
             "embedding": [described_embedding(e) for e in embeddings],
             "model_passes": {name: [asdict(note) for note in found.changed] for name, found in changes.items()},
             "passes": [
-                {"name": p.name, "keeps_function": p.keeps_function, "keeps_values": p.keeps_values} for p in passes
+                {"name": p.name, "keeps_function": p.preserves_output, "keeps_values": p.preserves_values}
+                for p in passes
             ],
             "blocks": [asdict(item.record) for item in finished],
         }

@@ -12,17 +12,17 @@ import torch
 
 from ..artifact.manifest import Manifest
 from ..artifact.names import public_name
-from ..artifact.output import Work, claimed, explained
+from ..artifact.output import WorkFolder, claimed, explained
 from ..calibrate.coverage import unseen_shares, warning
 from ..calibrate.data import Progress, calibration_batches, check_calibration, needs_data, no_progress, recipe_and_data
 from ..calibrate.fingerprint import fingerprint_of
-from ..calibrate.loop import Finished, quantize_blocks
+from ..calibrate.loop import QuantizedBlock, quantize_blocks
 from ..calibrate.model_passes import change_model
 from ..calibrate.projection import hessian_of
 from ..calibrate.recipe_passes import passes_for
 from ..capture.dynamic import DynamicShapes
 from ..capture.folder import capture_folder
-from ..capture.graph import Captured
+from ..capture.graph import CapturedModel
 from ..capture.module import Inputs, capture_module
 from ..errors import InputError, QExportError, RecipeError
 from ..graph.sites import Linear
@@ -45,7 +45,7 @@ from ..plan.linear_plan import LinearPlan
 from ..plan.model_plan import output_projection
 from ..recipe.recipe import Recipe
 from ..report import read_export, write_card
-from ..runtime.first_run import first_run
+from ..runtime.first_run import run_once
 from ..targets.cpu import CpuTarget
 from ..targets.cuda import CudaTarget
 from ..validation.reader import check_reader
@@ -93,7 +93,7 @@ class ExportResult:
 
 
 def export(
-    model: str | os.PathLike | ModelFolder | torch.nn.Module | Captured,
+    model: str | os.PathLike | ModelFolder | torch.nn.Module | CapturedModel,
     recipe: str | os.PathLike | Recipe = "w4a16_g32",
     *,
     out_dir: str | os.PathLike,
@@ -156,8 +156,9 @@ def export(
 
 
 def _export(
-    work: Work, model, recipe: Recipe, lowering: Target, *, calibration, example_inputs, dynamic_shapes, resume: bool,
-    logits: str, trust_remote_code: bool, extra_passes: Sequence[GraphPass], attention: str, progress: Progress,
+    work: WorkFolder, model, recipe: Recipe, lowering: Target, *, calibration, example_inputs, dynamic_shapes,
+    resume: bool, logits: str, trust_remote_code: bool, extra_passes: Sequence[GraphPass], attention: str,
+    progress: Progress,
 ) -> ExportResult:  # fmt: skip
     seconds, clock = {}, _Clock()
     recipe, data = recipe_and_data(recipe, calibration)
@@ -216,7 +217,7 @@ def _export(
             named = (projection.name, projection.weight) if projection else ("", "")
             sizes = by_part(size, lowered.tensors, lowered.bytes, embeddings, named)
             manifest = manifest_of(captured, plan, convolutions, lowered, lowering, sizes, settings)
-            ran = first_run(folder, manifest, {port.name: port.sizes for port in captured.inputs})
+            ran = run_once(folder, manifest, {port.name: port.sizes for port in captured.inputs})
             seconds["lower"] = clock.lap()
             source = origin(captured.folder) if captured.folder else {"name": type(model).__name__}
             rarely, unseen = _rarely_chosen(finished), _unseen(finished, plan, projection, hessian)
@@ -242,17 +243,20 @@ def _export(
     )  # fmt: skip
 
 
-def _unchecked(captured: Captured) -> list[str]:
+def _unchecked(captured: CapturedModel) -> list[str]:
     """A warning where the witness of a model could say nothing."""
     return [captured.reader.sentence()] if captured.witness is not None and captured.reader.why_not else []
 
 
-def _rarely_chosen(finished: Sequence[Finished]) -> dict[str, str]:
+def _rarely_chosen(finished: Sequence[QuantizedBlock]) -> dict[str, str]:
     return {name: what for item in finished for name, what in item.record.skipped.get(CountChoices.__name__, ())}
 
 
 def _unseen(
-    finished: Sequence[Finished], plan: Sequence[LinearPlan], projection: Linear | None, hessian: torch.Tensor | None
+    finished: Sequence[QuantizedBlock],
+    plan: Sequence[LinearPlan],
+    projection: Linear | None,
+    hessian: torch.Tensor | None,
 ) -> dict[str, float]:
     """Shares of features that were never active, for the linears that have some."""
     counts = {name: count for item in finished for name, count in item.record.unseen.items()}
@@ -267,9 +271,9 @@ def capture(
     dynamic_shapes: DynamicShapes | None = None,
     *,
     trust_remote_code: bool = False,
-) -> Captured:
+) -> CapturedModel:
     """Capture whatever a user passes as a model; see `export`."""
-    if isinstance(model, Captured):
+    if isinstance(model, CapturedModel):
         return model
     if isinstance(model, torch.nn.Module):
         if example_inputs is None:
@@ -284,7 +288,7 @@ def source_of(model, recipe: Recipe, data: Any, asked: bool, *, trust_remote_cod
     Args:
         data, asked: as `check_calibration` takes them.
     """
-    if isinstance(model, torch.nn.Module | Captured):
+    if isinstance(model, torch.nn.Module | CapturedModel):
         return model
     folder = opened(model, trust_remote_code=trust_remote_code)
     check_calibration(folder, recipe, data, asked)
@@ -327,9 +331,9 @@ def _published(recipe: Recipe) -> Recipe:
     return recipe.with_calibration(source=public_name(recipe.calibration.source))
 
 
-def _ask_for_data(passes: Sequence[GraphPass], captured: Captured) -> bool:
+def _ask_for_data(passes: Sequence[GraphPass], captured: CapturedModel) -> bool:
     """Whether a pass wants statistics, or promises to keep the function, which is checked on data."""
-    return any(p.keeps_function or any(p.statistics(b.module) for b in captured.blocks) for p in passes)
+    return any(p.preserves_output or any(p.statistics(b.module) for b in captured.blocks) for p in passes)
 
 
 class _Clock:

@@ -17,11 +17,11 @@ from ..calibrate.model_passes import change_model
 from ..calibrate.ranges import float_ranges
 from ..calibrate.recipe_passes import passes_for
 from ..capture.dynamic import DynamicShapes
-from ..capture.graph import Captured
+from ..capture.graph import CapturedModel
 from ..capture.module import Inputs
 from ..graph.sites import FoldSite, fold_sites, linear_at
 from ..lower.attention_plan import check_attention, plan_attention
-from ..lower.gqa import Grouping
+from ..lower.gqa import GroupedAttention
 from ..models.source import ModelFolder
 from ..passes.equalization.fptq import FPTQ, Decision
 from ..plan.convolution_plan import ConvolutionPlan
@@ -138,7 +138,7 @@ class Inspection:
 
 
 def inspect(
-    model: str | os.PathLike | ModelFolder | torch.nn.Module | Captured,
+    model: str | os.PathLike | ModelFolder | torch.nn.Module | CapturedModel,
     recipe: str | os.PathLike | Recipe = "w4a16_g32",
     *,
     target: str = "cpu",
@@ -190,7 +190,7 @@ def inspect(
         inputs |= _decided(place, site, policy, by_name)
     sizes = weight_sizes(captured)
     grouping = plan_attention(captured, attention, captured.load)
-    tables = sum(t.numel() for t in grouping.tables.values()) if isinstance(grouping, Grouping) else 0
+    tables = sum(t.numel() for t in grouping.tables.values()) if isinstance(grouping, GroupedAttention) else 0
     parts = bytes_by_part(captured, plan, embeddings, width, convolutions)
     parts |= {name: parts[name] + width * tables for name in ("rest", "total")}
     return Inspection(
@@ -206,15 +206,15 @@ def inspect(
 
 
 def _called(model) -> str:
-    if isinstance(model, Captured):
+    if isinstance(model, CapturedModel):
         return f"{model.folder.name}, {model.settings['part']}" if "part" in model.settings else model.kind
     return type(model).__name__ if isinstance(model, torch.nn.Module) else str(model)
 
 
-def _attention(captured: Captured, grouping: Grouping | str | None) -> str:
+def _attention(captured: CapturedModel, grouping: GroupedAttention | str | None) -> str:
     if captured.kind != "decoder":
         return ""
-    return "grouped" if isinstance(grouping, Grouping) else f"standard: {grouping or 'as asked for'}"
+    return "grouped" if isinstance(grouping, GroupedAttention) else f"standard: {grouping or 'as asked for'}"
 
 
 def _policy(recipe: Recipe, plan: Mapping[str, LinearPlan]) -> FPTQ | None:
@@ -222,7 +222,7 @@ def _policy(recipe: Recipe, plan: Mapping[str, LinearPlan]) -> FPTQ | None:
     return None if recipe.fptq is None else next((p for p in passes_for(recipe, plan) if isinstance(p, FPTQ)), None)
 
 
-def _ranges_of(captured: Captured, recipe: Recipe, plan: Mapping[str, LinearPlan], data: Any, progress: Progress):
+def _ranges_of(captured: CapturedModel, recipe: Recipe, plan: Mapping[str, LinearPlan], data: Any, progress: Progress):
     """By block name and value the ranges of what quantized linears read, and what they were taken on."""
 
     def quantizes(site: FoldSite) -> bool:

@@ -5,14 +5,14 @@ from dataclasses import dataclass
 
 import torch
 
-from ..capture.graph import Captured
+from ..capture.graph import CapturedModel
 from ..errors import LoweringError, RecipeError
-from ..graph.convolutions import convolutions
+from ..graph.convolution_sites import convolutions
 from ..graph.edit import get_tensor
 from ..graph.sites import linears
 from ..lower.attention_plan import plan_attention
 from ..lower.build import Target, check_translations
-from ..lower.gqa import Grouping, count_attentions
+from ..lower.gqa import GroupedAttention, count_attentions
 from ..plan.convolution_plan import ConvolutionPlan
 from ..plan.embedding_plan import EmbeddingPlan
 from ..plan.linear_plan import LinearPlan
@@ -35,7 +35,7 @@ class Decisions:
     convolutions: list[ConvolutionPlan]
 
 
-def decide(captured: Captured, recipe: Recipe, target: Target, attention: str) -> Decisions:
+def decide(captured: CapturedModel, recipe: Recipe, target: Target, attention: str) -> Decisions:
     """Decide for every layer from shapes alone, and refuse what cannot become a file.
 
     Args:
@@ -55,7 +55,7 @@ def decide(captured: Captured, recipe: Recipe, target: Target, attention: str) -
     return Decisions(plan, embeddings, convolutions_for(captured, recipe, target.name == "cpu"))
 
 
-def check_range(captured: Captured, decisions: Decisions, dtype: torch.dtype) -> None:
+def check_range(captured: CapturedModel, decisions: Decisions, dtype: torch.dtype) -> None:
     """Refuse weights that stay float and that the target's dtype cannot hold; they are read one by one.
 
     Raises:
@@ -67,7 +67,7 @@ def check_range(captured: Captured, decisions: Decisions, dtype: torch.dtype) ->
         narrowed(captured.load(name), dtype, name)
 
 
-def _staying_float(captured: Captured, decisions: Decisions) -> Iterator[str]:
+def _staying_float(captured: CapturedModel, decisions: Decisions) -> Iterator[str]:
     by_name = {p.name: p for p in (*decisions.plan, *decisions.convolutions)}
     quantized = {e.weight for e in decisions.embeddings if e.scheme is not None}
     for block in captured.blocks:
@@ -83,7 +83,7 @@ def _staying_float(captured: Captured, decisions: Decisions) -> Iterator[str]:
                 yield name
 
 
-def _check_prefill(captured: Captured, recipe: Recipe) -> None:
+def _check_prefill(captured: CapturedModel, recipe: Recipe) -> None:
     """Refuse a recipe that tells prompts from steps where the model knows neither."""
     if recipe.prefill is not None and captured.kind != "decoder":
         raise RecipeError(
@@ -91,7 +91,7 @@ def _check_prefill(captured: Captured, recipe: Recipe) -> None:
         )
 
 
-def _check_cache(captured: Captured, recipe: Recipe, attention: str) -> None:
+def _check_cache(captured: CapturedModel, recipe: Recipe, attention: str) -> None:
     """Refuse a recipe that rounds a cache that a decoder reads otherwise than grouped attention does."""
     if recipe.kv_cache is None or captured.kind != "decoder":
         return
@@ -103,7 +103,7 @@ def _check_cache(captured: Captured, recipe: Recipe, attention: str) -> None:
             remedy=remedy,
         )  # fmt: skip
     grouping = plan_attention(captured, attention, captured.load)
-    if not isinstance(grouping, Grouping):
+    if not isinstance(grouping, GroupedAttention):
         raise LoweringError(
             f"a cache of codes takes grouped attention, and it is standard here: {grouping or 'as asked for'}",
             place="kv_cache", remedy=remedy,

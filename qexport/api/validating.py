@@ -14,10 +14,10 @@ from ..artifact.manifest import RECIPE_FILE, Manifest
 from ..artifact.names import public_name
 from ..artifact.output import inside
 from ..calibrate.block_activations import module_feeds
-from ..calibrate.encoder_inputs import encoder_inputs, with_last_token
+from ..calibrate.encoder_inputs import encoder_batch, with_last_token
 from ..calibrate.model_passes import change_model
 from ..capture.folder import capture_folder
-from ..capture.graph import Captured
+from ..capture.graph import CapturedModel
 from ..capture.module import Inputs, axes_of, capture_module
 from ..errors import InputError
 from ..mixed_precision.sensitivity import costs_of, restore
@@ -35,7 +35,7 @@ from ..validation.logits import check_all_logits, compare_logits, deployed_logit
 from ..validation.placement import examine
 from ..validation.reader import check_reader
 from ..validation.reference import Feeds, FloatOutputs, check_same_model, decoder_feeds
-from ..validation.report import Report, Row
+from ..validation.report import Report, ValueComparison
 from ..validation.report_store import exported_activations, exported_warnings, save
 from ..validation.running import run_session
 from ..validation.text import Text, choose_text
@@ -53,7 +53,7 @@ def _silent(stage: str, what: str, done: int, total: int) -> None:
 
 def validate(
     folder: str | os.PathLike,
-    reference: str | os.PathLike | torch.nn.Module | Captured,
+    reference: str | os.PathLike | torch.nn.Module | CapturedModel,
     *,
     text: str | os.PathLike | None = None,
     windows: int = 8,
@@ -215,12 +215,12 @@ def _show(folder: Path) -> None:
     write_card(exported)
 
 
-def _text_feeds(captured: Captured, windows: torch.Tensor) -> list[Feeds]:
+def _text_feeds(captured: CapturedModel, windows: torch.Tensor) -> list[Feeds]:
     """One batch for each window [n, S]."""
     if captured.kind == "decoder":
         return decoder_feeds(captured, windows)
     rows = with_last_token(windows, captured)
-    return [encoder_inputs(captured, ids[None], torch.ones_like(ids[None])) for ids in rows]
+    return [encoder_batch(captured, ids[None], torch.ones_like(ids[None])) for ids in rows]
 
 
 def _given(inputs) -> Sequence[Inputs]:
@@ -231,8 +231,8 @@ def _given(inputs) -> Sequence[Inputs]:
     return inputs
 
 
-def _capture(reference, inputs, manifest: Manifest, trust_remote_code: bool) -> Captured:
-    if isinstance(reference, Captured):
+def _capture(reference, inputs, manifest: Manifest, trust_remote_code: bool) -> CapturedModel:
+    if isinstance(reference, CapturedModel):
         return reference
     if isinstance(reference, torch.nn.Module):
         dims = manifest.settings.get("inputs")
@@ -240,7 +240,7 @@ def _capture(reference, inputs, manifest: Manifest, trust_remote_code: bool) -> 
     return capture_folder(open_model(reference, trust_remote_code=trust_remote_code))
 
 
-def _logits(folder, manifest: Manifest, captured: Captured, text: Text, threads, provider, progress, forms, lap):
+def _logits(folder, manifest: Manifest, captured: CapturedModel, text: Text, threads, provider, progress, forms, lap):
     """The deployed file's logits, other forms of the float model if `forms`, and what was left out of them."""
     reference = FloatOutputs(
         captured, decoder_feeds(captured, text.windows), ("logits",), partial(progress, "float model")
@@ -266,8 +266,8 @@ def _logits(folder, manifest: Manifest, captured: Captured, text: Text, threads,
 
 
 def _outputs(
-    folder, manifest, captured: Captured, feeds: Sequence[Feeds], threads, provider, progress
-) -> tuple[Row, ...]:
+    folder, manifest, captured: CapturedModel, feeds: Sequence[Feeds], threads, provider, progress
+) -> tuple[ValueComparison, ...]:
     # A cache is the decoder's own: smoothing may rescale it and take that back where it is read.
     names = [
         port.name for port in captured.outputs if port.dtype.is_floating_point and not port.name.startswith("present.")
@@ -281,6 +281,9 @@ def _outputs(
             for name, (wanted, found) in pairs.items():
                 wanted.append(want[name].flatten())
                 found.append(got[name].float().flatten())
-        return tuple(Row(name=name, **compare(torch.cat(want), torch.cat(got))) for name, (want, got) in pairs.items())
+        return tuple(
+            ValueComparison(name=name, **compare(torch.cat(want), torch.cat(got)))
+            for name, (want, got) in pairs.items()
+        )
     finally:
         reference.close()

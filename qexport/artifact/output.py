@@ -91,7 +91,7 @@ def work_folder(out: Path) -> Path:
     return whole.parent / f".{whole.name}.work"
 
 
-class Work:
+class WorkFolder:
     """An export in the making, see `claimed`.
 
     Attributes:
@@ -170,7 +170,7 @@ class Work:
 
 
 @contextmanager
-def claimed(out: Path, overwrite: bool, model: Path | None = None) -> Iterator[Work]:
+def claimed(out: Path, overwrite: bool, model: Path | None = None) -> Iterator[WorkFolder]:
     """Claim an output folder for this process, from now until the `with` ends.
 
     Finished blocks stay when an error ends it, for --resume; everything else of this run is gone then.
@@ -192,7 +192,7 @@ def claimed(out: Path, overwrite: bool, model: Path | None = None) -> Iterator[W
         folder.parent.mkdir(parents=True, exist_ok=True)
     failed: BaseException | None = None
     try:
-        work = Work(out, overwrite, owner.take(folder, "exporting"))
+        work = WorkFolder(out, overwrite, owner.take(folder, "exporting"))
         try:
             scratch.sweep([scratch.system(), folder.parent])
             work.settle()
@@ -231,7 +231,7 @@ def restore(out: Path) -> None:
     if not os.path.isdir(aside):
         return
     try:
-        Work(place, False, owner.take(aside.parent, "restoring the export")).left_by_a_refused_run()
+        WorkFolder(place, False, owner.take(aside.parent, "restoring the export")).left_by_a_refused_run()
     except owner.Busy:
         raise
     except (OSError, InputError):
@@ -246,7 +246,7 @@ def _tidy(out: Path) -> None:
     with suppress(OSError, ValueError, RuntimeError, InputError):
         folder = work_folder(out)
         if folder.is_dir() and os.path.lexists(out):
-            Work(out, False, owner.take(folder, "tidying up")).left_by_a_refused_run()
+            WorkFolder(out, False, owner.take(folder, "tidying up")).left_by_a_refused_run()
 
 
 @contextmanager

@@ -44,7 +44,7 @@ class Scratch:
 
 
 @contextmanager
-def scratch(beside: str | os.PathLike | None = None):
+def scratch_folder(beside: str | os.PathLike | None = None):
     """Yields the path of a `Scratch`; a disk that gets full within is an InputError that names the place."""
     made = Scratch(beside)
     with made as folder, writing_to(folder.parent, _remedy(beside)):

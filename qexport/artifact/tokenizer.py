@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from .files import read_json
-from .scratch import scratch
+from .scratch import scratch_folder
 
 CONFIG, WHOLE = "tokenizer_config.json", "tokenizer.json"
 TEMPLATE, TEMPLATES = "chat_template.jinja", "additional_chat_templates"
@@ -40,7 +40,7 @@ def write_tokenizer(tokenizer, source: Path, folder: Path) -> None:
     else:
         _copy(tokenizer, source, folder)
     if not (folder / CONFIG).is_file() or (tokenizer.is_fast and not (folder / WHOLE).is_file()):
-        with scratch() as made:
+        with scratch_folder() as made:
             tokenizer.save_pretrained(made)
             for name in (WHOLE, CONFIG):
                 if (made / name).is_file() and not (folder / name).is_file():

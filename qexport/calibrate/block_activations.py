@@ -8,7 +8,7 @@ import torch
 from torch.fx import GraphModule, Interpreter, Node
 
 from ..capture.blocks import Block
-from ..capture.graph import Captured
+from ..capture.graph import CapturedModel
 from ..errors import InputError, NumericsError, QExportError
 from ..graph.edit import is_call
 from ..passes.base import Batch
@@ -50,13 +50,13 @@ class Stream:
                 del values[name]
 
 
-def last_readers(captured: Captured) -> dict[str, int]:
+def last_readers(captured: CapturedModel) -> dict[str, int]:
     """For each value that blocks read, the index of the last one that does."""
     return {name: index for index, block in enumerate(captured.blocks) for name in block.inputs}
 
 
 def stream_of(
-    captured: Captured,
+    captured: CapturedModel,
     feeds: Sequence[Feeds],
     masks: Sequence[torch.Tensor | None] | None = None,
     keep_too: Mapping[str, int] = MappingProxyType({}),
@@ -72,14 +72,14 @@ def stream_of(
     return Stream(batches, masks or [None] * len(batches), keep | dict(keep_too))
 
 
-def make_stream(captured: Captured, samples: Samples, batch_size: int) -> Stream:
+def make_stream(captured: CapturedModel, samples: Samples, batch_size: int) -> Stream:
     """The model's inputs for calibration samples, cache empty."""
     masks = samples.attention_mask.split(batch_size)
     pairs = zip(samples.input_ids.split(batch_size), masks, strict=True)
     return stream_of(captured, [decoder_inputs(captured, *pair) for pair in pairs], [mask.bool() for mask in masks])
 
 
-def decoder_inputs(captured: Captured, ids: torch.Tensor, mask: torch.Tensor) -> dict[str, torch.Tensor]:
+def decoder_inputs(captured: CapturedModel, ids: torch.Tensor, mask: torch.Tensor) -> dict[str, torch.Tensor]:
     """All inputs of a decoder for a prompt [batch, sequence] without a past, by public name."""
     feeds = {"input_ids": ids, "attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp_min(0)}
     for port in captured.inputs:
@@ -89,7 +89,7 @@ def decoder_inputs(captured: Captured, ids: torch.Tensor, mask: torch.Tensor) ->
 
 
 def module_feeds(
-    captured: Captured, inputs: Sequence[Sequence[torch.Tensor] | Mapping[str, torch.Tensor]], place: str
+    captured: CapturedModel, inputs: Sequence[Sequence[torch.Tensor] | Mapping[str, torch.Tensor]], place: str
 ) -> list[dict[str, torch.Tensor]]:
     """Inputs of an nn.Module by public name, one batch for each tuple (in the order of its ports) or mapping.
 
@@ -127,11 +127,11 @@ def collect(block: Block, stream: Stream, module: GraphModule, wanted: dict[Node
     statistics = {node: factory() for node, factory in wanted.items()}
     for number, mask in enumerate(stream.masks):
         with torch.no_grad():
-            _Watch(module, statistics, mask).run(*stream.inputs(block, number))
+            _StatisticsInterpreter(module, statistics, mask).run(*stream.inputs(block, number))
     return statistics
 
 
-class _Watch(Interpreter):
+class _StatisticsInterpreter(Interpreter):
     def __init__(self, module: GraphModule, statistics: dict[Node, object], mask: torch.Tensor | None):
         super().__init__(module)
         self._statistics, self._mask = statistics, mask

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..capture.graph import Captured
+from ..capture.graph import CapturedModel
 from ..errors import InputError
 from ..models.source import ModelFolder
 from ..plan.linear_plan import LinearPlan
@@ -70,7 +70,7 @@ def check_calibration(folder: ModelFolder, recipe: Recipe, data: Any, asked: boo
 
 
 def calibration_batches(
-    captured: Captured, recipe: Recipe, data, progress: Progress
+    captured: CapturedModel, recipe: Recipe, data, progress: Progress
 ) -> tuple[Callable[[], Stream], str]:
     """A factory of calibration streams, and what is in them."""
     if captured.kind == "module":
@@ -103,7 +103,7 @@ def calibration_batches(
     return lambda: make(captured, samples, spec.batch_size), samples.described
 
 
-def _module_batches(captured: Captured, data) -> tuple[Callable[[], Stream], str]:
+def _module_batches(captured: CapturedModel, data) -> tuple[Callable[[], Stream], str]:
     if isinstance(data, Prepared):
         return lambda: stream_of(captured, data.batches), data.described
     if not data:

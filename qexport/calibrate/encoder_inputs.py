@@ -3,12 +3,12 @@
 import torch
 from torch import Tensor
 
-from ..capture.graph import Captured
+from ..capture.graph import CapturedModel
 from .block_activations import Stream, stream_of
 from .sources import Samples
 
 
-def encoder_inputs(captured: Captured, ids: Tensor, mask: Tensor) -> dict[str, Tensor]:
+def encoder_batch(captured: CapturedModel, ids: Tensor, mask: Tensor) -> dict[str, Tensor]:
     """All inputs of an encoder by public name.
 
     Args:
@@ -22,15 +22,15 @@ def encoder_inputs(captured: Captured, ids: Tensor, mask: Tensor) -> dict[str, T
     return {port.name: feeds[port.name] for port in captured.inputs}
 
 
-def encoder_stream(captured: Captured, samples: Samples, batch_size: int) -> Stream:
+def encoder_stream(captured: CapturedModel, samples: Samples, batch_size: int) -> Stream:
     """The model's inputs for calibration samples."""
     ids = with_last_token(samples.input_ids, captured)  # their rows end with a token
     pairs = zip(ids.split(batch_size), samples.attention_mask.split(batch_size), strict=True)
-    feeds = [encoder_inputs(captured, *pair) for pair in pairs]
+    feeds = [encoder_batch(captured, *pair) for pair in pairs]
     return stream_of(captured, feeds, [batch["attention_mask"].bool() for batch in feeds])
 
 
-def with_last_token(ids: Tensor, captured: Captured) -> Tensor:
+def with_last_token(ids: Tensor, captured: CapturedModel) -> Tensor:
     """Windows cut out of a text with what the tokenizer puts behind a text in the place of their last token.
 
     Args:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ..artifact.checksums import sampled
-from ..capture.graph import Captured
+from ..capture.graph import CapturedModel
 from ..errors import NumericsError
 from ..passes.base import GraphPass
 from ..recipe.recipe import Recipe
@@ -23,7 +23,7 @@ _CODE = (".py",)  # of a model that brings its own
 
 
 def fingerprint_of(
-    captured: Captured,
+    captured: CapturedModel,
     recipe: Recipe,
     decided: Any,
     batches: Callable[[], Stream] | None,

@@ -18,9 +18,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.fx import Interpreter, Node
 
-from ..artifact.scratch import scratch
+from ..artifact.scratch import scratch_folder
 from ..capture.blocks import Block
-from ..capture.graph import Captured
+from ..capture.graph import CapturedModel
 from ..graph.sites import Linear, linears
 from .block_activations import Feeds, Progress, stream_of
 from .float_model import weights_of
@@ -57,7 +57,7 @@ class Importance:
 
 
 @dataclass(frozen=True)
-class Felt:
+class BlockGradients:
     """A block on the way back, its weights loaded.
 
     Attributes:
@@ -73,20 +73,20 @@ class Felt:
     handed: int
 
 
-def felt(captured: Captured, feeds: Sequence[Feeds], progress: Progress | None = None) -> Iterator[Felt]:
+def felt(captured: CapturedModel, feeds: Sequence[Feeds], progress: Progress | None = None) -> Iterator[BlockGradients]:
     """Every block, last first, with the importance of the values in it.
 
     Args:
         captured: a decoder.
         feeds: its inputs by public name, one dict for each batch.
     """
-    with scratch() as folder:
+    with scratch_folder() as folder:
         places = [folder / f"{index}.safetensors" for index in range(len(captured.blocks))]
         _there(captured, feeds, places, progress)
         yield from _back(captured, len(feeds), places, progress)
 
 
-def _there(captured: Captured, feeds: Sequence[Feeds], places: Sequence[Path], progress: Progress | None) -> None:
+def _there(captured: CapturedModel, feeds: Sequence[Feeds], places: Sequence[Path], progress: Progress | None) -> None:
     stream = stream_of(captured, feeds)
     for index, (block, place) in enumerate(zip(captured.blocks, places, strict=True)):
         if progress:
@@ -102,7 +102,9 @@ def _there(captured: Captured, feeds: Sequence[Feeds], places: Sequence[Path], p
                 stream.advance(block, index)
 
 
-def _back(captured: Captured, count: int, places: Sequence[Path], progress: Progress | None) -> Iterator[Felt]:
+def _back(
+    captured: CapturedModel, count: int, places: Sequence[Path], progress: Progress | None
+) -> Iterator[BlockGradients]:
     made = {name for block in captured.blocks for name in block.outputs}
     logits = next(port.value for port in captured.outputs if port.name == "logits")
     gradients: list[dict[str, Tensor]] = [{} for _ in range(count)]
@@ -119,7 +121,7 @@ def _back(captured: Captured, count: int, places: Sequence[Path], progress: Prog
         with weights_of(captured, block):
             for batch in range(count):
                 sums.add(_one(block, sites, inputs[batch], made, logits, gradients[batch], draws, handed))
-            yield Felt(block, inputs, sums.linears(sites), sums.output(), block.outputs.index(handed))
+            yield BlockGradients(block, inputs, sums.linears(sites), sums.output(), block.outputs.index(handed))
     if progress:
         progress("", 2 * len(places), 2 * len(places))
 
@@ -139,7 +141,7 @@ def _one(
         value.detach().requires_grad_(name in made and value.is_floating_point())
         for name, value in zip(block.inputs, inputs, strict=True)
     ]
-    watch = _Watch(block.module, {linear.node for linear in sites}, {linear.input for linear in sites})
+    watch = _GradientInterpreter(block.module, {linear.node for linear in sites}, {linear.input for linear in sites})
     results = dict(zip(block.outputs, watch.run(*inputs), strict=True))
     if logits in results:
         gradients[logits] = _drawn(results[logits].detach(), draws)
@@ -173,7 +175,7 @@ def _drawn(logits: Tensor, draws: torch.Generator) -> Tensor:
     return likely
 
 
-class _Watch(Interpreter):
+class _GradientInterpreter(Interpreter):
     """Keeps values of nodes; results of linears can be differentiated for."""
 
     def __init__(self, module, results: set[Node], inputs: set[Node]):

@@ -6,23 +6,23 @@ import psutil
 import torch
 
 from ..capture.blocks import Block
-from ..capture.graph import Captured
+from ..capture.graph import CapturedModel
 from ..graph.edit import attributes, get_tensor, set_tensor, unload
 
 
-def float_bytes(captured: Captured) -> int:
+def float_bytes(captured: CapturedModel) -> int:
     """Bytes of all weights in float32, tied ones once."""
     sizes = {n: get_tensor(b.module, n).numel() for b in captured.blocks for n in b.parameters}
     return 4 * sum(sizes.values())
 
 
-def fits_in_memory(captured: Captured) -> bool:
+def fits_in_memory(captured: CapturedModel) -> bool:
     """Whether the whole float model takes at most half of the memory that is free now."""
     return float_bytes(captured) <= psutil.virtual_memory().available // 2
 
 
 @contextmanager
-def weights_of(captured: Captured, block: Block):
+def weights_of(captured: CapturedModel, block: Block):
     """A block's weights and constants loaded inside the `with`."""
     try:
         for name in attributes(block.module.graph):
@@ -33,7 +33,7 @@ def weights_of(captured: Captured, block: Block):
 
 
 @contextmanager
-def loaded(captured: Captured):
+def loaded(captured: CapturedModel):
     """Hold all weights inside the `with`; yields step(input_ids [b, s], past | None) -> (last logits [b, V], past)."""
     with running(captured) as run:
 
@@ -45,7 +45,7 @@ def loaded(captured: Captured):
 
 
 @contextmanager
-def running(captured: Captured):
+def running(captured: CapturedModel):
     """The same for the logits of more positions than the last.
 
     Yields run(input_ids [b, s], past | None, n) -> (logits of the last n positions [b, n, V], past).
@@ -63,7 +63,7 @@ def running(captured: Captured):
             unload(block.module)
 
 
-def _run(captured: Captured, ids: torch.Tensor, past: dict[str, torch.Tensor] | None, last: int):
+def _run(captured: CapturedModel, ids: torch.Tensor, past: dict[str, torch.Tensor] | None, last: int):
     batch, new = ids.shape
     caches = [port for port in captured.inputs if port.name.startswith("past_key_values")]
     if past is None:

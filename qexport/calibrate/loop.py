@@ -16,11 +16,11 @@ import torch
 from torch.fx import GraphModule
 
 from ..capture.blocks import Block
-from ..capture.graph import Captured
+from ..capture.graph import CapturedModel
 from ..errors import InputError, PassError, within
 from ..graph.edit import attributes, delete_tensor, get_tensor, set_tensor, unload
 from ..passes.base import GraphPass, Pipeline
-from ..quant.concat_tensor import Joined
+from ..quant.concat_tensor import ConcatTensor
 from ..quant.narrowing import narrowed
 from . import shards
 from .block_activations import Stream, batches, sqnr
@@ -50,7 +50,7 @@ class BlockRecord:
 
 
 @dataclass
-class Finished:
+class QuantizedBlock:
     """A quantized block whose tensors are on disk.
 
     Attributes:
@@ -68,8 +68,8 @@ class Finished:
     shard: Path
     run: str
     stored: set[str]
-    captured: Captured
-    joined: dict[str, Joined] = field(default_factory=dict)
+    captured: CapturedModel
+    joined: dict[str, ConcatTensor] = field(default_factory=dict)
     apart: dict[str, str] = field(default_factory=dict)
     dense: dict[str, str] = field(default_factory=dict)
     prompt: GraphModule | None = None
@@ -97,7 +97,7 @@ class Finished:
 
 
 def quantize_blocks(
-    captured: Captured,
+    captured: CapturedModel,
     passes: Sequence[GraphPass],
     stream: Stream | None,
     reference: Stream | None,
@@ -106,7 +106,7 @@ def quantize_blocks(
     *,
     resume: bool = False,
     progress: Callable[[str, int, int], None] = lambda name, done, total: None,
-) -> list[Finished]:
+) -> list[QuantizedBlock]:
     """Quantize all blocks of a model.
 
     Args:
@@ -150,10 +150,12 @@ def quantize_blocks(
     return finished
 
 
-def _one(captured, block: Block, passes, stream, reference, finished, total: int, place: Path, run: str) -> Finished:
+def _one(
+    captured, block: Block, passes, stream, reference, finished, total: int, place: Path, run: str
+) -> QuantizedBlock:
     started, index = time.perf_counter(), len(finished)
     last = index == total - 1
-    steps = [step for step in passes if step.works_on(block.module)]
+    steps = [step for step in passes if step.applies_to(block.module)]
     loaded: dict[str, torch.Tensor] = {}
     if steps or (stream is not None and not last):
         loaded = _load(captured, block)
@@ -183,10 +185,10 @@ def _one(captured, block: Block, passes, stream, reference, finished, total: int
         {name: [(n.site, n.what, dict(n.data)) for n in r.changed] for name, r in results.items() if r.changed},
         {name: [(n.site, n.what) for n in r.skipped] for name, r in results.items() if r.skipped}, coverage.unseen,
     )  # fmt: skip
-    return Finished(block, record, place, run, set(stored), captured)
+    return QuantizedBlock(block, record, place, run, set(stored), captured)
 
 
-def _earlier(finished: list[Finished], name: str) -> torch.Tensor:
+def _earlier(finished: list[QuantizedBlock], name: str) -> torch.Tensor:
     """A tensor that a finished block made."""
     for item in finished:
         if name in item.stored:
@@ -194,7 +196,7 @@ def _earlier(finished: list[Finished], name: str) -> torch.Tensor:
     raise PassError(f"no block before this one has made {name}")
 
 
-def _untie(captured: Captured, block: Block, loaded: dict[str, torch.Tensor]) -> None:
+def _untie(captured: CapturedModel, block: Block, loaded: dict[str, torch.Tensor]) -> None:
     """Give a changed tensor that other blocks read too, such as a tied embedding, a name of its own."""
     elsewhere = {name for other in captured.blocks if other is not block for name in other.parameters}
     module, renamed = block.module, False
@@ -212,7 +214,7 @@ def _untie(captured: Captured, block: Block, loaded: dict[str, torch.Tensor]) ->
         module.recompile()
 
 
-def _load(captured: Captured, block: Block) -> dict[str, torch.Tensor]:
+def _load(captured: CapturedModel, block: Block) -> dict[str, torch.Tensor]:
     loaded = {name: captured.load(name) for name in block.parameters}
     for name, tensor in loaded.items():
         set_tensor(block.module, name, tensor)
@@ -247,14 +249,14 @@ def _journal(work: Path, fingerprint: str, resume: bool) -> tuple[str, list[Bloc
 
 def _continue(
     captured, block: Block, place: Path, run: str, record: BlockRecord, index: int, stream, reference
-) -> Finished:
+) -> QuantizedBlock:
     """Read a finished block back and let the calibration data pass through it."""
     if reference is not None and index < len(captured.blocks) - 1:
         _load(captured, block)
         reference.advance(block, index)
     restored, stored = shards.load_block(place, run)
     block.module = restored.module
-    item = Finished(block, record, place, run, stored, captured)
+    item = QuantizedBlock(block, record, place, run, stored, captured)
     if stream is not None and index < len(captured.blocks) - 1:
         item.fill()
         stream.advance(block, index)

@@ -1,18 +1,18 @@
 """The passes over a whole model that a recipe asks for, before its blocks are quantized one by one."""
 
-from ..capture.graph import Captured
+from ..capture.graph import CapturedModel
 from ..errors import PassError
 from ..passes.model.base import ModelPass, ModelResult
 from ..passes.model.rotation import RotateResidual
 from ..recipe.recipe import Recipe
 
 
-def model_passes(recipe: Recipe) -> list[ModelPass]:
+def model_passes_for(recipe: Recipe) -> list[ModelPass]:
     """In the order in which they run."""
     return [] if recipe.rotation is None else [RotateResidual(recipe.rotation.seed)]
 
 
-def change_model(captured: Captured, recipe: Recipe) -> dict[str, ModelResult]:
+def change_model(captured: CapturedModel, recipe: Recipe) -> dict[str, ModelResult]:
     """Run them on a captured model, unless that has been done; by the name of the pass, what it did.
 
     The model computes what it did: `validation.reader.check_reader` compares the changed graph with the witness.
@@ -23,7 +23,7 @@ def change_model(captured: Captured, recipe: Recipe) -> dict[str, ModelResult]:
     if captured.basis:
         return {}
     found = {}
-    for step in model_passes(recipe):
+    for step in model_passes_for(recipe):
         try:
             found[step.name] = step.call(captured)
         except PassError as error:

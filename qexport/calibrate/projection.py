@@ -2,7 +2,7 @@
 
 import torch
 
-from ..capture.graph import Captured
+from ..capture.graph import CapturedModel
 from ..graph.sites import Linear
 from ..passes.weights.rounding import hessian_statistic
 from ..quant.gptq import HessianStatistic
@@ -12,7 +12,7 @@ from .ranges import Progress, float_statistics
 
 
 def hessian_of(
-    captured: Captured, projection: Linear, stream: Stream, given: WeightSpec, progress: Progress
+    captured: CapturedModel, projection: Linear, stream: Stream, given: WeightSpec, progress: Progress
 ) -> torch.Tensor:
     """The Hessian [K, K] of the output projection on what the float model hands to it.
 

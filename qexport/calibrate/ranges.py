@@ -5,7 +5,7 @@ from typing import Any
 
 from torch.fx import Node
 
-from ..capture.graph import Captured
+from ..capture.graph import CapturedModel
 from ..errors import within
 from ..quant.observers import AbsmaxObserver
 from .block_activations import Progress, Stream, collect
@@ -18,7 +18,7 @@ def _silent(name: str, done: int, total: int) -> None:
 
 
 def float_ranges(
-    captured: Captured, stream: Stream, wanted: Mapping[str, list[Node]], progress: Progress = _silent
+    captured: CapturedModel, stream: Stream, wanted: Mapping[str, list[Node]], progress: Progress = _silent
 ) -> dict[str, dict[Node, float]]:
     """The largest magnitude of values of the float model, over the real tokens of all batches.
 
@@ -30,7 +30,7 @@ def float_ranges(
 
 
 def float_statistics(
-    captured: Captured,
+    captured: CapturedModel,
     stream: Stream,
     wanted: Mapping[str, Mapping[Node, Callable[[], Any]]],
     progress: Progress = _silent,

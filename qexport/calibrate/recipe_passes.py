@@ -26,8 +26,8 @@ from ..plan.embedding_plan import EmbeddingPlan
 from ..plan.linear_plan import LinearPlan
 from ..quant.affine import QuantizedWeight
 from ..quant.formats import ActivationFormat, WeightFormat
-from ..quant.gptq import gptq
-from ..quant.hqq import hqq
+from ..quant.gptq import gptq_quantize
+from ..quant.hqq import hqq_quantize
 from ..recipe.recipe import Recipe
 
 _BY_DATA = ("gptq", "zq_local", "zq_global")  # methods whose weights follow from calibration data
@@ -84,10 +84,10 @@ def _tables(recipe: Recipe, embeddings: Sequence[EmbeddingPlan], hessian: torch.
 
     def rounding(table: torch.Tensor, fmt: WeightFormat) -> QuantizedWeight:
         if given.method == "hqq":
-            return hqq(table, fmt)
+            return hqq_quantize(table, fmt)
         if hessian is not None and hessian.any():
             found = {"damp": given.damp, "act_order": given.act_order, "clip_search": given.clip_search}
-            return gptq(table, hessian, fmt, **found)
+            return gptq_quantize(table, hessian, fmt, **found)
         return round_to_nearest(table, fmt, given.clip_search)
 
     shared = {e.linear: e for e in quantized if e.linear}

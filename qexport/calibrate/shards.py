@@ -18,7 +18,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from ..capture.blocks import Block, holder
 from ..errors import InputError, PassError, writing_to
-from ..graph.edit import Spec, attributes, get_tensor
+from ..graph.edit import TensorSpec, attributes, get_tensor
 
 _MODULES = {"_operator": operator, "operator": operator, "math": math, "torch": torch}  # of plain functions in graphs
 _PLAIN = "python:"  # before the name of one
@@ -97,9 +97,9 @@ def _opened(path: Path, run: str):
         ) from error
 
 
-def _specs(module: GraphModule) -> dict[str, Spec]:
+def _specs(module: GraphModule) -> dict[str, TensorSpec]:
     tensors = {name: get_tensor(module, name) for name in attributes(module.graph)}
-    return {name: Spec(t.dtype, tuple(t.shape)) for name, t in tensors.items()}
+    return {name: TensorSpec(t.dtype, tuple(t.shape)) for name, t in tensors.items()}
 
 
 def _encode_node(node: Node) -> dict:
@@ -147,7 +147,7 @@ def _encode(value):
     match value:
         case Node():
             return {"node": value.name}
-        case Spec():
+        case TensorSpec():
             return {"spec": [str(value.dtype), list(value.shape)]}
         case torch.dtype():
             return {"dtype": str(value)}
@@ -169,7 +169,7 @@ def _decode(value, env: dict[str, Node]):
         case {"node": name}:
             return env[name]
         case {"spec": [dtype, shape]}:
-            return Spec(getattr(torch, dtype.removeprefix("torch.")), tuple(shape))
+            return TensorSpec(getattr(torch, dtype.removeprefix("torch.")), tuple(shape))
         case {"dtype": name}:
             return getattr(torch, name.removeprefix("torch."))
         case {"device": name}:

@@ -9,23 +9,23 @@ from ..gc_pause import no_garbage_collection
 from ..graph import ops  # noqa: F401  registers the operators
 from ..graph.edit import get_tensor
 from ..models.checkpoint import Checkpoint
-from ..models.quiet import quiet
+from ..models.quiet import quiet_transformers
 from ..models.source import ModelFolder
 from ..models.tokens import tokens_without_rows
 from ..models.transformers_witness import DecoderWitness
 from .attention import IMPLEMENTATION
 from .experts import IMPLEMENTATION as EXPERTS
-from .graph import Captured, Port
+from .graph import CapturedModel, Port
 from .rope import settle_frequencies
 from .stored import aliases_of, find_weights, untie
-from .trace import IDS, Traced, trace
-from .weight_views import Pieces
+from .trace import IDS, Traced, trace_model
+from .weight_views import WeightViews
 
 _LONGEST = ("max_position_embeddings", "max_seq_len", "seq_length")  # what configs call the longest text
 
 
 @no_garbage_collection()
-def capture_decoder(folder: ModelFolder) -> Captured:
+def capture_decoder(folder: ModelFolder) -> CapturedModel:
     """Capture the model of a folder as float32 blocks.
 
     The inputs are input_ids, attention_mask, position_ids and past_key_values.{i}.key/value, the outputs logits and
@@ -38,7 +38,7 @@ def capture_decoder(folder: ModelFolder) -> Captured:
     model = _empty_model(folder)
     notes = untie(model, checkpoint)
     aliases = aliases_of(model)
-    traced = trace(model, aliases, folder.name)
+    traced = trace_model(model, aliases, folder.name)
     used = {n: tuple(get_tensor(b.module, n).shape) for b in traced.blocks for n in b.parameters}
     buffers = {n: b.detach() for n, b in model.named_buffers() if n in used}
     buffers |= {n: t.detach() for n, t in traced.constants.items() if n in used}
@@ -50,12 +50,12 @@ def capture_decoder(folder: ModelFolder) -> Captured:
     buffers, parameters = {n: b for n, b in buffers.items() if n not in stored}, [*parameters, *stored]
     settings, rows = _settings(folder.config, traced), model.get_input_embeddings().weight.shape[0]
     inputs, outputs = _ports(traced, settings)
-    return Captured(
+    return CapturedModel(
         kind="decoder",
         blocks=traced.blocks,
         inputs=inputs,
         outputs=outputs,
-        weights=Pieces(weights, traced.pieces) if traced.pieces else weights,
+        weights=WeightViews(weights, traced.pieces) if traced.pieces else weights,
         constants=buffers,
         settings=settings,
         folder=folder,
@@ -68,7 +68,7 @@ def capture_decoder(folder: ModelFolder) -> Captured:
 
 def _empty_model(folder: ModelFolder) -> torch.nn.Module:
     def build(attention: str) -> torch.nn.Module:
-        with init_empty_weights(include_buffers=False), quiet():
+        with init_empty_weights(include_buffers=False), quiet_transformers():
             return AutoModelForCausalLM.from_config(
                 folder.config, attn_implementation=attention, dtype=torch.float32,
                 trust_remote_code=folder.trust_remote_code,

@@ -15,14 +15,14 @@ from ..models.loading import load_known
 from ..models.source import ModelFolder
 from ..models.tokens import tokens_without_rows
 from ..models.transformers_witness import EncoderWitness
-from .graph import Captured
+from .graph import CapturedModel
 from .module import capture_module
 
 # Sizes of the example inputs; see `trace`.
 _BATCH, _SEQUENCE = 2, 7
 
 
-def capture_encoder(folder: ModelFolder, loader: type) -> Captured:
+def capture_encoder(folder: ModelFolder, loader: type) -> CapturedModel:
     """Capture the encoder of a folder, or a decoder that keeps no cache.
 
     The inputs are input_ids, attention_mask and, where the model tells segments apart, token_type_ids. The outputs are

@@ -5,7 +5,7 @@ import operator
 import torch
 from torch.fx import GraphModule, Node
 
-from ..graph.convolutions import CONVOLUTIONS, zero_padding
+from ..graph.convolution_sites import CONVOLUTIONS, zero_padding
 from ..graph.edit import get_tensor, is_call, set_tensor
 
 aten = torch.ops.aten

@@ -5,10 +5,10 @@ from ..models.heads import loader_of
 from ..models.source import ModelFolder
 from .decoder import capture_decoder
 from .encoder import capture_encoder
-from .graph import Captured
+from .graph import CapturedModel
 
 
-def capture_folder(folder: ModelFolder) -> Captured:
+def capture_folder(folder: ModelFolder) -> CapturedModel:
     """Capture a decoder that writes text, or an encoder or decoder with the head that its config names.
 
     Raises:

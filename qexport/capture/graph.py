@@ -12,7 +12,7 @@ from ..models.witness import Witness
 from .blocks import Block, handed_on
 
 
-class Weights(Protocol):
+class WeightSource(Protocol):
     """Anything that can produce a named tensor."""
 
     def load(self, name: str) -> torch.Tensor: ...
@@ -59,7 +59,7 @@ class Basis:
 
 
 @dataclass
-class Captured:
+class CapturedModel:
     """A model as blocks without weights.
 
     Attributes:
@@ -79,7 +79,7 @@ class Captured:
     blocks: list[Block]
     inputs: list[Port]
     outputs: list[Port]
-    weights: Weights
+    weights: WeightSource
     constants: dict[str, torch.Tensor]
     settings: dict[str, Any] = field(default_factory=dict)
     folder: ModelFolder | None = None

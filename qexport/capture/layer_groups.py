@@ -19,7 +19,7 @@ _SMALL = 64  # elements of a constant tensor that are compared by value
 
 
 @dataclass(frozen=True)
-class Layers:
+class LayerGroups:
     """The repeated layers of a model.
 
     Attributes:
@@ -38,7 +38,7 @@ class Layers:
 
 def find_layers(
     model: torch.nn.Module, caches: Sequence[Sequence[torch.Tensor]], names: dict[int, str], run: Callable[[], Any]
-) -> Layers | None:
+) -> LayerGroups | None:
     """Compare the layers of a model by what they do in one run.
 
     Args:
@@ -66,7 +66,7 @@ def find_layers(
         except Exception:  # whatever it is, torch.export meets it too and says so
             return None
     signatures = record.signatures()
-    return Layers(container, tuple(map(signatures.index, signatures))) if signatures else None
+    return LayerGroups(container, tuple(map(signatures.index, signatures))) if signatures else None
 
 
 def _container(model: torch.nn.Module, count: int) -> tuple[str, torch.nn.ModuleList] | None:

@@ -8,12 +8,12 @@ from torch.fx import Graph, GraphModule, Node
 from ..errors import CaptureError
 from ..graph.edit import get_tensor
 from .blocks import Block, holder
-from .layer_groups import Layers
+from .layer_groups import LayerGroups
 
 
 def stamp(
     blocks: Sequence[Block],
-    layers: Layers,
+    layers: LayerGroups,
     pasts: Sequence[Sequence[str]],
     presents: Sequence[Sequence[str]],
     tensors: Mapping[str, torch.Tensor],

@@ -14,14 +14,14 @@ from ..errors import CaptureError, InputError
 from ..graph import ops  # noqa: F401  registers the operators
 from ..graph.edit import get_tensor
 from ..models.checkpoint import StateDict
-from ..models.quiet import quiet
+from ..models.quiet import quiet_transformers
 from ..models.witness import ModuleWitness
 from .blocks import cut
 from .dynamic import Axes, DynamicShapes, Hint, dynamic_axes
 from .explain import explained, functional
 from .fold import fold_batch_norms, fold_padding, fold_weights, spell_padding
-from .graph import Captured, Port
-from .normalize import normalize
+from .graph import CapturedModel, Port
+from .normalize import to_normal_form
 
 aten = torch.ops.aten
 Inputs = Sequence[torch.Tensor] | Mapping[str, torch.Tensor]
@@ -33,7 +33,7 @@ def capture_module(
     dynamic_shapes: DynamicShapes | None = None,
     *,
     absent: Collection[str] = (),
-) -> Captured:
+) -> CapturedModel:
     """Capture a module that maps tensors to a tensor, or to a tuple, dict or output class of transformers of tensors.
 
     An output goes by its key; a tensor alone is "output", those of a tuple "output_0" and so on.
@@ -62,7 +62,7 @@ def capture_module(
     examples = {name: _stretched(tensor, axes[name]) for name, tensor in given.items()}
     training = model.training
     try:
-        with torch.no_grad(), quiet(), explained(model):
+        with torch.no_grad(), quiet_transformers(), explained(model):
             shapes = {name: dict.fromkeys(axes[name], torch.export.Dim.AUTO) for name in given}
             exported = torch.export.export(model.eval(), (), examples, dynamic_shapes=shapes, strict=False)
     finally:
@@ -91,7 +91,7 @@ def _witness(model: torch.nn.Module, given: Mapping[str, torch.Tensor], axes: Ax
     return ModuleWitness(f"the module's own forward, {type(model).__name__}", run, calls, eps)
 
 
-def _captured(exported: ExportedProgram, model: torch.nn.Module, axes: Axes, absent: Collection[str]) -> Captured:
+def _captured(exported: ExportedProgram, model: torch.nn.Module, axes: Axes, absent: Collection[str]) -> CapturedModel:
     whole = exported.module(check_guards=False)
     for node in whole.graph.nodes:
         stack = node.meta.get("nn_module_stack") or {}
@@ -100,7 +100,7 @@ def _captured(exported: ExportedProgram, model: torch.nn.Module, axes: Axes, abs
     fold_padding(whole)
     folded = fold_weights(whole)
     folded |= fold_batch_norms(whole)
-    normalize(whole)
+    to_normal_form(whole)
     for node in whole.graph.nodes:
         # What made its input contiguous was a no-op and is gone.
         if node.target in (aten.view.default, aten._unsafe_view.default):
@@ -116,7 +116,7 @@ def _captured(exported: ExportedProgram, model: torch.nn.Module, axes: Axes, abs
     outputs = [_port(name, node, dimension) for name, node in results.items()]
     parameters = {n for n, _ in model.named_parameters(remove_duplicate=False)} | {n for n, _ in model.named_buffers()}
     used = {n.target for n in whole.graph.nodes if n.op == "get_attr"}
-    return Captured(
+    return CapturedModel(
         kind="module",
         blocks=cut(whole, [port.value for port in outputs]),
         inputs=inputs,

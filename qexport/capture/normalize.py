@@ -41,7 +41,7 @@ _ALIASES = _VIEWS | {
 _RESHAPES = _VIEWS - {aten.expand.default}
 
 
-def normalize(module: GraphModule) -> GraphModule:
+def to_normal_form(module: GraphModule) -> GraphModule:
     """Normalize the graph of `module` in place, keeping what it computes to rounding, and return it.
 
     The module's code is not regenerated: what runs are the blocks that the graph is cut into.

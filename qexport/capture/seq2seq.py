@@ -21,11 +21,11 @@ from transformers.models.auto import modeling_auto
 from ..artifact.manifest import DECODER, ENCODER, SOURCE_MASK
 from ..errors import CaptureError, root_cause
 from ..models.loading import load_whole
-from ..models.quiet import quiet
+from ..models.quiet import quiet_transformers
 from ..models.source import ModelFolder
 from ..models.transformers_witness import PartWitness
 from .attention import IMPLEMENTATION, GivenCache, GraphCache, ProbeCache, tracing
-from .graph import Captured, Port
+from .graph import CapturedModel, Port
 from .module import capture_module
 
 # Sizes of the example inputs; see `trace`.
@@ -45,8 +45,8 @@ class Parts:
         model: the float model of transformers, for the texts that it writes.
     """
 
-    encoder: Captured
-    decoder: Captured
+    encoder: CapturedModel
+    decoder: CapturedModel
     model: torch.nn.Module
 
 
@@ -177,7 +177,7 @@ def _decode(width: int, model: torch.nn.Module, given: Mapping[str, Tensor]) -> 
 def _layers(model: torch.nn.Module, source: Mapping[str, Tensor]) -> tuple[list[tuple[Tensor, ...]], int]:
     """Keys and values of the cache and of the source for every layer of the decoder, of one token; features that the
     encoder makes."""
-    with torch.no_grad(), quiet():
+    with torch.no_grad(), quiet_transformers():
         width = model.get_encoder()(**source).last_hidden_state.shape[-1]
         own, cross = _first_step(model, source)
     if not own.found or own.found.keys() != cross.found.keys():
@@ -201,7 +201,7 @@ def _tokens(
     return found, {name: name.replace("__", ".") for name in found} | {"decoder_input_ids": "input_ids"}
 
 
-def _part(captured: Captured, part: str, folder: ModelFolder, names: Mapping[str, str]) -> Captured:
+def _part(captured: CapturedModel, part: str, folder: ModelFolder, names: Mapping[str, str]) -> CapturedModel:
     """A part under its public names, without inputs that nothing reads."""
     read = {name for block in captured.blocks for name in block.inputs}
 

@@ -9,14 +9,14 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from ..errors import CaptureError, root_cause
 from ..graph.edit import get_tensor, set_tensor
-from ..models.quiet import quiet
+from ..models.quiet import quiet_transformers
 from .attention import GraphCache, ProbeCache, tracing
 from .blocks import Block, cut
 from .experts import tokens_of
-from .layer_groups import Layers, find_layers
+from .layer_groups import LayerGroups, find_layers
 from .layer_stamps import stamp
-from .normalize import normalize
-from .weight_views import Piece, cut_weights, moved
+from .normalize import to_normal_form
+from .weight_views import WeightView, cut_weights, moved
 
 # Sizes of the example inputs. torch.export specialises 0 and 1, and two dimensions of one size could be taken for the
 # same one; the graph it makes with these is right for every size, 0 and 1 included.
@@ -69,10 +69,10 @@ class Traced:
     vocab_size: int
     cache: list[CacheShape]
     constants: dict[str, torch.Tensor]
-    pieces: dict[str, Piece]
+    pieces: dict[str, WeightView]
 
 
-def trace(model: torch.nn.Module, aliases: dict[str, tuple[str, ...]], place: str) -> Traced:
+def trace_model(model: torch.nn.Module, aliases: dict[str, tuple[str, ...]], place: str) -> Traced:
     """Trace a model; of layers that do the same only the first is traced."""
     cache = _probe(model, place)
     depth = len(cache)
@@ -98,7 +98,7 @@ def _probe(model: torch.nn.Module, place: str) -> list[CacheShape]:
     depth = model.config.num_hidden_layers
     cache = ProbeCache(depth)
     try:
-        with fake, torch.no_grad(), quiet():
+        with fake, torch.no_grad(), quiet_transformers():
             _Flat(model).run(cache, ids[0], ids[0], ids[2])
     except CaptureError as error:
         error.place = error.place or place
@@ -125,7 +125,7 @@ def _trace_whole(model: torch.nn.Module, aliases, cache: list[CacheShape], place
     _rename_weights(whole, aliases)
     own = dict(_named_tensors(model))
     pieces = cut_weights(whole, {name for name, _ in model.named_parameters(remove_duplicate=False)})
-    normalize(whole)
+    to_normal_form(whole)
     ids, pasts = _by_layer([n.name for n in whole.graph.nodes if n.op == "placeholder"], len(IDS))
     results = whole.graph.output_node().args[0]
     read = {n.target: get_tensor(whole, n.target) for n in whole.graph.nodes if n.op == "get_attr"}
@@ -168,7 +168,7 @@ def _named_tensors(model: torch.nn.Module) -> list[tuple[str, torch.Tensor]]:
     return [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
 
 
-def _layers(model: torch.nn.Module, aliases: dict[str, tuple[str, ...]], cache: list[CacheShape]) -> Layers | None:
+def _layers(model: torch.nn.Module, aliases: dict[str, tuple[str, ...]], cache: list[CacheShape]) -> LayerGroups | None:
     fake, arguments = _fake(model, cache)
     caches = [arguments[3][i : i + 2] for i in range(0, len(arguments[3]), 2)]
     names = {id(tensor): aliases.get(name, (name,))[0] for name, tensor in _named_tensors(model)}
@@ -181,7 +181,7 @@ def _layers(model: torch.nn.Module, aliases: dict[str, tuple[str, ...]], cache: 
 
 
 @contextmanager
-def _shortened(model: torch.nn.Module, layers: Layers):
+def _shortened(model: torch.nn.Module, layers: LayerGroups):
     """Only the layers that have to be traced."""
     owner, _, leaf = layers.container.rpartition(".")
     owner, whole = model.get_submodule(owner), model.get_submodule(layers.container)
@@ -198,7 +198,7 @@ def _export(model: torch.nn.Module, cache: list[CacheShape], place: str):
     two = {0: dynamic, 1: dynamic}
     shapes = {**dict.fromkeys(IDS, two), "past": [{0: dynamic, 2: dynamic} for _ in arguments[3]]}
     try:
-        with torch.no_grad(), quiet():
+        with torch.no_grad(), quiet_transformers():
             return torch.export.export(_Flat(model), arguments, dynamic_shapes=shapes, strict=False)
     except CaptureError:
         raise

@@ -1,8 +1,8 @@
 """Weights that a graph reads in parts or transposed, as weights of their own, and products with weights as linears.
 
 An expert's matrix is a slice of one tensor of all experts; GPT-2 keeps its matrices transposed. Passes know linears
-with a weight [out, in] of their own, so the graph reads such weights under names of their own, and `Pieces` cuts them
-from the checkpoint's tensors when they are loaded.
+with a weight [out, in] of their own, so the graph reads such weights under names of their own, and `WeightViews` cuts
+them from the checkpoint's tensors when they are loaded.
 """
 
 from collections.abc import Mapping
@@ -19,7 +19,7 @@ _PRODUCTS = (aten.matmul.default, aten.mm.default)
 
 
 @dataclass(frozen=True)
-class Piece:
+class WeightView:
     """Part of a weight.
 
     Attributes:
@@ -46,11 +46,11 @@ class Piece:
 
 
 @dataclass(frozen=True)
-class Pieces:
+class WeightViews:
     """The tensors of a checkpoint, and the pieces of them, by name."""
 
     checkpoint: Checkpoint
-    table: Mapping[str, Piece]
+    table: Mapping[str, WeightView]
 
     def load(self, name: str) -> torch.Tensor:
         piece = self.table.get(name)
@@ -60,7 +60,7 @@ class Pieces:
         return part.t().contiguous() if piece.transposed else part
 
 
-def cut_weights(module: GraphModule, weights: set[str]) -> dict[str, Piece]:
+def cut_weights(module: GraphModule, weights: set[str]) -> dict[str, WeightView]:
     """Rewrite a traced graph, in place.
 
     Args:
@@ -72,15 +72,15 @@ def cut_weights(module: GraphModule, weights: set[str]) -> dict[str, Piece]:
     graph, table = module.graph, {}
     for node in list(graph.nodes):
         if node.op == "get_attr" and node.target in weights:
-            _follow(module, node, Piece(node.target), table)
+            _follow(module, node, WeightView(node.target), table)
     for node in list(graph.nodes):
         if is_call(node, *_PRODUCTS) or (is_call(node, aten.addmm.default) and not node.kwargs):
             _as_linear(module, node, weights, table)
     graph.eliminate_dead_code()
-    return {name: piece for name, piece in table.items() if piece != Piece(name)}
+    return {name: piece for name, piece in table.items() if piece != WeightView(name)}
 
 
-def moved(table: Mapping[str, Piece], prefix: str, to: str) -> dict[str, Piece]:
+def moved(table: Mapping[str, WeightView], prefix: str, to: str) -> dict[str, WeightView]:
     """The same pieces of another layer's weights; prefix, to: module paths of the layers, with a dot behind."""
     return {
         to + name.removeprefix(prefix): replace(piece, source=to + piece.source.removeprefix(prefix))
@@ -89,7 +89,7 @@ def moved(table: Mapping[str, Piece], prefix: str, to: str) -> dict[str, Piece]:
     }
 
 
-def _follow(module: GraphModule, node: Node, piece: Piece, table: dict[str, Piece]) -> None:
+def _follow(module: GraphModule, node: Node, piece: WeightView, table: dict[str, WeightView]) -> None:
     """Replace what a graph makes of a weight, or of a piece of one, by pieces."""
     for user in list(node.users):
         if is_call(user, aten.select.int) and tuple(user.args[1:2]) == (0,) and _is_stack(node):
@@ -118,7 +118,7 @@ def _transposes(node: Node) -> bool:
     return is_call(node, aten.permute.default) and [axis % 2 for axis in node.args[1]] == [1, 0]
 
 
-def _read(module: GraphModule, at: Node, piece: Piece, table: dict[str, Piece]) -> Node:
+def _read(module: GraphModule, at: Node, piece: WeightView, table: dict[str, WeightView]) -> Node:
     """A get_attr node for a piece, in front of `at`."""
     tensor = piece.of(get_tensor(module, piece.source))
     name = piece.name(tensor.dim())
@@ -131,7 +131,7 @@ def _read(module: GraphModule, at: Node, piece: Piece, table: dict[str, Piece]) 
     return node
 
 
-def _as_linear(module: GraphModule, node: Node, weights: set[str], table: dict[str, Piece]) -> None:
+def _as_linear(module: GraphModule, node: Node, weights: set[str], table: dict[str, WeightView]) -> None:
     """x @ W or b + x @ W with a weight W of its own: linear(x, W^T, b)."""
     *bias, x, weight = node.args
     known = weight.op == "get_attr" and (weight.target in table or weight.target in weights)
@@ -139,7 +139,7 @@ def _as_linear(module: GraphModule, node: Node, weights: set[str], table: dict[s
         return
     if bias and (bias[0].op != "get_attr" or bias[0].meta["val"].dim() != 1):
         return
-    piece = table.get(weight.target, Piece(weight.target))
+    piece = table.get(weight.target, WeightView(weight.target))
     turned = _read(module, node, replace(piece, transposed=not piece.transposed), table)
     with module.graph.inserting_before(node):
         linear = module.graph.call_function(aten.linear.default, (x, turned, *bias))

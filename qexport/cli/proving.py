@@ -156,8 +156,7 @@ def study(
     from . import console
 
     console.quiet_libraries()
-    from ..sampling_study import check_place, check_plot
-    from ..sampling_study import plot as draw
+    from ..sampling_study import check_place, check_plot, plot_study
     from .printers.summaries import print_study
 
     imported()
@@ -176,7 +175,7 @@ def study(
     if out is not None:
         result.save(out)
     if plot is not None:
-        draw(result, plot)
+        plot_study(result, plot)
     if as_json:
         console.print_json(result.as_dict())
     else:

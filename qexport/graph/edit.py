@@ -12,19 +12,19 @@ WITHOUT_OUTLIERS = "without_outliers"  # in the meta of a value: it is its first
 
 
 @dataclass(frozen=True)
-class Spec:
+class TensorSpec:
     """Type of a value: dtype, and shape with a name for each dynamic dimension. Sizes are int64 scalars of shape ()."""
 
     dtype: torch.dtype
     shape: tuple[int | str, ...]
 
 
-def spec_of(value) -> Spec | tuple[Spec, ...] | None:
+def spec_of(value) -> TensorSpec | tuple[TensorSpec, ...] | None:
     """The Spec of a traced value: a tensor, a size, or a tuple of them."""
     if isinstance(value, torch.Tensor):
-        return Spec(value.dtype, tuple(d if isinstance(d, int) else str(d) for d in value.shape))
+        return TensorSpec(value.dtype, tuple(d if isinstance(d, int) else str(d) for d in value.shape))
     if isinstance(value, (int, torch.SymInt)):
-        return Spec(torch.int64, ())
+        return TensorSpec(torch.int64, ())
     if isinstance(value, (tuple, list)):
         return tuple(spec_of(v) for v in value)
     return None

@@ -5,10 +5,10 @@ from typing import Any
 
 import torch
 
-from ..capture.graph import Captured
+from ..capture.graph import CapturedModel
 from ..errors import InputError, LoweringError
 from ..graph.edit import is_call
-from .gqa import Grouping, Unsuited, group_attention, plan_grouping
+from .gqa import GroupedAttention, Unsuited, group_attention, plan_grouping
 
 ATTENTION = ("grouped", "standard")
 
@@ -19,7 +19,9 @@ def check_attention(attention: str) -> None:
         raise InputError(f"unknown attention {attention!r}", remedy=f"Choose {' or '.join(ATTENTION)}")
 
 
-def plan_attention(captured: Captured, attention: str, read: Callable[[str], torch.Tensor]) -> Grouping | str | None:
+def plan_attention(
+    captured: CapturedModel, attention: str, read: Callable[[str], torch.Tensor]
+) -> GroupedAttention | str | None:
     """How the attention of a decoder can be grouped, or why not; None where that is not asked for.
 
     Args:
@@ -34,9 +36,9 @@ def plan_attention(captured: Captured, attention: str, read: Callable[[str], tor
         return str(why)
 
 
-def deploy_attention(captured: Captured, grouping: Grouping | str | None) -> dict[str, Any]:
+def deploy_attention(captured: CapturedModel, grouping: GroupedAttention | str | None) -> dict[str, Any]:
     """Rewrite a decoder's attention for the runtime, in place; returns what the manifest's settings say of it."""
-    if not isinstance(grouping, Grouping):
+    if not isinstance(grouping, GroupedAttention):
         nodes = (node for block in captured.blocks for node in block.module.graph.nodes)
         if any(is_call(node, torch.ops.qexport.round_cache.default) for node in nodes):
             raise LoweringError(

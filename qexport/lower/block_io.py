@@ -3,12 +3,12 @@
 from torch.fx import Graph, Node
 
 from ..capture.blocks import Block
-from ..capture.graph import Captured
-from ..graph.edit import Spec, finish
+from ..capture.graph import CapturedModel
+from ..graph.edit import TensorSpec, finish
 from ..graph.views import results_of
 
 
-def producers(captured: Captured) -> dict[str, tuple[Block, Node]]:
+def producers(captured: CapturedModel) -> dict[str, tuple[Block, Node]]:
     """The block and the node that make each value which leaves a block."""
     found: dict[str, tuple[Block, Node]] = {}
     for block in captured.blocks:
@@ -35,7 +35,7 @@ def hand_on(block: Block, node: Node, name: str) -> None:
     block.outputs.append(name)
 
 
-def read_in(block: Block, name: str, spec: Spec) -> Node:
+def read_in(block: Block, name: str, spec: TensorSpec) -> Node:
     """The placeholder of a value from outside, made where there is none."""
     for node, known in names_of(block).items():
         if known == name:
@@ -48,7 +48,7 @@ def read_in(block: Block, name: str, spec: Spec) -> Node:
     return node
 
 
-def prune(captured: Captured) -> None:
+def prune(captured: CapturedModel) -> None:
     """Drop what nobody reads any more: nodes, inputs and outputs of blocks, inputs of the model."""
     wanted = {port.value for port in captured.outputs}
     for block in reversed(captured.blocks):

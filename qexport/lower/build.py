@@ -13,10 +13,10 @@ from ..capture.graph import Port
 from ..graph.views import results_of
 from . import ops as _ops  # noqa: F401  registers the translations
 from .emitter import ONNX_DTYPE, VIEW_OF, Emitter, name_of
-from .fuse_norms import fuse_norms
-from .kernel_map import Book, Placed, plain
-from .moe_form import Form
-from .prefill_decode import Piece, add_branches, branched, branches_of
+from .fuse_norms import fuse_normalizations
+from .kernel_map import KernelMap, LinearLocation, plain
+from .moe_form import MoeForm
+from .prefill_decode import BlockGraphs, add_branches, branched, branches_of
 from .qdq_patterns import input_of, linear_products
 from .registry import is_translated, translate, untranslated
 
@@ -33,7 +33,7 @@ class Target(Protocol):
     def session(self, products: Sequence[Node] = ()) -> dict[str, str]: ...
     def slow(self, products: Sequence[Node]) -> dict[str, str]: ...
     def numerics(self) -> dict[str, str]: ...
-    def why_dense(self, form: Form) -> str: ...
+    def why_dense(self, form: MoeForm) -> str: ...
     def prompt_twin(self, module: GraphModule) -> GraphModule | None: ...
     def rewrite(self, module: GraphModule, constants: set[str]) -> None: ...
     def kernel(self, product: Node) -> str: ...
@@ -53,7 +53,7 @@ class Lowered:
     """
 
     model: ir.Model
-    linears: dict[str, Placed] = field(default_factory=dict)
+    linears: dict[str, LinearLocation] = field(default_factory=dict)
     parts: dict[str, tuple[tuple[str, str], ...]] = field(default_factory=dict)
     tensors: dict[str, int] = field(default_factory=dict)
     bytes: dict[str, int] = field(default_factory=dict)
@@ -72,21 +72,21 @@ def check_translations(graphs: Iterable[Graph]) -> None:
         raise untranslated(*missing)
 
 
-def build(
-    pieces: Sequence[Piece], inputs: Sequence[Port], outputs: Sequence[Port], target: Target, version: str
+def build_model(
+    pieces: Sequence[BlockGraphs], inputs: Sequence[Port], outputs: Sequence[Port], target: Target, version: str
 ) -> Lowered:
     """Translate blocks into one ONNX graph at opset 23; tensors are read when it is saved.
 
     Raises:
         LoweringError: an operator has no ONNX form.
     """
-    emit, book = Emitter(), Book(target.kernel)
+    emit, book = Emitter(), KernelMap(target.kernel)
 
-    def add(piece: Piece, known: dict[str, ir.Value]) -> None:
+    def add(piece: BlockGraphs, known: dict[str, ir.Value]) -> None:
         made = _translate(emit, piece, known)
         book.note(piece.module.graph, emit.values, made)
 
-    def add_for_prompts(piece: Piece, known: dict[str, ir.Value]) -> None:
+    def add_for_prompts(piece: BlockGraphs, known: dict[str, ir.Value]) -> None:
         _translate(emit, piece, known)
         book.note_prompts(piece.module.graph)
 
@@ -125,13 +125,13 @@ def build(
         {name: plain(name_of((inner | known)[value])) for name, value in handed.items()}, target.session(everything),
     )  # fmt: skip
     for part in (graph, *branches):
-        fuse_norms(part)  # which hands the names on to other values
+        fuse_normalizations(part)  # which hands the names on to other values
     domains = {node.domain for node in graph.all_nodes()} - {""}
     graph.opset_imports.update({"": OPSET} | dict.fromkeys(sorted(domains), 1))
     return lowered
 
 
-def _translate(emit: Emitter, piece: Piece, known: dict[str, ir.Value]) -> dict[str, ir.Value]:
+def _translate(emit: Emitter, piece: BlockGraphs, known: dict[str, ir.Value]) -> dict[str, ir.Value]:
     """Add a block's nodes; returns the results of its quantized linears, merged or not, by name.
 
     What linears read and make in the block is named after them: other names count operators, and would differ between

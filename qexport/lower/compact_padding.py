@@ -6,8 +6,8 @@ import torch
 from torch.fx import Node
 
 from ..capture.blocks import Block
-from ..capture.graph import Captured
-from ..graph.edit import Spec, call, shape_of
+from ..capture.graph import CapturedModel
+from ..graph.edit import TensorSpec, call, shape_of
 from .block_io import first_call, hand_on, names_of, read_in
 
 aten = torch.ops.aten
@@ -26,7 +26,11 @@ def turn_tokens(first: Block, values: dict[str, str]) -> None:
     by_name = {name: node for node, name in names_of(first).items()}
     mask, ids = by_name[values["attention_mask"]], by_name[values["input_ids"]]
     order, batch = ids.meta["spec"], shape_of(ids)[0]
-    valid, last, total = Spec(torch.bool, (batch, 1, 1)), Spec(torch.int32, (batch,)), Spec(torch.int32, (1,))
+    valid, last, total = (
+        TensorSpec(torch.bool, (batch, 1, 1)),
+        TensorSpec(torch.int32, (batch,)),
+        TensorSpec(torch.int32, (1,)),
+    )
     specs = (order, order, valid, last, total)
     with graph.inserting_before(first_call(graph)):
         found = call(graph, ops.real_first.default, (mask, ids), like=ids)
@@ -49,7 +53,7 @@ def turned_name(name: str) -> str:
     return f"tokens.{name}"
 
 
-def turn_back(last: Block, captured: Captured) -> None:
+def turn_back(last: Block, captured: CapturedModel) -> None:
     """Tokens in the caller's order in what the last block reads of the layers; NaN in rows that are padded wrongly."""
     graph, names = last.module.graph, names_of(last)
     inputs = {port.value for port in captured.inputs}
@@ -59,8 +63,8 @@ def turn_back(last: Block, captured: Captured) -> None:
         if name not in inputs and node.meta["spec"].dtype.is_floating_point and len(shape_of(node)) == 3
     ]
     batch, sequence = shape_of(states[0])[:2]
-    back = read_in(last, _BACK, Spec(torch.int64, (batch, sequence)))
-    valid = read_in(last, _VALID, Spec(torch.bool, (batch, 1, 1)))
+    back = read_in(last, _BACK, TensorSpec(torch.int64, (batch, sequence)))
+    valid = read_in(last, _VALID, TensorSpec(torch.bool, (batch, 1, 1)))
     for node in states:
         with graph.inserting_before(first_call(graph)):
             turned = call(graph, ops.take_tokens.default, (node, back), like=node)

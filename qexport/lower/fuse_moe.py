@@ -14,9 +14,9 @@ from torch.fx import GraphModule, Node
 from ..graph.edit import call, finish, is_call
 from ..graph.sites import readers
 from ..graph.views import Add, DequantizeLinear, ExpertShares, Mul, size_at
-from .fuse_parallel_linears import Linear, linear_of
+from .fuse_parallel_linears import QuantizedLinear, linear_of
 from .match_gated_activation import gate_of
-from .moe_form import Form, Gate, Weights
+from .moe_form import ExpertWeights, Gate, MoeForm
 from .qdq_patterns import input_of, linear_products
 from .routing_weights import columns, never_negative
 
@@ -27,12 +27,12 @@ _T = TypeVar("_T")
 _GATE_NODES = 16  # between the two linears of an expert, at most
 
 
-class Dense(Exception):
+class StaysDense(Exception):
     """Why a mixture stays as it is."""
 
 
 @dataclass(frozen=True)
-class Experts:
+class FusedExperts:
     """A mixture in one node, in its meta "experts".
 
     Attributes:
@@ -48,13 +48,13 @@ class Experts:
 class _Expert:
     """The two linears of an expert, what stands between them, and what it adds to the sum."""
 
-    up: Linear
+    up: QuantizedLinear
     gate: Gate
-    down: Linear
+    down: QuantizedLinear
     part: Node
 
 
-def gather_experts(module: GraphModule, why_dense: Callable[[Form], str]) -> dict[str, str]:
+def gather_experts(module: GraphModule, why_dense: Callable[[MoeForm], str]) -> dict[str, str]:
     """Put the mixtures of a canonical block into one node each, in place; its tensors may be on the meta device.
 
     Args:
@@ -67,7 +67,7 @@ def gather_experts(module: GraphModule, why_dense: Callable[[Form], str]) -> dic
     for shares in [node for node in module.graph.nodes if is_call(node, ops.expert_shares.default)]:
         try:
             _Gathering(module, shares).run(why_dense)
-        except Dense as why:
+        except StaysDense as why:
             dense[shares.meta["module_path"]] = str(why)
     finish(module)
     return dense
@@ -85,18 +85,18 @@ class _Gathering:
         found = (linear_of(p) for p in linear_products(module.graph) if not {"plane_of", "branch_of"} & set(p.meta))
         self._linears = {linear.result: linear for linear in found if linear is not None}
 
-    def run(self, why_dense: Callable[[Form], str]) -> None:
+    def run(self, why_dense: Callable[[MoeForm], str]) -> None:
         """Raises Dense."""
         found = columns(self._shares)
         if found is None:
-            raise Dense("its shares are read in another way than one for each expert")
+            raise StaysDense("its shares are read in another way than one for each expert")
         if not never_negative(ExpertShares.of(self._shares).weights):
-            raise Dense("a share may be below zero, and QMoE leaves such experts out")
+            raise StaysDense("a share may be below zero, and QMoE leaves such experts out")
         experts = [self._expert(column) for column in found]
         total = _sum_of([expert.part for expert in experts])
         form = _form_of(experts)
         if why := form.why_dense() or why_dense(form):
-            raise Dense(why)
+            raise StaysDense(why)
         self._replace(experts, total, form)
 
     def _expert(self, share: Node) -> _Expert:
@@ -104,7 +104,7 @@ class _Gathering:
         scaled = _only(share, aten.mul.Tensor)
         value = next(a for a in Mul.of(scaled).operands if a is not share)
         if not isinstance(value, Node):
-            raise Dense(_FACTOR)
+            raise StaysDense(_FACTOR)
         if value in self._linears:
             down = self._linears[value]
             inner, part = down.input, scaled
@@ -114,29 +114,29 @@ class _Gathering:
         up = self._maker(inner)
         gate = gate_of(inner, up.result)
         if gate is None:
-            raise Dense("what stands between its linears is no gate that QMoE has")
+            raise StaysDense("what stands between its linears is no gate that QMoE has")
         if any(input_of(linear.product) is not linear.input for linear in (up, down)):
-            raise Dense("what its linears read is rounded or split on the way")
+            raise StaysDense("what its linears read is rounded or split on the way")
         return _Expert(up, gate, down, part)
 
-    def _reader(self, value: Node) -> Linear:
+    def _reader(self, value: Node) -> QuantizedLinear:
         """The linear that reads a value and alone does."""
         users = readers(value)
         for linear in self._linears.values():
             if users == [linear.product]:
                 return linear
-        raise Dense(_why_no_linear(users))
+        raise StaysDense(_why_no_linear(users))
 
-    def _maker(self, value: Node) -> Linear:
+    def _maker(self, value: Node) -> QuantizedLinear:
         """The linear whose result a value is made of, a few steps on."""
         seen = [value]
         for node in seen:  # grows while it is walked
             if node in self._linears:
                 return self._linears[node]
             seen += [n for n in node.all_input_nodes if n not in seen][: _GATE_NODES - len(seen)]
-        raise Dense(_why_no_linear(seen))
+        raise StaysDense(_why_no_linear(seen))
 
-    def _replace(self, experts: Sequence[_Expert], total: Node, form: Form) -> None:
+    def _replace(self, experts: Sequence[_Expert], total: Node, form: MoeForm) -> None:
         ups, downs = [e.up for e in experts], [e.down for e in experts]
         gate, k = form.gate, size_at(ExpertShares.of(self._shares).index, -1)
         arguments = (
@@ -147,14 +147,14 @@ class _Gathering:
         with self._graph.inserting_after(total):
             node = call(self._graph, ops.quantized_experts.default, arguments, like=total)
         names = (tuple(linear.name for linear in side) for side in (ups, downs))
-        node.meta["experts"] = Experts(self._shares.meta["module_path"], *names)
+        node.meta["experts"] = FusedExperts(self._shares.meta["module_path"], *names)
         total.replace_all_uses_with(node)
 
 
 def _only(value: Node, target: Any) -> Node:
     users = readers(value)
     if len(users) != 1 or not is_call(users[0], target):
-        raise Dense(_FACTOR)
+        raise StaysDense(_FACTOR)
     return users[0]
 
 
@@ -171,40 +171,40 @@ def _sum_of(parts: Sequence[Node]) -> Node:
         users = readers(total)
         added = Add.match(users[0]) if len(users) == 1 else None
         if added is None or set(added.operands) != {total, part}:
-            raise Dense("what its experts make is not just summed")
+            raise StaysDense("what its experts make is not just summed")
         total = users[0]
     return total
 
 
-def _form_of(experts: Sequence[_Expert]) -> Form:
+def _form_of(experts: Sequence[_Expert]) -> MoeForm:
     if any(expert.up.input is not experts[0].up.input for expert in experts):
-        raise Dense("its experts do not all read one value")
+        raise StaysDense("its experts do not all read one value")
     up, down = (_one([_weights(getattr(e, side)) for e in experts]) for side in ("up", "down"))
     hidden, inner = (size_at(linear.weight, 0) for linear in (experts[0].up, experts[0].down))
-    return Form(hidden, inner, up, down, _one([expert.gate for expert in experts]))
+    return MoeForm(hidden, inner, up, down, _one([expert.gate for expert in experts]))
 
 
 def _one(found: Sequence[_T]) -> _T:
     """What all of these are."""
     if len(kinds := list(dict.fromkeys(found))) > 1:
-        raise Dense(f"its experts are of several kinds: {' and '.join(map(str, kinds))}")
+        raise StaysDense(f"its experts are of several kinds: {' and '.join(map(str, kinds))}")
     return kinds[0]
 
 
-def _weights(linear: Linear) -> Weights:
+def _weights(linear: QuantizedLinear) -> ExpertWeights:
     if linear.addends:
-        raise Dense("more than a bias is added to what its linears make")
+        raise StaysDense("more than a bias is added to what its linears make")
     weight = DequantizeLinear.match(linear.weight)
     if weight is None or weight.codes.op != "get_attr" or weight.block_size == 0:
-        raise Dense("its weights are no codes in groups")
-    return Weights(weight.bits, weight.block_size, weight.zero_point is not None)
+        raise StaysDense("its weights are no codes in groups")
+    return ExpertWeights(weight.bits, weight.block_size, weight.zero_point is not None)
 
 
-def _tensors(linears: Sequence[Linear]) -> tuple[list[Node], ...]:
+def _tensors(linears: Sequence[QuantizedLinear]) -> tuple[list[Node], ...]:
     """(codes, scales, zero points, biases) of all experts, an empty list where they have none."""
     weights = [DequantizeLinear.of(linear.weight) for linear in linears]
     zeros = [weight.zero_point for weight in weights if weight.zero_point is not None]
     biases = [linear.bias for linear in linears if linear.bias is not None]
     if len(biases) not in (0, len(linears)):
-        raise Dense("some of its linears have biases and others have none")
+        raise StaysDense("some of its linears have biases and others have none")
     return [weight.codes for weight in weights], [weight.scale for weight in weights], zeros, biases

@@ -6,7 +6,7 @@ _FUSED = {"RMSNormalization": "SkipSimplifiedLayerNormalization", "LayerNormaliz
 SAME_SHAPE = "same_shape"  # on Add nodes: neither side is broadcast
 
 
-def fuse_norms(graph: ir.Graph) -> None:
+def fuse_normalizations(graph: ir.Graph) -> None:
     """norm(a + b) becomes SkipLayerNormalization(a, b), whose last output is the sum, in place.
 
     The values keep their names. A sum that several norms read is fused with the first.

@@ -18,7 +18,7 @@ from torch.fx import GraphModule, Node
 from ..graph.edit import add_tensor, call, finish, get_tensor, is_call, shape_of
 from ..graph.schema import bind
 from ..graph.views import Add, DequantizeLinear, ExpandCodes, Matmul, size_at, tensor_name
-from ..quant.concat_tensor import Joined
+from ..quant.concat_tensor import ConcatTensor
 from .qdq_patterns import linear_products
 
 aten = torch.ops.aten
@@ -34,12 +34,12 @@ class Merged:
         apart: why a linear that shares its input with others kept a product of its own, by name.
     """
 
-    joined: dict[str, Joined] = field(default_factory=dict)
+    joined: dict[str, ConcatTensor] = field(default_factory=dict)
     apart: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
-class Linear:
+class QuantizedLinear:
     """A quantized linear: its product, what is added to it in order, and the sum.
 
     Attributes:
@@ -80,7 +80,7 @@ def merge(module: GraphModule) -> Merged:
     for products in by_value.values():
         if len(products) < 2:
             continue
-        groups: dict[tuple, list[Linear]] = {}
+        groups: dict[tuple, list[QuantizedLinear]] = {}
         for product in products:
             if (linear := linear_of(product)) is None:
                 merged.apart[product.meta["linear"]] = "its result is not a plain sum"
@@ -98,7 +98,7 @@ def merge(module: GraphModule) -> Merged:
     return merged
 
 
-def linear_of(product: Node) -> Linear | None:
+def linear_of(product: Node) -> QuantizedLinear | None:
     """What is added to a product, up to the result of its linear."""
     name, node, bias_at = product.meta["linear"], product, 0
     bias: Node | None = None
@@ -115,10 +115,10 @@ def linear_of(product: Node) -> Linear | None:
             bias, bias_at = addend, len(addends)
         else:
             addends.append(addend)
-    return Linear(name, product, tuple(addends), bias, bias_at, node)
+    return QuantizedLinear(name, product, tuple(addends), bias, bias_at, node)
 
 
-def _why_apart(linear: Linear) -> str:
+def _why_apart(linear: QuantizedLinear) -> str:
     """Why a linear can be merged with no other; empty where it can."""
     if any(shape_of(addend) != shape_of(linear.result) for addend in linear.addends):
         return "what is added to it is not of its shape"
@@ -158,7 +158,7 @@ def _same_but_columns(nodes: Sequence[Node]) -> bool:
     return not any(map(_why_not_beside, weights)) and len(set(map(_form, weights))) == 1
 
 
-def _move_up(group: Sequence[Linear]) -> str:
+def _move_up(group: Sequence[QuantizedLinear]) -> str:
     """Move what is added to the products in front of the first of them; says why not where that cannot be."""
     first = group[0].product
     own = {node for linear in group for node in (linear.product, linear.result)}
@@ -183,7 +183,7 @@ class _Merge:
         joined: gets the new tensors.
     """
 
-    def __init__(self, module: GraphModule, group: Sequence[Linear], joined: dict[str, Joined]):
+    def __init__(self, module: GraphModule, group: Sequence[QuantizedLinear], joined: dict[str, ConcatTensor]):
         self._module, self._group, self._joined = module, group, joined
         self._name = joint_name([linear.name for linear in group])
 
@@ -235,7 +235,7 @@ class _Merge:
         """Weights of one form, side by side."""
         first = nodes[0]
         if first.op == "get_attr":
-            return self._add(tensor_name(first), Joined(tuple(map(tensor_name, nodes))))
+            return self._add(tensor_name(first), ConcatTensor(tuple(map(tensor_name, nodes))))
         given = [vars(bind(node)) for node in nodes]
         arguments = tuple(
             self._weight([other[name] for other in given]) if isinstance(argument, Node) else argument
@@ -247,9 +247,9 @@ class _Merge:
     def _bias(self) -> Node:
         """The biases side by side, as many zeros where a linear has none."""
         parts = [linear.size if linear.bias is None else tensor_name(linear.bias) for linear in self._group]
-        return self._add(next(part for part in parts if isinstance(part, str)), Joined(tuple(parts)))
+        return self._add(next(part for part in parts if isinstance(part, str)), ConcatTensor(tuple(parts)))
 
-    def _add(self, like: str, joined: Joined) -> Node:
+    def _add(self, like: str, joined: ConcatTensor) -> Node:
         name = self._name_like(like)
         self._joined[name] = joined
         tensor = joined.make(lambda part: get_tensor(self._module, part))

@@ -13,14 +13,14 @@ import torch
 from torch.fx import Graph, Node
 
 from ..capture.blocks import Block
-from ..capture.graph import Captured
-from ..graph.edit import Spec, add_tensor, call, is_call, shape_of
+from ..capture.graph import CapturedModel
+from ..graph.edit import TensorSpec, add_tensor, call, is_call, shape_of
 from ..graph.schema import bind
 from ..graph.sites import SHAPE_ONLY
 from ..graph.views import CachedAttention, CausalMask, Item, RoundCache, size_at
 from .block_io import first_call, hand_on, names_of, producers, prune, read_in
 from .compact_padding import LAST, TOTAL, turn_back, turn_tokens, turned_name
-from .rotary import Rotated, position_table, rotated
+from .rotary import RotatedHeads, position_table, rotated
 
 aten = torch.ops.aten
 ops = torch.ops.qexport
@@ -54,7 +54,7 @@ class _Site:
 
 
 @dataclass(frozen=True)
-class Grouping:
+class GroupedAttention:
     """How a decoder's attention becomes GroupQueryAttention.
 
     Attributes:
@@ -64,11 +64,11 @@ class Grouping:
     """
 
     sites: Sequence[_Site]
-    inside: Mapping[Node, tuple[Rotated, Rotated] | None]
+    inside: Mapping[Node, tuple[RotatedHeads, RotatedHeads] | None]
     tables: Mapping[str, torch.Tensor]
 
 
-def plan_grouping(captured: Captured, read: Callable[[str], torch.Tensor]) -> Grouping:
+def plan_grouping(captured: CapturedModel, read: Callable[[str], torch.Tensor]) -> GroupedAttention:
     """Look for all that GroupQueryAttention needs; changes nothing.
 
     Args:
@@ -82,16 +82,16 @@ def plan_grouping(captured: Captured, read: Callable[[str], torch.Tensor]) -> Gr
     sites = _sites(captured, values)
     tables = _Tables(captured, values["position_ids"], read)
     inside = {site.node: tables.of(site) for site in sites}
-    return Grouping(sites, inside, {name: table for name, table in tables.made.items() if table is not None})
+    return GroupedAttention(sites, inside, {name: table for name, table in tables.made.items() if table is not None})
 
 
-def count_attentions(captured: Captured) -> int:
+def count_attentions(captured: CapturedModel) -> int:
     """How many attentions read a cache as it is: fewer than there are caches where a model does otherwise with some."""
     nodes = (node for block in captured.blocks for node in block.module.graph.nodes)
     return sum(is_call(node, ops.cached_attention.default) for node in nodes)
 
 
-def group_attention(captured: Captured, grouping: Grouping) -> None:
+def group_attention(captured: CapturedModel, grouping: GroupedAttention) -> None:
     """Rewrite a decoder's blocks, its inputs too where nothing reads positions any more, in place."""
     values = {port.name: port.value for port in captured.inputs}
     first = captured.blocks[0]
@@ -113,7 +113,7 @@ def group_attention(captured: Captured, grouping: Grouping) -> None:
     prune(captured)
 
 
-def _sites(captured: Captured, values: dict[str, str]) -> list[_Site]:
+def _sites(captured: CapturedModel, values: dict[str, str]) -> list[_Site]:
     if not {"input_ids", "attention_mask", "position_ids"} <= values.keys():
         raise Unsuited("it does not read token ids, a mask and positions")
     sites: list[_Site] = []
@@ -152,24 +152,24 @@ def _sites(captured: Captured, values: dict[str, str]) -> list[_Site]:
     return sites
 
 
-def _keep_codes(captured: Captured, bits: Mapping[str, int]) -> None:
+def _keep_codes(captured: CapturedModel, bits: Mapping[str, int]) -> None:
     """Give the model's caches of codes their type; bits: by the value of the past, 0 for floats."""
     held = {port.name: bits[port.value] for port in captured.inputs if bits.get(port.value)}
     for ports in (captured.inputs, captured.outputs):
         for index, port in enumerate(ports):
             if width := held.get(port.name.replace("present.", "past_key_values.")):
-                spec = _codes(Spec(port.dtype, port.dims), width)
+                spec = _codes(TensorSpec(port.dtype, port.dims), width)
                 ports[index] = replace(port, dtype=spec.dtype, dims=spec.shape)
 
 
-def _codes(spec: Spec, bits: int) -> Spec:
+def _codes(spec: TensorSpec, bits: int) -> TensorSpec:
     """The type of a cache of codes, see quant.kv_cache."""
     if bits == 8:
         return replace(spec, dtype=torch.int8)
     *axes, size = spec.shape
     if not isinstance(size, int):
         raise TypeError(f"heads of {size} features")
-    return Spec(torch.uint8, (*axes, size // 2))
+    return TensorSpec(torch.uint8, (*axes, size // 2))
 
 
 def _site(block: Block, node: Node, attention: CachedAttention, window: int) -> _Site:
@@ -191,12 +191,12 @@ class _Tables:
         made: [positions, n] by the name of the value it is a table of; None where that is none.
     """
 
-    def __init__(self, captured: Captured, position_ids: str, read: Callable[[str], torch.Tensor]) -> None:
+    def __init__(self, captured: CapturedModel, position_ids: str, read: Callable[[str], torch.Tensor]) -> None:
         self._first, self._position_ids, self._read = captured.blocks[0], position_ids, read
         self._length = captured.settings.get("max_position_embeddings")
         self.made: dict[str, torch.Tensor | None] = {}
 
-    def of(self, site: _Site) -> tuple[Rotated, Rotated] | None:
+    def of(self, site: _Site) -> tuple[RotatedHeads, RotatedHeads] | None:
         """How query and key are rotated, where one pair of tables of positions alone does it."""
         query, key = rotated(site.query), rotated(site.key)
         if query is None or key is None or self._length is None or (query.cos, query.sin) != (key.cos, key.sin):
@@ -213,18 +213,18 @@ class _Tables:
         return self.made[name]
 
 
-def _replace(site: _Site, inside: tuple[Rotated, Rotated] | None, tables: Mapping[str, torch.Tensor]) -> None:
+def _replace(site: _Site, inside: tuple[RotatedHeads, RotatedHeads] | None, tables: Mapping[str, torch.Tensor]) -> None:
     graph, node, names = site.block.module.graph, site.node, names_of(site.block)
     query, key, value = site.query, site.key, site.value
     attention = CachedAttention.of(node)
     pasts = attention.past_key, attention.past_value
-    last = read_in(site.block, LAST, Spec(torch.int32, (shape_of(query)[0],)))
-    total = read_in(site.block, TOTAL, Spec(torch.int32, (1,)))
+    last = read_in(site.block, LAST, TensorSpec(torch.int32, (shape_of(query)[0],)))
+    total = read_in(site.block, TOTAL, TensorSpec(torch.int32, (1,)))
     cos = sin = None
     if inside is not None:
         query, key = (part.x for part in inside)
         cos, sin = (
-            read_in(site.block, f"rotary.{names[n]}", Spec(torch.float32, tuple(tables[names[n]].shape)))
+            read_in(site.block, f"rotary.{names[n]}", TensorSpec(torch.float32, tuple(tables[names[n]].shape)))
             for n in (inside[0].cos, inside[0].sin)
         )
     kept = node.meta["spec"]

@@ -14,7 +14,7 @@ from .qdq_patterns import input_of, linear_products
 
 
 @dataclass(frozen=True)
-class Placed:
+class LinearLocation:
     """Where a quantized linear is.
 
     Attributes:
@@ -36,7 +36,7 @@ class Placed:
     slow: str | None = None
 
 
-class Book:
+class KernelMap:
     """Where the linears of a file are: what is noted while its blocks are translated.
 
     Args:
@@ -89,18 +89,18 @@ class Book:
             experts = mixture.meta["experts"]
             self._prompt_kernels |= dict.fromkeys((*experts.up, *experts.down), QMOE)
 
-    def placed(self, slow: Mapping[str, str]) -> dict[str, Placed]:
+    def placed(self, slow: Mapping[str, str]) -> dict[str, LinearLocation]:
         """Where every quantized linear is, once the outputs of the model have their names: values may go by those.
 
         Args:
-            slow: by the name of a product, see `Placed`.
+            slow: by the name of a product, see `LinearLocation`.
         """
         inside = {
-            name: Placed(node, QMOE, "", "", None, self._prompt_kernels.get(name))
+            name: LinearLocation(node, QMOE, "", "", None, self._prompt_kernels.get(name))
             for name, node in self._inside.items()
         }
         return inside | {
-            linear: Placed(
+            linear: LinearLocation(
                 node,
                 kernel,
                 plain(name_of(self._read[name])),

@@ -5,16 +5,16 @@ from dataclasses import replace
 import torch
 from torch.fx import Node
 
-from ..capture.graph import Captured
+from ..capture.graph import CapturedModel
 from ..errors import InputError, LoweringError
-from ..graph.edit import Spec, call, finish, shape_of
+from ..graph.edit import TensorSpec, call, finish, shape_of
 from ..graph.sites import projection_behind
 from ..graph.views import END, results_of
 
 aten = torch.ops.aten
 
 
-def read_by_projection(captured: Captured) -> str:
+def read_by_projection(captured: CapturedModel) -> str:
     """Name of the value [batch, sequence, features] that the output projection reads in the float graph.
 
     Raises:
@@ -36,7 +36,7 @@ def read_by_projection(captured: Captured) -> str:
     return projection.input.name
 
 
-def keep_last(captured: Captured, value: str) -> None:
+def keep_last(captured: CapturedModel, value: str) -> None:
     """Cut the sequence to its last token in front of the output projection, in place, in quantized blocks too.
 
     What the projection reads is cut before it is quantized and before branches beside the projection read it.
@@ -63,7 +63,7 @@ def keep_last(captured: Captured, value: str) -> None:
         last = call(graph, aten.slice.Tensor, (hidden, 1, -1, END), like=hidden, shape=(batch, 1, features))
     hidden.replace_all_uses_with(last, delete_user_cb=lambda user: user is not last)
     for node in behind:
-        if isinstance(spec := node.meta.get("spec"), Spec):
+        if isinstance(spec := node.meta.get("spec"), TensorSpec):
             node.meta["spec"] = replace(spec, shape=tuple(1 if d == length else d for d in spec.shape))
     finish(block.module)
     captured.outputs = [

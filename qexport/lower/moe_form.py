@@ -23,7 +23,7 @@ class Gate:
 
 
 @dataclass(frozen=True)
-class Weights:
+class ExpertWeights:
     """How the weight of a linear is quantized: bits of a code, input features to a scale, and zero points or none."""
 
     bits: int
@@ -35,7 +35,7 @@ class Weights:
 
 
 @dataclass(frozen=True)
-class Form:
+class MoeForm:
     """A mixture of experts, as far as a kernel asks.
 
     Attributes:
@@ -45,8 +45,8 @@ class Form:
 
     hidden: int
     inner: int
-    up: Weights
-    down: Weights
+    up: ExpertWeights
+    down: ExpertWeights
     gate: Gate
 
     @property

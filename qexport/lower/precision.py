@@ -12,7 +12,7 @@ from dataclasses import replace
 import torch
 from torch.fx import Graph, GraphModule, Node
 
-from ..graph.edit import Spec, call, finish, get_tensor, is_call, set_tensor
+from ..graph.edit import TensorSpec, call, finish, get_tensor, is_call, set_tensor
 from ..graph.schema import bind, rebind
 from ..graph.views import Item, tensor_name
 from ..quant.narrowing import narrowed
@@ -89,7 +89,7 @@ def _cast(graph: Graph, source: Node, dtype: torch.dtype, casts: dict) -> Node:
 def _is_float(node: Node) -> bool:
     spec = node.meta.get("spec")
     specs = spec if isinstance(spec, tuple) else (spec,)
-    return any(isinstance(s, Spec) and s.dtype in (torch.float32, torch.float16, torch.bfloat16) for s in specs)
+    return any(isinstance(s, TensorSpec) and s.dtype in (torch.float32, torch.float16, torch.bfloat16) for s in specs)
 
 
 def _halved(spec, half: torch.dtype):

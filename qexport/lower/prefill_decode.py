@@ -13,11 +13,11 @@ from ..graph.views import results_of
 from .emitter import ONNX_DTYPE, Emitter, name_of
 from .prefill_twin import LONGEST_STEP
 
-Add = Callable[["Piece", dict[str, ir.Value]], None]
+Add = Callable[["BlockGraphs", dict[str, ir.Value]], None]
 
 
 @dataclass(frozen=True)
-class Piece:
+class BlockGraphs:
     """A block ready to be written, its graph already rewritten for the target.
 
     Attributes:
@@ -30,17 +30,17 @@ class Piece:
     inputs: Sequence[str]
     outputs: Sequence[str]
     read: Callable[[str], torch.Tensor]
-    prompt: "Piece | None" = None
+    prompt: "BlockGraphs | None" = None
 
 
-def branched(pieces: Sequence[Piece]) -> tuple[int, int]:
+def branched(pieces: Sequence[BlockGraphs]) -> tuple[int, int]:
     """[start, stop) of the blocks from the first to the last that is another one for prompts."""
     found = [index for index, piece in enumerate(pieces) if piece.prompt is not None]
     return (found[0], found[-1] + 1) if found else (len(pieces), len(pieces))
 
 
 def add_branches(
-    emit: Emitter, pieces: Sequence[Piece], known: dict[str, ir.Value], ids: ir.Value, wanted: set[str], add: Add,
+    emit: Emitter, pieces: Sequence[BlockGraphs], known: dict[str, ir.Value], ids: ir.Value, wanted: set[str], add: Add,
     add_for_prompts: Add,
 ) -> dict[str, ir.Value]:  # fmt: skip
     """Add blocks twice, as the branches of an If on the number of new tokens.

@@ -36,7 +36,7 @@ class Rounding:
 
 
 @dataclass(frozen=True)
-class Form:
+class ProductForm:
     """How one product of the canonical graph is quantized.
 
     Attributes:
@@ -66,17 +66,17 @@ def read_by(product: Node) -> Node:
     return given.a if is_call(product, ops.matmul_integer.default) else given.x
 
 
-def form_of(product: Node) -> Form:
+def form_of(product: Node) -> ProductForm:
     """The form of a canonical product, or of one already rewritten for the CPU."""
     canonical = Matmul.of(product)
     weight = DequantizeLinear.match(canonical.weight) or DequantizeCodebook.of(canonical.weight)
     if (static := DequantizeLinear.match(canonical.x)) is not None:
-        return Form(weight.block_size, Rounding(static.codes, canonical.x, _token_scale_behind(product)))
+        return ProductForm(weight.block_size, Rounding(static.codes, canonical.x, _token_scale_behind(product)))
     dynamic = Mul.match(canonical.x)
     if dynamic is not None and (codes := DequantizeLinear.match(dynamic.x)) is not None:
         step = dynamic.other if isinstance(dynamic.other, Node) else None
-        return Form(weight.block_size, Rounding(codes.codes, dynamic.x, step))
-    return Form(weight.block_size)
+        return ProductForm(weight.block_size, Rounding(codes.codes, dynamic.x, step))
+    return ProductForm(weight.block_size)
 
 
 def _token_scale_behind(product: Node) -> Node | None:

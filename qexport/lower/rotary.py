@@ -16,7 +16,7 @@ _LARGEST = 1 << 26  # bytes; a model with more positions than fit rotates outsid
 
 
 @dataclass(frozen=True)
-class Rotated:
+class RotatedHeads:
     """A value whose first features of every head are rotated.
 
     Attributes:
@@ -29,10 +29,10 @@ class Rotated:
     sin: Node
 
 
-def rotated(node: Node) -> Rotated | None:
+def rotated(node: Node) -> RotatedHeads | None:
     """What a node rotates: all features, or the first ones with the others put behind them again."""
     if (whole := RotaryEmbedding.match(node)) is not None:
-        return Rotated(whole.x, whole.cos, whole.sin)
+        return RotatedHeads(whole.x, whole.cos, whole.sin)
     joined = Cat.match(node)
     if joined is None or len(joined.tensors) != 2 or joined.dim not in (-1, 3):
         return None
@@ -45,7 +45,7 @@ def rotated(node: Node) -> Rotated | None:
         return None
     first = Slice.match(turned.x)
     beside = first is not None and first.x is x and first.dim in (-1, 3) and first.bounds == (0, width)
-    return Rotated(x, turned.cos, turned.sin) if turned.x is x or beside else None
+    return RotatedHeads(x, turned.cos, turned.sin) if turned.x is x or beside else None
 
 
 def position_table(

@@ -12,7 +12,7 @@ from itertools import pairwise
 
 
 @dataclass(frozen=True)
-class Choice:
+class SchemeChoice:
     """A scheme for an item: its name, the bytes it takes and the KL it adds, in nats a token."""
 
     scheme: str
@@ -24,7 +24,7 @@ class Choice:
 class Allocation:
     """One choice for every item, in order, and their sums."""
 
-    choices: tuple[Choice, ...]
+    choices: tuple[SchemeChoice, ...]
 
     @property
     def schemes(self) -> tuple[str, ...]:
@@ -39,7 +39,7 @@ class Allocation:
         return sum(choice.kl for choice in self.choices)
 
 
-def within_bytes(items: Sequence[Sequence[Choice]], most: int) -> Allocation | None:
+def within_bytes(items: Sequence[Sequence[SchemeChoice]], most: int) -> Allocation | None:
     """The least KL in at most so many bytes; None where the smallest choices take more."""
     ladders = [_hull(choices) for choices in items]
     at, used = [0] * len(ladders), sum(ladder[0].bytes for ladder in ladders)
@@ -55,7 +55,7 @@ def within_bytes(items: Sequence[Sequence[Choice]], most: int) -> Allocation | N
     return _allocation(ladders, at)
 
 
-def within_kl(items: Sequence[Sequence[Choice]], most: float) -> Allocation | None:
+def within_kl(items: Sequence[Sequence[SchemeChoice]], most: float) -> Allocation | None:
     """The fewest bytes that add at most so much KL; None where the best choices add more."""
     ladders = [_hull(choices) for choices in items]
     at, kl = [0] * len(ladders), sum(ladder[0].kl for ladder in ladders)
@@ -66,9 +66,9 @@ def within_kl(items: Sequence[Sequence[Choice]], most: float) -> Allocation | No
     return _allocation(ladders, at) if kl <= most else None
 
 
-def _hull(choices: Sequence[Choice]) -> list[Choice]:
+def _hull(choices: Sequence[SchemeChoice]) -> list[SchemeChoice]:
     """The choices worth taking, smallest first: each step gains less for a byte than the one before."""
-    hull: list[Choice] = []
+    hull: list[SchemeChoice] = []
     for choice in sorted(choices, key=lambda c: (c.bytes, c.kl)):
         if hull and choice.kl >= hull[-1].kl:
             continue
@@ -78,11 +78,11 @@ def _hull(choices: Sequence[Choice]) -> list[Choice]:
     return hull
 
 
-def _gain(before: Choice, after: Choice) -> float:
+def _gain(before: SchemeChoice, after: SchemeChoice) -> float:
     return (before.kl - after.kl) / (after.bytes - before.bytes)
 
 
-def _steps(ladders: Sequence[Sequence[Choice]]) -> list[tuple[int, int]]:
+def _steps(ladders: Sequence[Sequence[SchemeChoice]]) -> list[tuple[int, int]]:
     """(item, step) of every step, the one that gains the most for a byte first; steps of an item stay in order."""
     gains = [
         (_gain(before, after), item, step)
@@ -92,5 +92,5 @@ def _steps(ladders: Sequence[Sequence[Choice]]) -> list[tuple[int, int]]:
     return [(item, step) for _, item, step in sorted(gains, key=lambda g: (-g[0], g[1], g[2]))]
 
 
-def _allocation(ladders: Sequence[Sequence[Choice]], at: Sequence[int]) -> Allocation:
+def _allocation(ladders: Sequence[Sequence[SchemeChoice]], at: Sequence[int]) -> Allocation:
     return Allocation(tuple(ladder[step] for ladder, step in zip(ladders, at, strict=True)))

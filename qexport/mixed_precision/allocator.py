@@ -6,17 +6,17 @@ from dataclasses import replace
 
 from ..calibrate.block_activations import Feeds, Progress
 from ..calibrate.fisher import Importance
-from ..capture.graph import Captured
+from ..capture.graph import CapturedModel
 from ..errors import InputError, RecipeError
 from ..lower.attention_plan import plan_attention
-from ..lower.gqa import Grouping
+from ..lower.gqa import GroupedAttention
 from ..plan.embedding_plan import EmbeddingPlan
 from ..plan.linear_plan import LinearPlan
 from ..plan.model_plan import bytes_by_part, output_projection, plan_for
 from ..quant.formats import Scheme
 from ..recipe.recipe import Recipe
 from ..recipe.sections import FLOAT, Override, only
-from .allocate import Allocation, Choice, within_bytes, within_kl
+from .allocate import Allocation, SchemeChoice, within_bytes, within_kl
 from .candidates import SCHEMES
 from .costs import scheme_costs
 
@@ -27,7 +27,7 @@ _LEAST_SHARE, _MOST_SHARE = 0.05, 1.5  # of the same, by linear: beyond are erro
 _GRAPH_BYTES = 1400  # of model.onnx for each linear and what surrounds it, at most
 
 
-class Chooser:
+class SchemeAllocator:
     """Chooses schemes for what a recipe quantizes.
 
     Args:
@@ -42,7 +42,7 @@ class Chooser:
     """
 
     def __init__(
-        self, captured: Captured, recipe: Recipe, target: str, width: int, attention: str, feeds: Sequence[Feeds],
+        self, captured: CapturedModel, recipe: Recipe, target: str, width: int, attention: str, feeds: Sequence[Feeds],
         progress: Progress,
     ):  # fmt: skip
         self._recipe, self._plan, self._embeddings = recipe, *plan_for(captured, recipe, width)
@@ -138,7 +138,7 @@ class Chooser:
         return made.model_copy(update={"overrides": overrides})
 
     @property
-    def _choices(self) -> list[tuple[Choice, ...]]:
+    def _choices(self) -> list[tuple[SchemeChoice, ...]]:
         """The choices of every item, their costs with what the recipe's method is known to leave of them."""
         pairs = zip(self._costs.items, self._shares, strict=True)
         return [tuple(replace(c, kl=c.kl * share) for c in item.choices) for item, share in pairs]
@@ -156,14 +156,14 @@ class Chooser:
 
 
 def _rest(
-    captured: Captured, plan: Sequence[LinearPlan], embeddings: Sequence[EmbeddingPlan], width: int, attention: str
+    captured: CapturedModel, plan: Sequence[LinearPlan], embeddings: Sequence[EmbeddingPlan], width: int, attention: str
 ) -> int:
     """Bytes of everything that is not chosen for, without the graph: what stays float, tables of positions."""
     sizes = bytes_by_part(captured, plan, embeddings, width)
     quantized = sum(p.bytes for p in plan if p.scheme is not None)
     tables = sum(e.bytes for e in embeddings if e.scheme is not None)
     grouping = plan_attention(captured, attention, captured.load)
-    rotary = sum(t.numel() * width for t in grouping.tables.values()) if isinstance(grouping, Grouping) else 0
+    rotary = sum(t.numel() * width for t in grouping.tables.values()) if isinstance(grouping, GroupedAttention) else 0
     return sizes["total"] - quantized - tables + rotary
 
 

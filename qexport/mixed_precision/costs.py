@@ -7,19 +7,19 @@ import torch
 from torch import Tensor
 
 from ..calibrate.block_activations import Feeds, Progress
-from ..calibrate.fisher import Felt, Importance, felt
-from ..capture.graph import Captured
+from ..calibrate.fisher import BlockGradients, Importance, felt
+from ..capture.graph import CapturedModel
 from ..graph.edit import get_tensor, set_tensor
 from ..passes.moe_coverage import of_experts
 from ..plan.embedding_plan import EmbeddingPlan, table_bytes
 from ..plan.linear_plan import LinearPlan, fit, weight_bytes
 from ..quant.formats import Scheme
 from ..quant.straight_through import round_weight
-from .allocate import Choice
+from .allocate import SchemeChoice
 
 
 @dataclass(frozen=True)
-class Item:
+class PricedItem:
     """What gets a scheme of its own: a linear, an output projection and the table it shares, or a table alone.
 
     Attributes:
@@ -30,7 +30,7 @@ class Item:
     """
 
     linear: str
-    choices: tuple[Choice, ...]
+    choices: tuple[SchemeChoice, ...]
     bytes: int
     others: tuple[str, ...] = ()
 
@@ -50,13 +50,13 @@ class Costs:
         kl: of each linear by itself, by name and scheme; "" is the table of embeddings.
     """
 
-    items: tuple[Item, ...]
+    items: tuple[PricedItem, ...]
     importance: Mapping[str, Importance]
     kl: Mapping[str, Mapping[str, float]]
 
 
 def scheme_costs(
-    captured: Captured, plan: Sequence[LinearPlan], embeddings: Sequence[EmbeddingPlan], schemes: Sequence[Scheme],
+    captured: CapturedModel, plan: Sequence[LinearPlan], embeddings: Sequence[EmbeddingPlan], schemes: Sequence[Scheme],
     feeds: Sequence[Feeds], width: int = 4, progress: Progress | None = None,
 ) -> Costs:  # fmt: skip
     """Cost of rounding to nearest with each scheme, for everything that a plan quantizes.
@@ -85,26 +85,26 @@ def scheme_costs(
     experts = {linear.name for block in captured.blocks for linear in of_experts(block.module.graph)}
     items = _together([_item(linear, schemes, kl, table, width) for linear in quantized.values()], experts, quantized)
     if table is not None and not table.linear:
-        choices = (Choice(s.name, _table_bytes(table, s, width), kl[""][s.name]) for s in schemes)
-        items.append(Item("", tuple(choices), table.bytes))
+        choices = (SchemeChoice(s.name, _table_bytes(table, s, width), kl[""][s.name]) for s in schemes)
+        items.append(PricedItem("", tuple(choices), table.bytes))
     return Costs(tuple(items), importance, kl)
 
 
-def _item(linear: LinearPlan, schemes: Sequence[Scheme], kl, table: EmbeddingPlan | None, width: int) -> Item:
+def _item(linear: LinearPlan, schemes: Sequence[Scheme], kl, table: EmbeddingPlan | None, width: int) -> PricedItem:
     shares, choices = table is not None and table.linear == linear.name, []
     for scheme in schemes:
         cost = kl[linear.name][scheme.name]
         if shares:
-            choices.append(Choice(scheme.name, _table_bytes(table, scheme, width), cost + kl[""][scheme.name]))
+            choices.append(SchemeChoice(scheme.name, _table_bytes(table, scheme, width), cost + kl[""][scheme.name]))
         else:
             fitted = replace(linear, scheme=fit(scheme, linear.shape[1])[0])
-            choices.append(Choice(scheme.name, weight_bytes(fitted, width), cost))
-    return Item(linear.name, tuple(choices), table.bytes if shares else linear.bytes)
+            choices.append(SchemeChoice(scheme.name, weight_bytes(fitted, width), cost))
+    return PricedItem(linear.name, tuple(choices), table.bytes if shares else linear.bytes)
 
 
-def _together(items: Sequence[Item], experts: set[str], plan: Mapping[str, LinearPlan]) -> list[Item]:
+def _together(items: Sequence[PricedItem], experts: set[str], plan: Mapping[str, LinearPlan]) -> list[PricedItem]:
     """The experts of a block as one item, in the place of the first of them."""
-    found: dict[str, Item] = {}
+    found: dict[str, PricedItem] = {}
     for item in items:
         key = plan[item.linear].block if item.linear in experts else item.linear
         if key not in found:
@@ -128,7 +128,7 @@ def _difference(weight: Tensor, scheme: Scheme, whole: bool = False) -> Tensor:
     return round_weight(weight, fitted.weight).sub_(weight)
 
 
-def _moved(found: Felt, weight: str, scheme: Scheme) -> Tensor:
+def _moved(found: BlockGradients, weight: str, scheme: Scheme) -> Tensor:
     """The error [rows, channels] of what a block hands on, with a rounded table of embeddings."""
     module = found.block.module
     table = get_tensor(module, weight)

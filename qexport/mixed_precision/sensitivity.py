@@ -4,22 +4,24 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ..artifact.manifest import RECIPE_FILE, Manifest
-from ..capture.graph import Captured
+from ..capture.graph import CapturedModel
 from ..errors import InputError, RecipeError
 from ..plan.model_plan import plan_for
 from ..quant.formats import Scheme
 from ..recipe.recipe import Recipe
 from ..validation.reference import Feeds, Progress
-from ..validation.report import Better, Row, Sensitivity
+from ..validation.report import Sensitivity, SuggestedOverride, ValueComparison
 from ..validation.restoring import kl_costs
 from .candidates import SCHEMES
-from .costs import Costs, Item, scheme_costs
+from .costs import Costs, PricedItem, scheme_costs
 
 _MOST_RESTORED = 12  # linears that are restored to float, each a run of the deployed model
 _MOST_SUGGESTED = 10
 
 
-def costs_of(folder: Path, manifest: Manifest, captured: Captured, feeds: Sequence[Feeds], progress: Progress) -> Costs:
+def costs_of(
+    folder: Path, manifest: Manifest, captured: CapturedModel, feeds: Sequence[Feeds], progress: Progress
+) -> Costs:
     """What schemes cost in the linears that an export quantizes, see `scheme_costs`.
 
     Raises:
@@ -38,8 +40,8 @@ def costs_of(folder: Path, manifest: Manifest, captured: Captured, feeds: Sequen
 
 
 def restore(
-    folder: Path, manifest: Manifest, captured: Captured, feeds: Sequence[Feeds], rows: Sequence[Row], costs: Costs, *,
-    transformed: bool, threads: int | None, provider: str | None, progress: Progress,
+    folder: Path, manifest: Manifest, captured: CapturedModel, feeds: Sequence[Feeds], rows: Sequence[ValueComparison],
+    costs: Costs, *, transformed: bool, threads: int | None, provider: str | None, progress: Progress,
 ) -> Sensitivity:  # fmt: skip
     """Restore the costliest linears to float, one at a time, and say what would buy back the most KL.
 
@@ -58,7 +60,7 @@ def restore(
     )  # fmt: skip
 
 
-def suggested(rows: Sequence[Row], costs: Costs) -> tuple[Better, ...]:
+def suggested(rows: Sequence[ValueComparison], costs: Costs) -> tuple[SuggestedOverride, ...]:
     """Overrides that buy back the most KL for each byte, best first.
 
     What a linear would cost with another scheme is its cost by rounding to nearest, times what the export's way of
@@ -74,7 +76,9 @@ def suggested(rows: Sequence[Row], costs: Costs) -> tuple[Better, ...]:
     return tuple(better for _, better in found[:_MOST_SUGGESTED])
 
 
-def _best(item: Item, row: Row, kl: Mapping[str, Mapping[str, float]]) -> tuple[float, Better] | None:
+def _best(
+    item: PricedItem, row: ValueComparison, kl: Mapping[str, Mapping[str, float]]
+) -> tuple[float, SuggestedOverride] | None:
     """The scheme that gains the most for a byte over a linear's present one, and that gain."""
     expected = kl[row.name].get(row.scheme, 0.0)
     left = min(row.kl_cost / expected, 1.0) if expected else 1.0
@@ -88,7 +92,7 @@ def _best(item: Item, row: Row, kl: Mapping[str, Mapping[str, float]]) -> tuple[
     if not steps:
         return None
     gain, best = max(steps, key=lambda step: step[0])
-    return gain, Better(
+    return gain, SuggestedOverride(
         match=row.name, scheme=best.scheme, instead_of=row.scheme, more_bytes=best.bytes - item.bytes,
         kl_gain=now - left * best.kl,
     )  # fmt: skip

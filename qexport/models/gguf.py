@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from ..artifact.scratch import scratch
+from ..artifact.scratch import scratch_folder
 from ..errors import InputError, reading
 from .gguf_header import check_gguf
 
@@ -109,9 +109,9 @@ def _contents(file: Path) -> _Contents:
 
 
 def _loaded(file: Path) -> tuple[torch.nn.Module, object]:
-    from .quiet import quiet
+    from .quiet import quiet_transformers
 
-    with reading(file, "cannot be read as GGUF"), quiet():
+    with reading(file, "cannot be read as GGUF"), quiet_transformers():
         tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
         model, info = AutoModelForCausalLM.from_pretrained(
             file.parent, gguf_file=file.name, dtype=torch.float32, output_loading_info=True
@@ -183,7 +183,7 @@ def _with_rope(config: PretrainedConfig, rope: dict) -> PretrainedConfig:
 
 def _save(model, tokenizer, target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
-    with scratch(target.parent) as temporary:
+    with scratch_folder(target.parent) as temporary:
         made = temporary / target.name
         model.save_pretrained(made)
         if tokenizer is not None:

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 from ..errors import CaptureError, root_cause
 from .checkpoint import Checkpoint
 from .leftovers import check_float_dtype, check_leftovers, refusal, telling
-from .quiet import quiet
+from .quiet import quiet_transformers
 from .source import ModelFolder
 
 
@@ -42,7 +42,7 @@ def load_known(folder: ModelFolder, loader: type) -> Loaded:
     """
     checkpoint = Checkpoint(folder.path, folder.stated_weights)  # a damaged file is reported before the slow part
     try:
-        with quiet():
+        with quiet_transformers():
             model, info = loader.from_pretrained(
                 folder.path, dtype=torch.float32, trust_remote_code=folder.trust_remote_code, use_safetensors=True,
                 output_loading_info=True,

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 
 @contextmanager
-def quiet():
+def quiet_transformers():
     """Without the warnings and log lines of libraries about things the user cannot change."""
     logger = logging.getLogger("torch.export")
     level = logger.level

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch.fx import Graph
 
-from ..graph.convolutions import CONVOLUTIONS, convolutions
+from ..graph.convolution_sites import CONVOLUTIONS, convolutions
 from ..graph.edit import is_call, shape_of
 from ..quant.formats import PER_CHANNEL, Scheme
 

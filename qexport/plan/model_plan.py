@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from ..capture.graph import Captured
+from ..capture.graph import CapturedModel
 from ..errors import RecipeError
-from ..graph.convolutions import convolutions
+from ..graph.convolution_sites import convolutions
 from ..graph.edit import get_tensor, is_call
 from ..graph.sites import Linear, linears, projection_behind
 from ..quant.formats import Scheme
@@ -28,7 +28,7 @@ _PARTS = (
 )  # fmt: skip
 
 
-def plan_for(captured: Captured, recipe: Recipe, width: int = 4) -> tuple[list[LinearPlan], list[EmbeddingPlan]]:
+def plan_for(captured: CapturedModel, recipe: Recipe, width: int = 4) -> tuple[list[LinearPlan], list[EmbeddingPlan]]:
     """The decision for every linear and every table of token embeddings of a captured model.
 
     Args:
@@ -63,7 +63,7 @@ def plan_for(captured: Captured, recipe: Recipe, width: int = 4) -> tuple[list[L
     return plan, embeddings
 
 
-def convolutions_for(captured: Captured, recipe: Recipe, integer: bool) -> list[ConvolutionPlan]:
+def convolutions_for(captured: CapturedModel, recipe: Recipe, integer: bool) -> list[ConvolutionPlan]:
     """The decision for every convolution.
 
     Args:
@@ -73,13 +73,13 @@ def convolutions_for(captured: Captured, recipe: Recipe, integer: bool) -> list[
     return plan_convolutions(graphs, recipe.scheme_for, integer)
 
 
-def output_projection(captured: Captured) -> Linear | None:
+def output_projection(captured: CapturedModel) -> Linear | None:
     """The linear that makes the logits; None where there is none."""
     found = captured.made("logits")
     return None if found is None else projection_behind(found[1])
 
 
-def output_projections(captured: Captured) -> set[str]:
+def output_projections(captured: CapturedModel) -> set[str]:
     """Names of the linears that make logits, of tokens, of texts or of the ends of an answer."""
     made = [captured.made(name) for name in _LOGITS]
     found = [projection_behind(_whole(node)) for _, node in filter(None, made)]
@@ -102,7 +102,7 @@ def described_embedding(plan: EmbeddingPlan) -> dict[str, Any]:
 
 
 def bytes_by_part(
-    captured: Captured,
+    captured: CapturedModel,
     plan: Sequence[LinearPlan],
     embeddings: Sequence[EmbeddingPlan],
     width: int,
@@ -137,7 +137,7 @@ def bytes_by_part(
     return {**parts, "total": sum(parts.values())}
 
 
-def weight_sizes(captured: Captured) -> dict[str, int]:
+def weight_sizes(captured: CapturedModel) -> dict[str, int]:
     """Number of elements of every weight of the checkpoint."""
     names = ((b, n) for b in captured.blocks for n in b.parameters if n not in captured.constants)
     return {n: get_tensor(b.module, n).numel() for b, n in names}

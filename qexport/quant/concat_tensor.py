@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Joined:
+class ConcatTensor:
     """Tensors side by side along their last axis.
 
     Attributes:

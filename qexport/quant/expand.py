@@ -37,7 +37,7 @@ def channel_scale(codes: Tensor, scale: Tensor, zero_point: Tensor | None, group
     return found.masked_fill_(found < torch.finfo(torch.float32).tiny, 1)
 
 
-def expand(
+def expand_to_int8(
     codes: Tensor, scale: Tensor, zero_point: Tensor | None, factor: Tensor | None, row_scale: Tensor, group_size: int
 ) -> Tensor:
     """round((codes - zero_point) * scale * factor / row_scale), clamped to [-127, 127], in float32 in this order.

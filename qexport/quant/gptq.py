@@ -68,7 +68,7 @@ class HessianStatistic:
         return self._sum * (2 / self.tokens)
 
 
-def gptq(
+def gptq_quantize(
     w: Tensor,
     hessian: Tensor,
     fmt: WeightFormat,

@@ -18,7 +18,7 @@ def rotation(size: int, seed: int = 0) -> Tensor:
         float64 [d, d], Q with Q Q^T = 1.
     """
     random = torch.Generator().manual_seed(seed)
-    found = hadamard(size)
+    found = hadamard_matrix(size)
     if found is not None:
         signs = torch.randint(0, 2, (size, 1), generator=random, dtype=torch.float64) * 2 - 1
         return signs * found / size**0.5
@@ -26,7 +26,7 @@ def rotation(size: int, seed: int = 0) -> Tensor:
     return q * r.diagonal().sign()  # which makes it uniformly distributed, and the same for every LAPACK
 
 
-def hadamard(size: int) -> Tensor | None:
+def hadamard_matrix(size: int) -> Tensor | None:
     """A matrix of 1 and -1 with orthogonal rows, float64 [size, size]; None where no construction here makes one.
 
     Sylvester's doubling of a matrix of Paley's: of order q + 1 for a prime q = 3 modulo 4, of order 2 (q + 1) for a
@@ -35,7 +35,7 @@ def hadamard(size: int) -> Tensor | None:
     if size == 1:
         return torch.ones(1, 1, dtype=torch.float64)
     found = _paley(size)
-    if found is None and size % 2 == 0 and (half := hadamard(size // 2)) is not None:
+    if found is None and size % 2 == 0 and (half := hadamard_matrix(size // 2)) is not None:
         found = torch.kron(torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64), half)
     return found
 

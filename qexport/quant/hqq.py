@@ -22,7 +22,7 @@ from .formats import PER_TENSOR, WeightFormat
 _TINY = torch.finfo(torch.float32).tiny
 
 
-def hqq(
+def hqq_quantize(
     w: Tensor, fmt: WeightFormat, *, p: float = 0.7, beta: float = 1.0, kappa: float = 1.01, iterations: int = 20
 ) -> QuantizedWeight:
     """Quantize a weight with scales that make its error sparse.

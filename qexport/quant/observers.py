@@ -196,7 +196,7 @@ class RowSample:
         return self._rows
 
 
-class Several:
+class CompositeObserver:
     """Several statistics of one stream.
 
     Attributes:

@@ -26,8 +26,8 @@ from .sections import (
     LoRCSpec,
     Override,
     RotationSpec,
+    Section,
     SmoothSpec,
-    Spec,
     WeightSpec,
     known_scheme,
     scheme_name,
@@ -41,7 +41,7 @@ _CACHE = re.compile(r"(?P<scheme>.+)_kv(?P<bits>[48])$", re.IGNORECASE)
 _LM_HEAD = ("lm_head", "embed_out")
 
 
-class Recipe(Spec):
+class Recipe(Section):
     """What to do to a model. What a recipe does not say is off: linears are rounded to nearest, nothing is smoothed.
 
     Attributes:

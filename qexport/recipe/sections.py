@@ -55,7 +55,7 @@ def scheme_of_embedding(name: str) -> str:
     return known
 
 
-class _SpecType(type(BaseModel)):
+class _SectionType(type(BaseModel)):
     """Makes a spec written in Python fail with the same RecipeError as one written in a file."""
 
     def __call__(cls, *args: Any, **fields: Any) -> Any:
@@ -76,11 +76,11 @@ def _alpha(value: Any) -> float | str:
 Alpha = Annotated[float | str, PlainValidator(_alpha)]
 
 
-class Spec(BaseModel, metaclass=_SpecType):
+class Section(BaseModel, metaclass=_SectionType):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class WeightSpec(Spec):
+class WeightSpec(Section):
     """How weight codes are found.
 
     Attributes:
@@ -114,7 +114,7 @@ class WeightSpec(Spec):
         return rates
 
 
-class SmoothSpec(Spec):
+class SmoothSpec(Section):
     """A factor per channel from activations to weights, which keeps the function.
 
     Attributes:
@@ -129,7 +129,7 @@ class SmoothSpec(Spec):
     explicit: bool = False
 
 
-class CrossQuantSpec(Spec):
+class CrossQuantSpec(Section):
     """Activation steps from token and channel together: t^alpha c^(1-alpha) / qmax (CrossQuant, arXiv 2410.07505).
 
     The channel part is calibrated and folded away, so that one integer matmul is left.
@@ -151,7 +151,7 @@ class CrossQuantSpec(Spec):
     explicit: bool = False
 
 
-class FptqSpec(Spec):
+class FptqSpec(Section):
     """A policy for each activation by r, its largest magnitude on calibration data (FPTQ, arXiv 2308.15987).
 
     Attributes:
@@ -169,7 +169,7 @@ class FptqSpec(Spec):
         return self
 
 
-class KvCacheSpec(Spec):
+class KvCacheSpec(Section):
     """Keys and values of attention in few bits; takes grouped attention. `w4a16_g32_kv8` is short for it.
 
     Attributes:
@@ -181,7 +181,7 @@ class KvCacheSpec(Spec):
     scales: Literal["channel", "tensor"] = "channel"
 
 
-class RotationSpec(Spec):
+class RotationSpec(Section):
     """A rotation of the residual stream by a Hadamard matrix, folded into the weights (QuaRot, arXiv 2404.00456).
 
     It spreads the outliers of a few channels over all of them, and changes no result of the float model. For decoders
@@ -194,7 +194,7 @@ class RotationSpec(Spec):
     seed: int = Field(0, ge=0, lt=2**63)
 
 
-class LoRCSpec(Spec):
+class LoRCSpec(Section):
     """A low-rank branch that gives back part of the weights' rounding error (LoRC, arXiv 2303.08302).
 
     Attributes:
@@ -210,7 +210,7 @@ class LoRCSpec(Spec):
     weighted: bool = False
 
 
-class LlmInt8Spec(Spec):
+class LlmInt8Spec(Section):
     """Input features with outliers go through a float path (LLM.int8(), arXiv 2208.07339).
 
     Attributes:
@@ -220,7 +220,7 @@ class LlmInt8Spec(Spec):
     threshold: float = Field(6.0, gt=0)
 
 
-class ActivationSpec(Spec):
+class ActivationSpec(Section):
     """How the scale of a static activation is found; dynamic activations take theirs when the model runs.
 
     Attributes:
@@ -235,7 +235,7 @@ class ActivationSpec(Spec):
     only_kernel: bool = False
 
 
-class Override(Spec):
+class Override(Section):
     """A scheme, or "float", for the linears whose dotted name matches a shell pattern (`*` also crosses dots)."""
 
     match: str = Field(min_length=1)
@@ -252,7 +252,7 @@ def only(name: str) -> str:
     return "".join(f"[{c}]" if c in "*?[" else c for c in name)
 
 
-class CalibrationSpec(Spec):
+class CalibrationSpec(Section):
     """The text that statistics are taken on.
 
     Attributes:

@@ -6,7 +6,7 @@ from typing import Any
 
 from ..formatting import megabytes
 from ..validation.formatting import number, own, rank
-from ..validation.report import Report, Row
+from ..validation.report import Report, ValueComparison
 from .exported import Exported
 
 
@@ -82,13 +82,13 @@ def compare_exports(first: Exported, second: Exported) -> Comparison:
     )  # fmt: skip
 
 
-def _gain(rows: tuple[Row, Row]) -> float:
+def _gain(rows: tuple[ValueComparison, ValueComparison]) -> float:
     """By how much the second is better, with infinities; equally broken or equally exact ones differ by nothing."""
     first, second = map(rank, rows)
     return 0.0 if first == second else second - first
 
 
-def _pair(rows: tuple[Row, Row], sizes: list[dict[str, int]]) -> Pair:
+def _pair(rows: tuple[ValueComparison, ValueComparison], sizes: list[dict[str, int]]) -> Pair:
     name, found = rows[0].name, tuple(own(row) for row in rows)
     difference = None if None in found else found[1] - found[0]
     schemes = tuple(row.scheme for row in rows)

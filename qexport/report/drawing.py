@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 from ..validation.formatting import decibels, own
 from ..validation.formatting import number as _number
-from ..validation.report import InputRange, Layers, Logits, Report, Row, Sensitivity
+from ..validation.report import InputRange, LayerComparison, Logits, Report, Sensitivity, ValueComparison
 from .figures import Bar, Bars, Cell, Figure, HeatMap, Lines, Point, Series
 
 _MOST_BARS = 16
@@ -24,7 +24,7 @@ def figures(report: Report) -> list[Figure]:
     return [*found, *costs(report), *greedy(report), *ranges(report.layers.ranges)]
 
 
-def heat_maps(linears: Sequence[Row]) -> list[HeatMap]:
+def heat_maps(linears: Sequence[ValueComparison]) -> list[HeatMap]:
     """Own SQNR, inherited SQNR and cost in KL by layer and projection; none for a model without repeated layers."""
     blocks = list(dict.fromkeys(row.block for row in linears))
     kinds = list(dict.fromkeys(kind(row) for row in linears))
@@ -48,7 +48,7 @@ def heat_maps(linears: Sequence[Row]) -> list[HeatMap]:
     return maps
 
 
-def kind(row: Row) -> str:
+def kind(row: ValueComparison) -> str:
     """The name of a row without the block it is in: `self_attn.q_proj`."""
     return row.name.removeprefix(f"{row.block}.") if row.block else row.name
 
@@ -65,8 +65,9 @@ def block_labels(blocks: Sequence[str]) -> list[str]:
 
 
 def _map(
-    linears: Sequence[Row], blocks: list[str], kinds: list[str], key: str, title: str, caption: str,
-    value: Callable[[Row], float | None], worded: Callable[[Row, float | None], _Worded], *, low_is_bad: bool,
+    linears: Sequence[ValueComparison], blocks: list[str], kinds: list[str], key: str, title: str, caption: str,
+    value: Callable[[ValueComparison], float | None],
+    worded: Callable[[ValueComparison, float | None], _Worded], *, low_is_bad: bool,
 ) -> HeatMap:  # fmt: skip
     numbers = [v for row in linears if (v := value(row)) is not None]
     low, high = (min(numbers), max(numbers)) if numbers else (0.0, 0.0)
@@ -95,25 +96,25 @@ def _end(value: float, key: str) -> str:
     return f"{value * 1000:.3g}" if key == "cost" else f"{value:.0f} dB"
 
 
-def _in_decibels(row: Row, value: float | None) -> _Worded:
+def _in_decibels(row: ValueComparison, value: float | None) -> _Worded:
     broken = value is None and row.max_abs_error != 0
     text = f"{value:.1f}" if value is not None else "NaN" if broken else "="
     scheme = f" ({row.scheme})" if row.scheme else ""
     return text, f"{row.name}{scheme}: {decibels(value, row)}", broken
 
 
-def _in_thousandths(row: Row, value: float | None) -> _Worded:
+def _in_thousandths(row: ValueComparison, value: float | None) -> _Worded:
     return None if value is None else (f"{value * 1000:.1f}", f"{row.name}: {value:.3g} of the mean KL", False)
 
 
-def depth(layers: Layers) -> list[Lines]:
+def depth(layers: LayerComparison) -> list[Lines]:
     """SQNR of what every block hands on; layers stand at their number, what comes before and after them beside it."""
     if len(layers.blocks) < 2:
         return []
     labels = block_labels([row.name for row in layers.blocks])
     first = next((i for i, label in enumerate(labels) if label.isdigit()), 0)
 
-    def line(name: str, value: Callable[[Row], float | None], quiet: bool) -> Series:
+    def line(name: str, value: Callable[[ValueComparison], float | None], quiet: bool) -> Series:
         points = []
         for index, row in enumerate(layers.blocks):
             number = value(row)
@@ -160,7 +161,7 @@ def costs(report: Report) -> list[Bars]:
     return [Bars("cost", "What single linears cost", caption, "nats a token", tuple(drawn))]
 
 
-def _bar_labels(rows: Sequence[Row]) -> list[str]:
+def _bar_labels(rows: Sequence[ValueComparison]) -> list[str]:
     """`29.mlp.down_proj`: the layer and what it is there; the whole name where that does not tell rows apart."""
     short = [
         f"{block}.{kind(row)}" if kind(row) != row.name else row.name

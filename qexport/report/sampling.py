@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from ..artifact.files import read_json
 from ..artifact.manifest import MODEL_FILE
 from ..errors import InputError
-from ..sampling_study.result import Row, Study
+from ..sampling_study.result import Study, StudyRow
 from .drawing import with_numbers
 from .figures import Lines, Point, Series
 
@@ -142,7 +142,7 @@ def _not_drawn(study: Study, longest: int, top_ks: list[int]) -> str:
     return f"Measured too, and not drawn: {'; '.join(parts)}." if parts else ""
 
 
-def _series(measure: _Measure, study: Study, rows: list[Row], own: str | None) -> tuple[Series, ...]:
+def _series(measure: _Measure, study: Study, rows: list[StudyRow], own: str | None) -> tuple[Series, ...]:
     """A line a format, the float model's last, so that the others look the same in every figure."""
     names = [format.name for format in study.formats[1:]]
     if measure.beside_float:
@@ -151,7 +151,7 @@ def _series(measure: _Measure, study: Study, rows: list[Row], own: str | None) -
     return tuple(Series(name, points, quiet=name != own) for name, points in found if points)
 
 
-def _points(name: str, measure: _Measure, rows: list[Row]) -> tuple[Point, ...]:
+def _points(name: str, measure: _Measure, rows: list[StudyRow]) -> tuple[Point, ...]:
     points = []
     for row in sorted((row for row in rows if row.format == name), key=lambda row: row.temperature):
         value, error = getattr(row, measure.field), getattr(row, f"{measure.field}_error")

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
-from ..validation.report import Report, Row
+from ..validation.report import Report, ValueComparison
 
 
 @dataclass(frozen=True)
@@ -33,21 +33,21 @@ class Table:
     rows: tuple[tuple[TableCell, ...], ...]
 
 
-def _text(read: Callable[[Row], str], row: Row) -> TableCell:
+def _text(read: Callable[[ValueComparison], str], row: ValueComparison) -> TableCell:
     return TableCell(read(row))
 
 
-def _number(read: Callable[[Row], float | None], style: str, row: Row) -> TableCell:
+def _number(read: Callable[[ValueComparison], float | None], style: str, row: ValueComparison) -> TableCell:
     value = read(row)
     return TableCell("", None) if value is None else TableCell(style.format(value), float(value))
 
 
-def _megabytes(row: Row) -> float | None:
+def _megabytes(row: ValueComparison) -> float | None:
     return None if row.bytes is None else row.bytes / 1e6
 
 
 # The first three decide where to look, so they stand beside the name.
-_NUMBERS: tuple[tuple[str, str, str, Callable[[Row], float | None]], ...] = (
+_NUMBERS: tuple[tuple[str, str, str, Callable[[ValueComparison], float | None]], ...] = (
     ("own SQNR", "{:.1f}", "dB, of the errors made here alone", lambda r: r.own_sqnr_db),
     ("SQNR", "{:.1f}", "dB, with the errors of everything in front", lambda r: r.sqnr_db),
     ("KL cost", "{:.5f}", "estimate of what the error made here adds to the mean KL", lambda r: r.kl_cost),
@@ -108,7 +108,7 @@ def inputs(report: Report) -> Table:
     return _kept([Column("input of"), *(Column(n, True, title) for n, _, title, _ in numbers)], rows)
 
 
-def _note(unfused: dict[str, str], row: Row) -> TableCell:
+def _note(unfused: dict[str, str], row: ValueComparison) -> TableCell:
     notes = []
     if row.name in unfused:
         notes.append(f"runs as {unfused[row.name]}")

@@ -19,7 +19,7 @@ from .decoder import Decoder, open_decoder
 _CHILD = "from qexport.runtime.bench_process import _serve; _serve()"
 
 
-class Measured:
+class BenchProcess:
     """A process that holds one folder and answers one request a line.
 
     Args:

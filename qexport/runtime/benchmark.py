@@ -10,7 +10,7 @@ import numpy as np
 from ..artifact import manifest as manifests
 from ..artifact.manifest import Manifest
 from ..errors import InputError
-from .bench_process import Measured
+from .bench_process import BenchProcess
 from .genai import context_length
 from .provider import provider_named
 
@@ -128,11 +128,11 @@ def measure(
     prompts, pasts, notes = _fitting(folders, prompt_lengths, decode_pasts)
     longest = max([*prompts, *(past + DECODE_STEPS for past in pasts)], default=1)
     jobs = [None, *sorted({*prompts, *pasts})]  # to load, then to run so many tokens
-    processes: list[Measured] = []
+    processes: list[BenchProcess] = []
     samples: list[dict[str, list[float]]] = [{} for _ in folders]
     try:
         for path, plan in zip(folders, plans, strict=True):
-            processes.append(Measured(path, plan, threads, provider, longest))
+            processes.append(BenchProcess(path, plan, threads, provider, longest))
         turns = [(tokens, turn) for tokens in jobs for turn in range(repeats + 1)]
         for done, (tokens, turn) in enumerate(turns):
             progress("measure", "load" if tokens is None else f"{tokens} tokens", done, len(turns))
@@ -194,7 +194,7 @@ def _fitting(
     return kept[0], kept[1], tuple(notes)
 
 
-def _once(process: Measured, tokens: int | None, prompts: Sequence[int], pasts: Sequence[int]) -> dict[str, float]:
+def _once(process: BenchProcess, tokens: int | None, prompts: Sequence[int], pasts: Sequence[int]) -> dict[str, float]:
     """Seconds of one turn of a job, by key of `Measurement.samples`."""
     if tokens is None:
         return {"load": process.load()}

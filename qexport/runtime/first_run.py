@@ -27,7 +27,7 @@ _STEPS = 2  # tokens of a prompt, where a file has one form for all of them
 _ARRAYS = {"tensor(float)": "float32", "tensor(double)": "float64"}  # others are called alike
 
 
-def first_run(folder: Path, manifest: Manifest, sizes: Mapping[str, Sequence[int]]) -> str:
+def run_once(folder: Path, manifest: Manifest, sizes: Mapping[str, Sequence[int]]) -> str:
     """Run a finished file once, on zeros: a decoder's prompt and a step behind it, or one call.
 
     Args:

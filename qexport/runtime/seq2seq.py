@@ -26,7 +26,7 @@ def is_seq2seq(folder: str | Path) -> bool:
 
 
 @dataclass(frozen=True)
-class Habits:
+class GenerationDefaults:
     """How an encoder-decoder writes, by the configs in its folder.
 
     Attributes:
@@ -41,7 +41,7 @@ class Habits:
     never_first: tuple[int, ...] = ()
 
 
-def habits_of(folder: str | Path) -> Habits:
+def habits_of(folder: str | Path) -> GenerationDefaults:
     """Read them from generation_config.json, or from config.json what that does not say.
 
     Raises:
@@ -54,7 +54,7 @@ def habits_of(folder: str | Path) -> Habits:
     forced = found.get("forced_decoder_ids") or []  # pairs of position and token, some of them open
     start = (first, *(token for _, token in sorted(forced) if token is not None))
     ends, pad = found.get("eos_token_id", ()), found.get("pad_token_id", 0)
-    return Habits(
+    return GenerationDefaults(
         start, tuple(ends) if isinstance(ends, list | tuple) else (ends,), pad,
         tuple(found.get("suppress_tokens", ())), tuple(found.get("begin_suppress_tokens", ())),
     )  # fmt: skip
@@ -72,7 +72,7 @@ class EncoderDecoder:
         encoder: session on the first part; decoder: on the second.
     """
 
-    def __init__(self, encoder: ort.InferenceSession, decoder: ort.InferenceSession, habits: Habits):
+    def __init__(self, encoder: ort.InferenceSession, decoder: ort.InferenceSession, habits: GenerationDefaults):
         self._encoder, self.habits = encoder, habits
         self._device = "cuda" if encoder.get_providers()[0] == CUDA else "cpu"
         self.inputs = {value.name: value.type for value in encoder.get_inputs()}

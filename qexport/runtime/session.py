@@ -15,14 +15,14 @@ from ..artifact.branches import PROMPTS, all_nodes
 from ..artifact.manifest import CPU, CUDA, MODEL_FILE, ConvolutionEntry, LinearEntry, Manifest
 from ..artifact.output import restore
 from ..artifact.owner import Busy
-from ..artifact.scratch import scratch
+from ..artifact.scratch import scratch_folder
 from ..errors import RuntimeProblem
 from . import optimized_cache as cache
 from .provider import chosen_provider, why_missing
 
 
 @dataclass(frozen=True)
-class Node:
+class OptimizedNode:
     """A node of the optimized graph; outputs are value names, domain "" is ONNX itself.
 
     provider: the execution provider that runs it; None where it cannot be told (a node that optimization made).
@@ -46,7 +46,7 @@ class OptimizedGraph:
             before the last fusions, so a quantized linear still shows as DequantizeLinear and MatMul here.
     """
 
-    nodes: tuple[Node, ...]
+    nodes: tuple[OptimizedNode, ...]
     placement: tuple[tuple[str, str, str], ...]
 
     def op_counts(self) -> Counter[str]:
@@ -58,7 +58,7 @@ class OptimizedGraph:
 
 
 @dataclass(frozen=True)
-class Beside:
+class ModelInFolder:
     """A model in memory whose tensors are in the files of a folder, as if it were a file in it.
 
     ONNX Runtime refuses tensors that lie, or are linked, outside of the folder of a model's file.
@@ -72,7 +72,7 @@ class Beside:
 
 
 def open_session(
-    source: str | Path | Beside,
+    source: str | Path | ModelInFolder,
     manifest: Manifest | None = None,
     *,
     threads: int | None = None,
@@ -105,11 +105,11 @@ def open_session(
         RuntimeProblem: the provider does not load (the session never falls back to another one), or ONNX Runtime
             refuses the model.
     """
-    source = source if isinstance(source, Beside) else Path(source)
+    source = source if isinstance(source, ModelInFolder) else Path(source)
     if isinstance(source, Path):
         restore(source)
     whole = isinstance(source, Path) and source.is_dir()
-    folder = source if whole else source.folder if isinstance(source, Beside) else source.parent
+    folder = source if whole else source.folder if isinstance(source, ModelInFolder) else source.parent
     manifest = manifest or manifests.load(folder)
     path = source / Path(manifest.settings.get("filename", MODEL_FILE)).name if whole else source
     wanted = chosen_provider(provider, manifest)
@@ -165,14 +165,14 @@ def session_options(manifest: Manifest, threads: int | None = None, *, optimized
     return options
 
 
-def start(source: Path | Beside, options: ort.SessionOptions, provider: str) -> ort.InferenceSession:
+def start(source: Path | ModelInFolder, options: ort.SessionOptions, provider: str) -> ort.InferenceSession:
     """Load a model on one provider, or not at all.
 
     Raises:
         RuntimeProblem: as `open_session`.
     """
-    path, model = (source.folder, source.model) if isinstance(source, Beside) else (source, source)
-    if isinstance(source, Beside):
+    path, model = (source.folder, source.model) if isinstance(source, ModelInFolder) else (source, source)
+    if isinstance(source, ModelInFolder):
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path))
     if provider not in ort.get_available_providers():
         raise _missing(provider, path)
@@ -190,7 +190,7 @@ def start(source: Path | Beside, options: ort.SessionOptions, provider: str) -> 
 
 
 def optimized_graph(
-    source: str | Path | Beside, manifest: Manifest | None = None, *, provider: str | None = None
+    source: str | Path | ModelInFolder, manifest: Manifest | None = None, *, provider: str | None = None
 ) -> OptimizedGraph:
     """Load the model and return the graph that ONNX Runtime made of it, with the provider of each node.
 
@@ -198,7 +198,7 @@ def optimized_graph(
 
     Raises: as `open_session`.
     """
-    with scratch() as folder:
+    with scratch_folder() as folder:
         target = folder / "optimized.onnx"
         session = open_session(source, manifest, provider=provider, outputs_path=target, record_assignment=True)
         placement = tuple(
@@ -210,13 +210,13 @@ def optimized_graph(
         graph = onnx.load(target, load_external_data=False).graph
     providers = {name: provider for name, _, provider in placement if name}
     nodes = tuple(
-        Node(n.name, n.op_type, n.domain, tuple(n.input), tuple(n.output), providers.get(n.name))
+        OptimizedNode(n.name, n.op_type, n.domain, tuple(n.input), tuple(n.output), providers.get(n.name))
         for n in all_nodes(graph)
     )
     return OptimizedGraph(nodes, placement)
 
 
-def kernel_of(nodes: Iterable[Node], output: str, node: str = "") -> str | None:
+def kernel_of(nodes: Iterable[OptimizedNode], output: str, node: str = "") -> str | None:
     """Op type that computes a linear in the optimized graph, or None when neither name is there.
 
     Fusion gives the fused node the name of the MatMul, which is therefore asked first; the value name is lost when a
@@ -231,7 +231,7 @@ def kernel_of(nodes: Iterable[Node], output: str, node: str = "") -> str | None:
     return found.op_type if found else None
 
 
-def node_of(nodes: Iterable[Node], output: str, node: str = "") -> Node | None:
+def node_of(nodes: Iterable[OptimizedNode], output: str, node: str = "") -> OptimizedNode | None:
     """The node that computes a linear, see `kernel_of`."""
     by_value = None
     for candidate in nodes:

@@ -12,25 +12,37 @@ import onnxruntime
 from ..artifact.names import public_name
 from ..calibrate.float_model import float_bytes, running
 from ..capture.decoder import capture_decoder
-from ..capture.graph import Captured
+from ..capture.graph import CapturedModel
 from ..models.source import open_model
 from ..runtime.decoder import open_decoder
 from ..runtime.provider import provider_named
 from .conclusions import choices, conclude
 from .grid import Draw, Grid, read_prompts
-from .plot import check_plot, plot
-from .result import Choice, Format, Row, Study, check_place
+from .plot import check_plot, plot_study
+from .result import BestFormat, ComparedModel, Study, StudyRow, check_place
 from .subjects import FLOAT, check_subjects, open_subjects, prompt_tokens
-from .summary import Measured, rows
+from .summary import TextMeasures, rows
 from .texts import Estimate, Sample, estimate, write_all
 from .writers import ExportWriter, FloatWriter
 
-__all__ = ["Choice", "Draw", "Estimate", "Format", "Grid", "Row", "Study", "check_place", "check_plot", "plot", "study"]
+__all__ = [
+    "BestFormat",
+    "Draw",
+    "Estimate",
+    "ComparedModel",
+    "Grid",
+    "StudyRow",
+    "Study",
+    "check_place",
+    "check_plot",
+    "plot_study",
+    "study",
+]
 
 
 def study(
     folders: Sequence[str | os.PathLike],
-    reference: str | os.PathLike | Captured,
+    reference: str | os.PathLike | CapturedModel,
     *,
     grid: Grid | None = None,
     prompts: str | os.PathLike | Sequence[str] | None = None,
@@ -66,7 +78,7 @@ def study(
     provider = None if provider is None else provider_named(provider)
     subjects = open_subjects(folders)
     captured = reference
-    if not isinstance(captured, Captured):
+    if not isinstance(captured, CapturedModel):
         captured = capture_decoder(open_model(reference, trust_remote_code=trust_remote_code))
     check_subjects(subjects, captured)
     ids, eos = prompt_tokens(captured, texts, grid.longest)
@@ -83,12 +95,12 @@ def study(
         on_estimate(estimate(own, exports, ids[0], grid, len(ids)))
         samples = write_all(own, exports, ids, grid, eos, partial(progress, "texts"))
     formats = [
-        Format(
+        ComparedModel(
             name=FLOAT, folder="", runtime="PyTorch", model_bytes=float_bytes(captured),
             tokens_per_second=_speed(samples, FLOAT),
         ),
         *(
-            Format(
+            ComparedModel(
                 name=subject.name, folder=str(subject.folder), runtime="ONNX Runtime", model_bytes=subject.model_bytes,
                 tokens_per_second=_speed(samples, subject.name),
             )
@@ -96,7 +108,7 @@ def study(
         ),
     ]  # fmt: skip
     sizes = {subject.name: subject.model_bytes for subject in subjects}
-    measured = {length: Measured(samples, FLOAT, length) for length in grid.max_new_tokens}
+    measured = {length: TextMeasures(samples, FLOAT, length) for length in grid.max_new_tokens}
     table = rows(measured, [format.name for format in formats])
     chosen = [choice for length, found in measured.items() for choice in choices(found, sizes, length)]
     return Study(

@@ -8,8 +8,8 @@ make it firmer.
 from collections.abc import Mapping, Sequence
 
 from ..formatting import megabytes
-from .result import Choice, Row
-from .summary import Group, Key, Measured, differences, mean_and_error
+from .result import BestFormat, StudyRow
+from .summary import Group, Key, TextMeasures, differences, mean_and_error
 
 _ERRORS = 3
 _LEAST = 1e-3  # smaller differences are the rounding of float32, and show in no digit that is printed
@@ -27,7 +27,7 @@ def is_clear(mean: float | None, error: float | None) -> bool:
     return mean is not None and error is not None and abs(mean) > max(_ERRORS * error, _LEAST)
 
 
-def choices(measured: Measured, sizes: Mapping[str, int], length: int) -> list[Choice]:
+def choices(measured: TextMeasures, sizes: Mapping[str, int], length: int) -> list[BestFormat]:
     """For every setting the exports that are worth their size, smallest first.
 
     The smallest export is the first; each that is clearly closer to the float model than the last choice is the next.
@@ -47,7 +47,7 @@ def choices(measured: Measured, sizes: Mapping[str, int], length: int) -> list[C
             gain = mean_and_error(differences(distance(last), distance(name))) if last else (None, None)
             if last is None or (is_clear(*gain) and gain[0] > 0):
                 mean, error = mean_and_error(distance(name))
-                found.append(Choice(
+                found.append(BestFormat(
                     temperature=temperature, top_k=top_k, max_new_tokens=length, format=name, model_bytes=sizes[name],
                     distance=mean, distance_error=error, gain=gain[0], gain_error=gain[1],
                 ))  # fmt: skip
@@ -56,7 +56,11 @@ def choices(measured: Measured, sizes: Mapping[str, int], length: int) -> list[C
 
 
 def conclude(
-    chosen: Sequence[Choice], rows: Sequence[Row], measured: Measured, sizes: Mapping[str, int], length: int
+    chosen: Sequence[BestFormat],
+    rows: Sequence[StudyRow],
+    measured: TextMeasures,
+    sizes: Mapping[str, int],
+    length: int,
 ) -> list[str]:
     """All sentences.
 
@@ -75,8 +79,8 @@ def conclude(
     return found
 
 
-def _takings(chosen: Sequence[Choice], sizes: Mapping[str, int]) -> list[str]:
-    by_setting: dict[tuple[float, int, int], list[Choice]] = {}
+def _takings(chosen: Sequence[BestFormat], sizes: Mapping[str, int]) -> list[str]:
+    by_setting: dict[tuple[float, int, int], list[BestFormat]] = {}
     for choice in chosen:
         by_setting.setdefault((choice.temperature, choice.top_k, choice.max_new_tokens), []).append(choice)
     sentences = []
@@ -94,7 +98,7 @@ def _takings(chosen: Sequence[Choice], sizes: Mapping[str, int]) -> list[str]:
 
 
 def _sensitivity(
-    name: str, top_k: int, keys: Sequence[Key], measured: Measured, rows: Sequence[Row], length: int
+    name: str, top_k: int, keys: Sequence[Key], measured: TextMeasures, rows: Sequence[StudyRow], length: int
 ) -> str:
     """How far one format is from the float model at each temperature, and what else its texts show."""
     by_temperature = {key[1]: measured.values(key, "distance") for key in keys}
@@ -116,7 +120,7 @@ def _sensitivity(
     return f"{sentence}. Its texts beside the float model's: {told}"
 
 
-def _differs(row: Row, measure: str) -> bool:
+def _differs(row: StudyRow, measure: str) -> bool:
     value, neutral = getattr(row, measure), 1 if measure == "perplexity_ratio" else 0
     return value is not None and is_clear(value - neutral, getattr(row, f"{measure}_error"))
 
@@ -125,7 +129,7 @@ def _change(measure: str, value: float, error: float) -> str:
     return f"x {value:.2f} ± {error:.2f}" if measure == "perplexity_ratio" else f"{value:+.3f} ± {error:.3f}"
 
 
-def _with_error(choice: Choice) -> str:
+def _with_error(choice: BestFormat) -> str:
     return _number(choice.distance, choice.distance_error)
 
 

@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 
 from ..errors import InputError, writing_to
-from .result import Row, Study, check_place
+from .result import Study, StudyRow, check_place
 
 _PANELS = {
     "distance": "total variation from float",
@@ -32,7 +32,7 @@ def check_plot(path: Path) -> None:
     check_place(path)
 
 
-def plot(study: Study, path: str | os.PathLike) -> Path:
+def plot_study(study: Study, path: str | os.PathLike) -> Path:
     """Draw the longest texts of a study: a row of panels for each top_k, temperature to the right, a line a format.
 
     Raises:
@@ -64,7 +64,7 @@ def plot(study: Study, path: str | os.PathLike) -> Path:
     return path
 
 
-def _line(panel, rows: list[Row], measure: str) -> None:
+def _line(panel, rows: list[StudyRow], measure: str) -> None:
     points = [row for row in sorted(rows, key=lambda r: r.temperature) if getattr(row, measure) is not None]
     panel.errorbar(
         [row.temperature for row in points], [getattr(row, measure) for row in points],

@@ -18,7 +18,7 @@ class _Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class Format(_Frozen):
+class ComparedModel(_Frozen):
     """One of the compared models.
 
     Attributes:
@@ -36,7 +36,7 @@ class Format(_Frozen):
     tokens_per_second: Finite = None
 
 
-class Row(_Frozen):
+class StudyRow(_Frozen):
     """One format under one setting: means over prompts and seeds.
 
     `X_error` is the standard error of X over prompts (each the mean over its seeds), with a single prompt over seeds;
@@ -56,7 +56,8 @@ class Row(_Frozen):
         repetition: share of 4-grams that were in the text before; distinct_1, distinct_2: different tokens and pairs
             over all of them; for texts long enough to have any.
         new_tokens: mean length, which the end of a text may cut short.
-        tokens_per_second: median over texts, as in `Format`; tokens_per_second_spread: interquartile range over it.
+        tokens_per_second: median over texts, as in `ComparedModel`; tokens_per_second_spread: interquartile range
+            over it.
     """
 
     format: str
@@ -94,12 +95,12 @@ class Row(_Frozen):
     tokens_per_second_spread: Finite
 
 
-class Choice(_Frozen):
+class BestFormat(_Frozen):
     """A format that is worth its size under one setting: every smaller one is clearly further from the float model.
 
     Attributes:
         temperature, top_k, max_new_tokens: the setting; format: the name; model_bytes: its size.
-        distance, distance_error: as in `Row`.
+        distance, distance_error: as in `StudyRow`.
         gain, gain_error: by how much its distance is below that of the next smaller choice; null for the smallest.
     """
 
@@ -137,9 +138,9 @@ class Study(_Frozen):
     max_new_tokens: tuple[int, ...]
     threads: int | None = None
     provider: str = ""
-    formats: tuple[Format, ...]
-    rows: tuple[Row, ...]
-    choices: tuple[Choice, ...]
+    formats: tuple[ComparedModel, ...]
+    rows: tuple[StudyRow, ...]
+    choices: tuple[BestFormat, ...]
     conclusions: tuple[str, ...]
     versions: dict[str, str] = Field(default_factory=dict)
     seconds: float = 0.0

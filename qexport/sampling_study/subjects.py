@@ -11,7 +11,7 @@ import psutil
 from ..artifact import manifest as manifests
 from ..artifact.manifest import MODEL_FILE, Manifest
 from ..calibrate.float_model import float_bytes
-from ..capture.graph import Captured
+from ..capture.graph import CapturedModel
 from ..errors import InputError
 from ..formatting import megabytes
 from ..runtime.genai import context_length
@@ -66,7 +66,7 @@ def open_subjects(folders: Sequence[str | os.PathLike]) -> list[Subject]:
     return found
 
 
-def check_subjects(subjects: Sequence[Subject], captured: Captured) -> None:
+def check_subjects(subjects: Sequence[Subject], captured: CapturedModel) -> None:
     """Refuse exports of another model than the reference, and more models than memory holds.
 
     Raises:
@@ -84,7 +84,7 @@ def check_subjects(subjects: Sequence[Subject], captured: Captured) -> None:
         )
 
 
-def prompt_tokens(captured: Captured, prompts: Sequence[str], longest: int) -> tuple[list[list[int]], set[int]]:
+def prompt_tokens(captured: CapturedModel, prompts: Sequence[str], longest: int) -> tuple[list[list[int]], set[int]]:
     """Token ids of the prompts, and the tokens that end a text.
 
     Args:

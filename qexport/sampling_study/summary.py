@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from .measures import common_prefix, distinct, prefix_share, repetition, token_agreement
-from .result import Row
+from .result import StudyRow
 from .texts import Sample
 
 Key = tuple[str, float, int]  # format, temperature, top_k
@@ -29,7 +29,7 @@ def differences(first: Mapping[int, float], second: Mapping[int, float]) -> Grou
     return {key: first[key] - second[key] for key in first.keys() & second.keys()}
 
 
-class Measured:
+class TextMeasures:
     """Every measure of every text, cut to one length.
 
     Args:
@@ -68,7 +68,7 @@ class Measured:
         return self._found[key].get(name, {})
 
 
-def rows(measured: Mapping[int, Measured], formats: Sequence[str]) -> list[Row]:
+def rows(measured: Mapping[int, TextMeasures], formats: Sequence[str]) -> list[StudyRow]:
     """A row for every length, setting and format, in this order.
 
     Args:
@@ -81,7 +81,7 @@ def rows(measured: Mapping[int, Measured], formats: Sequence[str]) -> list[Row]:
     ]
 
 
-def _row(measured: Measured, key: Key, length: int) -> Row:
+def _row(measured: TextMeasures, key: Key, length: int) -> StudyRow:
     cells: dict[str, float | None] = {}
     plain = ("distance", "prefix_share", "prefix_tokens", "token_agreement", "new_tokens", "repetition")
     for name in (*plain, "distinct_1", "distinct_2", *(f"{name}_change" for name in _CHANGES)):
@@ -97,7 +97,7 @@ def _row(measured: Measured, key: Key, length: int) -> Row:
         low, high = np.percentile(speeds, [25, 75])
         cells["tokens_per_second_spread"] = float(high - low) / cells["tokens_per_second"]
     name, temperature, top_k = key
-    return Row(
+    return StudyRow(
         format=name, temperature=temperature, top_k=top_k, max_new_tokens=length, texts=measured.texts[key],
         **{"tokens_per_second": None, "tokens_per_second_spread": None} | cells,
     )  # fmt: skip

@@ -65,7 +65,7 @@ class CpuTarget:
         """What a canonical block is for prompts; None where that is nothing else."""
         return prompt_twin(module) if self.int8_prompts else None
 
-    def why_dense(self, form: moe_form.Form) -> str:
+    def why_dense(self, form: moe_form.MoeForm) -> str:
         """Why a mixture of experts computes every one for every token; empty where it does not."""
         return qmoe.why_dense_on_cpu(form, self.accuracy_level)
 

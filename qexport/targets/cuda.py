@@ -65,7 +65,7 @@ class CudaTarget:
         """
         return fpa_intb.why_slow(_nbits(products))
 
-    def why_dense(self, form: moe_form.Form) -> str:
+    def why_dense(self, form: moe_form.MoeForm) -> str:
         """Why a mixture of experts computes every one for every token; empty where it does not."""
         return qmoe.why_dense_on_cuda(form)
 

@@ -6,7 +6,7 @@ from torch.fx import Graph
 
 from ..graph.sites import by_input, linears
 from ..lower.fuse_parallel_linears import joint_name
-from ..lower.moe_form import Form, Gate, Weights
+from ..lower.moe_form import ExpertWeights, Gate, MoeForm
 from ..passes.moe_coverage import of_experts
 from ..plan.linear_plan import LinearPlan
 from ..quant.formats import PER_TENSOR, Scheme
@@ -45,9 +45,9 @@ def _together(graphs: Sequence[Graph], plan: Mapping[str, LinearPlan]) -> set[st
         if len(set(kinds)) != 1:
             continue
         scheme = kinds[0]
-        weight = Weights(scheme.weight.stored_bits, scheme.weight.group_size, not scheme.weight.symmetric)
+        weight = ExpertWeights(scheme.weight.stored_bits, scheme.weight.group_size, not scheme.weight.symmetric)
         widths = {p.shape[1] for p in experts}
-        form = Form(min(widths), max(widths), weight, weight, Gate("swiglu"))
+        form = MoeForm(min(widths), max(widths), weight, weight, Gate("swiglu"))
         if scheme.table and not form.why_dense() and not why_dense_on_cuda(form):
             found |= {p.name for p in experts}
     return found

@@ -2,21 +2,21 @@
 
 
 
-from ..lower.moe_form import Form
+from ..lower.moe_form import MoeForm
 
 _INTERLEAVE = 64  # input features of a tile of CUDA's weights; a part of a tile is read beyond its end
 _CUDA_BLOCKS = (32, 64, 128)
 _CUDA_GATES = ("swiglu", "silu", "relu")  # nothing that it may approximate in another way
 
 
-def why_dense_on_cpu(form: Form, accuracy_level: int) -> str:
+def why_dense_on_cpu(form: MoeForm, accuracy_level: int) -> str:
     """Why the CPU provider cannot run a mixture as its recipe says; empty where it can."""
     if form.up.bits == 8 and accuracy_level != 4:
         return f"QMoE rounds what 8-bit weights read to 8 bits, and accuracy level {accuracy_level} keeps it float"
     return ""
 
 
-def why_dense_on_cuda(form: Form) -> str:
+def why_dense_on_cuda(form: MoeForm) -> str:
     """Why the CUDA provider cannot run a mixture; empty where it can."""
     if form.hidden % _INTERLEAVE or form.inner % _INTERLEAVE:
         return f"{form.hidden} and {form.inner} input features are no multiples of {_INTERLEAVE}"

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..quant.formats import PER_TENSOR, Scheme
 from .formatting import own
-from .report import InputRange, Row
+from .report import InputRange, ValueComparison
 
 # Measured on good exports of a model of 135M parameters, and of the same with planted outliers: 4 bits by rounding, by
 # GPTQ and with low-rank branches, 8 bits with static and with dynamic inputs (30 layers, 210 linears each). None of
@@ -161,8 +161,8 @@ def _groups(index: int, amount: Tensor, off: Tensor) -> list[_Group]:
 
 
 def with_faults(
-    rows: Sequence[Row], ranges: Sequence[InputRange], unfused: Mapping[str, str], behind: Mapping[str, str]
-) -> tuple[Row, ...]:
+    rows: Sequence[ValueComparison], ranges: Sequence[InputRange], unfused: Mapping[str, str], behind: Mapping[str, str]
+) -> tuple[ValueComparison, ...]:
     """Rows of linears with what is wrong with them in words, where something is.
 
     Args:
@@ -185,7 +185,7 @@ def with_faults(
     return tuple(marked)
 
 
-def _alone(row: Row, rows: Sequence[Row], inputs: Mapping[str, InputRange]) -> list[str]:
+def _alone(row: ValueComparison, rows: Sequence[ValueComparison], inputs: Mapping[str, InputRange]) -> list[str]:
     """What is wrong with a linear whatever its weight is like."""
     evidence = _evidence(row, rows, inputs)
     if others := _below(row, rows, bool(evidence)):
@@ -195,7 +195,7 @@ def _alone(row: Row, rows: Sequence[Row], inputs: Mapping[str, InputRange]) -> l
     return []
 
 
-def _evidence(row: Row, rows: Sequence[Row], inputs: Mapping[str, InputRange]) -> list[str]:
+def _evidence(row: ValueComparison, rows: Sequence[ValueComparison], inputs: Mapping[str, InputRange]) -> list[str]:
     """What besides its SQNR sets a linear apart from those that do the same in other layers."""
     others = [other for other in rows if other is not row and _kind(other) == _kind(row)]
     if len(others) < _OTHERS:
@@ -225,7 +225,7 @@ def _headroom(found: InputRange) -> float:
     return found.reach / found.absmax if found.reach and found.absmax else 1.0
 
 
-def _below(row: Row, rows: Sequence[Row], evidence: bool) -> str:
+def _below(row: ValueComparison, rows: Sequence[ValueComparison], evidence: bool) -> str:
     """Says so where a linear is far below those that do the same in other layers.
 
     Args:
@@ -245,6 +245,6 @@ def _below(row: Row, rows: Sequence[Row], evidence: bool) -> str:
     return f"its SQNR of {value:.1f} dB is {median - value:.1f} dB below the median of the {len(others)} others like it"
 
 
-def _kind(row: Row) -> tuple:
+def _kind(row: ValueComparison) -> tuple:
     """Linears of layers that are alike have names alike but for numbers."""
     return re.sub(r"\d+", "#", row.name), row.scheme, row.kernel

@@ -13,7 +13,7 @@ aten = torch.ops.aten
 _RESHAPED = (*SHAPE_ONLY, aten.transpose.int, aten.permute.default, aten.contiguous.default, aten.clone.default)
 
 
-def attentions(graph: Graph) -> dict[str, str]:
+def attention_results(graph: Graph) -> dict[str, str]:
     """The path of the module of every attention, by the name of the linear that reads what comes out of it."""
     return {
         linear.name: _path(attention, linear.name)

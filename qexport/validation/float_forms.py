@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from ..artifact.manifest import Manifest
-from ..artifact.scratch import scratch
+from ..artifact.scratch import scratch_folder
 from ..calibrate.float_model import fits_in_memory
 from ..calibrate.loop import quantize_blocks
 from ..capture.blocks import Block
-from ..capture.graph import Captured, Port, Weights
+from ..capture.graph import CapturedModel, Port, WeightSource
 from ..errors import InputError, writing_to
 from ..graph.edit import attributes, get_tensor
 from ..lower.attention_plan import deploy_attention, plan_attention
@@ -33,7 +33,7 @@ _STEPS = 8
 
 
 def compare_forms(
-    captured: Captured,
+    captured: CapturedModel,
     manifest: Manifest,
     folder: Path,
     reference: FloatOutputs,
@@ -68,7 +68,7 @@ def compare_forms(
 
 
 @contextmanager
-def half_logits(captured: Captured, windows: Tensor, progress: Progress | None = None) -> Iterator[Callable]:
+def half_logits(captured: CapturedModel, windows: Tensor, progress: Progress | None = None) -> Iterator[Callable]:
     """The model in float16 in PyTorch on the CPU, block by block: weights and activations.
 
     Tables that depend on positions alone stay float32 until they meet activations, as in a float16 model of
@@ -111,7 +111,7 @@ def _kernels():
         ) from error  # fmt: skip
 
 
-def half_model(captured: Captured) -> Captured:
+def half_model(captured: CapturedModel) -> CapturedModel:
     """A copy of a float32 model, weights not loaded, that computes in float16."""
     blocks = _copied(captured)
     for block in blocks:
@@ -124,7 +124,7 @@ def half_model(captured: Captured) -> Captured:
 
 @dataclasses.dataclass(frozen=True)
 class _HalfWeights:
-    weights: Weights
+    weights: WeightSource
 
     def load(self, name: str) -> Tensor:
         tensor = self.weights.load(name)
@@ -135,7 +135,7 @@ def _half_port(port: Port) -> Port:
     return dataclasses.replace(port, dtype=torch.float16) if port.dtype.is_floating_point else port
 
 
-def _copied(captured: Captured) -> list[Block]:
+def _copied(captured: CapturedModel) -> list[Block]:
     """The blocks once more, without weights, also where a block holds its own."""
     copies = []
     for block in captured.blocks:
@@ -146,7 +146,7 @@ def _copied(captured: Captured) -> list[Block]:
 
 @contextmanager
 def float_file_logits(
-    captured: Captured,
+    captured: CapturedModel,
     manifest: Manifest,
     beside: Path,
     length: int,
@@ -172,13 +172,13 @@ def float_file_logits(
         RuntimeProblem: ONNX Runtime refuses the file or does not have the provider.
     """
     place = beside.parent if os.access(beside.parent, os.W_OK) else None
-    with scratch(place) as folder:
+    with scratch_folder(place) as folder:
         with writing_to(folder, "Free as much as the float model takes, or validate without references"):
             made = export_float(captured, manifest, folder, progress)
         yield deployed_logits(folder, made, length, steps=_STEPS, threads=threads, provider=provider)
 
 
-def export_float(captured: Captured, like: Manifest, folder: Path, progress: Progress) -> Manifest:
+def export_float(captured: CapturedModel, like: Manifest, folder: Path, progress: Progress) -> Manifest:
     """Write model.onnx of a decoder, nothing quantized, into `folder`, in the form of an export with that manifest.
 
     Returns:

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterable
 
-from .report import Placement, Report, Row
+from .report import Placement, Report, ValueComparison
 
 
 def summary_rows(report: Report) -> list[tuple[str, str, str]]:
@@ -41,12 +41,12 @@ def summary_rows(report: Report) -> list[tuple[str, str, str]]:
     return rows
 
 
-def worst_first(rows: Iterable[Row]) -> list[Row]:
+def worst_first(rows: Iterable[ValueComparison]) -> list[ValueComparison]:
     """Rows by the errors made in them alone: not finite first, then those with a fault; within, ascending own SQNR."""
     return sorted(rows, key=lambda row: (row.max_abs_error is not None, not row.fault, rank(row)))
 
 
-def faulty(rows: Iterable[Row]) -> list[Row]:
+def faulty(rows: Iterable[ValueComparison]) -> list[ValueComparison]:
     """Those with errors that rounding does not explain, worst first."""
     return [row for row in worst_first(rows) if row.fault]
 
@@ -62,12 +62,12 @@ def worst_linears(report: Report, most: int = 10) -> list[tuple[str, str, str, s
     ]  # fmt: skip
 
 
-def own(row: Row) -> float | None:
+def own(row: ValueComparison) -> float | None:
     """The SQNR of a row that counts: of its own errors, where that is known."""
     return row.own_sqnr_db if row.own_sqnr_db is not None else row.sqnr_db
 
 
-def rank(row: Row) -> float:
+def rank(row: ValueComparison) -> float:
     """The same with the infinities and NaN (as minus infinity) that JSON lacks."""
     if (value := own(row)) is not None:
         return value
@@ -75,7 +75,7 @@ def rank(row: Row) -> float:
     return math.inf if row.max_abs_error == 0 else -math.inf
 
 
-def decibels(value: float | None, row: Row) -> str:
+def decibels(value: float | None, row: ValueComparison) -> str:
     """An SQNR of `row` for people."""
     if value is not None:
         return f"{value:.1f} dB"

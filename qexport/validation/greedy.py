@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ..artifact.manifest import Manifest
-from ..capture.graph import Captured
+from ..capture.graph import CapturedModel
 from ..runtime.decoder import open_decoder
 from .reference import FloatOutputs, Progress, decoder_feeds
 from .report import Greedy
@@ -16,7 +16,7 @@ _PROMPTS, _PROMPT_TOKENS = 4, 64
 
 
 def compare_greedy(
-    captured: Captured,
+    captured: CapturedModel,
     manifest: Manifest,
     folder: Path,
     windows: Tensor,

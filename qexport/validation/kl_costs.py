@@ -5,24 +5,25 @@ from pathlib import Path
 
 from ..artifact.manifest import Manifest
 from ..calibrate.fisher import Importance
-from ..capture.graph import Captured
-from .probes import Deployed
+from ..capture.graph import CapturedModel
+from .probes import DeployedValues
 from .reference import Feeds, Progress, watch
 
 
 def deployed_costs(
-    folder: Path, manifest: Manifest, captured: Captured, feeds: Sequence[Feeds], importance: Mapping[str, Importance],
-    *, transformed: bool, provider: str | None = None, progress: Progress,
+    folder: Path, manifest: Manifest, captured: CapturedModel, feeds: Sequence[Feeds],
+    importance: Mapping[str, Importance], *, transformed: bool, provider: str | None = None, progress: Progress,
 ) -> dict[str, float]:  # fmt: skip
-    """KL in nats a token by name of the linear; see `Row.kl_cost`, which is the same. Experts that are computed
-    together have none: they make no value of their own.
+    """KL in nats a token by name of the linear, as `ValueComparison.kl_cost` says it.
+
+    Experts that are computed together have none: they make no value of their own.
 
     Args:
         feeds: those that the importance was found on.
-        transformed: see `Row.rescaled`.
+        transformed: see `ValueComparison.rescaled`.
     """
     rows, costs = sum(batch["input_ids"].numel() for batch in feeds), {}
-    deployed = Deployed(folder, manifest, captured, feeds, rows=rows, transformed=transformed, provider=provider)
+    deployed = DeployedValues(folder, manifest, captured, feeds, rows=rows, transformed=transformed, provider=provider)
     for index, seen in enumerate(watch(captured, feeds, set(importance), deployed.forced)):
         progress(seen.block.name, index, len(captured.blocks))
         for entry in deployed.probe.linears:

@@ -12,40 +12,40 @@ from torch import Tensor
 
 from ..artifact.manifest import LinearEntry, Manifest
 from ..calibrate.fisher import Importance
-from ..capture.graph import Captured
+from ..capture.graph import CapturedModel
 from ..quant.metrics import cosine, sqnr_db
 from ..runtime.session import OptimizedGraph, optimized_graph, unfused
 from .anomalies import with_faults
 from .placement import expected, moved, placed
-from .probes import BUDGET, Deployed
+from .probes import BUDGET, DeployedValues
 from .ranges import input_range, static_limits
-from .reference import Feeds, Progress, Watched, channelwise, flat, watch
-from .report import Layers, Row
+from .reference import BlockComparison, Feeds, Progress, channelwise, flat, watch
+from .report import LayerComparison, ValueComparison
 from .report_store import branch_gains
 from .running import with_outputs
-from .weight_probe import Noise, weight_faults
+from .weight_probe import NoiseProbe, weight_faults
 
 
 def compare_layers(
-    folder: Path, manifest: Manifest, captured: Captured, feeds: Sequence[Feeds], plain: OptimizedGraph, *,
+    folder: Path, manifest: Manifest, captured: CapturedModel, feeds: Sequence[Feeds], plain: OptimizedGraph, *,
     rows: int, transformed: bool, threads: int | None = None, provider: str | None = None, budget: int = BUDGET,
     progress: Progress | None = None, importance: Mapping[str, Importance] = MappingProxyType({}),
-) -> Layers:  # fmt: skip
+) -> LayerComparison:  # fmt: skip
     """Compare the values of an export with the float model's on the same inputs.
 
     Args:
         feeds: the model's inputs by public name, one dict for each batch.
         plain: the optimized graph of the deployed file.
         rows: tokens (or batch entries, for models without text) in all batches.
-        transformed: the export folded factors into linears; see `Row.rescaled`.
+        transformed: the export folded factors into linears; see `ValueComparison.rescaled`.
         budget: bytes of deployed values in memory at once.
-        importance: of the results of linears, by name; gives `Row.kl_cost`.
+        importance: of the results of linears, by name; gives `ValueComparison.kl_cost`.
 
     Raises:
         InputError: the folder cannot be written, or its file lacks a value of the manifest.
         RuntimeProblem: ONNX Runtime fails.
     """
-    deployed = Deployed(
+    deployed = DeployedValues(
         folder, manifest, captured, feeds, rows=rows, transformed=transformed, threads=threads, provider=provider,
         budget=budget,
     )  # fmt: skip
@@ -54,8 +54,8 @@ def compare_layers(
     watched = with_outputs(folder, list(everything))
     strayed = moved(plain, optimized_graph(watched, manifest, provider=provider), manifest)
     limits = static_limits(folder)
-    noise = Noise(folder, manifest, limits, threads, provider)
-    linear_rows: dict[str, Row] = {}
+    noise = NoiseProbe(folder, manifest, limits, threads, provider)
+    linear_rows: dict[str, ValueComparison] = {}
     block_rows, attention_rows, ranges = [], [], []
 
     for index, seen in enumerate(watch(captured, feeds, {e.name for e in manifest.readable}, deployed.forced)):
@@ -72,13 +72,13 @@ def compare_layers(
                 want, own = seen.inputs[entry.name], seen.own_inputs[entry.name]
                 # Factors of v's channels, or of a Mul behind, are taken back by the linear.
                 measures = _measures(want, own, deployed.values[entry.input], transformed)
-                attention_rows.append(Row(name=name, block=probe.block, rescaled=transformed, **measures))
+                attention_rows.append(ValueComparison(name=name, block=probe.block, rescaled=transformed, **measures))
         for value, names in probe.inputs().items():
             got = deployed.values[value]
             ranges.append(input_range(probe.block, names, seen.inputs[names[0]], got, limits.get(value)))
         if probe.output is not None:
             measures = _measures(seen.output, seen.own_output, deployed.values[probe.output.output])
-            block_rows.append(Row(name=probe.block, block=probe.block, **measures))
+            block_rows.append(ValueComparison(name=probe.block, block=probe.block, **measures))
     if progress:
         progress("", len(captured.blocks), len(captured.blocks))
     gains = branch_gains(folder)
@@ -89,15 +89,15 @@ def compare_layers(
     wrong = {
         e.name: f"{there or 'nothing'} instead of {expected(e, there)}" for e, there in unfused(plain, manifest.linears)
     }
-    return Layers(
+    return LayerComparison(
         tokens=rows, linears=with_faults(found, ranges, wrong, deployed.behind), blocks=tuple(block_rows),
         sessions=len(deployed.groups), moved=strayed, attentions=tuple(attention_rows), ranges=tuple(ranges),
     )  # fmt: skip
 
 
-def _linear_row(entry: LinearEntry, value: list[Tensor], seen: Watched, rescaled: bool) -> Row:
+def _linear_row(entry: LinearEntry, value: list[Tensor], seen: BlockComparison, rescaled: bool) -> ValueComparison:
     measures = _measures(seen.linears[entry.name], seen.own_linears[entry.name], value, rescaled)
-    return Row(name=entry.name, block=entry.block, scheme=entry.scheme, rescaled=rescaled, **measures)
+    return ValueComparison(name=entry.name, block=entry.block, scheme=entry.scheme, rescaled=rescaled, **measures)
 
 
 def _measures(want: list[Tensor], own: list[Tensor], value: list[Tensor], rescaled: bool = False) -> dict[str, float]:

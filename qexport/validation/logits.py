@@ -11,7 +11,7 @@ from ..errors import InputError
 from ..quant.metrics import by_stretch, kl_divergence, nll, top1_agreement, top_k_agreement
 from ..runtime.decoder import open_decoder
 from .reference import FloatOutputs, Progress
-from .report import Farthest, Logits
+from .report import Logits, WorstToken
 
 _STRETCHES = 64  # of a window, at most
 _CONTEXT = 24  # tokens shown in front of another
@@ -121,12 +121,12 @@ def compare_logits(
     )  # fmt: skip
 
 
-def _farthest(windows: Tensor, kl: Tensor, likeliest: Tensor, decode: Callable[[list[int]], str]) -> Farthest:
+def _farthest(windows: Tensor, kl: Tensor, likeliest: Tensor, decode: Callable[[list[int]], str]) -> WorstToken:
     """The largest KL [n, S - 1], with both models' likeliest tokens [n, S - 1, 2] there."""
     window, before = divmod(int(kl.argmax()), kl.shape[1])
     wanted, found = likeliest[window, before].tolist()
     ids, token = windows[window].tolist(), before + 1
-    return Farthest(
+    return WorstToken(
         window=window, token=token, kl=float(kl[window, before]),
         context=decode(ids[max(token - _CONTEXT, 0) : token]), text=decode([ids[token]]),
         float_likeliest=decode([wanted]), likeliest=decode([found]),

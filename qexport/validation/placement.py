@@ -7,7 +7,7 @@ from pathlib import Path
 from ..artifact.branches import PROMPTS
 from ..artifact.manifest import LinearEntry, Manifest
 from ..runtime.session import OptimizedGraph, kernel_of, node_of, optimized_graph, unfused, unfused_convolutions
-from .report import Placement, Row, Unfused
+from .report import Placement, Unfused, ValueComparison
 
 
 def examine(folder: Path, manifest: Manifest, provider: str) -> tuple[Placement, OptimizedGraph]:
@@ -45,7 +45,7 @@ def expected(linear: LinearEntry, found: str | None) -> str:
     return linear.prompt_kernel if linear.prompt_kernel and found == linear.kernel else linear.kernel
 
 
-def placed(row: Row, linear: LinearEntry, graph: OptimizedGraph) -> Row:
+def placed(row: ValueComparison, linear: LinearEntry, graph: OptimizedGraph) -> ValueComparison:
     """A linear's row with its size in the file, and with the operator that computes it and where.
 
     Of a file with branches these are those for prompts, as all that is measured is.

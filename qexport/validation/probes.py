@@ -10,11 +10,11 @@ from torch import Tensor
 
 from ..artifact.manifest import BlockEntry, LinearEntry, Manifest
 from ..capture.blocks import Block
-from ..capture.graph import Captured
+from ..capture.graph import CapturedModel
 from ..graph.edit import shape_of
 from ..graph.sites import fold_sites, linears
-from .attentions import attentions
-from .reference import Feeds, Forced, Watched, channelwise, flat
+from .attentions import attention_results
+from .reference import BlockComparison, Feeds, TeacherForcing, channelwise, flat
 from .running import run_values
 
 BUDGET = 1 << 29  # bytes of deployed values in memory at once
@@ -50,7 +50,7 @@ class Probe:
         return readers
 
 
-def probes(captured: Captured, manifest: Manifest, rows: int) -> list[Probe]:
+def make_probes(captured: CapturedModel, manifest: Manifest, rows: int) -> list[Probe]:
     """What to read of every block, in the order of the model; rows: tokens or batch entries over all batches."""
     outputs = {entry.name: entry for entry in manifest.blocks}
     found = []
@@ -64,7 +64,7 @@ def probes(captured: Captured, manifest: Manifest, rows: int) -> list[Probe]:
         # One for every value of the file: inputs that are one value here may be several there.
         read += [nodes[names[0]].args[0] for names in Probe(block.name, entries, None, 0).inputs().values()]
         size = sum(_bytes(shape_of(node), rows) for node in read)
-        found.append(Probe(block.name, entries, output, size, attentions(block.module.graph)))
+        found.append(Probe(block.name, entries, output, size, attention_results(block.module.graph)))
     return found
 
 
@@ -88,12 +88,12 @@ def in_groups(found: Sequence[Probe], budget: int) -> list[list[Probe]]:
     return groups
 
 
-class Deployed:
+class DeployedValues:
     """Deployed values, those of one group of blocks at a time.
 
     Args:
         feeds: the model's inputs by public name, one dict for each batch; rows: of every value, over all of them.
-        transformed: the export folded factors into linears; see `Row.rescaled`.
+        transformed: the export folded factors into linears; see `ValueComparison.rescaled`.
         budget: bytes of deployed values in memory at once.
 
     Attributes:
@@ -105,10 +105,10 @@ class Deployed:
     """
 
     def __init__(
-        self, folder: Path, manifest: Manifest, captured: Captured, feeds: Sequence[Feeds], *, rows: int,
+        self, folder: Path, manifest: Manifest, captured: CapturedModel, feeds: Sequence[Feeds], *, rows: int,
         transformed: bool, threads: int | None = None, provider: str | None = None, budget: int = BUDGET,
     ):  # fmt: skip
-        self.groups = in_groups(probes(captured, manifest, rows), budget)
+        self.groups = in_groups(make_probes(captured, manifest, rows), budget)
         self._places = {probe.block: (probe, group) for group in self.groups for probe in group}
         self._run = partial(run_values, folder, manifest, feeds=feeds, threads=threads, provider=provider)
         self._transformed = transformed
@@ -127,19 +127,19 @@ class Deployed:
 
     @property
     def rescaled(self) -> set[str]:
-        """Linears of the blocks entered so far whose outputs are off by factors on purpose; see `Row.rescaled`."""
+        """`ValueComparison.rescaled`: linears so far whose outputs are off by factors on purpose."""
         return set(self.behind.values())
 
-    def forced(self, block: Block) -> Forced:
+    def forced(self, block: Block) -> TeacherForcing:
         """Go on to a block, for `watch`: its values take the place of float ones."""
         probe, state = self.enter(block.name), self.state
         if self._transformed:
             self.behind |= rescaled_in_front(block)
         values = {entry.name: self.result(entry) for entry in probe.linears}
         self.state = self.values[probe.output.output] if probe.output else None
-        return Forced(state, values, self.rescaled)
+        return TeacherForcing(state, values, self.rescaled)
 
-    def error(self, entry: LinearEntry, seen: Watched) -> Tensor:
+    def error(self, entry: LinearEntry, seen: BlockComparison) -> Tensor:
         """What a linear's result is off by itself, [rows, channels], in the scale of the float model."""
         want, got = flat(seen.own_linears[entry.name]), flat(self.result(entry))
         return (channelwise(want, got) if entry.name in self.rescaled else got) - want

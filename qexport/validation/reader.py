@@ -8,8 +8,8 @@ from torch import Tensor
 
 from ..calibrate.float_model import float_bytes, weights_of
 from ..capture.blocks import Block
-from ..capture.graph import Captured
-from ..capture.weight_views import Piece, Pieces
+from ..capture.graph import CapturedModel
+from ..capture.weight_views import WeightView, WeightViews
 from ..errors import CaptureError
 from ..graph.edit import get_tensor
 from ..models.agreement import ReaderAgreement, difference, explained
@@ -21,7 +21,7 @@ _REMEDY = "One of the two readings is wrong: please report it with the model's n
 _DECISIONS = ("topk", "sort", "argsort", "argmax", "argmin", "round", "expert_shares")
 
 
-def check_reader(captured: Captured) -> ReaderAgreement:
+def check_reader(captured: CapturedModel) -> ReaderAgreement:
     """Run the captured graph beside its witness; keeps the result as `captured.reader`, and does it once.
 
     One block's weights are in memory at a time, beside the witness's model.
@@ -34,7 +34,7 @@ def check_reader(captured: Captured) -> ReaderAgreement:
     return captured.reader
 
 
-def _compared(captured: Captured) -> ReaderAgreement:
+def _compared(captured: CapturedModel) -> ReaderAgreement:
     if captured.witness is None:
         return ReaderAgreement(why_not="it was captured from something else than a folder or a module")
     names = ([b.name for b in captured.blocks], [p.name for p in captured.inputs], [p.name for p in captured.outputs])
@@ -45,7 +45,7 @@ def _compared(captured: Captured) -> ReaderAgreement:
         return ReaderAgreement(why_not=str(reason))
 
 
-def _beside(captured: Captured, said: Testimony) -> ReaderAgreement:
+def _beside(captured: CapturedModel, said: Testimony) -> ReaderAgreement:
     worst, blocks, compared = 0.0, _kept(captured, said), 0
     chooses = any(_decides(block) for block in blocks)
     bound = explained(said.eps)
@@ -70,7 +70,7 @@ def _beside(captured: Captured, said: Testimony) -> ReaderAgreement:
     return ReaderAgreement(said.name, f"{what}, {said.described()}", worst, bound, compared)
 
 
-def _kept(captured: Captured, said: Testimony) -> list[Block]:
+def _kept(captured: CapturedModel, said: Testimony) -> list[Block]:
     """The blocks that take part."""
     if said.kept is None:
         return list(captured.blocks)
@@ -83,7 +83,7 @@ def _numbers(names: Sequence[str]) -> str:
     return f"{', '.join(numbers[:-1])} and {numbers[-1]}"
 
 
-def _past(captured: Captured, feeds: Mapping[str, Tensor], results: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _past(captured: CapturedModel, feeds: Mapping[str, Tensor], results: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """What the call before left in the cache; nothing for the first."""
     rows = len(next(iter(feeds.values())))
     past = {}
@@ -95,7 +95,7 @@ def _past(captured: Captured, feeds: Mapping[str, Tensor], results: Mapping[str,
 
 
 def _run(
-    captured: Captured, blocks: Sequence[Block], feeds: Mapping[str, Tensor], said: Testimony, *, first: bool
+    captured: CapturedModel, blocks: Sequence[Block], feeds: Mapping[str, Tensor], said: Testimony, *, first: bool
 ) -> tuple[dict[str, Tensor], int]:
     """All values of one call, and how many weights were compared, which they are in the first one."""
     values = {port.value: feeds[port.name] for port in captured.inputs if port.name in feeds}
@@ -122,16 +122,16 @@ def _run(
     return values, weights
 
 
-def _same_weights(captured: Captured, block: Block, said: Testimony) -> int:
+def _same_weights(captured: CapturedModel, block: Block, said: Testimony) -> int:
     """How many weights of a block, loaded, the witness knows by their names; all of them are equal."""
     changed = captured.weights if isinstance(captured.weights, ChangedWeights) else None
     read = captured.weights if changed is None else changed.source
-    table = read.table if isinstance(read, Pieces) else {}
+    table = read.table if isinstance(read, WeightViews) else {}
     known = 0
     for name in block.parameters:
         if changed is not None and name in changed.added:
             continue
-        piece = table.get(name, Piece(name))
+        piece = table.get(name, WeightView(name))
         if name in captured.constants or (whole := said.weight(piece.source)) is None:
             continue
         own = changed is not None and name in changed.made  # which is compared as it was read

@@ -15,7 +15,7 @@ from ..artifact.manifest import MODEL_FILE, Manifest
 from ..calibrate.block_activations import Feeds, Progress, decoder_inputs, stream_of
 from ..calibrate.float_model import weights_of
 from ..capture.blocks import Block
-from ..capture.graph import Captured
+from ..capture.graph import CapturedModel
 from ..errors import InputError
 from ..graph.edit import attributes, set_tensor, unload
 from ..graph.sites import linears
@@ -29,12 +29,12 @@ _FLOATS = {
 _COMPARED = 1 << 26
 
 
-def decoder_feeds(captured: Captured, windows: Tensor) -> list[Feeds]:
+def decoder_feeds(captured: CapturedModel, windows: Tensor) -> list[Feeds]:
     """Inputs of a decoder, cache empty, one batch for each window [n, S]."""
     return [decoder_inputs(captured, ids[None], torch.ones_like(ids[None])) for ids in windows]
 
 
-def check_same_model(captured: Captured, manifest: Manifest, folder: Path, *, transformed: bool) -> None:
+def check_same_model(captured: CapturedModel, manifest: Manifest, folder: Path, *, transformed: bool) -> None:
     """Refuse a reference that is not the model that was exported, as far as can be told.
 
     Compared are kind, sizes, names and shapes of the quantized linears, and the values of tensors that the file keeps.
@@ -92,7 +92,7 @@ class FloatOutputs:
     """
 
     def __init__(
-        self, captured: Captured, feeds: Sequence[Feeds], names: Sequence[str], progress: Progress | None = None
+        self, captured: CapturedModel, feeds: Sequence[Feeds], names: Sequence[str], progress: Progress | None = None
     ):
         self._captured, self._last = captured, captured.blocks[-1]
         self._ports = [port for port in captured.outputs if port.name in names]
@@ -125,7 +125,7 @@ class FloatOutputs:
 
 
 @dataclass(frozen=True)
-class Forced:
+class TeacherForcing:
     """Deployed values that take the place of float ones, a tensor for each batch.
 
     Attributes:
@@ -140,7 +140,7 @@ class Forced:
 
 
 @dataclass(frozen=True)
-class Watched:
+class BlockComparison:
     """What happened in a block, a tensor for each batch.
 
     Attributes:
@@ -160,8 +160,8 @@ class Watched:
 
 
 def watch(
-    captured: Captured, feeds: Sequence[Feeds], wanted: set[str], forced: Callable[[Block], Forced]
-) -> Iterator[Watched]:
+    captured: CapturedModel, feeds: Sequence[Feeds], wanted: set[str], forced: Callable[[Block], TeacherForcing]
+) -> Iterator[BlockComparison]:
     """Run the float model block by block and look at values inside.
 
     Args:
@@ -173,19 +173,19 @@ def watch(
     for index, block in enumerate(captured.blocks):
         nodes = {found.node: found.name for found in linears(block.module.graph) if found.name in wanted}
         carried, given = block.outputs.index(captured.handed_on(block)), forced(block)
-        seen = Watched(block, {}, [], {}, [], {}, {})
+        seen = BlockComparison(block, {}, [], {}, [], {}, {})
         with weights_of(captured, block):
             for batch in range(len(stream.batches)):
                 inputs = dict(zip(block.inputs, stream.inputs(block, batch), strict=True))
-                plain = _Watch(block.module, nodes, {})
+                plain = _ComparingInterpreter(block.module, nodes, {})
                 results = plain.run(*inputs.values())
                 seen.output.append(results[carried])
                 if given.state is not None and state_name in inputs:
                     inputs[state_name] = given.state[batch].float()
-                    results = _Watch(block.module, {}, {}).run(*inputs.values())
+                    results = _ComparingInterpreter(block.module, {}, {}).run(*inputs.values())
                 seen.own_output.append(results[carried])
                 instead = {name: v[batch].float() for name, v in given.linears.items()}
-                own = _Watch(block.module, nodes, instead, given.rescaled)
+                own = _ComparingInterpreter(block.module, nodes, instead, given.rescaled)
                 own.run(*inputs.values())
                 for name in plain.seen:
                     seen.linears.setdefault(name, []).append(plain.seen[name])
@@ -197,7 +197,7 @@ def watch(
         state_name = captured.handed_on(block)
 
 
-class _Watch(Interpreter):
+class _ComparingInterpreter(Interpreter):
     """Notes what linears read and make, and goes on with another value where there is one."""
 
     def __init__(

@@ -23,7 +23,7 @@ class _Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class Row(_Frozen):
+class ValueComparison(_Frozen):
     """One value of the deployed model beside the same value of the float model.
 
     Attributes:
@@ -101,7 +101,7 @@ class Placement(_Frozen):
     convolutions: int = 0
 
 
-class Layers(_Frozen):
+class LayerComparison(_Frozen):
     """The comparison value by value.
 
     Attributes:
@@ -117,11 +117,11 @@ class Layers(_Frozen):
     """
 
     tokens: int
-    linears: tuple[Row, ...]
-    blocks: tuple[Row, ...]
+    linears: tuple[ValueComparison, ...]
+    blocks: tuple[ValueComparison, ...]
     sessions: int
     moved: tuple[Unfused, ...] = ()
-    attentions: tuple[Row, ...] = ()
+    attentions: tuple[ValueComparison, ...] = ()
     ranges: tuple["InputRange", ...] = ()
     time_by_op: dict[str, float] = Field(default_factory=dict)
     step_time_by_op: dict[str, float] = Field(default_factory=dict)
@@ -166,7 +166,7 @@ class Activation(_Frozen):
     kernel_without_zeros: Finite = None
 
 
-class Farthest(_Frozen):
+class WorstToken(_Frozen):
     """The place where the prediction moved most.
 
     Attributes:
@@ -215,7 +215,7 @@ class Logits(_Frozen):
     nonfinite_tokens: int = 0
     top5_agreement: float | None = None
     kl_by_position: tuple[Finite, ...] = ()
-    farthest: Farthest | None = None
+    farthest: WorstToken | None = None
 
 
 class Reference(_Frozen):
@@ -249,7 +249,7 @@ class Greedy(_Frozen):
     agreed: tuple[int, ...]
 
 
-class Better(_Frozen):
+class SuggestedOverride(_Frozen):
     """An override of the recipe that buys back error.
 
     Attributes:
@@ -270,7 +270,7 @@ class Sensitivity(_Frozen):
     Attributes:
         tokens: of the text that it was measured on; kl_mean: of the deployed model on these alone, which is not that of
             the whole text in `Logits`.
-        kl_foretold: the sum of all `Row.kl_cost`; where it is far from kl_mean, the costs are guesses.
+        kl_foretold: the sum of all `ValueComparison.kl_cost`; where it is far from kl_mean, the costs are guesses.
         measured: the fall of kl_mean by name, with the value of that linear alone restored to float in the deployed
             file: of the costliest linears, and of a quantized embedding (by the name of its block). It is measured
             among the errors of all others, so it may be below zero.
@@ -281,7 +281,7 @@ class Sensitivity(_Frozen):
     kl_mean: Finite
     kl_foretold: Finite
     measured: dict[str, Finite]
-    overrides: tuple[Better, ...] = ()
+    overrides: tuple[SuggestedOverride, ...] = ()
 
 
 class Report(_Frozen):
@@ -309,10 +309,10 @@ class Report(_Frozen):
     reader: ReaderAgreement | None = None
     text: str
     own_text: bool = False
-    layers: Layers
+    layers: LayerComparison
     activations: tuple[Activation, ...] = ()
     logits: Logits | None = None
-    outputs: tuple[Row, ...] = ()
+    outputs: tuple[ValueComparison, ...] = ()
     references: tuple[Reference, ...] = ()
     greedy: Greedy | None = None
     sensitivity: Sensitivity | None = None

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from ..artifact.branches import PROMPTS, only
 from ..artifact.manifest import MODEL_FILE, LinearEntry, Manifest
-from ..capture.graph import Captured
-from ..runtime.session import Beside, open_session
-from .probes import Deployed
+from ..capture.graph import CapturedModel
+from ..runtime.session import ModelInFolder, open_session
+from .probes import DeployedValues
 from .reference import Feeds, FloatOutputs, Progress, channel_factors, flat, watch
 from .running import run_session
 
@@ -25,7 +25,7 @@ _PREFIX = "correction of "
 
 
 def kl_costs(
-    folder: Path, manifest: Manifest, captured: Captured, feeds: Sequence[Feeds], *, transformed: bool,
+    folder: Path, manifest: Manifest, captured: CapturedModel, feeds: Sequence[Feeds], *, transformed: bool,
     names: Collection[str] | None = None, threads: int | None = None, provider: str | None = None,
     progress: Progress | None = None,
 ) -> tuple[float, dict[str, float]]:  # fmt: skip
@@ -46,7 +46,7 @@ def kl_costs(
         InputError, RuntimeProblem: as `compare_layers`.
     """
     rows = sum(batch["input_ids"].numel() for batch in feeds)
-    deployed = Deployed(
+    deployed = DeployedValues(
         folder, manifest, captured, feeds, rows=rows, transformed=transformed, threads=threads, provider=provider,
     )  # fmt: skip
     table = _embedding(folder, captured, manifest)
@@ -77,7 +77,7 @@ def _minus(want: Sequence[Tensor], got: Sequence[Tensor]) -> list[Tensor]:
     return [w - g.float() for w, g in zip(want, got, strict=True)]
 
 
-def _in_columns(entry: LinearEntry, differences: Sequence[Tensor], deployed: Deployed) -> list[Tensor]:
+def _in_columns(entry: LinearEntry, differences: Sequence[Tensor], deployed: DeployedValues) -> list[Tensor]:
     """The same in the columns of a value that several linears share, and zeros beside them."""
     if entry.columns is None:
         return list(differences)
@@ -86,7 +86,7 @@ def _in_columns(entry: LinearEntry, differences: Sequence[Tensor], deployed: Dep
     return [torch.nn.functional.pad(difference, (start, width - stop)) for difference in differences]
 
 
-def _embedding(folder: Path, captured: Captured, manifest: Manifest) -> str:
+def _embedding(folder: Path, captured: CapturedModel, manifest: Manifest) -> str:
     """The value of a quantized embedding, where it is what the first block hands on; else empty."""
     output = next((entry.output for entry in manifest.blocks if entry.name == captured.blocks[0].name), None)
     graph = onnx.load(folder / MODEL_FILE, load_external_data=False).graph
@@ -94,7 +94,7 @@ def _embedding(folder: Path, captured: Captured, manifest: Manifest) -> str:
     return output if output in gathered else ""
 
 
-def _correctable(folder: Path, values: Collection[str]) -> Beside:
+def _correctable(folder: Path, values: Collection[str]) -> ModelInFolder:
     """The model of a folder in which every named value gets an addend from outside."""
     model = only(onnx.load(folder / MODEL_FILE, load_external_data=False), PROMPTS)
     graph = model.graph
@@ -109,10 +109,10 @@ def _correctable(folder: Path, values: Collection[str]) -> Beside:
     graph.input.extend(onnx.helper.make_tensor_value_info(_PREFIX + name, element, None) for name in wanted)
     del graph.node[:]
     graph.node.extend(nodes)
-    return Beside(folder, model.SerializeToString())
+    return ModelInFolder(folder, model.SerializeToString())
 
 
-def _float_logits(captured: Captured, feeds: Sequence[Feeds]) -> list[Tensor]:
+def _float_logits(captured: CapturedModel, feeds: Sequence[Feeds]) -> list[Tensor]:
     reference = FloatOutputs(captured, feeds, ("logits",))
     try:
         return [reference.outputs(batch)["logits"].flatten(0, 1) for batch in range(len(feeds))]

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..artifact.branches import PROMPTS, only
 from ..artifact.manifest import MODEL_FILE, Manifest
 from ..errors import InputError, RuntimeProblem
-from ..runtime.session import Beside, open_session
+from ..runtime.session import ModelInFolder, open_session
 from .reference import Feeds
 
 _DTYPES = {  # of what a session takes, by the names that it has for types
@@ -20,7 +20,7 @@ _DTYPES = {  # of what a session takes, by the names that it has for types
 }  # fmt: skip
 
 
-def with_outputs(folder: Path, values: Sequence[str]) -> Beside:
+def with_outputs(folder: Path, values: Sequence[str]) -> ModelInFolder:
     """The model of a folder with additional outputs.
 
     Of a file with branches it has the one for prompts alone: what is inside of a branch cannot be an output.
@@ -39,7 +39,7 @@ def with_outputs(folder: Path, values: Sequence[str]) -> Beside:
         )
     present = {output.name for output in graph.output}
     graph.output.extend(onnx.ValueInfoProto(name=value) for value in values if value not in present)
-    return Beside(folder, model.SerializeToString())
+    return ModelInFolder(folder, model.SerializeToString())
 
 
 def run_values(

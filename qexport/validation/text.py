@@ -11,7 +11,7 @@ from torch import Tensor
 from ..calibrate.float_model import fits_in_memory, loaded
 from ..calibrate.self_text import continue_text
 from ..calibrate.sources import load_samples, text_windows
-from ..capture.graph import Captured
+from ..capture.graph import CapturedModel
 from ..errors import InputError
 from ..recipe.recipe import CalibrationSpec
 
@@ -35,7 +35,7 @@ class Text:
 
 
 def choose_text(
-    captured: Captured,
+    captured: CapturedModel,
     text: str | os.PathLike | None,
     windows: int,
     window: int,
@@ -89,7 +89,9 @@ def _read(text: str | os.PathLike) -> tuple[str, str]:
         raise InputError(f"byte {error.start} is not UTF-8", place=str(path), remedy="Convert the file") from None
 
 
-def _own(captured: Captured, tokenizer, windows: int, window: int, progress: Callable[[str, int, int], None]) -> Text:
+def _own(
+    captured: CapturedModel, tokenizer, windows: int, window: int, progress: Callable[[str, int, int], None]
+) -> Text:
     spec = CalibrationSpec(
         source="self", samples=windows, sequence_length=window, seed=_SEED, batch_size=min(windows, 8)
     )

@@ -11,11 +11,11 @@ from torch import Tensor
 
 from ..artifact.branches import PROMPTS, STEPS
 from ..artifact.manifest import CPU, LinearEntry, Manifest
-from ..artifact.scratch import scratch
+from ..artifact.scratch import scratch_folder
 from ..runtime.decoder import Decoder
 from ..runtime.session import open_session
 from .reference import Feeds
-from .report import Layers
+from .report import LayerComparison
 from .running import run_session
 
 _RUNS = 5  # that count; one more before them does not
@@ -54,7 +54,7 @@ def measure(
     """
     if (provider or manifest.provider) != CPU:
         return Times()
-    with scratch() as place:
+    with scratch_folder() as place:
         session = open_session(folder, manifest, threads=threads, provider=provider, profile_prefix=place / "profile")
         if prompt is None:
             for _ in range(1 + _RUNS):
@@ -73,7 +73,7 @@ def measure(
     return Times(*prompts, *steps)
 
 
-def with_times(layers: Layers, manifest: Manifest, times: Times) -> Layers:
+def with_times(layers: LayerComparison, manifest: Manifest, times: Times) -> LayerComparison:
     """The layers with the share of each linear; several that are one product share its time by their columns."""
     shares = [_of_linears(manifest, times.nodes, PROMPTS), _of_linears(manifest, times.step_nodes, STEPS)]
     rows = [

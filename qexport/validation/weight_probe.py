@@ -14,11 +14,11 @@ from torch import Tensor
 
 from ..artifact.branches import PROMPTS, only
 from ..artifact.manifest import MODEL_FILE, LinearEntry, Manifest
-from ..capture.graph import Captured
+from ..capture.graph import CapturedModel
 from ..graph.sites import linears
-from ..runtime.session import Beside, open_session
+from ..runtime.session import ModelInFolder, open_session
 from .anomalies import fault_of_weight
-from .reference import Watched, channelwise
+from .reference import BlockComparison, channelwise
 from .running import run_session
 
 ROWS = 256
@@ -32,14 +32,14 @@ _CUT = "noise/"  # in front of the names of values that are given instead of com
 
 
 @dataclass(frozen=True)
-class Heard:
+class NoiseResponse:
     """What a linear made of noise: x float32 [ROWS, K], y float32 [ROWS, N]."""
 
     x: Tensor
     y: Tensor
 
 
-class Noise:
+class NoiseProbe:
     """The linears of a deployed file, each on its own.
 
     Args:
@@ -55,7 +55,9 @@ class Noise:
         self._model = only(onnx.load(folder / MODEL_FILE, load_external_data=False), PROMPTS)
         self._makers = {name: node for node in self._model.graph.node for name in node.output}
 
-    def run(self, entries: Sequence[LinearEntry], channels: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, Heard]:
+    def run(
+        self, entries: Sequence[LinearEntry], channels: Mapping[str, tuple[Tensor, Tensor]]
+    ) -> dict[str, NoiseResponse]:
         """What linears read and make; those that read something else besides are left out.
 
         Args:
@@ -86,7 +88,7 @@ class Noise:
         for entry in entries:
             if entry.output in made:
                 y = made[entry.output].flatten(0, -2)[:, slice(*(entry.columns or (None,)))]
-                heard[entry.name] = Heard(noise[entry.input], y.float())
+                heard[entry.name] = NoiseResponse(noise[entry.input], y.float())
         return heard
 
     def _between(self, output: str, given: set[str]) -> set[str] | None:
@@ -105,7 +107,7 @@ class Noise:
                 waiting += node.input
         return nodes
 
-    def _part(self, nodes: Mapping[str, set[str]], given: Mapping[str, int]) -> Beside:
+    def _part(self, nodes: Mapping[str, set[str]], given: Mapping[str, int]) -> ModelInFolder:
         graph, wanted = self._model.graph, set().union(*nodes.values())
         part = onnx.ModelProto(ir_version=self._model.ir_version, opset_import=self._model.opset_import)
         part.graph.name = graph.name
@@ -119,12 +121,12 @@ class Noise:
             if _CUT + name in read:
                 part.graph.input.append(onnx.helper.make_tensor_value_info(_CUT + name, kind, None))
         part.graph.output.extend(onnx.ValueInfoProto(name=name) for name in nodes)
-        return Beside(self._folder, part.SerializeToString())
+        return ModelInFolder(self._folder, part.SerializeToString())
 
 
 def weight_faults(
-    captured: Captured, entries: Sequence[LinearEntry], seen: Watched, values: Mapping[str, Sequence[Tensor]],
-    noise: Noise, rescaled: Set[str], transformed: bool,
+    captured: CapturedModel, entries: Sequence[LinearEntry], seen: BlockComparison,
+    values: Mapping[str, Sequence[Tensor]], noise: NoiseProbe, rescaled: Set[str], transformed: bool,
 ) -> dict[str, str]:  # fmt: skip
     """What is wrong with the weights of a block's linears, in words, by name; see `faults.fault_of_weight`.
 

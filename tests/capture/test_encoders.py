@@ -13,7 +13,7 @@ from transformers import (
 
 from modules import REFUSED_ENCODERS, VOCAB, encoders, save_encoder
 from qexport.api.exporting import capture, export
-from qexport.calibrate.encoder_inputs import encoder_inputs
+from qexport.calibrate.encoder_inputs import encoder_batch
 from qexport.errors import CaptureError, InputError, LoweringError
 from qexport.graph.sites import fold_sites
 from qexport.lower.build import check_translations
@@ -39,7 +39,7 @@ def test_blocks_compute_what_transformers_computes(pair):
     captured, model = pair
     run = captured_runner(captured)
     for mask in MASKS.values():
-        feeds = encoder_inputs(captured, tokens(*mask.shape, vocab=VOCAB), mask)
+        feeds = encoder_batch(captured, tokens(*mask.shape, vocab=VOCAB), mask)
         with torch.no_grad():
             want, got = model(**feeds), run(feeds)
         assert list(got) == list(want)
@@ -53,9 +53,9 @@ def test_blocks_compute_what_transformers_computes(pair):
 def test_padding_changes_nothing(pair):
     captured, _ = pair
     run, ids = captured_runner(captured), tokens(1, 5, vocab=VOCAB)
-    alone = run(encoder_inputs(captured, ids, torch.ones_like(ids)))["last_hidden_state"]
+    alone = run(encoder_batch(captured, ids, torch.ones_like(ids)))["last_hidden_state"]
     wide = torch.cat([torch.zeros_like(ids), ids], dim=1)  # padded on the left: goes to the right
-    beside = run(encoder_inputs(captured, wide, padded([5, 10], "left")[:1]))["last_hidden_state"]
+    beside = run(encoder_batch(captured, wide, padded([5, 10], "left")[:1]))["last_hidden_state"]
     assert beside.shape[1] == 10 and (beside[:, :5] - alone).abs().max() < 1e-5 * alone.abs().max()
 
 
@@ -92,7 +92,7 @@ def test_a_head_that_the_config_names_is_kept(tmp_path, family, head):
     model = loader.from_pretrained(folder, attn_implementation="eager").eval()
     run = captured_runner(load_weights(captured))
     for mask in MASKS.values():
-        feeds = encoder_inputs(captured, tokens(*mask.shape, vocab=VOCAB), mask)
+        feeds = encoder_batch(captured, tokens(*mask.shape, vocab=VOCAB), mask)
         with torch.no_grad():
             want, got = model(**feeds), run(feeds)
         for name, value in got.items():

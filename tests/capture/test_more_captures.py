@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from models import QUICK, REFUSED, VOCAB, breadth, reference_model, save_model
 from qexport.api.exporting import capture
-from qexport.capture.weight_views import Pieces
+from qexport.capture.weight_views import WeightViews
 from qexport.errors import CaptureError, LoweringError
 from qexport.graph.sites import linears
 from qexport.lower.build import check_translations
@@ -70,7 +70,7 @@ def test_layers_of_experts_are_traced_once_and_have_their_own_weights(tmp_path):
 
 def test_a_piece_is_read_without_the_rest(model_folder, monkeypatch):
     model = capture(model_folder("gpt_oss"))
-    assert isinstance(model.weights, Pieces)
+    assert isinstance(model.weights, WeightViews)
     whole = model.weights.checkpoint.load("model.layers.1.mlp.experts.down_proj")
     read = []
     load = model.weights.checkpoint.load

@@ -8,7 +8,7 @@ from transformers.models.llama.modeling_llama import LlamaAttention
 from models import VOCAB, reference_model, save_model
 from qexport.api.exporting import capture, export
 from qexport.capture import trace
-from qexport.capture.layer_groups import Layers, find_layers
+from qexport.capture.layer_groups import LayerGroups, find_layers
 from qexport.errors import CaptureError
 from stepping import captured_runner, load_weights, prompt_feeds, tokens, transformers_runner
 
@@ -146,7 +146,7 @@ class Step(torch.nn.Module):
         return self.work(self.index, self.linear(x))
 
 
-def kinds(row) -> Layers | None:
+def kinds(row) -> LayerGroups | None:
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     with fake:
         for module in row.modules():
@@ -166,7 +166,7 @@ def row_of(work):
 
 
 def test_kinds_of_layers():
-    assert kinds(Row()) == Layers("layers", (0, 1, 1, 1))
+    assert kinds(Row()) == LayerGroups("layers", (0, 1, 1, 1))
     assert kinds(row_of(lambda i, x: x * (2.0 if i == 2 else 3.0))).first == (0, 1, 2, 1)
     assert kinds(row_of(lambda i, x: x + torch.tensor([float(i // 2)] * 8))).first == (0, 1, 2, 2)
     assert kinds(row_of(lambda i, x: x.relu() if i % 2 else x)).first == (0, 1, 2, 1)

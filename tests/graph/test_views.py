@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch.fx import Graph
 
-from qexport.graph.edit import Spec
+from qexport.graph.edit import TensorSpec
 from qexport.graph.schema import bind, rebind
 from qexport.graph.views import END, Add, Matmul, MatMulNBits, QuantizeLinear, Slice, results_of, size_at, tensor_name
 
@@ -46,7 +46,7 @@ def test_arguments_are_written_by_name(graph):
 
 def test_what_is_not_known_is_not_guessed(graph):
     x = graph.placeholder("x")
-    x.meta["spec"] = Spec(torch.float32, ("batch", 8))
+    x.meta["spec"] = TensorSpec(torch.float32, ("batch", 8))
     assert size_at(x, -1) == 8
     with pytest.raises(TypeError, match="axis 0 of x has a dynamic size: batch"):
         size_at(x, 0)

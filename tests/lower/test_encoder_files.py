@@ -7,7 +7,7 @@ import exporting
 from modules import VOCAB, encoders, save_encoder
 from qexport import generate, optimize, validate
 from qexport.api.exporting import capture
-from qexport.calibrate.encoder_inputs import encoder_inputs
+from qexport.calibrate.encoder_inputs import encoder_batch
 from qexport.errors import InputError
 from qexport.quant.metrics import sqnr_db
 from qexport.recipe.recipe import CalibrationSpec, Recipe
@@ -32,7 +32,7 @@ def folder(request, tmp_path_factory):
 @pytest.mark.parametrize("folder", ["bert", "roberta", "modernbert"], indirect=True)
 def test_every_scheme_agrees(folder, tmp_path):
     whole = capture(folder)
-    feeds = encoder_inputs(whole, tokens(*MASK.shape, vocab=VOCAB), MASK)
+    feeds = encoder_batch(whole, tokens(*MASK.shape, vocab=VOCAB), MASK)
     for scheme, kernel in KERNELS.items():
         made = exporting.export(capture(folder), recipe_of(scheme), "cpu", tmp_path / scheme)
         assert {entry.kernel for entry in made.manifest.linears} == {kernel}
@@ -52,7 +52,7 @@ def test_every_scheme_agrees(folder, tmp_path):
 def test_float_encoders_agree_to_rounding(folder, tmp_path):
     recipe = Recipe(scheme="w4a16_g32", overrides=[{"match": "*", "scheme": "float"}])
     made = exporting.export(capture(folder), recipe, "cpu", tmp_path / "float")
-    feeds = encoder_inputs(made.captured, tokens(*MASK.shape, vocab=VOCAB), MASK)
+    feeds = encoder_batch(made.captured, tokens(*MASK.shape, vocab=VOCAB), MASK)
     ran, want = made.in_onnxruntime()(feeds), captured_runner(load_weights(made.captured))(feeds)
     for name in want:
         got, ours = (v[name][MASK.bool()] if v[name].dim() == 3 else v[name] for v in (ran, want))

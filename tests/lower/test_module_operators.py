@@ -9,7 +9,7 @@ from torch.nn.utils.parametrizations import weight_norm
 import exporting
 from modules import example_inputs, make_module
 from qexport.capture.module import capture_module
-from qexport.graph.convolutions import convolutions
+from qexport.graph.convolution_sites import convolutions
 from qexport.graph.sites import linears
 from qexport.recipe.recipe import Recipe
 from stepping import captured_runner, load_weights

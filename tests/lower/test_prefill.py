@@ -23,7 +23,7 @@ from qexport.errors import RecipeError
 from qexport.graph.sites import linears
 from qexport.lower.prefill_twin import LONGEST_STEP, prompt_twin
 from qexport.quant.affine import quantize_weight
-from qexport.quant.expand import channel_scale, expand
+from qexport.quant.expand import channel_scale, expand_to_int8
 from qexport.quant.formats import WeightFormat
 from qexport.recipe.recipe import CalibrationSpec, LoRCSpec, Override, Recipe, SmoothSpec
 from qexport.runtime.decoder import open_decoder
@@ -181,7 +181,7 @@ def test_the_int8_weight_covers_each_channel(zero_points):
     codes, scale = found.codes.t().contiguous(), found.scale.t().contiguous()
     zeros = None if found.zero_point is None else found.zero_point.t().contiguous()
     step = channel_scale(codes, scale, zeros, 16)
-    wide = expand(codes, scale, zeros, None, step, 16).double()
+    wide = expand_to_int8(codes, scale, zeros, None, step, 16).double()
     values = found.dequantize().double().t()
     assert (wide.abs().amax(0)[[0, 1, 2, 4, 5]] == 127).all() and not wide[:, 3].any() and step[3] == 1
     assert ((wide * step - values).abs() <= 0.5001 * step).all()

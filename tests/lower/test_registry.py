@@ -3,7 +3,7 @@ import torch
 from torch.fx import Graph
 
 from qexport.errors import LoweringError
-from qexport.graph.edit import Spec
+from qexport.graph.edit import TensorSpec
 from qexport.lower import ops  # noqa: F401  registers the translations
 from qexport.lower.emitter import Emitter
 from qexport.lower.registry import is_translated, translate, translates
@@ -28,7 +28,7 @@ def test_arguments_may_be_given_by_keyword():
     emit.enter("block", lambda name: torch.empty(()))
     x = graph.placeholder("x")
     emit.values[x] = emit.constant([1, 2])
-    x.meta["spec"] = spec = Spec(torch.int64, (2,))
+    x.meta["spec"] = spec = TensorSpec(torch.int64, (2,))
     clamp = graph.call_function(aten.clamp.default, (x,), {"max": 3})
     clamp.meta["spec"] = spec
     translate(emit, clamp)

@@ -9,8 +9,8 @@ import torch
 from torch.fx import Graph, GraphModule
 
 from qexport.capture.graph import Port
-from qexport.graph.edit import Spec
-from qexport.lower.build import Piece, build
+from qexport.graph.edit import TensorSpec
+from qexport.lower.build import Piece, build_model
 from qexport.targets.cpu import CpuTarget
 
 ops = torch.ops.qexport
@@ -22,9 +22,9 @@ RESULTS |= {"turned": (torch.int64, ROWS), "back": (torch.int64, ROWS)}
 def order_session(tmp_path):
     graph = Graph()
     mask, ids = graph.placeholder("mask"), graph.placeholder("ids")
-    mask.meta, ids.meta = {"spec": Spec(torch.int64, ("batch", "total"))}, {"spec": Spec(torch.int64, ROWS)}
+    mask.meta, ids.meta = {"spec": TensorSpec(torch.int64, ("batch", "total"))}, {"spec": TensorSpec(torch.int64, ROWS)}
     found = graph.call_function(ops.real_first.default, (mask, ids))
-    specs = (ids.meta["spec"], ids.meta["spec"], *(Spec(*RESULTS[name]) for name in ("valid", "last", "total")))
+    specs = (ids.meta["spec"], ids.meta["spec"], *(TensorSpec(*RESULTS[name]) for name in ("valid", "last", "total")))
     found.meta = {"spec": specs}
     forward, backward, *rest = (graph.call_function(operator.getitem, (found, i)) for i in range(5))
     turned = graph.call_function(ops.take_tokens.default, (ids, forward))
@@ -36,7 +36,7 @@ def order_session(tmp_path):
     inputs = [Port(n, n, torch.int64, node.meta["spec"].shape) for n, node in (("mask", mask), ("ids", ids))]
     outputs = [Port(name, name, *kind) for name, kind in RESULTS.items()]
     piece = Piece("order", module, ["mask", "ids"], list(RESULTS), lambda name: None)
-    ir.save(build([piece], inputs, outputs, CpuTarget(), "0").model, tmp_path / "order.onnx")
+    ir.save(build_model([piece], inputs, outputs, CpuTarget(), "0").model, tmp_path / "order.onnx")
     return ort.InferenceSession(tmp_path / "order.onnx")
 
 

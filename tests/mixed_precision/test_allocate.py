@@ -4,10 +4,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qexport.mixed_precision.allocate import Choice, within_bytes, within_kl
+from qexport.mixed_precision.allocate import SchemeChoice, within_bytes, within_kl
 
 CHOICES = st.lists(
-    st.builds(Choice, st.just("s"), st.integers(1, 60), st.floats(0, 10, allow_nan=False)), min_size=1, max_size=4
+    st.builds(SchemeChoice, st.just("s"), st.integers(1, 60), st.floats(0, 10, allow_nan=False)), min_size=1, max_size=4
 )
 ITEMS = st.lists(CHOICES, min_size=1, max_size=5)
 
@@ -46,13 +46,13 @@ def test_the_kl_is_kept_where_it_can_be_and_what_is_spent_is_the_best_for_its_by
 
 
 def test_bytes_go_where_they_gain_the_most():
-    cheap = [Choice("4", 10, 1.0), Choice("8", 20, 0.9)]
-    worth = [Choice("4", 10, 5.0), Choice("8", 20, 0.1)]
+    cheap = [SchemeChoice("4", 10, 1.0), SchemeChoice("8", 20, 0.9)]
+    worth = [SchemeChoice("4", 10, 5.0), SchemeChoice("8", 20, 0.1)]
     assert [c.scheme for c in within_bytes([cheap, worth], 30).choices] == ["4", "8"]
     assert [c.scheme for c in within_kl([cheap, worth], 2.0).choices] == ["4", "8"]
 
 
 def test_a_step_that_does_not_fit_leaves_room_for_smaller_ones():
-    large = [Choice("4", 10, 9.0), Choice("8", 100, 0.0)]
-    small = [Choice("4", 10, 0.2), Choice("8", 12, 0.1)]
+    large = [SchemeChoice("4", 10, 9.0), SchemeChoice("8", 100, 0.0)]
+    small = [SchemeChoice("4", 10, 0.2), SchemeChoice("8", 12, 0.1)]
     assert [c.scheme for c in within_bytes([large, small], 25).choices] == ["4", "8"]

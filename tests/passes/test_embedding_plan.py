@@ -26,8 +26,8 @@ from qexport.plan.embedding_plan import token_embeddings
 from qexport.plan.model_plan import plan_for
 from qexport.quant.affine import quantize_weight
 from qexport.quant.formats import WeightFormat
-from qexport.quant.gptq import HessianStatistic, gptq
-from qexport.quant.hqq import hqq
+from qexport.quant.gptq import HessianStatistic, gptq_quantize
+from qexport.quant.hqq import hqq_quantize
 from qexport.recipe.recipe import CalibrationSpec, LoRCSpec, Recipe, WeightSpec
 from stepping import padded
 
@@ -127,7 +127,7 @@ def test_codes_that_no_block_has_made(captured):
     model = captured("llama_bias")
     plan, embeddings = plan_for(model, Recipe(**TIED))
     step, block = ShareEmbedding({e.linear: e for e in embeddings}), model.blocks[-1]
-    assert [step.works_on(b.module) for b in model.blocks] == [False, False, False, True]
+    assert [step.applies_to(b.module) for b in model.blocks] == [False, False, False, True]
     with pytest.raises(PassError, match=r"no block before this one has made model\.embed_tokens\.weight_codes"):
         step.call(block.module, Context())
 
@@ -148,8 +148,8 @@ def test_how_the_codes_are_found(captured, model_folder, tmp_path, method):
     wanted = {
         "rtn": lambda: quantize_weight(table, fmt),
         "rtn, clipped": lambda: round_to_nearest(table, fmt, True),
-        "hqq": lambda: hqq(table, fmt),
-        "gptq": lambda: gptq(table, statistic.value(), fmt, damp=0.02, clip_search=True),
+        "hqq": lambda: hqq_quantize(table, fmt),
+        "gptq": lambda: gptq_quantize(table, statistic.value(), fmt, damp=0.02, clip_search=True),
     }[method]()
     weights = WeightSpec(
         method=method[:4].rstrip(","), damp=0.02, token_norm_power=0.5, clip_search=clip, act_order=True

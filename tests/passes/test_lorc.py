@@ -10,7 +10,7 @@ from qexport.errors import PassError
 from qexport.graph.edit import get_tensor, is_call, set_tensor
 from qexport.graph.sites import by_input, linears
 from qexport.passes.activations.quantize import QuantizeActivations
-from qexport.passes.base import Context, Handover, Pipeline
+from qexport.passes.base import Context, PassState, Pipeline
 from qexport.passes.branches.lorc import LoRC, deployed_weight, products_of
 from qexport.passes.equalization.crossquant import CrossQuant
 from qexport.passes.weights.rounding import GPTQ, RoundToNearest
@@ -289,4 +289,4 @@ def test_weights_must_be_rounded_first_and_kept():
         Pipeline([LoRC(plan)]).run(graph, nothing)
     Pipeline([RoundToNearest(plan)]).run(graph, nothing)
     with pytest.raises(PassError, match="weight of a was not kept"):
-        LoRC(plan).call(graph, Context(handover=Handover()))
+        LoRC(plan).call(graph, Context(handover=PassState()))

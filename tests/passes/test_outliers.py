@@ -8,7 +8,7 @@ from passing import block_of, collecting, plan_of, run_passes, stream_of
 from qexport.graph.edit import get_tensor, is_call
 from qexport.graph.sites import linears
 from qexport.passes.activations.quantize import QuantizeActivations
-from qexport.passes.base import Context, Handover, Pipeline, RowScale
+from qexport.passes.base import Context, PassState, Pipeline, RowScale
 from qexport.passes.branches.lorc import LoRC
 from qexport.passes.branches.outliers import SeparateOutliers
 from qexport.passes.weights.rounding import GPTQ, RoundToNearest
@@ -199,7 +199,7 @@ def test_what_was_decided_for_the_value_holds_for_what_is_left_of_it():
     graph, plan = two("w8a8_dyn")
     (value,) = {linear.input for linear in linears(graph.graph)}
     static, row = ActivationFormat("static"), RowScale(torch.ones(16), 0.5)
-    handover = Handover(formats={value: static}, row_scales={value: row})
+    handover = PassState(formats={value: static}, row_scales={value: row})
     step = SeparateOutliers(plan)
     step.call(graph, Context(collect(graph, step.statistics(graph)), handover=handover))
     (left,) = {linear.input for linear in linears(graph.graph)}

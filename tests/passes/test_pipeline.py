@@ -11,7 +11,7 @@ from passing import block_of
 from qexport.errors import NumericsError, PassError
 from qexport.graph.edit import set_tensor
 from qexport.graph.sites import linears
-from qexport.passes.base import GraphPass, Note, PassResult, Pipeline
+from qexport.passes.base import GraphPass, PassResult, Pipeline, SiteRecord
 
 
 @dataclass(frozen=True)
@@ -19,17 +19,17 @@ class Scale(GraphPass):
     """Multiplies every weight."""
 
     factor: float = 1.0
-    keeps_function: ClassVar[bool] = True
+    preserves_output: ClassVar[bool] = True
 
     def call(self, module, context):
         for linear in linears(module.graph):
             set_tensor(module, linear.weight, module.get_buffer(linear.weight) * self.factor)
-        return PassResult(changed=[Note(linear.name, "scaled") for linear in linears(module.graph)])
+        return PassResult(changed=[SiteRecord(linear.name, "scaled") for linear in linears(module.graph)])
 
 
 @dataclass(frozen=True)
 class ScaleOpenly(Scale):
-    keeps_function: ClassVar[bool] = False
+    preserves_output: ClassVar[bool] = False
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Watch(GraphPass):
         return {linear.input: list for linear in linears(module.graph)}
 
     def call(self, module, context):
-        return PassResult(changed=[Note(node.name, str(value)) for node, value in context.statistics.items()])
+        return PassResult(changed=[SiteRecord(node.name, str(value)) for node, value in context.statistics.items()])
 
 
 @pytest.fixture

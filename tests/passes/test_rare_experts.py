@@ -77,8 +77,8 @@ def test_enough_tokens_are_no_note(captured):
 def test_float_experts_and_other_models_are_not_looked_at(captured):
     model = captured("mixtral")
     step = CountChoices(plan_of(captured("llama"), "w4a16_g32"))
-    assert not any(step.works_on(block.module) for block in model.blocks)
-    assert not any(step.works_on(block.module) for block in captured("llama").blocks)
+    assert not any(step.applies_to(block.module) for block in model.blocks)
+    assert not any(step.applies_to(block.module) for block in captured("llama").blocks)
 
 
 def test_gptq_rounds_what_no_token_reached_to_nearest_and_says_so(lopsided):

@@ -16,7 +16,7 @@ from qexport.errors import NumericsError
 from qexport.graph.edit import get_tensor, set_tensor
 from qexport.graph.sites import by_input, linears
 from qexport.passes.activations.quantize import QuantizeActivations
-from qexport.passes.base import Batch, Context, GraphPass, Handover, PassResult, Pipeline
+from qexport.passes.base import Batch, Context, GraphPass, PassResult, PassState, Pipeline
 from qexport.passes.equalization.crossquant import CrossQuant
 from qexport.passes.weights.rounding import RoundToNearest
 from qexport.passes.weights.zq_global import ZQGlobal
@@ -110,7 +110,7 @@ def test_a_factor_that_rounding_does_not_see_is_not_seen_by_training():
         if folded is not None:  # in the columns, and its inverse in the input
             set_tensor(block, linear.weight, w * folded)
             given = x / folded
-        handover = Handover(folded={} if folded is None else {linear.name: folded})
+        handover = PassState(folded={} if folded is None else {linear.name: folded})
         step = ZQLocal(plan, steps=40, token_norm_power=0)
         assert step.statistics(block)[linear.input]().weighting == "none"
         result = step.call(block, Context({linear.input: hessian_of(given)}, handover=handover))

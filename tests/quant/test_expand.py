@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qexport.quant.affine import quantize_weight
-from qexport.quant.expand import expand, expanded_scale
+from qexport.quant.expand import expand_to_int8, expanded_scale
 from qexport.quant.formats import WeightFormat
 
 
@@ -17,7 +17,7 @@ def random(n, k, seed=0):
 def expanded(weight, factor=None):
     zero = None if weight.zero_point is None else weight.zero_point.t()
     row = expanded_scale(weight, factor)
-    codes = expand(weight.codes.t(), weight.scale.t(), zero, factor, row, weight.format.group_size)
+    codes = expand_to_int8(weight.codes.t(), weight.scale.t(), zero, factor, row, weight.format.group_size)
     return codes, row
 
 

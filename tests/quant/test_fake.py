@@ -5,7 +5,7 @@ import torch
 
 from qexport.quant.affine import quantize_weight
 from qexport.quant.codebook import quantize_codebook
-from qexport.quant.expand import expand, expanded_scale
+from qexport.quant.expand import expand_to_int8, expanded_scale
 from qexport.quant.fake import fake_activation, fake_folded_weight, fake_weight
 from qexport.quant.formats import ActivationFormat, Scheme
 
@@ -45,7 +45,7 @@ def test_groups_that_are_expanded_to_int8_are_rounded_twice(rounded_first):
     q = quantize_weight(w if rounded_first else w * factors, scheme.weight)
     late = factors if rounded_first else None
     row = expanded_scale(q, late)
-    codes = expand(q.codes.t(), q.scale.t(), None, late, row, 32)
+    codes = expand_to_int8(q.codes.t(), q.scale.t(), None, late, row, 32)
     want = (codes.float() * row).t()
     got = fake_folded_weight(w, factors, scheme, rounded_first)
     assert torch.allclose(got, want, atol=1e-6)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from qexport.errors import NumericsError, RecipeError
 from qexport.quant.affine import quantize_weight, search_clip, weight_scales
 from qexport.quant.formats import PER_CHANNEL, PER_TENSOR, WeightFormat
-from qexport.quant.gptq import HessianStatistic, gptq
+from qexport.quant.gptq import HessianStatistic, gptq_quantize
 
 INT4 = WeightFormat(4, 16)
 
@@ -57,7 +57,7 @@ def test_codes_are_those_of_elimination(bits, symmetric, size, act_order):
     scale, zero_point = weight_scales(w, fmt)
     expected = slow_gptq(w, hessian, fmt, scale, zero_point, act_order)
     for block_size in (7, 128):
-        q = gptq(w, hessian, fmt, act_order=act_order, block_size=block_size)
+        q = gptq_quantize(w, hessian, fmt, act_order=act_order, block_size=block_size)
         assert torch.equal(q.scale, scale) and q.codes.is_contiguous()
         assert numpy.array_equal(q.codes.numpy(), expected)
 
@@ -65,7 +65,7 @@ def test_codes_are_those_of_elimination(bits, symmetric, size, act_order):
 def test_uncorrelated_features_are_rounded_to_nearest():
     w = correlated()[0]
     for fmt in (INT4, WeightFormat(8, PER_CHANNEL), WeightFormat(4, 16, False)):
-        q = gptq(w, torch.diag(torch.linspace(1, 5, 48)), fmt)
+        q = gptq_quantize(w, torch.diag(torch.linspace(1, 5, 48)), fmt)
         assert torch.equal(q.codes, quantize_weight(w, fmt).codes)
 
 
@@ -74,13 +74,13 @@ def test_uncorrelated_features_are_rounded_to_nearest():
 def test_the_output_error_is_smaller_than_that_of_rounding(seed, symmetric, act_order, size):
     fmt = WeightFormat(4, size, symmetric)
     w, hessian = correlated(32, 64, seed)
-    q = gptq(w, hessian, fmt, act_order=act_order)
+    q = gptq_quantize(w, hessian, fmt, act_order=act_order)
     assert objective(w, q, hessian) < objective(w, quantize_weight(w, fmt), hessian)
 
 
 def test_clip_search_takes_its_scales_from_the_hessian_diagonal():
     w, hessian = correlated()
-    q = gptq(w, hessian, INT4, clip_search=True)
+    q = gptq_quantize(w, hessian, INT4, clip_search=True)
     assert torch.equal(q.scale, search_clip(w, INT4, hessian.diagonal())[0])
     assert not torch.equal(q.scale, weight_scales(w, INT4)[0])
     assert objective(w, q, hessian) < objective(w, quantize_weight(w, INT4), hessian)
@@ -98,7 +98,7 @@ def without(hessian, dead):
 def test_features_that_were_never_active_are_rounded_to_nearest_and_the_others_are_those_of_elimination(fmt):
     w, hessian = correlated()
     dead = torch.arange(48) % 3 == 1
-    q = gptq(w, without(hessian, dead), fmt)
+    q = gptq_quantize(w, without(hessian, dead), fmt)
     scale, zero_point = weight_scales(w, fmt)
     assert torch.equal(q.scale, scale)
     assert torch.equal(q.codes[:, dead], quantize_weight(w, fmt).codes[:, dead])
@@ -114,12 +114,12 @@ def test_features_that_were_never_active_are_rounded_to_nearest_and_the_others_a
 def test_a_searched_clip_does_not_forget_features_that_were_never_active():
     w, hessian = correlated()
     dead = torch.arange(48) >= 32  # the last group of 16
-    q = gptq(w, without(hessian, dead), INT4, clip_search=True)
+    q = gptq_quantize(w, without(hessian, dead), INT4, clip_search=True)
     assert torch.equal(q.scale[:, 2], search_clip(w, INT4)[0][:, 2])
     dead = torch.arange(48) % 16 == 5
     w[:, dead] = 4 * w.abs().max()
     clipped = search_clip(w, INT4, without(hessian, dead).diagonal())[0]
-    assert (gptq(w, without(hessian, dead), INT4, clip_search=True).scale >= clipped).all()
+    assert (gptq_quantize(w, without(hessian, dead), INT4, clip_search=True).scale >= clipped).all()
 
 
 def test_a_hessian_knows_the_features_it_never_saw():
@@ -134,7 +134,7 @@ def test_the_size_of_the_hessian_does_not_matter_and_inputs_are_left_alone():
     w, hessian = correlated()
     hessian[5] = hessian[:, 5] = 0
     before = w.clone(), hessian.clone()
-    small, large = (gptq(w, hessian * 2.0**power, INT4) for power in (-30, 30))
+    small, large = (gptq_quantize(w, hessian * 2.0**power, INT4) for power in (-30, 30))
     assert torch.equal(small.codes, large.codes)
     assert torch.equal(w, before[0]) and torch.equal(hessian, before[1])
 
@@ -148,31 +148,31 @@ def test_damping_rises_until_the_hessian_can_be_factorized():
         values[0] = -depth * mean
         indefinite = vectors @ torch.diag(values) @ vectors.t()
         if works:
-            assert gptq(w, indefinite, INT4).dequantize().isfinite().all()
+            assert gptq_quantize(w, indefinite, INT4).dequantize().isfinite().all()
         else:
             with pytest.raises(NumericsError, match="factorized") as caught:
-                gptq(w, indefinite, INT4)
+                gptq_quantize(w, indefinite, INT4)
             assert "calibration" in caught.value.remedy
 
 
 def test_a_rank_one_hessian_works():
     w, x = correlated()[0], torch.randn(1, 48, generator=torch.Generator().manual_seed(0))
-    q = gptq(w, 2 * x.t() @ x, INT4)
+    q = gptq_quantize(w, 2 * x.t() @ x, INT4)
     assert objective(w, q, x.t() @ x) < 0.1 * objective(w, quantize_weight(w, INT4), x.t() @ x)
 
 
 def test_what_cannot_be_used_is_refused():
     w, hessian = correlated()
     with pytest.raises(NumericsError, match="Hessian is zero"):
-        gptq(w, torch.zeros_like(hessian), INT4)
+        gptq_quantize(w, torch.zeros_like(hessian), INT4)
     for at in ((2, 2), (2, 9)):
         broken = hessian.clone()
         broken[at] = math.nan
         with pytest.raises(NumericsError, match="Hessian has NaN"):
-            gptq(w, broken, INT4)
+            gptq_quantize(w, broken, INT4)
     w[0, 0] = math.inf
     with pytest.raises(NumericsError, match="weight has NaN"):
-        gptq(w, hessian, INT4)
+        gptq_quantize(w, hessian, INT4)
 
 
 def slow_hessian(x, weights, exponent):

@@ -11,8 +11,8 @@ from qexport.errors import NumericsError
 from qexport.quant import affine as grid
 from qexport.quant.affine import encode, quantize_weight, search_clip, static_scale, weight_scales
 from qexport.quant.formats import PER_CHANNEL, PER_TENSOR, ActivationFormat, WeightFormat
-from qexport.quant.gptq import gptq
-from qexport.quant.hqq import hqq
+from qexport.quant.gptq import gptq_quantize
+from qexport.quant.hqq import hqq_quantize
 from qexport.quant.straight_through import round_weight
 
 FORMATS = [WeightFormat(bits, size, sym) for bits in (4, 8) for size in (16, PER_CHANNEL, PER_TENSOR) for sym in (1, 0)]
@@ -108,7 +108,9 @@ def test_non_finite_weights_are_refused(fmt, bad):
 
 
 @pytest.mark.parametrize("fmt", [WeightFormat(bits, 16, sym) for bits in (4, 8) for sym in (1, 0)], ids=str)
-@pytest.mark.parametrize("method", [quantize_weight, hqq, lambda w, fmt: gptq(w, torch.eye(w.shape[1]), fmt)])
+@pytest.mark.parametrize(
+    "method", [quantize_weight, hqq_quantize, lambda w, fmt: gptq_quantize(w, torch.eye(w.shape[1]), fmt)]
+)
 def test_a_shorter_last_group_has_a_scale_of_its_own(fmt, method):
     w = weight(k=40)
     q = method(w, fmt)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from qexport.errors import NumericsError, RecipeError
 from qexport.quant.affine import QuantizedWeight, encode, quantize_weight, search_clip, weight_scales
 from qexport.quant.formats import PER_CHANNEL, PER_TENSOR, WeightFormat
-from qexport.quant.hqq import hqq
+from qexport.quant.hqq import hqq_quantize
 
 SIZES = (16, PER_CHANNEL, PER_TENSOR)
 FORMATS = [WeightFormat(bits, size, sym) for bits in (2, 3, 4, 8) for size in SIZES for sym in (True, False)]
@@ -40,7 +40,7 @@ def clipped(w, fmt):
 @given(st.sampled_from(FORMATS), st.integers(0, 2**32), st.floats(0.3, 1), st.floats(0.1, 20), st.floats(1, 1.1))
 def test_no_group_is_worse_than_rounding_and_the_grid_is_one(fmt, seed, p, beta, kappa):
     w = heavy(seed=seed)
-    q = hqq(w, fmt, p=p, beta=beta, kappa=kappa, iterations=5)
+    q = hqq_quantize(w, fmt, p=p, beta=beta, kappa=kappa, iterations=5)
     plain = quantize_weight(w, fmt)
     # A code that hits its weight leaves the rounding of float32, of which a small power is not small.
     ulp = (2.0**-23 * w.abs().max().double()) ** p
@@ -57,7 +57,7 @@ def test_no_group_is_worse_than_rounding_and_the_grid_is_one(fmt, seed, p, beta,
 @given(st.sampled_from(FORMATS), st.integers(0, 2**32))
 def test_more_iterations_never_raise_the_objective(fmt, seed):
     w = heavy(seed=seed)
-    values = [objective(w, hqq(w, fmt, iterations=n)) for n in (0, 1, 2, 5, 20)]
+    values = [objective(w, hqq_quantize(w, fmt, iterations=n)) for n in (0, 1, 2, 5, 20)]
     for fewer, more in zip(values, values[1:], strict=False):
         assert (more <= fewer * (1 + 1e-5)).all()
 
@@ -85,7 +85,7 @@ def slow_hqq(values, scale, zero, fmt, first, p, beta, kappa, iterations):
 @pytest.mark.parametrize("fmt", FORMATS, ids=str)
 def test_scales_are_those_of_the_alternation_written_out(fmt):
     w = heavy(4, 32)
-    q, unit = hqq(w, fmt, beta=2.0, kappa=1.05, iterations=4), weight_scales(w, fmt)[0]
+    q, unit = hqq_quantize(w, fmt, beta=2.0, kappa=1.05, iterations=4), weight_scales(w, fmt)[0]
     (plain, plain_zero), (start, start_zero) = weight_scales(w, fmt), search_clip(w, fmt)
     zero = lambda z, at: 0 if z is None else int(z[at])  # noqa: E731
     got = objective(w, q)
@@ -103,42 +103,42 @@ def test_scales_are_those_of_the_alternation_written_out(fmt):
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_errors_are_sparser_than_by_rounding_or_by_the_best_clipping(symmetric):
     w, fmt = heavy(32, 256), WeightFormat(3, 64, symmetric)
-    value = float(objective(w, hqq(w, fmt)).sum())
+    value = float(objective(w, hqq_quantize(w, fmt)).sum())
     assert value < 0.95 * float(objective(w, quantize_weight(w, fmt)).sum())
     assert value < float(objective(w, clipped(w, fmt)).sum())
-    squared = float(objective(w, hqq(w, fmt), 2).sum())
+    squared = float(objective(w, hqq_quantize(w, fmt), 2).sum())
     assert squared < 0.9 * float(objective(w, quantize_weight(w, fmt), 2).sum())
 
 
 def test_it_does_not_depend_on_the_unit_of_the_weight():
     w, fmt = heavy(), WeightFormat(4, 16)
-    q, small = hqq(w, fmt), hqq(w * 2.0**-20, fmt)
+    q, small = hqq_quantize(w, fmt), hqq_quantize(w * 2.0**-20, fmt)
     assert torch.equal(q.codes, small.codes) and torch.equal(q.scale * 2.0**-20, small.scale)
 
 
 @pytest.mark.parametrize("fmt", [WeightFormat(4, 16), WeightFormat(2, 16, False), WeightFormat(4, PER_TENSOR)])
 def test_zeros_and_groups_that_the_grid_holds_exactly(fmt):
     w = torch.zeros(3, 32)
-    assert torch.equal(hqq(w, fmt).dequantize(), w)
+    assert torch.equal(hqq_quantize(w, fmt).dequantize(), w)
     exact = (torch.arange(32) % 4).float().repeat(3, 1)
     exact[:, ::16] = fmt.qmax  # a full range: rounding makes no error
-    assert torch.equal(hqq(exact, fmt).dequantize(), exact)
+    assert torch.equal(hqq_quantize(exact, fmt).dequantize(), exact)
 
 
 @pytest.mark.parametrize("size", SIZES)
 def test_rows_are_worked_on_in_pieces(size, monkeypatch):
     w, fmt = heavy(10, 64), WeightFormat(4, size)
-    whole = hqq(w, fmt)
+    whole = hqq_quantize(w, fmt)
     for room in ("affine", "hqq"):
         monkeypatch.setattr(f"qexport.quant.{room}.CHUNK", 3 * 64)
-    pieces = hqq(w, fmt)
+    pieces = hqq_quantize(w, fmt)
     assert torch.allclose(whole.scale, pieces.scale, rtol=1e-5)
     assert (whole.codes != pieces.codes).sum() <= 1
 
 
 def test_half_precision_is_taken_as_float32():
     w, fmt = heavy().half(), WeightFormat(4, 16)
-    half, full = hqq(w, fmt), hqq(w.float(), fmt)
+    half, full = hqq_quantize(w, fmt), hqq_quantize(w.float(), fmt)
     assert (objective(w, half) <= objective(w, quantize_weight(w, fmt)) * (1 + 1e-3)).all()
     assert torch.allclose(half.scale, full.scale, rtol=1e-2)
 
@@ -147,7 +147,7 @@ def test_what_cannot_be_used_is_refused():
     w, fmt = heavy(), WeightFormat(4, 16)
     for options in ({"p": 0}, {"p": 1.5}, {"beta": 0}, {"kappa": 0.9}, {"p": math.nan}):
         with pytest.raises(RecipeError, match="HQQ"):
-            hqq(w, fmt, **options)
+            hqq_quantize(w, fmt, **options)
     w[2, 3] = math.nan
     with pytest.raises(NumericsError, match="NaN or Inf"):
-        hqq(w, fmt)
+        hqq_quantize(w, fmt)

@@ -14,10 +14,10 @@ from qexport.quant.observers import (
     AbsmaxObserver,
     ChannelAbsmax,
     ChannelMeanAbs,
+    CompositeObserver,
     MseObserver,
     PercentileObserver,
     RowSample,
-    Several,
 )
 
 STATIC = ActivationFormat("static")
@@ -168,7 +168,7 @@ def test_a_sample_outlives_the_batch_that_it_was_taken_from():
 
 
 def test_several_statistics_see_the_same_stream():
-    x, both = activations(), Several(ChannelAbsmax(), ChannelMeanAbs())
+    x, both = activations(), CompositeObserver(ChannelAbsmax(), ChannelMeanAbs())
     for piece in x.split(9):
         both.update(piece)
     absmax, mean = both.parts

@@ -9,7 +9,7 @@ import qexport.graph.ops  # noqa: F401  registers the operators
 from qexport.errors import NumericsError
 from qexport.quant.affine import quantize_weight
 from qexport.quant.formats import PER_CHANNEL, PER_TENSOR, ActivationFormat, WeightFormat
-from qexport.quant.gptq import gptq
+from qexport.quant.gptq import gptq_quantize
 from qexport.quant.straight_through import fake_quantize_tokens, fake_quantize_weight, round_weight, train_weight
 
 ops = torch.ops.qexport
@@ -122,7 +122,7 @@ def test_no_row_is_worse_than_rounded_and_together_they_are_much_better(fmt):
 
 def test_it_removes_nearly_as_much_of_the_error_as_gptq():
     fmt, w, hessian = WeightFormat(4, 16), normal(64, 64), correlated(64)
-    off = (gptq(w, hessian, fmt).dequantize() - w).double()
+    off = (gptq_quantize(w, hessian, fmt).dequantize() - w).double()
     compensated = float(((off @ hessian.double()) * off).sum())
     rounded = float(rows_error(w, w, hessian, fmt).sum())
     trained = float(rows_error(w, train_weight(w, hessian, fmt, RATES, 100).weight, hessian, fmt).sum())

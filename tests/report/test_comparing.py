@@ -3,14 +3,14 @@ import math
 
 from qexport.report import compare
 from qexport.report.comparing import compare_exports
-from qexport.validation.report import Row
+from qexport.validation.report import ValueComparison
 from reported import logits, plain_report, write_validated
 
 
 def with_rows(*rows):
     report = plain_report()
     found = tuple(
-        Row(name=name, scheme="w4a16_g32", own_sqnr_db=sqnr, sqnr_db=sqnr, max_abs_error=error)
+        ValueComparison(name=name, scheme="w4a16_g32", own_sqnr_db=sqnr, sqnr_db=sqnr, max_abs_error=error)
         for name, sqnr, error in rows
     )
     return report.model_copy(update=dict(layers=report.layers.model_copy(update=dict(linears=found))))
@@ -49,7 +49,7 @@ def test_what_does_not_compare_is_said(tmp_path):
 
 def test_models_without_text_compare_by_outputs(tmp_path):
     def module(sqnr):
-        row = Row(name="y", sqnr_db=sqnr, max_abs_error=1.0)
+        row = ValueComparison(name="y", sqnr_db=sqnr, max_abs_error=1.0)
         return plain_report().model_copy(update=dict(logits=None, outputs=(row,)))
 
     found = compare_exports(

@@ -5,7 +5,7 @@ import math
 import pytest
 
 from qexport.report.drawing import depth, figures, heat_maps, kind, ranges
-from qexport.validation.report import InputRange, Layers, Row
+from qexport.validation.report import InputRange, LayerComparison, ValueComparison
 from reported import KINDS, full_report, plain_report
 
 
@@ -37,7 +37,9 @@ def test_costs_are_bad_when_high():
 
 def test_broken_and_equal_values_are_told_from_numbers():
     def row(layer, name, sqnr, error):
-        return Row(name=f"l.{layer}.{name}", block=f"l.{layer}", sqnr_db=sqnr, own_sqnr_db=sqnr, max_abs_error=error)
+        return ValueComparison(
+            name=f"l.{layer}.{name}", block=f"l.{layer}", sqnr_db=sqnr, own_sqnr_db=sqnr, max_abs_error=error
+        )
 
     rows = [row(0, "a", math.nan, math.nan), row(1, "a", math.inf, 0.0), row(2, "a", 20.0, 1.0)]
     own = heat_maps(rows)[0]
@@ -48,27 +50,27 @@ def test_broken_and_equal_values_are_told_from_numbers():
 
 
 def test_a_model_without_repeated_layers_has_no_map():
-    rows = [Row(name=n, block="prologue", own_sqnr_db=20.0, max_abs_error=1.0) for n in ("first", "second")]
+    rows = [ValueComparison(name=n, block="prologue", own_sqnr_db=20.0, max_abs_error=1.0) for n in ("first", "second")]
     assert heat_maps(rows) == [] and heat_maps([]) == []
 
 
 def test_names_without_the_block_are_as_short_as_they_can_be():
     rows = [
-        Row(name=f"m.{i}.{n}", block=f"m.{i}", own_sqnr_db=1.0, max_abs_error=1.0)
+        ValueComparison(name=f"m.{i}.{n}", block=f"m.{i}", own_sqnr_db=1.0, max_abs_error=1.0)
         for i in (0, 1)
         for n in ("a.proj", "b.proj", "c.out")
     ]
     assert heat_maps(rows)[0].rows == ("a.proj", "b.proj", "out")
-    assert kind(Row(name="lm_head", block="epilogue")) == "lm_head"
+    assert kind(ValueComparison(name="lm_head", block="epilogue")) == "lm_head"
 
 
 def test_blocks_stand_at_the_number_of_their_layer():
     names = ("prologue", "model.layers.0", "model.layers.1", "epilogue")
     rows = tuple(
-        Row(name=n, block=n, sqnr_db=s, own_sqnr_db=o, max_abs_error=1.0)
+        ValueComparison(name=n, block=n, sqnr_db=s, own_sqnr_db=o, max_abs_error=1.0)
         for n, s, o in zip(names, (None, 30.0, 20.0, 19.0), (None, 30.0, 22.0, 131.0), strict=True)
     )
-    (figure,) = depth(Layers(tokens=1, linears=(), blocks=rows, sessions=1))
+    (figure,) = depth(LayerComparison(tokens=1, linears=(), blocks=rows, sessions=1))
     whole, own = figure.series
     assert [(p.x, p.y) for p in whole.points] == [(-1, None), (0, 30.0), (1, 20.0), (2, 19.0)]
     assert own.points[-1].y is None and "131.0 dB" in own.points[-1].title, "rounding of float32 is no error"
@@ -95,9 +97,7 @@ def test_bars_go_from_the_most_expensive_with_names_without_what_they_share():
         "model.layers.2.mlp.down_proj: estimated 0.012; restored to float, KL falls by 0.02 (measured)"
     )
     titles = [bar.title for bar in estimates]
-    assert "model.layers.0.mlp.up_proj: estimated 0.003; restored to float, KL rises by 0.001 (measured)" in (
-        titles
-    )
+    assert "model.layers.0.mlp.up_proj: estimated 0.003; restored to float, KL rises by 0.001 (measured)" in (titles)
     assert "model.layers.0.self_attn.q_proj: estimated 0.001" in titles and not any(bar.apart for bar in estimates)
     assert (
         "On 64 tokens of the text all estimates add up to 0.078, and what was measured there is 0.1 (over all "
@@ -121,8 +121,9 @@ def test_a_measured_embedding_has_a_bar_apart():
 def test_bars_that_short_names_do_not_tell_apart_have_whole_ones():
     report = full_report(1)
     rows = [
-        Row(name=f"{part}.layers.0.fc", block=f"{part}.layers.0", kl_cost=0.1, max_abs_error=1.0) for part in ("a", "b")
-    ] + [Row(name="lm_head", block="epilogue", kl_cost=0.05, max_abs_error=1.0)]
+        ValueComparison(name=f"{part}.layers.0.fc", block=f"{part}.layers.0", kl_cost=0.1, max_abs_error=1.0)
+        for part in ("a", "b")
+    ] + [ValueComparison(name="lm_head", block="epilogue", kl_cost=0.05, max_abs_error=1.0)]
     layers = report.layers.model_copy(update=dict(linears=tuple(rows)))
     bars = cost_bars(report.model_copy(update=dict(layers=layers, sensitivity=None))).bars
     assert [bar.label for bar in bars] == ["a.layers.0.fc", "b.layers.0.fc", "lm_head"]

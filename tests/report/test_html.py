@@ -12,7 +12,7 @@ from qexport.errors import InputError
 from qexport.report import render
 from qexport.report.exported import read_export
 from qexport.report.html import render_html
-from qexport.validation.report import InputRange, Row
+from qexport.validation.report import InputRange, ValueComparison
 from qexport.validation.verdict import with_verdict
 from reported import full_report, logits, plain_report, write_validated
 
@@ -88,10 +88,10 @@ def test_an_old_report_shows_what_it_has(tmp_path):
 
 
 def test_a_report_of_nothing_but_null(tmp_path):
-    empty = Row(name="a.0.b", block="a.0")
+    empty = ValueComparison(name="a.0.b", block="a.0")
     report = full_report()
     layers = report.layers.model_copy(update=dict(
-        linears=(empty, Row(name="a.1.b", block="a.1")), blocks=(empty, empty), attentions=(empty,),
+        linears=(empty, ValueComparison(name="a.1.b", block="a.1")), blocks=(empty, empty), attentions=(empty,),
         ranges=2 * (InputRange(block="", linears=(), float_absmax=None, absmax=None, float_spread=None, spread=None),),
     ))  # fmt: skip
     nothing = dict.fromkeys(["kl_mean", "kl_median", "kl_p99", "float_perplexity", "perplexity"])
@@ -102,7 +102,7 @@ def test_a_report_of_nothing_but_null(tmp_path):
 
 
 def test_a_model_without_text_shows_its_outputs(tmp_path):
-    row = Row(name="scores", sqnr_db=33.3, cosine=1.0, max_abs_error=0.1)
+    row = ValueComparison(name="scores", sqnr_db=33.3, cosine=1.0, max_abs_error=0.1)
     report = with_verdict(plain_report().model_copy(update=dict(logits=None, outputs=(row,), reference="Classifier")))
     page = page_of(tmp_path, report, kind="module", export={"source": {"name": "Classifier"}})
     assert "Output scores" in page.text and "33.3 dB" in page.text and "Perplexity" not in page.text

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from qexport.errors import InputError, RuntimeProblem
-from qexport.runtime.bench_process import Measured
+from qexport.runtime.bench_process import BenchProcess
 from qexport.runtime.benchmark import bench, measure
 from qexport.runtime.genai import genai_config
 from tiny_decoder import write_tiny_decoder
@@ -41,7 +41,7 @@ def test_bench_compares_an_export_with_a_folder_of_the_model_builder(tmp_path):
 def test_folders_are_measured_there_and_back_and_the_first_turn_is_not_counted(tmp_path, monkeypatch):
     calls = []
 
-    class Recorded(Measured):
+    class Recorded(BenchProcess):
         def load(self):
             calls.append(("load", self._folder.name))
             return super().load()
@@ -50,7 +50,7 @@ def test_folders_are_measured_there_and_back_and_the_first_turn_is_not_counted(t
             calls.append((tokens, self._folder.name))
             return super().run(tokens, steps)
 
-    monkeypatch.setattr("qexport.runtime.benchmark.Measured", Recorded)
+    monkeypatch.setattr("qexport.runtime.benchmark.BenchProcess", Recorded)
     for name in "abc":
         write_tiny_decoder(tmp_path / name)
     found, _ = measure([tmp_path / name for name in "abc"], **QUICK)

@@ -7,7 +7,7 @@ from qexport.artifact.manifest import CPU, CUDA, save
 from qexport.errors import InputError, RuntimeProblem
 from qexport.runtime.decoder import Decoder
 from qexport.runtime.doctor import check_provider
-from qexport.runtime.session import Node, kernel_of, open_session, optimized_graph, unfused
+from qexport.runtime.session import OptimizedNode, kernel_of, open_session, optimized_graph, unfused
 from tiny_decoder import ACCURACY, write_tiny_decoder
 
 IDS = np.array([[5, 6, 7, 8, 9, 10]])
@@ -102,13 +102,13 @@ def test_linear_that_does_not_fuse_is_named_with_what_it_became(tmp_path):
 
 
 def test_linear_is_found_by_its_node_when_its_value_is_gone_and_by_its_value_when_its_node_is():
-    fused = Node("mm", "MatMulNBits", "com.microsoft", ("x",), ("with_bias",), CPU)
-    other = Node("add", "Add", "", ("with_bias",), ("y",), CPU)
+    fused = OptimizedNode("mm", "MatMulNBits", "com.microsoft", ("x",), ("with_bias",), CPU)
+    other = OptimizedNode("add", "Add", "", ("with_bias",), ("y",), CPU)
     assert kernel_of([fused, other], "gone", "mm") == "MatMulNBits"
     assert kernel_of([fused, other], "with_bias", "gone") == "MatMulNBits"
     assert kernel_of([fused, other], "y", "mm") == "MatMulNBits"
     assert kernel_of([fused, other], "gone", "gone") is None
-    assert kernel_of([Node("", "Mul", "", (), ("z",), None)], "gone") is None
+    assert kernel_of([OptimizedNode("", "Mul", "", (), ("z",), None)], "gone") is None
 
 
 def test_optimized_model_is_written_with_its_weights_beside_it_and_computes_the_same(export, tmp_path):

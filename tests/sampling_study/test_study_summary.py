@@ -7,7 +7,7 @@ import pytest
 
 from qexport.sampling_study.conclusions import choices, conclude, is_clear
 from qexport.sampling_study.grid import Draw
-from qexport.sampling_study.summary import Measured, mean_and_error, rows
+from qexport.sampling_study.summary import TextMeasures, mean_and_error, rows
 from qexport.sampling_study.texts import Sample
 
 GREEDY = Draw(0.0, 0, 0)
@@ -37,10 +37,10 @@ def test_texts_of_one_prompt_are_one_observation():
         for prompt, distances in enumerate([(0.1, 0.3), (0.4, 0.8)])
         for draw, distance in zip(draws, distances, strict=True)
     ]
-    row = rows({6: Measured(texts, "float", 6)}, ["float", "q"])[1]
+    row = rows({6: TextMeasures(texts, "float", 6)}, ["float", "q"])[1]
     assert (row.format, row.texts) == ("q", 4)
     assert row.distance == pytest.approx(0.4) and row.distance_error == pytest.approx(0.2)  # of 0.2 and 0.6
-    alone = Measured([t for t in texts if t.prompt == 0], "float", 6)  # one prompt: its seeds are the observations
+    alone = TextMeasures([t for t in texts if t.prompt == 0], "float", 6)  # one prompt: its seeds are the observations
     row = rows({6: alone}, ["float", "q"])[1]
     assert row.distance == pytest.approx(0.2) and row.distance_error == pytest.approx(0.1)
 
@@ -51,7 +51,7 @@ def test_every_cell_of_a_row():
         sample("q", 0, GREEDY, [1, 2, 9, 9, 9, 9, 9], distance=0.5, nll=1.5, seconds=0.1),
         sample("q", 1, GREEDY, [1, 2, 8], distance=0.1, nll=2.0, seconds=0.2),
     ]
-    long, short = rows({7: Measured(texts, "float", 7), 2: Measured(texts, "float", 2)}, ["float", "q"])[1::2]
+    long, short = rows({7: TextMeasures(texts, "float", 7), 2: TextMeasures(texts, "float", 2)}, ["float", "q"])[1::2]
     assert (long.temperature, long.top_k, long.max_new_tokens, short.max_new_tokens) == (0, 0, 7, 2)
     assert long.prefix_tokens == 2 and long.prefix_share == pytest.approx((2 / 7 + 2 / 3) / 2)
     assert long.token_agreement == long.prefix_share and long.new_tokens == 5
@@ -82,7 +82,7 @@ def made(distances):
 
 
 def chosen(distances, sizes):
-    return [c.format for c in choices(Measured(made(distances), "float", 6), sizes, 6)]
+    return [c.format for c in choices(TextMeasures(made(distances), "float", 6), sizes, 6)]
 
 
 def test_what_to_take_is_the_smallest_and_whatever_is_clearly_closer():
@@ -101,13 +101,13 @@ def test_what_to_take_is_the_smallest_and_whatever_is_clearly_closer():
 
 
 def test_the_gain_is_that_of_pairs():
-    found = choices(Measured(made({"s": [0.2, 0.6], "l": [0.1, 0.5]}), "float", 6), {"s": 1, "l": 2}, 6)
+    found = choices(TextMeasures(made({"s": [0.2, 0.6], "l": [0.1, 0.5]}), "float", 6), {"s": 1, "l": 2}, 6)
     assert [c.gain for c in found] == [None, pytest.approx(0.1)] and found[1].gain_error == pytest.approx(0, abs=1e-12)
     assert found[1].distance == pytest.approx(0.3) and found[1].distance_error == pytest.approx(0.2)
 
 
 def sentences(texts, sizes):
-    measured = Measured(texts, "float", 6)
+    measured = TextMeasures(texts, "float", 6)
     table = rows({6: measured}, ["float", *sizes])
     return conclude(choices(measured, sizes, 6), table, measured, sizes, 6)
 

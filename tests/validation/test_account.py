@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import pytest
 
 import qexport
-from qexport.passes.base import GraphPass, Note, PassResult
+from qexport.passes.base import GraphPass, PassResult, SiteRecord
 from qexport.recipe.recipe import CalibrationSpec, Recipe
 from qexport.validation.account import transforms
 
@@ -18,7 +18,7 @@ class Claims(GraphPass):
     """Says that it changed every block, and changes nothing."""
 
     def call(self, module, context):
-        return PassResult([Note("site", "claimed")])
+        return PassResult([SiteRecord("site", "claimed")])
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from qexport.recipe.recipe import Recipe
 from qexport.recipe.sections import KvCacheSpec, LoRCSpec
 from qexport.runtime.session import open_session
 from qexport.validation import worst_linears
-from qexport.validation.attentions import attentions
+from qexport.validation.attentions import attention_results
 from qexport.validation.ranges import static_limits
 from qexport.validation.reference import decoder_feeds
 from qexport.validation.running import run_session, with_outputs
@@ -142,7 +142,7 @@ def test_time_is_shared_out(checked, recipe):
 def test_attentions_are_found_by_dataflow(captured, family):
     found = {}
     for block in captured(family).blocks:
-        found |= attentions(block.module.graph)
+        found |= attention_results(block.module.graph)
     assert len(found) >= 2 and all(reader.startswith(f"{path}.") for reader, path in found.items())
     assert len({path for path in found.values()}) == len(found)
 

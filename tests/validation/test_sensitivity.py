@@ -6,11 +6,11 @@ from models import save_model
 from qexport.api.exporting import export
 from qexport.api.validating import validate
 from qexport.errors import InputError
-from qexport.mixed_precision.allocate import Choice
-from qexport.mixed_precision.costs import Costs, Item
+from qexport.mixed_precision.allocate import SchemeChoice
+from qexport.mixed_precision.costs import Costs, PricedItem
 from qexport.mixed_precision.sensitivity import suggested
 from qexport.recipe.recipe import Override, Recipe
-from qexport.validation.report import Row
+from qexport.validation.report import ValueComparison
 from tiny_decoder import write_word_tokenizer
 
 TEXT = " ".join(f"w{i * i % 97}" for i in range(600))
@@ -80,24 +80,29 @@ def test_it_is_said_where_there_are_no_logits(tmp_path):
 
 
 def row(name, cost, size=100, scheme="w4a16_g64"):
-    return Row(name=name, scheme=scheme, kl_cost=cost, bytes=size)
+    return ValueComparison(name=name, scheme=scheme, kl_cost=cost, bytes=size)
 
 
 def test_what_is_suggested_is_the_best_for_a_byte_with_what_the_method_leaves():
-    choices = (Choice("w4a16_g64", 100, 0.4), Choice("w4a16_g32", 110, 0.3), Choice("w8a16_g32", 200, 0.0))
+    choices = (
+        SchemeChoice("w4a16_g64", 100, 0.4),
+        SchemeChoice("w4a16_g32", 110, 0.3),
+        SchemeChoice("w8a16_g32", 200, 0.0),
+    )
     kl = {"a": {"w4a16_g64": 0.4, "w4a16_g32": 0.3, "w8a16_g32": 0.0}}
-    (best,) = suggested([row("a", 0.2)], Costs((Item("a", choices, 100),), {}, kl))  # half of the cost is left
+    (best,) = suggested([row("a", 0.2)], Costs((PricedItem("a", choices, 100),), {}, kl))  # half of the cost is left
     assert (best.scheme, best.instead_of, best.more_bytes) == ("w4a16_g32", "w4a16_g64", 10)
     assert best.kl_gain == pytest.approx(0.05)
 
 
 def test_the_best_come_first_and_what_cannot_be_better_is_left_out():
     choices = {
-        n: (Choice("w4a16_g64", 100, cost), Choice("w8a16_g32", 200, 0.0)) for n, cost in (("q", 0.1), ("k", 0.3))
+        n: (SchemeChoice("w4a16_g64", 100, cost), SchemeChoice("w8a16_g32", 200, 0.0))
+        for n, cost in (("q", 0.1), ("k", 0.3))
     }
     kl = {name: {choice.scheme: choice.kl for choice in found} for name, found in choices.items()}
-    costs = Costs(tuple(Item(name, found, 100) for name, found in choices.items()), {}, kl)
+    costs = Costs(tuple(PricedItem(name, found, 100) for name, found in choices.items()), {}, kl)
     found = suggested([row("q", 0.1), row("k", 0.3)], costs)
     assert [better.match for better in found] == ["k", "q"]
-    eight = Costs(tuple(Item(name, found, 200) for name, found in choices.items()), {}, kl)
+    eight = Costs(tuple(PricedItem(name, found, 200) for name, found in choices.items()), {}, kl)
     assert suggested([row("q", 0.0, 200, "w8a16_g32"), row("other", 0.3)], eight) == ()

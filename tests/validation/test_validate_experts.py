@@ -6,11 +6,11 @@ import torch
 import qexport
 from models import save_model
 from qexport.artifact import manifest as manifests
-from qexport.mixed_precision.allocator import Chooser
+from qexport.mixed_precision.allocator import SchemeAllocator
 from qexport.recipe.recipe import Recipe
 from qexport.validation.kl_costs import deployed_costs
 from qexport.validation.placement import examine
-from qexport.validation.probes import probes
+from qexport.validation.probes import make_probes
 from qexport.validation.reference import decoder_feeds
 from tiny_decoder import write_word_tokenizer
 
@@ -67,14 +67,14 @@ def test_a_mixture_that_is_not_there_is_a_problem(exported):
 
 def test_probes_ask_for_no_value_of_an_expert(captured, exported):
     manifest = manifests.load(exported)
-    values = [value for probe in probes(captured("mixtral"), manifest, 32) for value in probe.values()]
+    values = [value for probe in make_probes(captured("mixtral"), manifest, 32) for value in probe.values()]
     assert "" not in values and not any(".experts." in value for value in values)
 
 
 def test_costs_of_a_file_leave_experts_out_and_choosing_goes_on_without(captured, exported):
     model, manifest = captured("mixtral"), manifests.load(exported)
     feeds = decoder_feeds(model, torch.randint(3, 128, (1, 16), generator=torch.Generator().manual_seed(0)))
-    chooser = Chooser(model, RTN, "cpu", 4, "grouped", feeds, lambda *_: None)
+    chooser = SchemeAllocator(model, RTN, "cpu", 4, "grouped", feeds, lambda *_: None)
     silent = dict(transformed=False, progress=lambda *_: None)
     costs = deployed_costs(exported, manifest, model, feeds, chooser.importance, **silent)
     assert len(costs) == 9 < len(chooser.importance) and not any(".experts." in name for name in costs)

@@ -11,10 +11,10 @@ from qexport.calibrate.block_activations import module_feeds
 from qexport.errors import InputError
 from qexport.recipe.recipe import Recipe
 from qexport.runtime.session import optimized_graph
-from qexport.validation import probes as reading
+from qexport.validation import make_probes as reading
 from qexport.validation.layers import compare_layers
-from qexport.validation.probes import Probe, in_groups, probes
-from qexport.validation.reference import FloatOutputs, Forced, decoder_feeds, watch
+from qexport.validation.probes import Probe, in_groups, make_probes
+from qexport.validation.reference import FloatOutputs, TeacherForcing, decoder_feeds, watch
 from qexport.validation.running import with_outputs
 
 
@@ -57,7 +57,7 @@ def test_a_small_budget_gives_the_same_rows_block_by_block(decoder, monkeypatch)
     whole = compare_layers(folder, manifest, captured, feeds_of(captured), graph, **options)
     assert whole.sessions == len(asked) == 1
     pieces = compare_layers(folder, manifest, captured, feeds_of(captured), graph, budget=1, **options)
-    with_values = [probe for probe in probes(captured, manifest, 20) if probe.values()]
+    with_values = [probe for probe in make_probes(captured, manifest, 20) if probe.values()]
     assert asked[1:] == [probe.values() for probe in with_values], "one block's values at a time"
     assert pieces.sessions == len(with_values) > 2
     assert pieces.linears == whole.linears and pieces.blocks == whole.blocks
@@ -65,7 +65,7 @@ def test_a_small_budget_gives_the_same_rows_block_by_block(decoder, monkeypatch)
 
 def test_probe_sizes_are_the_bytes_of_the_values(decoder):
     captured, folder, manifest = decoder
-    by_block = {probe.block: probe.bytes for probe in probes(captured, manifest, 20)}
+    by_block = {probe.block: probe.bytes for probe in make_probes(captured, manifest, 20)}
     # q, o, down, and the block's output: 64; k, v: 32; gate, up: 96 channels; 20 tokens of float32.
     # What they read: once for q, k and v, once for o, once for gate and up, 64 each; and 96 for down.
     assert by_block["model.layers.0"] == 4 * 20 * (4 * 64 + 2 * 32 + 2 * 96 + 3 * 64 + 96)
@@ -85,7 +85,7 @@ def test_one_block_of_weights_is_in_memory_at_a_time(decoder):
 
     captured.load = load
     try:
-        for _ in watch(captured, feeds_of(captured), set(), lambda block: Forced(None, {})):
+        for _ in watch(captured, feeds_of(captured), set(), lambda block: TeacherForcing(None, {})):
             assert loaded() == []
         reference = FloatOutputs(captured, feeds_of(captured), ("logits",))
         assert max(most) == 1 and loaded() == [captured.blocks[-1].name]
@@ -100,7 +100,7 @@ def test_forced_values_reach_what_is_behind_them(decoder):
     captured, name = decoder[0], "model.layers.1.self_attn.o_proj"
     wanted = {name, "model.layers.1.mlp.up_proj"}
     for seen in watch(
-        captured, feeds_of(captured), wanted, lambda block: Forced(None, {name: [torch.zeros(1, 20, 64)]})
+        captured, feeds_of(captured), wanted, lambda block: TeacherForcing(None, {name: [torch.zeros(1, 20, 64)]})
     ):
         assert all(torch.equal(a, b) for a, b in zip(seen.output, seen.own_output, strict=True))
         if seen.linears:
@@ -108,7 +108,7 @@ def test_forced_values_reach_what_is_behind_them(decoder):
             assert not torch.equal(*(v["model.layers.1.mlp.up_proj"][0] for v in (seen.linears, seen.own_linears)))
     state, last = [torch.zeros(1, 20, 64)], "model.layers.1"
     for seen in watch(
-        captured, feeds_of(captured), wanted, lambda block: Forced(state if block.name == last else None, {})
+        captured, feeds_of(captured), wanted, lambda block: TeacherForcing(state if block.name == last else None, {})
     ):
         if seen.block.name == last:
             # Zeros through norms without bias stay zeros, so the residual stream does.

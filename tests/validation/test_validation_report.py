@@ -12,26 +12,26 @@ from qexport.validation.report import (  # fmt: skip
     Activation,
     Greedy,
     InputRange,
-    Layers,
+    LayerComparison,
     Logits,
     Placement,
     Reference,
     Report,
-    Row,
     Unfused,
+    ValueComparison,
 )
 from qexport.validation.report_store import branch_gains, exported_activations, load, save
 from qexport.validation.verdict import with_verdict
 
 
 def row(name, sqnr, error=1.0, **more):
-    return Row(name=name, sqnr_db=sqnr, own_sqnr_db=sqnr, cosine=1.0, max_abs_error=error, **more)
+    return ValueComparison(name=name, sqnr_db=sqnr, own_sqnr_db=sqnr, cosine=1.0, max_abs_error=error, **more)
 
 
 def a_report(**changes):
     fields = dict(
         reference="m", text="t",
-        layers=Layers(tokens=4, linears=(row("a", 20.0), row("b", 10.0)), blocks=(), sessions=1),
+        layers=LayerComparison(tokens=4, linears=(row("a", 20.0), row("b", 10.0)), blocks=(), sessions=1),
         placement=Placement(provider="P", nodes_per_provider={"P": 3}, op_counts={"X": 3}, kernels={"K": 2}),
     )  # fmt: skip
     return Report(**fields | changes)
@@ -50,7 +50,7 @@ def test_worst_first_goes_by_the_error_of_the_own_block():
 
 def test_infinities_are_null_in_json():
     text = json.dumps(row("x", math.inf, math.nan).model_dump(mode="json"), allow_nan=False)
-    assert json.loads(text)["sqnr_db"] is None and Row.model_validate_json(text) == row("x", None, None)
+    assert json.loads(text)["sqnr_db"] is None and ValueComparison.model_validate_json(text) == row("x", None, None)
 
 
 def test_verdict_names_the_lowest_and_what_is_wrong():
@@ -178,7 +178,7 @@ def test_a_damaged_report_is_not_overwritten(tmp_path):
 def test_a_fault_comes_first_whatever_the_errors_are():
     rows = [row("noisy", 3.0), row("odd", 30.0, fault="one group off in scale"), row("nan", math.nan, math.nan)]
     assert [r.name for r in worst_first(rows)] == ["nan", "odd", "noisy"]
-    report = with_verdict(a_report(layers=Layers(tokens=4, linears=tuple(rows[:2]), blocks=(), sessions=1)))
+    report = with_verdict(a_report(layers=LayerComparison(tokens=4, linears=tuple(rows[:2]), blocks=(), sessions=1)))
     assert report.problems == ("odd: one group off in scale",)
     assert any(sentence.startswith("noisy has the lowest SQNR") for sentence in report.verdict)
 
@@ -201,7 +201,7 @@ def test_the_verdict_says_where_time_goes_and_what_is_cut_off():
     ranges = [InputRange(
         block="", linears=(name,), float_absmax=1, absmax=1, float_spread=1, spread=1, clipped=share,
     ) for name, share in (("a", 0.0002), ("b", 0.25))]  # fmt: skip
-    layers = Layers(
+    layers = LayerComparison(
         tokens=4, linears=linears, blocks=(), sessions=1, attentions=(row("att", 7.0),), ranges=tuple(ranges),
         time_by_op={"MatMulNBits": 0.5, "GroupQueryAttention": 0.4, "Mul": 0.1},
         step_time_by_op={"MatMulNBits": 0.6, "Mul": 0.4},
@@ -245,7 +245,10 @@ def test_a_factor_on_one_input_channel_is_told_from_rounding():
 
 
 def test_an_output_that_is_mostly_error_is_a_problem():
-    good, bad = Row(name="logits", sqnr_db=15.8, max_abs_error=1.0), Row(name="boxes", sqnr_db=4.3, max_abs_error=1.0)
+    good, bad = (
+        ValueComparison(name="logits", sqnr_db=15.8, max_abs_error=1.0),
+        ValueComparison(name="boxes", sqnr_db=4.3, max_abs_error=1.0),
+    )
     (problem,) = with_verdict(a_report(outputs=(good, bad))).problems
     assert problem == "output boxes has 4.3 dB: 37% of its energy is error"
 

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from ...artifact.manifest import DECODER, ENCODER, FORMAT, MANIFEST_FILE, SEQ2SEQ
-from ...artifact.output import Work, claimed
+from ...artifact.output import WorkFolder, claimed
 from ...calibrate.data import Prepared, Progress, needs_data, no_progress, recipe_and_data
-from ...capture.graph import Captured
+from ...capture.graph import CapturedModel
 from ...capture.seq2seq import Parts, capture_seq2seq
 from ...errors import RecipeError
-from ...graph.convolutions import convolutions
+from ...graph.convolution_sites import convolutions
 from ...graph.sites import linears
 from ...models.source import ModelFolder, open_model, source_path
 from ...plan.model_plan import plan_for
@@ -86,8 +86,8 @@ def export_seq2seq(
 
 
 def _export(
-    work: Work, model, recipe: Recipe, width: int, target: str, dtype: str | None, calibration, trust_remote_code: bool,
-    progress: Progress,
+    work: WorkFolder, model, recipe: Recipe, width: int, target: str, dtype: str | None, calibration,
+    trust_remote_code: bool, progress: Progress,
 ) -> Seq2SeqResult:  # fmt: skip
     recipe, data = recipe_and_data(recipe, calibration)
     folder = opened(model, trust_remote_code=trust_remote_code)
@@ -168,11 +168,11 @@ def part_recipes(parts: Parts, recipe: Recipe) -> dict[str, Recipe]:
     return found
 
 
-def _named(parts: Parts) -> dict[str, Captured]:
+def _named(parts: Parts) -> dict[str, CapturedModel]:
     return {ENCODER: parts.encoder, DECODER: parts.decoder}
 
 
-def _names(captured: Captured) -> Sequence[str]:
+def _names(captured: CapturedModel) -> Sequence[str]:
     graphs = [block.module.graph for block in captured.blocks]
     found = [linear.name for graph in graphs for linear in linears(graph)]
     return [*found, *(name for graph in graphs for name in convolutions(graph))]

@@ -17,7 +17,7 @@ from ...report.facts import overrides_yaml
 from ...runtime.benchmark import BenchResult
 from ...runtime.doctor import Check
 from ...runtime.optimized import OptimizedInfo
-from ...sampling_study.result import Row, Study
+from ...sampling_study.result import Study, StudyRow
 from ...validation import Report, summary_rows, worst_linears
 from ...validation.formatting import number
 from ..console import print_table
@@ -319,7 +319,7 @@ def print_study(result: Study) -> None:
         print(f"- {sentence}")
 
 
-def _study_row(row: Row) -> list[Any]:
+def _study_row(row: StudyRow) -> list[Any]:
     def cell(name: str, digits: int) -> str:
         value, error = getattr(row, name), getattr(row, f"{name}_error")
         return _fixed(value, digits) if error is None else f"{value:.{digits}f} ± {error:.{digits}f}"

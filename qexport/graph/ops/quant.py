@@ -5,7 +5,7 @@ from torch import Tensor
 
 from ...quant.affine import blockwise_fake_quantize
 from ...quant.codebook import dequantize
-from ...quant.expand import channel_scale, expand
+from ...quant.expand import channel_scale, expand_to_int8
 
 _RANGE = {True: (-128, 127), False: (0, 255)}
 
@@ -128,7 +128,7 @@ def expand_codes(
 
     Args: as `numerics.expand.expand`; bits: of a code in the file.
     """
-    return expand(codes, scale.float(), zero_point, factor, row_scale, group_size)
+    return expand_to_int8(codes, scale.float(), zero_point, factor, row_scale, group_size)
 
 
 @expand_codes.register_fake

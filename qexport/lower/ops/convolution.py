@@ -6,7 +6,7 @@ import onnx_ir as ir
 import torch
 from torch.fx import Node
 
-from ...graph.convolutions import CONVOLUTIONS, zero_padding
+from ...graph.convolution_sites import CONVOLUTIONS, zero_padding
 from ...graph.edit import dtype_of, shape_of
 from ...graph.schema import Arguments, bind
 from ...graph.views import size_at

@@ -6,7 +6,7 @@ import onnx_ir as ir
 import torch
 from torch.fx import Node
 
-from ...graph.convolutions import CONVOLUTIONS
+from ...graph.convolution_sites import CONVOLUTIONS
 from ...graph.edit import dtype_of, is_call, shape_of
 from ...graph.schema import Arguments
 from ...graph.views import Operand, sizes_of

@@ -9,7 +9,7 @@ from torch.fx import Node
 from ...graph.edit import dtype_of, is_call, shape_of
 from ...graph.schema import Arguments
 from ...graph.views import sizes_of, tensor_name
-from ...quant.expand import channel_scale, expand
+from ...quant.expand import channel_scale, expand_to_int8
 from ...quant.packing import pack_high_first, pack_rows
 from ..emitter import Attribute, Emitter
 from ..registry import translates
@@ -75,7 +75,9 @@ def _stored_int8(emit: Emitter, given: Arguments) -> ir.Value:
 
     def make(codes: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor | None) -> torch.Tensor:
         scale = scale.float()
-        return expand(codes, scale, zero_point, None, channel_scale(codes, scale, zero_point, group_size), group_size)
+        return expand_to_int8(
+            codes, scale, zero_point, None, channel_scale(codes, scale, zero_point, group_size), group_size
+        )
 
     return emit.derived(
         given.codes, "int8", sizes_of(given.codes), torch.int8, make, given.scale, given.zero_point

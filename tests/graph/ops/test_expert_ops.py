@@ -9,9 +9,9 @@ import torch
 from torch.fx import Graph, GraphModule
 
 import qexport.graph.ops  # noqa: F401  registers the operators
-from qexport.graph.edit import Spec, add_tensor, get_tensor
+from qexport.graph.edit import TensorSpec, add_tensor, get_tensor
 from qexport.lower.emitter import Emitter
-from qexport.lower.fuse_moe import Experts
+from qexport.lower.fuse_moe import FusedExperts
 from qexport.lower.registry import translate
 from qexport.quant.affine import quantize_weight
 from qexport.quant.formats import WeightFormat
@@ -82,14 +82,14 @@ class Case:
         names = [f"{side}.{name}" for side in ("up", "down") for name in ("codes", "scales", "zeros", "biases")]
         x, shares = (graph.placeholder(name) for name in ("x", "shares"))
         for node, value in ((x, self.x), (shares, self.shares)):
-            node.meta["spec"] = Spec(torch.float32, tuple(value.shape))
+            node.meta["spec"] = TensorSpec(torch.float32, tuple(value.shape))
         lists = [
             [add_tensor(graph, f"{name}{e}", tensor) for e, tensor in enumerate(tensors)]
             for name, tensors in zip(names, self.tensors(), strict=True)
         ]
         arguments = (x, shares, shares, CHOSEN, *lists, *self.numbers, *self.gate, self.rounds)
         node = graph.call_function(ops.quantized_experts.default, arguments)
-        node.meta = {"spec": x.meta["spec"], "experts": Experts("experts", (), ())}
+        node.meta = {"spec": x.meta["spec"], "experts": FusedExperts("experts", (), ())}
         emit = Emitter()
         emit.enter("test", lambda name: get_tensor(module, name))
         for given, value in ((x, self.x), (shares, self.shares)):

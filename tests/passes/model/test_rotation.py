@@ -6,12 +6,12 @@ from qexport.api.exporting import capture
 from qexport.calibrate.float_model import running
 from qexport.errors import PassError
 from qexport.passes.model.rotation import RotateResidual
-from qexport.quant.hadamard import hadamard, rotation
+from qexport.quant.hadamard import hadamard_matrix, rotation
 
 
 @pytest.mark.parametrize("size", [1, 2, 4, 12, 20, 28, 36, 64, 96, 576])
 def test_rows_of_a_hadamard_matrix_are_orthogonal(size):
-    found = hadamard(size)
+    found = hadamard_matrix(size)
     assert found.abs().eq(1).all()
     assert torch.equal(found @ found.t(), size * torch.eye(size, dtype=torch.float64))
 
