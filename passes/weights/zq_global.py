@@ -15,7 +15,7 @@ from ...plan.linear_plan import LinearPlan
 from ...quant.formats import ActivationFormat, WeightFormat
 from ...quant.straight_through import Descent, fake_quantize_tokens, fake_quantize_weight, mean_step
 from ..base import Batch, Context, GraphPass, PassResult, PassState, RowScale, SiteRecord
-from .zq_local import why_not
+from .rounding import why_not_integer
 
 # A learning rate is tried for a tenth of the steps, but not for fewer than rank rates as all steps do.
 _TRIAL, _FEWEST = 10, 4
@@ -49,7 +49,7 @@ class ZQGlobal(GraphPass):
         result, found = PassResult(), []
         goals = [_Goal(b, self.token_norm_power) for b in context.batches if b.target is not None]
         for linear in linears(module.graph):
-            why = why_not(self.plan, linear)
+            why = why_not_integer(self.plan, linear)
             if not why and not goals:
                 why = "what the float model hands on from this block is not known"
             if why:

@@ -8,11 +8,12 @@ from torch.fx import GraphModule, Node
 
 from ...errors import QExportError
 from ...graph.edit import get_tensor, set_tensor
-from ...graph.sites import Linear, linears
+from ...graph.sites import linears
 from ...plan.linear_plan import LinearPlan
-from ...quant.gptq import HessianStatistic
 from ...quant.straight_through import train_weight
 from ..base import Context, GraphPass, PassResult, SiteRecord
+from .gptq import hessian_statistic
+from .rounding import why_not_integer
 
 
 @dataclass(frozen=True)
@@ -37,18 +38,17 @@ class ZQLocal(GraphPass):
     preserves_values: ClassVar[bool] = True
 
     def statistics(self, module: GraphModule) -> dict[Node, Callable]:
-        power = self.token_norm_power
         return {
-            linear.input: lambda: HessianStatistic("token_norm" if power else "none", power or 1.0)
+            linear.input: lambda: hessian_statistic(self.token_norm_power)
             for linear in linears(module.graph)
-            if not why_not(self.plan, linear)
+            if not why_not_integer(self.plan, linear)
         }
 
     def call(self, module: GraphModule, context: Context) -> PassResult:
         result, handover = PassResult(), context.handover
         hessians = {value: statistic.value() for value, statistic in context.statistics.items()}
         for linear in linears(module.graph):
-            name, why = linear.name, why_not(self.plan, linear)
+            name, why = linear.name, why_not_integer(self.plan, linear)
             if not why and not hessians[linear.input].any():
                 why = "no calibration token reached it"
             if why:
@@ -70,13 +70,3 @@ class ZQLocal(GraphPass):
             what = f"error {found.error:.3f} of rounding's, learning rate {found.learning_rate:g}, {found.steps} steps"
             result.changed.append(SiteRecord(name, what, {"error relative to rounding": round(found.error, 4)}))
         return result
-
-
-def why_not(plan: Mapping[str, LinearPlan], linear: Linear) -> str:
-    """Why the weight of a linear cannot be trained to be rounded; empty where it can."""
-    if linear.name not in plan:
-        return "not in the plan"
-    scheme = plan[linear.name].scheme
-    if scheme is None:
-        return plan[linear.name].reason
-    return "its grid is a codebook" if scheme.weight.codebook is not None else ""

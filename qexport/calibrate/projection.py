@@ -4,7 +4,7 @@ import torch
 
 from ..capture.graph import CapturedModel
 from ..graph.sites import Linear
-from ..passes.weights.rounding import hessian_statistic
+from ..passes.weights.gptq import hessian_statistic
 from ..quant.gptq import HessianStatistic
 from ..recipe.sections import WeightSpec
 from .block_activations import Stream

@@ -18,7 +18,10 @@ from ..passes.equalization.fptq import FPTQ
 from ..passes.equalization.lae import LogEqualize
 from ..passes.equalization.smoothquant import SmoothQuant
 from ..passes.moe_coverage import CountChoices
-from ..passes.weights.rounding import GPTQ, HalfQuadratic, RoundToNearest, round_to_nearest
+from ..passes.weights.gptq import GPTQ
+from ..passes.weights.hqq import HalfQuadratic
+from ..passes.weights.rounding import round_to_nearest
+from ..passes.weights.rtn import RoundToNearest
 from ..passes.weights.zq_global import ZQGlobal
 from ..passes.weights.zq_local import ZQLocal
 from ..plan.convolution_plan import ConvolutionPlan

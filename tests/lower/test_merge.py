@@ -27,7 +27,7 @@ from qexport.passes.activations.quantize import QuantizeActivations
 from qexport.passes.base import Pipeline
 from qexport.passes.branches.lorc import LoRC
 from qexport.passes.insert_qdq import add_branch, result_of
-from qexport.passes.weights.rounding import RoundToNearest
+from qexport.passes.weights.rtn import RoundToNearest
 from qexport.plan.linear_plan import LinearPlan
 from qexport.quant.formats import Scheme
 from qexport.recipe.recipe import CalibrationSpec, CrossQuantSpec, LlmInt8Spec, LoRCSpec, Override, Recipe

@@ -9,7 +9,7 @@ from qexport.calibrate.block_activations import collect
 from qexport.graph.edit import is_call
 from qexport.graph.sites import by_input, linears
 from qexport.passes.activations.quantize import QuantizeActivations
-from qexport.passes.weights.rounding import RoundToNearest
+from qexport.passes.weights.rtn import RoundToNearest
 from qexport.quant.gptq import HessianStatistic
 from qexport.quant.observers import AbsmaxObserver, ChannelAbsmax
 from stepping import load_weights, padded, tokens

@@ -14,7 +14,7 @@ from qexport.errors import NumericsError, RecipeError
 from qexport.graph.sites import fold_sites
 from qexport.passes.base import Pipeline
 from qexport.passes.equalization.awq import AWQ, awq_factors
-from qexport.passes.weights.rounding import RoundToNearest
+from qexport.passes.weights.rtn import RoundToNearest
 from qexport.plan.linear_plan import LinearPlan
 from qexport.quant.formats import Scheme
 from stepping import load_weights, padded, run_twice, tokens

@@ -10,7 +10,7 @@ from qexport.errors import RecipeError
 from qexport.passes.activations.quantize import QuantizeActivations
 from qexport.passes.base import Pipeline
 from qexport.passes.equalization.crossquant import CrossQuant
-from qexport.passes.weights.rounding import RoundToNearest
+from qexport.passes.weights.rtn import RoundToNearest
 from qexport.plan.linear_plan import LinearPlan
 from qexport.quant.formats import Scheme
 from qexport.quant.smoothing import crossquant_factors

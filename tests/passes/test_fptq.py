@@ -16,7 +16,7 @@ from qexport.graph.sites import fold_sites
 from qexport.passes.activations.quantize import QuantizeActivations
 from qexport.passes.base import Context, Pipeline
 from qexport.passes.equalization.fptq import FPTQ, Decision, decide
-from qexport.passes.weights.rounding import RoundToNearest
+from qexport.passes.weights.rtn import RoundToNearest
 from qexport.plan.linear_plan import make_plan
 from qexport.quant.formats import ActivationFormat, Scheme
 from stepping import captured_runner, load_weights, padded, prompt_feeds, tokens

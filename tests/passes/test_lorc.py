@@ -13,7 +13,8 @@ from qexport.passes.activations.quantize import QuantizeActivations
 from qexport.passes.base import Context, PassState, Pipeline
 from qexport.passes.branches.lorc import LoRC, deployed_weight, products_of
 from qexport.passes.equalization.crossquant import CrossQuant
-from qexport.passes.weights.rounding import GPTQ, RoundToNearest
+from qexport.passes.weights.gptq import GPTQ
+from qexport.passes.weights.rtn import RoundToNearest
 from qexport.plan.linear_plan import LinearPlan, make_plan
 from qexport.quant.affine import quantize_weight
 from qexport.quant.formats import Scheme

@@ -13,7 +13,7 @@ from qexport.graph.edit import get_tensor
 from qexport.passes.equalization.awq import AWQ
 from qexport.passes.equalization.smoothquant import SmoothQuant
 from qexport.passes.moe_coverage import FEW_TOKENS, CountChoices
-from qexport.passes.weights.rounding import GPTQ
+from qexport.passes.weights.gptq import GPTQ
 from qexport.recipe.recipe import CalibrationSpec, Recipe
 from stepping import captured_runner, load_weights, prompt_feeds, tokens
 

@@ -18,7 +18,7 @@ from qexport.graph.sites import by_input, linears
 from qexport.passes.activations.quantize import QuantizeActivations
 from qexport.passes.base import Batch, Context, GraphPass, PassResult, PassState, Pipeline
 from qexport.passes.equalization.crossquant import CrossQuant
-from qexport.passes.weights.rounding import RoundToNearest
+from qexport.passes.weights.rtn import RoundToNearest
 from qexport.passes.weights.zq_global import ZQGlobal
 from qexport.passes.weights.zq_local import ZQLocal
 from qexport.plan.linear_plan import LinearPlan, make_plan

@@ -15,7 +15,7 @@ from qexport.passes.equalization.awq import AWQ
 from qexport.passes.equalization.crossquant import CrossQuant
 from qexport.passes.equalization.scale_search import ALPHAS, best
 from qexport.passes.equalization.smoothquant import SmoothQuant
-from qexport.passes.weights.rounding import RoundToNearest
+from qexport.passes.weights.rtn import RoundToNearest
 from qexport.plan.linear_plan import LinearPlan
 from qexport.quant.formats import Scheme
 

@@ -1,0 +1,34 @@
+"""HQQ: scales and zero points by a half-quadratic solver, without data."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch.fx import GraphModule
+
+from ...graph.sites import Linear
+from ...plan.linear_plan import LinearPlan
+from ...quant.affine import QuantizedWeight
+from ...quant.formats import WeightFormat
+from ...quant.hqq import hqq_quantize
+from ..base import Context, GraphPass, PassResult
+from .rounding import quantize_linears
+
+
+@dataclass(frozen=True)
+class HalfQuadratic(GraphPass):
+    """HQQ: scales and zero points that make the rounding error sparse, found without data.
+
+    Attributes:
+        plan: by linear name; linears without a scheme stay as they are, codebooks are rounded to nearest.
+    """
+
+    plan: Mapping[str, LinearPlan]
+    preserves_values: ClassVar[bool] = True
+
+    def call(self, module: GraphModule, context: Context) -> PassResult:
+        def quantize(linear: Linear, w: torch.Tensor, fmt: WeightFormat, factor) -> QuantizedWeight:
+            return hqq_quantize(w, fmt)
+
+        return quantize_linears(module, self.plan, context.handover, quantize)

@@ -1,0 +1,35 @@
+"""Rounding to nearest: no data, no search but for where a range is clipped."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch.fx import GraphModule
+
+from ...graph.sites import Linear
+from ...plan.linear_plan import LinearPlan
+from ...quant.affine import QuantizedWeight
+from ...quant.formats import WeightFormat
+from ..base import Context, GraphPass, PassResult
+from .rounding import quantize_linears, round_to_nearest
+
+
+@dataclass(frozen=True)
+class RoundToNearest(GraphPass):
+    """Nearest code, scales from the range of each group (or clipped where that lowers the squared error).
+
+    Attributes:
+        plan: by linear name; linears without a scheme stay as they are.
+        clip_search: choose each group's clipping ratio by its squared error.
+    """
+
+    plan: Mapping[str, LinearPlan]
+    clip_search: bool = False
+    preserves_values: ClassVar[bool] = True
+
+    def call(self, module: GraphModule, context: Context) -> PassResult:
+        def quantize(linear: Linear, w: torch.Tensor, fmt: WeightFormat, factor) -> QuantizedWeight:
+            return round_to_nearest(w, fmt, self.clip_search)
+
+        return quantize_linears(module, self.plan, context.handover, quantize)
