@@ -27,12 +27,20 @@ import transformers
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
-import agreement  # noqa: E402
-import modules  # noqa: E402
-from cuda_placement.build import CannotBuild, build_stand_ins  # noqa: E402
-from cuda_placement.models import CPU, PROMPT  # noqa: E402
-from cuda_placement.probe import PlacementError, placement  # noqa: E402
-from models import BREADTH, FAMILIES, REFUSED, reference_model, save_model  # noqa: E402
+from helpers import agreement, random_modules  # noqa: E402
+from helpers.cuda_placement.build import CannotBuild, build_stand_ins  # noqa: E402
+from helpers.cuda_placement.models import CPU, PROMPT  # noqa: E402
+from helpers.cuda_placement.probe import PlacementError, placement  # noqa: E402
+from helpers.random_decoders import BREADTH, FAMILIES, REFUSED, reference_model, save_model  # noqa: E402
+from helpers.runners import (  # noqa: E402
+    captured_runner,
+    load_weights,
+    padded,
+    source_of,
+    stepwise,
+    tokens,
+    transformers_runner,
+)
 from qexport.api.exporting import capture  # noqa: E402
 from qexport.artifact.manifest import QMOE  # noqa: E402
 from qexport.calibrate.encoder_inputs import encoder_batch  # noqa: E402
@@ -44,24 +52,15 @@ from qexport.graph.convolution_sites import convolutions
 from qexport.lower.build import check_translations  # noqa: E402
 from qexport.models.source import open_model  # noqa: E402
 from qexport.recipe.recipe import CalibrationSpec, Recipe  # noqa: E402
-from stepping import (  # noqa: E402
-    captured_runner,
-    load_weights,
-    padded,
-    source_of,
-    stepwise,
-    tokens,
-    transformers_runner,
-)
 
 SCHEMES = {"w4a16": "w4a16_g32", "w8a8 per token": "w8a8_dyn", "w8a8 static": "w8a8_static"}
 # What computes with lengths.
 LENGTHS = {"Add", "Cast", "Concat", "Gather", "Max", "Mul", "Range", "Squeeze", "Sub", "Unsqueeze"}
 MASKS = (padded([9, 4, 6], "left"), padded([7, 2, 5], "right"))
 KINDS = {
-    "decoders": (*FAMILIES, *BREADTH, *REFUSED), "encoder-decoders": modules.SEQ2SEQ,
-    "encoders": (*modules.ENCODERS, *modules.REFUSED_ENCODERS),
-    "modules": modules.MODULES,
+    "decoders": (*FAMILIES, *BREADTH, *REFUSED), "encoder-decoders": random_modules.SEQ2SEQ,
+    "encoders": (*random_modules.ENCODERS, *random_modules.REFUSED_ENCODERS),
+    "modules": random_modules.MODULES,
 }  # fmt: skip
 HEAD = """# Families of models
 
@@ -178,7 +177,7 @@ def measured(kind: str, name: str, folder: Path, stand_ins: dict[str, str] | Non
 
 def measured_pair(name: str, folder: Path, stand_ins: dict[str, str] | None) -> list[str]:
     """The cells of an encoder-decoder's row; raises as `measured`."""
-    parts = capture_seq2seq(open_model(modules.save_seq2seq(name, folder / "model")))
+    parts = capture_seq2seq(open_model(random_modules.save_seq2seq(name, folder / "model")))
     captured = {"encoder": _checked(parts.encoder), "decoder": _checked(parts.decoder)}
     source, text = source_of(parts.encoder, MASKS[1]), tokens(len(MASKS[1]), 3 + agreement.STEPS, 5)
     float_encoder, float_decoder = (captured_runner(load_weights(copy.deepcopy(c))) for c in captured.values())
@@ -222,7 +221,7 @@ def _decoder(name: str, folder: Path) -> tuple[CapturedModel, float, None]:
 
 def _encoder(name: str, folder: Path) -> tuple[CapturedModel, float, dict]:
     """The captured model, the largest difference of an output, and inputs."""
-    modules.save_encoder(name, folder / "model")
+    random_modules.save_encoder(name, folder / "model")
     captured = _checked(capture(folder / "model"))
     model = transformers.AutoModel.from_pretrained(folder / "model", attn_implementation="eager").eval()
     feeds = [encoder_batch(captured, tokens(*mask.shape), mask) for mask in MASKS]
@@ -230,8 +229,8 @@ def _encoder(name: str, folder: Path) -> tuple[CapturedModel, float, dict]:
 
 
 def _module(name: str, folder: Path) -> tuple[CapturedModel, float, dict]:
-    model, feeds = modules.make_module(name), [modules.example_inputs(name, more) for more in (0, 1)]
-    captured = _checked(capture_module(model, feeds[0], modules.axes(name)))
+    model, feeds = random_modules.make_module(name), [random_modules.example_inputs(name, more) for more in (0, 1)]
+    captured = _checked(capture_module(model, feeds[0], random_modules.axes(name)))
     return captured, _from_eager(captured, model, feeds), feeds[0]
 
 
@@ -242,7 +241,7 @@ def _from_eager(captured: CapturedModel, model: torch.nn.Module, feeds: list[dic
             made, got = model(**fed), run(fed)
         real = fed["attention_mask"].bool() if captured.kind == "encoder" else None
         for name, value in got.items():
-            want = modules.looked_up(made, name)
+            want = random_modules.looked_up(made, name)
             if real is not None and value.shape[:2] == real.shape:
                 value, want = value[real], want[real]
             worst = max(worst, float((value - want).abs().max() / want.abs().max()))
@@ -271,7 +270,7 @@ def on_cuda(captured: CapturedModel, folder: Path, stand_ins: dict[str, str] | N
     if stand_ins is None:
         return "not tried"
     exported = agreement.export(copy.deepcopy(captured), _recipe(SCHEMES["w4a16"]), "cuda", folder, **options)
-    dims = None if _count(captured) else PROMPT | modules.SIZES | {"source": 7}  # which cuDNN's stand-in does not run
+    dims = None if _count(captured) else PROMPT | random_modules.SIZES | {"source": 7}  # cuDNN's stand-in does not
     try:
         placed = placement(exported.folder / "model.onnx", exported.manifest.session, stand_ins, dims)
     except PlacementError as error:

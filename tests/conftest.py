@@ -8,9 +8,9 @@ import pytest
 import torch
 import transformers
 
-from cuda_placement.build import CannotBuild, build_stand_ins
-from cuda_placement.probe import placement
-from models import save_model
+from helpers.cuda_placement.build import CannotBuild, build_stand_ins
+from helpers.cuda_placement.probe import placement
+from helpers.random_decoders import save_model
 from qexport import cli
 from qexport.api.exporting import capture
 from qexport.validation.reader import check_reader

@@ -4,11 +4,11 @@ import os
 
 import pytest
 
+from helpers.tokenizer_files import write_word_tokenizer
 from qexport import validate
 from qexport.api.exporting import export
 from qexport.artifact.names import public_name
 from qexport.recipe.recipe import Recipe
-from tiny_decoder import write_word_tokenizer
 
 
 @pytest.mark.parametrize(

@@ -9,9 +9,9 @@ import sys
 import pytest
 from transformers import AutoTokenizer, BertTokenizer
 
+from helpers.tokenizer_files import CHAT, save_tokenizer
 from qexport.artifact.tokenizer import CONFIG, TEMPLATE, WHOLE, write_tokenizer
 from qexport.models.tokenizers import load_tokenizer
-from tokenizing import CHAT, save_tokenizer
 
 TEXTS = ("The moon has phases.", " Hello  you , hello !", "\u00fcml\u00e4ut \u6f22 \U0001f916\n\ttab", "")
 

@@ -7,8 +7,8 @@ import torch
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
+from helpers.tokenizer_files import write_word_tokenizer
 from qexport.calibrate.encoder_inputs import with_last_token
-from tiny_decoder import write_word_tokenizer
 
 IDS = torch.tensor([[5, 6, 7], [8, 9, 10]])
 

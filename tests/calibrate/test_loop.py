@@ -7,12 +7,12 @@ import pytest
 import torch
 from torch import nn
 
-import exporting
+from helpers import exports
 from qexport.calibrate import loop
 from qexport.errors import InputError, NumericsError
 from qexport.recipe.recipe import CalibrationSpec, Recipe, SmoothSpec, WeightSpec
 
-export = exporting.exporting.export
+export = exports.exporting.export
 CALIBRATION = CalibrationSpec(source="random", samples=4, sequence_length=16, batch_size=2)
 RECIPE = Recipe(
     scheme="w8a8_static", lm_head="w8a8_static", weights=WeightSpec(method="gptq"), smooth=SmoothSpec(),
@@ -53,7 +53,7 @@ def run(captured, folder, tmp_path):
             return original(graph, block, *rest)
 
         with (
-            patch.object(exporting.exporting, "capture", lambda *_, **__: captured("llama")),
+            patch.object(exports.exporting, "capture", lambda *_, **__: captured("llama")),
             patch.object(loop, "_one", counted),
         ):
             try:
@@ -193,7 +193,7 @@ def test_activations_that_overflow_name_their_block(captured, folder, tmp_path, 
     model.weights = Large()
     recipe = RECIPE.model_copy(update={"weights": WeightSpec(method=method), "smooth": None})
     with (
-        patch.object(exporting.exporting, "capture", lambda *_, **__: model),
+        patch.object(exports.exporting, "capture", lambda *_, **__: model),
         pytest.raises(NumericsError) as caught,
     ):
         export(folder, recipe, out_dir=tmp_path / "out")
@@ -204,7 +204,7 @@ def test_activations_that_overflow_name_their_block(captured, folder, tmp_path, 
 def test_a_module_exports_what_it_computes(tmp_path):
     module = Small()
     result = export(module, "w8a8_static", out_dir=tmp_path / "out", example_inputs=(X,), calibration=[(X,)])
-    session = exporting.open_session(result.folder, result.manifest, threads=1)
+    session = exports.open_session(result.folder, result.manifest, threads=1)
     (got,) = session.run(None, {session.get_inputs()[0].name: X.numpy()})
     want = module(X).detach()
     assert (torch.from_numpy(got) - want).abs().max() < 0.03 * want.abs().max()

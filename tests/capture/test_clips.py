@@ -6,10 +6,10 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-import exporting
+from helpers import exports
+from helpers.runners import captured_runner, load_weights
 from qexport.api.validating import validate
 from qexport.capture.module import capture_module
-from stepping import captured_runner, load_weights
 
 aten = torch.ops.aten
 
@@ -127,7 +127,7 @@ def test_static_ranges_end_where_any_clip_ends(tmp_path):
     for name in ("relu6", "nn.ReLU6", "minimum, maximum", "min, max of filled"):
         torch.manual_seed(0)
         model, out = Mobile(ZERO_TO_SIX[name]).eval(), tmp_path / name.replace(" ", "")
-        exporting.exporting.export(model, "w8a8_static", out_dir=out, example_inputs=(x,), calibration=[(x,)])
+        exports.exporting.export(model, "w8a8_static", out_dir=out, example_inputs=(x,), calibration=[(x,)])
         report = validate(out, model, inputs=[(x,)])
         assert not report.problems and report.placement.convolutions == 2
         decibels[name] = report.outputs[0].sqnr_db

@@ -11,7 +11,8 @@ from transformers import (
     AutoModelForTokenClassification,
 )
 
-from modules import REFUSED_ENCODERS, VOCAB, encoders, save_encoder
+from helpers.random_modules import REFUSED_ENCODERS, VOCAB, encoders, save_encoder
+from helpers.runners import captured_runner, load_weights, padded, tokens
 from qexport.api.exporting import capture, export
 from qexport.calibrate.encoder_inputs import encoder_batch
 from qexport.errors import CaptureError, InputError, LoweringError
@@ -19,7 +20,6 @@ from qexport.graph.sites import fold_sites
 from qexport.lower.build import check_translations
 from qexport.plan.model_plan import plan_for
 from qexport.recipe.recipe import Recipe
-from stepping import captured_runner, load_weights, padded, tokens
 
 MASKS = {
     "one token": torch.ones(1, 1, dtype=torch.int64),

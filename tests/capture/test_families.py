@@ -4,11 +4,11 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
-from models import FAMILIES, VOCAB, reference_model
+from helpers.random_decoders import FAMILIES, VOCAB, reference_model
+from helpers.runners import captured_runner, load_weights, next_feeds, padded, prompt_feeds, tokens, transformers_runner
 from qexport.api.exporting import capture
 from qexport.graph.edit import attributes, get_tensor
 from qexport.models.checkpoint import Checkpoint
-from stepping import captured_runner, load_weights, next_feeds, padded, prompt_feeds, tokens, transformers_runner
 
 LAYERS = {"opt": "model.decoder.layers", "gpt_neox": "gpt_neox.layers"}
 PROMPTS = {

@@ -5,7 +5,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from gguf_files import write_gguf
+from helpers.gguf_files import write_gguf
 from qexport.errors import InputError
 from qexport.models.source import open_model
 

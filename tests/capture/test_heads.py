@@ -6,14 +6,14 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, AutoModelForTokenClassification
 
-import exporting
-from models import LISTS, VOCAB, save_random
+from helpers import exports
+from helpers.random_decoders import LISTS, VOCAB, save_random
+from helpers.runners import captured_runner, load_weights, padded, tokens
 from qexport import validate
 from qexport.api.exporting import capture
 from qexport.errors import CaptureError
 from qexport.models.heads import note_on_bare
 from qexport.recipe.recipe import Recipe
-from stepping import captured_runner, load_weights, padded, tokens
 
 PAD = 3
 MASKS = [torch.ones(1, 1, dtype=torch.int64), padded([6, 2, 9], "right"), padded([6, 2, 9], "left")]
@@ -40,7 +40,7 @@ def test_a_score_is_that_of_the_last_token_on_either_side_of_padding(tmp_path, f
     folder = save(tmp_path / "model", AutoModelForSequenceClassification, family, num_labels=1)
     model = AutoModelForSequenceClassification.from_pretrained(folder, attn_implementation="eager").eval()
     recipe = Recipe(scheme="w4a16_g32", overrides=[{"match": "*", "scheme": "float"}])
-    made = exporting.export(capture(folder), recipe, "cpu", tmp_path / "out")
+    made = exports.export(capture(folder), recipe, "cpu", tmp_path / "out")
     assert made.manifest.kind == "encoder"
     run, graph = made.in_onnxruntime(), captured_runner(load_weights(made.captured))
     for mask in MASKS:
@@ -53,7 +53,7 @@ def test_a_score_is_that_of_the_last_token_on_either_side_of_padding(tmp_path, f
 
 def test_a_quantized_reranker_is_validated(tmp_path):
     folder = save(tmp_path / "model", AutoModelForSequenceClassification, num_labels=1)
-    result = exporting.exporting.export(folder, "w8a16", out_dir=tmp_path / "out", calibration="random")
+    result = exports.exporting.export(folder, "w8a16", out_dir=tmp_path / "out", calibration="random")
     assert {p.name: p.scheme for p in result.plan}["score"] is None
     report = validate(result.folder, folder, windows=4)
     assert not report.problems and report.outputs[0].name == "logits" and report.outputs[0].sqnr_db > 30

@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import nn
 
+from helpers.runners import captured_runner, load_weights
 from qexport.capture.module import capture_module
 from qexport.errors import CaptureError, InputError
-from stepping import captured_runner, load_weights
 
 
 class Nested(nn.Module):

@@ -7,13 +7,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from models import QUICK, REFUSED, VOCAB, breadth, reference_model, save_model
+from helpers.random_decoders import QUICK, REFUSED, VOCAB, breadth, reference_model, save_model
+from helpers.runners import captured_runner, load_weights, next_feeds, padded, prompt_feeds, tokens, transformers_runner
 from qexport.api.exporting import capture
 from qexport.capture.weight_views import WeightViews
 from qexport.errors import CaptureError, LoweringError
 from qexport.graph.sites import linears
 from qexport.lower.build import check_translations
-from stepping import captured_runner, load_weights, next_feeds, padded, prompt_feeds, tokens, transformers_runner
 
 PROMPTS = (padded([3, 7, 1], "left"), padded([7, 2, 5], "right"))
 STEPS = 3

@@ -7,8 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from models import save_model
-from modules import save_encoder
+from helpers.random_decoders import save_model
+from helpers.random_modules import save_encoder
 from qexport.api.exporting import capture
 from qexport.errors import CaptureError, InputError
 from qexport.models.quantized import check_float

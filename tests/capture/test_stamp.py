@@ -5,12 +5,12 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers.models.llama.modeling_llama import LlamaAttention
 
-from models import VOCAB, reference_model, save_model
+from helpers.random_decoders import VOCAB, reference_model, save_model
+from helpers.runners import captured_runner, load_weights, prompt_feeds, tokens, transformers_runner
 from qexport.api.exporting import capture, export
 from qexport.capture import trace
 from qexport.capture.layer_groups import LayerGroups, find_layers
 from qexport.errors import CaptureError
-from stepping import captured_runner, load_weights, prompt_feeds, tokens, transformers_runner
 
 SLIDING, FULL = "sliding_attention", "full_attention"
 KINDS = {  # of each family a config, and the layer that every layer is like

@@ -7,13 +7,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from models import VOCAB, reference_model
+from helpers.random_decoders import VOCAB, reference_model
+from helpers.runners import captured_runner, load_weights, prompt_feeds, tokens, transformers_runner
 from qexport.api.exporting import capture
 from qexport.errors import CaptureError, InputError
 from qexport.models.checkpoint import Checkpoint
 from qexport.models.files import INDEX, WHOLE, weight_files
 from qexport.models.source import open_model
-from stepping import captured_runner, load_weights, prompt_feeds, tokens, transformers_runner
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedTokenizerFast
 
 import qexport
-from models import save_random
+from helpers.random_decoders import save_random
 
 SIZES = {"vocab_size": 256, "hidden_size": 64, "num_attention_heads": 4, "max_position_embeddings": 128}
 TOKENS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}

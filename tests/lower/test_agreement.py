@@ -13,12 +13,12 @@ the two round at different places, and float16 itself is the yardstick.
 import pytest
 import torch
 
-import agreement
-from agreement import ROUNDING, assert_agree, assert_float16_adds_little, logits
-from models import FAMILIES
+from helpers import agreement
+from helpers.agreement import ROUNDING, assert_agree, assert_float16_adds_little, logits
+from helpers.random_decoders import FAMILIES
+from helpers.runners import captured_runner, load_weights, padded
 from qexport.quant.metrics import sqnr_db
 from qexport.recipe.recipe import CalibrationSpec, Recipe, WeightSpec
-from stepping import captured_runner, load_weights, padded
 
 SCHEMES = [
     "w4a16_g32", "w4a16_g64", "w4a16_g64_asym", "w4a16_g16_asym", "w4a16_pc", "w8a16_g32", "w8a8_dyn", "w8a8_static",

@@ -5,16 +5,16 @@ import onnx
 import pytest
 import torch
 
-import exporting
-from agreement import logits
-from models import FAMILIES
+from helpers import exports
+from helpers.agreement import logits
+from helpers.random_decoders import FAMILIES
+from helpers.runners import captured_runner, load_weights, padded, tokens
 from qexport.api.exporting import export as export_model
 from qexport.artifact.manifest import MODEL_FILE
 from qexport.errors import InputError
 from qexport.recipe.recipe import CalibrationSpec, Override, Recipe
 from qexport.runtime.decoder import Decoder, open_decoder
 from qexport.runtime.session import open_session
-from stepping import captured_runner, load_weights, padded, tokens
 
 FLOAT = Recipe(
     scheme="w8a8_dyn", overrides=(Override(match="*", scheme="float"),), calibration=CalibrationSpec(source="random")
@@ -27,7 +27,7 @@ WINDOWS = {"mistral", "gemma2", "gemma3"}
 @pytest.fixture
 def export(captured, tmp_path):
     def make(family, **options):
-        return exporting.export(captured(family), FLOAT, "cpu", tmp_path / str(options), **options)
+        return exports.export(captured(family), FLOAT, "cpu", tmp_path / str(options), **options)
 
     return make
 
@@ -112,7 +112,7 @@ def test_the_reason_is_kept_where_it_cannot_be_grouped(captured, tmp_path):
                     back.meta = dict(mask.meta)
                 node.replace_input_with(node.args[5], back)
         block.module.recompile()
-    exported = exporting.export(model, FLOAT, "cpu", tmp_path / "out")
+    exported = exports.export(model, FLOAT, "cpu", tmp_path / "out")
     assert exported.manifest.settings["attention"] == "standard"
     assert "mask" in exported.manifest.settings["attention_reason"]
 

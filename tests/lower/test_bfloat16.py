@@ -12,10 +12,13 @@ import pytest
 import torch
 from onnx import TensorProto
 
-import agreement
 import qexport
-from agreement import assert_float16_adds_little
-from cuda_placement.models import CPU, CUDA, PROMPT, assert_decoder_on_cuda
+from helpers import agreement
+from helpers.agreement import assert_float16_adds_little
+from helpers.bfloat16_on_cpu import widen
+from helpers.cuda_placement.models import CPU, CUDA, PROMPT, assert_decoder_on_cuda
+from helpers.runners import padded
+from helpers.tokenizer_files import write_word_tokenizer
 from qexport.api.validating import validate
 from qexport.errors import InputError, RuntimeProblem
 from qexport.plan.linear_plan import LinearPlan
@@ -24,9 +27,6 @@ from qexport.recipe.recipe import CalibrationSpec, LoRCSpec, Override, Recipe
 from qexport.runtime import session
 from qexport.runtime.decoder import open_decoder
 from qexport.targets.bfloat16 import check_bfloat16
-from stepping import padded
-from tiny_decoder import write_word_tokenizer
-from widening import widen
 
 MASK = padded([9, 4, 6], "left")
 SCHEMES = {

@@ -8,15 +8,14 @@ from collections import Counter
 import pytest
 import torch
 
-import agreement
-import exporting
-from agreement import assert_agree, assert_float16_adds_little, logits
-from cuda_placement.models import PROMPT, assert_decoder_on_cuda
+from helpers import agreement, exports
+from helpers.agreement import assert_agree, assert_float16_adds_little, logits
+from helpers.cuda_placement.models import PROMPT, assert_decoder_on_cuda
+from helpers.runners import captured_runner, load_weights, padded
 from qexport.graph.sites import by_input, linears
 from qexport.quant.metrics import sqnr_db
 from qexport.recipe.recipe import CalibrationSpec, LlmInt8Spec, LoRCSpec, Recipe, WeightSpec
 from qexport.runtime.session import optimized_graph, unfused
-from stepping import captured_runner, load_weights, padded
 
 MASK = padded([9, 4, 6], "left")
 RANK4, INT8 = LoRCSpec(rank=4), LoRCSpec(rank=4, factors="int8")
@@ -139,7 +138,7 @@ def test_outliers_are_some_features_of_some_values(export):
 
 def test_the_output_of_a_linear_is_the_sum(export):
     exported = export("llama_bias", METHODS["both"], "cpu")
-    model = exporting.onnx.load(exported.folder / "model.onnx", load_external_data=False)
+    model = exports.onnx.load(exported.folder / "model.onnx", load_external_data=False)
     producers = {output: node for node in model.graph.node for output in node.output}
     for entry in exported.manifest.linears:
         if entry.output == "logits":

@@ -6,9 +6,10 @@ import onnx
 import pytest
 import torch
 
-import agreement
-from agreement import ROUNDING, assert_agree, assert_float16_adds_little, logits
-from cuda_placement.models import PROMPT, assert_decoder_on_cuda
+from helpers import agreement
+from helpers.agreement import ROUNDING, assert_agree, assert_float16_adds_little, logits
+from helpers.cuda_placement.models import PROMPT, assert_decoder_on_cuda
+from helpers.runners import captured_runner, load_weights, padded
 from qexport.graph.edit import get_tensor, is_call
 from qexport.plan.linear_plan import LinearPlan, weight_bytes
 from qexport.quant.codebook import dequantize
@@ -16,7 +17,6 @@ from qexport.quant.formats import Scheme
 from qexport.quant.metrics import sqnr_db
 from qexport.recipe.recipe import CalibrationSpec, Recipe
 from qexport.runtime.session import optimized_graph, unfused
-from stepping import captured_runner, load_weights, padded
 
 ops = torch.ops.qexport
 SCHEMES = ["nf4", "fp4", "nf4_dq", "fp4_g32", "nf4_g16"]

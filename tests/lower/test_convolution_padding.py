@@ -6,8 +6,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-import exporting
-from agreement import module_differences
+from helpers import exports
+from helpers.agreement import module_differences
 from qexport.capture.module import capture_module
 from qexport.recipe.recipe import Recipe
 from qexport.runtime.session import optimized_graph, unfused_convolutions
@@ -51,7 +51,7 @@ def made(pad, recipe, tmp_path, dims: int = 2):
     model = Padded(pad, dims).eval()
     data = [{"x": x}] if recipe == "w8a8_static" else None
     given = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
-    found = exporting.export(capture_module(model, {"x": x}), given, "cpu", tmp_path / "out", calibration=data)
+    found = exports.export(capture_module(model, {"x": x}), given, "cpu", tmp_path / "out", calibration=data)
     with torch.no_grad():
         return found, {"x": x}, model(x)
 

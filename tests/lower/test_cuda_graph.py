@@ -12,8 +12,8 @@ import numpy as np
 import onnxruntime
 import pytest
 
-import cuda_placement
 import qexport
+from helpers import cuda_placement
 from qexport.artifact.manifest import CPU
 from qexport.recipe.recipe import CalibrationSpec, Recipe
 from qexport.runtime.session import open_session

@@ -9,9 +9,9 @@ import pytest
 from onnx import TensorProto
 from onnx.helper import make_node
 
-from cuda_placement.build import CannotBuild, build_stand_ins
-from cuda_placement.models import ALL_ON_CUDA, CPU, DIMS, assert_all_on_cuda, int4, model, tensor, value
-from cuda_placement.probe import PlacementError
+from helpers.cuda_placement.build import CannotBuild, build_stand_ins
+from helpers.cuda_placement.models import ALL_ON_CUDA, CPU, DIMS, assert_all_on_cuda, int4, model, tensor, value
+from helpers.cuda_placement.probe import PlacementError
 
 F16, F32 = TensorProto.FLOAT16, TensorProto.FLOAT
 K, N = 256, 128

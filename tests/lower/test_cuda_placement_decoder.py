@@ -10,8 +10,8 @@ import pytest
 from onnx import TensorProto
 from onnx.helper import make_node
 
-from cuda_placement.models import ALL_ON_CUDA, CPU, CUDA, DIMS, assert_all_on_cuda, int4, model, tensor, value
-from cuda_placement.probe import PlacementError
+from helpers.cuda_placement.models import ALL_ON_CUDA, CPU, CUDA, DIMS, assert_all_on_cuda, int4, model, tensor, value
+from helpers.cuda_placement.probe import PlacementError
 
 F16, F32, I64, BOOL = TensorProto.FLOAT16, TensorProto.FLOAT, TensorProto.INT64, TensorProto.BOOL
 HEADS, KV_HEADS, HEAD = 4, 2, 64

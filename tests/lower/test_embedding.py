@@ -9,15 +9,15 @@ import onnx
 import pytest
 import torch
 
-import agreement
-from agreement import ROUNDING, assert_agree, assert_float16_adds_little, logits
-from cuda_placement.models import PROMPT, assert_decoder_on_cuda
-from models import HIDDEN, VOCAB, save_model
+from helpers import agreement
+from helpers.agreement import ROUNDING, assert_agree, assert_float16_adds_little, logits
+from helpers.cuda_placement.models import PROMPT, assert_decoder_on_cuda
+from helpers.random_decoders import HIDDEN, VOCAB, save_model
+from helpers.runners import padded, prompt_feeds, tokens
 from qexport.api.exporting import capture
 from qexport.graph.edit import get_tensor, is_call
 from qexport.recipe.recipe import CalibrationSpec, LoRCSpec, Recipe, SmoothSpec, WeightSpec
 from qexport.runtime.session import optimized_graph, unfused
-from stepping import padded, prompt_feeds, tokens
 
 ops = torch.ops.qexport
 MASK = padded([9, 4, 6], "left")

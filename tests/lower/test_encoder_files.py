@@ -3,8 +3,9 @@
 import pytest
 from transformers import AutoModelForSequenceClassification
 
-import exporting
-from modules import VOCAB, encoders, save_encoder
+from helpers import exports
+from helpers.random_modules import VOCAB, encoders, save_encoder
+from helpers.runners import captured_runner, load_weights, padded, tokens
 from qexport import generate, optimize, validate
 from qexport.api.exporting import capture
 from qexport.calibrate.encoder_inputs import encoder_batch
@@ -12,7 +13,6 @@ from qexport.errors import InputError
 from qexport.quant.metrics import sqnr_db
 from qexport.recipe.recipe import CalibrationSpec, Recipe
 from qexport.validation.placement import examine
-from stepping import captured_runner, load_weights, padded, tokens
 
 KERNELS = {"w4a16_g32": "MatMulNBits", "w8a8_dyn": "MatMulIntegerToFloat", "w8a8_static": "MatMulIntegerToFloat"}
 MASK = padded([6, 2, 9], "right")
@@ -34,7 +34,7 @@ def test_every_scheme_agrees(folder, tmp_path):
     whole = capture(folder)
     feeds = encoder_batch(whole, tokens(*MASK.shape, vocab=VOCAB), MASK)
     for scheme, kernel in KERNELS.items():
-        made = exporting.export(capture(folder), recipe_of(scheme), "cpu", tmp_path / scheme)
+        made = exports.export(capture(folder), recipe_of(scheme), "cpu", tmp_path / scheme)
         assert {entry.kernel for entry in made.manifest.linears} == {kernel}
         placed, _ = examine(made.folder, made.manifest, made.manifest.provider)
         assert not placed.unfused and set(placed.nodes_per_provider) == {"CPUExecutionProvider"}
@@ -51,7 +51,7 @@ def test_every_scheme_agrees(folder, tmp_path):
 @pytest.mark.parametrize("folder", encoders(), indirect=True)
 def test_float_encoders_agree_to_rounding(folder, tmp_path):
     recipe = Recipe(scheme="w4a16_g32", overrides=[{"match": "*", "scheme": "float"}])
-    made = exporting.export(capture(folder), recipe, "cpu", tmp_path / "float")
+    made = exports.export(capture(folder), recipe, "cpu", tmp_path / "float")
     feeds = encoder_batch(made.captured, tokens(*MASK.shape, vocab=VOCAB), MASK)
     ran, want = made.in_onnxruntime()(feeds), captured_runner(load_weights(made.captured))(feeds)
     for name in want:
@@ -62,7 +62,7 @@ def test_float_encoders_agree_to_rounding(folder, tmp_path):
 @pytest.mark.parametrize("folder", ["roberta"], indirect=True)
 def test_recipes_for_longer_texts_than_the_model_reads(folder, tmp_path):
     """A preset calibrates on 256 tokens and validate reads 512; this model reads 62."""
-    result = exporting.exporting.export(folder, "w8a8_dyn", out_dir=tmp_path / "out", calibration="random")
+    result = exports.exporting.export(folder, "w8a8_dyn", out_dir=tmp_path / "out", calibration="random")
     assert "32 sequences of 62 random tokens" in result.calibration
     report = validate(result.folder, folder, windows=2)
     assert not report.problems and [row.name for row in report.outputs] == ["last_hidden_state", "pooler_output"]
@@ -75,7 +75,7 @@ def test_recipes_for_longer_texts_than_the_model_reads(folder, tmp_path):
 
 def test_a_classifier_is_exported_and_validated(tmp_path):
     folder = save_encoder("bert", tmp_path / "model", loader=AutoModelForSequenceClassification, num_labels=3)
-    result = exporting.exporting.export(folder, "w8a8_dyn", out_dir=tmp_path / "out", calibration="random")
+    result = exports.exporting.export(folder, "w8a8_dyn", out_dir=tmp_path / "out", calibration="random")
     assert {p.name: p.scheme for p in result.plan}["classifier"] is None
     report = validate(result.folder, folder, windows=4)
     assert not report.problems and [row.name for row in report.outputs] == ["logits"]

@@ -9,10 +9,11 @@ import onnx
 import pytest
 import torch
 
-import agreement
-from agreement import assert_agree, assert_float16_adds_little
-from cuda_placement.models import CPU, CUDA, PROMPT
-from models import save_model
+from helpers import agreement
+from helpers.agreement import assert_agree, assert_float16_adds_little
+from helpers.cuda_placement.models import CPU, CUDA, PROMPT
+from helpers.random_decoders import save_model
+from helpers.runners import padded
 from qexport.api.exporting import capture
 from qexport.graph.edit import is_call
 from qexport.graph.sites import linears
@@ -24,7 +25,6 @@ from qexport.plan.model_plan import plan_for
 from qexport.recipe.recipe import CalibrationSpec, CrossQuantSpec, LoRCSpec, Override, Recipe, SmoothSpec
 from qexport.runtime.session import optimized_graph, unfused
 from qexport.targets.predict_kernels import slow_linears
-from stepping import padded
 
 aten = torch.ops.aten
 

@@ -12,9 +12,9 @@ from onnx import TensorProto
 from onnx.helper import make_node, make_tensor
 
 import qexport
-from cuda_placement.models import assert_decoder_on_cuda, model, tensor, value
-from cuda_placement.probe import PlacementError
-from models import save_model
+from helpers.cuda_placement.models import assert_decoder_on_cuda, model, tensor, value
+from helpers.cuda_placement.probe import PlacementError
+from helpers.random_decoders import save_model
 from qexport.api.inspecting import inspect
 from qexport.cli.printers.summaries import export_summary, print_export, print_inspection
 from qexport.recipe.recipe import CalibrationSpec, Recipe

@@ -4,9 +4,9 @@ from collections import Counter
 
 import pytest
 
-import exporting
-from cuda_placement.models import PROMPT, assert_decoder_on_cuda
-from models import FAMILIES
+from helpers import exports
+from helpers.cuda_placement.models import PROMPT, assert_decoder_on_cuda
+from helpers.random_decoders import FAMILIES
 from qexport.recipe.recipe import CalibrationSpec, Recipe
 from qexport.runtime.session import optimized_graph, unfused
 
@@ -35,7 +35,7 @@ def export(captured, tmp_path):
     def make(family, scheme, target):
         calibration = CalibrationSpec(source="random", samples=2, sequence_length=8)
         recipe = Recipe(scheme=scheme, lm_head=scheme, calibration=calibration)
-        return exporting.export(captured(family), recipe, target, tmp_path / target)
+        return exports.export(captured(family), recipe, target, tmp_path / target)
 
     return make
 
@@ -95,8 +95,8 @@ def test_every_family_runs_on_cuda_without_a_node_on_the_cpu(export, cuda_placem
 def test_quantized_nodes_of_the_cpu_file_read_unsigned_activations(export):
     """Signed ones run up to 180 times slower on most x86 processors."""
     exported = export("llama", "w8a8_static", "cpu")
-    model = exporting.onnx.load(exported.folder / "model.onnx", load_external_data=False)
+    model = exports.onnx.load(exported.folder / "model.onnx", load_external_data=False)
     types = {t.name: t.data_type for t in model.graph.initializer}
     zero_points = [node.input[2] for node in model.graph.node if node.op_type == "QuantizeLinear"]
     assert len(zero_points) == 9
-    assert {types[name] for name in zero_points} == {exporting.TensorProto.UINT8}
+    assert {types[name] for name in zero_points} == {exports.TensorProto.UINT8}

@@ -6,15 +6,15 @@ import numpy as np
 import pytest
 import torch
 
-import exporting
-from agreement import ROUNDING
+from helpers import exports
+from helpers.agreement import ROUNDING
+from helpers.runners import captured_runner, load_weights, next_feeds, padded, prompt_feeds, tokens
 from qexport.api.exporting import export as export_model
 from qexport.api.validating import validate
 from qexport.errors import LoweringError, RecipeError
 from qexport.graph.edit import is_call
 from qexport.recipe.recipe import CalibrationSpec, KvCacheSpec, Override, Recipe
 from qexport.runtime.decoder import open_decoder
-from stepping import captured_runner, load_weights, next_feeds, padded, prompt_feeds, tokens
 
 CALIBRATION = CalibrationSpec(source="random", samples=16, sequence_length=48)
 FLOAT = {"scheme": "w8a8_dyn", "overrides": (Override(match="*", scheme="float"),), "calibration": CALIBRATION}
@@ -50,11 +50,11 @@ def test_the_file_computes_what_its_graph_says_and_is_near_the_float_model(
     captured, tmp_path, family, bits, least, scales
 ):
     model = captured(family)
-    exported = exporting.export(model, recipe_of(bits, scales), "cpu", tmp_path / "out")
+    exported = exports.export(model, recipe_of(bits, scales), "cpu", tmp_path / "out")
     assert exported.manifest.settings["kv_cache_bits"] == bits
     float_feeds = prompt_feeds(exported.captured, tokens(*MASK.shape), MASK)
     feeds = empty_caches(float_feeds, model.inputs)
-    graph = exporting.block_runner(exported.blocks, model.inputs, model.outputs)
+    graph = exports.block_runner(exported.blocks, model.inputs, model.outputs)
     ran, wanted = steps(exported.in_onnxruntime(), feeds), steps(graph, feeds)
     # A key on the border between two codes may fall on either side; then a logit moves by a share of a code.
     different = (ran - wanted).abs().amax(-1) / wanted.abs().max()
@@ -75,7 +75,7 @@ def test_the_cache_is_held_in_codes(model_folder, tmp_path, bits, dtype, width):
 
 def test_calibration_sees_every_head_apart_and_no_padding(captured, tmp_path):
     model = captured("llama")
-    exported = exporting.export(model, recipe_of(8), "cpu", tmp_path / "out")
+    exported = exports.export(model, recipe_of(8), "cpu", tmp_path / "out")
     block = exported.blocks[1]
     node = next(n for n in block.module.graph.nodes if is_call(n, torch.ops.qexport.grouped_attention.default))
     scales = [getattr_of(block, n) for n in node.args[9:11]]
@@ -90,7 +90,7 @@ def getattr_of(block, node):
 
 
 def test_cuda_keeps_the_scales_in_float32_on_the_device(model_folder, tmp_path, cuda_placement):
-    from cuda_placement.models import PROMPT, assert_decoder_on_cuda
+    from helpers.cuda_placement.models import PROMPT, assert_decoder_on_cuda
 
     result = export_model(model_folder("llama"), recipe_of(8), out_dir=tmp_path / "out", target="cuda")
     assert_decoder_on_cuda(cuda_placement(result.folder / "model.onnx", result.manifest.session, dims=PROMPT))

@@ -5,10 +5,10 @@ import pytest
 import torch
 from torch import nn
 
-import agreement
-import exporting
-from agreement import assert_agree
-from cuda_placement.models import PROMPT, assert_decoder_on_cuda
+from helpers import agreement, exports
+from helpers.agreement import assert_agree
+from helpers.cuda_placement.models import PROMPT, assert_decoder_on_cuda
+from helpers.runners import captured_runner, load_weights, next_feeds, padded, prompt_feeds, tokens
 from qexport.api.exporting import export as export_model
 from qexport.api.validating import validate
 from qexport.errors import InputError, LoweringError
@@ -17,7 +17,6 @@ from qexport.lower.last_token import keep_last, read_by_projection
 from qexport.recipe.recipe import CalibrationSpec, CrossQuantSpec, LlmInt8Spec, LoRCSpec, Recipe, SmoothSpec
 from qexport.runtime.decoder import open_decoder
 from qexport.validation.logits import deployed_logits
-from stepping import captured_runner, load_weights, next_feeds, padded, prompt_feeds, tokens
 
 aten = torch.ops.aten
 RANDOM = CalibrationSpec(source="random", samples=4, sequence_length=16)
@@ -109,13 +108,13 @@ def test_generation_writes_the_same(captured, tmp_path):
 
 
 def test_every_node_is_on_cuda(captured, cuda_placement, tmp_path):
-    exported = exporting.export(captured("llama"), recipe_of("dynamic"), "cuda", tmp_path / "out", logits="last")
+    exported = exports.export(captured("llama"), recipe_of("dynamic"), "cuda", tmp_path / "out", logits="last")
     placed = cuda_placement(exported.folder / "model.onnx", exported.manifest.session, dims=PROMPT)
     assert_decoder_on_cuda(placed)
 
 
 def test_what_compares_all_logits_refuses_the_file(captured, tmp_path):
-    exported = exporting.export(captured("llama"), recipe_of("float"), "cpu", tmp_path / "out", logits="last")
+    exported = exports.export(captured("llama"), recipe_of("float"), "cpu", tmp_path / "out", logits="last")
     for compare in (
         lambda: validate(exported.folder, exported.captured),
         lambda: deployed_logits(exported.folder, exported.manifest, 8),

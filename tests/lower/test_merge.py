@@ -13,10 +13,10 @@ import pytest
 import torch
 from torch import nn
 
-import agreement
-import exporting
-from agreement import ROUNDING, assert_agree
-from passing import block_of, collecting
+from helpers import agreement, exports
+from helpers.agreement import ROUNDING, assert_agree
+from helpers.pass_runs import block_of, collecting
+from helpers.runners import padded, prompt_feeds, tokens
 from qexport.api.validating import validate
 from qexport.artifact.manifest import CPU
 from qexport.graph.edit import attributes, call, get_tensor, is_call, shape_of
@@ -32,7 +32,6 @@ from qexport.plan.linear_plan import LinearPlan
 from qexport.quant.formats import Scheme
 from qexport.recipe.recipe import CalibrationSpec, CrossQuantSpec, LlmInt8Spec, LoRCSpec, Override, Recipe
 from qexport.runtime.session import open_session, optimized_graph, unfused
-from stepping import padded, prompt_feeds, tokens
 
 aten = torch.ops.aten
 MASK = padded([9, 4, 6], "left")
@@ -179,7 +178,7 @@ def test_linears_of_other_schemes_stay_apart(export):
 
 
 def test_tensors_are_joined_only_while_the_file_is_written(captured, tmp_path):
-    lower, large = exporting.exporting.lower, []
+    lower, large = exports.exporting.lower, []
 
     def watched(graph, finished, target):
         lowered = lower(graph, finished, target)
@@ -189,8 +188,8 @@ def test_tensors_are_joined_only_while_the_file_is_written(captured, tmp_path):
             large.extend(t.shape for t in tensors if t.device.type != "meta" and t.numel() > 1)
         return lowered
 
-    with patch.object(exporting.exporting, "lower", watched):
-        exporting.exporting.export(captured("llama_bias"), recipe_of(scheme="w8a8_dyn"), out_dir=tmp_path / "out")
+    with patch.object(exports.exporting, "lower", watched):
+        exports.exporting.export(captured("llama_bias"), recipe_of(scheme="w8a8_dyn"), out_dir=tmp_path / "out")
     assert large == []
 
 
@@ -309,7 +308,7 @@ def test_outputs_of_a_module_keep_their_names_and_rows_without_tokens(tmp_path):
                 parameter.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
             recipe = recipe_of(scheme="w8a8_static")
             out = tmp_path / str(len(made))
-            found = exporting.exporting.export(module, recipe, out_dir=out, example_inputs=(x,), calibration=[(x,)])
+            found = exports.exporting.export(module, recipe, out_dir=out, example_inputs=(x,), calibration=[(x,)])
         session = open_session(found.folder, found.manifest, threads=1)
         assert [value.name for value in session.get_outputs()] == ["output_0", "output_1"]
         made.append(session.run(None, {session.get_inputs()[0].name: x.numpy()}))

@@ -8,12 +8,12 @@ from collections import Counter
 import pytest
 import torch
 
-import agreement
-from agreement import assert_agree
-from cuda_placement.models import PROMPT, assert_decoder_on_cuda
+from helpers import agreement
+from helpers.agreement import assert_agree
+from helpers.cuda_placement.models import PROMPT, assert_decoder_on_cuda
+from helpers.runners import padded
 from qexport.recipe.recipe import ActivationSpec, CalibrationSpec, CrossQuantSpec, Recipe
 from qexport.runtime.session import optimized_graph, unfused
-from stepping import padded
 
 MASK = padded([9, 4, 6], "left")
 BEFORE = CrossQuantSpec(row_scale="paper", round_weights="before_fold", explicit=True)

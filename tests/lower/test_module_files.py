@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-import exporting
-from modules import MODULES, axes, cnn, example_inputs, looked_up, make_module
+from helpers import exports
+from helpers.random_modules import MODULES, axes, cnn, example_inputs, looked_up, make_module
+from helpers.runners import captured_runner, load_weights
 from qexport.api.inspecting import inspect
 from qexport.api.validating import validate
 from qexport.capture.module import capture_module
@@ -13,7 +14,6 @@ from qexport.cli.printers.summaries import print_inspection
 from qexport.quant.metrics import sqnr_db
 from qexport.recipe.recipe import Recipe
 from qexport.validation.placement import examine
-from stepping import captured_runner, load_weights
 
 FLOAT = Recipe(scheme="w4a16_g32", overrides=[{"match": "*", "scheme": "float"}])
 IMAGE_AXES = {"image": {0: "batch", 2: "height", 3: "width"}}
@@ -46,7 +46,7 @@ def eager(model, inputs):
 
 def test_float_models_agree(case, tmp_path):
     _, model, inputs, dynamic = case
-    made = exporting.export(capture_module(model, inputs[0], dynamic), FLOAT, "cpu", tmp_path / "out")
+    made = exports.export(capture_module(model, inputs[0], dynamic), FLOAT, "cpu", tmp_path / "out")
     for fed in inputs:
         want, graph, ran = (
             eager(model, fed),
@@ -65,7 +65,7 @@ def test_float_models_agree(case, tmp_path):
 @pytest.mark.parametrize("name", [name for name in MODULES if name not in MODELS])
 def test_further_models_agree(name, tmp_path):
     model, inputs = make_module(name), [example_inputs(name, more) for more in (0, 1)]
-    made = exporting.export(capture_module(model, inputs[0], axes(name)), FLOAT, "cpu", tmp_path / "out")
+    made = exports.export(capture_module(model, inputs[0], axes(name)), FLOAT, "cpu", tmp_path / "out")
     for fed in inputs:
         want, ran = eager(model, fed), made.in_onnxruntime()(fed)
         for output, got in ran.items():
@@ -76,7 +76,7 @@ def test_further_models_agree(name, tmp_path):
 def test_schemes_agree_and_fuse(case, tmp_path):
     name, model, (inputs, _), dynamic = case
     for scheme, kernel in (("w8a8_static", "MatMulIntegerToFloat"), ("w4a16_g32", "MatMulNBits")):
-        made = exporting.export(
+        made = exports.export(
             capture_module(model, inputs, dynamic), Recipe(scheme=scheme, accuracy_level=1), "cpu", tmp_path / scheme,
             calibration=[inputs],
         )  # fmt: skip
@@ -103,12 +103,12 @@ def test_why_convolutions_stay_float(tmp_path):
 
     x = images(2, 3, 8, 8)
     recipe = Recipe(scheme="w8a8_static", overrides=[{"match": "other", "scheme": "float"}])
-    result = exporting.exporting.export(
+    result = exports.exporting.export(
         Twice(), recipe, out_dir=tmp_path / "out", example_inputs=(x,), calibration=[(x,)]
     )
     reasons = {c.name: c.reason for c in result.convolutions}
     assert reasons == {"conv": "its weight is used several times", "other": "kept in float by the recipe"}
-    result = exporting.exporting.export(
+    result = exports.exporting.export(
         cnn(), Recipe(scheme="w8a8_dyn"), out_dir=tmp_path / "dyn", example_inputs=(images(2, 3, 16, 16),)
     )
     assert {c.reason for c in result.convolutions} == {"w8a8_dyn has no convolution: w8a8_static has one"}
@@ -116,7 +116,7 @@ def test_why_convolutions_stay_float(tmp_path):
 
 def test_a_cnn_is_validated_on_images(tmp_path):
     model, batches = cnn(), [{"image": images(4, 3, 16, 16)}]
-    result = exporting.exporting.export(
+    result = exports.exporting.export(
         model, "w8a8_static", out_dir=tmp_path / "out", example_inputs=batches[0], calibration=batches,
         dynamic_shapes=IMAGE_AXES,
     )  # fmt: skip
@@ -135,7 +135,7 @@ def test_an_inspection_lists_convolutions(tmp_path, capsys):
     x = images(2, 3, 16, 16)
     recipe = Recipe(scheme="w8a8_static", overrides=[{"match": "last", "scheme": "float"}])
     found = inspect(cnn(), recipe, example_inputs=(x,))
-    exported = exporting.exporting.export(
+    exported = exports.exporting.export(
         cnn(), recipe, out_dir=tmp_path / "out", example_inputs=(x,), calibration=[(x,)]
     )
     assert list(found.convolutions) == exported.convolutions

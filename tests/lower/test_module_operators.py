@@ -6,13 +6,13 @@ from torch import nn
 from torch.nn import functional
 from torch.nn.utils.parametrizations import weight_norm
 
-import exporting
-from modules import example_inputs, make_module
+from helpers import exports
+from helpers.random_modules import example_inputs, make_module
+from helpers.runners import captured_runner, load_weights
 from qexport.capture.module import capture_module
 from qexport.graph.convolution_sites import convolutions
 from qexport.graph.sites import linears
 from qexport.recipe.recipe import Recipe
-from stepping import captured_runner, load_weights
 
 FLOAT = Recipe(scheme="w4a16_g32", overrides=[{"match": "*", "scheme": "float"}])
 
@@ -68,7 +68,7 @@ CASES = {
 def test_onnxruntime_computes_what_the_module_computes(tmp_path, name):
     model, random = Computes(CASES[name]).eval(), torch.Generator().manual_seed(0)
     x = torch.randn(2, 3, 6, 8, generator=random)
-    made = exporting.export(capture_module(model, {"x": x}), FLOAT, "cpu", tmp_path / "out")
+    made = exports.export(capture_module(model, {"x": x}), FLOAT, "cpu", tmp_path / "out")
     for fed in (x, torch.randn(5, 3, 6, 8, generator=random)):
         with torch.no_grad():
             want = model(fed)
@@ -90,7 +90,7 @@ class Heads(nn.Module):
 
 def test_parts_of_a_weight_are_linears_of_their_own(tmp_path):
     model, x = Heads().eval(), torch.randn(2, 5, 32)
-    made = exporting.export(capture_module(model, {"x": x}), Recipe(scheme="w8a16_g32"), "cpu", tmp_path / "out")
+    made = exports.export(capture_module(model, {"x": x}), Recipe(scheme="w8a16_g32"), "cpu", tmp_path / "out")
     found = [linear for block in made.captured.blocks for linear in linears(block.module.graph)]
     names = [linear.name for linear in found]
     assert len(names) == len(set(names)) == len(made.manifest.linears) >= 3
@@ -121,7 +121,7 @@ def test_convolutions_of_any_spelling_are_quantized(tmp_path):
     with torch.no_grad():
         want = model(x)
     assert (captured_runner(load_weights(captured))({"x": x})["output"] - want).abs().max() < 1e-6
-    made = exporting.export(
+    made = exports.export(
         capture_module(model, {"x": x}), Recipe(scheme="w8a8_static"), "cpu", tmp_path / "out", calibration=[{"x": x}]
     )
     assert [entry.name for entry in made.manifest.convolutions] == names
@@ -130,7 +130,7 @@ def test_convolutions_of_any_spelling_are_quantized(tmp_path):
 
 def test_kernels_that_are_padded_unequally(tmp_path):
     model, x = nn.Sequential(nn.Conv2d(4, 8, (4, 3), padding="same")).eval(), torch.randn(2, 4, 9, 20)
-    made = exporting.export(capture_module(model, {"input": x}), FLOAT, "cpu", tmp_path / "out")
+    made = exports.export(capture_module(model, {"input": x}), FLOAT, "cpu", tmp_path / "out")
     with torch.no_grad():
         want = model(x)
     assert (made.in_onnxruntime()({"input": x})["output"] - want).abs().max() < 1e-5

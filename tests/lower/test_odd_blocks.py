@@ -4,7 +4,7 @@ import onnx
 import pytest
 import torch
 
-import exporting
+from helpers import exports
 from qexport.api.exporting import export
 from qexport.artifact.manifest import MODEL_FILE
 from qexport.capture.module import capture_module
@@ -20,7 +20,7 @@ def test_zero_points_of_an_odd_number_of_blocks(tmp_path, scheme):
         linear.weight.add_(torch.randn(40, 9).repeat_interleave(64, 1) / 40)  # every block has a middle of its own
     recipe = Recipe(scheme=scheme, weights={"method": "rtn"}, accuracy_level=1)
     model = torch.nn.Sequential(linear, torch.nn.ReLU())
-    exported = exporting.export(capture_module(model, [x]), recipe, "cpu", tmp_path / "out")
+    exported = exports.export(capture_module(model, [x]), recipe, "cpu", tmp_path / "out")
     assert "MatMulNBits" in exported.products().values()
     expected, found = exported.in_pytorch()({"input": x}), exported.in_onnxruntime()({"input": x})
     torch.testing.assert_close(found["output"], expected["output"], rtol=1e-5, atol=1e-5)

@@ -10,10 +10,11 @@ import onnx
 import pytest
 import torch
 
-import agreement
-from agreement import ROUNDING, STEP
-from exporting import session_runner
-from passing import block_of
+from helpers import agreement
+from helpers.agreement import ROUNDING, STEP
+from helpers.exports import session_runner
+from helpers.pass_runs import block_of
+from helpers.runners import block_runner, next_feeds, padded, prompt_feeds, tokens
 from qexport import optimize
 from qexport.api.exporting import export as export_model
 from qexport.api.validating import validate
@@ -28,7 +29,6 @@ from qexport.quant.formats import WeightFormat
 from qexport.recipe.recipe import CalibrationSpec, LoRCSpec, Override, Recipe, SmoothSpec
 from qexport.runtime.decoder import open_decoder
 from qexport.runtime.session import open_session, optimized_graph, unfused
-from stepping import block_runner, next_feeds, padded, prompt_feeds, tokens
 
 PROMPT_MASK, STEP_MASK = padded([12, 9, 10], "left"), padded([7, 4, 6], "left")
 CASES = {
@@ -117,7 +117,7 @@ def test_the_number_of_new_tokens_chooses(export):
 @pytest.mark.parametrize("attention", ["grouped", "standard"])
 def test_steps_read_the_cache_that_the_prompt_wrote(captured, tmp_path, attention):
     """A shared cache goes through the If as one buffer: what a step makes of it is what the graphs make of it."""
-    from exporting import export
+    from helpers.exports import export
 
     exported = export(
         captured("llama"), recipe_of(scheme="w4a16_g32"), "cpu", tmp_path / "out", attention=attention

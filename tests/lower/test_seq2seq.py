@@ -9,8 +9,10 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForSeq2SeqLM, WhisperForConditionalGeneration
 
-import exporting
-from modules import SEQ2SEQ, VOCAB, save_seq2seq
+from helpers import exports
+from helpers.random_modules import SEQ2SEQ, VOCAB, save_seq2seq
+from helpers.runners import captured_runner, load_weights, padded, source_of, stepwise, tokens
+from helpers.tokenizer_files import write_word_tokenizer
 from qexport import export_seq2seq, generate, open_seq2seq, optimize, validate_seq2seq
 from qexport.api.seq2seq.exporting import inspect_seq2seq
 from qexport.api.seq2seq.sources import load_sources, write_about
@@ -23,8 +25,6 @@ from qexport.models.source import open_model
 from qexport.quant.metrics import sqnr_db
 from qexport.recipe.recipe import CalibrationSpec, Recipe
 from qexport.validation.placement import examine
-from stepping import captured_runner, load_weights, padded, source_of, stepwise, tokens
-from tiny_decoder import write_word_tokenizer
 
 QUICK = ("t5", "bart", "whisper")
 REFUSED = {
@@ -94,7 +94,7 @@ def test_files_agree_with_their_graphs(folder, scheme, tmp_path):
     for name, captured, batches in (
         ("encoder", parts.encoder, sources.batches), ("decoder", parts.decoder, written.batches)
     ):  # fmt: skip
-        made[name] = exporting.export(captured, recipe, "cpu", tmp_path / name, calibration=batches)
+        made[name] = exports.export(captured, recipe, "cpu", tmp_path / name, calibration=batches)
         placed, _ = examine(tmp_path / name, made[name].manifest, manifests.CPU)
         assert not placed.unfused and set(placed.nodes_per_provider) == {manifests.CPU}
         assert {entry.kernel for entry in made[name].manifest.linears} == {KERNELS[scheme]}
@@ -267,7 +267,7 @@ def test_what_takes_one_file_says_which(exported, t5, tmp_path):
 def test_nothing_but_sizes_falls_back_to_the_cpu_on_cuda(folder, cuda_placement, tmp_path):
     parts = capture_seq2seq(open_model(folder))
     for captured, out in ((parts.encoder, tmp_path / "encoder"), (parts.decoder, tmp_path / "decoder")):
-        made = exporting.export(captured, Recipe(scheme="w4a16_g32", weights={"method": "rtn"}), "cuda", out)
+        made = exports.export(captured, Recipe(scheme="w4a16_g32", weights={"method": "rtn"}), "cuda", out)
         # The stand-ins have no convolution to run.
         reads_text = captured.inputs[0].name == "input_ids"
         dims = {"batch": 2, "source": 16, "sequence": 1, "past": 3} if reads_text else None

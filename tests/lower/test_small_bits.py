@@ -8,18 +8,17 @@ import onnx
 import pytest
 import torch
 
-import agreement
-import exporting
-from agreement import ROUNDING, assert_agree, assert_float16_adds_little, differences
-from cuda_placement.models import PROMPT, assert_decoder_on_cuda
-from models import save_model
+from helpers import agreement, exports
+from helpers.agreement import ROUNDING, assert_agree, assert_float16_adds_little, differences
+from helpers.cuda_placement.models import PROMPT, assert_decoder_on_cuda
+from helpers.random_decoders import save_model
+from helpers.runners import padded
 from qexport.api.exporting import capture
 from qexport.graph.edit import is_call
 from qexport.plan.linear_plan import LinearPlan, weight_bytes
 from qexport.quant.formats import Scheme
 from qexport.recipe.recipe import CalibrationSpec, Recipe
 from qexport.runtime.session import optimized_graph, unfused
-from stepping import padded
 
 ops = torch.ops.qexport
 MASK = padded([9, 4, 6], "left")
@@ -143,7 +142,7 @@ def test_every_linear_is_its_kernel_on_the_cpu(export, scheme):
 
 
 def test_biases_of_written_kernels(captured, tmp_path):
-    exported = exporting.export(captured("llama_bias"), Recipe(scheme="w2a16_g32_asym"), "cpu", tmp_path / "cpu")
+    exported = exports.export(captured("llama_bias"), Recipe(scheme="w2a16_g32_asym"), "cpu", tmp_path / "cpu")
     assert_agree(exported, MASK, flips=0.03)
     graph = optimized_graph(exported.folder, exported.manifest)
     assert unfused(graph, exported.manifest.linears) == []

@@ -4,13 +4,13 @@ from pathlib import Path
 import pytest
 
 import qexport
-from models import save_model
+from helpers.random_decoders import save_model
+from helpers.tokenizer_files import write_word_tokenizer
 from qexport.api.exporting import export
 from qexport.api.validating import validate
 from qexport.artifact.manifest import CPU
 from qexport.errors import InputError, RecipeError
 from qexport.recipe.recipe import Override, Recipe
-from tiny_decoder import write_word_tokenizer
 
 TEXT = " ".join(f"w{i * i % 97}" for i in range(600))
 MEASURED = dict(text=TEXT, windows=4, window=64, calibration="random")

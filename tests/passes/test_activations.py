@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from models import FAMILIES
-from passing import plan_of, run_passes, stream_of
+from helpers.pass_runs import plan_of, run_passes, stream_of
+from helpers.random_decoders import FAMILIES
+from helpers.runners import load_weights, padded, tokens
 from qexport.calibrate.block_activations import collect
 from qexport.graph.edit import is_call
 from qexport.graph.sites import by_input, linears
@@ -12,7 +13,6 @@ from qexport.passes.activations.quantize import QuantizeActivations
 from qexport.passes.weights.rtn import RoundToNearest
 from qexport.quant.gptq import HessianStatistic
 from qexport.quant.observers import AbsmaxObserver, ChannelAbsmax
-from stepping import load_weights, padded, tokens
 
 ops = torch.ops.qexport
 IDS, MASK = tokens(3, 9), padded([9, 4, 6], "left")

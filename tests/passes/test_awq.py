@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from passing import block_of, plan_of, run_passes, stream_of
+from helpers.pass_runs import block_of, plan_of, run_passes, stream_of
+from helpers.runners import load_weights, padded, run_twice, tokens
 from qexport.calibrate.block_activations import Stream, collect
 from qexport.errors import NumericsError, RecipeError
 from qexport.graph.sites import fold_sites
@@ -17,7 +18,6 @@ from qexport.passes.equalization.awq import AWQ, awq_factors
 from qexport.passes.weights.rtn import RoundToNearest
 from qexport.plan.linear_plan import LinearPlan
 from qexport.quant.formats import Scheme
-from stepping import load_weights, padded, run_twice, tokens
 
 IDS, MASK = tokens(3, 9), padded([9, 4, 6], "left")
 K = 64

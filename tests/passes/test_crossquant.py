@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from passing import block_of, plan_of, run_passes, stream_of
+from helpers.pass_runs import block_of, plan_of, run_passes, stream_of
+from helpers.runners import load_weights, padded, tokens
 from qexport.calibrate.block_activations import Stream, collect
 from qexport.errors import RecipeError
 from qexport.passes.activations.quantize import QuantizeActivations
@@ -14,7 +15,6 @@ from qexport.passes.weights.rtn import RoundToNearest
 from qexport.plan.linear_plan import LinearPlan
 from qexport.quant.formats import Scheme
 from qexport.quant.smoothing import crossquant_factors
-from stepping import load_weights, padded, tokens
 
 WIDTH, OUT = 64, 48
 FAMILIES = ["llama", "llama_bias", "opt", "gpt_neox", "gemma3"]

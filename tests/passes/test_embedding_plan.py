@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch import nn
 
-import exporting
-from agreement import assert_agree
-from models import HIDDEN, VOCAB, reference_model, save_model
+from helpers import exports
+from helpers.agreement import assert_agree
+from helpers.random_decoders import HIDDEN, VOCAB, reference_model, save_model
+from helpers.runners import padded
 from qexport.api import inspecting
 from qexport.api.exporting import capture, export
 from qexport.api.validating import validate
@@ -29,7 +30,6 @@ from qexport.quant.formats import WeightFormat
 from qexport.quant.gptq import HessianStatistic, gptq_quantize
 from qexport.quant.hqq import hqq_quantize
 from qexport.recipe.recipe import CalibrationSpec, LoRCSpec, Recipe, WeightSpec
-from stepping import padded
 
 RANDOM = CalibrationSpec(source="random", samples=4, sequence_length=16)
 MASK = padded([9, 4, 6], "left")
@@ -99,7 +99,7 @@ def test_why_nothing_is_shared(captured, tmp_path, capsys, family, fields, reaso
     embedding, head = decided(captured, family, **fields)
     assert embedding.scheme is None and reason in embedding.reason and "reads the codes" not in head.reason
     recipe = Recipe(scheme="w4a16_g32", **fields)
-    exported = exporting.export(captured(family), recipe, "cpu", tmp_path / "out")
+    exported = exports.export(captured(family), recipe, "cpu", tmp_path / "out")
     report = json.loads((exported.folder / "report.json").read_text())["export"]["embedding"]
     assert [(e["name"], e["scheme"]) for e in report] == [("model.embed_tokens", "float")] and reason in report[0][
         "reason"
@@ -154,7 +154,7 @@ def test_how_the_codes_are_found(captured, model_folder, tmp_path, method):
     weights = WeightSpec(
         method=method[:4].rstrip(","), damp=0.02, token_norm_power=0.5, clip_search=clip, act_order=True
     )
-    exported = exporting.export(model, Recipe(**TIED, weights=weights), "cpu", tmp_path / "out")
+    exported = exports.export(model, Recipe(**TIED, weights=weights), "cpu", tmp_path / "out")
     for block in (exported.blocks[0], exported.blocks[-1]):
         codes, scale = (
             get_tensor(block.module, f"model.embed_tokens.weight_{part}").t() for part in ("codes", "scale")
@@ -171,7 +171,7 @@ def test_layers_are_calibrated_on_the_rounded_embedding(captured, tmp_path):
     blocks = {}
     for embedding in ("w2a16_g32", "float"):
         fields = recipe.model_copy(update={"embedding": embedding})
-        exported = exporting.export(captured("llama"), fields, "cpu", tmp_path / embedding)
+        exported = exports.export(captured("llama"), fields, "cpu", tmp_path / embedding)
         blocks[embedding] = json.loads((exported.folder / "report.json").read_text())["export"]["blocks"]
     assert blocks["w2a16_g32"][0]["changed"] == {"QuantizeEmbedding": [["model.embed_tokens", "w2a16_g32", {}]]}
     assert blocks["w2a16_g32"][1]["sqnr_db"] < blocks["float"][1]["sqnr_db"] - 5
@@ -212,7 +212,7 @@ def test_going_on_after_the_embedding(model_folder, tmp_path):
 def test_inspect_foretells_every_part(captured, tied, tmp_path, family, fields, target):
     recipe, model = Recipe(**fields), tied if family == "tied" else lambda: captured(family)
     foretold = inspect(model(), recipe, target)
-    real = exporting.export(model(), recipe, target, tmp_path / "out")
+    real = exports.export(model(), recipe, target, tmp_path / "out")
     parts = real.manifest.bytes
     assert foretold.bytes["embedding"] == parts["embedding"] == foretold.embeddings[0].bytes
     assert foretold.bytes["lm_head"] == parts["lm_head"]
@@ -246,7 +246,7 @@ def test_what_is_printed(captured, tmp_path, capsys):
 
 def test_validation_of_a_tied_file(captured, tmp_path):
     recipe = Recipe(**TIED, lorc=LoRCSpec(rank=4))
-    exported = exporting.export(captured("llama_bias"), recipe, "cpu", tmp_path / "out")
+    exported = exports.export(captured("llama_bias"), recipe, "cpu", tmp_path / "out")
     found = validate(exported.folder, exported.captured, windows=2, window=16)
     assert found.problems == () and found.layers.blocks[0].name == "prologue" and not found.layers.linears[-1].rescaled
     assert 15 < found.layers.blocks[0].sqnr_db < 30
@@ -259,7 +259,7 @@ def test_custom_passes_do_not_see_the_shared_projection(captured, tmp_path):
 
     plan, _ = plan_for(captured("llama_bias"), Recipe(scheme="w8a8_dyn", lm_head="w8a8_dyn"))
     step = LogEqualize({p.name: p for p in plan}, explicit=True)
-    exported = exporting.export(
+    exported = exports.export(
         captured("llama_bias"), Recipe(**TIED, accuracy_level=1), "cpu", tmp_path / "out", extra_passes=(step,)
     )
     assert_agree(exported, MASK, flips=0)

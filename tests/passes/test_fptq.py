@@ -6,8 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from models import FAMILIES
-from passing import plan_of, run_passes, stream_of
+from helpers.pass_runs import plan_of, run_passes, stream_of
+from helpers.random_decoders import FAMILIES
+from helpers.runners import captured_runner, load_weights, padded, prompt_feeds, tokens
 from qexport.calibrate.block_activations import Stream, collect
 from qexport.capture.module import capture_module
 from qexport.errors import PassError
@@ -19,7 +20,6 @@ from qexport.passes.equalization.fptq import FPTQ, Decision, decide
 from qexport.passes.weights.rtn import RoundToNearest
 from qexport.plan.linear_plan import make_plan
 from qexport.quant.formats import ActivationFormat, Scheme
-from stepping import captured_runner, load_weights, padded, prompt_feeds, tokens
 
 ops = torch.ops.qexport
 IDS, MASK = tokens(3, 9), padded([9, 4, 6], "left")

@@ -3,14 +3,14 @@
 import pytest
 import torch
 
-from models import FAMILIES
-from passing import plan_of, run_passes, stream_of
+from helpers.pass_runs import plan_of, run_passes, stream_of
+from helpers.random_decoders import FAMILIES
+from helpers.runners import load_weights, padded, run_twice, tokens
 from qexport.calibrate.block_activations import collect
 from qexport.graph.sites import fold_sites
 from qexport.passes.base import Context
 from qexport.passes.equalization.lae import LogEqualize
 from qexport.quant.observers import ChannelAbsmax
-from stepping import load_weights, padded, run_twice, tokens
 
 IDS, MASK = tokens(3, 9), padded([9, 4, 6], "left")
 

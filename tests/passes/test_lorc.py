@@ -5,7 +5,8 @@ import pytest
 import torch
 from torch import nn
 
-from passing import block_of, collecting, plan_of, run_passes, stream_of
+from helpers.pass_runs import block_of, collecting, plan_of, run_passes, stream_of
+from helpers.runners import captured_runner, load_weights, padded, prompt_feeds, tokens
 from qexport.errors import PassError
 from qexport.graph.edit import get_tensor, is_call, set_tensor
 from qexport.graph.sites import by_input, linears
@@ -18,7 +19,6 @@ from qexport.passes.weights.rtn import RoundToNearest
 from qexport.plan.linear_plan import LinearPlan, make_plan
 from qexport.quant.affine import quantize_weight
 from qexport.quant.formats import Scheme
-from stepping import captured_runner, load_weights, padded, prompt_feeds, tokens
 
 aten, ops = torch.ops.aten, torch.ops.qexport
 IDS, MASK = tokens(3, 9), padded([9, 4, 6], "left")

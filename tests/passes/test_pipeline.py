@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from passing import block_of
+from helpers.pass_runs import block_of
 from qexport.errors import NumericsError, PassError
 from qexport.graph.edit import set_tensor
 from qexport.graph.sites import linears

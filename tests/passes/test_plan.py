@@ -2,8 +2,8 @@
 
 import pytest
 
-from models import FAMILIES
-from passing import plan_of
+from helpers.pass_runs import plan_of
+from helpers.random_decoders import FAMILIES
 from qexport.plan.linear_plan import fit, make_plan, weight_bytes
 from qexport.quant.formats import Scheme
 

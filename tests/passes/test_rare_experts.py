@@ -6,8 +6,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from models import save_model
-from passing import plan_of, run_passes, stream_of
+from helpers.pass_runs import plan_of, run_passes, stream_of
+from helpers.random_decoders import save_model
+from helpers.runners import captured_runner, load_weights, prompt_feeds, tokens
 from qexport.api.exporting import capture, export
 from qexport.graph.edit import get_tensor
 from qexport.passes.equalization.awq import AWQ
@@ -15,7 +16,6 @@ from qexport.passes.equalization.smoothquant import SmoothQuant
 from qexport.passes.moe_coverage import FEW_TOKENS, CountChoices
 from qexport.passes.weights.gptq import GPTQ
 from qexport.recipe.recipe import CalibrationSpec, Recipe
-from stepping import captured_runner, load_weights, prompt_feeds, tokens
 
 IDS, MASK = tokens(4, 24), torch.ones(4, 24, dtype=torch.int64)
 NEVER = "model.layers.1.mlp.experts.3.down_proj"

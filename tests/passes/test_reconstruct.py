@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import nn
 
-import exporting
-from passing import block_of, plan_of, run_passes, stream_of
+from helpers import exports
+from helpers.pass_runs import block_of, plan_of, run_passes, stream_of
+from helpers.runners import load_weights, padded, tokens
 from qexport.calibrate.block_activations import batches, collect, sqnr
 from qexport.errors import NumericsError
 from qexport.graph.edit import get_tensor, set_tensor
@@ -26,7 +27,6 @@ from qexport.quant.affine import quantize_weight
 from qexport.quant.formats import Scheme
 from qexport.quant.gptq import HessianStatistic
 from qexport.recipe.recipe import CalibrationSpec, Recipe, WeightSpec
-from stepping import load_weights, padded, tokens
 
 IDS, MASK = tokens(8, 24), padded([24, 9, 24, 17, 24, 24, 5, 24], "left")
 
@@ -313,12 +313,12 @@ def test_an_export_runs_and_resumes(captured, tmp_path, method):
         scheme="w4a16_g32", weights=WeightSpec(method=method, steps=8),
         calibration=CalibrationSpec(source="random", samples=4, sequence_length=16, batch_size=2),
     )  # fmt: skip
-    whole = exporting.export(captured("llama"), recipe, "cpu", tmp_path / "whole")
+    whole = exports.export(captured("llama"), recipe, "cpu", tmp_path / "whole")
     name = {"zq_local": "ZQLocal", "zq_global": "ZQGlobal"}[method]
     report = json.loads((whole.folder / "report.json").read_text())["export"]
     assert len(report["blocks"][1]["changed"][name]) == (7 if method == "zq_local" else 1)
     with pytest.raises(Stop):
-        exporting.export(captured("llama"), recipe, "cpu", tmp_path / "parts", progress=stop)
-    parts = exporting.export(captured("llama"), recipe, "cpu", tmp_path / "parts", resume=True)
+        exports.export(captured("llama"), recipe, "cpu", tmp_path / "parts", progress=stop)
+    parts = exports.export(captured("llama"), recipe, "cpu", tmp_path / "parts", resume=True)
     for file in ("model.onnx", "model.onnx.data"):
         assert (whole.folder / file).read_bytes() == (parts.folder / file).read_bytes()

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from passing import block_of
+from helpers.pass_runs import block_of
 from qexport.calibrate.block_activations import Stream, collect
 from qexport.errors import NumericsError
 from qexport.passes.activations.quantize import QuantizeActivations

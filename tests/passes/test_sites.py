@@ -8,12 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from models import FAMILIES
-from passing import block_of
+from helpers.pass_runs import block_of
+from helpers.random_decoders import FAMILIES
+from helpers.runners import captured_runner, load_weights, padded, prompt_feeds, tokens
 from qexport.errors import PassError
 from qexport.graph.sites import by_input, fold_sites, linears
 from qexport.passes.equalization.equalize import fold
-from stepping import captured_runner, load_weights, padded, prompt_feeds, tokens
 
 GROUPED, ALONE = (2, 2, 16), (4, 1, 16)
 LLAMA = [

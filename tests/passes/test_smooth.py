@@ -5,8 +5,9 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from models import FAMILIES, breadth
-from passing import plan_of, run_passes, stream_of
+from helpers.pass_runs import plan_of, run_passes, stream_of
+from helpers.random_decoders import FAMILIES, breadth
+from helpers.runners import load_weights, padded, run_twice, tokens
 from qexport.calibrate.block_activations import collect
 from qexport.graph.edit import get_tensor
 from qexport.graph.sites import fold_sites
@@ -16,7 +17,6 @@ from qexport.passes.equalization.scale_search import ALPHAS, best
 from qexport.passes.equalization.smoothquant import SmoothQuant
 from qexport.quant.observers import ChannelAbsmax
 from qexport.quant.smoothing import smoothquant_factors
-from stepping import load_weights, padded, run_twice, tokens
 
 IDS, MASK = tokens(3, 9), padded([9, 4, 6], "left")
 

@@ -5,10 +5,10 @@ import shutil
 
 import pytest
 
+from helpers.report_folders import a_study, full_report, write_validated
 from qexport.report.html import write_html
 from qexport.report.sampling import sampled
 from qexport.validation.verdict import with_verdict
-from reported import a_study, full_report, write_validated
 
 pytest.importorskip("selenium")
 from selenium import webdriver  # noqa: E402

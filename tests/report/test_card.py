@@ -5,10 +5,10 @@ import re
 import pytest
 import yaml
 
+from helpers.report_folders import full_report, logits, plain_report, write_validated
 from qexport.report import write_card
 from qexport.report.card import code, front_matter, render_card, text
 from qexport.report.exported import recipe_settings
-from reported import full_report, logits, plain_report, write_validated
 
 HUB = {"name": "some/model", "hub_id": "some/model", "licence": {"license": "apache-2.0", "file": "LICENSE"}}
 

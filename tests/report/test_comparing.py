@@ -1,10 +1,10 @@
 import json
 import math
 
+from helpers.report_folders import logits, plain_report, write_validated
 from qexport.report import compare
 from qexport.report.comparing import compare_exports
 from qexport.validation.report import ValueComparison
-from reported import logits, plain_report, write_validated
 
 
 def with_rows(*rows):

@@ -4,9 +4,9 @@ import math
 
 import pytest
 
+from helpers.report_folders import KINDS, full_report, plain_report
 from qexport.report.drawing import depth, figures, heat_maps, kind, ranges
 from qexport.validation.report import InputRange, LayerComparison, ValueComparison
-from reported import KINDS, full_report, plain_report
 
 
 def test_a_plain_report_has_maps_and_the_line_along_the_model():

@@ -8,13 +8,13 @@ from html.parser import HTMLParser
 
 import pytest
 
+from helpers.report_folders import full_report, logits, plain_report, write_validated
 from qexport.errors import InputError
 from qexport.report import render
 from qexport.report.exported import read_export
 from qexport.report.html import render_html
 from qexport.validation.report import InputRange, ValueComparison
 from qexport.validation.verdict import with_verdict
-from reported import full_report, logits, plain_report, write_validated
 
 HOSTILE = """</script><script>alert(1)</script><img src=x onerror=alert(1)>"'&{{ 7 * 7 }}"""
 # Elements whose end tag HTML leaves out.

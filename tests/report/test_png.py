@@ -2,10 +2,10 @@ import sys
 
 import pytest
 
+from helpers.report_folders import full_report, plain_report, write_validated
 from qexport.errors import InputError
 from qexport.report import render
 from qexport.report.png import write_plots
-from reported import full_report, plain_report, write_validated
 
 
 def test_every_figure_becomes_a_file(tmp_path):

@@ -5,11 +5,11 @@ from xml.etree import ElementTree
 
 import pytest
 
+from helpers.report_folders import a_study, full_report, write_validated
 from qexport.errors import InputError
 from qexport.report import render, svg
 from qexport.report.html import render_html
 from qexport.report.sampling import read_study, sampled
-from reported import a_study, full_report, write_validated
 
 HOSTILE = """</script><img src=x onerror=alert(1)>"'&"""
 

@@ -2,10 +2,10 @@ from xml.etree import ElementTree
 
 import pytest
 
+from helpers.report_folders import full_report, plain_report
 from qexport.report import svg
 from qexport.report.drawing import figures, heat_maps
 from qexport.report.figures import Bar, Bars, HeatMap, Lines, Point, Series
-from reported import full_report, plain_report
 
 HOSTILE = """<script>alert("x")</script>&'"""
 

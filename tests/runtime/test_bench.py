@@ -4,11 +4,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from helpers.onnx_decoder import write_tiny_decoder
 from qexport.errors import InputError, RuntimeProblem
 from qexport.runtime.bench_process import BenchProcess
 from qexport.runtime.benchmark import bench, measure
 from qexport.runtime.genai import genai_config
-from tiny_decoder import write_tiny_decoder
 
 QUICK = {"prompt_lengths": (8, 16), "decode_pasts": (4,), "repeats": 2, "threads": 1}
 

@@ -5,11 +5,11 @@ import re
 import pytest
 from transformers import AutoTokenizer
 
-from models import save_model
+from helpers.random_decoders import save_model
+from helpers.tokenizer_files import save_tokenizer
 from qexport.api.exporting import export
 from qexport.report.card import CARD_FILE
 from qexport.runtime.decoder import open_decoder
-from tokenizing import save_tokenizer
 
 LENGTH = 90  # tokens that the model reads, fewer than the card would ask for
 

@@ -3,11 +3,12 @@ import json
 import numpy as np
 import pytest
 
+from helpers.onnx_decoder import ACCURACY, EOS, write_tiny_decoder
+from helpers.tokenizer_files import write_word_tokenizer
 from qexport.artifact.manifest import CUDA
 from qexport.errors import InputError
 from qexport.runtime.decoder import open_decoder
 from qexport.runtime.genai import genai_config, model_type
-from tiny_decoder import ACCURACY, EOS, write_tiny_decoder, write_word_tokenizer
 
 NEW = 12
 

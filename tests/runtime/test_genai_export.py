@@ -2,10 +2,10 @@
 
 import pytest
 
+from helpers.tokenizer_files import write_word_tokenizer
 from qexport.api.exporting import export
 from qexport.recipe.recipe import Recipe
 from qexport.runtime.decoder import open_decoder
-from tiny_decoder import write_word_tokenizer
 
 NEW = 10
 PROMPT = [5, 6, 7, 11, 3]

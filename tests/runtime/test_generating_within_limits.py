@@ -8,9 +8,10 @@ import sys
 import pytest
 from transformers import AutoTokenizer
 
+from helpers.onnx_decoder import write_tiny_decoder
+from helpers.tokenizer_files import write_word_tokenizer
 from qexport.errors import InputError
 from qexport.runtime.generate import generate_text
-from tiny_decoder import write_tiny_decoder, write_word_tokenizer
 
 CONTEXT = 16
 STRICT = (

@@ -6,6 +6,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from helpers.onnx_decoder import EOS, write_tiny_decoder
+from helpers.tokenizer_files import write_word_tokenizer
 from qexport.errors import InputError
 from qexport.runtime import generate
 from qexport.runtime.decoder import Decoder, open_decoder
@@ -13,7 +15,6 @@ from qexport.runtime.generate import eos_token_ids, generate_text
 from qexport.runtime.sampling import Sampling
 from qexport.runtime.session import open_session
 from qexport.validation.logits import deployed_logits
-from tiny_decoder import EOS, write_tiny_decoder, write_word_tokenizer
 
 # Scores of differently shaped runs differ by the order of float32 sums.
 CLOSE = {"rtol": 0, "atol": 1e-4}

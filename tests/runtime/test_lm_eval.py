@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
-from models import save_model
+from helpers.random_decoders import save_model
+from helpers.tokenizer_files import write_word_tokenizer
 from qexport.api.exporting import export
 from qexport.runtime.decoder import open_decoder
-from tiny_decoder import write_word_tokenizer
 
 ROOT = Path(__file__).parent.parent.parent
 TASK = ROOT / "samples" / "lm_eval_task"

@@ -2,9 +2,9 @@ import json
 
 import pytest
 
+from helpers.onnx_decoder import write_tiny_decoder
 from qexport.artifact import manifest as manifests
 from qexport.errors import InputError
-from tiny_decoder import write_tiny_decoder
 
 
 def test_manifest_survives_saving_and_loading(tmp_path):

@@ -14,6 +14,8 @@ import torch
 from torch import nn
 
 import qexport
+from helpers.onnx_decoder import ACCURACY, write_tiny_decoder
+from helpers.tokenizer_files import write_word_tokenizer
 from qexport import cli
 from qexport.api.exporting import export
 from qexport.artifact import manifest as manifests
@@ -24,7 +26,6 @@ from qexport.runtime import optimized_cache as cache
 from qexport.runtime.decoder import Decoder
 from qexport.runtime.layout import ALIGNMENT, lay_out
 from qexport.runtime.session import open_session, optimized_graph
-from tiny_decoder import ACCURACY, write_tiny_decoder, write_word_tokenizer
 
 IDS = np.array([[5, 6, 7, 8, 9, 10]])
 

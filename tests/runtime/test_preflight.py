@@ -6,13 +6,13 @@ import sys
 
 import pytest
 
-from models import save_model
+from helpers.random_decoders import save_model
+from helpers.tokenizer_files import write_word_tokenizer
 from qexport.api.exporting import export
 from qexport.artifact.manifest import Manifest
 from qexport.errors import InputError
 from qexport.models.source import open_model
 from qexport.runtime.genai import genai_config
-from tiny_decoder import write_word_tokenizer
 
 SENTENCES = {
     "generation": "generation_config.json is left out",

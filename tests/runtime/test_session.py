@@ -3,12 +3,12 @@ import onnx
 import onnxruntime as ort
 import pytest
 
+from helpers.onnx_decoder import ACCURACY, write_tiny_decoder
 from qexport.artifact.manifest import CPU, CUDA, save
 from qexport.errors import InputError, RuntimeProblem
 from qexport.runtime.decoder import Decoder
 from qexport.runtime.doctor import check_provider
 from qexport.runtime.session import OptimizedNode, kernel_of, open_session, optimized_graph, unfused
-from tiny_decoder import ACCURACY, write_tiny_decoder
 
 IDS = np.array([[5, 6, 7, 8, 9, 10]])
 

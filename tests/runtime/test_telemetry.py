@@ -9,7 +9,7 @@ ROOT = Path(__file__).parents[2]
 OPEN_A_SESSION = """
 import sys
 sys.path.insert(0, "tests")
-from tiny_decoder import write_tiny_decoder
+from helpers.onnx_decoder import write_tiny_decoder
 from qexport.runtime.decoder import open_decoder
 folder = sys.argv[1]
 from pathlib import Path

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 import qexport
-from models import reference_model, save_model
+from helpers.random_decoders import reference_model, save_model
+from helpers.tokenizer_files import write_word_tokenizer
 from qexport.errors import InputError
 from qexport.sampling_study.result import Study
-from tiny_decoder import write_word_tokenizer
 
 VOCAB = 98
 FLOAT = qexport.Recipe(scheme="w8a16", overrides=[{"match": "*", "scheme": "float"}])

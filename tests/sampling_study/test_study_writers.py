@@ -4,14 +4,14 @@ import numpy as np
 import pytest
 import torch
 
-from models import reference_model
+from helpers.onnx_decoder import EOS, write_tiny_decoder
+from helpers.random_decoders import reference_model
 from qexport.calibrate.float_model import running
 from qexport.errors import NumericsError
 from qexport.runtime.decoder import open_decoder
 from qexport.runtime.sampling import Sampling
 from qexport.sampling_study.grid import Draw
 from qexport.sampling_study.writers import ExportWriter, FloatWriter, write
-from tiny_decoder import EOS, write_tiny_decoder
 
 PROMPT = [5, 6, 7, 8]
 GREEDY = Draw(0.0, 0, 0)

@@ -5,7 +5,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from models import save_model
+from helpers.random_decoders import save_model
+from helpers.runners import tokens
 from qexport.api.exporting import capture, export
 from qexport.artifact import manifest as manifests
 from qexport.artifact.manifest import CPU
@@ -17,7 +18,6 @@ from qexport.validation import float_forms
 from qexport.validation.float_forms import compare_forms, half_logits
 from qexport.validation.reference import FloatOutputs, decoder_feeds
 from qexport.validation.verdict import reference_problems
-from stepping import tokens
 
 WINDOWS = tokens(2, 40)
 

@@ -4,13 +4,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from models import save_model
+from helpers.random_decoders import save_model
+from helpers.runners import tokens
 from qexport.api.exporting import capture, export
 from qexport.artifact import manifest as manifests
 from qexport.recipe.recipe import Override, Recipe
 from qexport.runtime.decoder import open_decoder
 from qexport.validation.greedy import alike, compare_greedy
-from stepping import tokens
 
 WINDOWS, NEW = tokens(6, 80), 24
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from models import save_model
+from helpers.random_decoders import save_model
 from qexport.api import validating
 from qexport.api.exporting import capture, export
 from qexport.api.validating import validate

@@ -8,7 +8,8 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-import planting
+from helpers import planted_faults
+from helpers.tokenizer_files import write_word_tokenizer
 from qexport.api.exporting import export
 from qexport.api.validating import validate
 from qexport.artifact import manifest as manifests
@@ -16,20 +17,19 @@ from qexport.capture.folder import capture_folder
 from qexport.models.source import open_model
 from qexport.recipe.recipe import Recipe
 from qexport.validation import Report, worst_first
-from tiny_decoder import write_word_tokenizer
 
 TEXT = "".join(chr(33 + (i * i * 31 + i * 7) % 94) for i in range(300))  # one token a character
 FAULTS = {
-    "scale": (planting.wrong_scale, "w4a16_g32", "off in scale"),
-    "zero point": (planting.swapped_zero_points, "w4a16_g32_asym", "off in zero point"),
-    "unfused": (planting.unfused, "w4a16_g32", "MatMul instead of MatMulNBits"),
-    "clipped": (planting.clipped_input, "w8a8_static", "beyond its static scale"),
-    "coarse": (planting.coarse_input, "w8a8_static", "times as far as its input"),
-    "rows": (planting.swapped_rows, "w4a16_g32", "channels of its weight are not the float ones"),
-    "nibbles": (planting.swapped_nibbles, "w4a16_g32", "channels of its weight are not the float ones"),
-    "zeroed": (planting.zeroed_group, "w4a16_g32", "off in scale"),
-    "shifted": (planting.shifted_scales, "w4a16_g32", "off"),
-    "factor": (planting.factor_on_a_channel, "w8a8_static", "off in scale"),
+    "scale": (planted_faults.wrong_scale, "w4a16_g32", "off in scale"),
+    "zero point": (planted_faults.swapped_zero_points, "w4a16_g32_asym", "off in zero point"),
+    "unfused": (planted_faults.unfused, "w4a16_g32", "MatMul instead of MatMulNBits"),
+    "clipped": (planted_faults.clipped_input, "w8a8_static", "beyond its static scale"),
+    "coarse": (planted_faults.coarse_input, "w8a8_static", "times as far as its input"),
+    "rows": (planted_faults.swapped_rows, "w4a16_g32", "channels of its weight are not the float ones"),
+    "nibbles": (planted_faults.swapped_nibbles, "w4a16_g32", "channels of its weight are not the float ones"),
+    "zeroed": (planted_faults.zeroed_group, "w4a16_g32", "off in scale"),
+    "shifted": (planted_faults.shifted_scales, "w4a16_g32", "off"),
+    "factor": (planted_faults.factor_on_a_channel, "w8a8_static", "off in scale"),
 }
 CASES = [
     ("scale", "model.layers.1.self_attn.k_proj"),
@@ -112,7 +112,7 @@ def test_a_factor_on_a_smoothed_channel_shows_in_the_reader(good, llama, tmp_pat
     shutil.copytree(good("w8a8_static"), tmp_path / "out")
     name = "model.layers.2.self_attn.v_proj"
     entry = next(e for e in manifests.load(tmp_path / "out").linears if e.name == name)
-    planting.factor_on_a_channel(tmp_path / "out", entry)
+    planted_faults.factor_on_a_channel(tmp_path / "out", entry)
     report = validate(tmp_path / "out", llama, text=TEXT, windows=1, window=64)
     assert [row.name for row in report.layers.linears if row.fault] == ["model.layers.2.self_attn.o_proj"]
     (said,) = report.problems

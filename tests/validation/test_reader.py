@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from models import FAMILIES, save_model
-from modules import cnn, save_encoder, save_seq2seq
+from helpers.random_decoders import FAMILIES, save_model
+from helpers.random_modules import cnn, save_encoder, save_seq2seq
 from qexport.api.exporting import capture, export
 from qexport.api.validating import validate
 from qexport.capture.module import capture_module

@@ -2,7 +2,8 @@
 
 import pytest
 
-from models import save_model
+from helpers.random_decoders import save_model
+from helpers.tokenizer_files import write_word_tokenizer
 from qexport.api.exporting import export
 from qexport.api.validating import validate
 from qexport.errors import InputError
@@ -11,7 +12,6 @@ from qexport.mixed_precision.costs import Costs, PricedItem
 from qexport.mixed_precision.sensitivity import suggested
 from qexport.recipe.recipe import Override, Recipe
 from qexport.validation.report import ValueComparison
-from tiny_decoder import write_word_tokenizer
 
 TEXT = " ".join(f"w{i * i % 97}" for i in range(600))
 OPTIONS = dict(text=TEXT, windows=4, window=64, greedy=0)

@@ -10,7 +10,8 @@ import torch
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-import planting
+from helpers import planted_faults
+from helpers.tokenizer_files import write_word_tokenizer
 from qexport.api.exporting import capture, export
 from qexport.api.validating import validate
 from qexport.artifact import checksums
@@ -27,7 +28,6 @@ from qexport.validation import (
 from qexport.validation.logits import compare_logits
 from qexport.validation.reference import FloatOutputs, decoder_feeds
 from qexport.validation.text import choose_text
-from tiny_decoder import write_word_tokenizer
 
 WINDOW, WINDOWS = 48, 3
 TEXT = "".join(map(chr, np.random.default_rng(0).integers(33, 127, 400)))  # one token a character
@@ -165,7 +165,7 @@ def test_a_planted_fault_is_named_first(copy, llama, report, name):
     def change(scale):
         scale[entry.columns[0] + 5, 0] *= 30
 
-    planting.change(copy, f"{entry.node}.weight_scale.blocks", change)
+    planted_faults.change(copy, f"{entry.node}.weight_scale.blocks", change)
     found = validate(copy, llama, text=TEXT, windows=1, window=WINDOW)
     assert worst_first(report.layers.linears)[0].name != name
     assert worst_first(found.layers.linears)[0].name == name
@@ -178,7 +178,7 @@ def test_nan_is_a_finding(copy, llama):
     def change(scale):
         scale[0, 0] = np.nan
 
-    planting.change(copy, f"{name}.weight_scale.blocks", change)
+    planted_faults.change(copy, f"{name}.weight_scale.blocks", change)
     found = validate(copy, llama, text=TEXT, windows=2, window=WINDOW)
     assert worst_first(found.layers.linears)[0].name == name
     assert found.logits.nonfinite_tokens == found.logits.tokens == 2 * (WINDOW - 1)

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 import qexport
-from models import save_model
+from helpers.random_decoders import save_model
+from helpers.tokenizer_files import write_word_tokenizer
 from qexport.artifact import manifest as manifests
 from qexport.mixed_precision.allocator import SchemeAllocator
 from qexport.recipe.recipe import Recipe
@@ -12,7 +13,6 @@ from qexport.validation.kl_costs import deployed_costs
 from qexport.validation.placement import examine
 from qexport.validation.probes import make_probes
 from qexport.validation.reference import decoder_feeds
-from tiny_decoder import write_word_tokenizer
 
 TEXT = " ".join(f"w{i * i % 97}" for i in range(600))
 RTN = Recipe(scheme="w4a16_g32", lm_head="w4a16_g32").with_calibration(samples=2, sequence_length=32)

@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from models import save_model
+from helpers.random_decoders import save_model
 from qexport import export, inspect, validate
 from qexport.errors import PassError
 from qexport.recipe.recipe import Recipe

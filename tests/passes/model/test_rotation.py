@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from models import save_model
+from helpers.random_decoders import save_model
 from qexport.api.exporting import capture
 from qexport.calibrate.float_model import running
 from qexport.errors import PassError

@@ -1,4 +1,4 @@
-"""Damaged inputs end in one sentence: a few of each kind always, a thousand with the slow tests (see tests/fuzz)."""
+"""Damaged inputs end in one sentence: a few of each kind always, a thousand with the slow tests (see runner.py)."""
 
 import os
 import subprocess
@@ -9,7 +9,7 @@ import pytest
 
 from fuzz import runner
 
-TESTS = Path(__file__).parent
+TESTS = Path(__file__).parents[1]
 MOST = 6 << 30  # bytes of memory: templates may write a text of a gigabyte, which jinja's sandbox allows
 
 

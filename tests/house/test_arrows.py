@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-arrows = runpy.run_path(str(Path(__file__).parents[1] / "tools" / "arrows.py"))
+arrows = runpy.run_path(str(Path(__file__).parents[2] / "tools" / "arrows.py"))
 
 
 def test_no_room_imports_one_above_it():

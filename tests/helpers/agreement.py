@@ -6,10 +6,10 @@ from unittest.mock import patch
 
 import torch
 
-import exporting
+from helpers import exports
+from helpers.runners import captured_runner, load_weights, next_feeds, prompt_feeds, tokens
 from qexport.quant.metrics import sqnr_db
 from qexport.targets import cuda
-from stepping import captured_runner, load_weights, next_feeds, prompt_feeds, tokens
 
 STEPS = 5
 ROUNDING = 1e-5  # of the largest element; float32 sums over at most 96 products leave 2e-6
@@ -17,13 +17,13 @@ STEP = 2e-2  # of the largest element: one 8-bit code of one input is at most 1/
 
 
 def export(captured, recipe, target, folder, single=False, **options):
-    """`exporting.export`; single: the CUDA target without its last step, which makes everything float16."""
+    """`exports.export`; single: the CUDA target without its last step, which makes everything float16."""
     with ExitStack() as changes:
         if single:
             single_cuda = cuda.CudaTarget(torch.float32)
             changes.enter_context(patch.object(cuda, "to_half", lambda *_: None))
-            changes.enter_context(patch.object(exporting.exporting, "target_for", lambda *_: single_cuda))
-        return exporting.export(captured, recipe, target, folder, **options)
+            changes.enter_context(patch.object(exports.exporting, "target_for", lambda *_: single_cuda))
+        return exports.export(captured, recipe, target, folder, **options)
 
 
 def differences(exported, mask):

@@ -3,6 +3,7 @@
 import torch
 from torch import nn
 
+from helpers.runners import load_weights
 from qexport.calibrate.block_activations import Stream, batches, collect, make_stream
 from qexport.calibrate.sources import Samples
 from qexport.capture.graph import CapturedModel
@@ -10,7 +11,6 @@ from qexport.capture.module import capture_module
 from qexport.passes.base import GraphPass, PassResult, Pipeline
 from qexport.plan.linear_plan import LinearPlan, make_plan
 from qexport.quant.formats import Scheme
-from stepping import load_weights
 
 
 def plan_of(captured: CapturedModel, scheme: str) -> dict[str, LinearPlan]:

@@ -212,21 +212,6 @@ def write_tiny_decoder(
     return result
 
 
-def write_word_tokenizer(folder: Path, vocab: int = 97) -> None:
-    """A byte-level tokenizer of `vocab` ids in the files of transformers: 3 specials, then printable ASCII."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    letters = ["Ġ", *(chr(code) for code in range(33, 127))]
-    tokens = ["<pad>", "<s>", "</s>", *letters][:vocab]
-    tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
-    ).save_pretrained(folder)
-
-
 def _mask(graph: Graph) -> str:
     """[batch, 1, sequence, total], true where a query may look.
 

@@ -11,6 +11,7 @@ import onnxruntime as ort
 import torch
 from onnx import TensorProto, helper
 
+from helpers.runners import Runner, block_runner
 from qexport.api import exporting
 from qexport.artifact.manifest import CPU, MODEL_FILE, Manifest
 from qexport.capture.blocks import Block
@@ -20,7 +21,6 @@ from qexport.lower.emitter import ONNX_DTYPE
 from qexport.recipe.recipe import Recipe
 from qexport.runtime.session import open_session
 from qexport.validation.running import run_session
-from stepping import Runner, block_runner
 
 
 @dataclass

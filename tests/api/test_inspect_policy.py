@@ -9,11 +9,12 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-import exporting
 import qexport
-from agreement import assert_agree
-from models import save_model
-from passing import stream_of
+from helpers import exports
+from helpers.agreement import assert_agree
+from helpers.pass_runs import stream_of
+from helpers.random_decoders import save_model
+from helpers.runners import captured_runner, load_weights, padded, prompt_feeds, tokens
 from qexport import cli
 from qexport.api.exporting import capture
 from qexport.api.inspecting import compressed, compressed_sites
@@ -22,7 +23,6 @@ from qexport.errors import InputError, NumericsError
 from qexport.graph.edit import get_tensor, is_call
 from qexport.graph.sites import fold_sites
 from qexport.recipe.recipe import CalibrationSpec, FptqSpec, Override, Recipe
-from stepping import captured_runner, load_weights, padded, prompt_feeds, tokens
 
 ops = torch.ops.qexport
 RANDOM = CalibrationSpec(source="random", samples=4, sequence_length=16, batch_size=2)
@@ -190,7 +190,7 @@ def test_weights_that_are_not_finite_are_named(model, recipe, tmp_path):
 
 
 def test_an_export_decides_the_same_and_runs_so(model, recipe, inspected, tmp_path):
-    exported = exporting.export(capture(model), recipe, "cpu", tmp_path / "out")
+    exported = exports.export(capture(model), recipe, "cpu", tmp_path / "out")
     blocks = json.loads((tmp_path / "out" / "report.json").read_text())["export"]["blocks"]
     notes = {site: (what, data) for b in blocks for site, what, data in b["changed"].get("FPTQ", [])}
     sites = [s for s in inspected.sites if s.decision]

@@ -7,7 +7,7 @@ import torch
 import yaml
 from transformers import AutoConfig, AutoModelForCausalLM
 
-LISTS = yaml.safe_load((Path(__file__).parents[1] / "samples" / "families.yaml").read_text())
+LISTS = yaml.safe_load((Path(__file__).parents[2] / "samples" / "families.yaml").read_text())
 FAMILIES = tuple(LISTS["families"])
 BREADTH = tuple(LISTS["breadth"])
 REFUSED = tuple(LISTS["refused"])

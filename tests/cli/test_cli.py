@@ -15,10 +15,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import qexport
-from models import save_model
+from helpers.random_decoders import save_model
+from helpers.report_folders import a_study
+from helpers.tokenizer_files import write_word_tokenizer
 from qexport.capture.decoder import capture_decoder  # noqa: F401  imports what commands need before they are timed
-from reported import a_study
-from tiny_decoder import write_word_tokenizer
 
 VOCAB = 98
 
@@ -252,7 +252,7 @@ def test_the_schema_of_a_report(run):
     code, out, _ = run("report", "--schema")
     schema = json.loads(out)
     assert code == 0 and schema["properties"].keys() >= {"layers", "logits", "placement", "problems", "verdict"}
-    assert "signal to quantization noise" in schema["$defs"]["Row"]["description"]
+    assert "signal to quantization noise" in schema["$defs"]["ValueComparison"]["description"]
 
 
 def test_an_export_has_a_model_card(exported):

@@ -8,8 +8,8 @@ import transformers
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForSeq2SeqLM, AutoModelForSpeechSeq2Seq
 
-from models import LISTS, VOCAB, save_random
-from stepping import padded, tokens
+from helpers.random_decoders import LISTS, VOCAB, save_random
+from helpers.runners import padded, tokens
 
 ENCODERS, REFUSED_ENCODERS, MODULES = (tuple(LISTS[kind]) for kind in ("encoders", "refused_encoders", "modules"))
 SEQ2SEQ = tuple(LISTS["encoder_decoders"])
@@ -72,7 +72,7 @@ def looked_up(result, name: str) -> torch.Tensor:
 
 
 def _random(model: nn.Module) -> nn.Module:
-    """Weights under which every part matters; see `models.randomize`."""
+    """Weights under which every part matters; see `random_decoders.randomize`."""
     random = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -9,12 +9,12 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import qexport
-from models import save_model
-from modules import save_encoder
+from helpers.random_decoders import save_model
+from helpers.random_modules import save_encoder
+from helpers.tokenizer_files import write_word_tokenizer
 from qexport.errors import PassError
-from tiny_decoder import write_word_tokenizer
 
-SAMPLES = Path(__file__).parent.parent / "samples"
+SAMPLES = Path(__file__).parents[2] / "samples"
 VOCAB, WINDOW = 98, 256
 
 

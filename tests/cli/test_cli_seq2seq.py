@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from modules import VOCAB, save_seq2seq
+from helpers.random_modules import VOCAB, save_seq2seq
+from helpers.tokenizer_files import write_word_tokenizer
 from qexport.cli import main
-from tiny_decoder import write_word_tokenizer
 
 
 @pytest.fixture(scope="module")

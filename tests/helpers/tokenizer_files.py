@@ -1,4 +1,4 @@
-"""Small tokenizers of the two kinds that language models have, made here."""
+"""Small tokenizers, saved as transformers does: of single characters, and of both kinds that language models have."""
 
 from pathlib import Path
 
@@ -28,6 +28,18 @@ def save_tokenizer(folder: Path, kind: str = "bytes", *, adds_bos: bool, chat: s
     tokenizer.chat_template = chat
     tokenizer.save_pretrained(folder)
     return folder
+
+
+def write_word_tokenizer(folder: Path, vocab: int = 97) -> None:
+    """A byte-level tokenizer of `vocab` ids in the files of transformers: 3 specials, then printable ASCII."""
+    letters = ["Ġ", *(chr(code) for code in range(33, 127))]
+    tokens = ["<pad>", "<s>", "</s>", *letters][:vocab]
+    tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
+    ).save_pretrained(folder)
 
 
 def _of_bytes() -> Tokenizer:

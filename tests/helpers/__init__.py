@@ -1,0 +1,1 @@
+"""What tests share: small models of all kinds, exports of them, and ways to run both sides and compare."""
