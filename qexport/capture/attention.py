@@ -33,7 +33,9 @@ class GraphCacheLayer(DynamicLayer):
 
     def __init__(self, key: torch.Tensor, value: torch.Tensor):
         super().__init__()
-        self.past_key, self.past_value, self.new, self.present = key, value, None, None
+        self.past_key, self.past_value = key, value
+        self.new: tuple[torch.Tensor, torch.Tensor] | None = None
+        self.present: list[torch.Tensor] | None = None
         self.keys, self.values, self.is_initialized = key, value, True
 
     def update(self, key_states, value_states, *args, **kwargs):
@@ -68,13 +70,14 @@ class GraphCache(_OfKeysAndValues):
     """The cache handed to a Hugging Face model while it is traced."""
 
     def __init__(self, past: list[torch.Tensor]):
-        super().__init__(layers=[GraphCacheLayer(k, v) for k, v in zip(past[::2], past[1::2], strict=True)])
+        self.own = [GraphCacheLayer(k, v) for k, v in zip(past[::2], past[1::2], strict=True)]
+        super().__init__(layers=list(self.own))
 
     def present(self) -> list[torch.Tensor]:
-        missing = [i for i, layer in enumerate(self.layers) if layer.present is None]
+        missing = [i for i, layer in enumerate(self.own) if layer.present is None]
         if missing:
             raise CaptureError(f"the model never updated the cache of layers {missing}")
-        return [tensor for layer in self.layers for tensor in layer.present]
+        return [tensor for layer in self.own for tensor in layer.present or ()]
 
 
 class ProbeCache(_OfKeysAndValues):

@@ -15,6 +15,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from ..errors import CaptureError
 from ..graph.edit import get_tensor, is_call, set_tensor, spec_of
+from ..graph.views import operand, tensor_name
 
 _LAYER = re.compile(r"^(?P<container>.*?)\.(?P<index>\d+)(?=\.|$)")
 
@@ -71,9 +72,9 @@ def cut(module: GraphModule, results: list[str]) -> list[Block]:
 
 def _layers(graph: Graph) -> list[str]:
     """Module paths of the repeated layers, in order; empty when there is no such container."""
-    weights = Counter()
+    weights: Counter[str] = Counter()
     for node in graph.nodes:
-        if node.op == "get_attr" and (match := _LAYER.match(node.target)):
+        if node.op == "get_attr" and (match := _LAYER.match(tensor_name(node))):
             weights[match["container"]] += node.meta["val"].numel()
     if not weights:
         return []
@@ -81,7 +82,7 @@ def _layers(graph: Graph) -> list[str]:
     found = {
         m["index"]
         for n in graph.nodes
-        if n.op == "get_attr" and (m := _LAYER.match(n.target)) and m["container"] == container
+        if n.op == "get_attr" and (m := _LAYER.match(tensor_name(n))) and m["container"] == container
     }
     return [f"{container}.{i}" for i in sorted(map(int, found))]
 
@@ -110,7 +111,7 @@ def _assign(graph: Graph, layers: list[str]) -> dict[Node, int]:
         part[node] = own
     if not layers:
         return dict.fromkeys(part, 0)
-    fixed = set()  # made of weights and constants alone: beside the first who reads it
+    fixed: set[Node] = set()  # made of weights and constants alone: beside the first who reads it
     for node in graph.nodes:
         if node.op == "get_attr" or (node in part and all(n in fixed for n in node.all_input_nodes)):
             fixed.add(node)
@@ -122,13 +123,15 @@ def _assign(graph: Graph, layers: list[str]) -> dict[Node, int]:
 
 def _clips_alone(node: Node) -> bool:
     """Whether a node clips a value that nothing else reads."""
-    return is_call(node, torch.ops.aten.relu.default, torch.ops.aten.clamp.default) and len(node.args[0].users) == 1
+    return is_call(node, torch.ops.aten.relu.default, torch.ops.aten.clamp.default) and len(operand(node).users) == 1
 
 
 def _block(
     whole: GraphModule, name: str, nodes: list[Node], part: dict[Node, int], index: int, results: list[str]
 ) -> Block:
-    graph, env, inputs, tensors = Graph(), {}, [], {}
+    graph, inputs = Graph(), []
+    env: dict[Node, Node] = {}
+    tensors: dict[str, torch.Tensor] = {}
     inside = set(nodes)
     read = dict.fromkeys(n for node in nodes for n in node.all_input_nodes if n not in inside)
     outside = sorted(read, key=_is_flag)  # `handed_on` takes the first
@@ -140,9 +143,10 @@ def _block(
         inputs.append(node.name)
     for node in outside:
         if node.op == "get_attr":
-            env[node] = graph.get_attr(node.target)
+            weight = tensor_name(node)
+            env[node] = graph.get_attr(weight)
             env[node].meta = _meta(node)
-            tensors[node.target] = get_tensor(whole, node.target)
+            tensors[weight] = get_tensor(whole, weight)
     for node in nodes:
         env[node] = graph.node_copy(node, lambda n: env[n])
         env[node].meta = _meta(node)

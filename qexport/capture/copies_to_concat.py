@@ -7,6 +7,8 @@ from torch.fx import Graph, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from ..graph.edit import is_call
+from ..graph.schema import bind
+from ..graph.views import Slice, operand
 
 aten = torch.ops.aten
 _EMPTY = (
@@ -36,8 +38,8 @@ def join_parts(graph: Graph) -> None:
         parts = [part for user in node.users if (part := _written(node, user))]
         if not parts or not _cover(node, parts):
             continue
-        last = max((part.copy for part in parts), key=order.get)
-        places = [part.copy.args[0] for part in parts]
+        last = max((part.copy for part in parts), key=order.__getitem__)
+        places = [operand(part.copy) for part in parts]
         readers = [user for user in node.users if user not in places]
         if any(order[user] < order[last] for user in readers):
             continue
@@ -45,26 +47,27 @@ def join_parts(graph: Graph) -> None:
         with graph.inserting_after(last):
             joined = graph.call_function(aten.cat.default, ([part.source for part in parts], parts[0].axis))
         joined.meta = dict(node.meta)
-        node.replace_all_uses_with(joined, delete_user_cb=lambda user, readers=readers: user in readers)
+        node.replace_all_uses_with(joined, delete_user_cb=readers.__contains__)
         for dead in (*(part.copy for part in parts), *places, node):
             graph.erase_node(dead)
 
 
 def _written(node: Node, place: Node) -> _Part | None:
     """What is copied to `place`, if that is a slice of `node` which nothing reads."""
-    if not is_call(place, aten.slice.Tensor) or place.args[4:] not in ((), (1,)) or len(place.users) != 1:
+    cut = Slice.match(place)
+    if cut is None or cut.step != 1 or len(place.users) != 1:
         return None
     copy = next(iter(place.users))
-    if not is_call(copy, aten.copy_.default) or copy.args[0] is not place or copy.users:
+    if not is_call(copy, aten.copy_.default) or operand(copy) is not place or copy.users:
         return None
-    axis, start, end = (*place.args[1:4], *(0, 0, None)[len(place.args) - 1 :])
-    value, source = node.meta["val"], copy.args[1]
-    axis %= value.dim()
+    value, source = node.meta["val"], bind(copy).src
+    axis = cut.dim % value.dim()
     size, same = value.shape[axis], source.meta["val"]
-    whole = isinstance(size, int) and all(isinstance(bound, int | None) for bound in (start, end))
-    if not whole or same.dtype != value.dtype or not _same_shape(same, place.meta["val"]):
+    if not isinstance(size, int) or isinstance(cut.start, Node) or isinstance(cut.end, Node):
         return None
-    start, end, _ = slice(start, end).indices(size)
+    if same.dtype != value.dtype or not _same_shape(same, place.meta["val"]):
+        return None
+    start, end, _ = slice(cut.start, cut.end).indices(size)
     return _Part(axis, start, end, source, copy)
 
 

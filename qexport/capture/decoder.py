@@ -1,8 +1,10 @@
 """Capturing a causal language model of transformers: one graph for prefill and decoding, no weights loaded."""
 
+from typing import Any
+
 import torch
 from accelerate import init_empty_weights
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from ..errors import CaptureError, root_cause
 from ..gc_pause import no_garbage_collection
@@ -11,7 +13,7 @@ from ..graph.edit import get_tensor
 from ..models.checkpoint import Checkpoint
 from ..models.quiet import quiet_transformers
 from ..models.source import ModelFolder
-from ..models.tokens import tokens_without_rows
+from ..models.tokens import embedding_rows, tokens_without_rows
 from ..models.transformers_witness import DecoderWitness
 from .attention import IMPLEMENTATION
 from .experts import IMPLEMENTATION as EXPERTS
@@ -48,7 +50,7 @@ def capture_decoder(folder: ModelFolder) -> CapturedModel:
     read = {n: shapes[n] for n in sorted(sources)}
     weights, stored, left_out = find_weights(checkpoint, folder, model, read, buffers, aliases)
     buffers, parameters = {n: b for n, b in buffers.items() if n not in stored}, [*parameters, *stored]
-    settings, rows = _settings(folder.config, traced), model.get_input_embeddings().weight.shape[0]
+    settings, rows = _settings(folder.config, traced), embedding_rows(model)
     inputs, outputs = _ports(traced, settings)
     return CapturedModel(
         kind="decoder",
@@ -66,8 +68,8 @@ def capture_decoder(folder: ModelFolder) -> CapturedModel:
     )
 
 
-def _empty_model(folder: ModelFolder) -> torch.nn.Module:
-    def build(attention: str) -> torch.nn.Module:
+def _empty_model(folder: ModelFolder) -> PreTrainedModel:
+    def build(attention: str) -> PreTrainedModel:
         with init_empty_weights(include_buffers=False), quiet_transformers():
             return AutoModelForCausalLM.from_config(
                 folder.config, attn_implementation=attention, dtype=torch.float32,
@@ -89,8 +91,9 @@ def _empty_model(folder: ModelFolder) -> torch.nn.Module:
             remedy="For other kinds of model pass an nn.Module and example inputs",
         ) from error  # fmt: skip
     for module in model.modules():
-        if hasattr(getattr(module, "config", None), "_experts_implementation"):
-            module.config._experts_implementation = EXPERTS
+        config: Any = getattr(module, "config", None)
+        if hasattr(config, "_experts_implementation"):
+            config._experts_implementation = EXPERTS
     settle_frequencies(model, folder.name)
     model.tie_weights()
     return model.eval()

@@ -5,15 +5,16 @@ BERT and its like, and reward models, rerankers and embedding models made of dec
 
 import inspect
 from dataclasses import replace
+from typing import Any
 
 import torch
-from transformers import AutoModel
+from transformers import AutoModel, PreTrainedModel
 
 from ..errors import CaptureError
 from ..models.heads import note_on_bare
 from ..models.loading import load_known
 from ..models.source import ModelFolder
-from ..models.tokens import tokens_without_rows
+from ..models.tokens import embedding_rows, tokens_without_rows
 from ..models.transformers_witness import EncoderWitness
 from .graph import CapturedModel
 from .module import capture_module
@@ -22,7 +23,7 @@ from .module import capture_module
 _BATCH, _SEQUENCE = 2, 7
 
 
-def capture_encoder(folder: ModelFolder, loader: type) -> CapturedModel:
+def capture_encoder(folder: ModelFolder, loader: type[Any]) -> CapturedModel:
     """Capture the encoder of a folder, or a decoder that keeps no cache.
 
     The inputs are input_ids, attention_mask and, where the model tells segments apart, token_type_ids. The outputs are
@@ -52,7 +53,7 @@ def capture_encoder(folder: ModelFolder, loader: type) -> CapturedModel:
     longest = _longest(model)
     sizes = {
         **({"max_position_embeddings": longest} if longest else {}),
-        "hidden_size": config.hidden_size, "vocab_size": model.get_input_embeddings().weight.shape[0],
+        "hidden_size": config.hidden_size, "vocab_size": embedding_rows(model),
     }  # fmt: skip
     bare = note_on_bare(config) if loader is AutoModel else []
     notes = [*loaded.notes, *bare, *tokens_without_rows(folder.tokenizer(), sizes["vocab_size"])]
@@ -62,7 +63,7 @@ def capture_encoder(folder: ModelFolder, loader: type) -> CapturedModel:
     )  # fmt: skip
 
 
-def _check_padding(model: torch.nn.Module, folder: ModelFolder) -> None:
+def _check_padding(model: PreTrainedModel, folder: ModelFolder) -> None:
     """A decoder scores a text by its last token, and knows padding by its id alone."""
     scores = type(model).__name__.endswith("ForSequenceClassification") and hasattr(model, "score")
     if scores and model.config.get_text_config().pad_token_id is None:
@@ -72,7 +73,7 @@ def _check_padding(model: torch.nn.Module, folder: ModelFolder) -> None:
         )  # fmt: skip
 
 
-def _longest(model: torch.nn.Module) -> int | None:
+def _longest(model: PreTrainedModel) -> int | None:
     """Tokens that the model reads at most, where it says so."""
     longest = getattr(model.config, "max_position_embeddings", None)
     if not isinstance(longest, int):

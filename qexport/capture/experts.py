@@ -22,7 +22,8 @@ _rows: ContextVar[tuple[int, int] | None] = ContextVar("rows", default=None)
 @contextmanager
 def tokens_of(ids: torch.Tensor):
     """Name the token ids [batch, sequence] that experts inside the `with` work on: they are handed one flat row."""
-    token = _rows.set(tuple(ids.shape))
+    batch, sequence = ids.shape
+    token = _rows.set((batch, sequence))
     try:
         yield
     finally:

@@ -1,15 +1,17 @@
 """Convolutions and linears as they are quantized: one weight, which is what is computed, and padding in numbers."""
 
-import operator
+from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
 
-from ..graph.convolution_sites import CONVOLUTIONS, zero_padding
+from ..graph.convolution_sites import zero_padding
 from ..graph.edit import get_tensor, is_call, set_tensor
+from ..graph.schema import bind, rebind
+from ..graph.views import Convolution, Item, LinearCall, operand, tensor_name
 
 aten = torch.ops.aten
-_BY_NAME = {
+_BY_NAME: dict[Any, Any] = {
     aten.conv1d.padding: aten.conv1d.default, aten.conv2d.padding: aten.conv2d.default,
     aten.conv3d.padding: aten.conv3d.default,
 }  # fmt: skip
@@ -26,31 +28,30 @@ def fold_batch_norms(module: GraphModule) -> dict[str, torch.Tensor]:
     for norm in list(module.graph.nodes):
         if not is_call(norm, aten.batch_norm.default, _FIRST_OF_SEVERAL):
             continue
-        conv, parameters = norm.args[0], norm.args[1:5]
+        given, conv = bind(norm), operand(norm)
+        parameters = [given.weight, given.bias, given.running_mean, given.running_var]
         results = [norm] if norm.target is aten.batch_norm.default else list(norm.users)
+        found = Convolution.match(conv)
         if (
-            not is_call(conv, *CONVOLUTIONS) or len(conv.users) != 1 or not _is_own(conv.args[1])
-            or any(p is not None and p.op != "get_attr" for p in (*parameters, *conv.args[2:3]))
-            or any(is_call(r, operator.getitem) and r.args[1] != 0 for r in results)
-            or (norm.target is aten.batch_norm.default and norm.args[5])
+            found is None or len(conv.users) != 1 or not _is_own(found.weight)
+            or any(p is not None and p.op != "get_attr" for p in (*parameters, found.bias))
+            or any((item := Item.match(r)) is not None and item.index != 0 for r in results)
+            or getattr(given, "training", False)
         ):  # fmt: skip
             continue
-        name = conv.args[1].target
+        name = tensor_name(found.weight)
         bias = f"{name.rpartition('.')[0]}.bias_folded"
-        tensors = [None if p is None else get_tensor(module, p.target).detach() for p in (*conv.args[1:3], *parameters)]
-        if len(conv.args) < 3:
-            tensors.insert(1, None)
-        epsilon = norm.args[7] if norm.target is aten.batch_norm.default else norm.args[6]
-        weight, shift = _folded(*tensors, epsilon)
+        tensors: list[Any] = [_tensor(module, p) for p in (found.weight, found.bias, *parameters)]
+        weight, shift = _folded(given.eps, *tensors)
         new = {f"{name}_folded": weight, bias: shift}
         nodes = []
         for key, tensor in new.items():
             set_tensor(module, key, tensor)
             with module.graph.inserting_before(conv):
                 node = module.graph.get_attr(key)
-            node.meta = {**conv.args[1].meta, "val": tensor}
+            node.meta = {**found.weight.meta, "val": tensor}
             nodes.append(node)
-        conv.args = (conv.args[0], *nodes, *conv.args[3:])
+        rebind(conv, weight=nodes[0], bias=nodes[1])
         for result in results:
             result.replace_all_uses_with(conv)
             if result is not norm:
@@ -65,22 +66,19 @@ def spell_padding(module: GraphModule) -> None:
     for node in module.graph.nodes:
         if not is_call(node, *_BY_NAME):
             continue
-        x, weight, bias, stride, padding, dilation, groups = (
-            *node.args,
-            *(None, 1, "valid", 1, 1)[len(node.args) - 2 :],
-        )
-        kernel = weight.meta["val"].shape[2:]
-        stride, dilation = ([v] * len(kernel) if isinstance(v, int) else v for v in (stride, dilation))
-        wide = [space * (size - 1) if padding == "same" else 0 for space, size in zip(dilation, kernel, strict=True)]
+        given = bind(node)
+        x, same, kernel = given.input, given.padding == "same", given.weight.meta["val"].shape[2:]
+        stride, dilation = ([v] * len(kernel) if isinstance(v, int) else v for v in (given.stride, given.dilation))
+        wide = [space * (size - 1) if same else 0 for space, size in zip(dilation, kernel, strict=True)]
         if any(total % 2 for total in wide):
             more = [pad for total in reversed(wide) for pad in (0, total % 2)]  # of the last axis first
             with module.graph.inserting_before(node):
                 x = module.graph.call_function(aten.constant_pad_nd.default, (x, more))
-            value = node.args[0].meta["val"]
+            value = given.input.meta["val"]
             sizes = [size + total % 2 for size, total in zip(value.shape[2:], wide, strict=True)]
             x.meta = {**node.meta, "val": value.new_empty((*value.shape[:2], *sizes))}
         node.target = _BY_NAME[node.target]
-        node.args = (x, weight, bias, stride, [total // 2 for total in wide], dilation, groups)
+        rebind(node, input=x, stride=stride, padding=[total // 2 for total in wide], dilation=dilation)
 
 
 def fold_padding(module: GraphModule) -> None:
@@ -89,18 +87,17 @@ def fold_padding(module: GraphModule) -> None:
     Others stay nodes, as the operator pads both sides alike; ONNX's takes them in.
     """
     for node in list(module.graph.nodes):
-        if not is_call(node, *CONVOLUTIONS):
+        if (found := Convolution.match(node)) is None:
             continue
-        x, rank = node.args[0], len(node.args[1].meta["val"].shape) - 2
-        more = zero_padding(x, rank)
+        rank = len(found.weight.meta["val"].shape) - 2
+        more = zero_padding(found.x, rank)
         if more is None or more[0] != more[1]:
             continue
-        bias, stride, padding, *rest = (*node.args[2:], *(None, [1] * rank, [0] * rank)[len(node.args) - 2 :])
-        padding = list(padding) * (rank if len(padding) == 1 else 1)
+        padding = list(found.padding) * (rank if len(found.padding) == 1 else 1)
         wider = [old + new for old, new in zip(padding, more[0], strict=True)]
-        node.args = (x.args[0], node.args[1], bias, stride, wider, *rest)
-        if not x.users:
-            module.graph.erase_node(x)
+        rebind(node, input=operand(found.x), padding=wider)
+        if not found.x.users:
+            module.graph.erase_node(found.x)
 
 
 def fold_weights(module: GraphModule) -> dict[str, torch.Tensor]:
@@ -111,20 +108,31 @@ def fold_weights(module: GraphModule) -> dict[str, torch.Tensor]:
     """
     sites: dict[str, list[Node]] = {}
     for node in module.graph.nodes:
-        if is_call(node, aten.linear.default, *CONVOLUTIONS) and _is_made(node.args[1]):
+        if _is_made(_roles(node).get("weight")):
             owner = node.meta["module_path"].partition(".parametrizations.")[0]
             sites.setdefault(owner, []).append(node)
     made: dict[str, torch.Tensor] = {}
     for owner, nodes in sites.items():
         for number, node in enumerate(nodes):
             prefix = ".".join(filter(None, [owner, str(number) if len(nodes) > 1 else ""]))
-            for index, role in ((1, "weight"), (2, "bias")):
-                if len(node.args) > index and _is_made(node.args[index]):
+            for role, old in _roles(node).items():
+                if old is not None and _is_made(old):
                     name = f"{prefix}.{role}_folded".removeprefix(".")
-                    made[name] = _value(module, node.args[index]).contiguous()
-                    _read(module, node, index, name, made[name])
+                    made[name] = _value(module, old).contiguous()
+                    _read(module, node, role, old, name, made[name])
     module.graph.eliminate_dead_code()
     return made
+
+
+def _tensor(module: GraphModule, node: Node | None) -> Any:
+    """The tensor of an argument that is one of the module's; None for an absent one."""
+    return None if node is None else get_tensor(module, tensor_name(node)).detach()
+
+
+def _roles(node: Node) -> dict[str, Node | None]:
+    """Weight and bias of a linear or a convolution; nothing for other nodes."""
+    found = LinearCall.match(node) or Convolution.match(node)
+    return {} if found is None else {"weight": found.weight, "bias": found.bias}
 
 
 def _is_made(node: Node | None) -> bool:
@@ -134,21 +142,21 @@ def _is_made(node: Node | None) -> bool:
     return bool(node.all_input_nodes) and all(a.op == "get_attr" or _is_made(a) for a in node.all_input_nodes)
 
 
-def _value(module: GraphModule, node: Node):
-    if node.op == "get_attr":
-        return get_tensor(module, node.target).detach()
+def _value(module: GraphModule, node: Node) -> Any:
+    if not callable(node.target):
+        return _tensor(module, node)
     args, kwargs = torch.fx.map_arg((node.args, node.kwargs), lambda argument: _value(module, argument))
     with torch.no_grad():
         return node.target(*args, **kwargs)
 
 
-def _read(module: GraphModule, node: Node, index: int, name: str, tensor: torch.Tensor) -> None:
-    """Let a node read a new tensor as one of its arguments."""
+def _read(module: GraphModule, node: Node, role: str, old: Node, name: str, tensor: torch.Tensor) -> None:
+    """Let a node read a new tensor where it read another value."""
     set_tensor(module, name, tensor)
     with module.graph.inserting_before(node):
         new = module.graph.get_attr(name)
-    new.meta = {**node.args[index].meta, "val": tensor}
-    node.update_arg(index, new)
+    new.meta = {**old.meta, "val": tensor}
+    rebind(node, **{role: new})
 
 
 def _is_own(weight: Node) -> bool:
@@ -156,10 +164,18 @@ def _is_own(weight: Node) -> bool:
     return weight.op == "get_attr" and sum(len(n.users) for n in same) == 1
 
 
-def _folded(weight, bias, gain, shift, mean, variance, epsilon: float) -> tuple[torch.Tensor, torch.Tensor]:
+def _folded(
+    epsilon: float,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    gain: torch.Tensor | None,
+    shift: torch.Tensor | None,
+    mean: torch.Tensor,
+    variance: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
     """weight [O, ...], the others [O] or None, in float64 and back."""
     factor = (variance.double() + epsilon).rsqrt() * (1 if gain is None else gain.double())
-    moved = ((0 if bias is None else bias.double()) - mean.double()) * factor
+    moved = (-mean.double() if bias is None else bias.double() - mean.double()) * factor
     moved = moved + (0 if shift is None else shift.double())
     wide = weight.double() * factor.view(-1, *[1] * (weight.dim() - 1))
     return wide.to(weight.dtype), moved.to(weight.dtype)

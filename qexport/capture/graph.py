@@ -6,6 +6,7 @@ from typing import Any, Protocol
 import torch
 from torch.fx import Node
 
+from ..graph.views import results_of
 from ..models.agreement import ReaderAgreement
 from ..models.source import ModelFolder
 from ..models.witness import Witness
@@ -95,8 +96,7 @@ class CapturedModel:
         value = next((port.value for port in self.outputs if port.name == output), None)
         for block in self.blocks:
             if value in block.outputs:
-                results = block.module.graph.output_node().args[0]
-                return block, results[block.outputs.index(value)]
+                return block, results_of(block.module.graph)[block.outputs.index(value)]
         return None
 
     def taken(self, name: str, block: Block) -> Node | None:

@@ -7,6 +7,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from ..errors import CaptureError
 from ..graph.edit import get_tensor
+from ..graph.views import results_of, tensor_name
 from .blocks import Block, holder
 from .layer_groups import LayerGroups
 
@@ -38,10 +39,10 @@ def stamp(
         raise CaptureError("the traced layers are not the blocks between prologue and epilogue", place=names[0])
     start = at[names[0]]
     traced, last = list(blocks[start:-1]), blocks[-1]
-    pasts, presents = [list(p) for p in pasts], [list(p) for p in presents]
+    before, after = [list(p) for p in pasts], [list(p) for p in presents]
     # What a layer hands to the next one: the rest is its cache, or made of weights alone and shared.
-    streams = [_stream(block, present) for block, present in zip(traced, presents, strict=True)]
-    private = {value for values in (streams, *presents) for value in values}
+    streams = [_stream(block, present) for block, present in zip(traced, after, strict=True)]
+    private = {value for values in (streams, *after) for value in values}
     for i, block in enumerate([*traced, last]):
         if private.intersection(block.inputs) - set(streams[i - 1 : i]) or (i and streams[i - 1] not in block.inputs):
             raise CaptureError("reads more of the layers before it than the last one's result", place=block.name)
@@ -49,19 +50,19 @@ def stamp(
     for number in range(layers.needed, len(names)):
         model = layers.first[number]
         block = traced[model]
-        rename = {name: f"{name}_{number}" for name in (*pasts[model], *block.outputs)}
+        rename = {name: f"{name}_{number}" for name in (*before[model], *block.outputs)}
         rename[streams[model - 1]] = streams[number - 1]
         stamped.append(_copy(block, names[number], rename, tensors))
         streams.append(rename[streams[model]])
-        pasts.append([rename[n] for n in pasts[model]])
-        presents.append([rename[n] for n in presents[model]])
+        before.append([rename[n] for n in before[model]])
+        after.append([rename[n] for n in after[model]])
     end = {streams[layers.needed - 1]: streams[-1]}
     epilogue = Block(last.name, last.module, [end.get(n, n) for n in last.inputs], last.outputs, last.parameters)
     found = [*blocks[:start], *traced, *stamped, epilogue]
     made = [value for block in found for value in block.outputs]
     if len(set(made)) != len(made):
         raise CaptureError("two values would have one name", place=layers.container)
-    return found, pasts, presents
+    return found, before, after
 
 
 def _stream(block: Block, present: Sequence[str]) -> str:
@@ -70,8 +71,8 @@ def _stream(block: Block, present: Sequence[str]) -> str:
     for node in block.module.graph.nodes:
         if node.op == "placeholder" or any(n in live for n in node.all_input_nodes):
             live.add(node)
-    results = block.module.graph.output_node().args[0]
-    found = [name for name, node in zip(block.outputs, results, strict=True) if node in live and name not in present]
+    results = zip(block.outputs, results_of(block.module.graph), strict=True)
+    found = [name for name, node in results if node in live and name not in present]
     if len(found) != 1:
         raise CaptureError(f"hands on {len(found)} values", place=block.name)
     return found[0]
@@ -79,7 +80,9 @@ def _stream(block: Block, present: Sequence[str]) -> str:
 
 def _copy(block: Block, name: str, rename: Mapping[str, str], tensors: Mapping[str, torch.Tensor]) -> Block:
     """A block with the weights of the layer `name`; `rename` is for the inputs and outputs that are the layer's own."""
-    graph, env, used = Graph(), {}, {}
+    graph = Graph()
+    env: dict[Node, Node] = {}
+    used: dict[str, torch.Tensor] = {}
     inputs, outputs = ([rename.get(n, n) for n in values] for values in (block.inputs, block.outputs))
 
     def moved(path: str) -> str:
@@ -90,11 +93,12 @@ def _copy(block: Block, name: str, rename: Mapping[str, str], tensors: Mapping[s
         if node.op == "placeholder":
             env[node] = graph.placeholder(next(placeholders))
         elif node.op == "get_attr":
-            target = moved(node.target)
+            own = tensor_name(node)
+            target = moved(own)
             if target not in tensors:  # a constant of the traced layer's code, which is the same in this one
-                target = node.target
+                target = own
             env[node] = graph.get_attr(target)
-            used[target] = get_tensor(block.module, target) if target == node.target else tensors[target]
+            used[target] = get_tensor(block.module, target) if target == own else tensors[target]
         else:
             env[node] = graph.node_copy(node, env.__getitem__)
         env[node].meta = {**node.meta, "module_path": moved(node.meta.get("module_path", ""))}

@@ -212,7 +212,7 @@ def _known(results: dict[str, Node], absent: Collection[str]) -> dict[str, Node]
     """
     if not absent or not results:
         return results
-    graph, unknown = next(iter(results.values())).graph, set()
+    graph, unknown = next(iter(results.values())).graph, set[Node]()
     for node in graph.nodes:
         if (node.op == "get_attr" and node.target in absent) or not unknown.isdisjoint(node.all_input_nodes):
             unknown.add(node)

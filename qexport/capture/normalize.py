@@ -7,18 +7,22 @@ integers from outside. Everything is recognised by what is computed, not by what
 
 import operator
 from collections import deque
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
 
 import torch
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from ..graph.edit import is_call
+from ..graph.schema import bind
+from ..graph.views import END, Add, Cat, Gather, Index, Mul, Operand, Repeat, Reshape, Shaped, Slice, Unsqueeze, operand
 from .clips import spell_clips
 from .copies_to_concat import join_parts
 from .positions import slice_tables
 
 aten = torch.ops.aten
-_END = 2**63 - 1
 _NEAR = 64  # nodes among which a size is looked for
 
 _IDENTITY = {
@@ -32,13 +36,11 @@ _ROWWISE = {
     aten.linear.default, aten.layer_norm.default, aten.rms_norm.default, aten.relu.default, aten.gelu.default,
     aten.silu.default, aten.tanh.default, aten.sigmoid.default, aten.add.Tensor, aten.mul.Tensor,
 }  # fmt: skip
-_VIEWS = {aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.expand.default}
 # What they return may share the memory of what they are given.
-_ALIASES = _VIEWS | {
-    aten.slice.Tensor, aten.select.int, aten.transpose.int, aten.permute.default, aten.unsqueeze.default,
-    aten.squeeze.dim, aten.t.default, aten.detach.default, aten.alias.default,
+_ALIASES = {
+    *Shaped.targets, aten.slice.Tensor, aten.select.int, aten.transpose.int, aten.permute.default,
+    aten.unsqueeze.default, aten.squeeze.dim, aten.t.default, aten.detach.default, aten.alias.default,
 }  # fmt: skip
-_RESHAPES = _VIEWS - {aten.expand.default}
 
 
 def to_normal_form(module: GraphModule) -> GraphModule:
@@ -71,13 +73,14 @@ def _leave_inputs_alone(graph: Graph) -> None:
     """
     order = {node: i for i, node in enumerate(graph.nodes)}
     for node, place in order.items():
-        if node.op != "call_function" or not getattr(getattr(node.target, "_schema", None), "is_mutable", False):
+        target = node.target
+        if not isinstance(target, torch._ops.OpOverload) or not target._schema.is_mutable:
             continue
-        name = node.target._schema.name.removeprefix("aten::").removesuffix("_")
-        new = getattr(getattr(aten, name, None), node.target._overloadname, None)
-        shared = [node.args[0]]
+        name = target._schema.name.removeprefix("aten::").removesuffix("_")
+        new = getattr(getattr(aten, name, None), target._overloadname, None)
+        shared = [operand(node)]
         while is_call(shared[-1], *_ALIASES):
-            shared.append(shared[-1].args[0])
+            shared.append(operand(shared[-1]))
         if new is not None and all(order[user] <= place for value in shared for user in value.users):
             node.target = new
 
@@ -97,7 +100,7 @@ def _compute_in_float32(graph: Graph) -> None:
         with graph.inserting_after(node):
             narrow = graph.call_function(aten.to.dtype, (node, torch.bfloat16))
         narrow.meta = {**like, "val": node.meta["val"]}
-        node.replace_all_uses_with(narrow, delete_user_cb=lambda user, narrow=narrow: user is not narrow)
+        node.replace_all_uses_with(narrow, delete_user_cb=partial(operator.is_not, narrow))
         node.meta = {**node.meta, "val": node.meta["val"].to(torch.float32)}
 
 
@@ -105,8 +108,9 @@ def _fuse_lookups(graph: Graph) -> None:
     """Rows of a table taken by index become embedding(table, ids), whether indexed or gathered from copies of it."""
     for node in list(graph.nodes):
         found = _match_gather(node)
-        if is_call(node, aten.index.Tensor) and len(node.args[1]) == 1 and node.args[0].meta["val"].dim() == 2:
-            found = node.args[0], node.args[1][0]
+        taken = Index.match(node)
+        if taken is not None and len(taken.indices) == 1 and taken.x.meta["val"].dim() == 2:
+            found = None if taken.indices[0] is None else (taken.x, taken.indices[0])
         if found is None or found[1].meta["val"].dtype != torch.int64:
             continue
         with graph.inserting_before(node):
@@ -118,18 +122,18 @@ def _fuse_lookups(graph: Graph) -> None:
 
 def _match_gather(node: Node) -> tuple[Node, Node] | None:
     """(table, ids) when node is gather(table.repeat(batch, 1, 1), 1, ids.unsqueeze(-1).repeat(1, 1, width))."""
-    if not is_call(node, aten.gather.default) or node.args[1] != 1:
+    if (taken := Gather.match(node)) is None or taken.dim != 1:
         return None
-    tables, _, places = node.args[:3]
-    if not is_call(tables, aten.repeat.default) or not is_call(places, aten.repeat.default):
+    tables, places = Repeat.match(taken.x), Repeat.match(taken.index)
+    column = None if places is None else Unsqueeze.match(places.x)
+    if tables is None or places is None or column is None or column.dim not in (2, -1):
         return None
-    table, column = tables.args[0], places.args[0]
+    table, ids, copies = tables.x, column.x, tables.repeats
     width = table.meta["val"].shape[-1]
-    if not is_call(column, aten.unsqueeze.default) or column.args[1] not in (2, -1) or table.meta["val"].dim() != 2:
+    if table.meta["val"].dim() != 2:
         return None
-    copies, ids = tables.args[1], column.args[0]
     same = isinstance(copies[0], Node) and statically_known_true(copies[0].meta["val"] == ids.meta["val"].shape[0])
-    plain = list(copies[1:]) == [1, 1] and list(places.args[1]) == [1, 1, width]
+    plain = list(copies[1:]) == [1, 1] and list(places.repeats) == [1, 1, width]
     return (table, ids) if same and plain else None
 
 
@@ -145,8 +149,8 @@ def _drop_identities(graph: Graph) -> None:
             continue
         same = (
             is_call(node, *_IDENTITY)
-            or (is_call(node, *_CAST) and node.meta["val"].dtype == node.args[0].meta["val"].dtype)
-            or (is_call(node, aten.mul.Tensor) and node.args[1] == 1.0)
+            or (is_call(node, *_CAST) and node.meta["val"].dtype == operand(node).meta["val"].dtype)
+            or ((product := Mul.match(node)) is not None and product.other == 1.0)
             or _takes_all(node)
             or _keeps_shape(node)
         )
@@ -154,18 +158,18 @@ def _drop_identities(graph: Graph) -> None:
             if is_call(node, aten.contiguous.default, aten.clone.default):
                 for user in node.users:  # whose strides allowed a view
                     user.target = aten.reshape.default if is_call(user, aten.view.default) else user.target
-            node.replace_all_uses_with(node.args[0])
+            node.replace_all_uses_with(operand(node))
             graph.erase_node(node)
 
 
 def _drop_round_trips(graph: Graph) -> None:
     """A view of a view that has the first one's shape again."""
     for node in list(graph.nodes):
-        if not is_call(node, *_RESHAPES):
+        if not is_call(node, *Reshape.targets):
             continue
-        source, shape = node.args[0], node.meta["val"].shape
-        while is_call(source, *_RESHAPES):
-            source = source.args[0]
+        source, shape = operand(node), node.meta["val"].shape
+        while is_call(source, *Reshape.targets):
+            source = operand(source)
             before = source.meta["val"].shape
             if len(before) == len(shape) and all(map(statically_known_true, map(operator.eq, before, shape))):
                 node.replace_all_uses_with(source)
@@ -175,9 +179,9 @@ def _drop_round_trips(graph: Graph) -> None:
 
 def _keeps_shape(node: Node) -> bool:
     """view(x, [n, -1]) of an x of two axes whose first has n elements: where all sizes but one stay, that one does."""
-    if not is_call(node, *_RESHAPES):
+    if (reshaped := Reshape.match(node)) is None:
         return False
-    before, after = node.args[0].meta["val"].shape, node.args[1]
+    before, after = reshaped.x.meta["val"].shape, reshaped.shape
     if len(before) != len(after):
         return False
     sizes = [size.meta["val"] if isinstance(size, Node) else size for size in after]
@@ -186,9 +190,8 @@ def _keeps_shape(node: Node) -> bool:
 
 def _takes_all(node: Node) -> bool:
     """x[:, 0:], written as a slice from 0 to the largest integer."""
-    if not is_call(node, aten.slice.Tensor) or len(node.args) < 4 or node.args[4:] not in ((), (1,)):
-        return False
-    return node.args[2] in (0, None) and node.args[3] in (_END, None)
+    cut = Slice.match(node)
+    return cut is not None and cut.bounds == (0, END) and cut.step == 1
 
 
 def _keep_rows_apart(graph: Graph) -> None:
@@ -198,9 +201,9 @@ def _keep_rows_apart(graph: Graph) -> None:
     than the one that is planned.
     """
     for start in list(graph.nodes):
-        if not is_call(start, *_VIEWS) or start.meta["val"].dim() != 2:
+        if not is_call(start, *Shaped.targets) or start.meta["val"].dim() != 2:
             continue
-        source = start.args[0]
+        source = operand(start)
         lead, width = source.meta["val"].shape[:-1], source.meta["val"].shape[-1]
         if len(lead) != 2 or not statically_known_true(start.meta["val"].shape[1] == width):
             continue
@@ -208,19 +211,20 @@ def _keep_rows_apart(graph: Graph) -> None:
         if flat is None:
             continue
         for node in flat:
-            if is_call(node, *_VIEWS):
-                node.replace_all_uses_with(source if node is start else node.args[0])
+            if is_call(node, *Shaped.targets):
+                node.replace_all_uses_with(source if node is start else operand(node))
             else:
                 value = node.meta["val"]
                 node.meta = {**node.meta, "val": value.new_empty((*lead, *value.shape[1:]))}
         for node in reversed(flat):
-            if is_call(node, *_VIEWS):
+            if is_call(node, *Shaped.targets):
                 graph.erase_node(node)
 
 
-def _rowwise_users(start: Node, lead) -> list[Node] | None:
+def _rowwise_users(start: Node, lead: Sequence[Any]) -> list[Node] | None:
     """Nodes between `start` and the views that restore `lead`, both included, in order; None if there are others."""
-    inside, ends = [start], []
+    inside: list[Node] = [start]
+    ends: list[Node] = []
     for node in inside:  # grows while it is walked
         for user in node.users:
             if user in inside or user in ends:
@@ -228,7 +232,7 @@ def _rowwise_users(start: Node, lead) -> list[Node] | None:
             if not isinstance(user.meta["val"], torch.Tensor):
                 return None
             shape = user.meta["val"].shape
-            if is_call(user, *_VIEWS):
+            if is_call(user, *Shaped.targets):
                 restored = (*lead, node.meta["val"].shape[1])
                 if len(shape) != 3 or not all(map(statically_known_true, map(operator.eq, shape, restored))):
                     return None
@@ -243,15 +247,15 @@ def _rowwise_users(start: Node, lead) -> list[Node] | None:
         if any(a.op != "get_attr" or (elementwise and a.meta["val"].dim() > 1) for a in outside):
             return None
     order = {node: i for i, node in enumerate(start.graph.nodes)}
-    return sorted([*inside, *ends], key=order.get) if ends else None
+    return sorted([*inside, *ends], key=order.__getitem__) if ends else None
 
 
 def _local_sizes(graph: Graph) -> None:
     """view(x, [n, ...]) with n the size of x, or of what x is made of: read n from there."""
     for node in list(graph.nodes):
-        if not is_call(node, *_VIEWS):
+        if (shaped := Shaped.match(node)) is None:
             continue
-        source, shape = node.args[0], list(node.args[1])
+        source, shape = shaped.x, list(shaped.shape)
         for axis, size in enumerate(shape):
             if isinstance(size, Node) and (found := _measured(source, axis, size.meta["val"])):
                 with graph.inserting_before(node):
@@ -261,7 +265,7 @@ def _local_sizes(graph: Graph) -> None:
         node.args = (source, shape, *node.args[2:])
 
 
-def _measured(source: Node, axis: int, size) -> tuple[Node, int] | None:
+def _measured(source: Node, axis: int, size: Any) -> tuple[Node, int] | None:
     """The tensor nearest to a view's source, and its axis, that has this size; the same axis of the source first."""
     seen, waiting = {source}, deque([source])
     while waiting and len(seen) < _NEAR:
@@ -286,10 +290,10 @@ def _fuse_rms_norms(graph: Graph) -> None:
         if match is None:
             continue
         x, eps, product = match
-        scaled = next(iter(product.users)) if len(product.users) == 1 else None
-        if not is_call(scaled, aten.mul.Tensor):
+        scaled = next(iter(product.users))
+        if len(product.users) != 1 or (gained := Mul.match(scaled)) is None:
             continue
-        weight = scaled.args[1] if scaled.args[0] is product else scaled.args[0]
+        weight = gained.other if gained.x is product else gained.x
         if not isinstance(weight, Node) or weight.meta["val"].dim() != 1:
             continue
         with graph.inserting_before(scaled):
@@ -300,25 +304,22 @@ def _fuse_rms_norms(graph: Graph) -> None:
             graph.erase_node(dead)
 
 
-def _match_rms_norm(root: Node):
+def _match_rms_norm(root: Node) -> tuple[Node, float, Node] | None:
     """(x, eps, x * rsqrt(...)) when root is the rsqrt of a root-mean-square norm over the last axis."""
     if not is_call(root, aten.rsqrt.default) or len(root.users) != 1:
         return None
-    shifted = root.args[0]
-    if not is_call(shifted, aten.add.Tensor) or not isinstance(shifted.args[1], float):
+    shifted = Add.match(operand(root))
+    if shifted is None or not isinstance(shifted.other, float) or not is_call(shifted.x, aten.mean.dim):
         return None
-    mean = shifted.args[0]
-    if (
-        not is_call(mean, aten.mean.dim)
-        or tuple(mean.args[1]) != (-1,)
-        or not is_call(mean.args[0], aten.pow.Tensor_Scalar)
-    ):
+    mean = bind(shifted.x)
+    if list(mean.dim or ()) != [-1] or not is_call(mean.self, aten.pow.Tensor_Scalar):
         return None
-    square = mean.args[0]
-    product = next(iter(root.users))
-    if square.args[1] != 2 or not is_call(product, aten.mul.Tensor) or set(product.args) != {square.args[0], root}:
+    square = bind(mean.self)
+    node = next(iter(root.users))
+    product = Mul.match(node)
+    if square.exponent != 2 or product is None or set(product.operands) != {square.self, root}:
         return None
-    return square.args[0], shifted.args[1], product
+    return square.self, shifted.other, node
 
 
 def _fuse_rotary(graph: Graph) -> None:
@@ -329,55 +330,60 @@ def _fuse_rotary(graph: Graph) -> None:
         if match is None:
             continue
         x, cos, sin = match
-        tables = [_half_table(graph, table, halves) for table in (cos, sin)]
-        if None in tables:
+        half_cos, half_sin = (_half_table(graph, table, halves) for table in (cos, sin))
+        if half_cos is None or half_sin is None:
             continue
         with graph.inserting_before(node):
-            rotated = graph.call_function(torch.ops.qexport.rotary_embedding.default, (x, *tables))
+            rotated = graph.call_function(torch.ops.qexport.rotary_embedding.default, (x, half_cos, half_sin))
         rotated.meta = dict(node.meta)
         node.replace_all_uses_with(rotated)
         graph.erase_node(node)
 
 
-def _match_rotary(node: Node):
+def _match_rotary(node: Node) -> tuple[Node, Node, Node] | None:
     """(x, cos, sin) when node rotates x [batch, heads, sequence, d] by tables [batch, 1, sequence, d]."""
-    if not is_call(node, aten.add.Tensor) or not all(is_call(a, aten.mul.Tensor) for a in node.args[:2]):
+    if (total := Add.match(node)) is None:
         return None
-    for straight, turned in (node.args[:2], node.args[1::-1]):
-        turned_x, sin = turned.args if is_call(turned.args[0], aten.cat.default) else turned.args[::-1]
-        if not is_call(turned_x, aten.cat.default) or len(turned_x.args[0]) != 2 or straight.meta["val"].dim() != 4:
-            continue
-        negative, first = turned_x.args[0]
-        if not is_call(negative, aten.neg.default) or not is_call(first, aten.slice.Tensor):
-            continue
-        second, x = negative.args[0], first.args[0]
-        half = x.meta["val"].shape[-1] // 2
-        if (
-            is_call(second, aten.slice.Tensor)
-            and second.args[0] is x
-            and first.args[1] in (3, -1) and second.args[1] in (3, -1)
-            and tuple(first.args[2:4]) == (0, half) and second.args[2] == half
-            and x in straight.args
-        ):  # fmt: skip
-            cos = straight.args[1] if straight.args[0] is x else straight.args[0]
-            return x, cos, sin
+    for straight, turned in (total.operands, total.operands[::-1]):
+        if (found := _rotation(straight, turned)) is not None:
+            return found
     return None
+
+
+def _rotation(straight: Operand, turned: Operand) -> tuple[Node, Node, Node] | None:
+    """(x, cos, sin) of x * cos and cat(-x2, x1) * sin."""
+    plain, crossed = Mul.match(straight), Mul.match(turned)
+    if plain is None or crossed is None or not isinstance(straight, Node) or straight.meta["val"].dim() != 4:
+        return None
+    halves, sin = crossed.operands if is_call(crossed.x, *Cat.targets) else crossed.operands[::-1]
+    joined = Cat.match(halves)
+    if joined is None or len(joined.tensors) != 2 or not is_call(joined.tensors[0], aten.neg.default):
+        return None
+    first, second = Slice.match(joined.tensors[1]), Slice.match(operand(joined.tensors[0]))
+    if first is None or second is None or second.x is not first.x:
+        return None
+    x = first.x
+    half = x.meta["val"].shape[-1] // 2
+    if not {first.dim, second.dim} <= {3, -1} or first.bounds != (0, half) or second.bounds[0] != half:
+        return None
+    cos = plain.other if plain.x is x else plain.x
+    if x not in plain.operands or not isinstance(cos, Node) or not isinstance(sin, Node):
+        return None
+    return x, cos, sin
 
 
 def _half_table(graph: Graph, table: Node, halves: dict[Node, Node]) -> Node | None:
     """The [batch, sequence, d/2] half of a table unsqueeze(scale * cos(cat(f, f)), 1), or None for another form."""
-    if not is_call(table, aten.unsqueeze.default) or table.args[1] not in (1, -3):
+    if (wide := Unsqueeze.match(table)) is None or wide.dim not in (1, -3):
         return None
-    source = table.args[0]
+    source = wide.x
     if source in halves:
         return halves[source]
     at = source
-    while is_call(at, aten.mul.Tensor) and not isinstance(at.args[1], Node):
-        at = at.args[0]
-    if not is_call(at, aten.cos.default, aten.sin.default) or not is_call(at.args[0], aten.cat.default):
-        return None
-    parts = at.args[0].args[0]
-    if len(parts) != 2 or parts[0] is not parts[1]:
+    while (scaled := Mul.match(at)) is not None and not isinstance(scaled.other, Node):
+        at = scaled.x
+    joined = Cat.match(operand(at)) if is_call(at, aten.cos.default, aten.sin.default) else None
+    if joined is None or len(joined.tensors) != 2 or joined.tensors[0] is not joined.tensors[1]:
         return None
     half = source.meta["val"].shape[-1] // 2
     with graph.inserting_after(source):

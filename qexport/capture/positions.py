@@ -8,6 +8,8 @@ import torch
 from torch.fx import Graph
 
 from ..graph.edit import is_call
+from ..graph.schema import bind
+from ..graph.views import Embedding
 
 aten = torch.ops.aten
 
@@ -15,10 +17,11 @@ aten = torch.ops.aten
 def slice_tables(graph: Graph) -> None:
     """Write embedding(table, range(start, end)) as table[start:end], in place."""
     for node in list(graph.nodes):
-        if is_call(node, aten.embedding.default) and is_call(node.args[1], aten.arange.start):
-            table, places = node.args[:2]
+        lookup = Embedding.match(node)
+        if lookup is not None and is_call(lookup.ids, aten.arange.start):
+            places = bind(lookup.ids)
             with graph.inserting_before(node):
-                rows = graph.call_function(aten.slice.Tensor, (table, 0, *places.args))
+                rows = graph.call_function(aten.slice.Tensor, (lookup.table, 0, places.start, places.end))
             rows.meta = dict(node.meta)
             node.replace_all_uses_with(rows)
             graph.erase_node(node)

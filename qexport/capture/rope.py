@@ -20,7 +20,7 @@ def settle_frequencies(model: torch.nn.Module, place: str) -> None:
                 given = config.rope_parameters if layer is None else config.rope_parameters[layer]
                 _check(kind, given, config.max_position_embeddings, place)
         # The frequencies of short texts are those it begins with.
-        module.rope_type = dict.fromkeys(kinds, "default") if isinstance(kinds, dict) else "default"
+        module.__dict__["rope_type"] = dict.fromkeys(kinds, "default") if isinstance(kinds, dict) else "default"
 
 
 def _check(kind: str, given: dict, longest: int, place: str) -> None:

@@ -10,10 +10,11 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForSeq2SeqLM, AutoModelForSpeechSeq2Seq
+from transformers import AutoModelForSeq2SeqLM, AutoModelForSpeechSeq2Seq, PreTrainedModel
 from transformers.cache_utils import EncoderDecoderCache
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.models.auto import modeling_auto
@@ -47,7 +48,7 @@ class Parts:
 
     encoder: CapturedModel
     decoder: CapturedModel
-    model: torch.nn.Module
+    model: PreTrainedModel
 
 
 def capture_seq2seq(folder: ModelFolder) -> Parts:
@@ -83,7 +84,7 @@ def capture_seq2seq(folder: ModelFolder) -> Parts:
     return Parts(_part(encoder, ENCODER, folder, {}), _part(decoder, DECODER, folder, names), model)
 
 
-def _loader(folder: ModelFolder) -> type:
+def _loader(folder: ModelFolder) -> type[Any]:
     """The class of transformers that loads it."""
     kind = folder.config.model_type
     if kind in modeling_auto.MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES:
@@ -96,7 +97,7 @@ def _loader(folder: ModelFolder) -> type:
     )  # fmt: skip
 
 
-def _example(model: torch.nn.Module, folder: ModelFolder) -> dict[str, Tensor]:
+def _example(model: PreTrainedModel, folder: ModelFolder) -> dict[str, Tensor]:
     """A source to trace with."""
     config = model.config
     if model.main_input_name == "input_ids":
@@ -122,14 +123,14 @@ def _axes(name: str) -> dict[int, str]:
 
 
 @contextmanager
-def _called_by(model: torch.nn.Module, names: Sequence[str], run: Callable):
+def _called_by(model: PreTrainedModel, names: Sequence[str], run: Callable):
     """Give a model another forward, of keyword arguments of these names; names of modules stay what they are."""
 
     def forward(**given):
         return run(model, {name.replace("__", "."): tensor for name, tensor in given.items()})
 
     named = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in names]
-    forward.__signature__ = inspect.Signature(named)
+    forward.__signature__ = inspect.Signature(named)  # type: ignore[attr-defined]  # what inspect reads
     model.forward = forward
     try:
         yield
@@ -137,11 +138,11 @@ def _called_by(model: torch.nn.Module, names: Sequence[str], run: Callable):
         del model.forward
 
 
-def _call(model: torch.nn.Module, cache: EncoderDecoderCache, **inputs):
+def _call(model: PreTrainedModel, cache: EncoderDecoderCache, **inputs):
     return type(model).forward(model, **inputs, past_key_values=cache, use_cache=True)
 
 
-def _first_step(model: torch.nn.Module, source: Mapping[str, Tensor]) -> tuple[ProbeCache, ProbeCache]:
+def _first_step(model: PreTrainedModel, source: Mapping[str, Tensor]) -> tuple[ProbeCache, ProbeCache]:
     """What a first token puts into the decoder's two caches."""
     own, cross = ProbeCache(), ProbeCache()
     token = torch.zeros(next(iter(source.values())).shape[0], 1, dtype=torch.int64)
@@ -149,7 +150,7 @@ def _first_step(model: torch.nn.Module, source: Mapping[str, Tensor]) -> tuple[P
     return own, cross
 
 
-def _encode(model: torch.nn.Module, source: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _encode(model: PreTrainedModel, source: Mapping[str, Tensor]) -> dict[str, Tensor]:
     _, cross = _first_step(model, source)
     return {
         f"cross_key_values.{i}.{part}": tensor
@@ -158,10 +159,10 @@ def _encode(model: torch.nn.Module, source: Mapping[str, Tensor]) -> dict[str, T
     }
 
 
-def _decode(width: int, model: torch.nn.Module, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _decode(width: int, model: PreTrainedModel, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
     own = GraphCache([tensor for name, tensor in given.items() if name.startswith("past_")])
     cross = GivenCache([tensor for name, tensor in given.items() if name.startswith("cross_")])
-    like = cross.layers[0].keys
+    like = given["cross_key_values.0.key"]
     # Only its sizes are looked at: keys and values are there already.
     states = like.new_zeros(like.shape[0], like.shape[2], width)
     mask = {"attention_mask": given[SOURCE_MASK]} if SOURCE_MASK in given else {}
@@ -174,7 +175,7 @@ def _decode(width: int, model: torch.nn.Module, given: Mapping[str, Tensor]) -> 
     return {"logits": result.logits, **dict(zip(names, own.present(), strict=True))}
 
 
-def _layers(model: torch.nn.Module, source: Mapping[str, Tensor]) -> tuple[list[tuple[Tensor, ...]], int]:
+def _layers(model: PreTrainedModel, source: Mapping[str, Tensor]) -> tuple[list[tuple[Tensor, ...]], int]:
     """Keys and values of the cache and of the source for every layer of the decoder, of one token; features that the
     encoder makes."""
     with torch.no_grad(), quiet_transformers():

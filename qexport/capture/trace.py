@@ -6,9 +6,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from transformers import PreTrainedModel
 
 from ..errors import CaptureError, root_cause
-from ..graph.edit import get_tensor, set_tensor
+from ..graph.edit import attributes, get_tensor, set_tensor
+from ..graph.views import results_of, tensor_name
 from ..models.quiet import quiet_transformers
 from .attention import GraphCache, ProbeCache, tracing
 from .blocks import Block, cut
@@ -23,11 +25,13 @@ from .weight_views import WeightView, cut_weights, moved
 _BATCH, _SEQUENCE, _PAST = 2, 3, 5
 IDS = {"input_ids": "sequence", "attention_mask": "total", "position_ids": "sequence"}  # and their second dimension
 
+_Inputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor, list[torch.Tensor]]
+
 
 class _Flat(torch.nn.Module):
     """The model with every input and output a plain tensor."""
 
-    def __init__(self, model: torch.nn.Module):
+    def __init__(self, model: PreTrainedModel):
         super().__init__()
         self.model = model
 
@@ -72,7 +76,7 @@ class Traced:
     pieces: dict[str, WeightView]
 
 
-def trace_model(model: torch.nn.Module, aliases: dict[str, tuple[str, ...]], place: str) -> Traced:
+def trace_model(model: PreTrainedModel, aliases: dict[str, tuple[str, ...]], place: str) -> Traced:
     """Trace a model; of layers that do the same only the first is traced."""
     cache = _probe(model, place)
     depth = len(cache)
@@ -92,7 +96,7 @@ def trace_model(model: torch.nn.Module, aliases: dict[str, tuple[str, ...]], pla
     return _trace_whole(model, aliases, cache, place)
 
 
-def _probe(model: torch.nn.Module, place: str) -> list[CacheShape]:
+def _probe(model: PreTrainedModel, place: str) -> list[CacheShape]:
     """What each layer keeps in its cache, found by running the model once without data."""
     fake, (*ids, _) = _fake(model, [])
     depth = model.config.num_hidden_layers
@@ -115,7 +119,7 @@ def _probe(model: torch.nn.Module, place: str) -> list[CacheShape]:
     return [CacheShape(key[1], key[3], value[3]) for key, value in sizes]
 
 
-def _trace_whole(model: torch.nn.Module, aliases, cache: list[CacheShape], place: str) -> Traced:
+def _trace_whole(model: PreTrainedModel, aliases, cache: list[CacheShape], place: str) -> Traced:
     """Trace a model that has as many layers now as it has caches, and cut it into blocks."""
     from .explain import check_sizes  # which imports what is in here
 
@@ -127,8 +131,8 @@ def _trace_whole(model: torch.nn.Module, aliases, cache: list[CacheShape], place
     pieces = cut_weights(whole, {name for name, _ in model.named_parameters(remove_duplicate=False)})
     to_normal_form(whole)
     ids, pasts = _by_layer([n.name for n in whole.graph.nodes if n.op == "placeholder"], len(IDS))
-    results = whole.graph.output_node().args[0]
-    read = {n.target: get_tensor(whole, n.target) for n in whole.graph.nodes if n.op == "get_attr"}
+    results = results_of(whole.graph)
+    read = {name: get_tensor(whole, name) for name in attributes(whole.graph)}
     constants = {name: tensor for name, tensor in read.items() if name not in own | pieces}
     (logits,), presents = _by_layer([n.name for n in results], 1)
     blocks = cut(whole, [n.name for n in results])
@@ -140,7 +144,7 @@ def _by_layer(names: list[str], others: int) -> tuple[list[str], list[list[str]]
     return names[:others], [names[i : i + 2] for i in range(others, len(names), 2)]
 
 
-def _fake(model: torch.nn.Module, cache: list[CacheShape]) -> tuple[FakeTensorMode, tuple[torch.Tensor, ...]]:
+def _fake(model: PreTrainedModel, cache: list[CacheShape]) -> tuple[FakeTensorMode, _Inputs]:
     """Give a model fake weights; returns their mode, and inputs of `_Flat`."""
     fake = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
     twins: dict[int, torch.nn.Parameter] = {}
@@ -164,11 +168,11 @@ def _fake(model: torch.nn.Module, cache: list[CacheShape]) -> tuple[FakeTensorMo
     return fake, (example(_BATCH, _SEQUENCE), example(_BATCH, _PAST + _SEQUENCE), example(_BATCH, _SEQUENCE), past)
 
 
-def _named_tensors(model: torch.nn.Module) -> list[tuple[str, torch.Tensor]]:
+def _named_tensors(model: PreTrainedModel) -> list[tuple[str, torch.Tensor]]:
     return [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
 
 
-def _layers(model: torch.nn.Module, aliases: dict[str, tuple[str, ...]], cache: list[CacheShape]) -> LayerGroups | None:
+def _layers(model: PreTrainedModel, aliases: dict[str, tuple[str, ...]], cache: list[CacheShape]) -> LayerGroups | None:
     fake, arguments = _fake(model, cache)
     caches = [arguments[3][i : i + 2] for i in range(0, len(arguments[3]), 2)]
     names = {id(tensor): aliases.get(name, (name,))[0] for name, tensor in _named_tensors(model)}
@@ -181,10 +185,12 @@ def _layers(model: torch.nn.Module, aliases: dict[str, tuple[str, ...]], cache: 
 
 
 @contextmanager
-def _shortened(model: torch.nn.Module, layers: LayerGroups):
+def _shortened(model: PreTrainedModel, layers: LayerGroups):
     """Only the layers that have to be traced."""
-    owner, _, leaf = layers.container.rpartition(".")
-    owner, whole = model.get_submodule(owner), model.get_submodule(layers.container)
+    path, _, leaf = layers.container.rpartition(".")
+    owner, whole = model.get_submodule(path), model.get_submodule(layers.container)
+    if not isinstance(whole, torch.nn.ModuleList):
+        raise CaptureError("the layers are in no list", place=layers.container)
     setattr(owner, leaf, torch.nn.ModuleList(list(whole)[: layers.needed]))
     try:
         yield
@@ -192,7 +198,7 @@ def _shortened(model: torch.nn.Module, layers: LayerGroups):
         setattr(owner, leaf, whole)
 
 
-def _export(model: torch.nn.Module, cache: list[CacheShape], place: str):
+def _export(model: PreTrainedModel, cache: list[CacheShape], place: str):
     _, arguments = _fake(model, cache)
     dynamic = torch.export.Dim.DYNAMIC
     two = {0: dynamic, 1: dynamic}
@@ -212,10 +218,11 @@ def _rename_weights(whole: torch.fx.GraphModule, aliases: dict[str, tuple[str, .
         stack = node.meta.get("nn_module_stack") or {}
         node.meta["module_path"] = next(reversed(stack.values()))[0].removeprefix("model.") if stack else ""
         if node.op == "get_attr":
-            name = node.target.removeprefix("model.")
+            old = tensor_name(node)
+            name = old.removeprefix("model.")
             name = aliases.get(name, (name,))[0]
-            if name != node.target:
-                set_tensor(whole, name, get_tensor(whole, node.target))
+            if name != old:
+                set_tensor(whole, name, get_tensor(whole, old))
                 node.target = name
 
 

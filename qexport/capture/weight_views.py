@@ -12,10 +12,11 @@ import torch
 from torch.fx import GraphModule, Node
 
 from ..graph.edit import get_tensor, is_call, set_tensor
+from ..graph.schema import bind
+from ..graph.views import Matmul, Permute, Select, Transpose, tensor_name
 from ..models.checkpoint import Checkpoint
 
 aten = torch.ops.aten
-_PRODUCTS = (aten.matmul.default, aten.mm.default)
 
 
 @dataclass(frozen=True)
@@ -69,13 +70,14 @@ def cut_weights(module: GraphModule, weights: set[str]) -> dict[str, WeightView]
     Returns:
         The pieces by the names under which the graph reads them now.
     """
-    graph, table = module.graph, {}
+    graph = module.graph
+    table: dict[str, WeightView] = {}
     for node in list(graph.nodes):
         if node.op == "get_attr" and node.target in weights:
-            _follow(module, node, WeightView(node.target), table)
+            _follow(module, node, WeightView(tensor_name(node)), table)
     for node in list(graph.nodes):
-        if is_call(node, *_PRODUCTS) or (is_call(node, aten.addmm.default) and not node.kwargs):
-            _as_linear(module, node, weights, table)
+        if (product := _match_product(node)) is not None:
+            _as_linear(module, node, *product, weights, table)
     graph.eliminate_dead_code()
     return {name: piece for name, piece in table.items() if piece != WeightView(name)}
 
@@ -92,20 +94,22 @@ def moved(table: Mapping[str, WeightView], prefix: str, to: str) -> dict[str, We
 def _follow(module: GraphModule, node: Node, piece: WeightView, table: dict[str, WeightView]) -> None:
     """Replace what a graph makes of a weight, or of a piece of one, by pieces."""
     for user in list(node.users):
-        if is_call(user, aten.select.int) and tuple(user.args[1:2]) == (0,) and _is_stack(node):
-            part = _read(module, user, replace(piece, index=user.args[2]), table)
+        taken = Select.match(user)
+        if taken is not None and taken.dim == 0 and isinstance(taken.index, int) and _is_stack(node):
+            part = _read(module, user, replace(piece, index=taken.index), table)
         elif _transposes(user) and len(node.users) == 1:
             part = _read(module, user, replace(piece, transposed=not piece.transposed), table)
         else:
             continue
         user.replace_all_uses_with(part)
         module.graph.erase_node(user)
-        _follow(module, part, table[part.target], table)
+        _follow(module, part, table[tensor_name(part)], table)
 
 
 def _is_stack(node: Node) -> bool:
     """A tensor of matrices, or of biases, of which every reader takes one."""
-    return all(is_call(user, aten.select.int) and isinstance(user.args[2], int) for user in node.users)
+    taken = [Select.match(user) for user in node.users]
+    return all(part is not None and isinstance(part.index, int) for part in taken)
 
 
 def _transposes(node: Node) -> bool:
@@ -113,9 +117,10 @@ def _transposes(node: Node) -> bool:
         return False
     if is_call(node, aten.t.default, aten.numpy_T.default):
         return True
-    if is_call(node, aten.transpose.int):
-        return {axis % 2 for axis in node.args[1:]} == {0, 1}
-    return is_call(node, aten.permute.default) and [axis % 2 for axis in node.args[1]] == [1, 0]
+    if (turned := Transpose.match(node)) is not None:
+        return {turned.dim0 % 2, turned.dim1 % 2} == {0, 1}
+    permuted = Permute.match(node)
+    return permuted is not None and [axis % 2 for axis in permuted.dims] == [1, 0]
 
 
 def _read(module: GraphModule, at: Node, piece: WeightView, table: dict[str, WeightView]) -> Node:
@@ -131,18 +136,41 @@ def _read(module: GraphModule, at: Node, piece: WeightView, table: dict[str, Wei
     return node
 
 
-def _as_linear(module: GraphModule, node: Node, weights: set[str], table: dict[str, WeightView]) -> None:
+def _match_product(node: Node) -> tuple[Node, Node, Node | None] | None:
+    """(x, weight, bias or None) of a product, of which one factor may be a weight."""
+    if (product := Matmul.match(node)) is not None:
+        return product.x, product.weight, None
+    if is_call(node, aten.mm.default):
+        given = bind(node)
+        return given.self, given.mat2, None
+    if is_call(node, aten.addmm.default) and not node.kwargs:
+        given = bind(node)
+        return given.mat1, given.mat2, given.self
+    return None
+
+
+def _as_linear(
+    module: GraphModule,
+    node: Node,
+    x: Node,
+    weight: Node,
+    bias: Node | None,
+    weights: set[str],
+    table: dict[str, WeightView],
+) -> None:
     """x @ W or b + x @ W with a weight W of its own: linear(x, W^T, b)."""
-    *bias, x, weight = node.args
-    known = weight.op == "get_attr" and (weight.target in table or weight.target in weights)
-    if not known or weight.meta["val"].dim() != 2 or len(weight.users) != 1 or x.op == "get_attr":
+    if weight.op != "get_attr" or x.op == "get_attr":
         return
-    if bias and (bias[0].op != "get_attr" or bias[0].meta["val"].dim() != 1):
+    name = tensor_name(weight)
+    if not (name in table or name in weights) or weight.meta["val"].dim() != 2 or len(weight.users) != 1:
         return
-    piece = table.get(weight.target, WeightView(weight.target))
+    if bias is not None and (bias.op != "get_attr" or bias.meta["val"].dim() != 1):
+        return
+    piece = table.get(name, WeightView(name))
     turned = _read(module, node, replace(piece, transposed=not piece.transposed), table)
+    given = (x, turned) if bias is None else (x, turned, bias)
     with module.graph.inserting_before(node):
-        linear = module.graph.call_function(aten.linear.default, (x, turned, *bias))
+        linear = module.graph.call_function(aten.linear.default, given)
     linear.meta = dict(node.meta)
     node.replace_all_uses_with(linear)
     module.graph.erase_node(node)

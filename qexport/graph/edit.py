@@ -4,6 +4,7 @@ Every node of a block carries `meta["spec"]`: what is known of its value. Dynami
 """
 
 from dataclasses import dataclass, replace
+from typing import Any, TypeGuard, cast
 
 import torch
 from torch.fx import Graph, GraphModule, Node
@@ -19,7 +20,10 @@ class TensorSpec:
     shape: tuple[int | str, ...]
 
 
-def spec_of(value) -> TensorSpec | tuple[TensorSpec, ...] | None:
+Spec = TensorSpec | tuple["Spec", ...] | None  # of one tensor, of each of several results, of what is no tensor
+
+
+def spec_of(value: object) -> Spec:
     """The Spec of a traced value: a tensor, a size, or a tuple of them."""
     if isinstance(value, torch.Tensor):
         return TensorSpec(value.dtype, tuple(d if isinstance(d, int) else str(d) for d in value.shape))
@@ -30,24 +34,29 @@ def spec_of(value) -> TensorSpec | tuple[TensorSpec, ...] | None:
     return None
 
 
+def tensor_spec(node: Node) -> TensorSpec:
+    """Type of a node's value, which is one tensor or a size."""
+    return cast(TensorSpec, node.meta["spec"])
+
+
 def shape_of(node: Node) -> tuple[int | str, ...]:
     """Shape of a node's value."""
-    return node.meta["spec"].shape
+    return tensor_spec(node).shape
 
 
 def dtype_of(node: Node) -> torch.dtype:
     """Dtype of a node's value."""
-    return node.meta["spec"].dtype
+    return tensor_spec(node).dtype
 
 
-def call(graph: Graph, target, args: tuple, like: Node, **changes) -> Node:
+def call(graph: Graph, target: Any, args: tuple[Any, ...], like: Node, **changes: Any) -> Node:
     """Insert a call whose value has the type of `like`, except for the given `dtype` or `shape`."""
     node = graph.call_function(target, args)
-    node.meta = {"spec": replace(like.meta["spec"], **changes), "module_path": like.meta.get("module_path", "")}
+    node.meta = {"spec": replace(tensor_spec(like), **changes), "module_path": like.meta.get("module_path", "")}
     return node
 
 
-def is_call(node, *targets) -> bool:
+def is_call(node: object, *targets: Any) -> TypeGuard[Node]:
     """Whether `node` is a call of one of the operators."""
     return isinstance(node, Node) and node.op == "call_function" and node.target in targets
 
@@ -63,9 +72,10 @@ def owner_of(tensor: str) -> str:
 
 def get_tensor(module: torch.nn.Module, name: str) -> torch.Tensor:
     """The tensor at a dotted name."""
+    found: Any = module
     for step in name.split("."):
-        module = getattr(module, step)
-    return module
+        found = getattr(found, step)
+    return cast(torch.Tensor, found)
 
 
 def set_tensor(module: torch.nn.Module, name: str, tensor: torch.Tensor) -> None:
@@ -95,6 +105,8 @@ def unload(module: GraphModule) -> None:
 
 def add_tensor(graph: Graph, name: str, tensor: torch.Tensor) -> Node:
     """A get_attr node for a tensor, which becomes a buffer of the graph's module."""
+    if graph.owning_module is None:
+        raise TypeError("a graph without a module has no tensors")
     set_tensor(graph.owning_module, name, tensor)
     node = graph.get_attr(name)
     node.meta["spec"] = spec_of(tensor)
@@ -103,7 +115,7 @@ def add_tensor(graph: Graph, name: str, tensor: torch.Tensor) -> Node:
 
 def attributes(graph: Graph) -> list[str]:
     """Names of all tensors that the graph reads."""
-    return list(dict.fromkeys(n.target for n in graph.nodes if n.op == "get_attr"))
+    return list(dict.fromkeys(str(n.target) for n in graph.nodes if n.op == "get_attr"))
 
 
 def finish(module: GraphModule) -> None:

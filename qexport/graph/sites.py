@@ -4,16 +4,15 @@ No architecture is named here. A norm followed by three projections is found bec
 its users, whatever the modules are called.
 """
 
-import operator
 from dataclasses import dataclass
 
 import torch
 from torch.fx import Graph, Node
 
 from .edit import is_call, owner_of, shape_of
+from .views import Add, AnyAttention, Item, LayerNorm, LinearCall, Mul, Norm, Reshape, operand, sizes_of, tensor_name
 
 aten = torch.ops.aten
-_NORMS = (aten.rms_norm.default, aten.layer_norm.default)
 _POINTWISE = (
     aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor, aten.tanh.default, aten.clamp.default,
     aten.to.dtype, aten._to_copy.default,
@@ -30,7 +29,7 @@ _PARTS = (
     aten.sum.dim_IntList, aten.cumsum.default, aten.slice.Tensor, aten.select.int, aten.unsqueeze.default,
     aten.expand.default,
 )  # fmt: skip
-SHAPE_ONLY = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
+SHAPE_ONLY = Reshape.targets
 
 
 @dataclass(frozen=True)
@@ -50,7 +49,7 @@ class Linear:
 
     @property
     def input(self) -> Node:
-        return self.node.args[0]
+        return operand(self.node)
 
 
 @dataclass(frozen=True)
@@ -84,13 +83,12 @@ def linears(graph: Graph) -> list[Linear]:
 
 def linear_at(node: Node) -> Linear | None:
     """The linear that a node computes, if it is one with a constant weight."""
-    if not is_call(node, aten.linear.default) or node.args[1].op != "get_attr":
+    found = LinearCall.match(node)
+    if found is None or found.weight.op != "get_attr" or (found.bias is not None and found.bias.op != "get_attr"):
         return None
-    bias = node.args[2] if len(node.args) > 2 else None
-    if bias is not None and bias.op != "get_attr":
-        return None
-    weight = node.args[1].target
-    return Linear(_name(node, weight), node, weight, bias.target if bias else None, shape_of(node.args[1]))
+    weight, bias = tensor_name(found.weight), None if found.bias is None else tensor_name(found.bias)
+    out_features, in_features = sizes_of(found.weight)
+    return Linear(_name(node, weight), node, weight, bias, (out_features, in_features))
 
 
 def chooses(linear: Linear, last: bool = False) -> bool:
@@ -102,7 +100,8 @@ def chooses(linear: Linear, last: bool = False) -> bool:
     Args:
         last: what the block hands on is the model's result, and read by no later block.
     """
-    waiting, seen = [(linear.node, False)], set()
+    waiting: list[tuple[Node, bool]] = [(linear.node, False)]
+    seen: set[tuple[Node, bool]] = set()
     while waiting:
         node, largest = waiting.pop()
         for user in node.users:
@@ -111,7 +110,7 @@ def chooses(linear: Linear, last: bool = False) -> bool:
             if largest and is_call(user, *_COMPARISONS):
                 return True
             if is_call(user, *_LARGEST):
-                parts = {part.args[1]: part for part in user.users if is_call(part, operator.getitem)}
+                parts = {item.index: part for part in user.users if (item := Item.match(part)) is not None}
                 if 1 in parts and _read(parts[1], last):
                     return True
                 reached = [(parts[0], True)] if 0 in parts else []
@@ -172,7 +171,7 @@ def rows_of(linear: Linear) -> Node:
     """The value [batch, sequence, K] whose rows a linear reads, though it reads them as [rows, K], as routers do."""
     value = linear.input
     if is_call(value, *SHAPE_ONLY) and len(shape_of(value)) == 2:
-        source = value.args[0]
+        source = operand(value)
         if len(shape_of(source)) == 3 and shape_of(source)[-1] == shape_of(value)[-1]:
             return source
     return value
@@ -190,17 +189,18 @@ def _fold_site(value: Node, consumers: tuple[Linear, ...]) -> FoldSite:
     others = [u for u in readers(value) if u not in nodes | views]
     if others:
         return explicit(f"{value.name} is also read by {others[0].name}")
-    if is_call(value, *_NORMS):
+    if is_call(value, *Norm.targets):
         if _gain(value) is None:
             return explicit(f"the gain of {value.name} is not a constant of this block")
         if not _own_gain(value):
             return explicit(f"the gain of {value.name} is also used elsewhere")
         return FoldSite(value, consumers, "norm", value)
     if is_call(value, aten.relu.default):
-        return _rows(value, consumers, value.args[0]) or explicit(f"the ReLU of {value.name} does not follow a linear")
-    if is_call(value, aten.mul.Tensor):
-        for operand in value.args:
-            if isinstance(operand, Node) and (site := _rows(value, consumers, operand)):
+        producer = operand(value)
+        return _rows(value, consumers, producer) or explicit(f"the ReLU of {value.name} does not follow a linear")
+    if (product := Mul.match(value)) is not None:
+        for factor in product.operands:
+            if isinstance(factor, Node) and (site := _rows(value, consumers, factor)):
                 return site
         return explicit(f"neither factor of {value.name} comes straight from a linear")
     if attention := _attention_behind(value):
@@ -217,7 +217,7 @@ def _rows(value: Node, consumers: tuple[Linear, ...], producer: Node) -> FoldSit
     if linear is None or len(readers(producer)) != 1 or not _own_tensors(linear):
         return None
     # y * y scales with the square of a factor, and a single row is not a row for each channel.
-    if value.args.count(producer) > 1 or linear.shape[0] != consumers[0].shape[1]:
+    if sum(argument is producer for argument in value.args) > 1 or linear.shape[0] != consumers[0].shape[1]:
         return None
     return FoldSite(value, consumers, "rows", producer)
 
@@ -233,41 +233,42 @@ def _own_tensors(linear: Linear) -> bool:
 
 def _own_gain(norm: Node) -> bool:
     """Whether a norm shares neither its gain nor its bias."""
-    gain = norm.args[2]
-    if gain.op != "get_attr" and set(gain.users) != {norm}:
+    gain = Norm.of(norm).weight
+    if gain is None or (gain.op != "get_attr" and set(gain.users) != {norm}):
         return False
-    return _only_readers(norm.graph, [_gain(norm)[0].target, norm_bias(norm)], {norm, gain})
+    return _only_readers(norm.graph, [norm_gain(norm)[0], norm_bias(norm)], {norm, gain})
 
 
 def _attention_behind(value: Node) -> Node | None:
     """The attention node whose output, only reshaped, is `value`."""
     node = value
     while is_call(node, *SHAPE_ONLY, aten.transpose.int) and (node is value or len(readers(node)) == 1):
-        node = node.args[0]
+        node = operand(node)
     if is_call(node, aten.scaled_dot_product_attention.default):
         return node
-    if (
-        is_call(node, operator.getitem)
-        and node.args[1] == 0
-        and is_call(node.args[0], torch.ops.qexport.cached_attention.default)
-    ):
-        return node.args[0]
+    item = Item.match(node)
+    if item is not None and item.index == 0 and is_call(item.source, torch.ops.qexport.cached_attention.default):
+        return item.source
     return None
 
 
 def _through_attention(value: Node, consumers: tuple[Linear, ...], attention: Node) -> FoldSite | None:
     """v to o: a factor on v's output channels passes through the weighted sum over positions."""
     plain = is_call(attention, aten.scaled_dot_product_attention.default)
-    result = attention if plain else next(u for u in attention.users if u.args[1] == 0)
+    result = attention if plain else next(u for u in attention.users if Item.of(u).index == 0)
     if len(readers(result)) != 1:
         return None
-    node = attention.args[2]
-    _, kv_heads, _, head_dim = shape_of(node)
-    heads = shape_of(attention.args[0])[1]
+    found = AnyAttention.of(attention)
+    node, shape, heads = found.value, shape_of(found.value), shape_of(found.query)[1]
+    if len(shape) != 4 or not isinstance(heads, int):
+        return None
+    kv_heads, head_dim = shape[1], shape[3]
+    if not isinstance(kv_heads, int) or not isinstance(head_dim, int):
+        return None
     while is_call(node, *SHAPE_ONLY, aten.transpose.int):
         if len(readers(node)) != 1:
             return None
-        node = node.args[0]
+        node = operand(node)
     linear = linear_at(node)
     if linear is None or linear.shape[0] != kv_heads * head_dim or len(readers(node)) != 1 or not _own_tensors(linear):
         return None
@@ -276,26 +277,29 @@ def _through_attention(value: Node, consumers: tuple[Linear, ...], attention: No
 
 def _gain(norm: Node) -> tuple[Node, float] | None:
     """(gain tensor, offset): the norm multiplies by offset + gain."""
-    weight = norm.args[2] if len(norm.args) > 2 else None
+    weight = Norm.of(norm).weight
     if weight is None:
         return None
     if weight.op == "get_attr":
         return weight, 0.0
-    if is_call(weight, aten.add.Tensor):
-        tensor, offset = weight.args if isinstance(weight.args[0], Node) else weight.args[::-1]
-        if tensor.op == "get_attr" and isinstance(offset, (int, float)):
-            return tensor, float(offset)
-    return None
+    shifted = Add.match(weight)
+    if shifted is None or shifted.x.op != "get_attr" or not isinstance(shifted.other, (int, float)):
+        return None
+    return shifted.x, float(shifted.other)
 
 
 def norm_gain(norm: Node) -> tuple[str, float]:
-    """Name of a norm's gain tensor and the constant added to it (1.0 in Gemma's norms)."""
-    node, offset = _gain(norm)
-    return node.target, offset
+    """Name of a norm's gain tensor and the constant added to it (1.0 in Gemma's norms).
+
+    Raises:
+        TypeError: its gain is no tensor of the module.
+    """
+    if (found := _gain(norm)) is None:
+        raise TypeError(f"the gain of {norm} is no tensor of its module")
+    return tensor_name(found[0]), found[1]
 
 
 def norm_bias(norm: Node) -> str | None:
     """Name of a LayerNorm's bias tensor."""
-    if is_call(norm, aten.layer_norm.default) and len(norm.args) > 3 and norm.args[3] is not None:
-        return norm.args[3].target
-    return None
+    found = LayerNorm.match(norm)
+    return None if found is None or found.bias is None else tensor_name(found.bias)

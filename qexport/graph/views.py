@@ -4,6 +4,7 @@
 """
 
 import operator
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Self
 
@@ -18,6 +19,18 @@ ops = torch.ops.qexport
 END = 2**63 - 1  # of a slice that reaches as far as there is something
 
 Operand = Node | int | float
+
+
+def operand(node: Node) -> Node:
+    """What a call works on: its first argument, where that is a value.
+
+    Raises:
+        TypeError: it is none.
+    """
+    first = node.args[0] if node.args else None
+    if not isinstance(first, Node):
+        raise TypeError(f"{node} works on no value: {first}")
+    return first
 
 
 def tensor_name(node: Node) -> str:
@@ -68,19 +81,25 @@ class _View:
     """A call of one of the operators in `targets`.
 
     Attributes:
-        named: what the schema calls a field, where that is something else.
+        named: what the schemas call a field, where that is something else; several names where the operators differ.
     """
 
     targets: ClassVar[tuple[Any, ...]]
-    named: ClassVar[dict[str, str]] = {}
+    named: ClassVar[Mapping[str, str | tuple[str, ...]]] = {}
 
     @classmethod
     def match(cls, node: object) -> Self | None:
         """The call that a node makes, None where it makes another one or none."""
         if not isinstance(node, Node) or node.op != "call_function" or node.target not in cls.targets:
             return None
-        given = bind(node)
-        return cls(**{f.name: getattr(given, cls.named.get(f.name, f.name)) for f in fields(cls)})
+        given = vars(bind(node))
+        return cls(**{f.name: given[cls._argument(f.name, given)] for f in fields(cls)})
+
+    @classmethod
+    def _argument(cls, field: str, given: Mapping[str, Any]) -> str:
+        """What the operator calls a field."""
+        name = cls.named.get(field, field)
+        return name if isinstance(name, str) else next(n for n in name if n in given)
 
     @classmethod
     def of(cls, node: object) -> Self:
@@ -213,6 +232,70 @@ class RotaryEmbedding(_View):
 
 
 @dataclass(frozen=True)
+class LinearCall(_View):
+    """x W^T + b, whatever the weight [out, in] is."""
+
+    targets = (aten.linear.default,)
+    named = {"x": "input"}
+    x: Node
+    weight: Node
+    bias: Node | None
+
+
+@dataclass(frozen=True)
+class Convolution(_View):
+    """A convolution with a weight [out, in / groups, ...]."""
+
+    targets = (aten.conv1d.default, aten.conv2d.default, aten.conv3d.default)
+    named = {"x": "input"}
+    x: Node
+    weight: Node
+    bias: Node | None
+    stride: Sequence[int]
+    padding: Sequence[int]
+    dilation: Sequence[int]
+    groups: int
+
+
+@dataclass(frozen=True)
+class Embedding(_View):
+    """Rows of a table [rows, features]."""
+
+    targets = (aten.embedding.default,)
+    named = {"table": "weight", "ids": "indices"}
+    table: Node
+    ids: Node
+
+
+@dataclass(frozen=True)
+class Norm(_View):
+    """A norm over the last axes, of root mean squares or of a layer."""
+
+    targets: ClassVar[tuple[Any, ...]] = (aten.rms_norm.default, aten.layer_norm.default)
+    named = {"x": "input"}
+    x: Node
+    weight: Node | None
+
+
+@dataclass(frozen=True)
+class LayerNorm(Norm):
+    """A norm that takes the mean out."""
+
+    targets = (aten.layer_norm.default,)
+    bias: Node | None
+
+
+@dataclass(frozen=True)
+class AnyAttention(_View):
+    """Attention with keys and values at hand, or with a cache."""
+
+    targets = (aten.scaled_dot_product_attention.default, ops.cached_attention.default)
+    query: Node
+    key: Node
+    value: Node
+
+
+@dataclass(frozen=True)
 class Matmul(_View):
     """A product; of a quantized linear: of what it reads and its weight [K, N]."""
 
@@ -266,11 +349,114 @@ class Cast(_View):
 
 
 @dataclass(frozen=True)
+class Clamp(_View):
+    """A value held within bounds."""
+
+    targets = (aten.clamp.default,)
+    named = {"x": "self", "low": "min", "high": "max"}
+    x: Node
+    low: Operand | None
+    high: Operand | None
+
+
+@dataclass(frozen=True)
+class Shaped(_View):
+    """The same elements, or copies of them, in another shape."""
+
+    targets: ClassVar[tuple[Any, ...]] = (
+        aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.expand.default,
+    )  # fmt: skip
+    named = {"x": "self", "shape": ("size", "shape")}
+    x: Node
+    shape: Sequence[int | Node]
+
+
+@dataclass(frozen=True)
+class Reshape(Shaped):
+    """The same elements in another shape."""
+
+    targets = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
+
+
+@dataclass(frozen=True)
+class Transpose(_View):
+    """Two axes exchanged."""
+
+    targets = (aten.transpose.int,)
+    named = {"x": "self"}
+    x: Node
+    dim0: int
+    dim1: int
+
+
+@dataclass(frozen=True)
+class Permute(_View):
+    """Axes in another order."""
+
+    targets = (aten.permute.default,)
+    named = {"x": "self"}
+    x: Node
+    dims: Sequence[int]
+
+
+@dataclass(frozen=True)
+class Unsqueeze(_View):
+    """An axis of size 1 more."""
+
+    targets = (aten.unsqueeze.default,)
+    named = {"x": "self"}
+    x: Node
+    dim: int
+
+
+@dataclass(frozen=True)
+class Select(_View):
+    """One place of an axis, which is gone then."""
+
+    targets = (aten.select.int,)
+    named = {"x": "self"}
+    x: Node
+    dim: int
+    index: int | Node
+
+
+@dataclass(frozen=True)
+class Repeat(_View):
+    """Copies of a value along its axes."""
+
+    targets = (aten.repeat.default,)
+    named = {"x": "self"}
+    x: Node
+    repeats: Sequence[int | Node]
+
+
+@dataclass(frozen=True)
+class Gather(_View):
+    """Elements of an axis by their places."""
+
+    targets = (aten.gather.default,)
+    named = {"x": "self"}
+    x: Node
+    dim: int
+    index: Node
+
+
+@dataclass(frozen=True)
+class Index(_View):
+    """Elements by tensors of places, one for each of the first axes."""
+
+    targets = (aten.index.Tensor,)
+    named = {"x": "self"}
+    x: Node
+    indices: Sequence[Node | None]
+
+
+@dataclass(frozen=True)
 class Cat(_View):
     """Values one behind the other along an axis."""
 
     targets = (aten.cat.default, aten.concat.default)
-    tensors: list[Node]
+    tensors: Sequence[Node]
     dim: int
 
 

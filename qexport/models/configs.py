@@ -121,7 +121,8 @@ def _check_stated(config: PretrainedConfig, path: Path) -> None:
         Stated.model_validate(found)
     except ValidationError as error:
         first = error.errors()[0]
-        key = (config.attribute_map.get(first["loc"][0], first["loc"][0]), *_without_types(first["loc"][1:]))
+        name = str(first["loc"][0])
+        key = (config.attribute_map.get(name, name), *_without_types(first["loc"][1:]))
         raise InputError(
             f"{_lower(first['msg'])}, not {str(first['input'])[:60]!r}", place=f"{path}, {_dotted(key)}",
             remedy="Correct it",

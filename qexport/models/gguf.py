@@ -6,9 +6,10 @@ from collections import Counter
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from ..artifact.scratch import scratch_folder
@@ -108,12 +109,13 @@ def _contents(file: Path) -> _Contents:
         )  # fmt: skip
 
 
-def _loaded(file: Path) -> tuple[torch.nn.Module, object]:
+def _loaded(file: Path) -> tuple[PreTrainedModel, object]:
     from .quiet import quiet_transformers
 
     with reading(file, "cannot be read as GGUF"), quiet_transformers():
         tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-        model, info = AutoModelForCausalLM.from_pretrained(
+        loader: type[Any] = AutoModelForCausalLM  # whose stub knows of no loading info
+        model, info = loader.from_pretrained(
             file.parent, gguf_file=file.name, dtype=torch.float32, output_loading_info=True
         )
     if missing := sorted(info["missing_keys"]):

@@ -3,10 +3,11 @@
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from ..errors import CaptureError, root_cause
 from .checkpoint import Checkpoint
@@ -25,13 +26,13 @@ class Loaded:
         notes: see `Checkpoint`.
     """
 
-    model: torch.nn.Module
+    model: PreTrainedModel
     absent: list[str]
     left_out: list[str]
     notes: tuple[str, ...]
 
 
-def load_known(folder: ModelFolder, loader: type) -> Loaded:
+def load_known(folder: ModelFolder, loader: type[Any]) -> Loaded:
     """Load a model, and account for every tensor.
 
     Args:
@@ -52,14 +53,14 @@ def load_known(folder: ModelFolder, loader: type) -> Loaded:
             raise refusal(told) from error
         what = loader.__name__.removeprefix("AutoModel").removeprefix("For") or "an encoder"
         raise CaptureError(f"transformers cannot load it as {what} ({root_cause(error)})", place=folder.name) from error
-    unread = _unread(checkpoint.names(), info["unexpected_keys"])
+    unread = _unread(checkpoint.names(), set(info["unexpected_keys"]))
     ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None)
     left_out = check_leftovers(checkpoint.names(), unread, info["missing_keys"], checkpoint.is_zero, ignored)
     _check_dtypes(checkpoint, model, unread)
     return Loaded(model.eval(), sorted(info["missing_keys"]), left_out, checkpoint.notes)
 
 
-def _unread(names: set[str], unexpected: Collection[str]) -> set[str]:
+def _unread(names: set[str], unexpected: set[str]) -> set[str]:
     """Names in the checkpoint of what transformers did not expect, whose modules it may have renamed on the way."""
 
     def tail(name: str) -> tuple[str, ...]:
@@ -78,7 +79,7 @@ def _check_dtypes(checkpoint: Checkpoint, model: torch.nn.Module, unread: Collec
             check_float_dtype(found, checkpoint.dtype(found))
 
 
-def load_whole(folder: ModelFolder, loader: type) -> Loaded:
+def load_whole(folder: ModelFolder, loader: type[Any]) -> Loaded:
     """The same for a checkpoint that has to be complete.
 
     Raises:
@@ -106,7 +107,8 @@ def load_in_memory(folder: ModelFolder, into: Path) -> list[str]:
     """
     loaded = load_whole(folder, AutoModelForCausalLM)
     model = loaded.model
-    own = {id(p): (name, p) for name, p in model.named_parameters()}  # save_pretrained would bring the old names back
+    # Not by save_pretrained, which would bring the old names back.
+    own: dict[int, tuple[str, torch.Tensor]] = {id(p): (name, p) for name, p in model.named_parameters()}
     kept = model.state_dict()
     own |= {id(b): (name, b) for name, b in model.named_buffers() if name in kept}
     save_file({name: p.detach().contiguous() for name, p in own.values()}, into / "model.safetensors")

@@ -19,7 +19,7 @@ _MOST_CARD = 4 << 20  # bytes
 
 def notes_on(folder: Path, config: PretrainedConfig, tokenizer: Any) -> tuple[str, ...]:
     """A sentence on each file that only helps, and is missing or cannot be used: an export goes on without it."""
-    found = []
+    found: list[str] = []
     generation = generation_config(folder, found)
     if tokenizer is None:
         found.append("the model has no tokenizer that can be used, so the export will take token ids only")

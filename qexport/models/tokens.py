@@ -1,6 +1,16 @@
-"""Tokens of a tokenizer for which the model has no row."""
+"""Rows of a model's embedding, and tokens of a tokenizer for which there is none."""
 
 from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+
+def embedding_rows(model: PreTrainedModel) -> int:
+    """Rows of the table of token embeddings."""
+    table: Any = model.get_input_embeddings()
+    weight: torch.Tensor = table.weight
+    return weight.shape[0]
 
 
 def tokens_without_rows(tokenizer: Any, rows: int) -> list[str]:

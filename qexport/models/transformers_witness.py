@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 import transformers
 from torch import Tensor
-from transformers import AutoModelForCausalLM, DynamicCache
+from transformers import AutoModelForCausalLM, Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import EncoderDecoderCache
 
+from .tokens import embedding_rows
 from .witness import Absent, Call, Outline, Testimony, first_line
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ class DecoderWitness:
     """
 
     folder: "ModelFolder"
-    loader: type = AutoModelForCausalLM
+    loader: type[Any] = AutoModelForCausalLM
 
     def testify(self, outline: Outline) -> Testimony:
         with _quiet():
@@ -59,7 +60,7 @@ class DecoderWitness:
         raise AssertionError
 
     def _calls(
-        self, model: torch.nn.Module, outline: Outline, container: str = "", kept: Sequence[int] = ()
+        self, model: PreTrainedModel, outline: Outline, container: str = "", kept: Sequence[int] = ()
     ) -> list[Call]:
         cache = DynamicCache(config=model.config)
         watched = _watched(model, outline.blocks)
@@ -91,8 +92,8 @@ class EncoderWitness:
     """
 
     folder: "ModelFolder"
-    loader: type
-    captured: torch.nn.Module
+    loader: type[Any]
+    captured: PreTrainedModel
     absent: frozenset[str]
 
     def __deepcopy__(self, memo):
@@ -124,8 +125,8 @@ class PartWitness:
     """
 
     folder: "ModelFolder"
-    loader: type
-    captured: torch.nn.Module
+    loader: type[Any]
+    captured: PreTrainedModel
     source: Mapping[str, Tensor]
     decodes: bool
 
@@ -137,7 +138,7 @@ class PartWitness:
             model = _loaded(self.loader, self.folder) if outline.fits else self.captured
             return _said(model, (self._decoded if self.decodes else self._encoded)(model), again=model is self.captured)
 
-    def _sources(self, model: torch.nn.Module) -> dict[str, Tensor]:
+    def _sources(self, model: PreTrainedModel) -> dict[str, Tensor]:
         random = torch.Generator().manual_seed(1)
         return {
             name: torch.randn(like.shape, generator=random) if like.is_floating_point()
@@ -145,7 +146,7 @@ class PartWitness:
             for name, like in self.source.items()
         }  # fmt: skip
 
-    def _read(self, model: torch.nn.Module, source: Mapping[str, Tensor]) -> tuple[Any, dict[str, Tensor]]:
+    def _read(self, model: PreTrainedModel, source: Mapping[str, Tensor]) -> tuple[Any, dict[str, Tensor]]:
         """What the encoder makes, and the keys and values that the decoder's layers make of it."""
         states, cache = _run(model.get_encoder(), **source), _caches()
         first = _tokens(model, (len(next(iter(source.values()))), 1))
@@ -153,15 +154,15 @@ class PartWitness:
         _run(model, encoder_outputs=states, decoder_input_ids=first, past_key_values=cache, use_cache=True, **mask)
         return states, {
             f"cross_key_values.{i}.{part}": tensor
-            for i, layer in enumerate(cache.cross_attention_cache.layers)
-            for part, tensor in (("key", layer.keys), ("value", layer.values))
+            for i, (keys, values) in enumerate(_kept(cache.cross_attention_cache))
+            for part, tensor in (("key", keys), ("value", values))
         }
 
-    def _encoded(self, model: torch.nn.Module) -> list[Call]:
+    def _encoded(self, model: PreTrainedModel) -> list[Call]:
         source = self._sources(model)
         return [Call(source, self._read(model, source)[1])]
 
-    def _decoded(self, model: torch.nn.Module) -> list[Call]:
+    def _decoded(self, model: PreTrainedModel) -> list[Call]:
         source = self._sources(model)
         states, cross = self._read(model, source)
         cache, calls, start = _caches(), [], 0
@@ -173,8 +174,8 @@ class PartWitness:
                 model, encoder_outputs=states, decoder_input_ids=ids[:, start:end], past_key_values=cache,
                 use_cache=True, **mask,
             )  # fmt: skip
-            feeds = {"input_ids": ids[:, start:end], "encoder_attention_mask": source.get("attention_mask"), **cross}
-            feeds = {name: tensor for name, tensor in feeds.items() if tensor is not None}
+            masked = {f"encoder_{name}": tensor for name, tensor in mask.items()}
+            feeds = {"input_ids": ids[:, start:end], **masked, **cross}
             calls.append(Call(feeds, {"logits": made.logits}))
             start = end
         return calls
@@ -190,9 +191,9 @@ def _gguf(folder: "ModelFolder") -> Path | None:
 
 
 def _loaded(
-    loader: type, folder: "ModelFolder", absent: frozenset[str] = frozenset(), *, source: Path | None = None,
+    loader: type[Any], folder: "ModelFolder", absent: frozenset[str] = frozenset(), *, source: Path | None = None,
     container: str = "", kept: Sequence[int] = (),
-) -> torch.nn.Module:  # fmt: skip
+) -> PreTrainedModel:  # fmt: skip
     """Transformers' model in float32.
 
     Args:
@@ -202,7 +203,7 @@ def _loaded(
     Raises:
         Absent: transformers cannot load it, or makes up weights.
     """
-    place, options = folder.path, {"use_safetensors": True}
+    place, options = folder.path, dict[str, Any](use_safetensors=True)
     if source is not None:
         place, options = source.parent, {"gguf_file": source.name}
     try:
@@ -224,7 +225,7 @@ def _loaded(
     return model.eval()
 
 
-def _without_others(model: type, container: str, kept: Sequence[int]) -> type:
+def _without_others(model: type[Any], container: str, kept: Sequence[int]) -> type[Any]:
     """A model class whose other layers are empty, so that nothing is loaded for them."""
 
     def __init__(self, config, *args, **options):
@@ -237,10 +238,12 @@ def _without_others(model: type, container: str, kept: Sequence[int]) -> type:
     return type(model.__name__, (model,), {"__init__": __init__, "__module__": model.__module__})
 
 
-def _shorten(model: torch.nn.Module, container: str, kept: Sequence[int]) -> None:
+def _shorten(model: PreTrainedModel, container: str, kept: Sequence[int]) -> None:
     """Leave only some layers of a model, in place; they keep their numbers."""
     owner, _, leaf = container.rpartition(".")
     layers, config = model.get_submodule(container), model.config.get_text_config()
+    if not isinstance(layers, torch.nn.ModuleList):
+        raise Absent("its layers are in no list")
     for value in vars(config).values():
         if isinstance(value, list) and len(value) == len(layers):
             # Models look up the kind of a layer by its place among those that run, and by its own number.
@@ -257,7 +260,7 @@ def _row(blocks: Sequence[str]) -> tuple[str, int]:
     return (containers.pop(), len(found)) if len(containers) == 1 else ("", 0)
 
 
-def _watched(model: torch.nn.Module, blocks: Sequence[str]) -> dict[str, torch.nn.Module]:
+def _watched(model: PreTrainedModel, blocks: Sequence[str]) -> dict[str, torch.nn.Module]:
     modules = dict(model.named_modules())
     return {name: modules[name] for name in blocks if name in modules}
 
@@ -281,16 +284,23 @@ def _watching(modules: Mapping[str, torch.nn.Module]) -> Iterator[dict[str, Tens
             handle.remove()
 
 
-def _tokens(model: torch.nn.Module, shape: Sequence[int]) -> Tensor:
-    vocabulary = model.get_input_embeddings().weight.shape[0]
+def _tokens(model: PreTrainedModel, shape: Sequence[int]) -> Tensor:
+    vocabulary = embedding_rows(model)
     return torch.randint(0, vocabulary, tuple(shape), generator=torch.Generator().manual_seed(0))
+
+
+def _kept(cache: Cache) -> Iterator[tuple[Tensor, Tensor]]:
+    """Keys and values of every layer."""
+    layer: Any
+    for layer in cache.layers:
+        yield layer.keys, layer.values
 
 
 def _caches() -> EncoderDecoderCache:
     return EncoderDecoderCache(DynamicCache(), DynamicCache())
 
 
-def _run(model: torch.nn.Module, **feeds):
+def _run(model: PreTrainedModel, **feeds):
     try:
         with torch.no_grad():
             return model(**feeds)
@@ -299,7 +309,7 @@ def _run(model: torch.nn.Module, **feeds):
 
 
 def _said(
-    model: torch.nn.Module, calls: Sequence[Call], *, kept: tuple[str, ...] | None = None, again: bool = False,
+    model: PreTrainedModel, calls: Sequence[Call], *, kept: tuple[str, ...] | None = None, again: bool = False,
     source: Path | None = None, tensors: Mapping[str, Tensor] | None = None,
 ) -> Testimony:  # fmt: skip
     note = " on the weights that were captured, for want of memory" if again else " of the GGUF file" if source else ""
@@ -307,7 +317,7 @@ def _said(
     return Testimony(name, calls, kept, (tensors or _tensors(model)).get)
 
 
-def _tensors(model: torch.nn.Module) -> dict[str, Tensor]:
+def _tensors(model: PreTrainedModel) -> dict[str, Tensor]:
     """Parameters and buffers by name."""
     tensors = dict(model.named_buffers(remove_duplicate=False))
     return tensors | {name: p.detach() for name, p in model.named_parameters(remove_duplicate=False)}

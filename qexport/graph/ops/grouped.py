@@ -95,26 +95,27 @@ def grouped_attention(
     query, key, value = (t.view(batch, sequence, -1, size).transpose(1, 2) for t in (query, key, value))
     start = last.long() - (sequence - 1)
     place = start[:, None] + torch.arange(sequence, device=query.device)
-    if cos is not None:
+    if cos is not None and sin is not None:
         width = 2 * cos.shape[1]
         query, key = (
             torch.cat([_rotate(t[..., :width], cos[place], sin[place]), t[..., width:]], dim=-1) for t in (query, key)
         )
     present, seen = [], []
     for old, new, step in ((past_key, key, key_scale), (past_value, value, value_scale)):
-        new = pack_cache(cache_codes(new, step, bits), bits) if bits else new
+        new = new if step is None else pack_cache(cache_codes(new, step, bits), bits)
         room = torch.cat([old, old.new_zeros(new.shape)], dim=2)
         present.append(room.scatter(2, place[:, None, :, None].expand_as(new), new))
-        values = (unpack_cache(present[-1], bits).float() * step).to(query.dtype) if bits else present[-1]
-        seen.append(values)
+        row = present[-1]
+        seen.append(row if step is None else (unpack_cache(row, bits).float() * step).to(query.dtype))
     index = torch.arange(past + sequence, device=query.device)
     visible = index <= place[..., None]
     if window > 0:
         visible = visible & (index > place[..., None] - window)
     mask = torch.where(visible, 0.0, -torch.inf)[:, None]
-    empty = seen[0][:, :, :0]
-    out, _, _ = _attend(query, *seen, empty, empty, mask, scale, softcap)
-    return out.flatten(2), *present
+    (keys, values), (present_key, present_value) = seen, present
+    empty = keys[:, :, :0]
+    out, _, _ = _attend(query, keys, values, empty, empty, mask, scale, softcap)
+    return out.flatten(2), present_key, present_value
 
 
 @grouped_attention.register_fake

@@ -26,9 +26,10 @@ def dequantize_linear(
     Returns:
         A tensor of codes' shape and scale's dtype.
     """
-    scale, zero_point = _spread(scale, codes, axis, block_size), _spread(zero_point, codes, axis, block_size)
-    centred = codes.to(scale.dtype) if zero_point is None else codes.to(scale.dtype) - zero_point.to(scale.dtype)
-    return centred * scale
+    centred = codes.to(scale.dtype)
+    if zero_point is not None:
+        centred = centred - _spread(zero_point, codes, axis, block_size).to(scale.dtype)
+    return centred * _spread(scale, codes, axis, block_size)
 
 
 @dequantize_linear.register_fake
@@ -213,10 +214,10 @@ def _(x, codes, scale, zero_point, bits, group_size, block_size):
     return x.new_empty((*x.shape[:-1], codes.shape[1]))
 
 
-def _spread(parameter: Tensor | None, codes: Tensor, axis: int, block_size: int) -> Tensor | None:
+def _spread(parameter: Tensor, codes: Tensor, axis: int, block_size: int) -> Tensor:
     """Expand a scale or zero point to something that broadcasts against codes."""
-    if parameter is None or parameter.dim() == 0 or parameter.numel() == 1:
-        return None if parameter is None else parameter.reshape(())
+    if parameter.dim() == 0 or parameter.numel() == 1:
+        return parameter.reshape(())
     if block_size > 0:
         return parameter.repeat_interleave(block_size, dim=axis).narrow(axis, 0, codes.shape[axis])
     shape = [1] * codes.dim()
