@@ -19,12 +19,12 @@ from ..capture.graph import CapturedModel
 from ..errors import InputError
 from ..log import warn
 from ..lower.attention_plan import check_attention
-from ..lower.build import Target
 from ..mixed_precision.allocate import Allocation
 from ..mixed_precision.allocator import SchemeAllocator
 from ..models.source import ModelFolder, source_path
 from ..recipe.recipe import Recipe
 from ..runtime.provider import provider_named
+from ..targets.base import Target, target_for
 from ..validation.account import transforms
 from ..validation.kl_costs import deployed_costs
 from ..validation.logits import compare_logits, deployed_logits
@@ -33,7 +33,7 @@ from ..validation.reference import FloatOutputs, decoder_feeds
 from ..validation.report import Logits
 from ..validation.report_store import keep
 from ..validation.text import choose_text
-from .exporting import ExportResult, capture, export, source_of, target_for
+from .exporting import ExportResult, capture, export, source_of
 
 _TOKENS, _LENGTH = 1024, 512  # on which costs are measured, and tokens of a sequence at most
 # A file within this share below the KL asked for is not made smaller again.
@@ -142,7 +142,9 @@ def _export(
     checked = check_reader(captured)
     feeds = _feeds(captured, recipe, data, progress)
     width = lowering.dtype.itemsize
-    chooser = SchemeAllocator(captured, recipe, target, width, attention, feeds, partial(progress, "costs"))
+    chooser = SchemeAllocator(
+        captured, recipe, lowering.candidates, width, attention, feeds, partial(progress, "costs")
+    )
     window = min(window, captured.settings.get("max_position_embeddings") or window)
     judged = choose_text(captured, text, windows, window, partial(progress, "text"))
     if max_bytes is not None:

@@ -8,13 +8,14 @@ from typing import Any
 from ..artifact.manifest import BlockEntry, ConvolutionEntry, LinearEntry, Manifest
 from ..calibrate.loop import QuantizedBlock
 from ..capture.graph import CapturedModel
-from ..lower.build import Lowered, Target
+from ..lower.build import Lowered
 from ..models.agreement import ReaderAgreement
 from ..passes.base import GraphPass
 from ..passes.model.base import ModelResult
 from ..plan.convolution_plan import ConvolutionPlan
 from ..plan.linear_plan import LinearPlan
 from ..plan.model_plan import described_embedding
+from ..targets.base import Target
 
 
 def manifest_of(
@@ -44,6 +45,7 @@ def manifest_of(
     return Manifest(
         qexport=version("qexport"), target=target.name, kind=captured.kind, provider=target.provider,
         dtype=str(target.dtype).removeprefix("torch."), session=lowered.session, numerics=target.numerics(),
+        genai_provider_options=target.genai_provider_options,
         linears=tuple(linears), convolutions=_convolutions(convolutions),
         blocks=tuple(BlockEntry(name=n, output=o) for n, o in lowered.blocks.items()),
         settings=settings, bytes=sizes,

@@ -24,12 +24,11 @@ from ..capture.dynamic import DynamicShapes
 from ..capture.folder import capture_folder
 from ..capture.graph import CapturedModel
 from ..capture.module import Inputs, capture_module
-from ..errors import InputError, QExportError, RecipeError
+from ..errors import InputError, QExportError
 from ..graph.sites import Linear
 from ..log import warn
 from ..lower.attention_plan import check_attention, deploy_attention, plan_attention
 from ..lower.blocks import lower
-from ..lower.build import Target
 from ..lower.last_token import keep_last, read_by_projection
 from ..lower.prefill_twin import LONGEST_STEP
 from ..lower.saving import write_model
@@ -46,15 +45,11 @@ from ..plan.model_plan import output_projection
 from ..recipe.recipe import Recipe
 from ..report import read_export, write_card
 from ..runtime.first_run import run_once
-from ..targets.cpu import CpuTarget
-from ..targets.cuda import CudaTarget
+from ..targets.base import Target, target_for
 from ..validation.reader import check_reader
 from .describing import manifest_of, report_of
 from .folder import write_companions
 from .refusals import check_range, decide
-
-# By target, first what is taken unasked.
-_DTYPES = {"cpu": ("float32",), "cuda": ("float16", "bfloat16")}
 
 
 @dataclass(frozen=True)
@@ -116,7 +111,7 @@ def export(
         model: a Hugging Face id, a folder, a GGUF file, an nn.Module (with example_inputs), or a captured model.
         recipe: name of a preset, a scheme, a YAML file, or a Recipe.
         out_dir: the folder to make; it appears when everything is done.
-        target: "cpu" or "cuda".
+        target: "cpu", "cuda", or the name of a target of your own (see `targets.base`).
         dtype: of what stays float, activations and cache: for cuda "float16" (None takes it) or "bfloat16", which has
             the range of float32 but 8 bits instead of 11, wants a GPU of compute capability 8.0, and has no kernels for
             quantized activations nor for weights without groups; for cpu "float32".
@@ -217,7 +212,7 @@ def _export(
             named = (projection.name, projection.weight) if projection else ("", "")
             sizes = by_part(size, lowered.tensors, lowered.bytes, embeddings, named)
             manifest = manifest_of(captured, plan, convolutions, lowered, lowering, sizes, settings)
-            ran = run_once(folder, manifest, {port.name: port.sizes for port in captured.inputs})
+            ran = _first_run(lowering, folder, manifest, captured)
             seconds["lower"] = clock.lap()
             source = origin(captured.folder) if captured.folder else {"name": type(model).__name__}
             rarely, unseen = _rarely_chosen(finished), _unseen(finished, plan, projection, hessian)
@@ -241,6 +236,13 @@ def _export(
         work.given, manifest, plan, seconds, described, embeddings, convolutions, dense, rarely, unseen, warnings,
         work.kept, checked,
     )  # fmt: skip
+
+
+def _first_run(lowering: Target, folder: Path, manifest: Manifest, captured: CapturedModel) -> str:
+    """What was run of a finished file, or why nothing was."""
+    if why_not := lowering.why_not_run():
+        return f"not run: {why_not}"
+    return run_once(folder, manifest, {port.name: port.sizes for port in captured.inputs})
 
 
 def _unchecked(captured: CapturedModel) -> list[str]:
@@ -306,24 +308,6 @@ def opened(model: str | os.PathLike | ModelFolder, *, trust_remote_code: bool = 
         for note in folder.notes:
             warn(note)
     return folder
-
-
-def target_for(name: str, recipe: Recipe, dtype: str | None = None) -> Target:
-    """The target a user names; dtype: as `export` takes it."""
-    if name not in _DTYPES:
-        raise InputError(f"unknown target {name!r}", remedy=f"Targets are {' and '.join(_DTYPES)}")
-    if dtype not in (None, *_DTYPES[name]):
-        known = " or ".join(_DTYPES[name])
-        raise InputError(
-            f"computes in {known} only, not in {dtype!r}",
-            place=f"target {name}",
-            remedy="Leave out dtype",
-        )
-    if name == "cpu":
-        return CpuTarget(recipe.accuracy_level, recipe.prefill == "int8")
-    if recipe.prefill is not None:
-        raise RecipeError("prefill: int8 is a form for the CPU", place="prefill", remedy="Remove it for cuda")
-    return CudaTarget(getattr(torch, dtype or _DTYPES[name][0]))
 
 
 def _published(recipe: Recipe) -> Recipe:

@@ -30,8 +30,8 @@ from ..plan.linear_plan import LinearPlan
 from ..plan.model_plan import bytes_by_part, described_embedding, weight_sizes
 from ..quant.formats import ActivationFormat
 from ..recipe.recipe import Recipe
-from ..targets.predict_kernels import slow_linears
-from .exporting import capture, source_of, target_for
+from ..targets.base import target_for
+from .exporting import capture, source_of
 from .refusals import check_range, decide
 
 Planned = LinearPlan | ConvolutionPlan
@@ -83,8 +83,8 @@ class Inspection:
         smooths: whether the recipe moves factors from activations into weights.
         linears: the decision for every linear, in order; bytes as in the file of that target.
         activations: by linear name, what becomes of its input, such as "int8 per token".
-        slow: for the target cuda, by the name of every linear that becomes MatMulNBits, why the fastest kernel does not
-            take its product; empty where it does. Other linears are not in it.
+        slow: by the name of every linear for which the target has several kernels, why the fastest does not take its
+            product; empty where it does. Other linears are not in it.
         sites: where factors can go, in order, with ranges and what a policy decides by them.
         attention: of a decoder, "grouped" or "standard" and why; empty for other models.
         parameters: number of weights, tied ones counted once.
@@ -198,7 +198,7 @@ def inspect(
         calibration=described,
         smooths=any(part is not None for part in (recipe.smooth, recipe.crossquant, recipe.fptq)),
         linears=tuple(plan), activations=inputs, sites=tuple(sites),
-        slow=slow_linears([b.module.graph for b in captured.blocks], by_name) if target == "cuda" else {},
+        slow=lowering.predict_slow([b.module.graph for b in captured.blocks], by_name),
         attention=_attention(captured, grouping), parameters=sum(sizes.values()),
         bytes={"float": width * sum(sizes.values()), **parts}, embeddings=tuple(embeddings),
         convolutions=tuple(convolutions), warnings=tuple(captured.notes),

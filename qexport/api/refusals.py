@@ -11,7 +11,7 @@ from ..graph.convolution_sites import convolutions
 from ..graph.edit import get_tensor
 from ..graph.sites import linears
 from ..lower.attention_plan import plan_attention
-from ..lower.build import Target, check_translations
+from ..lower.build import check_translations
 from ..lower.gqa import GroupedAttention, count_attentions
 from ..plan.convolution_plan import ConvolutionPlan
 from ..plan.embedding_plan import EmbeddingPlan
@@ -19,7 +19,7 @@ from ..plan.linear_plan import LinearPlan
 from ..plan.model_plan import convolutions_for, plan_for
 from ..quant.narrowing import narrowed
 from ..recipe.recipe import Recipe
-from ..targets.bfloat16 import check_bfloat16
+from ..targets.base import Target
 
 
 @dataclass(frozen=True)
@@ -44,15 +44,14 @@ def decide(captured: CapturedModel, recipe: Recipe, target: Target, attention: s
     Raises:
         RecipeError: the recipe asks for what this model or target does not have.
         LoweringError: an operator has no ONNX form, or the recipe's cache has none with this attention.
-        InputError: the target's dtype has no kernel for a linear.
+        InputError: the target has no kernel for a linear.
     """
     _check_prefill(captured, recipe)
     check_translations(block.module.graph for block in captured.blocks)
     _check_cache(captured, recipe, attention)
     plan, embeddings = plan_for(captured, recipe, target.dtype.itemsize)
-    if target.dtype == torch.bfloat16:
-        check_bfloat16(plan, recipe.lorc is not None and recipe.lorc.factors == "int8")
-    return Decisions(plan, embeddings, convolutions_for(captured, recipe, target.name == "cpu"))
+    target.check(plan, recipe)
+    return Decisions(plan, embeddings, convolutions_for(captured, recipe, target.integer_convolutions))
 
 
 def check_range(captured: CapturedModel, decisions: Decisions, dtype: torch.dtype) -> None:
@@ -61,8 +60,8 @@ def check_range(captured: CapturedModel, decisions: Decisions, dtype: torch.dtyp
     Raises:
         NumericsError: names the first one.
     """
-    if dtype != torch.float16:
-        return  # bfloat16 has the range of float32
+    if torch.finfo(dtype).max >= torch.finfo(torch.bfloat16).max:
+        return  # the range of float32
     for name in _staying_float(captured, decisions):
         narrowed(captured.load(name), dtype, name)
 

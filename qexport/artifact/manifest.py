@@ -21,6 +21,8 @@ ENCODER, DECODER = "encoder", "decoder"  # which are in these folders
 SOURCE_MASK = "encoder_attention_mask"  # input of the decoder: the attention mask of the source
 CPU = "CPUExecutionProvider"
 CUDA = "CUDAExecutionProvider"
+# By the name that onnxruntime-genai has for it, the provider that a folder of its builder runs on; the CPU for others.
+_OF_GENAI = {"cuda": CUDA}
 QMOE = "QMoE"  # the kernel that computes many linears, the experts of a mixture, in one node
 
 
@@ -55,8 +57,8 @@ class LinearEntry(_Frozen):
         shape: [out_features N, in_features K].
         bytes: size of its codes, scales, zero points and correction branch; a share by columns of what several have.
         reason: why it got this scheme.
-        fast: on CUDA, whether its product has the shape for the fastest of the kernels of MatMulNBits; None elsewhere,
-            and for other operators. slow: why it has not.
+        fast: where the target has several kernels for it, as CUDA has for MatMulNBits, whether its product has the
+            shape for the fastest; None elsewhere. slow: why it has not.
     """
 
     name: str
@@ -116,6 +118,7 @@ class Manifest(_Frozen):
         provider: execution provider the file was made for.
         session: session config entries the numbers depend on; every session on the file sets them.
         numerics: what changes numerics, in words for people.
+        genai_provider_options: provider options of onnxruntime-genai; None: it does not run this target.
         settings: sizes that a decoder's inputs need: num_hidden_layers, num_key_value_heads, head_dim, vocab_size.
             inputs, of encoders and modules: the dimensions of every input, dynamic ones by name.
             past_present_share_buffer (false when absent): past and present may be one buffer of fixed length.
@@ -129,12 +132,13 @@ class Manifest(_Frozen):
 
     format: Literal[1] = FORMAT
     qexport: str = ""
-    target: Literal["cpu", "cuda"]
+    target: str = Field(min_length=1)
     kind: Literal["decoder", "encoder", "module"]
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     provider: str = CPU
     session: dict[str, str] = Field(default_factory=dict)
     numerics: dict[str, Any] = Field(default_factory=dict)
+    genai_provider_options: tuple[dict[str, dict[str, str]], ...] | None = ()
     linears: tuple[LinearEntry, ...] = ()
     convolutions: tuple[ConvolutionEntry, ...] = ()
     blocks: tuple[BlockEntry, ...] = ()
@@ -234,11 +238,12 @@ def load_genai(folder: str | Path) -> Manifest:
         options = decoder["session_options"]
         # Only config entries travel: the named options (log_id, custom_ops_library, ...) are not for a stranger's file.
         entries = {k: v for k, v in options.items() if isinstance(v, str) and "." in k}
-        cuda = any(name.lower().startswith("cuda") for group in options.get("provider_options", []) for name in group)
+        named = [name.lower() for group in options.get("provider_options", []) for name in group]
+        target, provider = next((pair for pair in _OF_GENAI.items() if pair[0] in named), ("cpu", CPU))
         return Manifest(
-            target="cuda" if cuda else "cpu",
+            target=target,
             kind="decoder",
-            provider=CUDA if cuda else CPU,
+            provider=provider,
             session=entries,
             settings={
                 "filename": Path(decoder["filename"]).name,

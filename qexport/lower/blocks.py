@@ -5,12 +5,14 @@ from importlib.metadata import version
 
 from ..calibrate.loop import QuantizedBlock
 from ..capture.graph import CapturedModel
-from .build import BlockGraphs, Lowered, Target, build_model
+from .build import Lowered, build_model
 from .fuse_moe import gather_experts
 from .fuse_parallel_linears import merge
+from .prefill_decode import BlockGraphs
+from .target import LoweringTarget
 
 
-def lower(captured: CapturedModel, finished: Sequence[QuantizedBlock], target: Target) -> Lowered:
+def lower(captured: CapturedModel, finished: Sequence[QuantizedBlock], target: LoweringTarget) -> Lowered:
     """Gather experts, merge products and rewrite finished blocks for a target, in place, and translate them."""
     pieces = []
     for item in finished:

@@ -2,11 +2,9 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import onnx_ir as ir
-import torch
-from torch.fx import Graph, GraphModule, Node
+from torch.fx import Graph
 
 from ..capture.blocks import handed_on
 from ..capture.graph import Port
@@ -15,28 +13,12 @@ from . import ops as _ops  # noqa: F401  registers the translations
 from .emitter import ONNX_DTYPE, VIEW_OF, Emitter, name_of
 from .fuse_norms import fuse_normalizations
 from .kernel_map import KernelMap, LinearLocation, plain
-from .moe_form import MoeForm
 from .prefill_decode import BlockGraphs, add_branches, branched, branches_of
 from .qdq_patterns import input_of, linear_products
 from .registry import is_translated, translate, untranslated
+from .target import LoweringTarget
 
 OPSET = 23  # Attention, RMSNormalization and RotaryEmbedding appeared here
-
-
-class Target(Protocol):
-    """What a target module offers; see targets/cpu.py and targets/cuda.py."""
-
-    name: str
-    provider: str
-    dtype: torch.dtype
-
-    def session(self, products: Sequence[Node] = ()) -> dict[str, str]: ...
-    def slow(self, products: Sequence[Node]) -> dict[str, str]: ...
-    def numerics(self) -> dict[str, str]: ...
-    def why_dense(self, form: MoeForm) -> str: ...
-    def prompt_twin(self, module: GraphModule) -> GraphModule | None: ...
-    def rewrite(self, module: GraphModule, constants: set[str]) -> None: ...
-    def kernel(self, product: Node) -> str: ...
 
 
 @dataclass
@@ -73,7 +55,7 @@ def check_translations(graphs: Iterable[Graph]) -> None:
 
 
 def build_model(
-    pieces: Sequence[BlockGraphs], inputs: Sequence[Port], outputs: Sequence[Port], target: Target, version: str
+    pieces: Sequence[BlockGraphs], inputs: Sequence[Port], outputs: Sequence[Port], target: LoweringTarget, version: str
 ) -> Lowered:
     """Translate blocks into one ONNX graph at opset 23; tensors are read when it is saved.
 
@@ -172,12 +154,12 @@ def _name_inputs(emit: Emitter, graph: Graph, named: set[ir.Value]) -> None:
             named.add(value)
 
 
-def _interface(port: Port, target: Target) -> ir.Value:
+def _interface(port: Port, target: LoweringTarget) -> ir.Value:
     dtype = target.dtype if port.dtype.is_floating_point else port.dtype
     return ir.Value(name=port.name, shape=ir.Shape(port.dims), type=ir.TensorType(ONNX_DTYPE[dtype]))
 
 
-def _named(value: ir.Value, port: Port, target: Target) -> ir.Value:
+def _named(value: ir.Value, port: Port, target: LoweringTarget) -> ir.Value:
     interface = _interface(port, target)
     value.name, value.shape, value.type = interface.name, interface.shape, interface.type
     return value

@@ -17,7 +17,6 @@ from ..quant.formats import Scheme
 from ..recipe.recipe import Recipe
 from ..recipe.sections import FLOAT, Override, only
 from .allocate import Allocation, SchemeChoice, within_bytes, within_kl
-from .candidates import SCHEMES
 from .costs import scheme_costs
 
 # Of the KL of rounding to nearest, what methods that look at activations leave; until an export is measured.
@@ -31,7 +30,7 @@ class SchemeAllocator:
     """Chooses schemes for what a recipe quantizes.
 
     Args:
-        target, width: what is exported for, and bytes of a number that stays float.
+        candidates: the schemes to choose from, of the target; width: bytes of a number that stays float.
         feeds: what costs are measured on.
 
     Attributes:
@@ -42,13 +41,13 @@ class SchemeAllocator:
     """
 
     def __init__(
-        self, captured: CapturedModel, recipe: Recipe, target: str, width: int, attention: str, feeds: Sequence[Feeds],
-        progress: Progress,
+        self, captured: CapturedModel, recipe: Recipe, candidates: Sequence[str], width: int, attention: str,
+        feeds: Sequence[Feeds], progress: Progress,
     ):  # fmt: skip
         self._recipe, self._plan, self._embeddings = recipe, *plan_for(captured, recipe, width)
         self._check()
         self.left = _LEFT.get(recipe.weights.method, _LEFT_BY_TRAINED)
-        schemes = [Scheme.parse(name) for name in SCHEMES[target]]
+        schemes = [Scheme.parse(name) for name in candidates]
         self._costs = scheme_costs(captured, self._plan, self._embeddings, schemes, feeds, width, progress)
         self._shares = [1.0] * len(self._costs.items)
         self._guessed = _GRAPH_BYTES * len(self._plan)  # of the rest, until an export is measured

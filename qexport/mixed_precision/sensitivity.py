@@ -9,10 +9,10 @@ from ..errors import InputError, RecipeError
 from ..plan.model_plan import plan_for
 from ..quant.formats import Scheme
 from ..recipe.recipe import Recipe
+from ..targets.base import target_named
 from ..validation.reference import Feeds, Progress
 from ..validation.report import Sensitivity, SuggestedOverride, ValueComparison
 from ..validation.restoring import kl_costs
-from .candidates import SCHEMES
 from .costs import Costs, PricedItem, scheme_costs
 
 _MOST_RESTORED = 12  # linears that are restored to float, each a run of the deployed model
@@ -35,7 +35,7 @@ def costs_of(
         plan, embeddings = plan_for(captured, recipe, width)
     except RecipeError as error:
         raise InputError(f"sensitivity needs the recipe of the export: {error}", place=str(folder)) from error
-    schemes = [Scheme.parse(name) for name in SCHEMES[manifest.target]]
+    schemes = [Scheme.parse(name) for name in target_named(manifest.target).candidates]
     return scheme_costs(captured, plan, embeddings, schemes, feeds, width, progress)
 
 

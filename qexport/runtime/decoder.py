@@ -10,8 +10,9 @@ import numpy as np
 import onnxruntime as ort
 
 from ..artifact import manifest as manifests
-from ..artifact.manifest import CUDA, Manifest
+from ..artifact.manifest import Manifest
 from ..errors import InputError, RuntimeProblem
+from .provider import device_of
 from .sampling import Sampling, choose
 from .session import open_session
 from .values import ELEMENT_TYPES, array_of
@@ -79,7 +80,7 @@ class Decoder:
         if any(size is None for dims in self._sizes.values() for size in dims.values()):
             raise InputError("the cache has symbolic shapes, and the settings give no num_key_value_heads and head_dim")
         self._cache_type = ELEMENT_TYPES[inputs[self._pasts[0]].type]
-        self._device = "cuda" if session.get_providers()[0] == CUDA else "cpu"
+        self._device = device_of(session)
         self._max_length = max_length
         self._binding: ort.IOBinding | None = None  # of a shared cache, kept from run to run
         self._cache: list[ort.OrtValue] = []

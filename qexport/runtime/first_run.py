@@ -4,7 +4,6 @@ Some faults pass ONNX's checker and the load of a session, and fail with the fir
 block-wise DequantizeLinear is one. Whoever gets the file must not be the one who finds them.
 """
 
-import ctypes
 import json
 import subprocess
 import sys
@@ -14,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import onnxruntime as ort
 
-from ..artifact.manifest import CPU, CUDA, MODEL_FILE, Manifest
+from ..artifact.manifest import CPU, MODEL_FILE, Manifest
 from ..errors import RuntimeProblem
 from .decoder import Decoder
 from .session import session_options, start
@@ -35,13 +34,11 @@ def run_once(folder: Path, manifest: Manifest, sizes: Mapping[str, Sequence[int]
         sizes: of the inputs by name, where they are not a decoder's.
 
     Returns:
-        what was done, or why nothing was: a file for CUDA cannot run where there is none.
+        what was done.
 
     Raises:
         RuntimeProblem: ONNX Runtime refuses the file, or fails to run it.
     """
-    if manifest.provider == CUDA and not _has_driver():
-        return "not run: no NVIDIA driver on this machine"
     try:
         return _run_somehow(folder, manifest, sizes)
     except RuntimeProblem as error:
@@ -94,15 +91,6 @@ def _run_apart(folder: Path, manifest: Manifest, sizes: Mapping[str, Sequence[in
     if done.returncode:
         said = done.stderr.strip().splitlines() or [f"the process that ran it ended with status {done.returncode}"]
         raise RuntimeProblem(said[-1])
-
-
-def _has_driver() -> bool:
-    """Asked before ONNX Runtime is, which writes a line of its own where there is none."""
-    try:
-        ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
-    except OSError:
-        return False
-    return True
 
 
 def main() -> None:

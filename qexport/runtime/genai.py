@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from ..artifact.files import read_json
-from ..artifact.manifest import CPU, CUDA, GENAI_FILE, MODEL_FILE, Manifest
+from ..artifact.manifest import GENAI_FILE, MODEL_FILE, Manifest
 from ..errors import InputError
 
 # Types that onnxruntime-genai runs as a plain decoder: tokens, mask and positions in, logits and separate keys and
@@ -138,11 +138,9 @@ def context_length(folder: str | Path) -> int | None:
 
 
 def _provider_options(manifest: Manifest) -> list[dict[str, dict[str, str]]]:
-    if manifest.provider == CPU:
-        return []
-    if manifest.provider == CUDA:
-        return [{"cuda": {}}]
-    raise InputError(f"onnxruntime-genai is not configured for {manifest.provider}")
+    if manifest.genai_provider_options is None:
+        raise InputError(f"onnxruntime-genai is not configured for the target {manifest.target}")
+    return list(manifest.genai_provider_options)
 
 
 def _text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -28,6 +28,12 @@ def chosen_provider(name: str | None, manifest: Manifest) -> str:
     return manifest.provider if name is None else provider_named(name)
 
 
+def device_of(session: ort.InferenceSession) -> str:
+    """Where a session reads and writes: "cpu", or the memory of its device in the word that ONNX Runtime binds by."""
+    places = [*session.get_input_memory_infos(), *session.get_output_memory_infos()]
+    return next((name for place in places if (name := place.name.lower()) != "cpu"), "cpu")
+
+
 def why_missing(provider: str) -> str:
     """Why a provider does not run here: it is not in this package, or which of its libraries does not load."""
     if provider not in ort.get_available_providers():

@@ -9,10 +9,11 @@ import onnxruntime as ort
 
 from ..artifact import manifest as manifests
 from ..artifact.files import read_json
-from ..artifact.manifest import CUDA, DECODER, ENCODER, MANIFEST_FILE, SEQ2SEQ, SOURCE_MASK, stated
+from ..artifact.manifest import DECODER, ENCODER, MANIFEST_FILE, SEQ2SEQ, SOURCE_MASK, stated
 from ..artifact.output import restore
 from ..errors import InputError, RuntimeProblem
 from .decoder import Decoder, Generation
+from .provider import device_of
 from .sampling import Sampling
 from .session import open_session
 from .values import value_of
@@ -74,7 +75,7 @@ class EncoderDecoder:
 
     def __init__(self, encoder: ort.InferenceSession, decoder: ort.InferenceSession, habits: GenerationDefaults):
         self._encoder, self.habits = encoder, habits
-        self._device = "cuda" if encoder.get_providers()[0] == CUDA else "cpu"
+        self._device = device_of(encoder)
         self.inputs = {value.name: value.type for value in encoder.get_inputs()}
         self.decoder = Decoder(decoder)
 

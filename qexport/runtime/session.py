@@ -12,7 +12,7 @@ import onnxruntime as ort
 from ..artifact import checksums
 from ..artifact import manifest as manifests
 from ..artifact.branches import PROMPTS, all_nodes
-from ..artifact.manifest import CPU, CUDA, MODEL_FILE, ConvolutionEntry, LinearEntry, Manifest
+from ..artifact.manifest import CPU, MODEL_FILE, ConvolutionEntry, LinearEntry, Manifest
 from ..artifact.output import restore
 from ..artifact.owner import Busy
 from ..artifact.scratch import scratch_folder
@@ -143,7 +143,7 @@ def open_session(
             raise
         raise RuntimeProblem(
             "computes in bfloat16, and ONNX Runtime has few bfloat16 kernels for the CPU", place=str(folder),
-            remedy="Run it on CUDA, or export it with dtype float16",
+            remedy=f"Run it on {manifest.provider}, or export it with dtype float16",
         ) from error  # fmt: skip
 
 
@@ -266,6 +266,6 @@ def unfused_convolutions(
 
 def _missing(provider: str, path: Path) -> RuntimeProblem:
     remedy = "See `qexport doctor`"
-    if provider == CUDA:
+    if provider != CPU:
         remedy += ", or run the file on the CPU with provider cpu"
     return RuntimeProblem(f"{provider} is not available: {why_missing(provider)}", place=str(path), remedy=remedy)

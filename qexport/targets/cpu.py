@@ -2,11 +2,12 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import ClassVar, Self
 
 import torch
 from torch.fx import GraphModule, Node
 
+from ..artifact.manifest import CPU
 from ..graph.edit import add_tensor, call, finish, is_call
 from ..graph.schema import rebind
 from ..graph.views import DequantizeLinear, Matmul, QuantizeLinear
@@ -14,26 +15,40 @@ from ..lower import moe_form
 from ..lower.prefill_twin import LONGEST_STEP, prompt_twin
 from ..lower.qdq_patterns import DEFAULT_BLOCK, Rounding, as_own_kernel, form_of, linear_products, own_kernel
 from ..quant.packing import stored_block
-from . import qmoe
+from .base import Target, register
+from .kernels import qmoe
 
 ops = torch.ops.qexport
 aten = torch.ops.aten
 
 
+@register
 @dataclass(frozen=True)
-class CpuTarget:
+class CpuTarget(Target):
     """How a quantized graph is written for the CPU.
 
     Attributes:
         accuracy_level: 4 lets MatMulNBits round its float input to 8 bits in blocks (fast); 1 keeps it float32.
-        int8_prompts: prompts go through int8 products (see lower/prefill_twin.py).
+        prefill: "int8": prompts go through int8 products (see lower/prefill_twin.py).
     """
 
-    accuracy_level: int = 4
-    int8_prompts: bool = False
     name: ClassVar[str] = "cpu"
-    provider: ClassVar[str] = "CPUExecutionProvider"
-    dtype: ClassVar[torch.dtype] = torch.float32
+    provider: ClassVar[str] = CPU
+    dtypes: ClassVar[tuple[torch.dtype, ...]] = (torch.float32,)
+    candidates: ClassVar[tuple[str, ...]] = (
+        "w4a16_g128", "w4a16_g64", "w4a16_g32", "w4a16_g16", "w4a16_g128_asym", "w4a16_g64_asym", "w4a16_g32_asym",
+        "w8a16_g128", "w8a16_g32",
+    )  # fmt: skip
+    integer_convolutions: ClassVar[bool] = True
+    genai_provider_options: ClassVar[tuple[dict[str, dict[str, str]], ...] | None] = ()
+    dtype: torch.dtype = dtypes[0]
+    accuracy_level: int = 4
+    prefill: str | None = None
+
+    @classmethod
+    def exact(cls, dtype: torch.dtype) -> Self:
+        """Accuracy level 1, which keeps float inputs as they are."""
+        return cls(dtype=dtype, accuracy_level=1)
 
     def session(self, products: Sequence[Node] = ()) -> dict[str, str]:
         """Session entries without which the file computes something else."""
@@ -54,7 +69,7 @@ class CpuTarget:
         else:
             inputs = "float inputs of MatMulNBits and QMoE stay float32 (accuracy level 1)"
         said = {"weight_only": inputs, "integer": "8-bit inputs are unsigned with zero point 128", "dtype": "float32"}
-        if self.int8_prompts:
+        if self.prefill == "int8":
             said["prefill"] = (
                 f"calls with more than {LONGEST_STEP} new tokens round the inputs of weights in groups to 8 bits per "
                 "token, and these weights to int8 per output channel"
@@ -63,15 +78,11 @@ class CpuTarget:
 
     def prompt_twin(self, module: GraphModule) -> GraphModule | None:
         """What a canonical block is for prompts; None where that is nothing else."""
-        return prompt_twin(module) if self.int8_prompts else None
+        return prompt_twin(module) if self.prefill == "int8" else None
 
     def why_dense(self, form: moe_form.MoeForm) -> str:
         """Why a mixture of experts computes every one for every token; empty where it does not."""
         return qmoe.why_dense_on_cpu(form, self.accuracy_level)
-
-    def slow(self, products: Sequence[Node]) -> dict[str, str]:
-        """Nothing: every MatMulNBits is of one speed here."""
-        return {}
 
     def rewrite(self, module: GraphModule, constants: set[str]) -> None:
         """Turn canonical QDQ into the forms that this provider fuses, in place."""

@@ -1,12 +1,15 @@
 """The CUDA provider of ONNX Runtime: float16 (or bfloat16), int8 activations through MatMulInteger, MatMulNBits."""
 
-from collections.abc import Sequence
+import ctypes
+import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch.fx import Graph, GraphModule, Node
 
+from ..artifact.manifest import CUDA
 from ..graph.edit import call, finish, is_call, shape_of
 from ..graph.schema import bind, rebind
 from ..graph.views import DequantizeLinear, ExpertShares, Matmul, QuantizeLinear
@@ -14,23 +17,44 @@ from ..lower import moe_form
 from ..lower.precision import KEEP, to_half
 from ..lower.qdq_patterns import DEFAULT_BLOCK, Rounding, as_own_kernel, form_of, linear_products, own_kernel
 from ..lower.routing_weights import sum_of
-from . import fpa_intb, qmoe
+from ..plan.linear_plan import LinearPlan
+from ..quant.formats import Scheme
+from ..recipe.recipe import Recipe
+from .base import Target, register
+from .kernels import fpa_intb, qmoe
+from .kernels.bfloat16 import lacks_bfloat16
+from .kernels.predict_kernels import slow_linears
 
 ops = torch.ops.qexport
 aten = torch.ops.aten
 
 
+@register
 @dataclass(frozen=True)
-class CudaTarget:
+class CudaTarget(Target):
     """How a quantized graph is written for CUDA.
 
     Attributes:
-        dtype: float16, or bfloat16 for the schemes that `bfloat16.check_bfloat16` lets pass.
+        dtype: float16, or bfloat16 for the schemes that `check_bfloat16` lets pass.
     """
 
-    dtype: torch.dtype = torch.float16
     name: ClassVar[str] = "cuda"
-    provider: ClassVar[str] = "CUDAExecutionProvider"
+    provider: ClassVar[str] = CUDA
+    dtypes: ClassVar[tuple[torch.dtype, ...]] = (torch.float16, torch.bfloat16)
+    # Zero points and groups of 16 keep a linear from the fast kernels.
+    candidates: ClassVar[tuple[str, ...]] = ("w4a16_g128", "w4a16_g64", "w4a16_g32", "w8a16_g128", "w8a16_g32")
+    genai_provider_options: ClassVar[tuple[dict[str, dict[str, str]], ...] | None] = ({"cuda": {}},)
+    dtype: torch.dtype = dtypes[0]
+
+    def lacks(self, scheme: Scheme, recipe: Recipe) -> tuple[str, str]:
+        """Nothing in float16; see `kernels.bfloat16`."""
+        if self.dtype != torch.bfloat16:
+            return "", ""
+        return lacks_bfloat16(scheme, recipe.lorc is not None and recipe.lorc.factors == "int8")
+
+    def why_not_run(self) -> str:
+        """Asked before ONNX Runtime is, which writes a line of its own where there is no driver."""
+        return "" if _has_driver() else "no NVIDIA driver on this machine"
 
     def session(self, products: Sequence[Node] = ()) -> dict[str, str]:
         """Session entries without which the file runs otherwise than planned, or not at all.
@@ -58,19 +82,16 @@ class CudaTarget:
         }
 
     def slow(self, products: Sequence[Node]) -> dict[str, str]:
-        """For every MatMulNBits of a file, by name, why it is not ONNX Runtime's fastest; empty where it is.
-
-        Args:
-            products: of the whole file, rewritten.
-        """
+        """For every MatMulNBits of a file, by name, why it is not ONNX Runtime's fastest; empty where it is."""
         return fpa_intb.why_slow(_nbits(products))
+
+    def predict_slow(self, graphs: Sequence[Graph], plan: Mapping[str, LinearPlan]) -> dict[str, str]:
+        """The same, told from shapes."""
+        return slow_linears(graphs, plan)
 
     def why_dense(self, form: moe_form.MoeForm) -> str:
         """Why a mixture of experts computes every one for every token; empty where it does not."""
         return qmoe.why_dense_on_cuda(form)
-
-    def prompt_twin(self, module: GraphModule) -> None:
-        """MatMulNBits has a way of its own with prompts here: there is one form for all."""
 
     def rewrite(self, module: GraphModule, constants: set[str]) -> None:
         """Turn canonical QDQ into nodes that have CUDA kernels, and the graph into `dtype`, in place."""
@@ -112,6 +133,14 @@ def _by_scores(graph: Graph, mixture: Node) -> None:
     with graph.inserting_after(mixture):
         scaled = call(graph, aten.mul.Tensor, (mixture, total), like=mixture)
     mixture.replace_all_uses_with(scaled, delete_user_cb=lambda user: user is not scaled)
+
+
+def _has_driver() -> bool:
+    try:
+        ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+    except OSError:
+        return False
+    return True
 
 
 def _nbits(products: Sequence[Node]) -> dict[str, fpa_intb.Product]:

@@ -23,8 +23,7 @@ from ..lower.attention_plan import deploy_attention, plan_attention
 from ..lower.blocks import lower
 from ..lower.precision import to_half
 from ..lower.saving import write_model
-from ..targets.cpu import CpuTarget
-from ..targets.cuda import CudaTarget
+from ..targets.base import target_named
 from .logits import compare_logits, deployed_logits
 from .reference import FloatOutputs, Progress, decoder_feeds
 from .report import HALF, Reference
@@ -187,7 +186,7 @@ def export_float(captured: CapturedModel, like: Manifest, folder: Path, progress
     twin = dataclasses.replace(
         captured, blocks=_copied(captured), inputs=list(captured.inputs), outputs=list(captured.outputs)
     )
-    target = CpuTarget(1) if like.target == CpuTarget.name else CudaTarget(getattr(torch, like.dtype))
+    target = target_named(like.target).exact(getattr(torch, like.dtype))
     finished = quantize_blocks(twin, [], None, None, folder / "blocks", "float")
     attention = like.settings.get("attention", "standard")
     settings = twin.settings | deploy_attention(twin, plan_attention(twin, attention, finished[0].read))

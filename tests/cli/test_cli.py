@@ -405,7 +405,7 @@ def test_calibration_text(run, model, tmp_path):
 
 
 def test_unknown_target(run, model, tmp_path):
-    refused(run("export", model, "-o", tmp_path / "out", "--target", "tpu"), "tpu", "cpu and cuda")
+    refused(run("export", model, "-o", tmp_path / "out", "--target", "tpu"), "tpu", "cpu, cuda")
 
 
 def test_dtype(run, model, tmp_path):

@@ -26,7 +26,7 @@ from qexport.quant.formats import Scheme
 from qexport.recipe.recipe import CalibrationSpec, LoRCSpec, Override, Recipe
 from qexport.runtime import session
 from qexport.runtime.decoder import open_decoder
-from qexport.targets.bfloat16 import check_bfloat16
+from qexport.targets.cuda import CudaTarget
 
 MASK = padded([9, 4, 6], "left")
 SCHEMES = {
@@ -244,14 +244,16 @@ def test_onnxruntime_genai_writes_the_same_tokens(export):
 )  # fmt: skip
 def test_schemes_without_a_kernel_are_told_apart(scheme, why):
     plan = [LinearPlan("a", "", (64, 64), None), LinearPlan("b", "", (64, 64), Scheme.parse(scheme))]
+    brain, plain, int8_factors = CudaTarget(torch.bfloat16), recipe_of(), recipe_of(lorc=LoRCSpec(factors="int8"))
     if not why:
-        check_bfloat16(plan, int8_factors=False)
+        brain.check(plan, plain)
         with pytest.raises(InputError, match="b: .*int8 factors.*factors: float"):
-            check_bfloat16(plan, int8_factors=True)
+            brain.check(plan, int8_factors)
         return
     with pytest.raises(InputError, match=f"b: {scheme} has no bfloat16 kernel.*{why}.*dtype float16"):
-        check_bfloat16(plan, int8_factors=False)
-    check_bfloat16(plan[:1], int8_factors=True)
+        brain.check(plan, plain)
+    brain.check(plan[:1], int8_factors)
+    CudaTarget(torch.float16).check(plan, int8_factors)
 
 
 @pytest.mark.parametrize("changes", [{"lm_head": "w8a8_dyn"}, {"lorc": LoRCSpec(rank=4, factors="int8")}], ids=str)

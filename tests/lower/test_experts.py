@@ -24,7 +24,7 @@ from qexport.lower.routing_weights import never_negative, sum_of
 from qexport.plan.model_plan import plan_for
 from qexport.recipe.recipe import CalibrationSpec, CrossQuantSpec, LoRCSpec, Override, Recipe, SmoothSpec
 from qexport.runtime.session import optimized_graph, unfused
-from qexport.targets.predict_kernels import slow_linears
+from qexport.targets.kernels.predict_kernels import slow_linears
 
 aten = torch.ops.aten
 

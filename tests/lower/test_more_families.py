@@ -10,10 +10,10 @@ from helpers.agreement import assert_agree
 from helpers.cuda_placement.models import CPU, PROMPT
 from helpers.random_decoders import BREADTH, breadth
 from helpers.runners import captured_runner, load_weights, padded
-from qexport.api.exporting import target_for
 from qexport.errors import RecipeError
 from qexport.plan.model_plan import plan_for
 from qexport.recipe.recipe import CalibrationSpec, Recipe
+from qexport.targets.base import target_for
 
 SCHEMES = ("w4a16_g32", "w8a8_dyn", "w8a8_static")
 MASK = padded([9, 4, 6], "left")

@@ -13,6 +13,7 @@ from qexport.errors import RuntimeProblem
 from qexport.recipe.recipe import Recipe
 from qexport.runtime import first_run as first
 from qexport.runtime.session import open_session
+from qexport.targets import cuda
 
 
 def with_more_scales(monkeypatch, operator: str, place: int) -> list[str]:
@@ -69,7 +70,7 @@ def test_the_report_says_what_was_run(model_folder, tmp_path, monkeypatch):
 
 
 def test_a_file_for_cuda_is_not_run_where_there_is_no_gpu(model_folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(first, "_has_driver", lambda: False)
+    monkeypatch.setattr(cuda, "_has_driver", lambda: False)
     folder = export(model_folder("llama"), "w4a16_g32_rtn", out_dir=tmp_path / "out", target="cuda").folder
     assert ran(folder) == "not run: no NVIDIA driver on this machine"
 

@@ -5,7 +5,6 @@ import pytest
 
 from helpers.onnx_decoder import ACCURACY, EOS, write_tiny_decoder
 from helpers.tokenizer_files import write_word_tokenizer
-from qexport.artifact.manifest import CUDA
 from qexport.errors import InputError
 from qexport.runtime.decoder import open_decoder
 from qexport.runtime.genai import genai_config, model_type
@@ -75,7 +74,7 @@ def test_padding_on_the_left_counts_as_tokens_in_genai(export):
 def test_session_entries_lie_flat_beside_the_named_options_and_cuda_names_its_provider(export):
     _, manifest, config = export
     session = {ACCURACY: "0", "ep.cuda.fpa_intb_gemm": "1"}
-    made_for_cuda = manifest.model_copy(update={"target": "cuda", "provider": CUDA, "session": session})
+    made_for_cuda = manifest.model_copy(update={"session": session, "genai_provider_options": ({"cuda": {}},)})
     options = genai_config(made_for_cuda, config)["model"]["decoder"]["session_options"]
     assert {key: options[key] for key in session} == session
     assert options["provider_options"] == [{"cuda": {}}]
@@ -95,8 +94,8 @@ def test_missing_facts_are_input_errors(export):
         genai_config(manifest, {key: value for key, value in config.items() if key != "hidden_size"})
     with pytest.raises(InputError, match="this export is a module"):
         genai_config(manifest.model_copy(update={"kind": "module"}), config)
-    with pytest.raises(InputError, match="AbacusExecutionProvider"):
-        genai_config(manifest.model_copy(update={"provider": "AbacusExecutionProvider"}), config)
+    with pytest.raises(InputError, match="not configured for the target abacus"):
+        genai_config(manifest.model_copy(update={"target": "abacus", "genai_provider_options": None}), config)
 
 
 def run_genai(folder, config, prompts):

@@ -26,7 +26,7 @@ def edit(folder, **changes):
         (lambda folder: (folder / "manifest.json").write_text("{"), "unreadable"),
         (lambda folder: (folder / "manifest.json").write_text("[]"), "not a JSON object"),
         (lambda folder: edit(folder, format=2, qexport="9.0", surprise=1), "format 2 by qexport 9.0.*Upgrade"),
-        (lambda folder: edit(folder, target="abacus"), "damaged manifest: target"),
+        (lambda folder: edit(folder, target=""), "damaged manifest: target"),
         (lambda folder: edit(folder, session={"session.x": 4}), "damaged manifest: session.session.x"),
         (lambda folder: edit(folder, surprise=1), "damaged manifest: surprise"),
     ],

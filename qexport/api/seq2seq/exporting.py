@@ -21,8 +21,9 @@ from ...models.source import ModelFolder, open_model, source_path
 from ...plan.model_plan import plan_for
 from ...recipe.recipe import Recipe
 from ...recipe.sections import FLOAT
+from ...targets.base import target_for
 from ...validation.reader import check_reader
-from ..exporting import ExportResult, export, opened, target_for
+from ..exporting import ExportResult, export, opened
 from ..folder import copy_companions
 from ..inspecting import Inspection, inspect
 from .sources import load_sources, of_part, write_about

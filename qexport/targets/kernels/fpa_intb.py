@@ -11,10 +11,10 @@ from dataclasses import dataclass
 
 from torch.fx import Node
 
-from ..graph.views import DequantizeLinear, Matmul, MatMulNBits, sizes_of
-from ..lower.qdq_patterns import DEFAULT_BLOCK
-from ..quant.formats import WeightFormat
-from ..quant.packing import stored_block
+from ...graph.views import DequantizeLinear, Matmul, MatMulNBits, sizes_of
+from ...lower.qdq_patterns import DEFAULT_BLOCK
+from ...quant.formats import WeightFormat
+from ...quant.packing import stored_block
 
 ENTRY = "ep.cuda.fpa_intb_gemm"
 

@@ -4,12 +4,12 @@ from collections.abc import Mapping, Sequence
 
 from torch.fx import Graph
 
-from ..graph.sites import by_input, linears
-from ..lower.fuse_parallel_linears import joint_name
-from ..lower.moe_form import ExpertWeights, Gate, MoeForm
-from ..passes.moe_coverage import of_experts
-from ..plan.linear_plan import LinearPlan
-from ..quant.formats import PER_TENSOR, Scheme
+from ...graph.sites import by_input, linears
+from ...lower.fuse_parallel_linears import joint_name
+from ...lower.moe_form import ExpertWeights, Gate, MoeForm
+from ...passes.moe_coverage import of_experts
+from ...plan.linear_plan import LinearPlan
+from ...quant.formats import PER_TENSOR, Scheme
 from . import fpa_intb
 from .qmoe import why_dense_on_cuda
 

@@ -1,8 +1,6 @@
 """What ONNX Runtime's kernel for quantized mixtures of experts, QMoE, takes on each provider."""
 
-
-
-from ..lower.moe_form import MoeForm
+from ...lower.moe_form import MoeForm
 
 _INTERLEAVE = 64  # input features of a tile of CUDA's weights; a part of a tile is read beyond its end
 _CUDA_BLOCKS = (32, 64, 128)

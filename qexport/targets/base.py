@@ -1,0 +1,223 @@
+"""What a target is, and all there are by name.
+
+A target is one class in one module: it derives from `Target`, declares what it is in class attributes, and registers:
+
+    @register
+    @dataclass(frozen=True)
+    class CpuTarget(Target):
+        name: ClassVar[str] = "cpu"
+        ...
+
+Every module of this folder but this one holds a target of the same name, and is imported when a target is first looked
+up. A target outside of the package registers when its module is imported; then `export(..., target=NAME)` finds it.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from functools import cache
+from importlib import import_module
+from typing import ClassVar, Self, TypeVar
+
+import torch
+from torch.fx import Graph, GraphModule, Node
+
+from ..errors import InputError, RecipeError
+from ..lower.moe_form import MoeForm
+from ..plan.linear_plan import LinearPlan
+from ..quant.formats import Scheme
+from ..recipe.recipe import Recipe
+from . import BUILT_IN
+
+# Keys of a recipe that a target either can follow or must refuse. Others that a target does not know change nothing
+# about its files.
+_REFUSED = ("prefill",)
+
+
+@dataclass(frozen=True)
+class Target(ABC):
+    """How a quantized graph is written for an execution provider of ONNX Runtime.
+
+    Fields of a subclass other than `dtype` go by keys of a recipe, which set them.
+
+    Attributes:
+        name: what `export(target=...)`, the command line and manifests call it.
+        provider: ONNX Runtime's name of the execution provider that runs its files.
+        dtypes: what can stay float: activations, cache, weights that are not quantized. The first is taken unasked.
+        candidates: schemes that mixed precision chooses from, weights in groups, from the smallest to the closest.
+        integer_convolutions: whether a convolution of int8 inputs and weights has a kernel.
+        genai_provider_options: of onnxruntime-genai; None where it is not configured for this target.
+        dtype: one of `dtypes`.
+    """
+
+    dtype: torch.dtype
+    name: ClassVar[str]
+    provider: ClassVar[str]
+    dtypes: ClassVar[tuple[torch.dtype, ...]]
+    candidates: ClassVar[tuple[str, ...]]
+    integer_convolutions: ClassVar[bool] = False
+    genai_provider_options: ClassVar[tuple[dict[str, dict[str, str]], ...] | None] = None
+
+    @classmethod
+    def from_recipe(cls, recipe: Recipe, dtype: torch.dtype) -> Self:
+        """The target as a recipe wants it.
+
+        Raises:
+            RecipeError: the recipe asks for a form that the target does not have.
+        """
+        options = cls.options()
+        for key in _REFUSED:
+            if getattr(recipe, key) is not None and key not in options:
+                able = " and ".join(name for name, other in targets().items() if key in other.options())
+                raise RecipeError(
+                    f"{key}: {getattr(recipe, key)} has no form for the target {cls.name}", place=key,
+                    remedy=f"Remove it; {able} has it" if able else "Remove it",
+                )  # fmt: skip
+        return cls(dtype=dtype, **{key: getattr(recipe, key) for key in options})
+
+    @classmethod
+    def exact(cls, dtype: torch.dtype) -> Self:
+        """The target that adds no roundings of its own, for a file of the float model."""
+        return cls(dtype=dtype)
+
+    @classmethod
+    def options(cls) -> tuple[str, ...]:
+        """The keys of a recipe that it takes."""
+        return tuple(f.name for f in fields(cls) if f.name != "dtype")
+
+    def check(self, plan: Sequence[LinearPlan], recipe: Recipe) -> None:
+        """Refuse what has no kernel, before a weight is read.
+
+        Args:
+            plan: the decision for every linear.
+
+        Raises:
+            InputError: names the first linear and what it lacks.
+        """
+        for linear in plan:
+            if linear.scheme is None:
+                continue
+            why, remedy = self.lacks(linear.scheme, recipe)
+            if why:
+                raise InputError(f"{linear.scheme.name} has {why}", place=linear.name, remedy=remedy)
+
+    def lacks(self, scheme: Scheme, recipe: Recipe) -> tuple[str, str]:
+        """The kernel that a quantized linear would need and that is missing, and what to do; empty where none is.
+
+        Returns:
+            such as ("no bfloat16 kernel: inputs are quantized", "Take dtype float16").
+        """
+        return "", ""
+
+    def predict_slow(self, graphs: Sequence[Graph], plan: Mapping[str, LinearPlan]) -> dict[str, str]:
+        """What `slow` will say of a file, told from shapes: by name, the linears that have several kernels.
+
+        Args:
+            graphs: of all blocks; plan: by linear name.
+        """
+        return {}
+
+    def why_not_run(self) -> str:
+        """Why a finished file is not tried on this machine; empty where it is."""
+        return ""
+
+    @abstractmethod
+    def session(self, products: Sequence[Node] = ()) -> dict[str, str]:
+        """Session entries without which a file computes something else, or runs otherwise than planned.
+
+        Args:
+            products: of the whole file, rewritten.
+        """
+
+    @abstractmethod
+    def numerics(self) -> dict[str, str]:
+        """What a user should know about the arithmetic."""
+
+    @abstractmethod
+    def rewrite(self, module: GraphModule, constants: set[str]) -> None:
+        """Turn canonical QDQ into the forms that the provider has kernels for, and the graph into `dtype`, in place.
+
+        Args:
+            constants: names of tensors that are constants of the model, not weights.
+        """
+
+    @abstractmethod
+    def kernel(self, product: Node) -> str:
+        """The operator that the linear must have become in the optimized graph."""
+
+    def slow(self, products: Sequence[Node]) -> dict[str, str]:
+        """By name of the products that have several kernels, why theirs is not the fastest; empty where it is.
+
+        Args:
+            products: of the whole file, rewritten.
+        """
+        return {}
+
+    def why_dense(self, form: MoeForm) -> str:
+        """Why a mixture of experts computes every one for every token; empty where it does not."""
+        return ""
+
+    def prompt_twin(self, module: GraphModule) -> GraphModule | None:
+        """What a canonical block is for prompts; None where there is one form for all."""
+        return None
+
+
+_T = TypeVar("_T", bound=type[Target])
+_TARGETS: dict[str, type[Target]] = {}
+
+
+def register(target: _T) -> _T:
+    """Make a target known by its name, as a decorator.
+
+    Raises:
+        ValueError: the name is taken.
+    """
+    own = f"{__package__}.{target.name}"
+    other = _TARGETS[target.name].__module__ if target.name in _TARGETS else own if target.name in BUILT_IN else ""
+    if other and other != target.__module__:
+        raise ValueError(f"{target.__module__}: the target {target.name!r} is in {other} already")
+    _TARGETS[target.name] = target
+    return target
+
+
+def targets() -> dict[str, type[Target]]:
+    """All that are registered, by name; those of this package first."""
+    _import_built_in()
+    return {name: _TARGETS[name] for name in sorted(_TARGETS, key=lambda n: (n not in BUILT_IN, n))}
+
+
+def target_named(name: str) -> type[Target]:
+    """The class of a target.
+
+    Raises:
+        InputError: none is called so.
+    """
+    known = targets()
+    if name not in known:
+        raise InputError(f"unknown target {name!r}", remedy=f"Targets are {', '.join(known)}")
+    return known[name]
+
+
+def target_for(name: str, recipe: Recipe, dtype: str | None = None) -> Target:
+    """The target that a user asks for.
+
+    Args:
+        dtype: by its name; None takes the target's first.
+
+    Raises:
+        InputError: no such target, or it does not compute in this dtype.
+        RecipeError: the recipe asks for a form that the target does not have.
+    """
+    found = target_named(name)
+    known = {str(kind).removeprefix("torch."): kind for kind in found.dtypes}
+    if dtype is not None and dtype not in known:
+        raise InputError(
+            f"computes in {' or '.join(known)} only, not in {dtype!r}", place=f"target {name}", remedy="Leave out dtype"
+        )
+    return found.from_recipe(recipe, found.dtypes[0] if dtype is None else known[dtype])
+
+
+@cache
+def _import_built_in() -> None:
+    for name in BUILT_IN:
+        import_module(f"{__package__}.{name}")

@@ -1,0 +1,1 @@
+"""What the kernels of ONNX Runtime's providers take; targets ask here."""

@@ -1,0 +1,25 @@
+"""What ONNX Runtime's CUDA provider has no bfloat16 kernels for, though it has float16 ones.
+
+QuantizeLinear and DequantizeLinear take no bfloat16 scales, which rules out quantized inputs, and weights whose product
+is made of a DequantizeLinear when the file is loaded. MatMulNBits with fpA_intB, MatMulBnb4, GatherBlockQuantized and
+GroupQueryAttention, with a cache of codes too, have them. Other operators compute in float32, casts around them.
+"""
+
+from ...quant.formats import Scheme
+
+
+def lacks_bfloat16(scheme: Scheme, int8_factors: bool) -> tuple[str, str]:
+    """What a scheme needs that there is no bfloat16 kernel for, and what to take instead; empty where there is one.
+
+    Args:
+        int8_factors: whether quantized linears get low-rank branches of int8 factors.
+    """
+    if scheme.activation is not None:
+        why, remedy = "inputs are quantized", "a scheme with float inputs, such as w4a16_g32"
+    elif scheme.weight.group_size <= 0:
+        why, remedy = "weights have no groups", "a scheme with groups, such as w4a16_g32"
+    elif int8_factors:
+        why, remedy = "int8 factors of lorc have one scale per column", "set lorc to factors: float"
+    else:
+        return "", ""
+    return f"no bfloat16 kernel in ONNX Runtime: {why}", f"Take dtype float16, or {remedy}"
