@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from ..errors import InputError
 from .checksums import MANIFEST_FILE
+from .dtypes import FLOATS
 from .files import read_json
 from .output import check_there
 from .token_ids import check_token_ids
@@ -134,7 +135,7 @@ class Manifest(_Frozen):
     qexport: str = ""
     target: str = Field(min_length=1)
     kind: Literal["decoder", "encoder", "module"]
-    dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+    dtype: str = "float32"
     provider: str = CPU
     session: dict[str, str] = Field(default_factory=dict)
     numerics: dict[str, Any] = Field(default_factory=dict)
@@ -144,6 +145,13 @@ class Manifest(_Frozen):
     blocks: tuple[BlockEntry, ...] = ()
     settings: dict[str, Any] = Field(default_factory=dict)
     bytes: dict[str, int] = Field(default_factory=dict)
+
+    @field_validator("dtype")
+    @classmethod
+    def _known(cls, dtype: str) -> str:
+        if dtype not in FLOATS:
+            raise ValueError(f"not {', '.join(FLOATS)}")
+        return dtype
 
     @field_validator("settings")
     @classmethod

@@ -12,11 +12,11 @@ from torch.fx import Node
 from ..errors import LoweringError
 from ..graph.edit import dtype_of, is_call, shape_of
 from ..graph.views import Size, tensor_name
+from ..quant.float_types import FLOAT_TYPES
 from ..quant.narrowing import narrowed, narrowed_number
 from ..quant.packing import pack_int4
 
-ONNX_DTYPE = {
-    torch.float32: ir.DataType.FLOAT, torch.float16: ir.DataType.FLOAT16, torch.bfloat16: ir.DataType.BFLOAT16,
+ONNX_DTYPE = {dtype: ir.DataType(kind.onnx) for dtype, kind in FLOAT_TYPES.items()} | {
     torch.float64: ir.DataType.DOUBLE, torch.int64: ir.DataType.INT64, torch.int32: ir.DataType.INT32,
     torch.int8: ir.DataType.INT8, torch.uint8: ir.DataType.UINT8, torch.bool: ir.DataType.BOOL,
 }  # fmt: skip

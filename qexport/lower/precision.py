@@ -15,6 +15,7 @@ from torch.fx import Graph, GraphModule, Node
 from ..graph.edit import TensorSpec, call, finish, get_tensor, is_call, set_tensor
 from ..graph.schema import bind, rebind
 from ..graph.views import Item, tensor_name
+from ..quant.float_types import FLOAT_TYPES
 from ..quant.narrowing import narrowed
 
 aten = torch.ops.aten
@@ -89,7 +90,7 @@ def _cast(graph: Graph, source: Node, dtype: torch.dtype, casts: dict) -> Node:
 def _is_float(node: Node) -> bool:
     spec = node.meta.get("spec")
     specs = spec if isinstance(spec, tuple) else (spec,)
-    return any(isinstance(s, TensorSpec) and s.dtype in (torch.float32, torch.float16, torch.bfloat16) for s in specs)
+    return any(isinstance(s, TensorSpec) and s.dtype in FLOAT_TYPES for s in specs)
 
 
 def _halved(spec, half: torch.dtype):

@@ -3,6 +3,8 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import torch
+
 from ..artifact.manifest import RECIPE_FILE, Manifest
 from ..capture.graph import CapturedModel
 from ..errors import InputError, RecipeError
@@ -31,7 +33,7 @@ def costs_of(
         raise InputError("sensitivity is measured on logits, and this model has none", place="sensitivity")
     try:
         recipe = Recipe.load(folder / RECIPE_FILE)
-        width = 4 if manifest.dtype == "float32" else 2
+        width = getattr(torch, manifest.dtype).itemsize
         plan, embeddings = plan_for(captured, recipe, width)
     except RecipeError as error:
         raise InputError(f"sensitivity needs the recipe of the export: {error}", place=str(folder)) from error

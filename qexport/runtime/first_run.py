@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import onnxruntime as ort
 
+from ..artifact.dtypes import FLOATS
 from ..artifact.manifest import CPU, MODEL_FILE, Manifest
 from ..errors import RuntimeProblem
 from .decoder import Decoder
@@ -23,7 +24,8 @@ from .values import value_of
 # process of its own and as it lies on disk: the memory of an export must not grow with the model.
 _LARGE = 2**30
 _STEPS = 2  # tokens of a prompt, where a file has one form for all of them
-_ARRAYS = {"tensor(float)": "float32", "tensor(double)": "float64"}  # others are called alike
+_FLOATS = {kind.session for kind in FLOATS.values()}
+_ARRAYS = {"tensor(double)": "float64"}  # others are called alike
 
 
 def run_once(folder: Path, manifest: Manifest, sizes: Mapping[str, Sequence[int]]) -> str:
@@ -78,10 +80,10 @@ def _run(folder: Path, manifest: Manifest, sizes: Mapping[str, Sequence[int]], *
 
 def _example(name: str, type_name: str, sizes: Sequence[int]) -> ort.OrtValue:
     """Zeros, ids of a token that every table has; a mask is of ones."""
-    if type_name == "tensor(bfloat16)":
-        return value_of(np.zeros(sizes, np.float32), type_name)
-    dtype = _ARRAYS.get(type_name) or type_name.removeprefix("tensor(").removesuffix(")")
     make = np.ones if "mask" in name else np.zeros
+    if type_name in _FLOATS:
+        return value_of(make(sizes, np.float32), type_name)
+    dtype = _ARRAYS.get(type_name) or type_name.removeprefix("tensor(").removesuffix(")")
     return ort.OrtValue.ortvalue_from_numpy(make(sizes, dtype))
 
 

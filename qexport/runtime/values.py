@@ -6,28 +6,30 @@ import numpy as np
 import onnxruntime as ort
 from onnx import TensorProto
 
+from ..artifact.dtypes import FLOATS
+
 # Element types of ONNX, by the names that a session has for types.
 ELEMENT_TYPES = {
-    "tensor(float)": TensorProto.FLOAT, "tensor(float16)": TensorProto.FLOAT16,
-    "tensor(bfloat16)": TensorProto.BFLOAT16, "tensor(int8)": TensorProto.INT8, "tensor(uint8)": TensorProto.UINT8,
-}  # fmt: skip
-
-
-_ARRAYS = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int64)": np.int64}
+    **{kind.session: kind.onnx for kind in FLOATS.values()},
+    **{"tensor(int8)": TensorProto.INT8, "tensor(uint8)": TensorProto.UINT8},
+}
+# What numpy does not have is the upper half of a float32 here.
+_HALVES = {kind.session: kind.onnx for kind in FLOATS.values() if not kind.in_numpy}
+_ARRAYS = {kind.session: kind.name for kind in FLOATS.values() if kind.in_numpy} | {"tensor(int64)": "int64"}
 
 
 def value_of(array: np.ndarray, type_name: str) -> ort.OrtValue:
     """An array as a tensor on the CPU of the type that a session names, rounded to it."""
-    if type_name != "tensor(bfloat16)":
+    if type_name not in _HALVES:
         return ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array, _ARRAYS[type_name]))
     bits = np.ascontiguousarray(array, np.float32).view(np.uint32)
     rounded = ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16)  # to the nearest, ties to even
-    return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(rounded.view(np.int16), TensorProto.BFLOAT16)
+    return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(rounded.view(np.int16), _HALVES[type_name])
 
 
 def array_of(value: ort.OrtValue) -> np.ndarray:
     """A tensor on the CPU as an array: its own memory, or a float32 copy of bfloat16, which float32 holds exactly."""
-    if value.data_type() != "tensor(bfloat16)":
+    if value.data_type() not in _HALVES:
         return np.from_dlpack(value)
     bits = np.empty(value.shape(), np.uint16)
     ctypes.memmove(bits.ctypes.data, value.data_ptr(), bits.nbytes)

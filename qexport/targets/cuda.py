@@ -35,7 +35,7 @@ class CudaTarget(Target):
     """How a quantized graph is written for CUDA.
 
     Attributes:
-        dtype: float16, or bfloat16 for the schemes that `check_bfloat16` lets pass.
+        dtype: float16, or bfloat16 for the schemes that `kernels.bfloat16` lets pass.
     """
 
     name: ClassVar[str] = "cuda"

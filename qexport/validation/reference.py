@@ -19,12 +19,10 @@ from ..capture.graph import CapturedModel
 from ..errors import InputError
 from ..graph.edit import attributes, set_tensor, unload
 from ..graph.sites import linears
+from ..quant.float_types import FLOAT_TYPES
 from ..runtime.tensors import tensor_of
 
-_FLOATS = {
-    onnx.TensorProto.FLOAT: torch.float32, onnx.TensorProto.FLOAT16: torch.float16,
-    onnx.TensorProto.BFLOAT16: torch.bfloat16,
-}  # fmt: skip
+_FLOATS = {kind.onnx: dtype for dtype, kind in FLOAT_TYPES.items()}
 # Tensors larger than this are not read to tell two checkpoints apart.
 _COMPARED = 1 << 26
 
@@ -72,7 +70,7 @@ def check_same_model(captured: CapturedModel, manifest: Manifest, folder: Path, 
         dtype = _FLOATS.get(tensor.data_type)
         if tensor.name in parameters and dtype is not None and math.prod(tensor.dims) <= _COMPARED:
             stored = tensor_of(tensor, folder)
-            if dtype == torch.bfloat16:
+            if not FLOAT_TYPES[dtype].in_numpy:
                 stored = stored.view(np.int16)  # which torch takes from numpy
             stored = torch.from_numpy(stored).view(dtype)
             if not torch.equal(captured.load(tensor.name).to(stored.dtype), stored):

@@ -11,13 +11,14 @@ from torch import Tensor
 from ..artifact.branches import PROMPTS, only
 from ..artifact.manifest import MODEL_FILE, Manifest
 from ..errors import InputError, RuntimeProblem
+from ..quant.float_types import FLOAT_TYPES
 from ..runtime.session import ModelInFolder, open_session
 from .reference import Feeds
 
 _DTYPES = {  # of what a session takes, by the names that it has for types
-    "tensor(float)": torch.float32, "tensor(float16)": torch.float16, "tensor(bfloat16)": torch.bfloat16,
-    "tensor(int8)": torch.int8, "tensor(uint8)": torch.uint8,
-}  # fmt: skip
+    **{kind.session: dtype for dtype, kind in FLOAT_TYPES.items()},
+    **{"tensor(int8)": torch.int8, "tensor(uint8)": torch.uint8},
+}
 
 
 def with_outputs(folder: Path, values: Sequence[str]) -> ModelInFolder:
@@ -79,7 +80,7 @@ def run_session(session: ort.InferenceSession, feeds: Feeds, names: Sequence[str
 
 def _as_value(tensor: Tensor) -> ort.OrtValue:
     tensor = tensor.contiguous()
-    if tensor.dtype != torch.bfloat16:
+    kind = FLOAT_TYPES.get(tensor.dtype)
+    if kind is None or kind.in_numpy:
         return ort.OrtValue.ortvalue_from_numpy(tensor.numpy())
-    bits = tensor.view(torch.int16).numpy()  # numpy has no bfloat16
-    return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(bits, onnx.TensorProto.BFLOAT16)
+    return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(tensor.view(torch.int16).numpy(), kind.onnx)

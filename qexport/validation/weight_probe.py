@@ -16,6 +16,7 @@ from ..artifact.branches import PROMPTS, only
 from ..artifact.manifest import MODEL_FILE, LinearEntry, Manifest
 from ..capture.graph import CapturedModel
 from ..graph.sites import linears
+from ..quant.float_types import FLOAT_TYPES
 from ..runtime.session import ModelInFolder, open_session
 from .anomalies import fault_of_weight
 from .reference import BlockComparison, channelwise
@@ -24,10 +25,6 @@ from .running import run_session
 ROWS = 256
 _UNEXPLAINED = 0.01  # of what linears read; a cache of 4 bits leaves less
 _SIGNAL = 0.01  # of a channel, of the median channel's
-_TYPES = {
-    torch.float32: onnx.TensorProto.FLOAT, torch.float16: onnx.TensorProto.FLOAT16,
-    torch.bfloat16: onnx.TensorProto.BFLOAT16,
-}  # fmt: skip
 _CUT = "noise/"  # in front of the names of values that are given instead of computed
 
 
@@ -76,7 +73,7 @@ class NoiseProbe:
         nodes = {e.output: found for e in entries if (found := self._between(e.output, set(noise))) is not None}
         if not nodes:
             return {}
-        types = {value: _TYPES[like.dtype] for value, (like, _) in channels.items()}
+        types = {value: FLOAT_TYPES[like.dtype].onnx for value, (like, _) in channels.items()}
         session = open_session(self._part(nodes, types), self._manifest, threads=self._threads, provider=self._provider)
         feeds = {}
         for port in session.get_inputs():
