@@ -14,14 +14,18 @@ from torch.fx import Graph, GraphModule, Node
 from ..graph.edit import call, finish, get_tensor, is_call
 from ..graph.sites import linears
 from ..plan.embedding_plan import EmbeddingPlan
-from ..quant.affine import QuantizedWeight, quantize_weight
-from ..quant.formats import WeightFormat
+from ..quant.formats import QuantizedWeight, WeightFormat
 from .base import Context, GraphPass, PassResult, SiteRecord
-from .insert_qdq import insert_weight, weight_tensors
+from .formats.integer import weight_tensors
+from .insert_qdq import insert_weight
 
 aten = torch.ops.aten
 ops = torch.ops.qexport
 Rounding = Callable[[torch.Tensor, WeightFormat], QuantizedWeight]
+
+
+def _nearest(table: torch.Tensor, fmt: WeightFormat) -> QuantizedWeight:
+    return fmt.round_to_nearest(table)
 
 
 @dataclass(frozen=True)
@@ -34,7 +38,7 @@ class QuantizeEmbedding(GraphPass):
     """
 
     plan: Mapping[str, EmbeddingPlan]
-    rounding: Rounding = quantize_weight
+    rounding: Rounding = _nearest
     preserves_values: ClassVar[bool] = True
 
     def applies_to(self, module: GraphModule) -> bool:
@@ -86,7 +90,7 @@ class ShareEmbedding(GraphPass):
             owner = self.plan[linear.name]
             context.handover.keep_weight(linear.name, get_tensor(module, linear.weight))
             tensors = {part: context.earlier(f"{owner.name}.weight_{part}") for part in ("codes", "scale")}
-            if not owner.scheme.weight.symmetric:
+            if owner.scheme.weight.has_zero_points:
                 tensors["zero_point"] = context.earlier(f"{owner.name}.weight_zero_point")
             table = QuantizedWeight(
                 tensors["codes"].t(), tensors["scale"].t(),

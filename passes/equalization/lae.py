@@ -26,6 +26,6 @@ class LogEqualize(Equalize):
     def done(self, site: FoldSite, value: Node, factors: torch.Tensor, context: Context, data: dict[str, Any]) -> None:
         """Weights that are expanded when they are loaded carry the factor from there on: 4 bits have no room for it."""
         columns = on_consumers(site, factors)
-        plans = {c.name: self.plan.get(c.name) for c in site.consumers}
-        expanded = [n for n, p in plans.items() if p is not None and p.scheme is not None and p.scheme.expand]
+        plans = {c.name: self.plan[c.name] for c in site.consumers if c.name in self.plan}
+        expanded = [n for n, p in plans.items() if p.scheme is not None and p.scheme.weight.folds_columns]
         context.handover.folded.update(dict.fromkeys(expanded, columns))

@@ -119,6 +119,6 @@ class _Linear:
     def error(self, inputs: _Inputs, factors: Tensor, weights_unscaled: bool) -> float:
         x, total = inputs.quantized(self._scheme.activation), 0.0
         for weight, target in self._pieces:
-            quantized = fake_folded_weight(weight, factors, self._scheme, weights_unscaled)
+            quantized = fake_folded_weight(weight, factors, self._scheme.weight, weights_unscaled)
             total += float((x @ quantized.t()).sub_(target).square_().sum(dtype=torch.float64))
         return total

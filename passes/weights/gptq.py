@@ -9,11 +9,10 @@ from torch.fx import GraphModule, Node
 
 from ...graph.sites import Linear, linears
 from ...plan.linear_plan import LinearPlan
-from ...quant.affine import QuantizedWeight
-from ...quant.formats import WeightFormat
+from ...quant.formats import IntegerFormat, QuantizedWeight
 from ...quant.gptq import HessianStatistic, gptq_quantize
 from ..base import Context, GraphPass, PassResult, SiteRecord
-from .rounding import planned, quantize_linears, round_to_nearest
+from .rounding import planned, quantize_linears
 
 
 @dataclass(frozen=True)
@@ -47,11 +46,11 @@ class GPTQ(GraphPass):
         hessians = {value: statistic.value() for value, statistic in context.statistics.items()}
         unreached: list[SiteRecord] = []
 
-        def quantize(linear: Linear, w: torch.Tensor, fmt: WeightFormat, factor) -> QuantizedWeight:
+        def quantize(linear: Linear, w: torch.Tensor, fmt: IntegerFormat, factor) -> QuantizedWeight:
             hessian = hessians[linear.input]
             if not hessian.any():
                 unreached.append(SiteRecord(linear.name, "rounded to nearest: no calibration token reached it"))
-                return round_to_nearest(w, fmt)
+                return fmt.round_to_nearest(w)
             if factor is not None:
                 hessian = hessian * factor * factor[:, None]
             return gptq_quantize(

@@ -9,8 +9,7 @@ from torch.fx import GraphModule
 
 from ...graph.sites import Linear
 from ...plan.linear_plan import LinearPlan
-from ...quant.affine import QuantizedWeight
-from ...quant.formats import WeightFormat
+from ...quant.formats import IntegerFormat, QuantizedWeight
 from ...quant.hqq import hqq_quantize
 from ..base import Context, GraphPass, PassResult
 from .rounding import quantize_linears
@@ -21,14 +20,15 @@ class HalfQuadratic(GraphPass):
     """HQQ: scales and zero points that make the rounding error sparse, found without data.
 
     Attributes:
-        plan: by linear name; linears without a scheme stay as they are, codebooks are rounded to nearest.
+        plan: by linear name; linears without a scheme stay as they are, formats that are no grid of integers round to
+            nearest.
     """
 
     plan: Mapping[str, LinearPlan]
     preserves_values: ClassVar[bool] = True
 
     def call(self, module: GraphModule, context: Context) -> PassResult:
-        def quantize(linear: Linear, w: torch.Tensor, fmt: WeightFormat, factor) -> QuantizedWeight:
+        def quantize(linear: Linear, w: torch.Tensor, fmt: IntegerFormat, factor) -> QuantizedWeight:
             return hqq_quantize(w, fmt)
 
         return quantize_linears(module, self.plan, context.handover, quantize)

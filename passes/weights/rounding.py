@@ -9,30 +9,12 @@ from ...errors import QExportError
 from ...graph.edit import finish, get_tensor
 from ...graph.sites import Linear, linears
 from ...plan.linear_plan import LinearPlan
-from ...quant.affine import QuantizedWeight, encode, quantize_weight, search_clip
-from ...quant.codebook import quantize_codebook
-from ...quant.formats import WeightFormat
+from ...quant.formats import IntegerFormat, QuantizedWeight
 from ..base import PassResult, PassState, SiteRecord
-from ..insert_qdq import insert_expanded, insert_planes, insert_weight
+from ..insert_qdq import insert_weight
 
 # weight [N, K], its format, and the factor [K] that its columns shall carry after it is rounded (None: 1)
-Quantize = Callable[[Linear, torch.Tensor, WeightFormat, torch.Tensor | None], QuantizedWeight]
-
-
-def round_to_nearest(w: torch.Tensor, fmt: WeightFormat, clip_search: bool = False) -> QuantizedWeight:
-    """The nearest code of the format.
-
-    Args:
-        w: float [N, K].
-        clip_search: of a format with a grid of integers, shrink the range of each group where that lowers the squared
-            error.
-    """
-    if fmt.codebook is not None:
-        return quantize_codebook(w, fmt)
-    if not clip_search:
-        return quantize_weight(w, fmt)
-    scale, zero_point = search_clip(w, fmt)
-    return QuantizedWeight(encode(w, scale, zero_point, fmt), scale, zero_point, fmt)
+Quantize = Callable[[Linear, torch.Tensor, IntegerFormat, torch.Tensor | None], QuantizedWeight]
 
 
 def planned(plan: Mapping[str, LinearPlan], linear: Linear) -> bool:
@@ -47,16 +29,21 @@ def why_not_integer(plan: Mapping[str, LinearPlan], linear: Linear) -> str:
     scheme = plan[linear.name].scheme
     if scheme is None:
         return plan[linear.name].reason
-    return "its grid is a codebook" if scheme.weight.codebook is not None else ""
+    return "" if isinstance(scheme.weight, IntegerFormat) else f"{scheme.name} is no grid of integers"
 
 
 def quantize_linears(
-    module: GraphModule, plan: Mapping[str, LinearPlan], handover: PassState, quantize: Quantize
+    module: GraphModule,
+    plan: Mapping[str, LinearPlan],
+    handover: PassState,
+    quantize: Quantize | None = None,
+    clip_search: bool = False,
 ) -> PassResult:
-    """Replace every planned linear of a block by the form of its format, with the codes that `quantize` finds.
+    """Replace every planned linear of a block by the form of its format.
 
     Args:
-        quantize: called for formats with a grid of integers; other formats round to nearest.
+        quantize: finds codes on a grid of integers; None, and weights of other formats: the nearest ones.
+        clip_search: of the nearest codes, see `WeightFormat.round_to_nearest`.
     """
     result = PassResult()
     for linear in linears(module.graph):
@@ -65,23 +52,20 @@ def quantize_linears(
             result.skipped.append(SiteRecord(linear.name, why))
             continue
         scheme, factor = plan[linear.name].scheme, handover.folded.get(linear.name)
-        w = get_tensor(module, linear.weight)
+        w, fmt = get_tensor(module, linear.weight), scheme.weight
         handover.keep_weight(linear.name, w)
         unscaled = w if factor is None else w / factor
         try:
-            if why_not_integer(plan, linear):
-                quantized = round_to_nearest(unscaled, scheme.weight)
+            if quantize is not None and isinstance(fmt, IntegerFormat):
+                quantized = quantize(linear, unscaled, fmt, factor)
             else:
-                quantized = quantize(linear, unscaled, scheme.weight, factor)
+                quantized = fmt.round_to_nearest(unscaled, clip_search)
         except QExportError as error:
             error.place = error.place or linear.name
             raise type(error)(error.message, place=linear.name, remedy=error.remedy) from error
-        if scheme.expand:
-            insert_expanded(module, linear, quantized, factor)
-        elif factor is not None:
-            insert_planes(module, linear, quantized, factor)
-        else:
-            insert_weight(module, linear, quantized)
-        result.changed.append(SiteRecord(linear.name, scheme.name))
+        insert_weight(module, linear, quantized, factor)
+        nearest = quantize is not None and not isinstance(fmt, IntegerFormat)
+        what = f"{scheme.name}, rounded to nearest: it is no grid of integers" if nearest else scheme.name
+        result.changed.append(SiteRecord(linear.name, what))
     finish(module)
     return result

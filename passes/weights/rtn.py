@@ -4,15 +4,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch.fx import GraphModule
 
-from ...graph.sites import Linear
 from ...plan.linear_plan import LinearPlan
-from ...quant.affine import QuantizedWeight
-from ...quant.formats import WeightFormat
 from ..base import Context, GraphPass, PassResult
-from .rounding import quantize_linears, round_to_nearest
+from .rounding import quantize_linears
 
 
 @dataclass(frozen=True)
@@ -29,7 +25,4 @@ class RoundToNearest(GraphPass):
     preserves_values: ClassVar[bool] = True
 
     def call(self, module: GraphModule, context: Context) -> PassResult:
-        def quantize(linear: Linear, w: torch.Tensor, fmt: WeightFormat, factor) -> QuantizedWeight:
-            return round_to_nearest(w, fmt, self.clip_search)
-
-        return quantize_linears(module, self.plan, context.handover, quantize)
+        return quantize_linears(module, self.plan, context.handover, clip_search=self.clip_search)

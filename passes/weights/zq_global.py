@@ -32,7 +32,7 @@ class ZQGlobal(GraphPass):
     trained.
 
     Attributes:
-        plan: by linear name; linears without a scheme, or with a codebook for a grid, stay as they are.
+        plan: by linear name; linears without a scheme, or without a grid of integers, stay as they are.
         learning_rates: as shares of the mean step between codes; each is tried on the first batches, the best goes on.
         steps: updates after that; fewer when the error over the batches stops falling.
         token_norm_power: the error of a token is divided by the norm of its target to this power: a few tokens of huge

@@ -24,7 +24,7 @@ class ZQLocal(GraphPass):
     alone, so no activations are kept.
 
     Attributes:
-        plan: by linear name; linears without a scheme, or with a codebook for a grid, stay as they are.
+        plan: by linear name; linears without a scheme, or without a grid of integers, stay as they are.
         learning_rates: compared on a few rows of each weight, as shares of the mean step between codes.
         steps: updates of a weight.
         token_norm_power: tokens are divided by their norm to this power before they enter the Hessian: a few tokens

@@ -20,15 +20,13 @@ from ..passes.equalization.smoothquant import SmoothQuant
 from ..passes.moe_coverage import CountChoices
 from ..passes.weights.gptq import GPTQ
 from ..passes.weights.hqq import HalfQuadratic
-from ..passes.weights.rounding import round_to_nearest
 from ..passes.weights.rtn import RoundToNearest
 from ..passes.weights.zq_global import ZQGlobal
 from ..passes.weights.zq_local import ZQLocal
 from ..plan.convolution_plan import ConvolutionPlan
 from ..plan.embedding_plan import EmbeddingPlan
 from ..plan.linear_plan import LinearPlan
-from ..quant.affine import QuantizedWeight
-from ..quant.formats import ActivationFormat, WeightFormat
+from ..quant.formats import ActivationFormat, IntegerFormat, QuantizedWeight, WeightFormat
 from ..quant.gptq import gptq_quantize
 from ..quant.hqq import hqq_quantize
 from ..recipe.recipe import Recipe
@@ -86,12 +84,14 @@ def _tables(recipe: Recipe, embeddings: Sequence[EmbeddingPlan], hessian: torch.
         return []
 
     def rounding(table: torch.Tensor, fmt: WeightFormat) -> QuantizedWeight:
+        if not isinstance(fmt, IntegerFormat):
+            return fmt.round_to_nearest(table)
         if given.method == "hqq":
             return hqq_quantize(table, fmt)
         if hessian is not None and hessian.any():
             found = {"damp": given.damp, "act_order": given.act_order, "clip_search": given.clip_search}
             return gptq_quantize(table, hessian, fmt, **found)
-        return round_to_nearest(table, fmt, given.clip_search)
+        return fmt.round_to_nearest(table, given.clip_search)
 
     shared = {e.linear: e for e in quantized if e.linear}
     first = QuantizeEmbedding({e.weight: e for e in quantized}, rounding)

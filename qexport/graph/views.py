@@ -127,17 +127,6 @@ class DequantizeLinear(_View):
 
 
 @dataclass(frozen=True)
-class DequantizeCodebook(_View):
-    """What indices of a table of 16 values stand for."""
-
-    targets = (ops.dequantize_codebook.default,)
-    codes: Node
-    scale: Node
-    codebook: str
-    block_size: int
-
-
-@dataclass(frozen=True)
 class QuantizeLinear(_View):
     """A float value as 8-bit codes."""
 

@@ -15,14 +15,14 @@ from os.path import commonprefix
 import torch
 from torch.fx import GraphModule, Node
 
-from ..graph.edit import add_tensor, call, finish, get_tensor, is_call, shape_of
+from ..graph.edit import add_tensor, call, finish, get_tensor, shape_of
 from ..graph.schema import bind
-from ..graph.views import Add, DequantizeLinear, ExpandCodes, Matmul, size_at, tensor_name
+from ..graph.views import Add, Matmul, size_at, tensor_name
+from ..passes.formats import match_form
 from ..quant.concat_tensor import ConcatTensor
 from .qdq_patterns import linear_products
 
 aten = torch.ops.aten
-ops = torch.ops.qexport
 
 
 @dataclass
@@ -129,16 +129,8 @@ def _why_not_beside(weight: Node) -> str:
     """Why a weight [K, N] cannot stand beside others; empty where it can."""
     if weight.op == "get_attr":
         return ""
-    if is_call(weight, ops.dequantize_codebook.default):
-        return "its codes are indices of a table"
-    if (found := DequantizeLinear.match(weight)) is None:
-        return "its weight has a form of its own"
-    if shape_of(found.scale) == ():
-        return "its weight has one scale"
-    expanded = ExpandCodes.match(found.codes)
-    if expanded is not None and expanded.factor is not None:
-        return "the columns of its weight carry factors"
-    return ""
+    form = match_form(weight)
+    return "its weight has a form of its own" if form is None else form.why_not_beside(weight)
 
 
 def _form(node: Node) -> tuple:

@@ -53,7 +53,7 @@ def _weight_only(product: Node) -> bool:
     if not is_call(weight, ops.dequantize_linear.default) or {"plane_of", "branch_of"} & set(product.meta):
         return False
     form = form_of(product)
-    return form.block_size > 0 and form.rounding is None
+    return form.scales_in_sum and form.rounding is None
 
 
 def _in_int8(weight: Node) -> Node:

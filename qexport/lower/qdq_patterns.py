@@ -1,24 +1,17 @@
 """Reading a quantized linear back from the canonical graph."""
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch.fx import Graph, GraphModule, Node
 
 from ..graph.edit import WITHOUT_OUTLIERS, call, is_call
 from ..graph.schema import bind
-from ..graph.views import Cast, DequantizeCodebook, DequantizeLinear, Div, Matmul, Mul, Operand
-from ..quant.packing import stored_block
+from ..graph.views import Cast, DequantizeLinear, Div, Matmul, Mul, Operand
+from ..passes.formats import form_at, form_at_kernel
 
 aten = torch.ops.aten
 ops = torch.ops.qexport
-
-# Blocks that ONNX Runtime splits weights with one scale per channel into when it makes MatMulNBits of them
-# (session.qdq_matmulnbits_block_size, its default).
-DEFAULT_BLOCK = 32
-
-_OWN_KERNELS: dict[Any, str] = {ops.matmul_bnb4.default: "MatMulBnb4", ops.matmul_nbits.default: "MatMulNBits"}
 
 
 @dataclass(frozen=True)
@@ -40,17 +33,17 @@ class ProductForm:
     """How one product of the canonical graph is quantized.
 
     Attributes:
-        block_size: of the weight; 0 for one scale per channel or tensor.
+        scales_in_sum: whether scales of the weight differ between input features.
         rounding: of the activation; None where it is float.
     """
 
-    block_size: int
+    scales_in_sum: bool
     rounding: Rounding | None = None
 
     @property
     def integer(self) -> Rounding | None:
         """The rounding, where the product can run as one integer matmul: both sides 8 bits, scales outside the sum."""
-        return self.rounding if self.block_size == 0 else None
+        return None if self.scales_in_sum else self.rounding
 
 
 def linear_products(graph: Graph) -> list[Node]:
@@ -69,14 +62,14 @@ def read_by(product: Node) -> Node:
 def form_of(product: Node) -> ProductForm:
     """The form of a canonical product, or of one already rewritten for the CPU."""
     canonical = Matmul.of(product)
-    weight = DequantizeLinear.match(canonical.weight) or DequantizeCodebook.of(canonical.weight)
+    in_sum = form_at(canonical.weight).scales_in_sum(canonical.weight)
     if (static := DequantizeLinear.match(canonical.x)) is not None:
-        return ProductForm(weight.block_size, Rounding(static.codes, canonical.x, _token_scale_behind(product)))
+        return ProductForm(in_sum, Rounding(static.codes, canonical.x, _token_scale_behind(product)))
     dynamic = Mul.match(canonical.x)
     if dynamic is not None and (codes := DequantizeLinear.match(dynamic.x)) is not None:
         step = dynamic.other if isinstance(dynamic.other, Node) else None
-        return ProductForm(weight.block_size, Rounding(codes.codes, dynamic.x, step))
-    return ProductForm(weight.block_size)
+        return ProductForm(in_sum, Rounding(codes.codes, dynamic.x, step))
+    return ProductForm(in_sum)
 
 
 def _token_scale_behind(product: Node) -> Node | None:
@@ -131,31 +124,25 @@ def _is_step(value: Operand) -> bool:
 
 
 def as_own_kernel(module: GraphModule, product: Node) -> None:
-    """matmul(x, dequantize(...)) of a weight in groups becomes the one node that ONNX Runtime would make of the two.
+    """matmul(x, dequantize(...)) becomes the one node that ONNX Runtime has for the two, where there is one.
 
-    It would do so while it loads the file, which then takes twice as long, and by session entries that a caller may
-    forget. Codebooks, 2-bit codes and blocks above 256 it would not fuse at all. One scale per channel is left to it:
-    it repeats the scale for every block, which the file need not.
+    Of some weights it would make that node itself while it loads the file, which then takes twice as long, and by
+    session entries that a caller may forget; of 2-bit codes and blocks above 256 it would not.
     """
     canonical = Matmul.of(product)
-    arguments: tuple[Any, ...]
-    if (table := DequantizeCodebook.match(canonical.weight)) is not None:
-        group_size, target = table.block_size, ops.matmul_bnb4.default
-        arguments = (table.codes, table.scale, table.codebook, group_size, stored_block(4, group_size))
-    else:
-        weight, target = DequantizeLinear.of(canonical.weight), ops.matmul_nbits.default
-        group_size, bits = weight.block_size, weight.bits
-        if group_size == 0:
-            return
-        block_size = stored_block(bits, group_size)
-        arguments = (weight.codes, weight.scale, weight.zero_point, bits, group_size, block_size)
+    form = form_at(canonical.weight)
+    arguments = form.kernel_arguments(canonical.weight)
+    if arguments is None:
+        return
     with module.graph.inserting_before(product):
-        node = call(module.graph, target, (canonical.x, *arguments), like=product)
+        node = call(module.graph, form.kernel_operator, (canonical.x, *arguments), like=product)
     node.meta = dict(product.meta)
     product.replace_all_uses_with(node)
     module.graph.erase_node(product)
 
 
-def own_kernel(product: Node) -> str | None:
-    """The operator of a product that `as_own_kernel` rewrote."""
-    return _OWN_KERNELS.get(product.target)
+def kernel_of(product: Node) -> str:
+    """The operator that a product of float inputs, canonical or rewritten, must have become in the optimized graph."""
+    if (canonical := Matmul.match(product)) is not None:
+        return form_at(canonical.weight).kernel
+    return form_at_kernel(product).kernel

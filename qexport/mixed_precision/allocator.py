@@ -146,7 +146,7 @@ class SchemeAllocator:
         quantized = [p for p in self._plan if p.scheme is not None]
         if not quantized:
             raise RecipeError("quantizes nothing, so there is nothing to choose", place=self._recipe.name)
-        other = next((p for p in quantized if not _has_ladder(p.scheme)), None)
+        other = next((p for p in quantized if not p.scheme.interchangeable), None)
         if other is not None:
             raise RecipeError(
                 f"schemes are chosen among weights in groups, and {other.name} would be {other.scheme.name}",
@@ -164,10 +164,6 @@ def _rest(
     grouping = plan_attention(captured, attention, captured.load)
     rotary = sum(t.numel() * width for t in grouping.tables.values()) if isinstance(grouping, GroupedAttention) else 0
     return sizes["total"] - quantized - tables + rotary
-
-
-def _has_ladder(scheme: Scheme) -> bool:
-    return scheme.activation is None and scheme.weight.codebook is None and scheme.weight.group_size > 0
 
 
 def _name(scheme: Scheme | None) -> str:

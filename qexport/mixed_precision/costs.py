@@ -14,7 +14,6 @@ from ..passes.moe_coverage import of_experts
 from ..plan.embedding_plan import EmbeddingPlan, table_bytes
 from ..plan.linear_plan import LinearPlan, fit, weight_bytes
 from ..quant.formats import Scheme
-from ..quant.straight_through import round_weight
 from .allocate import SchemeChoice
 
 
@@ -125,7 +124,7 @@ def _table_bytes(table: EmbeddingPlan, scheme: Scheme, width: int) -> int:
 
 def _difference(weight: Tensor, scheme: Scheme, whole: bool = False) -> Tensor:
     fitted = fit(scheme, weight.shape[1], whole)[0]
-    return round_weight(weight, fitted.weight).sub_(weight)
+    return fitted.weight.rounded(weight).sub_(weight)
 
 
 def _moved(found: BlockGradients, weight: str, scheme: Scheme) -> Tensor:

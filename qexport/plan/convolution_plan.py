@@ -8,7 +8,7 @@ from torch.fx import Graph
 
 from ..graph.convolution_sites import CONVOLUTIONS, convolutions
 from ..graph.edit import is_call, shape_of
-from ..quant.formats import PER_CHANNEL, Scheme
+from ..quant.formats import IntegerFormat, Scheme
 
 
 @dataclass(frozen=True)
@@ -54,9 +54,9 @@ def plan_convolutions(
 def _reason(scheme: Scheme | None, shared: bool, integer: bool) -> str:
     if scheme is None:
         return "kept in float by the recipe"
-    weight, activation = scheme.weight, scheme.activation
-    fits = weight.bits == 8 and weight.group_size == PER_CHANNEL and weight.codebook is None and weight.symmetric
-    if not fits or activation is None or activation.kind != "static" or activation.bits != 8:
+    activation = scheme.activation
+    fits = scheme.weight == IntegerFormat(8) and activation is not None
+    if not fits or activation.kind != "static" or activation.bits != 8:
         return f"{scheme.name} has no convolution: w8a8_static has one"
     if not integer:
         return "this target has no integer convolution"

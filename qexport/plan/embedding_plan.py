@@ -9,7 +9,6 @@ from torch.fx import Graph, Node
 from ..graph.edit import is_call, owner_of, shape_of
 from ..graph.sites import Linear
 from ..quant.formats import Scheme
-from ..quant.packing import stored_block
 from .linear_plan import LinearPlan, fit
 
 aten = torch.ops.aten
@@ -123,7 +122,4 @@ def table_bytes(plan: EmbeddingPlan, float_bytes: int = 4) -> int:
     rows, features = plan.shape
     if plan.scheme is None:
         return rows * features * float_bytes
-    bits = plan.scheme.weight.stored_bits
-    blocks = features // stored_block(bits, plan.scheme.weight.group_size)
-    zero_points = 0 if plan.scheme.weight.symmetric else -(-blocks * bits // 8)  # every row begins on its own byte
-    return rows * (features * bits // 8 + blocks * float_bytes + zero_points)
+    return plan.scheme.bytes(plan.shape, float_bytes)

@@ -5,56 +5,19 @@ QuantizeLinear does; multiplying by a reciprocal moves values that lie close to 
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ..errors import NumericsError
-from .formats import PER_TENSOR, ActivationFormat, WeightFormat
+from .grids import PER_TENSOR, ActivationFormat, AffineGrid, GroupedCodes
 
 # Elements worked on at once: one megabyte of float32 stays in the second-level cache through all passes over it.
 CHUNK = 1 << 18
-_FINITE_REMEDY = "Check the checkpoint, and load it in float32 if it was cast to float16"
+FINITE_REMEDY = "Check the checkpoint, and load it in float32 if it was cast to float16"
 
 
-@dataclass(frozen=True, eq=False)
-class QuantizedWeight:
-    """The weight of a linear on an integer grid: w = (codes - zero_point) * scale.
-
-    Attributes:
-        codes: [N, K], int8 when the format is symmetric (4-bit codes too), uint8 when it is not; of a codebook uint8
-            indices of its table, whose values times scale are the weight.
-        scale: float32 [N, G], positive; [1, 1] when there is one for the tensor.
-        zero_point: uint8, shaped like scale; None when the format is symmetric.
-        format: the grid.
-    """
-
-    codes: Tensor
-    scale: Tensor
-    zero_point: Tensor | None
-    format: WeightFormat
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        return tuple(self.codes.shape)
-
-    def dequantize(self) -> Tensor:
-        """The float32 weight [N, K] that the codes stand for."""
-        if self.format.codebook is not None:
-            from .codebook import dequantize  # which makes its weights of this class
-
-            return dequantize(self.codes, self.scale, self.format.codebook, self.format.group_size)
-        out = torch.empty(self.codes.shape, dtype=torch.float32, device=self.codes.device)
-        for rows, codes in row_chunks(self.codes, self.format):
-            values = codes.float()
-            if self.zero_point is not None:
-                values.sub_(_rows_of(self.zero_point, rows).float())
-            out[rows] = ungrouped(values.mul_(_rows_of(self.scale, rows)), out.shape[1])
-        return out
-
-
-def weight_scales(w: Tensor, fmt: WeightFormat, clip: float = 1.0) -> tuple[Tensor, Tensor | None]:
+def weight_scales(w: Tensor, fmt: AffineGrid, clip: float = 1.0) -> tuple[Tensor, Tensor | None]:
     """Scale and zero point that cover the range of every group, or `clip` times that range.
 
     Symmetric: absmax / qmax, so a full range never uses the code -qmax - 1. Asymmetric: (max - min) / (2^bits - 1) with
@@ -70,7 +33,7 @@ def weight_scales(w: Tensor, fmt: WeightFormat, clip: float = 1.0) -> tuple[Tens
     return _scales(*_ranges(w, fmt), fmt, clip)
 
 
-def encode(w: Tensor, scale: Tensor, zero_point: Tensor | None, fmt: WeightFormat) -> Tensor:
+def encode(w: Tensor, scale: Tensor, zero_point: Tensor | None, fmt: AffineGrid) -> Tensor:
     """Codes [N, K] of the nearest grid points, clamped to [fmt.qmin, fmt.qmax]; w must be finite."""
     codes = torch.empty(w.shape, dtype=torch.int8 if fmt.symmetric else torch.uint8, device=w.device)
     for rows, chunk in row_chunks(w, fmt):
@@ -81,14 +44,19 @@ def encode(w: Tensor, scale: Tensor, zero_point: Tensor | None, fmt: WeightForma
     return codes
 
 
-def quantize_weight(w: Tensor, fmt: WeightFormat) -> QuantizedWeight:
-    """Round to nearest (RTN) with the scales of `weight_scales`; raises what that raises."""
-    scale, zero_point = weight_scales(w, fmt)
-    return QuantizedWeight(encode(w, scale, zero_point, fmt), scale, zero_point, fmt)
+def decode(codes: Tensor, scale: Tensor, zero_point: Tensor | None, fmt: AffineGrid) -> Tensor:
+    """(codes - zero_point) * scale, float32 [N, K]."""
+    out = torch.empty(codes.shape, dtype=torch.float32, device=codes.device)
+    for rows, chunk in row_chunks(codes, fmt):
+        values = chunk.float()
+        if zero_point is not None:
+            values.sub_(_rows_of(zero_point, rows).float())
+        out[rows] = ungrouped(values.mul_(_rows_of(scale, rows)), out.shape[1])
+    return out
 
 
 def search_clip(
-    w: Tensor, fmt: WeightFormat, importance: Tensor | None = None, steps: int = 20
+    w: Tensor, fmt: AffineGrid, importance: Tensor | None = None, steps: int = 20
 ) -> tuple[Tensor, Tensor | None]:
     """For every group, the scale and zero point with the least squared rounding error over a grid of clipping ratios.
 
@@ -165,14 +133,14 @@ def blockwise_fake_quantize(x: Tensor, block_size: int) -> Tensor:
     return values.view(padded.shape)[..., :features].to(x.dtype)
 
 
-def _ranges(w: Tensor, fmt: WeightFormat) -> tuple[Tensor, Tensor]:
+def _ranges(w: Tensor, fmt: AffineGrid) -> tuple[Tensor, Tensor]:
     if fmt.group_size == PER_TENSOR:
         return w.amin().float().view(1, 1), w.amax().float().view(1, 1)
     parts = grouped(w, fmt)
     return parts.amin(-1).float(), parts.amax(-1).float()
 
 
-def _scales(lo: Tensor, hi: Tensor, fmt: WeightFormat, clip: float | Tensor) -> tuple[Tensor, Tensor | None]:
+def _scales(lo: Tensor, hi: Tensor, fmt: AffineGrid, clip: float | Tensor) -> tuple[Tensor, Tensor | None]:
     tiny = torch.finfo(torch.float32).tiny
     if fmt.symmetric:
         scale, zero_point = torch.maximum(hi, -lo) * clip / fmt.qmax, None
@@ -180,7 +148,7 @@ def _scales(lo: Tensor, hi: Tensor, fmt: WeightFormat, clip: float | Tensor) -> 
         lo = lo.clamp_max(0) * clip
         scale = (hi.clamp_min(0) * clip - lo) / fmt.qmax
     if not bool(torch.isfinite(scale).all()):
-        raise NumericsError("the weight has NaN or Inf, or a range beyond float32", remedy=_FINITE_REMEDY)
+        raise NumericsError("the weight has NaN or Inf, or a range beyond float32", remedy=FINITE_REMEDY)
     scale.masked_fill_(scale < tiny, 1)
     if not fmt.symmetric:
         zero_point = torch.round(-lo / scale).clamp_(0, fmt.qmax).to(torch.uint8)
@@ -188,7 +156,7 @@ def _scales(lo: Tensor, hi: Tensor, fmt: WeightFormat, clip: float | Tensor) -> 
 
 
 def _rounding_error(
-    w: Tensor, scale: Tensor, zero_point: Tensor | None, fmt: WeightFormat, importance: Tensor | None
+    w: Tensor, scale: Tensor, zero_point: Tensor | None, fmt: AffineGrid, importance: Tensor | None
 ) -> Tensor:
     """Weighted squared error of every group, [rows, G], for w [rows, G, group]."""
     steps = torch.div(w, scale[..., None])
@@ -204,13 +172,13 @@ def _rounding_error(
     return steps.sum(-1).mul_(scale).mul_(scale)
 
 
-def row_chunks(w: Tensor, fmt: WeightFormat) -> Iterator[tuple[slice, Tensor]]:
+def row_chunks(w: Tensor, fmt: GroupedCodes) -> Iterator[tuple[slice, Tensor]]:
     """Rows of w [N, K] in pieces that fit the cache, each as [rows, G, group]."""
     for rows in row_slices(*w.shape):
         yield rows, grouped(w[rows], fmt)
 
 
-def grouped(w: Tensor, fmt: WeightFormat) -> Tensor:
+def grouped(w: Tensor, fmt: GroupedCodes) -> Tensor:
     """w [N, K] as [N, G, group], the last group filled up with zeros, which every grid has and no range misses."""
     n, k = w.shape
     missing = -k % fmt.group_size if fmt.group_size > 0 else 0

@@ -7,7 +7,7 @@ this way, and CrossQuant's channel factor (arXiv 2410.07505) enters here, after 
 import torch
 from torch import Tensor
 
-from .affine import QuantizedWeight
+from .formats import QuantizedWeight
 
 _QMAX = 127
 

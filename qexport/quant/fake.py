@@ -3,21 +3,15 @@
 import torch
 from torch import Tensor
 
-from .affine import quantize_weight, static_scale
-from .codebook import quantize_codebook
-from .formats import ActivationFormat, Scheme, WeightFormat
+from .affine import static_scale
+from .formats import ActivationFormat, WeightFormat
 from .zero_fraction import token_step
 
 _SMALLEST_STEP = 1e-8  # of a token, so that one of zeros divides by something
 
 
-def fake_weight(w: Tensor, fmt: WeightFormat) -> Tensor:
-    """The weight after rounding to nearest, float32 [N, K]; raises what `quantize_weight` raises."""
-    return (quantize_weight if fmt.codebook is None else quantize_codebook)(w, fmt).dequantize()
-
-
-def fake_folded_weight(w: Tensor, factors: Tensor, scheme: Scheme, rounded_first: bool = False) -> Tensor:
-    """The weight with a factor for each column, as a scheme stores and multiplies it.
+def fake_folded_weight(w: Tensor, factors: Tensor, fmt: WeightFormat, rounded_first: bool = False) -> Tensor:
+    """The weight with a factor for each column, as a format stores and multiplies it.
 
     Args:
         w: float [N, K]; factors: [K].
@@ -26,8 +20,7 @@ def fake_folded_weight(w: Tensor, factors: Tensor, scheme: Scheme, rounded_first
     Returns:
         float32 [N, K].
     """
-    value = fake_weight(w, scheme.weight) * factors if rounded_first else fake_weight(w * factors, scheme.weight)
-    return fake_weight(value, WeightFormat(8)) if scheme.expand else value
+    return fmt.multiplied(fmt.rounded(w) * factors if rounded_first else fmt.rounded(w * factors))
 
 
 def fake_activation(

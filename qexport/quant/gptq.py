@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 
 from ..errors import NumericsError, RecipeError
-from .affine import QuantizedWeight, search_clip, weight_scales
-from .formats import PER_TENSOR, WeightFormat
+from .affine import search_clip, weight_scales
+from .formats import PER_TENSOR, IntegerFormat, QuantizedWeight
 
 _DAMP_TRIES = 4
 _DATA_REMEDY = "Check the calibration data and the model"
@@ -71,7 +71,7 @@ class HessianStatistic:
 def gptq_quantize(
     w: Tensor,
     hessian: Tensor,
-    fmt: WeightFormat,
+    fmt: IntegerFormat,
     *,
     damp: float = 0.01,
     act_order: bool = True,

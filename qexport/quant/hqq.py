@@ -16,14 +16,14 @@ import torch
 from torch import Tensor
 
 from ..errors import RecipeError
-from .affine import CHUNK, QuantizedWeight, encode, row_chunks, search_clip, weight_scales
-from .formats import PER_TENSOR, WeightFormat
+from .affine import CHUNK, encode, row_chunks, search_clip, weight_scales
+from .formats import PER_TENSOR, IntegerFormat, QuantizedWeight
 
 _TINY = torch.finfo(torch.float32).tiny
 
 
 def hqq_quantize(
-    w: Tensor, fmt: WeightFormat, *, p: float = 0.7, beta: float = 1.0, kappa: float = 1.01, iterations: int = 20
+    w: Tensor, fmt: IntegerFormat, *, p: float = 0.7, beta: float = 1.0, kappa: float = 1.01, iterations: int = 20
 ) -> QuantizedWeight:
     """Quantize a weight with scales that make its error sparse.
 
@@ -33,7 +33,6 @@ def hqq_quantize(
 
     Args:
         w: float [N, K].
-        fmt: an integer grid; a codebook has no scale to fit.
         p: power of the error, above 0 and up to 1.
         beta: weight that ties the auxiliary error to the residual, in steps of the plain grid.
         kappa: growth of beta, at least 1.
@@ -62,7 +61,7 @@ def hqq_quantize(
 class _Grid:
     """Steps of some groups and the least and the largest multiple of each that has a code, all [rows, G, 1]."""
 
-    def __init__(self, rows: slice, scale: Tensor, zero_point: Tensor | None, fmt: WeightFormat) -> None:
+    def __init__(self, rows: slice, scale: Tensor, zero_point: Tensor | None, fmt: IntegerFormat) -> None:
         self.step = scale[rows, :, None]
         zero = torch.zeros_like(self.step) if zero_point is None else zero_point[rows, :, None].float()
         self.low, self.high = fmt.qmin - zero, fmt.qmax - zero
@@ -112,7 +111,7 @@ def _measure(pieces: list[Tensor], grid: _Grid, unit: Tensor, p: float, beta: fl
     return objective, along / square.clamp_min_(1)
 
 
-def _parts(w: Tensor, fmt: WeightFormat) -> Iterator[tuple[slice, list[Tensor]]]:
+def _parts(w: Tensor, fmt: IntegerFormat) -> Iterator[tuple[slice, list[Tensor]]]:
     """Rows of the scales, and the weights that they scale in pieces [rows, G, n] that fit the cache."""
     if fmt.group_size == PER_TENSOR:
         yield slice(0, 1), [piece.float().view(1, 1, -1) for piece in w.reshape(-1).split(CHUNK)]

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from ..errors import NumericsError
-from .affine import QuantizedWeight, quantize_weight
-from .formats import WeightFormat
+from .formats import IntegerFormat, QuantizedWeight
 
 # Up to this many rows an exact eigendecomposition takes under half a second on one core; its cost grows with the cube.
 _EXACT = 1024
@@ -72,7 +71,7 @@ def share_removed(error: Tensor, down: Tensor, up: Tensor) -> float:
 
 def quantize_factor(factor: Tensor) -> QuantizedWeight:
     """A factor [rows, columns] in int8 with one scale for each column; its codes are transposed, [columns, rows]."""
-    return quantize_weight(factor.t().contiguous(), WeightFormat(8))
+    return IntegerFormat(8).round_to_nearest(factor.t().contiguous())
 
 
 def _leading(m: Tensor, rank: int) -> Tensor:

@@ -6,6 +6,9 @@ from torch import Tensor
 # The longest blocks that MatMulNBits and MatMulBnb4 take on the CPU; with longer ones than 128, or with 16, the former
 # unpacks 2-bit codes anew at every call.
 _LONGEST_BLOCK, _LONGEST_BLOCK_2_BITS = 256, 128
+# Blocks that ONNX Runtime splits weights with one scale per channel into when it makes MatMulNBits of them
+# (session.qdq_matmulnbits_block_size, its default).
+DEFAULT_BLOCK = 32
 
 
 def stored_block(bits: int, group_size: int) -> int:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .affine import grouped, ungrouped, weight_scales
-from .formats import PER_TENSOR, ActivationFormat, WeightFormat
+from .grids import PER_TENSOR, ActivationFormat, AffineGrid
 from .zero_fraction import token_range
 
 _SQUARES, _SMALL = 0.999, 1e-12
@@ -40,8 +40,8 @@ class _Rounded(torch.autograd.Function):
         return grad, None
 
 
-def round_weight(w: Tensor, fmt: WeightFormat) -> Tensor:
-    """`quantize_weight(w, fmt).dequantize()` to the bit, without the codes; raises what that raises."""
+def round_weight(w: Tensor, fmt: AffineGrid) -> Tensor:
+    """What `IntegerFormat.rounded` gives to the bit, without the codes; raises what that raises."""
     scale, zero_point = weight_scales(w, fmt)
     scale = scale[..., None]
     steps = torch.div(grouped(w, fmt), scale).round_()
@@ -53,7 +53,7 @@ def round_weight(w: Tensor, fmt: WeightFormat) -> Tensor:
     return ungrouped(steps.mul_(scale), w.shape[1])
 
 
-def fake_quantize_weight(w: Tensor, fmt: WeightFormat) -> Tensor:
+def fake_quantize_weight(w: Tensor, fmt: AffineGrid) -> Tensor:
     """`round_weight` whose gradient is the identity everywhere.
 
     Scales cover the range of the weight they are computed from, so that only asymmetric grids clamp, by no more than
@@ -105,7 +105,7 @@ class Descent:
         self._latent.addcdiv_(gradient, self._moment.sqrt().add_(_SMALL), value=-rate)
 
 
-def mean_step(w: Tensor, fmt: WeightFormat) -> float:
+def mean_step(w: Tensor, fmt: AffineGrid) -> float:
     """The mean step between codes of a weight [N, K]."""
     return float(weight_scales(w.detach(), fmt)[0].mean())
 
@@ -128,7 +128,7 @@ class TrainedWeight:
 
 
 def train_weight(
-    w: Tensor, hessian: Tensor, fmt: WeightFormat, learning_rates: Sequence[float], steps: int
+    w: Tensor, hessian: Tensor, fmt: AffineGrid, learning_rates: Sequence[float], steps: int
 ) -> TrainedWeight:
     """Find a latent weight near w whose rounding has a small squared output error: ZQ-Local.
 
@@ -168,7 +168,7 @@ def train_weight(
 
 
 def _descend(
-    w: Tensor, hessian: Tensor, fmt: WeightFormat, rate: float, unit: float, steps: int
+    w: Tensor, hessian: Tensor, fmt: AffineGrid, rate: float, unit: float, steps: int
 ) -> tuple[Tensor, Tensor, Tensor, int]:
     """Best latent weight met [N, K], its error by row [N] (one where rows share a scale), that of w, updates done."""
     latent, kept = w.clone(), w.clone()

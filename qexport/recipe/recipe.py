@@ -11,7 +11,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 
 from ..artifact.files import read_text
 from ..errors import InputError, RecipeError
-from ..quant.formats import Scheme
+from ..quant.formats import IntegerFormat, Scheme, begins_as_scheme, full_name
 from .explaining import explain, nearest
 from .reading import MOST_BYTES, read_yaml
 from .sections import (
@@ -30,7 +30,6 @@ from .sections import (
     SmoothSpec,
     WeightSpec,
     known_scheme,
-    scheme_name,
     scheme_of_embedding,
     scheme_or_float,
 )
@@ -159,9 +158,9 @@ class Recipe(Section):
             return base.model_copy(update={"name": text.lower(), "kv_cache": cache})
         if text.lower() in presets:
             return cls._from_yaml(presets[text.lower()].read_text("utf-8"), f"preset {text.lower()}", text.lower())
-        if re.match(r"w\d+a\d+|nf4|fp4", text.lower()):
+        if begins_as_scheme(text.lower()):
             try:
-                name = scheme_name(text)
+                name = full_name(text)
             except RecipeError as error:
                 remedy = nearest(text.lower(), presets) or error.remedy
                 raise RecipeError(error.message, remedy=remedy) from None
@@ -196,15 +195,7 @@ class Recipe(Section):
 
     @classmethod
     def _from_scheme(cls, scheme: Scheme) -> Self:
-        bits, act = scheme.weight.bits, scheme.activation
-        if scheme.weight.codebook:
-            family = scheme.weight.codebook
-        elif act is None:
-            family = "w8a16" if bits == 8 else "w4a16_g128"
-        elif bits == 8:
-            family = "w8a8_static" if act.kind == "static" else "w8a8_dyn"
-        else:
-            family = "w4a8_g128" if scheme.weight.group_size > 0 else "w4a8"
+        family = scheme.weight.family(scheme.activation)
         base = cls.load(family)
         description = f"{scheme.name}, everything else as in {family}"
         return base.model_copy(update={"name": scheme.name, "description": description, "scheme": scheme.name})
@@ -253,7 +244,7 @@ class Recipe(Section):
 
     def _check_prefill(self) -> None:
         """ONNX Runtime fails to load weight-only linears with one scale per channel within a branch of an If."""
-        plain = [s for s in self._schemes() if s.activation is None and s.weight.codebook is None]
+        plain = [s for s in self._schemes() if s.activation is None and isinstance(s.weight, IntegerFormat)]
         if not any(s.weight.group_size > 0 for s in plain):
             raise ValueError(
                 "prefill: int8 is for weight-only linears in groups", "Remove it, or take a scheme such as w4a16_g32"
@@ -271,7 +262,7 @@ class Recipe(Section):
 def _check_planes(schemes: list[Scheme]) -> None:
     """Rounding before the fold needs a place for the factor that the rounding did not see."""
     for scheme in schemes:
-        if not scheme.expand and scheme.weight.bits != 8:
+        if not scheme.weight.folds_columns and scheme.weight.bits != 8:
             raise ValueError(
                 f"round_weights: before_fold has no form for {scheme.name}",
                 "Take w8a8_dyn, or groups with _int: w4a8_g128_int",

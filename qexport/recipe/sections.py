@@ -5,35 +5,16 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, PlainValidator, ValidationError, field_validator, model_validator
 
 from ..errors import RecipeError
-from ..quant.formats import Scheme
+from ..quant.formats import Scheme, full_name
 from .explaining import explain
 
 FLOAT = "float"
 TIED = "tied"
 
-# A weight-only scheme without a group is what other tools mean by it: groups, because one scale per channel is too
-# coarse for 4 bits and saves nothing in speed at 8. `_pc` asks for one scale per channel.
-_SHORT = {
-    "w4a16": "w4a16_g128",
-    "w4a16_asym": "w4a16_g128_asym",
-    "w8a16": "w8a16_g32",
-    "w8a16_asym": "w8a16_g32_asym",
-    "w8a8": "w8a8_dyn",
-}
-
-
-def scheme_name(name: str) -> str:
-    """The full lower-case name of a scheme: `W4A16` -> `w4a16_g128`, `w8a8` -> `w8a8_dyn`.
-
-    Raises:
-        RecipeError: no such scheme.
-    """
-    return Scheme.parse(_SHORT.get(name.lower(), name)).name
-
 
 def known_scheme(name: str) -> str:
     try:
-        return scheme_name(name)
+        return full_name(name)
     except RecipeError as error:
         # A ValueError keeps the key and the line: pydantic adds where it happened.
         raise ValueError(error.message, error.remedy) from None

@@ -13,8 +13,9 @@ from ..graph.schema import rebind
 from ..graph.views import DequantizeLinear, Matmul, QuantizeLinear
 from ..lower import moe_form
 from ..lower.prefill_twin import LONGEST_STEP, prompt_twin
-from ..lower.qdq_patterns import DEFAULT_BLOCK, Rounding, as_own_kernel, form_of, linear_products, own_kernel
-from ..quant.packing import stored_block
+from ..lower.qdq_patterns import Rounding, as_own_kernel, form_of, kernel_of, linear_products
+from ..passes.formats import form_at
+from ..quant.packing import DEFAULT_BLOCK
 from .base import Target, register
 from .kernels import qmoe
 
@@ -91,7 +92,7 @@ class CpuTarget(Target):
                 _integer(module, product, rounding)
                 continue
             canonical = Matmul.of(product)
-            x, block = canonical.x, _input_block(canonical.weight)
+            x, block = canonical.x, form_at(canonical.weight).input_block(canonical.weight)
             if self.accuracy_level == 4 and block is not None:
                 with module.graph.inserting_before(product):
                     rounded = call(module.graph, ops.matmul_nbits_input.default, (x, block), like=x)
@@ -104,19 +105,8 @@ class CpuTarget(Target):
 
     def kernel(self, product: Node) -> str:
         """The operator that the linear must have become in the optimized graph."""
-        return own_kernel(product) or ("MatMulIntegerToFloat" if form_of(product).integer else "MatMulNBits")
-
-
-def _input_block(weight: Node) -> int | None:
-    """Features of the input that accuracy level 4 rounds together; None where the kernel keeps the input as it is."""
-    if is_call(weight, ops.dequantize_codebook.default):
-        return None
-    codes = DequantizeLinear.of(weight)
-    group_size, bits = codes.block_size, codes.bits
-    if group_size == 0:
-        return DEFAULT_BLOCK
-    # The 2-bit kernel for 8-bit inputs has no blocks of 16; without it the weight is unpacked and the product float.
-    return None if bits == 2 and group_size == 16 else stored_block(bits, group_size)
+        canonical = Matmul.match(product) is not None
+        return "MatMulIntegerToFloat" if canonical and form_of(product).integer else kernel_of(product)
 
 
 def _integer(module: GraphModule, product: Node, rounding: Rounding) -> None:

@@ -15,10 +15,11 @@ from ..graph.schema import bind, rebind
 from ..graph.views import DequantizeLinear, ExpertShares, Matmul, QuantizeLinear
 from ..lower import moe_form
 from ..lower.precision import KEEP, to_half
-from ..lower.qdq_patterns import DEFAULT_BLOCK, Rounding, as_own_kernel, form_of, linear_products, own_kernel
+from ..lower.qdq_patterns import Rounding, as_own_kernel, form_of, kernel_of, linear_products
 from ..lower.routing_weights import sum_of
 from ..plan.linear_plan import LinearPlan
 from ..quant.formats import Scheme
+from ..quant.packing import DEFAULT_BLOCK
 from ..recipe.recipe import Recipe
 from .base import Target, register
 from .kernels import fpa_intb, qmoe
@@ -109,7 +110,7 @@ class CudaTarget(Target):
         """The operator that the linear must have become in the optimized graph."""
         if is_call(product, ops.matmul_integer.default):
             return "MatMulInteger"
-        return own_kernel(product) or "MatMulNBits"
+        return kernel_of(product)
 
 
 def _by_scores(graph: Graph, mixture: Node) -> None:

@@ -89,7 +89,7 @@ def fault_of_weight(x: Tensor, weight: Tensor, error: Tensor, scheme: str) -> st
         explained += share
         off = gain > _GAIN_OF_FEW_BITS if fmt.bits < 4 else gain.abs() > _GAIN
         gains += _groups(index, gain, off & (share > _SHARE_OF_GAIN))
-        if fmt.symmetric:  # without zero points none is wrong
+        if not fmt.has_zero_points:
             continue
         step = (columns.amax(1) - columns.amin(1)).clamp_min(1e-30) / (2**fmt.bits - 1)
         offset, share = _along(error, part.sum(1, keepdim=True), energy)

@@ -16,9 +16,10 @@ from qexport.artifact.manifest import CPU
 from qexport.errors import InputError, RecipeError
 from qexport.graph.edit import finish
 from qexport.lower.precision import to_half
-from qexport.lower.qdq_patterns import DEFAULT_BLOCK, as_own_kernel, linear_products, own_kernel
+from qexport.lower.qdq_patterns import as_own_kernel, kernel_of, linear_products
 from qexport.plan.linear_plan import LinearPlan
 from qexport.quant.formats import Scheme
+from qexport.quant.packing import DEFAULT_BLOCK
 from qexport.recipe.recipe import Recipe
 from qexport.targets.base import Target, register, target_for, targets
 from qexport.targets.cpu import CpuTarget
@@ -58,7 +59,7 @@ class AbacusTarget(Target):
             to_half(module, constants, self.dtype)
 
     def kernel(self, product: Node) -> str:
-        return own_kernel(product) or "MatMulNBits"
+        return kernel_of(product)
 
     def slow(self, products: Sequence[Node]) -> dict[str, str]:
         return {product.meta["linear"]: "few beads" for product in products}

@@ -12,8 +12,8 @@ from helpers.cuda_placement.models import PROMPT, assert_decoder_on_cuda
 from helpers.runners import captured_runner, load_weights, padded
 from qexport.graph.edit import get_tensor, is_call
 from qexport.plan.linear_plan import LinearPlan, weight_bytes
-from qexport.quant.codebook import dequantize
 from qexport.quant.formats import Scheme
+from qexport.quant.formats.codebooks import decode_codebook
 from qexport.quant.metrics import sqnr_db
 from qexport.recipe.recipe import CalibrationSpec, Recipe
 from qexport.runtime.session import optimized_graph, unfused
@@ -88,7 +88,7 @@ def test_nodes_keep_the_names_of_their_linears_and_the_weight_that_was_planned(e
     assert is_call(product, ops.matmul_bnb4.default)
     ours, scale = (get_tensor(module, argument.target) for argument in product.args[1:3])
     assert torch.equal(codes, ours)
-    assert torch.equal(dequantize(codes, absmax.view(64, 3), "fp4", 32), dequantize(ours, scale, "fp4", 32))
+    assert torch.equal(decode_codebook(codes, absmax.view(64, 3), "fp4", 32), decode_codebook(ours, scale, "fp4", 32))
 
 
 @pytest.mark.parametrize("scheme, target", [("nf4", "cpu"), ("nf4_dq", "cuda")])

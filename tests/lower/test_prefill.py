@@ -23,9 +23,8 @@ from qexport.artifact.manifest import CPU, MODEL_FILE
 from qexport.errors import RecipeError
 from qexport.graph.sites import linears
 from qexport.lower.prefill_twin import LONGEST_STEP, prompt_twin
-from qexport.quant.affine import quantize_weight
 from qexport.quant.expand import channel_scale, expand_to_int8
-from qexport.quant.formats import WeightFormat
+from qexport.quant.formats import IntegerFormat
 from qexport.recipe.recipe import CalibrationSpec, LoRCSpec, Override, Recipe, SmoothSpec
 from qexport.runtime.decoder import open_decoder
 from qexport.runtime.session import open_session, optimized_graph, unfused
@@ -177,7 +176,7 @@ def test_optimized_copies_keep_both_branches(export):
 def test_the_int8_weight_covers_each_channel(zero_points):
     w = torch.randn(6, 64, generator=torch.Generator().manual_seed(0)) * torch.logspace(-2, 2, 6)[:, None]
     w[3] = 0
-    found = quantize_weight(w, WeightFormat(4, 16, symmetric=not zero_points))
+    found = IntegerFormat(4, 16, symmetric=not zero_points).round_to_nearest(w)
     codes, scale = found.codes.t().contiguous(), found.scale.t().contiguous()
     zeros = None if found.zero_point is None else found.zero_point.t().contiguous()
     step = channel_scale(codes, scale, zeros, 16)

@@ -22,11 +22,9 @@ from qexport.errors import PassError, RecipeError
 from qexport.graph.edit import get_tensor
 from qexport.passes.base import Context
 from qexport.passes.embedding import ShareEmbedding
-from qexport.passes.weights.rounding import round_to_nearest
 from qexport.plan.embedding_plan import token_embeddings
 from qexport.plan.model_plan import plan_for
-from qexport.quant.affine import quantize_weight
-from qexport.quant.formats import WeightFormat
+from qexport.quant.formats import IntegerFormat
 from qexport.quant.gptq import HessianStatistic, gptq_quantize
 from qexport.quant.hqq import hqq_quantize
 from qexport.recipe.recipe import CalibrationSpec, LoRCSpec, Recipe, WeightSpec
@@ -139,15 +137,15 @@ def test_codes_that_no_block_has_made(captured):
 def test_how_the_codes_are_found(captured, model_folder, tmp_path, method):
     """GPTQ looks at what the float model hands to the output projection, which transformers tells."""
     model, clip = captured("llama_bias"), method != "rtn"
-    table, fmt = model.load("model.embed_tokens.weight"), WeightFormat(4, 32)
+    table, fmt = model.load("model.embed_tokens.weight"), IntegerFormat(4, 32)
     samples = load_samples(RANDOM, vocab_size=VOCAB)
     with torch.no_grad():
         hidden = reference_model(model_folder("llama_bias")).model(samples.input_ids).last_hidden_state
     statistic = HessianStatistic("token_norm", 0.5)
     statistic.update(hidden.flatten(0, 1))
     wanted = {
-        "rtn": lambda: quantize_weight(table, fmt),
-        "rtn, clipped": lambda: round_to_nearest(table, fmt, True),
+        "rtn": lambda: fmt.round_to_nearest(table),
+        "rtn, clipped": lambda: fmt.round_to_nearest(table, clip_search=True),
         "hqq": lambda: hqq_quantize(table, fmt),
         "gptq": lambda: gptq_quantize(table, statistic.value(), fmt, damp=0.02, clip_search=True),
     }[method]()
@@ -160,7 +158,7 @@ def test_how_the_codes_are_found(captured, model_folder, tmp_path, method):
             get_tensor(block.module, f"model.embed_tokens.weight_{part}").t() for part in ("codes", "scale")
         )
         if method == "gptq":  # sums in another order may move a code
-            assert (codes == wanted.codes).float().mean() > 0.99 and (codes != quantize_weight(table, fmt).codes).any()
+            assert (codes == wanted.codes).float().mean() > 0.99 and (codes != fmt.round_to_nearest(table).codes).any()
             assert (scale == wanted.scale).float().mean() > 0.99
         else:
             assert torch.equal(codes, wanted.codes) and torch.equal(scale, wanted.scale)

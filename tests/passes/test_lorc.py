@@ -17,7 +17,6 @@ from qexport.passes.equalization.crossquant import CrossQuant
 from qexport.passes.weights.gptq import GPTQ
 from qexport.passes.weights.rtn import RoundToNearest
 from qexport.plan.linear_plan import LinearPlan, make_plan
-from qexport.quant.affine import quantize_weight
 from qexport.quant.formats import Scheme
 
 aten, ops = torch.ops.aten, torch.ops.qexport
@@ -123,7 +122,7 @@ def test_the_branch_is_the_best_one_for_the_codes_that_are_deployed():
     notes = {note.site: note for note in results["LoRC"].changed}
     assert list(notes) == ["a", "b", "c"]
     for name, products in products_of(graph, plan).items():
-        rounded = quantize_weight(weights[name], plan[name].scheme.weight).dequantize()
+        rounded = plan[name].scheme.weight.round_to_nearest(weights[name]).dequantize()
         assert torch.equal(deployed_weight(graph, products), rounded)
         error = (weights[name] - rounded).double().numpy()
         u, s, v = numpy.linalg.svd(error, full_matrices=False)
@@ -218,7 +217,7 @@ def test_a_shared_factor_is_the_best_one_for_all_of_them_together():
     weights = {linear.name: get_tensor(graph, linear.weight).clone() for linear in linears(graph.graph)}
     plan = plan("w4a16_g16")
     Pipeline([RoundToNearest(plan), LoRC(plan, 3, shared=True)]).run(graph, nothing)
-    errors = [w - quantize_weight(w, plan[name].scheme.weight).dequantize() for name, w in weights.items()]
+    errors = [w - plan[name].scheme.weight.round_to_nearest(w).dequantize() for name, w in weights.items()]
     u, s, v = numpy.linalg.svd(torch.cat(errors).double().numpy(), full_matrices=False)
     ups = [graph.get_buffer(f"{name}.lorc_up") for name in "abc"]
     together = graph.get_buffer("a.lorc_down") @ torch.cat(ups, 1)

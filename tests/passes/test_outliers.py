@@ -15,7 +15,6 @@ from qexport.passes.branches.outliers import SeparateOutliers
 from qexport.passes.weights.gptq import GPTQ
 from qexport.passes.weights.rtn import RoundToNearest
 from qexport.plan.linear_plan import LinearPlan, make_plan
-from qexport.quant.affine import quantize_weight
 from qexport.quant.formats import ActivationFormat, Scheme
 from qexport.quant.metrics import sqnr_db
 
@@ -84,7 +83,7 @@ def test_outliers_meet_float_weights_and_the_rest_rounded_ones(place):
         remaining = weights[name].clone()
         if place == PLACES[0]:
             remaining[:, LARGE] = 0
-        rounded = quantize_weight(remaining, plan[name].scheme.weight).dequantize()
+        rounded = plan[name].scheme.weight.round_to_nearest(remaining).dequantize()
         want = rest @ rounded.t() + X[:, :, LARGE] @ weights[name][:, LARGE].t() + (bias if name == "a" else 0)
         assert torch.allclose(got, want, rtol=1e-5, atol=1e-4)
     (note,) = results["SeparateOutliers"].changed

@@ -23,7 +23,6 @@ from qexport.passes.weights.rtn import RoundToNearest
 from qexport.passes.weights.zq_global import ZQGlobal
 from qexport.passes.weights.zq_local import ZQLocal
 from qexport.plan.linear_plan import LinearPlan, make_plan
-from qexport.quant.affine import quantize_weight
 from qexport.quant.formats import Scheme
 from qexport.quant.gptq import HessianStatistic
 from qexport.recipe.recipe import CalibrationSpec, Recipe, WeightSpec
@@ -43,7 +42,7 @@ def errors(module, hessians, originals, plan):
     """For every linear the squared output error of its rounded weight against the original."""
     found = {}
     for linear in linears(module.graph):
-        q = quantize_weight(get_tensor(module, linear.weight), plan[linear.name].scheme.weight).dequantize()
+        q = plan[linear.name].scheme.weight.round_to_nearest(get_tensor(module, linear.weight)).dequantize()
         off = (q - originals[linear.name]).double()
         found[linear.name] = float(((off @ hessians[linear.input].value().double()) * off).sum())
     return found
@@ -115,10 +114,10 @@ def test_a_factor_that_rounding_does_not_see_is_not_seen_by_training():
         assert step.statistics(block)[linear.input]().weighting == "none"
         result = step.call(block, Context({linear.input: hessian_of(given)}, handover=handover))
         trained = get_tensor(block, linear.weight)
-        off = quantize_weight(trained if folded is None else trained / folded, plan[linear.name].scheme.weight)
+        off = plan[linear.name].scheme.weight.round_to_nearest(trained if folded is None else trained / folded)
         found.append(float((x @ (off.dequantize() - w).T).square().sum()))
         assert len(result.changed) == 1
-    off = quantize_weight(w, plan[linear.name].scheme.weight).dequantize() - w
+    off = plan[linear.name].scheme.weight.round_to_nearest(w).dequantize() - w
     rounded = float((x @ off.T).square().sum())
     assert found[0] < 0.5 * rounded and found[1] == pytest.approx(found[0], abs=0.05 * rounded)
 
@@ -161,7 +160,8 @@ def test_what_cannot_be_trained_says_why(captured, method):
     results = run_passes(model, [method(plan, steps=5)], stream, reference)
     skipped = {n.site.rpartition(".")[2]: n.what for n in results[model.blocks[1].name][method.__name__].skipped}
     assert skipped == {
-        "q_proj": "its grid is a codebook", "up_proj": "kept in float by the recipe", "o_proj": "not in the plan",
+        "q_proj": "nf4_g32 is no grid of integers", "up_proj": "kept in float by the recipe",
+        "o_proj": "not in the plan",
     }  # fmt: skip
     for name, w in weights(model.blocks[1].module).items():
         assert (w is originals[name]) == (name.rpartition(".")[2] in skipped)

@@ -50,7 +50,7 @@ def slow_error(rows, s, weights, schemes, reach, unscaled=False, alpha=None):
         if scheme is None:
             continue
         folded = slow_weight(w, scheme.weight) * s if unscaled else slow_weight(w * s, scheme.weight)
-        if scheme.expand:
+        if scheme.weight.folds_columns:
             step = folded.abs().amax(1, keepdim=True) / 127
             folded = torch.round(folded / step) * step
         value = x / s

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
 from qexport.errors import NumericsError, RecipeError
-from qexport.quant.codebook import dequantize, double_quantized, dynamic_map, quantize_codebook, table
-from qexport.quant.formats import Scheme, WeightFormat
+from qexport.quant.formats import FP4, NF4, Scheme
+from qexport.quant.formats.codebooks import CODEBOOKS, decode_codebook, double_quantized, dynamic_map
 from qexport.quant.packing import pack_high_first
 
 books = pytest.mark.parametrize("book", ["nf4", "fp4"])
@@ -48,13 +48,13 @@ def test_the_weight_is_that_of_onnxruntime_bit_by_bit(book, block_size):
     codes = torch.randint(0, 16, (20, 1024), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     codes[0, :16] = torch.arange(16)
     scale = normal(20, 1024 // block_size, seed=1).abs() + 0.1
-    weight = dequantize(codes, scale, book, block_size)
+    weight = decode_codebook(codes, scale, book, block_size)
     assert torch.equal(in_onnxruntime(torch.eye(1024), codes, scale, book, block_size).t(), weight)
 
 
 @books
 def test_inputs_of_the_kernel_stay_float(book):
-    q = quantize_codebook(normal(40, 512), fmt(book))
+    q = fmt(book).round_to_nearest(normal(40, 512))
     x = normal(5, 512, seed=2)
     x[:, 7] *= 50
     exact = x.double() @ q.dequantize().double().t()
@@ -63,7 +63,7 @@ def test_inputs_of_the_kernel_stay_float(book):
 
 
 def test_tables_are_the_published_ones():
-    nf4, fp4 = table("nf4"), table("fp4")
+    nf4, fp4 = NF4.table(), FP4.table()
     assert nf4.tolist() == sorted(nf4.tolist()) and nf4[[0, 7, 15]].tolist() == [-1, 0, 1]
     assert nf4[8].item() == numpy.float32(0.07958029955625534)
     assert torch.equal(fp4[8:], -fp4[:8]) and fp4[3] == 1
@@ -76,10 +76,10 @@ def test_tables_are_the_published_ones():
 def test_codes_are_the_nearest_values(book, seed, block_size, size):
     w = normal(3, 1024, seed=seed) * size
     w[1] = torch.round(w[1] / size) * size  # many equal values, zeros among them
-    q = quantize_codebook(w, WeightFormat(4, block_size, codebook=book))
+    q = CODEBOOKS[book](block_size).round_to_nearest(w)
     absmax = w.view(3, -1, block_size).abs().amax(-1)
     assert torch.equal(q.scale, absmax) and q.zero_point is None and q.codes.dtype == torch.uint8
-    values = table(book).double()
+    values = CODEBOOKS[book].table().double()
     scaled = w.double().view(3, -1, block_size) / absmax.double()[..., None]
     distance = (scaled.view(3, 1024, 1) - values).abs()
     chosen = distance.gather(-1, q.codes.long()[..., None])[..., 0]
@@ -90,7 +90,7 @@ def test_codes_are_the_nearest_values(book, seed, block_size, size):
 
 @books
 def test_ties_go_to_the_lower_value_and_in_fp4_towards_zero(book):
-    values = table(book).double()
+    values = CODEBOOKS[book].table().double()
     ordered = torch.unique(values)
     for low, high in zip(ordered[:-1], ordered[1:], strict=True):
         middle = float((low + high) / 2)
@@ -98,7 +98,7 @@ def test_ties_go_to_the_lower_value_and_in_fp4_towards_zero(book):
         above = numpy.nextafter(numpy.float32(middle), numpy.float32(2))
         w = torch.zeros(1, 16)
         w[0, :4] = torch.tensor([1, below, above, middle])
-        q = quantize_codebook(w, WeightFormat(4, 16, codebook=book))
+        q = CODEBOOKS[book](16).round_to_nearest(w)
         exact = w[0, 3].double().item()
         lower = exact < middle or exact == middle and (book == "nf4" or middle > 0)
         expected = [1, low, high, low if lower else high]
@@ -110,11 +110,11 @@ def test_blocks_of_zeros_and_of_subnormals(book):
     w = normal(2, 128)
     w[0, :64], w[1, 64:] = 0, 1e-39
     for name in (book, f"{book}_dq"):
-        q = quantize_codebook(w, fmt(name))
+        q = fmt(name).round_to_nearest(w)
         assert q.scale[0, 0] == q.scale[1, 1] == 1 and bool((q.scale > 0).all())
         assert not q.dequantize()[0, :64].any() and not q.dequantize()[1, 64:].any()
         assert q.dequantize()[0, 64:].abs().amax() > 0.5
-    zero = quantize_codebook(torch.zeros(3, 64), fmt(f"{book}_dq"))
+    zero = fmt(f"{book}_dq").round_to_nearest(torch.zeros(3, 64))
     assert not zero.dequantize().any() and bool((zero.scale == 1).all())
 
 
@@ -124,20 +124,20 @@ def test_weights_that_are_no_numbers_are_refused(book, bad):
     w = normal(4, 64)
     w[2, 5] = bad
     with pytest.raises(NumericsError, match="NaN or Inf"):
-        quantize_codebook(w, fmt(book))
+        fmt(book).round_to_nearest(w)
     with pytest.raises(RecipeError, match="groups of 64"):
-        quantize_codebook(normal(4, 96), fmt(book))
+        fmt(book).round_to_nearest(normal(4, 96))
 
 
 @books
 def test_the_weight_is_left_as_it_was_and_may_be_of_any_type_and_layout(book):
     w = normal(64, 700 * 64)  # more than what is worked on at once
     kept, transposed = w.clone(), w.t().contiguous().t()
-    q = quantize_codebook(w, fmt(book))
+    q = fmt(book).round_to_nearest(w)
     assert torch.equal(w, kept)
-    assert torch.equal(quantize_codebook(transposed, fmt(book)).codes, q.codes)
-    assert torch.equal(quantize_codebook(w[:1].double(), fmt(book)).codes, q.codes[:1])
-    half = dequantize(q.codes[:2], q.scale[:2].half(), book, 64)
+    assert torch.equal(fmt(book).round_to_nearest(transposed).codes, q.codes)
+    assert torch.equal(fmt(book).round_to_nearest(w[:1].double()).codes, q.codes[:1])
+    half = decode_codebook(q.codes[:2], q.scale[:2].half(), book, 64)
     assert half.dtype == torch.float16 and torch.allclose(half.float(), q.dequantize()[:2], rtol=2e-3, atol=1e-3)
 
 
@@ -175,7 +175,7 @@ def test_double_quantization_agrees_with_a_slow_loop(shape):
 
 def test_double_quantization_changes_scales_and_no_codes():
     w = normal(64, 256)
-    plain, double = quantize_codebook(w, fmt("nf4")), quantize_codebook(w, fmt("nf4_dq"))
+    plain, double = fmt("nf4").round_to_nearest(w), fmt("nf4_dq").round_to_nearest(w)
     assert torch.equal(plain.codes, double.codes)
     assert torch.equal(double.scale, double_quantized(plain.scale)) and not torch.equal(double.scale, plain.scale)
     errors = [float((q.dequantize() - w).norm()) for q in (plain, double)]

@@ -5,9 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qexport.quant.affine import quantize_weight
 from qexport.quant.expand import expand_to_int8, expanded_scale
-from qexport.quant.formats import WeightFormat
+from qexport.quant.formats import IntegerFormat
 
 
 def random(n, k, seed=0):
@@ -24,7 +23,7 @@ def expanded(weight, factor=None):
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("bits", [3, 4])
 def test_every_value_is_the_nearest_int8_multiple_of_its_row_scale(bits, symmetric):
-    weight = quantize_weight(random(24, 96), WeightFormat(bits, 32, symmetric))
+    weight = IntegerFormat(bits, 32, symmetric).round_to_nearest(random(24, 96))
     factor = random(1, 96, 1)[0].abs() + 0.1
     codes, row = expanded(weight, factor)
     target = (weight.dequantize() * factor).double()
@@ -38,7 +37,7 @@ def test_every_value_is_the_nearest_int8_multiple_of_its_row_scale(bits, symmetr
 @settings(max_examples=30, deadline=None)
 def test_the_second_rounding_is_small_beside_the_first(seed, group):
     w = random(16, 64, seed)
-    weight = quantize_weight(w, WeightFormat(4, group))
+    weight = IntegerFormat(4, group).round_to_nearest(w)
     codes, row = expanded(weight)
     first = (weight.dequantize() - w).square().mean()
     second = (codes.t() * row[:, None] - weight.dequantize()).square().mean()
@@ -46,6 +45,6 @@ def test_the_second_rounding_is_small_beside_the_first(seed, group):
 
 
 def test_a_row_of_zeros_stays_zero():
-    weight = quantize_weight(torch.zeros(2, 32), WeightFormat(4, 16))
+    weight = IntegerFormat(4, 16).round_to_nearest(torch.zeros(2, 32))
     codes, row = expanded(weight)
     assert not codes.any() and torch.equal(row, torch.ones(2))

@@ -3,10 +3,8 @@
 import pytest
 import torch
 
-from qexport.quant.affine import quantize_weight
-from qexport.quant.codebook import quantize_codebook
 from qexport.quant.expand import expand_to_int8, expanded_scale
-from qexport.quant.fake import fake_activation, fake_folded_weight, fake_weight
+from qexport.quant.fake import fake_activation, fake_folded_weight
 from qexport.quant.formats import ActivationFormat, Scheme
 
 ops = torch.ops.qexport
@@ -20,18 +18,18 @@ def test_weights_on_an_integer_grid_and_in_a_codebook():
     w = normal(6, 128)
     for scheme in ("w4a16_g32", "w4a16_g32_asym", "w3a16_pc", "w4a16_pt"):
         fmt = Scheme.parse(scheme).weight
-        assert torch.equal(fake_weight(w, fmt), quantize_weight(w, fmt).dequantize())
+        assert torch.equal(fmt.rounded(w), fmt.round_to_nearest(w).dequantize())
     for scheme in ("nf4", "fp4_g32_dq"):
         fmt = Scheme.parse(scheme).weight
-        q = quantize_codebook(w, fmt)
-        want = ops.dequantize_codebook(q.codes, q.scale, fmt.codebook, fmt.group_size).t()
-        assert torch.equal(fake_weight(w, fmt), want)
+        q = fmt.round_to_nearest(w)
+        want = ops.dequantize_codebook(q.codes, q.scale, fmt.name, fmt.group_size).t()
+        assert torch.equal(fmt.rounded(w), want)
 
 
 @pytest.mark.parametrize("rounded_first", [False, True])
 def test_a_folded_weight_is_rounded_after_or_before(rounded_first):
     w, factors, scheme = normal(6, 128), 0.5 + normal(128, seed=1).abs(), Scheme.parse("w8a8_dyn")
-    got = fake_folded_weight(w, factors, scheme, rounded_first)
+    got = fake_folded_weight(w, factors, scheme.weight, rounded_first)
     step = w.abs().amax(1, keepdim=True) / 127 * factors if rounded_first else (w * factors).abs().amax(1, True) / 127
     # Before: a whole number of unscaled steps. After: of scaled ones.
     multiples = got / step
@@ -42,14 +40,14 @@ def test_a_folded_weight_is_rounded_after_or_before(rounded_first):
 @pytest.mark.parametrize("rounded_first", [False, True])
 def test_groups_that_are_expanded_to_int8_are_rounded_twice(rounded_first):
     w, factors, scheme = normal(6, 128), 0.5 + normal(128, seed=1).abs(), Scheme.parse("w4a8_g32_int")
-    q = quantize_weight(w if rounded_first else w * factors, scheme.weight)
+    q = scheme.weight.round_to_nearest(w if rounded_first else w * factors)
     late = factors if rounded_first else None
     row = expanded_scale(q, late)
     codes = expand_to_int8(q.codes.t(), q.scale.t(), None, late, row, 32)
     want = (codes.float() * row).t()
-    got = fake_folded_weight(w, factors, scheme, rounded_first)
+    got = fake_folded_weight(w, factors, scheme.weight, rounded_first)
     assert torch.allclose(got, want, atol=1e-6)
-    assert (want - fake_folded_weight(w, factors, Scheme.parse("w4a8_g32"), rounded_first)).abs().max() > 1e-4
+    assert (want - fake_folded_weight(w, factors, Scheme.parse("w4a8_g32").weight, rounded_first)).abs().max() > 1e-4
 
 
 @pytest.mark.parametrize("bits", [4, 8])

@@ -9,11 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qexport.errors import NumericsError, RecipeError
-from qexport.quant.affine import quantize_weight, search_clip, weight_scales
-from qexport.quant.formats import PER_CHANNEL, PER_TENSOR, WeightFormat
+from qexport.quant.affine import search_clip, weight_scales
+from qexport.quant.formats import PER_CHANNEL, PER_TENSOR, IntegerFormat
 from qexport.quant.gptq import HessianStatistic, gptq_quantize
 
-INT4 = WeightFormat(4, 16)
+INT4 = IntegerFormat(4, 16)
 
 
 def correlated(n=8, k=48, seed=0):
@@ -52,7 +52,7 @@ def slow_gptq(w, hessian, fmt, scale, zero, act_order, damp=0.01):
 @pytest.mark.parametrize("size", [16, PER_CHANNEL, PER_TENSOR])
 @pytest.mark.parametrize("bits, symmetric", [(4, True), (4, False), (8, True)])
 def test_codes_are_those_of_elimination(bits, symmetric, size, act_order):
-    fmt = WeightFormat(bits, size, symmetric)
+    fmt = IntegerFormat(bits, size, symmetric)
     w, hessian = correlated()
     scale, zero_point = weight_scales(w, fmt)
     expected = slow_gptq(w, hessian, fmt, scale, zero_point, act_order)
@@ -64,18 +64,18 @@ def test_codes_are_those_of_elimination(bits, symmetric, size, act_order):
 
 def test_uncorrelated_features_are_rounded_to_nearest():
     w = correlated()[0]
-    for fmt in (INT4, WeightFormat(8, PER_CHANNEL), WeightFormat(4, 16, False)):
+    for fmt in (INT4, IntegerFormat(8, PER_CHANNEL), IntegerFormat(4, 16, False)):
         q = gptq_quantize(w, torch.diag(torch.linspace(1, 5, 48)), fmt)
-        assert torch.equal(q.codes, quantize_weight(w, fmt).codes)
+        assert torch.equal(q.codes, fmt.round_to_nearest(w).codes)
 
 
 @settings(max_examples=20, deadline=None)
 @given(st.integers(0, 2**32), st.booleans(), st.booleans(), st.sampled_from([16, PER_CHANNEL]))
 def test_the_output_error_is_smaller_than_that_of_rounding(seed, symmetric, act_order, size):
-    fmt = WeightFormat(4, size, symmetric)
+    fmt = IntegerFormat(4, size, symmetric)
     w, hessian = correlated(32, 64, seed)
     q = gptq_quantize(w, hessian, fmt, act_order=act_order)
-    assert objective(w, q, hessian) < objective(w, quantize_weight(w, fmt), hessian)
+    assert objective(w, q, hessian) < objective(w, fmt.round_to_nearest(w), hessian)
 
 
 def test_clip_search_takes_its_scales_from_the_hessian_diagonal():
@@ -83,7 +83,7 @@ def test_clip_search_takes_its_scales_from_the_hessian_diagonal():
     q = gptq_quantize(w, hessian, INT4, clip_search=True)
     assert torch.equal(q.scale, search_clip(w, INT4, hessian.diagonal())[0])
     assert not torch.equal(q.scale, weight_scales(w, INT4)[0])
-    assert objective(w, q, hessian) < objective(w, quantize_weight(w, INT4), hessian)
+    assert objective(w, q, hessian) < objective(w, INT4.round_to_nearest(w), hessian)
 
 
 def without(hessian, dead):
@@ -94,18 +94,18 @@ def without(hessian, dead):
     return hessian
 
 
-@pytest.mark.parametrize("fmt", [INT4, WeightFormat(4, 16, False), WeightFormat(8, PER_CHANNEL)])
+@pytest.mark.parametrize("fmt", [INT4, IntegerFormat(4, 16, False), IntegerFormat(8, PER_CHANNEL)])
 def test_features_that_were_never_active_are_rounded_to_nearest_and_the_others_are_those_of_elimination(fmt):
     w, hessian = correlated()
     dead = torch.arange(48) % 3 == 1
     q = gptq_quantize(w, without(hessian, dead), fmt)
     scale, zero_point = weight_scales(w, fmt)
     assert torch.equal(q.scale, scale)
-    assert torch.equal(q.codes[:, dead], quantize_weight(w, fmt).codes[:, dead])
+    assert torch.equal(q.codes[:, dead], fmt.round_to_nearest(w).codes[:, dead])
     # In float64, of the others alone: what no feature met has no part in any error that they push around.
     seen, kept = hessian[~dead][:, ~dead], w[:, ~dead]
     groups = torch.arange(48)[~dead] // (fmt.group_size if fmt.group_size > 0 else 48)
-    one_each = WeightFormat(fmt.bits, 1, fmt.symmetric)
+    one_each = IntegerFormat(fmt.bits, 1, fmt.symmetric)
     zero = None if zero_point is None else zero_point[:, groups]
     expected = slow_gptq(kept, seen, one_each, scale[:, groups], zero, act_order=True)
     assert numpy.array_equal(q.codes[:, ~dead].numpy(), expected)
@@ -158,7 +158,7 @@ def test_damping_rises_until_the_hessian_can_be_factorized():
 def test_a_rank_one_hessian_works():
     w, x = correlated()[0], torch.randn(1, 48, generator=torch.Generator().manual_seed(0))
     q = gptq_quantize(w, 2 * x.t() @ x, INT4)
-    assert objective(w, q, x.t() @ x) < 0.1 * objective(w, quantize_weight(w, INT4), x.t() @ x)
+    assert objective(w, q, x.t() @ x) < 0.1 * objective(w, INT4.round_to_nearest(w), x.t() @ x)
 
 
 def test_what_cannot_be_used_is_refused():

@@ -8,20 +8,25 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qexport.errors import NumericsError
-from qexport.quant import affine as grid
-from qexport.quant.affine import encode, quantize_weight, search_clip, static_scale, weight_scales
-from qexport.quant.formats import PER_CHANNEL, PER_TENSOR, ActivationFormat, WeightFormat
+from qexport.quant import affine
+from qexport.quant.affine import encode, search_clip, static_scale, weight_scales
+from qexport.quant.formats import PER_CHANNEL, PER_TENSOR, ActivationFormat, IntegerFormat, QuantizedWeight
 from qexport.quant.gptq import gptq_quantize
 from qexport.quant.hqq import hqq_quantize
 from qexport.quant.straight_through import round_weight
 
-FORMATS = [WeightFormat(bits, size, sym) for bits in (4, 8) for size in (16, PER_CHANNEL, PER_TENSOR) for sym in (1, 0)]
+SIZES = (16, PER_CHANNEL, PER_TENSOR)
+FORMATS = [IntegerFormat(bits, size, sym) for bits in (4, 8) for size in SIZES for sym in (1, 0)]
 DYNAMIC = ActivationFormat("dynamic")
 some = settings(max_examples=25, deadline=None)
 
 
 def weight(n=5, k=64, seed=0, **options):
     return torch.randn(n, k, generator=torch.Generator().manual_seed(seed), **options)
+
+
+def nearest(w, fmt):
+    return fmt.round_to_nearest(w)
 
 
 def groups_of(w, fmt):
@@ -54,7 +59,7 @@ def slow_error(values, scale, zero, fmt, importance):
 @pytest.mark.parametrize("fmt", FORMATS, ids=str)
 def test_round_to_nearest_agrees_with_a_loop(fmt):
     w = weight()
-    q = quantize_weight(w, fmt)
+    q = fmt.round_to_nearest(w)
     value = q.dequantize()
     assert q.shape == (5, 64) and q.codes.dtype == (torch.int8 if fmt.symmetric else torch.uint8)
     assert q.scale.dtype == value.dtype == torch.float32 and (q.zero_point is None) == bool(fmt.symmetric)
@@ -73,26 +78,26 @@ def test_round_to_nearest_agrees_with_a_loop(fmt):
 
 def test_ties_go_to_even():
     w = torch.tensor([[0.5, 1.5, 2.5, -0.5, -1.5, -2.5, 7.0, -3.5]])
-    assert quantize_weight(w, WeightFormat(4)).codes.tolist() == [[0, 2, 2, 0, -2, -2, 7, -4]]
+    assert IntegerFormat(4).round_to_nearest(w).codes.tolist() == [[0, 2, 2, 0, -2, -2, 7, -4]]
 
 
 def test_full_range_leaves_the_lowest_symmetric_code_to_clipping():
     w = torch.tensor([[-7.0, 7.0, -8.0, 9.0]])
-    assert encode(w, torch.tensor([[1.0]]), None, WeightFormat(4)).tolist() == [[-7, 7, -8, 7]]
-    assert int(quantize_weight(weight(64), WeightFormat(4, 16)).codes.min()) == -7
+    assert encode(w, torch.tensor([[1.0]]), None, IntegerFormat(4)).tolist() == [[-7, 7, -8, 7]]
+    assert int(IntegerFormat(4, 16).round_to_nearest(weight(64)).codes.min()) == -7
 
 
 @pytest.mark.parametrize("fmt", FORMATS, ids=str)
 @pytest.mark.parametrize("fill", [0.0, 1e-44])
 def test_a_group_without_a_representable_scale_becomes_zero(fmt, fill):
-    q = quantize_weight(torch.full((2, 32), fill), fmt)
+    q = fmt.round_to_nearest(torch.full((2, 32), fill))
     assert bool((q.scale == 1).all()) and not q.dequantize().any()
 
 
 def test_asymmetric_grids_hold_zero_even_when_all_weights_are_positive():
     w = weight().abs() + 1
     for value, zero_point in ((w, 0), (-w, 15)):
-        q = quantize_weight(value, WeightFormat(4, 16, False))
+        q = IntegerFormat(4, 16, False).round_to_nearest(value)
         error = (value - q.dequantize()).abs().view(5, 4, 16).amax(-1)
         assert bool((q.zero_point == zero_point).all()) and bool((error <= 0.50001 * q.scale).all())
 
@@ -102,32 +107,32 @@ def test_asymmetric_grids_hold_zero_even_when_all_weights_are_positive():
 def test_non_finite_weights_are_refused(fmt, bad):
     w = weight()
     w[3, 17] = bad
-    for attempt in (weight_scales, quantize_weight, search_clip):
+    for attempt in (weight_scales, nearest, search_clip):
         with pytest.raises(NumericsError, match="NaN or Inf"):
             attempt(w, fmt)
 
 
-@pytest.mark.parametrize("fmt", [WeightFormat(bits, 16, sym) for bits in (4, 8) for sym in (1, 0)], ids=str)
+@pytest.mark.parametrize("fmt", [IntegerFormat(bits, 16, sym) for bits in (4, 8) for sym in (1, 0)], ids=str)
 @pytest.mark.parametrize(
-    "method", [quantize_weight, hqq_quantize, lambda w, fmt: gptq_quantize(w, torch.eye(w.shape[1]), fmt)]
+    "method", [nearest, hqq_quantize, lambda w, fmt: gptq_quantize(w, torch.eye(w.shape[1]), fmt)]
 )
 def test_a_shorter_last_group_has_a_scale_of_its_own(fmt, method):
     w = weight(k=40)
     q = method(w, fmt)
-    head, tail = method(w[:, :32], fmt), method(w[:, 32:], WeightFormat(fmt.bits, 8, fmt.symmetric))
+    head, tail = method(w[:, :32], fmt), method(w[:, 32:], IntegerFormat(fmt.bits, 8, fmt.symmetric))
     assert q.scale.shape == (len(w), 3)
     assert torch.equal(q.codes, torch.cat([head.codes, tail.codes], 1))
     assert torch.allclose(q.dequantize(), torch.cat([head.dequantize(), tail.dequantize()], 1))
-    assert torch.equal(round_weight(w, fmt), quantize_weight(w, fmt).dequantize())
+    assert torch.equal(round_weight(w, fmt), fmt.round_to_nearest(w).dequantize())
 
 
 @pytest.mark.parametrize("fmt", FORMATS, ids=str)
 def test_pieces_layout_and_dtype_do_not_matter(fmt, monkeypatch):
     w = weight(7, 32).bfloat16()
-    whole, clipped = quantize_weight(w.float(), fmt), search_clip(w.float(), fmt)
-    monkeypatch.setattr(grid, "CHUNK", 64)
+    whole, clipped = fmt.round_to_nearest(w.float()), search_clip(w.float(), fmt)
+    monkeypatch.setattr(affine, "CHUNK", 64)
     for same in (w, w.float().t().contiguous().t()):
-        q = quantize_weight(same, fmt)
+        q = fmt.round_to_nearest(same)
         assert torch.equal(q.codes, whole.codes) and torch.equal(q.scale, whole.scale)
         assert torch.equal(q.dequantize(), whole.dequantize())
         assert torch.equal(search_clip(same, fmt)[0], clipped[0])
@@ -137,7 +142,7 @@ def test_pieces_layout_and_dtype_do_not_matter(fmt, monkeypatch):
 @given(st.sampled_from(FORMATS), st.integers(0, 2**32), st.floats(-30, 30))
 def test_error_is_half_a_step_and_encoding_again_changes_nothing(fmt, seed, magnitude):
     w = weight(seed=seed) * 10**magnitude
-    q = quantize_weight(w, fmt)
+    q = fmt.round_to_nearest(w)
     step = q.scale.repeat_interleave(64 // q.scale.shape[1], 1)
     # One part in 1e5 for float32 rounding of up to 255 steps.
     assert bool(((w - q.dequantize()).abs() <= 0.50001 * step).all())
@@ -150,7 +155,7 @@ def test_smaller_groups_have_finer_scales_and_less_error(seed, symmetric):
     w = weight(8, 256, seed)
     before = None
     for size in (16, 32, 64, 128, PER_CHANNEL):
-        q = quantize_weight(w, WeightFormat(4, size, symmetric))
+        q = IntegerFormat(4, size, symmetric).round_to_nearest(w)
         scale, error = q.scale, float((w - q.dequantize()).square().sum())
         if before is not None:
             assert bool((before[0] <= scale.repeat_interleave(before[0].shape[1] // scale.shape[1], 1)).all())
@@ -179,17 +184,17 @@ def test_clip_search_never_loses_to_the_full_range(fmt, seed):
     w = weight(4, 32, seed) ** 3
     importance = weight(1, 32, seed + 1)[0].abs()
     scale, zero_point = search_clip(w, fmt, importance)
-    clipped = grid.QuantizedWeight(encode(w, scale, zero_point, fmt), scale, zero_point, fmt)
+    clipped = QuantizedWeight(encode(w, scale, zero_point, fmt), scale, zero_point, fmt)
     clipped_error, error = (
-        float((importance * (w - q.dequantize()).double().square()).sum()) for q in (clipped, quantize_weight(w, fmt))
+        float((importance * (w - q.dequantize()).double().square()).sum()) for q in (clipped, fmt.round_to_nearest(w))
     )
     assert clipped_error <= error * (1 + 1e-5)  # float32 sums inside the search
 
 
 def test_clip_search_uses_the_lowest_code():
     w = torch.arange(-8.0, 8.0).view(1, 16) / 8
-    scale, _ = search_clip(w, WeightFormat(4, 16))
-    assert float(scale) == 0.125 and encode(w, scale, None, WeightFormat(4, 16)).tolist() == [list(range(-8, 8))]
+    scale, _ = search_clip(w, IntegerFormat(4, 16))
+    assert float(scale) == 0.125 and encode(w, scale, None, IntegerFormat(4, 16)).tolist() == [list(range(-8, 8))]
 
 
 def test_importance_decides_between_outlier_and_bulk():
@@ -197,12 +202,12 @@ def test_importance_decides_between_outlier_and_bulk():
     w[0, 0] = 7.0
     outlier, bulk = torch.zeros(16), torch.ones(16)
     outlier[0], bulk[0] = 1, 0
-    assert float(search_clip(w, WeightFormat(4, 16), outlier)[0]) == 1
-    assert float(search_clip(w, WeightFormat(4, 16), bulk)[0]) < 0.6
+    assert float(search_clip(w, IntegerFormat(4, 16), outlier)[0]) == 1
+    assert float(search_clip(w, IntegerFormat(4, 16), bulk)[0]) < 0.6
 
 
 def test_clip_search_keeps_the_full_range_when_nothing_speaks_against_it():
-    for fmt in (WeightFormat(4, 16), WeightFormat(4, 16, False), WeightFormat(4, PER_TENSOR)):
+    for fmt in (IntegerFormat(4, 16), IntegerFormat(4, 16, False), IntegerFormat(4, PER_TENSOR)):
         assert torch.equal(search_clip(weight(), fmt, torch.zeros(64))[0], weight_scales(weight(), fmt)[0])
 
 
@@ -211,7 +216,7 @@ def test_impossible_importance_is_refused(bad):
     importance = torch.ones(64)
     importance[5] = bad
     with pytest.raises(NumericsError, match="importance"):
-        search_clip(weight(), WeightFormat(4, 16), importance)
+        search_clip(weight(), IntegerFormat(4, 16), importance)
 
 
 def test_static_scale():

@@ -8,12 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qexport.errors import NumericsError, RecipeError
-from qexport.quant.affine import QuantizedWeight, encode, quantize_weight, search_clip, weight_scales
-from qexport.quant.formats import PER_CHANNEL, PER_TENSOR, WeightFormat
+from qexport.quant.affine import encode, search_clip, weight_scales
+from qexport.quant.formats import PER_CHANNEL, PER_TENSOR, IntegerFormat, QuantizedWeight
 from qexport.quant.hqq import hqq_quantize
 
 SIZES = (16, PER_CHANNEL, PER_TENSOR)
-FORMATS = [WeightFormat(bits, size, sym) for bits in (2, 3, 4, 8) for size in SIZES for sym in (True, False)]
+FORMATS = [IntegerFormat(bits, size, sym) for bits in (2, 3, 4, 8) for size in SIZES for sym in (True, False)]
 
 
 def heavy(n=6, k=64, seed=0):
@@ -41,7 +41,7 @@ def clipped(w, fmt):
 def test_no_group_is_worse_than_rounding_and_the_grid_is_one(fmt, seed, p, beta, kappa):
     w = heavy(seed=seed)
     q = hqq_quantize(w, fmt, p=p, beta=beta, kappa=kappa, iterations=5)
-    plain = quantize_weight(w, fmt)
+    plain = fmt.round_to_nearest(w)
     # A code that hits its weight leaves the rounding of float32, of which a small power is not small.
     ulp = (2.0**-23 * w.abs().max().double()) ** p
     assert (objective(w, q, p) <= objective(w, plain, p) * (1 + 1e-5) + ulp).all()
@@ -102,21 +102,21 @@ def test_scales_are_those_of_the_alternation_written_out(fmt):
 
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_errors_are_sparser_than_by_rounding_or_by_the_best_clipping(symmetric):
-    w, fmt = heavy(32, 256), WeightFormat(3, 64, symmetric)
+    w, fmt = heavy(32, 256), IntegerFormat(3, 64, symmetric)
     value = float(objective(w, hqq_quantize(w, fmt)).sum())
-    assert value < 0.95 * float(objective(w, quantize_weight(w, fmt)).sum())
+    assert value < 0.95 * float(objective(w, fmt.round_to_nearest(w)).sum())
     assert value < float(objective(w, clipped(w, fmt)).sum())
     squared = float(objective(w, hqq_quantize(w, fmt), 2).sum())
-    assert squared < 0.9 * float(objective(w, quantize_weight(w, fmt), 2).sum())
+    assert squared < 0.9 * float(objective(w, fmt.round_to_nearest(w), 2).sum())
 
 
 def test_it_does_not_depend_on_the_unit_of_the_weight():
-    w, fmt = heavy(), WeightFormat(4, 16)
+    w, fmt = heavy(), IntegerFormat(4, 16)
     q, small = hqq_quantize(w, fmt), hqq_quantize(w * 2.0**-20, fmt)
     assert torch.equal(q.codes, small.codes) and torch.equal(q.scale * 2.0**-20, small.scale)
 
 
-@pytest.mark.parametrize("fmt", [WeightFormat(4, 16), WeightFormat(2, 16, False), WeightFormat(4, PER_TENSOR)])
+@pytest.mark.parametrize("fmt", [IntegerFormat(4, 16), IntegerFormat(2, 16, False), IntegerFormat(4, PER_TENSOR)])
 def test_zeros_and_groups_that_the_grid_holds_exactly(fmt):
     w = torch.zeros(3, 32)
     assert torch.equal(hqq_quantize(w, fmt).dequantize(), w)
@@ -127,7 +127,7 @@ def test_zeros_and_groups_that_the_grid_holds_exactly(fmt):
 
 @pytest.mark.parametrize("size", SIZES)
 def test_rows_are_worked_on_in_pieces(size, monkeypatch):
-    w, fmt = heavy(10, 64), WeightFormat(4, size)
+    w, fmt = heavy(10, 64), IntegerFormat(4, size)
     whole = hqq_quantize(w, fmt)
     for room in ("affine", "hqq"):
         monkeypatch.setattr(f"qexport.quant.{room}.CHUNK", 3 * 64)
@@ -137,14 +137,14 @@ def test_rows_are_worked_on_in_pieces(size, monkeypatch):
 
 
 def test_half_precision_is_taken_as_float32():
-    w, fmt = heavy().half(), WeightFormat(4, 16)
+    w, fmt = heavy().half(), IntegerFormat(4, 16)
     half, full = hqq_quantize(w, fmt), hqq_quantize(w.float(), fmt)
-    assert (objective(w, half) <= objective(w, quantize_weight(w, fmt)) * (1 + 1e-3)).all()
+    assert (objective(w, half) <= objective(w, fmt.round_to_nearest(w)) * (1 + 1e-3)).all()
     assert torch.allclose(half.scale, full.scale, rtol=1e-2)
 
 
 def test_what_cannot_be_used_is_refused():
-    w, fmt = heavy(), WeightFormat(4, 16)
+    w, fmt = heavy(), IntegerFormat(4, 16)
     for options in ({"p": 0}, {"p": 1.5}, {"beta": 0}, {"kappa": 0.9}, {"p": math.nan}):
         with pytest.raises(RecipeError, match="HQQ"):
             hqq_quantize(w, fmt, **options)

@@ -7,8 +7,8 @@ import pytest
 
 _SCRIPT = """
 import resource, sys, torch
-from qexport.quant.formats import WeightFormat
-from qexport.quant.affine import quantize_weight, search_clip
+from qexport.quant.formats import IntegerFormat
+from qexport.quant.affine import search_clip
 from qexport.quant.metrics import kl_divergence
 
 def peak():
@@ -30,8 +30,8 @@ _WEIGHT = 4 * 4096**2  # bytes of the float32 weight
     "work, shape, limit",
     [
         # Codes are a quarter of the float weight; scales of groups of 32 and the ranges they come from, an eighth.
-        ("lambda w: quantize_weight(w, WeightFormat(4, 32))", (4096, 4096), _WEIGHT // 2 + (16 << 20)),
-        ("lambda w: search_clip(w, WeightFormat(4, 32, False))", (4096, 4096), _WEIGHT // 2 + (16 << 20)),
+        ("IntegerFormat(4, 32).round_to_nearest", (4096, 4096), _WEIGHT // 2 + (16 << 20)),
+        ("lambda w: search_clip(w, IntegerFormat(4, 32, False))", (4096, 4096), _WEIGHT // 2 + (16 << 20)),
         ("lambda logits: kl_divergence(logits, logits)", (256, 100_000), 64 << 20),
     ],
     ids=["round to nearest", "clip search", "kl divergence"],

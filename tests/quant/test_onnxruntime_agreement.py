@@ -7,8 +7,8 @@ import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
 
-from qexport.quant.affine import blockwise_fake_quantize, quantize_weight
-from qexport.quant.formats import WeightFormat
+from qexport.quant.affine import blockwise_fake_quantize
+from qexport.quant.formats import IntegerFormat
 from qexport.quant.packing import pack_int4
 
 # Float32 accumulation over at most 300 products leaves 4e-7; a single code that differs shows as 5e-5 or more.
@@ -61,7 +61,7 @@ def distance(value, reference):
 
 def padded_weight(features, fmt, seed):
     w = torch.randn(40, features, generator=torch.Generator().manual_seed(seed))
-    return quantize_weight(torch.nn.functional.pad(w, (0, -features % fmt.group_size)), fmt)
+    return fmt.round_to_nearest(torch.nn.functional.pad(w, (0, -features % fmt.group_size)))
 
 
 x86_only = pytest.mark.skipif(
@@ -76,7 +76,7 @@ grids = pytest.mark.parametrize("bits, symmetric", [(4, True), (4, False), (8, T
 @grids
 @pytest.mark.parametrize("features", [256, 300])
 def test_blockwise_fake_quantize_is_accuracy_level_4(bits, symmetric, block, features):
-    q = padded_weight(features, WeightFormat(bits, block, symmetric), block)
+    q = padded_weight(features, IntegerFormat(bits, block, symmetric), block)
     w = q.dequantize()[:, :features].double()
     for rows in (1, 3, 64):
         x = torch.randn(rows, features, generator=torch.Generator().manual_seed(rows))
@@ -93,7 +93,7 @@ def test_blockwise_fake_quantize_is_accuracy_level_4(bits, symmetric, block, fea
 @pytest.mark.parametrize("tail", [1, 9, 13])
 def test_accuracy_level_4_breaks_ties_to_even_in_tails_too(bits, symmetric, block, tail):
     features = block + tail
-    q = padded_weight(features, WeightFormat(bits, block, symmetric), tail)
+    q = padded_weight(features, IntegerFormat(bits, block, symmetric), tail)
     w = q.dequantize()[:, :features].double()
     x = torch.randint(-126, 126, (4, features), generator=torch.Generator().manual_seed(tail)).float() + 0.5
     x[:, ::block] = 127  # the step is exactly 1, so every other value is a tie
@@ -112,7 +112,7 @@ def test_accuracy_level_4_multiplies_by_127_over_absmax(bits, symmetric):
     for other in (blocks / step, blocks * (1 / step), blocks * (127 * absmax.reciprocal()), blocks * 127 / absmax):
         rows = (torch.round(other) != codes).flatten(1).any(1)
         assert bool(rows.any())
-        q = padded_weight(256, WeightFormat(bits, 32, symmetric), seed=1)
+        q = padded_weight(256, IntegerFormat(bits, 32, symmetric), seed=1)
         reference = blockwise_fake_quantize(x[rows], 32).double() @ q.dequantize().double().t()
         assert distance(matmul_nbits(x[rows], q, 256), reference) < TOLERANCE
 
@@ -121,7 +121,7 @@ def test_accuracy_level_4_multiplies_by_127_over_absmax(bits, symmetric):
 def test_blocks_too_small_for_the_reciprocal_become_zero():
     x = torch.full((2, 64), 2e-37)
     x[:, 32:] = 1e-36
-    q = quantize_weight(torch.ones(8, 64), WeightFormat(8, 32))
+    q = IntegerFormat(8, 32).round_to_nearest(torch.ones(8, 64))
     reference = blockwise_fake_quantize(x, 32)
     assert not reference[:, :32].any() and torch.allclose(reference[:, 32:], x[:, 32:], rtol=1e-6, atol=0)
     # Products of 1e-38 are at the edge of float32's normal range, hence the loose bound.
@@ -138,7 +138,7 @@ def test_blockwise_fake_quantize_keeps_shape_and_dtype():
 
 @grids
 def test_dequantized_weights_are_those_of_dequantizelinear(bits, symmetric):
-    q = padded_weight(64, WeightFormat(bits, 16, symmetric), seed=0)
+    q = padded_weight(64, IntegerFormat(bits, 16, symmetric), seed=0)
     # Widening 4-bit codes to bytes changes no value, and keeps the model free of packed types.
     constants = {"codes": q.codes.numpy(), "scale": q.scale.numpy()}
     if not symmetric:

@@ -7,15 +7,14 @@ from hypothesis import strategies as st
 
 import qexport.graph.ops  # noqa: F401  registers the operators
 from qexport.errors import NumericsError
-from qexport.quant.affine import quantize_weight
-from qexport.quant.formats import PER_CHANNEL, PER_TENSOR, ActivationFormat, WeightFormat
+from qexport.quant.formats import PER_CHANNEL, PER_TENSOR, ActivationFormat, IntegerFormat
 from qexport.quant.gptq import gptq_quantize
 from qexport.quant.straight_through import fake_quantize_tokens, fake_quantize_weight, round_weight, train_weight
 
 ops = torch.ops.qexport
 RATES = (0.01, 0.03, 0.1)
 FORMATS = [
-    WeightFormat(bits, size, symmetric)
+    IntegerFormat(bits, size, symmetric)
     for bits in (2, 3, 4, 8)
     for size in (16, PER_CHANNEL, PER_TENSOR)
     for symmetric in (True, False)
@@ -34,7 +33,7 @@ def correlated(k, seed=0):
 
 def rows_error(w, trained, hessian, fmt):
     """Of the weight that plain rounding makes of `trained`, by row, in float64."""
-    off = (quantize_weight(trained, fmt).dequantize() - w).double()
+    off = (fmt.round_to_nearest(trained).dequantize() - w).double()
     return ((off @ hessian.double()) * off).sum(1)
 
 
@@ -48,7 +47,7 @@ def test_rounded_weights_are_those_of_plain_rounding_to_the_bit(fmt, seed, expon
     w[1] = 0  # a scale of 1
     w[2] = w[2].abs()  # a zero point at the end of the range
     w[3, :16] = torch.arange(16) * 0.5  # ties
-    expected = quantize_weight(w, fmt).dequantize()
+    expected = fmt.round_to_nearest(w).dequantize()
     assert torch.equal(round_weight(w, fmt), expected)
     assert torch.equal(fake_quantize_weight(w.requires_grad_(), fmt), expected)
 
@@ -64,9 +63,9 @@ def test_weights_that_are_no_numbers_are_refused():
     w = normal(4, 32)
     w[1, 3] = torch.nan
     with pytest.raises(NumericsError):
-        fake_quantize_weight(w, WeightFormat(4, 16))
+        fake_quantize_weight(w, IntegerFormat(4, 16))
     with pytest.raises(NumericsError):
-        train_weight(w, torch.eye(32), WeightFormat(4, 16), RATES, 5)
+        train_weight(w, torch.eye(32), IntegerFormat(4, 16), RATES, 5)
 
 
 # ---- activations -----------------------------------------------------------------------------------------------------
@@ -121,7 +120,7 @@ def test_no_row_is_worse_than_rounded_and_together_they_are_much_better(fmt):
 
 
 def test_it_removes_nearly_as_much_of_the_error_as_gptq():
-    fmt, w, hessian = WeightFormat(4, 16), normal(64, 64), correlated(64)
+    fmt, w, hessian = IntegerFormat(4, 16), normal(64, 64), correlated(64)
     off = (gptq_quantize(w, hessian, fmt).dequantize() - w).double()
     compensated = float(((off @ hessian.double()) * off).sum())
     rounded = float(rows_error(w, w, hessian, fmt).sum())
@@ -130,28 +129,28 @@ def test_it_removes_nearly_as_much_of_the_error_as_gptq():
 
 
 def test_where_rounding_is_best_the_weight_stays():
-    w, fmt = normal(40, 32), WeightFormat(4, 16)
+    w, fmt = normal(40, 32), IntegerFormat(4, 16)
     for rows in (w, w[:8]):
         found = train_weight(rows, torch.diag(torch.linspace(1, 5, 32)), fmt, (0.001,), 3)
         assert found.learning_rate is None and found.error == 1 and torch.equal(found.weight, rows)
 
 
 def test_the_size_of_the_hessian_does_not_matter_and_runs_agree():
-    w, hessian, fmt = normal(40, 32), correlated(32), WeightFormat(3, 16, False)
+    w, hessian, fmt = normal(40, 32), correlated(32), IntegerFormat(3, 16, False)
     first, again, small = (train_weight(w, h, fmt, RATES, 20) for h in (hessian, hessian, hessian * 2.0**-40))
     assert torch.equal(first.weight, again.weight) and torch.equal(first.weight, small.weight)
     assert first.error < 1
 
 
 def test_a_feature_that_is_never_active_keeps_its_weights():
-    w, hessian, fmt = normal(8, 32), correlated(32), WeightFormat(4, 16)
+    w, hessian, fmt = normal(8, 32), correlated(32), IntegerFormat(4, 16)
     hessian[5] = hessian[:, 5] = 0
     found = train_weight(w, hessian, fmt, RATES, 20)
     assert found.error < 1 and torch.equal(found.weight[:, 5], w[:, 5])
 
 
 def test_the_objective_has_the_gradient_that_training_uses():
-    w, hessian, fmt = normal(6, 32), correlated(32), WeightFormat(4, 16)
+    w, hessian, fmt = normal(6, 32), correlated(32), IntegerFormat(4, 16)
     latent = (w + 0.01 * normal(6, 32, seed=3)).requires_grad_()
     off = fake_quantize_weight(latent, fmt) - w
     ((off @ hessian) * off).sum().backward()

@@ -4,8 +4,17 @@ import pytest
 import yaml
 
 from qexport.errors import RecipeError
-from qexport.quant.formats import PER_CHANNEL, ActivationFormat, Scheme, WeightFormat
-from qexport.recipe.recipe import CalibrationSpec, Override, Recipe, WeightSpec, scheme_name
+from qexport.quant.formats import (
+    FP4,
+    NF4,
+    PER_CHANNEL,
+    ActivationFormat,
+    ExpandedFormat,
+    IntegerFormat,
+    Scheme,
+    full_name,
+)
+from qexport.recipe.recipe import CalibrationSpec, Override, Recipe, WeightSpec
 
 PRESETS = {
     "w4a16_g32": ("w4a16_g32", "gptq", None),
@@ -102,7 +111,7 @@ def test_scheme_name_alone(name, scheme, method, alpha):
 def test_short_scheme_names_mean_the_same_in_every_key():
     recipe = Recipe(scheme="W4A16", lm_head="w8a16", overrides=[{"match": "*", "scheme": "w8a8"}])
     assert (recipe.scheme, recipe.lm_head, recipe.overrides[0].scheme) == ("w4a16_g128", "w8a16_g32", "w8a8_dyn")
-    assert scheme_name("W4A16") == recipe.scheme
+    assert full_name("W4A16") == recipe.scheme
 
 
 def test_file_with_defaults(write):
@@ -159,12 +168,12 @@ def test_schemes_of_linears():
             {"match": "*.down_proj", "scheme": "w8a8_dyn"},
         ],
     )
-    int4 = Scheme("w4a16_g32", WeightFormat(4, 32), None)
-    int8 = Scheme("w8a8_dyn", WeightFormat(8, PER_CHANNEL), ActivationFormat("dynamic"))
+    int4 = Scheme("w4a16_g32", IntegerFormat(4, 32), None)
+    int8 = Scheme("w8a8_dyn", IntegerFormat(8, PER_CHANNEL), ActivationFormat("dynamic"))
     assert recipe.scheme_for("model.layers.1.mlp.up_proj") == int4
     assert recipe.scheme_for("model.layers.1.mlp.down_proj") == int8
     assert recipe.scheme_for("model.layers.0.mlp.down_proj") is None, "the first match wins"
-    assert recipe.scheme_for("lm_head") == Scheme("w8a16_g32", WeightFormat(8, 32), None)
+    assert recipe.scheme_for("lm_head") == Scheme("w8a16_g32", IntegerFormat(8, 32), None)
     assert recipe.scheme_for("model.layers.1.mlp.DOWN_PROJ") == int4, "names have case"
 
 
@@ -324,18 +333,18 @@ def test_awq_scales_weights_of_float_activations():
 
 
 @pytest.mark.parametrize(
-    ("name", "weight", "activation", "expand"),
+    ("name", "weight", "activation"),
     [
-        ("w4a8_g128_int", WeightFormat(4, 128), ActivationFormat("dynamic"), True),
-        ("w3a8_g64_asym_static_int", WeightFormat(3, 64, False), ActivationFormat("static"), True),
-        ("w4a4", WeightFormat(4), ActivationFormat("dynamic", 4), False),
-        ("w2a16_g1024", WeightFormat(2, 1024), None, False),
-        ("NF4_g128_dq", WeightFormat(4, 128, True, "nf4", True), None, False),
-        ("fp4", WeightFormat(4, 64, True, "fp4"), None, False),
+        ("w4a8_g128_int", ExpandedFormat(4, 128), ActivationFormat("dynamic")),
+        ("w3a8_g64_asym_static_int", ExpandedFormat(3, 64, False), ActivationFormat("static")),
+        ("w4a4", IntegerFormat(4), ActivationFormat("dynamic", 4)),
+        ("w2a16_g1024", IntegerFormat(2, 1024), None),
+        ("NF4_g128_dq", NF4(128, True), None),
+        ("fp4", FP4(64), None),
     ],
 )
-def test_schemes_of_the_methods(name, weight, activation, expand):
-    assert Scheme.parse(name) == Scheme(name.lower(), weight, activation, expand)
+def test_schemes_of_the_methods(name, weight, activation):
+    assert Scheme.parse(name) == Scheme(name.lower(), weight, activation)
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,6 @@ import torch
 from torch import Tensor
 
 from ...quant.affine import blockwise_fake_quantize
-from ...quant.codebook import dequantize
 from ...quant.expand import channel_scale, expand_to_int8
 
 _RANGE = {True: (-128, 127), False: (0, 255)}
@@ -152,42 +151,6 @@ def channel_scale_of(codes: Tensor, scale: Tensor, zero_point: Tensor | None, gr
 @channel_scale_of.register_fake
 def _(codes, scale, zero_point, group_size):
     return codes.new_empty(codes.shape[1:], dtype=torch.float32)
-
-
-@torch.library.custom_op("qexport::dequantize_codebook", mutates_args=())
-def dequantize_codebook(codes: Tensor, scale: Tensor, codebook: str, block_size: int) -> Tensor:
-    """The weight that table indices stand for, transposed: [in_features, out_features].
-
-    Args:
-        codes: uint8 [N, K], indices of the table of 16 values.
-        scale: [N, K / block_size], the largest magnitude of each block.
-        codebook: "nf4" or "fp4".
-    """
-    return dequantize(codes, scale, codebook, block_size).t().contiguous()
-
-
-@dequantize_codebook.register_fake
-def _(codes, scale, codebook, block_size):
-    return scale.new_empty((codes.shape[1], codes.shape[0]))
-
-
-@torch.library.custom_op("qexport::matmul_bnb4", mutates_args=())
-def matmul_bnb4(x: Tensor, codes: Tensor, scale: Tensor, codebook: str, group_size: int, block_size: int) -> Tensor:
-    """x times the weight of `dequantize_codebook`, as one kernel.
-
-    Args:
-        x: [..., K]; codes: [N, K]; scale: [N, K / group_size].
-        block_size: of the kernel; as in `matmul_nbits`.
-
-    Returns:
-        [..., N].
-    """
-    return x @ dequantize(codes, scale, codebook, group_size).t()
-
-
-@matmul_bnb4.register_fake
-def _(x, codes, scale, codebook, group_size, block_size):
-    return x.new_empty((*x.shape[:-1], codes.shape[0]))
 
 
 @torch.library.custom_op("qexport::matmul_nbits", mutates_args=())

@@ -10,12 +10,11 @@ from ...graph.edit import dtype_of, is_call, shape_of
 from ...graph.schema import Arguments
 from ...graph.views import sizes_of, tensor_name
 from ...quant.expand import channel_scale, expand_to_int8
-from ...quant.packing import pack_high_first, pack_rows
+from ...quant.packing import pack_rows
 from ..emitter import Attribute, Emitter
 from ..registry import translates
 
 ops = torch.ops.qexport
-_QUANT_TYPE = {"fp4": 0, "nf4": 1}
 
 
 @translates(ops.dequantize_linear.default)
@@ -111,21 +110,6 @@ def _nbits_input(emit: Emitter, node: Node, given: Arguments) -> ir.Value:
     return emit.get(given.x)
 
 
-@translates(ops.matmul_bnb4.default)
-def _matmul_bnb4(emit: Emitter, node: Node, given: Arguments) -> ir.Value:
-    (n, k), block_size = sizes_of(given.codes), given.block_size
-
-    def spread(t: torch.Tensor) -> torch.Tensor:
-        return t.repeat_interleave(given.group_size // block_size, dim=1).view(-1)
-
-    weight = emit.derived(given.codes, "packed", [n * k // 2], torch.uint8, pack_high_first)
-    absmax = emit.derived(given.scale, "blocks", [n * k // block_size], dtype_of(given.scale), spread)
-    return _kernel(
-        emit, node, "MatMulBnb4", given.x, weight, absmax, K=k, N=n, block_size=block_size,
-        quant_type=_QUANT_TYPE[given.codebook],
-    )  # fmt: skip
-
-
 @translates(ops.matmul_nbits.default)
 def _matmul_nbits(emit: Emitter, node: Node, given: Arguments) -> ir.Value:
     (k, n), codes, bits, block_size = sizes_of(given.codes), given.codes, given.bits, given.block_size
@@ -133,7 +117,7 @@ def _matmul_nbits(emit: Emitter, node: Node, given: Arguments) -> ir.Value:
     rows = emit.initializers.get(f"{tensor_name(codes)}.rows")  # of an embedding that owns the codes
     weight = packed_codes(emit, codes, bits, "packed", shape) if rows is None else emit.view(rows, "packed", shape)
     scales, zeros = packed_scales(emit, codes, given.scale, given.zero_point, bits, given.group_size, block_size)
-    return _kernel(
+    return kernel(
         emit, node, "MatMulNBits", given.x, weight, scales, zeros, K=k, N=n, bits=bits, block_size=block_size,
         accuracy_level=4 if is_call(given.x, ops.matmul_nbits_input.default) else 1,
     )  # fmt: skip
@@ -172,7 +156,7 @@ def packed_scales(
     return scales, emit.derived(zero_point, "packed", [n, width], torch.uint8, lambda t: pack_rows(spread(t), bits))
 
 
-def _kernel(
+def kernel(
     emit: Emitter, node: Node, op_type: str, x: Node, *constants: ir.Value | None, **attributes: Attribute
 ) -> ir.Value:
     """A product that is a kernel of ONNX Runtime's own, under the linear's name."""

@@ -12,9 +12,8 @@ from dataclasses import dataclass
 from torch.fx import Node
 
 from ...graph.views import DequantizeLinear, Matmul, MatMulNBits, sizes_of
-from ...lower.qdq_patterns import DEFAULT_BLOCK
 from ...quant.formats import WeightFormat
-from ...quant.packing import stored_block
+from ...quant.packing import DEFAULT_BLOCK, stored_block
 
 ENTRY = "ep.cuda.fpa_intb_gemm"
 
@@ -41,9 +40,9 @@ class Product:
 
 
 def planned(weight: WeightFormat, shape: tuple[int, int]) -> Product:
-    """The product that a weight in a float product becomes; not for codebooks."""
+    """The MatMulNBits that a weight in a float product becomes."""
     bits, size = weight.stored_bits, weight.group_size
-    return Product(bits, stored_block(bits, size) if size > 0 else DEFAULT_BLOCK, weight.symmetric, shape)
+    return Product(bits, stored_block(bits, size) if size > 0 else DEFAULT_BLOCK, not weight.has_zero_points, shape)
 
 
 def product_of(node: Node) -> Product | None:
@@ -51,8 +50,8 @@ def product_of(node: Node) -> Product | None:
     weight: MatMulNBits | DequantizeLinear
     if (kernel := MatMulNBits.match(node)) is not None:
         weight, block_size = kernel, kernel.block_size
-    elif (product := Matmul.match(node)) is not None:
-        weight, block_size = DequantizeLinear.of(product.weight), DEFAULT_BLOCK
+    elif (product := Matmul.match(node)) is not None and (found := DequantizeLinear.match(product.weight)) is not None:
+        weight, block_size = found, DEFAULT_BLOCK
     else:
         return None
     k, n = sizes_of(weight.codes)

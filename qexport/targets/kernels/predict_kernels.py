@@ -7,6 +7,7 @@ from torch.fx import Graph
 from ...graph.sites import by_input, linears
 from ...lower.fuse_parallel_linears import joint_name
 from ...lower.moe_form import ExpertWeights, Gate, MoeForm
+from ...passes.formats import form_for
 from ...passes.moe_coverage import of_experts
 from ...plan.linear_plan import LinearPlan
 from ...quant.formats import PER_TENSOR, Scheme
@@ -45,7 +46,7 @@ def _together(graphs: Sequence[Graph], plan: Mapping[str, LinearPlan]) -> set[st
         if len(set(kinds)) != 1:
             continue
         scheme = kinds[0]
-        weight = ExpertWeights(scheme.weight.stored_bits, scheme.weight.group_size, not scheme.weight.symmetric)
+        weight = ExpertWeights(scheme.weight.stored_bits, scheme.weight.group_size, scheme.weight.has_zero_points)
         widths = {p.shape[1] for p in experts}
         form = MoeForm(min(widths), max(widths), weight, weight, Gate("swiglu"))
         if scheme.table and not form.why_dense() and not why_dense_on_cuda(form):
@@ -61,7 +62,7 @@ def _merged(graphs: Sequence[Graph], plan: Mapping[str, LinearPlan]) -> list[tup
             groups: dict[Scheme, list[str]] = {}
             for name in (linear.name for linear in readers if linear.name in plan):
                 scheme = plan[name].scheme
-                if scheme is not None and not scheme.integer and scheme.weight.codebook is None:
+                if scheme is not None and not scheme.integer and form_for(scheme.weight).kernel == "MatMulNBits":
                     groups.setdefault(scheme, []).append(name)
             for scheme, names in groups.items():
                 alone = scheme.weight.group_size == PER_TENSOR  # their scales cannot stand side by side

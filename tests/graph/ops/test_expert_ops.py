@@ -13,8 +13,7 @@ from qexport.graph.edit import TensorSpec, add_tensor, get_tensor
 from qexport.lower.emitter import Emitter
 from qexport.lower.fuse_moe import FusedExperts
 from qexport.lower.registry import translate
-from qexport.quant.affine import quantize_weight
-from qexport.quant.formats import WeightFormat
+from qexport.quant.formats import IntegerFormat
 
 ops = torch.ops.qexport
 EXPERTS, CHOSEN, TOKENS, HIDDEN, INNER = 5, 2, 7, 64, 96
@@ -43,10 +42,10 @@ class Case:
     def __init__(self, **changes):
         given = PLAIN | changes
         self.hidden, self.inner = given.get("hidden", HIDDEN), given.get("inner", INNER)
-        fmt = WeightFormat(given["bits"], given["group"], given["symmetric"])
+        fmt = IntegerFormat(given["bits"], given["group"], given["symmetric"])
         wide = self.inner * (2 if given["activation"] == "swiglu" else 1)
-        self.up = [quantize_weight(draw(wide, self.hidden, seed=e) / 6, fmt) for e in range(EXPERTS)]
-        self.down = [quantize_weight(draw(self.hidden, self.inner, seed=50 + e) / 6, fmt) for e in range(EXPERTS)]
+        self.up = [fmt.round_to_nearest(draw(wide, self.hidden, seed=e) / 6) for e in range(EXPERTS)]
+        self.down = [fmt.round_to_nearest(draw(self.hidden, self.inner, seed=50 + e) / 6) for e in range(EXPERTS)]
         biased = given["biased"]
         self.up_bias = [draw(wide, seed=100 + e) for e in range(EXPERTS)] if biased else []
         self.down_bias = [draw(self.hidden, seed=150 + e) for e in range(EXPERTS)] if biased else []

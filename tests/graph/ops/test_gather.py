@@ -4,18 +4,17 @@ import pytest
 import torch
 
 from qexport.graph import ops as _ops  # noqa: F401  registers the operators
-from qexport.quant.affine import quantize_weight
-from qexport.quant.formats import WeightFormat
+from qexport.quant.formats import IntegerFormat
 
 ops = torch.ops.qexport
 FORMATS = [
-    WeightFormat(bits, group, symmetric) for bits in (2, 3, 4, 8) for group in (16, 64) for symmetric in (True, False)
+    IntegerFormat(bits, group, symmetric) for bits in (2, 3, 4, 8) for group in (16, 64) for symmetric in (True, False)
 ]
 
 
 def table(fmt, rows=24, features=64):
     weight = torch.randn(rows, features, generator=torch.Generator().manual_seed(fmt.bits))
-    return quantize_weight(weight, fmt)
+    return fmt.round_to_nearest(weight)
 
 
 def look_up(quantized, ids, dtype=torch.float32):
@@ -38,14 +37,14 @@ def test_rows_are_those_of_the_dequantized_table(fmt, shape):
 
 
 def test_float16_scales_make_float16_rows():
-    quantized, ids = table(WeightFormat(4, 32)), torch.tensor([[3, 0, 23]])
+    quantized, ids = table(IntegerFormat(4, 32)), torch.tensor([[3, 0, 23]])
     rows = look_up(quantized, ids, torch.float16)
     scale = quantized.scale.half().float().repeat_interleave(32, dim=1)
     assert torch.equal(rows, (quantized.codes.float() * scale)[ids].half())
 
 
 def test_what_tracing_sees_is_what_comes_out():
-    quantized, ids = table(WeightFormat(4, 32, False)), torch.tensor([[3, 0, 23]])
+    quantized, ids = table(IntegerFormat(4, 32, False)), torch.tensor([[3, 0, 23]])
     arguments = (quantized.codes.t().contiguous(), quantized.scale.t().contiguous())
     arguments += (quantized.zero_point.t().contiguous(), ids, 32, 4)
     torch.library.opcheck(ops.gather_quantized.default, arguments, test_utils=("test_schema", "test_faketensor"))

@@ -1,0 +1,77 @@
+"""NF4 and FP4 in a graph: operators of their own, and ONNX Runtime's MatMulBnb4."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from ...graph.edit import add_tensor, call
+from ...graph.schema import bind
+from ...quant.formats.base import QuantizedWeight
+from ...quant.formats.codebooks import CodebookFormat, decode_codebook
+from ...quant.packing import stored_block
+from .base import GraphForm, graph_form
+
+ops = torch.ops.qexport
+
+
+@torch.library.custom_op("qexport::dequantize_codebook", mutates_args=())
+def dequantize_codebook(codes: Tensor, scale: Tensor, codebook: str, block_size: int) -> Tensor:
+    """The weight that table indices stand for, transposed: [in_features, out_features].
+
+    Args:
+        codes: uint8 [N, K], indices of the table of 16 values.
+        scale: [N, K / block_size], the largest magnitude of each block.
+        codebook: name of the table.
+    """
+    return decode_codebook(codes, scale, codebook, block_size).t().contiguous()
+
+
+@dequantize_codebook.register_fake
+def _(codes, scale, codebook, block_size):
+    return scale.new_empty((codes.shape[1], codes.shape[0]))
+
+
+@torch.library.custom_op("qexport::matmul_bnb4", mutates_args=())
+def matmul_bnb4(x: Tensor, codes: Tensor, scale: Tensor, codebook: str, group_size: int, block_size: int) -> Tensor:
+    """x times the weight of `dequantize_codebook`, as one kernel.
+
+    Args:
+        x: [..., K]; codes: [N, K]; scale: [N, K / group_size].
+        block_size: of the kernel; as in `matmul_nbits`.
+
+    Returns:
+        [..., N].
+    """
+    return x @ decode_codebook(codes, scale, codebook, group_size).t()
+
+
+@matmul_bnb4.register_fake
+def _(x, codes, scale, codebook, group_size, block_size):
+    return x.new_empty((*x.shape[:-1], codes.shape[0]))
+
+
+@graph_form(CodebookFormat)
+class CodebookForm(GraphForm):
+    """dequantize_codebook(codes [N, K], scale [N, G]): ONNX Runtime has a kernel for the product, and none besides."""
+
+    operator = ops.dequantize_codebook.default
+    kernel = "MatMulBnb4"
+    kernel_operator = ops.matmul_bnb4.default
+
+    def insert(self, module: GraphModule, name: str, weight: QuantizedWeight, factor: Tensor | None = None) -> Node:
+        if not isinstance(fmt := weight.format, CodebookFormat):
+            raise TypeError(f"{fmt} is no codebook")
+        codes = add_tensor(module.graph, f"{name}.weight_codes", weight.codes)
+        scale = add_tensor(module.graph, f"{name}.weight_scale", weight.scale)
+        rows, columns = weight.shape
+        arguments = (codes, scale, fmt.name, fmt.group_size)
+        return call(module.graph, self.operator, arguments, like=scale, shape=(columns, rows))
+
+    def why_not_beside(self, weight: Node) -> str:
+        return "its codes are indices of a table"
+
+    def kernel_arguments(self, weight: Node) -> tuple[Any, ...]:
+        given = bind(weight)
+        return given.codes, given.scale, given.codebook, given.block_size, stored_block(4, given.block_size)

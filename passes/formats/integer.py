@@ -1,0 +1,97 @@
+"""Grids of integers in a graph: dequantize_linear, which ONNX has and ONNX Runtime's kernels are made of."""
+
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Node
+
+from ...graph.edit import add_tensor, call, shape_of
+from ...graph.views import DequantizeLinear, ExpandCodes
+from ...quant.expand import expanded_scale
+from ...quant.formats import PER_TENSOR, ExpandedFormat, IntegerFormat, QuantizedWeight
+from ...quant.packing import DEFAULT_BLOCK, stored_block
+from .base import GraphForm, graph_form
+
+ops = torch.ops.qexport
+
+
+@graph_form(IntegerFormat)
+class IntegerForm(GraphForm):
+    """dequantize_linear(codes [K, N], scale, zero point)."""
+
+    operator = ops.dequantize_linear.default
+    kernel = "MatMulNBits"
+    kernel_operator = ops.matmul_nbits.default
+
+    def insert(
+        self, module: GraphModule, name: str, weight: QuantizedWeight, factor: torch.Tensor | None = None
+    ) -> Node:
+        fmt = weight.format
+        codes, scale, zero_point = weight_tensors(module, name, weight)
+        axis, group_size = (0, fmt.group_size) if fmt.group_size > 0 else (1, 0)
+        arguments = (codes, scale, zero_point, axis, group_size, fmt.stored_bits)
+        return call(module.graph, self.operator, arguments, like=scale, shape=shape_of(codes))
+
+    def scales_in_sum(self, weight: Node) -> bool:
+        return DequantizeLinear.of(weight).block_size > 0
+
+    def why_not_beside(self, weight: Node) -> str:
+        found = DequantizeLinear.of(weight)
+        if shape_of(found.scale) == ():
+            return "its weight has one scale"
+        expanded = ExpandCodes.match(found.codes)
+        if expanded is not None and expanded.factor is not None:
+            return "the columns of its weight carry factors"
+        return ""
+
+    def input_block(self, weight: Node) -> int | None:
+        codes = DequantizeLinear.of(weight)
+        group_size, bits = codes.block_size, codes.bits
+        if group_size == 0:
+            return DEFAULT_BLOCK
+        # The 2-bit kernel for 8-bit inputs has no blocks of 16; without it the weight is unpacked, the product float.
+        return None if bits == 2 and group_size == 16 else stored_block(bits, group_size)
+
+    def kernel_arguments(self, weight: Node) -> tuple[Any, ...] | None:
+        """One scale per channel is left to ONNX Runtime: it repeats the scale for every block, the file need not."""
+        found = DequantizeLinear.of(weight)
+        group_size, bits = found.block_size, found.bits
+        if group_size == 0:
+            return None
+        return found.codes, found.scale, found.zero_point, bits, group_size, stored_block(bits, group_size)
+
+
+@graph_form(ExpandedFormat)
+class ExpandedForm(IntegerForm):
+    """The same of codes in groups that become int8 codes per channel, times the factor, when the file is loaded."""
+
+    operator = kernel_operator = None
+
+    def insert(
+        self, module: GraphModule, name: str, weight: QuantizedWeight, factor: torch.Tensor | None = None
+    ) -> Node:
+        graph, fmt = module.graph, weight.format
+        codes, scale, zero_point = weight_tensors(module, name, weight)
+        factors = None if factor is None else add_tensor(graph, f"{name}.column_factor", factor.clone())
+        row_scale = add_tensor(graph, f"{name}.row_scale", expanded_scale(weight, factor))
+        arguments = (codes, scale, zero_point, factors, row_scale, fmt.group_size, fmt.stored_bits)
+        wide = call(graph, ops.expand_codes.default, arguments, like=codes, dtype=torch.int8)
+        arguments, shape = (wide, row_scale, None, 1, 0, 8), shape_of(codes)
+        return call(graph, ops.dequantize_linear.default, arguments, like=row_scale, shape=shape)
+
+
+def weight_tensors(module: GraphModule, name: str, weight: QuantizedWeight) -> tuple[Node, Node, Node | None]:
+    """Codes, scales and zero points of an integer grid as `dequantize_linear` wants them: codes [K, N]."""
+    graph, size = module.graph, weight.format.group_size
+
+    def layout(t: torch.Tensor) -> torch.Tensor:  # [N, G] as the operator wants it
+        if size == PER_TENSOR:
+            return t.reshape(())
+        return t.t().contiguous() if size > 0 else t.reshape(-1)
+
+    codes = add_tensor(graph, f"{name}.weight_codes", weight.codes.t().contiguous())
+    scale = add_tensor(graph, f"{name}.weight_scale", layout(weight.scale))
+    zero_point = None
+    if weight.zero_point is not None:
+        zero_point = add_tensor(graph, f"{name}.weight_zero_point", layout(weight.zero_point))
+    return codes, scale, zero_point

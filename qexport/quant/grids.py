@@ -1,0 +1,62 @@
+"""Grids of evenly spaced values: how many codes there are, and which weights share a scale."""
+
+from dataclasses import dataclass
+
+PER_CHANNEL = 0
+PER_TENSOR = -1
+GROUP_SIZES = (16, 32, 64, 128, 256, 512, 1024)
+
+
+@dataclass(frozen=True)
+class GroupedCodes:
+    """Codes of few bits, and which of them share a scale.
+
+    Attributes:
+        bits: of a code.
+        group_size: how many consecutive input features share one scale; PER_CHANNEL (0): one scale for each output
+            feature; PER_TENSOR (-1): one scale.
+    """
+
+    bits: int
+    group_size: int = PER_CHANNEL
+
+    def groups(self, in_features: int) -> int:
+        """Number of scales along the input features; the last group may be a part of one."""
+        return -(-in_features // self.group_size) if self.group_size > 0 else 1
+
+
+@dataclass(frozen=True)
+class AffineGrid(GroupedCodes):
+    """Values (code - zero_point) * scale.
+
+    Attributes:
+        bits: 2, 3, 4 or 8.
+        symmetric: signed codes around zero; otherwise unsigned codes with a zero point, zero always representable.
+    """
+
+    symmetric: bool = True
+
+    @property
+    def qmin(self) -> int:
+        return -(2 ** (self.bits - 1)) if self.symmetric else 0
+
+    @property
+    def qmax(self) -> int:
+        return 2 ** (self.bits - 1) - 1 if self.symmetric else 2**self.bits - 1
+
+
+@dataclass(frozen=True)
+class ActivationFormat:
+    """A symmetric integer grid for the input of a linear.
+
+    Attributes:
+        kind: "static" (one calibrated scale for the tensor) or "dynamic" (one scale per token, taken when it runs).
+        bits: 8, or 4: 4-bit codes in int8 tensors, the numbers of W4A4 at the speed of W4A8.
+    """
+
+    kind: str
+    bits: int = 8
+
+    @property
+    def qmax(self) -> int:
+        return 2 ** (self.bits - 1) - 1
