@@ -2,9 +2,10 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
+from pydantic import Field
 from torch.fx import GraphModule, Node
 
 from ...errors import PassError
@@ -13,11 +14,43 @@ from ...graph.sites import linears
 from ...plan.linear_plan import LinearPlan
 from ...quant.lowrank import low_rank, quantize_factor, share_removed
 from ...quant.observers import ChannelMeanAbs
+from ...recipe.methods import Branch
+from ...recipe.registry import method
 from ..base import Context, GraphPass, PassResult, PassState, SiteRecord
 from ..insert_qdq import add_branch, result_of
 
 aten = torch.ops.aten
 ops = torch.ops.qexport
+
+
+@method("branches", "lorc")
+class LoRCSection(Branch):
+    """A low-rank branch that gives back part of the weights' rounding error (LoRC, arXiv 2303.08302).
+
+    Attributes:
+        rank: of the branch.
+        factors: "float", or "int8" with one scale per column.
+        shared: linears that read one value (q, k and v; gate and up) share the first factor.
+        weighted: weigh the error of each input feature by its mean magnitude (LQER, arXiv 2402.02446); calibrates.
+    """
+
+    rank: int = Field(8, ge=1, le=65_536)
+    factors: Literal["float", "int8"] = "float"
+    shared: bool = False
+    weighted: bool = False
+
+    @property
+    def needs_calibration(self) -> bool:
+        return self.weighted
+
+    @property
+    def ungrouped(self) -> tuple[str, str] | None:
+        if self.factors == "float":
+            return None
+        return "int8 factors of lorc have one scale per column", "set lorc to factors: float"
+
+    def passes(self, plan: Mapping[str, LinearPlan]) -> list[GraphPass]:
+        return [LoRC(plan, self.rank, self.factors == "int8", self.shared, self.weighted)]
 
 
 @dataclass(frozen=True)

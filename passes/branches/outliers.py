@@ -5,17 +5,37 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+from pydantic import Field
 from torch.fx import GraphModule, Node
 
 from ...graph.edit import WITHOUT_OUTLIERS, add_tensor, call, finish, get_tensor, set_tensor, shape_of
 from ...graph.sites import linear_at, linears
 from ...plan.linear_plan import LinearPlan
 from ...quant.observers import ChannelAbsmax
+from ...recipe.methods import Branch
+from ...recipe.registry import Stage, method
 from ..base import Context, GraphPass, PassResult, PassState, SiteRecord
 from ..insert_qdq import add_branch, result_of
 from .lorc import float_weight, products_of
 
 aten = torch.ops.aten
+
+
+@method("branches", "llm_int8")
+class LLMInt8Section(Branch):
+    """Input features with outliers go through a float path (LLM.int8(), arXiv 2208.07339).
+
+    Attributes:
+        threshold: features with a larger magnitude on calibration data are outliers.
+    """
+
+    threshold: float = Field(6.0, gt=0)
+    stage: ClassVar[Stage] = Stage.SEPARATE
+    calibrates: ClassVar[bool] = True
+    for_activations: ClassVar[bool] = True
+
+    def passes(self, plan: Mapping[str, LinearPlan]) -> list[GraphPass]:
+        return [SeparateOutliers(plan, self.threshold)]
 
 
 @dataclass(frozen=True)

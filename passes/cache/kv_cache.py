@@ -4,18 +4,44 @@ They are rounded as the cache holds them, keys behind their rotation, for the ne
 them from the cache.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal, Self
 
 import torch
 from torch.fx import GraphModule, Node
 
 from ...graph.edit import add_tensor, call, finish, is_call, shape_of
+from ...plan.linear_plan import LinearPlan
 from ...quant.kv_cache import cache_scale
 from ...quant.observers import ChannelAbsmax
+from ...recipe.methods import CacheMethod
+from ...recipe.registry import method
 from ..base import Context, GraphPass, PassResult, SiteRecord
 
 ops = torch.ops.qexport
+
+
+@method("cache", "kv_cache")
+class KVCacheSection(CacheMethod):
+    """Keys and values of attention in few bits; takes grouped attention. `w4a16_g32_kv8` is short for it.
+
+    Attributes:
+        bits: 8 or 4.
+        scales: "channel" (one for every feature of every head) or "tensor" (one for all keys, one for all values).
+    """
+
+    bits: Literal[8, 4] = 8
+    scales: Literal["channel", "tensor"] = "channel"
+    needs_grouped_attention: ClassVar[bool] = True
+    short: ClassVar[str] = r"kv(?P<bits>[48])"
+
+    @classmethod
+    def from_short(cls, **parts: str) -> Self:
+        return cls(bits=int(parts["bits"]))
+
+    def passes(self, plan: Mapping[str, LinearPlan]) -> list[GraphPass]:
+        return [QuantizeCache(self.bits, self.scales == "channel")]
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """AWQ (arXiv 2306.00978): weights that meet large activations get a finer grid, by a factor for each channel."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -9,13 +10,34 @@ from torch.fx import GraphModule
 from ...errors import NumericsError, RecipeError
 from ...graph.edit import get_tensor
 from ...graph.sites import FoldSite
+from ...plan.linear_plan import LinearPlan
 from ...quant.observers import ChannelMeanAbs, CompositeObserver, RowSample
 from ...quant.smoothing import filled
+from ...recipe.methods import Equalization
+from ...recipe.registry import method
+from ..base import GraphPass
 from .equalize import Equalize, on_consumers
-from .scale_search import best
+from .scale_search import Alpha, best, number
 
 _FLOOR = 1e-4
 _CANDIDATES = tuple(i / 20 for i in range(20))
+
+
+@method("equalization", "awq", key="smooth")
+class AWQSection(Equalization):
+    """A factor per channel for weights rather than activations: mean|X|^alpha (arXiv 2306.00978).
+
+    Attributes:
+        alpha: a number, or "search" for the one with the least output error at each place.
+        explicit: where nothing in front can take the division, insert a multiplication instead of leaving the place.
+    """
+
+    alpha: Alpha = 0.5
+    explicit: bool = False
+    for_activations: ClassVar[bool] = False
+
+    def passes(self, plan: Mapping[str, LinearPlan]) -> list[GraphPass]:
+        return [AWQ(plan, explicit=self.explicit, alpha=number(self.alpha))]
 
 
 @dataclass(frozen=True)

@@ -5,19 +5,72 @@ channel's. With calibrated c, the factor s = c^(1-alpha) goes into the producer 
 in SmoothQuant but without a look at the weight; what is left is one scale per token and one integer matmul.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, Self
 
 import torch
+from pydantic import model_validator
 from torch.fx import GraphModule, Node
 
 from ...graph.edit import get_tensor
 from ...graph.sites import FoldSite
+from ...plan.linear_plan import LinearPlan
 from ...quant.observers import ChannelAbsmax, CompositeObserver, RowSample
 from ...quant.smoothing import crossquant_factors
-from ..base import Context, RowScale
+from ...recipe.methods import Equalization
+from ...recipe.recipe import Recipe
+from ...recipe.registry import method
+from ..base import Context, GraphPass, RowScale
 from .equalize import Equalize, on_consumers, on_producer
-from .scale_search import ALPHAS, best
+from .scale_search import ALPHAS, Alpha, best, number
+
+
+@method("equalization", "crossquant")
+class CrossQuantSection(Equalization):
+    """Activation steps from token and channel together: t^alpha c^(1-alpha) / qmax (CrossQuant, arXiv 2410.07505).
+
+    The channel part is calibrated and folded away, so that one integer matmul is left.
+
+    Attributes:
+        alpha: 1 is one scale per token, 0 one per channel; "search" takes the one with the least output error at each
+            place.
+        row_scale: "folded": the largest magnitude of the folded token; "paper": t^alpha, widened where a channel
+            exceeds its calibrated range, which would clip; "dynamic": as published, both parts measured when it runs,
+            which takes a float matmul (for comparison; alpha has to be a number).
+        round_weights: "after_fold": the folded weight is rounded; "before_fold": the weight is rounded as the paper
+            does it, then folded: 8-bit weights become two int8 planes, and `_int` schemes fold while they expand.
+        explicit: where nothing in front can take the division, insert a multiplication instead of leaving the place.
+    """
+
+    alpha: Alpha = 0.15
+    row_scale: Literal["folded", "paper", "dynamic"] = "folded"
+    round_weights: Literal["after_fold", "before_fold"] = "after_fold"
+    explicit: bool = False
+
+    @model_validator(mode="after")
+    def _dynamic_folds_nothing(self) -> Self:
+        if self.row_scale == "dynamic" and (self.alpha == "search" or self.round_weights == "before_fold"):
+            raise ValueError("row_scale: dynamic folds nothing", "Give alpha a number and leave out round_weights")
+        return self
+
+    def check(self, recipe: Recipe) -> None:
+        """Rounding before the fold needs a place for the factor that the rounding did not see."""
+        for scheme in recipe.schemes if self.round_weights == "before_fold" else ():
+            if scheme.activation and not scheme.weight.folds_columns and scheme.weight.bits != 8:
+                raise ValueError(
+                    f"round_weights: before_fold has no form for {scheme.name}",
+                    "Take w8a8_dyn, or groups with _int: w4a8_g128_int",
+                )
+
+    def passes(self, plan: Mapping[str, LinearPlan]) -> list[GraphPass]:
+        if self.row_scale == "dynamic":
+            return []
+        paper, before = self.row_scale == "paper", self.round_weights == "before_fold"
+        return [CrossQuant(plan, self.explicit, number(self.alpha), paper_rows=paper, round_before_fold=before)]
+
+    def quantizer_options(self) -> Mapping[str, Any]:
+        return {"cross_alpha": self.alpha} if self.row_scale == "dynamic" else {}
 
 
 @dataclass(frozen=True)

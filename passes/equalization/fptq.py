@@ -4,42 +4,44 @@ A small range costs a static scale nothing. A medium one is compressed by logari
 still would be too much for either, and pays for one scale per token.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Self
 
+from pydantic import Field, model_validator
 from torch.fx import GraphModule, Node
 
 from ...errors import PassError
 from ...graph.sites import FoldSite, fold_sites
+from ...plan.linear_plan import LinearPlan
 from ...quant.formats import ActivationFormat
-from ..base import Context, PassResult, SiteRecord
+from ...recipe.methods import Equalization
+from ...recipe.registry import method
+from ..base import Context, GraphPass, PassResult, SiteRecord
+from .input_policy import Decision, InputPolicy
 from .lae import LogEqualize
 
 
-@dataclass(frozen=True)
-class Decision:
-    """What the policy does with one activation.
+@method("equalization", "fptq")
+class FPTQSection(Equalization):
+    """A policy for each activation by r, its largest magnitude on calibration data (FPTQ, arXiv 2308.15987).
 
     Attributes:
-        kind: of its format, "static" or "dynamic".
-        equalize: whether its channels are equalized first.
-        why: how its range compares with the bounds, such as "<= 15", and what stands in the way of an equalization.
+        static_up_to: r up to this: one static scale as it is.
+        dynamic_from: r from this: one scale per token; between the two: logarithmic equalization, then a static scale.
     """
 
-    kind: str
-    equalize: bool
-    why: str
+    static_up_to: float = Field(15.0, ge=0)
+    dynamic_from: float = Field(150.0, gt=0)
 
-    @property
-    def what(self) -> str:
-        """The decision in words."""
-        if self.equalize:
-            return "equalized, static per-tensor"
-        return "static per-tensor" if self.kind == "static" else "dynamic per-token"
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if self.dynamic_from < self.static_up_to:
+            raise ValueError("dynamic_from is below static_up_to", "Leave both out for 150 and 15")
+        return self
 
-    def sentence(self, reach: float) -> str:
-        """The decision about a range, with its reason."""
-        return f"range {reach:.4g} {self.why}: {self.what}"
+    def passes(self, plan: Mapping[str, LinearPlan]) -> list[GraphPass]:
+        return [FPTQ(plan, static_up_to=self.static_up_to, dynamic_from=self.dynamic_from)]
 
 
 def decide(reach: float, static_up_to: float, dynamic_from: float, no_place: str = "") -> Decision:
@@ -63,7 +65,7 @@ def decide(reach: float, static_up_to: float, dynamic_from: float, no_place: str
 
 
 @dataclass(frozen=True)
-class FPTQ(LogEqualize):
+class FPTQ(LogEqualize, InputPolicy):
     """Equalize where the range asks for it, and choose the activation format of every site with quantized inputs.
 
     The formats are handed over to `QuantizeActivations`, which takes the ranges of static ones after the weights are
@@ -107,8 +109,12 @@ class FPTQ(LogEqualize):
         module.recompile()
         return result
 
+    @property
+    def rule(self) -> str:
+        low, high = f"{self.static_up_to:g}", f"{self.dynamic_from:g}"
+        return f"static up to {low}, equalized to {high}, per token from there"
+
     def why_left(self, site: FoldSite) -> str:
-        """Why the policy has no say at a site; empty where it decides."""
         if why := self._why_left(site):
             return why
         if len(bits := self._bits(site)) > 1:
@@ -117,7 +123,6 @@ class FPTQ(LogEqualize):
         return ""
 
     def decision(self, site: FoldSite, reach: float) -> Decision:
-        """The decision about a site whose value reaches this magnitude."""
         return decide(reach, self.static_up_to, self.dynamic_from, self._no_place(site))
 
     def _bits(self, site: FoldSite) -> set[int]:

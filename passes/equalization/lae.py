@@ -1,5 +1,6 @@
 """Logarithmic activation equalization (FPTQ, arXiv 2308.15987): every channel's range becomes its logarithm."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -7,10 +8,27 @@ import torch
 from torch.fx import GraphModule, Node
 
 from ...graph.sites import FoldSite
+from ...plan.linear_plan import LinearPlan
 from ...quant.observers import ChannelAbsmax
 from ...quant.smoothing import lae_factors
-from ..base import Context
+from ...recipe.methods import Equalization
+from ...recipe.registry import method
+from ..base import Context, GraphPass
 from .equalize import Equalize, on_consumers, on_producer
+
+
+@method("equalization", "lae", key="smooth")
+class LAESection(Equalization):
+    """A factor per channel that makes ranges their logarithm: max|X| / log2(2 + max|X|) (FPTQ, arXiv 2308.15987).
+
+    Attributes:
+        explicit: where nothing in front can take the division, insert a multiplication instead of leaving the place.
+    """
+
+    explicit: bool = False
+
+    def passes(self, plan: Mapping[str, LinearPlan]) -> list[GraphPass]:
+        return [LogEqualize(plan, explicit=self.explicit)]
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,10 @@ AWQ (arXiv 2306.00978) searches its exponent so; the exponents of SmoothQuant an
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import PlainValidator
 from torch import Tensor
 
 from ...errors import NumericsError
@@ -20,6 +21,23 @@ from ...quant.zero_fraction import token_step
 ALPHAS = tuple(i / 10 for i in range(11))
 _TOKENS = 256
 _PIECE = 1 << 22  # elements of a weight worked on at once
+
+
+def _alpha(value: Any) -> float | str:
+    if value == "search":
+        return value
+    if isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 1:
+        return float(value)
+    raise ValueError(f"not a number from 0 to 1, nor search: {value!r}", "Write 0.5, or search")
+
+
+# An exponent in a recipe: a number, or "search" for the one with the least output error at each place.
+Alpha = Annotated[float | str, PlainValidator(_alpha)]
+
+
+def number(alpha: float | str) -> float | None:
+    """The number of an `Alpha`; None where it is to be searched."""
+    return alpha if isinstance(alpha, float) else None
 
 
 @dataclass(frozen=True)

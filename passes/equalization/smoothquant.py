@@ -1,5 +1,6 @@
 """SmoothQuant (arXiv 2211.10438): move the difficulty of activations into weights, exactly, channel by channel."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,10 +9,30 @@ from torch.fx import GraphModule
 
 from ...graph.edit import get_tensor
 from ...graph.sites import FoldSite
+from ...plan.linear_plan import LinearPlan
 from ...quant.observers import ChannelAbsmax, CompositeObserver, RowSample
 from ...quant.smoothing import smoothquant_factors
+from ...recipe.methods import Equalization
+from ...recipe.registry import method
+from ..base import GraphPass
 from .equalize import Equalize, on_consumers, on_producer
-from .scale_search import ALPHAS, best
+from .scale_search import ALPHAS, Alpha, best, number
+
+
+@method("equalization", "smoothquant", key="smooth", default=True)
+class SmoothQuantSection(Equalization):
+    """A factor per channel from activations to weights: max|X|^alpha / max|W|^(1-alpha) (arXiv 2211.10438).
+
+    Attributes:
+        alpha: a number, or "search" for the one with the least output error at each place.
+        explicit: where nothing in front can take the division, insert a multiplication instead of leaving the place.
+    """
+
+    alpha: Alpha = 0.5
+    explicit: bool = False
+
+    def passes(self, plan: Mapping[str, LinearPlan]) -> list[GraphPass]:
+        return [SmoothQuant(plan, explicit=self.explicit, alpha=number(self.alpha))]
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
+from pydantic import Field
 from torch import Tensor
 from torch.fx import Node
 
@@ -22,11 +23,30 @@ from ...graph.edit import get_tensor, is_call, set_tensor, spec_of
 from ...graph.schema import bind
 from ...graph.sites import Linear, norm_bias, norm_gain
 from ...quant.hadamard import rotation
+from ...recipe.methods import ModelMethod
+from ...recipe.registry import method
 from ..base import SiteRecord
 from .base import ChangedWeights, ModelPass, ModelResult, Read
 from .residual import Norm, ResidualStream, residual_stream
 
 aten = torch.ops.aten
+
+
+@method("model", "rotation")
+class RotationSection(ModelMethod):
+    """A rotation of the residual stream by a Hadamard matrix, folded into the weights (QuaRot, arXiv 2404.00456).
+
+    It spreads the outliers of a few channels over all of them, and changes no result of the float model. For decoders
+    whose residual stream is read through norms and written by linears and embeddings.
+
+    Attributes:
+        seed: of the random signs of its rows.
+    """
+
+    seed: int = Field(0, ge=0, lt=2**63)
+
+    def model_passes(self) -> list[ModelPass]:
+        return [RotateResidual(self.seed)]
 
 
 @dataclass(frozen=True)

@@ -5,14 +5,50 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+from pydantic import Field
 from torch.fx import GraphModule, Node
 
 from ...graph.sites import Linear, linears
 from ...plan.linear_plan import LinearPlan
 from ...quant.formats import IntegerFormat, QuantizedWeight
 from ...quant.gptq import HessianStatistic, gptq_quantize
+from ...recipe.methods import WeightMethod
+from ...recipe.registry import method
 from ..base import Context, GraphPass, PassResult, SiteRecord
 from .rounding import planned, quantize_linears
+
+
+@method("weights", "gptq")
+class GPTQSection(WeightMethod):
+    """Codes that give the outputs on calibration data (GPTQ, arXiv 2210.17323).
+
+    Attributes:
+        damp: share of the mean of the Hessian's diagonal that is added to its diagonal.
+        act_order: quantize the input features with the largest Hessian diagonal first.
+        token_norm_power: every token of the Hessian is divided by its L2 norm to this power; 0 leaves tokens as they
+            are, 1 keeps the few tokens with huge activations from drowning out the others.
+        clip_search: shrink the range of each scale where that lowers the squared error of the weights.
+    """
+
+    damp: float = Field(0.01, gt=0, le=1)
+    act_order: bool = False
+    token_norm_power: float = Field(0.75, ge=0, le=2)
+    clip_search: bool = False
+    calibrates: ClassVar[bool] = True
+    kl_left: ClassVar[float] = 0.35
+
+    def passes(self, plan: Mapping[str, LinearPlan]) -> list[GraphPass]:
+        return [GPTQ(plan, self.damp, self.act_order, self.token_norm_power, self.clip_search)]
+
+    def table_statistic(self) -> HessianStatistic:
+        return hessian_statistic(self.token_norm_power)
+
+    def round_table(self, table: torch.Tensor, fmt: IntegerFormat, seen: HessianStatistic | None) -> QuantizedWeight:
+        hessian = None if seen is None else seen.value()
+        if hessian is None or not hessian.any():
+            return fmt.round_to_nearest(table, self.clip_search)
+        found = {"damp": self.damp, "act_order": self.act_order, "clip_search": self.clip_search}
+        return gptq_quantize(table, hessian, fmt, **found)
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch.fx import GraphModule
@@ -11,8 +11,23 @@ from ...graph.sites import Linear
 from ...plan.linear_plan import LinearPlan
 from ...quant.formats import IntegerFormat, QuantizedWeight
 from ...quant.hqq import hqq_quantize
+from ...recipe.methods import WeightMethod
+from ...recipe.registry import method
 from ..base import Context, GraphPass, PassResult
 from .rounding import quantize_linears
+
+
+@method("weights", "hqq")
+class HQQSection(WeightMethod):
+    """Half-quadratic scales and zero points (HQQ), without calibration."""
+
+    kl_left: ClassVar[float] = 0.9
+
+    def passes(self, plan: Mapping[str, LinearPlan]) -> list[GraphPass]:
+        return [HalfQuadratic(plan)]
+
+    def round_table(self, table: torch.Tensor, fmt: IntegerFormat, seen: Any) -> QuantizedWeight:
+        return hqq_quantize(table, fmt)
 
 
 @dataclass(frozen=True)

@@ -2,13 +2,34 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
+import torch
 from torch.fx import GraphModule
 
 from ...plan.linear_plan import LinearPlan
+from ...quant.formats import IntegerFormat, QuantizedWeight
+from ...recipe.methods import WeightMethod
+from ...recipe.registry import method
 from ..base import Context, GraphPass, PassResult
 from .rounding import quantize_linears
+
+
+@method("weights", "rtn", default=True)
+class RTNSection(WeightMethod):
+    """Round to nearest.
+
+    Attributes:
+        clip_search: shrink the range of each scale where that lowers the squared error of the weights.
+    """
+
+    clip_search: bool = False
+
+    def passes(self, plan: Mapping[str, LinearPlan]) -> list[GraphPass]:
+        return [RoundToNearest(plan, self.clip_search)]
+
+    def round_table(self, table: torch.Tensor, fmt: IntegerFormat, seen: Any) -> QuantizedWeight:
+        return fmt.round_to_nearest(table, self.clip_search)
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from ..calibrate.data import Progress, calibration_batches, check_calibration, n
 from ..calibrate.fingerprint import fingerprint_of
 from ..calibrate.loop import QuantizedBlock, quantize_blocks
 from ..calibrate.model_passes import change_model
-from ..calibrate.projection import hessian_of
+from ..calibrate.projection import seen_by_projection
 from ..calibrate.recipe_passes import passes_for
 from ..capture.dynamic import DynamicShapes
 from ..capture.folder import capture_folder
@@ -187,10 +187,11 @@ def _export(
     try:
         with explained(work.blocks):
             by_name, calibrated = {p.name: p for p in plan}, batches is not None
-            hessian = None
-            if recipe.weights.method == "gptq" and batches and any(e.linear for e in embeddings):
-                hessian = hessian_of(captured, projection, batches(), recipe.weights, partial(progress, "embedding"))
-            passes = passes_for(recipe, by_name, extra_passes, calibrated, embeddings, hessian, convolutions)
+            seen, wanted = None, recipe.weights.table_statistic() is not None
+            if wanted and batches and any(e.linear for e in embeddings):
+                on_table = partial(progress, "embedding")
+                seen = seen_by_projection(captured, projection, batches(), recipe.weights, on_table)
+            passes = passes_for(recipe, by_name, extra_passes, calibrated, embeddings, seen, convolutions)
             stream, reference = (batches(), batches()) if batches else (None, None)
             on_block = partial(progress, "quantize")
             finished = quantize_blocks(
@@ -215,7 +216,7 @@ def _export(
             ran = _first_run(lowering, folder, manifest, captured)
             seconds["lower"] = clock.lap()
             source = origin(captured.folder) if captured.folder else {"name": type(model).__name__}
-            rarely, unseen = _rarely_chosen(finished), _unseen(finished, plan, projection, hessian)
+            rarely, unseen = _rarely_chosen(finished), _unseen(finished, plan, projection, seen)
             told = warning({name: share for name, share in unseen.items() if name not in rarely})
             without = captured.folder.notes if captured.folder else ()
             warnings = (*without, *captured.notes, *((told,) if told else ()), *_unchecked(captured))
@@ -258,11 +259,11 @@ def _unseen(
     finished: Sequence[QuantizedBlock],
     plan: Sequence[LinearPlan],
     projection: Linear | None,
-    hessian: torch.Tensor | None,
+    seen: Any,
 ) -> dict[str, float]:
     """Shares of features that were never active, for the linears that have some."""
     counts = {name: count for item in finished for name, count in item.record.unseen.items()}
-    if hessian is not None and (count := int((hessian.diagonal() == 0).sum())):
+    if seen is not None and (count := int(seen.unseen().sum())):
         counts[projection.name] = count
     return unseen_shares(counts, plan)
 

@@ -23,13 +23,14 @@ from ..graph.sites import FoldSite, fold_sites, linear_at
 from ..lower.attention_plan import check_attention, plan_attention
 from ..lower.gqa import GroupedAttention
 from ..models.source import ModelFolder
-from ..passes.equalization.fptq import FPTQ, Decision
+from ..passes.equalization.input_policy import Decision, InputPolicy
 from ..plan.convolution_plan import ConvolutionPlan
 from ..plan.embedding_plan import EmbeddingPlan
 from ..plan.linear_plan import LinearPlan
 from ..plan.model_plan import bytes_by_part, described_embedding, weight_sizes
 from ..quant.formats import ActivationFormat
 from ..recipe.recipe import Recipe
+from ..recipe.registry import Stage
 from ..targets.base import target_for
 from .exporting import capture, source_of
 from .refusals import check_range, decide
@@ -196,7 +197,7 @@ def inspect(
     return Inspection(
         model=_called(model), recipe=recipe.name, target=target, calibrates=needs_data(recipe, [*plan, *convolutions]),
         calibration=described,
-        smooths=any(part is not None for part in (recipe.smooth, recipe.crossquant, recipe.fptq)),
+        smooths=any(method.stage == Stage.EQUALIZE for method in recipe.methods),
         linears=tuple(plan), activations=inputs, sites=tuple(sites),
         slow=lowering.predict_slow([b.module.graph for b in captured.blocks], by_name),
         attention=_attention(captured, grouping), parameters=sum(sizes.values()),
@@ -217,9 +218,9 @@ def _attention(captured: CapturedModel, grouping: GroupedAttention | str | None)
     return "grouped" if isinstance(grouping, GroupedAttention) else f"standard: {grouping or 'as asked for'}"
 
 
-def _policy(recipe: Recipe, plan: Mapping[str, LinearPlan]) -> FPTQ | None:
+def _policy(recipe: Recipe, plan: Mapping[str, LinearPlan]) -> InputPolicy | None:
     """The pass of the export that chooses formats by ranges."""
-    return None if recipe.fptq is None else next((p for p in passes_for(recipe, plan) if isinstance(p, FPTQ)), None)
+    return next((p for p in passes_for(recipe, plan) if isinstance(p, InputPolicy)), None)
 
 
 def _ranges_of(captured: CapturedModel, recipe: Recipe, plan: Mapping[str, LinearPlan], data: Any, progress: Progress):
@@ -240,7 +241,7 @@ def _activation(plan: Mapping[str, LinearPlan], name: str) -> ActivationFormat |
     return None if scheme is None else scheme.activation
 
 
-def _site(block: str, site: FoldSite, reach: float | None, policy: FPTQ | None) -> Site:
+def _site(block: str, site: FoldSite, reach: float | None, policy: InputPolicy | None) -> Site:
     names = tuple(c.name for c in site.consumers)
     decided = policy is not None and reach is not None and not policy.why_left(site)
     found = {"range": reach, "decision": policy.decision(site, reach) if decided else None}
@@ -249,14 +250,11 @@ def _site(block: str, site: FoldSite, reach: float | None, policy: FPTQ | None) 
     return Site(block, names, "norm" if site.kind == "norm" else linear_at(site.producer).name, **found)
 
 
-def _decided(place: FoldSite, site: Site, policy: FPTQ | None, plan: Mapping[str, LinearPlan]) -> dict[str, str]:
+def _decided(place: FoldSite, site: Site, policy: InputPolicy | None, plan: Mapping[str, LinearPlan]) -> dict[str, str]:
     """By linear name what a policy makes of its input, or will make of it."""
     if policy is None or policy.why_left(place):
         return {}
-    open_yet = (
-        f"decided by calibration: static up to {policy.static_up_to:g}, "
-        f"equalized to {policy.dynamic_from:g}, per token from there"
-    )
+    open_yet = f"decided by calibration: {policy.rule}"
     found = {}
     for name in site.linears:
         if (asked := _activation(plan, name)) is not None:

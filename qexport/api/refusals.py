@@ -92,18 +92,19 @@ def _check_prefill(captured: CapturedModel, recipe: Recipe) -> None:
 
 def _check_cache(captured: CapturedModel, recipe: Recipe, attention: str) -> None:
     """Refuse a recipe that rounds a cache that a decoder reads otherwise than grouped attention does."""
-    if recipe.kv_cache is None or captured.kind != "decoder":
+    key = next((method.key for method in recipe.methods if method.needs_grouped_attention), None)
+    if key is None or captured.kind != "decoder":
         return
-    remedy = "Leave kv_cache out of the recipe"
+    remedy = f"Leave {key} out of the recipe"
     caches = sum(port.name.startswith("past_key_values.") for port in captured.inputs) // 2
     if count_attentions(captured) < caches:
         raise RecipeError(
-            "its attention is written out, and a cache of codes takes grouped attention", place="kv_cache",
+            "its attention is written out, and a cache of codes takes grouped attention", place=key,
             remedy=remedy,
         )  # fmt: skip
     grouping = plan_attention(captured, attention, captured.load)
     if not isinstance(grouping, GroupedAttention):
         raise LoweringError(
             f"a cache of codes takes grouped attention, and it is standard here: {grouping or 'as asked for'}",
-            place="kv_cache", remedy=remedy,
+            place=key, remedy=remedy,
         )  # fmt: skip

@@ -41,7 +41,8 @@ def no_progress(stage: str, what: str, done: int, total: int) -> None:
 
 def needs_data(recipe: Recipe, plan: Sequence[LinearPlan]) -> bool:
     """Whether any pass will want calibration inputs."""
-    return recipe.needs_calibration and (recipe.kv_cache is not None or any(p.scheme is not None for p in plan))
+    elsewhere = any(method.needs_calibration and not method.of_linears for method in recipe.methods)
+    return elsewhere or (recipe.needs_calibration and any(p.scheme is not None for p in plan))
 
 
 def recipe_and_data(recipe: Recipe, calibration: Any) -> tuple[Recipe, Any]:

@@ -3,13 +3,14 @@
 from ..capture.graph import CapturedModel
 from ..errors import PassError
 from ..passes.model.base import ModelPass, ModelResult
-from ..passes.model.rotation import RotateResidual
+from ..recipe.methods import ModelMethod
 from ..recipe.recipe import Recipe
 
 
-def model_passes_for(recipe: Recipe) -> list[ModelPass]:
-    """In the order in which they run."""
-    return [] if recipe.rotation is None else [RotateResidual(recipe.rotation.seed)]
+def model_passes_for(recipe: Recipe) -> list[tuple[str, ModelPass]]:
+    """In the order in which they run, each with the key of the recipe that asks for it."""
+    methods = [method for method in recipe.methods if isinstance(method, ModelMethod)]
+    return [(method.key, step) for method in methods for step in method.model_passes()]
 
 
 def change_model(captured: CapturedModel, recipe: Recipe) -> dict[str, ModelResult]:
@@ -23,9 +24,9 @@ def change_model(captured: CapturedModel, recipe: Recipe) -> dict[str, ModelResu
     if captured.basis:
         return {}
     found = {}
-    for step in model_passes_for(recipe):
+    for key, step in model_passes_for(recipe):
         try:
             found[step.name] = step.call(captured)
         except PassError as error:
-            raise PassError(error.message, place="rotation", remedy="Remove rotation from the recipe") from None
+            raise PassError(error.message, place=key, remedy=f"Remove {key} from the recipe") from None
     return found

@@ -43,7 +43,7 @@ def deploy_attention(captured: CapturedModel, grouping: GroupedAttention | str |
         if any(is_call(node, torch.ops.qexport.round_cache.default) for node in nodes):
             raise LoweringError(
                 f"a cache of codes takes grouped attention, and it is standard here: {grouping or 'as asked for'}",
-                place="kv_cache", remedy="Leave kv_cache out of the recipe",
+                place="attention", remedy="Take grouped attention, or leave the cache in float",
             )  # fmt: skip
         return {"attention": "standard", **({"attention_reason": grouping} if grouping else {})}
     group_attention(captured, grouping)

@@ -19,9 +19,6 @@ from ..recipe.sections import FLOAT, Override, only
 from .allocate import Allocation, SchemeChoice, within_bytes, within_kl
 from .costs import scheme_costs
 
-# Of the KL of rounding to nearest, what methods that look at activations leave; until an export is measured.
-_LEFT = {"rtn": 1.0, "hqq": 0.9}
-_LEFT_BY_TRAINED = 0.35
 _LEAST_SHARE, _MOST_SHARE = 0.05, 1.5  # of the same, by linear: beyond are errors of measurement
 _GRAPH_BYTES = 1400  # of model.onnx for each linear and what surrounds it, at most
 
@@ -46,7 +43,7 @@ class SchemeAllocator:
     ):  # fmt: skip
         self._recipe, self._plan, self._embeddings = recipe, *plan_for(captured, recipe, width)
         self._check()
-        self.left = _LEFT.get(recipe.weights.method, _LEFT_BY_TRAINED)
+        self.left = recipe.weights.kl_left
         schemes = [Scheme.parse(name) for name in candidates]
         self._costs = scheme_costs(captured, self._plan, self._embeddings, schemes, feeds, width, progress)
         self._shares = [1.0] * len(self._costs.items)

@@ -61,7 +61,7 @@ def plan_embeddings(
     tied: bool,
     plan: Sequence[LinearPlan],
     projection: Linear | None,
-    method: str = "rtn",
+    idle: str = "",
     width: int = 4,
 ) -> tuple[list[EmbeddingPlan], list[LinearPlan]]:
     """Decide for every table of token embeddings.
@@ -72,7 +72,7 @@ def plan_embeddings(
         tied: read the codes of the output projection instead.
         plan: of the linears.
         projection: the output projection.
-        method: how codes of linears are found; those that train weights do not apply to shared codes.
+        idle: the method that finds codes of linears, where it does not apply to tables; empty where it does.
         width: bytes of a number that stays float.
 
     Returns:
@@ -95,7 +95,7 @@ def plan_embeddings(
                 made = replace(empty, scheme=scheme, reason=reason)
             found[weight] = replace(made, bytes=table_bytes(made, width))
     shared = {e.linear: e for e in found.values() if e.linear}
-    return list(found.values()), [_sharing(p, shared[p.name], method) if p.name in shared else p for p in plan]
+    return list(found.values()), [_sharing(p, shared[p.name], idle) if p.name in shared else p for p in plan]
 
 
 def _tied(empty: EmbeddingPlan, linear: LinearPlan | None) -> EmbeddingPlan:
@@ -110,9 +110,9 @@ def _tied(empty: EmbeddingPlan, linear: LinearPlan | None) -> EmbeddingPlan:
     return replace(empty, scheme=scheme, reason=reason, linear=linear.name if scheme else "")
 
 
-def _sharing(plan: LinearPlan, embedding: EmbeddingPlan, method: str) -> LinearPlan:
-    how = f", which are rounded to nearest: {method} does not apply"
-    why = f"reads the codes of {embedding.name}{how if method.startswith('zq') else ''}"
+def _sharing(plan: LinearPlan, embedding: EmbeddingPlan, idle: str) -> LinearPlan:
+    how = f", which are rounded to nearest: {idle} does not apply" if idle else ""
+    why = f"reads the codes of {embedding.name}{how}"
     given = plan.reason or embedding.reason
     return replace(plan, scheme=embedding.scheme, reason=f"{given}; {why}" if given else why, bytes=0)
 

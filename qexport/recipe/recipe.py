@@ -7,41 +7,34 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 import yaml
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import Field, SerializeAsAny, ValidationError, field_validator, model_validator
 
 from ..artifact.files import read_text
 from ..errors import InputError, RecipeError
 from ..quant.formats import IntegerFormat, Scheme, begins_as_scheme, full_name
 from .explaining import explain, nearest
+from .methods import WeightMethod
 from .reading import MOST_BYTES, read_yaml
+from .registry import Method, MethodKeys, methods
 from .sections import (
     FLOAT,
     TIED,
     ActivationSpec,
     CalibrationSpec,
-    CrossQuantSpec,
-    FptqSpec,
-    KvCacheSpec,
-    LlmInt8Spec,
-    LoRCSpec,
     Override,
-    RotationSpec,
-    Section,
-    SmoothSpec,
-    WeightSpec,
     known_scheme,
     scheme_of_embedding,
     scheme_or_float,
 )
 
-_CACHE = re.compile(r"(?P<scheme>.+)_kv(?P<bits>[48])$", re.IGNORECASE)
-
 # The dotted names that end so are the output projection of a language model.
 _LM_HEAD = ("lm_head", "embed_out")
 
 
-class Recipe(Section):
+class Recipe(MethodKeys):
     """What to do to a model. What a recipe does not say is off: linears are rounded to nearest, nothing is smoothed.
+
+    Besides these keys it has those of all methods that are registered, see `registry`.
 
     Attributes:
         name, description: for people.
@@ -49,11 +42,8 @@ class Recipe(Section):
         lm_head: scheme of the output projection, or "float".
         embedding: scheme of the token embedding, "float", or "tied": where it is one tensor with the output projection,
             both read the same codes.
-        weights, activations, calibration: see their classes.
-        rotation: see its class; None leaves the residual stream as it is.
-        smooth, crossquant, fptq: see their classes; at most one of them, None for nothing of the kind.
-        lorc, llm_int8: see their classes; None for no such branch.
-        kv_cache: see its class; None keeps keys and values in float.
+        weights: how codes of weights are found; its key `method` says by what.
+        activations, calibration: see their classes.
         overrides: the first that matches a linear's name decides, the output projection's too.
         accuracy_level: how ONNX Runtime's CPU kernel (MatMulNBits) treats the float activations of integer weights:
             4 rounds them to int8 per row and block and is fast; 1 keeps float32, and with 8-bit weights is slow.
@@ -66,14 +56,7 @@ class Recipe(Section):
     scheme: str
     lm_head: str = FLOAT
     embedding: str = FLOAT
-    weights: WeightSpec = WeightSpec()
-    rotation: RotationSpec | None = None
-    smooth: SmoothSpec | None = None
-    crossquant: CrossQuantSpec | None = None
-    fptq: FptqSpec | None = None
-    lorc: LoRCSpec | None = None
-    llm_int8: LlmInt8Spec | None = None
-    kv_cache: KvCacheSpec | None = None
+    weights: SerializeAsAny[WeightMethod]
     activations: ActivationSpec = ActivationSpec()
     overrides: tuple[Override, ...] = ()
     calibration: CalibrationSpec = CalibrationSpec()
@@ -82,14 +65,15 @@ class Recipe(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _short_cache(cls, given: Any) -> Any:
-        """w4a16_g32_kv8: the scheme, and how the cache is kept."""
-        short = (
-            _CACHE.match(given["scheme"]) if isinstance(given, dict) and isinstance(given.get("scheme"), str) else None
-        )
-        if short is None or given.get("kv_cache") is not None:
+    def _completed(cls, given: Any) -> Any:
+        """Weights are always found somehow, and w4a16_g32_kv8 is short for the scheme and how the cache is kept."""
+        if not isinstance(given, dict):
             return given
-        return given | {"scheme": short["scheme"], "kv_cache": {"bits": int(short["bits"])}}
+        given = {"weights": {}, **given}
+        short = _shortened(given["scheme"]) if isinstance(given.get("scheme"), str) else None
+        if short is None or given.get(short[1].key) is not None:
+            return given
+        return given | {"scheme": short[0], short[1].key: short[1]}
 
     @field_validator("scheme")
     @classmethod
@@ -119,23 +103,20 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _compatible(self) -> Self:
-        given = [name for name in ("smooth", "crossquant", "fptq") if getattr(self, name) is not None]
-        if len(given) > 1:
-            raise ValueError(f"{given[0]} and {given[1]} both decide the factors of activations", "Keep one of them")
-        quantized = any(scheme.activation for scheme in self._schemes()) or self.prefill == "int8"
-        for name in [n for n in (*given, "llm_int8") if getattr(self, n) is not None]:
-            if not quantized and not (name == "smooth" and self.smooth.method == "awq"):
+        quantized = any(scheme.activation for scheme in self.schemes) or self.prefill == "int8"
+        by_kind: dict[str, Method] = {}
+        for method in self.methods:
+            other = by_kind.setdefault(method.kind, method)
+            if method.alone and other is not method:
+                raise ValueError(f"{other.key} and {method.key} both {method.alone}", "Keep one of them")
+            if method.for_activations and not quantized:
                 raise ValueError(
-                    f"{name} makes activations easier to quantize, and {self.scheme} keeps them in float",
-                    f"Remove {name}, or take a scheme with a8",
+                    f"{method.key} makes activations easier to quantize, and {self.scheme} keeps them in float",
+                    f"Remove {method.key}, or take a scheme with a8",
                 )
+            method.check(self)
         if self.prefill is not None:
             self._check_prefill()
-        if self.crossquant is not None and self.crossquant.row_scale == "dynamic":
-            if self.crossquant.alpha == "search" or self.crossquant.round_weights == "before_fold":
-                raise ValueError("row_scale: dynamic folds nothing", "Give alpha a number and leave out round_weights")
-        elif self.crossquant is not None and self.crossquant.round_weights == "before_fold":
-            _check_planes([scheme for scheme in self._schemes() if scheme.activation])
         return self
 
     @classmethod
@@ -152,10 +133,9 @@ class Recipe(Section):
         if isinstance(name_or_path, Path) or Path(text).suffix.lower() in (".yaml", ".yml") or "/" in text:
             return cls._from_file(Path(text))
         presets = _preset_files()
-        if (short := _CACHE.match(text)) and text.lower() not in presets:
-            base = cls.load(short["scheme"])
-            cache = KvCacheSpec(bits=int(short["bits"]))
-            return base.model_copy(update={"name": text.lower(), "kv_cache": cache})
+        if text.lower() not in presets and (short := _shortened(text)):
+            base, method = cls.load(short[0]), short[1]
+            return base.model_copy(update={"name": text.lower(), method.key: method})
         if text.lower() in presets:
             return cls._from_yaml(presets[text.lower()].read_text("utf-8"), f"preset {text.lower()}", text.lower())
         if begins_as_scheme(text.lower()):
@@ -175,7 +155,8 @@ class Recipe(Section):
     @classmethod
     def presets(cls) -> dict[str, str]:
         """The description of every preset under its name, sorted by name."""
-        return {name: cls.load(name).description for name in _preset_files()}
+        files = _preset_files()
+        return {name: read_yaml(file.read_text("utf-8"), name)[0]["description"] for name, file in files.items()}
 
     @classmethod
     def _from_file(cls, path: Path) -> Self:
@@ -191,7 +172,7 @@ class Recipe(Section):
         try:
             return cls.model_validate({"name": default_name, **data})
         except ValidationError as error:
-            raise explain(cls, error, place, lines) from None
+            raise explain(cls, error, place, lines, data) from None
 
     @classmethod
     def _from_scheme(cls, scheme: Scheme) -> Self:
@@ -201,8 +182,13 @@ class Recipe(Section):
         return base.model_copy(update={"name": scheme.name, "description": description, "scheme": scheme.name})
 
     def to_yaml(self) -> str:
-        """The whole recipe, defaults included, as YAML that `load` reads back to an equal recipe."""
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
+        """The whole recipe, defaults of what it uses included, as YAML that `load` reads back to an equal recipe."""
+        dumped, data = self.model_dump(mode="json"), {}
+        for key in type(self).model_fields:
+            data[key] = dumped[key]
+            if key == "weights":
+                data |= {other: dumped[other] for other in self.given}
+        return yaml.safe_dump(data, sort_keys=False, allow_unicode=True, width=120)
 
     def with_calibration(self, **values: Any) -> Self:
         """The same recipe with other calibration keys; None leaves a key as it is.
@@ -235,38 +221,36 @@ class Recipe(Section):
 
     @property
     def needs_calibration(self) -> bool:
-        """Whether statistics of activations are needed: for trained weights, factors, outliers and static scales."""
-        static = any(scheme.activation and scheme.activation.kind == "static" for scheme in self._schemes())
-        sections = (self.smooth, self.crossquant, self.fptq, self.llm_int8, self.kv_cache)
-        weighted = self.lorc is not None and self.lorc.weighted
-        trained = self.weights.method in ("gptq", "zq_local", "zq_global")
-        return trained or weighted or static or any(section is not None for section in sections)
+        """Whether statistics of activations are needed: by a method, or for static scales."""
+        static = any(scheme.activation and scheme.activation.kind == "static" for scheme in self.schemes)
+        return static or any(method.needs_calibration for method in self.methods)
+
+    @property
+    def schemes(self) -> list[Scheme]:
+        """All that are named for linears; those of linears that stay float are not among them."""
+        names = [self.scheme, self.lm_head, *(override.scheme for override in self.overrides)]
+        return [Scheme.parse(name) for name in names if name != FLOAT]
 
     def _check_prefill(self) -> None:
         """ONNX Runtime fails to load weight-only linears with one scale per channel within a branch of an If."""
-        plain = [s for s in self._schemes() if s.activation is None and isinstance(s.weight, IntegerFormat)]
+        plain = [s for s in self.schemes if s.activation is None and isinstance(s.weight, IntegerFormat)]
         if not any(s.weight.group_size > 0 for s in plain):
             raise ValueError(
                 "prefill: int8 is for weight-only linears in groups", "Remove it, or take a scheme such as w4a16_g32"
             )
         if single := [s for s in plain if s.weight.group_size <= 0]:
             raise ValueError(f"{single[0].name} has no form beside prefill: int8", "Take a scheme with groups")
-        if self.lorc is not None and self.lorc.factors == "int8":
-            raise ValueError("lorc with factors: int8 has no form beside prefill: int8", "Take factors: float")
-
-    def _schemes(self) -> list[Scheme]:
-        names = [self.scheme, self.lm_head, *(override.scheme for override in self.overrides)]
-        return [Scheme.parse(name) for name in names if name != FLOAT]
+        if other := next((m.ungrouped for m in self.methods if m.ungrouped), None):
+            raise ValueError(f"{other[0]}, which has no form beside prefill: int8", f"Remove prefill, or {other[1]}")
 
 
-def _check_planes(schemes: list[Scheme]) -> None:
-    """Rounding before the fold needs a place for the factor that the rounding did not see."""
-    for scheme in schemes:
-        if not scheme.weight.folds_columns and scheme.weight.bits != 8:
-            raise ValueError(
-                f"round_weights: before_fold has no form for {scheme.name}",
-                "Take w8a8_dyn, or groups with _int: w4a8_g128_int",
-            )
+def _shortened(name: str) -> tuple[str, Method] | None:
+    """A scheme's name without what is short for a method, and that method; None where nothing is."""
+    for kind in methods():
+        if kind.short and (found := re.fullmatch(f"(?P<scheme>.+)_{kind.short}", name, re.IGNORECASE)):
+            parts = found.groupdict()
+            return parts.pop("scheme"), kind.from_short(**parts)
+    return None
 
 
 def _preset_files() -> dict[str, Any]:

@@ -51,7 +51,7 @@ class CudaTarget(Target):
         """Nothing in float16; see `kernels.bfloat16`."""
         if self.dtype != torch.bfloat16:
             return "", ""
-        return lacks_bfloat16(scheme, recipe.lorc is not None and recipe.lorc.factors == "int8")
+        return lacks_bfloat16(scheme, [method.ungrouped for method in recipe.methods if method.ungrouped])
 
     def why_not_run(self) -> str:
         """Asked before ONNX Runtime is, which writes a line of its own where there is no driver."""

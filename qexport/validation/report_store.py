@@ -3,6 +3,7 @@
 import json
 import math
 import os
+from itertools import chain
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -62,7 +63,7 @@ def branch_gains(folder: Path) -> dict[str, float]:
     """By how many dB the low-rank branch of a linear lowers the error of its weight, by the account of the export."""
     gains = {}
     for block in _account(folder).blocks:
-        for name, _, data in block.changed.get("LoRC", ()):
+        for name, _, data in chain.from_iterable(block.changed.values()):
             removed = data.get("error removed")
             if isinstance(removed, int | float):
                 gains[name] = -10 * math.log10(1 - removed) if removed < 1 else math.inf

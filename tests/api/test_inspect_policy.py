@@ -22,7 +22,8 @@ from qexport.calibrate.ranges import float_ranges
 from qexport.errors import InputError, NumericsError
 from qexport.graph.edit import get_tensor, is_call
 from qexport.graph.sites import fold_sites
-from qexport.recipe.recipe import CalibrationSpec, FptqSpec, Override, Recipe
+from qexport.recipe.recipe import CalibrationSpec, Override, Recipe
+from qexport.recipe.registry import section
 
 ops = torch.ops.qexport
 RANDOM = CalibrationSpec(source="random", samples=4, sequence_length=16, batch_size=2)
@@ -51,9 +52,8 @@ def recipe(model):
     low = math.sqrt(max(reached["o_proj"]) * min(norms))
     high = math.sqrt(max(norms) * min(reached["down_proj"]))
     assert max(reached["o_proj"]) * 1.5 < low < min(norms) / 1.5 and max(norms) * 1.5 < high
-    return Recipe(
-        name="wide", scheme="w4a8_g32_int", calibration=RANDOM, fptq=FptqSpec(static_up_to=low, dynamic_from=high)
-    )
+    policy = section("fptq", static_up_to=low, dynamic_from=high)
+    return Recipe(name="wide", scheme="w4a8_g32_int", calibration=RANDOM, fptq=policy)
 
 
 @pytest.fixture(scope="module")
@@ -145,7 +145,8 @@ def test_calibration_decides_every_site(inspected, recipe):
 def test_layers_are_one_line_only_where_decisions_agree(model, recipe, inspected):
     assert [len(group) for *_, group in compressed_sites(inspected.sites)] == [2, 2, 2, 2, 1]
     first, second = (s.range for s in inspected.sites if s.linears[0].endswith("down_proj"))
-    between = recipe.model_copy(update={"fptq": FptqSpec(static_up_to=0, dynamic_from=math.sqrt(first * second))})
+    halved = section("fptq", static_up_to=0, dynamic_from=math.sqrt(first * second))
+    between = recipe.model_copy(update={"fptq": halved})
     found = qexport.inspect(model, between, calibrate=True)
     apart = [name for _, name, _ in compressed_sites(found.sites) if "down_proj" in name]
     assert apart == ["model.layers.0.mlp.down_proj", "model.layers.1.mlp.down_proj"]

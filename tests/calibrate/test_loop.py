@@ -10,12 +10,13 @@ from torch import nn
 from helpers import exports
 from qexport.calibrate import loop
 from qexport.errors import InputError, NumericsError
-from qexport.recipe.recipe import CalibrationSpec, Recipe, SmoothSpec, WeightSpec
+from qexport.recipe.recipe import CalibrationSpec, Recipe
+from qexport.recipe.registry import section
 
 export = exports.exporting.export
 CALIBRATION = CalibrationSpec(source="random", samples=4, sequence_length=16, batch_size=2)
 RECIPE = Recipe(
-    scheme="w8a8_static", lm_head="w8a8_static", weights=WeightSpec(method="gptq"), smooth=SmoothSpec(),
+    scheme="w8a8_static", lm_head="w8a8_static", weights=section("weights", method="gptq"), smooth=section("smooth"),
     calibration=CALIBRATION,
 )  # fmt: skip
 BLOCKS = ["prologue", "model.layers.0", "model.layers.1", "epilogue"]
@@ -111,7 +112,7 @@ def test_resume_with_nothing_to_go_on_with_starts(run):
 @pytest.mark.parametrize(
     "other",
     [
-        RECIPE.model_copy(update={"weights": WeightSpec(method="rtn")}),
+        RECIPE.model_copy(update={"weights": section("weights", method="rtn")}),
         RECIPE.model_copy(update={"calibration": CALIBRATION.model_copy(update={"seed": 1})}),
     ],
     ids=["recipe", "calibration"],
@@ -172,7 +173,7 @@ X = torch.randn(4, 32, generator=torch.Generator().manual_seed(0))
 @pytest.mark.parametrize("scheme, method", [("w8a8_static", "rtn"), ("w4a16_g32", "gptq")])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_calibration_data_that_is_no_number(tmp_path, scheme, method, value):
-    recipe = Recipe(scheme=scheme, weights=WeightSpec(method=method))
+    recipe = Recipe(scheme=scheme, weights=section("weights", method=method))
     bad = X.clone()
     bad[1, 3] = value
     with pytest.raises(NumericsError):
@@ -191,7 +192,7 @@ def test_activations_that_overflow_name_their_block(captured, folder, tmp_path, 
             return load(wanted) * (1e38 if wanted == name else 1)
 
     model.weights = Large()
-    recipe = RECIPE.model_copy(update={"weights": WeightSpec(method=method), "smooth": None})
+    recipe = RECIPE.model_copy(update={"weights": section("weights", method=method), "smooth": None})
     with (
         patch.object(exports.exporting, "capture", lambda *_, **__: model),
         pytest.raises(NumericsError) as caught,

@@ -18,7 +18,8 @@ from helpers.agreement import ROUNDING, assert_agree, assert_float16_adds_little
 from helpers.random_decoders import FAMILIES
 from helpers.runners import captured_runner, load_weights, padded
 from qexport.quant.metrics import sqnr_db
-from qexport.recipe.recipe import CalibrationSpec, Recipe, WeightSpec
+from qexport.recipe.recipe import CalibrationSpec, Recipe
+from qexport.recipe.registry import section
 
 SCHEMES = [
     "w4a16_g32", "w4a16_g64", "w4a16_g64_asym", "w4a16_g16_asym", "w4a16_pc", "w8a16_g32", "w8a8_dyn", "w8a8_static",
@@ -30,7 +31,7 @@ PROMPTS = {"one row": padded([6], "left"), "three rows, padded": padded([9, 4, 6
 
 def recipe_of(scheme, level=4, method="rtn"):
     calibration = CalibrationSpec(source="random", samples=4, sequence_length=16)
-    weights = WeightSpec(method=method)
+    weights = section("weights", method=method)
     return Recipe(scheme=scheme, lm_head=scheme, accuracy_level=level, weights=weights, calibration=calibration)
 
 

@@ -23,7 +23,8 @@ from qexport.api.validating import validate
 from qexport.errors import InputError, RuntimeProblem
 from qexport.plan.linear_plan import LinearPlan
 from qexport.quant.formats import Scheme
-from qexport.recipe.recipe import CalibrationSpec, LoRCSpec, Override, Recipe
+from qexport.recipe.recipe import CalibrationSpec, Override, Recipe
+from qexport.recipe.registry import section
 from qexport.runtime import session
 from qexport.runtime.decoder import open_decoder
 from qexport.targets.cuda import CudaTarget
@@ -34,7 +35,7 @@ SCHEMES = {
     "w8a16_g32": "MatMulNBits", "nf4": "MatMulBnb4",
 }  # fmt: skip
 METHODS = {
-    "lorc": {"lorc": LoRCSpec(rank=4)}, "kv8": {"kv_cache": {"bits": 8}}, "kv4": {"kv_cache": {"bits": 4}},
+    "lorc": {"lorc": section("lorc", rank=4)}, "kv8": {"kv_cache": {"bits": 8}}, "kv4": {"kv_cache": {"bits": 4}},
     "tied": {"embedding": "tied"},
 }  # fmt: skip
 FLOAT = {"scheme": "w8a8_dyn", "lm_head": "float", "overrides": (Override(match="*", scheme="float"),)}
@@ -232,6 +233,8 @@ def test_onnxruntime_genai_writes_the_same_tokens(export):
     assert len(found) >= 1 and found == ours[: len(found)]
 
 
+NARROW = section("lorc", rank=4, factors="int8")
+
 # ---- refusals -------------------------------------------------------------------------------------------------------
 
 
@@ -244,7 +247,7 @@ def test_onnxruntime_genai_writes_the_same_tokens(export):
 )  # fmt: skip
 def test_schemes_without_a_kernel_are_told_apart(scheme, why):
     plan = [LinearPlan("a", "", (64, 64), None), LinearPlan("b", "", (64, 64), Scheme.parse(scheme))]
-    brain, plain, int8_factors = CudaTarget(torch.bfloat16), recipe_of(), recipe_of(lorc=LoRCSpec(factors="int8"))
+    brain, plain, int8_factors = CudaTarget(torch.bfloat16), recipe_of(), recipe_of(lorc=NARROW)
     if not why:
         brain.check(plan, plain)
         with pytest.raises(InputError, match="b: .*int8 factors.*factors: float"):
@@ -256,7 +259,7 @@ def test_schemes_without_a_kernel_are_told_apart(scheme, why):
     CudaTarget(torch.float16).check(plan, int8_factors)
 
 
-@pytest.mark.parametrize("changes", [{"lm_head": "w8a8_dyn"}, {"lorc": LoRCSpec(rank=4, factors="int8")}], ids=str)
+@pytest.mark.parametrize("changes", [{"lm_head": "w8a8_dyn"}, {"lorc": NARROW}], ids=str)
 def test_what_has_no_kernel_is_refused_before_a_weight_is_read(model_folder, tmp_path, changes):
     folder = shutil.copytree(model_folder("llama"), tmp_path / "model")
     weights = folder / "model.safetensors"

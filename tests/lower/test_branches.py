@@ -14,20 +14,21 @@ from helpers.cuda_placement.models import PROMPT, assert_decoder_on_cuda
 from helpers.runners import captured_runner, load_weights, padded
 from qexport.graph.sites import by_input, linears
 from qexport.quant.metrics import sqnr_db
-from qexport.recipe.recipe import CalibrationSpec, LlmInt8Spec, LoRCSpec, Recipe, WeightSpec
+from qexport.recipe.recipe import CalibrationSpec, Recipe
+from qexport.recipe.registry import section
 from qexport.runtime.session import optimized_graph, unfused
 
 MASK = padded([9, 4, 6], "left")
-RANK4, INT8 = LoRCSpec(rank=4), LoRCSpec(rank=4, factors="int8")
-SHARED = LoRCSpec(rank=6, factors="int8", shared=True, weighted=True)
-OUTLIERS = LlmInt8Spec(threshold=4.0)  # a few features of every value, or none
+RANK4, INT8 = section("lorc", rank=4), section("lorc", rank=4, factors="int8")
+SHARED = section("lorc", rank=6, factors="int8", shared=True, weighted=True)
+OUTLIERS = section("llm_int8", threshold=4.0)  # a few features of every value, or none
 METHODS = {
     "lorc": dict(scheme="w4a16_g32", lorc=RANK4),
     "lorc, level 1": dict(scheme="w4a16_g32", lorc=RANK4, accuracy_level=1),
     "lorc, int8": dict(scheme="w4a16_g32", lorc=INT8),
     "lorc, int8, level 1": dict(scheme="w4a16_g32", lorc=INT8, accuracy_level=1),
     "lorc, int8, shared": dict(scheme="w4a16_g32", lorc=SHARED),
-    "lorc after gptq": dict(scheme="w4a16_g32", lorc=RANK4, weights=WeightSpec(method="gptq")),
+    "lorc after gptq": dict(scheme="w4a16_g32", lorc=RANK4, weights=section("weights", method="gptq")),
     "lorc, w8a8": dict(scheme="w8a8_dyn", lorc=RANK4),
     "lorc, int8, shared, static": dict(scheme="w8a8_static", lorc=SHARED),
     "lorc, expanded": dict(scheme="w4a8_g32_int", lorc=INT8),
@@ -162,7 +163,7 @@ def test_the_bytes_of_a_branch_count_for_its_linear(export):
 
 def test_the_deployed_model_is_closer_to_float_with_a_branch(export):
     found = []
-    for lorc in (None, LoRCSpec(rank=16, factors="int8")):
+    for lorc in (None, section("lorc", rank=16, factors="int8")):
         exported = export("llama", dict(scheme="w4a16_g32", lorc=lorc), "cpu")
         float_model = captured_runner(load_weights(exported.captured))
         runs = (float_model, exported.in_onnxruntime())

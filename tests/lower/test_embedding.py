@@ -16,7 +16,8 @@ from helpers.random_decoders import HIDDEN, VOCAB, save_model
 from helpers.runners import padded, prompt_feeds, tokens
 from qexport.api.exporting import capture
 from qexport.graph.edit import get_tensor, is_call
-from qexport.recipe.recipe import CalibrationSpec, LoRCSpec, Recipe, SmoothSpec, WeightSpec
+from qexport.recipe.recipe import CalibrationSpec, Recipe
+from qexport.recipe.registry import section
 from qexport.runtime.session import optimized_graph, unfused
 
 ops = torch.ops.qexport
@@ -164,11 +165,11 @@ def test_parts_of_other_files(export):
 # ---- together with other methods ------------------------------------------------------------------------------------
 
 METHODS = {
-    "gptq": dict(weights=WeightSpec(method="gptq", clip_search=True)),
-    "hqq": dict(weights=WeightSpec(method="hqq")),
-    "awq": dict(smooth=SmoothSpec(method="awq", alpha=0.5)),
-    "lorc": dict(lorc=LoRCSpec(rank=4)),
-    "zq_global": dict(weights=WeightSpec(method="zq_global", steps=2, learning_rates=[0.01])),
+    "gptq": dict(weights=section("weights", method="gptq", clip_search=True)),
+    "hqq": dict(weights=section("weights", method="hqq")),
+    "awq": dict(smooth=section("smooth", method="awq", alpha=0.5)),
+    "lorc": dict(lorc=section("lorc", rank=4)),
+    "zq_global": dict(weights=section("weights", method="zq_global", steps=2, learning_rates=[0.01])),
 }
 
 

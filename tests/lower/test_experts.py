@@ -22,7 +22,8 @@ from qexport.lower.match_gated_activation import gate_of
 from qexport.lower.moe_form import Gate
 from qexport.lower.routing_weights import never_negative, sum_of
 from qexport.plan.model_plan import plan_for
-from qexport.recipe.recipe import CalibrationSpec, CrossQuantSpec, LoRCSpec, Override, Recipe, SmoothSpec
+from qexport.recipe.recipe import CalibrationSpec, Override, Recipe
+from qexport.recipe.registry import section
 from qexport.runtime.session import optimized_graph, unfused
 from qexport.targets.kernels.predict_kernels import slow_linears
 
@@ -149,10 +150,11 @@ DENSE = {
     "rounded inputs": (dict(scheme="w8a8_dyn"), "rounded"),
     "rounded inputs in groups": (dict(scheme="w4a8_g32"), "rounded"),
     "static inputs": (dict(scheme="w8a8_static"), "rounded"),
-    "branches": (dict(lorc=LoRCSpec(rank=4)), "more than a bias"),
-    "factors": (dict(smooth=SmoothSpec(method="awq", explicit=True)), "scaled"),
+    "branches": (dict(lorc=section("lorc", rank=4)), "more than a bias"),
+    "factors": (dict(smooth=section("smooth", method="awq", explicit=True)), "scaled"),
     "planes": (
-        dict(scheme="w8a8_dyn", crossquant=CrossQuantSpec(row_scale="paper", round_weights="before_fold")), "rounded",
+        dict(scheme="w8a8_dyn", crossquant=section("crossquant", row_scale="paper", round_weights="before_fold")),
+        "rounded",
     ),
 }  # fmt: skip
 

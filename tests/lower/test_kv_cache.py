@@ -13,7 +13,8 @@ from qexport.api.exporting import export as export_model
 from qexport.api.validating import validate
 from qexport.errors import LoweringError, RecipeError
 from qexport.graph.edit import is_call
-from qexport.recipe.recipe import CalibrationSpec, KvCacheSpec, Override, Recipe
+from qexport.recipe.recipe import CalibrationSpec, Override, Recipe
+from qexport.recipe.registry import section
 from qexport.runtime.decoder import open_decoder
 
 CALIBRATION = CalibrationSpec(source="random", samples=16, sequence_length=48)
@@ -22,7 +23,7 @@ MASK = padded([9, 4, 6], "left")
 
 
 def recipe_of(bits, scales="channel"):
-    return Recipe(**FLOAT, kv_cache=KvCacheSpec(bits=bits, scales=scales))
+    return Recipe(**FLOAT, kv_cache=section("kv_cache", bits=bits, scales=scales))
 
 
 def empty_caches(feeds, inputs):
@@ -109,8 +110,8 @@ def test_standard_attention_refuses_it(model_folder, tmp_path):
 
 
 def test_the_scheme_may_say_it():
-    assert Recipe(scheme="w4a16_g32_kv8").kv_cache == KvCacheSpec(bits=8)
-    assert Recipe.load("w4a16_g64_asym_kv4").kv_cache == KvCacheSpec(bits=4)
+    assert Recipe(scheme="w4a16_g32_kv8").kv_cache == section("kv_cache", bits=8)
+    assert Recipe.load("w4a16_g64_asym_kv4").kv_cache == section("kv_cache", bits=4)
     assert Recipe.load("w8a8_dyn_kv8").scheme == "w8a8_dyn"
     with pytest.raises(RecipeError, match="w4a16_g32_kv2"):
         Recipe(scheme="w4a16_g32_kv2")

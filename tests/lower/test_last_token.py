@@ -14,7 +14,8 @@ from qexport.api.validating import validate
 from qexport.errors import InputError, LoweringError
 from qexport.graph.edit import call, shape_of
 from qexport.lower.last_token import keep_last, read_by_projection
-from qexport.recipe.recipe import CalibrationSpec, CrossQuantSpec, LlmInt8Spec, LoRCSpec, Recipe, SmoothSpec
+from qexport.recipe.recipe import CalibrationSpec, Recipe
+from qexport.recipe.registry import section
 from qexport.runtime.decoder import open_decoder
 from qexport.validation.logits import deployed_logits
 
@@ -25,11 +26,11 @@ HEADS = {
     "float": dict(),
     "w4a16": dict(lm_head="w4a16_g32"),
     "tied": dict(lm_head="w8a16_g32", embedding="tied"),
-    "dynamic": dict(lm_head="w8a8_dyn", smooth=SmoothSpec(explicit=True)),
+    "dynamic": dict(lm_head="w8a8_dyn", smooth=section("smooth", explicit=True)),
     "static": dict(lm_head="w8a8_static"),
-    "crossquant": dict(lm_head="w8a8_dyn", crossquant=CrossQuantSpec()),
-    "branch": dict(lm_head="w4a16_g32", lorc=LoRCSpec(rank=4, factors="int8")),
-    "outliers": dict(lm_head="w8a8_dyn", llm_int8=LlmInt8Spec(threshold=2.0)),
+    "crossquant": dict(lm_head="w8a8_dyn", crossquant=section("crossquant")),
+    "branch": dict(lm_head="w4a16_g32", lorc=section("lorc", rank=4, factors="int8")),
+    "outliers": dict(lm_head="w8a8_dyn", llm_int8=section("llm_int8", threshold=2.0)),
 }
 
 

@@ -30,19 +30,20 @@ from qexport.passes.insert_qdq import add_branch, result_of
 from qexport.passes.weights.rtn import RoundToNearest
 from qexport.plan.linear_plan import LinearPlan
 from qexport.quant.formats import Scheme
-from qexport.recipe.recipe import CalibrationSpec, CrossQuantSpec, LlmInt8Spec, LoRCSpec, Override, Recipe
+from qexport.recipe.recipe import CalibrationSpec, Override, Recipe
+from qexport.recipe.registry import section
 from qexport.runtime.session import open_session, optimized_graph, unfused
 
 aten = torch.ops.aten
 MASK = padded([9, 4, 6], "left")
-PLANES = CrossQuantSpec(row_scale="paper", round_weights="before_fold", explicit=True)
+PLANES = section("crossquant", row_scale="paper", round_weights="before_fold", explicit=True)
 PLAIN = ["w4a16_g32", "w4a16_g32_asym", "w8a8_dyn", "w8a8_static", "w4a8_g32", "w8a16_pc"]
 CASES = {scheme: dict(scheme=scheme) for scheme in PLAIN} | {
-    "lorc": dict(scheme="w4a16_g32", lorc=LoRCSpec(rank=4)),
-    "lorc, int8": dict(scheme="w4a16_g32", lorc=LoRCSpec(rank=4, factors="int8")),
-    "lorc, shared": dict(scheme="w8a8_static", lorc=LoRCSpec(rank=6, shared=True)),
-    "lorc, int8, shared": dict(scheme="w4a16_g32", lorc=LoRCSpec(rank=6, factors="int8", shared=True)),
-    "outliers": dict(scheme="w8a8_dyn", llm_int8=LlmInt8Spec(threshold=4.0)),
+    "lorc": dict(scheme="w4a16_g32", lorc=section("lorc", rank=4)),
+    "lorc, int8": dict(scheme="w4a16_g32", lorc=section("lorc", rank=4, factors="int8")),
+    "lorc, shared": dict(scheme="w8a8_static", lorc=section("lorc", rank=6, shared=True)),
+    "lorc, int8, shared": dict(scheme="w4a16_g32", lorc=section("lorc", rank=6, factors="int8", shared=True)),
+    "outliers": dict(scheme="w8a8_dyn", llm_int8=section("llm_int8", threshold=4.0)),
     "two planes": dict(scheme="w8a8_dyn", crossquant=PLANES),
 }
 TOGETHER = ("self_attn.q_proj+k_proj+v_proj", "self_attn.o_proj", "mlp.gate_proj+up_proj", "mlp.down_proj")

@@ -12,14 +12,15 @@ from helpers import agreement
 from helpers.agreement import assert_agree
 from helpers.cuda_placement.models import PROMPT, assert_decoder_on_cuda
 from helpers.runners import padded
-from qexport.recipe.recipe import ActivationSpec, CalibrationSpec, CrossQuantSpec, Recipe
+from qexport.recipe.recipe import ActivationSpec, CalibrationSpec, Recipe
+from qexport.recipe.registry import section
 from qexport.runtime.session import optimized_graph, unfused
 
 MASK = padded([9, 4, 6], "left")
-BEFORE = CrossQuantSpec(row_scale="paper", round_weights="before_fold", explicit=True)
+BEFORE = section("crossquant", row_scale="paper", round_weights="before_fold", explicit=True)
 METHODS = {
-    "crossquant": dict(scheme="w8a8_dyn", crossquant=CrossQuantSpec(explicit=True)),
-    "crossquant, paper rows": dict(scheme="w8a8_dyn", crossquant=CrossQuantSpec(row_scale="paper")),
+    "crossquant": dict(scheme="w8a8_dyn", crossquant=section("crossquant", explicit=True)),
+    "crossquant, paper rows": dict(scheme="w8a8_dyn", crossquant=section("crossquant", row_scale="paper")),
     "crossquant, two planes": dict(scheme="w8a8_dyn", crossquant=BEFORE),
     "crossquant, expanded": dict(scheme="w4a8_g32_int", crossquant=BEFORE),
     "crossquant, w4a4": dict(scheme="w4a4_g32_int", crossquant=BEFORE),
@@ -85,7 +86,7 @@ def test_every_node_is_on_cuda(export, cuda_placement, method):
 
 @pytest.mark.parametrize("target", KERNEL)
 def test_crossquant_as_published(export, target):
-    fields = dict(scheme="w8a8_dyn", crossquant=CrossQuantSpec(row_scale="dynamic"), accuracy_level=1)
+    fields = dict(scheme="w8a8_dyn", crossquant=section("crossquant", row_scale="dynamic"), accuracy_level=1)
     assert_agree(export("llama", fields, target, single=target == "cuda"), MASK, flips=0.03)
 
 

@@ -25,7 +25,8 @@ from qexport.graph.sites import linears
 from qexport.lower.prefill_twin import LONGEST_STEP, prompt_twin
 from qexport.quant.expand import channel_scale, expand_to_int8
 from qexport.quant.formats import IntegerFormat
-from qexport.recipe.recipe import CalibrationSpec, LoRCSpec, Override, Recipe, SmoothSpec
+from qexport.recipe.recipe import CalibrationSpec, Override, Recipe
+from qexport.recipe.registry import section
 from qexport.runtime.decoder import open_decoder
 from qexport.runtime.session import open_session, optimized_graph, unfused
 
@@ -38,8 +39,8 @@ CASES = {
     "2 bits": ("llama", dict(scheme="w2a16_g32_asym")),
     "biases, tied embedding": ("llama_bias", dict(scheme="w4a16_g32", lm_head="w4a16_g32")),
     "parallel residual": ("gpt_neox", dict(scheme="w4a16_g32")),
-    "smoothed": ("llama", dict(scheme="w4a16_g32", smooth=SmoothSpec(method="smoothquant"))),
-    "branch": ("llama", dict(scheme="w4a16_g32", lorc=LoRCSpec(rank=4))),
+    "smoothed": ("llama", dict(scheme="w4a16_g32", smooth=section("smooth", method="smoothquant"))),
+    "branch": ("llama", dict(scheme="w4a16_g32", lorc=section("lorc", rank=4))),
     "mixed": (
         "llama",
         dict(
@@ -152,7 +153,7 @@ def test_the_file_holds_the_steps_of_an_export_without(captured, export, tmp_pat
 
 
 def test_smoothing_is_for_the_inputs_of_prompts(export):
-    changed = json.loads((export(smooth=SmoothSpec(method="smoothquant")).folder / "report.json").read_text())
+    changed = json.loads((export(smooth=section("smooth", method="smoothquant")).folder / "report.json").read_text())
     assert all("SmoothQuant" in block["changed"] for block in changed["export"]["blocks"][1:-1])
 
 

@@ -27,12 +27,13 @@ from qexport.plan.model_plan import plan_for
 from qexport.quant.formats import IntegerFormat
 from qexport.quant.gptq import HessianStatistic, gptq_quantize
 from qexport.quant.hqq import hqq_quantize
-from qexport.recipe.recipe import CalibrationSpec, LoRCSpec, Recipe, WeightSpec
+from qexport.recipe.recipe import CalibrationSpec, Recipe
+from qexport.recipe.registry import section
 
 RANDOM = CalibrationSpec(source="random", samples=4, sequence_length=16)
 MASK = padded([9, 4, 6], "left")
 TIED = dict(scheme="w4a16_g32", lm_head="w4a16_g32", embedding="tied", calibration=RANDOM)
-GPTQ = WeightSpec(method="gptq")
+GPTQ = section("weights", method="gptq")
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +74,7 @@ def test_tied_takes_the_scheme_of_the_output_projection(captured):
     assert (embedding.scheme.name, embedding.linear, embedding.reason) == ("w8a16_g32_asym", "lm_head", "")
     assert embedding.bytes == VOCAB * (HIDDEN + HIDDEN // 32 * 5)
     assert (head.scheme.name, head.bytes, head.reason) == ("w8a16_g32_asym", 0, "reads the codes of model.embed_tokens")
-    trained = WeightSpec(method="zq_local")
+    trained = section("weights", method="zq_local")
     _, head = decided(captured, "llama_bias", lm_head="w4a16_g128", embedding="tied", weights=trained)
     assert head.reason == (
         "64 input features do not divide into groups of 128: groups of 64; reads the codes of model.embed_tokens, "
@@ -136,7 +137,7 @@ def test_codes_that_no_block_has_made(captured):
 @pytest.mark.parametrize("method", ["rtn", "rtn, clipped", "hqq", "gptq"])
 def test_how_the_codes_are_found(captured, model_folder, tmp_path, method):
     """GPTQ looks at what the float model hands to the output projection, which transformers tells."""
-    model, clip = captured("llama_bias"), method != "rtn"
+    model = captured("llama_bias")
     table, fmt = model.load("model.embed_tokens.weight"), IntegerFormat(4, 32)
     samples = load_samples(RANDOM, vocab_size=VOCAB)
     with torch.no_grad():
@@ -149,9 +150,12 @@ def test_how_the_codes_are_found(captured, model_folder, tmp_path, method):
         "hqq": lambda: hqq_quantize(table, fmt),
         "gptq": lambda: gptq_quantize(table, statistic.value(), fmt, damp=0.02, clip_search=True),
     }[method]()
-    weights = WeightSpec(
-        method=method[:4].rstrip(","), damp=0.02, token_norm_power=0.5, clip_search=clip, act_order=True
-    )
+    weights = {
+        "rtn": {"method": "rtn"},
+        "rtn, clipped": {"method": "rtn", "clip_search": True},
+        "hqq": {"method": "hqq"},
+        "gptq": {"method": "gptq", "damp": 0.02, "token_norm_power": 0.5, "clip_search": True, "act_order": True},
+    }[method]
     exported = exports.export(model, Recipe(**TIED, weights=weights), "cpu", tmp_path / "out")
     for block in (exported.blocks[0], exported.blocks[-1]):
         codes, scale = (
@@ -243,7 +247,7 @@ def test_what_is_printed(captured, tmp_path, capsys):
 
 
 def test_validation_of_a_tied_file(captured, tmp_path):
-    recipe = Recipe(**TIED, lorc=LoRCSpec(rank=4))
+    recipe = Recipe(**TIED, lorc=section("lorc", rank=4))
     exported = exports.export(captured("llama_bias"), recipe, "cpu", tmp_path / "out")
     found = validate(exported.folder, exported.captured, windows=2, window=16)
     assert found.problems == () and found.layers.blocks[0].name == "prologue" and not found.layers.linears[-1].rescaled

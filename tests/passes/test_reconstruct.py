@@ -25,7 +25,8 @@ from qexport.passes.weights.zq_local import ZQLocal
 from qexport.plan.linear_plan import LinearPlan, make_plan
 from qexport.quant.formats import Scheme
 from qexport.quant.gptq import HessianStatistic
-from qexport.recipe.recipe import CalibrationSpec, Recipe, WeightSpec
+from qexport.recipe.recipe import CalibrationSpec, Recipe
+from qexport.recipe.registry import section
 
 IDS, MASK = tokens(8, 24), padded([24, 9, 24, 17, 24, 24, 5, 24], "left")
 
@@ -310,7 +311,7 @@ def stop(stage, what, done, total):
 @pytest.mark.parametrize("method", ["zq_local", "zq_global"])
 def test_an_export_runs_and_resumes(captured, tmp_path, method):
     recipe = Recipe(
-        scheme="w4a16_g32", weights=WeightSpec(method=method, steps=8),
+        scheme="w4a16_g32", weights=section("weights", method=method, steps=8),
         calibration=CalibrationSpec(source="random", samples=4, sequence_length=16, batch_size=2),
     )  # fmt: skip
     whole = exports.export(captured("llama"), recipe, "cpu", tmp_path / "whole")

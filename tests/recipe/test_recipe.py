@@ -14,8 +14,10 @@ from qexport.quant.formats import (
     Scheme,
     full_name,
 )
-from qexport.recipe.recipe import CalibrationSpec, Override, Recipe, WeightSpec
+from qexport.recipe.recipe import CalibrationSpec, Override, Recipe
+from qexport.recipe.registry import section
 
+FIELDS = list(Recipe.model_fields)
 PRESETS = {
     "w4a16_g32": ("w4a16_g32", "gptq", None),
     "w4a16_g32_rtn": ("w4a16_g32", "rtn", None),
@@ -117,7 +119,7 @@ def test_short_scheme_names_mean_the_same_in_every_key():
 def test_file_with_defaults(write):
     recipe = Recipe.load(write("scheme: w4a16_g32\n"))
     assert recipe == Recipe(name="mine", scheme="w4a16_g32")
-    assert recipe.weights == WeightSpec(method="rtn") and recipe.smooth is None
+    assert recipe.weights == section("weights", method="rtn") and recipe.smooth is None
     assert recipe.calibration == CalibrationSpec(source="self", samples=32, sequence_length=256, seed=0, batch_size=4)
     assert recipe.accuracy_level == 4 and recipe.embedding == "float"
 
@@ -224,16 +226,16 @@ def test_a_recipe_does_not_change():
     [
         ("scheme: w4a16_g32\nlmhead: float\n", 2, r"lmhead: unknown key\. Did you mean lm_head\?"),
         ("scheme: w4a16_g32\nweights:\n  method: gptq\n  damping: 1\n", 4, r"weights\.damping: .*Did you mean damp\?"),
-        ("scheme: w8a8_dyn\nsmooth:\n  strength: 1\n", 3, r"smooth\.strength: .*Keys here are method, alpha"),
+        ("scheme: w8a8_dyn\nsmooth:\n  strength: 1\n", 3, r"smooth\.strength: .*Keys here are alpha, explicit"),
         ("scheme: w4a16_g32\noverrides:\n- macth: x\n  scheme: float\n", 3, r"overrides\.0\.macth: .*mean match\?"),
         ("scheme: w4a16_g32\noverrides:\n- match: x\n", 3, r"overrides\.0\.scheme: this key is missing"),
         ("scheme: w4a16_g32\noverrides:\n- match: x\n  scheme: w3\n", 4, r"overrides\.0\.scheme: unknown scheme 'w3'"),
         ("\n\nscheme: w4a16_g33\n", 3, r"scheme: .*groups of 33\. Use 16, 32"),
         ("scheme: float\n", 1, "scheme: unknown scheme 'float'"),
         ("scheme: 4\n", 1, "scheme: input should be a valid string, not 4"),
-        ("scheme: w4a16_g32\nweights: {damp: 0}\n", 2, r"weights\.damp: .*greater than 0"),
-        ("scheme: w4a16_g32\nweights: {damp: .nan}\n", 2, r"weights\.damp: .*not nan"),
-        ("scheme: w4a16_g32\nweights: {method: awq}\n", 2, r"weights\.method: .*'rtn', 'gptq', 'hqq'.* not 'awq'"),
+        ("scheme: w4a16_g32\nweights: {method: gptq, damp: 0}\n", 2, r"weights\.damp: .*greater than 0"),
+        ("scheme: w4a16_g32\nweights: {method: gptq, damp: .nan}\n", 2, r"weights\.damp: .*not nan"),
+        ("scheme: w4a16_g32\nweights: {method: awq}\n", 2, r"weights\.method: .*'gptq', 'hqq', 'rtn'.* not 'awq'"),
         ("scheme: w8a8_dyn\nsmooth: {alpha: 1.5}\n", 2, r"smooth\.alpha: .*not a number from 0 to 1"),
         ("scheme: w4a16_g32\ncalibration: {samples: 0}\n", 2, r"calibration\.samples: .*greater than or equal to 1"),
         ("scheme: w4a16_g32\naccuracy_level: 2\n", 2, "accuracy_level: input should be 1 or 4, not 2"),
@@ -294,24 +296,26 @@ def test_unknown_names(name, message):
 
 
 def test_python_gets_the_same_errors():
-    with pytest.raises(RecipeError, match=r"^weights\.dampp: unknown key\. Did you mean damp\?$"):
+    with pytest.raises(RecipeError, match=r"^weights\.dampp: unknown key\. Did you mean damp, a key of gptq\?$"):
         Recipe(scheme="w4a16_g32", weights={"dampp": 1})
-    with pytest.raises(RecipeError, match=r"^actorder: unknown key\. Did you mean act_order\?$"):
-        WeightSpec(actorder=True)
+    with pytest.raises(RecipeError, match=r"^weights\.actorder: unknown key\. Did you mean act_order\?$"):
+        section("weights", method="gptq", actorder=True)
     with pytest.raises(RecipeError, match="^samples: input should be greater than or equal to 1, not 0$"):
         CalibrationSpec(samples=0)
 
 
 def test_to_yaml_is_plain_yaml_in_the_order_of_the_fields():
     data = yaml.safe_load(Recipe.load("w8a8_static").to_yaml())
-    assert list(data) == list(Recipe.model_fields)
+    assert list(data) == [*FIELDS[:6], "smooth", *FIELDS[6:]]
+    assert data["weights"] == {"method": "rtn", "clip_search": False}, "and no key of another method"
+    assert data["smooth"] == {"method": "smoothquant", "alpha": 0.8, "explicit": False}
     assert data["activations"] == {"observer": "absmax", "percentile": 99.99, "only_kernel": False}
 
 
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"scheme": "w8a8_dyn", "smooth": {}, "crossquant": {}}, "smooth and crossquant both decide"),
+        ({"scheme": "w8a8_dyn", "smooth": {}, "crossquant": {}}, "crossquant and smooth both decide"),
         ({"scheme": "w4a16_g32", "crossquant": {}}, "crossquant makes activations easier"),
         ({"scheme": "w4a16_g32", "fptq": {}}, "fptq makes activations easier"),
         ({"scheme": "w4a16_g32", "llm_int8": {}}, "llm_int8 makes activations easier"),
@@ -319,7 +323,7 @@ def test_to_yaml_is_plain_yaml_in_the_order_of_the_fields():
         ({"scheme": "w8a8_dyn", "crossquant": {"alpha": "search", "row_scale": "dynamic"}}, "dynamic folds nothing"),
         ({"scheme": "w8a8_dyn", "fptq": {"static_up_to": 9, "dynamic_from": 3}}, "dynamic_from is below"),
         ({"scheme": "w8a8_dyn", "crossquant": {"alpha": "best"}}, "not a number from 0 to 1"),
-        ({"scheme": "w4a16_g32", "weights": {"learning_rates": [0.1, 0]}}, "above 0"),
+        ({"scheme": "w4a16_g32", "weights": {"method": "zq_local", "learning_rates": [0.1, 0]}}, "above 0"),
         ({"scheme": "w4a16_g32", "lorc": {"rank": 0}}, "greater than or equal to 1"),
     ],
 )

@@ -13,7 +13,7 @@ from qexport.api.exporting import capture, export
 from qexport.api.validating import validate
 from qexport.artifact import manifest as manifests
 from qexport.recipe.recipe import Recipe
-from qexport.recipe.sections import KvCacheSpec, LoRCSpec
+from qexport.recipe.registry import section
 from qexport.runtime.session import open_session
 from qexport.validation import worst_linears
 from qexport.validation.attentions import attention_results
@@ -79,7 +79,7 @@ def test_attention_is_what_the_linear_behind_it_reads(checked, llama, ids):
 
 
 def test_a_cache_of_codes_shows_in_attentions_alone(checked):
-    _, report = checked(Recipe(scheme="w8a16_g32", kv_cache=KvCacheSpec(bits=8)), calibration="random")
+    _, report = checked(Recipe(scheme="w8a16_g32", kv_cache=section("kv_cache", bits=8)), calibration="random")
     assert all(25 < row.own_sqnr_db < 60 for row in report.layers.attentions)
     assert any("of its own errors model.layers" in sentence for sentence in report.verdict) and not report.problems
 
@@ -115,7 +115,7 @@ def test_few_bits_have_their_range_too(checked):
 
 
 def test_sizes_kernels_and_gains(checked):
-    folder, report = checked(Recipe(scheme="w4a16_g32", lorc=LoRCSpec(rank=4)))
+    folder, report = checked(Recipe(scheme="w4a16_g32", lorc=section("lorc", rank=4)))
     for row, entry in zip(report.layers.linears, manifests.load(folder).linears, strict=True):
         assert row.bytes == entry.bytes and row.bits == 8 * entry.bytes / math.prod(entry.shape)
         assert (row.kernel, row.provider) == ("MatMulNBits", "CPUExecutionProvider")

@@ -79,9 +79,10 @@ def export_seq2seq(
     out = Path(out_dir)
     recipe = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
     width = target_for(target, recipe, dtype).dtype.itemsize
-    for name in ("kv_cache", "prefill"):
-        if getattr(recipe, name) is not None:
-            raise RecipeError(f"{name} is for decoders alone", place=name, remedy="Remove it for encoder-decoders")
+    alone = [method.key for method in recipe.methods if method.needs_grouped_attention]
+    alone += ["prefill"] if recipe.prefill is not None else []
+    if alone:
+        raise RecipeError(f"{alone[0]} is for decoders alone", place=alone[0], remedy="Remove it for encoder-decoders")
     with claimed(out, overwrite, source_path(model)) as work:
         return _export(work, model, recipe, width, target, dtype, calibration, trust_remote_code, progress)
 

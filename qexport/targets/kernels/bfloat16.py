@@ -5,21 +5,23 @@ is made of a DequantizeLinear when the file is loaded. MatMulNBits with fpA_intB
 GroupQueryAttention, with a cache of codes too, have them. Other operators compute in float32, casts around them.
 """
 
+from collections.abc import Sequence
+
 from ...quant.formats import Scheme
 
 
-def lacks_bfloat16(scheme: Scheme, int8_factors: bool) -> tuple[str, str]:
+def lacks_bfloat16(scheme: Scheme, ungrouped: Sequence[tuple[str, str]]) -> tuple[str, str]:
     """What a scheme needs that there is no bfloat16 kernel for, and what to take instead; empty where there is one.
 
     Args:
-        int8_factors: whether quantized linears get low-rank branches of int8 factors.
+        ungrouped: of what methods put beside weights, integers with one scale per column, and what to do instead.
     """
     if scheme.activation is not None:
         why, remedy = "inputs are quantized", "a scheme with float inputs, such as w4a16_g32"
     elif scheme.weight.group_size <= 0:
         why, remedy = "weights have no groups", "a scheme with groups, such as w4a16_g32"
-    elif int8_factors:
-        why, remedy = "int8 factors of lorc have one scale per column", "set lorc to factors: float"
+    elif ungrouped:
+        why, remedy = ungrouped[0]
     else:
         return "", ""
     return f"no bfloat16 kernel in ONNX Runtime: {why}", f"Take dtype float16, or {remedy}"
