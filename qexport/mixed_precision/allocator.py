@@ -44,7 +44,7 @@ class SchemeAllocator:
         self._recipe, self._plan, self._embeddings = recipe, *plan_for(captured, recipe, width)
         self._check()
         self.left = recipe.weights.kl_left
-        schemes = [Scheme.parse(name) for name in candidates]
+        schemes = [Scheme.parse(name) for name in candidates if recipe.takes(name)]
         self._costs = scheme_costs(captured, self._plan, self._embeddings, schemes, feeds, width, progress)
         self._shares = [1.0] * len(self._costs.items)
         self._guessed = _GRAPH_BYTES * len(self._plan)  # of the rest, until an export is measured

@@ -231,6 +231,16 @@ class Recipe(MethodKeys):
         names = [self.scheme, self.lm_head, *(override.scheme for override in self.overrides)]
         return [Scheme.parse(name) for name in names if name != FLOAT]
 
+    def takes(self, scheme: str) -> bool:
+        """Whether its methods go with a scheme."""
+        other = self.model_copy(update={"scheme": scheme})
+        try:
+            for method in self.methods:
+                method.check(other)
+        except ValueError:
+            return False
+        return True
+
     def _check_prefill(self) -> None:
         """ONNX Runtime fails to load weight-only linears with one scale per channel within a branch of an If."""
         plain = [s for s in self.schemes if s.activation is None and isinstance(s.weight, IntegerFormat)]

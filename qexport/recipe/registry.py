@@ -7,7 +7,7 @@ passes (see `methods`). Nothing else knows its name; passes/README.md shows how 
 from collections.abc import Callable, Mapping
 from enum import IntEnum
 from importlib import import_module
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from pkgutil import iter_modules
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
@@ -240,16 +240,24 @@ def _discover() -> None:
     global _discovered
     if _discovered:
         return
-    _discovered = True
-    for kind in KINDS:
-        folder = import_module(f"qexport.passes.{kind}")
-        for found in iter_modules(folder.__path__, f"{folder.__name__}."):
-            import_module(found.name)
-    for found in entry_points(group=ENTRY_POINTS):
-        try:
-            found.load()
-        except Exception as error:
-            raise RecipeError(
-                f"its methods cannot be imported: {type(error).__name__}: {error}", place=found.value,
-                remedy="Repair or uninstall the package",
-            ) from error  # fmt: skip
+    _discovered = True  # before it is: what is imported may ask for methods
+    try:
+        for kind in KINDS:
+            folder = import_module(f"qexport.passes.{kind}")
+            for found in iter_modules(folder.__path__, f"{folder.__name__}."):
+                import_module(found.name)
+        for point in entry_points(group=ENTRY_POINTS):
+            _import_methods(point)
+    except BaseException:
+        _discovered = False
+        raise
+
+
+def _import_methods(point: EntryPoint) -> None:
+    try:
+        point.load()
+    except Exception as error:
+        raise RecipeError(
+            f"its methods cannot be imported: {type(error).__name__}: {error}", place=point.value,
+            remedy="Repair or uninstall the package",
+        ) from error  # fmt: skip
