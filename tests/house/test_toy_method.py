@@ -27,8 +27,8 @@ from qexport.passes.base import Context, GraphPass, PassResult
 from qexport.passes.weights.rounding import planned, quantize_linears
 from qexport.plan.linear_plan import LinearPlan
 from qexport.plan.model_plan import plan_for
-from qexport.quant.affine import QuantizedWeight, encode, grouped
-from qexport.quant.formats import WeightFormat
+from qexport.quant.affine import encode, grouped
+from qexport.quant.formats import IntegerFormat, QuantizedWeight
 from qexport.quant.metrics import sqnr_db
 from qexport.quant.observers import ChannelMeanAbs
 from qexport.recipe.methods import WeightMethod
@@ -61,7 +61,7 @@ class AbsMeanSection(WeightMethod):
     def table_statistic(self) -> ChannelMeanAbs:
         return ChannelMeanAbs()
 
-    def round_table(self, table: torch.Tensor, fmt: WeightFormat, seen: ChannelMeanAbs | None) -> QuantizedWeight:
+    def round_table(self, table: torch.Tensor, fmt: IntegerFormat, seen: ChannelMeanAbs | None) -> QuantizedWeight:
         return absmean(table, fmt, self.reach, torch.ones(table.shape[1]) if seen is None else seen.mean())
 
 
@@ -82,7 +82,7 @@ class RoundByMean(GraphPass):
         )  # fmt: skip
 
 
-def absmean(w: torch.Tensor, fmt: WeightFormat, reach: float, counts: torch.Tensor) -> QuantizedWeight:
+def absmean(w: torch.Tensor, fmt: IntegerFormat, reach: float, counts: torch.Tensor) -> QuantizedWeight:
     counts = counts.view(1, *grouped(w[:1], fmt).shape[1:])
     scale = (grouped(w, fmt).abs() * counts).sum(-1) / counts.sum(-1) * (reach / fmt.qmax)
     return QuantizedWeight(encode(w, scale, None, fmt), scale, None, fmt)
@@ -174,7 +174,7 @@ def watched(model, ids, names):
 
 
 def test_the_file_holds_its_codes_and_validate_finds_the_errors_that_they_make(captured, model_folder, tmp_path):
-    folder, fmt, ids = model_folder("llama"), WeightFormat(4, 32), tokens(4, 32, seed=5)
+    folder, fmt, ids = model_folder("llama"), IntegerFormat(4, 32), tokens(4, 32, seed=5)
     manifest = qexport.export(folder, RECIPE, out_dir=tmp_path / "out", calibration=ids).manifest
     names = [entry.name for entry in manifest.linears]
     passed = load_weights(captured("llama"))

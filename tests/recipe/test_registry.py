@@ -1,8 +1,6 @@
 """How methods are found, chosen and refused; what single methods mean is in test_recipe."""
 
 import ast
-import subprocess
-import sys
 from importlib.metadata import EntryPoint
 from pathlib import Path
 
@@ -182,9 +180,3 @@ def test_packages_bring_methods_by_an_entry_point(registered, monkeypatch, tmp_p
             RecipeError, match="^no_such_module_anywhere: its methods cannot be imported: ModuleNotFound"
         ):
             methods()
-
-
-def test_a_list_of_presets_imports_no_torch():
-    code = "import sys; from qexport import Recipe; print(len(Recipe.presets())); print('torch' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.split()[1] == "False" and int(done.stdout.split()[0]) > 20
