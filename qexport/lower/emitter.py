@@ -288,7 +288,7 @@ def _as_spec(node: Node, read: Callable[[str], torch.Tensor]) -> torch.Tensor:
     """
     name = tensor_name(node)
     tensor = read(name)
-    scale = name.endswith("_scale") and any(getattr(user.target, "namespace", "") == "qexport" for user in node.users)
+    scale = name.endswith("_scale") and any(getattr(user.target, "namespace", "aten") != "aten" for user in node.users)
     for user in node.users:
         if is_call(user, torch.ops.aten.to.dtype):
             narrowed(tensor, dtype_of(user), name)

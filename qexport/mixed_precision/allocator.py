@@ -13,7 +13,7 @@ from ..lower.gqa import GroupedAttention
 from ..plan.embedding_plan import EmbeddingPlan
 from ..plan.linear_plan import LinearPlan
 from ..plan.model_plan import bytes_by_part, output_projection, plan_for
-from ..quant.formats import Scheme
+from ..quant.formats import Scheme, offered
 from ..recipe.recipe import Recipe
 from ..recipe.sections import FLOAT, Override, only
 from .allocate import Allocation, SchemeChoice, within_bytes, within_kl
@@ -44,7 +44,7 @@ class SchemeAllocator:
         self._recipe, self._plan, self._embeddings = recipe, *plan_for(captured, recipe, width)
         self._check()
         self.left = recipe.weights.kl_left
-        schemes = [Scheme.parse(name) for name in candidates if recipe.takes(name)]
+        schemes = [scheme for scheme in offered(candidates) if recipe.takes(scheme.name)]
         self._costs = scheme_costs(captured, self._plan, self._embeddings, schemes, feeds, width, progress)
         self._shares = [1.0] * len(self._costs.items)
         self._guessed = _GRAPH_BYTES * len(self._plan)  # of the rest, until an export is measured

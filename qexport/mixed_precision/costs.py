@@ -77,21 +77,22 @@ def scheme_costs(
                 weight = get_tensor(found.block.module, linear.weight)
                 importance[linear.name] = felt_there
                 kl[linear.name] = {
-                    s.name: felt_there.kl_of_weight(inputs, _difference(weight, s)) for s in schemes
-                }  # fmt: skip
+                    s.name: felt_there.kl_of_weight(inputs, _difference(weight, s))
+                    for s in _fitting(schemes, linear.shape[1])
+                }
         if table is not None and found.block.name == table.block and found.output is not None:
-            kl[""] = {s.name: found.output.kl(_moved(found, table.weight, s)) for s in schemes}
+            kl[""] = {s.name: found.output.kl(_moved(found, table.weight, s)) for s in _of_tables(schemes)}
     experts = {linear.name for block in captured.blocks for linear in of_experts(block.module.graph)}
     items = _together([_item(linear, schemes, kl, table, width) for linear in quantized.values()], experts, quantized)
     if table is not None and not table.linear:
-        choices = (SchemeChoice(s.name, _table_bytes(table, s, width), kl[""][s.name]) for s in schemes)
+        choices = (SchemeChoice(s.name, _table_bytes(table, s, width), kl[""][s.name]) for s in _of_tables(schemes))
         items.append(PricedItem("", tuple(choices), table.bytes))
     return Costs(tuple(items), importance, kl)
 
 
 def _item(linear: LinearPlan, schemes: Sequence[Scheme], kl, table: EmbeddingPlan | None, width: int) -> PricedItem:
     shares, choices = table is not None and table.linear == linear.name, []
-    for scheme in schemes:
+    for scheme in _of_tables(schemes) if shares else _fitting(schemes, linear.shape[1]):
         cost = kl[linear.name][scheme.name]
         if shares:
             choices.append(SchemeChoice(scheme.name, _table_bytes(table, scheme, width), cost + kl[""][scheme.name]))
@@ -110,12 +111,22 @@ def _together(items: Sequence[PricedItem], experts: set[str], plan: Mapping[str,
             found[key] = item
             continue
         before = found[key]
-        pairs = zip(before.choices, item.choices, strict=True)
+        known = {choice.scheme: choice for choice in before.choices}
+        pairs = ((known[other.scheme], other) for other in item.choices if other.scheme in known)
         choices = tuple(replace(one, bytes=one.bytes + other.bytes, kl=one.kl + other.kl) for one, other in pairs)
         found[key] = replace(
             before, choices=choices, bytes=before.bytes + item.bytes, others=(*before.others, item.linear)
         )
     return list(found.values())
+
+
+def _fitting(schemes: Sequence[Scheme], in_features: int) -> list[Scheme]:
+    """The schemes that a linear of this width can take, in groups of their own size or of a smaller one."""
+    return [scheme for scheme in schemes if scheme.fit(in_features)[0] is not None]
+
+
+def _of_tables(schemes: Sequence[Scheme]) -> list[Scheme]:
+    return [scheme for scheme in schemes if scheme.table]
 
 
 def _table_bytes(table: EmbeddingPlan, scheme: Scheme, width: int) -> int:

@@ -9,7 +9,7 @@ from ..artifact.manifest import RECIPE_FILE, Manifest
 from ..capture.graph import CapturedModel
 from ..errors import InputError, RecipeError
 from ..plan.model_plan import plan_for
-from ..quant.formats import Scheme
+from ..quant.formats import offered
 from ..recipe.recipe import Recipe
 from ..targets.base import target_named
 from ..validation.reference import Feeds, Progress
@@ -37,7 +37,7 @@ def costs_of(
         plan, embeddings = plan_for(captured, recipe, width)
     except RecipeError as error:
         raise InputError(f"sensitivity needs the recipe of the export: {error}", place=str(folder)) from error
-    schemes = [Scheme.parse(name) for name in target_named(manifest.target).candidates]
+    schemes = offered(target_named(manifest.target).candidates)
     return scheme_costs(captured, plan, embeddings, schemes, feeds, width, progress)
 
 

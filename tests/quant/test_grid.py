@@ -113,9 +113,7 @@ def test_non_finite_weights_are_refused(fmt, bad):
 
 
 @pytest.mark.parametrize("fmt", [IntegerFormat(bits, 16, sym) for bits in (4, 8) for sym in (1, 0)], ids=str)
-@pytest.mark.parametrize(
-    "method", [nearest, hqq_quantize, lambda w, fmt: gptq_quantize(w, torch.eye(w.shape[1]), fmt)]
-)
+@pytest.mark.parametrize("method", [nearest, hqq_quantize, lambda w, fmt: gptq_quantize(w, torch.eye(w.shape[1]), fmt)])
 def test_a_shorter_last_group_has_a_scale_of_its_own(fmt, method):
     w = weight(k=40)
     q = method(w, fmt)

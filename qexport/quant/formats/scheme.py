@@ -1,5 +1,6 @@
 """Schemes: what becomes of a linear's weight and of its input."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from ..grids import ActivationFormat
@@ -66,3 +67,8 @@ def full_name(name: str) -> str:
     """
     short = {short: full for cls in weight_formats() for short, full in cls.short.items()}
     return Scheme.parse(short.get(name.lower(), name)).name
+
+
+def offered(named: Iterable[str]) -> list[Scheme]:
+    """What mixed precision chooses from: the schemes that a target names, and those that formats name."""
+    return [Scheme.parse(name) for name in (*named, *(own for cls in weight_formats() for own in cls.candidates))]
