@@ -123,7 +123,7 @@ _FULL_TEXTS = (
 _REFUSED = (errno.EACCES, errno.EROFS, errno.EPERM)
 
 
-def _is(error: BaseException, codes: tuple[int, ...], texts: tuple[str, ...]) -> bool:
+def _is(error: BaseException | None, codes: tuple[int, ...], texts: tuple[str, ...]) -> bool:
     """Whether an error, or one that it came from, has one of these numbers, or says so."""
     seen: set[int] = set()
     while error is not None and id(error) not in seen:

@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
@@ -13,7 +13,7 @@ from .files import read_json
 from .output import check_there
 from .token_ids import check_token_ids
 
-FORMAT = 1
+FORMAT: Final = 1
 MODEL_FILE = "model.onnx"
 GENAI_FILE = "genai_config.json"
 RECIPE_FILE = "recipe.yaml"
@@ -274,7 +274,7 @@ def stated(folder: str | Path) -> dict[str, Any]:
     Raises:
         InputError: one of them is no JSON object, or names a special token by what is no token id.
     """
-    found = {}
+    found: dict[str, Any] = {}
     for name in ("config.json", "generation_config.json"):
         path = Path(folder) / name
         if path.is_file():

@@ -164,7 +164,7 @@ class WorkFolder:
             self._remove()
             return
         self._lock.release()
-        if isinstance(error, QExportError):
+        if error is None or isinstance(error, QExportError):
             return  # which says itself what helps
         error.add_note(f"{done} finished blocks are kept in {self.folder}: the same export with --resume goes on there")
 

@@ -20,7 +20,7 @@ from ..errors import InputError, writing_to
 try:
     import fcntl
 except ImportError:  # Windows
-    fcntl = None
+    fcntl = None  # type: ignore[assignment]  # a module that may be missing
 
 OWNER_FILE = "qexport-owner.json"
 _FREE_SPACE = "Free some space there"

@@ -28,7 +28,7 @@ def foreign(folder: Path) -> list[str]:
     """Files and links in an export that it did not write, and empty folders, by their path in it; sorted."""
     noted = checksums.read(folder)
     ours = {checksums.FILE, *noted.files, *noted.rewritten} if noted else {checksums.FILE}
-    found = []
+    found: list[str] = []
     for place, folders, files in os.walk(folder):
         here = Path(place).relative_to(folder)
         if here.name == INSIDE:

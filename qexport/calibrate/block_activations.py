@@ -12,6 +12,7 @@ from ..capture.graph import CapturedModel
 from ..errors import InputError, NumericsError, QExportError
 from ..graph.edit import is_call
 from ..passes.base import Batch
+from ..quant.observers import Statistic
 from .sources import Samples
 
 Feeds = Mapping[str, torch.Tensor]  # the model's inputs by public name
@@ -84,7 +85,7 @@ def decoder_inputs(captured: CapturedModel, ids: torch.Tensor, mask: torch.Tenso
     feeds = {"input_ids": ids, "attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp_min(0)}
     for port in captured.inputs:
         if port.name.startswith("past_key_values"):
-            feeds[port.name] = torch.zeros(ids.shape[0], port.dims[1], 0, port.dims[3], dtype=port.dtype)
+            feeds[port.name] = port.empty(ids.shape[0])
     return feeds
 
 
@@ -122,8 +123,14 @@ def module_feeds(
     return found
 
 
-def collect(block: Block, stream: Stream, module: GraphModule, wanted: dict[Node, Callable]) -> dict[Node, object]:
-    """Run all batches through a block and show each wanted value's real rows to its statistic."""
+def collect(
+    block: Block, stream: Stream, module: GraphModule, wanted: Mapping[Node, Callable[[], Any]]
+) -> dict[Node, Any]:
+    """Run all batches through a block and show each wanted value's real rows to its statistic.
+
+    Args:
+        wanted: what makes the statistic of a value, a `quant.observers.Statistic`.
+    """
     statistics = {node: factory() for node, factory in wanted.items()}
     for number, mask in enumerate(stream.masks):
         with torch.no_grad():
@@ -132,11 +139,11 @@ def collect(block: Block, stream: Stream, module: GraphModule, wanted: dict[Node
 
 
 class _StatisticsInterpreter(Interpreter):
-    def __init__(self, module: GraphModule, statistics: dict[Node, object], mask: torch.Tensor | None):
+    def __init__(self, module: GraphModule, statistics: Mapping[Node, Statistic], mask: torch.Tensor | None):
         super().__init__(module)
         self._statistics, self._mask = statistics, mask
 
-    def run_node(self, node: Node):
+    def run_node(self, node: Node) -> Any:
         value = super().run_node(node)
         if node in self._statistics:
             rows = value.flatten(0, -2)
@@ -167,7 +174,7 @@ def batches(block: Block, stream: Stream | None, reference: Stream | None) -> li
     name = None if reference is None else _handed_on(block, reference)
     found = []
     for number, mask in enumerate(stream.masks):
-        target = None if name is None else reference.batches[number][name]
+        target = None if name is None or reference is None else reference.batches[number][name]
         fits = target is not None and mask is not None and target.shape[: mask.dim()] == mask.shape
         output = 0 if name is None else block.outputs.index(name)
         found.append(Batch(stream.inputs(block, number), target, output, mask if fits else None))
@@ -194,8 +201,8 @@ def sqnr(block: Block, stream: Stream, reference: Stream) -> float | None:
     if name is None or name not in stream.batches[0]:
         return None
     signal = noise = 0.0
-    for mask, got, want in zip(stream.masks, stream.batches, reference.batches, strict=True):
-        got, want = got[name], want[name]
+    for mask, given, original in zip(stream.masks, stream.batches, reference.batches, strict=True):
+        got, want = given[name], original[name]
         if mask is not None and got.shape[: mask.dim()] == mask.shape:
             got, want = got[mask], want[mask]
         signal += want.double().square().sum().item()

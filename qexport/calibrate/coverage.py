@@ -5,6 +5,8 @@ from collections.abc import Callable, Iterable, Mapping
 from torch.fx import GraphModule, Node
 
 from ..capture.blocks import Block
+from ..errors import PassError
+from ..graph.meta import Meta
 from ..graph.sites import linears, rows_of
 from ..plan.linear_plan import LinearPlan
 from .block_activations import Stream, collect
@@ -20,11 +22,18 @@ class Coverage:
     """
 
     def __init__(self, block: Block, stream: Stream | None) -> None:
-        self._block, self._stream, self._known = block, stream, set()
+        self._block, self._stream = block, stream
+        self._known: set[str] = set()
         self.unseen: dict[str, int] = {}
 
-    def collect(self, module: GraphModule, wanted: Mapping[Node, Callable]) -> dict[Node, object]:
-        """The filled statistics; see `streams.collect`."""
+    def collect(self, module: GraphModule, wanted: Mapping[Node, Callable[[], Any]]) -> dict[Node, Any]:
+        """The filled statistics; see `block_activations.collect`.
+
+        Raises:
+            PassError: there is no calibration data.
+        """
+        if self._stream is None:
+            raise PassError("asks for statistics, and there is no calibration data", place=self._block.name)
         found = collect(self._block, self._stream, module, wanted)
         for value, statistic in found.items():
             if not hasattr(statistic, "unseen"):
@@ -40,7 +49,8 @@ class Coverage:
 def _readers(module: GraphModule, value: Node) -> set[str]:
     """Names of the linears, rounded or not, that read the features of a value."""
     whole = {linear.name for linear in linears(module.graph) if value in (linear.input, rows_of(linear))}
-    rounded = {user.meta["linear"] for user in value.users if "linear" in user.meta and "plane_of" not in user.meta}
+    products = (user for user in value.users if Meta.PLANE_OF not in user.meta)
+    rounded = {product.meta[Meta.LINEAR] for product in products if Meta.LINEAR in product.meta}
     return whole | rounded
 
 
@@ -55,7 +65,7 @@ def warning(shares: Mapping[str, float]) -> str:
     many = {name: share for name, share in shares.items() if share >= MANY}
     if not many:
         return ""
-    worst = max(many, key=many.get)
+    worst = max(many, key=many.__getitem__)
     others = f" (of {len(many)} linears it left {MANY:.0%} or more so)" if len(many) > 1 else ""
     return (
         f"calibration never made {many[worst]:.1%} of the input features of {worst} active{others}: their weights are "

@@ -16,7 +16,7 @@ def encoder_batch(captured: CapturedModel, ids: Tensor, mask: Tensor) -> dict[st
     """
     order = (1 - mask).argsort(dim=1, stable=True)  # positions of learned embeddings count from the left
     ids, mask = ids.gather(1, order), mask.gather(1, order)
-    padding = getattr(captured.folder.config, "pad_token_id", None) or 0
+    padding = getattr(captured.origin.config, "pad_token_id", None) or 0
     ids = torch.where(mask.bool(), ids, padding)
     feeds = {"input_ids": ids, "attention_mask": mask, "token_type_ids": torch.zeros_like(ids)}
     return {port.name: feeds[port.name] for port in captured.inputs}
@@ -36,7 +36,7 @@ def with_last_token(ids: Tensor, captured: CapturedModel) -> Tensor:
     Args:
         ids: int64 [n, S], every row ending with a token.
     """
-    tokenizer = captured.folder.tokenizer()
+    tokenizer = captured.origin.tokenizer()
     if tokenizer is None or (last := tokenizer("a")["input_ids"][-1]) not in tokenizer.all_special_ids:
         return ids
     return torch.cat([ids[:, :-1], torch.full_like(ids[:, -1:], last)], dim=1)

@@ -16,11 +16,12 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from torch.fx import Interpreter, Node
+from torch.fx import GraphModule, Interpreter, Node
 
 from ..artifact.scratch import scratch_folder
 from ..capture.blocks import Block
 from ..capture.graph import CapturedModel
+from ..errors import NumericsError
 from ..graph.sites import Linear, linears
 from .block_activations import Feeds, Progress, stream_of
 from .float_model import weights_of
@@ -150,7 +151,7 @@ def _one(
     starts = [watch.seen[linear.node] for linear in sites]
     names = [name for name, value in zip(block.inputs, inputs, strict=True) if value.requires_grad]
     starts += [value for value in inputs if value.requires_grad]
-    found = [None] * len(starts)
+    found: Sequence[Tensor | None] = [None] * len(starts)
     if ends and starts:
         found = torch.autograd.grad(
             [results[name] for name in ends], starts, [known[name] for name in ends], allow_unused=True
@@ -178,11 +179,12 @@ def _drawn(logits: Tensor, draws: torch.Generator) -> Tensor:
 class _GradientInterpreter(Interpreter):
     """Keeps values of nodes; results of linears can be differentiated for."""
 
-    def __init__(self, module, results: set[Node], inputs: set[Node]):
+    def __init__(self, module: GraphModule, results: set[Node], inputs: set[Node]):
         super().__init__(module)
-        self._results, self._wanted, self.seen = results, results | inputs, {}
+        self._results, self._wanted = results, results | inputs
+        self.seen: dict[Node, Tensor] = {}
 
-    def run_node(self, node: Node):
+    def run_node(self, node: Node) -> Any:
         value = super().run_node(node)
         if node in self._results and not value.requires_grad:
             value.requires_grad_()
@@ -214,14 +216,15 @@ class _Sums:
         ]
 
     def output(self) -> Importance | None:
-        return None if self._columns[-1] is None else self._importance(len(self._inputs))
+        return self._importance(len(self._inputs)) if self._rows[-1] else None
 
     def _note(self, place: int, gradient: Tensor) -> None:
         squares = gradient.square()
         self._rows[place].append(squares.sum(1))
-        columns = squares.sum(0)
-        self._columns[place] = columns if self._columns[place] is None else self._columns[place] + columns
+        columns, before = squares.sum(0), self._columns[place]
+        self._columns[place] = columns if before is None else before + columns
 
     def _importance(self, place: int) -> Importance:
-        columns = self._columns[place]
+        if (columns := self._columns[place]) is None:
+            raise NumericsError("no gradient reached a value whose errors are to be priced")
         return Importance(torch.cat(self._rows[place]), columns / columns.sum().clamp_min(1e-30))

@@ -67,7 +67,7 @@ def _run(captured: CapturedModel, ids: torch.Tensor, past: dict[str, torch.Tenso
     batch, new = ids.shape
     caches = [port for port in captured.inputs if port.name.startswith("past_key_values")]
     if past is None:
-        past = {p.name: torch.zeros(batch, p.dims[1], 0, p.dims[3]) for p in caches}
+        past = {p.name: p.empty(batch) for p in caches}
     length = past[caches[0].name].shape[2]
     feeds = {
         "input_ids": ids,

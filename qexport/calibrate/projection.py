@@ -3,6 +3,7 @@
 from typing import Any
 
 from ..capture.graph import CapturedModel
+from ..errors import InputError
 from ..graph.sites import Linear
 from ..recipe.methods import WeightMethod
 from .block_activations import Stream
@@ -21,6 +22,8 @@ def seen_by_projection(
     Raises:
         NumericsError: NaN or Inf in weights or activations.
     """
-    block, _ = captured.made("logits")
+    if (made := captured.made("logits")) is None:
+        raise InputError("makes no logits, so that it has no output projection", place=captured.kind)
+    block, _ = made
     wanted = {block.name: {projection.input: weights.table_statistic}}
     return float_statistics(captured, stream, wanted, progress)[block.name][projection.input]

@@ -10,6 +10,7 @@ import operator
 import os
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -60,7 +61,8 @@ def load_block(path: Path, run: str) -> tuple[Block, set[str]]:
     """
     with _opened(path, run) as handle:
         record, stored = json.loads(handle.metadata()["block"]), set(handle.keys())
-    graph, env = Graph(), {}
+    graph = Graph()
+    env: dict[str, Node] = {}
     for item in record["nodes"]:
         node = graph.create_node(
             item["op"], _target(item["op"], item["target"]), tuple(_decode(a, env) for a in item["args"]),
@@ -106,25 +108,25 @@ def _encode_node(node: Node) -> dict:
     target = node.target if isinstance(node.target, str) else _name_of(node.target)
     part = ""
     try:
-        found = {"op": node.op, "name": node.name, "target": target, "meta": {}}
         part = "an argument"
-        found |= {"args": [_encode(a) for a in node.args], "kwargs": {k: _encode(v) for k, v in node.kwargs.items()}}
+        given = {"args": [_encode(a) for a in node.args], "kwargs": {k: _encode(v) for k, v in node.kwargs.items()}}
+        meta = {}
         for key, value in node.meta.items():
-            part = f"the metadata {key!r}"
-            found["meta"][key] = _encode(value)
+            part = f"the metadata {str(key)!r}"
+            meta[str(key)] = _encode(value)
     except TypeError as error:
         raise PassError(
             f"{part} of a node is a {error}, which a finished block cannot keep", place=node.name,
             remedy="Passes note numbers, text, dtypes, nodes, and tuples and dicts of them",
         ) from None  # fmt: skip
-    return found
+    return {"op": node.op, "name": node.name, "target": target, "meta": meta, **given}
 
 
-def _name_of(target) -> str:
+def _name_of(target: Any) -> str:
     if isinstance(target, torch._ops.OpOverload):
         return str(target)
     module, name = getattr(target, "__module__", None), getattr(target, "__name__", "")
-    if getattr(_MODULES.get(module), name, None) is not target:
+    if getattr(_MODULES.get(str(module)), name, None) is not target:
         raise PassError(
             f"calls {target}, which a finished block cannot keep", place=str(module),
             remedy="Register it as an operator",

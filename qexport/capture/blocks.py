@@ -9,12 +9,14 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch.fx import Graph, GraphModule, Node
 
 from ..errors import CaptureError
 from ..graph.edit import get_tensor, is_call, set_tensor, spec_of
+from ..graph.meta import Meta
 from ..graph.views import operand, tensor_name
 
 _LAYER = re.compile(r"^(?P<container>.*?)\.(?P<index>\d+)(?=\.|$)")
@@ -96,7 +98,7 @@ def _assign(graph: Graph, layers: list[str]) -> dict[Node, int]:
         if node.op != "call_function":
             continue
         earliest = max((part[n] for n in node.all_input_nodes if n in part), default=0)
-        match = _LAYER.match(node.meta.get("module_path", ""))
+        match = _LAYER.match(node.meta.get(Meta.MODULE_PATH, ""))
         own = index.get(f"{match['container']}.{match['index']}") if match else None
         if own is None:
             # Belongs to no layer: as early as its inputs allow, but what follows the last layer is the epilogue.
@@ -162,9 +164,9 @@ def _is_flag(node: Node) -> bool:
     return not isinstance(value, torch.Tensor) or not value.is_floating_point()
 
 
-def _meta(node: Node) -> dict:
+def _meta(node: Node) -> dict[str, Any]:
     """What passes and the lowering know of a node; fake tensors and module stacks stay behind."""
-    return {"spec": spec_of(node.meta.get("val")), "module_path": node.meta.get("module_path", "")}
+    return {Meta.SPEC: spec_of(node.meta.get("val")), Meta.MODULE_PATH: node.meta.get(Meta.MODULE_PATH, "")}
 
 
 def holder(tensors: dict[str, torch.Tensor]) -> torch.nn.Module:

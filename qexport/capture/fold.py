@@ -7,6 +7,7 @@ from torch.fx import GraphModule, Node
 
 from ..graph.convolution_sites import zero_padding
 from ..graph.edit import get_tensor, is_call, set_tensor
+from ..graph.meta import Meta
 from ..graph.schema import bind, rebind
 from ..graph.views import Convolution, Item, LinearCall, operand, tensor_name
 
@@ -109,7 +110,7 @@ def fold_weights(module: GraphModule) -> dict[str, torch.Tensor]:
     sites: dict[str, list[Node]] = {}
     for node in module.graph.nodes:
         if _is_made(_roles(node).get("weight")):
-            owner = node.meta["module_path"].partition(".parametrizations.")[0]
+            owner = node.meta[Meta.MODULE_PATH].partition(".parametrizations.")[0]
             sites.setdefault(owner, []).append(node)
     made: dict[str, torch.Tensor] = {}
     for owner, nodes in sites.items():

@@ -6,6 +6,7 @@ from typing import Any, Protocol
 import torch
 from torch.fx import Node
 
+from ..errors import InputError
 from ..graph.views import results_of
 from ..models.agreement import ReaderAgreement
 from ..models.source import ModelFolder
@@ -36,6 +37,11 @@ class Port:
     dtype: torch.dtype
     dims: tuple[int | str, ...]
     sizes: tuple[int, ...] = ()
+
+    def empty(self, batch: int) -> torch.Tensor:
+        """A value of a batch without anything along the dynamic dimensions: a cache of no tokens."""
+        sizes = [size if isinstance(size, int) else batch if size == "batch" else 0 for size in self.dims]
+        return torch.zeros(sizes, dtype=self.dtype)
 
 
 @dataclass(frozen=True)
@@ -90,6 +96,17 @@ class CapturedModel:
     basis: dict[str, Basis] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)
+
+    @property
+    def origin(self) -> ModelFolder:
+        """The folder that it was captured from.
+
+        Raises:
+            InputError: it was captured from none.
+        """
+        if self.folder is None:
+            raise InputError("was captured from no folder, whose config and tokenizer this needs", place=self.kind)
+        return self.folder
 
     def made(self, output: str) -> tuple[Block, Node] | None:
         """The block and the node that make an output of the model, by its public name; None without such an output."""

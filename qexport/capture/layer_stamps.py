@@ -7,6 +7,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from ..errors import CaptureError
 from ..graph.edit import get_tensor
+from ..graph.meta import Meta
 from ..graph.views import results_of, tensor_name
 from .blocks import Block, holder
 from .layer_groups import LayerGroups
@@ -101,6 +102,6 @@ def _copy(block: Block, name: str, rename: Mapping[str, str], tensors: Mapping[s
             used[target] = get_tensor(block.module, target) if target == own else tensors[target]
         else:
             env[node] = graph.node_copy(node, env.__getitem__)
-        env[node].meta = {**node.meta, "module_path": moved(node.meta.get("module_path", ""))}
+        env[node].meta = {**node.meta, Meta.MODULE_PATH: moved(node.meta.get(Meta.MODULE_PATH, ""))}
     module = GraphModule(holder(used), graph, class_name=type(block.module).__name__)
     return Block(name, module, inputs, outputs, list(used))

@@ -13,6 +13,7 @@ from torch.utils import _pytree
 from ..errors import CaptureError, InputError
 from ..graph import ops  # noqa: F401  registers the operators
 from ..graph.edit import get_tensor
+from ..graph.meta import Meta
 from ..models.checkpoint import StateDict
 from ..models.quiet import quiet_transformers
 from ..models.witness import ModuleWitness
@@ -95,7 +96,7 @@ def _captured(exported: ExportedProgram, model: torch.nn.Module, axes: Axes, abs
     whole = exported.module(check_guards=False)
     for node in whole.graph.nodes:
         stack = node.meta.get("nn_module_stack") or {}
-        node.meta["module_path"] = next(reversed(stack.values()))[0] if stack else ""
+        node.meta[Meta.MODULE_PATH] = next(reversed(stack.values()))[0] if stack else ""
     spell_padding(whole)
     fold_padding(whole)
     folded = fold_weights(whole)

@@ -16,6 +16,7 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from ..graph.edit import is_call
+from ..graph.meta import Meta
 from ..graph.schema import bind
 from ..graph.views import END, Add, Cat, Gather, Index, Mul, Operand, Repeat, Reshape, Shaped, Slice, Unsqueeze, operand
 from .clips import spell_clips
@@ -90,7 +91,7 @@ def _compute_in_float32(graph: Graph) -> None:
     for node in list(graph.nodes):
         if not is_call(node, *_ARITHMETIC) or node.meta["val"].dtype != torch.bfloat16:
             continue
-        like = {"module_path": node.meta.get("module_path", "")}
+        like: dict[str, Any] = {Meta.MODULE_PATH: node.meta.get(Meta.MODULE_PATH, "")}
         with graph.inserting_before(node):
             for value in node.all_input_nodes:
                 if isinstance(value.meta["val"], torch.Tensor) and value.meta["val"].is_floating_point():
@@ -260,7 +261,7 @@ def _local_sizes(graph: Graph) -> None:
             if isinstance(size, Node) and (found := _measured(source, axis, size.meta["val"])):
                 with graph.inserting_before(node):
                     local = graph.call_function(aten.sym_size.int, found)
-                    local.meta = {**size.meta, "module_path": node.meta.get("module_path", "")}
+                    local.meta = {**size.meta, Meta.MODULE_PATH: node.meta.get(Meta.MODULE_PATH, "")}
                 shape[axis] = local
         node.args = (source, shape, *node.args[2:])
 

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from ..errors import CaptureError, root_cause
 from ..graph.edit import attributes, get_tensor, set_tensor
+from ..graph.meta import Meta
 from ..graph.views import results_of, tensor_name
 from ..models.quiet import quiet_transformers
 from .attention import GraphCache, ProbeCache, tracing
@@ -216,7 +217,7 @@ def _rename_weights(whole: torch.fx.GraphModule, aliases: dict[str, tuple[str, .
     """Give get_attr nodes and module paths the checkpoint's names; tied weights go by one of them."""
     for node in whole.graph.nodes:
         stack = node.meta.get("nn_module_stack") or {}
-        node.meta["module_path"] = next(reversed(stack.values()))[0].removeprefix("model.") if stack else ""
+        node.meta[Meta.MODULE_PATH] = next(reversed(stack.values()))[0].removeprefix("model.") if stack else ""
         if node.op == "get_attr":
             old = tensor_name(node)
             name = old.removeprefix("model.")

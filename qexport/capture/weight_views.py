@@ -12,6 +12,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from ..graph.edit import get_tensor, is_call, set_tensor
+from ..graph.meta import Meta
 from ..graph.schema import bind
 from ..graph.views import Matmul, Permute, Select, Transpose, tensor_name
 from ..models.checkpoint import Checkpoint
@@ -131,7 +132,7 @@ def _read(module: GraphModule, at: Node, piece: WeightView, table: dict[str, Wei
         set_tensor(module, name, tensor)
     with module.graph.inserting_before(at):
         node = module.graph.get_attr(name)
-    node.meta = {"val": tensor, "module_path": at.meta.get("module_path", "")}
+    node.meta = {"val": tensor, Meta.MODULE_PATH: at.meta.get(Meta.MODULE_PATH, "")}
     table[name] = piece
     return node
 

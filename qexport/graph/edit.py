@@ -9,7 +9,9 @@ from typing import Any, TypeGuard, cast
 import torch
 from torch.fx import Graph, GraphModule, Node
 
-WITHOUT_OUTLIERS = "without_outliers"  # in the meta of a value: it is its first argument but for some channels
+from .meta import Meta
+
+WITHOUT_OUTLIERS = Meta.WITHOUT_OUTLIERS
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,7 @@ def spec_of(value: object) -> Spec:
 
 def tensor_spec(node: Node) -> TensorSpec:
     """Type of a node's value, which is one tensor or a size."""
-    return cast(TensorSpec, node.meta["spec"])
+    return cast(TensorSpec, node.meta[Meta.SPEC])
 
 
 def shape_of(node: Node) -> tuple[int | str, ...]:
@@ -52,7 +54,8 @@ def dtype_of(node: Node) -> torch.dtype:
 def call(graph: Graph, target: Any, args: tuple[Any, ...], like: Node, **changes: Any) -> Node:
     """Insert a call whose value has the type of `like`, except for the given `dtype` or `shape`."""
     node = graph.call_function(target, args)
-    node.meta = {"spec": replace(tensor_spec(like), **changes), "module_path": like.meta.get("module_path", "")}
+    spec, path = replace(tensor_spec(like), **changes), like.meta.get(Meta.MODULE_PATH, "")
+    node.meta = {Meta.SPEC: spec, Meta.MODULE_PATH: path}
     return node
 
 
@@ -109,7 +112,7 @@ def add_tensor(graph: Graph, name: str, tensor: torch.Tensor) -> Node:
         raise TypeError("a graph without a module has no tensors")
     set_tensor(graph.owning_module, name, tensor)
     node = graph.get_attr(name)
-    node.meta["spec"] = spec_of(tensor)
+    node.meta[Meta.SPEC] = spec_of(tensor)
     return node
 
 

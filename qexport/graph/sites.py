@@ -10,6 +10,7 @@ import torch
 from torch.fx import Graph, Node
 
 from .edit import is_call, owner_of, shape_of
+from .meta import Meta
 from .views import Add, AnyAttention, Item, LayerNorm, LinearCall, Mul, Norm, Reshape, operand, sizes_of, tensor_name
 
 aten = torch.ops.aten
@@ -141,7 +142,7 @@ def projection_behind(value: Node) -> Linear | None:
 
 def _name(node: Node, weight: str) -> str:
     """The path of the module that owns the weight; of the module that calls, where the weight is tied to another's."""
-    owner, caller = owner_of(weight), node.meta.get("module_path", "")
+    owner, caller = owner_of(weight), node.meta.get(Meta.MODULE_PATH, "")
     related = not caller or f"{owner}.".startswith(f"{caller}.") or f"{caller}.".startswith(f"{owner}.")
     return owner if related else caller
 

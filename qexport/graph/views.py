@@ -12,6 +12,7 @@ import torch
 from torch.fx import Graph, Node
 
 from . import ops as _ops  # noqa: F401  registers the operators
+from .meta import Meta
 from .schema import bind
 
 aten = torch.ops.aten
@@ -50,7 +51,7 @@ def sizes_of(node: Node) -> tuple[int, ...]:
     Raises:
         TypeError: one is dynamic.
     """
-    return tuple(size_at(node, axis) for axis in range(len(node.meta["spec"].shape)))
+    return tuple(size_at(node, axis) for axis in range(len(node.meta[Meta.SPEC].shape)))
 
 
 def size_at(node: Node, axis: int) -> int:
@@ -59,7 +60,7 @@ def size_at(node: Node, axis: int) -> int:
     Raises:
         TypeError: it is dynamic.
     """
-    size = node.meta["spec"].shape[axis]
+    size = node.meta[Meta.SPEC].shape[axis]
     if not isinstance(size, int):
         raise TypeError(f"axis {axis} of {node} has a dynamic size: {size}")
     return size

@@ -5,6 +5,7 @@ from torch.fx import Graph, Node
 from ..capture.blocks import Block
 from ..capture.graph import CapturedModel
 from ..graph.edit import TensorSpec, finish
+from ..graph.meta import Meta
 from ..graph.views import results_of
 
 
@@ -25,7 +26,8 @@ def names_of(block: Block) -> dict[Node, str]:
 
 def first_call(graph: Graph) -> Node:
     """The first node that is no placeholder."""
-    return next(n for n in graph.nodes if n.op != "placeholder")
+    first: Node = next(node for node in graph.nodes if node.op != "placeholder")
+    return first
 
 
 def hand_on(block: Block, node: Node, name: str) -> None:
@@ -43,7 +45,7 @@ def read_in(block: Block, name: str, spec: TensorSpec) -> Node:
     graph = block.module.graph
     with graph.inserting_before(first_call(graph)):
         node = graph.placeholder(name.replace(".", "_"))
-    node.meta = {"spec": spec, "module_path": ""}
+    node.meta = {Meta.SPEC: spec, Meta.MODULE_PATH: ""}
     block.inputs.append(name)
     return node
 

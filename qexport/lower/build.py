@@ -8,6 +8,7 @@ from torch.fx import Graph
 
 from ..capture.blocks import handed_on
 from ..capture.graph import Port
+from ..graph.meta import Meta
 from ..graph.views import results_of
 from . import ops as _ops  # noqa: F401  registers the translations
 from .emitter import ONNX_DTYPE, VIEW_OF, Emitter, name_of
@@ -131,7 +132,7 @@ def _translate(emit: Emitter, piece: BlockGraphs, known: dict[str, ir.Value]) ->
                 emit.results[node] = value
                 continue
             emit.values[node] = value
-            if (linear := node.meta.get("result_of")) is not None:
+            if (linear := node.meta.get(Meta.RESULT_OF)) is not None:
                 value.name = emit.named(f"{linear}.output")
                 made[linear] = value
         elif node.op == "output":
@@ -150,7 +151,7 @@ def _name_inputs(emit: Emitter, graph: Graph, named: set[ir.Value]) -> None:
     for product in linear_products(graph):
         value = emit.values.get(input_of(product))
         if value is not None and value.producer() is not None and value not in named:
-            value.name = emit.named(f"{product.meta['linear']}.input")
+            value.name = emit.named(f"{product.meta[Meta.LINEAR]}.input")
             named.add(value)
 
 

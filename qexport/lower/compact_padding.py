@@ -8,6 +8,7 @@ from torch.fx import Node
 from ..capture.blocks import Block
 from ..capture.graph import CapturedModel
 from ..graph.edit import TensorSpec, call, shape_of
+from ..graph.meta import Meta
 from .block_io import first_call, hand_on, names_of, read_in
 
 aten = torch.ops.aten
@@ -25,7 +26,7 @@ def turn_tokens(first: Block, values: dict[str, str]) -> None:
     graph = first.module.graph
     by_name = {name: node for node, name in names_of(first).items()}
     mask, ids = by_name[values["attention_mask"]], by_name[values["input_ids"]]
-    order, batch = ids.meta["spec"], shape_of(ids)[0]
+    order, batch = ids.meta[Meta.SPEC], shape_of(ids)[0]
     valid, last, total = (
         TensorSpec(torch.bool, (batch, 1, 1)),
         TensorSpec(torch.int32, (batch,)),
@@ -34,10 +35,10 @@ def turn_tokens(first: Block, values: dict[str, str]) -> None:
     specs = (order, order, valid, last, total)
     with graph.inserting_before(first_call(graph)):
         found = call(graph, ops.real_first.default, (mask, ids), like=ids)
-        found.meta["spec"] = specs
+        found.meta[Meta.SPEC] = specs
         parts = [call(graph, operator.getitem, (found, i), like=ids) for i in range(len(specs))]
         for part, spec in zip(parts, specs, strict=True):
-            part.meta["spec"] = spec
+            part.meta[Meta.SPEC] = spec
         handed_on = dict(zip((_BACK, _VALID, LAST, TOTAL), parts[1:], strict=True))
         for name in ("input_ids", "position_ids"):
             if (node := by_name.get(values[name])) is not None:
@@ -60,7 +61,7 @@ def turn_back(last: Block, captured: CapturedModel) -> None:
     states = [
         node
         for node, name in names.items()
-        if name not in inputs and node.meta["spec"].dtype.is_floating_point and len(shape_of(node)) == 3
+        if name not in inputs and node.meta[Meta.SPEC].dtype.is_floating_point and len(shape_of(node)) == 3
     ]
     batch, sequence = shape_of(states[0])[:2]
     back = read_in(last, _BACK, TensorSpec(torch.int64, (batch, sequence)))

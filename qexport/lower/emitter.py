@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import overload
+from typing import Any, overload
 
 import onnx_ir as ir
 import torch
@@ -11,6 +11,7 @@ from torch.fx import Node
 
 from ..errors import LoweringError
 from ..graph.edit import dtype_of, is_call, shape_of
+from ..graph.meta import Meta
 from ..graph.views import Size, tensor_name
 from ..quant.float_types import FLOAT_TYPES
 from ..quant.narrowing import narrowed, narrowed_number
@@ -42,7 +43,7 @@ class Emitter:
         self.results: dict[Node, tuple[ir.Value, ...]] = {}
         self.nodes: list[ir.Node] = []
         self.initializers: dict[str, ir.Value] = {}
-        self._constants: dict[tuple, ir.Value] = {}
+        self._constants: dict[tuple[Any, ...], ir.Value] = {}
         self._scope, self._prefix = "", ""
         self._taken: dict[str, int] = {}
         self._read: Callable[[str], torch.Tensor]  # from the first block on
@@ -154,7 +155,7 @@ class Emitter:
             bits: 4 packs two codes in a byte.
             transpose: store the transpose of the matrix.
         """
-        source, read, spec = tensor_name(node), self._read, node.meta["spec"]
+        source, read, spec = tensor_name(node), self._read, node.meta[Meta.SPEC]
         name = source + (".T" if transpose else "")
         if name in self.initializers:
             return self.initializers[name]
@@ -320,6 +321,6 @@ def maker_of(value: ir.Value) -> ir.Node:
 def unsupported(node: Node, why: str) -> LoweringError:
     """The error for a call that has no ONNX form."""
     return LoweringError(
-        f"{node.target} {why}", place=node.meta.get("module_path") or node.name,
+        f"{node.target} {why}", place=node.meta.get(Meta.MODULE_PATH) or node.name,
         remedy="Rewrite that part of the model, or add a translation in qexport/lower/ops",
     )  # fmt: skip

@@ -12,6 +12,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from ..graph.edit import call, finish, is_call
+from ..graph.meta import BESIDE, Meta
 from ..graph.sites import readers
 from ..graph.views import Add, DequantizeLinear, ExpertShares, Mul, size_at
 from .fuse_parallel_linears import QuantizedLinear, linear_of
@@ -68,7 +69,7 @@ def gather_experts(module: GraphModule, why_dense: Callable[[MoeForm], str]) -> 
         try:
             _Gathering(module, shares).run(why_dense)
         except StaysDense as why:
-            dense[shares.meta["module_path"]] = str(why)
+            dense[shares.meta[Meta.MODULE_PATH]] = str(why)
     finish(module)
     return dense
 
@@ -82,7 +83,7 @@ class _Gathering:
 
     def __init__(self, module: GraphModule, shares: Node):
         self._graph, self._shares = module.graph, shares
-        found = (linear_of(p) for p in linear_products(module.graph) if not {"plane_of", "branch_of"} & set(p.meta))
+        found = (linear_of(p) for p in linear_products(module.graph) if not BESIDE & set(p.meta))
         self._linears = {linear.result: linear for linear in found if linear is not None}
 
     def run(self, why_dense: Callable[[MoeForm], str]) -> None:
@@ -147,7 +148,7 @@ class _Gathering:
         with self._graph.inserting_after(total):
             node = call(self._graph, ops.quantized_experts.default, arguments, like=total)
         names = (tuple(linear.name for linear in side) for side in (ups, downs))
-        node.meta["experts"] = FusedExperts(self._shares.meta["module_path"], *names)
+        node.meta[Meta.EXPERTS] = FusedExperts(self._shares.meta[Meta.MODULE_PATH], *names)
         total.replace_all_uses_with(node)
 
 

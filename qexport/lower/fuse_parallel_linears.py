@@ -11,11 +11,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate, pairwise
 from os.path import commonprefix
+from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
 
 from ..graph.edit import add_tensor, call, finish, get_tensor, shape_of
+from ..graph.meta import BESIDE, Meta
 from ..graph.schema import bind
 from ..graph.views import Add, Matmul, size_at, tensor_name
 from ..passes.formats import match_form
@@ -69,21 +71,21 @@ class QuantizedLinear:
 def merge(module: GraphModule) -> Merged:
     """Merge the products of a canonical block, in place; its tensors may be on the meta device.
 
-    The product of merged linears has all their names in one as meta "linear", and meta "columns": the columns
-    (start, stop) of each linear in the value that has the same name as "result_of".
+    The product of merged linears has all their names in one (`Meta.LINEAR`), and `Meta.COLUMNS`: the columns
+    (start, stop) of each linear in the value that has the same name as its result.
     """
     by_value: dict[Node, list[Node]] = {}
     for product in linear_products(module.graph):
-        if not {"plane_of", "branch_of"} & set(product.meta):
+        if not BESIDE & set(product.meta):
             by_value.setdefault(Matmul.of(product).x, []).append(product)
     merged = Merged()
     for products in by_value.values():
         if len(products) < 2:
             continue
-        groups: dict[tuple, list[QuantizedLinear]] = {}
+        groups: dict[tuple[Any, ...], list[QuantizedLinear]] = {}
         for product in products:
             if (linear := linear_of(product)) is None:
-                merged.apart[product.meta["linear"]] = "its result is not a plain sum"
+                merged.apart[product.meta[Meta.LINEAR]] = "its result is not a plain sum"
             elif why := _why_apart(linear):
                 merged.apart[linear.name] = why
             else:
@@ -100,10 +102,10 @@ def merge(module: GraphModule) -> Merged:
 
 def linear_of(product: Node) -> QuantizedLinear | None:
     """What is added to a product, up to the result of its linear."""
-    name, node, bias_at = product.meta["linear"], product, 0
+    name, node, bias_at = product.meta[Meta.LINEAR], product, 0
     bias: Node | None = None
     addends: list[Node] = []
-    while node.meta.get("result_of") != name:
+    while node.meta.get(Meta.RESULT_OF) != name:
         if len(node.users) != 1:
             return None
         (user,) = node.users
@@ -133,10 +135,10 @@ def _why_not_beside(weight: Node) -> str:
     return "its weight has a form of its own" if form is None else form.why_not_beside(weight)
 
 
-def _form(node: Node) -> tuple:
+def _form(node: Node) -> tuple[Any, ...]:
     """What must be equal for weights to stand side by side: everything but values and the number of columns."""
     if node.op == "get_attr":
-        spec = node.meta["spec"]
+        spec = node.meta[Meta.SPEC]
         return spec.dtype, spec.shape[:-1]
     return node.target, *(_form(a) if isinstance(a, Node) else a for a in vars(bind(node)).values())
 
@@ -191,15 +193,15 @@ class _Merge:
             for addend in addends:
                 result = call(graph, aten.add.Tensor, (result, addend), like=product)
             pieces = graph.call_function(aten.split_with_sizes.default, (result, sizes, -1))
-            spec = result.meta["spec"]
+            spec = result.meta[Meta.SPEC]
             specs = tuple(replace(spec, shape=(*spec.shape[:-1], size)) for size in sizes)
-            pieces.meta = {"spec": specs, "module_path": result.meta["module_path"]}
+            pieces.meta = {Meta.SPEC: specs, Meta.MODULE_PATH: result.meta[Meta.MODULE_PATH]}
             for place, (linear, spec) in enumerate(zip(group, specs, strict=True)):
                 piece = call(graph, operator.getitem, (pieces, place), like=result, shape=spec.shape)
                 linear.result.replace_all_uses_with(piece)
         columns = pairwise(accumulate(sizes, initial=0))
-        product.meta["columns"] = {linear.name: span for linear, span in zip(group, columns, strict=True)}
-        result.meta["result_of"] = self._name
+        product.meta[Meta.COLUMNS] = {linear.name: span for linear, span in zip(group, columns, strict=True)}
+        result.meta[Meta.RESULT_OF] = self._name
 
     def _sum(self, nodes: Sequence[Node]) -> Node:
         """What is added to the products, side by side: one product too, where the first factor is the same.
@@ -218,9 +220,9 @@ class _Merge:
         first, weight = nodes[0], self._weight([product.weight for product in products])
         shape = (*shape_of(first)[:-1], shape_of(weight)[-1])
         product = call(self._module.graph, aten.matmul.default, (products[0].x, weight), like=first, shape=shape)
-        if "linear" in first.meta:
-            product.meta["linear"] = self._name_like(first.meta["linear"])
-            product.meta |= {key: self._name for key in ("plane_of", "branch_of") if key in first.meta}
+        if Meta.LINEAR in first.meta:
+            product.meta[Meta.LINEAR] = self._name_like(first.meta[Meta.LINEAR])
+            product.meta |= {key: self._name for key in BESIDE if key in first.meta}
         return product
 
     def _weight(self, nodes: Sequence[Node]) -> Node:

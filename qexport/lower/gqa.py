@@ -15,9 +15,10 @@ from torch.fx import Graph, Node
 from ..capture.blocks import Block
 from ..capture.graph import CapturedModel
 from ..graph.edit import TensorSpec, add_tensor, call, is_call, shape_of
+from ..graph.meta import Meta
 from ..graph.schema import bind
 from ..graph.sites import SHAPE_ONLY
-from ..graph.views import CachedAttention, CausalMask, Item, RoundCache, size_at
+from ..graph.views import CachedAttention, CausalMask, Item, RoundCache, operand, size_at
 from .block_io import first_call, hand_on, names_of, producers, prune, read_in
 from .compact_padding import LAST, TOTAL, turn_back, turn_tokens, turned_name
 from .rotary import RotatedHeads, position_table, rotated
@@ -227,10 +228,10 @@ def _replace(site: _Site, inside: tuple[RotatedHeads, RotatedHeads] | None, tabl
             read_in(site.block, f"rotary.{names[n]}", TensorSpec(torch.float32, tuple(tables[names[n]].shape)))
             for n in (inside[0].cos, inside[0].sin)
         )
-    kept = node.meta["spec"]
+    kept = node.meta[Meta.SPEC]
     if site.bits:
         for past in pasts:
-            past.meta["spec"] = _codes(past.meta["spec"], site.bits)
+            past.meta[Meta.SPEC] = _codes(past.meta[Meta.SPEC], site.bits)
         kept = (kept[0], *(_codes(spec, site.bits) for spec in kept[1:]))
     with graph.inserting_before(node):
         flat = [_flat(graph, part) for part in (query, key, value)]
@@ -246,8 +247,8 @@ def _replace(site: _Site, inside: tuple[RotatedHeads, RotatedHeads] | None, tabl
         for index, (spec, like) in enumerate(zip(kept, (flat[0], *pasts), strict=True)):
             results[index] = call(graph, operator.getitem, (new, index), like=like)
             if index:
-                results[index].meta["spec"] = spec
-        new.meta["spec"] = tuple(part.meta["spec"] for part in results.values())
+                results[index].meta[Meta.SPEC] = spec
+        new.meta[Meta.SPEC] = tuple(part.meta[Meta.SPEC] for part in results.values())
     for user in list(node.users):
         if place := Item.of(user).index:
             user.replace_all_uses_with(results[place])
@@ -270,7 +271,7 @@ def _flat(graph: Graph, node: Node) -> Node:
         batch, _, sequence, _ = shape_of(node)
         node = call(graph, aten.transpose.int, (node, 1, 2), like=node, shape=(batch, sequence, heads, size))
     if is_call(node, *SHAPE_ONLY):
-        flat = bind(node).self
+        flat = operand(node)
         if len(shape_of(flat)) == 3 and shape_of(flat)[-1] == heads * size:
             return flat
     sizes = [call(graph, aten.sym_size.int, (node, i), like=node, dtype=torch.int64, shape=()) for i in (0, 1)]

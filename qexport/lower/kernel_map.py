@@ -8,6 +8,7 @@ from torch.fx import Graph, Node
 
 from ..artifact.branches import STEPS
 from ..artifact.manifest import QMOE
+from ..graph.meta import BESIDE, Meta
 from .emitter import maker_of, name_of
 from .moe_form import mixtures
 from .qdq_patterns import input_of, linear_products
@@ -66,15 +67,15 @@ class KernelMap:
         self._made |= made
         for product in linear_products(graph):
             found = (plain(name_of(maker_of(values[product]))), self._kernel(product))
-            owner = product.meta.get("plane_of") or product.meta.get("branch_of")
+            owner = product.meta.get(Meta.PLANE_OF) or product.meta.get(Meta.BRANCH_OF)
             if owner:
                 self._parts[owner] = (*self._parts.get(owner, ()), found)
             else:
-                name = product.meta["linear"]
-                self._products[name], self.members[name] = found, product.meta.get("columns") or {name: None}
+                name = product.meta[Meta.LINEAR]
+                self._products[name], self.members[name] = found, product.meta.get(Meta.COLUMNS) or {name: None}
                 self._read[name] = values[input_of(product)]
         for mixture in mixtures(graph):
-            experts, node = mixture.meta["experts"], plain(name_of(maker_of(values[mixture])))
+            experts, node = mixture.meta[Meta.EXPERTS], plain(name_of(maker_of(values[mixture])))
             for side in ("up", "down"):
                 names = getattr(experts, side)
                 self._inside |= dict.fromkeys(names, node)
@@ -83,10 +84,10 @@ class KernelMap:
     def note_prompts(self, graph: Graph) -> None:
         """After the same block was translated for prompts; its linears are where they are for steps."""
         for product in linear_products(graph):
-            if not {"plane_of", "branch_of"} & set(product.meta):
-                self._prompt_kernels[product.meta["linear"]] = self._kernel(product)
+            if not BESIDE & set(product.meta):
+                self._prompt_kernels[product.meta[Meta.LINEAR]] = self._kernel(product)
         for mixture in mixtures(graph):
-            experts = mixture.meta["experts"]
+            experts = mixture.meta[Meta.EXPERTS]
             self._prompt_kernels |= dict.fromkeys((*experts.up, *experts.down), QMOE)
 
     def placed(self, slow: Mapping[str, str]) -> dict[str, LinearLocation]:

@@ -8,6 +8,7 @@ from torch.fx import Node
 from ..capture.graph import CapturedModel
 from ..errors import InputError, LoweringError
 from ..graph.edit import TensorSpec, call, finish, shape_of
+from ..graph.meta import Meta
 from ..graph.sites import projection_behind
 from ..graph.views import END, results_of
 
@@ -63,8 +64,8 @@ def keep_last(captured: CapturedModel, value: str) -> None:
         last = call(graph, aten.slice.Tensor, (hidden, 1, -1, END), like=hidden, shape=(batch, 1, features))
     hidden.replace_all_uses_with(last, delete_user_cb=lambda user: user is not last)
     for node in behind:
-        if isinstance(spec := node.meta.get("spec"), TensorSpec):
-            node.meta["spec"] = replace(spec, shape=tuple(1 if d == length else d for d in spec.shape))
+        if isinstance(spec := node.meta.get(Meta.SPEC), TensorSpec):
+            node.meta[Meta.SPEC] = replace(spec, shape=tuple(1 if d == length else d for d in spec.shape))
     finish(block.module)
     captured.outputs = [
         replace(port, dims=(port.dims[0], 1, *port.dims[2:])) if port.name == "logits" else port

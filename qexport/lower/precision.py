@@ -12,14 +12,15 @@ from dataclasses import replace
 import torch
 from torch.fx import Graph, GraphModule, Node
 
-from ..graph.edit import TensorSpec, call, finish, get_tensor, is_call, set_tensor
+from ..graph.edit import Spec, TensorSpec, call, finish, get_tensor, is_call, set_tensor
+from ..graph.meta import Meta
 from ..graph.schema import bind, rebind
 from ..graph.views import Item, tensor_name
 from ..quant.float_types import FLOAT_TYPES
 from ..quant.narrowing import narrowed
 
 aten = torch.ops.aten
-KEEP = "keep_float32"
+KEEP = Meta.KEEP_FLOAT32
 _SAME_TYPE = (aten.sym_size.int, operator.getitem)  # take whatever type their input has
 
 
@@ -45,7 +46,7 @@ def to_half(module: GraphModule, constants: set[str], half: torch.dtype) -> None
             name = tensor_name(node)
             set_tensor(module, name, narrowed(get_tensor(module, name), half, name))
         if node.op != "output" and node not in single:
-            node.meta["spec"] = _halved(node.meta["spec"], half)
+            node.meta[Meta.SPEC] = _halved(node.meta[Meta.SPEC], half)
     casts: dict[tuple[Node, torch.dtype], Node] = {}
     for node in list(graph.nodes):
         if node.op not in ("call_function", "output") or node.target in _SAME_TYPE:
@@ -54,7 +55,7 @@ def to_half(module: GraphModule, constants: set[str], half: torch.dtype) -> None
         for source in node.all_input_nodes:
             if source in _cache_scales(node):
                 continue
-            if _is_float(source) and source.meta["spec"].dtype != wants:
+            if _is_float(source) and source.meta[Meta.SPEC].dtype != wants:
                 node.replace_input_with(source, _cast(graph, source, wants, casts))
     finish(module)
 
@@ -80,7 +81,7 @@ def _cache_scales(node: Node) -> tuple[Node | None, ...]:
     return given.key_scale, given.value_scale
 
 
-def _cast(graph: Graph, source: Node, dtype: torch.dtype, casts: dict) -> Node:
+def _cast(graph: Graph, source: Node, dtype: torch.dtype, casts: dict[tuple[Node, torch.dtype], Node]) -> Node:
     if (source, dtype) not in casts:
         with graph.inserting_after(source):
             casts[source, dtype] = call(graph, aten.to.dtype, (source, dtype), like=source, dtype=dtype)
@@ -88,12 +89,12 @@ def _cast(graph: Graph, source: Node, dtype: torch.dtype, casts: dict) -> Node:
 
 
 def _is_float(node: Node) -> bool:
-    spec = node.meta.get("spec")
+    spec = node.meta.get(Meta.SPEC)
     specs = spec if isinstance(spec, tuple) else (spec,)
     return any(isinstance(s, TensorSpec) and s.dtype in FLOAT_TYPES for s in specs)
 
 
-def _halved(spec, half: torch.dtype):
+def _halved(spec: Spec, half: torch.dtype) -> Spec:
     if isinstance(spec, tuple):
         return tuple(_halved(s, half) for s in spec)
     return replace(spec, dtype=half) if spec is not None and spec.dtype == torch.float32 else spec

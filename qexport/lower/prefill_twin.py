@@ -11,6 +11,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from ..graph.edit import call, finish, is_call, shape_of
+from ..graph.meta import BESIDE
 from ..graph.views import DequantizeLinear, Matmul
 from ..passes.activations.quantize import round_per_token
 from .qdq_patterns import form_of, linear_products
@@ -50,7 +51,7 @@ def prompt_twin(module: GraphModule) -> GraphModule | None:
 def _weight_only(product: Node) -> bool:
     """Whether a canonical product has a weight in groups and a float input, and is all of its linear."""
     weight = Matmul.of(product).weight
-    if not is_call(weight, ops.dequantize_linear.default) or {"plane_of", "branch_of"} & set(product.meta):
+    if not is_call(weight, ops.dequantize_linear.default) or BESIDE & set(product.meta):
         return False
     form = form_of(product)
     return form.scales_in_sum and form.rounding is None

@@ -5,9 +5,10 @@ from dataclasses import dataclass
 import torch
 from torch.fx import Graph, GraphModule, Node
 
-from ..graph.edit import WITHOUT_OUTLIERS, call, is_call
+from ..graph.edit import call, is_call
+from ..graph.meta import Meta
 from ..graph.schema import bind
-from ..graph.views import Cast, DequantizeLinear, Div, Matmul, Mul, Operand
+from ..graph.views import Cast, DequantizeLinear, Div, Matmul, Mul, Operand, operand
 from ..passes.formats import form_at, form_at_kernel
 
 aten = torch.ops.aten
@@ -48,7 +49,7 @@ class ProductForm:
 
 def linear_products(graph: Graph) -> list[Node]:
     """The matmul of every quantized linear."""
-    return [n for n in graph.nodes if "linear" in n.meta]
+    return [n for n in graph.nodes if Meta.LINEAR in n.meta]
 
 
 def read_by(product: Node) -> Node:
@@ -56,7 +57,8 @@ def read_by(product: Node) -> Node:
     if (canonical := Matmul.match(product)) is not None:
         return canonical.x
     given = bind(product)
-    return given.a if is_call(product, ops.matmul_integer.default) else given.x
+    read: Node = given.a if is_call(product, ops.matmul_integer.default) else given.x
+    return read
 
 
 def form_of(product: Node) -> ProductForm:
@@ -97,14 +99,14 @@ def _uncast(node: Node) -> Node:
 def _unrounded(node: Node) -> Node | None:
     """What a step of rounding a value reads; None of a node that is no such step."""
     if is_call(node, ops.matmul_nbits_input.default, ops.quantize_linear.default):
-        return bind(node).x
+        return operand(node)
     if (dequantized := DequantizeLinear.match(node)) is not None:
         return dequantized.codes
     if (quotient := Div.match(node)) is not None and _is_step(quotient.other):
         return quotient.x
     if (product := Mul.match(node)) is None:
         return None
-    if node.meta.get(WITHOUT_OUTLIERS) or is_call(product.x, ops.dequantize_linear.default):
+    if node.meta.get(Meta.WITHOUT_OUTLIERS) or is_call(product.x, ops.dequantize_linear.default):
         return product.x
     # A value held within the range of few bits, and CrossQuant's rounding on floats.
     if is_call(product.x, aten.clamp.default, aten.round.default):

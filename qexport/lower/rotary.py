@@ -89,7 +89,8 @@ def _run(nodes: list[Node], positions: torch.Tensor, read: Callable[[str], torch
         elif callable(node.target):
             arguments, options = map_arg((node.args, dict(node.kwargs)), known.__getitem__)
             known[node] = node.target(*arguments, **options)
-    return known[nodes[-1]]
+    table: torch.Tensor = known[nodes[-1]]
+    return table
 
 
 def _ancestors(node: Node) -> list[Node]:

@@ -50,14 +50,14 @@ def restore(
     Args:
         rows: of the quantized linears, with `kl_cost`.
     """
-    costly = sorted((row for row in rows if row.kl_cost is not None), key=lambda row: -row.kl_cost)
+    priced = sorted(((row.kl_cost, row.name) for row in rows if row.kl_cost is not None), key=lambda pair: -pair[0])
     whole, falls = kl_costs(
-        folder, manifest, captured, feeds, names={row.name for row in costly[:_MOST_RESTORED]},
+        folder, manifest, captured, feeds, names={name for _, name in priced[:_MOST_RESTORED]},
         transformed=transformed, threads=threads, provider=provider, progress=progress,
     )  # fmt: skip
     tokens = sum(batch["input_ids"].numel() for batch in feeds)
     return Sensitivity(
-        tokens=tokens, kl_mean=whole, kl_foretold=sum(row.kl_cost for row in costly), measured=falls,
+        tokens=tokens, kl_mean=whole, kl_foretold=sum(cost for cost, _ in priced), measured=dict(falls),
         overrides=suggested(rows, costs),
     )  # fmt: skip
 
@@ -73,19 +73,20 @@ def suggested(rows: Sequence[ValueComparison], costs: Costs) -> tuple[SuggestedO
         rows: of the quantized linears, with `kl_cost`.
     """
     items = {item.linear: item for item in costs.items if not item.others}
-    found = [_best(items[row.name], row, costs.kl) for row in rows if row.kl_cost is not None and row.name in items]
-    found = sorted((pair for pair in found if pair is not None), key=lambda pair: -pair[0])
+    priced = [(row, row.kl_cost) for row in rows if row.kl_cost is not None and row.name in items]
+    found = [pair for row, cost in priced if (pair := _best(items[row.name], row, cost, costs.kl)) is not None]
+    found.sort(key=lambda pair: -pair[0])
     return tuple(better for _, better in found[:_MOST_SUGGESTED])
 
 
 def _best(
-    item: PricedItem, row: ValueComparison, kl: Mapping[str, Mapping[str, float]]
+    item: PricedItem, row: ValueComparison, cost: float, kl: Mapping[str, Mapping[str, float]]
 ) -> tuple[float, SuggestedOverride] | None:
     """The scheme that gains the most for a byte over a linear's present one, and that gain."""
     expected = kl[row.name].get(row.scheme, 0.0)
-    left = min(row.kl_cost / expected, 1.0) if expected else 1.0
+    left = min(cost / expected, 1.0) if expected else 1.0
     present = next((choice for choice in item.choices if choice.scheme == row.scheme), None)
-    now = row.kl_cost if present is None else left * present.kl  # with what a shared table of embeddings costs
+    now = cost if present is None else left * present.kl  # with what a shared table of embeddings costs
     steps = [
         ((now - left * choice.kl) / (choice.bytes - item.bytes), choice)
         for choice in item.choices

@@ -67,7 +67,7 @@ def convert(file: Path, cache: Path | None = None) -> Path:
     _settle_frequencies(model.config, contents, file)
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
-    model.hf_quantizer = None  # the weights are float now, and save_pretrained would refuse them
+    model.__dict__["hf_quantizer"] = None  # the weights are float now, and save_pretrained would refuse them
     _save(model, tokenizer, target)
     return target
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from torch.fx import Graph
 
-from ..graph.convolution_sites import CONVOLUTIONS, convolutions
-from ..graph.edit import is_call, shape_of
+from ..graph.convolution_sites import convolutions
+from ..graph.views import Convolution, sizes_of
 from ..quant.formats import IntegerFormat, Scheme
 
 
@@ -39,15 +39,17 @@ def plan_convolutions(
         scheme_for: the scheme asked for by name; None for float.
         integer: whether the target has an integer convolution.
     """
-    weights = [n.args[1].target for _, graph in graphs for n in graph.nodes if is_call(n, *CONVOLUTIONS)]
+    found = [Convolution.match(node) for _, graph in graphs for node in graph.nodes]
+    weights = [conv.weight.target for conv in found if conv is not None]
     plans = []
     for block, graph in graphs:
         for name, node in convolutions(graph).items():
-            scheme, weight = scheme_for(name), node.args[1]
+            scheme, weight = scheme_for(name), Convolution.of(node).weight
             reason = _reason(scheme, weights.count(weight.target) > 1 or len(weight.users) > 1, integer)
             scheme = None if reason else scheme
-            size = math.prod(shape_of(weight)) * (1 if scheme else 4)
-            plans.append(ConvolutionPlan(name, block, tuple(shape_of(weight)), scheme, reason, size))
+            shape = sizes_of(weight)
+            size = math.prod(shape) * (1 if scheme else 4)
+            plans.append(ConvolutionPlan(name, block, shape, scheme, reason, size))
     return plans
 
 

@@ -6,8 +6,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch.fx import Graph, Node
 
-from ..graph.edit import is_call, owner_of, shape_of
+from ..graph.edit import is_call, owner_of
 from ..graph.sites import Linear
+from ..graph.views import Embedding, operand, sizes_of, tensor_name
 from ..quant.formats import Scheme
 from .linear_plan import LinearPlan, fit
 
@@ -48,11 +49,12 @@ def token_embeddings(graph: Graph, ids: Node | None) -> list[Node]:
 
     def source(node: Node) -> Node:
         while is_call(node, *_SAME_IDS):
-            node = node.args[0]
+            node = operand(node)
         return node
 
-    lookups = (n for n in graph.nodes if is_call(n, aten.embedding.default) and n.args[0].op == "get_attr")
-    return [n for n in lookups if ids is not None and source(n.args[1]) is ids]
+    lookups = ((node, found) for node in graph.nodes if (found := Embedding.match(node)) is not None)
+    constant = [(node, found) for node, found in lookups if found.table.op == "get_attr"]
+    return [node for node, found in constant if ids is not None and source(found.ids) is ids]
 
 
 def plan_embeddings(
@@ -82,14 +84,15 @@ def plan_embeddings(
     linear = next((p for p in plan if projection is not None and p.name == projection.name), None)
     for block, graph, ids in graphs:
         for node in token_embeddings(graph, ids):
-            weight, shape = node.args[0].target, shape_of(node.args[0])
-            empty = EmbeddingPlan(owner_of(weight), block, weight, shape, None)
+            table = Embedding.of(node).table
+            weight, (rows, features) = tensor_name(table), sizes_of(table)
+            empty = EmbeddingPlan(owner_of(weight), block, weight, (rows, features), None)
             same = projection is not None and projection.weight == weight
             if tied:
                 made = _tied(empty, linear if same else None)
             else:
-                scheme, reason = fit(wanted, shape[1], whole=True)
-                if scheme is not None and same and linear.scheme is None:
+                scheme, reason = fit(wanted, features, whole=True)
+                if scheme is not None and same and linear is not None and linear.scheme is None:
                     reason = f"{reason}; " if reason else ""
                     reason += f"{linear.name} keeps the same table in float, so the file holds it twice"
                 made = replace(empty, scheme=scheme, reason=reason)

@@ -13,6 +13,7 @@ from ..errors import RecipeError
 from ..graph.convolution_sites import convolutions
 from ..graph.edit import get_tensor, is_call
 from ..graph.sites import Linear, linears, projection_behind
+from ..graph.views import Convolution, operand, tensor_name
 from ..quant.formats import Scheme
 from ..recipe.recipe import Recipe
 from ..recipe.sections import FLOAT, TIED
@@ -90,7 +91,7 @@ def output_projections(captured: CapturedModel) -> set[str]:
 def _whole(value: Node) -> Node:
     """What `value` is a part of."""
     while is_call(value, *_PARTS):
-        value = value.args[0]
+        value = operand(value)
     return value
 
 
@@ -122,7 +123,7 @@ def bytes_by_part(
     taken |= {e.weight for e in embeddings}
     small = {p.name: p.bytes for p in planned if p.scheme is not None}
     nodes = [(name, node) for b in captured.blocks for name, node in convolutions(b.module.graph).items()]
-    taken |= {node.args[1].target for name, node in nodes if name in small}
+    taken |= {tensor_name(Convolution.of(node).weight) for name, node in nodes if name in small}
     head = 0
     if projection is not None:
         decided = by_name[projection.name]

@@ -37,7 +37,10 @@ def fake_activation(
     if fmt is None:
         return x
     if fmt.kind == "static":
-        step = static_scale(float(x.abs().amax()) if absmax is None else absmax, fmt)
-    else:
-        step = (token_step(x, fmt) if step is None else step).clamp_min(_SMALLEST_STEP)
-    return torch.div(x, step).round_().clamp_(-fmt.qmax, fmt.qmax).mul_(step)
+        scale = static_scale(float(x.abs().amax()) if absmax is None else absmax, fmt)
+        return _rounded(x, scale, fmt.qmax)
+    return _rounded(x, (token_step(x, fmt) if step is None else step).clamp_min(_SMALLEST_STEP), fmt.qmax)
+
+
+def _rounded(x: Tensor, step: Tensor | float, qmax: int) -> Tensor:
+    return torch.div(x, step).round_().clamp_(-qmax, qmax).mul_(step)

@@ -162,7 +162,7 @@ def _inverse_factor(hessian: Tensor, dead: Tensor, order: Tensor, damp: float) -
             if int(info) == 0:
                 identity = torch.eye(len(order), dtype=dtype, device=hessian.device)
                 lower = lower.flip(0, 1)
-                upper = torch.linalg.solve_triangular(lower, identity, upper=True)
+                upper: Tensor = torch.linalg.solve_triangular(lower, identity, upper=True)
                 if bool(torch.isfinite(upper.diagonal()).all()):
                     return upper.float()
     raise NumericsError(

@@ -21,9 +21,9 @@ def rotation(size: int, seed: int = 0) -> Tensor:
     found = hadamard_matrix(size)
     if found is not None:
         signs = torch.randint(0, 2, (size, 1), generator=random, dtype=torch.float64) * 2 - 1
-        return signs * found / size**0.5
+        return (signs * found).div(size**0.5)
     q, r = torch.linalg.qr(torch.randn(size, size, generator=random, dtype=torch.float64))
-    return q * r.diagonal().sign()  # which makes it uniformly distributed, and the same for every LAPACK
+    return torch.mul(q, r.diagonal().sign())  # which makes it uniformly distributed, and the same for every LAPACK
 
 
 def hadamard_matrix(size: int) -> Tensor | None:

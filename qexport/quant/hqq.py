@@ -50,8 +50,7 @@ def hqq_quantize(
     scale = torch.empty_like(plain[0])
     zero_point = None if plain[1] is None else torch.empty_like(plain[1])
     for rows, pieces in _parts(w, fmt):
-        grids = [_Grid(rows, *grid, fmt) for grid in (plain, clipped)]
-        best = _sparsest(pieces, *grids, p, beta, kappa, iterations)
+        best = _sparsest(pieces, _Grid(rows, *plain, fmt), _Grid(rows, *clipped, fmt), p, beta, kappa, iterations)
         scale[rows] = best.step[..., 0]
         if zero_point is not None:
             zero_point[rows] = (best.low.neg() + fmt.qmin)[..., 0].to(torch.uint8)

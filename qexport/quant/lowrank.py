@@ -87,8 +87,9 @@ def _leading(m: Tensor, rank: int) -> Tensor:
         basis.append(torch.linalg.qr(following - known @ (known.t() @ following)).Q)
     space = torch.linalg.qr(torch.cat(basis, 1)).Q
     projected = m.t() @ space
-    return space @ _top(projected.t() @ projected, rank)
+    return torch.matmul(space, _top(projected.t() @ projected, rank))
 
 
 def _top(gram: Tensor, rank: int) -> Tensor:
-    return torch.linalg.eigh(gram).eigenvectors[:, -rank:].flip(1)
+    vectors: Tensor = torch.linalg.eigh(gram).eigenvectors
+    return vectors[:, -rank:].flip(1)

@@ -15,6 +15,13 @@ _CHUNK = 1 << 20
 _GOLDEN = 2654435761  # 2^32 over the golden ratio: neighbours end up far from each other
 
 
+class Statistic(Protocol):
+    """What is gathered of a stream of values."""
+
+    def update(self, x: Tensor) -> None:
+        """Take in x, float [tokens, K]."""
+
+
 class AbsmaxObserver:
     """The largest magnitude seen."""
 
@@ -203,8 +210,8 @@ class CompositeObserver:
         parts: the statistics.
     """
 
-    def __init__(self, *parts) -> None:
-        self.parts = parts
+    def __init__(self, first: "ChannelAbsmax | ChannelMeanAbs", *others: Statistic) -> None:
+        self._first, self.parts = first, (first, *others)
 
     def update(self, x: Tensor) -> None:
         """Show x to every part."""
@@ -213,7 +220,7 @@ class CompositeObserver:
 
     def unseen(self) -> Tensor:
         """What the first part says; see `ChannelAbsmax.unseen`."""
-        return self.parts[0].unseen()
+        return self._first.unseen()
 
 
 def _not_finite() -> NumericsError:

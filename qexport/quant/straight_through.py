@@ -8,6 +8,7 @@ the result afterwards.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,11 +33,11 @@ class _Rounded(torch.autograd.Function):
     """Forward a value computed elsewhere, backward the gradient as it is."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, value: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, value: Tensor) -> Tensor:
         return value
 
     @staticmethod
-    def backward(ctx, grad: Tensor):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return grad, None
 
 
@@ -64,7 +65,8 @@ def fake_quantize_weight(w: Tensor, fmt: AffineGrid) -> Tensor:
     Returns:
         float32 [N, K].
     """
-    return _Rounded.apply(w, round_weight(w.detach(), fmt))
+    rounded: Tensor = _Rounded.apply(w, round_weight(w.detach(), fmt))
+    return rounded
 
 
 def fake_quantize_tokens(x: Tensor, fmt: ActivationFormat, factors: Tensor | None = None, alpha: float = 1.0) -> Tensor:
@@ -79,7 +81,8 @@ def fake_quantize_tokens(x: Tensor, fmt: ActivationFormat, factors: Tensor | Non
     with torch.no_grad():
         step = (token_range(x, factors, alpha) * (1.0 / fmt.qmax)).clamp_min(1e-8)
         value = torch.div(x, step).round_().mul_(step)
-    return _Rounded.apply(x, value)
+    rounded: Tensor = _Rounded.apply(x, value)
+    return rounded
 
 
 class Descent:
@@ -155,16 +158,16 @@ def train_weight(
         if not min(errors) < float(trials[0][2].sum()):
             return TrainedWeight(w, 1.0, None, 0)
         rates = [rates[errors.index(min(errors))]]
-    found = None
-    for rate in rates:
-        size = n if whole else max(_ROWS, _CHUNK // k)
+    size = n if whole else max(_ROWS, _CHUNK // k)
+
+    def trained(rate: float) -> TrainedWeight:
         parts = [_descend(rows, hessian, fmt, rate, unit, steps) for rows in w.split(size)]
-        reached, started = (sum(float(part[i].sum()) for part in parts) for i in (1, 2))
+        reached, started = sum(float(part[1].sum()) for part in parts), sum(float(part[2].sum()) for part in parts)
         error = reached / started if started > 0 else 1.0
-        if found is None or error < found.error:
-            kept, done = torch.cat([part[0] for part in parts]), max(part[3] for part in parts)
-            found = TrainedWeight(kept, error, rate if error < 1 else None, done)
-    return found
+        kept, done = torch.cat([part[0] for part in parts]), max(part[3] for part in parts)
+        return TrainedWeight(kept, error, rate if error < 1 else None, done)
+
+    return min(map(trained, rates), key=lambda found: found.error)
 
 
 def _descend(

@@ -14,7 +14,9 @@ __all__ = ["Comparison", "Exported", "compare", "read_export", "read_validated",
 
 
 def render(
-    folder: str | os.PathLike, plots: str | os.PathLike | None = None, study: str | os.PathLike | None = None
+    folder: str | os.PathLike[str],
+    plots: str | os.PathLike[str] | None = None,
+    study: str | os.PathLike[str] | None = None,
 ) -> Path:
     """Write report.html into a validated export, from what its files say; nothing runs. Returns its path.
 
@@ -34,7 +36,7 @@ def render(
     return write_html(exported, section)
 
 
-def compare(first: str | os.PathLike, second: str | os.PathLike) -> Comparison:
+def compare(first: str | os.PathLike[str], second: str | os.PathLike[str]) -> Comparison:
     """Two validated exports side by side, from what their files say; nothing runs.
 
     Raises:

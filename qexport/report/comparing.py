@@ -1,7 +1,9 @@
 """Two validated exports side by side."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from ..formatting import megabytes
@@ -72,10 +74,10 @@ class Comparison:
 
 def compare_exports(first: Exported, second: Exported) -> Comparison:
     """Compare two validated exports of one model, or of two."""
-    rows = [{row.name: row for row in e.report.layers.linears} for e in (first, second)]
+    rows = [{row.name: row for row in e.validation.layers.linears} for e in (first, second)]
     sizes = [{linear.name: linear.bytes for linear in e.manifest.linears} for e in (first, second)]
     both = [(row, rows[1][name]) for name, row in rows[0].items() if name in rows[1]]
-    only = tuple(tuple(n for n in mine if n not in other) for mine, other in (rows, rows[::-1]))
+    only = tuple(n for n in rows[0] if n not in rows[1]), tuple(n for n in rows[1] if n not in rows[0])
     return Comparison(
         (str(first.folder), str(second.folder)), tuple(_measures(first, second)),
         tuple(_pair(rows, sizes) for rows in sorted(both, key=_gain)), only, tuple(_notes(first, second)),
@@ -89,38 +91,54 @@ def _gain(rows: tuple[ValueComparison, ValueComparison]) -> float:
 
 
 def _pair(rows: tuple[ValueComparison, ValueComparison], sizes: list[dict[str, int]]) -> Pair:
-    name, found = rows[0].name, tuple(own(row) for row in rows)
-    difference = None if None in found else found[1] - found[0]
-    schemes = tuple(row.scheme for row in rows)
-    return Pair(name, schemes, found, difference, _gain(rows) < 0, tuple(s.get(name) for s in sizes))
+    (first, second), name = rows, rows[0].name
+    before, after = own(first), own(second)
+    difference = None if before is None or after is None else after - before
+    schemes, taken = (first.scheme, second.scheme), (sizes[0].get(name), sizes[1].get(name))
+    return Pair(name, schemes, (before, after), difference, _gain(rows) < 0, taken)
 
 
 def _measures(first: Exported, second: Exported) -> list[Measure]:
-    reports = first.report, second.report
-    found = []
+    found: list[Measure] = []
+    reports = first.validation, second.validation
+
+    def add(name: str, of: Callable[[Report], float | None], style: Callable[[float], str], *, always: bool) -> None:
+        one, other = map(of, reports)
+        if always or one is not None or other is not None:
+            found.append(_measure(name, one, other, style))
+
     for name, field, style in _LOGITS:
-        values = tuple(getattr(r.logits, field) if r.logits else None for r in reports)
-        if any(v is not None for v in values):
-            found.append(Measure(name, *values, tuple("" if v is None else style(v) for v in values)))
+        add(name, partial(_of_logits, field), style, always=False)
     for name in dict.fromkeys(row.name for r in reports for row in r.outputs):
-        values = tuple(next((row.sqnr_db for row in r.outputs if row.name == name), None) for r in reports)
-        found.append(Measure(f"output {name}, SQNR", *values, tuple(map(_decibels, values))))
-    ends = tuple(r.layers.blocks[-1].sqnr_db if r.layers.blocks else None for r in reports)
-    if any(v is not None for v in ends):
-        found.append(Measure("SQNR behind all blocks", *ends, tuple(map(_decibels, ends))))
-    lowest = tuple(_lowest(r) for r in reports)
-    if any(v is not None for v in lowest):
-        found.append(Measure("lowest own SQNR of a linear", *lowest, tuple(map(_decibels, lowest))))
+        add(f"output {name}, SQNR", partial(_of_output, name), _decibels, always=True)
+    add("SQNR behind all blocks", _behind_all, _decibels, always=False)
+    add("lowest own SQNR of a linear", _lowest, _decibels, always=False)
     for part in dict.fromkeys([*first.manifest.bytes, *second.manifest.bytes]):
-        values = first.manifest.bytes.get(part), second.manifest.bytes.get(part)
-        words = tuple("" if v is None else megabytes(v) for v in values)
-        if any(values):
-            found.append(Measure(f"bytes, {part.replace('_', ' ')}", *values, words))
-    counts = tuple(len(r.problems) for r in reports)
-    return [*found, Measure("problems", *counts, tuple(map(str, counts)))]
+        one, other = first.manifest.bytes.get(part), second.manifest.bytes.get(part)
+        if one or other:
+            found.append(_measure(f"bytes, {part.replace('_', ' ')}", one, other, megabytes))
+    return [*found, _measure("problems", len(reports[0].problems), len(reports[1].problems), str)]
 
 
-_LOGITS = (
+def _measure(name: str, first: float | None, second: float | None, style: Callable[[Any], str]) -> Measure:
+    words = "" if first is None else style(first), "" if second is None else style(second)
+    return Measure(name, first, second, words)
+
+
+def _of_logits(field: str, report: Report) -> float | None:
+    value: float | None = getattr(report.logits, field) if report.logits else None
+    return value
+
+
+def _of_output(name: str, report: Report) -> float | None:
+    return next((row.sqnr_db for row in report.outputs if row.name == name), None)
+
+
+def _behind_all(report: Report) -> float | None:
+    return report.layers.blocks[-1].sqnr_db if report.layers.blocks else None
+
+
+_LOGITS: tuple[tuple[str, str, Callable[[float], str]], ...] = (
     ("KL, mean", "kl_mean", number), ("KL, median", "kl_median", number), ("KL, 99 %", "kl_p99", number),
     ("same likeliest token", "top1_agreement", "{:.1%}".format), ("likeliest five", "top5_agreement", "{:.1%}".format),
     ("perplexity", "perplexity", number), ("perplexity, float", "float_perplexity", number),
@@ -132,12 +150,12 @@ def _lowest(report: Report) -> float | None:
     return min(finite, default=None)
 
 
-def _decibels(value: float | None) -> str:
-    return "" if value is None else f"{value:.1f} dB"
+def _decibels(value: float) -> str:
+    return f"{value:.1f} dB"
 
 
 def _notes(first: Exported, second: Exported) -> list[str]:
-    a, b = first.report, second.report
+    a, b = first.validation, second.validation
     notes = []
     if a.text != b.text:
         notes.append(f"They were validated on different text, so KL and perplexity do not compare: {a.text}; {b.text}")

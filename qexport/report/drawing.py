@@ -18,7 +18,7 @@ _MOST_ROWS = 64
 
 def figures(report: Report) -> list[Figure]:
     """Every figure of a report, in reading order."""
-    found = [*heat_maps(report.layers.linears), *depth(report.layers)]
+    found: list[Figure] = [*heat_maps(report.layers.linears), *depth(report.layers)]
     if report.logits is not None:
         found += by_position(report.logits)
     return [*found, *costs(report), *greedy(report), *ranges(report.layers.ranges)]
@@ -136,12 +136,14 @@ def depth(layers: LayerComparison) -> list[Lines]:
 
 def costs(report: Report) -> list[Bars]:
     """What the most expensive linears cost in KL, as estimated; behind them what was measured and has no estimate."""
-    rows = sorted((row for row in report.layers.linears if row.kl_cost is not None), key=lambda row: -row.kl_cost)
+    priced = [(row, row.kl_cost) for row in report.layers.linears if row.kl_cost is not None]
+    priced.sort(key=lambda pair: -pair[1])
+    rows = [row for row, _ in priced]
     whole = report.sensitivity
     falls = {} if whole is None else {name: fall for name, fall in whole.measured.items() if fall is not None}
     drawn = [
-        Bar(label, f"{row.name}: estimated {row.kl_cost:.4g}{_restored(falls.get(row.name))}", row.kl_cost)
-        for label, row in zip(_bar_labels(rows[:_MOST_BARS]), rows, strict=False)
+        Bar(label, f"{row.name}: estimated {cost:.4g}{_restored(falls.get(row.name))}", cost)
+        for label, (row, cost) in zip(_bar_labels(rows[:_MOST_BARS]), priced, strict=False)
     ]
     linears, known = {row.name for row in report.layers.linears}, {row.name for row in rows}
     others = [name for name in falls if name not in known]
@@ -183,8 +185,9 @@ def _beside_measured(whole: Sensitivity, scores: Logits | None) -> str:
     """
     if whole.kl_foretold is None or whole.kl_mean is None:
         return f" On {whole.tokens} tokens."
-    whole_text = scores is not None and scores.kl_mean is not None
-    others = f" (over all {scores.tokens} tokens of the text the mean KL is {scores.kl_mean:.4g})" if whole_text else ""
+    others = ""
+    if scores is not None and scores.kl_mean is not None:
+        others = f" (over all {scores.tokens} tokens of the text the mean KL is {scores.kl_mean:.4g})"
     return (
         f" On {whole.tokens} tokens of the text all estimates add up to {whole.kl_foretold:.4g}, and what was measured "
         f"there is {whole.kl_mean:.4g}{others}: the further apart, the more the estimates are guesses."
@@ -227,7 +230,7 @@ def ranges(found: Sequence[InputRange]) -> list[Lines]:
     for item in found:
         ends = tuple(name.rpartition(".")[2] for name in item.linears)
         groups.setdefault(ends, []).append(item)
-    drawn = []
+    drawn: list[Lines] = []
     for ends, items in groups.items():
         if len(items) < 2:
             continue

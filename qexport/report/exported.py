@@ -1,5 +1,6 @@
 """An exported folder as its readers need it: manifest, recipe, and what export and validation reported."""
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +35,20 @@ class Exported:
     report: Report | None
 
     @property
+    def validation(self) -> Report:
+        """What validation found.
+
+        Raises:
+            InputError: there was none.
+        """
+        if self.report is None:
+            raise InputError(
+                "was never validated, so there is nothing to show", place=str(self.folder),
+                remedy=f"Run qexport validate {self.folder} --reference MODEL",
+            )  # fmt: skip
+        return self.report
+
+    @property
     def source(self) -> Mapping[str, Any]:
         """What the export knows of the float model: name, hub_id, licence."""
         found = self.export.get("source")
@@ -63,7 +78,7 @@ def recipe_settings(text: str) -> Mapping[str, Any]:
         return {}
 
 
-def read_export(folder: str | Path) -> Exported:
+def read_export(folder: str | os.PathLike[str]) -> Exported:
     """Read an exported folder.
 
     Raises:
@@ -88,16 +103,12 @@ def read_export(folder: str | Path) -> Exported:
     )  # fmt: skip
 
 
-def read_validated(folder: str | Path) -> Exported:
+def read_validated(folder: str | os.PathLike[str]) -> Exported:
     """The same of a folder that was validated.
 
     Raises:
         InputError: as `read_export`, or no validation.
     """
     found = read_export(folder)
-    if found.report is None:
-        raise InputError(
-            "was never validated, so there is nothing to show", place=str(folder),
-            remedy=f"Run qexport validate {folder} --reference MODEL",
-        )  # fmt: skip
+    _ = found.validation
     return found

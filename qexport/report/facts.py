@@ -25,7 +25,7 @@ class Key:
 
 def key_figures(exported: Exported) -> list[Key]:
     """The few numbers people ask for first."""
-    report, found = exported.report, []
+    report, found = exported.validation, list[Key]()
     if (scores := report.logits) is not None:
         found += _of_logits(scores)
     found += [Key(f"Output {row.name}", decibels(row.sqnr_db, row), "SQNR over all inputs") for row in report.outputs]

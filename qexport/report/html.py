@@ -6,6 +6,7 @@ import json
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
+from typing import TypeGuard
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
@@ -37,8 +38,9 @@ def write_html(exported: Exported, sampled: Sampled | None = None) -> Path:
 
 def render_html(exported: Exported, sampled: Sampled | None = None) -> str:
     """The page of a validated export."""
-    report, manifest = exported.report, exported.manifest
+    report, manifest = exported.validation, exported.manifest
     drawn = figures(report)
+    charts = [f for f in drawn if not isinstance(f, HeatMap)]
     style, script = _own_file("style.css"), _own_file("report.js")
     export = exported.export
     return environment().get_template("report.html").render(
@@ -47,8 +49,8 @@ def render_html(exported: Exported, sampled: Sampled | None = None) -> str:
         keys=facts.key_figures(exported), yardsticks=facts.yardsticks(report),
         facts=report.verdict[len(report.problems) :],
         maps=[(f, *svg.heat_map(f)) for f in drawn if isinstance(f, HeatMap)],
-        charts=[_chart(f) for f in drawn if not isinstance(f, HeatMap) and not f.key.startswith("range_")],
-        ranges=[(f, svg.lines(f, 290, 200), svg.styles(f)) for f in drawn if f.key.startswith("range_")],
+        charts=[_chart(f) for f in charts if not _of_ranges(f)],
+        ranges=[(f, svg.lines(f, 290, 200), svg.styles(f)) for f in charts if _of_ranges(f)],
         sampled=sampled, curves=[_chart(f) for f in sampled.figures] if sampled else [],
         values=tables.values(report), inputs=tables.inputs(report),
         overrides=facts.overrides_yaml(report), recipe=exported.recipe,
@@ -58,6 +60,11 @@ def render_html(exported: Exported, sampled: Sampled | None = None) -> str:
         versions=facts.versions(exported), numerics=_words(manifest.numerics), session=manifest.session,
         settings=_words(report.settings),
     )  # fmt: skip
+
+
+def _of_ranges(figure: Lines | Bars) -> TypeGuard[Lines]:
+    """Whether a figure is one of the small ones of ranges."""
+    return figure.key.startswith("range_")
 
 
 def _chart(figure: Lines | Bars) -> tuple[Lines | Bars, Markup, list[str]]:

@@ -1,6 +1,7 @@
 """The same figures as PNG files, for papers, through matplotlib."""
 
 import importlib
+import os
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ _DASHES = ("-", "--", ":", "-.", (0, (6, 3)), (0, (1, 4)))
 _DPI = 200
 
 
-def write_plots(exported: Exported, folder: str | Path, sampled: Sampled | None = None) -> list[Path]:
+def write_plots(exported: Exported, folder: str | os.PathLike[str], sampled: Sampled | None = None) -> list[Path]:
     """Write every figure of a validated export into `folder`, made where it is missing; returns the files.
 
     Args:
@@ -29,14 +30,14 @@ def write_plots(exported: Exported, folder: str | Path, sampled: Sampled | None 
         InputError: matplotlib is not installed, or the folder cannot be written.
     """
     agg, style = _matplotlib()
-    folder, written = Path(folder), []
-    with writing_to(folder, "Free some space"), style:
+    into, written = Path(folder), []
+    with writing_to(into, "Free some space"), style:
         try:
-            folder.mkdir(parents=True, exist_ok=True)
+            into.mkdir(parents=True, exist_ok=True)
         except FileExistsError:
-            raise InputError("is a file, not a folder", place=str(folder), remedy="Choose another name") from None
-        for figure in [*figures(exported.report), *(sampled.figures if sampled else ())]:
-            path = folder / f"{_file_name(figure)}.png"
+            raise InputError("is a file, not a folder", place=str(into), remedy="Choose another name") from None
+        for figure in [*figures(exported.validation), *(sampled.figures if sampled else ())]:
+            path = into / f"{_file_name(figure)}.png"
             canvas = _canvas(agg, figure)
             _draw(canvas.figure.add_subplot(), figure)
             canvas.figure.savefig(path, dpi=_DPI, metadata={"Software": None})
@@ -124,11 +125,11 @@ def _lines(axes: Any, figure: Lines) -> None:
 
 def _names(axes: Any, figure: Lines, drawn: list[Any]) -> None:
     """The name of each line behind its last point, moved where names would lie on each other."""
-    ends = [next((p for p in reversed(s.points) if p.y is not None), None) for s in figure.series]
-    there = [i for i, end in enumerate(ends) if end is not None]
+    drawn_points = [[(p.x, p.y) for p in s.points if p.y is not None] for s in figure.series]
+    there = [i for i, points in enumerate(drawn_points) if points]
     axes.set(xlim=axes.get_xlim(), ylim=axes.get_ylim())  # as they are: what follows is in parts of them
     to_share = (axes.transData + axes.transAxes.inverted()).transform
-    places = [to_share((ends[i].x, ends[i].y)) for i in there]
+    places = [to_share(drawn_points[i][-1]) for i in there]
     moved = spread([float(y) for _, y in places], 0.062, 0.0, 1.0)
     beside = {"transform": axes.transAxes, "clip_on": False}
     for i, (x, y), at in zip(there, places, moved, strict=True):

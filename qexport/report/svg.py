@@ -1,5 +1,6 @@
 """Figures as SVG for a page: shapes carry classes, and the page's style gives them colours, by day and by night."""
 
+from collections.abc import Sequence
 from math import log10
 
 from markupsafe import Markup, escape
@@ -38,11 +39,11 @@ def _svg(width: float, height: float, title: str, *children: object, scale: bool
 
 def lines(figure: Lines, width: int = _WIDTH, height: int = 232) -> Markup:
     """Lines over a common axis, each point with its words."""
-    shown = [(p.x, p.y) for s in figure.series for p in s.points if p.y is not None and (p.y > 0 or not figure.log)]
-    x_low, x_high = min(x for x, _ in shown), max(x for x, _ in shown)
+    shown = [p.x for s in figure.series for p, _ in _drawn(s.points, figure.log)]
+    x_low, x_high = min(shown), max(shown)
     y_low, y_high = widened(_reached(figure), from_zero=figure.from_zero, log=figure.log)
     x_ends = (x_low, x_high) if x_high > x_low else (x_low - 0.5, x_high + 0.5)
-    right = _RIGHT
+    right: float = _RIGHT
     if figure.named:
         right += min(max(len(_cut(s.name, _MOST_NAME)) for s in figure.series) * _CHARACTER + _SAMPLE[1], 0.4 * width)
         height = max(height, _TOP + _BOTTOM + _NAME * len(figure.series))
@@ -67,24 +68,26 @@ def _reached(figure: Lines) -> list[float]:
     """Every value that has to be on the y axis: points, and the ends of errors that are drawn."""
     found = []
     for series in figure.series:
-        for p in series.points:
-            if p.y is not None and (p.y > 0 or not figure.log):
-                error = 0.0 if series.quiet or (figure.log and p.error >= p.y) else p.error
-                found += [p.y - error, p.y + error]
+        for p, y in _drawn(series.points, figure.log):
+            error = 0.0 if series.quiet or (figure.log and p.error >= y) else p.error
+            found += [y - error, y + error]
     return found
+
+
+def _drawn(points: Sequence[Point], log: bool) -> list[tuple[Point, float]]:
+    """The points that have a place on the y axis, with their values."""
+    return [(p, p.y) for p in points if p.y is not None and (p.y > 0 or not log)]
 
 
 def _names(figure: Lines, axis: "_Axes", left: float, height: float) -> list[Markup]:
     """The name of each line behind its last point, moved where names would lie on each other."""
-    ends = [next((p for p in reversed(s.points) if p.y is not None and (p.y > 0 or not figure.log)), None)
-            for s in figure.series]  # fmt: skip
-    there = [i for i, end in enumerate(ends) if end is not None]
-    places = spread([axis.y(ends[i].y) for i in there], _NAME, _TOP, height - _BOTTOM)
-    found = [Markup("")] * len(ends)
-    for i, y in zip(there, places, strict=True):
-        end, name = ends[i], figure.series[i].name
+    ends = [(i, drawn[-1]) for i, s in enumerate(figure.series) if (drawn := _drawn(s.points, figure.log))]
+    places = spread([axis.y(y) for _, (_, y) in ends], _NAME, _TOP, height - _BOTTOM)
+    found = [Markup("")] * len(figure.series)
+    for (i, (end, value)), y in zip(ends, places, strict=True):
+        name = figure.series[i].name
         found[i] = (
-            tag("line", x1=axis.x(end.x), y1=axis.y(end.y), x2=left + _SAMPLE[0], y2=y, class_="lead")
+            tag("line", x1=axis.x(end.x), y1=axis.y(value), x2=left + _SAMPLE[0], y2=y, class_="lead")
             + tag("path", d=f"M{left + _SAMPLE[0]:.1f} {y:.1f}H{left + _SAMPLE[1] - 3:.1f}")
             + tag("text", tag("title", name), _cut(name, _MOST_NAME), x=left + _SAMPLE[1], y=y + 3.5, class_="end-name")
         )
@@ -121,29 +124,29 @@ class _Axes:
 
 
 def _line(series: Series, axis: _Axes, log: bool, style: str, name: Markup) -> Markup:
-    pieces: list[list[Point]] = [[]]
+    pieces: list[list[tuple[Point, float]]] = [[]]
     for p in series.points:
         if p.y is None or (log and p.y <= 0):
             pieces.append([])
         else:
-            pieces[-1].append(p)
+            pieces[-1].append((p, p.y))
     paths = [
-        tag("path", d="M" + "L".join(f"{axis.x(p.x):.1f} {axis.y(p.y):.1f}" for p in piece))
+        tag("path", d="M" + "L".join(f"{axis.x(p.x):.1f} {axis.y(y):.1f}" for p, y in piece))
         for piece in pieces
         if len(piece) > 1
     ]
     dots = [
         # A wide ring around the dot takes the pointer, so that its words are easy to get.
-        tag("g", tag("title", p.title), tag("circle", cx=axis.x(p.x), cy=axis.y(p.y), r=7, class_="near"),
-            tag("circle", cx=axis.x(p.x), cy=axis.y(p.y), r=2.2))
+        tag("g", tag("title", p.title), tag("circle", cx=axis.x(p.x), cy=axis.y(y), r=7, class_="near"),
+            tag("circle", cx=axis.x(p.x), cy=axis.y(y), r=2.2))
         for piece in pieces
-        for p in piece
+        for p, y in piece
     ]  # fmt: skip
     errors = [
-        tag("line", x1=axis.x(p.x), x2=axis.x(p.x), y1=axis.y(p.y - p.error), y2=axis.y(p.y + p.error), class_="error")
+        tag("line", x1=axis.x(p.x), x2=axis.x(p.x), y1=axis.y(y - p.error), y2=axis.y(y + p.error), class_="error")
         for piece in pieces
-        for p in piece
-        if p.error and not series.quiet and not (log and p.error >= p.y)
+        for p, y in piece
+        if p.error and not series.quiet and not (log and p.error >= y)
     ]
     return tag("g", name, *paths, *errors, *dots, class_=f"series {style}")
 

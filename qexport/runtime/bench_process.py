@@ -39,6 +39,9 @@ class BenchProcess:
             # The child imports this very package, wherever the parent found it.
             env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
         )
+        if self._process.stdin is None or self._process.stdout is None:
+            raise AssertionError("both were asked for")
+        self._to, self._from = self._process.stdin, self._process.stdout
         self._send(
             {
                 "folder": str(folder),
@@ -51,28 +54,31 @@ class BenchProcess:
 
     def load(self) -> float:
         """Seconds to open a session, in place of the one before."""
-        return self._ask("load")
+        seconds: float = self._ask("load")
+        return seconds
 
     def run(self, tokens: int, steps: int) -> tuple[float, float | None]:
         """Seconds of a prompt of `tokens`, and the median of the `steps` single tokens after it, None without any."""
-        return tuple(self._ask("run", tokens, steps))
+        prefill, step = self._ask("run", tokens, steps)
+        return prefill, step
 
     def memory(self) -> int:
         """Bytes by which the process grew at most over its size before the first load."""
-        return self._ask("memory")
+        grown: int = self._ask("memory")
+        return grown
 
     def close(self) -> None:
-        self._process.stdin.close()
+        self._to.close()
         try:
             self._process.wait(timeout=10)
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
-        self._process.stdout.close()
+        self._from.close()
 
     def _ask(self, what: str, *arguments: int) -> Any:
         self._send({"what": what, "arguments": arguments})
-        line = self._process.stdout.readline()
+        line = self._from.readline()
         if not line:
             code = self._process.wait()
             raise RuntimeProblem(
@@ -87,8 +93,8 @@ class BenchProcess:
 
     def _send(self, message: dict[str, Any]) -> None:
         try:
-            self._process.stdin.write(json.dumps(message) + "\n")
-            self._process.stdin.flush()
+            self._to.write(json.dumps(message) + "\n")
+            self._to.flush()
         except BrokenPipeError:
             pass  # the missing answer says it
 
@@ -116,18 +122,21 @@ class _Subject:
 
     def run(self, tokens: int, steps: int) -> tuple[float, float | None]:
         ids = np.random.default_rng(0).integers(0, self._plan.settings["vocab_size"], (1, tokens + steps))
-        self._decoder.reset()
-        times = [self._seconds(ids[:, :tokens])]
-        times += [self._seconds(ids[:, i : i + 1]) for i in range(tokens, tokens + steps)]
+        if (decoder := self._decoder) is None:
+            raise RuntimeProblem("nothing is loaded yet")
+        decoder.reset()
+        times = [_seconds(decoder, ids[:, :tokens])]
+        times += [_seconds(decoder, ids[:, i : i + 1]) for i in range(tokens, tokens + steps)]
         return times[0], median(times[1:]) if steps else None
 
     def memory(self) -> int:
         return max(_peak() - self._before, 0)
 
-    def _seconds(self, ids: np.ndarray) -> float:
-        start = perf_counter()
-        self._decoder.run(ids)
-        return perf_counter() - start
+
+def _seconds(decoder: Decoder, ids: np.ndarray) -> float:
+    start = perf_counter()
+    decoder.run(ids)
+    return perf_counter() - start
 
 
 def _serve() -> None:

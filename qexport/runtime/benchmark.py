@@ -181,13 +181,12 @@ def _fitting(
         room.items(), (prompt_lengths, decode_pasts), (PROMPT_LENGTHS, DECODE_PASTS), strict=True
     ):
         lengths = list(default if given is None else given)
-        over = [n for n in lengths if limit is not None and n > limit]
-        if over and given is not None:
-            raise InputError(
-                f"{what} {over[0]} tokens does not fit: the model reads {context}", place=place,
-                remedy=f"Ask for {limit} or fewer" if limit > 0 else "Ask for a prompt alone",
-            )  # fmt: skip
-        if over:
+        if limit is not None and (over := [n for n in lengths if n > limit]):
+            if given is not None:
+                raise InputError(
+                    f"{what} {over[0]} tokens does not fit: the model reads {context}", place=place,
+                    remedy=f"Ask for {limit} or fewer" if limit > 0 else "Ask for a prompt alone",
+                )  # fmt: skip
             lengths = sorted({min(n, limit) for n in lengths if limit > 0})
             notes.append(f"{what} {over[0]} tokens became {limit}: the model reads {context}")
         kept.append(lengths)
@@ -200,7 +199,7 @@ def _once(process: BenchProcess, tokens: int | None, prompts: Sequence[int], pas
         return {"load": process.load()}
     prefill, step = process.run(tokens, DECODE_STEPS if tokens in pasts else 0)
     found = {f"prefill:{tokens}": prefill} if tokens in prompts else {}
-    return found | ({f"decode:{tokens}": step} if tokens in pasts else {})
+    return found if step is None else found | {f"decode:{tokens}": step}
 
 
 def _summarize(folder: Path, plan: Manifest, samples: dict[str, list[float]], memory: int) -> Measurement:

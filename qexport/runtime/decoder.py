@@ -193,12 +193,12 @@ class Decoder:
         prefill = perf_counter() - start
         for step in range(max_new_tokens):
             chosen = choose(_without(logits, [*never, *(() if step else never_first)]), sampling, draws)
-            for row in np.flatnonzero(~finished):
+            for row in np.flatnonzero(~finished).tolist():
                 token = int(chosen[row])
                 tokens[row].append(token)
                 finished[row] = token in eos
                 if on_token:
-                    on_token(int(row), token)
+                    on_token(row, token)
             if finished.all() or step + 1 == max_new_tokens:
                 break
             logits = self.run(np.where(finished, pad_token_id, chosen)[:, None])[:, -1]

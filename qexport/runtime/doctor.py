@@ -88,9 +88,9 @@ def check_files(folder: Path) -> list[Check]:
         vital = name.rsplit("/", 1)[-1] in checksums.MODEL_FILES
         remedy = "Copy the folder again, or export the model again" if vital else "Right if you edited it"
         found.append(Check(name, False, f"not as the export wrote it: {what}", remedy, optional=not vital))
-    whole = not any(not check.optional for check in found)
+    whole, noted = not any(not check.optional for check in found), checksums.read(folder)
     others = foreign(folder)
-    found.append(Check("files of the export", whole, f"{len(checksums.read(folder).files) - len(changed)} as written"))
+    found.append(Check("files of the export", whole, f"{len(noted.files if noted else ()) - len(changed)} as written"))
     if others:
         found.append(Check("files of others", True, ", ".join(others), optional=True))
     return found

@@ -125,8 +125,11 @@ def _token_ids(tokenizer, texts: Sequence[str], folder: Path, *, special: bool) 
 def _limits(folder: Path, manifest: manifests.Manifest | None) -> tuple[int | None, int | None]:
     """The most tokens that the model reads, and how many it knows; None where nothing says so."""
     said = manifests.stated(folder) if manifest is None else manifest.settings
-    found = (said.get("max_position_embeddings"), said.get("vocab_size"))
-    return tuple(size if isinstance(size, int) and size > 0 else None for size in found)
+    longest, rows = (
+        size if isinstance(size, int) and size > 0 else None
+        for size in (said.get("max_position_embeddings"), said.get("vocab_size"))
+    )
+    return longest, rows
 
 
 def _room(ids: Sequence[Sequence[int]], limit: int | None, rows: int | None, *, apart: bool) -> int | None:
@@ -164,7 +167,8 @@ class _TextStream:
     """Text of a growing list of tokens, handed out once no later token can change it."""
 
     def __init__(self, tokenizer, folder: Path):
-        self._tokenizer, self._folder, self._tokens, self._given = tokenizer, folder, [], ""
+        self._tokenizer, self._folder, self._given = tokenizer, folder, ""
+        self._tokens: list[int] = []
 
     def push(self, token: int) -> str:
         self._tokens.append(token)

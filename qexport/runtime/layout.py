@@ -1,6 +1,7 @@
 """Tensors of a graph that ONNX Runtime saved, written anew so that they can be used where they are mapped."""
 
 import os
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import BinaryIO
@@ -47,10 +48,10 @@ def lay_out(saved: Path, original: Path, folder: Path) -> int:
         before = stack.enter_context((folder / SHARED_FILE).open("rb")) if linked else None
         for tensor in _external(model):
             entries = _entries(tensor)
-            offset, length = int(entries["offset"].value), int(entries["length"].value)
+            offset, length = _range(entries)
             packed = [entry for key, entry in entries.items() if key.startswith("prepacked")]
-            twin = known.get(tensor.name) if before and not packed else None
-            if twin and _same(source, offset, before, int(twin["offset"].value), length, int(twin["length"].value)):
+            twin = None if packed else known.get(tensor.name)
+            if before and twin and _same(source, offset, before, *_range(twin), length):
                 entries["location"].value, entries["offset"].value = SHARED_FILE, twin["offset"].value
                 shared += length
                 continue
@@ -70,6 +71,11 @@ def _external(model: ModelProto) -> list[TensorProto]:
 
 def _entries(tensor: TensorProto) -> dict[str, StringStringEntryProto]:
     return {entry.key: entry for entry in tensor.external_data}
+
+
+def _range(entries: Mapping[str, StringStringEntryProto]) -> tuple[int, int]:
+    """Where a tensor begins in its file, and how many bytes it has."""
+    return int(entries["offset"].value), int(entries["length"].value)
 
 
 def _link(file: Path, link: Path) -> bool:
@@ -98,14 +104,14 @@ def _append(source: BinaryIO, offset: int, length: int, target: BinaryIO) -> int
     return position
 
 
-def _same(first: BinaryIO, offset: int, second: BinaryIO, twin_offset: int, length: int, twin_length: int) -> bool:
+def _same(first: BinaryIO, offset: int, second: BinaryIO, twin_offset: int, twin_length: int, length: int) -> bool:
     if length != twin_length:
         return False
     pairs = zip(_chunks(first, offset, length), _chunks(second, twin_offset, length), strict=True)
     return all(one == other for one, other in pairs)
 
 
-def _chunks(file: BinaryIO, offset: int, length: int):
+def _chunks(file: BinaryIO, offset: int, length: int) -> Iterator[bytes]:
     for start in range(offset, offset + length, _CHUNK):
         file.seek(start)
         yield file.read(min(_CHUNK, offset + length - start))

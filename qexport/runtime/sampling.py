@@ -42,7 +42,7 @@ def probabilities(logits: np.ndarray, sampling: Sampling) -> np.ndarray:
     kept = scaled[order]
     kept = np.exp(kept - kept.max())
     kept /= kept.sum()
-    if sampling.top_p < 1:
+    if sampling.top_p < 1 and not isinstance(order, slice):
         # The token that reaches p belongs to the set, so the first one always stays.
         count = int(np.searchsorted(np.cumsum(kept), sampling.top_p)) + 1
         order, kept = order[:count], kept[:count]

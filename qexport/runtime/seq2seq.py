@@ -144,9 +144,11 @@ def open_seq2seq(folder: str | Path, *, threads: int | None = None, provider: st
     folder = Path(folder)
     if not is_seq2seq(folder):
         raise InputError("is no export of an encoder-decoder", place=str(folder))
-    parts = [folder / ENCODER, folder / DECODER]
-    sessions = [open_session(part, manifests.load(part), threads=threads, provider=provider) for part in parts]
-    return EncoderDecoder(*sessions, habits_of(folder))
+    encoder, decoder = (
+        open_session(part, manifests.load(part), threads=threads, provider=provider)
+        for part in (folder / ENCODER, folder / DECODER)
+    )
+    return EncoderDecoder(encoder, decoder, habits_of(folder))
 
 
 def texts_as_source(pair: EncoderDecoder, rows: Sequence[Sequence[int]]) -> dict[str, np.ndarray]:

@@ -109,13 +109,14 @@ def open_session(
     if isinstance(source, Path):
         restore(source)
     whole = isinstance(source, Path) and source.is_dir()
-    folder = source if whole else source.folder if isinstance(source, ModelInFolder) else source.parent
+    folder = source.folder if isinstance(source, ModelInFolder) else source if whole else source.parent
     manifest = manifest or manifests.load(folder)
-    path = source / Path(manifest.settings.get("filename", MODEL_FILE)).name if whole else source
+    name = Path(manifest.settings.get("filename", MODEL_FILE)).name
+    path = folder / name if whole else source
     wanted = chosen_provider(provider, manifest)
     if whole:
         checksums.check_sample(folder)
-    if whole and path.name == MODEL_FILE and outputs_path is None and not record_assignment and not profile_prefix:
+    if whole and name == MODEL_FILE and outputs_path is None and not record_assignment and not profile_prefix:
         if optimize and cache.find(folder, manifest, wanted) is None:
             from .optimized import build  # it opens sessions itself
 
@@ -129,8 +130,8 @@ def open_session(
     if outputs_path is not None:
         options.optimized_model_filepath = str(outputs_path)
         # One protobuf holds 2 GB at most, and the nodes are wanted without the weights.
-        name = f"{Path(outputs_path).stem}.data"
-        options.add_session_config_entry("session.optimized_model_external_initializers_file_name", name)
+        data = f"{Path(outputs_path).stem}.data"
+        options.add_session_config_entry("session.optimized_model_external_initializers_file_name", data)
         options.add_session_config_entry("session.optimized_model_external_initializers_min_size_in_bytes", "1024")
     if profile_prefix is not None:
         options.enable_profiling, options.profile_file_prefix = True, str(profile_prefix)

@@ -77,9 +77,9 @@ def study(
     begin, grid, texts = time.perf_counter(), grid or Grid(), read_prompts(prompts)
     provider = None if provider is None else provider_named(provider)
     subjects = open_subjects(folders)
-    captured = reference
-    if not isinstance(captured, CapturedModel):
-        captured = capture_decoder(open_model(reference, trust_remote_code=trust_remote_code))
+    captured = reference if isinstance(reference, CapturedModel) else capture_decoder(
+        open_model(reference, trust_remote_code=trust_remote_code)
+    )  # fmt: skip
     check_subjects(subjects, captured)
     ids, eos = prompt_tokens(captured, texts, grid.longest)
     room = max(map(len, ids)) + grid.longest
@@ -112,7 +112,7 @@ def study(
     table = rows(measured, [format.name for format in formats])
     chosen = [choice for length, found in measured.items() for choice in choices(found, sizes, length)]
     return Study(
-        reference=public_name(captured.folder.name), prompts=texts, seeds=grid.seeds, temperatures=grid.temperatures,
+        reference=public_name(captured.origin.name), prompts=texts, seeds=grid.seeds, temperatures=grid.temperatures,
         top_ks=grid.top_ks, max_new_tokens=grid.max_new_tokens, threads=threads, provider=provider or "",
         formats=tuple(formats), rows=tuple(table), choices=tuple(chosen),
         conclusions=tuple(conclude(chosen, table, measured[grid.longest], sizes, grid.longest)),

@@ -42,14 +42,14 @@ def choices(measured: TextMeasures, sizes: Mapping[str, int], length: int) -> li
         def distance(name: str, setting=(temperature, top_k)) -> Group:
             return measured.values((name, *setting), "distance")
 
-        last = None
+        last: str | None = None
         for name in sorted(sizes, key=lambda name: (sizes[name], mean_and_error(distance(name))[0])):
-            gain = mean_and_error(differences(distance(last), distance(name))) if last else (None, None)
-            if last is None or (is_clear(*gain) and gain[0] > 0):
+            gain, gain_error = mean_and_error(differences(distance(last), distance(name)) if last else {})
+            if last is None or (gain is not None and gain > 0 and is_clear(gain, gain_error)):
                 mean, error = mean_and_error(distance(name))
                 found.append(BestFormat(
                     temperature=temperature, top_k=top_k, max_new_tokens=length, format=name, model_bytes=sizes[name],
-                    distance=mean, distance_error=error, gain=gain[0], gain_error=gain[1],
+                    distance=mean, distance_error=error, gain=gain, gain_error=gain_error,
                 ))  # fmt: skip
                 last = name
     return found
@@ -106,7 +106,8 @@ def _sensitivity(
     listed = ", ".join(f"{_number(*found)} at {t:g}" for t, found in means.items())
     sentence = f"{name}, {_top_k(top_k)}: distance {listed}"
     if len(means) > 1:
-        low, high = min(means, key=lambda t: means[t][0]), max(means, key=lambda t: means[t][0])
+        plain = {t: mean or 0.0 for t, (mean, _) in means.items()}
+        low, high = min(plain, key=plain.__getitem__), max(plain, key=plain.__getitem__)
         rise = mean_and_error(differences(by_temperature[high], by_temperature[low]))
         sentence += f"; clearly more at {high:g} than at {low:g}" if is_clear(*rise) else "; no clear change"
     found = {(row.temperature, row.top_k): row for row in rows if row.format == name and row.max_new_tokens == length}
@@ -133,7 +134,9 @@ def _with_error(choice: BestFormat) -> str:
     return _number(choice.distance, choice.distance_error)
 
 
-def _number(value: float, error: float | None) -> str:
+def _number(value: float | None, error: float | None) -> str:
+    if value is None:
+        return "not known"
     return f"{value:.3f}" if error is None else f"{value:.3f} ± {error:.3f}"
 
 

@@ -3,7 +3,7 @@
 import json
 import os
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -11,7 +11,7 @@ from ..artifact.scratch import write_whole
 from ..errors import InputError
 from ..validation.report import Finite
 
-FORMAT = 1
+FORMAT: Final = 1
 
 
 class _Frozen(BaseModel):

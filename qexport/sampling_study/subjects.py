@@ -93,7 +93,7 @@ def prompt_tokens(captured: CapturedModel, prompts: Sequence[str], longest: int)
     Raises:
         InputError: the model has no tokenizer, or a prompt does not fit.
     """
-    source = captured.folder
+    source = captured.origin
     tokenizer = source.tokenizer()
     if tokenizer is None:
         raise InputError("prompts need a tokenizer", place=source.name, remedy="Put its files beside the model")

@@ -88,14 +88,15 @@ def _row(measured: TextMeasures, key: Key, length: int) -> StudyRow:
         cells[name], cells[f"{name}_error"] = mean_and_error(measured.values(key, name))
     for name, logarithm in (("perplexity", "nll"), ("perplexity_ratio", "nll_change")):
         mean, error = mean_and_error(measured.values(key, logarithm))
-        cells[name] = _exp(mean)
+        value = _exp(mean)
+        cells[name] = value
         # The first term of its series: an error of a logarithm is one in shares.
-        cells[f"{name}_error"] = None if error is None else cells[name] * error
+        cells[f"{name}_error"] = None if error is None or value is None else value * error
     speeds = measured.speeds[key]
     if speeds:
-        cells["tokens_per_second"] = float(np.median(speeds))
+        middle = float(np.median(speeds))
         low, high = np.percentile(speeds, [25, 75])
-        cells["tokens_per_second_spread"] = float(high - low) / cells["tokens_per_second"]
+        cells |= {"tokens_per_second": middle, "tokens_per_second_spread": float(high - low) / middle}
     name, temperature, top_k = key
     return StudyRow(
         format=name, temperature=temperature, top_k=top_k, max_new_tokens=length, texts=measured.texts[key],

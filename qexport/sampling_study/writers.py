@@ -88,12 +88,12 @@ class Written:
     Attributes:
         tokens: without the prompt; the end-of-sequence token, if met, is the last.
         seconds: of every step behind the prompt, choosing the token not included: one fewer than tokens.
-        logits: that each token was chosen by, float32 [tokens, vocabulary]; None where they were not kept.
+        logits: that each token was chosen by, float32 [tokens, vocabulary]; [0] where they were not kept.
     """
 
     tokens: tuple[int, ...]
     seconds: tuple[float, ...]
-    logits: Tensor | None
+    logits: Tensor
 
 
 def write(
@@ -114,7 +114,9 @@ def write(
     """
     sampling = draw.sampling
     generators = [np.random.default_rng([draw.seed, stream])] if sampling else None
-    tokens, seconds, kept = [], [], []
+    tokens: list[int] = []
+    seconds: list[float] = []
+    kept: list[np.ndarray] = []
     logits = writer.start(prompt)
     while True:
         if np.isnan(logits).any():
@@ -130,4 +132,4 @@ def write(
         begin = perf_counter()
         logits = writer.step(tokens[-1])
         seconds.append(perf_counter() - begin)
-    return Written(tuple(tokens), tuple(seconds), torch.from_numpy(np.stack(kept)) if keep else None)
+    return Written(tuple(tokens), tuple(seconds), torch.from_numpy(np.stack(kept)) if keep else torch.empty(0))

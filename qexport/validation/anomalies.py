@@ -232,7 +232,8 @@ def _below(row: ValueComparison, rows: Sequence[ValueComparison], evidence: bool
         evidence: whether anything else sets it apart.
     """
     kind, value = _kind(row), own(row)
-    others = [own(other) for other in rows if other is not row and _kind(other) == kind and own(other) is not None]
+    beside = [own(other) for other in rows if other is not row and _kind(other) == kind]
+    others = [other for other in beside if other is not None]
     if value is None or len(others) < _OTHERS:
         return ""
     median = statistics.median(others)

@@ -1,13 +1,14 @@
 """Where the attentions of a block are, by dataflow: the linear that reads one, and those that feed it."""
 
-import operator
 from os.path import commonprefix
 
 import torch
 from torch.fx import Graph, Node
 
 from ..graph.edit import is_call
+from ..graph.meta import Meta
 from ..graph.sites import SHAPE_ONLY, linear_at, linears
+from ..graph.views import AnyAttention, Item, operand
 
 aten = torch.ops.aten
 _RESHAPED = (*SHAPE_ONLY, aten.transpose.int, aten.permute.default, aten.contiguous.default, aten.clone.default)
@@ -25,24 +26,24 @@ def attention_results(graph: Graph) -> dict[str, str]:
 def _attention_behind(value: Node) -> Node | None:
     """The attention whose output, only reshaped, is `value`."""
     while is_call(value, *_RESHAPED):
-        value = value.args[0]
-    if is_call(value, operator.getitem) and value.args[1] == 0:
-        value = value.args[0]
-        return value if is_call(value, torch.ops.qexport.cached_attention.default) else None
+        value = operand(value)
+    if (item := Item.match(value)) is not None and item.index == 0:
+        return item.source if is_call(item.source, torch.ops.qexport.cached_attention.default) else None
     return value if is_call(value, aten.scaled_dot_product_attention.default) else None
 
 
 def _path(attention: Node, reader: str) -> str:
     """What the names of the linears around an attention have in common; where that is nothing, where it is called."""
-    names, waiting, met = [reader], list(attention.args[:3]), set()
+    found = AnyAttention.of(attention)
+    names, waiting, met = [reader], [found.query, found.key, found.value], set[Node]()
     while waiting:
         node = waiting.pop()
         if node in met:
             continue
         met.add(node)
-        if (found := linear_at(node)) is not None:
-            names.append(found.name)
+        if (linear := linear_at(node)) is not None:
+            names.append(linear.name)
         else:
             waiting += node.all_input_nodes
     shared = commonprefix([name.split(".")[:-1] for name in names])
-    return ".".join(shared) or attention.meta.get("module_path") or reader
+    return ".".join(shared) or attention.meta.get(Meta.MODULE_PATH) or reader

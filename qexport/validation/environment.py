@@ -29,8 +29,10 @@ def settings(reference: Any, text: str | os.PathLike | None, **others: Any) -> d
         others: plain types already.
     """
     named = isinstance(reference, (str, os.PathLike))
-    given = text is not None and os.path.isfile(os.path.expanduser(text))
+    told = "TEXT" if text else None
+    if text is not None and os.path.isfile(os.path.expanduser(text)):
+        told = public_name(text)
     return {
         "reference": public_name(reference) if named else None,
-        "text": public_name(text) if given else text and "TEXT", **others,
+        "text": told, **others,
     }  # fmt: skip

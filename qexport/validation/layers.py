@@ -7,6 +7,7 @@ next to it and shares its data. Values are read for a few blocks at a time, as m
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 from torch import Tensor
 
@@ -100,11 +101,12 @@ def _linear_row(entry: LinearEntry, value: list[Tensor], seen: BlockComparison, 
     return ValueComparison(name=entry.name, block=entry.block, scheme=entry.scheme, rescaled=rescaled, **measures)
 
 
-def _measures(want: list[Tensor], own: list[Tensor], value: list[Tensor], rescaled: bool = False) -> dict[str, float]:
-    got, want = flat(value), flat(want)
-    own = flat(own)
-    measures = compare(want, channelwise(want, got) if rescaled else got)
-    return measures | {"own_sqnr_db": sqnr_db(own, channelwise(own, got) if rescaled else got)}
+def _measures(
+    want: Sequence[Tensor], own: Sequence[Tensor], value: Sequence[Tensor], rescaled: bool = False
+) -> dict[str, Any]:
+    got, whole, alone = flat(value), flat(want), flat(own)
+    measures = compare(whole, channelwise(whole, got) if rescaled else got)
+    return {**measures, "own_sqnr_db": sqnr_db(alone, channelwise(alone, got) if rescaled else got)}
 
 
 def compare(want: Tensor, got: Tensor) -> dict[str, float]:

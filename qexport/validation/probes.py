@@ -11,8 +11,9 @@ from torch import Tensor
 from ..artifact.manifest import BlockEntry, LinearEntry, Manifest
 from ..capture.blocks import Block
 from ..capture.graph import CapturedModel
-from ..graph.edit import shape_of
+from ..graph.edit import dtype_of, shape_of
 from ..graph.sites import fold_sites, linears
+from ..graph.views import operand, results_of
 from .attentions import attention_results
 from .reference import BlockComparison, Feeds, TeacherForcing, channelwise, flat
 from .running import run_values
@@ -57,12 +58,11 @@ def make_probes(captured: CapturedModel, manifest: Manifest, rows: int) -> list[
     for block in captured.blocks:
         nodes = {linear.name: linear.node for linear in linears(block.module.graph)}
         entries = tuple(entry for entry in manifest.readable if entry.name in nodes)
-        results = block.module.graph.output_node().args[0]
-        carried = results[block.outputs.index(captured.handed_on(block))]
-        output = outputs.get(block.name) if carried.meta["spec"].dtype.is_floating_point else None
+        carried = results_of(block.module.graph)[block.outputs.index(captured.handed_on(block))]
+        output = outputs.get(block.name) if dtype_of(carried).is_floating_point else None
         read = [nodes[entry.name] for entry in entries] + ([carried] if output else [])
         # One for every value of the file: inputs that are one value here may be several there.
-        read += [nodes[names[0]].args[0] for names in Probe(block.name, entries, None, 0).inputs().values()]
+        read += [operand(nodes[names[0]]) for names in Probe(block.name, entries, None, 0).inputs().values()]
         size = sum(_bytes(shape_of(node), rows) for node in read)
         found.append(Probe(block.name, entries, output, size, attention_results(block.module.graph)))
     return found
@@ -153,4 +153,5 @@ def rescaled_in_front(block: Block) -> dict[str, str]:
     """Linears whose channels smoothing may have divided by factors, by the readers that take these back."""
     by_node = {found.node: found.name for found in linears(block.module.graph)}
     sites = [site for site in fold_sites(block.module.graph) if site.kind == "rows"]
-    return {reader.name: by_node[site.producer] for site in sites for reader in site.consumers}
+    made = [(by_node[site.producer], site.consumers) for site in sites if site.producer is not None]
+    return {reader.name: producer for producer, consumers in made for reader in consumers}

@@ -35,8 +35,9 @@ def static_limits(folder: Path) -> dict[str, tuple[float, float]]:
         if node.op_type == "QuantizeLinear" and (scale := number(node.input[1])) is not None:
             zero = constants.get(node.input[2]) if len(node.input) > 2 else None
             if zero is not None and zero.data_type in _CODES:
-                offset = number(zero.name)
-                limits.setdefault(node.input[0], tuple(scale * (code - offset) for code in _CODES[zero.data_type]))
+                low_code, high_code = _CODES[zero.data_type]
+                if (offset := number(zero.name)) is not None:
+                    limits.setdefault(node.input[0], (scale * (low_code - offset), scale * (high_code - offset)))
         # Few bits are held within their range by a Clip, in front of a container that is wider.
         elif node.op_type == "Div" and (scale := number(node.input[1])) is not None:
             divided[node.output[0]] = (node.input[0], scale)

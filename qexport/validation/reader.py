@@ -37,8 +37,10 @@ def check_reader(captured: CapturedModel) -> ReaderAgreement:
 def _compared(captured: CapturedModel) -> ReaderAgreement:
     if captured.witness is None:
         return ReaderAgreement(why_not="it was captured from something else than a folder or a module")
-    names = ([b.name for b in captured.blocks], [p.name for p in captured.inputs], [p.name for p in captured.outputs])
-    outline = Outline(*map(tuple, names), float_bytes(captured), psutil.virtual_memory().available // 2)
+    outline = Outline(
+        tuple(b.name for b in captured.blocks), tuple(p.name for p in captured.inputs),
+        tuple(p.name for p in captured.outputs), float_bytes(captured), psutil.virtual_memory().available // 2,
+    )  # fmt: skip
     try:
         return _beside(captured, captured.witness.testify(outline))
     except Absent as reason:
@@ -90,7 +92,7 @@ def _past(captured: CapturedModel, feeds: Mapping[str, Tensor], results: Mapping
     for port in captured.inputs:
         if port.name.startswith("past_key_values."):
             made = results.get(port.name.replace("past_key_values", "present", 1))
-            past[port.name] = torch.zeros(rows, port.dims[1], 0, port.dims[3]) if made is None else made
+            past[port.name] = port.empty(rows) if made is None else made
     return past
 
 
@@ -99,7 +101,7 @@ def _run(
 ) -> tuple[dict[str, Tensor], int]:
     """All values of one call, and how many weights were compared, which they are in the first one."""
     values = {port.value: feeds[port.name] for port in captured.inputs if port.name in feeds}
-    order, weights, stream = list(captured.blocks), 0, None
+    order, weights, stream = list(captured.blocks), 0, ""
     for block in blocks:
         before = order[order.index(block) - 1] if order.index(block) else None
         if before is not None and before not in blocks:  # the last block that ran takes the place of those left out

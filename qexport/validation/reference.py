@@ -69,10 +69,9 @@ def check_same_model(captured: CapturedModel, manifest: Manifest, folder: Path, 
     for tensor in onnx.load(folder / MODEL_FILE, load_external_data=False).graph.initializer:
         dtype = _FLOATS.get(tensor.data_type)
         if tensor.name in parameters and dtype is not None and math.prod(tensor.dims) <= _COMPARED:
-            stored = tensor_of(tensor, folder)
-            if not FLOAT_TYPES[dtype].in_numpy:
-                stored = stored.view(np.int16)  # which torch takes from numpy
-            stored = torch.from_numpy(stored).view(dtype)
+            read = tensor_of(tensor, folder)
+            # torch takes integers from numpy in the place of what numpy lacks.
+            stored = torch.from_numpy(read if FLOAT_TYPES[dtype].in_numpy else read.view(np.int16)).view(dtype)
             if not torch.equal(captured.load(tensor.name).to(stored.dtype), stored):
                 refuse(f"{tensor.name} has other values")
 
@@ -167,7 +166,7 @@ def watch(
         forced: asked once for every block, before it runs.
     """
     stream = stream_of(captured, feeds)
-    state_name = None
+    state_name = ""
     for index, block in enumerate(captured.blocks):
         nodes = {found.node: found.name for found in linears(block.module.graph) if found.name in wanted}
         carried, given = block.outputs.index(captured.handed_on(block)), forced(block)

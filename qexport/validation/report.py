@@ -1,13 +1,13 @@
 """What a validation found, as data: the key "validation" of report.json."""
 
 import math
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Final, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from ..models.agreement import ReaderAgreement
 
-FORMAT = 1
+FORMAT: Final = 1
 HALF = "float16 in PyTorch"  # name of a `Reference`
 
 

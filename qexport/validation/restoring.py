@@ -91,7 +91,7 @@ def _embedding(folder: Path, captured: CapturedModel, manifest: Manifest) -> str
     output = next((entry.output for entry in manifest.blocks if entry.name == captured.blocks[0].name), None)
     graph = onnx.load(folder / MODEL_FILE, load_external_data=False).graph
     gathered = {node.output[0] for node in graph.node if node.op_type == "GatherBlockQuantized"}
-    return output if output in gathered else ""
+    return output if output is not None and output in gathered else ""
 
 
 def _correctable(folder: Path, values: Collection[str]) -> ModelInFolder:
@@ -126,7 +126,7 @@ class _Corrected:
     def __init__(self, session: ort.InferenceSession, feeds: Sequence[Feeds], logits: Sequence[Tensor]):
         self._session = session
         zeros = {value.name: torch.zeros(1) for value in session.get_inputs() if value.name.startswith(_PREFIX)}
-        self._feeds = [batch | zeros for batch in feeds]
+        self._feeds = [{**batch, **zeros} for batch in feeds]
         # KL is the sum of p log p - p q, plus log sum exp q: of the float model only two terms are kept.
         self._likely = [torch.softmax(value, -1) for value in logits]
         pairs = zip(self._likely, logits, strict=True)

@@ -92,7 +92,8 @@ def _by_run(events: Sequence[dict]) -> list[dict[tuple[str, str], float]]:
         for e in events
         if e.get("cat") == "Node" and e["name"].endswith(_KERNEL)
     )
-    found, index = [defaultdict(float) for _ in runs], 0
+    found: list[dict[tuple[str, str], float]] = [defaultdict(float) for _ in runs]
+    index = 0
     for begin, node, op, duration in kernels:
         while index < len(runs) and begin > runs[index][1]:
             index += 1
@@ -107,10 +108,11 @@ def _shares(runs: Sequence[Mapping[tuple[str, str], float]]) -> tuple[dict[str, 
     whole = sum(typical.values())
     if not whole:
         return {}, {}
-    by_op: Counter[str] = Counter()
+    by_op: dict[str, float] = defaultdict(float)
     for (_, op), duration in typical.items():
         by_op[op] += duration / whole
-    return {node: duration / whole for (node, _), duration in typical.items()}, dict(by_op.most_common())
+    largest_first = sorted(by_op.items(), key=lambda item: item[1], reverse=True)
+    return {node: duration / whole for (node, _), duration in typical.items()}, dict(largest_first)
 
 
 def _of_linears(manifest: Manifest, nodes: Mapping[str, float], branch: str) -> dict[str, float]:

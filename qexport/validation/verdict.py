@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from ..artifact.manifest import QMOE
 from .formatting import decibels, faulty, kernels, number, own, rank, worst_first
-from .report import HALF, Greedy, Logits, Reference, Report
+from .report import HALF, Greedy, Reference, Report
 
 ATTENTION = ("GroupQueryAttention", "Attention", "MultiHeadAttention")
 # Share of a value beyond its static scale from which it is worth a sentence: calibration on other text leaves less.
@@ -118,10 +118,11 @@ def _time(report: Report) -> list[str]:
         ("a prompt", layers.time_by_op, [row.time_share for row in layers.linears]),
         ("a step", layers.step_time_by_op, [row.step_time_share for row in layers.linears]),
     ):
-        if by_op and None not in shares:
+        known = [share for share in shares if share is not None]
+        if by_op and len(known) == len(shares):
             attention = sum(share for op, share in by_op.items() if op in ATTENTION)
             what = "a run" if report.logits is None else what
-            linears = sum(shares) + by_op.get(QMOE, 0.0)
+            linears = sum(known) + by_op.get(QMOE, 0.0)
             parts.append(f"{linears:.0%} of the time of {what} ({attention:.0%} are attention)")
     return [f"quantized linears take {' and '.join(parts)}"] if parts else []
 
@@ -132,7 +133,7 @@ def _sensitive(report: Report) -> list[str]:
     costly = [row for row in report.layers.linears if row.kl_cost is not None]
     if found is None or found.kl_mean is None or not costly:
         return []
-    worst = max(costly, key=lambda row: row.kl_cost)
+    worst = max(costly, key=lambda row: row.kl_cost or 0.0)
     restored = found.measured.get(worst.name)
     experts = " but experts" if QMOE in report.placement.kernels else ""
     fall = "" if restored is None else f"; with its value restored to float that falls by {number(restored)}"
@@ -162,7 +163,7 @@ def _values(report: Report) -> list[str]:
         )
     clipped = [found for found in report.layers.ranges if (found.clipped or 0) >= _CLIPPED]
     if clipped:
-        most = max(clipped, key=lambda found: found.clipped)
+        most = max(clipped, key=lambda found: found.clipped or 0.0)
         others = f"; {len(clipped)} values have more than {_CLIPPED:.1%} there" if len(clipped) > 1 else ""
         facts.append(
             f"{most.clipped:.2%} of what {_listed(list(most.linears), 3)} read is beyond its static scale{others}"
@@ -194,12 +195,12 @@ def _facts(report: Report) -> list[str]:
     if report.activations:
         counts = Counter(a.what for a in report.activations).most_common()
         facts.append("quantized activations: " + ", ".join(f"{n} {what}" for what, n in counts))
-    measured = [a for a in report.activations if a.kernel is not None]
+    measured = [(a.kernel, a) for a in report.activations if a.kernel is not None]
     if measured:
-        largest = max(measured, key=lambda a: a.kernel)
+        most, largest = max(measured, key=lambda pair: pair[0])
         facts.append(
-            f"rounding makes {statistics.mean(a.kernel for a in measured):.1%} of the quantized activations zero, most "
-            f"({largest.kernel:.1%}, {largest.kernel_without_zeros:.1%} of those not zero anyway) in front of "
+            f"rounding makes {statistics.mean(kernel for kernel, _ in measured):.1%} of the quantized activations "
+            f"zero, most ({most:.1%}, {largest.kernel_without_zeros:.1%} of those not zero anyway) in front of "
             f"{_listed(list(largest.linears), 3)}"
         )
     facts += _time(report)
@@ -210,9 +211,10 @@ def _facts(report: Report) -> list[str]:
             f"perplexity goes from {number(scores.float_perplexity)} to {number(scores.perplexity)}{note}; "
             f"KL is {number(scores.kl_mean)} a token, and {scores.top1_agreement:.1%} of the likeliest tokens agree"
         )
-        if scores.perplexity is not None:
-            facts.append(_degradation(scores.perplexity / scores.float_perplexity - 1, scores.kl_mean))
-        facts += _beside_half(scores, report.references)
+        kl = report.logits.kl_mean
+        if scores.perplexity is not None and scores.float_perplexity is not None:
+            facts.append(_degradation(scores.perplexity / scores.float_perplexity - 1, kl))
+        facts += _beside_half(kl, report.references)
         if (far := scores.farthest) is not None and far.kl:
             facts.append(
                 f"the largest KL, {number(far.kl)}, is at token {far.token} of window {far.window}, behind "
@@ -228,17 +230,17 @@ def _facts(report: Report) -> list[str]:
     return facts
 
 
-def _beside_half(scores: Logits, references: Sequence[Reference]) -> list[str]:
+def _beside_half(kl: float, references: Sequence[Reference]) -> list[str]:
     half = next((r.logits for r in references if r.name == HALF), None)
     if half is None:
         return []
     if half.kl_mean is None:
         return [f"the model itself fails in float16: {half.nonfinite_tokens} of {half.tokens} tokens give NaN or Inf"]
-    if scores.kl_mean <= half.kl_mean:
+    if kl <= half.kl_mean:
         return [f"KL is no larger than that of {HALF} ({number(half.kl_mean)}): a difference that means nothing"]
     if not half.kl_mean:
         return [f"{HALF} gives what float32 gives, so that any difference means something"]
-    times = scores.kl_mean / half.kl_mean
+    times = kl / half.kl_mean
     many = f"{times:,.0f}" if times >= 10 else f"{times:.1f}"
     return [f"KL is {many} times that of {HALF} ({number(half.kl_mean)}), the smallest difference that means anything"]
 

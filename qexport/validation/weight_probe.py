@@ -4,7 +4,7 @@ On a text a few channels carry most of a value, and the errors of the weights be
 every channel alike weighs every weight alike, so a scale that is wrong stands out of the rounding around it.
 """
 
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -138,9 +138,9 @@ def weight_faults(
         if entry.input and entry.input not in factors:
             given = values[entry.input]
             plain = torch.ones(given[0].shape[-1])
-            found = _factors(seen.own_inputs[entry.name], given) if transformed else plain
-            if found is not None:
-                factors[entry.input] = found
+            told = _factors(seen.own_inputs[entry.name], given) if transformed else plain
+            if told is not None:
+                factors[entry.input] = told
     heard = noise.run(
         [entry for entry in entries if entry.input in factors],
         {name: (values[name][0], factor != 0) for name, factor in factors.items()},
@@ -151,10 +151,11 @@ def weight_faults(
         if entry.name in heard:
             x, y = heard[entry.name].x, heard[entry.name].y
             factor = factors[entry.input]
-            weight = captured.load(found[entry.name].weight).float() / torch.where(factor != 0, factor, 1.0)
+            linear = found[entry.name]
+            weight = captured.load(linear.weight).float() / torch.where(factor != 0, factor, 1.0)
             want = x @ weight.t()
-            if found[entry.name].bias:
-                want += captured.load(found[entry.name].bias).float()
+            if linear.bias:
+                want += captured.load(linear.bias).float()
             got = channelwise(want, y) if entry.name in rescaled else y
             faults[entry.name] = fault_of_weight(x, weight, got - want, entry.scheme)
     return faults
@@ -167,10 +168,15 @@ def _factors(want: Sequence[Tensor], got: Sequence[Tensor]) -> Tensor | None:
     how far it does.
     """
     pairs = [(w.flatten(0, -2), g.flatten(0, -2).float()) for w, g in zip(want, got, strict=True)]
-    square = sum(w.square().sum(0, dtype=torch.float64) for w, _ in pairs)
-    factor = (sum((w * g).sum(0, dtype=torch.float64) for w, g in pairs) / square.clamp_min(1e-30)).float()
-    rest = sum((g - w * factor).square().sum(0, dtype=torch.float64) for w, g in pairs)
-    whole = sum(g.square().sum(0, dtype=torch.float64) for _, g in pairs)
+    square = _total(w.square() for w, _ in pairs)
+    factor = (_total(w * g for w, g in pairs) / square.clamp_min(1e-30)).float()
+    rest = _total((g - w * factor).square() for w, g in pairs)
+    whole = _total(g.square() for _, g in pairs)
     if rest.sum() > _UNEXPLAINED * whole.sum():
         return None
     return torch.where(whole > _SIGNAL**2 * whole[whole > 0].median(), factor, 0.0) if whole.any() else factor
+
+
+def _total(rows: Iterable[Tensor]) -> Tensor:
+    """Sums of columns over all batches, float64."""
+    return torch.stack([batch.sum(0, dtype=torch.float64) for batch in rows]).sum(0)

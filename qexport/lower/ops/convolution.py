@@ -8,6 +8,7 @@ from torch.fx import Node
 
 from ...graph.convolution_sites import CONVOLUTIONS, zero_padding
 from ...graph.edit import dtype_of, shape_of
+from ...graph.meta import Meta
 from ...graph.schema import Arguments, bind
 from ...graph.views import size_at
 from ..emitter import Attribute, Emitter, unsupported
@@ -30,7 +31,7 @@ def _conv(emit: Emitter, node: Node, given: Arguments) -> ir.Value:
         if (added := zero_padding(x, rank)) is not None:  # its Pad is dropped if nothing else reads it
             x, more = bind(x).self, [*added[0], *added[1]]
         pads = {"pads": [a + b for a, b in zip(own, more, strict=True)]}
-    name, output = node.meta.get("convolution", ""), node.meta.get("result_of", "")
+    name, output = node.meta.get(Meta.CONVOLUTION, ""), node.meta.get(Meta.RESULT_OF, "")
     return emit.op(
         "Conv", emit.get(x), emit.get(given.weight), emit.get(given.bias), name=name,
         output=output and f"{output}.output", strides=strides, dilations=_each(given.dilation, rank),

@@ -188,7 +188,7 @@ def _softplus(emit: Emitter, node: Node, given: Arguments) -> ir.Value:
     aten.to.dtype, aten.to.device, aten.to.dtype_layout, aten._to_copy.default, aten.type_as.default
 )  # fmt: skip
 def _cast(emit: Emitter, node: Node, given: Arguments) -> ir.Value:
-    source = emit.get(given.self)
+    source: ir.Value = emit.get(given.self)
     if dtype_of(given.self) == dtype_of(node):
         return source
     return emit.op("Cast", source, to=ONNX_DTYPE[dtype_of(node)])
@@ -297,7 +297,7 @@ def _clamp_min(emit: Emitter, node: Node, given: Arguments) -> ir.Value:
 
 @translates(aten.clamp.Tensor)
 def _clamp_by_tensor(emit: Emitter, node: Node, given: Arguments) -> ir.Value:
-    x = emit.get(given.self)
+    x: ir.Value = emit.get(given.self)
     for bound, op_type in ((given.min, "Max"), (given.max, "Min")):
         if bound is not None:
             x = emit.op(op_type, x, emit.get(bound, dtype_of(node)))

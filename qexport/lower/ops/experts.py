@@ -9,6 +9,7 @@ from torch.fx import Node
 
 from ...artifact.manifest import QMOE
 from ...graph.edit import dtype_of
+from ...graph.meta import Meta
 from ...graph.schema import Arguments
 from ...graph.views import sizes_of
 from ...quant.packing import pack_rows
@@ -83,7 +84,7 @@ class _Side:
 
 @translates(ops.quantized_experts.default)
 def _quantized_experts(emit: Emitter, node: Node, given: Arguments) -> ir.Value:
-    name, order, bits, block = node.meta["experts"].name, None, given.bits, given.block_size
+    name, order, bits, block = node.meta[Meta.EXPERTS].name, None, given.bits, given.block_size
     if given.activation == "swiglu" and not given.interleaved:  # the only order that the CPU provider takes
         order = torch.arange(sizes_of(given.up_codes[0])[1]).view(2, -1).t().reshape(-1)
     up = _Side(

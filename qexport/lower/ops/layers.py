@@ -5,6 +5,7 @@ import torch
 from torch.fx import Node
 
 from ...graph.edit import dtype_of, shape_of
+from ...graph.meta import Meta
 from ...graph.ops.attention import MASKED
 from ...graph.schema import Arguments
 from ...graph.views import END
@@ -36,8 +37,8 @@ def _matmul(right: str) -> Translation:
     """A product whose second factor the schema calls `right`."""
 
     def translate(emit: Emitter, node: Node, given: Arguments) -> ir.Value:
-        name = node.meta.get("linear", "")
-        output = f"{name}.output" if name and "result_of" in node.meta else ""
+        name = node.meta.get(Meta.LINEAR, "")
+        output = f"{name}.output" if name and Meta.RESULT_OF in node.meta else ""
         return emit.op("MatMul", emit.get(given.self), emit.get(getattr(given, right)), name=name, output=output)
 
     return translate
@@ -68,8 +69,9 @@ def _baddbmm(emit: Emitter, node: Node, given: Arguments) -> ir.Value:
 
 def _gain(emit: Emitter, node: Node, given: Arguments) -> ir.Value:
     """A norm's gain; ones where it has none, as ONNX wants one."""
-    if given.weight is not None:
-        return emit.get(given.weight)
+    weight: Node | None = given.weight
+    if weight is not None:
+        return emit.get(weight)
     return emit.constant(torch.ones(given.normalized_shape).tolist(), dtype_of(node))
 
 
@@ -133,8 +135,10 @@ def _added_mask(emit: Emitter, node: Node | None) -> ir.Value | None:
     Where every score of a row is masked with the lowest number of its type, PyTorch gives the mean of the values, as it
     does for any other number, and ONNX Runtime zeros, as both do for -inf. Half the number masks as well.
     """
-    mask = emit.get(node)
-    if mask is None or not (dtype := dtype_of(node)).is_floating_point:
+    if node is None:
+        return None
+    mask, dtype = emit.get(node), dtype_of(node)
+    if not dtype.is_floating_point:
         return mask
     lowest = torch.finfo(dtype).min
     is_lowest = emit.op("Equal", mask, emit.constant(lowest, dtype))

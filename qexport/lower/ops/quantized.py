@@ -7,8 +7,9 @@ import torch
 from torch.fx import Node
 
 from ...graph.edit import dtype_of, is_call, shape_of
+from ...graph.meta import Meta
 from ...graph.schema import Arguments
-from ...graph.views import sizes_of, tensor_name
+from ...graph.views import operand, sizes_of, tensor_name
 from ...quant.expand import channel_scale, expand_to_int8
 from ...quant.packing import pack_rows
 from ..emitter import Attribute, Emitter
@@ -47,7 +48,7 @@ def _token_scale(emit: Emitter, node: Node, given: Arguments) -> ir.Value:
 
 @translates(ops.matmul_integer.default)
 def _matmul_integer(emit: Emitter, node: Node, given: Arguments) -> ir.Value:
-    return emit.op("MatMulInteger", emit.get(given.a), emit.get(given.b), name=node.meta.get("linear", ""))
+    return emit.op("MatMulInteger", emit.get(given.a), emit.get(given.b), name=node.meta.get(Meta.LINEAR, ""))
 
 
 @translates(ops.widen_int4.default)
@@ -107,7 +108,7 @@ def _expand(emit: Emitter, node: Node, given: Arguments) -> ir.Value:
 @translates(ops.matmul_nbits_input.default)
 def _nbits_input(emit: Emitter, node: Node, given: Arguments) -> ir.Value:
     """No node: the kernel does it to its own input."""
-    return emit.get(given.x)
+    return emit.get(operand(node))
 
 
 @translates(ops.matmul_nbits.default)
@@ -160,6 +161,6 @@ def kernel(
     emit: Emitter, node: Node, op_type: str, x: Node, *constants: ir.Value | None, **attributes: Attribute
 ) -> ir.Value:
     """A product that is a kernel of ONNX Runtime's own, under the linear's name."""
-    name = node.meta["linear"]
-    output = f"{name}.output" if "result_of" in node.meta else ""
+    name = node.meta[Meta.LINEAR]
+    output = f"{name}.output" if Meta.RESULT_OF in node.meta else ""
     return emit.op(op_type, emit.get(x), *constants, domain="com.microsoft", name=name, output=output, more=attributes)

@@ -8,8 +8,9 @@ import torch
 from torch.fx import Node
 
 from ...graph.edit import dtype_of, shape_of
+from ...graph.meta import Meta
 from ...graph.schema import Arguments
-from ...graph.views import END, Operand, Size
+from ...graph.views import END, Item, Operand, Size, Slice
 from ..emitter import Emitter, unsupported
 from ..registry import translates
 
@@ -18,7 +19,8 @@ aten = torch.ops.aten
 
 @translates(operator.getitem)
 def _item(emit: Emitter, node: Node, given: Arguments) -> ir.Value:
-    return emit.results[given.source][given.index]
+    item = Item.of(node)
+    return emit.results[item.source][item.index]
 
 
 @translates(aten.sym_size.int)
@@ -131,11 +133,11 @@ def _squeeze(emit: Emitter, node: Node, given: Arguments) -> ir.Value:
 
 @translates(aten.slice.Tensor)
 def _slice(emit: Emitter, node: Node, given: Arguments) -> ir.Value:
-    start, end = 0 if given.start is None else given.start, END if given.end is None else given.end
-    if (start, end, given.step) == (0, END, 1):
-        return emit.get(given.self)
-    bounds = [emit.shape([bound]) for bound in (start, end)]
-    return emit.op("Slice", emit.get(given.self), *bounds, emit.constant([given.dim]), emit.constant([given.step]))
+    cut = Slice.of(node)
+    if cut.bounds == (0, END) and cut.step == 1:
+        return emit.get(cut.x)
+    bounds = [emit.shape([bound]) for bound in cut.bounds]
+    return emit.op("Slice", emit.get(cut.x), *bounds, emit.constant([cut.dim]), emit.constant([cut.step]))
 
 
 @translates(aten.cat.default, aten.concat.default)
@@ -152,13 +154,13 @@ def _stack(emit: Emitter, node: Node, given: Arguments) -> ir.Value:
 
 @translates(aten.split_with_sizes.default, aten.split.Tensor, aten.split.sizes, aten.chunk.default)
 def _split(emit: Emitter, node: Node, given: Arguments) -> tuple[ir.Value, ...]:
-    sizes = [spec.shape[given.dim] for spec in node.meta["spec"]]
+    sizes = [spec.shape[given.dim] for spec in node.meta[Meta.SPEC]]
     return emit.several(len(sizes), "Split", emit.get(given.self), emit.constant(sizes), axis=given.dim)
 
 
 @translates(aten.unbind.int)
 def _unbind(emit: Emitter, node: Node, given: Arguments) -> tuple[ir.Value, ...]:
-    parts, axis = len(node.meta["spec"]), given.dim
+    parts, axis = len(node.meta[Meta.SPEC]), given.dim
     return tuple(emit.op("Gather", emit.get(given.self), emit.constant(part), axis=axis) for part in range(parts))
 
 
@@ -214,7 +216,8 @@ def _in_place_of(emit: Emitter, old: Node, new: Operand, dtype: torch.dtype) -> 
 @translates(aten.roll.default)
 def _roll(emit: Emitter, node: Node, given: Arguments) -> ir.Value:
     """The end of an axis in front of its beginning."""
-    x, one = emit.get(given.self), emit.constant([1])
+    x: ir.Value = emit.get(given.self)
+    one = emit.constant([1])
     if len(given.dims) != len(given.shifts):
         raise unsupported(node, "without axes")
     for shift, axis in zip(given.shifts, given.dims, strict=True):
