@@ -13,6 +13,7 @@ from .files import read_json
 from .output import check_there
 from .token_ids import check_token_ids
 
+Kind = Literal["decoder", "encoder", "module"]
 FORMAT: Final = 1
 MODEL_FILE = "model.onnx"
 GENAI_FILE = "genai_config.json"
@@ -134,7 +135,7 @@ class Manifest(_Frozen):
     format: Literal[1] = FORMAT
     qexport: str = ""
     target: str = Field(min_length=1)
-    kind: Literal["decoder", "encoder", "module"]
+    kind: Kind
     dtype: str = "float32"
     provider: str = CPU
     session: dict[str, str] = Field(default_factory=dict)

@@ -1,6 +1,7 @@
 """Which input features of linears calibration data never made active: nothing is known of them, whatever the method."""
 
 from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 from torch.fx import GraphModule, Node
 

@@ -12,6 +12,7 @@ One block's weights are in memory; what blocks read lies in a temporary folder b
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file

@@ -83,7 +83,7 @@ class QuantizedBlock:
 
     def read_prompt(self, name: str) -> torch.Tensor:
         """A tensor of `prompt`: its own small ones, else the block's."""
-        own = get_tensor(self.prompt, name)
+        own = get_tensor(self.block.module if self.prompt is None else self.prompt, name)
         return self.read(name) if own.device.type == "meta" else own
 
     def _load(self, name: str) -> torch.Tensor:

@@ -6,6 +6,7 @@ from typing import Any, Protocol
 import torch
 from torch.fx import Node
 
+from ..artifact.manifest import Kind
 from ..errors import InputError
 from ..graph.views import results_of
 from ..models.agreement import ReaderAgreement
@@ -82,7 +83,7 @@ class CapturedModel:
         left_out: tensors of the checkpoint that the model does not read.
     """
 
-    kind: str
+    kind: Kind
     blocks: list[Block]
     inputs: list[Port]
     outputs: list[Port]

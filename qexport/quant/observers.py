@@ -1,6 +1,7 @@
 """Ranges of activations from streams of batches, in memory that does not grow with the stream."""
 
 import math
+from typing import Protocol
 
 import torch
 from torch import Tensor

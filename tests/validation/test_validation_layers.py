@@ -11,7 +11,7 @@ from qexport.calibrate.block_activations import module_feeds
 from qexport.errors import InputError
 from qexport.recipe.recipe import Recipe
 from qexport.runtime.session import optimized_graph
-from qexport.validation import make_probes as reading
+from qexport.validation import probes as reading
 from qexport.validation.layers import compare_layers
 from qexport.validation.probes import Probe, in_groups, make_probes
 from qexport.validation.reference import FloatOutputs, TeacherForcing, decoder_feeds, watch
