@@ -2,12 +2,15 @@ import copy
 import signal
 import sys
 import warnings
+from contextlib import nullcontext
 from functools import cache, partial
+from pathlib import Path
 
 import pytest
 import torch
 import transformers
 
+from helpers import traces
 from helpers.cuda_placement.build import CannotBuild, build_stand_ins
 from helpers.cuda_placement.probe import placement
 from helpers.random_decoders import save_model
@@ -15,8 +18,18 @@ from qexport import cli
 from qexport.api.exporting import capture
 from qexport.validation.reader import check_reader
 
+pytest_plugins = ["helpers.times"]
+
 transformers.logging.disable_progress_bar()
 torch.set_num_threads(1)  # models here are so small that threads cost more than they bring
+_CAPTURE = Path(__file__).with_name("capture")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item):
+    """A model is traced once, but for the tests of that."""
+    with nullcontext() if item.path.is_relative_to(_CAPTURE) else traces.remembered():
+        return (yield)
 
 
 @pytest.fixture(scope="session")
