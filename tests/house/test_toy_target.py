@@ -92,7 +92,7 @@ def test_a_name_is_given_once():
         pass
 
     Other.__module__ = "elsewhere"
-    with pytest.raises(ValueError, match="elsewhere: the target 'abacus' is in test_toy_target already"):
+    with pytest.raises(ValueError, match=f"elsewhere: the target 'abacus' is in {__name__} already"):
         register(Other)
     Other.name = "cuda"
     with pytest.raises(ValueError, match=r"the target 'cuda' is in qexport.targets.cuda already"):

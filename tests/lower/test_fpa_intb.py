@@ -18,7 +18,7 @@ from helpers.random_decoders import save_model
 from qexport.api.inspecting import inspect
 from qexport.cli.printers.summaries import export_summary, print_export, print_inspection
 from qexport.recipe.recipe import CalibrationSpec, Recipe
-from qexport.targets.fpa_intb import ENTRY, Product, has_no_kernel, why_not, why_slow
+from qexport.targets.kernels.fpa_intb import ENTRY, Product, has_no_kernel, why_not, why_slow
 
 ON = {ENTRY: "1"}
 DTYPES = {"float16": TensorProto.FLOAT16, "bfloat16": TensorProto.BFLOAT16}
