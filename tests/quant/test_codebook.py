@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
 from qexport.errors import NumericsError, RecipeError
-from qexport.quant.formats import FP4, NF4, Scheme
-from qexport.quant.formats.codebooks import CODEBOOKS, decode_codebook, double_quantized, dynamic_map
+from qexport.quant.formats import Scheme
+from qexport.quant.formats.codebooks import CODEBOOKS, FP4, NF4, decode_codebook, double_quantized, dynamic_map
 from qexport.quant.packing import pack_high_first
 
 books = pytest.mark.parametrize("book", ["nf4", "fp4"])

@@ -5,8 +5,6 @@ import yaml
 
 from qexport.errors import RecipeError
 from qexport.quant.formats import (
-    FP4,
-    NF4,
     PER_CHANNEL,
     ActivationFormat,
     ExpandedFormat,
@@ -14,6 +12,7 @@ from qexport.quant.formats import (
     Scheme,
     full_name,
 )
+from qexport.quant.formats.codebooks import FP4, NF4
 from qexport.recipe.recipe import CalibrationSpec, Override, Recipe
 from qexport.recipe.registry import section
 

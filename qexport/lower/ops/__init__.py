@@ -1,15 +1,7 @@
-"""The translations of operators into ONNX; importing this package registers all of them."""
+"""The translations of operators into ONNX; importing this package registers those of all its files."""
 
-from . import (  # noqa: F401
-    codebooks,
-    convolution,
-    elementwise,
-    embedding,
-    experts,
-    grouped,
-    indexing,
-    layers,
-    quantized,
-    resampling,
-    shapes,
-)
+from importlib import import_module
+from pkgutil import iter_modules
+
+for _found in iter_modules(__path__, f"{__name__}."):
+    import_module(_found.name)

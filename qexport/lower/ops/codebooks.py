@@ -8,12 +8,11 @@ from ...graph.edit import dtype_of
 from ...graph.schema import Arguments
 from ...graph.views import sizes_of
 from ...passes.formats.codebooks import ops
+from ...quant.formats.codebooks import CODEBOOKS
 from ...quant.packing import pack_high_first
 from ..emitter import Emitter
 from ..registry import translates
 from .quantized import kernel
-
-_QUANT_TYPE = {"fp4": 0, "nf4": 1}
 
 
 @translates(ops.matmul_bnb4.default)
@@ -27,5 +26,5 @@ def _matmul_bnb4(emit: Emitter, node: Node, given: Arguments) -> ir.Value:
     absmax = emit.derived(given.scale, "blocks", [n * k // block_size], dtype_of(given.scale), spread)
     return kernel(
         emit, node, "MatMulBnb4", given.x, weight, absmax, K=k, N=n, block_size=block_size,
-        quant_type=_QUANT_TYPE[given.codebook],
+        quant_type=CODEBOOKS[given.codebook].kernel_code,
     )  # fmt: skip

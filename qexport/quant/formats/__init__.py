@@ -1,13 +1,22 @@
-"""Number formats: each is one object in one file, and found by its name."""
+"""Number formats: each is one object in one file of this folder, and found by its name.
+
+Files register their formats when they are imported, and all of them are. `passes.formats` has the halves that know
+graphs, and `lower.ops` the translations of their operators.
+"""
+
+from importlib import import_module
+from pkgutil import iter_modules
 
 from ..grids import GROUP_SIZES, PER_CHANNEL, PER_TENSOR, ActivationFormat
 from .base import QuantizedWeight, WeightFormat, begins_as_scheme, weight_format, weight_formats
-from .codebooks import FP4, NF4
 from .integer import ExpandedFormat, IntegerFormat
 from .scheme import Scheme, full_name, offered
 
 __all__ = [
-    "FP4", "GROUP_SIZES", "NF4", "PER_CHANNEL", "PER_TENSOR", "ActivationFormat", "ExpandedFormat", "IntegerFormat",
+    "GROUP_SIZES", "PER_CHANNEL", "PER_TENSOR", "ActivationFormat", "ExpandedFormat", "IntegerFormat",
     "QuantizedWeight", "Scheme", "WeightFormat", "begins_as_scheme", "full_name", "offered", "weight_format",
     "weight_formats",
 ]  # fmt: skip
+
+for _found in iter_modules(__path__, f"{__name__}."):
+    import_module(_found.name)

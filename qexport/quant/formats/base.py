@@ -6,8 +6,10 @@ which shapes it fits and what can be done with its codes. How it stands in a gra
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cache
+from importlib.metadata import entry_points
 from typing import ClassVar, Self, TypeVar
 
 from torch import Tensor
@@ -178,6 +180,9 @@ class WeightFormat(GroupedCodes, ABC):
         return False
 
 
+# Packages that bring formats name their modules under this group; importing a module registers what it declares.
+ENTRY_POINTS = "qexport.formats"
+
 _F = TypeVar("_F", bound=type[WeightFormat])
 _FORMATS: list[type[WeightFormat]] = []
 
@@ -201,9 +206,26 @@ def forget(cls: type[WeightFormat]) -> None:
     _FORMATS.remove(cls)
 
 
-def weight_formats() -> Iterator[type[WeightFormat]]:
-    """Every registered format, in the order of their registration."""
-    return iter(_FORMATS)
+def weight_formats() -> tuple[type[WeightFormat], ...]:
+    """Every registered format, those of the package first.
+
+    Raises:
+        RecipeError: a package that brings formats cannot be imported.
+    """
+    _import_others()
+    return tuple(_FORMATS)
+
+
+@cache
+def _import_others() -> None:
+    for point in entry_points(group=ENTRY_POINTS):
+        try:
+            point.load()
+        except Exception as error:
+            raise RecipeError(
+                f"its formats cannot be imported: {type(error).__name__}: {error}", place=point.value,
+                remedy="Repair or uninstall the package",
+            ) from error  # fmt: skip
 
 
 def parse(name: str) -> tuple[WeightFormat, ActivationFormat | None]:
@@ -213,25 +235,26 @@ def parse(name: str) -> tuple[WeightFormat, ActivationFormat | None]:
         RecipeError: unknown name, or a combination that no target runs.
         ValueError: two formats read the name.
     """
-    found = [(cls, match) for cls in _FORMATS if (match := _match(cls, name)) is not None]
+    known = weight_formats()
+    found = [(cls, match) for cls in known if (match := _match(cls, name)) is not None]
     if len(found) > 1:
         raise ValueError(f"{' and '.join(cls.__name__ for cls, _ in found)} both read {name!r}")
     if not found:
-        known = [example for cls in _FORMATS for example in cls.examples]
-        raise RecipeError(f"unknown scheme {name!r}", remedy=f"Schemes are {', '.join(known)} and the like")
+        examples = ", ".join(example for cls in known for example in cls.examples)
+        raise RecipeError(f"unknown scheme {name!r}", remedy=f"Schemes are {examples} and the like")
     cls, match = found[0]
     return cls.parse(match)
 
 
 def regrouped(name: str, size: int) -> str:
     """The name of the same scheme with groups of another size."""
-    stem = next(match for cls in _FORMATS if (match := re.match(cls.stem, name)) is not None).group()
+    stem = next(match for cls in weight_formats() if (match := re.match(cls.stem, name)) is not None).group()
     return f"{stem}_g{size}" + re.sub(r"_g\d+", "", name.removeprefix(stem), count=1)
 
 
 def begins_as_scheme(text: str) -> bool:
     """Whether a text begins as the names of some format do."""
-    return any(re.match(cls.stem, text) for cls in _FORMATS)
+    return any(re.match(cls.stem, text) for cls in weight_formats())
 
 
 def group_size(match: re.Match[str], digits: str) -> int:

@@ -26,6 +26,7 @@ class CodebookFormat(WeightFormat):
         double_quant: the scales are themselves rounded to 8 bits (arXiv 2305.14314).
         name: of the table, and what names of the format begin with.
         values: the table by code, in [-1, 1].
+        kernel_code: what MatMulBnb4 calls the table.
     """
 
     bits: int = field(default=4, init=False)
@@ -34,6 +35,7 @@ class CodebookFormat(WeightFormat):
     options = r"(?:_g(?P<group>\d+))?(?P<double>_dq)?"
     name: ClassVar[str]
     values: ClassVar[tuple[float, ...]]
+    kernel_code: ClassVar[int]
 
     @classmethod
     def parse(cls, match: re.Match[str]) -> tuple[Self, ActivationFormat | None]:
@@ -107,6 +109,7 @@ class NF4(CodebookFormat):
     """4-bit NormalFloat: quantiles of a normal distribution, in rising order."""
 
     name = stem = "nf4"
+    kernel_code = 1
     examples = ("nf4",)
     values = (
         -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
@@ -126,6 +129,7 @@ class FP4(CodebookFormat):
     """4-bit floating point: a sign, two bits of exponent and one of mantissa, divided by 12, the largest of them."""
 
     name = stem = "fp4"
+    kernel_code = 0
     examples = ("fp4",)
     values = tuple(value / 12 for value in (0, 0.0625, 8, 12, 4, 6, 2, 3, 0, -0.0625, -8, -12, -4, -6, -2, -3))
 
