@@ -47,8 +47,9 @@ class GPTQSection(WeightMethod):
         hessian = None if seen is None else seen.value()
         if hessian is None or not hessian.any():
             return fmt.round_to_nearest(table, self.clip_search)
-        found = {"damp": self.damp, "act_order": self.act_order, "clip_search": self.clip_search}
-        return gptq_quantize(table, hessian, fmt, **found)
+        return gptq_quantize(
+            table, hessian, fmt, damp=self.damp, act_order=self.act_order, clip_search=self.clip_search
+        )
 
 
 @dataclass(frozen=True)

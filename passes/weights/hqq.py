@@ -43,7 +43,9 @@ class HalfQuadratic(GraphPass):
     preserves_values: ClassVar[bool] = True
 
     def call(self, module: GraphModule, context: Context) -> PassResult:
-        def quantize(linear: Linear, w: torch.Tensor, fmt: IntegerFormat, factor) -> QuantizedWeight:
+        def quantize(
+            linear: Linear, w: torch.Tensor, fmt: IntegerFormat, factor: torch.Tensor | None
+        ) -> QuantizedWeight:
             return hqq_quantize(w, fmt)
 
         return quantize_linears(module, self.plan, context.handover, quantize)

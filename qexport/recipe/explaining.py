@@ -41,8 +41,8 @@ def explain(
         message, remedy = (*first["ctx"]["error"].args, None)[:2]
     else:
         message = f"{first['msg'][0].lower()}{first['msg'][1:]}, not {first['input']!r}"
-    known = [part for part in (path, path[:-1]) if lines and part in lines]
-    where = f"{file}:{lines[known[0]]}" if known else file
+    line = next((lines[part] for part in (path, path[:-1]) if part in lines), None) if lines else None
+    where = file if line is None else f"{file}:{line}"
     return RecipeError(message, place=", ".join(filter(None, [where, ".".join(map(str, path))])) or None, remedy=remedy)
 
 
@@ -72,12 +72,12 @@ def _section(spec: "type[Section]", path: tuple, given: Any) -> "type[Section]":
     """The section at a path of what was read."""
     for key in path:
         given = given.get(key) if isinstance(given, Mapping) else given[key]
-        if isinstance(key, str):
-            spec = spec.part(key, given)
+        if isinstance(key, str) and (part := spec.part(key, given)) is not None:
+            spec = part
     return spec
 
 
-def model_in(annotation: Any) -> type[BaseModel] | None:
+def model_in(annotation: Any) -> Any:
     """The model in an annotation, such as `tuple[Model, ...]`; None where there is none."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation

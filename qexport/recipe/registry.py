@@ -11,7 +11,7 @@ from importlib.metadata import EntryPoint, entry_points
 from pkgutil import iter_modules
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, create_model, model_serializer, model_validator
+from pydantic import ConfigDict, create_model, model_serializer, model_validator
 
 from ..errors import RecipeError
 from .sections import Section
@@ -52,7 +52,6 @@ class Method(Section):
     """
 
     kind: ClassVar[str]
-    method: ClassVar[str]
     key: ClassVar[str]
     stage: ClassVar[Stage]
     calibrates: ClassVar[bool] = False
@@ -124,8 +123,9 @@ def method(kind: str, name: str, *, key: str = "", default: bool = False) -> Cal
             raise RecipeError(f"{name} of {kind} is registered twice, by {other.__module__} and by {cls.__module__}")
         if kind not in KINDS or cls.kind != kind:
             raise RecipeError(f"{cls.__name__} is of {cls.kind}, not of {kind}", remedy=f"Kinds are {', '.join(KINDS)}")
-        if any(m.key == cls.key and m.kind != kind for m in _REGISTERED.values()):
-            raise RecipeError(f"{cls.key} is a key of other methods than those of {kind}", place=cls.__name__)
+        alike = (kind, cls.key == name)  # a key belongs to one method, or to some of a kind that `method` tells apart
+        if any(m.key == cls.key and (m.kind, m.key == m.method) != alike for m in _REGISTERED.values()):
+            raise RecipeError(f"{cls.key} is a key of other methods", place=cls.__name__)
         _REGISTERED[kind, name] = cls
         if default:
             _DEFAULTS[cls.key] = name
@@ -145,7 +145,7 @@ def methods() -> list[type[Method]]:
     return sorted(_REGISTERED.values(), key=lambda m: (m.stage, m.key, m.method))
 
 
-def chosen(key: str, given: Any) -> type[BaseModel] | None:
+def chosen(key: str, given: Any) -> type[Section] | None:
     """The section that the value under a key of a recipe is; None where there is no such key.
 
     A `method` that nobody registered gives a section that takes the known names.
@@ -160,7 +160,12 @@ def chosen(key: str, given: Any) -> type[BaseModel] | None:
         name = key
     if isinstance(name, str) and name in known:
         return known[name]
-    return create_model("Named", __config__=ConfigDict(extra="ignore"), method=(Literal[tuple(sorted(known))], ...))
+    names: Any = Literal[tuple(sorted(known))]
+    return create_model("Named", __base__=_Named, method=(names, ...))
+
+
+class _Named(Section):
+    model_config = ConfigDict(extra="ignore")
 
 
 def section(key: str, **fields: Any) -> Method:
@@ -192,7 +197,7 @@ class MethodKeys(Section):
         return list(dict.fromkeys([*cls.model_fields, *(m.key for m in methods())]))
 
     @classmethod
-    def part(cls, key: str, value: Any) -> type[BaseModel] | None:
+    def part(cls, key: str, value: Any) -> type[Section] | None:
         return chosen(key, value) or super().part(key, value)
 
     @model_validator(mode="before")
@@ -201,7 +206,8 @@ class MethodKeys(Section):
         """Make sections of the keys that name methods; what is no key of anything is refused on the way."""
         if not isinstance(given, dict):
             return given
-        fields, values = {}, {}
+        fields: dict[str, Any] = {}
+        values: dict[Any, Any] = {}
         for key, value in given.items():
             kind = chosen(key, value) if isinstance(key, str) else None
             if kind is None and key not in cls.model_fields:
@@ -212,17 +218,19 @@ class MethodKeys(Section):
         known = {key: value for key, value in given.items() if key in cls.model_fields and key not in fields}
         return known | dict(model.model_validate(values))
 
-    def __getattr__(self, name: str) -> Any:
-        """A method that is not given is None."""
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name.startswith("_") or not under(name):
-                raise
-            return None
+    if not TYPE_CHECKING:  # so that misspelt attributes of recipes are found where types are checked
+
+        def __getattr__(self, name: str) -> Any:
+            """A method that is not given is None."""
+            try:
+                return super().__getattr__(name)
+            except AttributeError:
+                if name.startswith("_") or not under(name):
+                    raise
+                return None
 
 
-def _without_name(kind: type[BaseModel], value: Any) -> Any:
+def _without_name(kind: type[Section], value: Any) -> Any:
     """A mapping without `method`, where that has chosen the section."""
     shared = issubclass(kind, Method) and kind.key != kind.method
     return {k: v for k, v in value.items() if k != "method"} if shared and isinstance(value, Mapping) else value

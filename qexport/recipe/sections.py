@@ -1,12 +1,17 @@
 """The sections that every recipe has, with their defaults, and what all sections share; see `registry` for methods."""
 
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from ..errors import RecipeError
 from ..quant.formats import Scheme, full_name
 from .explaining import explain, model_in
+
+if TYPE_CHECKING:
+    from pydantic._internal._model_construction import ModelMetaclass as _ModelType
+else:
+    _ModelType = type(BaseModel)
 
 FLOAT = "float"
 TIED = "tied"
@@ -36,20 +41,21 @@ def scheme_of_embedding(name: str) -> str:
     return known
 
 
-class _SectionType(type(BaseModel)):
+class _SectionType(_ModelType):
     """Makes a spec written in Python fail with the same RecipeError as one written in a file."""
 
     def __call__(cls, *args: Any, **fields: Any) -> Any:
         try:
             return super().__call__(*args, **fields)
         except ValidationError as error:
-            raise explain(cls, error, given=fields) from None
+            raise explain(cast("type[Section]", cls), error, given=fields) from None
 
 
 class Section(BaseModel, metaclass=_SectionType):
     """A mapping of a recipe: unknown keys are refused, and nothing changes later."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+    method: ClassVar[str] = ""  # its name among those that may stand in its place, see `keys_of_others`
 
     @classmethod
     def known_keys(cls) -> list[str]:
@@ -57,7 +63,7 @@ class Section(BaseModel, metaclass=_SectionType):
         return list(cls.model_fields)
 
     @classmethod
-    def part(cls, key: str, value: Any) -> type[BaseModel] | None:
+    def part(cls, key: str, value: Any) -> type["Section"] | None:
         """What the mapping, or the items of the list, under a key are; None for plain values."""
         return model_in(cls.model_fields[key].annotation) if key in cls.model_fields else None
 

@@ -144,8 +144,10 @@ def test_a_kind_and_a_key_have_to_fit(registered):
         RecipeError, match=r"Mine is of equalization, not of weights\. Kinds are model, equalization, b"
     ):
         method("weights", "mine")(Mine)
-    with pytest.raises(RecipeError, match="^Mine: weights is a key of other methods than those of equalization$"):
+    with pytest.raises(RecipeError, match="^Mine: weights is a key of other methods$"):
         method("equalization", "mine", key="weights")(Mine)
+    with pytest.raises(RecipeError, match="^Mine: smooth is a key of other methods$"):
+        method("equalization", "smooth")(Mine)
     method("equalization", "mine", key="smooth")(Mine)
     assert Recipe(scheme="w8a8_dyn", smooth={"method": "mine"}).smooth == Mine()
     with pytest.raises(RecipeError, match="fptq and smooth both decide the factors of activations"):
