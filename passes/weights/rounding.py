@@ -1,10 +1,8 @@
 """What the methods that make codes of weights share: rounding to nearest, and the walk over the linears of a block."""
 
 from collections.abc import Callable, Mapping
-from typing import Annotated
 
 import torch
-from pydantic import AfterValidator, Field
 from torch.fx import GraphModule
 
 from ...errors import QExportError
@@ -17,15 +15,6 @@ from ..insert_qdq import insert_weight
 
 # weight [N, K], its format, and the factor [K] that its columns shall carry after it is rounded (None: 1)
 Quantize = Callable[[Linear, torch.Tensor, IntegerFormat, torch.Tensor | None], QuantizedWeight]
-
-
-def _positive(rates: tuple[float, ...]) -> tuple[float, ...]:
-    if not all(rate > 0 for rate in rates):
-        raise ValueError("learning rates are above 0", "Leave the key out for 0.01, 0.03 and 0.1")
-    return rates
-
-
-LearningRates = Annotated[tuple[float, ...], Field(min_length=1, max_length=16), AfterValidator(_positive)]
 
 
 def planned(plan: Mapping[str, LinearPlan], linear: Linear) -> bool:

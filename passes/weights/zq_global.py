@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from pydantic import Field
 from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
 
@@ -15,33 +14,22 @@ from ...graph.sites import Linear, linears
 from ...plan.linear_plan import LinearPlan
 from ...quant.formats import ActivationFormat, WeightFormat
 from ...quant.straight_through import Descent, fake_quantize_tokens, fake_quantize_weight, mean_step
-from ...recipe.methods import WeightMethod
 from ...recipe.registry import method
 from ..base import Batch, Context, GraphPass, PassResult, PassState, RowScale, SiteRecord
-from .rounding import LearningRates, why_not_integer
+from .rounding import why_not_integer
 from .rtn import RoundToNearest
+from .training import TrainedWeights
 
 # A learning rate is tried for a tenth of the steps, but not for fewer than rank rates as all steps do.
 _TRIAL, _FEWEST = 10, 4
 
 
 @method("weights", "zq_global")
-class ZQGlobalSection(WeightMethod):
+class ZQGlobalSection(TrainedWeights):
     """Weights trained so that each block hands on what it did in float when they are rounded; then rounded to nearest.
 
-    Attributes:
-        learning_rates: tried one after another, as shares of the mean step between codes; the one with the smallest
-            error stays.
-        steps: most updates with one learning rate; less when the error stops falling.
-        token_norm_power: the error of a token is divided by the norm of its target to this power; 0 leaves tokens as
-            they are, 1 keeps the few tokens with huge activations from drowning out the others.
+    The norm of a token is that of its target.
     """
-
-    learning_rates: LearningRates = (0.01, 0.03, 0.1)
-    steps: int = Field(40, ge=1, le=100_000)
-    token_norm_power: float = Field(0.75, ge=0, le=2)
-    calibrates: ClassVar[bool] = True
-    kl_left: ClassVar[float] = 0.35
 
     def passes(self, plan: Mapping[str, LinearPlan]) -> list[GraphPass]:
         trained = ZQGlobal(plan, self.learning_rates, self.steps, self.token_norm_power)

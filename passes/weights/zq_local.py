@@ -4,7 +4,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from pydantic import Field
 from torch.fx import GraphModule, Node
 
 from ...errors import QExportError
@@ -12,31 +11,20 @@ from ...graph.edit import get_tensor, set_tensor
 from ...graph.sites import linears
 from ...plan.linear_plan import LinearPlan
 from ...quant.straight_through import train_weight
-from ...recipe.methods import WeightMethod
 from ...recipe.registry import method
 from ..base import Context, GraphPass, PassResult, SiteRecord
 from .gptq import hessian_statistic
-from .rounding import LearningRates, why_not_integer
+from .rounding import why_not_integer
 from .rtn import RoundToNearest
+from .training import TrainedWeights
 
 
 @method("weights", "zq_local")
-class ZQLocalSection(WeightMethod):
+class ZQLocalSection(TrainedWeights):
     """Weights trained so that each linear gives what it gave in float when they are rounded; then rounded to nearest.
 
-    Attributes:
-        learning_rates: tried one after another, as shares of the mean step between codes; the one with the smallest
-            error stays.
-        steps: most updates with one learning rate; less when the error stops falling.
-        token_norm_power: every token of the Hessian is divided by its L2 norm to this power; 0 leaves tokens as they
-            are, 1 keeps the few tokens with huge activations from drowning out the others.
+    Tokens are weighed where they enter the Hessian.
     """
-
-    learning_rates: LearningRates = (0.01, 0.03, 0.1)
-    steps: int = Field(40, ge=1, le=100_000)
-    token_norm_power: float = Field(0.75, ge=0, le=2)
-    calibrates: ClassVar[bool] = True
-    kl_left: ClassVar[float] = 0.35
 
     def passes(self, plan: Mapping[str, LinearPlan]) -> list[GraphPass]:
         trained = ZQLocal(plan, self.learning_rates, self.steps, self.token_norm_power)

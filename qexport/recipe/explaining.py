@@ -53,7 +53,7 @@ def _unknown(section: "type[Section]", keys: Sequence[Any]) -> tuple[str, str]:
         foreign = [str(key) for key in keys if key in others]
         takers = sorted({name for key in foreign for name in others[key]})
         are, them = ("is not a key", "it") if len(foreign) == 1 else ("are not keys", "them")
-        message = f"{_listed(foreign)} {are} of {section.method}, but of {_listed(takers)}"
+        message = f"{_listed(foreign)} {are} of {section.called()}, but of {_listed(takers)}"
         return message, f"Remove {them}, or take another method"
     if not (near := nearest(first, own)) and (other := _near(first, others)):
         near = f"Did you mean {other}, a key of {_listed(others[other])}?"

@@ -7,13 +7,13 @@ passes (see `methods`). Nothing else knows its name; passes/README.md shows how 
 from collections.abc import Callable, Mapping
 from enum import IntEnum
 from importlib import import_module
-from importlib.metadata import EntryPoint, entry_points
 from pkgutil import iter_modules
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
 from pydantic import ConfigDict, create_model, model_serializer, model_validator
 
 from ..errors import RecipeError
+from ..plugins import import_plugins
 from .sections import Section
 
 if TYPE_CHECKING:
@@ -52,6 +52,7 @@ class Method(Section):
     """
 
     kind: ClassVar[str]
+    method: ClassVar[str]
     key: ClassVar[str]
     stage: ClassVar[Stage]
     calibrates: ClassVar[bool] = False
@@ -83,6 +84,10 @@ class Method(Section):
     def from_short(cls, **parts: str) -> "Method":
         """The section that a scheme's suffix stands for; parts: the named groups of `short`."""
         raise NotImplementedError
+
+    @classmethod
+    def called(cls) -> str:
+        return cls.method
 
     @classmethod
     def keys_of_others(cls) -> dict[str, list[str]]:
@@ -254,18 +259,7 @@ def _discover() -> None:
             folder = import_module(f"qexport.passes.{kind}")
             for found in iter_modules(folder.__path__, f"{folder.__name__}."):
                 import_module(found.name)
-        for point in entry_points(group=ENTRY_POINTS):
-            _import_methods(point)
+        import_plugins(ENTRY_POINTS, "methods")
     except BaseException:
         _discovered = False
         raise
-
-
-def _import_methods(point: EntryPoint) -> None:
-    try:
-        point.load()
-    except Exception as error:
-        raise RecipeError(
-            f"its methods cannot be imported: {type(error).__name__}: {error}", place=point.value,
-            remedy="Repair or uninstall the package",
-        ) from error  # fmt: skip

@@ -1,6 +1,6 @@
 """The sections that every recipe has, with their defaults, and what all sections share; see `registry` for methods."""
 
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
@@ -55,7 +55,6 @@ class Section(BaseModel, metaclass=_SectionType):
     """A mapping of a recipe: unknown keys are refused, and nothing changes later."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
-    method: ClassVar[str] = ""  # its name among those that may stand in its place, see `keys_of_others`
 
     @classmethod
     def known_keys(cls) -> list[str]:
@@ -66,6 +65,11 @@ class Section(BaseModel, metaclass=_SectionType):
     def part(cls, key: str, value: Any) -> type["Section"] | None:
         """What the mapping, or the items of the list, under a key are; None for plain values."""
         return model_in(cls.model_fields[key].annotation) if key in cls.model_fields else None
+
+    @classmethod
+    def called(cls) -> str:
+        """What it is called beside what may stand in its place."""
+        return cls.__name__
 
     @classmethod
     def keys_of_others(cls) -> dict[str, list[str]]:

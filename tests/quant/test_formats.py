@@ -4,6 +4,7 @@ from importlib.metadata import EntryPoint
 
 import pytest
 
+from qexport import plugins
 from qexport.errors import RecipeError
 from qexport.quant.formats import IntegerFormat, Scheme, base, weight_format, weight_formats
 from qexport.quant.formats.codebooks import NF4
@@ -58,7 +59,7 @@ def test_packages_bring_formats_by_an_entry_point(registry, tmp_path):
     (tmp_path / "brought_format.py").write_text(BROUGHT)
     registry.syspath_prepend(tmp_path)
     points = [EntryPoint("int6", "brought_format", base.ENTRY_POINTS)]
-    registry.setattr(base, "entry_points", lambda group: points if group == "qexport.formats" else [])
+    registry.setattr(plugins, "entry_points", lambda group: points if group == "qexport.formats" else [])
     assert Scheme.parse("INT6").weight.bits == 6
     assert [cls.__name__ for cls in weight_formats()][-1] == "Int6" and IntegerFormat in weight_formats()
     with pytest.raises(RecipeError, match="unknown scheme 'int7'.*int6 and the like"):
@@ -67,7 +68,7 @@ def test_packages_bring_formats_by_an_entry_point(registry, tmp_path):
 
 def test_a_package_that_cannot_be_imported_is_named(registry):
     points = [EntryPoint("broken", "no_such_module_anywhere", base.ENTRY_POINTS)]
-    registry.setattr(base, "entry_points", lambda group: points)
+    registry.setattr(plugins, "entry_points", lambda group: points)
     for _ in range(2):
         with pytest.raises(RecipeError, match="no_such_module_anywhere: its formats cannot be imported"):
             Scheme.parse("w4a16_g32")

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from qexport import plugins
 from qexport.errors import RecipeError
 from qexport.recipe import registry
 from qexport.recipe.methods import Branch, Equalization, WeightMethod
@@ -172,7 +173,7 @@ def test_packages_bring_methods_by_an_entry_point(registered, monkeypatch, tmp_p
     )
     monkeypatch.syspath_prepend(tmp_path)
     points = [EntryPoint("brought", "brought", registry.ENTRY_POINTS)]
-    monkeypatch.setattr(registry, "entry_points", lambda group: points if group == "qexport.methods" else [])
+    monkeypatch.setattr(plugins, "entry_points", lambda group: points if group == "qexport.methods" else [])
     monkeypatch.setattr(registry, "_discovered", False)
     assert Recipe(scheme="w4a16_g32", brought={"rank": 3}).brought.rank == 3
     points[:] = [EntryPoint("broken", "no_such_module_anywhere", registry.ENTRY_POINTS)]

@@ -9,12 +9,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cache
-from importlib.metadata import entry_points
 from typing import ClassVar, Self, TypeVar
 
 from torch import Tensor
 
 from ...errors import RecipeError
+from ...plugins import import_plugins
 from ..grids import GROUP_SIZES, ActivationFormat, GroupedCodes
 
 
@@ -218,14 +218,7 @@ def weight_formats() -> tuple[type[WeightFormat], ...]:
 
 @cache
 def _import_others() -> None:
-    for point in entry_points(group=ENTRY_POINTS):
-        try:
-            point.load()
-        except Exception as error:
-            raise RecipeError(
-                f"its formats cannot be imported: {type(error).__name__}: {error}", place=point.value,
-                remedy="Repair or uninstall the package",
-            ) from error  # fmt: skip
+    import_plugins(ENTRY_POINTS, "formats")
 
 
 def parse(name: str) -> tuple[WeightFormat, ActivationFormat | None]:
