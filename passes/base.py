@@ -4,7 +4,6 @@ A pass is a frozen dataclass of options. `requires` refuses a graph it cannot wo
 what it did and which sites it left alone, `ensures` checks what it promised.
 """
 
-import operator
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,6 +15,7 @@ from torch.fx import GraphModule, Node
 from ..errors import PassError, QExportError
 from ..graph.edit import is_call
 from ..graph.sites import linears
+from ..graph.views import Item, results_of
 from ..quant.formats import ActivationFormat
 
 
@@ -223,9 +223,7 @@ class Pipeline:
 
 def _visible(module: GraphModule, sample: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
     """A block's outputs without its cache: keys and values may change basis, only the same block reads them again."""
-    results = module.graph.output_node().args[0]
-    cached = [
-        is_call(r, operator.getitem) and is_call(r.args[0], torch.ops.qexport.cached_attention.default) for r in results
-    ]
+    items = [Item.match(result) for result in results_of(module.graph)]
+    cached = [item is not None and is_call(item.source, torch.ops.qexport.cached_attention.default) for item in items]
     values = zip(module(*sample), cached, strict=True)
     return tuple(value for value, hidden in values if isinstance(value, torch.Tensor) and not hidden)

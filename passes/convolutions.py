@@ -7,7 +7,7 @@ Conv, quantize. The output is quantized too, or the fusion would not happen.
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch.fx import Graph, GraphModule, Node
@@ -15,6 +15,9 @@ from torch.fx import Graph, GraphModule, Node
 from ..errors import NumericsError
 from ..graph.convolution_sites import convolutions, zero_padding
 from ..graph.edit import add_tensor, call, finish, get_tensor, is_call, shape_of
+from ..graph.meta import Meta
+from ..graph.schema import rebind
+from ..graph.views import Clamp, Convolution, operand, tensor_name
 from ..plan.convolution_plan import ConvolutionPlan
 from .base import Context, GraphPass, PassResult, PassState, SiteRecord
 
@@ -51,6 +54,18 @@ class MinMaxObserver:
 
 
 @dataclass(frozen=True)
+class _Grid:
+    """The uint8 grid of a value: nodes of scale and zero point, and the latter as a number."""
+
+    scale: Node
+    zero: Node
+    zero_point: int
+
+
+_Grids = dict[Node, tuple[_Grid, Node]]  # by value, its grid, and the value rounded to it
+
+
+@dataclass(frozen=True)
 class QuantizeConvolutions(GraphPass):
     """Put planned convolutions into the canonical 8-bit form.
 
@@ -66,12 +81,13 @@ class QuantizeConvolutions(GraphPass):
     def applies_to(self, module: GraphModule) -> bool:
         return bool(self._sites(module))
 
-    def wanted(self, module: GraphModule, handover: PassState) -> dict[Node, Callable]:
+    def wanted(self, module: GraphModule, handover: PassState) -> dict[Node, Callable[[], Any]]:
         values = [v for conv in self._sites(module).values() for v in (_grid_source(_input(conv)), _end(conv))]
         return dict.fromkeys(values, MinMaxObserver)
 
     def call(self, module: GraphModule, context: Context) -> PassResult:
-        result, grids = PassResult(), {}
+        result = PassResult()
+        grids: _Grids = {}
         # Where statistics were taken; nodes behind them are replaced while the graph changes.
         sites = {name: (conv, _grid_source(_input(conv)), _end(conv)) for name, conv in self._sites(module).items()}
         for name, (conv, source, end) in sites.items():
@@ -85,47 +101,48 @@ class QuantizeConvolutions(GraphPass):
         finish(module)
         return result
 
-    def _input(self, module: GraphModule, name: str, conv: Node, seen: MinMaxObserver, grids: dict) -> Node:
+    def _input(self, module: GraphModule, name: str, conv: Node, seen: MinMaxObserver, grids: _Grids) -> Node:
         """Let the convolution read codes; returns the node of their scale."""
-        graph, x = module.graph, _input(conv)
-        reader = conv if x is conv.args[0] else conv.args[0]  # zeros that are added to codes are a code
+        graph, x, first = module.graph, _input(conv), operand(conv)
+        reader = conv if x is first else first  # zeros that are added to codes are a code
         if x not in grids:
             known = grids.get(_grid_source(x))  # what comes off a grid lies on it still
             with graph.inserting_before(reader):
-                parts = known or _grid(graph, f"{name}.input", seen)
-                grids[x] = (*parts[:3], _rounded(graph, x, parts))
-        scale, _, _, rounded = grids[x]
+                grid = known[0] if known else _grid(graph, f"{name}.input", seen)
+                grids[x] = grid, _rounded(graph, x, grid)
+        grid, rounded = grids[x]
         reader.replace_input_with(x, rounded)
-        return scale
+        return grid.scale
 
-    def _output(self, module: GraphModule, name: str, conv: Node, end: Node, seen: MinMaxObserver, grids: dict) -> None:
+    def _output(
+        self, module: GraphModule, name: str, conv: Node, end: Node, seen: MinMaxObserver, grids: _Grids
+    ) -> None:
         """Round the result of the convolution to the range of the values at `end`, which clips it at most."""
         graph = module.graph
         with graph.inserting_before(end.next):
             grid = _grid(graph, f"{name}.output", seen)
             rounded = _rounded(graph, conv, grid)
-        codes = rounded.args[0]
+        codes = operand(rounded)
         end.replace_all_uses_with(rounded, delete_user_cb=lambda user: user is not codes)
-        conv.meta["convolution"] = name
-        grids[rounded] = (*grid, rounded)
+        conv.meta[Meta.CONVOLUTION] = name
+        grids[rounded] = grid, rounded
 
     def _weights(self, module: GraphModule, name: str, conv: Node, input_scale: Node) -> None:
-        graph, weight = module.graph, get_tensor(module, conv.args[1].target).float()
+        graph, found = module.graph, Convolution.of(conv)
+        weight, bias = get_tensor(module, tensor_name(found.weight)).float(), found.bias
         steps = (weight.flatten(1).abs().amax(1) / 127).clamp_min(1e-10)
         codes = torch.round(weight / steps.view(-1, *[1] * (weight.dim() - 1))).clamp(-127, 127).to(torch.int8)
-        bias = conv.args[2] if len(conv.args) > 2 else None
         with graph.inserting_before(conv):
             scale = add_tensor(graph, f"{name}.weight_scale", steps)
             stored = add_tensor(graph, f"{name}.weight_codes", codes)
             arguments = (stored, scale, None, 0, 0, 8)
-            made = [call(graph, ops.dequantize_linear.default, arguments, like=conv.args[1])]
+            rebind(conv, weight=call(graph, ops.dequantize_linear.default, arguments, like=found.weight))
             if bias is not None:
-                fine = steps * get_tensor(module, input_scale.target)
-                whole = torch.round(get_tensor(module, bias.target).double() / fine.double())
-                fine = add_tensor(graph, f"{name}.bias_scale", fine)
-                whole = add_tensor(graph, f"{name}.bias_codes", whole.clamp(-(2**31), 2**31 - 1).to(torch.int32))
-                made.append(call(graph, ops.dequantize_linear.default, (whole, fine, None, 0, 0, 8), like=bias))
-        conv.args = (conv.args[0], *made, *conv.args[1 + len(made) :])
+                fine = steps * get_tensor(module, tensor_name(input_scale))
+                whole = torch.round(get_tensor(module, tensor_name(bias)).double() / fine.double())
+                step = add_tensor(graph, f"{name}.bias_scale", fine)
+                kept = add_tensor(graph, f"{name}.bias_codes", whole.clamp(-(2**31), 2**31 - 1).to(torch.int32))
+                rebind(conv, bias=call(graph, ops.dequantize_linear.default, (kept, step, None, 0, 0, 8), like=bias))
 
     def _sites(self, module: GraphModule) -> dict[str, Node]:
         found = convolutions(module.graph)
@@ -134,40 +151,41 @@ class QuantizeConvolutions(GraphPass):
 
 def _input(conv: Node) -> Node:
     """What a convolution reads, without zeros that are added for it alone: see `lower.ops.convolution`."""
-    x = conv.args[0]
-    alone = len(x.users) == 1 and zero_padding(x, len(shape_of(conv.args[1])) - 2) is not None
-    return x.args[0] if alone else x
+    found = Convolution.of(conv)
+    alone = len(found.x.users) == 1 and zero_padding(found.x, len(shape_of(found.weight)) - 2) is not None
+    return operand(found.x) if alone else found.x
 
 
 def _grid_source(value: Node) -> Node:
     """The node whose values `value` holds, only moved or chosen from."""
     while is_call(value, *_KEEP_GRID):
-        value = value.args[0]
+        value = operand(value)
     return value
 
 
 def _end(conv: Node) -> Node:
     """The value that is rounded behind a convolution: its own, or that of the clip which is its only reader."""
     user = next(iter(conv.users)) if len(conv.users) == 1 else None
-    return user if _clips_around_zero(user) else conv
+    return user if user is not None and _clips_around_zero(user) else conv
 
 
-def _clips_around_zero(node: Node | None) -> bool:
+def _clips_around_zero(node: Node) -> bool:
     """Whether a node clips to a range with 0 in it: rounding to the range of the clipped values does that by itself."""
-    if is_call(node, aten.clamp.default):
-        low, high = (*node.args[1:], None)[:2]
-        return (low is None or low <= 0) and (high is None or high >= 0)
-    return is_call(node, aten.relu.default)
+    if (clip := Clamp.match(node)) is None:
+        return is_call(node, aten.relu.default)
+    if isinstance(clip.low, Node) or isinstance(clip.high, Node):
+        return False
+    return (clip.low is None or clip.low <= 0) and (clip.high is None or clip.high >= 0)
 
 
-def _grid(graph: Graph, name: str, seen: MinMaxObserver) -> tuple[Node, Node, int]:
+def _grid(graph: Graph, name: str, seen: MinMaxObserver) -> _Grid:
     scale, zero_point = seen.grid()
     step = add_tensor(graph, f"{name}_scale", torch.tensor(scale, dtype=torch.float32))
     zero = add_tensor(graph, f"{name}_zero_point", torch.tensor(zero_point, dtype=torch.uint8))
-    return step, zero, zero_point
+    return _Grid(step, zero, zero_point)
 
 
-def _rounded(graph: Graph, value: Node, grid: tuple) -> Node:
-    scale, zero, zero_point = grid[:3]
-    codes = call(graph, ops.quantize_linear.default, (value, scale, zero_point, False), like=value, dtype=torch.uint8)
-    return call(graph, ops.dequantize_linear.default, (codes, scale, zero, 0, 0, 8), like=value)
+def _rounded(graph: Graph, value: Node, grid: _Grid) -> Node:
+    arguments = (value, grid.scale, grid.zero_point, False)
+    codes = call(graph, ops.quantize_linear.default, arguments, like=value, dtype=torch.uint8)
+    return call(graph, ops.dequantize_linear.default, (codes, grid.scale, grid.zero, 0, 0, 8), like=value)

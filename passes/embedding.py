@@ -11,8 +11,9 @@ from typing import ClassVar
 import torch
 from torch.fx import Graph, GraphModule, Node
 
-from ..graph.edit import call, finish, get_tensor, is_call
+from ..graph.edit import call, finish, get_tensor
 from ..graph.sites import linears
+from ..graph.views import Embedding, tensor_name
 from ..plan.embedding_plan import EmbeddingPlan
 from ..quant.formats import QuantizedWeight, WeightFormat
 from .base import Context, GraphPass, PassResult, SiteRecord
@@ -48,15 +49,16 @@ class QuantizeEmbedding(GraphPass):
         result, graph = PassResult(), module.graph
         tables: dict[str, tuple[Node, Node, Node | None]] = {}
         for node in self._lookups(graph):
-            plan = self.plan[node.args[0].target]
-            fmt = plan.scheme.weight
+            found = Embedding.of(node)
+            plan = self.plan[tensor_name(found.table)]
+            fmt = plan.chosen.weight
             with graph.inserting_before(node):
                 if plan.weight not in tables:
                     table = self.rounding(get_tensor(module, plan.weight), fmt)
                     tables[plan.weight] = weight_tensors(module, plan.name, table)
-                    what = f"{plan.scheme.name}, shared with {plan.linear}" if plan.linear else plan.scheme.name
+                    what = f"{plan.chosen.name}, shared with {plan.linear}" if plan.linear else plan.chosen.name
                     result.changed.append(SiteRecord(plan.name, what))
-                arguments = (*tables[plan.weight], node.args[1], fmt.group_size, fmt.stored_bits)
+                arguments = (*tables[plan.weight], found.ids, fmt.group_size, fmt.stored_bits)
                 rows = call(graph, ops.gather_quantized.default, arguments, like=node)
             node.replace_all_uses_with(rows)
             graph.erase_node(node)
@@ -64,8 +66,9 @@ class QuantizeEmbedding(GraphPass):
         return result
 
     def _lookups(self, graph: Graph) -> list[Node]:
-        nodes = (n for n in graph.nodes if is_call(n, aten.embedding.default) and n.args[0].op == "get_attr")
-        return [n for n in nodes if (p := self.plan.get(n.args[0].target)) is not None and p.scheme is not None]
+        planned = {plan.weight for plan in self.plan.values() if plan.scheme is not None}
+        lookups = ((node, found.table) for node in graph.nodes if (found := Embedding.match(node)) is not None)
+        return [node for node, table in lookups if table.op == "get_attr" and tensor_name(table) in planned]
 
 
 @dataclass(frozen=True)
@@ -90,13 +93,13 @@ class ShareEmbedding(GraphPass):
             owner = self.plan[linear.name]
             context.handover.keep_weight(linear.name, get_tensor(module, linear.weight))
             tensors = {part: context.earlier(f"{owner.name}.weight_{part}") for part in ("codes", "scale")}
-            if owner.scheme.weight.has_zero_points:
+            if owner.chosen.weight.has_zero_points:
                 tensors["zero_point"] = context.earlier(f"{owner.name}.weight_zero_point")
             table = QuantizedWeight(
                 tensors["codes"].t(), tensors["scale"].t(),
-                tensors["zero_point"].t() if "zero_point" in tensors else None, owner.scheme.weight,
+                tensors["zero_point"].t() if "zero_point" in tensors else None, owner.chosen.weight,
             )  # fmt: skip
             insert_weight(module, linear, table, shares=owner.name)
-            result.changed.append(SiteRecord(linear.name, f"{owner.scheme.name}, the codes of {owner.name}"))
+            result.changed.append(SiteRecord(linear.name, f"{owner.chosen.name}, the codes of {owner.name}"))
         finish(module)
         return result

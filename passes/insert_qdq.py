@@ -4,6 +4,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from ..graph.edit import call
+from ..graph.meta import Meta
 from ..graph.sites import Linear
 from ..quant.formats import IntegerFormat, QuantizedWeight
 from .formats import form_for
@@ -37,12 +38,10 @@ def insert_weight(
         for name, plane in planes:
             dequantized = form_for(plane.format).insert(module, shares or name, plane, factor)
             product = call(module.graph, aten.matmul.default, (linear.input, dequantized), like=linear.node)
-            product.meta["linear"] = name
+            product.meta[Meta.LINEAR] = name
             products.append(product)
-        if shares:
-            products[0].meta["shares"] = shares
         for product in products[1:]:
-            product.meta["plane_of"] = linear.name
+            product.meta[Meta.PLANE_OF] = linear.name
         return _finish(module, linear, products)
 
 
@@ -63,13 +62,14 @@ def add_branch(module: GraphModule, name: str, branch: Node) -> Node:
     with graph.inserting_after(max(result, branch)):
         total = call(graph, aten.add.Tensor, (result, branch), like=result)
     result.replace_all_uses_with(total, delete_user_cb=lambda user: user is not total)
-    total.meta["result_of"] = result.meta.pop("result_of")
+    total.meta[Meta.RESULT_OF] = result.meta.pop(Meta.RESULT_OF)
     return total
 
 
 def result_of(module: GraphModule, name: str) -> Node:
     """The node that holds the result of a rounded linear."""
-    return next(node for node in module.graph.nodes if node.meta.get("result_of") == name)
+    found: Node = next(node for node in module.graph.nodes if node.meta.get(Meta.RESULT_OF) == name)
+    return found
 
 
 def _finish(module: GraphModule, linear: Linear, products: list[Node]) -> Node:
@@ -78,8 +78,8 @@ def _finish(module: GraphModule, linear: Linear, products: list[Node]) -> Node:
     result = products[0]
     for addend in [*products[1:], *([node.args[2]] if linear.bias is not None else [])]:
         result = call(graph, aten.add.Tensor, (result, addend), like=node)
-    if not any(n.meta.get("result_of") == linear.name for n in graph.nodes):  # else a branch was added to it before
-        result.meta["result_of"] = linear.name
+    if not any(n.meta.get(Meta.RESULT_OF) == linear.name for n in graph.nodes):  # else a branch was added to it before
+        result.meta[Meta.RESULT_OF] = linear.name
     node.replace_all_uses_with(result)
     graph.erase_node(node)
     return result

@@ -3,13 +3,14 @@
 import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch.fx import Graph, GraphModule, Node
 
 from ..graph.edit import is_call
 from ..graph.sites import SHAPE_ONLY, Linear, linears
+from ..graph.views import operand
 from ..plan.linear_plan import LinearPlan
 from .base import Context, GraphPass, PassResult, SiteRecord
 
@@ -72,7 +73,7 @@ class CountChoices(GraphPass):
     def applies_to(self, module: GraphModule) -> bool:
         return bool(self._read_by_choice(module))
 
-    def statistics(self, module: GraphModule) -> dict[Node, Callable]:
+    def statistics(self, module: GraphModule) -> dict[Node, Callable[[], Any]]:
         return {linear.input: _Reached for linear in self._read_by_choice(module)}
 
     def call(self, module: GraphModule, context: Context) -> PassResult:
@@ -93,7 +94,7 @@ class CountChoices(GraphPass):
         ]
 
 
-def _is_share(value) -> bool:
+def _is_share(value: object) -> bool:
     while is_call(value, aten.slice.Tensor, *SHAPE_ONLY):
-        value = value.args[0]
+        value = operand(value)
     return is_call(value, torch.ops.qexport.expert_shares.default)

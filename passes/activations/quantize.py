@@ -2,12 +2,15 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
 from torch.fx import Graph, GraphModule, Node
 
 from ...graph.edit import add_tensor, call, finish, shape_of
+from ...graph.meta import Meta
+from ...graph.views import operand
 from ...plan.linear_plan import LinearPlan
 from ...quant.affine import static_scale
 from ...quant.formats import ActivationFormat
@@ -45,14 +48,14 @@ class QuantizeActivations(GraphPass):
     cross_alpha: float | None = None
     preserves_values: ClassVar[bool] = True
 
-    def wanted(self, module: GraphModule, handover: PassState) -> dict[Node, Callable]:
-        wanted: dict[Node, Callable] = {}
+    def wanted(self, module: GraphModule, handover: PassState) -> dict[Node, Callable[[], Any]]:
+        wanted: dict[Node, Callable[[], Any]] = {}
         for value, fmt in self._sites(module, handover):
             if fmt.kind == "static":
-                wanted[value] = lambda fmt=fmt: self._observer(fmt)
+                wanted[value] = partial(self._observer, fmt)
             elif self.measure:
                 row = handover.row_scales.get(value)
-                wanted[value] = lambda fmt=fmt, row=row: self._kernel(fmt, row)
+                wanted[value] = partial(self._kernel, fmt, row)
         return wanted
 
     def call(self, module: GraphModule, context: Context) -> PassResult:
@@ -60,24 +63,9 @@ class QuantizeActivations(GraphPass):
         graph = module.graph
         for (value, fmt), products in self._sites(module, context.handover).items():
             seen, row = context.statistics.get(value), context.handover.row_scales.get(value)
-            data: dict[str, Any] = {"bits": fmt.bits}
             with graph.inserting_before(products[0]):
-                if fmt.kind == "static":
-                    scale = static_scale(seen.absmax(), fmt)
-                    data |= {"absmax": seen.absmax(), **seen.kernel(scale)}
-                    name = f"{products[0].meta['linear']}.input_scale"
-                    step = add_tensor(graph, name, torch.tensor(scale, dtype=torch.float32))
-                else:
-                    data |= seen.kernel() if seen is not None else {}
-                    step = _token_step(graph, value, products, fmt, row) if self.cross_alpha is None else None
-                if self.cross_alpha is not None and fmt.kind == "dynamic":
-                    new = _crossed(graph, value, fmt, self.cross_alpha)
-                elif self.only_kernel:
-                    new = _without_kernel(graph, value, step)
-                elif fmt.kind == "static":
-                    new = _static(graph, value, step, fmt)
-                else:
-                    new = _per_token(graph, value, products, step)
+                new, measured = self._rounded(graph, value, fmt, products, seen, row)
+            data = {"bits": fmt.bits, **measured}
             for product in products:
                 product.replace_input_with(value, new)
             what = "static per-tensor" if fmt.kind == "static" else "dynamic per-token"
@@ -86,12 +74,31 @@ class QuantizeActivations(GraphPass):
             elif self.cross_alpha is not None and fmt.kind == "dynamic":
                 what = f"dynamic, t^{self.cross_alpha:g} c^{1 - self.cross_alpha:g}, float matmul"
             result.changed.append(
-                SiteRecord(value.name, what, {**data, "linears": [p.meta["linear"] for p in products]})
+                SiteRecord(value.name, what, {**data, "linears": [p.meta[Meta.LINEAR] for p in products]})
             )
         finish(module)
         return result
 
-    def _observer(self, fmt: ActivationFormat):
+    def _rounded(
+        self, graph: Graph, value: Node, fmt: ActivationFormat, products: list[Node], seen: Any, row: RowScale | None
+    ) -> tuple[Node, dict[str, Any]]:
+        """A value as products read it, and what its statistic says; seen: None where there is none, of dynamic ones."""
+        if fmt.kind == "static":
+            absmax = seen.absmax()
+            scale = static_scale(absmax, fmt)
+            name = f"{products[0].meta[Meta.LINEAR]}.input_scale"
+            step = add_tensor(graph, name, torch.tensor(scale, dtype=torch.float32))
+            rounded = _without_kernel(graph, value, step) if self.only_kernel else _static(graph, value, step, fmt)
+            return rounded, {"absmax": absmax, **seen.kernel(scale)}
+        measured = {} if seen is None else seen.kernel()
+        if self.cross_alpha is not None:
+            return _crossed(graph, value, fmt, self.cross_alpha), measured
+        step = _token_step(graph, value, products, fmt, row)
+        if self.only_kernel:
+            return _without_kernel(graph, value, step), measured
+        return _per_token(graph, value, products, step), measured
+
+    def _observer(self, fmt: ActivationFormat) -> RangeAndKernel:
         if self.observer == "absmax":
             return RangeAndKernel()
         other = PercentileObserver(self.percentile) if self.observer == "percentile" else MseObserver(fmt)
@@ -105,10 +112,11 @@ class QuantizeActivations(GraphPass):
     def _sites(self, module: GraphModule, handover: PassState) -> dict[tuple[Node, ActivationFormat], list[Node]]:
         sites: dict[tuple[Node, ActivationFormat], list[Node]] = {}
         for node in module.graph.nodes:
-            plan = self.plan.get(node.meta.get("plane_of") or node.meta.get("linear", ""))
+            plan = self.plan.get(node.meta.get(Meta.PLANE_OF) or node.meta.get(Meta.LINEAR, ""))
             if plan is not None and plan.scheme is not None and plan.scheme.activation is not None:
-                fmt = handover.formats.get(node.args[0], plan.scheme.activation)
-                sites.setdefault((node.args[0], fmt), []).append(node)
+                value = operand(node)
+                fmt = handover.formats.get(value, plan.scheme.activation)
+                sites.setdefault((value, fmt), []).append(node)
         return sites
 
 
@@ -125,7 +133,7 @@ def _token_step(graph: Graph, value: Node, products: list[Node], fmt: Activation
     shape = (*shape_of(value)[:-1], 1)
     if row is None:
         return call(graph, ops.token_scale.default, (value, fmt.qmax), like=value, shape=shape)
-    factors = add_tensor(graph, f"{products[0].meta['linear']}.channel_factor", row.factors.clone())
+    factors = add_tensor(graph, f"{products[0].meta[Meta.LINEAR]}.channel_factor", row.factors.clone())
     whole = call(graph, aten.mul.Tensor, (value, factors), like=value)
     paper = call(graph, ops.token_scale.default, (whole, fmt.qmax, row.alpha), like=value, shape=shape)
     # A channel may exceed what it was calibrated with; the paper, which measures channels as it runs, never clips.
@@ -144,7 +152,7 @@ def _static(graph: Graph, value: Node, step: Node, fmt: ActivationFormat) -> Nod
 
 
 def _per_token(graph: Graph, value: Node, products: list[Node], step: Node) -> Node:
-    one = add_tensor(graph, f"{products[0].meta['linear']}.unit_scale", torch.ones((), dtype=torch.float32))
+    one = add_tensor(graph, f"{products[0].meta[Meta.LINEAR]}.unit_scale", torch.ones((), dtype=torch.float32))
     ratio = call(graph, aten.div.Tensor, (value, step), like=value)
     codes = call(graph, ops.quantize_linear.default, (ratio, one, 0, True), like=value, dtype=torch.int8)
     centred = call(graph, ops.dequantize_linear.default, (codes, one, None, 0, 0, 8), like=value)

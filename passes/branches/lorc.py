@@ -2,7 +2,8 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from functools import reduce
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -10,7 +11,9 @@ from torch.fx import GraphModule, Node
 
 from ...errors import PassError
 from ...graph.edit import add_tensor, call, finish, get_tensor, shape_of
+from ...graph.meta import Meta
 from ...graph.sites import linears
+from ...graph.views import Matmul, operand, tensor_name
 from ...plan.linear_plan import LinearPlan
 from ...quant.lowrank import low_rank, quantize_factor, share_removed
 from ...quant.observers import ChannelMeanAbs
@@ -87,10 +90,10 @@ class LoRC(GraphPass):
                     remedy="Put a pass that rounds weights, such as RoundToNearest, in front of this one",
                 )
 
-    def statistics(self, module: GraphModule) -> dict[Node, Callable]:
+    def statistics(self, module: GraphModule) -> dict[Node, Callable[[], Any]]:
         if not self.weighted:
             return {}
-        return {products[0].args[0]: ChannelMeanAbs for products in products_of(module, self.plan).values()}
+        return {operand(products[0]): ChannelMeanAbs for products in products_of(module, self.plan).values()}
 
     def call(self, module: GraphModule, context: Context) -> PassResult:
         result = PassResult()
@@ -99,7 +102,7 @@ class LoRC(GraphPass):
             result.skipped.append(SiteRecord(linear.name, why))
         products = products_of(module, self.plan)
         for names in self._groups(products):
-            value = products[names[0]][0].args[0]
+            value = operand(products[names[0]][0])
             errors = [float_weight(context.handover, name) - deployed_weight(module, products[name]) for name in names]
             if not any(bool(error.any()) for error in errors):
                 result.skipped += [SiteRecord(name, "rounding left no error") for name in names]
@@ -113,9 +116,9 @@ class LoRC(GraphPass):
     def _groups(self, products: Mapping[str, list[Node]]) -> list[list[str]]:
         if not self.shared:
             return [[name] for name in products]
-        groups: dict[tuple, list[str]] = {}
+        groups: dict[tuple[Node, bool], list[str]] = {}
         for name, nodes in products.items():
-            groups.setdefault((nodes[0].args[0], self.plan[name].scheme.activation is None), []).append(name)
+            groups.setdefault((operand(nodes[0]), self.plan[name].chosen.activation is None), []).append(name)
         return list(groups.values())
 
     def _insert(
@@ -129,7 +132,7 @@ class LoRC(GraphPass):
                     narrow, stored_down = self._product(module, value, f"{first}.lorc_down", down, first)
                 branch, stored_up = self._product(module, narrow, f"{name}.lorc_up", part.contiguous(), name)
             add_branch(module, name, branch)
-            data = {
+            data: dict[str, Any] = {
                 "rank": down.shape[1], "error removed": round(share_removed(error, stored_down, stored_up), 6),
                 "factors": "int8" if self.int8 else "float",
             }  # fmt: skip
@@ -145,7 +148,7 @@ class LoRC(GraphPass):
         graph, shape = module.graph, (*shape_of(x)[:-1], factor.shape[1])
         if not self.int8:
             product = call(graph, aten.matmul.default, (x, add_tensor(graph, name, factor)), like=x, shape=shape)
-            product.meta["branch_of"] = owner
+            product.meta[Meta.BRANCH_OF] = owner
             return product, factor
         quantized = quantize_factor(factor)
         codes = add_tensor(graph, f"{name}_codes", quantized.codes.t().contiguous())
@@ -153,7 +156,7 @@ class LoRC(GraphPass):
         arguments = (codes, scale, None, 1, 0, 8)
         dequantized = call(graph, ops.dequantize_linear.default, arguments, like=scale, shape=shape_of(codes))
         product = call(graph, aten.matmul.default, (x, dequantized), like=x, shape=shape)
-        product.meta |= {"linear": name, "branch_of": owner}
+        product.meta |= {Meta.LINEAR: name, Meta.BRANCH_OF: owner}
         return product, quantized.dequantize().t()
 
 
@@ -161,7 +164,7 @@ def products_of(module: GraphModule, plan: Mapping[str, LinearPlan]) -> dict[str
     """The products of every rounded linear of the plan; they are several where its weight is a sum of planes."""
     found: dict[str, list[Node]] = {}
     for node in module.graph.nodes:
-        name = node.meta.get("plane_of") or node.meta.get("linear")
+        name = node.meta.get(Meta.PLANE_OF) or node.meta.get(Meta.LINEAR)
         if name in plan:
             found.setdefault(name, []).append(node)
     return found
@@ -182,13 +185,15 @@ def float_weight(handover: PassState, name: str) -> torch.Tensor:
 
 def deployed_weight(module: GraphModule, products: Sequence[Node]) -> torch.Tensor:
     """The weight [N, K] that the products of a linear stand for, as the graph computes it from its constants."""
-    return sum(_constant(module, product.args[1]) for product in products).t()
+    planes = (_constant(module, Matmul.of(product).weight) for product in products)
+    return reduce(torch.add, planes).t()
 
 
 def _constant(module: GraphModule, node: Node) -> torch.Tensor:
     if node.op == "get_attr":
-        return get_tensor(module, node.target)
-    if node.op != "call_function":
+        return get_tensor(module, tensor_name(node))
+    if node.op != "call_function" or not callable(node.target):
         raise PassError(f"the weight {node.name} depends on an input of the block")
     arguments = torch.fx.node.map_arg((node.args, node.kwargs), lambda n: _constant(module, n))
-    return node.target(*arguments[0], **arguments[1])
+    value: torch.Tensor = node.target(*arguments[0], **arguments[1])
+    return value

@@ -2,14 +2,16 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from pydantic import Field
 from torch.fx import GraphModule, Node
 
-from ...graph.edit import WITHOUT_OUTLIERS, add_tensor, call, finish, get_tensor, set_tensor, shape_of
+from ...graph.edit import add_tensor, call, finish, get_tensor, set_tensor, shape_of
+from ...graph.meta import Meta
 from ...graph.sites import linear_at, linears
+from ...graph.views import operand, size_at
 from ...plan.linear_plan import LinearPlan
 from ...quant.observers import ChannelAbsmax
 from ...recipe.methods import Branch
@@ -61,7 +63,7 @@ class SeparateOutliers(GraphPass):
     reads_float_weights: ClassVar[bool] = True
     preserves_values: ClassVar[bool] = True
 
-    def statistics(self, module: GraphModule) -> dict[Node, Callable]:
+    def statistics(self, module: GraphModule) -> dict[Node, Callable[[], Any]]:
         return dict.fromkeys(self._sites(module), ChannelAbsmax)
 
     def call(self, module: GraphModule, context: Context) -> PassResult:
@@ -87,7 +89,7 @@ class SeparateOutliers(GraphPass):
         for name, nodes in found.items():
             scheme = self.plan[name].scheme
             if scheme is not None and scheme.activation is not None:
-                sites.setdefault(nodes[0].args[0], {})[name] = nodes
+                sites.setdefault(operand(nodes[0]), {})[name] = nodes
         return sites
 
 
@@ -96,21 +98,22 @@ def _separate(
 ) -> None:
     graph, first = module.graph, next(iter(readers))
     # A branch that corrects the rounded weight corrects it at the outliers too, where there is nothing to correct now.
-    corrections = [node for node in value.users if node.meta.get("branch_of") in readers]
+    corrections = [node for node in value.users if node.meta.get(Meta.BRANCH_OF) in readers]
     quantized = [*corrections, *(node for nodes in readers.values() for node in nodes)]
     with graph.inserting_before(next(node for node in graph.nodes if node in quantized)):
-        mask = torch.ones(shape_of(value)[-1]).index_fill_(0, index, 0.0)
+        mask = torch.ones(size_at(value, -1)).index_fill_(0, index, 0.0)
         kept = add_tensor(graph, f"{first}.outlier_mask", mask)
         masked = call(graph, aten.mul.Tensor, (value, kept), like=value)
-        masked.meta[WITHOUT_OUTLIERS] = True
+        masked.meta[Meta.WITHOUT_OUTLIERS] = True
         columns = add_tensor(graph, f"{first}.outlier_index", index)
         shape = (*shape_of(value)[:-1], len(index))
         taken = call(graph, aten.index_select.default, (value, -1, columns), like=value, shape=shape)
     for node in quantized:
         node.replace_input_with(value, masked)
-    for known in (handover.formats, handover.row_scales):
-        if value in known:
-            known[masked] = known[value]
+    if value in handover.formats:
+        handover.formats[masked] = handover.formats[value]
+    if value in handover.row_scales:
+        handover.row_scales[masked] = handover.row_scales[value]
     for name, nodes in readers.items():
         weight = _float_columns(module, handover, name, nodes[0], index)
         with graph.inserting_before(result_of(module, name).next):
@@ -128,6 +131,6 @@ def _float_columns(
     if linear is None:
         return float_weight(handover, name)[:, index].t().contiguous()
     weight = get_tensor(module, linear.weight)
-    node.meta["result_of"] = name
+    node.meta[Meta.RESULT_OF] = name
     set_tensor(module, linear.weight, weight.index_fill(1, index, 0.0))
     return weight[:, index].t().contiguous()

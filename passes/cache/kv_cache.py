@@ -4,14 +4,17 @@ They are rounded as the cache holds them, keys behind their rotation, for the ne
 them from the cache.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from torch.fx import GraphModule, Node
 
-from ...graph.edit import add_tensor, call, finish, is_call, shape_of
+from ...graph.edit import add_tensor, call, finish, is_call
+from ...graph.meta import Meta
+from ...graph.schema import rebind
+from ...graph.views import CachedAttention, size_at
 from ...plan.linear_plan import LinearPlan
 from ...quant.kv_cache import cache_scale
 from ...quant.observers import ChannelAbsmax
@@ -60,23 +63,24 @@ class QuantizeCache(GraphPass):
     def applies_to(self, module: GraphModule) -> bool:
         return bool(_attentions(module))
 
-    def statistics(self, module: GraphModule):
-        return {node.args[part]: ChannelAbsmax for node in _attentions(module) for part in (1, 2)}
+    def statistics(self, module: GraphModule) -> dict[Node, Callable[[], Any]]:
+        found = map(CachedAttention.of, _attentions(module))
+        return {value: ChannelAbsmax for attention in found for value in (attention.key, attention.value)}
 
     def call(self, module: GraphModule, context: Context) -> PassResult:
         result, graph = PassResult(), module.graph
         for node in _attentions(module):
-            _, heads, _, size = shape_of(node.args[1])
-            for part, name in ((1, "key"), (2, "value")):
-                value = node.args[part]
+            attention = CachedAttention.of(node)
+            heads, size = size_at(attention.key, 1), size_at(attention.key, 3)
+            for name, value in (("key", attention.key), ("value", attention.value)):
                 absmax = context.statistics[value].absmax()
                 shape = (heads, 1, size) if self.per_channel else (1,)
                 absmax = absmax.view(shape) if self.per_channel else absmax.max().view(shape)
-                place = f"{node.meta.get('module_path', '') or node.name}.{name}_scale"
+                place = f"{node.meta.get(Meta.MODULE_PATH, '') or node.name}.{name}_scale"
                 with graph.inserting_before(node):
                     scale = add_tensor(graph, place, cache_scale(absmax, self.bits))
                     rounded = call(graph, ops.round_cache.default, (value, scale, self.bits), like=value)
-                node.update_arg(part, rounded)
+                rebind(node, **{name: rounded})
                 data = {"range": round(float(absmax.max()), 4)}
                 result.changed.append(SiteRecord(place.removesuffix("_scale"), f"int{self.bits}", data))
         finish(module)

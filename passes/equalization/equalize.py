@@ -10,7 +10,9 @@ from torch.fx import GraphModule, Node
 
 from ...errors import PassError
 from ...graph.edit import add_tensor, call, get_tensor, set_tensor
+from ...graph.schema import rebind
 from ...graph.sites import FoldSite, fold_sites, linear_at, norm_bias, norm_gain
+from ...graph.views import Add, Norm
 from ...plan.linear_plan import LinearPlan
 from ..base import Context, GraphPass, PassResult, SiteRecord
 
@@ -47,7 +49,7 @@ class Equalize(GraphPass):
     ) -> None:
         """Called after a fold; value: the node that the consumers read now; data: what `factors` told the report."""
 
-    def statistics(self, module: GraphModule) -> dict[Node, Callable]:
+    def statistics(self, module: GraphModule) -> dict[Node, Callable[[], Any]]:
         return {site.value: self.observer for site in fold_sites(module.graph) if not self._why_not(site)}
 
     def call(self, module: GraphModule, context: Context) -> PassResult:
@@ -136,11 +138,11 @@ def fold(module: GraphModule, site: FoldSite, factors: torch.Tensor) -> Node:
     columns = on_consumers(site, factors)
     for weight in {c.weight for c in site.consumers}:
         set_tensor(module, weight, get_tensor(module, weight) * columns)
-    if site.kind == "norm":
-        _divide_norm(module, site.producer, factors)
+    producer = site.producer
+    if site.kind == "norm" and producer is not None:
+        _divide_norm(module, producer, factors)
         return site.value
-    if site.kind == "rows":
-        linear = linear_at(site.producer)
+    if producer is not None and (linear := linear_at(producer)) is not None:
         set_tensor(module, linear.weight, get_tensor(module, linear.weight) / factors[:, None])
         if linear.bias is not None:
             set_tensor(module, linear.bias, get_tensor(module, linear.bias) / factors)
@@ -161,9 +163,9 @@ def _divide_norm(module: GraphModule, norm: Node, factors: torch.Tensor) -> None
     set_tensor(module, name, (get_tensor(module, name) + offset) / factors)
     if offset:
         # The quotient itself from now on: written as offset + w, small gains would lose their digits.
-        shifted = norm.args[2]
-        tensor = next(a for a in shifted.args if isinstance(a, Node))
-        norm.update_arg(2, tensor)
-        module.graph.erase_node(shifted)
+        shifted = Norm.of(norm).weight
+        rebind(norm, weight=Add.of(shifted).x)
+        if shifted is not None:
+            module.graph.erase_node(shifted)
     if (bias := norm_bias(norm)) is not None:
         set_tensor(module, bias, get_tensor(module, bias) / factors)

@@ -6,7 +6,7 @@ still would be too much for either, and pays for one scale per token.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Self
+from typing import Any, Self
 
 from pydantic import Field, model_validator
 from torch.fx import GraphModule, Node
@@ -85,7 +85,7 @@ class FPTQ(LogEqualize, InputPolicy):
                 remedy="Take bounds that are not negative and in this order",
             )
 
-    def statistics(self, module: GraphModule) -> dict[Node, Callable]:
+    def statistics(self, module: GraphModule) -> dict[Node, Callable[[], Any]]:
         return {site.value: self.observer for site in fold_sites(module.graph) if not self.why_left(site)}
 
     def call(self, module: GraphModule, context: Context) -> PassResult:

@@ -25,7 +25,7 @@ _PIECE = 1 << 22  # elements of a weight worked on at once
 
 def _alpha(value: Any) -> float | str:
     if value == "search":
-        return value
+        return "search"
     if isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 1:
         return float(value)
     raise ValueError(f"not a number from 0 to 1, nor search: {value!r}", "Write 0.5, or search")
@@ -102,7 +102,7 @@ def best(
 
     without = error(torch.ones_like(rows[0]))
     errors = {candidate: error(factors_of(candidate), candidate) for candidate in candidates}
-    value = min(errors, key=errors.get)
+    value = min(errors, key=errors.__getitem__)
     if not all(map(math.isfinite, (without, *errors.values()))):
         raise NumericsError("the output of a linear has NaN or Inf", remedy="Check the calibration data and the model")
     return BestScale(value, errors[value], without)

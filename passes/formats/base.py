@@ -66,8 +66,11 @@ _BY_OPERATOR: dict[Any, GraphForm] = {}
 _BY_KERNEL: dict[Any, GraphForm] = {}
 
 
-def graph_form(fmt: type[WeightFormat]) -> Callable[[_F], _F]:
+def graph_form(fmt: type[Any]) -> Callable[[_F], _F]:
     """Register the form of a weight format, and of formats derived from it that have none of their own.
+
+    Args:
+        fmt: a class of `WeightFormat`, which may be abstract.
 
     Raises:
         ValueError: the format, the operator or the kernel has a form already.

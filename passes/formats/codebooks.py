@@ -29,7 +29,7 @@ def dequantize_codebook(codes: Tensor, scale: Tensor, codebook: str, block_size:
 
 
 @dequantize_codebook.register_fake
-def _(codes, scale, codebook, block_size):
+def _(codes: torch.Tensor, scale: torch.Tensor, codebook: str, block_size: int) -> torch.Tensor:
     return scale.new_empty((codes.shape[1], codes.shape[0]))
 
 
@@ -48,7 +48,9 @@ def matmul_bnb4(x: Tensor, codes: Tensor, scale: Tensor, codebook: str, group_si
 
 
 @matmul_bnb4.register_fake
-def _(x, codes, scale, codebook, group_size, block_size):
+def _(
+    x: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor, codebook: str, group_size: int, block_size: int
+) -> torch.Tensor:
     return x.new_empty((*x.shape[:-1], codes.shape[0]))
 
 

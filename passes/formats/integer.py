@@ -1,6 +1,6 @@
 """Grids of integers in a graph: dequantize_linear, which ONNX has and ONNX Runtime's kernels are made of."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch.fx import GraphModule, Node
@@ -19,9 +19,9 @@ ops = torch.ops.qexport
 class IntegerForm(GraphForm):
     """dequantize_linear(codes [K, N], scale, zero point)."""
 
-    operator = ops.dequantize_linear.default
+    operator: ClassVar[Any] = ops.dequantize_linear.default
     kernel = "MatMulNBits"
-    kernel_operator = ops.matmul_nbits.default
+    kernel_operator: ClassVar[Any] = ops.matmul_nbits.default
 
     def insert(
         self, module: GraphModule, name: str, weight: QuantizedWeight, factor: torch.Tensor | None = None
@@ -76,8 +76,8 @@ class ExpandedForm(IntegerForm):
         row_scale = add_tensor(graph, f"{name}.row_scale", expanded_scale(weight, factor))
         arguments = (codes, scale, zero_point, factors, row_scale, fmt.group_size, fmt.stored_bits)
         wide = call(graph, ops.expand_codes.default, arguments, like=codes, dtype=torch.int8)
-        arguments, shape = (wide, row_scale, None, 1, 0, 8), shape_of(codes)
-        return call(graph, ops.dequantize_linear.default, arguments, like=row_scale, shape=shape)
+        dense = (wide, row_scale, None, 1, 0, 8)
+        return call(graph, ops.dequantize_linear.default, dense, like=row_scale, shape=shape_of(codes))
 
 
 def weight_tensors(module: GraphModule, name: str, weight: QuantizedWeight) -> tuple[Node, Node, Node | None]:

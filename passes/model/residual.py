@@ -15,8 +15,10 @@ from ...capture.blocks import Block
 from ...capture.graph import CapturedModel
 from ...errors import PassError
 from ...graph.edit import is_call, shape_of
+from ...graph.meta import Meta
 from ...graph.schema import bind
 from ...graph.sites import SHAPE_ONLY, Linear, linear_at
+from ...graph.views import operand, results_of, size_at
 
 aten = torch.ops.aten
 _SUMS = (aten.add.Tensor, aten.sub.Tensor, operator.add)
@@ -76,7 +78,7 @@ class _Walk:
         self._takers: dict[str, list[tuple[Block, Node]]] = {}
         self._results = {port.value for port in captured.outputs}
         for block in captured.blocks:
-            made = block.module.graph.output_node().args[0]
+            made = results_of(block.module.graph)
             self._makers |= {name: (block, node) for name, node in zip(block.outputs, made, strict=True)}
             placeholders = [n for n in block.module.graph.nodes if n.op == "placeholder"]
             for name, node in zip(block.inputs, placeholders, strict=True):
@@ -86,7 +88,7 @@ class _Walk:
         block, start = self._makers[captured.handed_on(captured.blocks[0])]
         if len(shape_of(start)) < 2 or not isinstance(shape_of(start)[-1], int):
             raise PassError(f"{start.name} is handed on between blocks, and its rows have no fixed length")
-        self.stream = ResidualStream(shape_of(start)[-1])
+        self.stream = ResidualStream(size_at(start, -1))
         self._seen: set[Node] = set()
         self._waiting = [(block, start)]
         while self._waiting:
@@ -137,7 +139,7 @@ class _Walk:
             if len(rows) == 1 and by_row and (is_call(node, aten.mul.Tensor) or node.args[0] is rows[0]):
                 return rows
         elif is_call(node, *_ROWS):
-            source = node.args[0]
+            source = operand(node)
             if self._is_row(source) and not _takes_channels(node):
                 return [source]
         elif is_call(node, aten.sum.dim_IntList):
@@ -151,7 +153,7 @@ class _Walk:
         """Go on to the readers of a value of the stream that hand it on, and note norms and linears."""
         for user in node.users:
             if user.op == "output":
-                for name in (n for n, made in zip(block.outputs, user.args[0], strict=True) if made is node):
+                for name in (n for n, made in zip(block.outputs, results_of(user.graph), strict=True) if made is node):
                     if name in self._results:
                         raise PassError(f"{name}, of the residual stream, is an output of the model")
                     if name not in self.stream.crossing:
@@ -186,7 +188,8 @@ class _Walk:
             here, value = waiting.pop()
             for user in value.users:
                 if user.op == "output":
-                    for name in (n for n, made in zip(here.outputs, user.args[0], strict=True) if made is value):
+                    outputs = zip(here.outputs, results_of(user.graph), strict=True)
+                    for name in (n for n, made in outputs if made is value):
                         if name in self._results:
                             raise PassError(f"{name}, the norm of the residual stream, is an output of the model")
                         waiting += self._takers.get(name, ())
@@ -202,15 +205,15 @@ class _Walk:
 def _takes_channels(node: Node) -> bool:
     """Whether a call that takes rows takes channels instead: a slice or a choice along the last dimension."""
     if is_call(node, aten.slice.Tensor, aten.select.int, aten.index_select.default, aten.unsqueeze.default):
-        rank = len(shape_of(node.args[0])) + is_call(node, aten.unsqueeze.default)
+        rank = len(shape_of(operand(node))) + is_call(node, aten.unsqueeze.default)
         return int(bind(node).dim) % rank == rank - 1
     if is_call(node, aten.index.Tensor):
-        return len(bind(node).indices) >= len(shape_of(node.args[0]))
+        return len(bind(node).indices) >= len(shape_of(operand(node)))
     return False
 
 
 def _place(node: Node) -> str:
-    return node.meta.get("module_path") or node.name
+    return node.meta.get(Meta.MODULE_PATH) or node.name
 
 
 def _called(node: Node) -> str:

@@ -7,7 +7,7 @@ computes what it did. A LayerNorm is an RMSNorm of the stream without its mean, 
 """
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import partial
 
@@ -20,6 +20,7 @@ from ...capture.blocks import Block
 from ...capture.graph import Basis, CapturedModel
 from ...errors import PassError
 from ...graph.edit import get_tensor, is_call, set_tensor, spec_of
+from ...graph.meta import Meta
 from ...graph.schema import bind
 from ...graph.sites import Linear, norm_bias, norm_gain
 from ...quant.hadamard import rotation
@@ -110,11 +111,11 @@ def _check_uses(captured: CapturedModel, stream: ResidualStream) -> None:
         node.target for block in captured.blocks for node in block.module.graph.nodes if node.op == "get_attr"
         for _ in node.users
     )  # fmt: skip
-    changed: Counter = Counter()
+    changed: Counter[str] = Counter()
     for _, linear in (*stream.writers, *stream.readers, *(pair for norm in stream.norms for pair in norm.readers)):
-        changed.update({linear.weight} | ({linear.bias} - {None}))
+        changed.update(name for name in (linear.weight, linear.bias) if name is not None)
     for norm in stream.norms:
-        changed.update({_gain_of(norm)[0], norm_bias(norm.node)} - {None})
+        changed.update(name for name in (_gain_of(norm)[0], norm_bias(norm.node)) if name is not None)
     tables = set(stream.tables)
     for name, count in changed.items():
         if name not in tables and uses[name] != count:
@@ -142,7 +143,7 @@ def _gain_of(norm: Norm) -> tuple[str | None, float]:
         raise PassError(f"the gain of {norm.node.name} is not a constant") from None
 
 
-def _folded(norm: Norm, turn: Tensor, made) -> dict[str, Callable[[Read], Tensor]]:
+def _folded(norm: Norm, turn: Tensor, made: dict[str, Callable[[Read], Tensor]]) -> dict[str, Callable[[Read], Tensor]]:
     """Move a norm's gain and bias into its readers, and turn what they read back; a LayerNorm becomes an RMSNorm."""
     (gain, offset), bias = _gain_of(norm), norm_bias(norm.node)
     found: dict[str, Callable[[Read], Tensor]] = {}
@@ -163,7 +164,7 @@ def _folded(norm: Norm, turn: Tensor, made) -> dict[str, Callable[[Read], Tensor
     return found
 
 
-def _own_weight(block: Block, linear: Linear, made) -> str:
+def _own_weight(block: Block, linear: Linear, made: Collection[str]) -> str:
     """The name of a reader's weight; a new one where it is a table too, which turns another way."""
     if linear.weight not in made:
         return linear.weight
@@ -187,7 +188,8 @@ def _add(block: Block, call: Node, name: str, like: Tensor, place: int) -> None:
     set_tensor(block.module, name, torch.empty(like.shape, dtype=like.dtype, device="meta"))
     with graph.inserting_before(call):
         node = graph.get_attr(name)
-    node.meta = {"spec": spec_of(get_tensor(block.module, name)), "module_path": call.meta.get("module_path", "")}
+    spec, path = spec_of(get_tensor(block.module, name)), call.meta.get(Meta.MODULE_PATH, "")
+    node.meta = {Meta.SPEC: spec, Meta.MODULE_PATH: path}
     args = list(call.args) + [None] * (place + 1 - len(call.args))
     args[place] = node
     call.args = tuple(args)

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from pydantic import Field
@@ -72,7 +72,7 @@ class GPTQ(GraphPass):
     clip_search: bool = False
     preserves_values: ClassVar[bool] = True
 
-    def statistics(self, module: GraphModule) -> dict[Node, Callable]:
+    def statistics(self, module: GraphModule) -> dict[Node, Callable[[], Any]]:
         return {
             linear.input: lambda: hessian_statistic(self.token_norm_power)
             for linear in linears(module.graph)
@@ -83,7 +83,9 @@ class GPTQ(GraphPass):
         hessians = {value: statistic.value() for value, statistic in context.statistics.items()}
         unreached: list[SiteRecord] = []
 
-        def quantize(linear: Linear, w: torch.Tensor, fmt: IntegerFormat, factor) -> QuantizedWeight:
+        def quantize(
+            linear: Linear, w: torch.Tensor, fmt: IntegerFormat, factor: torch.Tensor | None
+        ) -> QuantizedWeight:
             hessian = hessians[linear.input]
             if not hessian.any():
                 unreached.append(SiteRecord(linear.name, "rounded to nearest: no calibration token reached it"))

@@ -32,6 +32,18 @@ def why_not_integer(plan: Mapping[str, LinearPlan], linear: Linear) -> str:
     return "" if isinstance(scheme.weight, IntegerFormat) else f"{scheme.name} is no grid of integers"
 
 
+def integer_format(plan: LinearPlan) -> IntegerFormat:
+    """The grid of a linear that `why_not_integer` finds nothing wrong with.
+
+    Raises:
+        TypeError: it has none.
+    """
+    fmt = plan.chosen.weight
+    if not isinstance(fmt, IntegerFormat):
+        raise TypeError(f"{plan.name} is {plan.chosen.name}, which is no grid of integers")
+    return fmt
+
+
 def quantize_linears(
     module: GraphModule,
     plan: Mapping[str, LinearPlan],
@@ -51,7 +63,7 @@ def quantize_linears(
             why = plan[linear.name].reason if linear.name in plan else "not in the plan"
             result.skipped.append(SiteRecord(linear.name, why))
             continue
-        scheme, factor = plan[linear.name].scheme, handover.folded.get(linear.name)
+        scheme, factor = plan[linear.name].chosen, handover.folded.get(linear.name)
         w, fmt = get_tensor(module, linear.weight), scheme.weight
         handover.keep_weight(linear.name, w)
         unscaled = w if factor is None else w / factor

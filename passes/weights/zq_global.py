@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -11,12 +11,13 @@ from torch.fx import GraphModule, Interpreter, Node
 
 from ...graph.edit import get_tensor, set_tensor
 from ...graph.sites import Linear, linears
+from ...graph.views import operand
 from ...plan.linear_plan import LinearPlan
-from ...quant.formats import ActivationFormat, WeightFormat
+from ...quant.formats import ActivationFormat, IntegerFormat
 from ...quant.straight_through import Descent, fake_quantize_tokens, fake_quantize_weight, mean_step
 from ...recipe.registry import method
 from ..base import Batch, Context, GraphPass, PassResult, PassState, RowScale, SiteRecord
-from .rounding import why_not_integer
+from .rounding import integer_format, why_not_integer
 from .rtn import RoundToNearest
 from .training import TrainedWeights
 
@@ -62,7 +63,7 @@ class ZQGlobal(GraphPass):
 
     def call(self, module: GraphModule, context: Context) -> PassResult:
         result, found = PassResult(), []
-        goals = [_Goal(b, self.token_norm_power) for b in context.batches if b.target is not None]
+        goals = [_Goal(b, b.target, self.token_norm_power) for b in context.batches if b.target is not None]
         for linear in linears(module.graph):
             why = why_not_integer(self.plan, linear)
             if not why and not goals:
@@ -109,15 +110,14 @@ class ZQGlobal(GraphPass):
     def _latent(self, module: GraphModule, linear: Linear, handover: PassState) -> "_Latent":
         w, factor = get_tensor(module, linear.weight), handover.folded.get(linear.name)
         values = w.clone() if factor is None else w / factor
-        return _Latent(values.requires_grad_(), self.plan[linear.name].scheme.weight, factor)
+        return _Latent(values.requires_grad_(), integer_format(self.plan[linear.name]), factor)
 
     def _dynamic(self, found: list[Linear], handover: PassState) -> dict[Node, ActivationFormat]:
         """By linear, the format of its input, where that is taken token by token."""
-        formats = {
-            linear.node: handover.formats.get(linear.input, self.plan[linear.name].scheme.activation)
-            for linear in found
-            if self.plan[linear.name].scheme.activation is not None
-        }
+        formats = {}
+        for linear in found:
+            if (asked := self.plan[linear.name].chosen.activation) is not None:
+                formats[linear.node] = handover.formats.get(linear.input, asked)
         return {node: fmt for node, fmt in formats.items() if fmt.kind == "dynamic"}
 
 
@@ -131,7 +131,7 @@ class _Latent:
     """
 
     values: Tensor
-    format: WeightFormat
+    format: IntegerFormat
     factor: Tensor | None
 
     def rounded(self) -> Tensor:
@@ -147,16 +147,16 @@ class _Latent:
 class _Goal:
     """What a block shall hand on for a batch, and how much each of its tokens counts."""
 
-    def __init__(self, batch: Batch, power: float) -> None:
-        self.batch = batch
-        counts = batch.target.square().sum(-1).pow(-power)
+    def __init__(self, batch: Batch, target: Tensor, power: float) -> None:
+        self.batch, self._target = batch, target
+        counts = target.square().sum(-1).pow(-power)
         counts = counts.masked_fill(torch.isinf(counts), 0)  # an all-zero target has no direction
         self._counts = counts if batch.mask is None else counts * batch.mask
         self.tokens = int(counts.numel() if batch.mask is None else batch.mask.sum())
 
     def error(self, outputs: Sequence[Tensor]) -> Tensor:
         """The sum over real tokens."""
-        return ((outputs[self.batch.output] - self.batch.target).square().sum(-1) * self._counts).sum()
+        return ((outputs[self.batch.output] - self._target).square().sum(-1) * self._counts).sum()
 
 
 class _Rounding(Interpreter):
@@ -180,18 +180,18 @@ class _Rounding(Interpreter):
         self._weights: dict[str, Tensor] = {}
         self._inputs: dict[tuple[Node, ActivationFormat], Tensor] = {}
 
-    def run_node(self, node: Node):
+    def run_node(self, node: Node) -> Any:
         if node.op == "get_attr" and node.target in self._weights:
             return self._weights[node.target]
         if node not in self._dynamic:
             return super().run_node(node)
         (x, *rest), options = self.fetch_args_kwargs_from_env(node)
-        value, fmt = node.args[0], self._dynamic[node]
+        value, fmt = operand(node), self._dynamic[node]
         if (value, fmt) not in self._inputs:  # several linears read one value
             row = self._row_scales.get(value)
             how = () if row is None else (row.factors, row.alpha)
             self._inputs[value, fmt] = fake_quantize_tokens(x, fmt, *how)
-        return node.target(self._inputs[value, fmt], *rest, **options)
+        return self.call_function(node.target, (self._inputs[value, fmt], *rest), options)
 
     @torch.no_grad()
     def error(self, goals: Sequence[_Goal]) -> float:

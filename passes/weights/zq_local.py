@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch.fx import GraphModule, Node
 
@@ -14,7 +14,7 @@ from ...quant.straight_through import train_weight
 from ...recipe.registry import method
 from ..base import Context, GraphPass, PassResult, SiteRecord
 from .gptq import hessian_statistic
-from .rounding import why_not_integer
+from .rounding import integer_format, why_not_integer
 from .rtn import RoundToNearest
 from .training import TrainedWeights
 
@@ -52,7 +52,7 @@ class ZQLocal(GraphPass):
     token_norm_power: float = 0.75
     preserves_values: ClassVar[bool] = True
 
-    def statistics(self, module: GraphModule) -> dict[Node, Callable]:
+    def statistics(self, module: GraphModule) -> dict[Node, Callable[[], Any]]:
         return {
             linear.input: lambda: hessian_statistic(self.token_norm_power)
             for linear in linears(module.graph)
@@ -74,7 +74,7 @@ class ZQLocal(GraphPass):
             if factor is not None:
                 seen, hessian = w / factor, hessian * factor * factor[:, None]
             try:
-                found = train_weight(seen, hessian, self.plan[name].scheme.weight, self.learning_rates, self.steps)
+                found = train_weight(seen, hessian, integer_format(self.plan[name]), self.learning_rates, self.steps)
             except QExportError as error:
                 raise type(error)(error.message, place=name, remedy=error.remedy) from error
             if found.learning_rate is None:

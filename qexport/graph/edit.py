@@ -11,8 +11,6 @@ from torch.fx import Graph, GraphModule, Node
 
 from .meta import Meta
 
-WITHOUT_OUTLIERS = Meta.WITHOUT_OUTLIERS
-
 
 @dataclass(frozen=True)
 class TensorSpec:

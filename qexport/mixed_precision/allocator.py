@@ -140,13 +140,13 @@ class SchemeAllocator:
         return [tuple(replace(c, kl=c.kl * share) for c in item.choices) for item, share in pairs]
 
     def _check(self) -> None:
-        quantized = [p for p in self._plan if p.scheme is not None]
+        quantized = [(p.name, p.scheme) for p in self._plan if p.scheme is not None]
         if not quantized:
             raise RecipeError("quantizes nothing, so there is nothing to choose", place=self._recipe.name)
-        other = next((p for p in quantized if not p.scheme.interchangeable), None)
-        if other is not None:
+        if others := [(name, scheme) for name, scheme in quantized if not scheme.interchangeable]:
+            name, scheme = others[0]
             raise RecipeError(
-                f"schemes are chosen among weights in groups, and {other.name} would be {other.scheme.name}",
+                f"schemes are chosen among weights in groups, and {name} would be {scheme.name}",
                 place=self._recipe.name, remedy="Take compact or another recipe that leaves activations alone",
             )  # fmt: skip
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from ..calibrate.block_activations import Feeds, Progress
 from ..calibrate.fisher import BlockGradients, Importance, felt
 from ..capture.graph import CapturedModel
+from ..errors import RecipeError
 from ..graph.edit import get_tensor, set_tensor
 from ..passes.moe_coverage import of_experts
 from ..plan.embedding_plan import EmbeddingPlan, table_bytes
@@ -90,16 +91,26 @@ def scheme_costs(
     return Costs(tuple(items), importance, kl)
 
 
-def _item(linear: LinearPlan, schemes: Sequence[Scheme], kl, table: EmbeddingPlan | None, width: int) -> PricedItem:
-    shares, choices = table is not None and table.linear == linear.name, []
-    for scheme in _of_tables(schemes) if shares else _fitting(schemes, linear.shape[1]):
-        cost = kl[linear.name][scheme.name]
-        if shares:
-            choices.append(SchemeChoice(scheme.name, _table_bytes(table, scheme, width), cost + kl[""][scheme.name]))
-        else:
-            fitted = replace(linear, scheme=fit(scheme, linear.shape[1])[0])
-            choices.append(SchemeChoice(scheme.name, weight_bytes(fitted, width), cost))
-    return PricedItem(linear.name, tuple(choices), table.bytes if shares else linear.bytes)
+def _item(
+    linear: LinearPlan,
+    schemes: Sequence[Scheme],
+    kl: Mapping[str, Mapping[str, float]],
+    table: EmbeddingPlan | None,
+    width: int,
+) -> PricedItem:
+    costs = kl[linear.name]
+    if table is not None and table.linear == linear.name:  # they share the table's codes
+        shared = (
+            SchemeChoice(s.name, _table_bytes(table, s, width), costs[s.name] + kl[""][s.name])
+            for s in _of_tables(schemes)
+        )
+        return PricedItem(linear.name, tuple(shared), table.bytes)
+    features = linear.shape[1]
+    own = (
+        SchemeChoice(s.name, weight_bytes(replace(linear, scheme=fit(s, features)[0]), width), costs[s.name])
+        for s in _fitting(schemes, features)
+    )
+    return PricedItem(linear.name, tuple(own), linear.bytes)
 
 
 def _together(items: Sequence[PricedItem], experts: set[str], plan: Mapping[str, LinearPlan]) -> list[PricedItem]:
@@ -134,7 +145,9 @@ def _table_bytes(table: EmbeddingPlan, scheme: Scheme, width: int) -> int:
 
 
 def _difference(weight: Tensor, scheme: Scheme, whole: bool = False) -> Tensor:
-    fitted = fit(scheme, weight.shape[1], whole)[0]
+    fitted, why = fit(scheme, weight.shape[1], whole)
+    if fitted is None:
+        raise RecipeError(f"{scheme.name} does not fit: {why}")
     return fitted.weight.rounded(weight).sub_(weight)
 
 

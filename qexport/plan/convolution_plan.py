@@ -57,8 +57,8 @@ def _reason(scheme: Scheme | None, shared: bool, integer: bool) -> str:
     if scheme is None:
         return "kept in float by the recipe"
     activation = scheme.activation
-    fits = scheme.weight == IntegerFormat(8) and activation is not None
-    if not fits or activation.kind != "static" or activation.bits != 8:
+    fits = scheme.weight == IntegerFormat(8)
+    if not fits or activation is None or activation.kind != "static" or activation.bits != 8:
         return f"{scheme.name} has no convolution: w8a8_static has one"
     if not integer:
         return "this target has no integer convolution"

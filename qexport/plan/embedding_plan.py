@@ -10,7 +10,7 @@ from ..graph.edit import is_call, owner_of
 from ..graph.sites import Linear
 from ..graph.views import Embedding, operand, sizes_of, tensor_name
 from ..quant.formats import Scheme
-from .linear_plan import LinearPlan, fit
+from .linear_plan import LinearPlan, Planned, fit
 
 aten = torch.ops.aten
 
@@ -23,7 +23,7 @@ _SAME_IDS = (
 
 
 @dataclass(frozen=True)
-class EmbeddingPlan:
+class EmbeddingPlan(Planned):
     """The decision for one table of token embeddings.
 
     Attributes:

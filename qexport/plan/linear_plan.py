@@ -9,8 +9,30 @@ from ..graph.sites import chooses, linears
 from ..quant.formats import Scheme
 
 
+class Planned:
+    """What may be quantized.
+
+    Attributes:
+        name: its module path; scheme: None keeps it in float.
+    """
+
+    name: str
+    scheme: Scheme | None
+
+    @property
+    def chosen(self) -> Scheme:
+        """The scheme of what is quantized.
+
+        Raises:
+            TypeError: it stays in float.
+        """
+        if self.scheme is None:
+            raise TypeError(f"{self.name} stays in float")
+        return self.scheme
+
+
 @dataclass(frozen=True)
-class LinearPlan:
+class LinearPlan(Planned):
     """The decision for one linear.
 
     Attributes:

@@ -55,8 +55,8 @@ def plan_for(captured: CapturedModel, recipe: Recipe, width: int = 4) -> tuple[l
     graphs = [(b.name, b.module.graph, captured.taken("input_ids", b)) for b in captured.blocks]
     plan = [replace(p, bytes=weight_bytes(p, width)) for p in plan]
     projection = output_projection(captured)
-    idle = "" if recipe.weights.rounds_tables else recipe.weights.method
-    embeddings, plan = plan_embeddings(graphs, wanted, tied, plan, projection, idle, width)
+    without = "" if recipe.weights.rounds_tables else recipe.weights.method
+    embeddings, plan = plan_embeddings(graphs, wanted, tied, plan, projection, without, width)
     if not embeddings and recipe.embedding != FLOAT:
         raise RecipeError(
             "the model looks up no rows by input_ids, so there is no embedding to quantize", place="embedding",

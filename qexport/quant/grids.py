@@ -42,7 +42,7 @@ class AffineGrid(GroupedCodes):
 
     @property
     def qmax(self) -> int:
-        return 2 ** (self.bits - 1) - 1 if self.symmetric else 2**self.bits - 1
+        return (1 << (self.bits - 1)) - 1 if self.symmetric else (1 << self.bits) - 1
 
 
 @dataclass(frozen=True)
@@ -59,4 +59,4 @@ class ActivationFormat:
 
     @property
     def qmax(self) -> int:
-        return 2 ** (self.bits - 1) - 1
+        return (1 << (self.bits - 1)) - 1

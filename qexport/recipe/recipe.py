@@ -1,6 +1,8 @@
 """What to do to a model: which scheme each linear gets, and how its numbers are found. Presets: presets/*.yaml."""
 
+import os
 import re
+from collections.abc import Iterable
 from fnmatch import fnmatchcase
 from importlib import resources
 from pathlib import Path
@@ -120,7 +122,7 @@ class Recipe(MethodKeys):
         return self
 
     @classmethod
-    def load(cls, name_or_path: str | Path) -> Self:
+    def load(cls, name_or_path: str | os.PathLike[str]) -> Self:
         """Read a recipe: the name of a preset, a scheme (`w4a16_g64_asym`, `W4A16`) or the path of a YAML file.
 
         A scheme without a preset of its own takes everything else from the preset of its family.
@@ -130,7 +132,7 @@ class Recipe(MethodKeys):
                 valid one) or a value out of range.
         """
         text = str(name_or_path)
-        if isinstance(name_or_path, Path) or Path(text).suffix.lower() in (".yaml", ".yml") or "/" in text:
+        if isinstance(name_or_path, os.PathLike) or Path(text).suffix.lower() in (".yaml", ".yml") or "/" in text:
             return cls._from_file(Path(text))
         presets = _preset_files()
         if text.lower() not in presets and (short := _shortened(text)):
@@ -214,7 +216,7 @@ class Recipe(MethodKeys):
             name = self.lm_head if head else self.scheme
         return None if name == FLOAT else Scheme.parse(name)
 
-    def unmatched_overrides(self, linear_names: list[str]) -> list[str]:
+    def unmatched_overrides(self, linear_names: Iterable[str]) -> list[str]:
         """The patterns of the overrides that decide nothing: they match no linear, or only ones matched before them."""
         used = {next((o for o in self.overrides if fnmatchcase(name, o.match)), None) for name in linear_names}
         return [override.match for override in self.overrides if override not in used]

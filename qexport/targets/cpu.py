@@ -9,6 +9,7 @@ from torch.fx import GraphModule, Node
 
 from ..artifact.manifest import CPU
 from ..graph.edit import add_tensor, call, finish, is_call
+from ..graph.meta import Meta
 from ..graph.schema import rebind
 from ..graph.views import DequantizeLinear, Matmul, QuantizeLinear
 from ..lower import moe_form
@@ -115,17 +116,18 @@ def _integer(module: GraphModule, product: Node, rounding: Rounding) -> None:
     codes, token_scale, canonical = rounding.quantize, rounding.token_scale, Matmul.of(product)
     if QuantizeLinear.of(codes).signed:  # still signed: not yet rewritten for another linear that shares it
         with graph.inserting_before(codes):
-            zero = add_tensor(graph, f"{product.meta['linear']}.input_zero_point", torch.tensor(128, dtype=torch.uint8))
+            name = f"{product.meta[Meta.LINEAR]}.input_zero_point"
+            zero = add_tensor(graph, name, torch.tensor(128, dtype=torch.uint8))
         rebind(codes, zero_point=128, signed=False)
-        codes.meta["spec"] = replace(codes.meta["spec"], dtype=torch.uint8)
+        codes.meta[Meta.SPEC] = replace(codes.meta[Meta.SPEC], dtype=torch.uint8)
         rebind(rounding.dequantize, zero_point=zero)
     if token_scale is not None:
         product.replace_input_with(canonical.x, rounding.dequantize)
         with graph.inserting_after(product):
             scaled = call(graph, aten.mul.Tensor, (product, token_scale), like=product)
         product.replace_all_uses_with(scaled, delete_user_cb=lambda user: user is not scaled)
-        if "result_of" in product.meta:
-            scaled.meta["result_of"] = product.meta.pop("result_of")
+        if Meta.RESULT_OF in product.meta:
+            scaled.meta[Meta.RESULT_OF] = product.meta.pop(Meta.RESULT_OF)
     weight = DequantizeLinear.of(canonical.weight)
     if weight.bits == 4 and not is_call(weight.codes, ops.widen_int4.default):
         with graph.inserting_before(canonical.weight):

@@ -11,10 +11,11 @@ from torch.fx import Graph, GraphModule, Node
 
 from ..artifact.manifest import CUDA
 from ..graph.edit import call, finish, is_call, shape_of
+from ..graph.meta import Meta
 from ..graph.schema import bind, rebind
 from ..graph.views import DequantizeLinear, ExpertShares, Matmul, QuantizeLinear
 from ..lower import moe_form
-from ..lower.precision import KEEP, to_half
+from ..lower.precision import to_half
 from ..lower.qdq_patterns import Rounding, as_own_kernel, form_of, kernel_of, linear_products
 from ..lower.routing_weights import sum_of
 from ..plan.linear_plan import LinearPlan
@@ -123,7 +124,7 @@ def _by_scores(graph: Graph, mixture: Node) -> None:
         # In float32, where no share becomes zero but those that are.
         for target, *more in ((aten.to.dtype, torch.float32), (aten.clamp_min.default, 1e-30), (aten.log.default,)):
             scores = call(graph, target, (scores, *more), like=shares)
-            scores.meta[KEEP] = True
+            scores.meta[Meta.KEEP_FLOAT32] = True
         if total is None:
             total = call(graph, aten.sum.dim_IntList, (shares, [-1], True), like=shares, shape=(shape_of(shares)[0], 1))
             sizes = [call(graph, aten.sym_size.int, (x, axis), like=x, dtype=torch.int64, shape=()) for axis in (0, 1)]
@@ -145,7 +146,7 @@ def _has_driver() -> bool:
 
 
 def _nbits(products: Sequence[Node]) -> dict[str, fpa_intb.Product]:
-    found = {product.meta["linear"]: fpa_intb.product_of(product) for product in products}
+    found = {product.meta[Meta.LINEAR]: fpa_intb.product_of(product) for product in products}
     return {name: product for name, product in found.items() if product is not None}
 
 
@@ -158,14 +159,14 @@ def _integer(module: GraphModule, product: Node, rounding: Rounding) -> None:
             codes = call(graph, ops.widen_int4.default, (codes,), like=codes)
         exact = call(graph, ops.matmul_integer.default, (rounding.quantize, codes), like=product, dtype=torch.int32)
         result = call(graph, aten.to.dtype, (exact, torch.float32), like=product)
-        result.meta[KEEP] = True
+        result.meta[Meta.KEEP_FLOAT32] = True
         for factor in (QuantizeLinear.of(rounding.quantize).scale if step is None else step, weight.scale):
             result = call(graph, aten.mul.Tensor, (result, factor), like=product)
-            result.meta[KEEP] = True
+            result.meta[Meta.KEEP_FLOAT32] = True
     if is_call(codes, ops.expand_codes.default):
-        codes.meta[KEEP] = True  # what is expanded is expanded once and in float32
+        codes.meta[Meta.KEEP_FLOAT32] = True  # what is expanded is expanded once and in float32
     exact.meta.update({key: product.meta[key] for key in ("linear", "plane_of", "columns") if key in product.meta})
-    if "result_of" in product.meta:
-        result.meta["result_of"] = product.meta["result_of"]
+    if Meta.RESULT_OF in product.meta:
+        result.meta[Meta.RESULT_OF] = product.meta[Meta.RESULT_OF]
     product.replace_all_uses_with(result)
     graph.erase_node(product)
