@@ -1,9 +1,9 @@
 """A float32 graph turned into a float16 or bfloat16 one.
 
 Values computed from integers and constants alone (positions, rotary tables, masks) stay float32 until they meet the
-activations: positions beyond 2048 (256 in bfloat16) and their angles do not fit. So do nodes marked KEEP_FLOAT32, and those
-without a bfloat16 kernel. Casts appear where the two meet, in the graph itself, so that PyTorch and ONNX Runtime cast
-at the same places.
+activations: positions beyond 2048 (256 in bfloat16) and their angles do not fit. So do nodes marked KEEP_FLOAT32, and
+those without a bfloat16 kernel. Casts appear where the two meet, in the graph itself, so that PyTorch and ONNX Runtime
+cast at the same places.
 """
 
 import operator
@@ -63,7 +63,8 @@ def _stays_single(graph: Graph, constants: set[str]) -> set[Node]:
     single: set[Node] = set()
     for node in graph.nodes:
         if node.op == "get_attr" and _is_float(node):
-            if node.target in constants or all(Meta.KEEP_FLOAT32 in u.meta or node in _cache_scales(u) for u in node.users):
+            exact = (Meta.KEEP_FLOAT32 in user.meta or node in _cache_scales(user) for user in node.users)
+            if node.target in constants or all(exact):
                 single.add(node)
         elif node.op == "call_function" and (
             Meta.KEEP_FLOAT32 in node.meta or all(s in single for s in node.all_input_nodes if _is_float(s))

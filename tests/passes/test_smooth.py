@@ -68,7 +68,7 @@ def test_a_search_is_as_good_as_one_half_and_leaves_the_logits(captured, family,
         assert (factors is None) == (found >= 1)
     got = run_twice(model, IDS, MASK)
     assert (got - want).abs().max() < 1e-4 * want.abs().max()
-    notes = [note for block in model.blocks[1:] for note in results[block.name]["BlockComparison"].changed]
+    notes = [note for block in model.blocks[1:] for note in results[block.name]["Watched"].changed]
     assert len(notes) == sum(factors is not None for *_, factors in seen.values()) > 0
     assert all(note.data["alpha"] in ALPHAS for note in notes)
 
