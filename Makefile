@@ -1,5 +1,5 @@
 # make demo      quantize a small language model, prove it, run it
-# make test      the tests (make test-all: the slow ones too)
+# make test      the tests (make test-all: the slow ones too; make test-times: what each costs)
 # make lint      ruff
 # make clean     remove everything that these made
 
@@ -12,7 +12,7 @@ STAMP := $(VENV)/installed
 EXTRAS = test,datasets,plots$(if $(filter x86_64 AMD64,$(shell uname -m)),$(if $(filter Linux,$(shell uname -s)),$(comma)genai))
 comma := ,
 
-.PHONY: demo test test-all lint clean install
+.PHONY: demo test test-all test-times lint clean install
 
 install: $(STAMP)
 
@@ -32,6 +32,9 @@ test: $(STAMP)
 
 test-all: $(STAMP)
 	$(BIN)/python -m pytest $(PARALLEL) -m 'slow or not slow'
+
+test-times: $(STAMP)
+	$(BIN)/python -m pytest $(PARALLEL) --times
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

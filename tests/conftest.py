@@ -10,12 +10,15 @@ import pytest
 import torch
 import transformers
 
+import qexport
 from helpers import traces
 from helpers.cuda_placement.build import CannotBuild, build_stand_ins
 from helpers.cuda_placement.probe import placement
 from helpers.random_decoders import save_model
 from qexport import cli
 from qexport.api.exporting import capture
+from qexport.artifact import checksums
+from qexport.recipe.recipe import Recipe
 from qexport.validation.reader import check_reader
 
 pytest_plugins = ["helpers.times"]
@@ -36,6 +39,23 @@ def pytest_runtest_protocol(item):
 def model_folder(tmp_path_factory):
     """model_folder(family): the folder of a small random model, made once; not to be written to."""
     return cache(lambda family: save_model(family, tmp_path_factory.mktemp(family)))
+
+
+@pytest.fixture(scope="session")
+def export_folder(model_folder, tmp_path_factory):
+    """export_folder(family, recipe, **options): the folder of an export, made once; not to be written to."""
+    made = {}
+
+    def export(family, recipe, **options):
+        recipe = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
+        asked = family, recipe.to_yaml(), *sorted(options.items())
+        if asked not in made:
+            out = tmp_path_factory.mktemp("exports") / family
+            made[asked] = qexport.export(model_folder(family), recipe, out_dir=out, **options).folder
+        return made[asked]
+
+    yield export
+    assert {folder.name: changed for folder in made.values() if (changed := checksums.changed(folder))} == {}
 
 
 @pytest.fixture(scope="session")

@@ -29,10 +29,8 @@ MAIN = [sys.executable, "-c", "from qexport.cli import main; main()"]
 
 
 @pytest.fixture(scope="module")
-def exported(model_folder, tmp_path_factory) -> Path:
-    out = tmp_path_factory.mktemp("exported") / "out"
-    qexport.export(model_folder("llama"), RECIPE, out_dir=out)
-    return out
+def exported(export_folder) -> Path:
+    return export_folder("llama", RECIPE)
 
 
 @pytest.fixture

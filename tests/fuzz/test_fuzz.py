@@ -30,7 +30,7 @@ def check(found, count):
 
 
 def test_a_few_damaged_inputs(tmp_path):
-    check(fuzz(25, tmp_path / "fuzz.md"), 25)
+    check(fuzz(18, tmp_path / "fuzz.md"), 18)  # every kind, most of them once
 
 
 @pytest.mark.slow

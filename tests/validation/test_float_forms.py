@@ -23,20 +23,18 @@ WINDOWS = tokens(2, 40)
 
 
 @pytest.fixture(scope="module", params=["llama", "opt"])
-def model(request, tmp_path_factory):
-    return save_model(request.param, tmp_path_factory.mktemp(request.param))
+def model(request, model_folder):
+    return model_folder(request.param)
 
 
 @pytest.fixture(scope="module")
-def llama(tmp_path_factory):
-    return save_model("llama", tmp_path_factory.mktemp("llama"))
+def llama(model_folder):
+    return model_folder("llama")
 
 
 @pytest.fixture(scope="module")
-def exported(llama, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("exports") / "out"
-    export(llama, Recipe(scheme="w8a16_g32"), out_dir=folder)
-    return folder
+def exported(export_folder):
+    return export_folder("llama", Recipe(scheme="w8a16_g32"))
 
 
 def forms(model, folder):

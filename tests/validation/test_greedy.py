@@ -4,7 +4,6 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from helpers.random_decoders import save_model
 from helpers.runners import tokens
 from qexport.api.exporting import capture, export
 from qexport.artifact import manifest as manifests
@@ -16,15 +15,14 @@ WINDOWS, NEW = tokens(6, 80), 24
 
 
 @pytest.fixture(scope="module")
-def llama(tmp_path_factory):
-    return save_model("llama", tmp_path_factory.mktemp("llama"))
+def llama(model_folder):
+    return model_folder("llama")
 
 
 @pytest.fixture(scope="module")
-def exported(llama, tmp_path_factory):
+def exported(llama, export_folder):
     """Arguments of `compare_greedy` for an export in 4 bits."""
-    folder = tmp_path_factory.mktemp("exports") / "out"
-    export(llama, Recipe(scheme="w4a16_g32"), out_dir=folder)
+    folder = export_folder("llama", Recipe(scheme="w4a16_g32"))
     return capture(llama), manifests.load(folder), folder
 
 

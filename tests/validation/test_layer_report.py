@@ -7,7 +7,6 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from helpers.random_decoders import save_model
 from qexport.api import validating
 from qexport.api.exporting import capture, export
 from qexport.api.validating import validate
@@ -26,8 +25,8 @@ WINDOW = 40
 
 
 @pytest.fixture(scope="module")
-def llama(tmp_path_factory):
-    return save_model("llama", tmp_path_factory.mktemp("llama"))
+def llama(model_folder):
+    return model_folder("llama")
 
 
 @pytest.fixture(scope="module")

@@ -34,10 +34,9 @@ def test_blocks_without_values_need_no_session():
 
 
 @pytest.fixture(scope="module")
-def decoder(model_folder, tmp_path_factory):
+def decoder(model_folder, export_folder):
     """(captured, folder, manifest) of a random Llama of two layers."""
-    out = tmp_path_factory.mktemp("layers") / "out"
-    export(model_folder("llama"), Recipe(scheme="w4a16_g32"), out_dir=out)
+    out = export_folder("llama", Recipe(scheme="w4a16_g32"))
     return capture(model_folder("llama")), out, manifests.load(out)
 
 
