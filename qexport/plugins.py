@@ -1,8 +1,18 @@
-"""What other packages bring: modules that their metadata names, which register what they declare when imported."""
+"""Modules that register what they declare when they are imported: those of a folder, and those that packages bring."""
 
+from importlib import import_module
 from importlib.metadata import entry_points
+from pkgutil import iter_modules
 
 from .errors import RecipeError
+
+
+def import_folder(package: str) -> None:
+    """Import every module of a package, by its dotted name; not those of packages in it."""
+    path = import_module(package).__path__
+    for found in iter_modules(path, f"{package}."):
+        if not found.ispkg:
+            import_module(found.name)
 
 
 def import_plugins(group: str, what: str) -> None:

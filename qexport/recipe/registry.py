@@ -6,14 +6,12 @@ passes (see `methods`). Nothing else knows its name; passes/README.md shows how 
 
 from collections.abc import Callable, Mapping
 from enum import IntEnum
-from importlib import import_module
-from pkgutil import iter_modules
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
 from pydantic import ConfigDict, create_model, model_serializer, model_validator
 
 from ..errors import RecipeError
-from ..plugins import import_plugins
+from ..plugins import import_folder, import_plugins
 from .sections import Section
 
 if TYPE_CHECKING:
@@ -256,9 +254,7 @@ def _discover() -> None:
     _discovered = True  # before it is: what is imported may ask for methods
     try:
         for kind in KINDS:
-            folder = import_module(f"qexport.passes.{kind}")
-            for found in iter_modules(folder.__path__, f"{folder.__name__}."):
-                import_module(found.name)
+            import_folder(f"qexport.passes.{kind}")
         import_plugins(ENTRY_POINTS, "methods")
     except BaseException:
         _discovered = False

@@ -4,9 +4,7 @@ Files register their formats when they are imported, and all of them are. `passe
 graphs, and `lower.ops` the translations of their operators.
 """
 
-from importlib import import_module
-from pkgutil import iter_modules
-
+from ...plugins import import_folder
 from ..grids import GROUP_SIZES, PER_CHANNEL, PER_TENSOR, ActivationFormat
 from .base import QuantizedWeight, WeightFormat, begins_as_scheme, weight_format, weight_formats
 from .integer import ExpandedFormat, IntegerFormat
@@ -18,5 +16,4 @@ __all__ = [
     "weight_formats",
 ]  # fmt: skip
 
-for _found in iter_modules(__path__, f"{__name__}."):
-    import_module(_found.name)
+import_folder(__name__)
