@@ -1,9 +1,8 @@
 """Quantize PyTorch models through torch.fx passes and run them in ONNX Runtime.
 
 Everything public is here: `export`, `export_auto`, `inspect`, `validate`, `generate`, `bench`, `study`, `optimize`,
-`diagnose`, `render`, `compare`, for encoder-decoders `export_seq2seq`, `validate_seq2seq` and `open_seq2seq`, and the
-types they take and return. Names are loaded when they are first used, so that
-importing qexport costs nothing.
+`diagnose`, `render`, `compare`, each for every kind of model where it means something, and the types they take and
+return. Names are loaded when they are first used, so that importing qexport costs nothing.
 """
 
 import os
@@ -19,14 +18,11 @@ os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 if TYPE_CHECKING:
     from .api.auto import AutoResult as AutoResult
     from .api.auto import export_auto as export_auto
-    from .api.exporting import ExportResult as ExportResult
     from .api.exporting import export as export
-    from .api.inspecting import Inspection as Inspection
     from .api.inspecting import inspect as inspect
-    from .api.seq2seq.exporting import Seq2SeqResult as Seq2SeqResult
-    from .api.seq2seq.exporting import export_seq2seq as export_seq2seq
-    from .api.seq2seq.validating import Seq2SeqReport as Seq2SeqReport
-    from .api.seq2seq.validating import validate_seq2seq as validate_seq2seq
+    from .api.inspection import Inspection as Inspection
+    from .api.result import ExportResult as ExportResult
+    from .api.validating import validate as validate
     from .errors import QExportError as QExportError
     from .recipe.recipe import Recipe as Recipe
     from .report import compare as compare
@@ -37,38 +33,31 @@ if TYPE_CHECKING:
     from .runtime.generate import generate_text as generate  # noqa: F401
     from .runtime.optimized import OptimizedInfo as OptimizedInfo
     from .runtime.optimized import optimize as optimize
-    from .runtime.seq2seq import EncoderDecoder as EncoderDecoder
-    from .runtime.seq2seq import open_seq2seq as open_seq2seq
     from .sampling_study import Grid as Grid
     from .sampling_study import study as study
-    from .validation import validate as validate
+    from .validation.report import Report as Report
 
 _WHERE = {
     "AutoResult": ("api.auto", "AutoResult"),
-    "EncoderDecoder": ("runtime.seq2seq", "EncoderDecoder"),
-    "ExportResult": ("api.exporting", "ExportResult"),
+    "ExportResult": ("api.result", "ExportResult"),
     "Grid": ("sampling_study.grid", "Grid"),
-    "Inspection": ("api.inspecting", "Inspection"),
+    "Inspection": ("api.inspection", "Inspection"),
     "OptimizedInfo": ("runtime.optimized", "OptimizedInfo"),
     "QExportError": ("errors", "QExportError"),
     "Recipe": ("recipe.recipe", "Recipe"),
     "Sampling": ("runtime.generate", "Sampling"),
-    "Seq2SeqReport": ("api.seq2seq.validating", "Seq2SeqReport"),
-    "Seq2SeqResult": ("api.seq2seq.exporting", "Seq2SeqResult"),
+    "Report": ("validation.report", "Report"),
     "bench": ("runtime.benchmark", "bench"),
     "compare": ("report", "compare"),
     "diagnose": ("runtime.doctor", "diagnose"),
     "export": ("api.exporting", "export"),
     "export_auto": ("api.auto", "export_auto"),
-    "export_seq2seq": ("api.seq2seq.exporting", "export_seq2seq"),
     "generate": ("runtime.generate", "generate_text"),
     "inspect": ("api.inspecting", "inspect"),
-    "open_seq2seq": ("runtime.seq2seq", "open_seq2seq"),
     "optimize": ("runtime.optimized", "optimize"),
     "render": ("report", "render"),
     "study": ("sampling_study", "study"),
     "validate": ("api.validating", "validate"),
-    "validate_seq2seq": ("api.seq2seq.validating", "validate_seq2seq"),
 }
 
 __all__ = sorted([*_WHERE, "__version__"])

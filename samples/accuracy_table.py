@@ -13,7 +13,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from qexport.api.exporting import capture, export
+from qexport.api.exporting import export
+from qexport.api.stages.capturing import capture_model
 from qexport.recipe.recipe import Recipe
 from qexport.validation.logits import compare_logits, deployed_logits
 from qexport.validation.reference import FloatOutputs, decoder_feeds
@@ -34,7 +35,7 @@ def main() -> None:
     given = parser.parse_args()
 
     recipes = {name: Recipe.load(name) for name in given.recipes}  # a misspelt one fails now, not in an hour
-    captured = capture(given.model)
+    captured = capture_model(given.model)
     text = choose_text(captured, given.text, given.windows, given.window, lambda what, done, total: None)
     started = time.perf_counter()
     reference = FloatOutputs(captured, decoder_feeds(captured, text.windows), ("logits",))

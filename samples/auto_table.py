@@ -15,7 +15,8 @@ from collections import Counter
 from pathlib import Path
 
 from qexport.api.auto import export_auto
-from qexport.api.exporting import capture, export
+from qexport.api.exporting import export
+from qexport.api.stages.capturing import capture_model
 from qexport.cli.console import showing_progress
 from qexport.formatting import megabytes, parsed_bytes
 from qexport.recipe.recipe import Recipe
@@ -59,7 +60,7 @@ def main() -> None:
 def one_scheme(given: argparse.Namespace, name: str) -> tuple[int, Logits]:
     """Bytes and scores of an export with one scheme everywhere."""
     recipe = Recipe.load("compact").model_copy(update={"name": name, "scheme": name, "lm_head": name})
-    captured = capture(given.model)
+    captured = capture_model(given.model)
     text = choose_text(captured, given.text, given.windows, given.window, lambda what, done, total: None)
     reference = FloatOutputs(captured, decoder_feeds(captured, text.windows), ("logits",))
     with tempfile.TemporaryDirectory(prefix="qexport-") as folder, showing_progress() as progress:

@@ -22,7 +22,7 @@ import venv
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from qexport.api.exporting import capture
+from qexport.api.stages.capturing import capture_model
 from qexport.artifact import manifest as manifests
 from qexport.cli.console import showing_progress
 from qexport.recipe.recipe import Recipe
@@ -68,7 +68,7 @@ def main() -> None:
     wanted = [name for name in rows if name == DEFAULT or any(fnmatchcase(name, p) for p in given.rows)]
     with tempfile.TemporaryDirectory(prefix="qexport-") as place, showing_progress() as progress:
         builder = given.builder or _environment(Path(place) / "environment")
-        captured = capture(given.model)
+        captured = capture_model(given.model)
         text = choose_text(captured, given.text, given.windows, given.window, lambda *_: None)
         reference = FloatOutputs(captured, decoder_feeds(captured, text.windows), ("logits",))
         folders, scores, seconds = {}, {}, {}

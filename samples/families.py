@@ -41,7 +41,7 @@ from helpers.runners import (  # noqa: E402
     tokens,
     transformers_runner,
 )
-from qexport.api.exporting import capture  # noqa: E402
+from qexport.api.stages.capturing import capture_model  # noqa: E402
 from qexport.artifact.manifest import QMOE  # noqa: E402
 from qexport.calibrate.encoder_inputs import encoder_batch  # noqa: E402
 from qexport.capture.graph import CapturedModel  # noqa: E402
@@ -210,7 +210,7 @@ def measured_pair(name: str, folder: Path, stand_ins: dict[str, str] | None) -> 
 
 def _decoder(name: str, folder: Path) -> tuple[CapturedModel, float, None]:
     """The captured model, and the largest difference of a logit, of the largest logit."""
-    captured = _checked(capture(save_model(name, folder / "model")))
+    captured = _checked(capture_model(save_model(name, folder / "model")))
     loaded, model, worst = load_weights(copy.deepcopy(captured)), reference_model(folder / "model"), 0.0
     for mask in MASKS:
         runs = (captured_runner(loaded), transformers_runner(model))
@@ -222,7 +222,7 @@ def _decoder(name: str, folder: Path) -> tuple[CapturedModel, float, None]:
 def _encoder(name: str, folder: Path) -> tuple[CapturedModel, float, dict]:
     """The captured model, the largest difference of an output, and inputs."""
     random_modules.save_encoder(name, folder / "model")
-    captured = _checked(capture(folder / "model"))
+    captured = _checked(capture_model(folder / "model"))
     model = transformers.AutoModel.from_pretrained(folder / "model", attn_implementation="eager").eval()
     feeds = [encoder_batch(captured, tokens(*mask.shape), mask) for mask in MASKS]
     return captured, _from_eager(captured, model, feeds), feeds[0]

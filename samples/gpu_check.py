@@ -13,7 +13,6 @@ runs no bfloat16 file: of those there is the graph only.
 
 import argparse
 import copy
-import importlib
 import math
 import sys
 import tempfile
@@ -30,12 +29,17 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 import qexport  # isort: skip  before ONNX Runtime, whose telemetry it turns off
 import onnxruntime as ort
 
+from qexport.api.stages import lowering
+from qexport.api.stages.capturing import capture_model
 from qexport.artifact.manifest import CPU, CUDA, MODEL_FILE
 from qexport.calibrate.block_activations import decoder_inputs
 from qexport.cli.console import showing_progress
 from qexport.errors import InputError, QExportError
 from qexport.formatting import megabytes
+from qexport.graph.edit import attributes, get_tensor, set_tensor
+from qexport.lower.lowered_block import LoweredBlock
 from qexport.quant.metrics import kl_divergence, top1_agreement
+from qexport.quant.narrowing import narrowed
 from qexport.recipe.recipe import Override, Recipe
 from qexport.runtime.decoder import open_decoder
 from qexport.validation.logits import deployed_logits
@@ -48,7 +52,6 @@ RECIPES = (
 )  # fmt: skip
 BFLOAT16 = ("w4a16_g32", "w4a16_g32_asym", "w8a16", "nf4", "w4a16_g64_lorc", "w2a16_g64")
 BITS = {onnx.TensorProto.INT4: 4, onnx.TensorProto.UINT4: 4}
-exporting = importlib.import_module("qexport.api.exporting")  # the package's attribute of this name is the function
 
 
 def main() -> None:
@@ -95,13 +98,21 @@ def main() -> None:
         sys.exit(1)
 
 
+def filled(lowered: LoweredBlock) -> LoweredBlock:
+    """A block as it was written, with its tensors."""
+    module = copy.deepcopy(lowered.module)
+    for name in attributes(module.graph):
+        set_tensor(module, name, narrowed(lowered.read(name), get_tensor(module, name).dtype, name))
+    return replace(lowered, module=module, inputs=list(lowered.inputs), outputs=list(lowered.outputs))
+
+
 class Check:
     """What all recipes are measured with: the text, the float model's logits on it, a float16 file."""
 
     def __init__(self, given: argparse.Namespace, folder: Path, progress):
         self._given, self._folder, self._progress = given, folder, progress
         self._provider, self._device = (CPU, "cpu") if given.cpu else (CUDA, "cuda")
-        captured = exporting.capture(given.model)
+        captured = capture_model(given.model)
         self._text = choose_text(captured, given.text, given.windows, given.window, lambda *_: None)
         source = captured.folder.path
         model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float16).to(self._device).eval()
@@ -163,18 +174,15 @@ class Check:
 
     def _export(self, recipe: Recipe, out: Path, dtype: str):
         """The manifest, and a function from token ids to the logits of the graph that the file was written from."""
-        blocks, ports, lower = [], [], exporting.lower
+        blocks, ports, lower_blocks = [], [], lowering.lower_blocks
 
         def keep(captured, finished, target):
-            lowered = lower(captured, finished, target)
-            for item in finished:
-                twin = replace(item, block=copy.deepcopy(item.block))
-                twin.fill()
-                blocks.append(twin.block)
+            lowered = lower_blocks(captured, finished, target)
+            blocks.extend(map(filled, lowered.graphs))
             ports.append(captured)
             return lowered
 
-        with patch.object(exporting, "lower", keep):
+        with patch.object(lowering, "lower_blocks", keep):
             manifest = qexport.export(
                 self._given.model, recipe, out_dir=out, target="cuda", dtype=dtype, progress=self._progress,
                 calibration=self._given.calibration,

@@ -26,8 +26,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForCondition
 
 import qexport
 from qexport.api import auto as choosing
-from qexport.api.exporting import capture
 from qexport.api.seq2seq import exporting as exporting_parts
+from qexport.api.stages.capturing import capture_model
 from qexport.artifact import checksums, swap
 from qexport.artifact import manifest as manifests
 from qexport.artifact.manifest import DECODER, ENCODER
@@ -111,14 +111,14 @@ def commands(model: CapturedModel, parts: Parts) -> list[Command]:
         export(place, overwrite=True)
 
     def choose(place: Path) -> None:
-        choosing.capture = lambda *_, **__: copy.deepcopy(model)  # which it does again for each trial
+        choosing.capture_model = lambda *_, **__: copy.deepcopy(model)  # which it does again for each trial
         qexport.export_auto(
             model.folder, out_dir=place / "out", max_bytes=200_000, calibration="random", windows=1, window=16
         )
 
     def export_parts(place: Path) -> None:
         exporting_parts.capture_seq2seq = lambda *_: parts
-        qexport.export_seq2seq(parts.decoder.folder, RECIPE, out_dir=place / "out")
+        qexport.export(parts.decoder.folder, RECIPE, out_dir=place / "out")
 
     def over_by_renames(place: Path) -> None:
         swap._renameat2 = lambda: None
@@ -143,7 +143,7 @@ def tiny_model(folder: Path) -> CapturedModel:
         vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
         num_key_value_heads=1, max_position_embeddings=64, tie_word_embeddings=False, eos_token_id=2, bos_token_id=1,
     )).save_pretrained(folder)  # fmt: skip
-    return checked(capture(folder))
+    return checked(capture_model(folder))
 
 
 def tiny_parts(folder: Path) -> Parts:

@@ -15,7 +15,7 @@ from statistics import mean
 import torch
 from torch.fx import Interpreter
 
-from qexport.api.exporting import capture
+from qexport.api.stages.capturing import capture_model
 from qexport.calibrate.block_activations import Stream, decoder_inputs, last_readers
 from qexport.calibrate.float_model import weights_of
 from qexport.graph.edit import is_call
@@ -67,7 +67,7 @@ def main() -> None:
     parser.add_argument("--text", type=Path, required=True)
     parser.add_argument("--tokens", type=int, default=2048)
     given = parser.parse_args()
-    captured = capture(given.model)
+    captured = capture_model(given.model)
     ids = choose_text(captured, given.text, 1, given.tokens, lambda *_: None).windows
     feeds = decoder_inputs(captured, ids, torch.ones_like(ids))
     keep = last_readers(captured)

@@ -18,7 +18,8 @@ from statistics import mean
 import yaml
 
 from qexport import bench
-from qexport.api.exporting import capture, export
+from qexport.api.exporting import export
+from qexport.api.stages.capturing import capture_model
 from qexport.cli.console import showing_progress
 from qexport.recipe.recipe import Override, Recipe
 from qexport.validation.logits import compare_logits, deployed_logits
@@ -44,7 +45,7 @@ def main() -> None:
 
     rows = {name: r for name, r in recipes(given.samples).items() if any(fnmatchcase(name, p) for p in given.rows)}
     with tempfile.TemporaryDirectory(prefix="qexport-") as place, showing_progress() as progress:
-        captured = capture(given.model)
+        captured = capture_model(given.model)
         text = choose_text(captured, given.text, given.windows, given.window, lambda *_: None)
         reference = FloatOutputs(captured, decoder_feeds(captured, text.windows), ("logits",))
         plain = Recipe(scheme="w8a8_dyn", overrides=(Override(match="*", scheme="float"),))

@@ -1,7 +1,7 @@
 """Quantize an encoder-decoder, and see whether it still gets its answers right.
 
 The model is a small T5 that is trained here, for some minutes, to write numbers in words; one of your own takes the
-same calls: `qexport.export_seq2seq(MODEL, ...)`.
+same calls: `qexport.export(MODEL, ...)`.
 
 python samples/seq2seq.py
 """
@@ -115,12 +115,12 @@ def run(place: Path, arguments: argparse.Namespace) -> None:
     print(f"| float32 | {size / 1e6:.2f} | {right} | 0 | 100 % |")
     for recipe in arguments.recipes:
         out = place / recipe
-        made = qexport.export_seq2seq(model, recipe, out_dir=out, calibration=calibration, overwrite=True)
+        made = qexport.export(model, recipe, out_dir=out, calibration=calibration, overwrite=True)
         # 24 tokens are written about each number; what follows the end of an answer is the model's own, too.
-        report = qexport.validate_seq2seq(out, model, inputs=texts[:64], new_tokens=12)
+        report = qexport.validate(out, model, inputs=texts[:64], greedy=12)
         assert not report.problems, report.problems
         right = sum(map(str.__eq__, qexport.generate(out, texts, max_new_tokens=24), answers))
-        size = sum(part.manifest.bytes["model"] for part in (made.encoder, made.decoder))
+        size = made.manifest.bytes["model"]
         scores = report.logits
         print(
             f"| {recipe} | {size / 1e6:.2f} | {right} | {scores.kl_mean:.2g} | {100 * scores.top1_agreement:.1f} % |",

@@ -16,7 +16,7 @@ from helpers.cuda_placement.build import CannotBuild, build_stand_ins
 from helpers.cuda_placement.probe import placement
 from helpers.random_decoders import save_model
 from qexport import cli
-from qexport.api.exporting import capture
+from qexport.api.stages.capturing import capture_model
 from qexport.artifact import checksums
 from qexport.recipe.recipe import Recipe
 from qexport.validation.reader import check_reader
@@ -64,7 +64,7 @@ def captured(model_folder):
 
     @cache
     def once(family):
-        model = capture(model_folder(family))
+        model = capture_model(model_folder(family))
         check_reader(model)  # here, and not in every export of a copy
         return model
 

@@ -16,7 +16,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 # From the ground up; a room may import rooms of lines before its own, and itself.
 ROOMS = (
-    ("errors", "gc_pause", "log", "stopping"),
+    ("errors", "gc_pause", "log", "progress", "stopping"),
     ("formatting", "plugins"),
     ("artifact",),
     ("quant",),
@@ -39,7 +39,7 @@ ROOMS = (
     ("__main__",),
 )
 # Rooms that the runtime, which deploys alone, may not import though they lie below it.
-NARROW = {"runtime": {"errors", "gc_pause", "log", "formatting", "stopping", "artifact"}}
+NARROW = {"runtime": {"errors", "gc_pause", "log", "formatting", "progress", "stopping", "artifact"}}
 
 
 def modules() -> dict[str, Path]:

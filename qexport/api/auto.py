@@ -13,18 +13,16 @@ import torch
 
 from ..artifact.output import WorkFolder, claimed
 from ..calibrate.block_activations import Feeds, decoder_inputs
-from ..calibrate.data import Progress, calibration_batches, no_progress, recipe_and_data
-from ..calibrate.model_passes import change_model
+from ..calibrate.data import calibration_batches
 from ..capture.graph import CapturedModel
 from ..errors import InputError
 from ..log import warn
-from ..lower.attention_plan import check_attention
 from ..mixed_precision.allocate import Allocation
 from ..mixed_precision.allocator import SchemeAllocator
 from ..models.source import ModelFolder, source_path
+from ..progress import Progress, no_progress
 from ..recipe.recipe import Recipe
 from ..runtime.provider import provider_named
-from ..targets.base import Target, target_for
 from ..validation.account import transforms
 from ..validation.kl_costs import deployed_costs
 from ..validation.logits import compare_logits, deployed_logits
@@ -33,7 +31,11 @@ from ..validation.reference import FloatOutputs, decoder_feeds
 from ..validation.report import Logits
 from ..validation.report_store import keep
 from ..validation.text import choose_text
-from .exporting import ExportResult, capture, export, source_of
+from .options import Options
+from .result import ExportResult
+from .stages import pipeline
+from .stages.capturing import capture, capture_model
+from .stages.preparing import Preparation, Request, prepare
 
 _TOKENS, _LENGTH = 1024, 512  # on which costs are measured, and tokens of a sequence at most
 # A file within this share below the KL asked for is not made smaller again.
@@ -74,21 +76,22 @@ class AutoResult:
 
 
 def export_auto(
-    model: str | os.PathLike | ModelFolder,
-    recipe: str | os.PathLike | Recipe = "compact",
+    model: str | os.PathLike[str] | ModelFolder | CapturedModel,
+    recipe: str | os.PathLike[str] | Recipe = "compact",
     *,
-    out_dir: str | os.PathLike,
+    out_dir: str | os.PathLike[str],
     max_bytes: int | None = None,
     max_kl: float | None = None,
     target: str = "cpu",
     calibration: Any = None,
-    text: str | os.PathLike | None = None,
+    text: str | os.PathLike[str] | None = None,
     windows: int = 8,
     window: int = 512,
     overwrite: bool = False,
     dtype: str | None = None,
     attention: str = "grouped",
     provider: str | None = None,
+    seed: int | None = None,
     trust_remote_code: bool = False,
     progress: Progress = no_progress,
 ) -> AutoResult:
@@ -98,12 +101,23 @@ def export_auto(
     calibration data.
 
     Args:
-        model, out_dir, target, calibration, overwrite, dtype, attention, trust_remote_code, progress: as for `export`.
+        model: a Hugging Face id, a folder, a GGUF file, or a captured model, which stays as it is.
         recipe: everything but the schemes: what it keeps in float stays so, and it says how weights are found.
-        max_bytes: the most bytes of the model's files; or
-        max_kl: the largest mean KL from the float model, as measured on `text`. Exactly one of the two.
-        text, windows, window, provider: as for `validate`; the KL of the result is measured on them, and there.
-            Windows are no longer than what the model reads.
+        out_dir: as `export` takes it.
+        max_bytes: the most bytes of the model's files; either this or max_kl.
+        max_kl: the largest mean KL from the float model, as measured on `text`.
+        target: as `export` takes it.
+        calibration: as `export` takes it.
+        text: as `validate` takes it; the KL of the result is measured on it.
+        windows: how many stretches of the text.
+        window: tokens in each, no more than what the model reads.
+        overwrite: as `export` takes it.
+        dtype: as `export` takes it.
+        attention: as `export` takes it.
+        provider: as `validate` takes it; the KL of the result is measured there.
+        seed: as `export` takes it.
+        trust_remote_code: as `export` takes it.
+        progress: called with (stage, what, done, total).
 
     Raises:
         InputError: neither bound, or both; a size that no choice meets, or a KL that the best choices miss; a model
@@ -111,73 +125,74 @@ def export_auto(
         RecipeError: the recipe quantizes activations.
         QExportError: as `export`.
     """
-    if (max_bytes is None) == (max_kl is None):
+    asked = {name: bound for name, bound in (("max_bytes", max_bytes), ("max_kl", max_kl)) if bound is not None}
+    if len(asked) != 1:
         raise InputError("give either the most bytes or the largest KL", place="max_bytes, max_kl")
     if max_kl is not None and max_kl <= 0:
         raise InputError(f"a KL of {max_kl:g} takes the float model", place="max_kl", remedy="Give a number above 0")
-    out, recipe = Path(out_dir), recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
-    lowering = target_for(target, recipe, dtype)
-    provider = None if provider is None else provider_named(provider)
-    check_attention(attention)
-    with claimed(out, overwrite, source_path(model)) as work:
-        return _export(
-            work, model, recipe, lowering, max_bytes=max_bytes, max_kl=max_kl, target=target, calibration=calibration,
-            text=text, windows=windows, window=window, dtype=dtype, attention=attention, provider=provider,
-            trust_remote_code=trust_remote_code, progress=progress,
-        )  # fmt: skip
+    options = Options(
+        target=target, dtype=dtype, attention=attention, seed=seed, trust_remote_code=trust_remote_code,
+        progress=progress,
+    )  # fmt: skip
+    request = Request.of(model, recipe, options, calibration)
+    judge = _Judge(text, windows, window, None if provider is None else provider_named(provider))
+    with claimed(Path(out_dir), overwrite, source_path(model)) as work:
+        return _search(work, prepare(request), asked, judge)
 
 
-def _export(
-    work: WorkFolder, model, recipe: Recipe, lowering: Target, *, max_bytes, max_kl, target, calibration, text, windows,
-    window, dtype, attention, provider, trust_remote_code, progress: Progress,
-) -> AutoResult:  # fmt: skip
-    recipe, data = recipe_and_data(recipe, calibration)
-    model = source_of(model, recipe, data, calibration is not None, trust_remote_code=trust_remote_code)
-    captured = capture(model, trust_remote_code=trust_remote_code)
-    for note in captured.notes:
-        warn(note)
-    change_model(captured, recipe)
-    if captured.kind != "decoder":
-        raise InputError(f"schemes are chosen for decoders, and its kind is {captured.kind}", place=str(model))
-    checked = check_reader(captured)
-    feeds = _feeds(captured, recipe, data, progress)
-    width = lowering.dtype.itemsize
+@dataclass(frozen=True)
+class _Judge:
+    """What the KL of exports is measured on, see `export_auto`."""
+
+    text: str | os.PathLike[str] | None
+    windows: int
+    window: int
+    provider: str | None
+
+
+def _search(work: WorkFolder, prepared: Preparation, asked: Mapping[str, float], judge: _Judge) -> AutoResult:
+    """Export with schemes for one bound, "max_bytes" or "max_kl", and again with what was learnt from that."""
+    most = asked.get("max_bytes")
+    options, progress = prepared.options, prepared.options.progress
+    original = _decoder(prepared)
+    captured = capture(prepared.of_part(original, prepared.recipe, options)).captured
+    original.reader = check_reader(captured)  # not again for every export
+    feeds = _feeds(captured, prepared.recipe, prepared.data, progress)
     chooser = SchemeAllocator(
-        captured, recipe, lowering.candidates, width, attention, feeds, partial(progress, "costs")
-    )
-    window = min(window, captured.settings.get("max_position_embeddings") or window)
-    judged = choose_text(captured, text, windows, window, partial(progress, "text"))
-    if max_bytes is not None:
-        chooser.within_bytes(max_bytes)  # what cannot be is said before the work begins
-    held = capture(model, trust_remote_code=trust_remote_code)  # as it is, whose last block stays loaded
+        captured, prepared.recipe, prepared.target.candidates, prepared.target.dtype.itemsize, options.attention, feeds,
+        partial(progress, "costs"),
+    )  # fmt: skip
+    window = min(judge.window, captured.settings.get("max_position_embeddings") or judge.window)
+    judged = choose_text(captured, judge.text, judge.windows, window, partial(progress, "text"))
+    if most is not None:
+        chooser.within_bytes(int(most))  # what cannot be is said before the work begins
+    held = original.copy()  # as it is, whose last block stays loaded
     reference = FloatOutputs(held, decoder_feeds(held, judged.windows), ("logits",), partial(progress, "float model"))
     trials, names = work.folder / "trials", count()
 
     def attempt(allocation: Allocation) -> _Trial:
         trial, foretold = trials / str(next(names)), chooser.left * allocation.kl
-        again = replace(capture(model, trust_remote_code=trust_remote_code), reader=checked)
-        made = export(
-            again, chooser.recipe(allocation), out_dir=trial, target=target, dtype=dtype, calibration=calibration,
-            attention=attention, progress=progress,
-        )  # fmt: skip
-        run = deployed_logits(trial, made.manifest, judged.windows.shape[1], provider=provider)
+        with claimed(trial, overwrite=False) as place:
+            made = pipeline.run(prepared.of_part(original, chooser.recipe(allocation), options), place)
+        run = deployed_logits(trial, made.manifest, judged.windows.shape[1], provider=judge.provider)
         logits = compare_logits(reference, judged.windows, run, partial(progress, "logits"))
         if logits.kl_mean is None:
             raise InputError("NaN or Inf comes out of the export", remedy="See `qexport validate` of a plain export")
-        return _Trial(allocation, foretold, made, logits)
+        return _Trial(allocation, foretold, made, logits, logits.kl_mean)
 
     def learn(trial: _Trial) -> None:
         folder = trial.made.folder
         real = deployed_costs(
             folder, trial.made.manifest, captured, feeds, chooser.importance, transformed=transforms(folder),
-            provider=provider, progress=partial(progress, "costs"),
+            provider=judge.provider, progress=partial(progress, "costs"),
         )  # fmt: skip
         chooser.learn(trial.allocation, real, trial.kl)
 
     try:
-        search = _for_bytes if max_kl is None else _for_kl
-        best, exports = search(chooser, max_bytes if max_kl is None else max_kl, attempt, learn)
-        asked = {"max_bytes": max_bytes} if max_kl is None else {"max_kl": max_kl}
+        if most is None:
+            best, exports = _for_kl(chooser, asked["max_kl"], attempt, learn)
+        else:
+            best, exports = _for_bytes(chooser, int(most), attempt, learn)
         result = AutoResult(
             replace(best.made, folder=work.given), asked, _schemes(best.made), best.foretold,
             best.logits, judged.described, exports,
@@ -191,6 +206,25 @@ def _export(
         reference.close()
 
 
+def _decoder(prepared: Preparation) -> CapturedModel:
+    """The model as a graph.
+
+    Raises:
+        InputError: it is no decoder.
+    """
+    place = str(prepared.source) if isinstance(prepared.source, ModelFolder) else type(prepared.source).__name__
+    kind = "encoder-decoder" if prepared.in_two_parts else "module"
+    if not prepared.in_two_parts and not isinstance(prepared.source, torch.nn.Module):
+        captured = capture_model(prepared.source)
+        if captured.kind == "decoder":
+            if not isinstance(prepared.source, CapturedModel):
+                for note in captured.notes:
+                    warn(note)
+            return captured
+        kind = captured.kind
+    raise InputError(f"schemes are chosen for decoders, and its kind is {kind}", place=place)
+
+
 @dataclass(frozen=True)
 class _Trial:
     """An export, the KL that was expected of it, and what it has."""
@@ -199,21 +233,19 @@ class _Trial:
     foretold: float
     made: ExportResult
     logits: Logits
+    kl: float
 
     @property
     def bytes(self) -> int:
         return self.made.manifest.bytes["model"]
-
-    @property
-    def kl(self) -> float:
-        return self.logits.kl_mean
 
 
 def _for_bytes(
     chooser: SchemeAllocator, most: int, attempt: Callable[[Allocation], _Trial], learn: Callable[[_Trial], None]
 ) -> tuple[_Trial, int]:
     """The closest of some exports that are small enough, and how many there were."""
-    small, exports, trial = [], 0, None
+    small: list[_Trial] = []
+    exports, trial = 0, None
     while len(small) < _ENOUGH_EXPORTS:
         if trial is not None:
             learn(trial)
@@ -268,9 +300,11 @@ def _feeds(captured: CapturedModel, recipe: Recipe, data: Any, progress: Progres
     batches, _ = calibration_batches(captured, recipe, data, progress)
     ids_name = next(port.value for port in captured.inputs if port.name == "input_ids")
     longest = min(_LENGTH, captured.settings.get("max_position_embeddings") or _LENGTH)
-    feeds, left = [], _TOKENS
-    stream = batches()
+    feeds: list[Feeds] = []
+    left, stream = _TOKENS, batches()
     for batch, mask in zip(stream.batches, stream.masks, strict=True):
+        if mask is None:
+            raise TypeError("texts come with their masks")
         for ids, real in zip(batch[ids_name], mask, strict=True):
             if left > 0:
                 ids = ids[real][: min(left, longest)]

@@ -6,34 +6,23 @@ from importlib.metadata import version
 from typing import Any
 
 from ..artifact.manifest import BlockEntry, ConvolutionEntry, LinearEntry, Manifest
-from ..calibrate.loop import QuantizedBlock
-from ..capture.graph import CapturedModel
-from ..lower.build import Lowered
-from ..models.agreement import ReaderAgreement
-from ..passes.base import GraphPass
-from ..passes.model.base import ModelResult
+from ..artifact.names import public_name
+from ..models.provenance import origin
 from ..plan.convolution_plan import ConvolutionPlan
-from ..plan.linear_plan import LinearPlan
 from ..plan.model_plan import described_embedding
-from ..targets.base import Target
+from ..recipe.recipe import Recipe
+from .stages.lowering import Lowering
 
 
-def manifest_of(
-    captured: CapturedModel,
-    plan: Sequence[LinearPlan],
-    convolutions: Sequence[ConvolutionPlan],
-    lowered: Lowered,
-    target: Target,
-    sizes: dict[str, int],
-    settings: dict[str, Any],
-) -> Manifest:
+def manifest_of(made: Lowering, sizes: Mapping[str, int]) -> Manifest:
     """What manifest.json says.
 
     Args:
-        sizes: see `lower.sizes.by_part`; settings: see `Manifest`.
+        sizes: see `lower.sizes.by_part`.
     """
+    lowered, target = made.lowered, made.target
     linears = []
-    for p in plan:
+    for p in made.decisions.plan:
         if p.scheme is not None:
             found = lowered.linears[p.name]
             linears.append(LinearEntry(
@@ -43,12 +32,12 @@ def manifest_of(
                 fast=None if found.slow is None else not found.slow, slow=found.slow or "",
             ))  # fmt: skip
     return Manifest(
-        qexport=version("qexport"), target=target.name, kind=captured.kind, provider=target.provider,
+        qexport=version("qexport"), target=target.name, kind=made.captured.kind, provider=target.provider,
         dtype=str(target.dtype).removeprefix("torch."), session=lowered.session, numerics=target.numerics(),
         genai_provider_options=target.genai_provider_options,
-        linears=tuple(linears), convolutions=_convolutions(convolutions),
+        linears=tuple(linears), convolutions=_convolutions(made.decisions.convolutions),
         blocks=tuple(BlockEntry(name=n, output=o) for n, o in lowered.blocks.items()),
-        settings=settings, bytes=sizes,
+        settings=dict(made.settings), bytes=dict(sizes),
     )  # fmt: skip
 
 
@@ -60,37 +49,37 @@ def _convolutions(plan: Sequence[ConvolutionPlan]) -> tuple[ConvolutionEntry, ..
     )
 
 
-def report_of(
-    source: dict[str, Any], plan, embeddings, passes: Sequence[GraphPass], finished: Sequence[QuantizedBlock], seconds,
-    calibration: str, ran: str, reference: ReaderAgreement, changes: Mapping[str, ModelResult],
-    warnings: Sequence[str] = (), left_out: Sequence[str] = (),
-) -> dict[str, Any]:  # fmt: skip
+def report_of(made: Lowering, ran: str, seconds: Mapping[str, float], warnings: Sequence[str]) -> dict[str, Any]:
     """What report.json says of the export.
 
     Args:
-        source: see `models.provenance`; plan: of linears and convolutions; passes: all that blocks went through;
-            ran: see `runtime.first_run`; reference: how far the float graph is from a witness; changes: what passes
-            over the whole model did, by their names; warnings: sentences;
-            left_out: tensors of the checkpoint that the model does not read.
+        ran: see `runtime.first_run`; seconds: by stage; warnings: sentences.
     """
+    captured, decisions = made.captured, made.decisions
+    planned = [*decisions.plan, *decisions.convolutions]
     return {
         "export": {
-            "source": source,
-            "reference": asdict(reference),
-            "calibration": calibration,
+            "source": origin(captured.folder) if captured.folder else {"name": type(made.source).__name__},
+            "reference": asdict(made.agreement),
+            "calibration": made.described,
             "warnings": list(warnings),
             "first_run": ran,
-            "left_out": list(left_out),
-            "seconds": {k: round(v, 2) for k, v in seconds.items()},
-            "float": [{"linear": p.name, "reason": p.reason} for p in plan if p.scheme is None],
-            "apart": [{"linear": n, "reason": why} for item in finished for n, why in item.apart.items()],
-            "dense": [{"linear": n, "reason": why} for item in finished for n, why in item.dense.items()],
-            "embedding": [described_embedding(e) for e in embeddings],
-            "model_passes": {name: [asdict(note) for note in found.changed] for name, found in changes.items()},
+            "left_out": list(captured.left_out),
+            "seconds": dict(seconds),
+            "float": [{"linear": p.name, "reason": p.reason} for p in planned if p.scheme is None],
+            "apart": [{"linear": n, "reason": why} for block in made.lowered.graphs for n, why in block.apart.items()],
+            "dense": [{"linear": n, "reason": why} for block in made.lowered.graphs for n, why in block.dense.items()],
+            "embedding": [described_embedding(e) for e in decisions.embeddings],
+            "model_passes": {name: [asdict(note) for note in found.changed] for name, found in made.changes.items()},
             "passes": [
                 {"name": p.name, "keeps_function": p.preserves_output, "keeps_values": p.preserves_values}
-                for p in passes
+                for p in made.passes
             ],
-            "blocks": [asdict(item.record) for item in finished],
+            "blocks": [asdict(item.record) for item in made.blocks],
         }
     }
+
+
+def published(recipe: Recipe) -> Recipe:
+    """The recipe as it travels with the export: a calibration text by its name, not by where it lay."""
+    return recipe.with_calibration(source=public_name(recipe.calibration.source))

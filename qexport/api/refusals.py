@@ -5,8 +5,9 @@ from dataclasses import dataclass
 
 import torch
 
+from ..artifact.manifest import SEQ2SEQ
 from ..capture.graph import CapturedModel
-from ..errors import LoweringError, RecipeError
+from ..errors import InputError, LoweringError, RecipeError
 from ..graph.convolution_sites import convolutions
 from ..graph.edit import get_tensor
 from ..graph.sites import linears
@@ -20,6 +21,9 @@ from ..plan.model_plan import convolutions_for, plan_for
 from ..quant.narrowing import narrowed
 from ..recipe.recipe import Recipe
 from ..targets.base import Target
+from .options import Options
+
+_KINDS = {"encoder": "an encoder", "module": "a module", SEQ2SEQ: "an encoder-decoder"}
 
 
 @dataclass(frozen=True)
@@ -46,12 +50,42 @@ def decide(captured: CapturedModel, recipe: Recipe, target: Target, attention: s
         LoweringError: an operator has no ONNX form, or the recipe's cache has none with this attention.
         InputError: the target has no kernel for a linear.
     """
-    _check_prefill(captured, recipe)
     check_translations(block.module.graph for block in captured.blocks)
     _check_cache(captured, recipe, attention)
     plan, embeddings = plan_for(captured, recipe, target.dtype.itemsize)
     target.check(plan, recipe)
     return Decisions(plan, embeddings, convolutions_for(captured, recipe, target.integer_convolutions))
+
+
+def check_applicable(kind: str, options: Options, recipe: Recipe) -> None:
+    """Refuse what was asked for and means nothing for a kind of model.
+
+    Args:
+        kind: see `CapturedModel.kind`, or "encoder-decoder".
+
+    Raises:
+        InputError, RecipeError: what, and for what kind it is.
+    """
+    parts = kind == SEQ2SEQ
+    if parts and options.resume:
+        raise InputError("an export of an encoder-decoder is not resumed", place="resume", remedy="Start it again")
+    if parts and options.logits != "all":
+        raise InputError(
+            "an encoder-decoder makes all logits of its texts", place="logits", remedy="Export it with logits all"
+        )
+    if kind == "decoder":
+        return
+    if options.attention != "grouped":
+        raise InputError(
+            f"only decoders have a choice of attention, and this is {_KINDS[kind]}", place="attention",
+            remedy="Leave it out",
+        )  # fmt: skip
+    alone = [method.key for method in recipe.methods if method.needs_grouped_attention]
+    alone += ["prefill"] if recipe.prefill is not None else []
+    if alone:
+        raise RecipeError(
+            f"{alone[0]} is for decoders alone, and this is {_KINDS[kind]}", place=alone[0], remedy="Remove it"
+        )
 
 
 def check_range(captured: CapturedModel, decisions: Decisions, dtype: torch.dtype) -> None:
@@ -80,14 +114,6 @@ def _staying_float(captured: CapturedModel, decisions: Decisions) -> Iterator[st
             if name not in seen and get_tensor(block.module, name).is_floating_point():
                 seen.add(name)
                 yield name
-
-
-def _check_prefill(captured: CapturedModel, recipe: Recipe) -> None:
-    """Refuse a recipe that tells prompts from steps where the model knows neither."""
-    if recipe.prefill is not None and captured.kind != "decoder":
-        raise RecipeError(
-            "prefill is for language models", place="prefill", remedy="Remove it for encoders and modules"
-        )
 
 
 def _check_cache(captured: CapturedModel, recipe: Recipe, attention: str) -> None:

@@ -115,7 +115,7 @@ class Manifest(_Frozen):
     Attributes:
         target: what the file was lowered for.
         kind: "decoder" (prefill and decode with a key/value cache), "encoder" (text to hidden states) or "module" (any
-            other graph).
+            other graph). "encoder-decoder" is never in a file: both parts of one, see `ExportResult`.
         dtype: dtype of the activations and of the cache.
         provider: execution provider the file was made for.
         session: session config entries the numbers depend on; every session on the file sets them.
@@ -135,7 +135,7 @@ class Manifest(_Frozen):
     format: Literal[1] = FORMAT
     qexport: str = ""
     target: str = Field(min_length=1)
-    kind: Kind
+    kind: Kind | Literal["encoder-decoder"]
     dtype: str = "float32"
     provider: str = CPU
     session: dict[str, str] = Field(default_factory=dict)

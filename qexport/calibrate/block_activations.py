@@ -17,7 +17,6 @@ from ..quant.observers import Statistic
 from .sources import Samples
 
 Feeds = Mapping[str, torch.Tensor]  # the model's inputs by public name
-Progress = Callable[[str, int, int], None]  # what, done, total
 
 
 class Stream:

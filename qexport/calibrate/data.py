@@ -12,14 +12,13 @@ from ..capture.graph import CapturedModel
 from ..errors import InputError
 from ..models.source import ModelFolder
 from ..plan.linear_plan import LinearPlan
+from ..progress import Progress
 from ..recipe.recipe import Recipe
 from .block_activations import Stream, make_stream, module_feeds, stream_of
 from .encoder_inputs import encoder_stream
 from .float_model import fits_in_memory, loaded
 from .self_text import continue_text
 from .sources import Samples, check_text, load_samples
-
-Progress = Callable[[str, str, int, int], None]  # stage, what, done, total
 
 
 @dataclass(frozen=True)
@@ -33,10 +32,6 @@ class Prepared:
 
     batches: Sequence[Mapping[str, Tensor]]
     described: str
-
-
-def no_progress(stage: str, what: str, done: int, total: int) -> None:
-    pass
 
 
 def needs_data(recipe: Recipe, plan: Sequence[LinearPlan]) -> bool:

@@ -24,7 +24,8 @@ from ..capture.blocks import Block
 from ..capture.graph import CapturedModel
 from ..errors import NumericsError
 from ..graph.sites import Linear, linears
-from .block_activations import Feeds, Progress, stream_of
+from ..progress import StageProgress, no_stage_progress
+from .block_activations import Feeds, stream_of
 from .float_model import weights_of
 
 _SEED = 20230209
@@ -75,7 +76,9 @@ class BlockGradients:
     handed: int
 
 
-def felt(captured: CapturedModel, feeds: Sequence[Feeds], progress: Progress | None = None) -> Iterator[BlockGradients]:
+def felt(
+    captured: CapturedModel, feeds: Sequence[Feeds], progress: StageProgress = no_stage_progress
+) -> Iterator[BlockGradients]:
     """Every block, last first, with the importance of the values in it.
 
     Args:
@@ -88,11 +91,10 @@ def felt(captured: CapturedModel, feeds: Sequence[Feeds], progress: Progress | N
         yield from _back(captured, len(feeds), places, progress)
 
 
-def _there(captured: CapturedModel, feeds: Sequence[Feeds], places: Sequence[Path], progress: Progress | None) -> None:
+def _there(captured: CapturedModel, feeds: Sequence[Feeds], places: Sequence[Path], progress: StageProgress) -> None:
     stream = stream_of(captured, feeds)
     for index, (block, place) in enumerate(zip(captured.blocks, places, strict=True)):
-        if progress:
-            progress(block.name, index, 2 * len(places))
+        progress(block.name, index, 2 * len(places))
         given = {
             f"{batch} {name}": value.contiguous().clone()
             for batch in range(len(feeds))
@@ -105,7 +107,7 @@ def _there(captured: CapturedModel, feeds: Sequence[Feeds], places: Sequence[Pat
 
 
 def _back(
-    captured: CapturedModel, count: int, places: Sequence[Path], progress: Progress | None
+    captured: CapturedModel, count: int, places: Sequence[Path], progress: StageProgress
 ) -> Iterator[BlockGradients]:
     made = {name for block in captured.blocks for name in block.outputs}
     logits = next(port.value for port in captured.outputs if port.name == "logits")
@@ -113,8 +115,7 @@ def _back(
     draws = torch.Generator().manual_seed(_SEED)
     for index in reversed(range(len(places))):
         block = captured.blocks[index]
-        if progress:
-            progress(block.name, 2 * len(places) - 1 - index, 2 * len(places))
+        progress(block.name, 2 * len(places) - 1 - index, 2 * len(places))
         given = load_file(places[index])
         places[index].unlink()
         sites = linears(block.module.graph)
@@ -124,8 +125,7 @@ def _back(
             for batch in range(count):
                 sums.add(_one(block, sites, inputs[batch], made, logits, gradients[batch], draws, handed))
             yield BlockGradients(block, inputs, sums.linears(sites), sums.output(), block.outputs.index(handed))
-    if progress:
-        progress("", 2 * len(places), 2 * len(places))
+    progress("", 2 * len(places), 2 * len(places))
 
 
 def _one(

@@ -7,20 +7,19 @@ import json
 import os
 import time
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 
 import torch
-from torch.fx import GraphModule
 
 from ..capture.blocks import Block
 from ..capture.graph import CapturedModel
 from ..errors import InputError, PassError, within
 from ..graph.edit import attributes, delete_tensor, get_tensor, set_tensor, unload
 from ..passes.base import GraphPass, Pipeline
-from ..quant.concat_tensor import ConcatTensor
+from ..progress import StageProgress, no_stage_progress
 from ..quant.narrowing import narrowed
 from . import shards
 from .block_activations import Stream, batches, sqnr
@@ -49,7 +48,7 @@ class BlockRecord:
     unseen: Mapping[str, int] = field(default_factory=dict)
 
 
-@dataclass
+@dataclass(frozen=True)
 class QuantizedBlock:
     """A quantized block whose tensors are on disk.
 
@@ -57,10 +56,6 @@ class QuantizedBlock:
         block: its graph; tensors are on the meta device.
         record: what happened to it.
         shard, run: its file and who wrote it; stored: names of the tensors in there.
-        joined: tensors that the lowering made of several, by name.
-        apart: linears that the lowering could have merged with others and did not, and why.
-        dense: mixtures of experts, by the path of their module, that compute every expert for every token, and why.
-        prompt: what the lowering made of the block for prompts, where that is something else.
     """
 
     block: Block
@@ -69,24 +64,14 @@ class QuantizedBlock:
     run: str
     stored: set[str]
     captured: CapturedModel
-    joined: dict[str, ConcatTensor] = field(default_factory=dict)
-    apart: dict[str, str] = field(default_factory=dict)
-    dense: dict[str, str] = field(default_factory=dict)
-    prompt: GraphModule | None = None
 
     def read(self, name: str) -> torch.Tensor:
-        """A tensor of the block: its own small ones, joined ones, those of its shard, else the checkpoint's."""
+        """A tensor of the block's graph: its own small ones, else see `load`."""
         own = get_tensor(self.block.module, name)
-        if own.device.type != "meta":
-            return own
-        return self.joined[name].make(self._load) if name in self.joined else self._load(name)
+        return self.load(name) if own.device.type == "meta" else own
 
-    def read_prompt(self, name: str) -> torch.Tensor:
-        """A tensor of `prompt`: its own small ones, else the block's."""
-        own = get_tensor(self.block.module if self.prompt is None else self.prompt, name)
-        return self.read(name) if own.device.type == "meta" else own
-
-    def _load(self, name: str) -> torch.Tensor:
+    def load(self, name: str) -> torch.Tensor:
+        """A tensor of the block's shard, else of the checkpoint."""
         return shards.load_tensor(self.shard, name, self.run) if name in self.stored else self.captured.load(name)
 
     def fill(self) -> None:
@@ -105,7 +90,7 @@ def quantize_blocks(
     fingerprint: str,
     *,
     resume: bool = False,
-    progress: Callable[[str, int, int], None] = lambda name, done, total: None,
+    progress: StageProgress = no_stage_progress,
 ) -> list[QuantizedBlock]:
     """Quantize all blocks of a model.
 

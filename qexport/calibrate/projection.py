@@ -5,13 +5,14 @@ from typing import Any
 from ..capture.graph import CapturedModel
 from ..errors import InputError
 from ..graph.sites import Linear
+from ..progress import StageProgress
 from ..recipe.methods import WeightMethod
 from .block_activations import Stream
-from .ranges import Progress, float_statistics
+from .ranges import float_statistics
 
 
 def seen_by_projection(
-    captured: CapturedModel, projection: Linear, stream: Stream, weights: WeightMethod, progress: Progress
+    captured: CapturedModel, projection: Linear, stream: Stream, weights: WeightMethod, progress: StageProgress
 ) -> Any:
     """The weight method's statistic of what the output projection reads, over what the float model hands to it.
 

@@ -7,18 +7,18 @@ from torch.fx import Node
 
 from ..capture.graph import CapturedModel
 from ..errors import within
+from ..progress import StageProgress, no_stage_progress
 from ..quant.observers import AbsmaxObserver
-from .block_activations import Progress, Stream, collect
+from .block_activations import Stream, collect
 from .float_model import weights_of
 from .memory import trim
 
 
-def _silent(name: str, done: int, total: int) -> None:
-    pass
-
-
 def float_ranges(
-    captured: CapturedModel, stream: Stream, wanted: Mapping[str, list[Node]], progress: Progress = _silent
+    captured: CapturedModel,
+    stream: Stream,
+    wanted: Mapping[str, list[Node]],
+    progress: StageProgress = no_stage_progress,
 ) -> dict[str, dict[Node, float]]:
     """The largest magnitude of values of the float model, over the real tokens of all batches.
 
@@ -33,7 +33,7 @@ def float_statistics(
     captured: CapturedModel,
     stream: Stream,
     wanted: Mapping[str, Mapping[Node, Callable[[], Any]]],
-    progress: Progress = _silent,
+    progress: StageProgress = no_stage_progress,
 ) -> dict[str, dict[Node, Any]]:
     """Show values of the float model to statistics, the real tokens of all batches.
 

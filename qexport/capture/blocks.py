@@ -8,6 +8,7 @@ container that hold most of the weights); nodes that belong to no layer go where
 import re
 from collections import Counter
 from collections.abc import Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 
 from ..errors import CaptureError
-from ..graph.edit import get_tensor, is_call, set_tensor, spec_of
+from ..graph.edit import attributes, get_tensor, is_call, set_tensor, spec_of
 from ..graph.meta import Meta
 from ..graph.views import operand, tensor_name
 
@@ -39,6 +40,12 @@ class Block:
     inputs: list[str]
     outputs: list[str]
     parameters: list[str] = field(default_factory=list)
+
+    def copy(self) -> "Block":
+        """The same block once more, its weights not loaded."""
+        held = {name: get_tensor(self.module, name) for name in attributes(self.module.graph)}
+        twins = {id(tensor): tensor.to("meta") if name in self.parameters else tensor for name, tensor in held.items()}
+        return deepcopy(self, twins)
 
 
 def handed_on(outputs: Sequence[str], following: Sequence[str]) -> str:

@@ -17,8 +17,8 @@ def capture_folder(folder: ModelFolder) -> CapturedModel:
     if folder.config.is_encoder_decoder:
         raise CaptureError(
             f"{folder.config.model_type} is an encoder-decoder, which becomes two exports in one folder",
-            place=folder.name, remedy="In Python: qexport.export_seq2seq and qexport.validate_seq2seq. As a module its "
-            "encoder exports alone: qexport.export(AutoModel.from_pretrained(...).get_encoder(), example_inputs=...)",
+            place=folder.name, remedy="Export, inspect, validate and generate take it whole. Its encoder alone exports "
+            "as a module: qexport.export(AutoModel.from_pretrained(...).get_encoder(), example_inputs=...)",
         )  # fmt: skip
     loader = loader_of(folder.config, folder.name)
     return capture_decoder(folder) if loader is None else capture_encoder(folder, loader)

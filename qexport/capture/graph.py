@@ -1,6 +1,6 @@
 """What capture hands on: the blocks of a model, its interface and where its weights are."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
@@ -108,6 +108,17 @@ class CapturedModel:
         if self.folder is None:
             raise InputError("was captured from no folder, whose config and tokenizer this needs", place=self.kind)
         return self.folder
+
+    def copy(self) -> "CapturedModel":
+        """The same model once more, to be changed apart from this one; weights that blocks hold are not loaded there.
+
+        Tensors that passes put into blocks are in both.
+        """
+        return replace(
+            self, blocks=[block.copy() for block in self.blocks], inputs=list(self.inputs), outputs=list(self.outputs),
+            constants=dict(self.constants), settings=dict(self.settings), tied=dict(self.tied),
+            basis=dict(self.basis), notes=list(self.notes), left_out=list(self.left_out),
+        )  # fmt: skip
 
     def made(self, output: str) -> tuple[Block, Node] | None:
         """The block and the node that make an output of the model, by its public name; None without such an output."""

@@ -68,33 +68,16 @@ def export(
     chosen = qexport.Recipe.load(recipe or ("compact" if auto else "w4a16_g32"))
     chosen = chosen.with_calibration(samples=samples, sequence_length=sequence_length, seed=seed)
     console.quiet_libraries()
-    from ..api.exporting import opened
     from .printers.summaries import auto_summary, export_summary, print_auto, print_export
 
     imported()
-    source = opened(model, trust_remote_code=trust_remote_code)
-    if source.config.is_encoder_decoder:
-        if auto or resume or logits != "all":
-            raise InputError("an encoder-decoder takes neither --auto nor --resume nor --logits last", place=model)
-        from .printers import seq2seq as printing
-
-        with console.showing_progress() as progress:
-            both = qexport.export_seq2seq(
-                source, chosen, out_dir=out, target=target, dtype=dtype, calibration=calibration, overwrite=overwrite,
-                progress=progress,
-            )  # fmt: skip
-        if as_json:
-            console.print_json(printing.summary(both))
-        else:
-            printing.print_exported(both)
-        return
     if auto:
         if resume or logits != "all":
             raise InputError("--auto measures what it exports: it takes neither --resume nor --logits last")
         most = None if max_bytes is None else parsed_bytes(max_bytes)
         with console.showing_progress() as progress:
             found = qexport.export_auto(
-                source, chosen, out_dir=out, max_bytes=most, max_kl=max_kl, target=target, dtype=dtype,
+                model, chosen, out_dir=out, max_bytes=most, max_kl=max_kl, target=target, dtype=dtype,
                 calibration=calibration, text=text, overwrite=overwrite, attention=attention, provider=provider,
                 trust_remote_code=trust_remote_code, progress=progress,
             )  # fmt: skip
@@ -105,7 +88,7 @@ def export(
         return
     with console.showing_progress() as progress:
         result = qexport.export(
-            source, chosen, out_dir=out, target=target, dtype=dtype, calibration=calibration, overwrite=overwrite,
+            model, chosen, out_dir=out, target=target, dtype=dtype, calibration=calibration, overwrite=overwrite,
             resume=resume, logits=logits, trust_remote_code=trust_remote_code, attention=attention, progress=progress,
         )  # fmt: skip
     if as_json:
@@ -140,26 +123,12 @@ def inspect(
     given = {"samples": samples, "sequence_length": sequence_length, "seed": seed}
     chosen = qexport.Recipe.load(recipe).with_calibration(**given)
     console.quiet_libraries()
-    from ..models.source import open_model
     from .printers.summaries import print_inspection
 
     imported()
-    source = open_model(model, trust_remote_code=trust_remote_code)
-    if source.config.is_encoder_decoder:
-        if calibrate or calibration is not None or any(v is not None for v in given.values()):
-            raise InputError("ranges of an encoder-decoder are measured by its export only", place=model)
-        from ..api.seq2seq.exporting import inspect_seq2seq
-        from .printers import seq2seq as printing
-
-        both = inspect_seq2seq(source, chosen, target=target, dtype=dtype)
-        if as_json:
-            console.print_json(both.as_dict())
-        else:
-            printing.print_inspected(both, all_layers)
-        return
     with console.showing_progress() as progress:
         found = qexport.inspect(
-            source, chosen, target=target, dtype=dtype, attention=attention, trust_remote_code=trust_remote_code,
+            model, chosen, target=target, dtype=dtype, attention=attention, trust_remote_code=trust_remote_code,
             calibrate=calibrate or any(v is not None for v in given.values()), calibration=calibration,
             progress=progress,
         )  # fmt: skip

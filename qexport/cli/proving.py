@@ -20,7 +20,9 @@ def validate(
         Path | None, typer.Option(help="UTF-8 text to measure on; by default text the model writes.")
     ] = None,
     windows: Annotated[int, typer.Option(help="How many windows of the text.")] = 8,
-    window: Annotated[int, typer.Option(help="Tokens in a window.")] = 512,
+    window: Annotated[
+        int | None, typer.Option(help="Tokens in a window; by default 512, and 128 for encoder-decoders.")
+    ] = None,
     references: Annotated[
         bool,
         typer.Option("--references", help="Also measure float16 in PyTorch and the float model in ONNX Runtime."),
@@ -40,25 +42,9 @@ def validate(
     from . import console
 
     console.quiet_libraries()
-    from ..runtime.seq2seq import is_seq2seq
     from .printers.summaries import print_validation
 
     imported()
-    if is_seq2seq(folder):
-        if references or sensitivity:
-            raise InputError("an encoder-decoder takes neither --references nor --sensitivity", place=str(folder))
-        from .printers import seq2seq as printing
-
-        with console.showing_progress() as progress:
-            both = qexport.validate_seq2seq(
-                folder, reference, text=text, windows=windows, window=min(window, 128), new_tokens=greedy,
-                threads=threads, provider=provider, trust_remote_code=trust_remote_code, progress=progress,
-            )  # fmt: skip
-        if as_json:
-            console.print_json(both.model_dump(mode="json"))
-        else:
-            printing.print_validated(both)
-        return
     with console.showing_progress() as progress:
         report = qexport.validate(
             folder,
@@ -78,7 +64,8 @@ def validate(
         console.print_json(report.model_dump(mode="json"))
     else:
         print_validation(report)
-        print(f"\nThe page: {folder / 'report.html'}")
+        for page in (folder / part / "report.html" for part in report.parts or [""]):
+            print(f"\nThe page: {page}")
 
 
 @app.command()

@@ -1,29 +1,55 @@
-"""Finished blocks become one ONNX model."""
+"""Quantized blocks become one ONNX model."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from importlib.metadata import version
+
+import torch
+from torch.fx import GraphModule
 
 from ..calibrate.loop import QuantizedBlock
 from ..capture.graph import CapturedModel
+from ..graph.edit import get_tensor
+from ..quant.concat_tensor import ConcatTensor
 from .build import Lowered, build_model
 from .fuse_moe import gather_experts
 from .fuse_parallel_linears import merge
-from .prefill_decode import BlockGraphs
+from .lowered_block import LoweredBlock
 from .target import LoweringTarget
 
+Read = Callable[[str], torch.Tensor]
 
-def lower(captured: CapturedModel, finished: Sequence[QuantizedBlock], target: LoweringTarget) -> Lowered:
-    """Gather experts, merge products and rewrite finished blocks for a target, in place, and translate them."""
-    pieces = []
-    for item in finished:
-        block = item.block
-        item.dense = gather_experts(block.module, target.why_dense)
-        merged = merge(block.module)
-        item.joined, item.apart = merged.joined, merged.apart
-        item.prompt, prompt = target.prompt_twin(block.module), None
-        if item.prompt is not None:
-            target.rewrite(item.prompt, set(captured.constants))
-            prompt = BlockGraphs(block.name, item.prompt, block.inputs, block.outputs, item.read_prompt)
-        target.rewrite(block.module, set(captured.constants))
-        pieces.append(BlockGraphs(block.name, block.module, block.inputs, block.outputs, item.read, prompt))
-    return build_model(pieces, captured.inputs, captured.outputs, target, version("qexport"))
+
+def lower_blocks(captured: CapturedModel, finished: Sequence[QuantizedBlock], target: LoweringTarget) -> Lowered:
+    """Gather experts, merge products and rewrite blocks for a target, their graphs in place, and translate them."""
+    blocks = [lower_block(item, target, captured.constants) for item in finished]
+    return build_model(blocks, captured.inputs, captured.outputs, target, version("qexport"))
+
+
+def lower_block(item: QuantizedBlock, target: LoweringTarget, constants: Collection[str]) -> LoweredBlock:
+    """A quantized block as a target wants it; its graph is changed in place.
+
+    Args:
+        constants: names of tensors that are no weights of the checkpoint.
+    """
+    block = item.block
+    dense = gather_experts(block.module, target.why_dense)
+    merged = merge(block.module)
+    read = _reading(block.module, merged.joined, item.load)
+    twin, prompt = target.prompt_twin(block.module), None
+    if twin is not None:
+        target.rewrite(twin, set(constants))
+        prompt = LoweredBlock(block.name, twin, block.inputs, block.outputs, _reading(twin, {}, read))
+    target.rewrite(block.module, set(constants))
+    return LoweredBlock(block.name, block.module, block.inputs, block.outputs, read, prompt, merged.apart, dense)
+
+
+def _reading(module: GraphModule, joined: Mapping[str, ConcatTensor], read: Read) -> Read:
+    """How a tensor of a block is read: its own small ones, those made of several, else what `read` finds."""
+
+    def find(name: str) -> torch.Tensor:
+        own = get_tensor(module, name)
+        if own.device.type != "meta":
+            return own
+        return joined[name].make(read) if name in joined else read(name)
+
+    return find

@@ -14,7 +14,8 @@ from . import ops as _ops  # noqa: F401  registers the translations
 from .emitter import ONNX_DTYPE, VIEW_OF, Emitter, name_of
 from .fuse_norms import fuse_normalizations
 from .kernel_map import KernelMap, LinearLocation, plain
-from .prefill_decode import BlockGraphs, add_branches, branched, branches_of
+from .lowered_block import LoweredBlock
+from .prefill_decode import add_branches, branched, branches_of
 from .qdq_patterns import input_of, linear_products
 from .registry import is_translated, translate, untranslated
 from .target import LoweringTarget
@@ -33,6 +34,7 @@ class Lowered:
         bytes: of the tensors of each quantized linear in the file; merged linears share theirs by their columns.
         blocks: for each block the value it hands to the next one.
         session: session entries of this file.
+        graphs: the blocks that it was made of.
     """
 
     model: ir.Model
@@ -42,6 +44,7 @@ class Lowered:
     bytes: dict[str, int] = field(default_factory=dict)
     blocks: dict[str, str] = field(default_factory=dict)
     session: dict[str, str] = field(default_factory=dict)
+    graphs: Sequence[LoweredBlock] = ()
 
 
 def check_translations(graphs: Iterable[Graph]) -> None:
@@ -56,7 +59,11 @@ def check_translations(graphs: Iterable[Graph]) -> None:
 
 
 def build_model(
-    pieces: Sequence[BlockGraphs], inputs: Sequence[Port], outputs: Sequence[Port], target: LoweringTarget, version: str
+    pieces: Sequence[LoweredBlock],
+    inputs: Sequence[Port],
+    outputs: Sequence[Port],
+    target: LoweringTarget,
+    version: str,
 ) -> Lowered:
     """Translate blocks into one ONNX graph at opset 23; tensors are read when it is saved.
 
@@ -65,11 +72,11 @@ def build_model(
     """
     emit, book = Emitter(), KernelMap(target.kernel)
 
-    def add(piece: BlockGraphs, known: dict[str, ir.Value]) -> None:
+    def add(piece: LoweredBlock, known: dict[str, ir.Value]) -> None:
         made = _translate(emit, piece, known)
         book.note(piece.module.graph, emit.values, made)
 
-    def add_for_prompts(piece: BlockGraphs, known: dict[str, ir.Value]) -> None:
+    def add_for_prompts(piece: LoweredBlock, known: dict[str, ir.Value]) -> None:
         _translate(emit, piece, known)
         book.note_prompts(piece.module.graph)
 
@@ -106,6 +113,7 @@ def build_model(
         ir.Model(graph, ir_version=11, producer_name="qexport", producer_version=version),
         book.placed(target.slow(everything)), book.parts(), tensors, _bytes(tensors, book.members),
         {name: plain(name_of((inner | known)[value])) for name, value in handed.items()}, target.session(everything),
+        pieces,
     )  # fmt: skip
     for part in (graph, *branches):
         fuse_normalizations(part)  # which hands the names on to other values
@@ -114,7 +122,7 @@ def build_model(
     return lowered
 
 
-def _translate(emit: Emitter, piece: BlockGraphs, known: dict[str, ir.Value]) -> dict[str, ir.Value]:
+def _translate(emit: Emitter, piece: LoweredBlock, known: dict[str, ir.Value]) -> dict[str, ir.Value]:
     """Add a block's nodes; returns the results of its quantized linears, merged or not, by name.
 
     What linears read and make in the block is named after them: other names count operators, and would differ between

@@ -1,47 +1,28 @@
 """Blocks that are there twice, as the branches of an If on the number of new tokens."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import onnx_ir as ir
-import torch
-from torch.fx import GraphModule
 
 from ..artifact.branches import LAYERS, PROMPTS, STEPS
 from ..graph.edit import dtype_of
 from ..graph.views import results_of
 from .emitter import ONNX_DTYPE, Emitter, name_of
+from .lowered_block import LoweredBlock
 from .prefill_twin import LONGEST_STEP
 
-Add = Callable[["BlockGraphs", dict[str, ir.Value]], None]
+Add = Callable[[LoweredBlock, dict[str, ir.Value]], None]
 
 
-@dataclass(frozen=True)
-class BlockGraphs:
-    """A block ready to be written, its graph already rewritten for the target.
-
-    Attributes:
-        read: the tensor of a get_attr node, called only while the file is written.
-        prompt: the same block as it is for prompts, where it is another one for them.
-    """
-
-    name: str
-    module: GraphModule
-    inputs: Sequence[str]
-    outputs: Sequence[str]
-    read: Callable[[str], torch.Tensor]
-    prompt: "BlockGraphs | None" = None
-
-
-def branched(pieces: Sequence[BlockGraphs]) -> tuple[int, int]:
+def branched(pieces: Sequence[LoweredBlock]) -> tuple[int, int]:
     """[start, stop) of the blocks from the first to the last that is another one for prompts."""
     found = [index for index, piece in enumerate(pieces) if piece.prompt is not None]
     return (found[0], found[-1] + 1) if found else (len(pieces), len(pieces))
 
 
 def add_branches(
-    emit: Emitter, pieces: Sequence[BlockGraphs], known: dict[str, ir.Value], ids: ir.Value, wanted: set[str], add: Add,
-    add_for_prompts: Add,
+    emit: Emitter, pieces: Sequence[LoweredBlock], known: dict[str, ir.Value], ids: ir.Value, wanted: set[str],
+    add: Add, add_for_prompts: Add,
 ) -> dict[str, ir.Value]:  # fmt: skip
     """Add blocks twice, as the branches of an If on the number of new tokens.
 

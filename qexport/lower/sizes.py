@@ -1,8 +1,31 @@
-"""What takes how much of a file: every byte in one part."""
+"""What takes how much of a file, as planned and as written: every byte in one part."""
 
 from collections.abc import Mapping, Sequence
 
+from ..capture.graph import CapturedModel
+from ..plan.convolution_plan import ConvolutionPlan
 from ..plan.embedding_plan import EmbeddingPlan
+from ..plan.linear_plan import LinearPlan
+from ..plan.model_plan import bytes_by_part
+from .gqa import GroupedAttention
+
+
+def planned_bytes(
+    captured: CapturedModel,
+    plan: Sequence[LinearPlan],
+    embeddings: Sequence[EmbeddingPlan],
+    width: int,
+    grouping: GroupedAttention | str | None,
+    convolutions: Sequence[ConvolutionPlan] = (),
+) -> dict[str, int]:
+    """Bytes of the tensors of an export before it is made, as `bytes_by_part` has them, with tables of positions.
+
+    Args:
+        width: bytes of a number that stays float; grouping: see `plan_attention`.
+    """
+    tables = sum(t.numel() for t in grouping.tables.values()) if isinstance(grouping, GroupedAttention) else 0
+    parts = bytes_by_part(captured, plan, embeddings, width, convolutions)
+    return parts | {name: parts[name] + width * tables for name in ("rest", "total")}
 
 
 def by_part(

@@ -4,15 +4,16 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from ..calibrate.block_activations import Feeds, Progress
+from ..calibrate.block_activations import Feeds
 from ..calibrate.fisher import Importance
 from ..capture.graph import CapturedModel
 from ..errors import InputError, RecipeError
 from ..lower.attention_plan import plan_attention
-from ..lower.gqa import GroupedAttention
+from ..lower.sizes import planned_bytes
 from ..plan.embedding_plan import EmbeddingPlan
 from ..plan.linear_plan import LinearPlan
-from ..plan.model_plan import bytes_by_part, output_projection, plan_for
+from ..plan.model_plan import output_projection, plan_for
+from ..progress import StageProgress
 from ..quant.formats import Scheme, offered
 from ..recipe.recipe import Recipe
 from ..recipe.sections import FLOAT, Override, only
@@ -39,7 +40,7 @@ class SchemeAllocator:
 
     def __init__(
         self, captured: CapturedModel, recipe: Recipe, candidates: Sequence[str], width: int, attention: str,
-        feeds: Sequence[Feeds], progress: Progress,
+        feeds: Sequence[Feeds], progress: StageProgress,
     ):  # fmt: skip
         self._recipe, self._plan, self._embeddings = recipe, *plan_for(captured, recipe, width)
         self._check()
@@ -155,12 +156,10 @@ def _rest(
     captured: CapturedModel, plan: Sequence[LinearPlan], embeddings: Sequence[EmbeddingPlan], width: int, attention: str
 ) -> int:
     """Bytes of everything that is not chosen for, without the graph: what stays float, tables of positions."""
-    sizes = bytes_by_part(captured, plan, embeddings, width)
+    sizes = planned_bytes(captured, plan, embeddings, width, plan_attention(captured, attention, captured.load))
     quantized = sum(p.bytes for p in plan if p.scheme is not None)
     tables = sum(e.bytes for e in embeddings if e.scheme is not None)
-    grouping = plan_attention(captured, attention, captured.load)
-    rotary = sum(t.numel() * width for t in grouping.tables.values()) if isinstance(grouping, GroupedAttention) else 0
-    return sizes["total"] - quantized - tables + rotary
+    return sizes["total"] - quantized - tables
 
 
 def _name(scheme: Scheme | None) -> str:

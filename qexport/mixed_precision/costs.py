@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ..calibrate.block_activations import Feeds, Progress
+from ..calibrate.block_activations import Feeds
 from ..calibrate.fisher import BlockGradients, Importance, felt
 from ..capture.graph import CapturedModel
 from ..errors import RecipeError
@@ -14,6 +14,7 @@ from ..graph.edit import get_tensor, set_tensor
 from ..passes.moe_coverage import of_experts
 from ..plan.embedding_plan import EmbeddingPlan, table_bytes
 from ..plan.linear_plan import LinearPlan, fit, weight_bytes
+from ..progress import StageProgress, no_stage_progress
 from ..quant.formats import Scheme
 from .allocate import SchemeChoice
 
@@ -57,7 +58,7 @@ class Costs:
 
 def scheme_costs(
     captured: CapturedModel, plan: Sequence[LinearPlan], embeddings: Sequence[EmbeddingPlan], schemes: Sequence[Scheme],
-    feeds: Sequence[Feeds], width: int = 4, progress: Progress | None = None,
+    feeds: Sequence[Feeds], width: int = 4, progress: StageProgress = no_stage_progress,
 ) -> Costs:  # fmt: skip
     """Cost of rounding to nearest with each scheme, for everything that a plan quantizes.
 

@@ -9,10 +9,11 @@ from ..artifact.manifest import RECIPE_FILE, Manifest
 from ..capture.graph import CapturedModel
 from ..errors import InputError, RecipeError
 from ..plan.model_plan import plan_for
+from ..progress import StageProgress
 from ..quant.formats import offered
 from ..recipe.recipe import Recipe
 from ..targets.base import target_named
-from ..validation.reference import Feeds, Progress
+from ..validation.reference import Feeds
 from ..validation.report import Sensitivity, SuggestedOverride, ValueComparison
 from ..validation.restoring import kl_costs
 from .costs import Costs, PricedItem, scheme_costs
@@ -22,7 +23,7 @@ _MOST_SUGGESTED = 10
 
 
 def costs_of(
-    folder: Path, manifest: Manifest, captured: CapturedModel, feeds: Sequence[Feeds], progress: Progress
+    folder: Path, manifest: Manifest, captured: CapturedModel, feeds: Sequence[Feeds], progress: StageProgress
 ) -> Costs:
     """What schemes cost in the linears that an export quantizes, see `scheme_costs`.
 
@@ -43,7 +44,7 @@ def costs_of(
 
 def restore(
     folder: Path, manifest: Manifest, captured: CapturedModel, feeds: Sequence[Feeds], rows: Sequence[ValueComparison],
-    costs: Costs, *, transformed: bool, threads: int | None, provider: str | None, progress: Progress,
+    costs: Costs, *, transformed: bool, threads: int | None, provider: str | None, progress: StageProgress,
 ) -> Sensitivity:  # fmt: skip
     """Restore the costliest linears to float, one at a time, and say what would buy back the most KL.
 

@@ -1,6 +1,6 @@
 """How far a captured graph is from a witness, and how far rounding explains."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -42,6 +42,17 @@ class ReaderAgreement:
             f"the float graph agrees with {self.witness} up to {self.difference:.1e} of the outputs' spread (rounding "
             f"explains {self.bound:.0e}), on {self.compared}{exact}"
         )
+
+
+def together(found: Mapping[str, ReaderAgreement]) -> ReaderAgreement:
+    """The comparison of a model in parts, by their names: the larger difference, of what bounds that."""
+    unknown = [f"{name}: {part.why_not}" for name, part in found.items() if part.why_not]
+    compared = [part for part in found.values() if not part.why_not and part.difference is not None]
+    farthest = max(compared, key=lambda part: part.difference or 0.0, default=ReaderAgreement())
+    return ReaderAgreement(
+        farthest.witness, "; ".join(f"{name}: {part.compared}" for name, part in found.items() if part.compared),
+        farthest.difference, farthest.bound, sum(part.weights for part in found.values()), "; ".join(unknown),
+    )  # fmt: skip
 
 
 def row_errors(want: Tensor, got: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """How fast and how large exported decoders are, measured in turns so that they can be compared."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,7 @@ import numpy as np
 from ..artifact import manifest as manifests
 from ..artifact.manifest import Manifest
 from ..errors import InputError
+from ..progress import Progress, no_progress
 from .bench_process import BenchProcess
 from .genai import context_length
 from .provider import provider_named
@@ -17,7 +18,6 @@ from .provider import provider_named
 PROMPT_LENGTHS = (128, 512, 2048)
 DECODE_PASTS = (128, 2048)
 DECODE_STEPS = 16
-Progress = Callable[[str, str, int, int], None]  # stage, what, done, total
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ def bench(
     repeats: int = 5,
     threads: int = 2,
     provider: str | None = None,
-    progress: Progress = lambda stage, what, done, total: None,
+    progress: Progress = no_progress,
 ) -> BenchResult:
     """Measure a decoder folder of qexport or of onnxruntime-genai's model builder.
 
@@ -105,7 +105,7 @@ def measure(
     repeats: int = 5,
     threads: int = 2,
     provider: str | None = None,
-    progress: Progress = lambda stage, what, done, total: None,
+    progress: Progress = no_progress,
 ) -> tuple[list[Measurement], tuple[str, ...]]:
     """Measure any number of folders in one run; see `bench`.
 

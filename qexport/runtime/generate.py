@@ -1,7 +1,9 @@
 """Text from an exported decoder, with the tokenizer in its folder."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+
+import numpy as np
 
 from ..artifact import manifest as manifests
 from ..errors import InputError, reading
@@ -20,8 +22,10 @@ _DAMAGED = "Copy the model's tokenizer files into it again"
 
 def generate_text(
     folder: str | Path,
-    prompt: str | Sequence[str],
+    prompt: str | Sequence[str] | None = None,
     *,
+    inputs: Mapping[str, np.ndarray] | None = None,
+    start: Sequence[int] | None = None,
     max_new_tokens: int = 128,
     sampling: Sampling | None = None,
     chat: bool = False,
@@ -35,6 +39,10 @@ def generate_text(
     Args:
         folder: exported folder.
         prompt: one prompt or a batch.
+        inputs: what an encoder-decoder of spectrograms reads instead, by name: {"input_features": [batch, bins,
+            frames]}, as its feature extractor makes them.
+        start: token ids that the texts of an encoder-decoder begin with, in the place of those that its configs name:
+            for Whisper language and task, say.
         max_new_tokens: new tokens a prompt gets at most; fewer where the model's context ends before, and a warning
             says so.
         sampling: how to draw; None takes the likeliest token.
@@ -48,22 +56,25 @@ def generate_text(
 
     Raises:
         InputError: the folder is no export or has no usable tokenizer, there is no chat template or it refuses the
-            turns, a system without chat, or a prompt that the model's context has no room for.
+            turns, a system without chat, or a prompt that the model's context has no room for; neither a prompt nor
+            inputs, or something that this kind of model does not read.
         RuntimeProblem: as `open_session`.
     """
     folder = Path(folder)
     manifest = None if is_seq2seq(folder) else manifests.load(folder)
+    _check_read(prompt, inputs, start, manifest)
     tokenizer = _tokenizer(folder)
-    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+    prompts = [prompt] if isinstance(prompt, str) else list(prompt or ())
     if system is not None and not chat:
         raise InputError("a system message is part of a chat", place="system", remedy="Pass --chat too")
     if chat:
         prompts = [_templated(tokenizer, text, system, folder) for text in prompts]
     ids = _token_ids(tokenizer, prompts, folder, special=not chat)  # a template writes its own special tokens
+    count = len(ids) if inputs is None else max(map(len, inputs.values()), default=0)
     limit, rows = _limits(folder, manifest)
     room = _room(ids, limit, rows, apart=manifest is None)
     new_tokens = max_new_tokens if room is None else min(max_new_tokens, room)
-    streams = [_TextStream(tokenizer, folder) for _ in ids]
+    streams = [_TextStream(tokenizer, folder) for _ in range(count)]
 
     def on_token(row: int, token: int) -> None:
         piece = streams[row].push(token)
@@ -73,8 +84,11 @@ def generate_text(
     listener = on_token if on_text else None
     if manifest is None:
         pair = open_seq2seq(folder, threads=threads, provider=provider)
-        source = texts_as_source(pair, ids)
-        result = pair.write(source, max_new_tokens=new_tokens, sampling=sampling, on_token=listener)
+        source = texts_as_source(pair, ids) if inputs is None else inputs
+        begin = None if start is None else [start] * count
+        result = pair.write(
+            source, max_new_tokens=new_tokens, prompts=begin, sampling=sampling, on_token=listener
+        )  # fmt: skip
     else:
         longest = max((len(row) for row in ids), default=0) + new_tokens
         decoder = open_decoder(folder, manifest, threads=threads, provider=provider, max_length=longest)
@@ -99,6 +113,15 @@ def eos_token_ids(folder: str | Path, default: int | None = None) -> tuple[int, 
     """End-of-sequence tokens from generation_config.json, else config.json, else `default`."""
     value = manifests.stated(folder).get("eos_token_id", () if default is None else default)
     return tuple(value) if isinstance(value, list | tuple) else (value,)
+
+
+def _check_read(prompt: object, inputs: object, start: object, manifest: manifests.Manifest | None) -> None:
+    """Refuse what this kind of model does not read."""
+    if (prompt is None) == (inputs is None):
+        raise InputError("there is nothing to go on from, or two things", place="prompt, inputs", remedy="Give one")
+    for name, given in (("inputs", inputs), ("start", start)):
+        if given is not None and manifest is not None:
+            raise InputError("only an encoder-decoder takes it", place=name, remedy="Pass a prompt")
 
 
 def _templated(tokenizer, text: str, system: str | None, folder: Path) -> str:

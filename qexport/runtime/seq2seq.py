@@ -163,7 +163,7 @@ def texts_as_source(pair: EncoderDecoder, rows: Sequence[Sequence[int]]) -> dict
     if "input_ids" not in pair.inputs:
         raise InputError(
             f"its encoder reads {', '.join(pair.inputs)}, not text",
-            remedy="In Python: qexport.open_seq2seq(FOLDER).write({name: array}, max_new_tokens=...)",
+            remedy="In Python: qexport.generate(FOLDER, inputs={name: array})",
         )
     if not rows or not all(rows):
         raise InputError("there is nothing to read: a text without tokens", remedy="Give at least one token")

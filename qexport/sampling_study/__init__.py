@@ -14,6 +14,7 @@ from ..calibrate.float_model import float_bytes, running
 from ..capture.decoder import capture_decoder
 from ..capture.graph import CapturedModel
 from ..models.source import open_model
+from ..progress import Progress, no_progress
 from ..runtime.decoder import open_decoder
 from ..runtime.provider import provider_named
 from .conclusions import choices, conclude
@@ -50,7 +51,7 @@ def study(
     provider: str | None = None,
     trust_remote_code: bool = False,
     on_estimate: Callable[[Estimate], None] = lambda estimate: None,
-    progress: Callable[[str, str, int, int], None] = lambda stage, what, done, total: None,
+    progress: Progress = no_progress,
 ) -> Study:
     """Let exports of one model and the float model continue prompts under many sampling settings, and compare texts.
 

@@ -1,12 +1,13 @@
 """All texts of a study, every format's turn after turn, and what can be measured only while the models are loaded."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from time import perf_counter
 
 import numpy as np
 import torch
 
+from ..progress import StageProgress
 from ..quant.metrics import nll
 from .grid import Draw, Grid
 from .measures import total_variation
@@ -76,7 +77,7 @@ def write_all(
     prompts: Sequence[Sequence[int]],
     grid: Grid,
     eos: set[int],
-    progress: Callable[[str, int, int], None],
+    progress: StageProgress,
 ) -> list[Sample]:
     """Let every format continue every prompt with every draw.
 

@@ -1,6 +1,5 @@
 """Other forms of the float model: what its difference from float32 in PyTorch is, no quantization can be blamed for."""
 
-import copy
 import dataclasses
 import os
 from collections.abc import Callable, Iterator
@@ -15,17 +14,16 @@ from ..artifact.manifest import Manifest
 from ..artifact.scratch import scratch_folder
 from ..calibrate.float_model import fits_in_memory
 from ..calibrate.loop import quantize_blocks
-from ..capture.blocks import Block
 from ..capture.graph import CapturedModel, Port, WeightSource
 from ..errors import InputError, writing_to
-from ..graph.edit import attributes, get_tensor
 from ..lower.attention_plan import deploy_attention, plan_attention
-from ..lower.blocks import lower
+from ..lower.blocks import lower_blocks
 from ..lower.precision import to_half
 from ..lower.saving import write_model
+from ..progress import StageProgress, no_stage_progress
 from ..targets.base import target_named
 from .logits import compare_logits, deployed_logits
-from .reference import FloatOutputs, Progress, decoder_feeds
+from .reference import FloatOutputs, decoder_feeds
 from .report import HALF, Reference
 
 _STEPS = 8
@@ -40,7 +38,7 @@ def compare_forms(
     *,
     threads: int | None = None,
     provider: str | None = None,
-    progress: Progress = lambda what, done, total: None,
+    progress: StageProgress = no_stage_progress,
 ) -> tuple[list[Reference], list[str]]:
     """Compare other forms of the float model with float32 in PyTorch, and say which were left out and why.
 
@@ -67,7 +65,9 @@ def compare_forms(
 
 
 @contextmanager
-def half_logits(captured: CapturedModel, windows: Tensor, progress: Progress | None = None) -> Iterator[Callable]:
+def half_logits(
+    captured: CapturedModel, windows: Tensor, progress: StageProgress = no_stage_progress
+) -> Iterator[Callable]:
     """The model in float16 in PyTorch on the CPU, block by block: weights and activations.
 
     Tables that depend on positions alone stay float32 until they meet activations, as in a float16 model of
@@ -112,11 +112,11 @@ def _kernels():
 
 def half_model(captured: CapturedModel) -> CapturedModel:
     """A copy of a float32 model, weights not loaded, that computes in float16."""
-    blocks = _copied(captured)
-    for block in blocks:
+    twin = captured.copy()
+    for block in twin.blocks:
         to_half(block.module, set(captured.constants), torch.float16)
     return dataclasses.replace(
-        captured, blocks=blocks, weights=_HalfWeights(captured.weights),
+        twin, weights=_HalfWeights(captured.weights),
         inputs=[_half_port(port) for port in captured.inputs], outputs=[_half_port(port) for port in captured.outputs],
     )  # fmt: skip
 
@@ -134,15 +134,6 @@ def _half_port(port: Port) -> Port:
     return dataclasses.replace(port, dtype=torch.float16) if port.dtype.is_floating_point else port
 
 
-def _copied(captured: CapturedModel) -> list[Block]:
-    """The blocks once more, without weights, also where a block holds its own."""
-    copies = []
-    for block in captured.blocks:
-        tensors = [get_tensor(block.module, name) for name in attributes(block.module.graph)]
-        copies.append(copy.deepcopy(block, {id(tensor): tensor.to("meta") for tensor in tensors}))
-    return copies
-
-
 @contextmanager
 def float_file_logits(
     captured: CapturedModel,
@@ -152,7 +143,7 @@ def float_file_logits(
     *,
     threads: int | None = None,
     provider: str | None = None,
-    progress: Progress = lambda what, done, total: None,
+    progress: StageProgress = no_stage_progress,
 ) -> Iterator[Callable[[Tensor], Tensor]]:
     """The float model exported for the target of `manifest`, with its attention, and run in ONNX Runtime.
 
@@ -177,20 +168,18 @@ def float_file_logits(
         yield deployed_logits(folder, made, length, steps=_STEPS, threads=threads, provider=provider)
 
 
-def export_float(captured: CapturedModel, like: Manifest, folder: Path, progress: Progress) -> Manifest:
+def export_float(captured: CapturedModel, like: Manifest, folder: Path, progress: StageProgress) -> Manifest:
     """Write model.onnx of a decoder, nothing quantized, into `folder`, in the form of an export with that manifest.
 
     Returns:
         what `open_session` needs to run it.
     """
-    twin = dataclasses.replace(
-        captured, blocks=_copied(captured), inputs=list(captured.inputs), outputs=list(captured.outputs)
-    )
+    twin = captured.copy()
     target = target_named(like.target).exact(getattr(torch, like.dtype))
     finished = quantize_blocks(twin, [], None, None, folder / "blocks", "float")
     attention = like.settings.get("attention", "standard")
     settings = twin.settings | deploy_attention(twin, plan_attention(twin, attention, finished[0].read))
-    lowered = lower(twin, finished, target)
+    lowered = lower_blocks(twin, finished, target)
     write_model(folder, lowered.model, lambda done, total: progress("write", done, total))
     return Manifest(
         qexport=version("qexport"), target=target.name, kind=twin.kind, provider=target.provider, dtype=like.dtype,

@@ -8,8 +8,9 @@ from torch import Tensor
 
 from ..artifact.manifest import Manifest
 from ..capture.graph import CapturedModel
+from ..progress import StageProgress, no_stage_progress
 from ..runtime.decoder import open_decoder
-from .reference import FloatOutputs, Progress, decoder_feeds
+from .reference import FloatOutputs, decoder_feeds
 from .report import Greedy
 
 _PROMPTS, _PROMPT_TOKENS = 4, 64
@@ -24,7 +25,7 @@ def compare_greedy(
     *,
     threads: int | None = None,
     provider: str | None = None,
-    progress: Progress | None = None,
+    progress: StageProgress = no_stage_progress,
 ) -> Greedy:
     """Let the deployed file continue the beginnings of a few windows, and find where the float model would part.
 

@@ -6,13 +6,14 @@ from pathlib import Path
 from ..artifact.manifest import Manifest
 from ..calibrate.fisher import Importance
 from ..capture.graph import CapturedModel
+from ..progress import StageProgress
 from .probes import DeployedValues
-from .reference import Feeds, Progress, watch
+from .reference import Feeds, watch
 
 
 def deployed_costs(
     folder: Path, manifest: Manifest, captured: CapturedModel, feeds: Sequence[Feeds],
-    importance: Mapping[str, Importance], *, transformed: bool, provider: str | None = None, progress: Progress,
+    importance: Mapping[str, Importance], *, transformed: bool, provider: str | None = None, progress: StageProgress,
 ) -> dict[str, float]:  # fmt: skip
     """KL in nats a token by name of the linear, as `ValueComparison.kl_cost` says it.
 

@@ -14,13 +14,14 @@ from torch import Tensor
 from ..artifact.manifest import LinearEntry, Manifest
 from ..calibrate.fisher import Importance
 from ..capture.graph import CapturedModel
+from ..progress import StageProgress, no_stage_progress
 from ..quant.metrics import cosine, sqnr_db
 from ..runtime.session import OptimizedGraph, optimized_graph, unfused
 from .anomalies import with_faults
 from .placement import expected, moved, placed
 from .probes import BUDGET, DeployedValues
 from .ranges import input_range, static_limits
-from .reference import BlockComparison, Feeds, Progress, channelwise, flat, watch
+from .reference import BlockComparison, Feeds, channelwise, flat, watch
 from .report import LayerComparison, ValueComparison
 from .report_store import branch_gains
 from .running import with_outputs
@@ -30,7 +31,7 @@ from .weight_probe import NoiseProbe, weight_faults
 def compare_layers(
     folder: Path, manifest: Manifest, captured: CapturedModel, feeds: Sequence[Feeds], plain: OptimizedGraph, *,
     rows: int, transformed: bool, threads: int | None = None, provider: str | None = None, budget: int = BUDGET,
-    progress: Progress | None = None, importance: Mapping[str, Importance] = MappingProxyType({}),
+    progress: StageProgress = no_stage_progress, importance: Mapping[str, Importance] = MappingProxyType({}),
 ) -> LayerComparison:  # fmt: skip
     """Compare the values of an export with the float model's on the same inputs.
 
@@ -60,8 +61,7 @@ def compare_layers(
     block_rows, attention_rows, ranges = [], [], []
 
     for index, seen in enumerate(watch(captured, feeds, {e.name for e in manifest.readable}, deployed.forced)):
-        if progress:
-            progress(seen.block.name, index, len(captured.blocks))
+        progress(seen.block.name, index, len(captured.blocks))
         probe, rescaled = deployed.probe, deployed.rescaled
         faults = weight_faults(captured, probe.linears, seen, deployed.values, noise, rescaled, transformed)
         for entry in probe.linears:
@@ -80,8 +80,7 @@ def compare_layers(
         if probe.output is not None:
             measures = _measures(seen.output, seen.own_output, deployed.values[probe.output.output])
             block_rows.append(ValueComparison(name=probe.block, block=probe.block, **measures))
-    if progress:
-        progress("", len(captured.blocks), len(captured.blocks))
+    progress("", len(captured.blocks), len(captured.blocks))
     gains = branch_gains(folder)
     found = [
         placed(linear_rows[entry.name], entry, plain).model_copy(update={"branch_gain_db": gains.get(entry.name)})

@@ -8,9 +8,10 @@ from torch import Tensor
 
 from ..artifact.manifest import Manifest
 from ..errors import InputError
+from ..progress import StageProgress, no_stage_progress
 from ..quant.metrics import by_stretch, kl_divergence, nll, top1_agreement, top_k_agreement
 from ..runtime.decoder import open_decoder
-from .reference import FloatOutputs, Progress
+from .reference import FloatOutputs
 from .report import Logits, WorstToken
 
 _STRETCHES = 64  # of a window, at most
@@ -72,7 +73,7 @@ def compare_logits(
     reference: FloatOutputs,
     windows: Tensor,
     deployed: Callable[[Tensor], Tensor],
-    progress: Progress | None = None,
+    progress: StageProgress = no_stage_progress,
     *,
     decode: Callable[[list[int]], str] | None = None,
 ) -> Logits:
@@ -87,8 +88,7 @@ def compare_logits(
     likeliest = []
     kl, agree, agree5, costs, float_costs, broken = [], 0, 0.0, [], [], 0
     for index, ids in enumerate(windows):
-        if progress:
-            progress("windows", index, len(windows))
+        progress("windows", index, len(windows))
         # What follows the last token is not in the text.
         want, got, targets = reference.outputs(index)["logits"][0, :-1], deployed(ids)[:-1], ids[1:]
         finite = torch.isfinite(got).all(-1)
@@ -99,8 +99,7 @@ def compare_logits(
         float_costs.append(nll(want, targets))
         costs.append(nll(got, targets))
         broken += int((~finite).sum())
-    if progress:
-        progress("windows", len(windows), len(windows))
+    progress("windows", len(windows), len(windows))
     divergence = torch.cat(kl)
     tokens = len(divergence)
     farthest = None

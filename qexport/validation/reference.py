@@ -12,13 +12,14 @@ from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
 
 from ..artifact.manifest import MODEL_FILE, Manifest
-from ..calibrate.block_activations import Feeds, Progress, decoder_inputs, stream_of
+from ..calibrate.block_activations import Feeds, decoder_inputs, stream_of
 from ..calibrate.float_model import weights_of
 from ..capture.blocks import Block
 from ..capture.graph import CapturedModel
 from ..errors import InputError
 from ..graph.edit import attributes, set_tensor, unload
 from ..graph.sites import linears
+from ..progress import StageProgress, no_stage_progress
 from ..quant.float_types import FLOAT_TYPES
 from ..runtime.tensors import tensor_of
 
@@ -89,21 +90,23 @@ class FloatOutputs:
     """
 
     def __init__(
-        self, captured: CapturedModel, feeds: Sequence[Feeds], names: Sequence[str], progress: Progress | None = None
+        self,
+        captured: CapturedModel,
+        feeds: Sequence[Feeds],
+        names: Sequence[str],
+        progress: StageProgress = no_stage_progress,
     ):
         self._captured, self._last = captured, captured.blocks[-1]
         self._ports = [port for port in captured.outputs if port.name in names]
         end = len(captured.blocks)
         self._stream = stream_of(captured, feeds, keep_too={port.value: end for port in self._ports})
         for index, block in enumerate(captured.blocks[:-1]):
-            if progress:
-                progress(block.name, index, end)
+            progress(block.name, index, end)
             with weights_of(captured, block):
                 self._stream.advance(block, index)
         for name in attributes(self._last.module.graph):
             set_tensor(self._last.module, name, captured.load(name))
-        if progress:
-            progress("", end, end)
+        progress("", end, end)
 
     def __len__(self) -> int:
         return len(self._stream.batches)

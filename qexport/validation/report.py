@@ -302,6 +302,10 @@ class Report(_Frozen):
         seconds: wall time by stage.
         settings: what `validate` was called with, by the names of its options; null: the default of the machine.
         versions: of qexport and of the libraries whose numbers these are.
+        parts: of an encoder-decoder, the reports of its "encoder" and "decoder", each on what the float model hands to
+            it; empty for other models, and in report.json, as each has its own. Layers, outputs and placement are
+            those of both then, and logits and greedy are about what the export writes about whole sources; prompts of
+            `greedy` are the tokens that every text begins with.
     """
 
     format: Literal[1] = FORMAT
@@ -324,6 +328,7 @@ class Report(_Frozen):
     seconds: dict[str, float] = Field(default_factory=dict)
     settings: dict[str, Any] = Field(default_factory=dict)
     versions: dict[str, str] = Field(default_factory=dict)
+    parts: dict[str, "Report"] = Field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
         """What report.json gets: numbers, strings, lists and null."""

@@ -16,9 +16,10 @@ from torch import Tensor
 from ..artifact.branches import PROMPTS, only
 from ..artifact.manifest import MODEL_FILE, LinearEntry, Manifest
 from ..capture.graph import CapturedModel
+from ..progress import StageProgress, no_stage_progress
 from ..runtime.session import ModelInFolder, open_session
 from .probes import DeployedValues
-from .reference import Feeds, FloatOutputs, Progress, channel_factors, flat, watch
+from .reference import Feeds, FloatOutputs, channel_factors, flat, watch
 from .running import run_session
 
 _PREFIX = "correction of "
@@ -27,7 +28,7 @@ _PREFIX = "correction of "
 def kl_costs(
     folder: Path, manifest: Manifest, captured: CapturedModel, feeds: Sequence[Feeds], *, transformed: bool,
     names: Collection[str] | None = None, threads: int | None = None, provider: str | None = None,
-    progress: Progress | None = None,
+    progress: StageProgress = no_stage_progress,
 ) -> tuple[float, dict[str, float]]:  # fmt: skip
     """The mean KL of the deployed model, and by how much it falls when one linear's value is the float one.
 
@@ -61,15 +62,13 @@ def kl_costs(
             differences = _minus(seen.output, deployed.values[table])
             falls[probe.block] = whole - corrected.kl(table, differences)
         for entry in (entry for entry in probe.linears if entry.name in entries):
-            if progress:
-                progress(entry.name, len(falls), len(values))
+            progress(entry.name, len(falls), len(values))
             want, got = seen.own_linears[entry.name], deployed.result(entry)
             if entry.name in deployed.rescaled:
                 factors = channel_factors(flat(want), flat(got))
                 want = [value / factors for value in want]
             falls[entry.name] = whole - corrected.kl(entry.output, _in_columns(entry, _minus(want, got), deployed))
-    if progress:
-        progress("", len(values), len(values))
+    progress("", len(values), len(values))
     return whole, falls
 
 

@@ -1,7 +1,6 @@
 """The text that both models read."""
 
 import os
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -13,6 +12,7 @@ from ..calibrate.self_text import continue_text
 from ..calibrate.sources import load_samples, text_windows
 from ..capture.graph import CapturedModel
 from ..errors import InputError
+from ..progress import StageProgress
 from ..recipe.recipe import CalibrationSpec
 
 # Of text that the model writes: another one than any recipe's, so that nothing is judged on what it was calibrated on.
@@ -39,7 +39,7 @@ def choose_text(
     text: str | os.PathLike | None,
     windows: int,
     window: int,
-    progress: Callable[[str, int, int], None],
+    progress: StageProgress,
 ) -> Text:
     """The first windows of a text, or what the float model writes when there is none.
 
@@ -90,7 +90,7 @@ def _read(text: str | os.PathLike) -> tuple[str, str]:
 
 
 def _own(
-    captured: CapturedModel, tokenizer, windows: int, window: int, progress: Callable[[str, int, int], None]
+    captured: CapturedModel, tokenizer, windows: int, window: int, progress: StageProgress
 ) -> Text:
     spec = CalibrationSpec(
         source="self", samples=windows, sequence_length=window, seed=_SEED, batch_size=min(windows, 8)

@@ -16,8 +16,8 @@ from helpers.pass_runs import stream_of
 from helpers.random_decoders import save_model
 from helpers.runners import captured_runner, load_weights, padded, prompt_feeds, tokens
 from qexport import cli
-from qexport.api.exporting import capture
-from qexport.api.inspecting import compressed, compressed_sites
+from qexport.api.compressing import compressed, compressed_sites
+from qexport.api.stages.capturing import capture_model
 from qexport.calibrate.ranges import float_ranges
 from qexport.errors import InputError, NumericsError
 from qexport.graph.edit import get_tensor, is_call
@@ -191,7 +191,7 @@ def test_weights_that_are_not_finite_are_named(model, recipe, tmp_path):
 
 
 def test_an_export_decides_the_same_and_runs_so(model, recipe, inspected, tmp_path):
-    exported = exports.export(capture(model), recipe, "cpu", tmp_path / "out")
+    exported = exports.export(capture_model(model), recipe, "cpu", tmp_path / "out")
     blocks = json.loads((tmp_path / "out" / "report.json").read_text())["export"]["blocks"]
     notes = {site: (what, data) for b in blocks for site, what, data in b["changed"].get("FPTQ", [])}
     sites = [s for s in inspected.sites if s.decision]

@@ -13,7 +13,7 @@ import torch
 import yaml
 
 import qexport
-from qexport.api.exporting import capture
+from qexport.api.stages.capturing import capture_model
 from qexport.artifact import checksums, owner
 from qexport.artifact import manifest as manifests
 from qexport.artifact.output import claimed, work_folder
@@ -203,7 +203,7 @@ def test_resume_knows_the_config_and_a_weight_file_replaced_with_its_time(model_
     os.utime(weights, ns=(info.st_atime_ns, info.st_mtime_ns))
     with pytest.raises(InputError, match="holds an export of another model"):
         qexport.export(folder, "w8a16", out_dir=out, resume=True)
-    qexport.export(capture(folder), RECIPE, out_dir=out, resume=True)
+    qexport.export(capture_model(folder), RECIPE, out_dir=out, resume=True)
     assert sorted(os.listdir(tmp_path)) == ["model", "out"]
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from helpers import exports
+from qexport.api.stages import capturing
 from qexport.calibrate import loop
 from qexport.errors import InputError, NumericsError
 from qexport.recipe.recipe import CalibrationSpec, Recipe
@@ -54,7 +55,7 @@ def run(captured, folder, tmp_path):
             return original(graph, block, *rest)
 
         with (
-            patch.object(exports.exporting, "capture", lambda *_, **__: captured("llama")),
+            patch.object(capturing, "capture_model", lambda *_, **__: captured("llama")),
             patch.object(loop, "_one", counted),
         ):
             try:
@@ -194,7 +195,7 @@ def test_activations_that_overflow_name_their_block(captured, folder, tmp_path, 
     model.weights = Large()
     recipe = RECIPE.model_copy(update={"weights": section("weights", method=method), "smooth": None})
     with (
-        patch.object(exports.exporting, "capture", lambda *_, **__: model),
+        patch.object(capturing, "capture_model", lambda *_, **__: model),
         pytest.raises(NumericsError) as caught,
     ):
         export(folder, recipe, out_dir=tmp_path / "out")

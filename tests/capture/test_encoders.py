@@ -13,7 +13,8 @@ from transformers import (
 
 from helpers.random_modules import REFUSED_ENCODERS, VOCAB, encoders, save_encoder
 from helpers.runners import captured_runner, load_weights, padded, tokens
-from qexport.api.exporting import capture, export
+from qexport.api.exporting import export
+from qexport.api.stages.capturing import capture_model
 from qexport.calibrate.encoder_inputs import encoder_batch
 from qexport.errors import CaptureError, InputError, LoweringError
 from qexport.graph.sites import fold_sites
@@ -31,7 +32,7 @@ MASKS = {
 @pytest.fixture(scope="module")
 def pair(request, tmp_path_factory):
     folder = save_encoder(request.param, tmp_path_factory.mktemp(request.param))
-    return load_weights(capture(folder)), AutoModel.from_pretrained(folder, attn_implementation="eager").eval()
+    return load_weights(capture_model(folder)), AutoModel.from_pretrained(folder, attn_implementation="eager").eval()
 
 
 @pytest.mark.parametrize("pair", encoders(), indirect=True)
@@ -87,7 +88,7 @@ HEADS = {
 def test_a_head_that_the_config_names_is_kept(tmp_path, family, head):
     loader, outputs = HEADS[head]
     folder = save_encoder(family, tmp_path, loader=loader, num_labels=2 if head == "answers" else 3)
-    captured = capture(folder)
+    captured = capture_model(folder)
     assert captured.kind == "encoder" and {p.name: p.dims for p in captured.outputs} == outputs
     model = loader.from_pretrained(folder, attn_implementation="eager").eval()
     run = captured_runner(load_weights(captured))
@@ -103,7 +104,7 @@ def test_a_head_that_the_config_names_is_kept(tmp_path, family, head):
 
 @pytest.mark.parametrize("head", HEADS)
 def test_what_makes_logits_takes_the_scheme_of_the_output_projection(tmp_path, head):
-    captured = capture(save_encoder("bert", tmp_path, loader=HEADS[head][0]))
+    captured = capture_model(save_encoder("bert", tmp_path, loader=HEADS[head][0]))
     name = "qa_outputs" if head == "answers" else "classifier"
     for asked in ("float", "w8a16_g32"):
         plan, _ = plan_for(captured, Recipe(scheme="w4a16_g32", lm_head=asked))
@@ -113,13 +114,13 @@ def test_what_makes_logits_takes_the_scheme_of_the_output_projection(tmp_path, h
 
 def test_other_heads_are_left_out(tmp_path):
     save_encoder("bert", tmp_path, loader=AutoModelForMaskedLM)
-    assert [p.name for p in capture(tmp_path).outputs] == ["last_hidden_state"]
+    assert [p.name for p in capture_model(tmp_path).outputs] == ["last_hidden_state"]
 
 
 def test_a_head_without_weights_is_not_made_up(tmp_path):
     strip(save_encoder("bert", tmp_path, loader=AutoModelForSequenceClassification), "classifier")
     with pytest.raises(CaptureError, match="2 weights are not in the checkpoint, first classifier.bias"):
-        capture(tmp_path)
+        capture_model(tmp_path)
 
 
 def test_logits_of_texts_have_no_last_token(tmp_path):
@@ -130,7 +131,7 @@ def test_logits_of_texts_have_no_last_token(tmp_path):
 
 def test_what_a_model_reads_at_most_counts_its_padding_row(tmp_path):
     longest = {
-        family: capture(save_encoder(family, tmp_path / family)).settings.get("max_position_embeddings")
+        family: capture_model(save_encoder(family, tmp_path / family)).settings.get("max_position_embeddings")
         for family in ("bert", "roberta")
     }
     assert longest == {"bert": 64, "roberta": 62}
@@ -143,7 +144,7 @@ def test_what_cannot_be_exported_is_refused(tmp_path, family):
         "longformer": "control flow depends on the value of a tensor",
     }  # fmt: skip
     with pytest.raises((CaptureError, LoweringError), match=why[family]):
-        check_translations(block.module.graph for block in capture(save_encoder(family, tmp_path)).blocks)
+        check_translations(block.module.graph for block in capture_model(save_encoder(family, tmp_path)).blocks)
 
 
 def strip(folder, part):
@@ -153,7 +154,7 @@ def strip(folder, part):
 
 def test_a_pooler_without_weights_is_left_out(tmp_path):
     strip(save_encoder("bert", tmp_path), "pooler")
-    captured = capture(tmp_path)
+    captured = capture_model(tmp_path)
     assert [p.name for p in captured.outputs] == ["last_hidden_state"]
     assert not any("pooler" in name for b in captured.blocks for name in b.parameters)
 
@@ -161,7 +162,7 @@ def test_a_pooler_without_weights_is_left_out(tmp_path):
 def test_a_weight_that_is_not_there_is_not_made_up(tmp_path):
     strip(save_encoder("bert", tmp_path), "layer.0.attention.self.key.weight")
     with pytest.raises(CaptureError, match=r"1 weights are not in the checkpoint, first encoder.layer.0.attention"):
-        capture(tmp_path)
+        capture_model(tmp_path)
 
 
 @pytest.mark.parametrize("pair", ["bert", "distilbert"], indirect=True)

@@ -6,7 +6,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from helpers.random_decoders import FAMILIES, VOCAB, reference_model
 from helpers.runners import captured_runner, load_weights, next_feeds, padded, prompt_feeds, tokens, transformers_runner
-from qexport.api.exporting import capture
+from qexport.api.stages.capturing import capture_model
 from qexport.graph.edit import attributes, get_tensor
 from qexport.models.checkpoint import Checkpoint
 
@@ -70,7 +70,7 @@ def test_capture_reads_no_weight(model_folder, monkeypatch, family):
         raise AssertionError(f"{name} was loaded")
 
     monkeypatch.setattr(Checkpoint, "load", refuse)
-    model = capture(model_folder(family))
+    model = capture_model(model_folder(family))
     for block in model.blocks:
         weights = [get_tensor(block.module, n) for n in attributes(block.module.graph) if n not in model.constants]
         assert all(isinstance(weight, FakeTensor) for weight in weights)

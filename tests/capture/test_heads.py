@@ -10,7 +10,7 @@ from helpers import exports
 from helpers.random_decoders import LISTS, VOCAB, save_random
 from helpers.runners import captured_runner, load_weights, padded, tokens
 from qexport import validate
-from qexport.api.exporting import capture
+from qexport.api.stages.capturing import capture_model
 from qexport.errors import CaptureError
 from qexport.models.heads import note_on_bare
 from qexport.recipe.recipe import Recipe
@@ -40,7 +40,7 @@ def test_a_score_is_that_of_the_last_token_on_either_side_of_padding(tmp_path, f
     folder = save(tmp_path / "model", AutoModelForSequenceClassification, family, num_labels=1)
     model = AutoModelForSequenceClassification.from_pretrained(folder, attn_implementation="eager").eval()
     recipe = Recipe(scheme="w4a16_g32", overrides=[{"match": "*", "scheme": "float"}])
-    made = exports.export(capture(folder), recipe, "cpu", tmp_path / "out")
+    made = exports.export(capture_model(folder), recipe, "cpu", tmp_path / "out")
     assert made.manifest.kind == "encoder"
     run, graph = made.in_onnxruntime(), captured_runner(load_weights(made.captured))
     for mask in MASKS:
@@ -61,7 +61,7 @@ def test_a_quantized_reranker_is_validated(tmp_path):
 
 def test_every_token_is_classified(tmp_path):
     folder = save(tmp_path, AutoModelForTokenClassification, num_labels=3)
-    captured = load_weights(capture(folder))
+    captured = load_weights(capture_model(folder))
     assert {p.name: p.dims for p in captured.outputs} == {"logits": ("batch", "sequence", 3)}
     model = AutoModelForTokenClassification.from_pretrained(folder, attn_implementation="eager").eval()
     feeds = feeds_of(MASKS[1])
@@ -72,7 +72,7 @@ def test_every_token_is_classified(tmp_path):
 
 def test_without_a_head_there_are_hidden_states(tmp_path):
     folder = save(tmp_path, AutoModel)
-    captured = capture(folder)
+    captured = capture_model(folder)
     assert captured.kind == "encoder" and [p.name for p in captured.outputs] == ["last_hidden_state"]
     (note,) = [note for note in captured.notes if "hidden states" in note]
     assert "names Qwen3Model" in note and note.endswith("set architectures to Qwen3ForCausalLM")
@@ -94,7 +94,7 @@ def test_a_score_without_a_token_for_padding_is_refused(tmp_path):
     config = json.loads((folder / "config.json").read_text()) | {"pad_token_id": None}
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(CaptureError, match="has no pad_token_id to tell that from padding. Set pad_token_id"):
-        capture(folder)
+        capture_model(folder)
 
 
 def test_a_class_that_transformers_does_not_know_is_refused(tmp_path, model_folder):
@@ -103,6 +103,6 @@ def test_a_class_that_transformers_does_not_know_is_refused(tmp_path, model_fold
     model = open_model(model_folder("llama"))
     model.config.architectures = ["LlamaForRewards"]
     with pytest.raises(CaptureError, match="names LlamaForRewards, which is neither a language model nor a classifier"):
-        capture(model)
+        capture_model(model)
     model.config.architectures = ["MyLlamaForCausalLM"]
-    assert capture(model).kind == "decoder"
+    assert capture_model(model).kind == "decoder"

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from helpers.random_decoders import QUICK, REFUSED, VOCAB, breadth, reference_model, save_model
 from helpers.runners import captured_runner, load_weights, next_feeds, padded, prompt_feeds, tokens, transformers_runner
-from qexport.api.exporting import capture
+from qexport.api.stages.capturing import capture_model
 from qexport.capture.weight_views import WeightViews
 from qexport.errors import CaptureError, LoweringError
 from qexport.graph.sites import linears
@@ -57,19 +57,19 @@ def test_blocks_compute_what_transformers_computes(captured, model_folder, famil
 @pytest.mark.parametrize("family", [name for name in REFUSED if name in REASONS])
 def test_what_cannot_be_exported_is_refused(tmp_path, family):
     with pytest.raises((CaptureError, LoweringError), match=REASONS[family]):
-        check_translations(block.module.graph for block in capture(save_model(family, tmp_path / family)).blocks)
+        check_translations(block.module.graph for block in capture_model(save_model(family, tmp_path / family)).blocks)
 
 
 def test_layers_of_experts_are_traced_once_and_have_their_own_weights(tmp_path):
     folder = save_model("gpt_oss", tmp_path / "model", num_hidden_layers=4, layer_types=["full_attention"] * 4)
-    model = load_weights(capture(folder))
+    model = load_weights(capture_model(folder))
     assert_computes_what_transformers_computes(model, reference_model(folder))
     names = [name for name in model.blocks[4].parameters if ".experts." in name]
     assert "model.layers.3.mlp.experts.2.gate_up_proj.weight" in names and len(names) == 4 * 4
 
 
 def test_a_piece_is_read_without_the_rest(model_folder, monkeypatch):
-    model = capture(model_folder("gpt_oss"))
+    model = capture_model(model_folder("gpt_oss"))
     assert isinstance(model.weights, WeightViews)
     whole = model.weights.checkpoint.load("model.layers.1.mlp.experts.down_proj")
     read = []
@@ -84,13 +84,13 @@ def test_what_a_router_adds_to_its_scores_comes_from_the_checkpoint(tmp_path):
     folder = save_model("glm4_moe", tmp_path / "model")
     weights, name = load_file(folder / "model.safetensors"), "model.layers.1.mlp.gate.e_score_correction_bias"
     save_file(weights | {name: torch.tensor([0.5, -100.0, 0.0, 1.0])}, folder / "model.safetensors", {"format": "pt"})
-    model = load_weights(capture(folder))
+    model = load_weights(capture_model(folder))
     assert name in model.blocks[2].parameters and name not in model.constants
     assert_computes_what_transformers_computes(model, reference_model(folder))
 
 
 def test_transposed_weights_are_turned_when_they_are_loaded(model_folder):
-    model, reference = capture(model_folder("gpt2")), reference_model(model_folder("gpt2"))
+    model, reference = capture_model(model_folder("gpt2")), reference_model(model_folder("gpt2"))
     name = "transformer.h.1.attn.c_attn.weight"
     assert torch.equal(model.load(name), reference.get_parameter(name).t())
     found = {linear.name: linear.shape for block in model.blocks for linear in linears(block.module.graph)}
@@ -106,7 +106,7 @@ def test_short_factors_are_those_of_the_whole_model(model_folder, tmp_path):
     config["max_position_embeddings"] = 32
     config["rope_parameters"]["factor"] = 4.0
     (short / "config.json").write_text(json.dumps(config))
-    assert_computes_what_transformers_computes(load_weights(capture(short)), reference)
+    assert_computes_what_transformers_computes(load_weights(capture_model(short)), reference)
 
 
 def test_quick_families_are_there():

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from helpers.random_decoders import save_model
 from helpers.random_modules import save_encoder
-from qexport.api.exporting import capture
+from qexport.api.stages.capturing import capture_model
 from qexport.errors import CaptureError, InputError
 from qexport.models.quantized import check_float
 from qexport.models.source import open_model
@@ -117,7 +117,7 @@ def shallow(tmp_path_factory):
 def test_codes_are_refused_whatever_the_config_says(shallow, tmp_path, form):
     encode, named = CODES[form]
     with pytest.raises(CaptureError, match=named) as caught:
-        capture(coded(shutil.copytree(shallow, tmp_path / "model"), encode))
+        capture_model(coded(shutil.copytree(shallow, tmp_path / "model"), encode))
     assert caught.value.place.startswith("model.layers.0.")
 
 
@@ -126,7 +126,7 @@ def test_one_weight_of_integers_is_named(shallow, tmp_path):
         shutil.copytree(shallow, tmp_path / "model"), lambda w: {"weight": w.to(torch.int32)}, "up_proj.weight"
     )
     with pytest.raises(CaptureError, match="is stored as I32 .* where the model reads a float weight") as caught:
-        capture(folder)
+        capture_model(folder)
     assert caught.value.place == "model.layers.0.mlp.up_proj.weight"
 
 
@@ -137,7 +137,7 @@ def test_one_weight_of_integers_is_named(shallow, tmp_path):
 def test_codes_of_a_checkpoint_that_transformers_converts(model_folder, tmp_path, encode, named):
     folder = coded(shutil.copytree(model_folder("mixtral"), tmp_path / "model"), encode, ("w1.weight", "w2.weight"))
     with pytest.raises(CaptureError, match=named):
-        capture(folder)
+        capture_model(folder)
 
 
 def test_codes_of_an_encoder(tmp_path):
@@ -145,7 +145,7 @@ def test_codes_of_an_encoder(tmp_path):
         return {"weight": w.to(torch.int8), "SCB": torch.ones(len(w))}
 
     with pytest.raises(CaptureError, match="bitsandbytes, 8 bits"):
-        capture(coded(save_encoder("bert", tmp_path), encode, "query.weight"))
+        capture_model(coded(save_encoder("bert", tmp_path), encode, "query.weight"))
     folder = coded(save_encoder("bert", tmp_path), lambda w: {"weight": w.to(torch.int8)}, "query.weight")
     with pytest.raises(CaptureError, match="is stored as I8"):
-        capture(folder)
+        capture_model(folder)

@@ -7,7 +7,8 @@ from transformers.models.llama.modeling_llama import LlamaAttention
 
 from helpers.random_decoders import VOCAB, reference_model, save_model
 from helpers.runners import captured_runner, load_weights, prompt_feeds, tokens, transformers_runner
-from qexport.api.exporting import capture, export
+from qexport.api.exporting import export
+from qexport.api.stages.capturing import capture_model
 from qexport.capture import trace
 from qexport.capture.layer_groups import LayerGroups, find_layers
 from qexport.errors import CaptureError
@@ -68,15 +69,15 @@ def test_stamped_blocks_are_the_traced_ones(tmp_path, monkeypatch, depths, famil
     folder = save_model(family, tmp_path / "model", num_hidden_layers=len(kinds), **changes)
     found = []
     monkeypatch.setattr(trace, "find_layers", lambda *args: found.append(find_layers(*args)) or found[-1])
-    stamped = capture(folder)
+    stamped = capture_model(folder)
     monkeypatch.setattr(trace, "find_layers", lambda *args: None)
-    traced = capture(folder)
+    traced = capture_model(folder)
     assert found[0].first == kinds and depths == [max(kinds) + 1, len(kinds)]
     assert_same_blocks(stamped, traced)
 
 
 def assert_computes_what_transformers_computes(folder):
-    captured, model = load_weights(capture(folder)), reference_model(folder)
+    captured, model = load_weights(capture_model(folder)), reference_model(folder)
     feeds = prompt_feeds(captured, tokens(2, 7, vocab=VOCAB), torch.ones(2, 7, dtype=torch.int64))
     got, want = captured_runner(captured)(feeds)["logits"], transformers_runner(model)(feeds)["logits"]
     assert (got - want).abs().max() < 1e-5 * want.abs().max()
@@ -111,13 +112,13 @@ def test_layer_that_differs_in_a_number_is_traced(tmp_path, monkeypatch, depths)
 
 def test_layers_that_cannot_be_stamped_are_all_traced(tmp_path, monkeypatch, depths):
     folder = save_model("llama", tmp_path / "model", num_hidden_layers=3)
-    stamped = capture(folder)
+    stamped = capture_model(folder)
 
     def refuse(*args):
         raise CaptureError("hands on 2 values")
 
     monkeypatch.setattr(trace, "stamp", refuse)
-    assert_same_blocks(stamped, capture(folder))
+    assert_same_blocks(stamped, capture_model(folder))
     assert depths == [2, 2, 3]
 
 

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from helpers.random_decoders import VOCAB, reference_model
 from helpers.runners import captured_runner, load_weights, prompt_feeds, tokens, transformers_runner
-from qexport.api.exporting import capture
+from qexport.api.stages.capturing import capture_model
 from qexport.errors import CaptureError, InputError
 from qexport.models.checkpoint import Checkpoint
 from qexport.models.files import INDEX, WHOLE, weight_files
@@ -48,7 +48,7 @@ def test_what_the_config_states_is_read_first(folder):
     (folder / WHOLE).rename(folder / "mine.safetensors")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"transformers_weights": "mine.safetensors"}))
-    assert capture(folder).weights.names()
+    assert capture_model(folder).weights.names()
     assert weight_files(folder, "mine.safetensors").read == ("mine.safetensors",)
     with pytest.raises(InputError, match="names other.safetensors as its weights, which is missing"):
         weight_files(folder, "other.safetensors")
@@ -97,7 +97,7 @@ def tie(folder):
 
 def test_two_tensors_that_the_config_ties_are_kept_when_they_differ(folder):
     tie(folder)
-    captured = load_weights(capture(folder))
+    captured = load_weights(capture_model(folder))
     assert captured.notes == [
         "model.embed_tokens.weight and lm_head.weight differ in the checkpoint although config.json ties them "
         "(tie_word_embeddings): both are kept, as transformers does"
@@ -111,7 +111,7 @@ def test_two_tensors_that_the_config_ties_are_kept_when_they_differ(folder):
 def test_equal_tensors_that_the_config_ties_are_one(folder):
     tie(folder)
     edit(folder, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].clone()}))
-    captured = capture(folder)
+    captured = capture_model(folder)
     assert not captured.notes and ("lm_head.weight",) in captured.tied.values() and not captured.left_out
 
 
@@ -123,16 +123,16 @@ def test_old_buffers_and_modules_for_speculation_are_left_out_and_named(folder):
         "mtp.layers.0.proj.weight_scale_inv": torch.ones(1, 1),
     }  # fmt: skip
     edit(folder, lambda tensors: tensors.update(extra))
-    assert capture(folder).left_out == sorted(extra)
+    assert capture_model(folder).left_out == sorted(extra)
 
 
 def test_a_bias_that_the_config_does_not_know(folder):
     bias = "model.layers.1.mlp.up_proj.bias"
     edit(folder, lambda tensors: tensors.update({bias: torch.zeros(96)}))
-    assert capture(folder).left_out == [bias]
+    assert capture_model(folder).left_out == [bias]
     edit(folder, lambda tensors: tensors.update({bias: torch.ones(96)}))
     with pytest.raises(CaptureError, match="config.json knows no such bias") as caught:
-        capture(folder)
+        capture_model(folder)
     assert caught.value.place == bias
 
 

@@ -40,7 +40,8 @@ def test_export_validate_generate(model, qexport, tmp_path):
     text.write_text("words and more words, " * 20)
     options = ("--reference", model, "--text", text, "--windows", 2, "--window", 16, "--greedy", 4)
     code, shown, _ = qexport("validate", out, *options)
-    assert code == 0 and "KL from float" in shown and "decoder: worst output logits" in shown
+    assert code == 0 and "KL mean / median / 99 %" in shown and "output logits" in shown
+    assert str(out / "decoder" / "report.html") in shown
     assert json.loads((out / "report.json").read_text())["validation"]["logits"]["windows"] == 2
     code, shown, _ = qexport("generate", out, "-p", "a long text", "--max-new-tokens", 5)
     assert code == 0 and shown.strip()
@@ -56,8 +57,8 @@ def test_inspect(model, qexport):
 @pytest.mark.parametrize(
     "arguments, said",
     [
-        (("export", "MODEL", "-o", "out", "--resume"), "neither --auto nor --resume"),
-        (("export", "MODEL", "-o", "out", "--max-kl", "0.1"), "neither --auto"),
+        (("export", "MODEL", "-o", "out", "--resume"), "encoder-decoder is not resumed"),
+        (("export", "MODEL", "-o", "out", "--max-kl", "0.1"), "its kind is encoder-decoder"),
         (("inspect", "MODEL", "--calibrate"), "by its export only"),
         (("export", "MODEL", "-o", "out", "-r", "compact_kv8"), "kv_cache"),
     ],

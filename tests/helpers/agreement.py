@@ -8,6 +8,7 @@ import torch
 
 from helpers import exports
 from helpers.runners import captured_runner, load_weights, next_feeds, prompt_feeds, tokens
+from qexport.api.stages import preparing
 from qexport.quant.metrics import sqnr_db
 from qexport.targets import cuda
 
@@ -22,7 +23,7 @@ def export(captured, recipe, target, folder, single=False, **options):
         if single:
             single_cuda = cuda.CudaTarget(torch.float32)
             changes.enter_context(patch.object(cuda, "to_half", lambda *_: None))
-            changes.enter_context(patch.object(exports.exporting, "target_for", lambda *_: single_cuda))
+            changes.enter_context(patch.object(preparing, "target_for", lambda *_: single_cuda))
         return exports.export(captured, recipe, target, folder, **options)
 
 

@@ -1,7 +1,6 @@
 """An export kept together with the graph it was lowered from, so that both can be run on the same inputs."""
 
 import copy
-import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from unittest.mock import patch
@@ -13,11 +12,14 @@ from onnx import TensorProto, helper
 
 from helpers.runners import Runner, block_runner
 from qexport.api import exporting
+from qexport.api.stages import lowering
 from qexport.artifact.manifest import CPU, MODEL_FILE, Manifest
 from qexport.capture.blocks import Block
 from qexport.capture.graph import CapturedModel
 from qexport.graph.edit import attributes, get_tensor, set_tensor
 from qexport.lower.emitter import ONNX_DTYPE
+from qexport.lower.lowered_block import LoweredBlock
+from qexport.quant.narrowing import narrowed
 from qexport.recipe.recipe import Recipe
 from qexport.runtime.session import open_session
 from qexport.validation.running import run_session
@@ -31,6 +33,7 @@ class Exported:
         blocks: the rewritten blocks with their tensors: the graph that the file claims to be.
         captured: the float model, weights not loaded.
         prompts: the same for prompts, where the file tells them from steps; else the same blocks.
+        lowered: the model that the blocks were lowered from last: its inputs and outputs are those of the file.
     """
 
     folder: Path
@@ -38,6 +41,7 @@ class Exported:
     blocks: list[Block]
     captured: CapturedModel
     prompts: list[Block]
+    lowered: CapturedModel
 
     @property
     def dtype(self) -> torch.dtype:
@@ -76,27 +80,26 @@ def session_runner(session: ort.InferenceSession) -> Runner:
 
 
 def export(captured: CapturedModel, recipe: Recipe, target: str, out: Path, **options) -> Exported:
-    """`qexport.export` of a graph captured already.
-
-    Args:
-        captured: a copy of its own.
-    """
-    original, kept, prompts = copy.deepcopy(captured), [], []
-    lower = exporting.lower
+    """`qexport.export` of a graph captured already."""
+    kept, prompts, models = [], [], []
+    lower_blocks = lowering.lower_blocks
 
     def spy(graph, finished, target):
-        lowered = lower(graph, finished, target)
-        for item in finished:
-            twin = dataclasses.replace(item, block=copy.deepcopy(item.block))
-            twin.fill()
-            kept.append(twin.block)
-            prompt = copy.deepcopy(item.prompt)
-            for name in attributes(prompt.graph) if prompt else ():
-                own = get_tensor(prompt, name)
-                set_tensor(prompt, name, item.read_prompt(name).to(own.dtype))
-            prompts.append(dataclasses.replace(item.block, module=prompt) if prompt else twin.block)
+        lowered = lower_blocks(graph, finished, target)
+        models.append(graph)
+        for block in lowered.graphs:
+            kept.append(filled(block))
+            prompts.append(filled(block.prompt) if block.prompt else kept[-1])
         return lowered
 
-    with patch.object(exporting, "lower", spy):
+    with patch.object(lowering, "lower_blocks", spy):
         result = exporting.export(captured, recipe, out_dir=out, target=target, **options)
-    return Exported(result.folder, result.manifest, kept, original, prompts)
+    return Exported(result.folder, result.manifest, kept, captured, prompts, models[-1])
+
+
+def filled(lowered: LoweredBlock) -> Block:
+    """A block as it was written, with its tensors."""
+    module = copy.deepcopy(lowered.module)
+    for name in attributes(module.graph):
+        set_tensor(module, name, narrowed(lowered.read(name), get_tensor(module, name).dtype, name))
+    return Block(lowered.name, module, list(lowered.inputs), list(lowered.outputs))

@@ -17,8 +17,8 @@ from helpers.pass_runs import run_passes, stream_of
 from helpers.random_decoders import reference_model, save_model
 from helpers.runners import load_weights, tokens
 from helpers.tokenizer_files import write_word_tokenizer
-from qexport.api import validating
-from qexport.api.exporting import capture
+from qexport.api import measuring
+from qexport.api.stages.capturing import capture_model
 from qexport.calibrate.recipe_passes import passes_for
 from qexport.errors import RecipeError
 from qexport.graph.edit import get_tensor
@@ -203,7 +203,7 @@ def test_the_file_holds_its_codes_and_validate_finds_the_errors_that_they_make(c
     _, want, logits = watched(reference_model(folder), IDS, names)
     _, got, rounded_logits = watched(rounded, IDS, names)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(validating, "choose_text", lambda *_: Text(IDS, "token ids", False))
+        patch.setattr(measuring, "choose_text", lambda *_: Text(IDS, "token ids", False))
         report = qexport.validate(tmp_path / "out", folder)
     assert [found.name for found in report.layers.linears] == names
     for found in report.layers.linears:
@@ -213,7 +213,7 @@ def test_the_file_holds_its_codes_and_validate_finds_the_errors_that_they_make(c
 
 
 def test_a_table_follows_from_what_the_output_projection_reads(tied, tmp_path):
-    captured, found = capture(tied), {}
+    captured, found = capture_model(tied), {}
     recipe = Recipe(**TIED)
     round_table = AbsMeanSection.round_table
 

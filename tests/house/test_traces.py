@@ -14,7 +14,7 @@ VERBS = {
     "llama": (save_model, qexport.export),
     "deberta": (save_encoder, qexport.export),  # its program is decomposed too
     "gpt_oss": (save_model, qexport.export),
-    "t5": (save_seq2seq, qexport.export_seq2seq),
+    "t5": (save_seq2seq, qexport.export),
 }
 FAMILIES = ["llama", "deberta", *(pytest.param(name, marks=pytest.mark.slow) for name in ("gpt_oss", "t5"))]
 

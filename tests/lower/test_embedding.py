@@ -14,7 +14,7 @@ from helpers.agreement import ROUNDING, assert_agree, assert_float16_adds_little
 from helpers.cuda_placement.models import PROMPT, assert_decoder_on_cuda
 from helpers.random_decoders import HIDDEN, VOCAB, save_model
 from helpers.runners import padded, prompt_feeds, tokens
-from qexport.api.exporting import capture
+from qexport.api.stages.capturing import capture_model
 from qexport.graph.edit import get_tensor, is_call
 from qexport.recipe.recipe import CalibrationSpec, Recipe
 from qexport.recipe.registry import section
@@ -99,7 +99,7 @@ def test_an_embedding_with_codes_of_its_own(export, family, embedding):
 
 def test_groups_longer_than_the_kernels_blocks(tmp_path):
     changes = dict(hidden_size=1024, head_dim=64, intermediate_size=64, num_hidden_layers=1)
-    wide = capture(save_model("llama_bias", tmp_path / "wide", **changes))
+    wide = capture_model(save_model("llama_bias", tmp_path / "wide", **changes))
     for scheme in ("w4a16_g1024_asym", "w2a16_g256"):
         with warnings.catch_warnings(action="ignore"):  # about copying a fake tensor
             fresh = copy.deepcopy(wide)

@@ -7,7 +7,7 @@ from helpers import exports
 from helpers.random_modules import VOCAB, encoders, save_encoder
 from helpers.runners import captured_runner, load_weights, padded, tokens
 from qexport import generate, optimize, validate
-from qexport.api.exporting import capture
+from qexport.api.stages.capturing import capture_model
 from qexport.calibrate.encoder_inputs import encoder_batch
 from qexport.errors import InputError
 from qexport.quant.metrics import sqnr_db
@@ -31,10 +31,10 @@ def folder(request, tmp_path_factory):
 
 @pytest.mark.parametrize("folder", ["bert", "roberta", "modernbert"], indirect=True)
 def test_every_scheme_agrees(folder, tmp_path):
-    whole = capture(folder)
+    whole = capture_model(folder)
     feeds = encoder_batch(whole, tokens(*MASK.shape, vocab=VOCAB), MASK)
     for scheme, kernel in KERNELS.items():
-        made = exports.export(capture(folder), recipe_of(scheme), "cpu", tmp_path / scheme)
+        made = exports.export(capture_model(folder), recipe_of(scheme), "cpu", tmp_path / scheme)
         assert {entry.kernel for entry in made.manifest.linears} == {kernel}
         placed, _ = examine(made.folder, made.manifest, made.manifest.provider)
         assert not placed.unfused and set(placed.nodes_per_provider) == {"CPUExecutionProvider"}
@@ -51,7 +51,7 @@ def test_every_scheme_agrees(folder, tmp_path):
 @pytest.mark.parametrize("folder", encoders(), indirect=True)
 def test_float_encoders_agree_to_rounding(folder, tmp_path):
     recipe = Recipe(scheme="w4a16_g32", overrides=[{"match": "*", "scheme": "float"}])
-    made = exports.export(capture(folder), recipe, "cpu", tmp_path / "float")
+    made = exports.export(capture_model(folder), recipe, "cpu", tmp_path / "float")
     feeds = encoder_batch(made.captured, tokens(*MASK.shape, vocab=VOCAB), MASK)
     ran, want = made.in_onnxruntime()(feeds), captured_runner(load_weights(made.captured))(feeds)
     for name in want:

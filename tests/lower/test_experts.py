@@ -14,7 +14,7 @@ from helpers.agreement import assert_agree, assert_float16_adds_little
 from helpers.cuda_placement.models import CPU, CUDA, PROMPT
 from helpers.random_decoders import save_model
 from helpers.runners import padded
-from qexport.api.exporting import capture
+from qexport.api.stages.capturing import capture_model
 from qexport.graph.edit import is_call
 from qexport.graph.sites import linears
 from qexport.lower.fuse_moe import gather_experts
@@ -61,7 +61,7 @@ def wide(tmp_path_factory):
 
     def fresh(family):
         if family not in found:
-            found[family] = capture(save_model(family, tmp_path_factory.mktemp(family), **WIDTHS))
+            found[family] = capture_model(save_model(family, tmp_path_factory.mktemp(family), **WIDTHS))
         return copy.deepcopy(found[family])
 
     return fresh
@@ -96,7 +96,7 @@ def test_onnxruntime_agrees_with_the_graph_in_prefill_and_decoding(export, famil
 @pytest.mark.parametrize("normed", [False, True])
 def test_shares_are_those_of_the_model_whether_it_norms_them_or_not(tmp_path, normed):
     """Left to the node they would not be normed on the CPU, whatever its attribute says."""
-    captured = capture(save_model("qwen3_moe", tmp_path / "model", norm_topk_prob=normed))
+    captured = capture_model(save_model("qwen3_moe", tmp_path / "model", norm_topk_prob=normed))
     exported = agreement.export(captured, recipe_of(accuracy_level=1), "cpu", tmp_path / "out")
     graph = onnx.load(exported.folder / "model.onnx", load_external_data=False).graph
     mixtures = [node for node in graph.node if node.op_type == "QMoE"]
@@ -218,7 +218,7 @@ def test_what_is_foretold_of_cuda_is_what_the_manifest_says(wide, tmp_path, sche
     [({}, "w4a16_g16", "takes groups of 32, 64, 128, not of 16"), (dict(intermediate_size=96), "w4a16_g32", "of 64")],
 )
 def test_what_cudas_kernel_does_not_take_stays_dense(tmp_path, changes, scheme, reason):
-    model = capture(save_model("mixtral", tmp_path / "model", **WIDTHS | changes))
+    model = capture_model(save_model("mixtral", tmp_path / "model", **WIDTHS | changes))
     exported = agreement.export(model, recipe_of(scheme), "cuda", tmp_path / "out")
     assert len(reasons(exported)) == 2 and all(reason in why for why in reasons(exported).values())
 
@@ -226,7 +226,7 @@ def test_what_cudas_kernel_does_not_take_stays_dense(tmp_path, changes, scheme, 
 @pytest.mark.parametrize("normed", [False, True])
 def test_shares_on_cuda_are_those_of_the_model_too(tmp_path, normed):
     """That node reads scores, and what it makes of them is normed: where shares are not, their sum is a factor."""
-    captured = capture(save_model("qwen3_moe", tmp_path / "model", norm_topk_prob=normed, **WIDTHS))
+    captured = capture_model(save_model("qwen3_moe", tmp_path / "model", norm_topk_prob=normed, **WIDTHS))
     single = agreement.export(captured, recipe_of(), "cuda", tmp_path / "out", single=True)
     graph = onnx.load(single.folder / "model.onnx", load_external_data=False).graph
     makers = {name: node for node in graph.node for name in node.output}

@@ -54,8 +54,9 @@ def test_the_file_computes_what_its_graph_says_and_is_near_the_float_model(
     exported = exports.export(model, recipe_of(bits, scales), "cpu", tmp_path / "out")
     assert exported.manifest.settings["kv_cache_bits"] == bits
     float_feeds = prompt_feeds(exported.captured, tokens(*MASK.shape), MASK)
-    feeds = empty_caches(float_feeds, model.inputs)
-    graph = exports.block_runner(exported.blocks, model.inputs, model.outputs)
+    lowered = exported.lowered
+    feeds = empty_caches(float_feeds, lowered.inputs)
+    graph = exports.block_runner(exported.blocks, lowered.inputs, lowered.outputs)
     ran, wanted = steps(exported.in_onnxruntime(), feeds), steps(graph, feeds)
     # A key on the border between two codes may fall on either side; then a logit moves by a share of a code.
     different = (ran - wanted).abs().amax(-1) / wanted.abs().max()

@@ -17,6 +17,7 @@ from helpers import agreement, exports
 from helpers.agreement import ROUNDING, assert_agree
 from helpers.pass_runs import block_of, collecting
 from helpers.runners import padded, prompt_feeds, tokens
+from qexport.api.stages import lowering
 from qexport.api.validating import validate
 from qexport.artifact.manifest import CPU
 from qexport.graph.edit import attributes, call, get_tensor, is_call, shape_of
@@ -179,17 +180,17 @@ def test_linears_of_other_schemes_stay_apart(export):
 
 
 def test_tensors_are_joined_only_while_the_file_is_written(captured, tmp_path):
-    lower, large = exports.exporting.lower, []
+    lower_blocks, large = lowering.lower_blocks, []
 
     def watched(graph, finished, target):
-        lowered = lower(graph, finished, target)
-        for item in finished:
-            names = [name for name in attributes(item.block.module.graph) if not name.startswith("rotary.")]
-            tensors = [get_tensor(item.block.module, name) for name in names]
+        lowered = lower_blocks(graph, finished, target)
+        for block in lowered.graphs:
+            names = [name for name in attributes(block.module.graph) if not name.startswith("rotary.")]
+            tensors = [get_tensor(block.module, name) for name in names]
             large.extend(t.shape for t in tensors if t.device.type != "meta" and t.numel() > 1)
         return lowered
 
-    with patch.object(exports.exporting, "lower", watched):
+    with patch.object(lowering, "lower_blocks", watched):
         exports.exporting.export(captured("llama_bias"), recipe_of(scheme="w8a8_dyn"), out_dir=tmp_path / "out")
     assert large == []
 

@@ -13,8 +13,7 @@ from helpers import exports
 from helpers.random_modules import SEQ2SEQ, VOCAB, save_seq2seq
 from helpers.runners import captured_runner, load_weights, padded, source_of, stepwise, tokens
 from helpers.tokenizer_files import write_word_tokenizer
-from qexport import export_seq2seq, generate, open_seq2seq, optimize, validate_seq2seq
-from qexport.api.seq2seq.exporting import inspect_seq2seq
+from qexport import export, generate, inspect, optimize, validate
 from qexport.api.seq2seq.sources import load_sources, write_about
 from qexport.artifact import checksums
 from qexport.artifact import manifest as manifests
@@ -24,6 +23,7 @@ from qexport.errors import CaptureError, InputError, RecipeError
 from qexport.models.source import open_model
 from qexport.quant.metrics import sqnr_db
 from qexport.recipe.recipe import CalibrationSpec, Recipe
+from qexport.runtime.seq2seq import open_seq2seq
 from qexport.validation.placement import examine
 
 QUICK = ("t5", "bart", "whisper")
@@ -63,7 +63,7 @@ def t5(tmp_path_factory):
 @pytest.fixture(scope="module")
 def exported(t5, tmp_path_factory):
     out = tmp_path_factory.mktemp("exported") / "t5"
-    export_seq2seq(t5, recipe_of("w8a8_dyn"), out_dir=out)
+    export(t5, recipe_of("w8a8_dyn"), out_dir=out)
     return out
 
 
@@ -171,20 +171,23 @@ def test_text_in_text_out(exported):
 def test_it_is_validated_whole_and_in_parts(exported, t5, tmp_path):
     out = shutil.copytree(exported, tmp_path / "out")
     text = " ".join(f"word {i}" for i in range(40))
-    report = validate_seq2seq(out, t5, text=text, windows=3, window=12, new_tokens=6)
+    report = validate(out, t5, text=text, windows=3, window=12, greedy=6)
     assert not report.problems and report.logits.windows == 3 and 0 < report.logits.kl_mean < 0.2
-    assert "12 tokens" in report.sources and not report.own_sources and max(report.greedy.agreed) == 6
-    assert [row.name for row in report.decoder.outputs] == ["logits"]
-    assert len(report.encoder.layers.linears) == 6 + 4 and len(report.encoder.outputs) == 4
+    assert "12 tokens" in report.text and not report.own_text and max(report.greedy.agreed) == 6
+    assert [row.name for row in report.parts["decoder"].outputs] == ["logits"]
+    encoder = report.parts["encoder"]
+    assert len(encoder.layers.linears) == 6 + 4 and len(encoder.outputs) == 4
+    assert [row.name for row in report.layers.blocks][:1] == ["encoder/" + encoder.layers.blocks[0].name]
+    assert len(report.layers.linears) == sum(len(part.layers.linears) for part in report.parts.values())
     kept = json.loads((out / "report.json").read_text())["validation"]
-    assert kept["logits"]["kl_mean"] == report.logits.kl_mean and "encoder" not in kept
+    assert kept["logits"]["kl_mean"] == report.logits.kl_mean and "parts" not in kept
     assert (out / "encoder" / "report.html").exists() and (out / "decoder" / "report.html").exists()
     # A decoder that hears little of its source is found where it is.
     broken = json.loads((out / "decoder" / "manifest.json").read_text())
     broken["linears"][0]["kernel"] = "MatMulNBits"
     (out / "decoder" / "manifest.json").write_text(json.dumps(broken))
     checksums.write(out / "decoder")
-    found = validate_seq2seq(out, t5, text=text, windows=1, window=12, new_tokens=2)
+    found = validate(out, t5, text=text, windows=1, window=12, greedy=2)
     assert len(found.problems) == 1 and found.problems[0].startswith("decoder: 1 linear is not fused")
 
 
@@ -210,19 +213,19 @@ def test_what_the_float_model_writes_has_no_end_in_it(t5):
 def test_overrides_match_in_either_part_and_must_match(t5, tmp_path):
     overrides = [{"match": "decoder.block.1.*", "scheme": "float"}, {"match": "lm_head", "scheme": "w8a16_g32"}]
     recipe = recipe_of("w4a16_g32_rtn".removesuffix("_rtn"), weights={"method": "rtn"}, overrides=overrides)
-    result = export_seq2seq(t5, recipe, out_dir=tmp_path / "out")
-    kept = {p.name for p in result.decoder.plan if p.scheme is None} | {
-        p.name for p in result.encoder.plan if p.scheme is None
+    result = export(t5, recipe, out_dir=tmp_path / "out")
+    kept = {p.name for p in result.parts["decoder"].plan if p.scheme is None} | {
+        p.name for p in result.parts["encoder"].plan if p.scheme is None
     }
     assert kept and all(name.startswith("decoder.block.1.") for name in kept)
-    assert {p.name for p in result.encoder.plan if p.scheme is None} == {  # which reads what the encoder makes
+    assert {p.name for p in result.parts["encoder"].plan if p.scheme is None} == {  # which reads what the encoder makes
         f"decoder.block.1.layer.1.EncDecAttention.{part}" for part in "kv"
     }
-    assert result.decoder.manifest.linears[-1].scheme == "w8a16_g32"
-    found = inspect_seq2seq(t5, recipe)
-    assert [p.name for p in found.encoder.linears] == [p.name for p in result.encoder.plan]
+    assert result.parts["decoder"].manifest.linears[-1].scheme == "w8a16_g32"
+    found = inspect(t5, recipe)
+    assert [p.name for p in found.parts["encoder"].linears] == [p.name for p in result.parts["encoder"].plan]
     with pytest.raises(RecipeError, match="matches no linear.*nowhere"):
-        export_seq2seq(t5, recipe_of("w4a16_g32", overrides=[{"match": "nowhere", "scheme": "float"}]), out_dir="x")
+        export(t5, recipe_of("w4a16_g32", overrides=[{"match": "nowhere", "scheme": "float"}]), out_dir="x")
 
 
 def test_features_come_from_a_tensor_or_a_file(tmp_path):
@@ -239,25 +242,34 @@ def test_features_come_from_a_tensor_or_a_file(tmp_path):
         load_sources(parts, spec(), spectra[:, :8])
     with pytest.raises(InputError, match="cannot be read as safetensors"):
         load_sources(parts, CalibrationSpec(source=str(tmp_path / "none.safetensors")))
-    export_seq2seq(folder, recipe_of("w8a8_static"), out_dir=tmp_path / "out", calibration=path)
+    export(folder, recipe_of("w8a8_static"), out_dir=tmp_path / "out", calibration=path)
     write_word_tokenizer(tmp_path / "out", VOCAB)
     with pytest.raises(InputError, match="reads input_features, not text"):
         generate(tmp_path / "out", "some text")
-    report = validate_seq2seq(tmp_path / "out", folder, inputs=spectra, new_tokens=4)
+    written = generate(tmp_path / "out", inputs={"input_features": spectra[:2].numpy()}, max_new_tokens=4)
+    assert len(written) == 2 and all(written)
+    begun = generate(tmp_path / "out", inputs={"input_features": spectra[:1].numpy()}, start=[1, 5], max_new_tokens=4)
+    assert len(begun) == 1
+    report = validate(tmp_path / "out", folder, inputs=spectra, greedy=4)
     assert not report.problems and report.logits.windows == 3
 
 
 def test_what_takes_one_file_says_which(exported, t5, tmp_path):
     with pytest.raises(InputError, match="two exports.*decoder"):
         manifests.load(exported)
-    with pytest.raises(CaptureError, match="export_seq2seq"):
+    with pytest.raises(CaptureError, match="two exports in one folder"):
         capture_folder(open_model(t5))
     with pytest.raises(InputError, match="no export of an encoder-decoder"):
         open_seq2seq(exported / "decoder")
     with pytest.raises(InputError, match="exists already"):
-        export_seq2seq(t5, out_dir=exported)
+        export(t5, out_dir=exported)
+    for given in ({"references": True}, {"sensitivity": True}, {"greedy": 1}, {"text": "a", "inputs": ["a"]}):
+        with pytest.raises(InputError, match="encoder-decoder|tell nothing|both are sources"):
+            validate(exported, t5, **given)
+    with pytest.raises(InputError, match="go on from"):
+        generate(exported)
     with pytest.raises(RecipeError, match="kv_cache"):
-        export_seq2seq(t5, recipe_of("w4a16_g32", kv_cache="int8"), out_dir=tmp_path / "out")
+        export(t5, recipe_of("w4a16_g32", kv_cache="int8"), out_dir=tmp_path / "out")
     part = shutil.copytree(exported / "decoder", tmp_path / "decoder")
     optimize(part)
     assert (part / "optimized").is_dir() and not (tmp_path / "out").exists()

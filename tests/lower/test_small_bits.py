@@ -13,7 +13,7 @@ from helpers.agreement import ROUNDING, assert_agree, assert_float16_adds_little
 from helpers.cuda_placement.models import PROMPT, assert_decoder_on_cuda
 from helpers.random_decoders import save_model
 from helpers.runners import padded
-from qexport.api.exporting import capture
+from qexport.api.stages.capturing import capture_model
 from qexport.graph.edit import is_call
 from qexport.plan.linear_plan import LinearPlan, weight_bytes
 from qexport.quant.formats import Scheme
@@ -34,7 +34,7 @@ WRITTEN = ["w2a16_g16", "w2a16_g128_asym", "w4a16_g512", "w4a16_g1024_asym"]  # 
 def wide(tmp_path_factory):
     """A decoder of one layer with 1024 input features in down_proj and 256 in every other linear."""
     changes = dict(hidden_size=256, head_dim=64, intermediate_size=1024, num_hidden_layers=1)
-    return capture(save_model("llama", tmp_path_factory.mktemp("wide"), **changes))
+    return capture_model(save_model("llama", tmp_path_factory.mktemp("wide"), **changes))
 
 
 @pytest.fixture

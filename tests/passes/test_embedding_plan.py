@@ -14,7 +14,8 @@ from helpers.agreement import assert_agree
 from helpers.random_decoders import HIDDEN, VOCAB, reference_model, save_model
 from helpers.runners import padded
 from qexport.api import inspecting
-from qexport.api.exporting import capture, export
+from qexport.api.exporting import export
+from qexport.api.stages.capturing import capture_model
 from qexport.api.validating import validate
 from qexport.calibrate.sources import load_samples
 from qexport.cli.printers.summaries import print_export, print_inspection
@@ -39,7 +40,7 @@ GPTQ = section("weights", method="gptq")
 @pytest.fixture(scope="module")
 def tied(tmp_path_factory):
     """A copy of a tied model without biases, which plans do not count."""
-    once = capture(save_model("llama", tmp_path_factory.mktemp("tied"), tie_word_embeddings=True))
+    once = capture_model(save_model("llama", tmp_path_factory.mktemp("tied"), tie_word_embeddings=True))
 
     def fresh():
         with warnings.catch_warnings(action="ignore"):  # about copying a fake tensor

@@ -9,7 +9,8 @@ from safetensors.torch import load_file, save_file
 from helpers.pass_runs import plan_of, run_passes, stream_of
 from helpers.random_decoders import save_model
 from helpers.runners import captured_runner, load_weights, prompt_feeds, tokens
-from qexport.api.exporting import capture, export
+from qexport.api.exporting import export
+from qexport.api.stages.capturing import capture_model
 from qexport.graph.edit import get_tensor
 from qexport.passes.equalization.awq import AWQ
 from qexport.passes.equalization.smoothquant import SmoothQuant
@@ -82,7 +83,7 @@ def test_float_experts_and_other_models_are_not_looked_at(captured):
 
 
 def test_gptq_rounds_what_no_token_reached_to_nearest_and_says_so(lopsided):
-    model = load_weights(capture(lopsided))
+    model = load_weights(capture_model(lopsided))
     plan = plan_of(model, "w4a16_g32")
     results = run_passes(model, [GPTQ(plan)], stream_of(model, IDS, MASK))
     notes = {n.site: n.what for block in results.values() for n in block["GPTQ"].skipped if plan[n.site].scheme}

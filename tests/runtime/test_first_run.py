@@ -7,8 +7,8 @@ import onnx_ir as ir
 import pytest
 import torch
 
-from qexport.api import exporting
 from qexport.api.exporting import export
+from qexport.api.stages import lowering
 from qexport.errors import RuntimeProblem
 from qexport.recipe.recipe import Recipe
 from qexport.runtime import first_run as first
@@ -18,10 +18,10 @@ from qexport.targets import cuda
 
 def with_more_scales(monkeypatch, operator: str, place: int) -> list[str]:
     """Let every export give the first node of this operator a row of scales too many; returns where it did."""
-    lower, planted = exporting.lower, []
+    lower_blocks, planted = lowering.lower_blocks, []
 
     def faulty(*arguments):
-        lowered = lower(*arguments)
+        lowered = lower_blocks(*arguments)
         nodes = [node for node in lowered.model.graph.all_nodes() if node.op_type == operator]
         node = next(node for node in nodes if (value := node.inputs[place].const_value) is not None and value.shape)
         scales = node.inputs[place]
@@ -32,7 +32,7 @@ def with_more_scales(monkeypatch, operator: str, place: int) -> list[str]:
         planted.append(node.name)
         return lowered
 
-    monkeypatch.setattr(exporting, "lower", faulty)
+    monkeypatch.setattr(lowering, "lower_blocks", faulty)
     return planted
 
 

@@ -2,13 +2,13 @@
 
 import json
 import shutil
-import sys
 
 import pytest
 
 from helpers.random_decoders import save_model
 from helpers.tokenizer_files import write_word_tokenizer
 from qexport.api.exporting import export
+from qexport.api.stages import capturing
 from qexport.artifact.manifest import Manifest
 from qexport.errors import InputError
 from qexport.models.source import open_model
@@ -86,7 +86,7 @@ def test_a_damaged_tokenizer_is_refused_before_capture(folder, tmp_path):
 
 
 def test_calibration_text_that_cannot_be_had_is_refused_before_capture(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(sys.modules["qexport.api.exporting"], "capture_folder", lambda folder: pytest.fail("captured"))
+    monkeypatch.setattr(capturing, "capture_folder", lambda folder: pytest.fail("captured"))
     with pytest.raises(InputError, match="gone.txt: cannot read the calibration text: No such file"):
         export(folder, "w8a8_static", out_dir=tmp_path / "out", calibration="gone.txt")
     for file in folder.glob("token*"):

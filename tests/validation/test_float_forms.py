@@ -7,7 +7,8 @@ from transformers import AutoModelForCausalLM
 
 from helpers.random_decoders import save_model
 from helpers.runners import tokens
-from qexport.api.exporting import capture, export
+from qexport.api.exporting import export
+from qexport.api.stages.capturing import capture_model
 from qexport.artifact import manifest as manifests
 from qexport.artifact.manifest import CPU
 from qexport.errors import InputError
@@ -39,7 +40,7 @@ def exported(export_folder):
 
 def forms(model, folder):
     """The other forms of the float model beside an export of it."""
-    captured, manifest = capture(model), manifests.load(folder)
+    captured, manifest = capture_model(model), manifests.load(folder)
     reference = FloatOutputs(captured, decoder_feeds(captured, WINDOWS), ("logits",))
     try:
         return compare_forms(captured, manifest, folder, reference, WINDOWS, threads=1, provider=CPU)
@@ -49,7 +50,7 @@ def forms(model, folder):
 
 def test_half_is_the_float16_model_of_transformers(model):
     single, half = (AutoModelForCausalLM.from_pretrained(model, dtype=d).eval() for d in (torch.float32, torch.float16))
-    captured, ours, theirs = capture(model), [], []
+    captured, ours, theirs = capture_model(model), [], []
     with half_logits(captured, WINDOWS) as run, torch.no_grad():
         for ids in WINDOWS:
             want = single(ids[None]).logits[0]
@@ -61,7 +62,7 @@ def test_half_is_the_float16_model_of_transformers(model):
 
 
 def test_the_copy_in_float16_leaves_the_model_as_it_is(llama):
-    captured = capture(llama)
+    captured = capture_model(llama)
     reference = FloatOutputs(captured, decoder_feeds(captured, WINDOWS), ("logits",))
     before = reference.outputs(0)["logits"]
     with half_logits(captured, WINDOWS) as run:
@@ -129,5 +130,6 @@ def test_an_operator_without_a_float16_kernel_is_an_error_with_a_remedy(llama, m
         raise RuntimeError("\"tanh_cpu\" not implemented for 'Half'\nand more")
 
     monkeypatch.setattr(float_forms, "FloatOutputs", missing)
-    with pytest.raises(InputError, match="tanh_cpu.*Validate without references"), half_logits(capture(llama), WINDOWS):
+    captured = capture_model(llama)
+    with pytest.raises(InputError, match="tanh_cpu.*Validate without references"), half_logits(captured, WINDOWS):
         pass

@@ -5,7 +5,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from helpers.runners import tokens
-from qexport.api.exporting import capture, export
+from qexport.api.exporting import export
+from qexport.api.stages.capturing import capture_model
 from qexport.artifact import manifest as manifests
 from qexport.recipe.recipe import Override, Recipe
 from qexport.runtime.decoder import open_decoder
@@ -23,7 +24,7 @@ def llama(model_folder):
 def exported(llama, export_folder):
     """Arguments of `compare_greedy` for an export in 4 bits."""
     folder = export_folder("llama", Recipe(scheme="w4a16_g32"))
-    return capture(llama), manifests.load(folder), folder
+    return capture_model(llama), manifests.load(folder), folder
 
 
 def test_texts_part_where_two_texts_written_apart_do(llama, exported):
@@ -47,7 +48,7 @@ def test_a_float_file_never_parts(llama, tmp_path):
     export(
         llama, Recipe(scheme="w4a16_g32", overrides=(Override(match="*", scheme="float"),)), out_dir=tmp_path / "out"
     )
-    given = capture(llama), manifests.load(tmp_path / "out"), tmp_path / "out"
+    given = capture_model(llama), manifests.load(tmp_path / "out"), tmp_path / "out"
     assert compare_greedy(*given, WINDOWS, NEW, threads=1).agreed == (NEW,) * 4
 
 

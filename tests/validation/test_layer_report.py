@@ -8,7 +8,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from qexport.api import validating
-from qexport.api.exporting import capture, export
+from qexport.api.exporting import export
+from qexport.api.stages.capturing import capture_model
 from qexport.api.validating import validate
 from qexport.artifact import manifest as manifests
 from qexport.recipe.recipe import Recipe
@@ -57,7 +58,7 @@ def static(checked, ids):
 
 def deployed(folder, llama, ids, names):
     """Values of the deployed file on `ids`, by name."""
-    feeds, manifest = decoder_feeds(capture(llama), ids)[0], manifests.load(folder)
+    feeds, manifest = decoder_feeds(capture_model(llama), ids)[0], manifests.load(folder)
     return run_session(open_session(with_outputs(folder, names), manifest), feeds, names)
 
 

@@ -13,7 +13,8 @@ from torch import nn
 
 from helpers.random_decoders import FAMILIES, save_model
 from helpers.random_modules import cnn, save_encoder, save_seq2seq
-from qexport.api.exporting import capture, export
+from qexport.api.exporting import export
+from qexport.api.stages.capturing import capture_model
 from qexport.api.validating import validate
 from qexport.capture.module import capture_module
 from qexport.capture.seq2seq import capture_seq2seq
@@ -35,7 +36,7 @@ PROJECTION = "model.layers.1.self_attn.v_proj.weight"
 def llama(tmp_path_factory):
     """llama(): a llama of five layers, captured, not compared yet."""
     folder = save_model("llama", tmp_path_factory.mktemp("five"), num_hidden_layers=5)
-    once = capture(folder)
+    once = capture_model(folder)
 
     def fresh():
         with warnings.catch_warnings(action="ignore"):  # about copying a fake tensor
@@ -140,7 +141,7 @@ def test_layers_of_several_kinds_are_compared_with_little_memory(monkeypatch, tm
     small_memory(monkeypatch)
     layers = 4
     more = {"layer_types": ["sliding_attention"] * 3 + ["full_attention"]} if family == "gemma3" else {}
-    found = check_reader(capture(save_model(family, tmp_path, num_hidden_layers=layers, **more)))
+    found = check_reader(capture_model(save_model(family, tmp_path, num_hidden_layers=layers, **more)))
     assert found.compared.startswith("layers 0, 1 and 3 as a model") and found.difference < ROUNDING
 
 
@@ -154,11 +155,11 @@ def test_good_decoders_agree(captured, family):
 @pytest.mark.parametrize("family", ["bert", "roberta", "modernbert"])
 def test_good_encoders_agree(monkeypatch, tmp_path, family):
     folder = save_encoder(family, tmp_path)
-    found = check_reader(capture(folder))
+    found = check_reader(capture_model(folder))
     assert found.weights > 10 and found.difference < ROUNDING and "2 x 16" in found.compared
     changed(monkeypatch, lambda name, t: 2 * t if t.dim() == 2 else t, StateDict)
     with pytest.raises(CaptureError, match="the weight that was read"):
-        check_reader(capture(folder))
+        check_reader(capture_model(folder))
 
 
 @pytest.mark.parametrize("family", ["t5", "bart"])

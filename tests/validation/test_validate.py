@@ -12,7 +12,8 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from helpers import planted_faults
 from helpers.tokenizer_files import write_word_tokenizer
-from qexport.api.exporting import capture, export
+from qexport.api.exporting import export
+from qexport.api.stages.capturing import capture_model
 from qexport.api.validating import validate
 from qexport.artifact import checksums
 from qexport.artifact import manifest as manifests
@@ -289,19 +290,19 @@ def test_a_folder_that_is_no_export_is_refused(llama):
 )
 def test_text_that_does_not_do(llama, text, window, message):
     with pytest.raises(InputError, match=message):
-        choose_text(capture(llama), text, 2, window, lambda what, done, total: None)
+        choose_text(capture_model(llama), text, 2, window, lambda what, done, total: None)
 
 
 def test_text_from_a_file_and_fewer_windows_than_asked(llama, tmp_path):
     (tmp_path / "text.txt").write_text(TEXT)
-    chosen = choose_text(capture(llama), tmp_path / "text.txt", 100, WINDOW, lambda what, done, total: None)
+    chosen = choose_text(capture_model(llama), tmp_path / "text.txt", 100, WINDOW, lambda what, done, total: None)
     assert chosen.windows.shape == (len(TEXT) // (WINDOW - 1), WINDOW) and not chosen.own
     assert torch.equal(chosen.windows[:WINDOWS], tokens())
     assert "100 asked for" in chosen.described
 
 
 def test_one_float_pass_serves_many_exports(llama):
-    captured = capture(llama)
+    captured = capture_model(llama)
     reference = FloatOutputs(captured, decoder_feeds(captured, tokens()), ("logits",))
     again = compare_logits(reference, tokens(), lambda ids: reference.outputs(index_of(ids))["logits"][0])
     assert again.kl_mean == 0 and again.top1_agreement == 1 and again.perplexity == again.float_perplexity

@@ -3,7 +3,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qexport.api.exporting import capture, export
+from qexport.api.exporting import export
+from qexport.api.stages.capturing import capture_model
 from qexport.api.validating import validate
 from qexport.artifact import manifest as manifests
 from qexport.artifact.manifest import BlockEntry
@@ -37,7 +38,7 @@ def test_blocks_without_values_need_no_session():
 def decoder(model_folder, export_folder):
     """(captured, folder, manifest) of a random Llama of two layers."""
     out = export_folder("llama", Recipe(scheme="w4a16_g32"))
-    return capture(model_folder("llama")), out, manifests.load(out)
+    return capture_model(model_folder("llama")), out, manifests.load(out)
 
 
 def feeds_of(captured):
@@ -163,7 +164,7 @@ def test_a_module_is_compared_on_tensors(module):
     ],
 )
 def test_inputs_that_do_not_fit(module, inputs, message):
-    captured = capture(module[0], (torch.randn(2, 5, 64),))
+    captured = capture_model(module[0], (torch.randn(2, 5, 64),))
     with pytest.raises(InputError, match=message):
         module_feeds(captured, inputs, "inputs")
 

@@ -1,153 +1,75 @@
 """Exporting an encoder-decoder: its two parts, each a folder of its own, in one."""
 
 import json
-import os
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
-from functools import partial
+from collections.abc import Mapping
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
-from ...artifact.manifest import DECODER, ENCODER, FORMAT, MANIFEST_FILE, SEQ2SEQ
+from ...artifact.manifest import DECODER, ENCODER, FORMAT, MANIFEST_FILE, SEQ2SEQ, Manifest
 from ...artifact.output import WorkFolder, claimed
-from ...calibrate.data import Prepared, Progress, needs_data, no_progress, recipe_and_data
+from ...calibrate.data import Prepared
 from ...capture.graph import CapturedModel
 from ...capture.seq2seq import Parts, capture_seq2seq
 from ...errors import RecipeError
 from ...graph.convolution_sites import convolutions
 from ...graph.sites import linears
-from ...models.source import ModelFolder, open_model, source_path
-from ...plan.model_plan import plan_for
+from ...models.agreement import together
+from ...models.source import ModelFolder
+from ...progress import of_part
 from ...recipe.recipe import Recipe
 from ...recipe.sections import FLOAT
-from ...targets.base import target_for
 from ...validation.reader import check_reader
-from ..exporting import ExportResult, export, opened
 from ..folder import copy_companions
-from ..inspecting import Inspection, inspect
-from .sources import load_sources, of_part, write_about
+from ..refusals import check_applicable
+from ..result import ExportResult
+from ..stages import pipeline
+from ..stages.calibrating import wants_data
+from ..stages.capturing import capture
+from ..stages.planning import plan
+from ..stages.preparing import Preparation
+from .sources import load_sources, write_about
 
 WRITTEN = 64  # tokens of a text that calibrates the decoder
 _CONFIGS = ("config.json", "generation_config.json", "preprocessor_config.json", "processor_config.json")
 
 
-@dataclass(frozen=True)
-class Seq2SeqResult:
-    """What an export of an encoder-decoder wrote.
-
-    Attributes:
-        folder: the output folder.
-        encoder, decoder: its parts, which are in folders of these names.
-        kept: see `ExportResult`.
-    """
-
-    folder: Path
-    encoder: ExportResult
-    decoder: ExportResult
-    kept: list[str] = field(default_factory=list)
-
-
-def export_seq2seq(
-    model: str | os.PathLike | ModelFolder,
-    recipe: str | os.PathLike | Recipe = "w4a16_g32",
-    *,
-    out_dir: str | os.PathLike,
-    target: str = "cpu",
-    dtype: str | None = None,
-    calibration: Any = None,
-    overwrite: bool = False,
-    trust_remote_code: bool = False,
-    progress: Progress = no_progress,
-) -> Seq2SeqResult:
-    """Quantize an encoder-decoder and write it as a folder with two exports.
-
-    The folder "encoder" holds the encoder and what the decoder's layers make of its result, the folder "decoder" the
-    rest with its cache. Where the recipe calibrates, the encoder reads the calibration sources, and the decoder texts
-    that the float model writes about them. The whole float model is in memory.
-
-    Args:
-        model: a Hugging Face id or a folder.
-        calibration: sources: as `export` takes them for models of text. For models of spectrograms a tensor of them, or
-            the path of a safetensors file with one tensor.
-        recipe, out_dir, target, dtype, overwrite, trust_remote_code, progress: as `export` takes them. The overrides of
-            a recipe match linears of both parts.
+def export_parts(prepared: Preparation, work: WorkFolder) -> ExportResult:
+    """Export both parts of an encoder-decoder into one folder.
 
     Raises:
-        QExportError: one of its kinds says what is wrong, where, and what to do.
+        QExportError: as `pipeline.run`; or an option that encoder-decoders do not have.
     """
-    out = Path(out_dir)
-    recipe = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
-    width = target_for(target, recipe, dtype).dtype.itemsize
-    alone = [method.key for method in recipe.methods if method.needs_grouped_attention]
-    alone += ["prefill"] if recipe.prefill is not None else []
-    if alone:
-        raise RecipeError(f"{alone[0]} is for decoders alone", place=alone[0], remedy="Remove it for encoder-decoders")
-    with claimed(out, overwrite, source_path(model)) as work:
-        return _export(work, model, recipe, width, target, dtype, calibration, trust_remote_code, progress)
-
-
-def _export(
-    work: WorkFolder, model, recipe: Recipe, width: int, target: str, dtype: str | None, calibration,
-    trust_remote_code: bool, progress: Progress,
-) -> Seq2SeqResult:  # fmt: skip
-    recipe, data = recipe_and_data(recipe, calibration)
-    folder = opened(model, trust_remote_code=trust_remote_code)
-    progress("capture", folder.name, 0, 1)
+    check_applicable(SEQ2SEQ, prepared.options, prepared.recipe)
+    folder = folder_of(prepared)
+    prepared.options.progress("capture", folder.name, 0, 1)
     parts = capture_seq2seq(folder)
-    recipes = part_recipes(parts, recipe)
-    read: dict[str, Prepared | None] = {ENCODER: None, DECODER: None}
-    plans = {part: plan_for(captured, recipes[part], width)[0] for part, captured in _named(parts).items()}
-    for captured in _named(parts).values():
+    asked = preparations(prepared, parts)
+    planned = [plan(capture(part)) for part in asked.values()]
+    for captured in by_name(parts).values():
         check_reader(captured)
-    if calibration is not None or any(needs_data(recipes[part], plan) for part, plan in plans.items()):
-        sources = load_sources(parts, recipe.calibration, data)
-        progress("calibrate", "the model writes about its sources", 0, 1)
-        written = write_about(parts, sources, WRITTEN, seed=recipe.calibration.seed)
-        progress("calibrate", "the model writes about its sources", 1, 1)
-        read = {ENCODER: Prepared(sources.batches, sources.described), DECODER: written}
+    if prepared.asked or any(wants_data(part) for part in planned):
+        asked = _with_data(asked, parts, prepared)
+    made: dict[str, ExportResult] = {}
     with work.appearing() as temporary:
-        made = {
-            part: export(
-                captured, recipes[part], out_dir=temporary / part, target=target, dtype=dtype, calibration=read[part],
-                progress=partial(of_part, progress, part),
-            )
-            for part, captured in _named(parts).items()
-        }  # fmt: skip
+        for part, own in asked.items():
+            with claimed(temporary / part, overwrite=False) as place:
+                made[part] = pipeline.run(own, place)
         _write_companions(temporary, folder)
     found = {part: replace(result, folder=work.given / part) for part, result in made.items()}
-    return Seq2SeqResult(work.given, found[ENCODER], found[DECODER], work.kept)
+    return _whole(found, work)
 
 
-@dataclass(frozen=True)
-class Parted:
-    """What an export of an encoder-decoder would do to each part."""
-
-    encoder: Inspection
-    decoder: Inspection
-
-    def as_dict(self) -> dict[str, Any]:
-        """Plain types, for JSON."""
-        return {ENCODER: self.encoder.as_dict(), DECODER: self.decoder.as_dict()}
-
-
-def inspect_seq2seq(
-    model: str | os.PathLike | ModelFolder,
-    recipe: str | os.PathLike | Recipe = "w4a16_g32",
-    *,
-    target: str = "cpu",
-    dtype: str | None = None,
-    trust_remote_code: bool = False,
-) -> Parted:
-    """Say what `export_seq2seq` would do with the same arguments; raises as it does."""
-    recipe = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
-    folder = open_model(model, trust_remote_code=trust_remote_code)
-    parts = capture_seq2seq(folder)
-    recipes = part_recipes(parts, recipe)
-    found = {
-        part: inspect(captured, recipes[part], target=target, dtype=dtype) for part, captured in _named(parts).items()
-    }
-    return Parted(found[ENCODER], found[DECODER])
+def preparations(prepared: Preparation, parts: Parts) -> dict[str, Preparation]:
+    """By its name, what an export of each part works with."""
+    recipes = part_recipes(parts, prepared.recipe)
+    return {
+        part: prepared.of_part(
+            captured, recipes[part],
+            replace(prepared.options, progress=of_part(prepared.options.progress, part)),
+        )
+        for part, captured in by_name(parts).items()
+    }  # fmt: skip
 
 
 def part_recipes(parts: Parts, recipe: Recipe) -> dict[str, Recipe]:
@@ -156,12 +78,12 @@ def part_recipes(parts: Parts, recipe: Recipe) -> dict[str, Recipe]:
     Raises:
         RecipeError: an override matches no linear of either.
     """
-    names = {part: _names(captured) for part, captured in _named(parts).items()}
+    names = {part: _names(captured) for part, captured in by_name(parts).items()}
     idle = recipe.unmatched_overrides([*names[ENCODER], *names[DECODER]])
     if idle:
         raise RecipeError(f"matches no linear or convolution of the model: {idle[0]!r}", place="overrides")
     found = {}
-    for part, captured in _named(parts).items():
+    for part, captured in by_name(parts).items():
         elsewhere = set(recipe.unmatched_overrides(names[part]))
         overrides = tuple(override for override in recipe.overrides if override.match not in elsewhere)
         reads = any(port.name == "input_ids" for port in captured.inputs)
@@ -170,11 +92,34 @@ def part_recipes(parts: Parts, recipe: Recipe) -> dict[str, Recipe]:
     return found
 
 
-def _named(parts: Parts) -> dict[str, CapturedModel]:
+def by_name(parts: Parts) -> dict[str, CapturedModel]:
+    """Both parts, by the names of their folders."""
     return {ENCODER: parts.encoder, DECODER: parts.decoder}
 
 
-def _names(captured: CapturedModel) -> Sequence[str]:
+def folder_of(prepared: Preparation) -> ModelFolder:
+    """The folder of an encoder-decoder.
+
+    Raises:
+        TypeError: the model comes from elsewhere, so it is none.
+    """
+    if not isinstance(prepared.source, ModelFolder):
+        raise TypeError("an encoder-decoder comes from a folder")
+    return prepared.source
+
+
+def _with_data(asked: Mapping[str, Preparation], parts: Parts, prepared: Preparation) -> dict[str, Preparation]:
+    """The same with sources for the encoder, and texts about them for the decoder, that the float model writes."""
+    recipe, progress = prepared.recipe, prepared.options.progress
+    sources = load_sources(parts, recipe.calibration, prepared.data)
+    progress("calibrate", "the model writes about its sources", 0, 1)
+    written = write_about(parts, sources, WRITTEN, seed=recipe.calibration.seed)
+    progress("calibrate", "the model writes about its sources", 1, 1)
+    read = {ENCODER: Prepared(sources.batches, sources.described), DECODER: written}
+    return {part: replace(own, data=read[part], asked=True) for part, own in asked.items()}
+
+
+def _names(captured: CapturedModel) -> list[str]:
     graphs = [block.module.graph for block in captured.blocks]
     found = [linear.name for graph in graphs for linear in linears(graph)]
     return [*found, *(name for graph in graphs for name in convolutions(graph))]
@@ -185,3 +130,33 @@ def _write_companions(out: Path, source: ModelFolder) -> None:
     about = {"format": FORMAT, "qexport": version("qexport"), "kind": SEQ2SEQ, "parts": [ENCODER, DECODER]}
     (out / MANIFEST_FILE).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
     copy_companions(out, source, _CONFIGS)
+
+
+def _whole(parts: Mapping[str, ExportResult], work: WorkFolder) -> ExportResult:
+    """What was written, of both parts together."""
+    results = list(parts.values())
+    return ExportResult(
+        folder=work.given, manifest=_manifest([result.manifest for result in results]),
+        plan=[p for result in results for p in result.plan],
+        seconds={f"{part}: {stage}": took for part, result in parts.items() for stage, took in result.seconds.items()},
+        calibration="; ".join(f"{part}: {result.calibration}" for part, result in parts.items()),
+        embeddings=[e for result in results for e in result.embeddings],
+        convolutions=[c for result in results for c in result.convolutions],
+        dense={name: why for result in results for name, why in result.dense.items()},
+        rarely_chosen={name: what for result in results for name, what in result.rarely_chosen.items()},
+        unseen={name: share for result in results for name, share in result.unseen.items()},
+        warnings=tuple(dict.fromkeys(sentence for result in results for sentence in result.warnings)), kept=work.kept,
+        reference=together({part: result.reference for part, result in parts.items()}), parts=parts,
+    )  # fmt: skip
+
+
+def _manifest(parts: list[Manifest]) -> Manifest:
+    """What is in both files together."""
+    first, sizes = parts[0], [part.bytes for part in parts]
+    return Manifest(
+        qexport=first.qexport, target=first.target, kind=SEQ2SEQ, dtype=first.dtype, provider=first.provider,
+        numerics=first.numerics, linears=tuple(entry for part in parts for entry in part.linears),
+        convolutions=tuple(entry for part in parts for entry in part.convolutions),
+        blocks=tuple(entry for part in parts for entry in part.blocks),
+        bytes={name: sum(size[name] for size in sizes) for name in sizes[0]},
+    )  # fmt: skip

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 
 from ...artifact.manifest import SOURCE_MASK
-from ...calibrate.data import Prepared, Progress
+from ...calibrate.data import Prepared
 from ...calibrate.encoder_inputs import with_last_token
 from ...calibrate.self_text import continue_text
 from ...calibrate.sources import load_samples
@@ -189,8 +189,3 @@ def _cross(cache: EncoderDecoderCache) -> dict[str, Tensor]:
 def _empty(parts: Parts, rows: int) -> dict[str, Tensor]:
     ports = (port for port in parts.decoder.inputs if port.name.startswith("past_key_values."))
     return {port.name: torch.zeros(rows, port.dims[1], 0, port.dims[3]) for port in ports}
-
-
-def of_part(progress: Progress, part: str, stage: str, what: str, done: int, total: int) -> None:
-    """Report the progress of one part."""
-    progress(f"{part}: {stage}", what, done, total)

@@ -1,154 +1,171 @@
 """Comparing an exported encoder-decoder with the float model: part by part, and what it writes about whole sources."""
 
 import os
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from ...artifact.manifest import DECODER, ENCODER
 from ...artifact.output import inside
-from ...calibrate.data import Prepared, Progress, no_progress
+from ...calibrate.data import Prepared
 from ...calibrate.encoder_inputs import with_last_token
+from ...capture.graph import CapturedModel
 from ...capture.seq2seq import Parts, capture_seq2seq
 from ...errors import InputError
+from ...models.agreement import together
 from ...models.source import ModelFolder, open_model
+from ...progress import StageProgress, of_part
 from ...recipe.recipe import CalibrationSpec
-from ...runtime.seq2seq import EncoderDecoder, is_seq2seq, open_seq2seq
-from ...validation import Report
+from ...runtime.seq2seq import EncoderDecoder, open_seq2seq
+from ...validation.environment import versions
 from ...validation.formatting import number
 from ...validation.greedy import alike
 from ...validation.logits import compare_logits
 from ...validation.reference import FloatOutputs
-from ...validation.report import Greedy, Logits
+from ...validation.report import Greedy, LayerComparison, Logits, Placement, Report, ValueComparison
 from ...validation.report_store import KEY, keep
 from ...validation.text import choose_text
-from ..validating import validate
-from .sources import Sources, batches_of, load_sources, of_part, write_about
+from ..measuring import FloatModel, check_writable, settings_of, validate_file
+from ..options import ValidationOptions
+from .sources import Sources, batches_of, load_sources, write_about
 
 _SEED = 0x5EED0F7E57  # of sources that nobody gave: others than any recipe's
 _LAYER_BATCHES = 4  # sources on which values inside the parts are compared
+_WINDOW = 128  # tokens of a source, where nobody says how many
 
 
-class Seq2SeqReport(BaseModel):
-    """What was found.
-
-    Attributes:
-        encoder, decoder: of the parts alone, each on what the float model hands to it; they are in the parts' folders.
-        sources: what was read; own_sources: chance made them, so that the measures say little.
-        logits: the whole export's beside the float model's, on texts that the float model writes about the sources; the
-            export reads the sources itself and goes through the texts token by token, with its cache.
-        greedy: how far both write the same about a source; prompts are the tokens that every text begins with.
-        problems: of both parts; verdict: everything in plain sentences.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    encoder: Report
-    decoder: Report
-    sources: str
-    own_sources: bool
-    logits: Logits
-    greedy: Greedy | None
-    problems: tuple[str, ...]
-    verdict: tuple[str, ...]
+def validate_parts(folder: Path, reference: FloatModel, options: ValidationOptions) -> Report:
+    """Compare an export of an encoder-decoder with the float model; see `validate`, for its errors too."""
+    _check(options, folder)
+    check_writable(folder)
+    with inside(folder, "validating"):
+        return _report(folder, _opened(reference, options), reference, options)
 
 
-def validate_seq2seq(
-    folder: str | os.PathLike,
-    reference: str | os.PathLike | ModelFolder,
-    *,
-    text: str | os.PathLike | None = None,
-    inputs: Tensor | Sequence[str] | None = None,
-    windows: int = 8,
-    window: int = 128,
-    new_tokens: int = 32,
-    threads: int | None = None,
-    provider: str | None = None,
-    trust_remote_code: bool = False,
-    progress: Progress = no_progress,
-) -> Seq2SeqReport:
-    """Compare an export with the float encoder-decoder it was made from, and write the result into report.json.
+def _check(options: ValidationOptions, folder: Path) -> None:
+    """Refuse what means nothing for an encoder-decoder."""
+    for name in ("references", "sensitivity"):
+        if getattr(options, name):
+            raise InputError(f"{name} are not measured of an encoder-decoder", place=str(folder), remedy="Leave it out")
+    if options.greedy < 2:
+        raise InputError(f"{options.greedy} new tokens tell nothing", place="greedy", remedy="Take 2 or more")
+    if options.text is not None and options.inputs is not None:
+        raise InputError("both are sources", place="text, inputs", remedy="Give one of them")
 
-    Args:
-        folder: what `export_seq2seq` wrote; it has to be writable.
-        reference: the model that was exported, a Hugging Face id or a folder.
-        text: sources: a UTF-8 file or a string; for a model of spectrograms a safetensors file of them. None: tokens or
-            numbers at random.
-        inputs: the sources themselves instead: texts, or spectrograms [n, bins, frames].
-        windows, window: how many sources, and tokens in each.
-        new_tokens: that the float model writes about each source, and the export too; 2 or more.
-        threads, provider, trust_remote_code, progress: as `validate` takes them.
+
+def _opened(reference: FloatModel, options: ValidationOptions) -> ModelFolder:
+    """The float model's folder.
 
     Raises:
-        InputError: the folder is no export of an encoder-decoder, the reference is another model, or there is nothing
-            to read in the text.
-        RuntimeProblem: ONNX Runtime refuses a part or does not have the provider.
+        InputError: it is no encoder-decoder.
     """
-    folder = Path(folder)
-    if not is_seq2seq(folder):
-        raise InputError("is no export of an encoder-decoder", place=str(folder))
-    if new_tokens < 2:
-        raise InputError(f"{new_tokens} new tokens tell nothing", place="new_tokens", remedy="Take 2 or more")
-    with inside(folder, "validating"):
-        return _validate(
-            folder, reference, text, inputs, windows, window, new_tokens, threads, provider, progress, trust_remote_code
+    remedy = "Give the model that was exported"
+    if isinstance(reference, torch.nn.Module | CapturedModel):
+        raise InputError(
+            "an encoder-decoder is compared with its folder", place=type(reference).__name__, remedy=remedy
         )
-
-
-def _validate(
-    folder: Path, reference, text, inputs, windows: int, window: int, new_tokens: int, threads, provider,
-    progress: Progress, trust_remote_code: bool,
-) -> Seq2SeqReport:  # fmt: skip
-    model = open_model(reference, trust_remote_code=trust_remote_code)
+    model = open_model(reference, trust_remote_code=options.trust_remote_code)
     if not model.config.is_encoder_decoder:
-        raise InputError("is no encoder-decoder", place=model.name, remedy="Give the model that was exported")
+        raise InputError("is no encoder-decoder", place=model.name, remedy=remedy)
+    return model
+
+
+def _report(folder: Path, model: ModelFolder, reference: FloatModel, options: ValidationOptions) -> Report:
+    progress = options.progress
     progress("capture", model.name, 0, 1)
     parts = capture_seq2seq(model)
-    sources = _sources(parts, text, inputs, windows, window, progress)
+    sources = _sources(parts, options)
     progress("text", "the float model writes about the sources", 0, 1)
-    written = write_about(parts, sources, new_tokens)
+    written = write_about(parts, sources, options.greedy)
     progress("text", "the float model writes about the sources", 1, 1)
     read = sources.batches[: len(written.batches)]
-    reports = [
-        validate(
-            folder / part, captured, inputs=batches[:_LAYER_BATCHES], threads=threads, provider=provider,
-            progress=partial(of_part, progress, part),
+    reports = {
+        part: validate_file(
+            folder / part, captured,
+            replace(options, text=None, inputs=batches[:_LAYER_BATCHES], progress=of_part(progress, part)),
         )
         for part, captured, batches in ((ENCODER, parts.encoder, read), (DECODER, parts.decoder, written.batches))
-    ]  # fmt: skip
-    pair = open_seq2seq(folder, threads=threads, provider=provider)
+    }  # fmt: skip
+    pair = open_seq2seq(folder, threads=options.threads, provider=options.provider)
     logits = _logits(parts, pair, read, written, partial(progress, "logits"))
     greedy = _greedy(parts, pair, read, written, partial(progress, "greedy"))
-    problems = tuple(
-        f"{part}: {sentence}" for part, report in zip((ENCODER, DECODER), reports, strict=True)
-        for sentence in report.problems
+    problems = tuple(f"{part}: {sentence}" for part, report in reports.items() for sentence in report.problems)
+    readers = {part: report.reader for part, report in reports.items() if report.reader is not None}
+    report = Report(
+        reference=reports[ENCODER].reference, reader=together(readers) if readers else None, text=sources.described,
+        own_text=sources.own, layers=_layers(reports), logits=logits, placement=_placement(reports), greedy=greedy,
+        outputs=tuple(row for part in reports.values() for row in part.outputs),
+        activations=tuple(row for part in reports.values() for row in part.activations),
+        warnings=tuple(dict.fromkeys(sentence for part in reports.values() for sentence in part.warnings)),
+        problems=problems, verdict=(*problems, *_sentences(sources, logits, greedy)),
+        seconds={f"{name}: {stage}": s for name, part in reports.items() for stage, s in part.seconds.items()},
+        settings=settings_of(reference, options, _WINDOW), versions=versions(), parts=reports,
     )  # fmt: skip
-    report = Seq2SeqReport(
-        encoder=reports[0], decoder=reports[1], sources=sources.described, own_sources=sources.own, logits=logits,
-        greedy=greedy, problems=problems, verdict=(*problems, *_sentences(sources, logits, greedy)),
-    )  # fmt: skip
-    keep(folder, KEY, report.model_dump(mode="json", exclude={ENCODER, DECODER}))
+    keep(folder, KEY, report.model_dump(mode="json", exclude={"parts"}))  # which are in their folders
     return report
 
 
-def _sources(parts: Parts, text, inputs, windows: int, window: int, progress: Progress) -> Sources:
-    if inputs is None and text is not None and parts.encoder.inputs[0].name == "input_ids":
-        chosen = choose_text(parts.encoder, text, windows, window, partial(progress, "text"))
+def _sources(parts: Parts, options: ValidationOptions) -> Sources:
+    text, window = options.text, options.window or _WINDOW
+    if options.inputs is None and text is not None and parts.encoder.inputs[0].name == "input_ids":
+        chosen = choose_text(parts.encoder, text, options.windows, window, partial(options.progress, "text"))
         rows = list(with_last_token(chosen.windows, parts.encoder))
         return Sources(batches_of(parts, rows, 1), chosen.described)
     spec = CalibrationSpec(
-        source="random" if text is None else os.fspath(text), samples=windows, sequence_length=window, seed=_SEED,
-        batch_size=1,
+        source="random" if text is None else os.fspath(text), samples=options.windows, sequence_length=window,
+        seed=_SEED, batch_size=1,
     )  # fmt: skip
-    return load_sources(parts, spec, inputs)
+    return load_sources(parts, spec, options.inputs)
 
 
-def _logits(parts: Parts, pair: EncoderDecoder, sources: Sequence[dict[str, Tensor]], written: Prepared, progress):
+def _layers(reports: Mapping[str, Report]) -> LayerComparison:
+    """Values inside both parts, blocks called by their part too: both have a prologue."""
+
+    def of(part: str, rows: Sequence[ValueComparison], *, named: bool = False) -> list[ValueComparison]:
+        moved = [row.model_copy(update={"block": f"{part}/{row.block}"}) if row.block else row for row in rows]
+        return [row.model_copy(update={"name": f"{part}/{row.name}"}) for row in moved] if named else moved
+
+    found = {part: report.layers for part, report in reports.items()}
+    return LayerComparison(
+        tokens=sum(layers.tokens for layers in found.values()),
+        linears=tuple(row for part, layers in found.items() for row in of(part, layers.linears)),
+        blocks=tuple(row for part, layers in found.items() for row in of(part, layers.blocks, named=True)),
+        attentions=tuple(row for part, layers in found.items() for row in of(part, layers.attentions)),
+        ranges=tuple(
+            row.model_copy(update={"block": f"{part}/{row.block}"}) for part, layers in found.items()
+            for row in layers.ranges
+        ),
+        sessions=sum(layers.sessions for layers in found.values()),
+        moved=tuple(row for layers in found.values() for row in layers.moved),
+    )  # fmt: skip
+
+
+def _placement(reports: Mapping[str, Report]) -> Placement:
+    """What became of both files."""
+    found = [report.placement for report in reports.values()]
+
+    def summed(name: str) -> dict[str, int]:
+        counts: Counter[str] = Counter()
+        for placement in found:
+            counts.update(getattr(placement, name))
+        return dict(counts)
+
+    return Placement(
+        provider=found[0].provider, nodes_per_provider=summed("nodes_per_provider"), op_counts=summed("op_counts"),
+        kernels=summed("kernels"), unfused=tuple(row for placement in found for row in placement.unfused),
+        convolutions=sum(placement.convolutions for placement in found),
+    )  # fmt: skip
+
+
+def _logits(
+    parts: Parts, pair: EncoderDecoder, sources: Sequence[dict[str, Tensor]], written: Prepared, progress: StageProgress
+) -> Logits:
     """Both models on the float model's texts; the export takes them token by token."""
     texts = torch.cat([batch["input_ids"] for batch in written.batches])
     start, waiting = len(pair.habits.start), iter(sources)
@@ -160,7 +177,7 @@ def _logits(parts: Parts, pair: EncoderDecoder, sources: Sequence[dict[str, Tens
         return torch.cat([torch.tensor(pair.decoder.run(step)[0], dtype=torch.float32) for step in steps])
 
     reference = FloatOutputs(parts.decoder, written.batches, ("logits",), progress)
-    tokenizer = parts.encoder.folder.tokenizer()
+    tokenizer = parts.encoder.folder.tokenizer() if parts.encoder.folder else None
     try:
         return compare_logits(reference, texts, deployed, progress, decode=tokenizer and tokenizer.decode)
     finally:
@@ -168,7 +185,7 @@ def _logits(parts: Parts, pair: EncoderDecoder, sources: Sequence[dict[str, Tens
 
 
 def _greedy(
-    parts: Parts, pair: EncoderDecoder, sources: Sequence[dict[str, Tensor]], written: Prepared, progress
+    parts: Parts, pair: EncoderDecoder, sources: Sequence[dict[str, Tensor]], written: Prepared, progress: StageProgress
 ) -> Greedy:
     """Where the float model would part from what the export writes."""
     start = pair.habits.start
@@ -180,7 +197,7 @@ def _greedy(
         texts.append(torch.tensor(pair.decoder.generate([start], max_new_tokens=count).tokens))
     prompt = torch.tensor([start])
     feeds = [
-        batch | {"input_ids": torch.cat([prompt, text[:, :-1]], 1)}
+        {**batch, "input_ids": torch.cat([prompt, text[:, :-1]], 1)}
         for batch, text in zip(written.batches, texts, strict=True)
     ]
     reference = FloatOutputs(parts.decoder, feeds, ("logits",), progress)

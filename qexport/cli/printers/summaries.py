@@ -6,8 +6,9 @@ from dataclasses import asdict
 from typing import Any
 
 from ...api.auto import AutoResult
-from ...api.exporting import ExportResult
-from ...api.inspecting import Inspection, Site, compressed, compressed_sites
+from ...api.compressing import compressed, compressed_sites
+from ...api.inspection import Inspection, Site
+from ...api.result import ExportResult
 from ...formatting import megabytes
 from ...passes.moe_coverage import FEW_TOKENS
 from ...plan.embedding_plan import EmbeddingPlan
@@ -46,6 +47,7 @@ def export_summary(result: ExportResult) -> dict[str, Any]:
         "kept": result.kept,
         "unseen_features": [{"linear": n, "share": round(share, 4)} for n, share in result.unseen.items()],
         "warnings": list(result.warnings),
+        "parts": {name: export_summary(part) for name, part in result.parts.items()},
     }
 
 
@@ -73,7 +75,13 @@ def print_kept(kept: list[str]) -> None:
 
 
 def print_export(result: ExportResult) -> None:
-    """Where it is, how large, what was not done as asked, and what to do next."""
+    """Where it is, how large, what was not done as asked, and what to do next; of two parts one after the other."""
+    for part in result.parts.values():
+        print_export(part)
+    if result.parts:
+        print_kept(result.kept)
+        _print_next(result, " --text FILE", generates=True)
+        return
     sizes, quantized = result.manifest.bytes, [p for p in result.plan if p.scheme is not None]
     shared = {e.linear for e in result.embeddings}
     weights = 4 * sum(p.shape[0] * p.shape[1] for p in quantized if p.name not in shared)
@@ -101,11 +109,15 @@ def print_export(result: ExportResult) -> None:
     print_kept(result.kept)
     _print_fast([linear.slow for linear in result.manifest.linears if linear.fast is not None], "  ")
     if result.manifest.kind == "encoder":
-        print(f"Next: qexport validate {result.folder} --reference MODEL --text FILE")
+        _print_next(result, " --text FILE", generates=False)
     if result.manifest.kind == "decoder":
-        print(
-            f"Next: qexport validate {result.folder} --reference MODEL; qexport generate {result.folder} --prompt TEXT"
-        )
+        _print_next(result, "", generates=True)
+
+
+def _print_next(result: ExportResult, text: str, *, generates: bool) -> None:
+    """The commands that go on from here."""
+    more = f"; qexport generate {result.folder} --prompt TEXT" if generates else ""
+    print(f"Next: qexport validate {result.folder} --reference MODEL{text}{more}")
 
 
 def _parts(sizes: Mapping[str, int]) -> str:
@@ -128,7 +140,12 @@ def _print_exceptions(plan: Sequence[LinearPlan]) -> None:
 
 
 def print_inspection(found: Inspection, all_layers: bool) -> None:
-    """A line for every kind of linear and of site, then totals."""
+    """A line for every kind of linear and of site, then totals; of two parts one after the other."""
+    if found.parts:
+        for part in found.parts.values():
+            print_inspection(part, all_layers)
+            print()
+        return
     plan = (
         [(p, p.name, 1) for p in found.linears]
         if all_layers
@@ -236,7 +253,7 @@ def _kind(fold: str) -> str:
 
 
 def print_validation(report: Report) -> None:
-    """The measures and the verdict."""
+    """The measures and the verdict; of two parts what is to be said of both together."""
     print_table(["measure", "value", "what it means"], [list(row) for row in summary_rows(report)])
     if worst := worst_linears(report):
         print("\nThe linears with the largest errors of their own:\n")

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from helpers.random_decoders import save_model
-from qexport.api.exporting import capture
+from qexport.api.stages.capturing import capture_model
 from qexport.calibrate.float_model import running
 from qexport.errors import PassError
 from qexport.passes.model.rotation import RotateResidual
@@ -34,8 +34,8 @@ def logits(captured):
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gpt2", "phi", "mixtral", "gemma", "opt"])
 def test_the_model_computes_what_it_did(family, tmp_path):
     folder = save_model(family, tmp_path / family)
-    want = logits(capture(folder))
-    captured = capture(folder)
+    want = logits(capture_model(folder))
+    captured = capture_model(folder)
     result = RotateResidual().call(captured)
     got = logits(captured)
     assert (got - want).abs().max() <= 1e-4 * want.abs().max()
@@ -44,7 +44,7 @@ def test_the_model_computes_what_it_did(family, tmp_path):
 
 def test_a_head_that_is_the_embedding_is_turned_the_other_way_by_a_tensor_of_its_own(tmp_path):
     folder = save_model("llama", tmp_path / "tied", tie_word_embeddings=True)
-    want, captured = logits(capture(folder)), capture(folder)
+    want, captured = logits(capture_model(folder)), capture_model(folder)
     RotateResidual().call(captured)
     assert captured.blocks[-1].parameters[-1] == "lm_head.weight"
     assert (logits(captured) - want).abs().max() <= 1e-4 * want.abs().max()
@@ -59,7 +59,7 @@ def test_a_head_that_is_the_embedding_is_turned_the_other_way_by_a_tensor_of_its
     ],
 )
 def test_a_norm_whose_gain_no_linear_can_take_is_a_reason_to_refuse(family, why, tmp_path):
-    captured = capture(save_model(family, tmp_path / family))
+    captured = capture_model(save_model(family, tmp_path / family))
     weights = captured.weights
     with pytest.raises(PassError, match=why):
         RotateResidual().call(captured)

@@ -1,0 +1,297 @@
+"""Comparing one file with the float model that it was made from, and writing the result into its folder."""
+
+import os
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from ..artifact import checksums
+from ..artifact import manifest as manifests
+from ..artifact.manifest import RECIPE_FILE, Manifest
+from ..artifact.names import public_name
+from ..artifact.output import inside
+from ..calibrate.block_activations import module_feeds
+from ..calibrate.encoder_inputs import encoder_batch, with_last_token
+from ..calibrate.model_passes import change_model
+from ..capture.graph import CapturedModel
+from ..capture.module import Inputs, axes_of
+from ..errors import InputError
+from ..mixed_precision.costs import Costs
+from ..mixed_precision.sensitivity import costs_of, restore
+from ..models.source import ModelFolder
+from ..recipe.recipe import Recipe
+from ..report import read_validated, write_card, write_html
+from ..runtime.provider import chosen_provider
+from ..runtime.session import open_session
+from ..validation.account import transforms
+from ..validation.environment import settings, versions
+from ..validation.float_forms import compare_forms
+from ..validation.greedy import compare_greedy
+from ..validation.layers import compare, compare_layers
+from ..validation.logits import check_all_logits, compare_logits, deployed_logits
+from ..validation.placement import examine
+from ..validation.reader import check_reader
+from ..validation.reference import Feeds, FloatOutputs, check_same_model, decoder_feeds
+from ..validation.report import Logits, Reference, Report, ValueComparison
+from ..validation.report_store import exported_activations, exported_warnings, save
+from ..validation.running import run_session
+from ..validation.text import Text, choose_text
+from ..validation.timing import measure, with_times
+from ..validation.verdict import with_verdict
+from .options import ValidationOptions
+from .stages.capturing import capture_model
+
+# Tokens on which values inside the model are compared: enough rows for every statistic, few enough to hold a block's.
+_LAYER_TOKENS = 256
+_COSTED_WINDOWS = 4  # whose first tokens these are, where costs in KL are measured
+_WINDOW = 512  # tokens of a window, where nobody says how many
+
+FloatModel = str | os.PathLike[str] | ModelFolder | torch.nn.Module | CapturedModel
+
+
+@dataclass(frozen=True)
+class Subject:
+    """An export and the float model that it was made from.
+
+    Attributes:
+        folder: the export; manifest: what is in it.
+        captured: the float model, in the basis in which the export has its values.
+        transformed: see `validation.account.transforms`.
+        options: how they are compared.
+    """
+
+    folder: Path
+    manifest: Manifest
+    captured: CapturedModel
+    transformed: bool
+    options: ValidationOptions
+
+
+@dataclass(frozen=True)
+class Read:
+    """What both models read.
+
+    Attributes:
+        text: the windows; those of a model without text are empty.
+        feeds: on which values inside the model are compared, a batch each.
+        rows: of every value, over all of them.
+    """
+
+    text: Text
+    feeds: Sequence[Feeds]
+    rows: int
+
+
+class _Laps:
+    """Wall time by stage."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._started = time.perf_counter()
+
+    def lap(self, stage: str) -> None:
+        now = time.perf_counter()
+        self.seconds[stage], self._started = round(now - self._started, 2), now
+
+
+def validate_file(folder: Path, reference: FloatModel, options: ValidationOptions) -> Report:
+    """Compare an export that is one file with the float model; see `validate`, for its errors too."""
+    manifest = manifests.load(folder)
+    check_writable(folder)
+    with inside(folder, "validating"):
+        checksums.check(folder)
+        report = _report(folder, manifest, reference, options)
+        save(report, folder)
+        exported = read_validated(folder)
+        write_html(exported)
+        write_card(exported)
+    return report
+
+
+def check_writable(folder: Path) -> None:
+    """Refuse a folder that cannot take a report.
+
+    Raises:
+        InputError: it cannot be written.
+    """
+    if not os.access(folder, os.W_OK):
+        raise InputError(
+            "cannot be written, and the report goes there", place=str(folder), remedy="Copy it to a folder you own"
+        )
+
+
+def _report(folder: Path, manifest: Manifest, reference: FloatModel, options: ValidationOptions) -> Report:
+    laps, progress = _Laps(), options.progress
+    if options.references and manifest.kind != "decoder":
+        raise InputError("references are for language models", place="references", remedy="Leave them out")
+    check_all_logits(manifest, folder)
+    captured = _captured(reference, manifest, options)
+    if (folder / RECIPE_FILE).is_file():  # values are compared in the basis in which the export has them
+        change_model(captured, Recipe.load(folder / RECIPE_FILE))
+    subject = Subject(folder, manifest, captured, transforms(folder), options)
+    check_same_model(captured, manifest, folder, transformed=subject.transformed)
+    laps.lap("capture")
+    progress("check", "reading of the model", 0, 1)
+    checked = check_reader(captured)
+    progress("check", "reading of the model", 1, 1)
+    laps.lap("check")
+    placed, plain = examine(folder, manifest, chosen_provider(options.provider, manifest))
+    laps.lap("placement")
+    read = _read(subject)
+    laps.lap("text")
+    costs: Costs | None = None
+    if options.sensitivity:
+        costs = costs_of(folder, manifest, captured, read.feeds, partial(progress, "costs"))
+        laps.lap("costs")
+    layers = compare_layers(
+        folder, manifest, captured, read.feeds, plain, rows=read.rows, transformed=subject.transformed,
+        threads=options.threads, provider=options.provider, progress=partial(progress, "layers"),
+        importance=costs.importance if costs else {},
+    )  # fmt: skip
+    laps.lap("layers")
+    restored = None
+    if costs:
+        restored = restore(
+            folder, manifest, captured, read.feeds, layers.linears, costs, transformed=subject.transformed,
+            threads=options.threads, provider=options.provider, progress=partial(progress, "restoring"),
+        )  # fmt: skip
+        laps.lap("restoring")
+    decoder = captured.kind == "decoder"
+    prompt = read.text.windows[0, :_LAYER_TOKENS] if decoder else None
+    times = measure(
+        folder, manifest, prompt=prompt, feeds=read.feeds, threads=options.threads, provider=options.provider
+    )
+    layers = with_times(layers, manifest, times)
+    laps.lap("profile")
+    logits, outputs, texts = None, (), None
+    others: Sequence[Reference] = ()
+    left_out: Sequence[str] = ()
+    if decoder:
+        logits, others, left_out = _logits(subject, read.text, laps)
+    else:
+        outputs = _outputs(subject, read)
+        laps.lap("outputs")
+    if decoder and options.greedy:
+        texts = compare_greedy(
+            captured, manifest, folder, read.text.windows, options.greedy, threads=options.threads,
+            provider=options.provider, progress=partial(progress, "greedy"),
+        )  # fmt: skip
+        laps.lap("greedy")
+    name = public_name(captured.folder.name) if captured.folder else type(reference).__name__
+    return with_verdict(Report(
+        reference=name, reader=checked, text=read.text.described, own_text=read.text.own, layers=layers, logits=logits,
+        outputs=outputs, activations=exported_activations(folder), warnings=exported_warnings(folder), placement=placed,
+        seconds=laps.seconds, references=tuple(others), greedy=texts, sensitivity=restored, left_out=tuple(left_out),
+        versions=versions(), settings=settings_of(reference, options, _WINDOW),
+    ))  # fmt: skip
+
+
+def settings_of(reference: FloatModel, options: ValidationOptions, window: int) -> dict[str, object]:
+    """What `validate` was called with, for the report.
+
+    Args:
+        window: tokens of one, where nobody says how many.
+    """
+    return settings(
+        reference, options.text, windows=options.windows, window=options.window or window, threads=options.threads,
+        provider=options.provider, references=options.references, greedy=options.greedy,
+        sensitivity=options.sensitivity,
+    )  # fmt: skip
+
+
+def _captured(reference: FloatModel, manifest: Manifest, options: ValidationOptions) -> CapturedModel:
+    if not isinstance(reference, torch.nn.Module):
+        return capture_model(reference, trust_remote_code=options.trust_remote_code)
+    dims = manifest.settings.get("inputs")
+    return capture_model(reference, _given(options.inputs)[0], axes_of(dims) if dims else None)
+
+
+def _given(inputs: Sequence[Inputs] | torch.Tensor | None) -> Sequence[Inputs]:
+    if inputs is None or isinstance(inputs, torch.Tensor) or not inputs:
+        raise InputError(
+            "an nn.Module is compared on tensors", place="inputs", remedy="Pass inputs=[(tensor, ...), ...]"
+        )
+    return inputs
+
+
+def _read(subject: Subject) -> Read:
+    captured, options = subject.captured, subject.options
+    if captured.kind == "module":
+        if options.text is not None:
+            raise InputError("this model reads no text", place="text", remedy="Pass inputs=[(tensor, ...), ...]")
+        feeds = module_feeds(captured, _given(options.inputs), "inputs")
+        rows = sum(next(iter(batch.values())).shape[0] for batch in feeds)
+        return Read(Text(torch.empty(0), f"{len(feeds)} inputs given by the caller", False), feeds, rows)
+    if options.inputs is not None:
+        raise InputError("this model reads text, not tensors", place="inputs", remedy="Pass text=...")
+    window = options.window or _WINDOW
+    if captured.kind == "encoder":
+        window = min(window, captured.settings.get("max_position_embeddings", window))
+    chosen = choose_text(captured, options.text, options.windows, window, partial(options.progress, "text"))
+    taken = _COSTED_WINDOWS if options.sensitivity else 1
+    texts = _text_feeds(captured, chosen.windows[:taken, :_LAYER_TOKENS])
+    return Read(chosen, texts, sum(batch["input_ids"].numel() for batch in texts))
+
+
+def _text_feeds(captured: CapturedModel, windows: torch.Tensor) -> Sequence[Feeds]:
+    """One batch for each window [n, S]."""
+    if captured.kind == "decoder":
+        return decoder_feeds(captured, windows)
+    rows = with_last_token(windows, captured)
+    return [encoder_batch(captured, ids[None], torch.ones_like(ids[None])) for ids in rows]
+
+
+def _logits(subject: Subject, text: Text, laps: _Laps) -> tuple[Logits, Sequence[Reference], Sequence[str]]:
+    """The deployed file's logits, other forms of the float model if asked for, and what was left out of them."""
+    captured, options, progress = subject.captured, subject.options, subject.options.progress
+    reference = FloatOutputs(
+        captured, decoder_feeds(captured, text.windows), ("logits",), partial(progress, "float model")
+    )
+    try:
+        run = deployed_logits(
+            subject.folder, subject.manifest, text.windows.shape[1], threads=options.threads, provider=options.provider
+        )
+        tokenizer = captured.folder.tokenizer() if captured.folder else None
+        found = compare_logits(
+            reference, text.windows, run, partial(progress, "logits"), decode=tokenizer and tokenizer.decode
+        )
+        del run  # one session at a time
+        laps.lap("outputs")
+        if not options.references:
+            return found, (), ()
+        others, left_out = compare_forms(
+            captured, subject.manifest, subject.folder, reference, text.windows, threads=options.threads,
+            provider=options.provider, progress=partial(progress, "references"),
+        )  # fmt: skip
+        laps.lap("references")
+        return found, others, left_out
+    finally:
+        reference.close()
+
+
+def _outputs(subject: Subject, read: Read) -> tuple[ValueComparison, ...]:
+    captured, options = subject.captured, subject.options
+    feeds = read.feeds if captured.kind == "module" else _text_feeds(captured, read.text.windows)
+    # A cache is the decoder's own: smoothing may rescale it and take that back where it is read.
+    names = [
+        port.name for port in captured.outputs if port.dtype.is_floating_point and not port.name.startswith("present.")
+    ]
+    reference = FloatOutputs(captured, feeds, names, partial(options.progress, "float model"))
+    try:
+        session = open_session(subject.folder, subject.manifest, threads=options.threads, provider=options.provider)
+        pairs: Mapping[str, tuple[list[torch.Tensor], list[torch.Tensor]]] = {name: ([], []) for name in names}
+        for index, batch in enumerate(feeds):
+            want, got = reference.outputs(index), run_session(session, batch, names)
+            for name, (wanted, found) in pairs.items():
+                wanted.append(want[name].flatten())
+                found.append(got[name].float().flatten())
+        return tuple(
+            ValueComparison.model_validate({"name": name, **compare(torch.cat(want), torch.cat(got))})
+            for name, (want, got) in pairs.items()
+        )
+    finally:
+        reference.close()

@@ -1,0 +1,90 @@
+"""What travels together through an export, a dry run and a validation."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from ..capture.module import Inputs
+from ..errors import InputError
+from ..lower.attention_plan import check_attention
+from ..passes.base import GraphPass
+from ..progress import Progress, no_progress
+
+LOGITS = ("all", "last")
+
+
+@dataclass(frozen=True)
+class Options:
+    """How an export is made, whatever the model; every stage sees it.
+
+    Attributes:
+        target: name of what the file is for.
+        dtype: of what stays float, by name; None takes the target's first one.
+        attention: of a decoder, "grouped" or "standard".
+        logits: of a decoder, "all" or "last".
+        resume: go on with an interrupted export.
+        extra_passes: of the caller, run on every block before those of the recipe.
+        seed: of everything random, in the place of the recipe's; None leaves that.
+        trust_remote_code: run Python code that comes with the model.
+        progress: told how far the work is.
+
+    Raises:
+        InputError: attention or logits are called otherwise.
+    """
+
+    target: str = "cpu"
+    dtype: str | None = None
+    attention: str = "grouped"
+    logits: str = "all"
+    resume: bool = False
+    extra_passes: Sequence[GraphPass] = ()
+    seed: int | None = None
+    trust_remote_code: bool = False
+    progress: Progress = no_progress
+
+    def __post_init__(self) -> None:
+        check_attention(self.attention)
+        if self.logits not in LOGITS:
+            raise InputError(f"unknown logits {self.logits!r}", remedy=f"Logits are {' or '.join(LOGITS)}")
+
+
+@dataclass(frozen=True)
+class ValidationOptions:
+    """How an export is compared with its float model; `validate` says what each of these means.
+
+    Attributes:
+        text: what both read.
+        windows: stretches of it.
+        window: tokens in each; None leaves that to the kind of the model.
+        inputs: what is read instead of text.
+        threads: of an ONNX Runtime operator.
+        provider: ONNX Runtime's name of the execution provider; None takes the one the file was made for.
+        references: also measure other forms of the float model.
+        greedy: new tokens that both write.
+        sensitivity: also measure what each linear costs.
+        trust_remote_code: run Python code that comes with the reference.
+        progress: told how far the work is.
+
+    Raises:
+        InputError: a number of tokens below 0.
+    """
+
+    text: str | os.PathLike[str] | None = None
+    windows: int = 8
+    window: int | None = None
+    inputs: Sequence[Inputs] | Sequence[str] | torch.Tensor | None = None
+    threads: int | None = None
+    provider: str | None = None
+    references: bool = False
+    greedy: int = 32
+    sensitivity: bool = False
+    trust_remote_code: bool = False
+    progress: Progress = no_progress
+
+    def __post_init__(self) -> None:
+        if self.greedy < 0:
+            raise InputError(
+                f"{self.greedy} new tokens cannot be written", place="greedy", remedy="Take 0 for none"
+            )

@@ -1,0 +1,63 @@
+"""Second stage: the model as a graph without weights, in blocks, after the passes over the whole of it."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from ...calibrate.model_passes import change_model
+from ...capture.dynamic import DynamicShapes
+from ...capture.folder import capture_folder
+from ...capture.graph import CapturedModel
+from ...capture.module import Inputs, capture_module
+from ...errors import InputError
+from ...log import warn
+from ...passes.model.base import ModelResult
+from .preparing import Model, Preparation, opened, timed
+
+
+@dataclass(frozen=True, kw_only=True)
+class Capture(Preparation):
+    """A `Preparation`, and the model as a graph.
+
+    Attributes:
+        captured: the model; later stages change its blocks.
+        changes: what passes over the whole model did, by their names.
+    """
+
+    captured: CapturedModel
+    changes: Mapping[str, ModelResult]
+
+
+@timed
+def capture(prepared: Preparation) -> Capture:
+    """Capture a model and change it as a whole.
+
+    Raises:
+        CaptureError: it cannot be followed.
+        PassError: a pass over the whole model cannot work on this one.
+    """
+    source = prepared.source
+    captured = capture_model(source, prepared.example_inputs, prepared.dynamic_shapes)
+    if not isinstance(source, CapturedModel):
+        for note in captured.notes:
+            warn(note)
+    return Capture(**vars(prepared), captured=captured, changes=change_model(captured, prepared.recipe))
+
+
+def capture_model(
+    model: Model,
+    example_inputs: Inputs | None = None,
+    dynamic_shapes: DynamicShapes | None = None,
+    *,
+    trust_remote_code: bool = False,
+) -> CapturedModel:
+    """Capture whatever a user passes as a model (see `export`), or copy what is captured already."""
+    source = opened(model, trust_remote_code=trust_remote_code)
+    if isinstance(source, CapturedModel):
+        return source.copy()
+    if not isinstance(source, torch.nn.Module):
+        return capture_folder(source)
+    if example_inputs is None:
+        raise InputError("an nn.Module needs example_inputs", remedy="Pass the tensors of one forward call")
+    return capture_module(source, example_inputs, dynamic_shapes)

@@ -1,0 +1,163 @@
+"""First stage: everything that a user names is found, and what cannot work is refused before work begins."""
+
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import wraps
+from typing import Any, Concatenate, ParamSpec, TypeVar
+
+import torch
+
+from ...calibrate.data import check_calibration, recipe_and_data
+from ...capture.dynamic import DynamicShapes
+from ...capture.graph import CapturedModel
+from ...capture.module import Inputs
+from ...errors import InputError
+from ...log import warn
+from ...models.source import ModelFolder, open_model
+from ...recipe.recipe import Recipe
+from ...targets.base import Target, target_for
+from ..options import Options
+
+Model = str | os.PathLike[str] | ModelFolder | torch.nn.Module | CapturedModel
+Source = ModelFolder | torch.nn.Module | CapturedModel
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What a user asks for.
+
+    Attributes:
+        model: as `export` takes it.
+        recipe: what to do to it.
+        target: what for.
+        calibration: as `export` takes it.
+        example_inputs: of an nn.Module.
+        dynamic_shapes: of an nn.Module.
+        options: all else.
+    """
+
+    model: Model
+    recipe: Recipe
+    target: Target
+    calibration: Any = None
+    example_inputs: Inputs | None = None
+    dynamic_shapes: DynamicShapes | None = None
+    options: Options = Options()
+
+    @classmethod
+    def of(
+        cls,
+        model: Model,
+        recipe: str | os.PathLike[str] | Recipe,
+        options: Options,
+        calibration: Any = None,
+        example_inputs: Inputs | None = None,
+        dynamic_shapes: DynamicShapes | None = None,
+    ) -> "Request":
+        """Find the recipe and the target by their names.
+
+        Raises:
+            QExportError: there is no such recipe or target, or they do not go together.
+        """
+        found = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
+        if options.seed is not None:
+            found = found.with_calibration(seed=options.seed)
+        return cls(
+            model=model, recipe=found, target=target_for(options.target, found, options.dtype), options=options,
+            calibration=calibration, example_inputs=example_inputs, dynamic_shapes=dynamic_shapes,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preparation:
+    """What an export works with.
+
+    Attributes:
+        source: the model, opened where it is on disk.
+        recipe: what to do to it, with the calibration source that the user named.
+        target: what for.
+        data: calibration data that the user passed; None takes what the recipe names.
+        asked: the user named the calibration, whether the recipe needs it or not.
+        example_inputs: of an nn.Module.
+        dynamic_shapes: of an nn.Module.
+        options: all else.
+        seconds: by stage, what it took; filled on the way.
+    """
+
+    source: Source
+    recipe: Recipe
+    target: Target
+    data: Any = None
+    asked: bool = False
+    example_inputs: Inputs | None = None
+    dynamic_shapes: DynamicShapes | None = None
+    options: Options = Options()
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def in_two_parts(self) -> bool:
+        """Whether it is an encoder-decoder, which becomes two exports in one folder."""
+        return isinstance(self.source, ModelFolder) and bool(self.source.config.is_encoder_decoder)
+
+    def of_part(self, captured: CapturedModel, recipe: Recipe, options: Options) -> "Preparation":
+        """The same for a part of the model that is captured already, its time measured apart."""
+        return replace(self, source=captured, recipe=recipe, options=options, seconds={})
+
+
+Rest = ParamSpec("Rest")
+Before, After = TypeVar("Before"), TypeVar("After", bound=Preparation)
+
+
+def timed(
+    stage: Callable[Concatenate[Before, Rest], After],
+) -> Callable[Concatenate[Before, Rest], After]:
+    """A stage that notes in its result what it took, under its name."""
+
+    @wraps(stage)
+    def run(before: Before, *args: Rest.args, **kwargs: Rest.kwargs) -> After:
+        started = time.perf_counter()
+        after = stage(before, *args, **kwargs)
+        after.seconds[stage.__name__] = time.perf_counter() - started
+        return after
+
+    return run
+
+
+@timed
+def prepare(request: Request) -> Preparation:
+    """Open a model on disk, after a look for the texts that calibrate it.
+
+    Raises:
+        InputError: there is no such model, no text, or an option that means nothing for it.
+    """
+    recipe, data = recipe_and_data(request.recipe, request.calibration)
+    source, asked = opened(request.model, trust_remote_code=request.options.trust_remote_code), data is not None
+    asked = request.calibration is not None
+    if not isinstance(source, torch.nn.Module):
+        for name in ("example_inputs", "dynamic_shapes"):
+            if getattr(request, name) is not None:
+                raise InputError("only an nn.Module takes them", place=name, remedy="Leave them out")
+    prepared = Preparation(
+        source=source, recipe=recipe, target=request.target, data=data, asked=asked, options=request.options,
+        example_inputs=request.example_inputs, dynamic_shapes=request.dynamic_shapes,
+    )  # fmt: skip
+    if isinstance(source, ModelFolder) and not prepared.in_two_parts:
+        check_calibration(source, recipe, data, asked)
+    return prepared
+
+
+def opened(model: Model, *, trust_remote_code: bool = False) -> Source:
+    """What a user passes, a model on disk opened, with a warning for whatever an export of it will go without."""
+    if isinstance(model, torch.nn.Module | CapturedModel):
+        return model
+    if not isinstance(model, str | os.PathLike | ModelFolder):
+        raise InputError(
+            f"a {type(model).__name__} is no model", remedy="Pass a folder, a Hugging Face id or the nn.Module itself"
+        )
+    folder = open_model(model, trust_remote_code=trust_remote_code)
+    if folder is not model:  # otherwise they were said when it was opened
+        for note in folder.notes:
+            warn(note)
+    return folder
