@@ -84,6 +84,10 @@ class Method(Section):
         raise NotImplementedError
 
     @classmethod
+    def known_keys(cls) -> list[str]:
+        return [*(() if cls.key == cls.method else ("method",)), *cls.model_fields]
+
+    @classmethod
     def called(cls) -> str:
         return cls.method
 

@@ -225,7 +225,7 @@ def test_a_recipe_does_not_change():
     [
         ("scheme: w4a16_g32\nlmhead: float\n", 2, r"lmhead: unknown key\. Did you mean lm_head\?"),
         ("scheme: w4a16_g32\nweights:\n  method: gptq\n  damping: 1\n", 4, r"weights\.damping: .*Did you mean damp\?"),
-        ("scheme: w8a8_dyn\nsmooth:\n  strength: 1\n", 3, r"smooth\.strength: .*Keys here are alpha, explicit"),
+        ("scheme: w8a8_dyn\nsmooth:\n  strength: 1\n", 3, r"smooth\.strength: .*Keys here are method, alpha, explicit"),
         ("scheme: w4a16_g32\noverrides:\n- macth: x\n  scheme: float\n", 3, r"overrides\.0\.macth: .*mean match\?"),
         ("scheme: w4a16_g32\noverrides:\n- match: x\n", 3, r"overrides\.0\.scheme: this key is missing"),
         ("scheme: w4a16_g32\noverrides:\n- match: x\n  scheme: w3\n", 4, r"overrides\.0\.scheme: unknown scheme 'w3'"),

@@ -114,7 +114,8 @@ def test_a_recipe_with_keys_of_all_methods_names_those_that_do_not_belong(tmp_pa
         ({"weights": section("smooth")}, r"^weights: input should be .*, not SmoothQuantSection"),
         ({"lorc": {"method": "lorc"}}, r"^lorc\.method: unknown key\. Keys here are rank, factors, shared, weighted$"),
         ({"lorcs": {}}, r"^lorcs: unknown key\. Did you mean lorc\?$"),
-        ({"weights": {"method": "hqq", "zzz": 1}}, r"^weights\.zzz: unknown key\. There are no keys here$"),
+        ({"weights": {"method": "hqq", "zzz": 1}}, r"^weights\.zzz: unknown key\. Keys here are method$"),
+        ({"weights": {"metod": "gptq"}}, r"^weights\.metod: unknown key\. Did you mean method\?$"),
     ],
 )
 def test_a_section_that_is_none_is_explained(fields, message):
