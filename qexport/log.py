@@ -1,22 +1,42 @@
-"""What users should know though nothing failed: one line on stderr, unless a program handles the logger "qexport"."""
+"""Where log records go when the command line runs; the library itself configures nothing.
+
+Modules log to loggers of their own names: what passes and stages decide at INFO, details at DEBUG, and what users
+should know though nothing failed as warnings, each once, in a sentence without a final full stop. A program that
+imports qexport handles the logger "qexport" as it likes; without a handler Python prints warnings on stderr.
+"""
 
 import logging
 import sys
 
-_logger = logging.getLogger("qexport")
+ROOT = "qexport"
+_LEVELS = {-1: logging.ERROR, 0: logging.WARNING, 1: logging.INFO, 2: logging.DEBUG}
 
 
-def warn(text: str) -> None:
-    """Say something in a sentence without a final full stop."""
-    _logger.warning("%s", text)
+class _Lines(logging.Handler):
+    """A line on stderr for every record, behind its level if that is a warning, else behind the module that says it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        said = record.getMessage()
+        if record.levelno >= logging.WARNING:
+            text = f"{record.levelname.lower()}: {said}"
+        else:
+            text = f"{record.name.removeprefix(f'{ROOT}.')}: {said}"
+        print(text, file=sys.stderr, flush=True)
 
 
-def show_warnings() -> None:
-    """Let every warning be a line that begins with "warning:", as a command says it."""
+def configure(verbosity: int = 0) -> None:
+    """Show records on stderr, as a command does.
 
-    class Lines(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            print(f"warning: {record.getMessage()}", file=sys.stderr, flush=True)
+    Args:
+        verbosity: -1 shows errors, 0 warnings too, 1 what is decided, 2 and more also details.
+    """
+    logger = logging.getLogger(ROOT)
+    logger.setLevel(_LEVELS[max(-1, min(verbosity, 2))])
+    logger.propagate = False  # or a library that configures the root would have every line twice
+    if not any(isinstance(handler, _Lines) for handler in logger.handlers):
+        logger.addHandler(_Lines())
 
-    if not _logger.handlers:
-        _logger.addHandler(Lines())
+
+def is_quiet() -> bool:
+    """Whether not even warnings are wanted."""
+    return not logging.getLogger(ROOT).isEnabledFor(logging.WARNING)

@@ -9,15 +9,15 @@ import typer
 import qexport
 
 from ..errors import QExportError
-from ..log import show_warnings
+from ..log import configure
 from ..stopping import Stopped, raising_stopped
-from . import making, proving, running  # noqa: F401  their commands belong to the application
-from .options import app
+from .app import app, load_commands
 
 
 def main() -> None:
     """Entry point: expected errors become one line on stderr and exit code 2."""
-    show_warnings()
+    configure()
+    load_commands()
     gc.disable()  # until everything is imported, see `options.imported`
     try:
         with raising_stopped():

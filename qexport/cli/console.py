@@ -10,6 +10,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from ..log import is_quiet
+from ..progress import no_progress
 from ..stopping import Remembered
 
 # Where no terminal can redraw a bar, a stage prints about this many lines.
@@ -49,14 +51,22 @@ def print_table(columns: list[str], rows: list[list[Any]]) -> None:
     print(*(line.rstrip() for line in text.get().splitlines()), sep="\n")
 
 
+def note(text: str) -> None:
+    """A line on stderr that tells about the work, unless --quiet was given."""
+    if not is_quiet():
+        print(text, file=sys.stderr, flush=True)
+
+
 @contextmanager
 def showing_progress():
     """Yields a callback (stage, what, done, total) that draws bars on a terminal and prints a few lines elsewhere.
 
-    Ctrl-C inside the `with` is not lost: see `Remembered`.
+    Nothing of it where --quiet was given. Ctrl-C inside the `with` is not lost: see `Remembered`.
     """
     with Remembered() as signals:
-        if sys.stderr.isatty():
+        if is_quiet():
+            yield signals.checked(no_progress)
+        elif sys.stderr.isatty():
             with _bars() as show:
                 yield signals.checked(show)
         else:

@@ -1,4 +1,4 @@
-"""What commands share: the application, options, and what to do once libraries are imported."""
+"""Options that several commands have, and what to do once libraries are imported."""
 
 import gc
 from pathlib import Path
@@ -6,24 +6,19 @@ from typing import Annotated
 
 import typer
 
-app = typer.Typer(
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
-    help="Quantize PyTorch models and run them in ONNX Runtime.",
-)
-recipes_app = typer.Typer(no_args_is_help=True, help="The recipes that come with qexport.")
-app.add_typer(recipes_app, name="recipes")
+from ..targets import BUILT_IN
 
 Model = Annotated[str, typer.Argument(help="Hugging Face id, folder with safetensors, or GGUF file.")]
 Folder = Annotated[Path, typer.Argument(help="Folder that `qexport export` wrote.")]
 RecipeName = Annotated[
     str, typer.Option("--recipe", "-r", help="Preset, scheme, or YAML file; see `qexport recipes list`.")
 ]
-Target = Annotated[str, typer.Option(help="cpu or cuda.")]
+Target = Annotated[str, typer.Option(help=f"What the export is made for: {' or '.join(BUILT_IN)}.")]
 Dtype = Annotated[
-    str | None, typer.Option(help="For cuda, of what stays float: float16 (without this option) or bfloat16.")
+    str | None,
+    typer.Option(
+        help="Of what stays float, one that the target has, such as bfloat16 for cuda; by default its first."
+    ),
 ]
 Attention = Annotated[
     str, typer.Option(help="grouped (GroupQueryAttention, a shared cache) or standard (ONNX Attention, portable).")

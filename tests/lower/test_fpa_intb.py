@@ -16,7 +16,8 @@ from helpers.cuda_placement.models import assert_decoder_on_cuda, model, tensor,
 from helpers.cuda_placement.probe import PlacementError
 from helpers.random_decoders import save_model
 from qexport.api.inspecting import inspect
-from qexport.cli.printers.summaries import export_summary, print_export, print_inspection
+from qexport.cli.printers.export import export_summary, print_export
+from qexport.cli.printers.inspect import print_inspection
 from qexport.recipe.recipe import CalibrationSpec, Recipe
 from qexport.targets.kernels.fpa_intb import ENTRY, Product, has_no_kernel, why_not, why_slow
 

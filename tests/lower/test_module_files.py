@@ -10,7 +10,7 @@ from helpers.runners import captured_runner, load_weights
 from qexport.api.inspecting import inspect
 from qexport.api.validating import validate
 from qexport.capture.module import capture_module
-from qexport.cli.printers.summaries import print_inspection
+from qexport.cli.printers.inspect import print_inspection
 from qexport.quant.metrics import sqnr_db
 from qexport.recipe.recipe import Recipe
 from qexport.validation.placement import examine

@@ -18,7 +18,8 @@ from qexport.api.exporting import export
 from qexport.api.stages.capturing import capture_model
 from qexport.api.validating import validate
 from qexport.calibrate.sources import load_samples
-from qexport.cli.printers.summaries import print_export, print_inspection
+from qexport.cli.printers.export import print_export
+from qexport.cli.printers.inspect import print_inspection
 from qexport.errors import PassError, RecipeError
 from qexport.graph.edit import get_tensor
 from qexport.passes.base import Context

@@ -6,7 +6,7 @@ from typing import Any
 from ...report.comparing import Comparison, Pair
 from ...report.exported import read_validated
 from ..console import print_table
-from .summaries import print_validation
+from .validate import print_validation
 
 _MOST_LINEARS = 12
 

@@ -1,4 +1,4 @@
-"""Commands that make exports, and say what they would make."""
+"""`qexport export`: quantize a model and write it."""
 
 from pathlib import Path
 from typing import Annotated
@@ -7,9 +7,10 @@ import typer
 
 import qexport
 
-from ..errors import InputError
-from ..formatting import parsed_bytes
-from .options import (
+from ...errors import InputError
+from ...formatting import parsed_bytes
+from ..app import MAKE, command
+from ..options import (
     Attention,
     Calibration,
     CalibrationLength,
@@ -17,17 +18,14 @@ from .options import (
     Dtype,
     Json,
     Model,
-    RecipeName,
     Remote,
     Seed,
     Target,
-    app,
     imported,
-    recipes_app,
 )
 
 
-@app.command()
+@command(MAKE)
 def export(
     model: Model,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder to make.")],
@@ -62,13 +60,13 @@ def export(
     as_json: Json = False,
 ) -> None:
     """Quantize a model and write it as a folder that ONNX Runtime runs."""
-    from . import console
+    from .. import console
 
     auto = auto or max_bytes is not None or max_kl is not None
     chosen = qexport.Recipe.load(recipe or ("compact" if auto else "w4a16_g32"))
     chosen = chosen.with_calibration(samples=samples, sequence_length=sequence_length, seed=seed)
     console.quiet_libraries()
-    from .printers.summaries import auto_summary, export_summary, print_auto, print_export
+    from ..printers.export import auto_summary, export_summary, print_auto, print_export
 
     imported()
     if auto:
@@ -95,62 +93,3 @@ def export(
         console.print_json(export_summary(result))
     else:
         print_export(result)
-
-
-@app.command()
-def inspect(
-    model: Model,
-    recipe: RecipeName = "w4a16_g32",
-    target: Target = "cpu",
-    dtype: Dtype = None,
-    attention: Attention = "grouped",
-    all_layers: Annotated[
-        bool, typer.Option("--all", help="One line for every linear, also where layers are alike.")
-    ] = False,
-    calibrate: Annotated[
-        bool, typer.Option("--calibrate", help="Run the float model for ranges of activations and what they decide.")
-    ] = False,
-    calibration: Calibration = None,
-    samples: CalibrationSamples = None,
-    sequence_length: CalibrationLength = None,
-    seed: Seed = None,
-    trust_remote_code: Remote = False,
-    as_json: Json = False,
-) -> None:
-    """Show what an export would do. No weight is read unless it calibrates: --calibrate, or a calibration option."""
-    from . import console
-
-    given = {"samples": samples, "sequence_length": sequence_length, "seed": seed}
-    chosen = qexport.Recipe.load(recipe).with_calibration(**given)
-    console.quiet_libraries()
-    from .printers.summaries import print_inspection
-
-    imported()
-    with console.showing_progress() as progress:
-        found = qexport.inspect(
-            model, chosen, target=target, dtype=dtype, attention=attention, trust_remote_code=trust_remote_code,
-            calibrate=calibrate or any(v is not None for v in given.values()), calibration=calibration,
-            progress=progress,
-        )  # fmt: skip
-    if as_json:
-        console.print_json(found.as_dict())
-    else:
-        print_inspection(found, all_layers)
-
-
-@recipes_app.command("list")
-def list_recipes(as_json: Json = False) -> None:
-    """Name and purpose of every preset."""
-    from . import console
-
-    presets = qexport.Recipe.presets()
-    if as_json:
-        console.print_json(presets)
-    else:
-        console.print_table(["preset", "what it is"], [list(row) for row in presets.items()])
-
-
-@recipes_app.command("show")
-def show_recipe(name: Annotated[str, typer.Argument(help="Preset, scheme, or YAML file.")]) -> None:
-    """A recipe with every key written out, as YAML to copy and change."""
-    print(qexport.Recipe.load(name).to_yaml(), end="")

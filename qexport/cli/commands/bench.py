@@ -1,0 +1,42 @@
+"""`qexport bench`: speed, memory, size."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+import qexport
+
+from ..app import RUN, command
+from ..options import Folder, Json, Provider, imported
+
+
+@command(RUN)
+def bench(
+    folder: Folder,
+    against: Annotated[Path | None, typer.Option(help="Another folder, measured in turns with the first.")] = None,
+    prompt_length: Annotated[
+        list[int] | None, typer.Option(help="Prompt tokens, several times too; by default 128, 512 and 2048.")
+    ] = None,
+    past: Annotated[
+        list[int] | None, typer.Option(help="Tokens in the cache when decoding; by default 128 and 2048.")
+    ] = None,
+    repeats: Annotated[int, typer.Option(help="Measurements of everything; the median counts.")] = 5,
+    threads: Annotated[int, typer.Option(help="Threads of ONNX Runtime.")] = 2,
+    provider: Provider = None,
+    as_json: Json = False,
+) -> None:
+    """Measure speed, load time, memory and size, alone or against another folder."""
+    from .. import console
+    from ..printers.bench import print_bench
+
+    imported()
+    with console.showing_progress() as progress:
+        result = qexport.bench(
+            folder, against, prompt_lengths=prompt_length or None, decode_pasts=past or None, repeats=repeats,
+            threads=threads, provider=provider, progress=progress,
+        )  # fmt: skip
+    if as_json:
+        console.print_json(result.as_dict())
+    else:
+        print_bench(result)

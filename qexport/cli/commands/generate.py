@@ -1,0 +1,51 @@
+"""`qexport generate`: a prompt continued."""
+
+from typing import Annotated
+
+import typer
+
+import qexport
+
+from ..app import RUN, command
+from ..options import Folder, Provider, Threads, imported
+
+
+@command(RUN)
+def generate(
+    folder: Folder,
+    prompt: Annotated[str, typer.Option("--prompt", "-p", help="Text to continue.")],
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
+    temperature: Annotated[
+        float | None, typer.Option(help="Sample instead of taking the likeliest token; 0 does not.")
+    ] = None,
+    top_k: Annotated[int | None, typer.Option(help="Sample from the k likeliest tokens.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Sample from the likeliest tokens that add up to p.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of sampling.")] = None,
+    chat: Annotated[bool, typer.Option("--chat", help="Put the prompt into the chat template of the model.")] = False,
+    system: Annotated[str | None, typer.Option(help="With --chat: what the system says before the prompt.")] = None,
+    threads: Threads = None,
+    provider: Provider = None,
+) -> None:
+    """Continue a prompt with ONNX Runtime, printing while it grows."""
+    from .. import console
+
+    given = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
+    given = {name: value for name, value in given.items() if value is not None}
+    sampling = qexport.Sampling(**given) if given and temperature != 0 else None
+    console.quiet_libraries()
+    imported()
+    written = False
+
+    def show(row: int, piece: str) -> None:
+        nonlocal written
+        written = True
+        print(piece, end="", flush=True)
+
+    try:
+        qexport.generate(
+            folder, prompt, max_new_tokens=max_new_tokens, sampling=sampling, chat=chat, system=system, threads=threads,
+            provider=provider, on_text=show,
+        )  # fmt: skip
+    finally:  # what stands there stays readable, whatever comes after it
+        if written:
+            print(flush=True)

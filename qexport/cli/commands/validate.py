@@ -1,0 +1,67 @@
+"""`qexport validate`: an export beside the float model."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+import qexport
+
+from ..app import COMPARE, command
+from ..options import Folder, Json, Provider, Remote, Threads, imported
+
+
+@command(COMPARE)
+def validate(
+    folder: Folder,
+    reference: Annotated[str, typer.Option(help="The model that was exported: id, folder or GGUF file.")],
+    text: Annotated[
+        Path | None, typer.Option(help="UTF-8 text to measure on; by default text the model writes.")
+    ] = None,
+    windows: Annotated[int, typer.Option(help="How many windows of the text.")] = 8,
+    window: Annotated[
+        int | None, typer.Option(help="Tokens in a window; by default 512, and 128 for encoder-decoders.")
+    ] = None,
+    references: Annotated[
+        bool,
+        typer.Option("--references", help="Also measure float16 in PyTorch and the float model in ONNX Runtime."),
+    ] = False,
+    greedy: Annotated[
+        int, typer.Option(min=0, help="New tokens that both models write greedily, to see where they part; 0: none.")
+    ] = 32,
+    sensitivity: Annotated[
+        bool, typer.Option("--sensitivity", help="Also what each linear costs in KL, and overrides that buy it back.")
+    ] = False,
+    threads: Threads = None,
+    provider: Provider = None,
+    trust_remote_code: Remote = False,
+    as_json: Json = False,
+) -> None:
+    """Compare an export with the float model: layers, logits, text. report.json and report.html keep it."""
+    from .. import console
+
+    console.quiet_libraries()
+    from ..printers.validate import print_validation
+
+    imported()
+    with console.showing_progress() as progress:
+        report = qexport.validate(
+            folder,
+            reference,
+            text=text,
+            windows=windows,
+            window=window,
+            threads=threads,
+            provider=provider,
+            references=references,
+            greedy=greedy,
+            sensitivity=sensitivity,
+            trust_remote_code=trust_remote_code,
+            progress=progress,
+        )
+    if as_json:
+        console.print_json(report.model_dump(mode="json"))
+    else:
+        print_validation(report)
+        for page in (folder / part / "report.html" for part in report.parts or [""]):
+            print(f"\nThe page: {page}")
