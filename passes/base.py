@@ -4,6 +4,7 @@ A pass is a frozen dataclass of options. `requires` refuses a graph it cannot wo
 what it did and which sites it left alone, `ensures` checks what it promised.
 """
 
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,6 +18,8 @@ from ..graph.edit import is_call
 from ..graph.sites import linears
 from ..graph.views import Item, results_of
 from ..quant.formats import ActivationFormat
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,20 @@ class PassResult:
 
     changed: list[SiteRecord] = field(default_factory=list)
     skipped: list[SiteRecord] = field(default_factory=list)
+
+
+def log_sites(place: str, step: str, changed: Sequence[SiteRecord], skipped: Sequence[SiteRecord]) -> None:
+    """Log what a pass did: how many sites it changed, which it left alone and why; what it did at each is a detail.
+
+    Args:
+        place: the block, or what else the pass went through; step: its name.
+    """
+    if changed:
+        logger.info("%s: %s changed %d sites", place, step, len(changed))
+    for site in changed:
+        logger.debug("%s: %s, %s: %s", place, step, site.site, site.what)
+    for site in skipped:
+        logger.info("%s: %s left %s alone: %s", place, step, site.site, site.what)
 
 
 Statistics = dict[Node, Any]

@@ -1,5 +1,6 @@
 """Export with schemes chosen for a size or for a KL: measure what schemes cost, choose, export, measure the result."""
 
+import logging
 import os
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -16,7 +17,6 @@ from ..calibrate.block_activations import Feeds, decoder_inputs
 from ..calibrate.data import calibration_batches
 from ..capture.graph import CapturedModel
 from ..errors import InputError
-from ..log import warn
 from ..mixed_precision.allocate import Allocation
 from ..mixed_precision.allocator import SchemeAllocator
 from ..models.source import ModelFolder, source_path
@@ -36,6 +36,8 @@ from .result import ExportResult
 from .stages import pipeline
 from .stages.capturing import capture, capture_model
 from .stages.preparing import Preparation, Request, prepare
+
+logger = logging.getLogger(__name__)
 
 _TOKENS, _LENGTH = 1024, 512  # on which costs are measured, and tokens of a sequence at most
 # A file within this share below the KL asked for is not made smaller again.
@@ -178,6 +180,8 @@ def _search(work: WorkFolder, prepared: Preparation, asked: Mapping[str, float],
         logits = compare_logits(reference, judged.windows, run, partial(progress, "logits"))
         if logits.kl_mean is None:
             raise InputError("NaN or Inf comes out of the export", remedy="See `qexport validate` of a plain export")
+        size, schemes = made.manifest.bytes["model"], Counter(_schemes(made).values())
+        logger.info("tried %s: %d bytes, KL %.4g (foretold %.4g)", dict(schemes), size, logits.kl_mean, foretold)
         return _Trial(allocation, foretold, made, logits, logits.kl_mean)
 
     def learn(trial: _Trial) -> None:
@@ -219,7 +223,7 @@ def _decoder(prepared: Preparation) -> CapturedModel:
         if captured.kind == "decoder":
             if not isinstance(prepared.source, CapturedModel):
                 for note in captured.notes:
-                    warn(note)
+                    logger.warning("%s", note)
             return captured
         kind = captured.kind
     raise InputError(f"schemes are chosen for decoders, and its kind is {kind}", place=place)

@@ -1,6 +1,7 @@
 """The output folder: everything a runtime needs, appearing complete or not at all."""
 
 import json
+import logging
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
@@ -10,10 +11,11 @@ from ..artifact.files import read_json
 from ..artifact.manifest import Manifest
 from ..artifact.tokenizer import write_tokenizer
 from ..errors import InputError
-from ..log import warn
 from ..models.preflight import GENERATION, LEGAL_FILES, generation_config
 from ..models.source import ModelFolder
 from ..runtime.genai import genai_config
+
+logger = logging.getLogger(__name__)
 
 _COPIED = ("config.json", "generation_config.json")  # what the runtime reads
 
@@ -40,7 +42,7 @@ def _write_genai(folder: Path, manifest: Manifest, source: ModelFolder) -> None:
     try:
         contents = genai_config(manifest, config, generation, end)
     except InputError as error:
-        warn(f"{manifests.GENAI_FILE} is left out: {error}")
+        logger.warning("%s is left out: %s", manifests.GENAI_FILE, error)
     else:
         (folder / manifests.GENAI_FILE).write_text(json.dumps(contents, indent=2) + "\n")
 

@@ -4,6 +4,7 @@ At any moment one block's weights are in memory, and the activations that blocks
 """
 
 import json
+import logging
 import os
 import time
 import uuid
@@ -18,13 +19,15 @@ from ..capture.blocks import Block
 from ..capture.graph import CapturedModel
 from ..errors import InputError, PassError, within
 from ..graph.edit import attributes, delete_tensor, get_tensor, set_tensor, unload
-from ..passes.base import GraphPass, Pipeline
+from ..passes.base import GraphPass, Pipeline, log_sites
 from ..progress import StageProgress, no_stage_progress
 from ..quant.narrowing import narrowed
 from . import shards
 from .block_activations import Stream, batches, sqnr
 from .coverage import Coverage
 from .memory import trim
+
+logger = logging.getLogger(__name__)
 
 JOURNAL = "journal.jsonl"
 _AGAIN = "Export without --resume to start again"
@@ -165,8 +168,14 @@ def _one(
     }
     shards.save_block(place, block, stored, run)
     unload(block.module)
+    for name, result in results.items():
+        log_sites(block.name, name, result.changed, result.skipped)
+    seconds = time.perf_counter() - started
+    if decibels is not None:
+        logger.info("%s: SQNR %.1f dB", block.name, decibels)
+    logger.debug("%s: %.2f s, %d tensors stored", block.name, seconds, len(stored))
     record = BlockRecord(
-        block.name, round(time.perf_counter() - started, 3), decibels,
+        block.name, round(seconds, 3), decibels,
         {name: [(n.site, n.what, dict(n.data)) for n in r.changed] for name, r in results.items() if r.changed},
         {name: [(n.site, n.what) for n in r.skipped] for name, r in results.items() if r.skipped}, coverage.unseen,
     )  # fmt: skip

@@ -9,7 +9,7 @@ import typer
 import qexport
 
 from ..errors import QExportError
-from ..log import configure
+from ..log import configure, restore
 from ..stopping import Stopped, raising_stopped
 from .app import app, load_commands
 
@@ -29,6 +29,7 @@ def main() -> None:
         print(stop, file=sys.stderr)
         sys.exit(stop.exit_code)
     finally:
+        restore()
         # Leaving, Python looks through all that tracing left behind for cycles to free; the system frees it at once.
         gc.freeze()
         gc.enable()

@@ -16,9 +16,7 @@ RecipeName = Annotated[
 Target = Annotated[str, typer.Option(help=f"What the export is made for: {' or '.join(BUILT_IN)}.")]
 Dtype = Annotated[
     str | None,
-    typer.Option(
-        help="Of what stays float, one that the target has, such as bfloat16 for cuda; by default its first."
-    ),
+    typer.Option(help="Of what stays float, one that the target has, such as bfloat16 for cuda; by default its first."),
 ]
 Attention = Annotated[
     str, typer.Option(help="grouped (GroupQueryAttention, a shared cache) or standard (ONNX Attention, portable).")

@@ -1,5 +1,6 @@
 """Quantized blocks become one ONNX model."""
 
+import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
 from importlib.metadata import version
 
@@ -12,9 +13,11 @@ from ..graph.edit import get_tensor
 from ..quant.concat_tensor import ConcatTensor
 from .build import Lowered, build_model
 from .fuse_moe import gather_experts
-from .fuse_parallel_linears import merge
+from .fuse_parallel_linears import Merged, merge
 from .lowered_block import LoweredBlock
 from .target import LoweringTarget
+
+logger = logging.getLogger(__name__)
 
 Read = Callable[[str], torch.Tensor]
 
@@ -34,6 +37,7 @@ def lower_block(item: QuantizedBlock, target: LoweringTarget, constants: Collect
     block = item.block
     dense = gather_experts(block.module, target.why_dense)
     merged = merge(block.module)
+    _log(block.name, dense, merged)
     read = _reading(block.module, merged.joined, item.load)
     twin, prompt = target.prompt_twin(block.module), None
     if twin is not None:
@@ -41,6 +45,14 @@ def lower_block(item: QuantizedBlock, target: LoweringTarget, constants: Collect
         prompt = LoweredBlock(block.name, twin, block.inputs, block.outputs, _reading(twin, {}, read))
     target.rewrite(block.module, set(constants))
     return LoweredBlock(block.name, block.module, block.inputs, block.outputs, read, prompt, merged.apart, dense)
+
+
+def _log(block: str, dense: dict[str, str], merged: Merged) -> None:
+    """What became one node, and what did not and why."""
+    for names in merged.together:
+        logger.info("%s: %s are one matmul", block, ", ".join(names))
+    for name, why in (dense | merged.apart).items():
+        logger.info("%s: %s stays apart: %s", block, name, why)
 
 
 def _reading(module: GraphModule, joined: Mapping[str, ConcatTensor], read: Read) -> Read:

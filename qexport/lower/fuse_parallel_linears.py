@@ -34,10 +34,12 @@ class Merged:
     Attributes:
         joined: the new tensors, by name.
         apart: why a linear that shares its input with others kept a product of its own, by name.
+        together: the names of linears that share one.
     """
 
     joined: dict[str, ConcatTensor] = field(default_factory=dict)
     apart: dict[str, str] = field(default_factory=dict)
+    together: list[tuple[str, ...]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -96,6 +98,7 @@ def merge(module: GraphModule) -> Merged:
                 merged.apart.update(dict.fromkeys((linear.name for linear in group), why))
             else:
                 _Merge(module, group, merged.joined).run()
+                merged.together.append(tuple(linear.name for linear in group))
     finish(module)
     return merged
 

@@ -1,5 +1,6 @@
 """From costs to a recipe: what there is to choose from, what else is in the file, and the choice as overrides."""
 
+import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -19,6 +20,8 @@ from ..recipe.recipe import Recipe
 from ..recipe.sections import FLOAT, Override, only
 from .allocate import Allocation, SchemeChoice, within_bytes, within_kl
 from .costs import scheme_costs
+
+logger = logging.getLogger(__name__)
 
 _LEAST_SHARE, _MOST_SHARE = 0.05, 1.5  # of the same, by linear: beyond are errors of measurement
 _GRAPH_BYTES = 1400  # of model.onnx for each linear and what surrounds it, at most
@@ -48,6 +51,9 @@ class SchemeAllocator:
         schemes = [scheme for scheme in offered(candidates) if recipe.takes(scheme.name)]
         self._costs = scheme_costs(captured, self._plan, self._embeddings, schemes, feeds, width, progress)
         self._shares = [1.0] * len(self._costs.items)
+        for item in self._costs.items:
+            costs = ", ".join(f"{choice.scheme} {choice.kl:.3g}" for choice in item.choices)
+            logger.debug("%s: foretold KL of each scheme: %s", item.linear or "the embedding", costs)
         self._guessed = _GRAPH_BYTES * len(self._plan)  # of the rest, until an export is measured
         self._rest = _rest(captured, self._plan, self._embeddings, width, attention) + self._guessed
         projection = output_projection(captured)

@@ -1,5 +1,6 @@
 """The tokenizer in a model's folder."""
 
+import logging
 from functools import cache
 from pathlib import Path
 
@@ -7,7 +8,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from ..artifact.files import read_json
 from ..errors import reading
-from ..log import warn
+
+logger = logging.getLogger(__name__)
 
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model",
@@ -15,7 +17,9 @@ TOKENIZER_FILES = (
 )  # fmt: skip
 
 
-_warn_once = cache(warn)
+@cache
+def _warn_once(folder: Path, said: str) -> None:
+    logger.warning("%s: %s", folder, said)
 
 
 def load_tokenizer(folder: Path, *, trust_remote_code: bool = False):
@@ -43,9 +47,9 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False):
             if "trust_remote_code" not in str(error):
                 raise
         if not (folder / "tokenizer.json").is_file():
-            _warn_once(f"{folder}: its tokenizer is code of its own, left out here: --trust-remote-code runs it")
+            _warn_once(folder, "its tokenizer is code of its own, left out here: --trust-remote-code runs it")
             return None
-        _warn_once(f"{folder}: its tokenizer is read without code of its own: --trust-remote-code runs that")
+        _warn_once(folder, "its tokenizer is read without code of its own: --trust-remote-code runs that")
         return _checked(PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True))
 
 

@@ -1,5 +1,6 @@
 """Text from an exported decoder, with the tokenizer in its folder."""
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -7,11 +8,12 @@ import numpy as np
 
 from ..artifact import manifest as manifests
 from ..errors import InputError, reading
-from ..log import warn
 from .decoder import Decoder, Generation, open_decoder
 from .patience import at_most
 from .sampling import Sampling
 from .seq2seq import is_seq2seq, open_seq2seq, texts_as_source
+
+logger = logging.getLogger(__name__)
 
 __all__ = ["Decoder", "Generation", "Sampling", "eos_token_ids", "generate_text", "open_decoder"]
 
@@ -105,7 +107,7 @@ def generate_text(
             if rest := stream.finish():
                 on_text(row, rest)
     if new_tokens < max_new_tokens and not all(result.finished):
-        warn(f"stopped after {new_tokens} new tokens, where the model's context of {limit} tokens ends")
+        logger.warning("stopped after %d new tokens, where the model's context of %d tokens ends", new_tokens, limit)
     return [_decoded(tokenizer, row, folder) for row in result.tokens]
 
 

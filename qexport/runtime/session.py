@@ -1,5 +1,6 @@
 """ONNX Runtime sessions that run a file with the options its numbers depend on, or not at all."""
 
+import logging
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
@@ -19,6 +20,8 @@ from ..artifact.scratch import scratch_folder
 from ..errors import RuntimeProblem
 from . import optimized_cache as cache
 from .provider import chosen_provider, why_missing
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -125,6 +128,7 @@ def open_session(
         copy = cache.find(folder, manifest, wanted)
         if copy is not None:
             with suppress(RuntimeProblem):  # a damaged copy must not keep the export from loading
+                logger.debug("%s is loaded in place of the model", copy)
                 return start(copy, session_options(manifest, threads, optimized=True), wanted)
     options = session_options(manifest, threads)
     if outputs_path is not None:
@@ -137,6 +141,7 @@ def open_session(
         options.enable_profiling, options.profile_file_prefix = True, str(profile_prefix)
     if record_assignment:
         options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+    logger.debug("%s opens on %s with %s", folder, wanted, manifest.session)
     try:
         return start(path, options, wanted)
     except RuntimeProblem as error:

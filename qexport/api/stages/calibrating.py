@@ -1,5 +1,6 @@
 """Fourth stage: the float model is proved to be read as it is, and the data that it is measured on are made."""
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -15,6 +16,8 @@ from ...validation.reader import check_reader
 from ..refusals import check_range
 from .planning import ExportPlan
 from .preparing import timed
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +63,8 @@ def calibrate(planned: ExportPlan) -> Calibration:
         seen = seen_by_projection(
             captured, planned.projection, batches(), recipe.weights, partial(progress, "embedding")
         )  # fmt: skip
+    logger.info("%s", agreement.sentence())
+    logger.info("calibration data: %s", described)
     return Calibration(**vars(planned), agreement=agreement, batches=batches, described=described, seen=seen)
 
 

@@ -1,5 +1,6 @@
 """Second stage: the model as a graph without weights, in blocks, after the passes over the whole of it."""
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -11,9 +12,11 @@ from ...capture.folder import capture_folder
 from ...capture.graph import CapturedModel
 from ...capture.module import Inputs, capture_module
 from ...errors import InputError
-from ...log import warn
+from ...passes.base import log_sites
 from ...passes.model.base import ModelResult
 from .preparing import Model, Preparation, opened, timed
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,8 +44,12 @@ def capture(prepared: Preparation) -> Capture:
     captured = capture_model(source, prepared.example_inputs, prepared.dynamic_shapes)
     if not isinstance(source, CapturedModel):
         for note in captured.notes:
-            warn(note)
-    return Capture(**vars(prepared), captured=captured, changes=change_model(captured, prepared.recipe))
+            logger.warning("%s", note)
+    logger.info("captured as %s, in %d blocks", captured.kind, len(captured.blocks))
+    changes = change_model(captured, prepared.recipe)
+    for name, result in changes.items():
+        log_sites("the whole model", name, result.changed, result.skipped)
+    return Capture(**vars(prepared), captured=captured, changes=changes)
 
 
 def capture_model(

@@ -1,5 +1,6 @@
 """Sixth stage: quantized blocks become an ONNX graph for one target; no tensor is written yet."""
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +12,8 @@ from ...lower.last_token import keep_last
 from ...lower.prefill_twin import LONGEST_STEP
 from .preparing import timed
 from .quantizing import Quantization
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +44,7 @@ def lower(quantized: Quantization) -> Lowering:
     if captured.kind == "decoder":
         grouping = plan_attention(captured, quantized.options.attention, quantized.blocks[0].read)
         settings |= deploy_attention(captured, grouping)
+        logger.info("attention is %s%s", settings["attention"], f": {grouping}" if isinstance(grouping, str) else "")
     lowered = lower_blocks(captured, quantized.blocks, quantized.target)
     if any(block.prompt is not None for block in lowered.graphs):
         settings["prompts_from"] = LONGEST_STEP + 1

@@ -1,11 +1,13 @@
 """Last stage: the file is written, run once, and appears as a folder with everything that belongs to it."""
 
+import logging
 import time
 from pathlib import Path
 
 from ...artifact.manifest import Manifest
 from ...artifact.output import WorkFolder
 from ...calibrate.coverage import unseen_shares, warning
+from ...formatting import megabytes
 from ...lower.saving import write_model
 from ...lower.sizes import by_part
 from ...passes.moe_coverage import CountChoices
@@ -15,6 +17,8 @@ from ..describing import manifest_of, published, report_of
 from ..folder import write_companions
 from ..result import ExportResult
 from .lowering import Lowering
+
+logger = logging.getLogger(__name__)
 
 
 def package(made: Lowering, work: WorkFolder) -> ExportResult:
@@ -33,7 +37,10 @@ def package(made: Lowering, work: WorkFolder) -> ExportResult:
     rarely, unseen = _rarely_chosen(made), _unseen(made)
     told = warning({name: share for name, share in unseen.items() if name not in rarely})
     without = captured.folder.notes if captured.folder else ()
-    warnings = (*without, *captured.notes, *((told,) if told else ()), *_unchecked(made))
+    late = [*([told] if told else []), *_unchecked(made)]
+    for sentence in late:  # the others have been said when they were found
+        logger.warning("%s", sentence)
+    warnings = (*without, *captured.notes, *late)
     with work.appearing() as folder:
         size = write_model(
             folder, made.lowered.model, lambda done, total: progress("write", "model.onnx.data", done, total)
@@ -42,6 +49,7 @@ def package(made: Lowering, work: WorkFolder) -> ExportResult:
         sizes = by_part(size, made.lowered.tensors, made.lowered.bytes, made.decisions.embeddings, named)
         manifest = manifest_of(made, sizes)
         ran = _first_run(made, folder, manifest)
+        logger.info("model.onnx and its data take %s; %s", megabytes(size), ran)
         seconds = {
             name: round(took, 2)
             for name, took in (made.seconds | {"package": time.perf_counter() - started}).items()

@@ -1,5 +1,6 @@
 """First stage: everything that a user names is found, and what cannot work is refused before work begins."""
 
+import logging
 import os
 import time
 from collections.abc import Callable
@@ -14,11 +15,12 @@ from ...capture.dynamic import DynamicShapes
 from ...capture.graph import CapturedModel
 from ...capture.module import Inputs
 from ...errors import InputError
-from ...log import warn
 from ...models.source import ModelFolder, open_model
 from ...recipe.recipe import Recipe
 from ...targets.base import Target, target_for
 from ..options import Options
+
+logger = logging.getLogger(__name__)
 
 Model = str | os.PathLike[str] | ModelFolder | torch.nn.Module | CapturedModel
 Source = ModelFolder | torch.nn.Module | CapturedModel
@@ -159,5 +161,5 @@ def opened(model: Model, *, trust_remote_code: bool = False) -> Source:
     folder = open_model(model, trust_remote_code=trust_remote_code)
     if folder is not model:  # otherwise they were said when it was opened
         for note in folder.notes:
-            warn(note)
+            logger.warning("%s", note)
     return folder

@@ -90,8 +90,6 @@ def print_export(result: ExportResult) -> None:
         print(f"  {count} mixtures of experts compute every expert for every token: {reason}")
     if rare := result.rarely_chosen:
         print(f"  fewer than {FEW_TOKENS} calibration tokens chose the experts of {len(rare)} linears: see report.json")
-    for sentence in result.warnings:
-        print(f"  warning: {sentence}")
     print_kept(result.kept)
     print_fast([linear.slow for linear in result.manifest.linears if linear.fast is not None], "  ")
     if result.manifest.kind == "encoder":

@@ -22,8 +22,6 @@ def print_inspection(found: Inspection, all_layers: bool) -> None:
         else compressed(found.linears, found.activations, found.slow)
     )
     print(f"{found.model}: {found.recipe} for {found.target}\n")
-    for sentence in found.warnings:
-        print(f"warning: {sentence}\n")
     columns = ["linear", "how many", "out x in", "scheme", "input", "bytes each", "why"]
     rows = [
         [
