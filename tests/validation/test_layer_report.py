@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from qexport.api import validating
+from qexport.api import measuring
 from qexport.api.exporting import export
 from qexport.api.stages.capturing import capture_model
 from qexport.api.validating import validate
@@ -44,7 +44,7 @@ def checked(llama, ids, tmp_path_factory):
         export(llama, recipe, out_dir=folder, **options)
         with pytest.MonkeyPatch.context() as patch:
             given = lambda *_: Text(ids, "token ids", False)  # noqa: E731
-            patch.setattr(validating, "choose_text", given)
+            patch.setattr(measuring, "choose_text", given)
             return folder, validate(folder, llama)
 
     return run
