@@ -9,11 +9,10 @@ from torch import Tensor
 from ..calibrate.block_activations import Feeds
 from ..calibrate.fisher import BlockGradients, Importance, felt
 from ..capture.graph import CapturedModel
-from ..errors import RecipeError
 from ..graph.edit import get_tensor, set_tensor
 from ..passes.moe_coverage import of_experts
-from ..plan.embedding_plan import EmbeddingPlan, table_bytes
-from ..plan.linear_plan import LinearPlan, fit, weight_bytes
+from ..plan.embedding_plan import EmbeddingPlan
+from ..plan.linear_plan import LinearPlan
 from ..progress import StageProgress, no_stage_progress
 from ..quant.formats import Scheme
 from .allocate import SchemeChoice
@@ -79,39 +78,35 @@ def scheme_costs(
                 weight = get_tensor(found.block.module, linear.weight)
                 importance[linear.name] = felt_there
                 kl[linear.name] = {
-                    s.name: felt_there.kl_of_weight(inputs, _difference(weight, s))
-                    for s in _fitting(schemes, linear.shape[1])
+                    name: felt_there.kl_of_weight(inputs, _difference(weight, fitted))
+                    for name, fitted in _fitting(schemes, linear.shape[1]).items()
                 }
         if table is not None and found.block.name == table.block and found.output is not None:
-            kl[""] = {s.name: found.output.kl(_moved(found, table.weight, s)) for s in _of_tables(schemes)}
+            fitting = _of_tables(schemes, table)
+            kl[""] = {name: found.output.kl(_moved(found, table.weight, fitted)) for name, fitted in fitting.items()}
     experts = {linear.name for block in captured.blocks for linear in of_experts(block.module.graph)}
     items = _together([_item(linear, schemes, kl, table, width) for linear in quantized.values()], experts, quantized)
     if table is not None and not table.linear:
-        choices = (SchemeChoice(s.name, _table_bytes(table, s, width), kl[""][s.name]) for s in _of_tables(schemes))
-        items.append(PricedItem("", tuple(choices), table.bytes))
+        priced = [(name, fitted.bytes(table.shape, width)) for name, fitted in _of_tables(schemes, table).items()]
+        choices = tuple(SchemeChoice(name, size, kl[""][name]) for name, size in priced)
+        items.append(PricedItem("", choices, table.bytes))
     return Costs(tuple(items), importance, kl)
 
 
 def _item(
-    linear: LinearPlan,
-    schemes: Sequence[Scheme],
-    kl: Mapping[str, Mapping[str, float]],
-    table: EmbeddingPlan | None,
+    linear: LinearPlan, schemes: Sequence[Scheme], kl: Mapping[str, Mapping[str, float]], table: EmbeddingPlan | None,
     width: int,
-) -> PricedItem:
-    costs = kl[linear.name]
-    if table is not None and table.linear == linear.name:  # they share the table's codes
-        shared = (
-            SchemeChoice(s.name, _table_bytes(table, s, width), costs[s.name] + kl[""][s.name])
-            for s in _of_tables(schemes)
+) -> PricedItem:  # fmt: skip
+    own = kl[linear.name]
+    if table is not None and table.linear == linear.name:
+        choices = tuple(
+            SchemeChoice(name, fitted.bytes(table.shape, width), own[name] + kl[""][name])
+            for name, fitted in _of_tables(schemes, table).items()
         )
-        return PricedItem(linear.name, tuple(shared), table.bytes)
-    features = linear.shape[1]
-    own = (
-        SchemeChoice(s.name, weight_bytes(replace(linear, scheme=fit(s, features)[0]), width), costs[s.name])
-        for s in _fitting(schemes, features)
-    )
-    return PricedItem(linear.name, tuple(own), linear.bytes)
+        return PricedItem(linear.name, choices, table.bytes)
+    fitting = _fitting(schemes, linear.shape[1])
+    choices = tuple(SchemeChoice(n, fitted.bytes(linear.shape, width), own[n]) for n, fitted in fitting.items())
+    return PricedItem(linear.name, choices, linear.bytes)
 
 
 def _together(items: Sequence[PricedItem], experts: set[str], plan: Mapping[str, LinearPlan]) -> list[PricedItem]:
@@ -132,24 +127,22 @@ def _together(items: Sequence[PricedItem], experts: set[str], plan: Mapping[str,
     return list(found.values())
 
 
-def _fitting(schemes: Sequence[Scheme], in_features: int) -> list[Scheme]:
-    """The schemes that a linear of this width can take, in groups of their own size or of a smaller one."""
-    return [scheme for scheme in schemes if scheme.fit(in_features)[0] is not None]
+def _fitting(schemes: Sequence[Scheme], in_features: int, whole: bool = False) -> dict[str, Scheme]:
+    """By the name of a scheme what a weight of this width can take of it; without schemes that it cannot take.
+
+    Args:
+        whole: the last group may not be shorter than the others.
+    """
+    found = {scheme.name: scheme.fit(in_features, whole)[0] for scheme in schemes}
+    return {name: fitted for name, fitted in found.items() if fitted is not None}
 
 
-def _of_tables(schemes: Sequence[Scheme]) -> list[Scheme]:
-    return [scheme for scheme in schemes if scheme.table]
+def _of_tables(schemes: Sequence[Scheme], table: EmbeddingPlan) -> dict[str, Scheme]:
+    return _fitting([scheme for scheme in schemes if scheme.table], table.shape[1], whole=True)
 
 
-def _table_bytes(table: EmbeddingPlan, scheme: Scheme, width: int) -> int:
-    return table_bytes(replace(table, scheme=fit(scheme, table.shape[1], whole=True)[0]), width)
-
-
-def _difference(weight: Tensor, scheme: Scheme, whole: bool = False) -> Tensor:
-    fitted, why = fit(scheme, weight.shape[1], whole)
-    if fitted is None:
-        raise RecipeError(f"{scheme.name} does not fit: {why}")
-    return fitted.weight.rounded(weight).sub_(weight)
+def _difference(weight: Tensor, scheme: Scheme) -> Tensor:
+    return scheme.weight.rounded(weight).sub_(weight)
 
 
 def _moved(found: BlockGradients, weight: str, scheme: Scheme) -> Tensor:
@@ -163,7 +156,7 @@ def _moved(found: BlockGradients, weight: str, scheme: Scheme) -> Tensor:
         return torch.cat([value.reshape(-1, value.shape[-1]) for value in results])
 
     plain = run()
-    set_tensor(module, weight, table + _difference(table, scheme, whole=True))
+    set_tensor(module, weight, table + _difference(table, scheme))
     try:
         return run() - plain
     finally:
