@@ -1,6 +1,6 @@
 # make demo      quantize a small language model, prove it, run it
 # make test      the tests (make test-all: the slow ones too; make test-times: what each costs)
-# make lint      ruff
+# make lint      ruff, which room imports which, and types
 # make clean     remove everything that these made
 
 PYTHON ?= $(shell python3.11 -c pass 2>/dev/null && echo python3.11 || echo python3)
@@ -38,6 +38,8 @@ test-times: $(STAMP)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
+	$(BIN)/python tools/arrows.py
+	$(BIN)/python tools/typecheck.py
 
 clean:
 	rm -rf $(VENV) .cache out build *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -2,12 +2,12 @@
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, TypeVar
 
-from ..plan.convolution_plan import ConvolutionPlan
-from ..plan.linear_plan import LinearPlan
+from ..plan.linear_plan import Planned
 from .inspection import Site
 
-Planned = LinearPlan | ConvolutionPlan
+P = TypeVar("P", bound=Planned)
 _INDEX = re.compile(r"\.(\d+)(?=\.|$)")
 
 
@@ -20,7 +20,7 @@ def without_index(name: str, block: str) -> tuple[str, int | None]:
     return f"{name[: last.start(1)]}{{}}{name[last.end(1) :]}", int(last[1])
 
 
-def compressed(plan: Iterable[Planned], *others: Mapping[str, str]) -> list[tuple[Planned, str, int]]:
+def compressed(plan: Iterable[P], *others: Mapping[str, str]) -> list[tuple[P, str, int]]:
     """Linears, or convolutions, that differ in nothing but the number of their layer, as one.
 
     Args:
@@ -29,7 +29,7 @@ def compressed(plan: Iterable[Planned], *others: Mapping[str, str]) -> list[tupl
     Returns:
         (the first of them, a name such as `model.layers.[0-29].mlp.up_proj`, how many they are), in order.
     """
-    groups: dict[tuple, tuple[Planned, str, list[int | None]]] = {}
+    groups: dict[tuple[Any, ...], tuple[P, str, list[int | None]]] = {}
     for p in plan:
         pattern, index = without_index(p.name, p.block)
         key = (pattern, p.shape, p.scheme, p.reason, *(other.get(p.name) for other in others))

@@ -35,7 +35,7 @@ class Site:
     @property
     def reason(self) -> str:
         """The decision with its reason, such as "range 12.3 <= 15: static per-tensor"; empty without one."""
-        return "" if self.decision is None else self.decision.sentence(self.range)
+        return "" if self.decision is None or self.range is None else self.decision.sentence(self.range)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain types, for JSON."""

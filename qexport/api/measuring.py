@@ -167,7 +167,8 @@ def _report(folder: Path, manifest: Manifest, reference: FloatModel, options: Va
     )
     layers = with_times(layers, manifest, times)
     laps.lap("profile")
-    logits, outputs, texts = None, (), None
+    logits, texts = None, None
+    outputs: tuple[ValueComparison, ...] = ()
     others: Sequence[Reference] = ()
     left_out: Sequence[str] = ()
     if decoder:
@@ -210,12 +211,14 @@ def _captured(reference: FloatModel, manifest: Manifest, options: ValidationOpti
     return capture_model(reference, _given(options.inputs)[0], axes_of(dims) if dims else None)
 
 
-def _given(inputs: Sequence[Inputs] | torch.Tensor | None) -> Sequence[Inputs]:
-    if inputs is None or isinstance(inputs, torch.Tensor) or not inputs:
+def _given(inputs: Sequence[Inputs] | Sequence[str] | torch.Tensor | None) -> Sequence[Inputs]:
+    given = () if inputs is None or isinstance(inputs, torch.Tensor) else inputs
+    entries = [entry for entry in given if not isinstance(entry, str)]
+    if not entries or len(entries) < len(given):
         raise InputError(
             "an nn.Module is compared on tensors", place="inputs", remedy="Pass inputs=[(tensor, ...), ...]"
         )
-    return inputs
+    return entries
 
 
 def _read(subject: Subject) -> Read:

@@ -11,6 +11,7 @@ from ..errors import InputError, LoweringError, RecipeError
 from ..graph.convolution_sites import convolutions
 from ..graph.edit import get_tensor
 from ..graph.sites import linears
+from ..graph.views import Convolution, tensor_name
 from ..lower.attention_plan import plan_attention
 from ..lower.build import check_translations
 from ..lower.gqa import GroupedAttention, count_attentions
@@ -107,7 +108,7 @@ def _staying_float(captured: CapturedModel, decisions: Decisions) -> Iterator[st
         graph = block.module.graph
         quantized |= {found.weight for found in linears(graph) if by_name[found.name].scheme is not None}
         named = convolutions(graph).items()
-        quantized |= {node.args[1].target for name, node in named if by_name[name].scheme is not None}
+        quantized |= {tensor_name(Convolution.of(n).weight) for name, n in named if by_name[name].scheme is not None}
     seen = quantized | captured.constants.keys()
     for block in captured.blocks:
         for name in block.parameters:

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..capture.graph import CapturedModel
 from ..errors import InputError
 from ..models.source import ModelFolder
-from ..plan.linear_plan import LinearPlan
+from ..plan.linear_plan import Planned
 from ..progress import Progress
 from ..recipe.recipe import Recipe
 from .block_activations import Stream, make_stream, module_feeds, stream_of
@@ -34,7 +34,7 @@ class Prepared:
     described: str
 
 
-def needs_data(recipe: Recipe, plan: Sequence[LinearPlan]) -> bool:
+def needs_data(recipe: Recipe, plan: Sequence[Planned]) -> bool:
     """Whether any pass will want calibration inputs."""
     elsewhere = any(method.needs_calibration and not method.of_linears for method in recipe.methods)
     return elsewhere or (recipe.needs_calibration and any(p.scheme is not None for p in plan))

@@ -51,7 +51,7 @@ def print_table(columns: list[str], rows: list[list[Any]]) -> None:
     print(*(line.rstrip() for line in text.get().splitlines()), sep="\n")
 
 
-def note(text: str) -> None:
+def note(text: object) -> None:
     """A line on stderr that tells about the work, unless --quiet was given."""
     if not is_quiet():
         print(text, file=sys.stderr, flush=True)

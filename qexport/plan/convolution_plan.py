@@ -9,10 +9,11 @@ from torch.fx import Graph
 from ..graph.convolution_sites import convolutions
 from ..graph.views import Convolution, sizes_of
 from ..quant.formats import IntegerFormat, Scheme
+from .linear_plan import Planned
 
 
 @dataclass(frozen=True)
-class ConvolutionPlan:
+class ConvolutionPlan(Planned):
     """The decision for one convolution.
 
     Attributes:

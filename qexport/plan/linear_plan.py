@@ -13,11 +13,15 @@ class Planned:
     """What may be quantized.
 
     Attributes:
-        name: its module path; scheme: None keeps it in float.
+        name: its module path; block: the block it is in; shape: of its weight.
+        scheme: None keeps it in float; reason: why, where there is something to say.
     """
 
     name: str
+    block: str
+    shape: tuple[int, ...]
     scheme: Scheme | None
+    reason: str
 
     @property
     def chosen(self) -> Scheme:

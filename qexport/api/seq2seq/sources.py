@@ -19,6 +19,7 @@ from ...calibrate.self_text import continue_text
 from ...calibrate.sources import load_samples
 from ...capture.seq2seq import Parts
 from ...errors import InputError
+from ...models.tokens import embedding_rows
 from ...recipe.recipe import CalibrationSpec
 from ...runtime.seq2seq import habits_of
 
@@ -58,13 +59,13 @@ def load_sources(parts: Parts, spec: CalibrationSpec, data: Any = None) -> Sourc
 
 
 def _texts(parts: Parts, spec: CalibrationSpec, data: Any) -> Sources:
-    folder = parts.encoder.folder
+    folder = parts.encoder.origin
     limit = getattr(folder.config, "max_position_embeddings", None) or spec.sequence_length
     own = data is None and spec.source in ("self", "random")
     spec = spec.model_copy(update={"sequence_length": min(spec.sequence_length, limit)})
     if own:
         spec = spec.model_copy(update={"source": "random"})
-    size = parts.model.get_input_embeddings().weight.shape[0]
+    size = embedding_rows(parts.model)
     samples = load_samples(spec, data, tokenizer=folder.tokenizer(), vocab_size=size)
     rows = [ids[mask.bool()] for ids, mask in zip(samples.input_ids, samples.attention_mask, strict=True)]
     if data is None:  # windows end where they are cut
@@ -94,7 +95,7 @@ def _stacked(rows: Sequence[Tensor], size: int) -> Iterator[Tensor]:
 def _features(parts: Parts, spec: CalibrationSpec, data: Any, name: str) -> Sources:
     port = parts.encoder.inputs[0]
     if data is None and spec.source in ("self", "random"):
-        drawn = torch.randn(spec.samples, *port.dims[1:], generator=torch.Generator().manual_seed(spec.seed))
+        drawn = torch.randn(spec.samples, *map(int, port.dims[1:]), generator=torch.Generator().manual_seed(spec.seed))
         described = f"{spec.samples} {name} of random numbers (seed {spec.seed}); the model writes no source itself"
         return Sources([{name: part} for part in drawn.split(spec.batch_size)], described, True)
     described = f"{name}, given"
@@ -136,10 +137,11 @@ def write_about(parts: Parts, sources: Sources, new_tokens: int, *, seed: int | 
         all that the decoder reads for them, the cache empty.
     """
     config = parts.model.config
-    start = torch.tensor([habits_of(parts.encoder.folder.path).start])
+    start = torch.tensor([habits_of(parts.encoder.origin.path).start])
     limits = (getattr(config, name, None) for name in ("max_target_positions", "max_position_embeddings"))
     new_tokens = min([new_tokens, *(limit - start.shape[1] for limit in limits if isinstance(limit, int))])
-    names, batches, texts = [port.name for port in parts.decoder.inputs], [], 0
+    names, texts = [port.name for port in parts.decoder.inputs], 0
+    batches: list[Feeds] = []
     generator = torch.Generator().manual_seed(seed or 0)
     room = _CROSS_BYTES
     for source in sources.batches:
@@ -165,7 +167,7 @@ def write_about(parts: Parts, sources: Sources, new_tokens: int, *, seed: int | 
 
 
 def _stepper(parts: Parts, source: Feeds, states: Any, cache: EncoderDecoderCache):
-    ends = list(habits_of(parts.encoder.folder.path).ends)
+    ends = list(habits_of(parts.encoder.origin.path).ends)
     mask = {"attention_mask": source["attention_mask"]} if "attention_mask" in source else {}
 
     def step(ids: Tensor, _past: Any) -> tuple[Tensor, Any]:
@@ -178,14 +180,14 @@ def _stepper(parts: Parts, source: Feeds, states: Any, cache: EncoderDecoderCach
 
 
 def _cross(cache: EncoderDecoderCache) -> dict[str, Tensor]:
-    layers = enumerate(cache.cross_attention_cache.layers)
+    layers: list[Any] = cache.cross_attention_cache.layers
     return {
         f"cross_key_values.{i}.{part}": tensor
-        for i, layer in layers
+        for i, layer in enumerate(layers)
         for part, tensor in (("key", layer.keys), ("value", layer.values))
     }
 
 
 def _empty(parts: Parts, rows: int) -> dict[str, Tensor]:
     ports = (port for port in parts.decoder.inputs if port.name.startswith("past_key_values."))
-    return {port.name: torch.zeros(rows, port.dims[1], 0, port.dims[3]) for port in ports}
+    return {port.name: port.empty(rows) for port in ports}

@@ -109,7 +109,8 @@ class Preparation:
 
 
 Rest = ParamSpec("Rest")
-Before, After = TypeVar("Before"), TypeVar("After", bound=Preparation)
+Before = TypeVar("Before")
+After = TypeVar("After", bound=Preparation)
 
 
 def timed(

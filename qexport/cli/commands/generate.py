@@ -1,6 +1,6 @@
 """`qexport generate`: a prompt continued."""
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -29,7 +29,7 @@ def generate(
     """Continue a prompt with ONNX Runtime, printing while it grows."""
     from .. import console
 
-    given = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
+    given: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
     given = {name: value for name, value in given.items() if value is not None}
     sampling = qexport.Sampling(**given) if given and temperature != 0 else None
     console.quiet_libraries()

@@ -1,7 +1,7 @@
 """`qexport study`: texts of exports and of the float model under many sampling settings."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -51,7 +51,8 @@ def study(
 
     imported()
     given = {"temperatures": temperature, "top_ks": top_k, "max_new_tokens": max_new_tokens, "seeds": seed}
-    grid = qexport.Grid(**{name: tuple(values) for name, values in given.items() if values})
+    varied: dict[str, Any] = {name: tuple(values) for name, values in given.items() if values}
+    grid = qexport.Grid(**varied)
     if out is not None:
         check_place(out)
     if plot is not None:

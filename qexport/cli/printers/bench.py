@@ -47,7 +47,8 @@ def in_words(result: BenchResult) -> str:
     parts += [f"decodes {', '.join(rates('decode'))} in the cache"] if rates("decode") else []
     load, memory, size = (result.ratios[name] for name in ("load_seconds", "memory_bytes", "model_bytes"))
     parts.append(f"loads in {load:.2f} of the time, takes {memory:.2f} of the memory and {size:.2f} of the disk")
-    return f"{result.first.folder} against {result.second.folder}: {'; '.join(parts)}"
+    other = "" if result.second is None else f" against {result.second.folder}"
+    return f"{result.first.folder}{other}: {'; '.join(parts)}"
 
 
 def _ratio(result: BenchResult, name: str) -> str:

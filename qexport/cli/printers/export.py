@@ -10,7 +10,7 @@ from ...api.compressing import compressed
 from ...api.result import ExportResult
 from ...formatting import megabytes
 from ...passes.moe_coverage import FEW_TOKENS
-from ...plan.linear_plan import LinearPlan
+from ...plan.linear_plan import Planned
 from ...plan.model_plan import described_embedding
 from ...validation.formatting import number
 from .shared import described, print_fast, sizes_by_part
@@ -110,6 +110,6 @@ def _print_next(result: ExportResult, text: str, *, generates: bool) -> None:
     print(f"Next: qexport validate {result.folder} --reference MODEL{text}{more}")
 
 
-def _print_exceptions(plan: Sequence[LinearPlan]) -> None:
+def _print_exceptions(plan: Sequence[Planned]) -> None:
     for first, name, count in compressed(p for p in plan if p.reason):
         print(f"  {name} ({count}): {first.scheme.name if first.scheme else 'float'}, {first.reason}")

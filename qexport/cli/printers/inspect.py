@@ -87,7 +87,8 @@ def _print_convolutions(found: Inspection, all_layers: bool) -> None:
 
 def _print_ranges(sites: Sequence[tuple[Site, str, list[Site]]]) -> None:
     """What values reach, and what a policy makes of that."""
-    seen = [(s, name, [g.range for g in group]) for s, name, group in sites if s.range is not None]
+    known = [(s, name, [g.range for g in group if g.range is not None]) for s, name, group in sites]
+    seen = [(s, name, reached) for s, name, reached in known if s.range is not None]
     columns, rows = ["input of", "largest magnitude"], [[name, _span(reached)] for _, name, reached in seen]
     if any(s.decision for s, _, _ in seen):
         columns += ["becomes", "because it is"]

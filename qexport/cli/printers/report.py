@@ -15,13 +15,13 @@ def rendered_summary(page: Path) -> dict[str, Any]:
     """What report.html was made of, in plain types."""
     exported = read_validated(page.parent)
     return {
-        "html": str(page), "bytes": dict(exported.manifest.bytes), "validation": exported.report.as_dict(),
+        "html": str(page), "bytes": dict(exported.manifest.bytes), "validation": exported.validation.as_dict(),
     }  # fmt: skip
 
 
 def print_rendered(page: Path) -> None:
     """The measures, the verdict, and where the page is."""
-    print_validation(read_validated(page.parent).report)
+    print_validation(read_validated(page.parent).validation)
     print(f"\n{page}")
 
 
