@@ -33,8 +33,8 @@ if TYPE_CHECKING:
     from .runtime.generate import generate_text as generate  # noqa: F401
     from .runtime.optimized import OptimizedInfo as OptimizedInfo
     from .runtime.optimized import optimize as optimize
-    from .sampling_study import Grid as Grid
     from .sampling_study import study as study
+    from .sampling_study.grid import Grid as Grid
     from .validation.report import Report as Report
 
 _WHERE = {

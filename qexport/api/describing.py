@@ -9,6 +9,7 @@ from ..artifact.manifest import BlockEntry, ConvolutionEntry, LinearEntry, Manif
 from ..artifact.names import public_name
 from ..models.provenance import origin
 from ..plan.convolution_plan import ConvolutionPlan
+from ..plan.linear_plan import LinearPlan
 from ..plan.model_plan import described_embedding
 from ..recipe.recipe import Recipe
 from .stages.lowering import Lowering
@@ -56,7 +57,7 @@ def report_of(made: Lowering, ran: str, seconds: Mapping[str, float], warnings: 
         ran: see `runtime.first_run`; seconds: by stage; warnings: sentences.
     """
     captured, decisions = made.captured, made.decisions
-    planned = [*decisions.plan, *decisions.convolutions]
+    planned: list[LinearPlan | ConvolutionPlan] = [*decisions.plan, *decisions.convolutions]
     return {
         "export": {
             "source": origin(captured.folder) if captured.folder else {"name": type(made.source).__name__},

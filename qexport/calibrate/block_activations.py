@@ -167,11 +167,11 @@ def _is_cached(node: Node) -> bool:
     )
 
 
-def batches(block: Block, stream: Stream | None, reference: Stream | None) -> list[Batch]:
+def batches(captured: CapturedModel, block: Block, stream: Stream | None, reference: Stream | None) -> list[Batch]:
     """The calibration batches of a block that `reference` has passed and `stream` has not."""
     if stream is None:
         return []
-    name = None if reference is None else _handed_on(block, reference)
+    name = None if reference is None else _compared(captured, block, reference)
     found = []
     for number, mask in enumerate(stream.masks):
         target = None if name is None or reference is None else reference.batches[number][name]
@@ -181,15 +181,15 @@ def batches(block: Block, stream: Stream | None, reference: Stream | None) -> li
     return found
 
 
-def _handed_on(block: Block, reference: Stream) -> str | None:
-    """The last floating point value that a block hands on."""
-    values = reference.batches[0]
-    real = [n for n in block.outputs if isinstance(values.get(n), torch.Tensor) and values[n].is_floating_point()]
-    return real[-1] if real else None
+def _compared(captured: CapturedModel, block: Block, reference: Stream) -> str | None:
+    """The value that a block hands on, where `reference` has it and it is of floating point."""
+    name = captured.handed_on(block)
+    value = reference.batches[0].get(name)
+    return name if isinstance(value, torch.Tensor) and value.is_floating_point() else None
 
 
-def sqnr(block: Block, stream: Stream, reference: Stream) -> float | None:
-    """SQNR in dB of the last floating point value that a block hands on, over the real tokens of all batches.
+def sqnr(captured: CapturedModel, block: Block, stream: Stream, reference: Stream) -> float | None:
+    """SQNR in dB of the value that a block hands on, over the real tokens of all batches.
 
     Returns:
         None where there is no such value or no error.
@@ -197,7 +197,7 @@ def sqnr(block: Block, stream: Stream, reference: Stream) -> float | None:
     Raises:
         NumericsError: NaN or Inf.
     """
-    name = _handed_on(block, reference)
+    name = _compared(captured, block, reference)
     if name is None or name not in stream.batches[0]:
         return None
     signal = noise = 0.0

@@ -154,13 +154,14 @@ def _one(
         sample = stream.inputs(block, 0) if stream is not None else ()
         with torch.no_grad():
             results = Pipeline(steps).run(
-                block.module, coverage.collect, sample, batches(block, stream, reference), partial(_earlier, finished)
+                block.module, coverage.collect, sample, batches(captured, block, stream, reference),
+                partial(_earlier, finished),
             )  # fmt: skip
         _untie(captured, block, loaded)
     decibels = None
     if stream is not None and not last:
         stream.advance(block, index)
-        decibels = None if reference is None else sqnr(block, stream, reference)
+        decibels = None if reference is None else sqnr(captured, block, stream, reference)
     stored = {
         name: get_tensor(block.module, name)
         for name in attributes(block.module.graph)

@@ -78,7 +78,8 @@ def bench(
     """Measure a decoder folder of qexport or of onnxruntime-genai's model builder.
 
     Args:
-        folder, against: the folders.
+        folder: what is measured.
+        against: another folder, measured in turns with the first.
         prompt_lengths: by default 128, 512 and 2048 tokens, or what the model's context holds of them.
         decode_pasts: tokens in the cache when decoding; by default 128 and 2048, or what the context holds.
         repeats: measurements of everything.

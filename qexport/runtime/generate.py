@@ -48,7 +48,8 @@ def generate_text(
         max_new_tokens: new tokens a prompt gets at most; fewer where the model's context ends before, and a warning
             says so.
         sampling: how to draw; None takes the likeliest token.
-        chat: put the prompt as a user's turn into the tokenizer's chat template; system: what the system says before.
+        chat: put the prompt as a user's turn into the tokenizer's chat template.
+        system: with chat, what the system says before.
         threads: threads within an operator.
         provider: run on this provider instead of the one the file was made for.
         on_text: called as on_text(row, piece) while text grows; the pieces of a row add up to its text.

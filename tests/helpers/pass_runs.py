@@ -39,7 +39,7 @@ def run_passes(
             block.module,
             lambda module, wanted, block=block: collect(block, stream, module, wanted),
             stream.inputs(block, 0),
-            batches(block, stream, reference),
+            batches(captured, block, stream, reference),
         )
         if index < len(captured.blocks) - 1:
             stream.advance(block, index)

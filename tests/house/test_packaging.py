@@ -1,7 +1,13 @@
 """What pyproject.toml puts into a wheel is all of the package; an editable installation would not tell."""
 
+import ast
+import inspect
 import tomllib
 from pathlib import Path
+
+import pytest
+
+import qexport
 
 ROOT = Path(__file__).parents[2]
 SETUP = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
@@ -24,3 +30,25 @@ def test_every_file_that_is_no_module_is_named():
     }  # fmt: skip
     found = {path for path in (ROOT / "qexport").rglob("*.*") if path.is_file() and path.suffix not in (".py", ".pyc")}
     assert found == named and any(path.suffix == ".yaml" for path in named)
+
+
+def test_type_checkers_are_told_that_the_package_has_types():
+    assert (ROOT / "qexport" / "py.typed").is_file() and "py.typed" in SETUP["package-data"]["qexport"]
+
+
+def test_type_checkers_see_the_public_names():
+    tree = ast.parse((ROOT / "qexport" / "__init__.py").read_text())
+    seen = next(node for node in tree.body if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test))
+    imported = {
+        name.asname or name.name: (found.module, name.name)
+        for found in seen.body if isinstance(found, ast.ImportFrom) for name in found.names
+    }  # fmt: skip
+    assert imported == qexport._WHERE and {*imported, "__version__"} == set(qexport.__all__)
+
+
+@pytest.mark.parametrize("name", ["export", "export_auto", "inspect", "validate", "generate", "bench", "study"])
+def test_a_call_says_what_it_takes(name):
+    call = getattr(qexport, name)
+    parameters = inspect.signature(call).parameters
+    assert all(f"\n        {parameter}: " in call.__doc__ for parameter in parameters), "one parameter a line"
+    assert all(p.annotation is not inspect.Parameter.empty for p in parameters.values())

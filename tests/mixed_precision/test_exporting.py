@@ -7,6 +7,7 @@ import qexport
 from helpers.random_decoders import save_model
 from helpers.tokenizer_files import write_word_tokenizer
 from qexport.api.exporting import export
+from qexport.api.stages.capturing import capture_model
 from qexport.api.validating import validate
 from qexport.artifact.manifest import CPU
 from qexport.errors import InputError, RecipeError
@@ -52,6 +53,18 @@ def test_it_is_closer_than_one_scheme_everywhere_in_no_more_bytes(models, tmp_pa
     kept = json.loads((out / "report.json").read_text())["auto"]
     assert kept == found.as_dict() and kept["bytes"] == size_of(out)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["auto", "plain"]
+
+
+def test_a_captured_model_stays_as_it_is_and_gives_the_same(models, tmp_path):
+    captured = capture_model(models["untied"])
+    before = [list(block.inputs) for block in captured.blocks]
+    asked = dict(recipe=RTN, max_kl=1.0, text=TEXT, windows=1, window=32, calibration="random")
+    first = qexport.export_auto(captured, out_dir=tmp_path / "captured", **asked)
+    assert [list(block.inputs) for block in captured.blocks] == before
+    second = qexport.export_auto(models["untied"], out_dir=tmp_path / "folder", **asked)
+    assert first.schemes == second.schemes
+    for name in ("model.onnx", "model.onnx.data"):
+        assert (tmp_path / "captured" / name).read_bytes() == (tmp_path / "folder" / name).read_bytes()
 
 
 def test_the_folder_says_how_to_get_the_same_again(models, tmp_path):

@@ -208,9 +208,10 @@ def decibels(captured, scheme, extra, family="llama"):
     for index, block in enumerate(model.blocks[:-1]):
         reference.advance(block, index)
         collected = partial(collect, block, stream)
-        results[block.name] = Pipeline(passes).run(block.module, collected, (), batches(block, stream, reference))
+        given = batches(model, block, stream, reference)
+        results[block.name] = Pipeline(passes).run(block.module, collected, (), given)
         stream.advance(block, index)
-        found.append(sqnr(block, stream, reference))
+        found.append(sqnr(model, block, stream, reference))
     return found[1:], results
 
 

@@ -154,7 +154,7 @@ def _manifest(parts: list[Manifest]) -> Manifest:
     """What is in both files together."""
     first, sizes = parts[0], [part.bytes for part in parts]
     return Manifest(
-        qexport=first.qexport, target=first.target, kind=SEQ2SEQ, dtype=first.dtype, provider=first.provider,
+        qexport=first.qexport, target=first.target, kind="encoder-decoder", dtype=first.dtype, provider=first.provider,
         numerics=first.numerics, linears=tuple(entry for part in parts for entry in part.linears),
         convolutions=tuple(entry for part in parts for entry in part.convolutions),
         blocks=tuple(entry for part in parts for entry in part.blocks),

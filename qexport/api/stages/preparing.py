@@ -136,7 +136,7 @@ def prepare(request: Request) -> Preparation:
         InputError: there is no such model, no text, or an option that means nothing for it.
     """
     recipe, data = recipe_and_data(request.recipe, request.calibration)
-    source, asked = opened(request.model, trust_remote_code=request.options.trust_remote_code), data is not None
+    source = opened(request.model, trust_remote_code=request.options.trust_remote_code)
     asked = request.calibration is not None
     if not isinstance(source, torch.nn.Module):
         for name in ("example_inputs", "dynamic_shapes"):
