@@ -333,3 +333,9 @@ class Report(_Frozen):
     def as_dict(self) -> dict[str, Any]:
         """What report.json gets: numbers, strings, lists and null."""
         return self.model_dump(mode="json")
+
+
+def report_schema() -> dict[str, Any]:
+    """The JSON schema of a report; its parts are reports too, by reference to `$defs/Report`."""
+    schema = Report.model_json_schema()
+    return schema["$defs"]["Report"] | {"$defs": schema["$defs"]}

@@ -27,9 +27,9 @@ def report(
     from .. import console
 
     if schema:
-        from ...validation import Report
+        from ...validation.report import report_schema
 
-        console.print_json(Report.model_json_schema())
+        console.print_json(report_schema())
         return
     if folder is None:
         raise InputError("no folder given", remedy="Give the folder that `qexport validate` looked at")
