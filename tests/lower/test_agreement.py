@@ -13,7 +13,6 @@ the two round at different places, and float16 itself is the yardstick.
 import pytest
 import torch
 
-from helpers import agreement
 from helpers.agreement import ROUNDING, assert_agree, assert_float16_adds_little, logits
 from helpers.random_decoders import FAMILIES
 from helpers.runners import captured_runner, load_weights, padded
@@ -33,15 +32,6 @@ def recipe_of(scheme, level=4, method="rtn"):
     calibration = CalibrationSpec(source="random", samples=4, sequence_length=16)
     weights = section("weights", method=method)
     return Recipe(scheme=scheme, lm_head=scheme, accuracy_level=level, weights=weights, calibration=calibration)
-
-
-@pytest.fixture
-def export(captured, tmp_path):
-    def make(family, recipe, target, single=False):
-        folder = tmp_path / f"{target}{single}"
-        return agreement.export(captured(family), recipe, target, folder, single)
-
-    return make
 
 
 def rounds_activations(scheme, level):

@@ -52,11 +52,8 @@ RECIPES |= {"float": recipe_of(**FLOAT)}
 
 
 @pytest.fixture
-def export(captured, tmp_path):
-    def make(recipe, family="llama_bias", **options):
-        return agreement.export(captured(family), recipe, "cuda", tmp_path / "bfloat16", dtype="bfloat16", **options)
-
-    return make
+def export(export):
+    return lambda recipe, family="llama_bias", **more: export(family, recipe, "cuda", dtype="bfloat16", **more)
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from collections import Counter
 import pytest
 import torch
 
-from helpers import agreement, exports
+from helpers import exports
 from helpers.agreement import assert_agree, assert_float16_adds_little, logits
 from helpers.cuda_placement.models import PROMPT, assert_decoder_on_cuda
 from helpers.runners import captured_runner, load_weights, padded
@@ -46,12 +46,8 @@ def recipe_of(**fields):
 
 
 @pytest.fixture
-def export(captured, tmp_path):
-    def make(family, fields, target, single=False):
-        folder = tmp_path / str(len(list(tmp_path.iterdir())))
-        return agreement.export(captured(family), recipe_of(**fields), target, folder, single)
-
-    return make
+def export(export):
+    return lambda family, fields, target, single=False: export(family, recipe_of(**fields), target, single)
 
 
 def base_kernel(scheme, target):

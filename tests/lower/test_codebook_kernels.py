@@ -6,7 +6,6 @@ import onnx
 import pytest
 import torch
 
-from helpers import agreement
 from helpers.agreement import ROUNDING, assert_agree, assert_float16_adds_little, logits
 from helpers.cuda_placement.models import PROMPT, assert_decoder_on_cuda
 from helpers.runners import captured_runner, load_weights, padded
@@ -25,10 +24,10 @@ MASK = padded([9, 4, 6], "left")
 
 
 @pytest.fixture
-def export(captured, tmp_path):
+def export(export):
     def make(scheme, target="cpu", level=4, single=False, family="llama_bias"):
         recipe = Recipe(scheme=scheme, lm_head=scheme, accuracy_level=level, calibration=CalibrationSpec())
-        return agreement.export(captured(family), recipe, target, tmp_path / f"{target}{single}", single)
+        return export(family, recipe, target, single)
 
     return make
 

@@ -31,12 +31,8 @@ def tied(scheme, **fields):
 
 
 @pytest.fixture
-def export(captured, tmp_path):
-    def make(recipe, target="cpu", single=False, family="llama_bias"):
-        folder = tmp_path / f"{target}{single}{len(list(tmp_path.iterdir()))}"
-        return agreement.export(captured(family), recipe, target, folder, single)
-
-    return make
+def export(export):
+    return lambda recipe, target="cpu", single=False, family="llama_bias": export(family, recipe, target, single)
 
 
 def rows_of(exported, run):

@@ -45,15 +45,6 @@ def recipe_of(scheme="w4a16_g32", **fields):
     return Recipe(scheme=scheme, **{"weights": {"method": "rtn"}, "calibration": calibration} | fields)
 
 
-@pytest.fixture
-def export(captured, tmp_path):
-    def make(family, recipe, target="cpu", **options):
-        out = tmp_path / str(len(list(tmp_path.iterdir())))
-        return agreement.export(captured(family), recipe, target, out, **options)
-
-    return make
-
-
 @pytest.fixture(scope="module")
 def wide(tmp_path_factory):
     """Captured models whose widths CUDA's kernel takes, made once: wide(family)."""

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-from helpers import agreement, exports
+from helpers import exports
 from helpers.agreement import ROUNDING, assert_agree
 from helpers.pass_runs import block_of, collecting
 from helpers.runners import padded, prompt_feeds, tokens
@@ -60,12 +60,8 @@ def unmerged():
 
 
 @pytest.fixture
-def export(captured, tmp_path):
-    def make(family, fields, target="cpu", single=False):
-        folder = tmp_path / str(len(list(tmp_path.iterdir())))
-        return agreement.export(captured(family), recipe_of(**fields), target, folder, single)
-
-    return make
+def export(export):
+    return lambda family, fields, target="cpu", single=False: export(family, recipe_of(**fields), target, single)
 
 
 def results(exported, feeds):

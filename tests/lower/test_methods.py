@@ -8,7 +8,6 @@ from collections import Counter
 import pytest
 import torch
 
-from helpers import agreement
 from helpers.agreement import assert_agree
 from helpers.cuda_placement.models import PROMPT, assert_decoder_on_cuda
 from helpers.runners import padded
@@ -47,11 +46,8 @@ def recipe_of(**fields):
 
 
 @pytest.fixture
-def export(captured, tmp_path):
-    def make(family, fields, target, single=False):
-        return agreement.export(captured(family), recipe_of(**fields), target, tmp_path / f"{target}{single}", single)
-
-    return make
+def export(export):
+    return lambda family, fields, target, single=False: export(family, recipe_of(**fields), target, single)
 
 
 @pytest.mark.parametrize("target", KERNEL)
