@@ -52,10 +52,10 @@ def dry_run(prepared: Preparation, calibrate: bool) -> Inspection:
     inputs = {p.name: _described(None if p.scheme is None else p.scheme.activation) for p in decisions.plan}
     for (_, place), site in zip(places, sites, strict=True):
         inputs |= _decided(place, site, policy, by_name)
-    sizes, width = weight_sizes(captured), planned.target.dtype.itemsize
+    sizes, float_itemsize = weight_sizes(captured), planned.target.dtype.itemsize
     grouping = plan_attention(captured, planned.options.attention, captured.load)
     parts = planned_bytes(
-        captured, decisions.plan, decisions.embeddings, width, grouping, decisions.convolutions
+        captured, decisions.plan, decisions.embeddings, float_itemsize, grouping, decisions.convolutions
     )  # fmt: skip
     return Inspection(
         model=_called(prepared.source), recipe=recipe.name, target=planned.target.name,
@@ -64,7 +64,7 @@ def dry_run(prepared: Preparation, calibrate: bool) -> Inspection:
         linears=tuple(decisions.plan), activations=inputs, sites=tuple(sites),
         slow=planned.target.predict_slow([b.module.graph for b in captured.blocks], by_name),
         attention=_attention(captured, grouping), parameters=sum(sizes.values()),
-        bytes={"float": width * sum(sizes.values()), **parts}, embeddings=tuple(decisions.embeddings),
+        bytes={"float": float_itemsize * sum(sizes.values()), **parts}, embeddings=tuple(decisions.embeddings),
         convolutions=tuple(decisions.convolutions), warnings=tuple(captured.notes),
     )  # fmt: skip
 

@@ -120,7 +120,7 @@ class CapturedModel:
             basis=dict(self.basis), notes=list(self.notes), left_out=list(self.left_out),
         )  # fmt: skip
 
-    def made(self, output: str) -> tuple[Block, Node] | None:
+    def output_node(self, output: str) -> tuple[Block, Node] | None:
         """The block and the node that make an output of the model, by its public name; None without such an output."""
         value = next((port.value for port in self.outputs if port.name == output), None)
         for block in self.blocks:
@@ -128,7 +128,7 @@ class CapturedModel:
                 return block, results_of(block.module.graph)[block.outputs.index(value)]
         return None
 
-    def taken(self, name: str, block: Block) -> Node | None:
+    def input_node(self, name: str, block: Block) -> Node | None:
         """The placeholder of a block for an input of the model, by its public name; None where it reads none."""
         value = next((port.value for port in self.inputs if port.name == name), None)
         if value not in block.inputs:

@@ -21,7 +21,7 @@ def read_by_projection(captured: CapturedModel) -> str:
     Raises:
         InputError: the model has no logits, or they do not come straight from a linear.
     """
-    found = captured.made("logits")
+    found = captured.output_node("logits")
     if found is None or captured.kind == "encoder":
         raise InputError(
             "this model makes no logits of the token that comes next",
@@ -48,7 +48,7 @@ def keep_last(captured: CapturedModel, value: str) -> None:
     Raises:
         LoweringError: a pass took the value away, or something else than the logits depends on it.
     """
-    if (made := captured.made("logits")) is None:
+    if (made := captured.output_node("logits")) is None:
         raise TypeError("this model makes no logits")
     block, logits = made
     graph, results = block.module.graph, results_of(block.module.graph)

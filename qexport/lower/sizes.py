@@ -14,18 +14,18 @@ def planned_bytes(
     captured: CapturedModel,
     plan: Sequence[LinearPlan],
     embeddings: Sequence[EmbeddingPlan],
-    width: int,
+    float_itemsize: int,
     grouping: GroupedAttention | str | None,
     convolutions: Sequence[ConvolutionPlan] = (),
 ) -> dict[str, int]:
     """Bytes of the tensors of an export before it is made, as `bytes_by_part` has them, with tables of positions.
 
     Args:
-        width: bytes of a number that stays float; grouping: see `plan_attention`.
+        float_itemsize: bytes of a number that stays float; grouping: see `plan_attention`.
     """
     tables = sum(t.numel() for t in grouping.tables.values()) if isinstance(grouping, GroupedAttention) else 0
-    parts = bytes_by_part(captured, plan, embeddings, width, convolutions)
-    return parts | {name: parts[name] + width * tables for name in ("rest", "total")}
+    parts = bytes_by_part(captured, plan, embeddings, float_itemsize, convolutions)
+    return parts | {name: parts[name] + float_itemsize * tables for name in ("rest", "total")}
 
 
 def by_part(

@@ -31,7 +31,7 @@ class SchemeAllocator:
     """Chooses schemes for what a recipe quantizes.
 
     Args:
-        candidates: the schemes to choose from, of the target; width: bytes of a number that stays float.
+        candidates: the schemes to choose from, of the target; float_itemsize: bytes of a number that stays float.
         feeds: what costs are measured on.
 
     Attributes:
@@ -42,20 +42,20 @@ class SchemeAllocator:
     """
 
     def __init__(
-        self, captured: CapturedModel, recipe: Recipe, candidates: Sequence[str], width: int, attention: str,
+        self, captured: CapturedModel, recipe: Recipe, candidates: Sequence[str], float_itemsize: int, attention: str,
         feeds: Sequence[Feeds], progress: StageProgress,
     ):  # fmt: skip
-        self._recipe, self._plan, self._embeddings = recipe, *plan_for(captured, recipe, width)
+        self._recipe, self._plan, self._embeddings = recipe, *plan_for(captured, recipe, float_itemsize)
         self._check()
         self.left = recipe.weights.kl_left
         schemes = [scheme for scheme in offered(candidates) if recipe.takes(scheme.name)]
-        self._costs = scheme_costs(captured, self._plan, self._embeddings, schemes, feeds, width, progress)
+        self._costs = scheme_costs(captured, self._plan, self._embeddings, schemes, feeds, float_itemsize, progress)
         self._shares = [1.0] * len(self._costs.items)
         for item in self._costs.items:
             costs = ", ".join(f"{choice.scheme} {choice.kl:.3g}" for choice in item.choices)
             logger.debug("%s: foretold KL of each scheme: %s", item.linear or "the embedding", costs)
         self._guessed = _GRAPH_BYTES * len(self._plan)  # of the rest, until an export is measured
-        self._rest = _rest(captured, self._plan, self._embeddings, width, attention) + self._guessed
+        self._rest = _rest(captured, self._plan, self._embeddings, float_itemsize, attention) + self._guessed
         projection = output_projection(captured)
         self._projection = projection.name if projection else ""
 
@@ -159,10 +159,16 @@ class SchemeAllocator:
 
 
 def _rest(
-    captured: CapturedModel, plan: Sequence[LinearPlan], embeddings: Sequence[EmbeddingPlan], width: int, attention: str
+    captured: CapturedModel,
+    plan: Sequence[LinearPlan],
+    embeddings: Sequence[EmbeddingPlan],
+    float_itemsize: int,
+    attention: str,
 ) -> int:
     """Bytes of everything that is not chosen for, without the graph: what stays float, tables of positions."""
-    sizes = planned_bytes(captured, plan, embeddings, width, plan_attention(captured, attention, captured.load))
+    sizes = planned_bytes(
+        captured, plan, embeddings, float_itemsize, plan_attention(captured, attention, captured.load)
+    )
     quantized = sum(p.bytes for p in plan if p.scheme is not None)
     tables = sum(e.bytes for e in embeddings if e.scheme is not None)
     return sizes["total"] - quantized - tables

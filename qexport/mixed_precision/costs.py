@@ -57,7 +57,7 @@ class Costs:
 
 def scheme_costs(
     captured: CapturedModel, plan: Sequence[LinearPlan], embeddings: Sequence[EmbeddingPlan], schemes: Sequence[Scheme],
-    feeds: Sequence[Feeds], width: int = 4, progress: StageProgress = no_stage_progress,
+    feeds: Sequence[Feeds], float_itemsize: int = 4, progress: StageProgress = no_stage_progress,
 ) -> Costs:  # fmt: skip
     """Cost of rounding to nearest with each scheme, for everything that a plan quantizes.
 
@@ -66,7 +66,7 @@ def scheme_costs(
         plan, embeddings: say what is quantized, and what shares a table.
         schemes: weight-only ones, in groups.
         feeds: inputs of the decoder by public name, one dict for each batch.
-        width: bytes of a number that stays float.
+        float_itemsize: bytes of a number that stays float.
     """
     quantized = {p.name: p for p in plan if p.scheme is not None}
     table = next((e for e in embeddings if e.scheme is not None), None)
@@ -85,9 +85,13 @@ def scheme_costs(
             fitting = _of_tables(schemes, table)
             kl[""] = {name: found.output.kl(_moved(found, table.weight, fitted)) for name, fitted in fitting.items()}
     experts = {linear.name for block in captured.blocks for linear in of_experts(block.module.graph)}
-    items = _together([_item(linear, schemes, kl, table, width) for linear in quantized.values()], experts, quantized)
+    items = _together(
+        [_item(linear, schemes, kl, table, float_itemsize) for linear in quantized.values()], experts, quantized
+    )
     if table is not None and not table.linear:
-        priced = [(name, fitted.bytes(table.shape, width)) for name, fitted in _of_tables(schemes, table).items()]
+        priced = [
+            (name, fitted.bytes(table.shape, float_itemsize)) for name, fitted in _of_tables(schemes, table).items()
+        ]
         choices = tuple(SchemeChoice(name, size, kl[""][name]) for name, size in priced)
         items.append(PricedItem("", choices, table.bytes))
     return Costs(tuple(items), importance, kl)
@@ -95,17 +99,19 @@ def scheme_costs(
 
 def _item(
     linear: LinearPlan, schemes: Sequence[Scheme], kl: Mapping[str, Mapping[str, float]], table: EmbeddingPlan | None,
-    width: int,
+    float_itemsize: int,
 ) -> PricedItem:  # fmt: skip
     own = kl[linear.name]
     if table is not None and table.linear == linear.name:
         choices = tuple(
-            SchemeChoice(name, fitted.bytes(table.shape, width), own[name] + kl[""][name])
+            SchemeChoice(name, fitted.bytes(table.shape, float_itemsize), own[name] + kl[""][name])
             for name, fitted in _of_tables(schemes, table).items()
         )
         return PricedItem(linear.name, choices, table.bytes)
     fitting = _fitting(schemes, linear.shape[1])
-    choices = tuple(SchemeChoice(n, fitted.bytes(linear.shape, width), own[n]) for n, fitted in fitting.items())
+    choices = tuple(
+        SchemeChoice(n, fitted.bytes(linear.shape, float_itemsize), own[n]) for n, fitted in fitting.items()
+    )
     return PricedItem(linear.name, choices, linear.bytes)
 
 

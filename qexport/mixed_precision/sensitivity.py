@@ -34,12 +34,12 @@ def costs_of(
         raise InputError("sensitivity is measured on logits, and this model has none", place="sensitivity")
     try:
         recipe = Recipe.load(folder / RECIPE_FILE)
-        width = getattr(torch, manifest.dtype).itemsize
-        plan, embeddings = plan_for(captured, recipe, width)
+        float_itemsize = getattr(torch, manifest.dtype).itemsize
+        plan, embeddings = plan_for(captured, recipe, float_itemsize)
     except RecipeError as error:
         raise InputError(f"sensitivity needs the recipe of the export: {error}", place=str(folder)) from error
     schemes = offered(target_named(manifest.target).candidates)
-    return scheme_costs(captured, plan, embeddings, schemes, feeds, width, progress)
+    return scheme_costs(captured, plan, embeddings, schemes, feeds, float_itemsize, progress)
 
 
 def restore(

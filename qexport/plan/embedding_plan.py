@@ -64,7 +64,7 @@ def plan_embeddings(
     plan: Sequence[LinearPlan],
     projection: Linear | None,
     idle: str = "",
-    width: int = 4,
+    float_itemsize: int = 4,
 ) -> tuple[list[EmbeddingPlan], list[LinearPlan]]:
     """Decide for every table of token embeddings.
 
@@ -75,7 +75,7 @@ def plan_embeddings(
         plan: of the linears.
         projection: the output projection.
         idle: the method that finds codes of linears, where it does not apply to tables; empty where it does.
-        width: bytes of a number that stays float.
+        float_itemsize: bytes of a number that stays float.
 
     Returns:
         a plan for every table, and the linears' plans with the reason why one reads another's codes.
@@ -96,7 +96,7 @@ def plan_embeddings(
                     reason = f"{reason}; " if reason else ""
                     reason += f"{linear.name} keeps the same table in float, so the file holds it twice"
                 made = replace(empty, scheme=scheme, reason=reason)
-            found[weight] = replace(made, bytes=table_bytes(made, width))
+            found[weight] = replace(made, bytes=table_bytes(made, float_itemsize))
     shared = {e.linear: e for e in found.values() if e.linear}
     return list(found.values()), [_sharing(p, shared[p.name], idle) if p.name in shared else p for p in plan]
 

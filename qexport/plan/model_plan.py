@@ -29,11 +29,13 @@ _PARTS = (
 )  # fmt: skip
 
 
-def plan_for(captured: CapturedModel, recipe: Recipe, width: int = 4) -> tuple[list[LinearPlan], list[EmbeddingPlan]]:
+def plan_for(
+    captured: CapturedModel, recipe: Recipe, float_itemsize: int = 4
+) -> tuple[list[LinearPlan], list[EmbeddingPlan]]:
     """The decision for every linear and every table of token embeddings of a captured model.
 
     Args:
-        width: bytes of a number that stays float.
+        float_itemsize: bytes of a number that stays float.
 
     Raises:
         RecipeError: an override matches no linear, or there is no embedding to quantize.
@@ -52,11 +54,11 @@ def plan_for(captured: CapturedModel, recipe: Recipe, width: int = 4) -> tuple[l
         )
     tied = recipe.embedding == TIED
     wanted = None if tied or recipe.embedding == FLOAT else Scheme.parse(recipe.embedding)
-    graphs = [(b.name, b.module.graph, captured.taken("input_ids", b)) for b in captured.blocks]
-    plan = [replace(p, bytes=weight_bytes(p, width)) for p in plan]
+    graphs = [(b.name, b.module.graph, captured.input_node("input_ids", b)) for b in captured.blocks]
+    plan = [replace(p, bytes=weight_bytes(p, float_itemsize)) for p in plan]
     projection = output_projection(captured)
     without = "" if recipe.weights.rounds_tables else recipe.weights.method
-    embeddings, plan = plan_embeddings(graphs, wanted, tied, plan, projection, without, width)
+    embeddings, plan = plan_embeddings(graphs, wanted, tied, plan, projection, without, float_itemsize)
     if not embeddings and recipe.embedding != FLOAT:
         raise RecipeError(
             "the model looks up no rows by input_ids, so there is no embedding to quantize", place="embedding",
@@ -77,13 +79,13 @@ def convolutions_for(captured: CapturedModel, recipe: Recipe, integer: bool) -> 
 
 def output_projection(captured: CapturedModel) -> Linear | None:
     """The linear that makes the logits; None where there is none."""
-    found = captured.made("logits")
+    found = captured.output_node("logits")
     return None if found is None else projection_behind(found[1])
 
 
 def output_projections(captured: CapturedModel) -> set[str]:
     """Names of the linears that make logits, of tokens, of texts or of the ends of an answer."""
-    made = [captured.made(name) for name in _LOGITS]
+    made = [captured.output_node(name) for name in _LOGITS]
     found = [projection_behind(_whole(node)) for _, node in filter(None, made)]
     return {linear.name for linear in found if linear is not None}
 
@@ -107,13 +109,13 @@ def bytes_by_part(
     captured: CapturedModel,
     plan: Sequence[LinearPlan],
     embeddings: Sequence[EmbeddingPlan],
-    width: int,
+    float_itemsize: int,
     planned: Sequence[ConvolutionPlan] = (),
 ) -> dict[str, int]:
     """Bytes of the export, every one in one part: quantized, embedding, lm_head, rest, and their total.
 
     Args:
-        width: bytes of a number that stays float.
+        float_itemsize: bytes of a number that stays float.
         planned: the decisions for convolutions, which are among the rest.
     """
     sizes = weight_sizes(captured)
@@ -134,7 +136,7 @@ def bytes_by_part(
         "quantized": sum(p.bytes for p in quantized),
         "embedding": sum(e.bytes for e in embeddings),
         "lm_head": head,
-        "rest": width * sum(count for name, count in sizes.items() if name not in taken) + sum(small.values()),
+        "rest": float_itemsize * sum(count for name, count in sizes.items() if name not in taken) + sum(small.values()),
     }
     return {**parts, "total": sum(parts.values())}
 

@@ -135,7 +135,7 @@ def test_models_without_such_logits(tmp_path):
 
 def test_logits_that_do_not_come_straight_from_a_linear(captured):
     model = captured("llama")
-    block, logits = model.made("logits")
+    block, logits = model.output_node("logits")
     with block.module.graph.inserting_after(logits):
         turned = call(block.module.graph, aten.softmax.int, (logits, 1), like=logits)
     block.module.graph.output_node().replace_input_with(logits, turned)
@@ -146,7 +146,7 @@ def test_logits_that_do_not_come_straight_from_a_linear(captured):
 def test_a_value_that_is_handed_on_too(captured):
     model = captured("llama")
     value = read_by_projection(model)
-    block, logits = model.made("logits")
+    block, logits = model.output_node("logits")
     hidden = next(n for n in block.module.graph.nodes if n.name == value)
     output = block.module.graph.output_node()
     output.args = ((logits, hidden),)
@@ -159,7 +159,7 @@ def test_a_value_that_is_handed_on_too(captured):
 def test_types_in_the_graph_follow(captured):
     model = load_weights(captured("gemma2"))
     keep_last(model, read_by_projection(model))
-    block, logits = model.made("logits")
+    block, logits = model.output_node("logits")
     assert shape_of(logits)[1] == 1 and model.outputs[0].dims == ("batch", 1, 128)
     run, feeds = captured_runner(model), prompt_feeds(model, tokens(3, 9), MASK)
     assert run(feeds)["logits"].shape == (3, 1, 128)

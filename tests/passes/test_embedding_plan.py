@@ -63,7 +63,7 @@ def decided(captured, family, **fields):
 def test_the_table_of_tokens_is_found_by_dataflow(captured, family):
     model = captured(family)
     (block, node) = next(
-        (b, n) for b in model.blocks for n in token_embeddings(b.module.graph, model.taken("input_ids", b))
+        (b, n) for b in model.blocks for n in token_embeddings(b.module.graph, model.input_node("input_ids", b))
     )
     assert block.name == "prologue" and "pos" not in node.args[0].target
     embedding, _ = decided(captured, family, embedding="w8a16_g32")
