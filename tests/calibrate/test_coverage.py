@@ -50,9 +50,9 @@ def error(net, folder, inputs) -> float:
 
 @pytest.mark.parametrize("scheme", ["w8a16", "w4a16_g32"])
 def test_gptq_is_right_on_inputs_that_wake_other_features(gate, tmp_path, scheme):
-    recipe, made = Recipe(scheme=scheme), {}
+    made = {}
     for method in ("gptq", "rtn"):
-        given = recipe.model_copy(update={"weights": recipe.weights.model_copy(update={"method": method})})
+        given = Recipe(scheme=scheme, weights={"method": method})
         data = [(HALF,)] if method == "gptq" else None
         made[method] = export(gate, given, out_dir=tmp_path / method, example_inputs=(HALF,), calibration=data)
     with torch.no_grad():

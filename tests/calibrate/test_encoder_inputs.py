@@ -19,7 +19,7 @@ def ended(template, tmp_path):
     if template:
         specials = [("<s>", 1), ("</s>", 2)]
         tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=template, special_tokens=specials)
-    return with_last_token(IDS, SimpleNamespace(folder=SimpleNamespace(tokenizer=lambda: tokenizer)))
+    return with_last_token(IDS, SimpleNamespace(origin=SimpleNamespace(tokenizer=lambda: tokenizer)))
 
 
 @pytest.mark.parametrize("template", ["$A </s>", "<s> $A </s>"])
@@ -33,4 +33,4 @@ def test_texts_without_an_end_stay_as_they_are(template, tmp_path):
 
 
 def test_a_model_without_a_tokenizer_has_no_end():
-    assert with_last_token(IDS, SimpleNamespace(folder=SimpleNamespace(tokenizer=lambda: None))) is IDS
+    assert with_last_token(IDS, SimpleNamespace(origin=SimpleNamespace(tokenizer=lambda: None))) is IDS

@@ -11,7 +11,7 @@ from torch.fx import Graph, GraphModule
 from qexport.capture.graph import Port
 from qexport.graph.edit import TensorSpec
 from qexport.lower.build import build_model
-from qexport.lower.prefill_decode import BlockGraphs
+from qexport.lower.lowered_block import LoweredBlock
 from qexport.targets.cpu import CpuTarget
 
 ops = torch.ops.qexport
@@ -36,7 +36,7 @@ def order_session(tmp_path):
     module = GraphModule(torch.nn.Module(), graph)
     inputs = [Port(n, n, torch.int64, node.meta["spec"].shape) for n, node in (("mask", mask), ("ids", ids))]
     outputs = [Port(name, name, *kind) for name, kind in RESULTS.items()]
-    piece = BlockGraphs("order", module, ["mask", "ids"], list(RESULTS), lambda name: None)
+    piece = LoweredBlock("order", module, ["mask", "ids"], list(RESULTS), lambda name: None)
     ir.save(build_model([piece], inputs, outputs, CpuTarget(), "0").model, tmp_path / "order.onnx")
     return ort.InferenceSession(tmp_path / "order.onnx")
 

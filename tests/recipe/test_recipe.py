@@ -234,7 +234,7 @@ def test_a_recipe_does_not_change():
         ("scheme: 4\n", 1, "scheme: input should be a valid string, not 4"),
         ("scheme: w4a16_g32\nweights: {method: gptq, damp: 0}\n", 2, r"weights\.damp: .*greater than 0"),
         ("scheme: w4a16_g32\nweights: {method: gptq, damp: .nan}\n", 2, r"weights\.damp: .*not nan"),
-        ("scheme: w4a16_g32\nweights: {method: awq}\n", 2, r"weights\.method: .*'gptq', 'hqq', 'rtn'.* not 'awq'"),
+        ("scheme: w4a16_g32\nweights: {method: awq}\n", 2, r"weights\.method: .*'gptq', 'hqq'.*'rtn'.* not 'awq'"),
         ("scheme: w8a8_dyn\nsmooth: {alpha: 1.5}\n", 2, r"smooth\.alpha: .*not a number from 0 to 1"),
         ("scheme: w4a16_g32\ncalibration: {samples: 0}\n", 2, r"calibration\.samples: .*greater than or equal to 1"),
         ("scheme: w4a16_g32\naccuracy_level: 2\n", 2, "accuracy_level: input should be 1 or 4, not 2"),
