@@ -113,9 +113,9 @@ class QuantizeActivations(GraphPass):
         sites: dict[tuple[Node, ActivationFormat], list[Node]] = {}
         for node in module.graph.nodes:
             plan = self.plan.get(node.meta.get(Meta.PLANE_OF) or node.meta.get(Meta.LINEAR, ""))
-            if plan is not None and plan.scheme is not None and plan.scheme.activation is not None:
+            if plan is not None and plan.activation is not None:
                 value = operand(node)
-                fmt = handover.formats.get(value, plan.scheme.activation)
+                fmt = handover.formats.get(value, plan.activation)
                 sites.setdefault((value, fmt), []).append(node)
         return sites
 

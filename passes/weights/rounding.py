@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch.fx import GraphModule
 
-from ...errors import QExportError
+from ...errors import within
 from ...graph.edit import finish, get_tensor
 from ...graph.sites import Linear, linears
 from ...plan.linear_plan import LinearPlan
@@ -67,14 +67,11 @@ def quantize_linears(
         w, fmt = get_tensor(module, linear.weight), scheme.weight
         handover.keep_weight(linear.name, w)
         unscaled = w if factor is None else w / factor
-        try:
+        with within(linear.name):
             if quantize is not None and isinstance(fmt, IntegerFormat):
                 quantized = quantize(linear, unscaled, fmt, factor)
             else:
                 quantized = fmt.round_to_nearest(unscaled, clip_search)
-        except QExportError as error:
-            error.place = error.place or linear.name
-            raise type(error)(error.message, place=linear.name, remedy=error.remedy) from error
         insert_weight(module, linear, quantized, factor)
         nearest = quantize is not None and not isinstance(fmt, IntegerFormat)
         what = f"{scheme.name}, rounded to nearest: it is no grid of integers" if nearest else scheme.name

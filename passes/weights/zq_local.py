@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 
 from torch.fx import GraphModule, Node
 
-from ...errors import QExportError
+from ...errors import within
 from ...graph.edit import get_tensor, set_tensor
 from ...graph.sites import linears
 from ...plan.linear_plan import LinearPlan
@@ -73,10 +73,8 @@ class ZQLocal(GraphPass):
             seen = w
             if factor is not None:
                 seen, hessian = w / factor, hessian * factor * factor[:, None]
-            try:
+            with within(name):
                 found = train_weight(seen, hessian, integer_format(self.plan[name]), self.learning_rates, self.steps)
-            except QExportError as error:
-                raise type(error)(error.message, place=name, remedy=error.remedy) from error
             if found.learning_rate is None:
                 result.skipped.append(SiteRecord(name, "no learning rate gave less error than rounding"))
                 continue

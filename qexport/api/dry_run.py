@@ -49,7 +49,7 @@ def dry_run(prepared: Preparation, calibrate: bool) -> Inspection:
     policy = _policy(recipe, by_name)
     places = [(b.name, s) for b in captured.blocks for s in fold_sites(b.module.graph)]
     sites = [_site(name, site, ranges.get(name, {}).get(site.value), policy) for name, site in places]
-    inputs = {p.name: _described(None if p.scheme is None else p.scheme.activation) for p in decisions.plan}
+    inputs = {p.name: _described(p.activation) for p in decisions.plan}
     for (_, place), site in zip(places, sites, strict=True):
         inputs |= _decided(place, site, policy, by_name)
     sizes, float_itemsize = weight_sizes(captured), planned.target.dtype.itemsize
@@ -93,7 +93,7 @@ def _ranges_of(
     """By block name and value the ranges of what quantized linears read, and what they were taken on."""
 
     def quantizes(site: FoldSite) -> bool:
-        return any(_activation(by_name, c.name) is not None for c in site.consumers)
+        return any(by_name[c.name].activation is not None for c in site.consumers)
 
     captured, progress = planned.captured, planned.options.progress
     wanted = {b.name: [s.value for s in fold_sites(b.module.graph) if quantizes(s)] for b in captured.blocks}
@@ -101,11 +101,6 @@ def _ranges_of(
         return {}, "nothing was run, because no activation is quantized"
     batches, described = calibration_batches(captured, planned.recipe, planned.data, progress)
     return float_ranges(captured, batches(), wanted, partial(progress, "ranges")), described
-
-
-def _activation(plan: Mapping[str, LinearPlan], name: str) -> ActivationFormat | None:
-    scheme = plan[name].scheme
-    return None if scheme is None else scheme.activation
 
 
 def _site(block: str, site: FoldSite, reach: float | None, policy: InputPolicy | None) -> Site:
@@ -128,7 +123,7 @@ def _decided(place: FoldSite, site: Site, policy: InputPolicy | None, plan: Mapp
     open_yet = f"decided by calibration: {policy.rule}"
     found = {}
     for name in site.linears:
-        if (asked := _activation(plan, name)) is not None:
+        if (asked := plan[name].activation) is not None:
             chosen = site.decision and _described(replace(asked, kind=site.decision.kind), site.decision.equalize)
             found[name] = chosen or open_yet
     return found

@@ -69,11 +69,11 @@ def _of(method: BlockMethod, plan: Plans, recipe: Recipe) -> list[GraphPass]:
 
 
 def _quantizes_inputs(plan: Plans) -> bool:
-    return any(p.scheme is not None and p.scheme.activation is not None for p in plan.values())
+    return any(p.activation is not None for p in plan.values())
 
 
 def _static(plan: Plans) -> bool:
-    return any(p.scheme and p.scheme.activation and p.scheme.activation.kind == "static" for p in plan.values())
+    return any(p.activation is not None and p.activation.kind == "static" for p in plan.values())
 
 
 def _tables(weights: WeightMethod, embeddings: Sequence[EmbeddingPlan], seen: Any) -> list[GraphPass]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from torch.fx import Graph
 
 from ..graph.sites import chooses, linears
-from ..quant.formats import Scheme
+from ..quant.formats import ActivationFormat, Scheme
 
 
 class Planned:
@@ -33,6 +33,11 @@ class Planned:
         if self.scheme is None:
             raise TypeError(f"{self.name} stays in float")
         return self.scheme
+
+    @property
+    def activation(self) -> ActivationFormat | None:
+        """The format of its input; None where that stays in float."""
+        return None if self.scheme is None else self.scheme.activation
 
 
 @dataclass(frozen=True)

@@ -54,7 +54,7 @@ def calibrate(planned: ExportPlan) -> Calibration:
     agreement = check_reader(captured)
     progress("check", "reading of the model", 1, 1)
     batches, described, seen = None, "none needed", None
-    quantizes_inputs = any(p.scheme and p.scheme.activation for p in decisions.plan)
+    quantizes_inputs = any(p.activation is not None for p in decisions.plan)
     if wants_data(planned) or (planned.asked and quantizes_inputs):
         batches, described = calibration_batches(captured, recipe, planned.data, progress)
     shared = any(table.linear for table in decisions.embeddings)
