@@ -94,6 +94,7 @@ def export_auto(
     attention: str = "grouped",
     provider: str | None = None,
     seed: int | None = None,
+    requantize: bool = False,
     trust_remote_code: bool = False,
     progress: Progress = no_progress,
 ) -> AutoResult:
@@ -118,6 +119,7 @@ def export_auto(
         attention: as `export` takes it.
         provider: as `validate` takes it; the KL of the result is measured there.
         seed: as `export` takes it.
+        requantize: as `export` takes it; a model that is quantized already needs it.
         trust_remote_code: as `export` takes it.
         progress: called with (stage, what, done, total).
 
@@ -133,8 +135,8 @@ def export_auto(
     if max_kl is not None and max_kl <= 0:
         raise InputError(f"a KL of {max_kl:g} takes the float model", place="max_kl", remedy="Give a number above 0")
     options = Options(
-        target=target, dtype=dtype, attention=attention, seed=seed, trust_remote_code=trust_remote_code,
-        progress=progress,
+        target=target, dtype=dtype, attention=attention, seed=seed, requantize=requantize,
+        trust_remote_code=trust_remote_code, progress=progress,
     )  # fmt: skip
     request = Request.of(model, recipe, options, calibration)
     judge = _Judge(text, windows, window, None if provider is None else provider_named(provider))

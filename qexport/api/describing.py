@@ -7,11 +7,14 @@ from typing import Any
 
 from ..artifact.manifest import BlockEntry, ConvolutionEntry, LinearEntry, Manifest
 from ..artifact.names import public_name
+from ..capture.graph import CapturedModel
 from ..models.provenance import origin
 from ..plan.convolution_plan import ConvolutionPlan
+from ..plan.kept_codes import kept_codes
 from ..plan.linear_plan import LinearPlan
 from ..plan.model_plan import described_embedding
 from ..recipe.recipe import Recipe
+from .refusals import Decisions
 from .stages.lowering import Lowering
 
 
@@ -50,6 +53,12 @@ def _convolutions(plan: Sequence[ConvolutionPlan]) -> tuple[ConvolutionEntry, ..
     )
 
 
+def described_codes(captured: CapturedModel, decisions: Decisions) -> str:
+    """What becomes of codes that the checkpoint holds; empty where its weights are float or become float."""
+    codes = captured.folder.codes if captured.folder else None
+    return "" if codes is None else kept_codes(codes.described, decisions.plan)
+
+
 def report_of(made: Lowering, ran: str, seconds: Mapping[str, float], warnings: Sequence[str]) -> dict[str, Any]:
     """What report.json says of the export.
 
@@ -62,6 +71,7 @@ def report_of(made: Lowering, ran: str, seconds: Mapping[str, float], warnings: 
         "export": {
             "source": origin(captured.folder) if captured.folder else {"name": type(made.source).__name__},
             "reference": asdict(made.agreement),
+            "codes": described_codes(captured, decisions),
             "calibration": made.described,
             "warnings": list(warnings),
             "first_run": ran,

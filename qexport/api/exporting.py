@@ -24,7 +24,7 @@ from .stages.preparing import Request, prepare
 
 def export(
     model: str | os.PathLike[str] | ModelFolder | torch.nn.Module | CapturedModel,
-    recipe: str | os.PathLike[str] | Recipe = "w4a16_g32",
+    recipe: str | os.PathLike[str] | Recipe | None = None,
     *,
     out_dir: str | os.PathLike[str],
     target: str = "cpu",
@@ -36,6 +36,7 @@ def export(
     resume: bool = False,
     logits: str = "all",
     seed: int | None = None,
+    requantize: bool = False,
     trust_remote_code: bool = False,
     extra_passes: Sequence[GraphPass] = (),
     attention: str = "grouped",
@@ -53,7 +54,8 @@ def export(
     Args:
         model: a Hugging Face id, a folder, a GGUF file, an nn.Module (with example_inputs), or a captured model, which
             stays as it is.
-        recipe: name of a preset, a scheme, a YAML file, or a Recipe. Its overrides match linears of both parts of an
+        recipe: name of a preset, a scheme, a YAML file, or a Recipe; None: w4a16_g32, and as_stored of a model that is
+            quantized already, which keeps its codes. Its overrides match linears of both parts of an
             encoder-decoder.
         out_dir: the folder to make; it appears when everything is done.
         target: "cpu", "cuda", or the name of a target of your own (see `targets.base`).
@@ -72,6 +74,7 @@ def export(
         logits: "all", or "last" for those of the last token of a sequence only: all that generation reads, and less
             work for a prompt; such a file cannot be validated.
         seed: of everything random, in the place of the recipe's; None leaves that.
+        requantize: of a model that is quantized already: its weights become float, and the recipe quantizes these.
         trust_remote_code: run Python code that comes with the model.
         extra_passes: your own passes, run on every block in float before those of the recipe (see passes/README.md).
         attention: of a decoder, "grouped" (ONNX Runtime's GroupQueryAttention, a shared cache; a model that it cannot
@@ -84,7 +87,7 @@ def export(
     """
     options = Options(
         target=target, dtype=dtype, attention=attention, logits=logits, resume=resume, extra_passes=extra_passes,
-        seed=seed, trust_remote_code=trust_remote_code, progress=progress,
+        seed=seed, requantize=requantize, trust_remote_code=trust_remote_code, progress=progress,
     )  # fmt: skip
     request = Request.of(model, recipe, options, calibration, example_inputs, dynamic_shapes)
     with claimed(Path(out_dir), overwrite, source_path(model)) as work:

@@ -11,7 +11,9 @@ from ..artifact.files import read_json
 from ..artifact.manifest import Manifest
 from ..artifact.tokenizer import write_tokenizer
 from ..errors import InputError
+from ..models.configs import CONFIG
 from ..models.preflight import GENERATION, LEGAL_FILES, generation_config
+from ..models.quantized import without_codes
 from ..models.source import ModelFolder
 from ..runtime.genai import genai_config
 
@@ -47,11 +49,20 @@ def _write_genai(folder: Path, manifest: Manifest, source: ModelFolder) -> None:
         (folder / manifests.GENAI_FILE).write_text(json.dumps(contents, indent=2) + "\n")
 
 
+def _copy(source: ModelFolder, name: str, folder: Path) -> None:
+    """A file of a model; a config without what it says of codes that the export has no more."""
+    if name == CONFIG and source.codes is not None:
+        said = without_codes(read_json(source.path / name))
+        (folder / name).write_text(json.dumps(said, indent=2) + "\n", encoding="utf-8")
+    else:
+        shutil.copyfile(source.path / name, folder / name)
+
+
 def copy_companions(folder: Path, source: ModelFolder, names: Iterable[str]) -> None:
     """These files of a model, its licence and its tokenizer, as far as it has them."""
     for name in (*names, *LEGAL_FILES):
         if (source.path / name).is_file() and (name != GENERATION or generation_config(source.path)):
-            shutil.copyfile(source.path / name, folder / name)
+            _copy(source, name, folder)
     tokenizer = source.tokenizer()
     if tokenizer is not None:
         write_tokenizer(tokenizer, source.path, folder)

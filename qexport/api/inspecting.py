@@ -20,7 +20,7 @@ from .stages.preparing import Request, prepare
 
 def inspect(
     model: str | os.PathLike[str] | ModelFolder | torch.nn.Module | CapturedModel,
-    recipe: str | os.PathLike[str] | Recipe = "w4a16_g32",
+    recipe: str | os.PathLike[str] | Recipe | None = None,
     *,
     target: str = "cpu",
     dtype: str | None = None,
@@ -29,6 +29,7 @@ def inspect(
     example_inputs: Inputs | None = None,
     dynamic_shapes: DynamicShapes | None = None,
     seed: int | None = None,
+    requantize: bool = False,
     trust_remote_code: bool = False,
     attention: str = "grouped",
     progress: Progress = no_progress,
@@ -50,6 +51,7 @@ def inspect(
         example_inputs: as `export` takes them.
         dynamic_shapes: as `export` takes them.
         seed: as `export` takes it.
+        requantize: as `export` takes it.
         trust_remote_code: run Python code that comes with the model.
         attention: as `export` takes it.
         progress: called with (stage, what, done, total) while calibrating.
@@ -59,8 +61,8 @@ def inspect(
             range of float16 shows when it calibrates.
     """
     options = Options(
-        target=target, dtype=dtype, attention=attention, seed=seed, trust_remote_code=trust_remote_code,
-        progress=progress,
+        target=target, dtype=dtype, attention=attention, seed=seed, requantize=requantize,
+        trust_remote_code=trust_remote_code, progress=progress,
     )  # fmt: skip
     prepared = prepare(Request.of(model, recipe, options, calibration, example_inputs, dynamic_shapes))
     calibrate = calibrate or calibration is not None

@@ -67,6 +67,7 @@ class Inspection:
         embeddings: the decision for every table of token embeddings.
         convolutions: the decision for every convolution, in order; their bytes are among the rest.
         warnings: sentences on what a user may not expect of the model's folder.
+        codes: what becomes of codes that the checkpoint holds; empty where its weights are float or become float.
         parts: of an encoder-decoder, what an export would do to its "encoder" and "decoder", of which this is the sum;
             empty for other models.
     """
@@ -87,6 +88,7 @@ class Inspection:
     embeddings: tuple[EmbeddingPlan, ...] = ()
     convolutions: tuple[ConvolutionPlan, ...] = ()
     warnings: tuple[str, ...] = ()
+    codes: str = ""
     parts: Mapping[str, "Inspection"] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:

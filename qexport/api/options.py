@@ -27,6 +27,7 @@ class Options:
         resume: go on with an interrupted export.
         extra_passes: of the caller, run on every block before those of the recipe.
         seed: of everything random, in the place of the recipe's; None leaves that.
+        requantize: weights that are codes in the checkpoint go through float, and the recipe finds others.
         trust_remote_code: run Python code that comes with the model.
         progress: told how far the work is.
 
@@ -41,6 +42,7 @@ class Options:
     resume: bool = False
     extra_passes: Sequence[GraphPass] = ()
     seed: int | None = None
+    requantize: bool = False
     trust_remote_code: bool = False
     progress: Progress = no_progress
 

@@ -32,6 +32,7 @@ class ExportResult:
         warnings: sentences about what may hurt, though it was done as asked.
         kept: files that the replaced folder held and no export wrote: they are in the new one, under these names.
         reference: how far the captured float graph is from a witness that reads the model itself.
+        codes: what became of codes that the checkpoint holds; empty where its weights are float or became float.
         parts: of an encoder-decoder, what was written of its "encoder" and "decoder"; empty for other models.
     """
 
@@ -48,4 +49,5 @@ class ExportResult:
     warnings: tuple[str, ...] = ()
     kept: list[str] = field(default_factory=list)
     reference: ReaderAgreement = field(default_factory=ReaderAgreement)
+    codes: str = ""
     parts: Mapping[str, "ExportResult"] = field(default_factory=dict)

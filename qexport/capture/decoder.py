@@ -19,7 +19,7 @@ from .attention import IMPLEMENTATION
 from .experts import IMPLEMENTATION as EXPERTS
 from .graph import CapturedModel, Port
 from .rope import settle_frequencies
-from .stored import aliases_of, find_weights, untie
+from .stored import aliases_of, codes_in, find_weights, untie
 from .trace import IDS, Traced, trace_model
 from .weight_views import WeightViews
 
@@ -36,7 +36,8 @@ def capture_decoder(folder: ModelFolder) -> CapturedModel:
     Raises:
         CaptureError: torch.export cannot follow the model, or the checkpoint does not fit its config.
     """
-    checkpoint = Checkpoint(folder.path, folder.stated_weights)  # a damaged file is reported before the slow part
+    # A damaged file is reported before the slow part.
+    checkpoint = Checkpoint(folder.path, folder.stated_weights, folder.codes)
     model = _empty_model(folder)
     notes = untie(model, checkpoint)
     aliases = aliases_of(model)
@@ -50,6 +51,7 @@ def capture_decoder(folder: ModelFolder) -> CapturedModel:
     read = {n: shapes[n] for n in sorted(sources)}
     weights, stored, left_out = find_weights(checkpoint, folder, model, read, buffers, aliases)
     buffers, parameters = {n: b for n, b in buffers.items() if n not in stored}, [*parameters, *stored]
+    given = codes_in(weights, parameters, traced.pieces)
     settings, rows = _settings(folder.config, traced), embedding_rows(model)
     inputs, outputs = _ports(traced, settings)
     return CapturedModel(
@@ -64,6 +66,7 @@ def capture_decoder(folder: ModelFolder) -> CapturedModel:
         tied={n: tuple(a for a in aliases.get(n, ()) if a != n) for n in parameters},
         notes=[*notes, *checkpoint.notes, *tokens_without_rows(folder.tokenizer(), rows)],
         left_out=left_out,
+        given=given,
         witness=DecoderWitness(folder),
     )
 

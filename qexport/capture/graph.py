@@ -1,5 +1,6 @@
 """What capture hands on: the blocks of a model, its interface and where its weights are."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -10,6 +11,7 @@ from ..artifact.manifest import Kind
 from ..errors import InputError
 from ..graph.views import results_of
 from ..models.agreement import ReaderAgreement
+from ..models.checkpoint import GivenCodes
 from ..models.source import ModelFolder
 from ..models.witness import Witness
 from .blocks import Block, handed_on
@@ -81,6 +83,7 @@ class CapturedModel:
         basis: by the name of a value that crosses blocks, how a pass over the whole model changed it.
         notes: sentences on what a user may not expect of the model's folder.
         left_out: tensors of the checkpoint that the model does not read.
+        given: by weight, the codes that the checkpoint holds; the others are float there.
     """
 
     kind: Kind
@@ -97,6 +100,7 @@ class CapturedModel:
     basis: dict[str, Basis] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)
+    given: Mapping[str, GivenCodes] = field(default_factory=dict)
 
     @property
     def origin(self) -> ModelFolder:

@@ -1,17 +1,19 @@
 """A decoder's weights in its checkpoint: found under their names, converted where those are others, none left over."""
 
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
 
 from ..artifact.scratch import Scratch
 from ..errors import CaptureError
-from ..models.checkpoint import Checkpoint, check_shapes
+from ..models.checkpoint import Checkpoint, GivenCodes, check_shapes
 from ..models.leftovers import check_leftovers
 from ..models.loading import load_in_memory
+from ..models.quantized import FLOAT_MODEL
 from ..models.source import ModelFolder
+from .weight_views import WeightView
 
 Names = Mapping[str, tuple[str, ...]]
 
@@ -93,6 +95,27 @@ def find_weights(
         )
     check_shapes(checkpoint, {**parameters, **{name: trained[name] for name in stored}})
     return checkpoint, stored, left
+
+
+def codes_in(
+    checkpoint: Checkpoint, parameters: Iterable[str], pieces: Mapping[str, WeightView]
+) -> dict[str, GivenCodes]:
+    """The codes of the weights that the graph reads, by their names.
+
+    Args:
+        pieces: those that are parts of a weight.
+
+    Raises:
+        CaptureError: one of those is of codes.
+    """
+    for name, piece in pieces.items():
+        if checkpoint.given(piece.source) is not None:
+            raise CaptureError(
+                "is of codes, and the model reads it transposed or in parts, which is done with float weights alone",
+                place=name, remedy=FLOAT_MODEL,
+            )  # fmt: skip
+    found = {name: checkpoint.given(name) for name in parameters if name not in pieces}
+    return {name: codes for name, codes in found.items() if codes is not None}
 
 
 def _resolved(checkpoint: Checkpoint, wanted: Mapping[str, tuple[int, ...]], prefix: str) -> list[str]:

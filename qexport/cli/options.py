@@ -10,8 +10,9 @@ from ..targets import BUILT_IN
 
 Model = Annotated[str, typer.Argument(help="Hugging Face id, folder with safetensors, or GGUF file.")]
 Folder = Annotated[Path, typer.Argument(help="Folder that `qexport export` wrote.")]
-RecipeName = Annotated[
-    str, typer.Option("--recipe", "-r", help="Preset, scheme, or YAML file; see `qexport recipes list`.")
+Requantize = Annotated[
+    str | None,
+    typer.Option(help="Of a model that is quantized already: give its codes up for those of this recipe."),
 ]
 Target = Annotated[str, typer.Option(help=f"What the export is made for: {' or '.join(BUILT_IN)}.")]
 Dtype = Annotated[

@@ -36,6 +36,9 @@ class Meta(StrEnum):
     WITHOUT_OUTLIERS = "without_outliers"
     """On a value that is its first argument but for some channels: True."""
 
+    REORDERED = "reordered"
+    """On a value that is its first argument with its features in another order: True."""
+
     COLUMNS = "columns"
     """On the product of merged linears: (start, stop) of each in the value, by its name."""
 

@@ -83,7 +83,7 @@ def _token_scale_behind(product: Node) -> Node | None:
 
 
 def input_of(product: Node) -> Node:
-    """The float value that a product reads, before it is rounded; of a canonical product, or one rewritten."""
+    """The float value that a product, canonical or rewritten, reads, before it is rounded or reordered."""
     node = read_by(product)
     while (before := _unrounded(_uncast(node))) is not None:
         node = before
@@ -97,8 +97,8 @@ def _uncast(node: Node) -> Node:
 
 
 def _unrounded(node: Node) -> Node | None:
-    """What a step of rounding a value reads; None of a node that is no such step."""
-    if is_call(node, ops.matmul_nbits_input.default, ops.quantize_linear.default):
+    """What a step of rounding or reordering a value reads; None of a node that is no such step."""
+    if is_call(node, ops.matmul_nbits_input.default, ops.quantize_linear.default) or Meta.REORDERED in node.meta:
         return operand(node)
     if (dequantized := DequantizeLinear.match(node)) is not None:
         return dequantized.codes

@@ -1,6 +1,6 @@
 """Reading the tensors of a checkpoint one at a time."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,24 +8,47 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from ..errors import CaptureError, InputError, NumericsError
+from .coded import CodedCheckpoint, CodedWeight, Given, Header
 from .files import weight_files
 from .leftovers import check_float_dtype
 
 
 @dataclass(frozen=True)
-class _Stored:
-    """Where a tensor is, its dtype as safetensors calls it, and its shape."""
+class _Stored(Header):
+    """A tensor, and the file that it is in; empty for one that is made of others."""
 
     file: str
-    dtype: str
-    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class GivenCodes:
+    """A weight that the checkpoint holds as codes, to be read when they are wanted.
+
+    Attributes:
+        weight: what is known of it.
+    """
+
+    weight: CodedWeight
+    _read: Callable[[str], torch.Tensor]
+
+    def decode(self) -> Given | torch.Tensor:
+        """See `CodedWeight.decode`."""
+        return self.weight.decode(self._read)
+
+    def formula(self) -> torch.Tensor:
+        """See `CodedWeight.formula`."""
+        return self.weight.formula(self._read)
 
 
 class Checkpoint:
     """The safetensors files of a folder, memory-mapped; no tensor is read before `load`.
 
+    Weights that are codes have the name, shape and values of the float tensor that they stand for; the tensors that
+    hold them go by no name here.
+
     Args:
         stated: `transformers_weights` of the config, where it has that.
+        codes: how weights are kept as codes; None where all are float.
 
     Attributes:
         notes: a sentence where other safetensors files lie beside the weights.
@@ -33,9 +56,10 @@ class Checkpoint:
     Raises:
         InputError: no weights under the names of transformers, one of the index is missing, or one is truncated or
             damaged.
+        CaptureError: tensors of codes that the config contradicts.
     """
 
-    def __init__(self, folder: Path, stated: str | None = None):
+    def __init__(self, folder: Path, stated: str | None = None, codes: CodedCheckpoint | None = None):
         self.folder = folder
         self._stored: dict[str, _Stored] = {}
         self._aliases: dict[str, str] = {}
@@ -46,12 +70,18 @@ class Checkpoint:
                 with safe_open(folder / file, framework="pt") as handle:
                     for name in handle.keys():  # noqa: SIM118  a handle is no mapping
                         part = handle.get_slice(name)
-                        self._stored[name] = _Stored(file, part.get_dtype(), tuple(part.get_shape()))
+                        self._stored[name] = _Stored(part.get_dtype(), tuple(part.get_shape()), file)
             except (SafetensorError, OSError) as error:
                 raise InputError(
                     f"cannot be read ({error})", place=str(folder / file),
                     remedy="The file is truncated or damaged: download or save it again",
                 ) from error  # fmt: skip
+        self._files = {name: found.file for name, found in self._stored.items()}
+        self._coded = {weight.name: weight for weight in ([] if codes is None else codes.find(self._stored))}
+        for weight in self._coded.values():
+            for part in weight.parts:
+                self._stored.pop(part, None)
+            self._stored[weight.name] = _Stored("F32", weight.shape, "")
 
     def names(self) -> set[str]:
         return set(self._stored)
@@ -99,10 +129,22 @@ class Checkpoint:
     def is_zero(self, name: str) -> bool:
         return not bool(self._raw(name).any())
 
+    def given(self, name: str) -> GivenCodes | None:
+        """The codes of a weight; None where it is float."""
+        weight = self._coded.get(self._aliases.get(name, name))
+        return None if weight is None else GivenCodes(weight, self._part)
+
     def _raw(self, name: str, index: int | None = None) -> torch.Tensor:
-        stored = self._aliases.get(name, name)
-        with safe_open(self.folder / self._stored[stored].file, framework="pt") as handle:
-            return handle.get_tensor(stored) if index is None else handle.get_slice(stored)[index]
+        if (codes := self.given(name)) is not None:
+            found = codes.decode()
+            whole = found.dequantize() if isinstance(found, Given) else found
+            return whole if index is None else whole[index]
+        return self._part(self._aliases.get(name, name), index)
+
+    def _part(self, name: str, index: int | None = None) -> torch.Tensor:
+        """A tensor of the files, by its name in there."""
+        with safe_open(self.folder / self._files[name], framework="pt") as handle:
+            return handle.get_tensor(name) if index is None else handle.get_slice(name)[index]
 
     def load(self, name: str, index: int | None = None) -> torch.Tensor:
         """A tensor as stored, floating point ones as float32.

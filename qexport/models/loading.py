@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from ..errors import CaptureError, root_cause
 from .checkpoint import Checkpoint
 from .leftovers import check_float_dtype, check_leftovers, refusal, telling
+from .quantized import FLOAT_MODEL
 from .quiet import quiet_transformers
 from .source import ModelFolder
 
@@ -41,6 +42,11 @@ def load_known(folder: ModelFolder, loader: type[Any]) -> Loaded:
     Raises:
         CaptureError: transformers cannot load it, a weight is no float, or a tensor that belongs to one is not read.
     """
+    if folder.codes is not None:
+        raise CaptureError(
+            f"its weights are codes ({folder.codes.described}), which are read of decoders under transformers' names "
+            "alone", place=folder.name, remedy=FLOAT_MODEL,
+        )  # fmt: skip
     checkpoint = Checkpoint(folder.path, folder.stated_weights)  # a damaged file is reported before the slow part
     try:
         with quiet_transformers():

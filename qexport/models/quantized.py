@@ -5,7 +5,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from ..errors import InputError
+from ..errors import CaptureError, InputError
+from .coded import CodedCheckpoint, format_of
 
 FLOAT_MODEL = "Export the float model that it was made from"
 # Where configs say that weights are quantized: keys of config.json and of parts of it, and whole files.
@@ -20,22 +21,37 @@ _NAMES = {
 }  # fmt: skip
 
 
-def check_float(folder: Path, name: str) -> None:
-    """Refuse a model whose configs say that its weights are quantized.
+def codes_of(folder: Path, name: str) -> CodedCheckpoint | None:
+    """How the weights of a model are kept as codes; None where its configs say nothing of codes.
 
     Args:
         name: what the user calls the model.
 
     Raises:
-        InputError: it is quantized; the sentence names the method.
+        InputError: it is quantized by a method, or in a form of one, that is not read; the sentence names it.
     """
     for file, key, section in _sections(folder):
         if what := _method(section, key):
             said, removed = (f"{key} in {file}", f"{key} from {file}") if key else (file, file)
+            try:
+                found = format_of(section)
+            except CaptureError as error:
+                raise InputError(error.message, place=name, remedy=error.remedy or FLOAT_MODEL) from None
+            if found is not None:
+                return found
             raise InputError(
                 f"its weights are quantized already with {what}, as {said} says, and such codes cannot be read",
                 place=name, remedy=f"{FLOAT_MODEL}; if the weights are float after all, remove {removed}",
             )  # fmt: skip
+    return None
+
+
+def without_codes(said: Mapping[str, Any]) -> dict[str, Any]:
+    """A config.json that says nothing of codes."""
+    return {
+        key: without_codes(value) if isinstance(value, Mapping) else value
+        for key, value in said.items() if key not in _KEYS
+    }  # fmt: skip
 
 
 def _sections(folder: Path) -> Iterator[tuple[str, str, Mapping[str, Any]]]:

@@ -12,11 +12,12 @@ from transformers import PretrainedConfig
 from ..artifact.files import read_json
 from ..errors import InputError, QExportError
 from .adapters import check_adapter
+from .coded import CodedCheckpoint
 from .configs import CONFIG, read_config
 from .files import INDEX, INDEX_SUFFIX, STATED, WHOLE, named_by
 from .gguf import convert
 from .preflight import notes_on
-from .quantized import check_float
+from .quantized import codes_of
 from .tokenizers import load_tokenizer
 
 # Of a repository on the Hub, before its weights: configs, tokenizer, and what a card says of its licence.
@@ -28,6 +29,7 @@ class ModelFolder:
     """A model on disk: `path` holds config.json and safetensors; `name` is what the user called it.
 
     notes: what an export goes without, a sentence each.
+    codes: how its weights are kept as codes; None where they are float.
     """
 
     path: Path
@@ -35,6 +37,7 @@ class ModelFolder:
     config: PretrainedConfig
     trust_remote_code: bool = False
     notes: tuple[str, ...] = ()
+    codes: CodedCheckpoint | None = None
 
     def __str__(self) -> str:
         return self.name
@@ -83,10 +86,12 @@ def open_model(
     else:
         path = _download(name)
     check_adapter(path, name)
-    check_float(path, name)
+    codes = codes_of(path, name)
     config = read_config(path, name, trust_remote_code=trust_remote_code)
+    if codes is not None and hasattr(config, "quantization_config"):
+        del config.quantization_config  # the model that is built by it reads float weights
     tokenizer = load_tokenizer(path, trust_remote_code=trust_remote_code)
-    return ModelFolder(path.resolve(), name, config, trust_remote_code, notes_on(path, config, tokenizer))
+    return ModelFolder(path.resolve(), name, config, trust_remote_code, notes_on(path, config, tokenizer), codes)
 
 
 def source_path(model) -> Path | None:

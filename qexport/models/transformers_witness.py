@@ -9,10 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
+from accelerate import init_empty_weights
 from torch import Tensor
 from transformers import AutoModelForCausalLM, Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import EncoderDecoderCache
 
+from .coded import CodedCheckpoint
+from .formula import formula_tensors
 from .tokens import embedding_rows
 from .witness import Absent, Call, Outline, Testimony, first_line
 
@@ -37,10 +40,19 @@ class DecoderWitness:
 
     def testify(self, outline: Outline) -> Testimony:
         with _quiet():
+            if self.folder.codes is not None:
+                return self._by_formula(self.folder.codes, outline)
             if outline.fits:
                 model = _loaded(self.loader, self.folder, source=_gguf(self.folder))
                 return _said(model, self._calls(model, outline), source=_gguf(self.folder))
             return self._of_some_layers(outline)
+
+    def _by_formula(self, codes: CodedCheckpoint, outline: Outline) -> Testimony:
+        """The model with the float weights that the codes stand for by the formula of their method."""
+        if not outline.fits:
+            raise Absent("its weights, which are codes, do not fit into memory as float32")
+        model = _with_tensors(self.loader, self.folder, formula_tensors(self.folder, codes))
+        return _said(model, self._calls(model, outline), note=f" with weights by the formula of {codes.title}")
 
     def _of_some_layers(self, outline: Outline) -> Testimony:
         """The model without the layers between the second and the last one; without that too if it needs the others."""
@@ -225,6 +237,28 @@ def _loaded(
     return model.eval()
 
 
+def _with_tensors(loader: type[Any], folder: "ModelFolder", tensors: Mapping[str, Tensor]) -> PreTrainedModel:
+    """Transformers' model in float32 with these parameters and stored buffers.
+
+    Raises:
+        Absent: transformers cannot build it, or some are missing or of other shapes.
+    """
+    try:
+        with init_empty_weights(include_buffers=False):
+            model = loader.from_config(
+                folder.config, dtype=torch.float32, attn_implementation="eager",
+                trust_remote_code=folder.trust_remote_code,
+            )  # fmt: skip
+        model.load_state_dict(tensors, strict=False, assign=True)
+        model.tie_weights()
+    except Exception as error:  # as in `_loaded`
+        raise Absent(f"transformers cannot load it ({first_line(error)})") from error
+    missing = [name for name, parameter in model.named_parameters() if parameter.is_meta]
+    if missing:
+        raise Absent(f"{len(missing)} of its weights are nowhere, first {missing[0]}")
+    return model.eval()
+
+
 def _without_others(model: type[Any], container: str, kept: Sequence[int]) -> type[Any]:
     """A model class whose other layers are empty, so that nothing is loaded for them."""
 
@@ -310,9 +344,12 @@ def _run(model: PreTrainedModel, **feeds):
 
 def _said(
     model: PreTrainedModel, calls: Sequence[Call], *, kept: tuple[str, ...] | None = None, again: bool = False,
-    source: Path | None = None, tensors: Mapping[str, Tensor] | None = None,
+    source: Path | None = None, tensors: Mapping[str, Tensor] | None = None, note: str = "",
 ) -> Testimony:  # fmt: skip
-    note = " on the weights that were captured, for want of memory" if again else " of the GGUF file" if source else ""
+    if again:
+        note = " on the weights that were captured, for want of memory"
+    elif source:
+        note = " of the GGUF file"
     name = f"transformers {transformers.__version__}, {type(model).__name__}{note}"
     return Testimony(name, calls, kept, (tensors or _tensors(model)).get)
 

@@ -1,11 +1,12 @@
 """What will happen to every linear, decided from shapes alone before a weight is read."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 from torch.fx import Graph
 
-from ..graph.sites import chooses, linears
+from ..graph.sites import Linear, chooses, linears
+from ..models.checkpoint import GivenCodes
 from ..quant.formats import ActivationFormat, Scheme
 
 
@@ -49,6 +50,7 @@ class LinearPlan(Planned):
         scheme: formats of weight and input; None keeps it in float.
         reason: why the scheme differs from what was asked for, or why there is none; empty when as asked.
         bytes: size of weight codes, scales and zero points in the file, or of the float32 weight.
+        given: the codes that the checkpoint holds, and that the scheme keeps; None where they are to be found.
     """
 
     name: str
@@ -57,22 +59,30 @@ class LinearPlan(Planned):
     scheme: Scheme | None
     reason: str = ""
     bytes: int = 0
+    given: GivenCodes | None = field(default=None, repr=False, compare=False)
 
 
-def make_plan(graphs: Sequence[tuple[str, Graph]], scheme_for: Callable[[str], Scheme | None]) -> list[LinearPlan]:
+def make_plan(
+    graphs: Sequence[tuple[str, Graph]],
+    scheme_for: Callable[[str], Scheme | None],
+    given: Mapping[str, GivenCodes] | None = None,
+) -> list[LinearPlan]:
     """Decide for every linear of the blocks.
 
     Args:
         graphs: (block name, graph) in order.
         scheme_for: the scheme asked for by linear name; None for float.
+        given: by weight, codes that are to be kept as they are.
     """
     weights = [linear.weight for _, graph in graphs for linear in linears(graph)]
     plans = []
     for index, (block, graph) in enumerate(graphs, 1):
         shared = {n.target for n in graph.nodes if n.op == "get_attr" and len(n.users) > 1}
         for linear in linears(graph):
-            asked = scheme_for(linear.name)
-            if asked is not None and (weights.count(linear.weight) > 1 or linear.weight in shared):
+            asked, codes = scheme_for(linear.name), (given or {}).get(linear.weight)
+            if codes is not None:
+                plan = _kept(linear, block, codes, weights.count(linear.weight) > 1 or linear.weight in shared)
+            elif asked is not None and (weights.count(linear.weight) > 1 or linear.weight in shared):
                 plan = LinearPlan(linear.name, block, linear.shape, None, "its weight is shared by several linears")
             elif asked is not None and chooses(linear, index == len(graphs)):
                 plan = LinearPlan(linear.name, block, linear.shape, None, "a router: its result picks experts")
@@ -81,6 +91,15 @@ def make_plan(graphs: Sequence[tuple[str, Graph]], scheme_for: Callable[[str], S
                 plan = LinearPlan(linear.name, block, linear.shape, scheme, reason)
             plans.append(replace(plan, bytes=weight_bytes(plan)))
     return plans
+
+
+def _kept(linear: Linear, block: str, codes: GivenCodes, shared: bool) -> LinearPlan:
+    """What becomes of a linear whose codes are given."""
+    weight = codes.weight
+    if shared:
+        why = "its codes become float: the weight is shared by several linears"
+        return LinearPlan(linear.name, block, linear.shape, None, why)
+    return LinearPlan(linear.name, block, linear.shape, weight.scheme, weight.kept, given=codes)
 
 
 def fit(scheme: Scheme | None, in_features: int, whole: bool = False) -> tuple[Scheme | None, str]:

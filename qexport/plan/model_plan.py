@@ -42,8 +42,9 @@ def plan_for(
     """
     heads = output_projections(captured)
     plan = make_plan(
-        [(b.name, b.module.graph) for b in captured.blocks], lambda name: recipe.scheme_for(name, name in heads)
-    )
+        [(b.name, b.module.graph) for b in captured.blocks], lambda name: recipe.scheme_for(name, name in heads),
+        captured.given if recipe.weights.keeps_codes else {},
+    )  # fmt: skip
     names = [name for b in captured.blocks for name in convolutions(b.module.graph)]
     idle = recipe.unmatched_overrides([*(p.name for p in plan), *names])
     if idle:

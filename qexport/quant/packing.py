@@ -1,5 +1,7 @@
 """Codes of few bits in bytes, the way ONNX tensors and ONNX Runtime's kernels keep them."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -88,3 +90,25 @@ def pack_high_first(codes: Tensor) -> Tensor:
     """
     pairs = codes.reshape(-1, 2)
     return (pairs[:, 0] << 4) | pairs[:, 1]
+
+
+def unpack_words(words: Tensor, bits: int) -> Tensor:
+    """The codes in 32-bit words along the last axis, the first in the lowest bits; codes may lie across two words.
+
+    Args:
+        words: int32 [..., n], as many as hold whole codes: a multiple of 3 for 3 bits.
+        bits: 1 to 8.
+    Returns:
+        uint8 [..., n * 32 / bits].
+    """
+    shared = math.gcd(32, bits)
+    period, stride, mask = 32 // shared, bits // shared, (1 << bits) - 1
+    parts = []
+    for place in range(period):
+        word, shift = divmod(place * bits, 32)
+        inside = min(bits, 32 - shift)  # of the code in its first word; shifts keep the sign, so the rest is masked
+        part = (words[..., word::stride] >> shift) & ((1 << inside) - 1)
+        if inside < bits:
+            part |= (words[..., word + 1 :: stride] << inside) & mask
+        parts.append(part.to(torch.uint8))
+    return torch.stack(parts, dim=-1).flatten(-2)

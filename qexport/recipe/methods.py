@@ -57,12 +57,14 @@ class WeightMethod(BlockMethod):
     Attributes:
         kl_left: the share of the KL of rounding to nearest that it is expected to leave; mixed precision prices schemes
             with it until an export has been measured.
+        keeps_codes: weights that are codes in the checkpoint keep these.
     """
 
     kind: ClassVar[str] = "weights"
     stage: ClassVar[Stage] = Stage.ROUND
     shared_key: ClassVar[str] = "weights"
     kl_left: ClassVar[float] = 1.0
+    keeps_codes: ClassVar[bool] = False
 
     @property
     def rounds_tables(self) -> bool:

@@ -24,7 +24,6 @@ from .sections import (
     ActivationSpec,
     CalibrationSpec,
     Override,
-    known_scheme,
     scheme_of_embedding,
     scheme_or_float,
 )
@@ -40,7 +39,7 @@ class Recipe(MethodKeys):
 
     Attributes:
         name, description: for people.
-        scheme: of every linear that no override names, e.g. "w4a16_g32".
+        scheme: of every linear that no override names, e.g. "w4a16_g32", or "float".
         lm_head: scheme of the output projection, or "float".
         embedding: scheme of the token embedding, "float", or "tied": where it is one tensor with the output projection,
             both read the same codes.
@@ -77,12 +76,7 @@ class Recipe(MethodKeys):
             return given
         return given | {"scheme": short[0], short[1].key: short[1]}
 
-    @field_validator("scheme")
-    @classmethod
-    def _known(cls, name: str) -> str:
-        return known_scheme(name)
-
-    @field_validator("lm_head")
+    @field_validator("scheme", "lm_head")
     @classmethod
     def _known_or_float(cls, name: str) -> str:
         return scheme_or_float(name)
@@ -182,6 +176,12 @@ class Recipe(MethodKeys):
         base = cls.load(family)
         description = f"{scheme.name}, everything else as in {family}"
         return base.model_copy(update={"name": scheme.name, "description": description, "scheme": scheme.name})
+
+    @classmethod
+    def keeping_codes(cls) -> Self:
+        """The preset that keeps the codes of a checkpoint that is quantized already, and leaves the rest in float."""
+        name = next(m.method for m in methods() if issubclass(m, WeightMethod) and m.keeps_codes)
+        return cls.load(name)
 
     def to_yaml(self) -> str:
         """The whole recipe, defaults of what it uses included, as YAML that `load` reads back to an equal recipe."""

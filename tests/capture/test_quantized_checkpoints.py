@@ -1,4 +1,4 @@
-"""Checkpoints that somebody else quantized are refused by what their configs say, and by what lies beside a weight."""
+"""Checkpoints that somebody else quantized: read or refused by what configs say, and by what lies beside a weight."""
 
 import json
 import shutil
@@ -11,7 +11,7 @@ from helpers.random_decoders import save_model
 from helpers.random_modules import save_encoder
 from qexport.api.stages.capturing import capture_model
 from qexport.errors import CaptureError, InputError
-from qexport.models.quantized import check_float
+from qexport.models.quantized import codes_of
 from qexport.models.source import open_model
 
 CONFIGS = {  # what a config says, and what the sentence names
@@ -22,8 +22,6 @@ CONFIGS = {  # what a config says, and what the sentence names
     ),
     "bnb": ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "bitsandbytes, 4 bits"),
     "bnb without a method": ({"load_in_8bit": True}, "bitsandbytes, 8 bits"),
-    "gptq": ({"quant_method": "gptq", "bits": 4}, r"GPTQ \(4 bits\)"),
-    "awq": ({"quant_method": "awq", "bits": 4, "version": "gemm"}, r"AWQ \(4 bits\)"),
     "modelopt": ({"quant_method": "modelopt", "quant_algo": "NVFP4"}, r"ModelOpt \(NVFP4\)"),
     "mxfp4": ({"quant_method": "mxfp4"}, "MXFP4"),
     "bitnet": ({"quant_method": "bitnet"}, "BitNet"),
@@ -47,22 +45,44 @@ def test_the_method_is_named(tmp_path, form):
 
 @pytest.mark.parametrize(("files", "named"), [
     ({"config": {"quantization": {"group_size": 64, "bits": 4}}}, r"MLX \(4 bits\), as quantization in config.json"),
-    ({"config": {"text_config": {"quantization_config": {"quant_method": "awq"}}}}, "AWQ, as text_config.quanti"),
+    ({"config": {"text_config": {"quantization_config": {"quant_method": "hqq"}}}}, "HQQ, as text_config.quanti"),
     ({"config": {"compression_config": {"config_groups": {}}}}, "compressed-tensors, as compression_config in"),
     ({"hf_quant_config": {"quantization": {"quant_algo": "FP8"}}}, r"ModelOpt \(FP8\), as hf_quant_config.json says"),
-    ({"quantize_config": {"bits": 4, "desc_act": True}}, r"GPTQ \(4 bits\), as quantize_config.json says"),
-    ({"quant_config": {"w_bit": 4, "q_group_size": 128}}, r"AWQ \(4 bits\), as quant_config.json says"),
-], ids=["mlx", "part", "compression", "modelopt", "gptq", "awq"])  # fmt: skip
+], ids=["mlx", "part", "compression", "modelopt"])  # fmt: skip
 def test_other_places_where_it_is_said(tmp_path, files, named):
     with pytest.raises(InputError, match=named):
-        check_float(say(tmp_path, **files), "model")
+        codes_of(say(tmp_path, **files), "model")
+
+
+@pytest.mark.parametrize(("files", "described"), [
+    ({"config": {"quantization_config": {"quant_method": "gptq", "bits": 4}}},
+     "GPTQ, 4 bits with one scale per output feature"),
+    ({"quantize_config": {"bits": 4, "group_size": 128, "desc_act": True}}, "GPTQ, 4 bits in groups of 128, act-order"),
+    ({"config": {"text_config": {"quantization_config": {"quant_method": "awq", "group_size": 64}}}},
+     "AWQ, 4 bits in groups of 64"),
+    ({"quant_config": {"w_bit": 4, "q_group_size": 128}}, "AWQ, 4 bits in groups of 128"),
+], ids=["gptq", "gptq's file", "part", "awq's file"])  # fmt: skip
+def test_methods_that_are_read(tmp_path, files, described):
+    assert codes_of(say(tmp_path, **files), "model").described == described
+
+
+@pytest.mark.parametrize(("said", "named"), [
+    ({"quant_method": "gptq", "bits": 4, "checkpoint_format": "marlin"}, "the layout marlin of one GPU kernel"),
+    ({"quant_method": "gptq", "bits": 5}, "GPTQ with 5 bits"),
+    ({"quant_method": "gptq", "bits": 4, "pack_dtype": "int64"}, "packed in int64"),
+    ({"quant_method": "awq", "bits": 4, "version": "gemv"}, "in the layout gemv"),
+], ids=["marlin", "bits", "words", "gemv"])  # fmt: skip
+def test_forms_that_are_not_read(tmp_path, said, named):
+    with pytest.raises(InputError, match=named):
+        codes_of(say(tmp_path, config={"quantization_config": said}), "model")
 
 
 @pytest.mark.parametrize("said", [
     None, {}, {"quant_method": "bitsandbytes", "load_in_8bit": False, "load_in_4bit": False}
 ], ids=["null", "empty", "neither"])  # fmt: skip
 def test_configs_of_float_models(tmp_path, said):
-    check_float(say(tmp_path, config={"quantization_config": said, "text_config": {"quantization": said}}), "model")
+    folder = say(tmp_path, config={"quantization_config": said, "text_config": {"quantization": said}})
+    assert codes_of(folder, "model") is None
 
 
 def float8(w, scale):

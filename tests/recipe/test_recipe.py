@@ -18,6 +18,7 @@ from qexport.recipe.registry import section
 
 FIELDS = list(Recipe.model_fields)
 PRESETS = {
+    "as_stored": ("float", "as_stored", None),
     "w4a16_g32": ("w4a16_g32", "gptq", None),
     "w4a16_g32_rtn": ("w4a16_g32", "rtn", None),
     "w4a16_g32_int8_prompts": ("w4a16_g32", "gptq", "smoothquant"),
@@ -230,7 +231,7 @@ def test_a_recipe_does_not_change():
         ("scheme: w4a16_g32\noverrides:\n- match: x\n", 3, r"overrides\.0\.scheme: this key is missing"),
         ("scheme: w4a16_g32\noverrides:\n- match: x\n  scheme: w3\n", 4, r"overrides\.0\.scheme: unknown scheme 'w3'"),
         ("\n\nscheme: w4a16_g33\n", 3, r"scheme: .*groups of 33\. Use 16, 32"),
-        ("scheme: float\n", 1, "scheme: unknown scheme 'float'"),
+        ("scheme: flaot\n", 1, "scheme: unknown scheme 'flaot'"),
         ("scheme: 4\n", 1, "scheme: input should be a valid string, not 4"),
         ("scheme: w4a16_g32\nweights: {method: gptq, damp: 0}\n", 2, r"weights\.damp: .*greater than 0"),
         ("scheme: w4a16_g32\nweights: {method: gptq, damp: .nan}\n", 2, r"weights\.damp: .*not nan"),
@@ -286,7 +287,7 @@ def test_unreadable_files(tmp_path):
         ("w4a16_g32_rnt", r"unknown scheme 'w4a16_g32_rnt'\. Did you mean w4a16_g32_rtn\?"),
         ("w4a16_g8", "groups of 8"),
         ("w5a16", "5-bit weights"),
-        ("4bit-please", "there is no preset, scheme or file '4bit-please'. Presets are compact, crossquant_w4a4, "),
+        ("4bit-please", "there is no preset, scheme or file '4bit-please'. Presets are as_stored, compact, "),
     ],
 )
 def test_unknown_names(name, message):

@@ -13,7 +13,7 @@ from ...lower.sizes import by_part
 from ...passes.moe_coverage import CountChoices
 from ...report import read_export, write_card
 from ...runtime.first_run import run_once
-from ..describing import manifest_of, published, report_of
+from ..describing import described_codes, manifest_of, published, report_of
 from ..folder import write_companions
 from ..result import ExportResult
 from .lowering import Lowering
@@ -62,6 +62,7 @@ def package(made: Lowering, work: WorkFolder) -> ExportResult:
         embeddings=made.decisions.embeddings, convolutions=made.decisions.convolutions,
         dense={name: why for block in made.lowered.graphs for name, why in block.dense.items()}, rarely_chosen=rarely,
         unseen=unseen, warnings=warnings, kept=work.kept, reference=made.agreement,
+        codes=described_codes(captured, made.decisions),
     )  # fmt: skip
 
 

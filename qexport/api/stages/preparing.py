@@ -15,6 +15,7 @@ from ...capture.dynamic import DynamicShapes
 from ...capture.graph import CapturedModel
 from ...capture.module import Inputs
 from ...errors import InputError
+from ...models.coded import CodedCheckpoint
 from ...models.source import ModelFolder, open_model
 from ...recipe.recipe import Recipe
 from ...targets.base import Target, target_for
@@ -52,17 +53,20 @@ class Request:
     def of(
         cls,
         model: Model,
-        recipe: str | os.PathLike[str] | Recipe,
+        recipe: str | os.PathLike[str] | Recipe | None,
         options: Options,
         calibration: Any = None,
         example_inputs: Inputs | None = None,
         dynamic_shapes: DynamicShapes | None = None,
     ) -> "Request":
-        """Find the recipe and the target by their names.
+        """Find the recipe and the target by their names; without a recipe the model says which it is.
 
         Raises:
             QExportError: there is no such recipe or target, or they do not go together.
         """
+        if recipe is None:
+            model = opened(model, trust_remote_code=options.trust_remote_code)
+            recipe = default_recipe(model)
         found = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
         if options.seed is not None:
             found = found.with_calibration(seed=options.seed)
@@ -137,6 +141,7 @@ def prepare(request: Request) -> Preparation:
     """
     recipe, data = recipe_and_data(request.recipe, request.calibration)
     source = opened(request.model, trust_remote_code=request.options.trust_remote_code)
+    _check_codes(source, recipe, request.options.requantize)
     asked = request.calibration is not None
     if not isinstance(source, torch.nn.Module):
         for name in ("example_inputs", "dynamic_shapes"):
@@ -149,6 +154,35 @@ def prepare(request: Request) -> Preparation:
     if isinstance(source, ModelFolder) and not prepared.in_two_parts:
         check_calibration(source, recipe, data, asked)
     return prepared
+
+
+def default_recipe(source: Source) -> Recipe:
+    """The recipe that is meant without one: of a model that is quantized already, what keeps its codes."""
+    return Recipe.load("w4a16_g32") if _codes_of(source) is None else Recipe.keeping_codes()
+
+
+def _codes_of(source: Source) -> CodedCheckpoint | None:
+    """How the weights of a model are kept as codes; None where they are float."""
+    folder = source.folder if isinstance(source, CapturedModel) else source
+    return folder.codes if isinstance(folder, ModelFolder) else None
+
+
+def _check_codes(source: Source, recipe: Recipe, requantize: bool) -> None:
+    """Codes are kept or given up where the user says so, never by accident.
+
+    Raises:
+        InputError: the recipe would give them up, or there are none to give up.
+    """
+    codes = _codes_of(source)
+    if codes is None and requantize:
+        raise InputError("its weights are float", place="requantize", remedy="Pass the recipe without it")
+    if codes is not None and not requantize and not recipe.weights.keeps_codes:
+        raise InputError(
+            f"its weights are codes already ({codes.described}), which {recipe.name} would replace", place=str(source),
+            remedy=f"Leave out the recipe to keep them, or requantize with {recipe.name}, which goes through float",
+        )  # fmt: skip
+    if codes is not None and requantize and recipe.weights.keeps_codes:
+        raise InputError(f"{recipe.name} keeps the codes of a checkpoint", place="requantize", remedy="Leave it out")
 
 
 def opened(model: Model, *, trust_remote_code: bool = False) -> Source:

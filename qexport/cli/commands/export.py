@@ -19,10 +19,12 @@ from ..options import (
     Json,
     Model,
     Remote,
+    Requantize,
     Seed,
     Target,
     imported,
 )
+from ..recipes import named_recipe, with_recipe
 
 
 @command(MAKE)
@@ -32,9 +34,11 @@ def export(
     recipe: Annotated[
         str | None,
         typer.Option(
-            "--recipe", "-r", help="Preset, scheme, or YAML file; w4a16_g32 if not given, and compact with --auto."
+            "--recipe", "-r", help="Preset, scheme, or YAML file; w4a16_g32 if not given, compact with --auto, and "
+            "as_stored for a model that is quantized already."
         ),
     ] = None,
+    requantize: Requantize = None,
     target: Target = "cpu",
     dtype: Dtype = None,
     attention: Attention = "grouped",
@@ -63,12 +67,13 @@ def export(
     from .. import console
 
     auto = auto or max_bytes is not None or max_kl is not None
-    chosen = qexport.Recipe.load(recipe or ("compact" if auto else "w4a16_g32"))
-    chosen = chosen.with_calibration(samples=samples, sequence_length=sequence_length, seed=seed)
+    named = named_recipe(recipe or ("compact" if auto and requantize is None else None), requantize)
     console.quiet_libraries()
     from ..printers.export import auto_summary, export_summary, print_auto, print_export
 
     imported()
+    source, chosen = with_recipe(model, named, trust_remote_code)
+    chosen = chosen.with_calibration(samples=samples, sequence_length=sequence_length, seed=seed)
     if auto:
         if resume or logits != "all":
             raise InputError("--auto measures what it exports: it takes neither --resume nor --logits last")
@@ -77,7 +82,7 @@ def export(
             found = qexport.export_auto(
                 model, chosen, out_dir=out, max_bytes=most, max_kl=max_kl, target=target, dtype=dtype,
                 calibration=calibration, text=text, overwrite=overwrite, attention=attention, provider=provider,
-                trust_remote_code=trust_remote_code, progress=progress,
+                requantize=requantize is not None, trust_remote_code=trust_remote_code, progress=progress,
             )  # fmt: skip
         if as_json:
             console.print_json(auto_summary(found))
@@ -86,8 +91,9 @@ def export(
         return
     with console.showing_progress() as progress:
         result = qexport.export(
-            model, chosen, out_dir=out, target=target, dtype=dtype, calibration=calibration, overwrite=overwrite,
-            resume=resume, logits=logits, trust_remote_code=trust_remote_code, attention=attention, progress=progress,
+            source, chosen, out_dir=out, target=target, dtype=dtype, calibration=calibration, overwrite=overwrite,
+            resume=resume, logits=logits, requantize=requantize is not None, trust_remote_code=trust_remote_code,
+            attention=attention, progress=progress,
         )  # fmt: skip
     if as_json:
         console.print_json(export_summary(result))

@@ -15,18 +15,26 @@ from ..options import (
     Dtype,
     Json,
     Model,
-    RecipeName,
     Remote,
+    Requantize,
     Seed,
     Target,
     imported,
 )
+from ..recipes import named_recipe, with_recipe
 
 
 @command(MAKE)
 def inspect(
     model: Model,
-    recipe: RecipeName = "w4a16_g32",
+    recipe: Annotated[
+        str | None,
+        typer.Option(
+            "--recipe", "-r", help="Preset, scheme, or YAML file; w4a16_g32 if not given, and as_stored for a model "
+            "that is quantized already."
+        ),
+    ] = None,
+    requantize: Requantize = None,
     target: Target = "cpu",
     dtype: Dtype = None,
     attention: Attention = "grouped",
@@ -47,16 +55,18 @@ def inspect(
     from .. import console
 
     given = {"samples": samples, "sequence_length": sequence_length, "seed": seed}
-    chosen = qexport.Recipe.load(recipe).with_calibration(**given)
+    named = named_recipe(recipe, requantize)
     console.quiet_libraries()
     from ..printers.inspect import print_inspection
 
     imported()
+    source, chosen = with_recipe(model, named, trust_remote_code)
+    chosen = chosen.with_calibration(**given)
     with console.showing_progress() as progress:
         found = qexport.inspect(
-            model, chosen, target=target, dtype=dtype, attention=attention, trust_remote_code=trust_remote_code,
-            calibrate=calibrate or any(v is not None for v in given.values()), calibration=calibration,
-            progress=progress,
+            source, chosen, target=target, dtype=dtype, attention=attention, requantize=requantize is not None,
+            trust_remote_code=trust_remote_code, calibrate=calibrate or any(v is not None for v in given.values()),
+            calibration=calibration, progress=progress,
         )  # fmt: skip
     if as_json:
         console.print_json(found.as_dict())

@@ -23,6 +23,7 @@ def export_summary(result: ExportResult) -> dict[str, Any]:
         "target": result.manifest.target,
         "bytes": dict(result.manifest.bytes),
         "calibration": result.calibration,
+        "codes": result.codes,
         "reference": asdict(result.reference),
         "seconds": dict(result.seconds),
         "quantized_linears": len(result.manifest.linears),
@@ -83,6 +84,8 @@ def print_export(result: ExportResult) -> None:
     for embedding in result.embeddings:
         print(f"  {described(embedding)}")
     print(f"  reference: {result.reference.sentence()}")
+    if result.codes:
+        print(f"  codes: {result.codes}; each was compared with the formula of its method")
     print(f"  calibration: {result.calibration}")
     print(f"  seconds: {', '.join(f'{stage} {seconds:.1f}' for stage, seconds in result.seconds.items())}")
     _print_exceptions([*result.plan, *result.convolutions])

@@ -22,6 +22,8 @@ def print_inspection(found: Inspection, all_layers: bool) -> None:
         else compressed(found.linears, found.activations, found.slow)
     )
     print(f"{found.model}: {found.recipe} for {found.target}\n")
+    if found.codes:
+        print(f"{found.codes[0].upper()}{found.codes[1:]}\n")
     columns = ["linear", "how many", "out x in", "scheme", "input", "bytes each", "why"]
     rows = [
         [

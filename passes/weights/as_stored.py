@@ -1,0 +1,131 @@
+"""The codes that a checkpoint holds: nothing is rounded, and every weight is compared with its method's own formula."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from ...errors import PassError, within
+from ...graph.edit import add_tensor, call, finish, get_tensor
+from ...graph.meta import Meta
+from ...graph.sites import Linear, linears
+from ...models.checkpoint import GivenCodes
+from ...models.coded import Given, Order
+from ...plan.linear_plan import LinearPlan
+from ...recipe.methods import BlockMethod, CacheMethod, ModelMethod, WeightMethod
+from ...recipe.registry import method
+from ..base import Context, GraphPass, PassResult, SiteRecord
+from ..insert_qdq import insert_weight
+
+if TYPE_CHECKING:
+    from ...recipe.recipe import Recipe
+
+aten = torch.ops.aten
+# A code times its scale in float32 is within half a rounding of the formula in float64; formulas that compute scales
+# in float32 round some three times more.
+_ROUNDED, _TINY = 4 * torch.finfo(torch.float32).eps, torch.finfo(torch.float32).tiny
+
+
+@method("weights", "as_stored")
+class AsStoredSection(WeightMethod):
+    """Keep the codes of a checkpoint that is quantized already; what is float there is rounded to nearest, or stays."""
+
+    keeps_codes: ClassVar[bool] = True
+
+    def check(self, recipe: "Recipe") -> None:
+        other = next(
+            (m for m in recipe.methods if isinstance(m, (ModelMethod, BlockMethod)) and not _goes_with(m)), None
+        )
+        if other is not None:
+            raise ValueError(f"{other.key} changes weights, whose codes are kept", f"Remove {other.key}")
+
+    def passes(self, plan: Mapping[str, LinearPlan]) -> list[GraphPass]:
+        return [KeepCodes(plan)]
+
+
+def _goes_with(other: Any) -> bool:
+    return isinstance(other, (WeightMethod, CacheMethod))
+
+
+@dataclass(frozen=True)
+class KeepCodes(GraphPass):
+    """The codes of the checkpoint for every linear that has some; the nearest ones for others with a scheme.
+
+    Attributes:
+        plan: by linear name.
+    """
+
+    plan: Mapping[str, LinearPlan]
+    preserves_values: ClassVar[bool] = True
+
+    def call(self, module: GraphModule, context: Context) -> PassResult:
+        result, reordered = PassResult(), _Reordered(module)
+        for linear in linears(module.graph):
+            decided = self.plan.get(linear.name)
+            if decided is None or (decided.scheme is None and decided.given is None):
+                result.skipped.append(SiteRecord(linear.name, "not in the plan" if decided is None else decided.reason))
+                continue
+            with within(linear.name):
+                if decided.given is None:
+                    insert_weight(module, linear, decided.chosen.weight.round_to_nearest(_weight(module, linear)))
+                    what = f"{decided.chosen.name}, rounded to nearest: it is float in the checkpoint"
+                    result.changed.append(SiteRecord(linear.name, what))
+                    continue
+                found = proved(decided.given)
+            if isinstance(found, Tensor):
+                result.skipped.append(SiteRecord(linear.name, decided.reason))
+                continue
+            if found.order is not None:
+                linear = reordered.read_by(linear, found.order)
+            insert_weight(module, linear, found.weight)
+            result.changed.append(SiteRecord(linear.name, f"{decided.chosen.name}, {decided.reason}"))
+        finish(module)
+        return result
+
+
+def proved(codes: GivenCodes) -> Given | Tensor:
+    """The codes of a weight, once they stand for what its method's formula makes of the stored tensors.
+
+    Raises:
+        PassError: they do not.
+    """
+    found = codes.decode()
+    values, formula = found.dequantize() if isinstance(found, Given) else found, codes.formula()
+    off = (values.double() - formula).abs() > _ROUNDED * formula.abs() + _TINY
+    if bool(off.any()):
+        row, column = (int(place) for place in off.nonzero()[0])
+        raise PassError(
+            f"{int(off.sum())} of {off.numel()} weights differ from the formula of their method, first "
+            f"{float(values[row, column]):.9g} instead of {float(formula[row, column]):.9g} at {row}, {column}",
+            remedy="One of the two readings is wrong: please report it with the model's name",
+        )  # fmt: skip
+    return found
+
+
+def _weight(module: GraphModule, linear: Linear) -> Tensor:
+    return get_tensor(module, linear.weight)
+
+
+class _Reordered:
+    """Inputs in the order of the codes that read them: one for all linears of one value and one order."""
+
+    def __init__(self, module: GraphModule):
+        self._module = module
+        self._made: list[tuple[Node, Order, Node]] = []
+
+    def read_by(self, linear: Linear, order: Order) -> Linear:
+        """The same linear, reading its input in this order."""
+        value, graph = linear.input, self._module.graph
+        same = (n for v, o, n in self._made if v is value and torch.equal(o.features, order.features))
+        node = next(same, None)
+        if node is None:
+            with graph.inserting_before(linear.node):
+                features = add_tensor(graph, f"{linear.name}.input_order", order.features)
+                node = call(graph, aten.index_select.default, (value, -1, features), like=value)
+            node.meta[Meta.REORDERED] = True
+            self._made.append((value, order, node))
+        linear.node.replace_input_with(value, node)
+        return linear

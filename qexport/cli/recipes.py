@@ -1,0 +1,35 @@
+"""Which recipe a command line means."""
+
+from typing import TYPE_CHECKING
+
+import qexport
+
+from ..errors import InputError
+
+if TYPE_CHECKING:
+    from ..api.stages.preparing import Model
+
+
+def named_recipe(recipe: str | None, requantize: str | None) -> "qexport.Recipe | None":
+    """The recipe that an option names; None where neither does.
+
+    Raises:
+        InputError: both do.
+        RecipeError: there is no such recipe.
+    """
+    if recipe is not None and requantize is not None:
+        raise InputError("--requantize names a recipe, as --recipe does", remedy="Give one of them")
+    name = recipe or requantize
+    return None if name is None else qexport.Recipe.load(name)
+
+
+def with_recipe(
+    model: str, named: "qexport.Recipe | None", trust_remote_code: bool
+) -> "tuple[Model, qexport.Recipe]":
+    """The model, opened where that is needed to know what recipe is meant, and the recipe."""
+    if named is not None:
+        return model, named
+    from ..api.stages.preparing import default_recipe, opened
+
+    source = opened(model, trust_remote_code=trust_remote_code)
+    return source, default_recipe(source)

@@ -1,0 +1,181 @@
+"""What a format of checkpoints of codes is, and the registry through which it is found.
+
+A format is one class in one file: it recognizes what a config says, finds the weights that are codes by the names and
+shapes of tensors alone, and reads each of them in two ways. `decode` gives the codes as this package keeps them.
+`formula` computes the float weight as the method's own library publishes it, from the packed tensors, in float64, and
+shares nothing with `decode`: an export compares the two.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, ClassVar, Self, TypeVar
+
+import torch
+from torch import Tensor
+
+from ...errors import CaptureError
+from ...plugins import import_plugins
+from ...quant.formats import QuantizedWeight, Scheme
+
+Section = Mapping[str, Any]  # what a config says of how weights were quantized
+Read = Callable[[str], Tensor]  # a tensor of the checkpoint as it is stored, by name
+
+REQUANTIZE = "Export it with --requantize RECIPE, which goes through float, or export the float model it was made from"
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a file says of a tensor before it is read: its dtype, as safetensors calls it, and its shape."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Order:
+    """In which order codes take the input features.
+
+    Attributes:
+        features: int64 [K]: column j of the codes is of input feature features[j].
+    """
+
+    features: Tensor
+
+    def undo(self, columns: Tensor) -> Tensor:
+        """Columns [N, K] in the order of the input features."""
+        out = torch.empty_like(columns)
+        out[:, self.features] = columns
+        return out
+
+
+@dataclass(frozen=True, eq=False)
+class Given:
+    """The codes of a weight.
+
+    Attributes:
+        weight: codes, scales and zero points.
+        order: of their columns; None where it is that of the input features.
+    """
+
+    weight: QuantizedWeight
+    order: Order | None = None
+
+    def dequantize(self) -> Tensor:
+        """The float32 weight [N, K], its columns in the order of the input features."""
+        values = self.weight.dequantize()
+        return values if self.order is None else self.order.undo(values)
+
+
+@dataclass(frozen=True)
+class CodedWeight(ABC):
+    """A weight that is stored as codes, told from names and shapes.
+
+    Attributes:
+        name: of the float tensor that it stands for, such as "model.layers.0.mlp.up_proj.weight".
+        shape: of that tensor, (out_features, in_features).
+        parts: names of the tensors that hold it; no other reads them.
+        scheme: what keeps the codes as they are; None where nothing does, and the weight becomes float.
+        kept: how, in words: "as stored", or what is different; where it becomes float, why.
+        scale_dtype: of its scales in the checkpoint, as safetensors calls it.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    parts: tuple[str, ...]
+    scheme: Scheme | None
+    kept: str
+    scale_dtype: str
+
+    @abstractmethod
+    def decode(self, read: Read) -> Given | Tensor:
+        """The codes in the format of the scheme; without a scheme the float32 weight [N, K].
+
+        Raises:
+            CaptureError: the tensors contradict what the config says of them.
+        """
+
+    @abstractmethod
+    def formula(self, read: Read) -> Tensor:
+        """The weight [N, K] as the method's own library publishes it, float64."""
+
+
+class CodedCheckpoint(ABC):
+    """How one method keeps weights in a checkpoint. Subclasses are frozen dataclasses of what a config says.
+
+    Attributes:
+        title: what people call it.
+    """
+
+    title: ClassVar[str]
+
+    @classmethod
+    @abstractmethod
+    def match(cls, said: Section) -> Self | None:
+        """The format of a config; None where the config speaks of another method.
+
+        Raises:
+            CaptureError: it is this method, in a form that is not read; says which.
+        """
+
+    @property
+    @abstractmethod
+    def described(self) -> str:
+        """The method with its sizes, such as "GPTQ, 4 bits in groups of 128"."""
+
+    @abstractmethod
+    def find(self, tensors: Mapping[str, Header]) -> list[CodedWeight]:
+        """The weights that are codes.
+
+        Raises:
+            CaptureError: a tensor has a shape that the config contradicts.
+        """
+
+
+ENTRY_POINTS = "qexport.checkpoints"  # packages that bring formats name their modules under this group
+
+_C = TypeVar("_C", bound=type[CodedCheckpoint])
+_FORMATS: list[type[CodedCheckpoint]] = []
+
+
+def coded_checkpoint(cls: _C) -> _C:
+    """Register a format."""
+    _FORMATS.append(cls)
+    return cls
+
+
+def format_of(said: Section) -> CodedCheckpoint | None:
+    """The format that a config speaks of; None where no format reads it.
+
+    Raises:
+        CaptureError: see `CodedCheckpoint.match`.
+    """
+    _import_others()
+    return next((found for cls in _FORMATS if (found := cls.match(said)) is not None), None)
+
+
+@cache
+def _import_others() -> None:
+    import_plugins(ENTRY_POINTS, "formats of checkpoints")
+
+
+def siblings(tensors: Mapping[str, Header], ending: str) -> Iterable[tuple[str, str]]:
+    """(path of the module, name of the tensor) of every tensor of this ending, such as ".qweight"."""
+    return ((name.removesuffix(ending), name) for name in sorted(tensors) if name.endswith(ending))
+
+
+def expect(tensors: Mapping[str, Header], name: str, shape: tuple[int, ...]) -> str:
+    """The name of a tensor that has to be there in this shape.
+
+    Raises:
+        CaptureError: it is not.
+    """
+    if name not in tensors:
+        raise CaptureError("is not in the checkpoint, beside the other parts of a quantized weight", place=name)
+    if tensors[name].shape != shape:
+        raise CaptureError(
+            f"has shape {list(tensors[name].shape)}, and by the config and the tensors beside it {list(shape)}",
+            place=name, remedy="The config does not belong to these weights",
+        )  # fmt: skip
+    return name

@@ -1,0 +1,36 @@
+"""The tensors of a checkpoint of codes as its method's library computes them: a reading apart from the export's."""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from safetensors.torch import load_file
+from torch import Tensor
+
+from .coded import CodedCheckpoint, Header
+from .files import weight_files
+
+if TYPE_CHECKING:
+    from .source import ModelFolder
+
+_NAMES = {"torch.int32": "I32", "torch.float8_e4m3fn": "F8_E4M3", "torch.int8": "I8", "torch.uint8": "U8"}
+
+
+def formula_tensors(folder: "ModelFolder", codes: CodedCheckpoint) -> dict[str, Tensor]:
+    """All tensors by the names that a float checkpoint has, float32; those of codes by `CodedWeight.formula`.
+
+    The whole checkpoint is in memory.
+    """
+    stored: dict[str, Tensor] = {}
+    for file in weight_files(folder.path, folder.stated_weights).read:
+        stored |= load_file(folder.path / file)
+    made = {}
+    for weight in codes.find(_headers(stored)):
+        made[weight.name] = weight.formula(stored.__getitem__).float()
+        for part in weight.parts:
+            if part != weight.name:
+                del stored[part]
+    return {name: t.float() if t.is_floating_point() else t for name, t in stored.items()} | made
+
+
+def _headers(stored: Mapping[str, Tensor]) -> dict[str, Header]:
+    return {name: Header(_NAMES.get(str(t.dtype), "F32"), tuple(t.shape)) for name, t in stored.items()}

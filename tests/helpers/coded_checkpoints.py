@@ -1,0 +1,95 @@
+"""Checkpoints of codes, packed one code at a time: slow, and apart from what reads them."""
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+Parts = dict[str, Tensor]  # tensors of a linear by what follows its name, such as ".qweight"
+AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
+
+
+def random_codes(
+    shape: tuple[int, int], bits: int, group: int, *, symmetric: bool = True, seed: int = 0, act_order: bool = False
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Codes [N, K], scales float16 [N, G], zero points [N, G] and the group of each input feature [K]."""
+    n, k = shape
+    random = torch.Generator().manual_seed(seed)
+    groups = math.ceil(k / group)
+    codes = torch.randint(0, 1 << bits, (n, k), generator=random)
+    scales = ((0.5 + torch.rand(n, groups, generator=random)) / k**0.5 / (1 << bits - 1)).half()
+    middle = torch.full((n, groups), 1 << bits - 1)
+    zeros = middle if symmetric else torch.randint(1, (1 << bits) - 1, (n, groups), generator=random)
+    group_of = torch.arange(k) // group
+    return codes, scales, zeros, group_of[torch.randperm(k, generator=random)] if act_order else group_of
+
+
+def packed(codes: Tensor, bits: int) -> Tensor:
+    """Rows of codes as int32 words: bit i of code j is bit j * bits + i of the row."""
+    rows, count = codes.shape
+    words = torch.zeros(rows, count * bits // 32, dtype=torch.int64)
+    for row in range(rows):
+        stream = sum(int(code) << (place * bits) for place, code in enumerate(codes[row].tolist()))
+        for word in range(words.shape[1]):
+            words[row, word] = (stream >> (32 * word)) & 0xFFFFFFFF
+    return torch.where(words >= 2**31, words - 2**32, words).to(torch.int32)
+
+
+def gptq(codes: Tensor, scales: Tensor, zeros: Tensor, group_of: Tensor, bits: int, *, version: int = 1) -> Parts:
+    stored = zeros - 1 if version == 1 else zeros
+    return {
+        ".qweight": packed(codes, bits).t().contiguous(),
+        ".qzeros": packed(stored.t(), bits), ".scales": scales.t().contiguous(), ".g_idx": group_of.int(),
+    }  # fmt: skip
+
+
+def awq(codes: Tensor, scales: Tensor, zeros: Tensor) -> Parts:
+    def shuffled(rows: Tensor) -> Tensor:  # [rows, N]
+        return rows.reshape(len(rows), -1, 8)[:, :, list(AWQ_ORDER)].reshape(rows.shape)
+
+    return {
+        ".qweight": packed(shuffled(codes.t()), 4), ".qzeros": packed(shuffled(zeros.t()), 4),
+        ".scales": scales.t().contiguous(),
+    }  # fmt: skip
+
+
+def coded(folder: Path, encode: Callable[[str, tuple[int, int]], tuple[Parts, Tensor] | None], said: dict) -> Path:
+    """Give a float checkpoint codes, in place, and its config what it says of them.
+
+    Args:
+        encode: from the name of a linear and the shape of its weight to the tensors that take its place, and the float
+            weight that they stand for; None keeps it.
+        said: the quantization_config.
+
+    Returns:
+        A folder beside it with the float weights: what the codes stand for.
+    """
+    tensors = load_file(folder / "model.safetensors")
+    config = json.loads((folder / "config.json").read_text())
+    plain = dict(tensors)
+    for name in [n for n in tensors if n.endswith("proj.weight") or n.endswith("lm_head.weight")]:
+        path = name.removesuffix(".weight")
+        if (made := encode(path, tuple(tensors[name].shape))) is None:
+            continue
+        del tensors[name]
+        tensors |= {path + end: part for end, part in made[0].items()}
+        plain[name] = made[1].float().contiguous()
+    _save(folder, tensors, config | {"quantization_config": said})
+    twin = folder.with_name(f"{folder.name}_float")
+    twin.mkdir()
+    _save(twin, plain, config)
+    return twin
+
+
+def _save(folder: Path, tensors: Parts, config: dict) -> None:
+    save_file({n: t.contiguous() for n, t in tensors.items()}, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def dequantized(codes: Tensor, scales: Tensor, zeros: Tensor, group_of: Tensor) -> Tensor:
+    """(code - zero point) * scale of the group of each input feature, float64."""
+    return (codes - zeros[:, group_of]).double() * scales.double()[:, group_of]

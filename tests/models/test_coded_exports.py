@@ -1,0 +1,180 @@
+"""Models that are quantized already keep their codes: in the file they are those of the checkpoint, and its logits are
+those of the weights that they stand for."""
+
+import json
+import shutil
+
+import onnx
+import pytest
+import torch
+from onnx import numpy_helper
+
+import qexport
+from helpers import coded_checkpoints as packers
+from helpers.random_decoders import save_model
+from helpers.tokenizer_files import write_word_tokenizer
+from qexport.errors import InputError
+from qexport.recipe.recipe import Recipe
+
+EXACT = Recipe.load("as_stored").model_copy(update={"accuracy_level": 1})
+GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 32, "sym": True, "desc_act": False}
+AWQ = {"quant_method": "awq", "bits": 4, "group_size": 32, "zero_point": True, "version": "gemm"}
+
+
+class Encoder:
+    """Encodes every linear but one at random, and remembers what it made by the linear's name.
+
+    Args:
+        pack: from codes, scales, zero points and groups to tensors.
+        options: of `random_codes`.
+    """
+
+    def __init__(self, pack, bits=4, group=32, **options):
+        self.pack, self.bits, self.group, self.options = pack, bits, group, options
+        self.made = {}
+
+    def __call__(self, path, shape):
+        if path.endswith("layers.1.self_attn.o_proj"):
+            return None
+        seed = len(path) if "q_proj" in path or "k_proj" in path or "v_proj" in path else len(self.made)
+        made = packers.random_codes(shape, self.bits, self.group, seed=seed, **self.options)
+        if self.options.get("act_order"):  # linears of one input take it in one order
+            made = (*made[:3], packers.random_codes((1, shape[1]), 4, self.group, seed=shape[1], act_order=True)[3])
+        self.made[path] = made
+        return self.pack(*made), packers.dequantized(*made)
+
+
+def gptq(bits=4, version=1):
+    return lambda *made: packers.gptq(*made, bits, version=version)
+
+
+CASES = {  # how it is packed, the config, what linears become
+    "gptq": (Encoder(gptq()), GPTQ, "w4a16_g32"),
+    "gptq act-order": (
+        Encoder(gptq(version=2), symmetric=False, act_order=True),
+        GPTQ | {"sym": False, "desc_act": True, "checkpoint_format": "gptq_v2"}, "w4a16_g32_asym",
+    ),
+    "gptq 8 bits": (Encoder(gptq(8), bits=8), GPTQ | {"bits": 8}, "w8a16_g32"),
+    "gptq 3 bits": (Encoder(gptq(3), bits=3), GPTQ | {"bits": 3}, "w3a16_g32"),
+    "awq": (Encoder(lambda *made: packers.awq(*made[:3]), symmetric=False), AWQ, "w4a16_g32_asym"),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """checkpoint(case): the folder of codes, that of the weights they stand for, and what was made."""
+    made = {}
+
+    def make(case):
+        if case not in made:
+            encoder, said, _ = CASES[case]
+            folder = save_model("llama", tmp_path_factory.mktemp("coded") / "model")
+            write_word_tokenizer(folder)
+            made[case] = folder, packers.coded(folder, encoder, said), encoder.made
+        return made[case]
+
+    return make
+
+
+def rows_in_file(folder, entry):
+    """The packed codes, scales and zero points of a linear in MatMulNBits: uint8 [N, blocks, bytes], float [N, blocks],
+    uint8 [N, bytes] or None."""
+    model = onnx.load(folder / "model.onnx")
+    node = next(n for n in model.graph.node if n.name == entry.node)
+    tensors = {t.name: t for t in model.graph.initializer}
+    packed, scales, *zeros = [torch.from_numpy(numpy_helper.to_array(tensors[n]).copy()) for n in node.input[1:] if n]
+    rows = slice(*(entry.columns or (0, entry.shape[0])))
+    scales = scales.view(len(packed), -1)
+    return packed[rows], scales[rows], zeros[0].view(len(packed), -1)[rows] if zeros else None
+
+
+def unpacked(packed, bits, count):
+    """Codes of bytes, one by one from the lowest bits; those of 3 bits lie in 4."""
+    flat = packed.reshape(len(packed), -1).long()
+    width = 4 if bits == 3 else bits
+    return torch.stack([(flat[:, i * width // 8] >> (i * width % 8)) & ((1 << width) - 1) for i in range(count)], 1)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_codes_in_the_file(checkpoint, tmp_path, case):
+    folder, twin, made = checkpoint(case)
+    result = qexport.export(folder, EXACT, out_dir=tmp_path / "out")
+    bits, entries = CASES[case][0].bits, {entry.name: entry for entry in result.manifest.linears}
+    assert entries.keys() == made.keys()
+    assert {entry.scheme for entry in entries.values()} == {CASES[case][2]}
+    for name, (codes, scales, zeros, group_of) in made.items():
+        n, k = codes.shape
+        order = torch.argsort(group_of, stable=True)
+        packed, in_scales, in_zeros = rows_in_file(result.folder, entries[name])
+        middle = 8 if bits in (3, 4) else 128
+        found = unpacked(packed, bits, k)
+        if in_zeros is None:
+            assert torch.equal(found - middle, (codes - zeros[:, :1])[:, order])
+        else:
+            assert torch.equal(found, codes[:, order])
+            assert torch.equal(unpacked(in_zeros, bits, in_scales.shape[1]), zeros)
+        assert torch.equal(in_scales, scales.float())
+    float_linears = {p.name for p in result.plan if p.scheme is None}
+    assert float_linears == {"model.layers.1.self_attn.o_proj", *({"lm_head"} - made.keys())}
+    assert "each" not in result.reference.why_not and result.reference.weights > 10
+    assert "quantization_config" not in json.loads((result.folder / "config.json").read_text())
+
+    report = qexport.validate(result.folder, twin, windows=2, window=32, greedy=0)  # a float model of its own reader
+    assert report.logits.kl_mean < 1e-9
+    assert report.layers is None or all(row.sqnr_db > 90 for row in report.layers.linears)
+
+
+def test_the_command_line(checkpoint, run, tmp_path):
+    folder, twin, made = checkpoint("gptq act-order")
+    code, out, _ = run("inspect", folder)
+    assert code == 0
+    assert "The checkpoint holds codes (GPTQ, 4 bits in groups of 32, act-order): 14 of 15 linears keep them" in out
+    assert "as stored, input features in the order of their groups" in out
+    code, out, _ = run("inspect", folder, "--json")
+    assert json.loads(out)["recipe"] == "as_stored"
+    code, out, _ = run("export", folder, "-o", tmp_path / "out")
+    assert code == 0 and "each was compared with the formula of its method" in out
+    assert json.loads((tmp_path / "out/report.json").read_text())["export"]["codes"].startswith("the checkpoint holds")
+    code, out, _ = run("generate", tmp_path / "out", "--prompt", "w1 w2", "--max-new-tokens", 4, "--temperature", 0)
+    assert code == 0 and out
+
+
+def test_requantized(checkpoint, run, tmp_path):
+    """Through float: what is exported is the float twin."""
+    folder, twin, _ = checkpoint("gptq")
+    code, _, err = run("export", folder, "-o", tmp_path / "out", "--recipe", "w8a16_g32")
+    assert code == 2 and "its weights are codes already (GPTQ, 4 bits in groups of 32)" in err
+    code, _, err = run("export", twin, "-o", tmp_path / "out", "--requantize", "w8a16_g32")
+    assert code == 2 and "its weights are float" in err
+    code, _, err = run("export", folder, "-o", tmp_path / "out", "--requantize", "as_stored")
+    assert code == 2 and "as_stored keeps the codes" in err
+    code, _, err = run("export", folder, "-o", tmp_path / "out", "--requantize", "w8a16_g32", "-r", "w4a16_g32")
+    assert code == 2 and "Give one of them" in err
+    code, _, _ = run("export", folder, "-o", tmp_path / "out", "--requantize", "w8a16_g32")
+    assert code == 0
+    qexport.export(twin, "w8a16_g32", out_dir=tmp_path / "twin")
+    for file in ("model.onnx", "model.onnx.data"):
+        assert (tmp_path / "out" / file).read_bytes() == (tmp_path / "twin" / file).read_bytes()
+
+
+def test_a_wrong_version_of_zero_points_is_found(checkpoint, tmp_path):
+    folder = shutil.copytree(checkpoint("gptq")[0], tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"]["checkpoint_format"] = "gptq_v2"
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(qexport.QExportError, match="has other zero points than 8"):
+        qexport.export(folder, out_dir=tmp_path / "out")
+
+
+def test_methods_that_change_weights_do_not_go_with_codes():
+    with pytest.raises(qexport.QExportError, match="changes weights, whose codes are kept"):
+        Recipe(scheme="w4a16_g32", weights={"method": "as_stored"}, lorc={"rank": 4})
+
+
+def test_layouts_of_one_kernel_are_refused(checkpoint, tmp_path):
+    folder = shutil.copytree(checkpoint("gptq")[0], tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"]["checkpoint_format"] = "marlin"
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match="in the layout marlin of one GPU kernel"):
+        qexport.inspect(folder)

@@ -1,0 +1,130 @@
+"""What is read of packed codes is what a slow packer put there, and what the formula of the method makes of them."""
+
+import pytest
+import torch
+
+from helpers import coded_checkpoints as packers
+from qexport.errors import CaptureError, PassError
+from qexport.models.coded import Given, Header, format_of
+from qexport.passes.weights.as_stored import proved
+
+NAMES = {torch.int32: "I32", torch.float16: "F16", torch.float32: "F32"}
+GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 32, "sym": True, "desc_act": False}
+
+
+class Stored:
+    """Tensors of a checkpoint in memory, and the one weight that is in them."""
+
+    def __init__(self, said, parts):
+        self.tensors = {f"model.layers.0.mlp.up_proj{end}": tensor for end, tensor in parts.items()}
+        headers = {name: Header(NAMES[t.dtype], tuple(t.shape)) for name, t in self.tensors.items()}
+        (self.weight,) = format_of(said).find(headers)
+
+    def decode(self):
+        return self.weight.decode(self.tensors.__getitem__)
+
+    def formula(self):
+        return self.weight.formula(self.tensors.__getitem__)
+
+
+def check(stored, codes, scales, zeros, group_of):
+    """Codes, scales and zero points come back as they went in, and stand for the formula's weight."""
+    want = packers.dequantized(codes, scales, zeros, group_of)
+    assert torch.equal(stored.formula(), want)
+    found = proved(stored)
+    assert isinstance(found, Given)
+    order = torch.arange(codes.shape[1]) if found.order is None else found.order.features
+    symmetric = found.weight.zero_point is None
+    offset = zeros[0, 0] if symmetric else 0
+    assert torch.equal(found.weight.codes.long() + offset, codes[:, order])
+    size = found.weight.format.group_size or codes.shape[1]
+    of_group = group_of[order][::size]  # of each of the groups that were made
+    assert torch.equal(found.weight.scale, scales.float()[:, of_group])
+    if not symmetric:
+        assert torch.equal(found.weight.zero_point.long(), zeros[:, of_group])
+    assert torch.equal(found.dequantize(), want.float())
+
+
+@pytest.mark.parametrize("act_order", [False, True], ids=["", "act-order"])
+@pytest.mark.parametrize("version", [1, 2])
+@pytest.mark.parametrize("symmetric", [True, False], ids=["sym", "asym"])
+@pytest.mark.parametrize(("bits", "scheme"), [(2, "w2a16_g32"), (3, "w3a16_g32"), (4, "w4a16_g32"), (8, "w8a16_g32")])
+def test_gptq(bits, scheme, symmetric, version, act_order):
+    made = packers.random_codes((64, 96), bits, 32, symmetric=symmetric, act_order=act_order)
+    form = "gptq" if version == 1 else "gptq_v2"
+    said = GPTQ | {"bits": bits, "sym": symmetric, "desc_act": act_order, "checkpoint_format": form}
+    stored = Stored(said, packers.gptq(*made, bits, version=version))
+    assert stored.weight.shape == (64, 96)
+    assert stored.weight.scheme.name == scheme + ("" if symmetric else "_asym")
+    how = "codes of 3 bits in 4" if bits == 3 else "as stored"
+    assert stored.weight.kept == how + ", input features in the order of their groups" * act_order
+    check(stored, *made)
+
+
+@pytest.mark.parametrize(("group", "columns", "scheme", "kept"), [
+    (-1, 96, "w4a16_pc", "as stored"),
+    (64, 96, "w4a16_g64", "as stored"),  # the last group is shorter
+    (48, 96, "w4a16_g16", "groups of 48 as groups of 16 with the same scale"),
+    (1024, 2048, "w4a16_g1024", "as stored"),
+], ids=["channel", "shorter", "odd", "long"])  # fmt: skip
+def test_groups_of_other_sizes(group, columns, scheme, kept):
+    made = packers.random_codes((32, columns), 4, columns if group < 0 else group)
+    stored = Stored(GPTQ | {"group_size": group}, packers.gptq(*made, 4))
+    assert (stored.weight.scheme.name, stored.weight.kept) == (scheme, kept)
+    check(stored, *made)
+
+
+def test_groups_that_no_kernel_takes_become_float():
+    made = packers.random_codes((32, 96), 4, 24)
+    stored = Stored(GPTQ | {"group_size": 24}, packers.gptq(*made, 4))
+    assert stored.weight.scheme is None and "groups of 24" in stored.weight.kept
+    assert torch.equal(proved(stored), packers.dequantized(*made).float())
+
+
+def test_settings_of_modules():
+    said = GPTQ | {"dynamic": {r"-:.*\.0\..*down": {}, r".*\.0\..*up_proj": {"bits": 8, "group_size": 64}, ".*": {}}}
+    made = packers.random_codes((32, 128), 8, 64)
+    stored = Stored(said, packers.gptq(*made, 8))
+    assert stored.weight.scheme.name == "w8a16_g64"
+    check(stored, *made)
+
+
+def test_zero_points_that_wrap_around():
+    """gptqmodel subtracts 1 from whole words: a zero point of 0 borrows from the one behind it."""
+    codes, scales, zeros, group_of = packers.random_codes((32, 64), 4, 32, symmetric=False)
+    zeros[0] = 0
+    parts = packers.gptq(codes, scales, zeros, group_of, 4, version=2)
+    parts[".qzeros"] -= 0x11111111
+    check(Stored(GPTQ | {"sym": False}, parts), codes, scales, zeros, group_of)
+
+
+@pytest.mark.parametrize(("group", "scheme"), [(32, "w4a16_g32_asym"), (-1, "w4a16_pc_asym")])
+def test_awq(group, scheme):
+    made = packers.random_codes((64, 96), 4, 96 if group < 0 else group, symmetric=False)
+    said = {"quant_method": "awq", "bits": 4, "group_size": group, "zero_point": True, "version": "gemm"}
+    stored = Stored(said, packers.awq(*made[:3]))
+    assert stored.weight.scheme.name == scheme
+    check(stored, *made)
+
+
+def test_what_contradicts_the_config():
+    codes, scales, zeros, group_of = packers.random_codes((32, 64), 4, 32)
+    parts = packers.gptq(codes, scales, zeros, group_of, 4)
+    with pytest.raises(CaptureError, match=r"has shape \[2, 32\], and by the config .* \[4, 32\]"):
+        Stored(GPTQ | {"group_size": 16}, parts)
+    with pytest.raises(CaptureError, match="has other zero points than 8"):
+        Stored(GPTQ | {"checkpoint_format": "gptq_v2"}, parts).decode()
+    with pytest.raises(CaptureError, match="groups of other sizes than 32"):
+        Stored(GPTQ, parts | {".g_idx": torch.zeros(64, dtype=torch.int32)}).decode()
+    del parts[".scales"]
+    with pytest.raises(CaptureError, match="is not in the checkpoint"):
+        Stored(GPTQ, parts)
+
+
+def test_a_reading_that_differs_from_the_formula_is_refused(monkeypatch):
+    stored = Stored(GPTQ, packers.gptq(*packers.random_codes((32, 64), 4, 32), 4))
+    right = stored.decode()
+    right.weight.codes[3, 5] ^= 1
+    monkeypatch.setattr(stored, "decode", lambda: right)
+    with pytest.raises(PassError, match="1 of 2048 weights differ from the formula .* at 3, 5"):
+        proved(stored)
