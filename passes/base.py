@@ -88,6 +88,7 @@ class PassState:
         weights: by linear name, its float weight [N, K] before it was rounded, in the basis of its present input.
         folded: by linear name, a factor [K] that its columns carry already and that rounding is not to see.
         formats: by value, the activation format decided for it, in place of the scheme's.
+        input_scales: by linear name, the scale of its static input where that is given and not to be calibrated.
         row_scales: by value, how its dynamic scale follows from a token, where it is not the largest magnitude.
     """
 
@@ -95,6 +96,7 @@ class PassState:
     weights: dict[str, torch.Tensor] = field(default_factory=dict)
     folded: dict[str, torch.Tensor] = field(default_factory=dict)
     formats: dict[Node, ActivationFormat] = field(default_factory=dict)
+    input_scales: dict[str, float] = field(default_factory=dict)
     row_scales: dict[Node, "RowScale"] = field(default_factory=dict)
 
     def keep_weight(self, linear: str, weight: torch.Tensor) -> None:

@@ -21,6 +21,9 @@ from ..base import Context, GraphPass, PassResult, PassState, RowScale, SiteReco
 aten = torch.ops.aten
 ops = torch.ops.qexport
 
+# A value, its format, and its scale where that is given.
+_Site = tuple[Node, ActivationFormat, float | None]
+
 
 @dataclass(frozen=True)
 class QuantizeActivations(GraphPass):
@@ -50,7 +53,9 @@ class QuantizeActivations(GraphPass):
 
     def wanted(self, module: GraphModule, handover: PassState) -> dict[Node, Callable[[], Any]]:
         wanted: dict[Node, Callable[[], Any]] = {}
-        for value, fmt in self._sites(module, handover):
+        for value, fmt, given in self._sites(module, handover):
+            if given is not None:
+                continue
             if fmt.kind == "static":
                 wanted[value] = partial(self._observer, fmt)
             elif self.measure:
@@ -61,14 +66,19 @@ class QuantizeActivations(GraphPass):
     def call(self, module: GraphModule, context: Context) -> PassResult:
         result = PassResult()
         graph = module.graph
-        for (value, fmt), products in self._sites(module, context.handover).items():
+        for (value, fmt, given), products in self._sites(module, context.handover).items():
             seen, row = context.statistics.get(value), context.handover.row_scales.get(value)
             with graph.inserting_before(products[0]):
-                new, measured = self._rounded(graph, value, fmt, products, seen, row)
+                if given is None:
+                    new, measured = self._rounded(graph, value, fmt, products, seen, row)
+                else:
+                    new, measured = _with_scale(graph, value, fmt, products, given), {"scale": given}
             data = {"bits": fmt.bits, **measured}
             for product in products:
                 product.replace_input_with(value, new)
             what = "static per-tensor" if fmt.kind == "static" else "dynamic per-token"
+            if given is not None:
+                what = f"{what}, with the scale of the checkpoint"
             if row is not None:
                 what = f"{what}, row scale t^{row.alpha:g}"
             elif self.cross_alpha is not None and fmt.kind == "dynamic":
@@ -86,9 +96,9 @@ class QuantizeActivations(GraphPass):
         if fmt.kind == "static":
             absmax = seen.absmax()
             scale = static_scale(absmax, fmt)
-            name = f"{products[0].meta[Meta.LINEAR]}.input_scale"
-            step = add_tensor(graph, name, torch.tensor(scale, dtype=torch.float32))
-            rounded = _without_kernel(graph, value, step) if self.only_kernel else _static(graph, value, step, fmt)
+            if not self.only_kernel:
+                return _with_scale(graph, value, fmt, products, scale), {"absmax": absmax, **seen.kernel(scale)}
+            rounded = _without_kernel(graph, value, _step(graph, products, scale))
             return rounded, {"absmax": absmax, **seen.kernel(scale)}
         measured = {} if seen is None else seen.kernel()
         if self.cross_alpha is not None:
@@ -109,14 +119,15 @@ class QuantizeActivations(GraphPass):
             return TokenKernel(fmt, alpha=self.cross_alpha, crossed=True)
         return TokenKernel(fmt) if row is None else TokenKernel(fmt, row.factors, row.alpha)
 
-    def _sites(self, module: GraphModule, handover: PassState) -> dict[tuple[Node, ActivationFormat], list[Node]]:
-        sites: dict[tuple[Node, ActivationFormat], list[Node]] = {}
+    def _sites(self, module: GraphModule, handover: PassState) -> dict[_Site, list[Node]]:
+        sites: dict[_Site, list[Node]] = {}
         for node in module.graph.nodes:
-            plan = self.plan.get(node.meta.get(Meta.PLANE_OF) or node.meta.get(Meta.LINEAR, ""))
+            name = node.meta.get(Meta.PLANE_OF) or node.meta.get(Meta.LINEAR, "")
+            plan = self.plan.get(name)
             if plan is not None and plan.activation is not None:
                 value = operand(node)
                 fmt = handover.formats.get(value, plan.activation)
-                sites.setdefault((value, fmt), []).append(node)
+                sites.setdefault((value, fmt, handover.input_scales.get(name)), []).append(node)
         return sites
 
 
@@ -139,6 +150,15 @@ def _token_step(graph: Graph, value: Node, products: list[Node], fmt: Activation
     # A channel may exceed what it was calibrated with; the paper, which measures channels as it runs, never clips.
     enough = call(graph, ops.token_scale.default, (value, fmt.qmax), like=value, shape=shape)
     return call(graph, aten.maximum.default, (paper, enough), like=value, shape=shape)
+
+
+def _with_scale(graph: Graph, value: Node, fmt: ActivationFormat, products: list[Node], scale: float) -> Node:
+    return _static(graph, value, _step(graph, products, scale), fmt)
+
+
+def _step(graph: Graph, products: list[Node], scale: float) -> Node:
+    name = f"{products[0].meta[Meta.LINEAR]}.input_scale"
+    return add_tensor(graph, name, torch.tensor(scale, dtype=torch.float32))
 
 
 def _static(graph: Graph, value: Node, step: Node, fmt: ActivationFormat) -> Node:

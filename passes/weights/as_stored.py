@@ -80,6 +80,8 @@ class KeepCodes(GraphPass):
                 continue
             if found.order is not None:
                 linear = reordered.read_by(linear, found.order)
+            if found.input_scale is not None:
+                context.handover.input_scales[linear.name] = found.input_scale
             insert_weight(module, linear, found.weight)
             result.changed.append(SiteRecord(linear.name, f"{decided.chosen.name}, {decided.reason}"))
         finish(module)

@@ -14,6 +14,7 @@ from ..plan.kept_codes import kept_codes
 from ..plan.linear_plan import LinearPlan
 from ..plan.model_plan import described_embedding
 from ..recipe.recipe import Recipe
+from ..targets.base import Target
 from .refusals import Decisions
 from .stages.lowering import Lowering
 
@@ -53,10 +54,10 @@ def _convolutions(plan: Sequence[ConvolutionPlan]) -> tuple[ConvolutionEntry, ..
     )
 
 
-def described_codes(captured: CapturedModel, decisions: Decisions) -> str:
+def described_codes(captured: CapturedModel, decisions: Decisions, target: Target) -> str:
     """What becomes of codes that the checkpoint holds; empty where its weights are float or become float."""
     codes = captured.folder.codes if captured.folder else None
-    return "" if codes is None else kept_codes(codes.described, decisions.plan)
+    return "" if codes is None else kept_codes(codes.described, decisions.plan, target.dtype)
 
 
 def report_of(made: Lowering, ran: str, seconds: Mapping[str, float], warnings: Sequence[str]) -> dict[str, Any]:
@@ -71,7 +72,7 @@ def report_of(made: Lowering, ran: str, seconds: Mapping[str, float], warnings: 
         "export": {
             "source": origin(captured.folder) if captured.folder else {"name": type(made.source).__name__},
             "reference": asdict(made.agreement),
-            "codes": described_codes(captured, decisions),
+            "codes": described_codes(captured, decisions, made.target),
             "calibration": made.described,
             "warnings": list(warnings),
             "first_run": ran,

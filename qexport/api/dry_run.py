@@ -67,7 +67,7 @@ def dry_run(prepared: Preparation, calibrate: bool) -> Inspection:
         attention=_attention(captured, grouping), parameters=sum(sizes.values()),
         bytes={"float": float_itemsize * sum(sizes.values()), **parts}, embeddings=tuple(decisions.embeddings),
         convolutions=tuple(decisions.convolutions), warnings=tuple(captured.notes),
-        codes=described_codes(captured, decisions),
+        codes=described_codes(captured, decisions, planned.target),
     )  # fmt: skip
 
 

@@ -77,7 +77,8 @@ class Checkpoint:
                     remedy="The file is truncated or damaged: download or save it again",
                 ) from error  # fmt: skip
         self._files = {name: found.file for name, found in self._stored.items()}
-        self._coded = {weight.name: weight for weight in ([] if codes is None else codes.find(self._stored))}
+        coded = [] if codes is None else codes.find(self._stored, self._part)
+        self._coded = {weight.name: weight for weight in coded}
         for weight in self._coded.values():
             for part in weight.parts:
                 self._stored.pop(part, None)

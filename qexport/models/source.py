@@ -91,7 +91,8 @@ def open_model(
     if codes is not None and hasattr(config, "quantization_config"):
         del config.quantization_config  # the model that is built by it reads float weights
     tokenizer = load_tokenizer(path, trust_remote_code=trust_remote_code)
-    return ModelFolder(path.resolve(), name, config, trust_remote_code, notes_on(path, config, tokenizer), codes)
+    notes = (*notes_on(path, config, tokenizer), *(codes.notes if codes else ()))
+    return ModelFolder(path.resolve(), name, config, trust_remote_code, notes, codes)
 
 
 def source_path(model) -> Path | None:

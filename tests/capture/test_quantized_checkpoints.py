@@ -15,11 +15,6 @@ from qexport.models.quantized import codes_of
 from qexport.models.source import open_model
 
 CONFIGS = {  # what a config says, and what the sentence names
-    "fp8": ({"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128]}, r"FP8 \(e4m3\)"),
-    "compressed": (
-        {"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": {}},
-        r"compressed-tensors \(pack-quantized\)",
-    ),
     "bnb": ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "bitsandbytes, 4 bits"),
     "bnb without a method": ({"load_in_8bit": True}, "bitsandbytes, 8 bits"),
     "modelopt": ({"quant_method": "modelopt", "quant_algo": "NVFP4"}, r"ModelOpt \(NVFP4\)"),
@@ -46,9 +41,8 @@ def test_the_method_is_named(tmp_path, form):
 @pytest.mark.parametrize(("files", "named"), [
     ({"config": {"quantization": {"group_size": 64, "bits": 4}}}, r"MLX \(4 bits\), as quantization in config.json"),
     ({"config": {"text_config": {"quantization_config": {"quant_method": "hqq"}}}}, "HQQ, as text_config.quanti"),
-    ({"config": {"compression_config": {"config_groups": {}}}}, "compressed-tensors, as compression_config in"),
     ({"hf_quant_config": {"quantization": {"quant_algo": "FP8"}}}, r"ModelOpt \(FP8\), as hf_quant_config.json says"),
-], ids=["mlx", "part", "compression", "modelopt"])  # fmt: skip
+], ids=["mlx", "part", "modelopt"])  # fmt: skip
 def test_other_places_where_it_is_said(tmp_path, files, named):
     with pytest.raises(InputError, match=named):
         codes_of(say(tmp_path, **files), "model")
@@ -61,7 +55,13 @@ def test_other_places_where_it_is_said(tmp_path, files, named):
     ({"config": {"text_config": {"quantization_config": {"quant_method": "awq", "group_size": 64}}}},
      "AWQ, 4 bits in groups of 64"),
     ({"quant_config": {"w_bit": 4, "q_group_size": 128}}, "AWQ, 4 bits in groups of 128"),
-], ids=["gptq", "gptq's file", "part", "awq's file"])  # fmt: skip
+    ({"config": {"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}}},
+     "FP8 in blocks of 128 x 128"),
+    ({"config": {"compression_config": {"format": "pack-quantized", "config_groups": {"group_0": {
+        "weights": {"num_bits": 4, "group_size": 128, "strategy": "group"},
+        "input_activations": {"num_bits": 8, "dynamic": True}}}}}},
+     "compressed-tensors, pack-quantized: int4 in groups of 128 with dynamic int8 inputs"),
+], ids=["gptq", "gptq's file", "part", "awq's file", "fp8", "compression"])  # fmt: skip
 def test_methods_that_are_read(tmp_path, files, described):
     assert codes_of(say(tmp_path, **files), "model").described == described
 
@@ -71,7 +71,11 @@ def test_methods_that_are_read(tmp_path, files, described):
     ({"quant_method": "gptq", "bits": 5}, "GPTQ with 5 bits"),
     ({"quant_method": "gptq", "bits": 4, "pack_dtype": "int64"}, "packed in int64"),
     ({"quant_method": "awq", "bits": 4, "version": "gemv"}, "in the layout gemv"),
-], ids=["marlin", "bits", "words", "gemv"])  # fmt: skip
+    ({"quant_method": "compressed-tensors", "config_groups": {}, "transform_config": {"u": 1}}, "asks for a transform"),
+    ({"quant_method": "compressed-tensors", "config_groups": {}, "sparsity_config": {"format": "sparse-24-bitmask"}},
+     r"asks for sparse tensors \(sparse-24-bitmask\)"),
+    ({"quant_method": "fp8", "weight_block_size": 128}, "FP8 in blocks of 128, which are none"),
+], ids=["marlin", "bits", "words", "gemv", "transform", "sparse", "fp8"])  # fmt: skip
 def test_forms_that_are_not_read(tmp_path, said, named):
     with pytest.raises(InputError, match=named):
         codes_of(say(tmp_path, config={"quantization_config": said}), "model")

@@ -31,7 +31,7 @@ def random_codes(
 def packed(codes: Tensor, bits: int) -> Tensor:
     """Rows of codes as int32 words: bit i of code j is bit j * bits + i of the row."""
     rows, count = codes.shape
-    words = torch.zeros(rows, count * bits // 32, dtype=torch.int64)
+    words = torch.zeros(rows, math.ceil(count * bits / 32), dtype=torch.int64)
     for row in range(rows):
         stream = sum(int(code) << (place * bits) for place, code in enumerate(codes[row].tolist()))
         for word in range(words.shape[1]):
@@ -54,6 +54,30 @@ def awq(codes: Tensor, scales: Tensor, zeros: Tensor) -> Parts:
     return {
         ".qweight": packed(shuffled(codes.t()), 4), ".qzeros": packed(shuffled(zeros.t()), 4),
         ".scales": scales.t().contiguous(),
+    }  # fmt: skip
+
+
+def compressed(
+    codes: Tensor, scales: Tensor, zeros: Tensor, group_of: Tensor, bits: int, *, symmetric: bool, pack: bool = True
+) -> Parts:
+    """compressed-tensors, pack-quantized or int-quantized."""
+    if pack:
+        parts = {".weight_packed": packed(codes, bits), ".weight_shape": torch.tensor(codes.shape)}
+        zero = packed(zeros.t(), bits).t()
+        if not torch.equal(group_of, group_of.sort().values):
+            parts[".weight_g_idx"] = group_of.int()
+    else:
+        middle = 1 << bits - 1
+        parts, zero = {".weight": (codes - middle).to(torch.int8)}, (zeros - middle).to(torch.int8)
+    return parts | {".weight_scale": scales} | ({} if symmetric else {".weight_zero_point": zero.contiguous()})
+
+
+def compressed_said(form: str, bits: int, symmetric: bool, group: int = -1, inputs: dict | None = None) -> dict:
+    strategy = {"strategy": "group", "group_size": group} if group > 0 else {"strategy": "channel"}
+    weights = {"num_bits": bits, "type": "int", "symmetric": symmetric, "dynamic": False, **strategy}
+    return {
+        "quant_method": "compressed-tensors", "format": form, "ignore": ["lm_head"],
+        "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights, "input_activations": inputs}},
     }  # fmt: skip
 
 

@@ -48,6 +48,16 @@ def gptq(bits=4, version=1):
     return lambda *made: packers.gptq(*made, bits, version=version)
 
 
+DYNAMIC = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
+STATIC = DYNAMIC | {"strategy": "tensor", "dynamic": False}
+
+
+def compressed(bits=4, symmetric=True, pack=True, **more):
+    return lambda *made: packers.compressed(*made, bits, symmetric=symmetric, pack=pack) | {
+        end: tensor.clone() for end, tensor in more.items()
+    }
+
+
 CASES = {  # how it is packed, the config, what linears become
     "gptq": (Encoder(gptq()), GPTQ, "w4a16_g32"),
     "gptq act-order": (
@@ -56,7 +66,22 @@ CASES = {  # how it is packed, the config, what linears become
     ),
     "gptq 8 bits": (Encoder(gptq(8), bits=8), GPTQ | {"bits": 8}, "w8a16_g32"),
     "gptq 3 bits": (Encoder(gptq(3), bits=3), GPTQ | {"bits": 3}, "w3a16_g32"),
+    "compressed 4 bits": (
+        Encoder(compressed(symmetric=False), symmetric=False),
+        packers.compressed_said("pack-quantized", 4, False, 32), "w4a16_g32_asym",
+    ),
     "awq": (Encoder(lambda *made: packers.awq(*made[:3]), symmetric=False), AWQ, "w4a16_g32_asym"),
+}  # fmt: skip
+
+INTEGER = {  # the same of integer products
+    "dynamic": (
+        Encoder(compressed(8, pack=False), bits=8, group=1024),
+        packers.compressed_said("int-quantized", 8, True, inputs=DYNAMIC), "w8a8_dyn",
+    ),
+    "static": (
+        Encoder(compressed(8, pack=False, **{".input_scale": torch.tensor([0.037])}), bits=8, group=1024),
+        packers.compressed_said("int-quantized", 8, True, inputs=STATIC), "w8a8_static",
+    ),
 }  # fmt: skip
 
 
@@ -67,7 +92,7 @@ def checkpoint(tmp_path_factory):
 
     def make(case):
         if case not in made:
-            encoder, said, _ = CASES[case]
+            encoder, said, _ = (CASES | INTEGER)[case]
             folder = save_model("llama", tmp_path_factory.mktemp("coded") / "model")
             write_word_tokenizer(folder)
             made[case] = folder, packers.coded(folder, encoder, said), encoder.made
@@ -124,12 +149,36 @@ def test_codes_in_the_file(checkpoint, tmp_path, case):
     assert report.layers is None or all(row.sqnr_db > 90 for row in report.layers.linears)
 
 
+@pytest.mark.parametrize("case", INTEGER)
+def test_integer_products(checkpoint, tmp_path, case):
+    """Codes of weights and the scale of a static input are those of the checkpoint; nothing is calibrated."""
+    folder, _, made = checkpoint(case)
+    result = qexport.export(folder, out_dir=tmp_path / "out")
+    assert result.calibration == "none needed"
+    assert {entry.scheme for entry in result.manifest.linears} == {INTEGER[case][2]}
+    assert {entry.kernel for entry in result.manifest.linears} == {"MatMulIntegerToFloat"}
+    model = onnx.load(result.folder / "model.onnx")
+    tensors = {t.name: numpy_helper.to_array(t) for t in model.graph.initializer}
+    for entry in result.manifest.linears:
+        codes, scales, _, _ = made[entry.name]
+        product = next(n for n in model.graph.node if n.name == entry.node)
+        dequantized = next(n for n in model.graph.node if n.output[0] == product.input[1])
+        columns = slice(*(entry.columns or (0, entry.shape[0])))
+        assert torch.equal(torch.tensor(tensors[dequantized.input[0]]).long()[:, columns].t(), codes - 128)
+        assert torch.equal(torch.tensor(tensors[dequantized.input[1]])[columns], scales.float().flatten())
+    given = [value for name, value in tensors.items() if name.endswith(".input_scale")]
+    assert [float(value) for value in given] == [pytest.approx(0.037)] * (8 if case == "static" else 0)
+
+
 def test_the_command_line(checkpoint, run, tmp_path):
     folder, twin, made = checkpoint("gptq act-order")
     code, out, _ = run("inspect", folder)
     assert code == 0
     assert "The checkpoint holds codes (GPTQ, 4 bits in groups of 32, act-order): 14 of 15 linears keep them" in out
     assert "as stored, input features in the order of their groups" in out
+    assert "are rounded" not in out
+    code, out, _ = run("inspect", folder, "--target", "cuda", "--dtype", "bfloat16")
+    assert "the scales of 14 are rounded to bfloat16" in out
     code, out, _ = run("inspect", folder, "--json")
     assert json.loads(out)["recipe"] == "as_stored"
     code, out, _ = run("export", folder, "-o", tmp_path / "out")

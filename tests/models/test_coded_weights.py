@@ -8,7 +8,10 @@ from qexport.errors import CaptureError, PassError
 from qexport.models.coded import Given, Header, format_of
 from qexport.passes.weights.as_stored import proved
 
-NAMES = {torch.int32: "I32", torch.float16: "F16", torch.float32: "F32"}
+NAMES = {
+    torch.int64: "I64", torch.int32: "I32", torch.int8: "I8", torch.float16: "F16", torch.float32: "F32",
+    torch.float8_e4m3fn: "F8_E4M3",
+}  # fmt: skip
 GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 32, "sym": True, "desc_act": False}
 
 
@@ -18,7 +21,7 @@ class Stored:
     def __init__(self, said, parts):
         self.tensors = {f"model.layers.0.mlp.up_proj{end}": tensor for end, tensor in parts.items()}
         headers = {name: Header(NAMES[t.dtype], tuple(t.shape)) for name, t in self.tensors.items()}
-        (self.weight,) = format_of(said).find(headers)
+        (self.weight,) = format_of(said).find(headers, self.tensors.__getitem__)
 
     def decode(self):
         return self.weight.decode(self.tensors.__getitem__)
@@ -105,6 +108,85 @@ def test_awq(group, scheme):
     stored = Stored(said, packers.awq(*made[:3]))
     assert stored.weight.scheme.name == scheme
     check(stored, *made)
+
+
+@pytest.mark.parametrize("act_order", [False, True], ids=["", "g_idx"])
+@pytest.mark.parametrize("symmetric", [True, False], ids=["sym", "asym"])
+@pytest.mark.parametrize(("bits", "group", "scheme", "kept"), [
+    (2, 32, "w2a16_g32", "as stored"), (3, -1, "w3a16_pc", "codes of 3 bits in 4"), (4, 32, "w4a16_g32", "as stored"),
+    (5, 32, "w8a16_g32", "codes of 5 bits in 8"), (8, -1, "w8a16_pc", "as stored"),
+])  # fmt: skip
+def test_compressed_tensors_packed(bits, group, scheme, kept, symmetric, act_order):
+    """Rows of 40 codes of 3 or 5 bits end within a word, and zero points lie along the outputs."""
+    shape = (40, 96)
+    made = packers.random_codes(shape, bits, 96 if group < 0 else group, symmetric=symmetric, act_order=act_order)
+    parts = packers.compressed(*made, bits, symmetric=symmetric)
+    stored = Stored(packers.compressed_said("pack-quantized", bits, symmetric, group), parts)
+    order = ", input features in the order of their groups" if act_order and group > 0 else ""
+    assert (stored.weight.scheme.name, stored.weight.kept) == (scheme + "_asym" * (not symmetric), kept + order)
+    check(stored, *made)
+
+
+@pytest.mark.parametrize(("inputs", "symmetric", "scheme", "kept"), [
+    (None, True, "w8a16_pc", "as stored"),
+    (None, False, "w8a16_pc_asym", "as stored"),
+    ({"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}, True, "w8a8_dyn",
+     "as stored"),
+    ({"num_bits": 8, "type": "int", "symmetric": True, "strategy": "tensor", "dynamic": False}, True, "w8a8_static",
+     "as stored"),
+    ({"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}, False, "w8a16_pc_asym",
+     "as stored, but inputs stay float: no integer product takes such weights"),
+    ({"num_bits": 8, "type": "int", "symmetric": False, "strategy": "tensor", "dynamic": False}, True, "w8a16_pc",
+     "as stored, but inputs stay float: no kernel takes them as the config has them"),
+], ids=["w8a16", "asym", "dynamic", "static", "asym dynamic", "asym inputs"])  # fmt: skip
+def test_compressed_tensors_plain(inputs, symmetric, scheme, kept):
+    made = packers.random_codes((32, 64), 8, 64, symmetric=symmetric)
+    parts = packers.compressed(*made, 8, symmetric=symmetric, pack=False) | {".input_scale": torch.tensor([0.02])}
+    stored = Stored(packers.compressed_said("int-quantized", 8, symmetric, inputs=inputs), parts)
+    assert (stored.weight.scheme.name, stored.weight.kept) == (scheme, kept)
+    check(stored, *made)
+    assert stored.decode().input_scale == (pytest.approx(0.02) if scheme == "w8a8_static" else None)
+
+
+def test_settings_of_a_name_come_before_those_of_a_class():
+    said = packers.compressed_said("pack-quantized", 4, True, 32)
+    eight = packers.compressed_said("pack-quantized", 8, True, 32)["config_groups"]["group_0"]
+    said["config_groups"]["group_1"] = eight | {"targets": ["re:.*layers.0.*up_proj"]}
+    made = packers.random_codes((32, 64), 8, 32)
+    stored = Stored(said, packers.compressed(*made, 8, symmetric=True))
+    assert stored.weight.scheme.name == "w8a16_g32"
+    check(stored, *made)
+
+
+@pytest.mark.parametrize(("said", "block"), [
+    ({"quant_method": "fp8", "weight_block_size": [32, 48]}, (32, 48)),
+    ({"quant_method": "fbgemm_fp8"}, (1, 100)),
+    ({"quant_method": "compressed-tensors", "format": "float-quantized", "config_groups": {
+        "group_0": {"targets": ["Linear"], "weights": {"num_bits": 8, "type": "float", "strategy": "tensor"}}}},
+     (70, 100)),
+], ids=["blocks", "rows", "one"])  # fmt: skip
+def test_8_bit_floats_become_float(said, block):
+    """A block at the end of either axis is smaller: the grid of scales is rounded up."""
+    random = torch.Generator().manual_seed(0)
+    values = torch.randn(70, 100, generator=random).to(torch.float8_e4m3fn)
+    grid = (-(-70 // block[0]), -(-100 // block[1]))
+    scales = torch.rand(grid, generator=random)
+    want = torch.tensor([
+        [float(values[r, c]) * float(scales[r // block[0], c // block[1]]) for c in range(100)] for r in range(70)
+    ], dtype=torch.float64)  # fmt: skip
+    name = ".weight_scale_inv" if said["quant_method"] == "fp8" else ".weight_scale"
+    stored = Stored(said, {".weight": values, name: scales if grid != (1, 1) else scales[0]})
+    assert stored.weight.scheme is None and stored.weight.kept.startswith("no kernel takes 8-bit floats")
+    assert torch.equal(stored.formula(), want)
+    assert torch.equal(proved(stored), want.float())
+
+
+def test_scales_of_another_grid_are_refused():
+    """transformers divides the shape by the grid instead, and reads 192 rows with 2 scales as 96 and 96."""
+    values = torch.ones(192, 128).to(torch.float8_e4m3fn)
+    with pytest.raises(CaptureError, match=r"has shape \[3, 1\], which is neither"):
+        Stored({"quant_method": "fp8", "weight_block_size": [128, 128]},
+               {".weight": values, ".weight_scale_inv": torch.ones(3, 1)})  # fmt: skip
 
 
 def test_what_contradicts_the_config():

@@ -62,7 +62,7 @@ def package(made: Lowering, work: WorkFolder) -> ExportResult:
         embeddings=made.decisions.embeddings, convolutions=made.decisions.convolutions,
         dense={name: why for block in made.lowered.graphs for name, why in block.dense.items()}, rarely_chosen=rarely,
         unseen=unseen, warnings=warnings, kept=work.kept, reference=made.agreement,
-        codes=described_codes(captured, made.decisions),
+        codes=described_codes(captured, made.decisions, made.target),
     )  # fmt: skip
 
 

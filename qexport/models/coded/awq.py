@@ -68,7 +68,7 @@ class AWQ(CodedCheckpoint):
         groups = f"in groups of {self.group_size}" if self.group_size > 0 else "with one scale per output feature"
         return f"AWQ, 4 bits {groups}"
 
-    def find(self, tensors: Mapping[str, Header]) -> list[CodedWeight]:
+    def find(self, tensors: Mapping[str, Header], read: Read) -> list[CodedWeight]:
         return [self._at(path, name, tensors) for path, name in siblings(tensors, ".qweight")]
 
     def _at(self, path: str, qweight: str, tensors: Mapping[str, Header]) -> "AWQWeight":

@@ -57,10 +57,12 @@ class Given:
     Attributes:
         weight: codes, scales and zero points.
         order: of their columns; None where it is that of the input features.
+        input_scale: of its input, where that is rounded with one calibrated scale.
     """
 
     weight: QuantizedWeight
     order: Order | None = None
+    input_scale: float | None = None
 
     def dequantize(self) -> Tensor:
         """The float32 weight [N, K], its columns in the order of the input features."""
@@ -124,9 +126,18 @@ class CodedCheckpoint(ABC):
     def described(self) -> str:
         """The method with its sizes, such as "GPTQ, 4 bits in groups of 128"."""
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What an export leaves out of what the config says, a sentence each."""
+        return ()
+
     @abstractmethod
-    def find(self, tensors: Mapping[str, Header]) -> list[CodedWeight]:
+    def find(self, tensors: Mapping[str, Header], read: Read) -> list[CodedWeight]:
         """The weights that are codes.
+
+        Args:
+            tensors: of the checkpoint, by name.
+            read: for tensors of a few bytes that say what shape or kind a weight has; weights are not read here.
 
         Raises:
             CaptureError: a tensor has a shape that the config contradicts.
@@ -179,3 +190,8 @@ def expect(tensors: Mapping[str, Header], name: str, shape: tuple[int, ...]) -> 
             place=name, remedy="The config does not belong to these weights",
         )  # fmt: skip
     return name
+
+
+def beside(tensors: Mapping[str, Header], path: str, endings: Iterable[str]) -> tuple[str, ...]:
+    """Names of those tensors of a module that are there."""
+    return tuple(name for ending in endings if (name := f"{path}.{ending}") in tensors)

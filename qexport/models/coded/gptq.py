@@ -85,7 +85,7 @@ class GPTQ(CodedCheckpoint):
         more = [*(["act-order"] if self.act_order else []), *(["settings by module"] if self.dynamic else [])]
         return ", ".join([f"GPTQ, {self.bits} bits{groups}", *more])
 
-    def find(self, tensors: Mapping[str, Header]) -> list[CodedWeight]:
+    def find(self, tensors: Mapping[str, Header], read: Read) -> list[CodedWeight]:
         return [self._at(path, name, tensors) for path, name in siblings(tensors, ".qweight")]
 
     def _at(self, path: str, qweight: str, tensors: Mapping[str, Header]) -> "GPTQWeight":
@@ -152,24 +152,7 @@ class GPTQWeight(CodedWeight):
         return Given(self.grid.weight(codes, scale, zero_point, self.scheme), order)
 
     def _order(self, read: Read) -> Order | None:
-        """The input features sorted by their groups; None where they are.
-
-        Raises:
-            CaptureError: groups are not of one size.
-        """
-        if len(self.parts) < 4 or self.grid.groups == 1:
-            return None
-        group_of = read(self.parts[3]).long()
-        group, whole = self.grid.group, torch.arange(self.grid.columns) // self.grid.group
-        if torch.equal(group_of, whole):
-            return None
-        features = torch.argsort(group_of, stable=True)
-        if not torch.equal(group_of[features], whole):
-            raise CaptureError(
-                f"has groups of other sizes than {group}, which no kernel takes", place=self.parts[3],
-                remedy="Export the float model that it was made from",
-            )  # fmt: skip
-        return Order(features)
+        return None if len(self.parts) < 4 else self.grid.order(read(self.parts[3]).long(), self.parts[3])
 
     def formula(self, read: Read) -> Tensor:
         """As gptqmodel's TorchLinear dequantizes, over numpy's unsigned words."""

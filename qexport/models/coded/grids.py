@@ -9,7 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ...errors import CaptureError, RecipeError
 from ...quant.formats import GROUP_SIZES, QuantizedWeight, Scheme
+from .base import Order
 
 _WIDER = {2: 2, 3: 3, 4: 4, 5: 8, 6: 8, 7: 8, 8: 8}
 
@@ -34,8 +36,44 @@ class StoredGrid:
     def groups(self) -> int:
         return -(-self.columns // self.group)
 
-    def container(self) -> tuple[Scheme | None, str]:
-        """The scheme that holds these codes, None for none, and how it does or why none does."""
+    def container(self, inputs: str = "") -> tuple[Scheme | None, str]:
+        """The scheme that holds these codes, None for none, and how it does or why none does.
+
+        Args:
+            inputs: how 8-bit inputs get their scales, "dyn" (each token its own) or "static"; empty for float ones.
+        """
+        scheme, kept = self._weights_alone()
+        if scheme is None or not inputs:
+            return scheme, kept
+        asym = "" if self.symmetric else "_asym"
+        group = f"_g{scheme.weight.group_size}" if scheme.weight.group_size > 0 else ""
+        try:
+            return Scheme.parse(f"w{scheme.weight.bits}a8{group}{asym}_{inputs}"), kept
+        except RecipeError:
+            return scheme, f"{kept}, but inputs stay float: no integer product takes such weights"
+
+    def order(self, group_of: Tensor, place: str) -> Order | None:
+        """The input features sorted by their groups; None where they are.
+
+        Args:
+            group_of: int64 [K], the group of each input feature; place: name of that tensor.
+
+        Raises:
+            CaptureError: groups are not of one size.
+        """
+        in_order = torch.arange(self.columns) // self.group
+        if self.groups == 1 or torch.equal(group_of, in_order):
+            return None
+        features = torch.argsort(group_of, stable=True)
+        if not torch.equal(group_of[features], in_order):
+            raise CaptureError(
+                f"has groups of other sizes than {self.group}, which no kernel takes", place=place,
+                remedy="Export the float model that it was made from",
+            )  # fmt: skip
+        return Order(features)
+
+    def _weights_alone(self) -> tuple[Scheme | None, str]:
+        """The same with float inputs."""
         asym, bits = "" if self.symmetric else "_asym", _WIDER.get(self.bits)
         if bits is None:
             return None, f"no kernel takes codes of {self.bits} bits, so that it becomes float"

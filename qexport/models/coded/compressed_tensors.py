@@ -1,0 +1,276 @@
+"""compressed-tensors, as llm-compressor writes them: every linear has the settings of a group of the config.
+
+pack-quantized: integers of 1 to 8 bits, plus half their range so that none is negative, as one stream of bits a row
+    weight_packed      int32 [N, K * bits / 32]    along the input features, the first in the lowest bits
+    weight_scale       float [N, G]                [N, 1] for one scale for each output feature
+    weight_zero_point  int32 [N * bits / 32, G]    along the output features; where the grid is not symmetric
+    weight_shape       int64 [2]
+    weight_g_idx       int32 [K]                   the group of each input feature, as old versions wrote it
+int-quantized, naive-quantized: weight int8 [N, K], weight_scale, and weight_zero_point int8 shaped like it
+float-quantized: weight float8 [N, K], weight_scale [1], [N, 1], or one for each block
+
+weight = (code - zero point) * scale
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Self
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ...errors import CaptureError
+from ...quant.packing import unpack_words
+from .base import (
+    REQUANTIZE,
+    CodedCheckpoint,
+    CodedWeight,
+    Given,
+    Header,
+    Read,
+    Section,
+    beside,
+    coded_checkpoint,
+    expect,
+    siblings,
+)
+from .grids import StoredGrid
+from .scaled_floats import FLOAT8, ScaledFloats
+
+_DENSE = ("dense", None)
+
+
+@coded_checkpoint
+@dataclass(frozen=True)
+class CompressedTensors(CodedCheckpoint):
+    """A config's settings.
+
+    Attributes:
+        groups: of linears: their targets, and what is said of their weights and inputs.
+        form: of most of them, in the config's words.
+        cache: whether the config says how keys and values are quantized.
+    """
+
+    title = "compressed-tensors"
+    groups: tuple[Mapping[str, Any], ...]
+    form: str
+    cache: bool = False
+
+    @classmethod
+    def match(cls, said: Section) -> Self | None:
+        if said.get("quant_method") not in ("compressed-tensors", None) or "config_groups" not in said:
+            return None
+        sparse = said.get("sparsity_config") or {}
+        other = (
+            "a transform" if said.get("transform_config")
+            else f"sparse tensors ({sparse.get('format')})" if sparse.get("format") not in _DENSE
+            else "a scheme by its name" if any(not isinstance(g, dict) for g in said["config_groups"].values())
+            else ""
+        )  # fmt: skip
+        if other:
+            raise CaptureError(f"its config, of compressed-tensors, asks for {other}, which is not read")
+        return cls(
+            tuple(said["config_groups"].values()), str(said.get("format", "")), bool(said.get("kv_cache_scheme"))
+        )
+
+    @property
+    def described(self) -> str:
+        sizes = ", ".join(dict.fromkeys(_in_words(group) for group in self.groups))
+        return f"compressed-tensors, {self.form}: {sizes}" if self.form else f"compressed-tensors: {sizes}"
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        if not self.cache:
+            return ()
+        return (
+            "the checkpoint's settings for a quantized cache are left out: the cache stays float, or is 8 bits by a "
+            "recipe that says so",
+        )
+
+    def find(self, tensors: Mapping[str, Header], read: Read) -> list[CodedWeight]:
+        found: list[CodedWeight] = [
+            self._packed(path, name, tensors, read) for path, name in siblings(tensors, ".weight_packed")
+        ]
+        for path, name in siblings(tensors, ".weight"):
+            if f"{path}.weight_scale" in tensors:
+                dtype = tensors[name].dtype
+                found.append(self._floats(path, name, tensors) if dtype in FLOAT8 else self._plain(path, name, tensors))
+        return found
+
+    def _packed(self, path: str, name: str, tensors: Mapping[str, Header], read: Read) -> "IntegerWeight":
+        group = self._group(path)
+        bits = group["weights"].get("num_bits", 8)
+        if tensors[name].dtype != "I32" or group["weights"].get("type", "int") != "int" or bits not in range(2, 9):
+            raise CaptureError(f"is no matrix of int32 words of {bits}-bit integers", place=name, remedy=REQUANTIZE)
+        n, k = (int(size) for size in read(expect(tensors, f"{path}.weight_shape", (2,))))
+        expect(tensors, name, (n, -(-k * bits // 32)))
+        more = (f"{path}.weight_shape", *((f"{path}.weight_g_idx",) if f"{path}.weight_g_idx" in tensors else ()))
+        return self._integer(path, name, (n, k), bits, group, tensors, more)
+
+    def _plain(self, path: str, name: str, tensors: Mapping[str, Header]) -> "IntegerWeight":
+        group, header = self._group(path), tensors[name]
+        bits = group["weights"].get("num_bits", 8)
+        if header.dtype != "I8" or len(header.shape) != 2 or bits not in range(2, 9):
+            raise CaptureError(f"is no matrix of int8 codes of {bits} bits", place=name, remedy=REQUANTIZE)
+        n, k = header.shape
+        return self._integer(path, name, (n, k), bits, group, tensors, ())
+
+    def _integer(
+        self, path: str, name: str, shape: tuple[int, int], bits: int, group: Mapping[str, Any],
+        tensors: Mapping[str, Header], more: tuple[str, ...],
+    ) -> "IntegerWeight":  # fmt: skip
+        (n, k), said = shape, group["weights"]
+        scale = f"{path}.weight_scale"
+        if said.get("strategy") == "block" or scale not in tensors:
+            raise CaptureError("is of integers in blocks, which are not read", place=name, remedy=REQUANTIZE)
+        size = said.get("group_size") or -1
+        grid = StoredGrid(bits, size if 0 < size < k else k, bool(said.get("symmetric", True)), k)
+        one = tensors[scale].shape in ((1,), (1, 1), ()) and grid.groups == 1
+        if not one:
+            expect(tensors, scale, (n, grid.groups))
+        zero: tuple[str, ...] = ()
+        if not grid.symmetric:
+            rows = -(-n * bits // 32) if name.endswith("_packed") else n
+            zero = (f"{path}.weight_zero_point",)
+            if not one:
+                expect(tensors, zero[0], (rows, grid.groups))
+        inputs, dropped = _inputs(group, f"{path}.input_scale" in tensors)
+        scheme, kept = grid.container(inputs)
+        spare = beside(tensors, path, _UNREAD)
+        kept += dropped
+        if f"{path}.weight_g_idx" in more and scheme is not None and grid.groups > 1:
+            kept += ", input features in the order of their groups"
+        return IntegerWeight(
+            f"{path}.weight", shape, (name, scale, *zero, *more, *spare), scheme, kept, tensors[scale].dtype, grid, path
+        )  # fmt: skip
+
+    def _floats(self, path: str, name: str, tensors: Mapping[str, Header]) -> ScaledFloats:
+        group = self._group(path)
+        block = group["weights"].get("block_structure")
+        spare = beside(tensors, path, _UNREAD)
+        return ScaledFloats.at(name, f"{path}.weight_scale", tensors, tuple(block) if block else None, spare)
+
+    def _group(self, path: str) -> Mapping[str, Any]:
+        """The settings of a module: by its own name, else by a pattern, else by its class.
+
+        Raises:
+            CaptureError: no group has a linear of this name.
+        """
+        by_class = None
+        for group in self.groups:
+            for target in sorted(group.get("targets") or ("Linear",), key=lambda t: t.startswith("re:")):
+                if target == path or (target.startswith("re:") and re.match(target[3:], path)):
+                    return group
+                if target == "Linear":
+                    by_class = by_class or group
+        if by_class is None or not isinstance(by_class.get("weights"), dict):
+            raise CaptureError("is quantized, and no group of the config says how", place=f"{path}.weight")
+        return by_class
+
+
+# Beside a weight, and without a meaning for what is exported, or read with the weight.
+_UNREAD = ("input_scale", "input_zero_point", "output_scale", "output_zero_point")
+
+
+def _in_words(group: Mapping[str, Any]) -> str:
+    said, inputs = group.get("weights") or {}, group.get("input_activations") or {}
+    kind, size = "float" if said.get("type") == "float" else "int", said.get("group_size")
+    groups = f" in groups of {size}" if isinstance(size, int) and size > 0 else f" by {said.get('strategy', 'tensor')}"
+    how = "dynamic" if inputs.get("dynamic") else "static"
+    of_inputs = f" with {how} {inputs.get('type', 'int')}{inputs.get('num_bits', 8)} inputs" if inputs else ""
+    return f"{kind}{said.get('num_bits', 8)}{groups}{of_inputs}"
+
+
+def _inputs(group: Mapping[str, Any], scaled: bool) -> tuple[str, str]:
+    """How inputs are rounded, see `StoredGrid.container`, and what is said where they are not, though the config asks.
+
+    Args:
+        scaled: whether there is a scale for them.
+    """
+    said = group.get("input_activations")
+    if not said:
+        return "", ""
+    if said.get("type", "int") != "int" or said.get("num_bits", 8) != 8 or not said.get("symmetric", True):
+        return "", ", but inputs stay float: no kernel takes them as the config has them"
+    if said.get("dynamic"):
+        return "dyn", ""
+    return ("static", "") if scaled else ("", ", but inputs stay float: there is no scale for them")
+
+
+@dataclass(frozen=True)
+class IntegerWeight(CodedWeight):
+    """See the top of this file.
+
+    Attributes:
+        grid: of its codes.
+        path: of its module.
+    """
+
+    grid: StoredGrid
+    path: str
+
+    def decode(self, read: Read) -> Given | Tensor:
+        bits, (n, k) = self.grid.bits, self.shape
+        stored, scale = read(self.parts[0]), self._scale(read).float()
+        codes = _unpacked(stored, bits, k) if self._packed else _raised(stored, bits)
+        zeros = None
+        if not self.grid.symmetric:
+            at = read(f"{self.path}.weight_zero_point")
+            zeros = _unpacked(at.t().contiguous(), bits, n).t() if self._packed else _raised(at.view(-1, 1), bits)
+            zeros = zeros.expand(n, self.grid.groups).contiguous()
+        order = None
+        if (of_group := f"{self.path}.weight_g_idx") in self.parts:
+            order = self.grid.order(read(of_group).long(), of_group)
+            codes = codes if order is None else codes[:, order.features]
+        if self.scheme is None:
+            at = torch.arange(k) // self.grid.group
+            zero = 1 << (bits - 1) if zeros is None else zeros.float()[:, at]
+            values = (codes.float() - zero) * scale[:, at]
+            return values if order is None else order.undo(values)
+        static = self.scheme.activation is not None and self.scheme.activation.kind == "static"
+        given = float(read(f"{self.path}.input_scale")) if static else None
+        return Given(self.grid.weight(codes, scale, zeros, self.scheme), order, given)
+
+    def formula(self, read: Read) -> Tensor:
+        """Code by code: bit i of code j is bit j * bits + i of its row."""
+        bits, (n, k) = self.grid.bits, self.shape
+        stored = read(self.parts[0]).numpy()
+        code = _fields(stored, bits, k) - (1 << (bits - 1)) if self._packed else stored.astype(np.int64)
+        group = np.arange(k) // self.grid.group
+        if (of_group := f"{self.path}.weight_g_idx") in self.parts:
+            group = read(of_group).numpy()
+        zero: Any = 0
+        if not self.grid.symmetric:
+            at = read(f"{self.path}.weight_zero_point").numpy()
+            zero = _fields(at.T, bits, n).T - (1 << (bits - 1)) if self._packed else at.astype(np.int64).reshape(-1, 1)
+            zero = zero[:, group] if zero.shape[1] > 1 else zero
+        scale = self._scale(read).double().numpy()
+        return torch.from_numpy((code - zero) * scale[:, group])
+
+    @property
+    def _packed(self) -> bool:
+        return self.parts[0].endswith("_packed")
+
+    def _scale(self, read: Read) -> Tensor:
+        """[N, G], also of one for all."""
+        return read(self.parts[1]).reshape(-1, self.grid.groups).expand(self.shape[0], -1)
+
+
+def _unpacked(words: Tensor, bits: int, count: int) -> Tensor:
+    """The first codes of rows of words, whose last ones may be cut off: uint8 [rows, count]."""
+    missing = -words.shape[1] % bits
+    return unpack_words(torch.nn.functional.pad(words, (0, missing)), bits)[:, :count].contiguous()
+
+
+def _raised(codes: Tensor, bits: int) -> Tensor:
+    """Signed codes counting from 0, uint8."""
+    return (codes.to(torch.int16) + (1 << (bits - 1))).to(torch.uint8)
+
+
+def _fields(words: np.ndarray, bits: int, count: int) -> np.ndarray:
+    """int64 [rows, count]."""
+    stream = np.unpackbits(np.ascontiguousarray(words).view(np.uint8), axis=1, bitorder="little")
+    places = stream[:, : count * bits].reshape(len(words), count, bits).astype(np.int64)
+    return (places << np.arange(bits)).sum(-1)

@@ -1,0 +1,74 @@
+"""Weights of 8-bit floating point numbers with scales, whatever method writes them.
+
+No kernel of the targets multiplies them, so they become float: what they stand for, value by value.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from ...errors import CaptureError
+from .base import CodedWeight, Header, Read
+
+FLOAT8 = ("F8_E4M3", "F8_E5M2")  # as safetensors calls them
+
+
+@dataclass(frozen=True)
+class ScaledFloats(CodedWeight):
+    """weight = stored value * scale of its block.
+
+    Attributes:
+        block: rows and columns that share a scale; the last ones of each axis may be fewer.
+    """
+
+    block: tuple[int, int]
+
+    @classmethod
+    def at(
+        cls, name: str, scale: str, tensors: Mapping[str, Header], block: tuple[int, int] | None,
+        others: tuple[str, ...] = (),
+    ) -> Self:  # fmt: skip
+        """A weight, by the shape of its scale: one for all, one for each output feature, or one for each block.
+
+        Args:
+            block: rows and columns that share a scale, where the config names blocks.
+            others: tensors beside it that mean nothing for its values.
+
+        Raises:
+            CaptureError: the scale has another shape.
+        """
+        (n, k), of_scale = tensors[name].shape, tensors[scale].shape
+        if of_scale in ((), (1,), (1, 1)):
+            block = (n, k)
+        elif of_scale in ((n,), (n, 1)):
+            block = (1, k)
+        elif block is None or of_scale != (-(-n // block[0]), -(-k // block[1])):
+            raise CaptureError(
+                f"has shape {list(of_scale)}, which is neither one scale, nor one for each of {n} rows, nor one for "
+                f"each block of the config ({block}) of a weight {n} x {k}", place=scale,
+                remedy="The config does not belong to these weights",
+            )  # fmt: skip
+        kept = "no kernel takes 8-bit floats, so that it becomes float"
+        return cls(name, (n, k), (name, scale, *others), None, kept, tensors[scale].dtype, block)
+
+    def decode(self, read: Read) -> Tensor:
+        values, scale = read(self.parts[0]).float(), read(self.parts[1]).float()
+        (n, k), (rows, columns) = self.shape, self.block
+        scale = scale.reshape(-(-n // rows), -(-k // columns))
+        return values * scale.repeat_interleave(rows, 0)[:n].repeat_interleave(columns, 1)[:, :k]
+
+    def formula(self, read: Read) -> Tensor:
+        """Block by block."""
+        values, scales = read(self.parts[0]).double(), read(self.parts[1]).double()
+        (n, k), (rows, columns) = self.shape, self.block
+        flat, of_block = scales.flatten().tolist(), 0
+        out = torch.empty_like(values)
+        for top in range(0, n, rows):
+            for left in range(0, k, columns):
+                part = slice(top, top + rows), slice(left, left + columns)
+                out[part] = values[part] * flat[of_block]
+                of_block += 1
+        return out
