@@ -32,8 +32,7 @@ def formula_tensors(folder: "ModelFolder", codes: CodedCheckpoint) -> dict[str, 
     for weight in codes.find(_headers(stored), stored.__getitem__):
         made[weight.name] = weight.formula(stored.__getitem__).float()
         for part in weight.parts:
-            if part != weight.name:
-                del stored[part]
+            stored.pop(part, None)
     return {name: t.float() if t.is_floating_point() else t for name, t in stored.items()} | made
 
 

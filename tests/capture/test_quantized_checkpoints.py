@@ -15,8 +15,6 @@ from qexport.models.quantized import codes_of
 from qexport.models.source import open_model
 
 CONFIGS = {  # what a config says, and what the sentence names
-    "bnb": ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "bitsandbytes, 4 bits"),
-    "bnb without a method": ({"load_in_8bit": True}, "bitsandbytes, 8 bits"),
     "modelopt": ({"quant_method": "modelopt", "quant_algo": "NVFP4"}, r"ModelOpt \(NVFP4\)"),
     "mxfp4": ({"quant_method": "mxfp4"}, "MXFP4"),
     "bitnet": ({"quant_method": "bitnet"}, "BitNet"),
@@ -55,13 +53,17 @@ def test_other_places_where_it_is_said(tmp_path, files, named):
     ({"config": {"text_config": {"quantization_config": {"quant_method": "awq", "group_size": 64}}}},
      "AWQ, 4 bits in groups of 64"),
     ({"quant_config": {"w_bit": 4, "q_group_size": 128}}, "AWQ, 4 bits in groups of 128"),
+    ({"config": {"quantization_config": {"load_in_8bit": True}}}, "bitsandbytes, int8"),
+    ({"config": {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True,
+                                         "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}}},
+     "bitsandbytes, nf4, double quantization"),
     ({"config": {"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}}},
      "FP8 in blocks of 128 x 128"),
     ({"config": {"compression_config": {"format": "pack-quantized", "config_groups": {"group_0": {
         "weights": {"num_bits": 4, "group_size": 128, "strategy": "group"},
         "input_activations": {"num_bits": 8, "dynamic": True}}}}}},
      "compressed-tensors, pack-quantized: int4 in groups of 128 with dynamic int8 inputs"),
-], ids=["gptq", "gptq's file", "part", "awq's file", "fp8", "compression"])  # fmt: skip
+], ids=["gptq", "gptq's file", "part", "awq's file", "int8", "nf4", "fp8", "compression"])  # fmt: skip
 def test_methods_that_are_read(tmp_path, files, described):
     assert codes_of(say(tmp_path, **files), "model").described == described
 

@@ -72,6 +72,42 @@ def compressed(
     return parts | {".weight_scale": scales} | ({} if symmetric else {".weight_zero_point": zero.contiguous()})
 
 
+def bitsandbytes(codes: Tensor, absmax: Tensor, kind: str, block: int, *, nested: int = 0) -> Parts:
+    """4 bits: the tables are bitsandbytes', the first of two codes is in the high bits.
+
+    Args:
+        absmax: one for each block of the flattened weight, float32; with `nested`, indices of its map, uint8.
+        nested: absmax that share one of their own; 0 for plain ones.
+    """
+    flat = codes.flatten().tolist()
+    state = {"quant_type": kind, "blocksize": block, "dtype": "float32", "shape": list(codes.shape)}
+    more: Parts = {}
+    if nested:
+        state |= {"nested_blocksize": nested, "nested_dtype": "float32", "nested_offset": OFFSET}
+        more = {".weight.nested_absmax": nested_absmax(len(absmax), nested), ".weight.nested_quant_map": NESTED_MAP}
+    return more | {
+        ".weight": torch.tensor([[16 * a + b] for a, b in zip(flat[::2], flat[1::2], strict=True)], dtype=torch.uint8),
+        ".weight.absmax": absmax, ".weight.quant_map": torch.tensor(TABLES[kind], dtype=torch.float32),
+        f".weight.quant_state.bitsandbytes__{kind}": torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8),
+    }  # fmt: skip
+
+
+OFFSET = 0.03125  # of nested scales
+NESTED_MAP = torch.linspace(-1, 1, 256)
+TABLES = {
+    "nf4": (
+        -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
+        -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634,
+        0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+    ),
+    "fp4": tuple(v / 12 for v in (0, 0.0625, 8, 12, 4, 6, 2, 3, -0.0, -0.0625, -8, -12, -4, -6, -2, -3)),
+}  # fmt: skip
+
+
+def nested_absmax(count: int, run: int) -> Tensor:
+    return torch.linspace(0.01, 0.02, -(-count // run))
+
+
 def compressed_said(form: str, bits: int, symmetric: bool, group: int = -1, inputs: dict | None = None) -> dict:
     strategy = {"strategy": "group", "group_size": group} if group > 0 else {"strategy": "channel"}
     weights = {"num_bits": bits, "type": "int", "symmetric": symmetric, "dynamic": False, **strategy}

@@ -8,6 +8,7 @@ import onnx
 import pytest
 import torch
 from onnx import numpy_helper
+from safetensors.torch import load_file
 
 import qexport
 from helpers import coded_checkpoints as packers
@@ -72,6 +73,34 @@ CASES = {  # how it is packed, the config, what linears become
     ),
     "awq": (Encoder(lambda *made: packers.awq(*made[:3]), symmetric=False), AWQ, "w4a16_g32_asym"),
 }  # fmt: skip
+
+
+
+def nf4(path, shape):
+    """A linear in blocks of 32: the widths here are 64 and 96."""
+    codes = packers.random_codes(shape, 4, 32, seed=len(path))[0]
+    absmax = torch.rand(shape[0] * shape[1] // 32, generator=torch.Generator().manual_seed(len(path))) / 4
+    table = torch.tensor(packers.TABLES["nf4"], dtype=torch.float64)
+    spread = absmax.double().repeat_interleave(32).view(shape)
+    return packers.bitsandbytes(codes, absmax, "nf4", 32), table[codes] * spread
+
+
+def test_tables_in_the_file(tmp_path):
+    """MatMulBnb4 has the bytes of the checkpoint, as bitsandbytes packs them."""
+    folder = save_model("llama", tmp_path / "model")
+    twin = packers.coded(folder, nf4, {"quant_method": "bitsandbytes", "load_in_4bit": True})
+    result = qexport.export(folder, EXACT, out_dir=tmp_path / "out")
+    stored, model = load_file(folder / "model.safetensors"), onnx.load(result.folder / "model.onnx")
+    tensors = {t.name: numpy_helper.to_array(t) for t in model.graph.initializer}
+    assert len(result.manifest.linears) == 15
+    for entry in result.manifest.linears:
+        node = next(n for n in model.graph.node if n.name == entry.node)
+        assert node.op_type == "MatMulBnb4"
+        assert torch.equal(torch.tensor(tensors[node.input[1]]), stored[f"{entry.name}.weight"].flatten())
+        assert torch.equal(torch.tensor(tensors[node.input[2]]), stored[f"{entry.name}.weight.absmax"])
+    report = qexport.validate(result.folder, twin, windows=2, window=32, greedy=0)
+    assert report.logits.kl_mean < 1e-9
+
 
 INTEGER = {  # the same of integer products
     "dynamic": (

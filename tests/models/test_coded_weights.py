@@ -10,7 +10,7 @@ from qexport.passes.weights.as_stored import proved
 
 NAMES = {
     torch.int64: "I64", torch.int32: "I32", torch.int8: "I8", torch.float16: "F16", torch.float32: "F32",
-    torch.float8_e4m3fn: "F8_E4M3",
+    torch.uint8: "U8", torch.float8_e4m3fn: "F8_E4M3",
 }  # fmt: skip
 GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 32, "sym": True, "desc_act": False}
 
@@ -179,6 +179,59 @@ def test_8_bit_floats_become_float(said, block):
     assert stored.weight.scheme is None and stored.weight.kept.startswith("no kernel takes 8-bit floats")
     assert torch.equal(stored.formula(), want)
     assert torch.equal(proved(stored), want.float())
+
+
+@pytest.mark.parametrize("nested", [0, 8], ids=["", "double"])
+@pytest.mark.parametrize(("kind", "shape", "block", "scheme", "kept"), [
+    ("nf4", (6, 128), 64, "nf4", "as stored"),
+    ("fp4", (6, 128), 64, "fp4", "as stored"),
+    ("nf4", (6, 256), 128, "nf4_g128", "as stored"),
+    ("nf4", (6, 96), 64, "nf4_g32", "blocks of 64 as blocks of 32 with the same scale"),  # they cross the rows
+    ("nf4", (6, 100), 64, None, "its blocks of 64 cross its rows, which no kernel takes, so that it becomes float"),
+], ids=["nf4", "fp4", "128", "crossing", "odd"])  # fmt: skip
+def test_bitsandbytes_of_4_bits(kind, shape, block, scheme, kept, nested):
+    random, count = torch.Generator().manual_seed(0), shape[0] * shape[1]
+    codes, blocks = torch.randint(0, 16, shape, generator=random), -(-count // block)
+    absmax = scales = torch.rand(blocks, generator=random).float()
+    if nested:
+        absmax = torch.randint(128, 256, (blocks,), generator=random).to(torch.uint8)
+        own = packers.nested_absmax(blocks, nested)
+        scales = [
+            float(packers.NESTED_MAP[index]) * float(own[place // nested]) + packers.OFFSET
+            for place, index in enumerate(absmax.tolist())
+        ]  # fmt: skip
+    table = torch.tensor(packers.TABLES[kind], dtype=torch.float32).tolist()
+    want = torch.tensor(
+        [table[code] * float(scales[place // block]) for place, code in enumerate(codes.flatten().tolist())],
+        dtype=torch.float64,
+    ).view(shape)  # fmt: skip
+    said = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": kind}
+    stored = Stored(said, packers.bitsandbytes(codes, absmax, kind, block, nested=nested))
+    assert (stored.weight.scheme and stored.weight.scheme.name, stored.weight.kept) == (scheme, kept)
+    assert torch.equal(stored.formula(), want)
+    found = proved(stored)
+    if scheme is not None:
+        assert torch.equal(found.weight.codes.long(), codes)
+        size = found.weight.format.group_size
+        of_group = torch.arange(0, count, size) // block
+        assert torch.equal(found.weight.scale.flatten(), torch.as_tensor(scales, dtype=torch.float32)[of_group])
+
+
+def test_bitsandbytes_of_8_bits():
+    codes, largest = packers.random_codes((32, 64), 8, 64)[0] - 128, torch.linspace(0.1, 2, 32)
+    stored = Stored({"load_in_8bit": True}, {".weight": codes.to(torch.int8), ".SCB": largest})
+    assert (stored.weight.scheme.name, stored.weight.kept) == ("w8a16_pc", "as stored")
+    assert torch.equal(stored.formula(), codes.double() * largest.double()[:, None] / 127)
+    found = proved(stored)
+    assert torch.equal(found.weight.codes.long(), codes) and torch.equal(found.weight.scale, largest[:, None] / 127)
+
+
+def test_a_table_of_somebody_else():
+    codes = packers.random_codes((4, 64), 4, 64)[0]
+    parts = packers.bitsandbytes(codes, torch.ones(4), "nf4", 64)
+    parts[".weight.quant_map"][3] += 0.01
+    with pytest.raises(CaptureError, match="is another table than that of nf4"):
+        Stored({"load_in_4bit": True}, parts).decode()
 
 
 def test_scales_of_another_grid_are_refused():
