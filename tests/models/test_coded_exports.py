@@ -8,13 +8,14 @@ import onnx
 import pytest
 import torch
 from onnx import numpy_helper
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import qexport
 from helpers import coded_checkpoints as packers
 from helpers.random_decoders import save_model
+from helpers.random_modules import save_encoder
 from helpers.tokenizer_files import write_word_tokenizer
-from qexport.errors import InputError
+from qexport.errors import CaptureError, InputError
 from qexport.recipe.recipe import Recipe
 
 EXACT = Recipe.load("as_stored").model_copy(update={"accuracy_level": 1})
@@ -247,6 +248,36 @@ def test_a_wrong_version_of_zero_points_is_found(checkpoint, tmp_path):
 def test_methods_that_change_weights_do_not_go_with_codes():
     with pytest.raises(qexport.QExportError, match="changes weights, whose codes are kept"):
         Recipe(scheme="w4a16_g32", weights={"method": "as_stored"}, lorc={"rank": 4})
+
+
+def test_for_cuda(checkpoint, tmp_path):
+    """float16: the scales of the checkpoint are, too, and the input is read in the order of the codes."""
+    folder, _, made = checkpoint("gptq act-order")
+    result = qexport.export(folder, out_dir=tmp_path / "out", target="cuda")
+    name = "model.layers.0.mlp.down_proj"
+    packed, scales, zeros = rows_in_file(result.folder, next(e for e in result.manifest.linears if e.name == name))
+    codes, want, zero, group_of = made[name]
+    assert torch.equal(unpacked(packed, 4, codes.shape[1]), codes[:, torch.argsort(group_of, stable=True)])
+    assert torch.equal(scales, want) and torch.equal(unpacked(zeros, 4, scales.shape[1]), zero)
+    model = onnx.load(result.folder / "model.onnx")
+    orders = [t.name for t in model.graph.initializer if t.name.endswith(".input_order")]
+    assert len(orders) == 4 + 3 + 1, "one for q, k and v, one for gate and up; layer 1 has a float o_proj"
+    assert sum(node.op_type == "Gather" and node.input[1] in orders for node in model.graph.node) == len(orders)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "bert"])
+def test_models_that_transformers_converts_or_reads_whole_are_refused(tmp_path, family):
+    folder = save_model("mixtral", tmp_path) if family == "mixtral" else save_encoder("bert", tmp_path)
+    tensors = load_file(folder / "model.safetensors")
+    name = next(n for n in sorted(tensors) if n.endswith(("w1.weight", "query.weight")))
+    made = packers.random_codes(tuple(tensors[name].shape), 4, 32)
+    del tensors[name]
+    tensors |= {name.removesuffix(".weight") + end: part for end, part in packers.gptq(*made, 4).items()}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text()) | {"quantization_config": GPTQ}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CaptureError, match=r"its weights are codes \(GPTQ, .* which are read of decoders under"):
+        qexport.inspect(folder)
 
 
 def test_layouts_of_one_kernel_are_refused(checkpoint, tmp_path):

@@ -7,6 +7,8 @@
     weight.nested_absmax, weight.nested_quant_map    float32 [blocks / 256] and [256]
     weight.quant_state.bitsandbytes__nf4             JSON in bytes: shape, block sizes, and an offset of absmax
     weight = table[code] * absmax,    absmax = nested_quant_map[index] * nested_absmax + nested_offset
+A block may begin in one row and end in the next. The CPU kernel of bitsandbytes 0.50.2 reads the scales of such a weight
+wrongly (48 x 96 in blocks of 64: values off by 2 where they are off by 0.4), and multiplies in bfloat16.
 8 bits:
     weight int8 [N, K], SCB float32 [N]              weight = code * SCB / 127
 """
@@ -140,17 +142,18 @@ class TableWeight(CodedWeight):
         return (table[stored.long()] * nested.repeat_interleave(self.run)[: len(stored)] + self.offset).float()
 
     def formula(self, read: Read) -> Tensor:
-        """Element by element of the flattened weight."""
+        """Along the flattened weight: elements 0, 2, 4, ... are in the high halves of bytes."""
         n, k = self.shape
-        place = np.arange(n * k)
-        stored = read(self.parts[0]).contiguous().view(torch.uint8).numpy().ravel()[place // 2]
-        code = np.where(place % 2 == 0, stored // 16, stored % 16)
-        absmax: Any = read(self.parts[1]).numpy()[place // self.block]
+        stored, table = read(self.parts[0]).contiguous().view(torch.uint8).numpy().ravel(), read(self.parts[2])
+        values = np.empty(2 * len(stored))
+        values[0::2] = table.double().numpy()[stored // 16]
+        values[1::2] = table.double().numpy()[stored % 16]
+        absmax: Any = read(self.parts[1]).numpy()
         if len(self.parts) > 4:
-            nested, table = (read(part).double().numpy() for part in self.parts[4:])
-            absmax = table[absmax] * nested[place // self.block // self.run] + self.offset
-        values = read(self.parts[2]).double().numpy()[code] * absmax
-        return torch.from_numpy(values.astype(np.float64).reshape(n, k))
+            nested, indexed = (read(part).double().numpy() for part in self.parts[4:])
+            absmax = indexed[absmax] * nested[np.arange(len(absmax)) // self.run] + self.offset
+        values = values[: n * k] * np.repeat(absmax.astype(np.float64), self.block)[: n * k]
+        return torch.from_numpy(values.reshape(n, k))
 
 
 def _int8(path: str, scales: str, tensors: Mapping[str, Header]) -> "RowWeight":
