@@ -39,7 +39,7 @@ def test_the_method_is_named(tmp_path, form):
 @pytest.mark.parametrize(("files", "named"), [
     ({"config": {"quantization": {"group_size": 64, "bits": 4}}}, r"MLX \(4 bits\), as quantization in config.json"),
     ({"config": {"text_config": {"quantization_config": {"quant_method": "hqq"}}}}, "HQQ, as text_config.quanti"),
-    ({"hf_quant_config": {"quantization": {"quant_algo": "FP8"}}}, r"ModelOpt \(FP8\), as hf_quant_config.json says"),
+    ({"hf_quant_config": {"quantization": {"quant_algo": "NVFP4"}}}, r"ModelOpt \(NVFP4\), as hf_quant_config.json"),
 ], ids=["mlx", "part", "modelopt"])  # fmt: skip
 def test_other_places_where_it_is_said(tmp_path, files, named):
     with pytest.raises(InputError, match=named):
@@ -53,6 +53,9 @@ def test_other_places_where_it_is_said(tmp_path, files, named):
     ({"config": {"text_config": {"quantization_config": {"quant_method": "awq", "group_size": 64}}}},
      "AWQ, 4 bits in groups of 64"),
     ({"quant_config": {"w_bit": 4, "q_group_size": 128}}, "AWQ, 4 bits in groups of 128"),
+    ({"config": {"quantization_config": {"quant_method": "auto-round", "bits": 4, "group_size": 128}}},
+     "AutoRound, 4 bits in groups of 128"),
+    ({"hf_quant_config": {"quantization": {"quant_algo": "FP8"}}}, "FP8"),
     ({"config": {"quantization_config": {"load_in_8bit": True}}}, "bitsandbytes, int8"),
     ({"config": {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True,
                                          "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}}},
@@ -63,7 +66,7 @@ def test_other_places_where_it_is_said(tmp_path, files, named):
         "weights": {"num_bits": 4, "group_size": 128, "strategy": "group"},
         "input_activations": {"num_bits": 8, "dynamic": True}}}}}},
      "compressed-tensors, pack-quantized: int4 in groups of 128 with dynamic int8 inputs"),
-], ids=["gptq", "gptq's file", "part", "awq's file", "int8", "nf4", "fp8", "compression"])  # fmt: skip
+], ids=["gptq", "gptq's file", "part", "awq's file", "auto-round", "modelopt", "int8", "nf4", "fp8", "compression"])  # fmt: skip
 def test_methods_that_are_read(tmp_path, files, described):
     assert codes_of(say(tmp_path, **files), "model").described == described
 
@@ -76,8 +79,10 @@ def test_methods_that_are_read(tmp_path, files, described):
     ({"quant_method": "compressed-tensors", "config_groups": {}, "transform_config": {"u": 1}}, "asks for a transform"),
     ({"quant_method": "compressed-tensors", "config_groups": {}, "sparsity_config": {"format": "sparse-24-bitmask"}},
      r"asks for sparse tensors \(sparse-24-bitmask\)"),
+    ({"quant_method": "auto-round", "data_type": "mx_fp", "bits": 4}, "of mx_fp with 16-bit inputs"),
+    ({"quant_method": "auto-round", "bits": 4, "rotation_config": {"a": 1}}, "are with rotation_config"),
     ({"quant_method": "fp8", "weight_block_size": 128}, "FP8 in blocks of 128, which are none"),
-], ids=["marlin", "bits", "words", "gemv", "transform", "sparse", "fp8"])  # fmt: skip
+], ids=["marlin", "bits", "words", "gemv", "transform", "sparse", "floats", "rotated", "fp8"])  # fmt: skip
 def test_forms_that_are_not_read(tmp_path, said, named):
     with pytest.raises(InputError, match=named):
         codes_of(say(tmp_path, config={"quantization_config": said}), "model")

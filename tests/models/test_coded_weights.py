@@ -101,6 +101,28 @@ def test_zero_points_that_wrap_around():
     check(Stored(GPTQ | {"sym": False}, parts), codes, scales, zeros, group_of)
 
 
+@pytest.mark.parametrize(("form", "version", "bits"), [
+    ("auto_round:auto_gptq", 1, 4), ("auto_round:gptq", 1, 2), ("auto_round", 2, 4), ("auto_round:gptqmodel", 2, 3),
+    ("auto_round:exllamav2", 2, 8),
+])  # fmt: skip
+def test_auto_round(form, version, bits):
+    made = packers.random_codes((64, 96), bits, 32, symmetric=False)
+    parts = packers.gptq(*made, bits, version=version)
+    del parts[".g_idx"]
+    said = {"quant_method": "auto-round", "packing_format": form, "bits": 4, "group_size": 128, "sym": False,
+            "data_type": "int", "extra_config": {"model.layers.0.mlp.up": {"bits": 16}, r".*\.1\..*": {"bits": 16},
+            "model.layers.0.mlp.up_proj": {"bits": bits, "group_size": 32}}}  # fmt: skip
+    stored = Stored(said, parts)
+    assert stored.weight.scheme.name == f"w{bits}a16_g32_asym"
+    check(stored, *made)
+
+
+def test_auto_round_in_the_layout_of_awq():
+    made = packers.random_codes((64, 96), 4, 32, symmetric=False)
+    said = {"quant_method": "auto-round", "packing_format": "auto_round:auto_awq", "bits": 4, "group_size": 32}
+    check(Stored(said, packers.awq(*made[:3])), *made)
+
+
 @pytest.mark.parametrize(("group", "scheme"), [(32, "w4a16_g32_asym"), (-1, "w4a16_pc_asym")])
 def test_awq(group, scheme):
     made = packers.random_codes((64, 96), 4, 96 if group < 0 else group, symmetric=False)
@@ -161,10 +183,11 @@ def test_settings_of_a_name_come_before_those_of_a_class():
 @pytest.mark.parametrize(("said", "block"), [
     ({"quant_method": "fp8", "weight_block_size": [32, 48]}, (32, 48)),
     ({"quant_method": "fbgemm_fp8"}, (1, 100)),
+    ({"quant_method": "modelopt", "quant_algo": "FP8"}, (70, 100)),
     ({"quant_method": "compressed-tensors", "format": "float-quantized", "config_groups": {
         "group_0": {"targets": ["Linear"], "weights": {"num_bits": 8, "type": "float", "strategy": "tensor"}}}},
      (70, 100)),
-], ids=["blocks", "rows", "one"])  # fmt: skip
+], ids=["blocks", "rows", "modelopt", "one"])  # fmt: skip
 def test_8_bit_floats_become_float(said, block):
     """A block at the end of either axis is smaller: the grid of scales is rounded up."""
     random = torch.Generator().manual_seed(0)

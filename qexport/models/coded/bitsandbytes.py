@@ -7,7 +7,7 @@
     weight.nested_absmax, weight.nested_quant_map    float32 [blocks / 256] and [256]
     weight.quant_state.bitsandbytes__nf4             JSON in bytes: shape, block sizes, and an offset of absmax
     weight = table[code] * absmax,    absmax = nested_quant_map[index] * nested_absmax + nested_offset
-A block may begin in one row and end in the next. The CPU kernel of bitsandbytes 0.50.2 reads the scales of such a weight
+A block may begin in one row and end in the next. The CPU kernel of bitsandbytes 0.50.2 reads the scales of such weights
 wrongly (48 x 96 in blocks of 64: values off by 2 where they are off by 0.4), and multiplies in bfloat16.
 8 bits:
     weight int8 [N, K], SCB float32 [N]              weight = code * SCB / 127

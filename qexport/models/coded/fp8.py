@@ -1,4 +1,4 @@
-"""8-bit floats with one scale for each block (DeepSeek, Qwen), each output feature (FBGEMM) or each weight.
+"""8-bit floats with one scale for each block (DeepSeek, Qwen), each output feature (FBGEMM) or each weight (ModelOpt).
 
     weight            float8 [N, K]
     weight_scale_inv  float [ceil(N / rows), ceil(K / columns)]; of other writers weight_scale
@@ -33,7 +33,11 @@ class FP8(CodedCheckpoint):
 
     @classmethod
     def match(cls, said: Section) -> Self | None:
-        if said.get("quant_method") not in ("fp8", "fbgemm_fp8"):
+        inner = said.get("quantization")
+        if isinstance(inner, dict):  # ModelOpt's own file
+            return cls.match({"quant_method": "modelopt"} | inner)
+        modelopt = said.get("quant_method") == "modelopt" and said.get("quant_algo") == "FP8"
+        if said.get("quant_method") not in ("fp8", "fbgemm_fp8") and not modelopt:
             return None
         block = said.get("weight_block_size")
         if block is not None and not (isinstance(block, list) and len(block) == 2 and all(b > 0 for b in block)):
