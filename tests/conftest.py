@@ -1,7 +1,5 @@
-import copy
 import signal
 import sys
-import warnings
 from contextlib import nullcontext
 from functools import cache, partial
 from pathlib import Path
@@ -11,15 +9,13 @@ import torch
 import transformers
 
 import qexport
-from helpers import traces
+from helpers import exports, traces
 from helpers.cuda_placement.build import CannotBuild, build_stand_ins
 from helpers.cuda_placement.probe import placement
 from helpers.random_decoders import save_model
 from qexport import cli
-from qexport.api.stages.capturing import capture_model
 from qexport.artifact import checksums
 from qexport.recipe.recipe import Recipe
-from qexport.validation.reader import check_reader
 
 pytest_plugins = ["helpers.times"]
 
@@ -62,17 +58,8 @@ def export_folder(model_folder, tmp_path_factory):
 def captured(model_folder):
     """captured(family): a copy of its captured graph, for the caller to change."""
 
-    @cache
-    def once(family):
-        model = capture_model(model_folder(family))
-        check_reader(model)  # here, and not in every export of a copy
-        return model
-
-    def fresh(family):
-        with warnings.catch_warnings(action="ignore"):  # about copying a fake tensor
-            return copy.deepcopy(once(family))
-
-    return fresh
+    once = cache(lambda family: exports.capture(model_folder(family)))
+    return lambda family: once(family).copy()
 
 
 @pytest.fixture(scope="session")

@@ -4,6 +4,7 @@ import hashlib
 import inspect
 import json
 from collections.abc import Callable, Iterable, Sequence
+from functools import cache
 from importlib.metadata import version
 from typing import Any
 
@@ -46,7 +47,7 @@ def fingerprint_of(
             digest.update(len(data).to_bytes(8, "little"))
             digest.update(data)
 
-    add(*(f"{name} {version(name)}" for name in _LIBRARIES), recipe.to_yaml(), repr(decided))
+    add(*_versions(), recipe.to_yaml(), repr(decided))
     for step in extra_passes:
         add(type(step).__qualname__, repr(step), _source(type(step)))
     for block in captured.blocks:
@@ -87,3 +88,8 @@ def _source(kind: type) -> str:
         return inspect.getsource(kind)
     except (OSError, TypeError):
         return ""
+
+
+@cache
+def _versions() -> tuple[str, ...]:
+    return tuple(f"{name} {version(name)}" for name in _LIBRARIES)

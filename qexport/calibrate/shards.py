@@ -17,9 +17,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch.fx import Graph, GraphModule, Node
 
-from ..capture.blocks import Block, holder
+from ..capture.blocks import Block
 from ..errors import InputError, PassError, writing_to
-from ..graph.edit import TensorSpec, attributes, get_tensor
+from ..graph.edit import TensorSpec, module_of, tensors_of
 
 _MODULES = {"_operator": operator, "operator": operator, "math": math, "torch": torch}  # of plain functions in graphs
 _PLAIN = "python:"  # before the name of one
@@ -72,9 +72,8 @@ def load_block(path: Path, run: str) -> tuple[Block, set[str]]:
     for item in record["nodes"]:  # what is noted may name any node
         env[item["name"]].meta = {k: _decode(v, env) for k, v in item["meta"].items()}
     specs = {n: _decode(s, {}) for n, s in record["tensors"].items()}
-    module = GraphModule(
-        holder({n: torch.empty(s.shape, dtype=s.dtype, device="meta") for n, s in specs.items()}), graph
-    )
+    tensors = {n: torch.empty(s.shape, dtype=s.dtype, device="meta") for n, s in specs.items()}
+    module = module_of(graph, tensors)
     return Block(record["name"], module, record["inputs"], record["outputs"], list(specs)), stored
 
 
@@ -100,8 +99,7 @@ def _opened(path: Path, run: str):
 
 
 def _specs(module: GraphModule) -> dict[str, TensorSpec]:
-    tensors = {name: get_tensor(module, name) for name in attributes(module.graph)}
-    return {name: TensorSpec(t.dtype, tuple(t.shape)) for name, t in tensors.items()}
+    return {name: TensorSpec(t.dtype, tuple(t.shape)) for name, t in tensors_of(module).items()}
 
 
 def _encode_node(node: Node) -> dict:

@@ -8,7 +8,6 @@ container that hold most of the weights); nodes that belong to no layer go where
 import re
 from collections import Counter
 from collections.abc import Sequence
-from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +15,7 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 
 from ..errors import CaptureError
-from ..graph.edit import attributes, get_tensor, is_call, set_tensor, spec_of
+from ..graph.edit import copy_of, get_tensor, is_call, module_of, spec_of, tensors_of
 from ..graph.meta import Meta
 from ..graph.views import operand, tensor_name
 
@@ -43,9 +42,11 @@ class Block:
 
     def copy(self) -> "Block":
         """The same block once more, its weights not loaded."""
-        held = {name: get_tensor(self.module, name) for name in attributes(self.module.graph)}
-        twins = {id(tensor): tensor.to("meta") if name in self.parameters else tensor for name, tensor in held.items()}
-        return deepcopy(self, twins)
+        held = tensors_of(self.module)
+        twins = {name: tensor.to("meta") if name in self.parameters else tensor for name, tensor in held.items()}
+        return Block(
+            self.name, copy_of(self.module, twins), list(self.inputs), list(self.outputs), list(self.parameters)
+        )
 
 
 def handed_on(outputs: Sequence[str], following: Sequence[str]) -> str:
@@ -161,7 +162,7 @@ def _block(
         env[node].meta = _meta(node)
     outputs = [n for n in nodes if n.name in results or any(part.get(u, index) != index for u in n.users)]
     graph.output(tuple(env[n] for n in outputs))
-    module = GraphModule(holder(tensors), graph, class_name=f"Block_{index}")
+    module = module_of(graph, tensors, f"Block_{index}")
     return Block(name, module, inputs, [n.name for n in outputs], list(tensors))
 
 
@@ -174,11 +175,3 @@ def _is_flag(node: Node) -> bool:
 def _meta(node: Node) -> dict[str, Any]:
     """What passes and the lowering know of a node; fake tensors and module stacks stay behind."""
     return {Meta.SPEC: spec_of(node.meta.get("val")), Meta.MODULE_PATH: node.meta.get(Meta.MODULE_PATH, "")}
-
-
-def holder(tensors: dict[str, torch.Tensor]) -> torch.nn.Module:
-    """A module tree that has exactly the given tensors as buffers under their dotted names."""
-    root = torch.nn.Module()
-    for name, tensor in tensors.items():
-        set_tensor(root, name, tensor)
-    return root

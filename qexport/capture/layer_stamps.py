@@ -3,13 +3,13 @@
 from collections.abc import Mapping, Sequence
 
 import torch
-from torch.fx import Graph, GraphModule, Node
+from torch.fx import Graph, Node
 
 from ..errors import CaptureError
-from ..graph.edit import get_tensor
+from ..graph.edit import get_tensor, module_of
 from ..graph.meta import Meta
 from ..graph.views import results_of, tensor_name
-from .blocks import Block, holder
+from .blocks import Block
 from .layer_groups import LayerGroups
 
 
@@ -103,5 +103,5 @@ def _copy(block: Block, name: str, rename: Mapping[str, str], tensors: Mapping[s
         else:
             env[node] = graph.node_copy(node, env.__getitem__)
         env[node].meta = {**node.meta, Meta.MODULE_PATH: moved(node.meta.get(Meta.MODULE_PATH, ""))}
-    module = GraphModule(holder(used), graph, class_name=type(block.module).__name__)
+    module = module_of(graph, used, type(block.module).__name__)
     return Block(name, module, inputs, outputs, list(used))

@@ -3,11 +3,13 @@
 Every node of a block carries `meta["spec"]`: what is known of its value. Dynamic dimensions are strings.
 """
 
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from typing import Any, TypeGuard, cast
 
 import torch
 from torch.fx import Graph, GraphModule, Node
+from torch.fx._lazy_graph_module import _LazyGraphModule
 
 from .meta import Meta
 
@@ -104,6 +106,30 @@ def unload(module: GraphModule) -> None:
         set_tensor(module, name, get_tensor(module, name).to("meta"))
 
 
+def module_of(graph: Graph, tensors: dict[str, torch.Tensor], name: str = "Block") -> GraphModule:
+    """A module that runs a graph on the given tensors, which become its buffers under their dotted names.
+
+    Its code is generated when it is called first after an edit: most edits are followed by others.
+
+    Args:
+        name: of its class.
+    """
+    root = torch.nn.Module()
+    for path, tensor in tensors.items():
+        set_tensor(root, path, tensor)
+    return _LazyGraphModule(root, graph, class_name=name)
+
+
+def tensors_of(module: GraphModule) -> dict[str, torch.Tensor]:
+    """The tensors that its graph reads, by name."""
+    return {name: get_tensor(module, name) for name in attributes(module.graph)}
+
+
+def copy_of(module: GraphModule, tensors: dict[str, torch.Tensor]) -> GraphModule:
+    """A module with a graph of its own that does the same on the given tensors."""
+    return module_of(deepcopy(module.graph), tensors, type(module).__name__)
+
+
 def add_tensor(graph: Graph, name: str, tensor: torch.Tensor) -> Node:
     """A get_attr node for a tensor, which becomes a buffer of the graph's module."""
     if graph.owning_module is None:
@@ -120,7 +146,7 @@ def attributes(graph: Graph) -> list[str]:
 
 
 def finish(module: GraphModule) -> None:
-    """After an edit: drop what is dead, tensors too, check the graph and regenerate its code."""
+    """After an edit: drop what is dead, tensors too, check the graph, and let go of the code made from it."""
     before = set(attributes(module.graph))
     module.graph.eliminate_dead_code()
     for name in before - set(attributes(module.graph)):

@@ -5,12 +5,11 @@ waits for weights, and fewer bits come sooner. So the stack of blocks is there t
 number of new tokens (see branches.py). Both read and write the same cache.
 """
 
-import copy
 
 import torch
 from torch.fx import GraphModule, Node
 
-from ..graph.edit import call, finish, is_call, shape_of
+from ..graph.edit import call, copy_of, finish, is_call, shape_of, tensors_of
 from ..graph.meta import BESIDE
 from ..graph.views import DequantizeLinear, Matmul
 from ..passes.activations.quantize import round_per_token
@@ -33,7 +32,7 @@ def prompt_twin(module: GraphModule) -> GraphModule | None:
     """
     if not any(_weight_only(product) for product in linear_products(module.graph)):
         return None
-    twin = copy.deepcopy(module)
+    twin = copy_of(module, tensors_of(module))
     graph = twin.graph
     readers: dict[Node, list[Node]] = {}
     for product in linear_products(graph):

@@ -20,7 +20,9 @@ def read_yaml(text: str, place: str) -> tuple[dict[str, Any], dict[tuple, int]]:
     """
     try:
         _check_events(text, place)
-        root, data = yaml.compose(text, Loader=yaml.SafeLoader), yaml.safe_load(text)
+        loader = yaml.SafeLoader(text)
+        root = loader.get_single_node()
+        data = None if root is None else loader.construct_document(root)
     except (yaml.YAMLError, RecursionError, ValueError) as error:
         mark = getattr(error, "problem_mark", None)
         problem = getattr(error, "problem", None) or (str(error) or type(error).__name__).splitlines()[0]

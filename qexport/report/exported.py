@@ -3,6 +3,7 @@
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,7 @@ class Exported:
         return str(settings.get("name") or settings.get("scheme") or "")
 
 
+@lru_cache(maxsize=8)  # a page and a card ask for several of them
 def recipe_settings(text: str) -> Mapping[str, Any]:
     """The keys of a recipe; none where the text is no YAML mapping."""
     try:

@@ -475,7 +475,7 @@ def test_a_full_disk(run, model, tmp_path, monkeypatch):
     # The finished blocks stay for --resume; the half-written file does not.
     assert leftovers(tmp_path) == [".out.work"]
     monkeypatch.undo()
-    assert shell("export", model, "-o", tmp_path / "out", "-r", "w4a16_g32_rtn", "--resume").returncode == 0
+    assert run("export", model, "-o", tmp_path / "out", "-r", "w4a16_g32_rtn", "--resume")[0] == 0
     assert leftovers(tmp_path) == ["out"]
 
 

@@ -1,6 +1,5 @@
 """An export kept together with the graph it was lowered from, so that both can be run on the same inputs."""
 
-import copy
 from dataclasses import dataclass
 from pathlib import Path
 from unittest.mock import patch
@@ -13,15 +12,17 @@ from onnx import TensorProto, helper
 from helpers.runners import Runner, block_runner
 from qexport.api import exporting
 from qexport.api.stages import lowering
+from qexport.api.stages.capturing import capture_model
 from qexport.artifact.manifest import CPU, MODEL_FILE, Manifest
 from qexport.capture.blocks import Block
 from qexport.capture.graph import CapturedModel
-from qexport.graph.edit import attributes, get_tensor, set_tensor
+from qexport.graph.edit import copy_of, tensors_of
 from qexport.lower.emitter import ONNX_DTYPE
 from qexport.lower.lowered_block import LoweredBlock
 from qexport.quant.narrowing import narrowed
 from qexport.recipe.recipe import Recipe
 from qexport.runtime.session import open_session
+from qexport.validation.reader import check_reader
 from qexport.validation.running import run_session
 
 
@@ -74,6 +75,13 @@ class Exported:
         return session_runner(open_session(path, self.manifest, threads=1, provider=CPU))
 
 
+def capture(folder: Path) -> CapturedModel:
+    """The graph of a model's folder, compared with the model here and not in every export of it."""
+    captured = capture_model(folder)
+    check_reader(captured)
+    return captured
+
+
 def session_runner(session: ort.InferenceSession) -> Runner:
     names = [value.name for value in session.get_outputs()]
     return lambda feeds: run_session(session, feeds, names)
@@ -99,7 +107,6 @@ def export(captured: CapturedModel, recipe: Recipe, target: str, out: Path, **op
 
 def filled(lowered: LoweredBlock) -> Block:
     """A block as it was written, with its tensors."""
-    module = copy.deepcopy(lowered.module)
-    for name in attributes(module.graph):
-        set_tensor(module, name, narrowed(lowered.read(name), get_tensor(module, name).dtype, name))
-    return Block(lowered.name, module, list(lowered.inputs), list(lowered.outputs))
+    shown = tensors_of(lowered.module)
+    tensors = {name: narrowed(lowered.read(name), tensor.dtype, name) for name, tensor in shown.items()}
+    return Block(lowered.name, copy_of(lowered.module, tensors), list(lowered.inputs), list(lowered.outputs))

@@ -3,6 +3,9 @@
 What a call gave is given again to one that says the same: classes and attributes of every module of the model, values
 of its tensors, example inputs and options. Who reads a program takes a graph of its own from it, so that captures of
 one are as independent as those of two; its tensors are compared with what they were.
+
+What there is to trace is traced without torch's cache of the types of results, which holds few of sizes that are not
+known and takes a third of the time. But for the numbers in the names of nodes the graph is the same.
 """
 
 import hashlib
@@ -13,12 +16,15 @@ from functools import partial
 from unittest.mock import patch
 
 import torch
+import torch._dynamo.config
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.export import ExportedProgram
 from transformers import PretrainedConfig
 
 _LIBRARIES = ("torch", "transformers", "qexport")
+_FOLDER = ("_name_or_path", "name_or_path")  # that a model came from: no code of it reads them
 _HOOKS = ("hooks", "hooks_with_kwargs", "hooks_always_called")
+_APART = ("_modules", *_FOLDER)
 _export, _decompose = torch.export.export, ExportedProgram.run_decompositions
 _programs: dict[Hashable, tuple[ExportedProgram, Hashable]] = {}
 _decomposed: dict[int, ExportedProgram] = {}  # by the id of a program that is kept
@@ -28,6 +34,7 @@ _decomposed: dict[int, ExportedProgram] = {}  # by the id of a program that is k
 def remembered():
     """While this lasts, torch.export gives again what it made in any such context of this process."""
     with ExitStack() as changes:
+        changes.enter_context(patch.object(torch._dynamo.config, "fake_tensor_cache_enabled", False))
         changes.enter_context(patch.object(torch.export, "export", _export_once))
         changes.enter_context(patch.object(ExportedProgram, "run_decompositions", _decompose_once))
         yield
@@ -70,7 +77,7 @@ def _said(value) -> Hashable:
         shared = (names.setdefault(id(t), name) for name, t in value.named_parameters(remove_duplicate=False))
         return tuple(shared), tuple((name, _attributes(module)) for name, module in value.named_modules())
     if isinstance(value, PretrainedConfig):
-        return type(value), _said(vars(value))
+        return type(value), _said({name: item for name, item in vars(value).items() if name not in _FOLDER})
     if isinstance(value, dict):
         return "dict", tuple((key, _said(item)) for key, item in value.items())
     if isinstance(value, (list, tuple)):
@@ -88,6 +95,6 @@ def _said(value) -> Hashable:
 
 
 def _attributes(module: torch.nn.Module) -> Hashable:
-    """All of a module but for the modules in it, which have names of their own, and its hooks."""
-    held = {name: item for name, item in vars(module).items() if name != "_modules" and not name.endswith(_HOOKS)}
+    """All of a module but for its folder, its hooks and the modules in it, which have names of their own."""
+    held = {name: item for name, item in vars(module).items() if name not in _APART and not name.endswith(_HOOKS)}
     return type(module), _said({n: i for n, i in held.items() if not isinstance(i, torch.nn.Module)})

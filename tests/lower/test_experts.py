@@ -1,15 +1,15 @@
 """Mixtures of experts in one node each: found by dataflow, the same numbers, and the reason where one stays dense."""
 
-import copy
 import json
 import re
 from collections import Counter
+from functools import cache
 
 import onnx
 import pytest
 import torch
 
-from helpers import agreement
+from helpers import agreement, exports
 from helpers.agreement import assert_agree, assert_float16_adds_little
 from helpers.cuda_placement.models import CPU, CUDA, PROMPT
 from helpers.random_decoders import save_model
@@ -48,14 +48,8 @@ def recipe_of(scheme="w4a16_g32", **fields):
 @pytest.fixture(scope="module")
 def wide(tmp_path_factory):
     """Captured models whose widths CUDA's kernel takes, made once: wide(family)."""
-    found = {}
-
-    def fresh(family):
-        if family not in found:
-            found[family] = capture_model(save_model(family, tmp_path_factory.mktemp(family), **WIDTHS))
-        return copy.deepcopy(found[family])
-
-    return fresh
+    once = cache(lambda family: exports.capture(save_model(family, tmp_path_factory.mktemp(family), **WIDTHS)))
+    return lambda family: once(family).copy()
 
 
 WIDTHS = dict(intermediate_size=64, moe_intermediate_size=64)
@@ -87,7 +81,7 @@ def test_onnxruntime_agrees_with_the_graph_in_prefill_and_decoding(export, famil
 @pytest.mark.parametrize("normed", [False, True])
 def test_shares_are_those_of_the_model_whether_it_norms_them_or_not(tmp_path, normed):
     """Left to the node they would not be normed on the CPU, whatever its attribute says."""
-    captured = capture_model(save_model("qwen3_moe", tmp_path / "model", norm_topk_prob=normed))
+    captured = capture_model(save_model("qwen3_moe", tmp_path / "model", norm_topk_prob=normed, **WIDTHS))
     exported = agreement.export(captured, recipe_of(accuracy_level=1), "cpu", tmp_path / "out")
     graph = onnx.load(exported.folder / "model.onnx", load_external_data=False).graph
     mixtures = [node for node in graph.node if node.op_type == "QMoE"]

@@ -1,7 +1,5 @@
 """2-bit and 3-bit weights, and groups longer than the kernel's blocks: exact, fused, of the size that was planned."""
 
-import copy
-import warnings
 from collections import Counter
 
 import onnx
@@ -13,7 +11,6 @@ from helpers.agreement import ROUNDING, assert_agree, assert_float16_adds_little
 from helpers.cuda_placement.models import PROMPT, assert_decoder_on_cuda
 from helpers.random_decoders import save_model
 from helpers.runners import padded
-from qexport.api.stages.capturing import capture_model
 from qexport.graph.edit import is_call
 from qexport.plan.linear_plan import LinearPlan, weight_bytes
 from qexport.quant.formats import Scheme
@@ -34,7 +31,7 @@ WRITTEN = ["w2a16_g16", "w2a16_g128_asym", "w4a16_g512", "w4a16_g1024_asym"]  # 
 def wide(tmp_path_factory):
     """A decoder of one layer with 1024 input features in down_proj and 256 in every other linear."""
     changes = dict(hidden_size=256, head_dim=64, intermediate_size=1024, num_hidden_layers=1)
-    return capture_model(save_model("llama", tmp_path_factory.mktemp("wide"), **changes))
+    return exports.capture(save_model("llama", tmp_path_factory.mktemp("wide"), **changes))
 
 
 @pytest.fixture
@@ -42,9 +39,7 @@ def export(wide, tmp_path):
     def make(scheme, target="cpu", level=4, single=False):
         calibration = CalibrationSpec(source="random", samples=2, sequence_length=16)
         recipe = Recipe(scheme=scheme, lm_head=scheme, accuracy_level=level, calibration=calibration)
-        with warnings.catch_warnings(action="ignore"):  # about copying a fake tensor
-            fresh = copy.deepcopy(wide)
-        return agreement.export(fresh, recipe, target, tmp_path / f"{target}{single}", single)
+        return agreement.export(wide, recipe, target, tmp_path / f"{target}{single}", single)
 
     return make
 

@@ -1,8 +1,6 @@
 """What becomes of the token embedding, and why, told from shapes; and the loop that hands its codes on."""
 
-import copy
 import json
-import warnings
 
 import onnx
 import pytest
@@ -15,7 +13,6 @@ from helpers.random_decoders import HIDDEN, VOCAB, reference_model, save_model
 from helpers.runners import padded
 from qexport.api import inspecting
 from qexport.api.exporting import export
-from qexport.api.stages.capturing import capture_model
 from qexport.api.validating import validate
 from qexport.calibrate.sources import load_samples
 from qexport.cli.printers.export import print_export
@@ -41,13 +38,7 @@ GPTQ = section("weights", method="gptq")
 @pytest.fixture(scope="module")
 def tied(tmp_path_factory):
     """A copy of a tied model without biases, which plans do not count."""
-    once = capture_model(save_model("llama", tmp_path_factory.mktemp("tied"), tie_word_embeddings=True))
-
-    def fresh():
-        with warnings.catch_warnings(action="ignore"):  # about copying a fake tensor
-            return copy.deepcopy(once)
-
-    return fresh
+    return exports.capture(save_model("llama", tmp_path_factory.mktemp("tied"), tie_word_embeddings=True)).copy
 
 
 def inspect(model, recipe, target="cpu"):
