@@ -60,8 +60,8 @@ def unmerged():
 
 
 @pytest.fixture
-def export(export):
-    return lambda family, fields, target="cpu", single=False: export(family, recipe_of(**fields), target, single)
+def export(new_export):
+    return lambda family, fields, target="cpu", single=False: new_export(family, recipe_of(**fields), target, single)
 
 
 def results(exported, feeds):
