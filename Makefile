@@ -24,6 +24,8 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP)
 	$(BIN)/python samples/demo.py
 
+# Bytecode is kept: without it every process compiles the package, and every worker rewrites the tests' assertions.
+unexport PYTHONDONTWRITEBYTECODE
 # On as many cores as there are; a plain `pytest` runs in one process, as --pdb and -x want it.
 PARALLEL = -n auto --maxprocesses 4 --dist loadfile
 
