@@ -19,8 +19,6 @@ from ..graph.sites import linears
 from ..graph.views import Item, results_of
 from ..quant.formats import ActivationFormat
 
-logger = logging.getLogger(__name__)
-
 
 @dataclass(frozen=True)
 class SiteRecord:
@@ -49,14 +47,16 @@ def log_sites(place: str, step: str, changed: Sequence[SiteRecord], skipped: Seq
     """Log what a pass did: how many sites it changed, which it left alone and why; what it did at each is a detail.
 
     Args:
-        place: the block, or what else the pass went through; step: its name.
+        place: the block, or what else the pass went through.
+        step: its name, under which it logs.
     """
+    logger = logging.getLogger(f"{__package__}.{step}")
     if changed:
-        logger.info("%s: %s changed %d sites", place, step, len(changed))
+        logger.info("%s: %d sites changed", place, len(changed))
     for site in changed:
-        logger.debug("%s: %s, %s: %s", place, step, site.site, site.what)
+        logger.debug("%s: %s: %s", place, site.site, site.what)
     for site in skipped:
-        logger.info("%s: %s left %s alone: %s", place, step, site.site, site.what)
+        logger.info("%s: %s left alone: %s", place, site.site, site.what)
 
 
 Statistics = dict[Node, Any]

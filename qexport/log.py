@@ -1,8 +1,9 @@
 """Where log records go when the command line runs; the library itself configures nothing.
 
-Modules log to loggers of their own names: what passes and stages decide at INFO, details at DEBUG, and what users
-should know though nothing failed as warnings, each once, in a sentence without a final full stop. A program that
-imports qexport handles the logger "qexport" as it likes; without a handler Python prints warnings on stderr.
+Modules log to loggers of their own names, passes to `qexport.passes.NAME`: what passes and stages decide at INFO,
+details at DEBUG, and what users should know though nothing failed as warnings, each once, in a sentence without a
+final full stop. A program that imports qexport handles the logger "qexport" as it likes; without a handler Python
+prints warnings on stderr.
 """
 
 import logging

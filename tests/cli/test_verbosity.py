@@ -41,8 +41,8 @@ def test_a_warning_is_said_once(exported):
 def test_verbose_says_what_is_decided_and_why(exported):
     lines = exported("-v")[1].splitlines()
     assert "api.stages.planning: lm_head: float, kept in float by the recipe" in lines
-    assert "passes.base: model.layers.0: GPTQ changed 7 sites" in lines
-    assert "passes.base: epilogue: GPTQ left lm_head alone: kept in float by the recipe" in lines
+    assert "passes.GPTQ: model.layers.0: 7 sites changed" in lines
+    assert "passes.GPTQ: epilogue: lm_head left alone: kept in float by the recipe" in lines
     mlp = "model.layers.0.mlp.gate_proj, model.layers.0.mlp.up_proj"
     assert f"lower.blocks: model.layers.0: {mlp} are one matmul" in lines
     assert any(line.startswith("calibrate.loop: model.layers.0: SQNR ") and line.endswith(" dB") for line in lines)
@@ -51,8 +51,8 @@ def test_verbose_says_what_is_decided_and_why(exported):
 
 def test_twice_verbose_says_the_details_too(exported):
     lines = exported("-vv")[1].splitlines()
-    assert "passes.base: model.layers.0: GPTQ changed 7 sites" in lines
-    assert "passes.base: model.layers.0: GPTQ, model.layers.0.mlp.down_proj: w4a8_g32" in lines
+    assert "passes.GPTQ: model.layers.0: 7 sites changed" in lines
+    assert "passes.GPTQ: model.layers.0: model.layers.0.mlp.down_proj: w4a8_g32" in lines
     assert "api.stages.planning: model.layers.0.mlp.down_proj: w4a8_g32" in lines
 
 
