@@ -66,7 +66,9 @@ def test_other_places_where_it_is_said(tmp_path, files, named):
         "weights": {"num_bits": 4, "group_size": 128, "strategy": "group"},
         "input_activations": {"num_bits": 8, "dynamic": True}}}}}},
      "compressed-tensors, pack-quantized: int4 in groups of 128 with dynamic int8 inputs"),
-], ids=["gptq", "gptq's file", "part", "awq's file", "auto-round", "modelopt", "int8", "nf4", "fp8", "compression"])  # fmt: skip
+], ids=[
+    "gptq", "gptq's file", "part", "awq's file", "auto-round", "modelopt", "int8", "nf4", "fp8", "compression"
+])  # fmt: skip
 def test_methods_that_are_read(tmp_path, files, described):
     assert codes_of(say(tmp_path, **files), "model").described == described
 

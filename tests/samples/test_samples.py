@@ -9,6 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import qexport
+from helpers import coded_checkpoints as packers
 from helpers.random_decoders import save_model
 from helpers.random_modules import save_encoder
 from helpers.tokenizer_files import write_word_tokenizer
@@ -286,3 +287,21 @@ def test_numbers_in_words():
     assert [in_words(n) for n in (0, 15, 40, 342, 1000, 90_021)] == [
         "zero", "fifteen", "forty", "three hundred forty two", "one thousand", "ninety thousand twenty one",
     ]  # fmt: skip
+
+
+def test_kept_codes_table(run, text, tmp_path):
+    folder = save_model("llama", tmp_path / "coded", vocab_size=VOCAB, max_position_embeddings=2 * WINDOW)
+    write_word_tokenizer(folder, VOCAB)
+
+    def encode(path, shape):
+        made = packers.random_codes(shape, 4, 32, symmetric=False, seed=shape[1], act_order=True)
+        return packers.gptq(*made, 4), packers.dequantized(*made)
+
+    said = {"quant_method": "gptq", "bits": 4, "group_size": 32, "sym": False, "desc_act": True}
+    packers.coded(folder, lambda path, shape: encode(path, shape) if "lm_head" not in path else None, said)
+    (line,) = run("kept_codes_table.py", folder, "--text", text, "--windows", 1, "--window", 64).splitlines()[2:]
+    cells = [cell.strip() for cell in line.split("|")[1:-1]]
+    assert cells[:5] == [
+        "coded", "GPTQ, 4 bits in groups of 32, act-order", "14 w4a16_g32_asym", "14 of 14", "14 of 14"
+    ]  # fmt: skip
+    assert float(cells[5]) < 1e-9 and cells[7] == "14 MatMulNBits"
