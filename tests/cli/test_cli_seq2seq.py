@@ -54,6 +54,19 @@ def test_inspect(model, qexport):
     assert code == 0 and "encoder: w8a8_dyn" in shown and "decoder: w8a8_dyn" in shown
 
 
+def test_results_as_json(model, qexport, tmp_path):
+    code, shown, _ = qexport("inspect", model, "-r", "w4a16_g32_rtn", "--json")
+    foretold = json.loads(shown)
+    parts = foretold["parts"]
+    assert code == 0 and set(parts) == {"encoder", "decoder"}
+    assert foretold["bytes"]["quantized"] == sum(part["bytes"]["quantized"] for part in parts.values())
+    code, shown, _ = qexport("export", model, "-o", tmp_path / "out", "-r", "w4a16_g32_rtn", "--json")
+    made = json.loads(shown)
+    assert code == 0 and made["folder"] == str(tmp_path / "out") and set(made["parts"]) == set(parts)
+    assert made["bytes"]["quantized_linears"] == foretold["bytes"]["quantized"]
+    assert made["quantized_linears"] == sum(part["quantized_linears"] for part in made["parts"].values()) == 26
+
+
 @pytest.mark.parametrize(
     "arguments, said",
     [
