@@ -58,6 +58,8 @@ def fingerprint_of(
         config = captured.folder.config.to_dict()
         config.pop("_name_or_path", None)  # the same model elsewhere is the same
         add(json.dumps(config, sort_keys=True, default=repr))
+        if captured.folder.codes is not None:
+            add(repr(captured.folder.codes))
         for file in sorted(captured.folder.path.iterdir()):
             if file.suffix in (*_WEIGHTS, *_CODE) and file.is_file():
                 add(file.name, str(file.stat().st_mtime_ns))

@@ -16,6 +16,7 @@ from helpers.random_decoders import save_model
 from helpers.random_modules import save_encoder
 from helpers.tokenizer_files import write_word_tokenizer
 from qexport.errors import CaptureError, InputError
+from qexport.passes.weights.as_stored import KeepCodes
 from qexport.recipe.recipe import Recipe
 
 EXACT = Recipe.load("as_stored").model_copy(update={"accuracy_level": 1})
@@ -278,6 +279,11 @@ def test_models_that_transformers_converts_or_reads_whole_are_refused(tmp_path, 
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(CaptureError, match=r"its weights are codes \(GPTQ, .* which are read of decoders under"):
         qexport.inspect(folder)
+
+
+def test_passes_of_the_caller_do_not_go_with_kept_codes(checkpoint, tmp_path):
+    with pytest.raises(InputError, match="as_stored keeps codes whatever passes make of the float weights"):
+        qexport.export(checkpoint("gptq")[0], out_dir=tmp_path / "out", extra_passes=[KeepCodes({})])
 
 
 def test_layouts_of_one_kernel_are_refused(checkpoint, tmp_path):

@@ -141,7 +141,7 @@ def prepare(request: Request) -> Preparation:
     """
     recipe, data = recipe_and_data(request.recipe, request.calibration)
     source = opened(request.model, trust_remote_code=request.options.trust_remote_code)
-    _check_codes(source, recipe, request.options.requantize)
+    _check_codes(source, recipe, request.options)
     asked = request.calibration is not None
     if not isinstance(source, torch.nn.Module):
         for name in ("example_inputs", "dynamic_shapes"):
@@ -167,19 +167,24 @@ def _codes_of(source: Source) -> CodedCheckpoint | None:
     return folder.codes if isinstance(folder, ModelFolder) else None
 
 
-def _check_codes(source: Source, recipe: Recipe, requantize: bool) -> None:
+def _check_codes(source: Source, recipe: Recipe, options: Options) -> None:
     """Codes are kept or given up where the user says so, never by accident.
 
     Raises:
-        InputError: the recipe would give them up, or there are none to give up.
+        InputError: the recipe would give them up, there are none to give up, or passes change weights that are kept.
     """
-    codes = _codes_of(source)
+    codes, requantize = _codes_of(source), options.requantize
     if codes is None and requantize:
         raise InputError("its weights are float", place="requantize", remedy="Pass the recipe without it")
     if codes is not None and not requantize and not recipe.weights.keeps_codes:
         raise InputError(
             f"its weights are codes already ({codes.described}), which {recipe.name} would replace", place=str(source),
             remedy=f"Leave out the recipe to keep them, or requantize with {recipe.name}, which goes through float",
+        )  # fmt: skip
+    if codes is not None and recipe.weights.keeps_codes and options.extra_passes:
+        raise InputError(
+            f"{recipe.name} keeps codes whatever passes make of the float weights", place="extra_passes",
+            remedy="Leave them out, or requantize",
         )  # fmt: skip
     if codes is not None and requantize and recipe.weights.keeps_codes:
         raise InputError(f"{recipe.name} keeps the codes of a checkpoint", place="requantize", remedy="Leave it out")

@@ -156,6 +156,11 @@ def coded_checkpoint(cls: _C) -> _C:
     return cls
 
 
+def forget(cls: type[CodedCheckpoint]) -> None:
+    """Take a format out of the registry again."""
+    _FORMATS.remove(cls)
+
+
 def format_of(said: Section) -> CodedCheckpoint | None:
     """The format that a config speaks of; None where no format reads it.
 
