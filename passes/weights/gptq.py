@@ -1,5 +1,6 @@
 """GPTQ (arXiv 2210.17323): codes that suit the inputs really seen, by their Hessian."""
 
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -11,7 +12,8 @@ from torch.fx import GraphModule, Node
 from ...graph.sites import Linear, linears
 from ...plan.linear_plan import LinearPlan
 from ...quant.formats import IntegerFormat, QuantizedWeight
-from ...quant.gptq import HessianStatistic, gptq_quantize
+from ...quant.gptq import gptq_quantize
+from ...quant.hessian import HessianStatistic, InverseFactor, factorize
 from ...recipe.methods import WeightMethod
 from ...recipe.registry import method
 from ..base import Context, GraphPass, PassResult, SiteRecord
@@ -79,19 +81,31 @@ class GPTQ(GraphPass):
             if planned(self.plan, linear)
         }
 
+    def _compensates(self, linear: Linear) -> bool:
+        """Whether a linear's codes are on a grid of integers, where errors can be pushed on."""
+        scheme = self.plan[linear.name].scheme if planned(self.plan, linear) else None
+        return scheme is not None and isinstance(scheme.weight, IntegerFormat)
+
     def call(self, module: GraphModule, context: Context) -> PassResult:
-        hessians = {value: statistic.value() for value, statistic in context.statistics.items()}
+        readers = Counter(linear.input for linear in linears(module.graph) if self._compensates(linear))
+        factors: dict[Node, InverseFactor] = {}  # of the values whose other readers are still to come
         unreached: list[SiteRecord] = []
+
+        def factor_of(value: Node) -> InverseFactor:
+            readers[value] -= 1
+            if value not in factors:
+                factors[value] = factorize(context.statistics[value].total(), self.damp, self.act_order)
+            return factors[value] if readers[value] else factors.pop(value)
 
         def quantize(
             linear: Linear, w: torch.Tensor, fmt: IntegerFormat, factor: torch.Tensor | None
         ) -> QuantizedWeight:
-            hessian = hessians[linear.input]
-            if not hessian.any():
+            if not context.statistics[linear.input].total().diagonal().any():
                 unreached.append(SiteRecord(linear.name, "rounded to nearest: no calibration token reached it"))
                 return fmt.round_to_nearest(w)
-            if factor is not None:
-                hessian = hessian * factor * factor[:, None]
+            if factor is None:
+                return gptq_quantize(w, factor_of(linear.input), fmt, clip_search=self.clip_search)
+            hessian = context.statistics[linear.input].total() * factor * factor[:, None]
             return gptq_quantize(
                 w, hessian, fmt, damp=self.damp, act_order=self.act_order, clip_search=self.clip_search
             )

@@ -12,6 +12,7 @@ from ..capture.blocks import Block
 from ..capture.graph import CapturedModel
 from ..errors import InputError, NumericsError, QExportError
 from ..graph.edit import is_call
+from ..graph.execution import Executor, skipping
 from ..passes.base import Batch
 from ..quant.observers import Statistic
 from .sources import Samples
@@ -41,9 +42,9 @@ class Stream:
 
     def advance(self, block: Block, index: int) -> None:
         """Run a block on every batch, keep its outputs and drop what no later block reads."""
+        run = Executor(block.module)
         for number, values in enumerate(self.batches):
-            with torch.no_grad():
-                results = block.module(*self.inputs(block, number))
+            results = run(*self.inputs(block, number))
             for name, result in zip(block.outputs, results, strict=True):
                 if self._keep.get(name, -1) > index:
                     values[name] = result
@@ -132,9 +133,12 @@ def collect(
         wanted: what makes the statistic of a value, a `quant.observers.Statistic`.
     """
     statistics = {node: factory() for node, factory in wanted.items()}
+    unneeded = skipping(module.graph, wanted)
     for number, mask in enumerate(stream.masks):
         with torch.no_grad():
-            _StatisticsInterpreter(module, statistics, mask).run(*stream.inputs(block, number))
+            _StatisticsInterpreter(module, statistics, mask).run(
+                *stream.inputs(block, number), initial_env=dict(unneeded)
+            )
     return statistics
 
 

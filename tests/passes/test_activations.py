@@ -11,7 +11,7 @@ from qexport.graph.edit import is_call
 from qexport.graph.sites import by_input, linears
 from qexport.passes.activations.quantize import QuantizeActivations
 from qexport.passes.weights.rtn import RoundToNearest
-from qexport.quant.gptq import HessianStatistic
+from qexport.quant.hessian import HessianStatistic
 from qexport.quant.observers import AbsmaxObserver, ChannelAbsmax
 
 ops = torch.ops.qexport

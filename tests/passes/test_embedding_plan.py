@@ -24,7 +24,8 @@ from qexport.passes.embedding import ShareEmbedding
 from qexport.plan.embedding_plan import token_embeddings
 from qexport.plan.model_plan import plan_for
 from qexport.quant.formats import IntegerFormat
-from qexport.quant.gptq import HessianStatistic, gptq_quantize
+from qexport.quant.gptq import gptq_quantize
+from qexport.quant.hessian import HessianStatistic
 from qexport.quant.hqq import hqq_quantize
 from qexport.recipe.recipe import CalibrationSpec, Recipe
 from qexport.recipe.registry import section

@@ -24,7 +24,7 @@ from qexport.passes.weights.zq_global import ZQGlobal
 from qexport.passes.weights.zq_local import ZQLocal
 from qexport.plan.linear_plan import LinearPlan, make_plan
 from qexport.quant.formats import Scheme
-from qexport.quant.gptq import HessianStatistic
+from qexport.quant.hessian import HessianStatistic
 from qexport.recipe.recipe import CalibrationSpec, Recipe
 from qexport.recipe.registry import section
 

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from qexport.errors import NumericsError, RecipeError
 from qexport.quant.affine import search_clip, weight_scales
 from qexport.quant.formats import PER_CHANNEL, PER_TENSOR, IntegerFormat
-from qexport.quant.gptq import HessianStatistic, gptq_quantize
+from qexport.quant.gptq import gptq_quantize
+from qexport.quant.hessian import HessianStatistic, factorize
 
 INT4 = IntegerFormat(4, 16)
 
@@ -60,6 +61,29 @@ def test_codes_are_those_of_elimination(bits, symmetric, size, act_order):
         q = gptq_quantize(w, hessian, fmt, act_order=act_order, block_size=block_size)
         assert torch.equal(q.scale, scale) and q.codes.is_contiguous()
         assert numpy.array_equal(q.codes.numpy(), expected)
+
+
+@pytest.mark.parametrize("act_order", [True, False])
+def test_linears_that_read_one_input_share_a_factor(act_order):
+    w, hessian = correlated()
+    factor = factorize(hessian, 0.02, act_order)
+    for weight in (w, w.flip(0) * 3):
+        alone = gptq_quantize(weight, hessian, INT4, damp=0.02, act_order=act_order, clip_search=True)
+        shared = gptq_quantize(weight, factor, INT4, clip_search=True)
+        assert torch.equal(alone.codes, shared.codes) and torch.equal(alone.scale, shared.scale)
+
+
+def test_the_factor_is_that_of_the_damped_inverse():
+    hessian = correlated(k=300)[1]
+    for act_order in (True, False):
+        factor = factorize(hessian, 0.01, act_order)
+        upper = factor.reversed.double().flip(0, 1)
+        assert torch.equal(upper, upper.triu())
+        damped = (hessian.double() + 0.01 * hessian.diagonal().double().mean() * torch.eye(300))[factor.order][
+            :, factor.order
+        ]
+        assert float((upper.t() @ upper @ damped - torch.eye(300)).abs().max()) < 1e-2
+        assert torch.equal(factor.order.sort().values, torch.arange(300))
 
 
 def test_uncorrelated_features_are_rounded_to_nearest():
@@ -199,6 +223,17 @@ def test_hessian_statistic_agrees_with_a_loop(weighting, exponent, weighted):
     # Float32 sums of 30 terms: the error is relative to the largest entry.
     assert float((statistic.value() - expected).abs().max()) < 1e-5 * float(expected.abs().max())
     assert statistic.tokens == 30 and statistic.value().dtype == torch.float32
+
+
+def test_the_half_of_the_hessian_that_is_not_summed_up_is_mirrored():
+    x = torch.randn(40, 1100, generator=torch.Generator().manual_seed(0))
+    statistic = HessianStatistic()
+    statistic.update(x[:30])
+    assert torch.equal(statistic.value(), statistic.value().t())
+    statistic.update(x[30:])
+    expected = (2 / 40) * x.double().t() @ x.double()
+    assert float((statistic.value() - expected).abs().max()) < 1e-5 * float(expected.abs().max())
+    assert torch.equal(statistic.value(), statistic.total() * (2 / 40))
 
 
 def test_an_attention_sink_does_not_own_the_normalised_hessian():
