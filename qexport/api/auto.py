@@ -16,6 +16,7 @@ from ..artifact.output import WorkFolder, claimed
 from ..calibrate.block_activations import Feeds, decoder_inputs
 from ..calibrate.data import calibration_batches
 from ..capture.graph import CapturedModel
+from ..device import CPU
 from ..errors import InputError
 from ..mixed_precision.allocate import Allocation
 from ..mixed_precision.allocator import SchemeAllocator
@@ -97,6 +98,8 @@ def export_auto(
     requantize: bool = False,
     trust_remote_code: bool = False,
     progress: Progress = no_progress,
+    device: str = "cpu",
+    offload: bool = False,
 ) -> AutoResult:
     """Quantize a language model with the schemes that keep it closest to the float one in a file of a given size.
 
@@ -122,6 +125,8 @@ def export_auto(
         requantize: as `export` takes it; a model that is quantized already needs it.
         trust_remote_code: as `export` takes it.
         progress: called with (stage, what, done, total).
+        device: as `export` takes it.
+        offload: as `export` takes it.
 
     Raises:
         InputError: neither bound, or both; a size that no choice meets, or a KL that the best choices miss; a model
@@ -136,7 +141,7 @@ def export_auto(
         raise InputError(f"a KL of {max_kl:g} takes the float model", place="max_kl", remedy="Give a number above 0")
     options = Options(
         target=target, dtype=dtype, attention=attention, seed=seed, requantize=requantize,
-        trust_remote_code=trust_remote_code, progress=progress,
+        trust_remote_code=trust_remote_code, progress=progress, device=device, offload=offload,
     )  # fmt: skip
     request = Request.of(model, recipe, options, calibration)
     judge = _Judge(text, windows, window, None if provider is None else provider_named(provider))
@@ -221,7 +226,7 @@ def _decoder(prepared: Preparation) -> CapturedModel:
     place = str(prepared.source) if isinstance(prepared.source, ModelFolder) else type(prepared.source).__name__
     kind = "encoder-decoder" if prepared.in_two_parts else "module"
     if not prepared.in_two_parts and not isinstance(prepared.source, torch.nn.Module):
-        captured = capture_model(prepared.source)
+        captured = capture_model(prepared.source, placement=prepared.options.placement)
         if captured.kind == "decoder":
             if not isinstance(prepared.source, CapturedModel):
                 for note in captured.notes:
@@ -313,7 +318,7 @@ def _feeds(captured: CapturedModel, recipe: Recipe, data: Any, progress: Progres
             raise TypeError("texts come with their masks")
         for ids, real in zip(batch[ids_name], mask, strict=True):
             if left > 0:
-                ids = ids[real][: min(left, longest)]
+                ids = ids.to(CPU)[real.to(CPU)][: min(left, longest)]
                 feeds.append(decoder_inputs(captured, ids[None], torch.ones_like(ids)[None]))
                 left -= len(ids)
     return feeds

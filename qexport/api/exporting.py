@@ -41,6 +41,8 @@ def export(
     extra_passes: Sequence[GraphPass] = (),
     attention: str = "grouped",
     progress: Progress = no_progress,
+    device: str = "cpu",
+    offload: bool = False,
 ) -> ExportResult:
     """Quantize a model and write it as a folder that ONNX Runtime runs.
 
@@ -80,6 +82,8 @@ def export(
         attention: of a decoder, "grouped" (ONNX Runtime's GroupQueryAttention, a shared cache; a model that it cannot
             serve keeps the other, and the manifest says why) or "standard" (ONNX Attention).
         progress: called with (stage, what, done, total).
+        device: where PyTorch computes, by its name of it: "cpu", "cuda", "cuda:1"; nothing to do with `target`.
+        offload: with a device, activations between blocks wait in the host's memory.
 
     Raises:
         QExportError: one of its kinds says what is wrong, where, and what to do; CaptureError where the graph and its
@@ -88,6 +92,7 @@ def export(
     options = Options(
         target=target, dtype=dtype, attention=attention, logits=logits, resume=resume, extra_passes=extra_passes,
         seed=seed, requantize=requantize, trust_remote_code=trust_remote_code, progress=progress,
+        device=device, offload=offload,
     )  # fmt: skip
     request = Request.of(model, recipe, options, calibration, example_inputs, dynamic_shapes)
     with claimed(Path(out_dir), overwrite, source_path(model)) as work:

@@ -33,6 +33,8 @@ def inspect(
     trust_remote_code: bool = False,
     attention: str = "grouped",
     progress: Progress = no_progress,
+    device: str = "cpu",
+    offload: bool = False,
 ) -> Inspection:
     """Say what `export` would do with the same arguments, without reading a weight unless it calibrates.
 
@@ -55,6 +57,8 @@ def inspect(
         trust_remote_code: run Python code that comes with the model.
         attention: as `export` takes it.
         progress: called with (stage, what, done, total) while calibrating.
+        device: as `export` takes it.
+        offload: as `export` takes it.
 
     Raises:
         QExportError: as `export`, for everything that shows before weights are quantized; that weights are beyond the
@@ -62,7 +66,7 @@ def inspect(
     """
     options = Options(
         target=target, dtype=dtype, attention=attention, seed=seed, requantize=requantize,
-        trust_remote_code=trust_remote_code, progress=progress,
+        trust_remote_code=trust_remote_code, progress=progress, device=device, offload=offload,
     )  # fmt: skip
     prepared = prepare(Request.of(model, recipe, options, calibration, example_inputs, dynamic_shapes))
     calibrate = calibrate or calibration is not None

@@ -206,9 +206,12 @@ def settings_of(reference: FloatModel, options: ValidationOptions, window: int) 
 
 def _captured(reference: FloatModel, manifest: Manifest, options: ValidationOptions) -> CapturedModel:
     if not isinstance(reference, torch.nn.Module):
-        return capture_model(reference, trust_remote_code=options.trust_remote_code)
+        return capture_model(
+            reference, trust_remote_code=options.trust_remote_code, placement=options.placement
+        )
     dims = manifest.settings.get("inputs")
-    return capture_model(reference, _given(options.inputs)[0], axes_of(dims) if dims else None)
+    inputs, axes = _given(options.inputs)[0], axes_of(dims) if dims else None
+    return capture_model(reference, inputs, axes, placement=options.placement)
 
 
 def _given(inputs: Sequence[Inputs] | Sequence[str] | torch.Tensor | None) -> Sequence[Inputs]:

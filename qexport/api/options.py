@@ -2,11 +2,12 @@
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
 from ..capture.module import Inputs
+from ..device import Placement, placement_of
 from ..errors import InputError
 from ..lower.attention_plan import check_attention
 from ..passes.base import GraphPass
@@ -30,9 +31,11 @@ class Options:
         requantize: weights that are codes in the checkpoint go through float, and the recipe finds others.
         trust_remote_code: run Python code that comes with the model.
         progress: told how far the work is.
+        device: where PyTorch computes, by its name of it.
+        offload: activations between blocks wait in the host's memory.
 
     Raises:
-        InputError: attention or logits are called otherwise.
+        InputError: attention or logits are called otherwise; there is no such device.
     """
 
     target: str = "cpu"
@@ -45,8 +48,12 @@ class Options:
     requantize: bool = False
     trust_remote_code: bool = False
     progress: Progress = no_progress
+    device: str = "cpu"
+    offload: bool = False
+    placement: Placement = field(init=False)
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "placement", placement_of(self.device, self.offload))
         check_attention(self.attention)
         if self.logits not in LOGITS:
             raise InputError(f"unknown logits {self.logits!r}", remedy=f"Logits are {' or '.join(LOGITS)}")
@@ -68,9 +75,10 @@ class ValidationOptions:
         sensitivity: also measure what each linear costs.
         trust_remote_code: run Python code that comes with the reference.
         progress: told how far the work is.
+        device: where PyTorch computes the float model, by its name of it.
 
     Raises:
-        InputError: a number of tokens below 0.
+        InputError: a number of tokens below 0; there is no such device.
     """
 
     text: str | os.PathLike[str] | None = None
@@ -84,8 +92,11 @@ class ValidationOptions:
     sensitivity: bool = False
     trust_remote_code: bool = False
     progress: Progress = no_progress
+    device: str = "cpu"
+    placement: Placement = field(init=False)
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "placement", placement_of(self.device))
         if self.greedy < 0:
             raise InputError(
                 f"{self.greedy} new tokens cannot be written", place="greedy", remedy="Take 0 for none"

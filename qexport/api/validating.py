@@ -33,6 +33,7 @@ def validate(
     sensitivity: bool = False,
     trust_remote_code: bool = False,
     progress: Progress = no_progress,
+    device: str = "cpu",
 ) -> Report:
     """Compare an export with the float model it was made from, and write the result into its report.json.
 
@@ -67,6 +68,7 @@ def validate(
             overrides for the recipe. It runs the float model forward and back.
         trust_remote_code: run Python code that comes with the reference.
         progress: called with (stage, what, done, total).
+        device: where PyTorch computes the float model, by its name of it: "cpu", "cuda", "cuda:1".
 
     Raises:
         InputError: the folder is no export or gives the last logits only, the reference is another model, the text
@@ -77,7 +79,7 @@ def validate(
     options = ValidationOptions(
         text=text, windows=windows, window=window, inputs=inputs, threads=threads,
         provider=None if provider is None else provider_named(provider), references=references, greedy=greedy,
-        sensitivity=sensitivity, trust_remote_code=trust_remote_code, progress=progress,
+        sensitivity=sensitivity, trust_remote_code=trust_remote_code, progress=progress, device=device,
     )  # fmt: skip
     place = Path(folder)
     return validate_parts(place, reference, options) if is_seq2seq(place) else validate_file(place, reference, options)

@@ -2,14 +2,16 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch.fx import GraphModule, Interpreter, Node
 
 from ..capture.blocks import Block
 from ..capture.graph import CapturedModel
+from ..device import HOST, Placement
 from ..errors import InputError, NumericsError, QExportError
 from ..graph.edit import is_call
 from ..graph.execution import Executor, skipping
@@ -27,6 +29,7 @@ class Stream:
         batches: for each batch, the model's inputs by value name.
         masks: for each batch the real tokens, [batch, sequence] bool, or None.
         keep: for each value name the index of the last block that reads it.
+        placement: where blocks are computed, and where values wait for them.
     """
 
     def __init__(
@@ -34,11 +37,15 @@ class Stream:
         batches: Sequence[dict[str, torch.Tensor]],
         masks: Sequence[torch.Tensor | None],
         keep: dict[str, int],
+        placement: Placement = HOST,
     ):
-        self.batches, self.masks, self._keep = [dict(b) for b in batches], list(masks), keep
+        self.device, self._between, self._keep = placement.device, placement.between, keep
+        self.batches = [{name: _moved(value, self._between) for name, value in batch.items()} for batch in batches]
+        self.masks = [None if mask is None else mask.to(self.device) for mask in masks]
 
     def inputs(self, block: Block, batch: int) -> tuple[torch.Tensor, ...]:
-        return tuple(self.batches[batch][name] for name in block.inputs)
+        """What a block reads of a batch, where it is computed."""
+        return tuple(_moved(self.batches[batch][name], self.device) for name in block.inputs)
 
     def advance(self, block: Block, index: int) -> None:
         """Run a block on every batch, keep its outputs and drop what no later block reads."""
@@ -47,9 +54,14 @@ class Stream:
             results = run(*self.inputs(block, number))
             for name, result in zip(block.outputs, results, strict=True):
                 if self._keep.get(name, -1) > index:
-                    values[name] = result
+                    values[name] = _moved(result, self._between)
             for name in [n for n in values if self._keep.get(n, -1) <= index]:
                 del values[name]
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    """A value on a device; sizes, which are plain numbers, are everywhere."""
+    return value.to(device) if isinstance(value, torch.Tensor) else value
 
 
 def last_readers(captured: CapturedModel) -> dict[str, int]:
@@ -71,7 +83,7 @@ def stream_of(
     """
     keep = last_readers(captured)
     batches = [{port.value: batch[port.name] for port in captured.inputs if port.value in keep} for batch in feeds]
-    return Stream(batches, masks or [None] * len(batches), keep | dict(keep_too))
+    return Stream(batches, masks or [None] * len(batches), keep | dict(keep_too), captured.placement)
 
 
 def make_stream(captured: CapturedModel, samples: Samples, batch_size: int) -> Stream:
@@ -171,18 +183,39 @@ def _is_cached(node: Node) -> bool:
     )
 
 
-def batches(captured: CapturedModel, block: Block, stream: Stream | None, reference: Stream | None) -> list[Batch]:
+@dataclass(frozen=True)
+class _Batches(Sequence[Batch]):
+    """The calibration batches of a block, brought to where it is computed one at a time."""
+
+    block: Block
+    stream: Stream
+    reference: Stream | None
+    compared: str | None
+
+    def __len__(self) -> int:
+        return len(self.stream.masks)
+
+    @overload
+    def __getitem__(self, index: int) -> Batch: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Batch]: ...
+    def __getitem__(self, index: int | slice) -> Batch | Sequence[Batch]:
+        if isinstance(index, slice):
+            return [self[number] for number in range(*index.indices(len(self)))]
+        mask, target, output = self.stream.masks[index], None, 0
+        if self.reference is not None and self.compared is not None:
+            target = _moved(self.reference.batches[index][self.compared], self.stream.device)
+            output = self.block.outputs.index(self.compared)
+        fits = target is not None and mask is not None and target.shape[: mask.dim()] == mask.shape
+        return Batch(self.stream.inputs(self.block, index), target, output, mask if fits else None)
+
+
+def batches(captured: CapturedModel, block: Block, stream: Stream | None, reference: Stream | None) -> Sequence[Batch]:
     """The calibration batches of a block that `reference` has passed and `stream` has not."""
     if stream is None:
         return []
     name = None if reference is None else _compared(captured, block, reference)
-    found = []
-    for number, mask in enumerate(stream.masks):
-        target = None if name is None or reference is None else reference.batches[number][name]
-        fits = target is not None and mask is not None and target.shape[: mask.dim()] == mask.shape
-        output = 0 if name is None else block.outputs.index(name)
-        found.append(Batch(stream.inputs(block, number), target, output, mask if fits else None))
-    return found
+    return _Batches(block, stream, reference, name)
 
 
 def _compared(captured: CapturedModel, block: Block, reference: Stream) -> str | None:
@@ -206,7 +239,7 @@ def sqnr(captured: CapturedModel, block: Block, stream: Stream, reference: Strea
         return None
     signal = noise = 0.0
     for mask, given, original in zip(stream.masks, stream.batches, reference.batches, strict=True):
-        got, want = given[name], original[name]
+        got, want = given[name].to(stream.device), original[name].to(stream.device)
         if mask is not None and got.shape[: mask.dim()] == mask.shape:
             got, want = got[mask], want[mask]
         signal += want.double().square().sum().item()

@@ -22,6 +22,7 @@ from torch.fx import GraphModule, Interpreter, Node
 from ..artifact.scratch import scratch_folder
 from ..capture.blocks import Block
 from ..capture.graph import CapturedModel
+from ..device import CPU
 from ..errors import NumericsError
 from ..graph.sites import Linear, linears
 from ..progress import StageProgress, no_stage_progress
@@ -41,6 +42,10 @@ class Importance:
 
     rows: Tensor
     columns: Tensor
+
+    def to(self, device: torch.device) -> "Importance":
+        """The same on a device."""
+        return Importance(self.rows.to(device), self.columns.to(device))
 
     def kl(self, error: Tensor) -> float:
         """What an error [rows, channels] adds to the mean KL of a token, in nats; rows are those it was found on."""
@@ -96,7 +101,7 @@ def _there(captured: CapturedModel, feeds: Sequence[Feeds], places: Sequence[Pat
     for index, (block, place) in enumerate(zip(captured.blocks, places, strict=True)):
         progress(block.name, index, 2 * len(places))
         given = {
-            f"{batch} {name}": value.contiguous().clone()
+            f"{batch} {name}": value.to(CPU).contiguous().clone()
             for batch in range(len(feeds))
             for name, value in zip(block.inputs, stream.inputs(block, batch), strict=True)
         }
@@ -120,7 +125,10 @@ def _back(
         places[index].unlink()
         sites = linears(block.module.graph)
         sums, handed = _Sums(len(sites)), captured.handed_on(block)
-        inputs = [tuple(given.pop(f"{batch} {name}") for name in block.inputs) for batch in range(count)]
+        device = captured.placement.device
+        inputs = [
+            tuple(given.pop(f"{batch} {name}").to(device) for name in block.inputs) for batch in range(count)
+        ]
         with weights_of(captured, block):
             for batch in range(count):
                 sums.add(_one(block, sites, inputs[batch], made, logits, gradients[batch], draws, handed))
@@ -172,8 +180,8 @@ def _drawn(logits: Tensor, draws: torch.Generator) -> Tensor:
     """Gradient of the negative log-likelihood of a token drawn for every row, with respect to the logits."""
     likely = torch.softmax(logits.float(), -1)
     rows = likely.flatten(0, -2)
-    picked = torch.multinomial(rows, 1, generator=draws)
-    rows.scatter_add_(1, picked, torch.full(picked.shape, -1.0))
+    picked = torch.multinomial(rows.to(CPU), 1, generator=draws).to(rows.device)  # the same tokens on every device
+    rows.scatter_add_(1, picked, rows.new_full(picked.shape, -1.0))
     return likely
 
 

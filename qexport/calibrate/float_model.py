@@ -7,7 +7,9 @@ import torch
 
 from ..capture.blocks import Block
 from ..capture.graph import CapturedModel
-from ..graph.edit import attributes, get_tensor, set_tensor, unload
+from ..device import Placement, memory_for
+from ..graph.edit import attributes, get_tensor, set_tensor
+from ..graph.placement import make_on, move, unload
 
 
 def float_bytes(captured: CapturedModel) -> int:
@@ -21,13 +23,24 @@ def fits_in_memory(captured: CapturedModel) -> bool:
     return float_bytes(captured) <= psutil.virtual_memory().available // 2
 
 
+def load_block(captured: CapturedModel, block: Block, placement: Placement | None = None) -> None:
+    """Load a block's weights and constants to where it is computed; None: the model's placement."""
+    for name in attributes(block.module.graph):
+        set_tensor(block.module, name, captured.load(name))
+    move(block.module, (placement or captured.placement).device)
+
+
 @contextmanager
-def weights_of(captured: CapturedModel, block: Block):
-    """A block's weights and constants loaded inside the `with`."""
+def weights_of(captured: CapturedModel, block: Block, placement: Placement | None = None):
+    """A block loaded as by `load_block` inside the `with`.
+
+    Raises:
+        InputError: it does not fit into memory, or what is done with it there.
+    """
     try:
-        for name in attributes(block.module.graph):
-            set_tensor(block.module, name, captured.load(name))
-        yield
+        with memory_for(block.name, placement or captured.placement):
+            load_block(captured, block, placement)
+            yield
     finally:
         unload(block.module)
 
@@ -48,31 +61,35 @@ def loaded(captured: CapturedModel):
 def running(captured: CapturedModel):
     """The same for the logits of more positions than the last.
 
-    Yields run(input_ids [b, s], past | None, n) -> (logits of the last n positions [b, n, V], past).
+    Yields run(input_ids [b, s], past | None, n) -> (logits of the last n positions [b, n, V], past), ids and logits on
+    the CPU.
     """
+    device = captured.placement.device
     tensors: dict[str, torch.Tensor] = {}
-    for block in captured.blocks:
-        for name in block.parameters:
-            if name not in tensors:
-                tensors[name] = captured.load(name)
-            set_tensor(block.module, name, tensors[name])
     try:
-        yield lambda ids, past, last: _run(captured, ids, past, last)
+        with memory_for("the whole float model", captured.placement):
+            for block in captured.blocks:
+                for name in block.parameters:
+                    if name not in tensors:
+                        tensors[name] = captured.load(name).to(device)
+                    set_tensor(block.module, name, tensors[name])
+                make_on(block.module, device)
+            yield lambda ids, past, last: _run(captured, ids, past, last)
     finally:
         for block in captured.blocks:
             unload(block.module)
 
 
 def _run(captured: CapturedModel, ids: torch.Tensor, past: dict[str, torch.Tensor] | None, last: int):
-    batch, new = ids.shape
+    (batch, new), device = ids.shape, captured.placement.device
     caches = [port for port in captured.inputs if port.name.startswith("past_key_values")]
     if past is None:
-        past = {p.name: p.empty(batch) for p in caches}
+        past = {p.name: p.empty(batch).to(device) for p in caches}
     length = past[caches[0].name].shape[2]
     feeds = {
-        "input_ids": ids,
-        "attention_mask": torch.ones(batch, length + new, dtype=torch.int64),
-        "position_ids": torch.arange(length, length + new).expand(batch, new),
+        "input_ids": ids.to(device),
+        "attention_mask": torch.ones(batch, length + new, dtype=torch.int64, device=device),
+        "position_ids": torch.arange(length, length + new, device=device).expand(batch, new),
         **past,
     }
     values = {port.value: feeds[port.name] for port in captured.inputs}
@@ -83,4 +100,4 @@ def _run(captured: CapturedModel, ids: torch.Tensor, past: dict[str, torch.Tenso
             values.update(zip(block.outputs, block.module(*(values[n] for n in block.inputs)), strict=True))
     results = {port.name: values[port.value] for port in captured.outputs}
     present = {name.replace("present", "past_key_values"): v for name, v in results.items() if name != "logits"}
-    return results["logits"][:, -last:], present
+    return results["logits"][:, -last:].cpu(), present

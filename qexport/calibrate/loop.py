@@ -17,14 +17,17 @@ import torch
 
 from ..capture.blocks import Block
 from ..capture.graph import CapturedModel
+from ..device import CPU, memory_for
 from ..errors import InputError, PassError, within
-from ..graph.edit import attributes, delete_tensor, get_tensor, set_tensor, unload
+from ..graph.edit import attributes, delete_tensor, get_tensor, set_tensor
+from ..graph.placement import make_on, move, unload
 from ..passes.base import GraphPass, Pipeline, log_sites
 from ..progress import StageProgress, no_stage_progress
 from ..quant.narrowing import narrowed
 from . import shards
 from .block_activations import Stream, batches, sqnr
 from .coverage import Coverage
+from .float_model import load_block
 from .memory import trim
 
 logger = logging.getLogger(__name__)
@@ -121,15 +124,8 @@ def quantize_blocks(
         if index < len(done):
             finished.append(_continue(captured, block, place, run, done[index], index, stream, reference))
             continue
-        try:
-            with within(block.name):
-                item = _one(captured, block, passes, stream, reference, finished, total, place, run)
-        except (MemoryError, RuntimeError) as error:
-            if isinstance(error, RuntimeError) and "allocate memory" not in str(error):  # how PyTorch says it on a CPU
-                raise
-            raise InputError(
-                "does not fit into memory", place=block.name, remedy="Use fewer or shorter samples"
-            ) from error
+        with within(block.name), memory_for(block.name, captured.placement):
+            item = _one(captured, block, passes, stream, reference, finished, total, place, run)
         finished.append(item)
         trim()
         with (work / JOURNAL).open("a") as journal:
@@ -155,15 +151,16 @@ def _one(
         with torch.no_grad():
             results = Pipeline(steps).run(
                 block.module, coverage.collect, sample, batches(captured, block, stream, reference),
-                partial(_earlier, finished),
+                partial(_earlier, finished, captured.placement.device),
             )  # fmt: skip
         _untie(captured, block, loaded)
     decibels = None
     if stream is not None and not last:
         stream.advance(block, index)
         decibels = None if reference is None else sqnr(captured, block, stream, reference)
+    make_on(block.module, CPU)
     stored = {
-        name: get_tensor(block.module, name)
+        name: get_tensor(block.module, name).to(CPU)
         for name in attributes(block.module.graph)
         if loaded and (name not in loaded or get_tensor(block.module, name).data_ptr() != loaded[name].data_ptr())
     }
@@ -183,11 +180,11 @@ def _one(
     return QuantizedBlock(block, record, place, run, set(stored), captured)
 
 
-def _earlier(finished: list[QuantizedBlock], name: str) -> torch.Tensor:
-    """A tensor that a finished block made."""
+def _earlier(finished: list[QuantizedBlock], device: torch.device, name: str) -> torch.Tensor:
+    """A tensor that a finished block made, on a device."""
     for item in finished:
         if name in item.stored:
-            return item.read(name)
+            return item.read(name).to(device)
     raise PassError(f"no block before this one has made {name}")
 
 
@@ -210,10 +207,8 @@ def _untie(captured: CapturedModel, block: Block, loaded: dict[str, torch.Tensor
 
 
 def _load(captured: CapturedModel, block: Block) -> dict[str, torch.Tensor]:
-    loaded = {name: captured.load(name) for name in block.parameters}
-    for name, tensor in loaded.items():
-        set_tensor(block.module, name, tensor)
-    return loaded
+    load_block(captured, block)
+    return {name: get_tensor(block.module, name) for name in block.parameters}
 
 
 def _journal(work: Path, fingerprint: str, resume: bool) -> tuple[str, list[BlockRecord]]:
@@ -254,6 +249,7 @@ def _continue(
     item = QuantizedBlock(block, record, place, run, stored, captured)
     if stream is not None and index < len(captured.blocks) - 1:
         item.fill()
+        move(block.module, captured.placement.device)
         stream.advance(block, index)
     unload(block.module)
     return item

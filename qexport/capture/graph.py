@@ -8,6 +8,7 @@ import torch
 from torch.fx import Node
 
 from ..artifact.manifest import Kind
+from ..device import HOST, Placement
 from ..errors import InputError
 from ..graph.views import results_of
 from ..models.agreement import ReaderAgreement
@@ -84,6 +85,7 @@ class CapturedModel:
         notes: sentences on what a user may not expect of the model's folder.
         left_out: tensors of the checkpoint that the model does not read.
         given: by weight, the codes that the checkpoint holds; the others are float there.
+        placement: where its blocks are computed.
     """
 
     kind: Kind
@@ -101,6 +103,7 @@ class CapturedModel:
     notes: list[str] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)
     given: Mapping[str, GivenCodes] = field(default_factory=dict)
+    placement: Placement = HOST
 
     @property
     def origin(self) -> ModelFolder:

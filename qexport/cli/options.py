@@ -32,6 +32,10 @@ Calibration = Annotated[
 CalibrationSamples = Annotated[int | None, typer.Option(help="Calibration sequences.")]
 CalibrationLength = Annotated[int | None, typer.Option(help="Tokens in a calibration sequence.")]
 Seed = Annotated[int | None, typer.Option(help="Seed of everything random.")]
+Device = Annotated[str, typer.Option(help="Where PyTorch computes: cpu, cuda, cuda:1; whatever the target is.")]
+Offload = Annotated[
+    bool, typer.Option("--offload", help="With --device: activations between blocks wait in the host's memory.")
+]
 Provider = Annotated[
     str | None,
     typer.Option(help="Execution provider, instead of the one the export was made for: cpu, cuda, or its full name."),

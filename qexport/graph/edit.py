@@ -100,12 +100,6 @@ def delete_tensor(module: torch.nn.Module, name: str) -> None:
     del owner._buffers[leaf]
 
 
-def unload(module: GraphModule) -> None:
-    """Drop the data of every tensor that the graph reads; shapes and dtypes stay."""
-    for name in attributes(module.graph):
-        set_tensor(module, name, get_tensor(module, name).to("meta"))
-
-
 def module_of(graph: Graph, tensors: dict[str, torch.Tensor], name: str = "Block") -> GraphModule:
     """A module that runs a graph on the given tensors, which become its buffers under their dotted names.
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from ..calibrate.block_activations import Feeds
 from ..calibrate.fisher import BlockGradients, Importance, felt
 from ..capture.graph import CapturedModel
+from ..device import CPU
 from ..graph.edit import get_tensor, set_tensor
 from ..passes.moe_coverage import of_experts
 from ..plan.embedding_plan import EmbeddingPlan
@@ -76,7 +77,7 @@ def scheme_costs(
         for linear, inputs, felt_there in found.linears:
             if linear.name in quantized:
                 weight = get_tensor(found.block.module, linear.weight)
-                importance[linear.name] = felt_there
+                importance[linear.name] = felt_there.to(CPU)
                 kl[linear.name] = {
                     name: felt_there.kl_of_weight(inputs, _difference(weight, fitted))
                     for name, fitted in _fitting(schemes, linear.shape[1]).items()

@@ -10,6 +10,7 @@ from ..calibrate.float_model import float_bytes, weights_of
 from ..capture.blocks import Block
 from ..capture.graph import CapturedModel
 from ..capture.weight_views import WeightView, WeightViews
+from ..device import HOST
 from ..errors import CaptureError
 from ..graph.edit import get_tensor
 from ..models.agreement import ReaderAgreement, difference, explained
@@ -24,7 +25,7 @@ _DECISIONS = ("topk", "sort", "argsort", "argmax", "argmin", "round", "expert_sh
 def check_reader(captured: CapturedModel) -> ReaderAgreement:
     """Run the captured graph beside its witness; keeps the result as `captured.reader`, and does it once.
 
-    One block's weights are in memory at a time, beside the witness's model.
+    One block's weights are in memory at a time, beside the witness's model, both on the CPU.
 
     Raises:
         CaptureError: they differ by more than rounding, or the graph cannot run what the witness ran.
@@ -108,7 +109,7 @@ def _run(
             values[captured.handed_on(before)] = values[stream]
         if absent := [name for name in block.inputs if name not in values]:
             raise Absent(f"it is too large for the memory, and {block.name} reads {absent[0]}, of layers left out")
-        with weights_of(captured, block):
+        with weights_of(captured, block, HOST):
             weights += _same_weights(captured, block, said) if first else 0
             try:
                 with torch.no_grad():

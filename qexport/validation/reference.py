@@ -13,11 +13,12 @@ from torch.fx import GraphModule, Interpreter, Node
 
 from ..artifact.manifest import MODEL_FILE, Manifest
 from ..calibrate.block_activations import Feeds, decoder_inputs, stream_of
-from ..calibrate.float_model import weights_of
+from ..calibrate.float_model import load_block, weights_of
 from ..capture.blocks import Block
 from ..capture.graph import CapturedModel
+from ..device import CPU, memory_for
 from ..errors import InputError
-from ..graph.edit import attributes, set_tensor, unload
+from ..graph.placement import unload
 from ..graph.sites import linears
 from ..progress import StageProgress, no_stage_progress
 from ..quant.float_types import FLOAT_TYPES
@@ -104,19 +105,19 @@ class FloatOutputs:
             progress(block.name, index, end)
             with weights_of(captured, block):
                 self._stream.advance(block, index)
-        for name in attributes(self._last.module.graph):
-            set_tensor(self._last.module, name, captured.load(name))
+        with memory_for(self._last.name, captured.placement):
+            load_block(captured, self._last)
         progress("", end, end)
 
     def __len__(self) -> int:
         return len(self._stream.batches)
 
     def outputs(self, batch: int) -> dict[str, Tensor]:
-        """The wanted outputs of one batch by public name, float32 where floating."""
-        with torch.no_grad():
+        """The wanted outputs of one batch by public name, float32 where floating, on the CPU."""
+        with torch.no_grad(), memory_for(self._last.name, self._captured.placement):
             results = self._last.module(*self._stream.inputs(self._last, batch))
         values = self._stream.batches[batch] | dict(zip(self._last.outputs, results, strict=True))
-        return {port.name: values[port.value] for port in self._ports}
+        return {port.name: values[port.value].to(CPU) for port in self._ports}
 
     def close(self) -> None:
         """Drop the weights of the last block and what it reads."""
@@ -141,7 +142,7 @@ class TeacherForcing:
 
 @dataclass(frozen=True)
 class BlockComparison:
-    """What happened in a block, a tensor for each batch.
+    """What happened in a block, a tensor on the CPU for each batch.
 
     Attributes:
         linears, output: outputs of the wanted linears by name and what the block hands on, float all the way.
@@ -168,7 +169,7 @@ def watch(
         wanted: names of linears.
         forced: asked once for every block, before it runs.
     """
-    stream = stream_of(captured, feeds)
+    stream, device = stream_of(captured, feeds), captured.placement.device
     state_name = ""
     for index, block in enumerate(captured.blocks):
         nodes = {found.node: found.name for found in linears(block.module.graph) if found.name in wanted}
@@ -179,19 +180,19 @@ def watch(
                 inputs = dict(zip(block.inputs, stream.inputs(block, batch), strict=True))
                 plain = _ComparingInterpreter(block.module, nodes, {})
                 results = plain.run(*inputs.values())
-                seen.output.append(results[carried])
+                seen.output.append(results[carried].to(CPU))
                 if given.state is not None and state_name in inputs:
-                    inputs[state_name] = given.state[batch].float()
+                    inputs[state_name] = given.state[batch].to(device).float()
                     results = _ComparingInterpreter(block.module, {}, {}).run(*inputs.values())
-                seen.own_output.append(results[carried])
-                instead = {name: v[batch].float() for name, v in given.linears.items()}
+                seen.own_output.append(results[carried].to(CPU))
+                instead = {name: v[batch].to(device).float() for name, v in given.linears.items()}
                 own = _ComparingInterpreter(block.module, nodes, instead, given.rescaled)
                 own.run(*inputs.values())
                 for name in plain.seen:
-                    seen.linears.setdefault(name, []).append(plain.seen[name])
-                    seen.own_linears.setdefault(name, []).append(own.seen[name])
-                    seen.inputs.setdefault(name, []).append(plain.read[name])
-                    seen.own_inputs.setdefault(name, []).append(own.read[name])
+                    seen.linears.setdefault(name, []).append(plain.seen[name].to(CPU))
+                    seen.own_linears.setdefault(name, []).append(own.seen[name].to(CPU))
+                    seen.inputs.setdefault(name, []).append(plain.read[name].to(CPU))
+                    seen.own_inputs.setdefault(name, []).append(own.read[name].to(CPU))
             stream.advance(block, index)
         yield seen
         state_name = captured.handed_on(block)

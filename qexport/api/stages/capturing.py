@@ -11,6 +11,7 @@ from ...capture.dynamic import DynamicShapes
 from ...capture.folder import capture_folder
 from ...capture.graph import CapturedModel
 from ...capture.module import Inputs, capture_module
+from ...device import HOST, Placement
 from ...errors import InputError
 from ...passes.base import log_sites
 from ...passes.model.base import ModelResult
@@ -41,7 +42,9 @@ def capture(prepared: Preparation) -> Capture:
         PassError: a pass over the whole model cannot work on this one.
     """
     source = prepared.source
-    captured = capture_model(source, prepared.example_inputs, prepared.dynamic_shapes)
+    captured = capture_model(
+        source, prepared.example_inputs, prepared.dynamic_shapes, placement=prepared.options.placement
+    )
     if not isinstance(source, CapturedModel):
         for note in captured.notes:
             logger.warning("%s", note)
@@ -58,13 +61,21 @@ def capture_model(
     dynamic_shapes: DynamicShapes | None = None,
     *,
     trust_remote_code: bool = False,
+    placement: Placement = HOST,
 ) -> CapturedModel:
-    """Capture whatever a user passes as a model (see `export`), or copy what is captured already."""
+    """Capture whatever a user passes as a model (see `export`), or copy what is captured already.
+
+    Args:
+        placement: where its blocks are to be computed.
+    """
     source = opened(model, trust_remote_code=trust_remote_code)
     if isinstance(source, CapturedModel):
-        return source.copy()
-    if not isinstance(source, torch.nn.Module):
-        return capture_folder(source)
-    if example_inputs is None:
+        captured = source.copy()
+    elif not isinstance(source, torch.nn.Module):
+        captured = capture_folder(source)
+    elif example_inputs is None:
         raise InputError("an nn.Module needs example_inputs", remedy="Pass the tensors of one forward call")
-    return capture_module(source, example_inputs, dynamic_shapes)
+    else:
+        captured = capture_module(source, example_inputs, dynamic_shapes)
+    captured.placement = placement
+    return captured

@@ -15,9 +15,11 @@ from ..options import (
     Calibration,
     CalibrationLength,
     CalibrationSamples,
+    Device,
     Dtype,
     Json,
     Model,
+    Offload,
     Remote,
     Requantize,
     Seed,
@@ -60,6 +62,8 @@ def export(
     logits: Annotated[
         str, typer.Option(help="all, or last: of the last token only, which is all that generation reads.")
     ] = "all",
+    device: Device = "cpu",
+    offload: Offload = False,
     trust_remote_code: Remote = False,
     as_json: Json = False,
 ) -> None:
@@ -83,6 +87,7 @@ def export(
                 model, chosen, out_dir=out, max_bytes=most, max_kl=max_kl, target=target, dtype=dtype,
                 calibration=calibration, text=text, overwrite=overwrite, attention=attention, provider=provider,
                 requantize=requantize is not None, trust_remote_code=trust_remote_code, progress=progress,
+                device=device, offload=offload,
             )  # fmt: skip
         if as_json:
             console.print_json(auto_summary(found))
@@ -94,6 +99,7 @@ def export(
             source, chosen, out_dir=out, target=target, dtype=dtype, calibration=calibration, overwrite=overwrite,
             resume=resume, logits=logits, requantize=requantize is not None, trust_remote_code=trust_remote_code,
             attention=attention, progress=progress,
+            device=device, offload=offload,
         )  # fmt: skip
     if as_json:
         console.print_json(export_summary(result))

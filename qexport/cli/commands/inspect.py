@@ -12,9 +12,11 @@ from ..options import (
     Calibration,
     CalibrationLength,
     CalibrationSamples,
+    Device,
     Dtype,
     Json,
     Model,
+    Offload,
     Remote,
     Requantize,
     Seed,
@@ -48,6 +50,8 @@ def inspect(
     samples: CalibrationSamples = None,
     sequence_length: CalibrationLength = None,
     seed: Seed = None,
+    device: Device = "cpu",
+    offload: Offload = False,
     trust_remote_code: Remote = False,
     as_json: Json = False,
 ) -> None:
@@ -66,7 +70,7 @@ def inspect(
         found = qexport.inspect(
             source, chosen, target=target, dtype=dtype, attention=attention, requantize=requantize is not None,
             trust_remote_code=trust_remote_code, calibrate=calibrate or any(v is not None for v in given.values()),
-            calibration=calibration, progress=progress,
+            calibration=calibration, progress=progress, device=device, offload=offload,
         )  # fmt: skip
     if as_json:
         console.print_json(found.as_dict())

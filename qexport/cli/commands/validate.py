@@ -8,7 +8,7 @@ import typer
 import qexport
 
 from ..app import COMPARE, command
-from ..options import Folder, Json, Provider, Remote, Threads, imported
+from ..options import Device, Folder, Json, Provider, Remote, Threads, imported
 
 
 @command(COMPARE)
@@ -34,6 +34,7 @@ def validate(
     ] = False,
     threads: Threads = None,
     provider: Provider = None,
+    device: Device = "cpu",
     trust_remote_code: Remote = False,
     as_json: Json = False,
 ) -> None:
@@ -58,6 +59,7 @@ def validate(
             sensitivity=sensitivity,
             trust_remote_code=trust_remote_code,
             progress=progress,
+            device=device,
         )
     if as_json:
         console.print_json(report.model_dump(mode="json"))
