@@ -101,7 +101,7 @@ def _separate(
     corrections = [node for node in value.users if node.meta.get(Meta.BRANCH_OF) in readers]
     quantized = [*corrections, *(node for nodes in readers.values() for node in nodes)]
     with graph.inserting_before(next(node for node in graph.nodes if node in quantized)):
-        mask = torch.ones(size_at(value, -1)).index_fill_(0, index, 0.0)
+        mask = torch.ones(size_at(value, -1), device=index.device).index_fill_(0, index, 0.0)
         kept = add_tensor(graph, f"{first}.outlier_mask", mask)
         masked = call(graph, aten.mul.Tensor, (value, kept), like=value)
         masked.meta[Meta.WITHOUT_OUTLIERS] = True
