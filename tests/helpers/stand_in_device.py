@@ -26,6 +26,9 @@ _NO_SCALARS = {_aten.cat.default, _aten.stack.default}  # whose tensors of no di
 _PRODUCTS = {_aten.mm.default, _aten.addmm.default, _aten.bmm.default, _aten.baddbmm.default, _aten.addmv.default,
              _aten.mv.default, _aten.dot.default, _aten.addmm_.default}  # fmt: skip
 
+# As soon as this is imported: autograd counts devices once, when it is first used.
+_setup_privateuseone_for_python_backend(NAME)
+
 
 class MixedDevices(RuntimeError):
     """A tensor of the host among those of the device, or what the device has no kernel for."""
@@ -80,14 +83,8 @@ class _StandInMode(TorchDispatchMode):
 @contextmanager
 def stand_in_device() -> Iterator[str]:
     """The name of the device, which is there inside the `with`."""
-    _known()
     with _StandInMode():
         yield f"{NAME}:0"
-
-
-@cache
-def _known() -> None:
-    _setup_privateuseone_for_python_backend(NAME)
 
 
 def _run(func, args, kwargs, mode: TorchDispatchMode | None = None):
