@@ -6,8 +6,9 @@ from torch import Tensor
 from .affine import search_clip, weight_scales
 from .formats import PER_TENSOR, IntegerFormat, QuantizedWeight
 from .hessian import InverseFactor, factorize
+from .strips import WIDTH, Grid, StripRounder
 
-_BLOCK, _STRIP = 128, 32  # columns whose errors reach the rest in one product, and, within these, the rest of the block
+_BLOCK = 128  # columns whose errors reach all others in one product, and, within these, those of a strip the rest
 
 
 def gptq_quantize(
@@ -59,31 +60,18 @@ def _eliminate(
     # Columns of w become rows: every step below then reads and writes contiguous memory.
     columns = w.t()[order].float()
     codes = torch.empty(k, n, dtype=torch.int8 if fmt.symmetric else torch.uint8, device=w.device)
-    groups = torch.div(order, k if fmt.group_size <= 0 else fmt.group_size, rounding_mode="floor").tolist()
-    positions = order.tolist()
+    groups = torch.div(order, k if fmt.group_size <= 0 else fmt.group_size, rounding_mode="floor")
     scale_of = scale.t().expand(-1, n if fmt.group_size == PER_TENSOR else -1).contiguous()
     zero_of = None if zero_point is None else zero_point.t().float().expand(-1, scale_of.shape[1]).contiguous()
-    steps = torch.empty(n, device=w.device)
+    strips = StripRounder(Grid(scale_of, zero_of, groups, fmt.qmin, fmt.qmax), codes, order)
 
     for stop in range(k, 0, -block_size):
         start = max(stop - block_size, 0)
         errors = torch.empty(stop - start, n, device=w.device)
         block, rest = inverse[start:stop, start:stop], columns[start:stop]
-        pivots = block.diagonal().tolist()
-        for high in range(stop - start, 0, -_STRIP):
-            low = max(high - _STRIP, 0)
-            for j in range(high - 1, low - 1, -1):
-                column, step = rest[j], scale_of[groups[start + j]]
-                if j + 1 < high:
-                    torch.addmv(column, errors[j + 1 : high].t(), block[j + 1 : high, j], alpha=-1, out=column)
-                torch.div(column, step, out=steps).round_()
-                if zero_of is None:
-                    codes[positions[start + j]] = steps.clamp_(fmt.qmin, fmt.qmax)
-                else:
-                    zero = zero_of[groups[start + j]]
-                    codes[positions[start + j]] = steps.add_(zero).clamp_(fmt.qmin, fmt.qmax)
-                    steps.sub_(zero)
-                torch.addcmul(column, steps, step, value=-1, out=errors[j]).div_(pivots[j])
+        for high in range(stop - start, 0, -WIDTH):
+            low = max(high - WIDTH, 0)
+            strips.round(start + low, rest[low:high], block[low:high, low:high], errors[low:high])
             rest[:low].addmm_(block[low:high, :low].t(), errors[low:high], alpha=-1)
         columns[:start].addmm_(inverse[start:stop, :start].t(), errors, alpha=-1)
     return codes.t().contiguous()
