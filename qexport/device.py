@@ -1,7 +1,7 @@
 """Where PyTorch computes, and what is said where memory is short there."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -68,17 +68,35 @@ def out_of_memory(error: BaseException) -> bool:
 
 
 @contextmanager
-def memory_for(place: str, placement: Placement) -> Iterator[None]:
-    """Turn a lack of memory inside the `with` into an InputError that says what to lower.
+def computing(place: str, placement: Placement) -> Iterator[None]:
+    """For what is computed at a placement: products of float32 are such, and a lack of memory says what to lower.
 
     Args:
-        place: what it is needed for.
+        place: what is computed.
+
+    Raises:
+        InputError: there is not enough memory.
     """
     try:
-        yield
+        with _float32() if placement.device.type == "cuda" else nullcontext():
+            yield
     except (MemoryError, RuntimeError) as error:
         if not out_of_memory(error):
             raise
         where = "memory" if placement.device == CPU else f"the memory of {placement.device}"
         other = "" if placement.between == CPU else ", or keep activations on the host (--offload)"
         raise InputError(f"does not fit into {where}", place=place, remedy=_LESS + other) from error
+
+
+@contextmanager
+def _float32() -> Iterator[None]:
+    """No TF32, which keeps 11 bits of 24: PyTorch takes it for convolutions unasked, and for matrices where told to."""
+    kinds = (torch.backends.cudnn, torch.backends.cuda.matmul)
+    before = [kind.allow_tf32 for kind in kinds]
+    try:
+        for kind in kinds:
+            kind.allow_tf32 = False
+        yield
+    finally:
+        for kind, allowed in zip(kinds, before, strict=True):
+            kind.allow_tf32 = allowed

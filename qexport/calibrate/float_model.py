@@ -7,7 +7,7 @@ import torch
 
 from ..capture.blocks import Block
 from ..capture.graph import CapturedModel
-from ..device import Placement, memory_for
+from ..device import Placement, computing
 from ..graph.edit import attributes, get_tensor, set_tensor
 from ..graph.placement import make_on, move, unload
 
@@ -38,7 +38,7 @@ def weights_of(captured: CapturedModel, block: Block, placement: Placement | Non
         InputError: it does not fit into memory, or what is done with it there.
     """
     try:
-        with memory_for(block.name, placement or captured.placement):
+        with computing(block.name, placement or captured.placement):
             load_block(captured, block, placement)
             yield
     finally:
@@ -67,7 +67,7 @@ def running(captured: CapturedModel):
     device = captured.placement.device
     tensors: dict[str, torch.Tensor] = {}
     try:
-        with memory_for("the whole float model", captured.placement):
+        with computing("the whole float model", captured.placement):
             for block in captured.blocks:
                 for name in block.parameters:
                     if name not in tensors:

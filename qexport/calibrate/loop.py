@@ -17,7 +17,7 @@ import torch
 
 from ..capture.blocks import Block
 from ..capture.graph import CapturedModel
-from ..device import CPU, memory_for
+from ..device import CPU, computing
 from ..errors import InputError, PassError, within
 from ..graph.edit import attributes, delete_tensor, get_tensor, set_tensor
 from ..graph.placement import make_on, move, unload
@@ -124,7 +124,7 @@ def quantize_blocks(
         if index < len(done):
             finished.append(_continue(captured, block, place, run, done[index], index, stream, reference))
             continue
-        with within(block.name), memory_for(block.name, captured.placement):
+        with within(block.name), computing(block.name, captured.placement):
             item = _one(captured, block, passes, stream, reference, finished, total, place, run)
         finished.append(item)
         trim()

@@ -20,6 +20,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from transformers.models.auto import modeling_auto
 
 from ..artifact.manifest import DECODER, ENCODER, SOURCE_MASK
+from ..device import HOST, Placement
 from ..errors import CaptureError, root_cause
 from ..models.loading import load_whole
 from ..models.quiet import quiet_transformers
@@ -51,8 +52,11 @@ class Parts:
     model: PreTrainedModel
 
 
-def capture_seq2seq(folder: ModelFolder) -> Parts:
+def capture_seq2seq(folder: ModelFolder, placement: Placement = HOST) -> Parts:
     """Capture the encoder-decoder of a folder; its weights are in memory as a whole.
+
+    Args:
+        placement: where blocks of both are to be computed.
 
     Raises:
         CaptureError: it reads neither text nor spectrograms, torch.export cannot follow it, or the checkpoint does not
@@ -77,7 +81,7 @@ def capture_seq2seq(folder: ModelFolder) -> Parts:
     finally:
         model.set_attn_implementation(own)
     encoder, decoder = (
-        replace(part, witness=PartWitness(folder, loader, model, source, decodes=part is decoder))
+        replace(part, witness=PartWitness(folder, loader, model, source, decodes=part is decoder), placement=placement)
         for part in (encoder, decoder)
     )
     encoder = replace(encoder, notes=[*loaded.notes], left_out=loaded.left_out)

@@ -16,7 +16,7 @@ from ..calibrate.block_activations import Feeds, decoder_inputs, stream_of
 from ..calibrate.float_model import load_block, weights_of
 from ..capture.blocks import Block
 from ..capture.graph import CapturedModel
-from ..device import CPU, memory_for
+from ..device import CPU, computing
 from ..errors import InputError
 from ..graph.placement import unload
 from ..graph.sites import linears
@@ -105,7 +105,7 @@ class FloatOutputs:
             progress(block.name, index, end)
             with weights_of(captured, block):
                 self._stream.advance(block, index)
-        with memory_for(self._last.name, captured.placement):
+        with computing(self._last.name, captured.placement):
             load_block(captured, self._last)
         progress("", end, end)
 
@@ -114,7 +114,7 @@ class FloatOutputs:
 
     def outputs(self, batch: int) -> dict[str, Tensor]:
         """The wanted outputs of one batch by public name, float32 where floating, on the CPU."""
-        with torch.no_grad(), memory_for(self._last.name, self._captured.placement):
+        with torch.no_grad(), computing(self._last.name, self._captured.placement):
             results = self._last.module(*self._stream.inputs(self._last, batch))
         values = self._stream.batches[batch] | dict(zip(self._last.outputs, results, strict=True))
         return {port.name: values[port.value].to(CPU) for port in self._ports}

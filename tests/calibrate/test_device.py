@@ -9,7 +9,7 @@ import qexport
 from helpers.random_modules import example_inputs, make_module, save_encoder
 from helpers.stand_in_device import MixedDevices, stand_in_device
 from qexport.artifact.manifest import MODEL_FILE
-from qexport.device import CPU, HOST, Placement, memory_for, placement_of
+from qexport.device import CPU, HOST, Placement, computing, placement_of
 from qexport.errors import InputError
 from qexport.recipe.recipe import CalibrationSpec, Recipe
 from qexport.recipe.registry import section
@@ -155,8 +155,8 @@ def test_a_lack_of_memory_says_what_to_lower(error):
     for placement, where, offload in ((HOST, "memory", False), (Placement(gpu), "the memory of cuda:0", True),
                                       (Placement(gpu, offload=True), "the memory of cuda:0", False)):  # fmt: skip
         said = f"layers.3: does not fit into {where}. .*--samples"
-        with pytest.raises(InputError, match=said) as raised, memory_for("layers.3", placement):
+        with pytest.raises(InputError, match=said) as raised, computing("layers.3", placement):
             raise error
         assert ("--offload" in str(raised.value)) == offload
-    with pytest.raises(RuntimeError, match="else"), memory_for("layers.3", HOST):
+    with pytest.raises(RuntimeError, match="else"), computing("layers.3", HOST):
         raise RuntimeError("something else")

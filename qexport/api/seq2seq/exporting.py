@@ -43,7 +43,7 @@ def export_parts(prepared: Preparation, work: WorkFolder) -> ExportResult:
     check_applicable(SEQ2SEQ, prepared.options, prepared.recipe)
     folder = folder_of(prepared)
     prepared.options.progress("capture", folder.name, 0, 1)
-    parts = capture_seq2seq(folder)
+    parts = capture_seq2seq(folder, prepared.options.placement)
     asked = preparations(prepared, parts)
     planned = [plan(capture(part)) for part in asked.values()]
     for captured in by_name(parts).values():

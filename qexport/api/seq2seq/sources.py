@@ -3,6 +3,7 @@
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 
 from ...artifact.manifest import SOURCE_MASK
@@ -18,6 +20,7 @@ from ...calibrate.encoder_inputs import with_last_token
 from ...calibrate.self_text import continue_text
 from ...calibrate.sources import load_samples
 from ...capture.seq2seq import Parts
+from ...device import CPU, computing
 from ...errors import InputError
 from ...models.tokens import embedding_rows
 from ...recipe.recipe import CalibrationSpec
@@ -134,9 +137,9 @@ def write_about(parts: Parts, sources: Sources, new_tokens: int, *, seed: int | 
         seed: of sampled tokens; None takes the likeliest ones.
 
     Returns:
-        all that the decoder reads for them, the cache empty.
+        all that the decoder reads for them, the cache empty, on the CPU.
     """
-    config = parts.model.config
+    config, placement = parts.model.config, parts.decoder.placement
     start = torch.tensor([habits_of(parts.encoder.origin.path).start])
     limits = (getattr(config, name, None) for name in ("max_target_positions", "max_position_embeddings"))
     new_tokens = min([new_tokens, *(limit - start.shape[1] for limit in limits if isinstance(limit, int))])
@@ -144,16 +147,19 @@ def write_about(parts: Parts, sources: Sources, new_tokens: int, *, seed: int | 
     batches: list[Feeds] = []
     generator = torch.Generator().manual_seed(seed or 0)
     room = _CROSS_BYTES
+    with computing("the whole float model", placement):
+        model = parts.model if placement.device == CPU else deepcopy(parts.model).to(placement.device)
     for source in sources.batches:
         rows = len(next(iter(source.values())))
-        with torch.no_grad():
-            states = parts.model.get_encoder()(**source)
+        with torch.no_grad(), computing("the whole float model", placement):
+            there = {name: tensor.to(placement.device) for name, tensor in source.items()}
+            states = model.get_encoder()(**there)
             cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
             ids = continue_text(
-                _stepper(parts, source, states, cache), start.expand(rows, -1), new_tokens, generator,
-                greedy=new_tokens if seed is None else 4,
+                _stepper(parts, model, there, states, cache), start.to(placement.device).expand(rows, -1), new_tokens,
+                generator, greedy=new_tokens if seed is None else 4,
             )  # fmt: skip
-        feeds = {"input_ids": ids, **_cross(cache), **_empty(parts, rows)}
+        feeds = {"input_ids": ids.to(CPU), **_cross(cache), **_empty(parts, rows)}
         if "attention_mask" in source:
             feeds[SOURCE_MASK] = source["attention_mask"]
         room -= sum(tensor.nbytes for tensor in feeds.values())
@@ -166,12 +172,12 @@ def write_about(parts: Parts, sources: Sources, new_tokens: int, *, seed: int | 
     return Prepared(batches, described)
 
 
-def _stepper(parts: Parts, source: Feeds, states: Any, cache: EncoderDecoderCache):
+def _stepper(parts: Parts, model: PreTrainedModel, source: Feeds, states: Any, cache: EncoderDecoderCache):
     ends = list(habits_of(parts.encoder.origin.path).ends)
     mask = {"attention_mask": source["attention_mask"]} if "attention_mask" in source else {}
 
     def step(ids: Tensor, _past: Any) -> tuple[Tensor, Any]:
-        made = parts.model(encoder_outputs=states, decoder_input_ids=ids, past_key_values=cache, use_cache=True, **mask)
+        made = model(encoder_outputs=states, decoder_input_ids=ids, past_key_values=cache, use_cache=True, **mask)
         logits = made.logits[:, -1].clone()
         logits[:, ends] = -math.inf  # behind the end of a text there is nothing to learn from
         return logits, cache
@@ -182,7 +188,7 @@ def _stepper(parts: Parts, source: Feeds, states: Any, cache: EncoderDecoderCach
 def _cross(cache: EncoderDecoderCache) -> dict[str, Tensor]:
     layers: list[Any] = cache.cross_attention_cache.layers
     return {
-        f"cross_key_values.{i}.{part}": tensor
+        f"cross_key_values.{i}.{part}": tensor.to(CPU)
         for i, layer in enumerate(layers)
         for part, tensor in (("key", layer.keys), ("value", layer.values))
     }

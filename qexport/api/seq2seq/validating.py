@@ -79,7 +79,7 @@ def _opened(reference: FloatModel, options: ValidationOptions) -> ModelFolder:
 def _report(folder: Path, model: ModelFolder, reference: FloatModel, options: ValidationOptions) -> Report:
     progress = options.progress
     progress("capture", model.name, 0, 1)
-    parts = capture_seq2seq(model)
+    parts = capture_seq2seq(model, options.placement)
     sources = _sources(parts, options)
     progress("text", "the float model writes about the sources", 0, 1)
     written = write_about(parts, sources, options.greedy)
