@@ -13,6 +13,7 @@ from functools import cache
 from typing import Any
 
 import torch
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
@@ -80,10 +81,21 @@ class _StandInMode(TorchDispatchMode):
         return _run(func, args, kwargs or {}, self)
 
 
+class _TensorsOfNumbers(TorchFunctionMode):
+    """`torch.tensor` copies numbers to a device where no mode of dispatch looks."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = dict(kwargs or {})
+        if func in (torch.tensor, torch.as_tensor) and torch.device(kwargs.get("device") or "cpu").type == NAME:
+            device = kwargs.pop("device")
+            return func(*args, **kwargs).to(device)
+        return func(*args, **kwargs)
+
+
 @contextmanager
 def stand_in_device() -> Iterator[str]:
     """The name of the device, which is there inside the `with`."""
-    with _StandInMode():
+    with _StandInMode(), _TensorsOfNumbers():
         yield f"{NAME}:0"
 
 

@@ -178,9 +178,9 @@ def _stepper(parts: Parts, model: PreTrainedModel, source: Feeds, states: Any, c
 
     def step(ids: Tensor, _past: Any) -> tuple[Tensor, Any]:
         made = model(encoder_outputs=states, decoder_input_ids=ids, past_key_values=cache, use_cache=True, **mask)
-        logits = made.logits[:, -1].clone()
-        logits[:, ends] = -math.inf  # behind the end of a text there is nothing to learn from
-        return logits, cache
+        logits = made.logits[:, -1]
+        # Behind the end of a text there is nothing to learn from.
+        return logits.index_fill(-1, torch.tensor(ends, device=logits.device, dtype=torch.int64), -math.inf), cache
 
     return step
 
