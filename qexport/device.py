@@ -91,12 +91,9 @@ def computing(place: str, placement: Placement) -> Iterator[None]:
 @contextmanager
 def _float32() -> Iterator[None]:
     """No TF32, which keeps 11 bits of 24: PyTorch takes it for convolutions unasked, and for matrices where told to."""
-    kinds = (torch.backends.cudnn, torch.backends.cuda.matmul)
-    before = [kind.allow_tf32 for kind in kinds]
+    convolutions, matrices = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
     try:
-        for kind in kinds:
-            kind.allow_tf32 = False
+        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
         yield
     finally:
-        for kind, allowed in zip(kinds, before, strict=True):
-            kind.allow_tf32 = allowed
+        torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = convolutions, matrices

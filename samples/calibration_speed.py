@@ -15,6 +15,7 @@ it: PyTorch takes no TF32 for it unless told to. `--out` is written again after 
 
 import argparse
 import json
+import logging
 import os
 import statistics
 import subprocess
@@ -96,7 +97,8 @@ def tree_of(commit: str | None):
 def measured(tree: Path, options: dict) -> dict[str, float]:
     """One export by the code of a tree."""
     command = [sys.executable, "-c", CHILD, json.dumps(options)]
-    environment = os.environ | {"PYTHONPATH": str(tree)}
+    path = [str(tree), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(path)}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tree)
     if done.returncode:
         sys.exit(done.stderr)
@@ -159,6 +161,22 @@ def one_weight(shape: str, tokens: int, device: torch.device) -> str:
         f" for the Hessian), {there[1]:.2f} s on {device} ({there[0]:.2f} s); {equal:.4%} of the codes are equal, and "
         f"the objective is {lost[1] / lost[0]:.6f} of the CPU's."
     )
+
+
+def how_strips_run(device: torch.device) -> str:
+    """Whether GPTQ has its kernel on the device, and why not."""
+    from qexport.quant import strips
+
+    said: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())
+    strips.logger.addHandler(handler)
+    strips.logger.setLevel(logging.INFO)
+    strips.compiled.cache_clear()
+    if device.type != "cuda":
+        return "GPTQ rounds in operators of PyTorch."
+    with_kernel = strips.compiled(torch.empty(1, device=device).device) is not None
+    return "GPTQ rounds strips in one kernel." if with_kernel else " ".join(said or ["The kernel does not work."])
 
 
 def same_codes(first: Path, second: Path) -> str:
@@ -227,7 +245,7 @@ def main() -> None:
     results.add(*(f"A float32 product on {where}: {rate / 1e12:.2f} TFLOP/s; GPTQ needs {flops / 1e12:.2f} TFLOP a "
                   f"layer, {flops / rate:.2f} s." for where, rate in rates.items()), "")  # fmt: skip
     if given.device != "cpu":
-        results.add(one_weight(given.shape, total, device), "")
+        results.add(one_weight(given.shape, total, device), how_strips_run(device), "")
     columns = ("code", "wall s a layer", "CPU s", "share of the bound", "peak on the host, GB", "on the device, GB")
     results.add(f"| {' | '.join(columns)} |", f"|{' --- |' * len(columns)}")
     found: dict[str, list[dict[str, float]]] = {side[0]: [] for side in sides}

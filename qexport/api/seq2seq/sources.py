@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 
 from ...artifact.manifest import SOURCE_MASK
@@ -148,7 +147,8 @@ def write_about(parts: Parts, sources: Sources, new_tokens: int, *, seed: int | 
     generator = torch.Generator().manual_seed(seed or 0)
     room = _CROSS_BYTES
     with computing("the whole float model", placement):
-        model = parts.model if placement.device == CPU else deepcopy(parts.model).to(placement.device)
+        model: Any = parts.model if placement.device == CPU else deepcopy(parts.model)
+        model.to(placement.device)
     for source in sources.batches:
         rows = len(next(iter(source.values())))
         with torch.no_grad(), computing("the whole float model", placement):
@@ -172,7 +172,7 @@ def write_about(parts: Parts, sources: Sources, new_tokens: int, *, seed: int | 
     return Prepared(batches, described)
 
 
-def _stepper(parts: Parts, model: PreTrainedModel, source: Feeds, states: Any, cache: EncoderDecoderCache):
+def _stepper(parts: Parts, model: Any, source: Feeds, states: Any, cache: EncoderDecoderCache):
     ends = list(habits_of(parts.encoder.origin.path).ends)
     mask = {"attention_mask": source["attention_mask"]} if "attention_mask" in source else {}
 
