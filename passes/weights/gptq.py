@@ -87,28 +87,35 @@ class GPTQ(GraphPass):
         return scheme is not None and isinstance(scheme.weight, IntegerFormat)
 
     def call(self, module: GraphModule, context: Context) -> PassResult:
-        readers = Counter(linear.input for linear in linears(module.graph) if self._compensates(linear))
+        statistics, folded = context.statistics, context.handover.folded
+        sites = [linear for linear in linears(module.graph) if self._compensates(linear)]
+        reached = {linear.input: not statistics[linear.input].unseen().all() for linear in sites}
+        # Linears that read one value share its factor, and those with factors of their own need the Hessian itself.
+        sharing = Counter(linear.input for linear in sites if linear.name not in folded)
+        alone = Counter(linear.input for linear in sites if linear.name in folded)
         factors: dict[Node, InverseFactor] = {}  # of the values whose other readers are still to come
         unreached: list[SiteRecord] = []
 
         def factor_of(value: Node) -> InverseFactor:
-            readers[value] -= 1
+            sharing[value] -= 1
             if value not in factors:
-                factors[value] = factorize(context.statistics[value].total(), self.damp, self.act_order)
-            return factors[value] if readers[value] else factors.pop(value)
+                seen = statistics[value]
+                # No name for the Hessian: it is to be gone when it is factorized.
+                factors[value] = factorize(seen.total() if alone[value] else seen.take(), self.damp, self.act_order)
+            return factors[value] if sharing[value] else factors.pop(value)
+
+        def own_factor(value: Node, scales: torch.Tensor) -> InverseFactor:
+            alone[value] -= 1
+            return factorize((statistics[value].total() * scales).mul_(scales[:, None]), self.damp, self.act_order)
 
         def quantize(
             linear: Linear, w: torch.Tensor, fmt: IntegerFormat, factor: torch.Tensor | None
         ) -> QuantizedWeight:
-            if not context.statistics[linear.input].total().diagonal().any():
+            if not reached[linear.input]:
                 unreached.append(SiteRecord(linear.name, "rounded to nearest: no calibration token reached it"))
                 return fmt.round_to_nearest(w)
-            if factor is None:
-                return gptq_quantize(w, factor_of(linear.input), fmt, clip_search=self.clip_search)
-            hessian = context.statistics[linear.input].total() * factor * factor[:, None]
-            return gptq_quantize(
-                w, hessian, fmt, damp=self.damp, act_order=self.act_order, clip_search=self.clip_search
-            )
+            found = factor_of(linear.input) if factor is None else own_factor(linear.input, factor)
+            return gptq_quantize(w, found, fmt, clip_search=self.clip_search)
 
         result = quantize_linears(module, self.plan, context.handover, quantize)
         result.skipped += unreached

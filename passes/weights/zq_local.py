@@ -61,15 +61,15 @@ class ZQLocal(GraphPass):
 
     def call(self, module: GraphModule, context: Context) -> PassResult:
         result, handover = PassResult(), context.handover
-        hessians = {value: statistic.value() for value, statistic in context.statistics.items()}
         for linear in linears(module.graph):
             name, why = linear.name, why_not_integer(self.plan, linear)
-            if not why and not hessians[linear.input].any():
+            if not why and bool(context.statistics[linear.input].unseen().all()):
                 why = "no calibration token reached it"
             if why:
                 result.skipped.append(SiteRecord(name, why))
                 continue
-            w, hessian, factor = get_tensor(module, linear.weight), hessians[linear.input], handover.folded.get(name)
+            w, factor = get_tensor(module, linear.weight), handover.folded.get(name)
+            hessian = context.statistics[linear.input].value()
             seen = w
             if factor is not None:
                 seen, hessian = w / factor, hessian * factor * factor[:, None]

@@ -71,6 +71,11 @@ class HessianStatistic:
         """
         return self.total() * (2 / self.tokens)
 
+    def take(self) -> Tensor:
+        """What `total` gives, forgotten here: its memory is free when who takes it is done with it."""
+        total, self._sum = self.total(), None
+        return total
+
     def total(self) -> Tensor:
         """H times n/2, in the statistic's own memory: GPTQ does not depend on the size of H, and H may be gigabytes.
 
@@ -106,6 +111,8 @@ class InverseFactor:
 def factorize(hessian: Tensor, damp: float, act_order: bool) -> InverseFactor:
     """Factorize the inverse of a Hessian; features that were never active get the mean diagonal.
 
+    Two matrices of this size are in memory where nobody else holds the Hessian: it is dropped when it has been ordered.
+
     Args:
         hessian: float32 [K, K], symmetric; not modified.
         damp: share of the mean diagonal of the features that were active, which is added to the diagonal; 10, 100 and
@@ -115,7 +122,7 @@ def factorize(hessian: Tensor, damp: float, act_order: bool) -> InverseFactor:
     Raises:
         NumericsError: NaN or Inf, an all-zero Hessian, or one that cannot be factorized.
     """
-    diagonal = hessian.diagonal()
+    diagonal = hessian.diagonal().clone()
     if not bool(torch.isfinite(hessian.sum(dtype=torch.float64))):  # cheaper by far than to look at every entry
         raise NumericsError("the Hessian has NaN or Inf", remedy=_DATA_REMEDY)
     dead = diagonal == 0
@@ -126,21 +133,27 @@ def factorize(hessian: Tensor, damp: float, act_order: bool) -> InverseFactor:
     order = torch.arange(len(diagonal), device=hessian.device)
     if act_order:
         order = torch.argsort(diagonal, descending=True, stable=True)
-    factor = _factor(hessian, dead, order.flip(0), damp, mean)
+    reverse = order.flip(0)
+    ordered = hessian[reverse[:, None], reverse].float()
+    del hessian
+    factor = _factor(ordered, diagonal[reverse], dead[reverse], damp, mean)
     return InverseFactor(order, factor, diagonal.masked_fill(dead, damp * mean))
 
 
-def _factor(hessian: Tensor, dead: Tensor, order: Tensor, damp: float, mean: float) -> Tensor:
+def _factor(hessian: Tensor, diagonal: Tensor, dead: Tensor, damp: float, mean: float) -> Tensor:
+    """The factor, in the memory of the ordered Hessian; diagonal: what is on that without damping."""
     for attempt in range(_DAMP_TRIES):
         for dtype in (torch.float32, torch.float64):
-            matrix = hessian[order[:, None], order].to(dtype)
-            matrix.diagonal().masked_fill_(dead[order], mean).add_(damp * 10**attempt * mean)
-            info = torch.empty((), dtype=torch.int32, device=matrix.device)
-            torch.linalg.cholesky_ex(matrix, out=(matrix, info))
-            if int(info) == 0:
+            matrix = hessian.to(dtype)
+            damped = diagonal.to(dtype).masked_fill(dead, mean).add_(damp * 10**attempt * mean)
+            matrix.diagonal().copy_(damped)
+            lower, info = torch.linalg.cholesky_ex(matrix)
+            # The diagonal of a triangular inverse is that of the matrix, inverted.
+            if int(info) == 0 and bool(torch.isfinite(lower.diagonal().reciprocal()).all()):
+                matrix.copy_(lower)  # whose columns lie one after another, while products want rows
+                del lower
                 invert_lower_(matrix)
-                if bool(torch.isfinite(matrix.diagonal()).all()):
-                    return matrix.float()
+                return matrix.float()
     raise NumericsError(
         f"the Hessian cannot be factorized, even with {10 ** (_DAMP_TRIES - 1)} times the damping of {damp}",
         remedy="Use more calibration data, raise the damping, or round to nearest",

@@ -1,6 +1,8 @@
 """GPTQ against the elimination it stands for, in float64, and the Hessian it feeds on."""
 
 import math
+import weakref
+from unittest.mock import patch
 
 import numpy
 import pytest
@@ -260,3 +262,15 @@ def test_hessian_statistic_refuses_what_it_cannot_use():
             x[1, 2] = bad
             with pytest.raises(NumericsError, match="NaN or Inf"):
                 HessianStatistic(weighting).update(x)
+
+
+def test_a_hessian_that_nobody_else_holds_is_gone_when_it_is_factorized():
+    statistic = HessianStatistic()
+    statistic.update(torch.randn(64, 32))
+    alive = weakref.ref(statistic.total())
+    seen = []
+    with patch("qexport.quant.hessian.invert_lower_", lambda matrix: seen.append(alive() is not None)):
+        factorize(statistic.take(), 0.01, False)
+    assert seen == [False]
+    with pytest.raises(NumericsError):
+        statistic.total()
