@@ -52,7 +52,7 @@ def validate(
         reference: the model that was exported: a Hugging Face id, a folder, a GGUF file, an nn.Module, or a captured
             model (whose weights stay unloaded). Of an encoder-decoder an id or a folder.
         text: a UTF-8 file or a string; of an encoder-decoder of spectrograms a safetensors file of them. None: the
-            float model writes the text, or chance does where it cannot, and the report says so.
+            float model writes the text (an encoder reads random tokens), and the report says so.
         windows: how many stretches of the text, each of which stands alone; of an encoder-decoder, how many sources.
         window: tokens in each; None: 512, and 128 in the sources of an encoder-decoder.
         inputs: for models without text: the tensors of one forward call each, in order or by name. For an

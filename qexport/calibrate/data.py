@@ -1,8 +1,9 @@
 """The calibration data of an export: what a recipe names or a caller passes, as batches that blocks can read."""
 
+import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -16,9 +17,16 @@ from ..progress import Progress
 from ..recipe.recipe import Recipe
 from .block_activations import Stream, make_stream, module_feeds, stream_of
 from .encoder_inputs import encoder_stream
-from .float_model import fits_in_memory, loaded
+from .float_model import loaded, where_whole
 from .self_text import continue_text
-from .sources import Samples, check_text, load_samples
+from .sources import check_text, load_samples
+
+logger = logging.getLogger(__name__)
+
+WITHOUT_OWN_TEXT = (
+    "Pass a text to calibrate on: --calibration FILE, or datasets:NAME:SPLIT:COLUMN; random tokens (--calibration "
+    "random) cost accuracy"
+)
 
 
 @dataclass(frozen=True)
@@ -65,10 +73,20 @@ def check_calibration(folder: ModelFolder, recipe: Recipe, data: Any, asked: boo
         check_text(spec if data is None else None, folder.tokenizer())
 
 
+def check_own_text(captured: CapturedModel, recipe: Recipe, data: Any) -> None:
+    """Raises InputError, before the work begins, where a model is too large to write its own calibration text."""
+    if data is None and recipe.calibration.source == "self" and captured.kind == "decoder":
+        where_whole(captured, WITHOUT_OWN_TEXT)
+
+
 def calibration_batches(
     captured: CapturedModel, recipe: Recipe, data, progress: Progress
 ) -> tuple[Callable[[], Stream], str]:
-    """A factory of calibration streams, and what is in them."""
+    """A factory of calibration streams, and what is in them.
+
+    Raises:
+        InputError: the data cannot be had, do not fit the model, or it is too large to write them itself.
+    """
     if captured.kind == "module":
         return _module_batches(captured, data)
     spec = recipe.calibration
@@ -78,17 +96,14 @@ def calibration_batches(
     if encoder:  # a recipe's length is made for decoders
         length = min(spec.sequence_length, captured.settings.get("max_position_embeddings", spec.sequence_length))
         spec = spec.model_copy(update={"sequence_length": length})
-    if data is None and spec.source == "self" and (encoder or not fits_in_memory(captured)):
+    if data is None and spec.source == "self" and encoder:
         samples = load_samples(spec.model_copy(update={"source": "random"}), tokenizer=tokenizer, vocab_size=vocab_size)
-        why = "an encoder writes no text itself" if encoder else "the float model is too large to write text itself"
-        samples = Samples(
-            samples.input_ids,
-            samples.attention_mask,
-            f"{samples.described}; {why}",
-        )
+        logger.warning("calibrated on random tokens, because an encoder writes no text itself: give your own")
+        samples = replace(samples, described=f"{samples.described}; an encoder writes no text itself")
     elif data is None and spec.source == "self":
+        placement = where_whole(captured, WITHOUT_OWN_TEXT)
         progress("calibrate", "the model writes its calibration text", 0, 1)
-        with loaded(captured) as step:
+        with loaded(captured, placement) as step:
             samples = load_samples(
                 spec, tokenizer=tokenizer, vocab_size=vocab_size, generate=partial(continue_text, step)
             )

@@ -7,7 +7,8 @@ import torch
 
 from ..capture.blocks import Block
 from ..capture.graph import CapturedModel
-from ..device import Placement, computing
+from ..device import HOST, Placement, computing
+from ..errors import InputError
 from ..graph.edit import attributes, get_tensor, set_tensor
 from ..graph.placement import make_on, move, unload
 
@@ -21,6 +22,27 @@ def float_bytes(captured: CapturedModel) -> int:
 def fits_in_memory(captured: CapturedModel) -> bool:
     """Whether the whole float model takes at most half of the memory that is free now."""
     return float_bytes(captured) <= psutil.virtual_memory().available // 2
+
+
+def where_whole(captured: CapturedModel, remedy: str) -> Placement:
+    """Where the whole float model fits into half of the free memory: on its device, else on the host.
+
+    Raises:
+        InputError: nowhere; remedy: what to pass in the place of the text that it would write.
+    """
+    size = float_bytes(captured)
+    for placement in (captured.placement, HOST):
+        if size <= _free(placement.device) // 2:
+            return placement
+    raise InputError(
+        f"takes {size / 1e9:.1f} GB in float32, more than half of the free memory, so that it cannot write text itself",
+        place="the float model", remedy=remedy,
+    )  # fmt: skip
+
+
+def _free(device: torch.device) -> int:
+    """Bytes."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
 
 
 def load_block(captured: CapturedModel, block: Block, placement: Placement | None = None) -> None:
@@ -46,9 +68,9 @@ def weights_of(captured: CapturedModel, block: Block, placement: Placement | Non
 
 
 @contextmanager
-def loaded(captured: CapturedModel):
+def loaded(captured: CapturedModel, placement: Placement):
     """Hold all weights inside the `with`; yields step(input_ids [b, s], past | None) -> (last logits [b, V], past)."""
-    with running(captured) as run:
+    with running(captured, placement) as run:
 
         def step(ids: torch.Tensor, past: dict[str, torch.Tensor] | None):
             logits, past = run(ids, past, 1)
@@ -58,30 +80,32 @@ def loaded(captured: CapturedModel):
 
 
 @contextmanager
-def running(captured: CapturedModel):
+def running(captured: CapturedModel, placement: Placement = HOST):
     """The same for the logits of more positions than the last.
 
     Yields run(input_ids [b, s], past | None, n) -> (logits of the last n positions [b, n, V], past), ids and logits on
     the CPU.
     """
-    device = captured.placement.device
+    device = placement.device
     tensors: dict[str, torch.Tensor] = {}
     try:
-        with computing("the whole float model", captured.placement):
+        with computing("the whole float model", placement):
             for block in captured.blocks:
                 for name in block.parameters:
                     if name not in tensors:
                         tensors[name] = captured.load(name).to(device)
                     set_tensor(block.module, name, tensors[name])
                 make_on(block.module, device)
-            yield lambda ids, past, last: _run(captured, ids, past, last)
+            yield lambda ids, past, last: _run(captured, device, ids, past, last)
     finally:
         for block in captured.blocks:
             unload(block.module)
 
 
-def _run(captured: CapturedModel, ids: torch.Tensor, past: dict[str, torch.Tensor] | None, last: int):
-    (batch, new), device = ids.shape, captured.placement.device
+def _run(
+    captured: CapturedModel, device: torch.device, ids: torch.Tensor, past: dict[str, torch.Tensor] | None, last: int
+):
+    batch, new = ids.shape
     caches = [port for port in captured.inputs if port.name.startswith("past_key_values")]
     if past is None:
         past = {p.name: p.empty(batch).to(device) for p in caches}

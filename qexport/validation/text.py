@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from ..calibrate.float_model import fits_in_memory, loaded
+from ..calibrate.float_model import loaded, where_whole
 from ..calibrate.self_text import continue_text
 from ..calibrate.sources import load_samples, text_windows
 from ..capture.graph import CapturedModel
@@ -50,7 +50,7 @@ def choose_text(
 
     Raises:
         InputError: no such file, not UTF-8, no text in it, fewer tokens than one window, a window longer than the model
-            reads, or no tokenizer.
+            reads, no tokenizer, or a model too large to write text itself.
     """
     if windows < 1 or window < 2:
         raise InputError(
@@ -96,13 +96,12 @@ def _own(
         source="self", samples=windows, sequence_length=window, seed=_SEED, batch_size=min(windows, 8)
     )
     size = captured.settings["vocab_size"]
-    encoder = captured.kind == "encoder"
-    if encoder or not fits_in_memory(captured):
+    if captured.kind == "encoder":
         samples = load_samples(spec.model_copy(update={"source": "random"}), tokenizer=tokenizer, vocab_size=size)
-        why = "an encoder writes no text itself" if encoder else "the float model is too large to write text itself"
-        return Text(samples.input_ids, f"{samples.described}; {why}", True)
+        return Text(samples.input_ids, f"{samples.described}; an encoder writes no text itself", True)
+    placement = where_whole(captured, "Pass a text to measure on: --text FILE")
     progress("the float model writes the text", 0, 1)
-    with loaded(captured) as step:
+    with loaded(captured, placement) as step:
         samples = load_samples(spec, tokenizer=tokenizer, vocab_size=size, generate=partial(continue_text, step))
     progress("the float model writes the text", 1, 1)
     return Text(samples.input_ids, samples.described, True)

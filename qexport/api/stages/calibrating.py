@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any
 
 from ...calibrate.block_activations import Stream
-from ...calibrate.data import calibration_batches, needs_data
+from ...calibrate.data import calibration_batches, check_own_text, needs_data
 from ...calibrate.projection import seen_by_projection
 from ...capture.graph import CapturedModel
 from ...models.agreement import ReaderAgreement
@@ -49,13 +49,16 @@ def calibrate(planned: ExportPlan) -> Calibration:
     """
     captured, recipe, progress = planned.captured, planned.recipe, planned.options.progress
     decisions = planned.decisions
+    quantizes_inputs = any(p.activation is not None for p in decisions.plan)
+    wanted_data = wants_data(planned) or (planned.asked and quantizes_inputs)
+    if wanted_data:
+        check_own_text(captured, recipe, planned.data)
     check_range(captured, decisions, planned.target.dtype)
     progress("check", "reading of the model", 0, 1)
     agreement = check_reader(captured)
     progress("check", "reading of the model", 1, 1)
     batches, described, seen = None, "none needed", None
-    quantizes_inputs = any(p.activation is not None for p in decisions.plan)
-    if wants_data(planned) or (planned.asked and quantizes_inputs):
+    if wanted_data:
         batches, described = calibration_batches(captured, recipe, planned.data, progress)
     shared = any(table.linear for table in decisions.embeddings)
     wanted = recipe.weights.table_statistic() is not None
