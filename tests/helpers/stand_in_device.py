@@ -23,7 +23,10 @@ _aten = torch.ops.aten
 # What copies from one device to another, and indices, which a GPU takes from the host too.
 _MIXING = {_aten.copy_.default, _aten._to_copy.default, _aten.index.Tensor, _aten.index_put_.default,
            _aten.index_put.default, _aten._index_put_impl_.default}  # fmt: skip
-_NO_SCALARS = {_aten.cat.default, _aten.stack.default}  # whose tensors of no dimension have to be there too
+# Where a GPU takes a tensor of the host that has no dimension, as a number.
+_NUMBERS = ("add", "add_", "sub", "sub_", "mul", "mul_", "div", "div_", "pow", "where", "eq", "ne", "lt", "le", "gt",
+            "ge", "maximum", "minimum", "clamp", "clamp_", "clamp_min", "clamp_max", "bitwise_and", "logical_and",
+            "addcmul", "fill_", "remainder", "rsub")  # fmt: skip
 _PRODUCTS = {_aten.mm.default, _aten.addmm.default, _aten.bmm.default, _aten.baddbmm.default, _aten.addmv.default,
              _aten.mv.default, _aten.dot.default, _aten.addmm_.default}  # fmt: skip
 
@@ -129,9 +132,10 @@ def _check(func, tensors: list[torch.Tensor], there: bool, everything: list[Any]
     if any(isinstance(a, torch.Generator) for a in everything):
         raise MixedDevices(f"{func}: a generator of the CPU draws nothing on the device")
     if there and func not in _MIXING:
+        numbers = func.namespace == "qexport" or func.overloadpacket.__name__ in _NUMBERS
         for tensor in tensors:
             strange = not isinstance(tensor, StandInTensor) and tensor.device.type != "meta"
-            if strange and (tensor.dim() > 0 or func in _NO_SCALARS):
+            if strange and (tensor.dim() > 0 or not numbers):
                 raise MixedDevices(f"{func}: a tensor {list(tensor.shape)} of the CPU among those of the device")
     if func in _PRODUCTS and not tensors[0].is_floating_point():
         raise MixedDevices(f"{func}: the device multiplies no matrices of {tensors[0].dtype}")

@@ -206,4 +206,4 @@ def _middles(ordered: Tensor) -> Tensor:
     """The largest float32 numbers not above the middles: a float32 number above one of them is above the other too."""
     exact = (ordered[1:].double() + ordered[:-1].double()) / 2
     rounded = exact.float()
-    return torch.where(rounded.double() > exact, rounded.nextafter(torch.tensor(-torch.inf)), rounded)
+    return torch.where(rounded.double() > exact, rounded.nextafter(torch.full_like(rounded, -torch.inf)), rounded)
