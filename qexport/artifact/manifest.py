@@ -60,7 +60,7 @@ class LinearEntry(_Frozen):
         bytes: size of its codes, scales, zero points and correction branch; a share by columns of what several have.
         reason: why it got this scheme.
         fast: where the target has several kernels for it, as CUDA has for MatMulNBits, whether its product has the
-            shape for the fastest; None elsewhere. slow: why it has not.
+            shape for fpA_intB; None elsewhere. slow: why it has not.
     """
 
     name: str

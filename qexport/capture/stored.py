@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
 from ..artifact.scratch import Scratch
 from ..errors import CaptureError
@@ -80,7 +81,8 @@ def find_weights(
     missing = checkpoint.resolve(wanted, prefix)
     stored = _resolved(checkpoint, trained, prefix)
     unread = checkpoint.unread() - {checkpoint.find(name, prefix) for name in kept}
-    left = check_leftovers(checkpoint.names(), unread, missing, checkpoint.is_zero, ignored)
+    renamed = _renamed(model) if missing else ()
+    left = check_leftovers(checkpoint.names(), unread, missing, checkpoint.is_zero, (*(ignored or ()), *renamed))
     if missing:
         temporary = Scratch()
         left = load_in_memory(folder, Path(temporary.name))
@@ -116,6 +118,13 @@ def codes_in(
             )  # fmt: skip
     found = {name: checkpoint.given(name) for name in parameters if name not in pieces}
     return {name: codes for name, codes in found.items() if codes is not None}
+
+
+def _renamed(model: torch.nn.Module) -> list[str]:
+    """Regular expressions of names in checkpoints that transformers reads under other ones."""
+    config = getattr(model, "config", None)
+    rules = get_checkpoint_conversion_mapping(config.model_type) if config is not None else None
+    return [f"(?:{pattern})$" for rule in rules or () for pattern in rule.source_patterns]
 
 
 def _resolved(checkpoint: Checkpoint, wanted: Mapping[str, tuple[int, ...]], prefix: str) -> list[str]:

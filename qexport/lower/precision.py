@@ -3,14 +3,18 @@
 Values computed from integers and constants alone (positions, rotary tables, masks) stay float32 until they meet the
 activations: positions beyond 2048 (256 in bfloat16) and their angles do not fit. So do nodes marked KEEP_FLOAT32, and
 those without a bfloat16 kernel. Casts appear where the two meet, in the graph itself, so that PyTorch and ONNX Runtime
-cast at the same places.
+cast at the same places. The lowest float32, which masks are made of, becomes the lowest of the smaller type: rounded
+it would be minus infinity, and a row of nothing else has no softmax.
 """
 
+import math
 import operator
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch.fx import Graph, GraphModule, Node
+from torch.fx.node import map_aggregate
 
 from ..graph.edit import Spec, TensorSpec, call, finish, get_tensor, is_call, set_tensor
 from ..graph.meta import Meta
@@ -47,7 +51,10 @@ def to_half(module: GraphModule, constants: set[str], half: torch.dtype) -> None
         if node.op != "output" and node not in single:
             node.meta[Meta.SPEC] = _halved(node.meta[Meta.SPEC], half)
     casts: dict[tuple[Node, torch.dtype], Node] = {}
+    far = _far_values(graph, half, single)
     for node in list(graph.nodes):
+        if node in far and node not in single:
+            _bring_near(node, half)
         if node.op not in ("call_function", "output") or node.target in _SAME_TYPE:
             continue
         wants = torch.float32 if node in single else half
@@ -55,7 +62,8 @@ def to_half(module: GraphModule, constants: set[str], half: torch.dtype) -> None
             if source in _cache_scales(node):
                 continue
             if _is_float(source) and source.meta[Meta.SPEC].dtype != wants:
-                node.replace_input_with(source, _cast(graph, source, wants, casts))
+                near = _clamped(graph, source, half, casts) if source in far and wants == half else source
+                node.replace_input_with(source, _cast(graph, near, wants, casts))
     finish(module)
 
 
@@ -71,6 +79,46 @@ def _stays_single(graph: Graph, constants: set[str]) -> set[Node]:
         ):
             single.add(node)
     return single
+
+
+def _far_values(graph: Graph, half: torch.dtype, single: set[Node]) -> set[Node]:
+    """Nodes that are given a finite number beyond the smaller type, and what float32 constants and masks hold of it.
+
+    Infinity is not among them: whoever wrote it meant it.
+    """
+    far: set[Node] = set()
+    for node in graph.nodes:
+        follows = node in single and Meta.KEEP_FLOAT32 not in node.meta and _is_float(node)
+        if node.op == "call_function" and (
+            _far_numbers(node, half) or (follows and far.intersection(node.all_input_nodes))
+        ):
+            far.add(node)
+    return far
+
+
+def _far_numbers(node: Node, half: torch.dtype) -> bool:
+    found: list[float] = []
+    map_aggregate((node.args, node.kwargs), lambda a: found.append(a) if isinstance(a, float) else None)
+    return any(math.isfinite(number) and abs(number) > torch.finfo(half).max for number in found)
+
+
+def _bring_near(node: Node, half: torch.dtype) -> None:
+    most = torch.finfo(half).max
+
+    def near(argument: Any) -> Any:
+        fits = not isinstance(argument, float) or not math.isfinite(argument)
+        return argument if fits else min(max(argument, -most), most)
+
+    node.args, node.kwargs = map_aggregate(node.args, near), map_aggregate(node.kwargs, near)
+
+
+def _clamped(graph: Graph, source: Node, half: torch.dtype, casts: dict[tuple[Node, torch.dtype], Node]) -> Node:
+    """A float32 value within the smaller type; infinity, too, becomes its lowest or highest number."""
+    if (source, torch.float32) not in casts:
+        most = torch.finfo(half).max
+        with graph.inserting_after(source):
+            casts[source, torch.float32] = call(graph, aten.clamp.default, (source, -most, most), like=source)
+    return casts[source, torch.float32]
 
 
 def _cache_scales(node: Node) -> tuple[Node | None, ...]:

@@ -1,5 +1,6 @@
 """A decoder session with its key/value cache: prefill, then a token at a time, the cache staying where it is made."""
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,12 +11,16 @@ import numpy as np
 import onnxruntime as ort
 
 from ..artifact import manifest as manifests
-from ..artifact.manifest import Manifest
+from ..artifact.manifest import CUDA, Manifest
 from ..errors import InputError, RuntimeProblem
-from .provider import device_of
+from . import cuda_graph
+from .cuda_graph import RecordedStep
+from .provider import chosen_provider, device_of
 from .sampling import Sampling, choose
 from .session import open_session
-from .values import ELEMENT_TYPES, array_of
+from .values import ELEMENT_TYPES, array_of, zeros
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -45,13 +50,19 @@ class Decoder:
         settings: the manifest's settings. num_key_value_heads and head_dim size the cache where the file's shapes are
             symbolic; with past_present_share_buffer the file writes present into the buffer that past came in.
         max_length: length of a shared buffer in tokens; with separate past and present it has no effect.
+        records: whether steps behind a prompt become a CUDA graph. The session has `cuda_graph.OPTIONS` then.
 
     Raises:
         InputError: the file does not have the interface, or a shared cache has no max_length.
     """
 
     def __init__(
-        self, session: ort.InferenceSession, settings: Mapping[str, Any] | None = None, *, max_length: int | None = None
+        self,
+        session: ort.InferenceSession,
+        settings: Mapping[str, Any] | None = None,
+        *,
+        max_length: int | None = None,
+        records: bool = False,
     ):
         settings = settings or {}
         inputs = {value.name: value for value in session.get_inputs()}
@@ -83,6 +94,9 @@ class Decoder:
         self._device = device_of(session)
         self._max_length = max_length
         self._binding: ort.IOBinding | None = None  # of a shared cache, kept from run to run
+        self._run_options = cuda_graph.unrecorded() if records else None
+        self._step: RecordedStep | None = None  # of a batch size, as the cache
+        self._records, self._vocab = records and self._share, settings.get("vocab_size")
         self._cache: list[ort.OrtValue] = []
         self.reset()
 
@@ -90,6 +104,11 @@ class Decoder:
     def past(self) -> int:
         """Tokens in the cache, padding included."""
         return self._past
+
+    @property
+    def recorded(self) -> bool:
+        """Whether steps are a CUDA graph."""
+        return self._records
 
     def reset(self) -> None:
         """Forget the batch. A shared cache keeps its memory: no run reads beyond the tokens it was given."""
@@ -109,6 +128,7 @@ class Decoder:
         if missing := self._others - values.keys():
             raise InputError(f"{min(missing)} is missing", remedy="Read a source first")
         self._given = {name: values[name] for name in self._others}
+        self._step = None
         self.reset()
 
     def run(self, input_ids: np.ndarray, attention_mask: np.ndarray | None = None) -> np.ndarray:
@@ -132,6 +152,8 @@ class Decoder:
         new = None if attention_mask is None else np.ascontiguousarray(attention_mask, np.int64)
         self._check(ids, new)
         mask, positions = self._append(ids, new)
+        if self._records and self._past and ids.shape[1] == 1 and len(ids) == self._cache[0].shape()[0]:
+            return self._recorded(ids, mask, positions)
         binding = self._bind(len(ids))
         binding.bind_cpu_input("input_ids", ids)
         if self._has_mask:
@@ -140,7 +162,7 @@ class Decoder:
             binding.bind_cpu_input("position_ids", positions)
         binding.bind_output("logits", "cpu")
         try:
-            self._session.run_with_iobinding(binding)
+            self._session.run_with_iobinding(binding, self._run_options)
         except Exception as error:  # onnxruntime has one exception class for each status code and no base class
             raise RuntimeProblem(f"the decoder failed after {self.past} tokens: {error}") from error
         self._past = mask.shape[1]
@@ -149,6 +171,18 @@ class Decoder:
             return array_of(ort.OrtValue(binding.get_outputs_as_ortvaluevector()[0]))
         logits, *self._cache = binding.get_outputs()
         return array_of(logits)
+
+    def _recorded(self, ids: np.ndarray, mask: np.ndarray, positions: np.ndarray) -> np.ndarray:
+        """A step of a batch whose cache is on the device, by its CUDA graph."""
+        try:
+            if self._step is None:
+                cache = dict(zip(self._pasts, self._cache, strict=True))
+                self._step = RecordedStep(self._session, cache, self._given, self._vocab)
+            logits = self._step.run(ids, mask, positions)
+        except Exception as error:  # onnxruntime has one exception class for each status code and no base class
+            raise RuntimeProblem(f"the decoder failed after {self.past} tokens: {error}") from error
+        self._past, self._real = mask.shape[1], positions[:, -1] + 1
+        return logits
 
     def generate(
         self,
@@ -255,13 +289,13 @@ class Decoder:
             else:
                 binding.bind_output(present, self._device)
         if self._share:
-            self._binding, self._cache = binding, cache
+            self._binding, self._cache, self._step = binding, cache, None
         return binding
 
     def _empty(self, name: str, batch: int) -> ort.OrtValue:
         sizes = self._sizes[name]
         shape = [batch, sizes[1], self._max_length if self._share else 0, sizes[3]]
-        return ort.OrtValue.ortvalue_from_shape_and_type(shape, self._cache_type, self._device, 0)
+        return zeros(shape, self._cache_type, self._device)
 
 
 def _without(logits: np.ndarray, tokens: Sequence[int]) -> np.ndarray:
@@ -280,11 +314,30 @@ def open_decoder(
     threads: int | None = None,
     provider: str | None = None,
     max_length: int = 2048,
+    records: bool | None = None,
 ) -> Decoder:
     """Open a folder for generation; max_length bounds a shared cache only.
+
+    Args:
+        records: whether steps become a CUDA graph; None where the file and its provider can.
 
     Raises: as `open_session` and `Decoder`.
     """
     manifest = manifest or manifests.load(folder)
+    possible = (
+        chosen_provider(provider, manifest) == CUDA
+        and manifest.settings.get("past_present_share_buffer")
+        and cuda_graph.can_record(manifest)
+    )
+    if possible and records is not False:
+        try:
+            session = open_session(
+                folder, manifest, threads=threads, provider=provider, provider_options=cuda_graph.OPTIONS
+            )
+            return Decoder(session, manifest.settings, max_length=max_length, records=True)
+        except RuntimeProblem as error:  # a node of this file runs on the CPU; without a graph it does no harm
+            if records:
+                raise
+            logger.info("%s: its steps are no CUDA graph: %s", folder, error)
     session = open_session(folder, manifest, threads=threads, provider=provider)
     return Decoder(session, manifest.settings, max_length=max_length)

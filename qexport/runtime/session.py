@@ -2,7 +2,7 @@
 
 import logging
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,6 +84,7 @@ def open_session(
     record_assignment: bool = False,
     optimize: bool = False,
     profile_prefix: str | Path | None = None,
+    provider_options: Mapping[str, str] | None = None,
 ) -> ort.InferenceSession:
     """Load an exported model with the session options of its manifest.
 
@@ -101,6 +102,7 @@ def open_session(
         optimize: make the optimized copy first, as `qexport.optimize` does, where the folder has none that fits.
         profile_prefix: measure every node of every run; `end_profiling` of the session writes a file whose path begins
             with this, and returns it. The optimized copy is not used then.
+        provider_options: options of the provider, such as {"enable_cuda_graph": "1"}.
 
     Raises:
         InputError: the folder is no export, or no provider is called so; with `optimize`, it cannot be written or was
@@ -143,7 +145,7 @@ def open_session(
         options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
     logger.debug("%s opens on %s with %s", folder, wanted, manifest.session)
     try:
-        return start(path, options, wanted)
+        return start(path, options, wanted, provider_options)
     except RuntimeProblem as error:
         if manifest.dtype != "bfloat16" or wanted != CPU:
             raise
@@ -171,8 +173,16 @@ def session_options(manifest: Manifest, threads: int | None = None, *, optimized
     return options
 
 
-def start(source: Path | ModelInFolder, options: ort.SessionOptions, provider: str) -> ort.InferenceSession:
+def start(
+    source: Path | ModelInFolder,
+    options: ort.SessionOptions,
+    provider: str,
+    provider_options: Mapping[str, str] | None = None,
+) -> ort.InferenceSession:
     """Load a model on one provider, or not at all.
+
+    Args:
+        provider_options: of that provider.
 
     Raises:
         RuntimeProblem: as `open_session`.
@@ -182,8 +192,9 @@ def start(source: Path | ModelInFolder, options: ort.SessionOptions, provider: s
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path))
     if provider not in ort.get_available_providers():
         raise _missing(provider, path)
+    first = (provider, dict(provider_options or {}))
     try:
-        session = ort.InferenceSession(model, options, providers=[provider] if provider == CPU else [provider, CPU])
+        session = ort.InferenceSession(model, options, providers=[first] if provider == CPU else [first, CPU])
     except Exception as error:  # onnxruntime has one exception class for each status code and no base class
         raise RuntimeProblem(
             f"ONNX Runtime refuses the model: {str(error).strip()}", place=str(path), remedy="See `qexport doctor`"

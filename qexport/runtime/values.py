@@ -1,6 +1,7 @@
 """Tensors on their way into ONNX Runtime and out of it, for numpy, which has no bfloat16."""
 
 import ctypes
+from collections.abc import Sequence
 
 import numpy as np
 import onnxruntime as ort
@@ -25,6 +26,21 @@ def value_of(array: np.ndarray, type_name: str) -> ort.OrtValue:
     bits = np.ascontiguousarray(array, np.float32).view(np.uint32)
     rounded = ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16)  # to the nearest, ties to even
     return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(rounded.view(np.int16), _HALVES[type_name])
+
+
+def zeros(shape: Sequence[int], kind: int, device: str) -> ort.OrtValue:
+    """A tensor of zeros; kind: an element type of ONNX, device: as `provider.device_of` names it.
+
+    New memory of a GPU holds what was there before. An attention kernel multiplies what lies behind the last token with
+    a share of zero, and zero times a NaN is a NaN.
+    """
+    if device == "cpu":
+        value = ort.OrtValue.ortvalue_from_shape_and_type(shape, kind)
+        ctypes.memset(value.data_ptr(), 0, value.tensor_size_in_bytes())
+        return value
+    value = ort.OrtValue.ortvalue_from_shape_and_type(shape, kind, device, 0)
+    value.update_inplace(zeros(shape, kind, "cpu"))
+    return value
 
 
 def array_of(value: ort.OrtValue) -> np.ndarray:

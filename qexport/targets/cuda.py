@@ -3,7 +3,7 @@
 import ctypes
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -13,7 +13,7 @@ from ..artifact.manifest import CUDA
 from ..graph.edit import call, finish, is_call, shape_of
 from ..graph.meta import Meta
 from ..graph.schema import bind, rebind
-from ..graph.views import DequantizeLinear, ExpertShares, Matmul, QuantizeLinear
+from ..graph.views import DequantizeLinear, ExpertShares, Matmul, QuantizeLinear, sizes_of
 from ..lower import moe_form
 from ..lower.precision import to_half
 from ..lower.qdq_patterns import Rounding, as_own_kernel, form_of, kernel_of, linear_products
@@ -27,6 +27,9 @@ from .kernels import fpa_intb, qmoe
 from .kernels.bfloat16 import lacks_bfloat16
 from .kernels.predict_kernels import slow_linears
 
+# MatMulInteger with fewer input features fails on an H200 for 17 rows and more that are no multiple of 4: cuBLAS has no
+# such product (samples/gpu_integer.py).
+_FEWEST = 128
 ops = torch.ops.qexport
 aten = torch.ops.aten
 
@@ -64,11 +67,10 @@ class CudaTarget(Target):
         Args:
             products: of the whole file, rewritten.
         """
-        fails = any(map(fpa_intb.has_no_kernel, _nbits(products).values()))
         return {
-            fpa_intb.ENTRY: "0" if fails else "1",
-            # A bias folded into MatMulNBits rules out its fastest kernel; and the transformer would copy a static
-            # quantization to the other side of every transpose and reshape that precedes it, without taking it away.
+            fpa_intb.ENTRY: "0",
+            # A bias folded into MatMulNBits rules out fpA_intB for who turns it on; and the transformer would copy a
+            # static quantization to the other side of every transpose and reshape before it, without taking it away.
             "optimization.disable_specified_optimizers": "MatMulAddFusion;MatMulNBitsFusion;QDQPropagationTransformer",
             "session.qdq_matmulnbits_block_size": str(DEFAULT_BLOCK),
             # CUDA does not read it; the CPU provider, when it runs the file, would round float inputs to 8 bits.
@@ -84,7 +86,7 @@ class CudaTarget(Target):
         }
 
     def slow(self, products: Sequence[Node]) -> dict[str, str]:
-        """For every MatMulNBits of a file, by name, why it is not ONNX Runtime's fastest; empty where it is."""
+        """For every MatMulNBits of a file, by name, why fpA_intB does not take it; empty where it does."""
         return fpa_intb.why_slow(_nbits(products))
 
     def predict_slow(self, graphs: Sequence[Graph], plan: Mapping[str, LinearPlan]) -> dict[str, str]:
@@ -150,6 +152,18 @@ def _nbits(products: Sequence[Node]) -> dict[str, fpa_intb.Product]:
     return {name: product for name, product in found.items() if product is not None}
 
 
+def _widen(graph: Graph, quantize: Node, more: int) -> None:
+    """Give a quantization as many zeros behind its features, once for all products that read it."""
+    x = QuantizeLinear.of(quantize).x
+    if is_call(x, aten.constant_pad_nd.default) and shape_of(x)[-1] == _FEWEST:
+        return
+    wide = (*shape_of(x)[:-1], _FEWEST)
+    with graph.inserting_before(quantize):
+        padded = call(graph, aten.constant_pad_nd.default, (x, [0, more]), like=x, shape=wide)
+    rebind(quantize, x=padded)
+    quantize.meta[Meta.SPEC] = replace(quantize.meta[Meta.SPEC], shape=wide)
+
+
 def _integer(module: GraphModule, product: Node, rounding: Rounding) -> None:
     """codes x codes in int32, then the scales in float32: the sums do not fit float16."""
     graph, weight = module.graph, DequantizeLinear.of(Matmul.of(product).weight)
@@ -157,6 +171,10 @@ def _integer(module: GraphModule, product: Node, rounding: Rounding) -> None:
     with graph.inserting_before(product):
         if weight.bits == 4:
             codes = call(graph, ops.widen_int4.default, (codes,), like=codes)
+        if (rows := sizes_of(codes)[0]) < _FEWEST:
+            codes = call(graph, aten.constant_pad_nd.default, (codes, [0, 0, 0, _FEWEST - rows]), like=codes,
+                         shape=(_FEWEST, sizes_of(codes)[1]))  # fmt: skip
+            _widen(graph, rounding.quantize, _FEWEST - rows)
         exact = call(graph, ops.matmul_integer.default, (rounding.quantize, codes), like=product, dtype=torch.int32)
         result = call(graph, aten.to.dtype, (exact, torch.float32), like=product)
         result.meta[Meta.KEEP_FLOAT32] = True

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from helpers.random_decoders import VOCAB, reference_model
+from helpers.random_decoders import VOCAB, reference_model, save_model
 from helpers.runners import captured_runner, load_weights, prompt_feeds, tokens, transformers_runner
 from qexport.api.stages.capturing import capture_model
 from qexport.errors import CaptureError, InputError
@@ -141,3 +141,11 @@ def test_a_name_that_no_file_can_have_is_missing(tmp_path, name):
     index(tmp_path, name)
     with pytest.raises(InputError, match="which is missing"):
         weight_files(tmp_path)
+
+
+def test_a_weight_that_transformers_reads_under_another_name_is_no_leftover(tmp_path):
+    folder = save_model("granitemoe", tmp_path / "model")
+    names = Checkpoint(folder).names()
+    assert any("router.layer" in name for name in names)
+    captured = capture_model(folder)
+    assert any("router.weight" in name for block in captured.blocks for name in block.parameters)

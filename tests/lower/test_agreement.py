@@ -10,6 +10,7 @@ The CUDA files run here on the CPU provider: their kernels are other ones, what 
 the two round at different places, and float16 itself is the yardstick.
 """
 
+import onnx
 import pytest
 import torch
 
@@ -97,3 +98,20 @@ def test_gptq_agrees(export):
     name = "model.layers.0.self_attn.q_proj+k_proj+v_proj.weight_codes"
     codes = [dict(e.blocks[1].module.named_buffers())[name] for e in (exported, rounded)]
     assert not torch.equal(*codes)
+
+
+def test_masks_stay_finite_in_float16(export):
+    """The lowest float32 is minus infinity in float16, and a row of padding alone would have no softmax."""
+    exported = export("falcon_alibi", recipe_of("w4a16_g32"), "cuda")
+    runs = (exported.in_onnxruntime(), exported.in_pytorch())
+    ran, graph = logits(PROMPTS["three rows, padded"], *((run, exported.captured, torch.float16) for run in runs))
+    assert torch.isfinite(graph).all() and sqnr_db(graph, ran) > 50
+
+
+@pytest.mark.parametrize("scheme", ["w8a8_dyn", "w8a8_static", "w4a8"])
+def test_integer_products_on_cuda_have_128_input_features_at_least(export, scheme):
+    graph = onnx.load(export("llama", recipe_of(scheme), "cuda").folder / "model.onnx", load_external_data=False).graph
+    inputs = {node.input[1] for node in graph.node if node.op_type == "MatMulInteger"}
+    padded = {node.output[0] for node in graph.node if node.op_type == "Pad"}
+    assert inputs and inputs <= padded  # of 64 and 96 features
+    assert len(padded) - len(inputs) == len({n.input[0] for n in graph.node if n.op_type == "MatMulInteger"})

@@ -14,8 +14,10 @@ import pytest
 
 import qexport
 from helpers import cuda_placement
+from qexport.artifact import manifest as manifests
 from qexport.artifact.manifest import CPU
 from qexport.recipe.recipe import CalibrationSpec, Recipe
+from qexport.runtime.cuda_graph import can_record
 from qexport.runtime.session import open_session
 
 LENGTH, PROMPT = 24, 6
@@ -47,6 +49,14 @@ def test_a_step_is_recorded_without_a_copy_from_the_host_and_replayed(
     seen = json.loads(done.stdout)
     assert len(seen["recorded"]) > 50 and not any(line.startswith("#") for line in seen["recorded"])
     assert [line for line in seen["replayed"] if line != "# waits"] == ["# graph runs"]
+
+
+def test_what_copies_from_the_host_is_not_recorded(exported, cuda_placement, tmp_path):
+    env = {**cuda_placement.keywords["env"], "STAND_IN_LAUNCHES": str(tmp_path / "launches")}
+    folder = exported("nf4")
+    done = subprocess.run([sys.executable, PROBE, folder, str(LENGTH)], env=env, capture_output=True, text=True)
+    assert "# copies to or from the host" in json.loads(done.stdout)["recorded"]
+    assert not can_record(manifests.load(folder)) and can_record(manifests.load(exported("w4a16_g32")))
 
 
 def test_a_mask_as_long_as_the_cache_changes_no_number(exported):

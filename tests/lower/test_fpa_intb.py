@@ -115,9 +115,9 @@ def test_turned_off_no_product_fails(place):
     assert fast(place(matmul_nbits(FAILS), {ENTRY: "0"}, PROMPT)["launches"]) == 0
 
 
-def test_one_product_without_a_kernel_turns_it_off_for_all():
+def test_one_product_without_a_kernel_keeps_it_from_all():
     found = why_slow({"fine": CHOSEN[0], "stuck": FAILS[0], "zeros": Product(4, 32, False, (64, 64))})
-    assert found["fine"] == "turned off for the whole file, where stuck would fail"
+    assert found["fine"] == "cannot be turned on for this file, where stuck would fail"
     assert found["stuck"] == "96 input features, not a multiple of 64" and found["zeros"] == "has zero points"
     assert why_slow({}) == {}
 
@@ -156,16 +156,18 @@ def test_every_product_of_an_export_is_launched_as_the_fast_kernel(wide, cuda_pl
     linears = exported.manifest.linears
     assert [linear.fast for linear in linears] == [True] * 8 and not any(linear.slow for linear in linears)
     assert linears[1].shape == (32, 128)  # too few columns but for those of q and v beside them
-    placed = cuda_placement(exported.folder / "model.onnx", exported.manifest.session, dims=PROMPT)
+    path, entries = exported.folder / "model.onnx", exported.manifest.session
+    placed = cuda_placement(path, entries | ON, dims=PROMPT)
     assert_decoder_on_cuda(placed)
     assert fast(placed["launches"]) == len({linear.node for linear in linears}) == 5
+    assert fast(cuda_placement(path, entries, dims=PROMPT)["launches"]) == 0  # as it is slower
 
 
 def test_an_export_whose_widths_have_no_kernel_runs_without_it(narrow, cuda_placement, tmp_path, capsys):
     exported = export(narrow, recipe_of("w4a16_g32"), tmp_path)
     found = {linear.name.rpartition(".")[2]: linear.slow for linear in exported.manifest.linears}
     assert found["down_proj"] == "96 input features, not a multiple of 64"
-    assert found["q_proj"] == "turned off for the whole file, where model.layers.0.mlp.down_proj would fail"
+    assert found["q_proj"] == "cannot be turned on for this file, where model.layers.0.mlp.down_proj would fail"
     path = exported.folder / "model.onnx"
     with pytest.raises(PlacementError, match="No valid fpA_intB MatMulNBits tactic"):
         cuda_placement(path, exported.manifest.session | ON, dims=PROMPT)
@@ -173,7 +175,7 @@ def test_an_export_whose_widths_have_no_kernel_runs_without_it(narrow, cuda_plac
     assert_decoder_on_cuda(placed)
     assert fast(placed["launches"]) == 0
     print_export(exported)
-    assert "takes 0 of 8 linears; 7: turned off for the whole file" in capsys.readouterr().out
+    assert "fits 0 of 8 linears; 7: cannot be turned on for this file" in capsys.readouterr().out
     assert export_summary(exported)["fast_linears"] == 0
 
 
@@ -206,7 +208,7 @@ def test_inspect_foretells_what_turns_it_off(narrow, tmp_path):
 def test_inspect_shows_the_reason(wide, capsys):
     print_inspection(inspect(wide, recipe_of("w4a16_g64"), target="cuda"), all_layers=False)
     out = capsys.readouterr().out
-    assert out.count("blocks of 64, not 32") == 9 and "takes 0 of 8 linears; 8: blocks of 64, not 32" in out
+    assert out.count("blocks of 64, not 32") == 9 and "fits 0 of 8 linears; 8: blocks of 64, not 32" in out
 
 
 def test_only_cuda_has_the_choice(wide, tmp_path, capsys):

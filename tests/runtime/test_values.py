@@ -1,23 +1,18 @@
-"""Arrays on their way into ONNX Runtime and back."""
+"""Memory that is made for a session."""
 
-import numpy as np
+import ctypes
+
 import pytest
-import torch
+from onnx import TensorProto
 
-from qexport.runtime.values import array_of, value_of
-
-
-@pytest.mark.parametrize("kind, dtype", [
-    ("tensor(float)", torch.float32), ("tensor(float16)", torch.float16), ("tensor(bfloat16)", torch.bfloat16)
-])  # fmt: skip
-def test_numbers_are_rounded_as_pytorch_rounds_them(kind, dtype):
-    numbers = torch.randn(1000, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    numbers = torch.cat([numbers, torch.tensor([1 + 2**-8, 1 + 3 * 2**-8, -0.0, 3e-30])])  # ties, and what is small
-    value = value_of(numbers.numpy(), kind)
-    assert value.data_type() == kind
-    assert torch.equal(torch.from_numpy(array_of(value).astype(np.float32)), numbers.float().to(dtype).float())
+from qexport.runtime.values import array_of, zeros
 
 
-def test_ids_are_long():
-    value = value_of(np.array([[1, 2]], np.int32)[:, ::-1], "tensor(int64)")
-    assert value.data_type() == "tensor(int64)" and array_of(value).tolist() == [[2, 1]]
+@pytest.mark.parametrize("kind", [TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.INT8, TensorProto.UINT8])
+def test_new_memory_is_zero_whatever_was_there_before(kind):
+    for _ in range(20):
+        used = zeros([2, 3, 500, 8], kind, "cpu")
+        ctypes.memset(used.data_ptr(), 7, used.tensor_size_in_bytes())
+        del used
+        assert not array_of(zeros([2, 3, 500, 8], kind, "cpu")).any()
+    assert array_of(zeros([2, 3, 0, 8], kind, "cpu")).shape == (2, 3, 0, 8)

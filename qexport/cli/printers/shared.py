@@ -22,7 +22,7 @@ def described(plan: EmbeddingPlan) -> str:
 
 
 def print_fast(slow: Sequence[str], indent: str = "") -> None:
-    """How many linears have the shape for the fastest kernel, and why others have not.
+    """How many linears have the shape for fpA_intB, and why others have not.
 
     Args:
         slow: for every linear that becomes MatMulNBits on CUDA the reason; empty where it has the shape.
@@ -31,5 +31,5 @@ def print_fast(slow: Sequence[str], indent: str = "") -> None:
         reasons = Counter(reason for reason in slow if reason)
         why = "".join(f"; {count}: {reason}" for reason, count in reasons.most_common())
         print(
-            f"{indent}fpA_intB, the fastest kernel of MatMulNBits, takes {slow.count('')} of {len(slow)} linears{why}"
+            f"{indent}fpA_intB, a kernel that the file leaves off, fits {slow.count('')} of {len(slow)} linears{why}"
         )

@@ -1,9 +1,10 @@
-"""Which products ONNX Runtime's fast CUDA kernel for MatMulNBits takes: fpA_intB, inputs of 16 bits and packed weights.
+"""Which products a further CUDA kernel of ONNX Runtime for MatMulNBits takes: fpA_intB, weights packed anew at load.
 
 The session entry `ep.cuda.fpa_intb_gemm` puts it in front of the two other ways, a matrix-vector kernel for few rows,
-and unpacking the whole weight at every call. It is chosen by shape alone, in bfloat16 as in float16, so that all of
-this is told without a GPU. What lowering never makes is not asked for: biases inside the operator, and indices of
-groups.
+and unpacking the whole weight at every call. Files leave it off: on an H200 it makes 4-bit weights slower, in prompts
+and in steps, and 8-bit ones slower in prompts (samples/results/gpu.md).
+Where it is on, it is chosen by shape alone, in bfloat16 as in float16, so that all of this is told without a GPU. What
+lowering never makes is not asked for: biases inside the operator, and indices of groups.
 """
 
 from collections.abc import Mapping
@@ -64,10 +65,10 @@ def why_not(product: Product) -> str:
 
 
 def why_slow(products: Mapping[str, Product]) -> dict[str, str]:
-    """`why_not` for all products of a file, by name: one that it is chosen for and fails on turns it off for all."""
+    """`why_not` for all products of a file, by name: one that it is chosen for and fails on keeps it from all."""
     stuck = next((name for name, product in products.items() if has_no_kernel(product)), None)
     found = {name: why_not(product) for name, product in products.items()}
-    off = f"turned off for the whole file, where {stuck} would fail"
+    off = f"cannot be turned on for this file, where {stuck} would fail"
     return found if stuck is None else {name: why or off for name, why in found.items()}
 
 
