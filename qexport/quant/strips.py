@@ -122,7 +122,7 @@ def define_kernel() -> Any:
     import triton.language as tl
 
     @triton.jit
-    def round_strip(
+    def round_strip(  # type: ignore[no-untyped-def]  # Triton reads the annotations itself
         columns, inverse, errors, scale, zero, codes, groups, positions, size, count,
         column_stride, inverse_stride, error_stride, qmin, qmax,
         has_zero: tl.constexpr, width: tl.constexpr, tile: tl.constexpr,

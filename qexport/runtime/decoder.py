@@ -84,7 +84,7 @@ class Decoder:
         self._others = set(inputs) - {"input_ids", "attention_mask", "position_ids", *self._pasts}
         self._given: dict[str, ort.OrtValue] = {}
         sizes = {1: settings.get("num_key_value_heads"), 3: settings.get("head_dim")}
-        self._sizes = {
+        self._sizes: dict[str, dict[int, Any]] = {
             name: {i: dim if isinstance(dim := inputs[name].shape[i], int) else sizes[i] for i in sizes}
             for name in self._pasts
         }
@@ -96,7 +96,8 @@ class Decoder:
         self._binding: ort.IOBinding | None = None  # of a shared cache, kept from run to run
         self._run_options = cuda_graph.unrecorded() if records else None
         self._step: RecordedStep | None = None  # of a batch size, as the cache
-        self._records, self._vocab = records and self._share, settings.get("vocab_size")
+        self._records = records and self._share
+        self._vocab = int(settings["vocab_size"]) if self._records else 0
         self._cache: list[ort.OrtValue] = []
         self.reset()
 
@@ -294,8 +295,8 @@ class Decoder:
 
     def _empty(self, name: str, batch: int) -> ort.OrtValue:
         sizes = self._sizes[name]
-        shape = [batch, sizes[1], self._max_length if self._share else 0, sizes[3]]
-        return zeros(shape, self._cache_type, self._device)
+        length = self._max_length if self._share and self._max_length is not None else 0
+        return zeros([batch, sizes[1], length, sizes[3]], self._cache_type, self._device)
 
 
 def _without(logits: np.ndarray, tokens: Sequence[int]) -> np.ndarray:
