@@ -39,6 +39,9 @@ class Meta(StrEnum):
     REORDERED = "reordered"
     """On a value that is its first argument with its features in another order: True."""
 
+    PADDED = "padded"
+    """On a value that is its first argument with zeros behind its features: True."""
+
     COLUMNS = "columns"
     """On the product of merged linears: (start, stop) of each in the value, by its name."""
 

@@ -83,7 +83,7 @@ def _token_scale_behind(product: Node) -> Node | None:
 
 
 def input_of(product: Node) -> Node:
-    """The float value that a product, canonical or rewritten, reads, before it is rounded or reordered."""
+    """The float value that a product, canonical or rewritten, reads, before it is rounded, reordered or padded."""
     node = read_by(product)
     while (before := _unrounded(_uncast(node))) is not None:
         node = before
@@ -97,8 +97,9 @@ def _uncast(node: Node) -> Node:
 
 
 def _unrounded(node: Node) -> Node | None:
-    """What a step of rounding or reordering a value reads; None of a node that is no such step."""
-    if is_call(node, ops.matmul_nbits_input.default, ops.quantize_linear.default) or Meta.REORDERED in node.meta:
+    """What a step of rounding, reordering or padding a value reads; None of a node that is no such step."""
+    rounds = is_call(node, ops.matmul_nbits_input.default, ops.quantize_linear.default)
+    if rounds or node.meta.keys() & {Meta.REORDERED, Meta.PADDED}:
         return operand(node)
     if (dequantized := DequantizeLinear.match(node)) is not None:
         return dequantized.codes

@@ -155,11 +155,12 @@ def _nbits(products: Sequence[Node]) -> dict[str, fpa_intb.Product]:
 def _widen(graph: Graph, quantize: Node, more: int) -> None:
     """Give a quantization as many zeros behind its features, once for all products that read it."""
     x = QuantizeLinear.of(quantize).x
-    if is_call(x, aten.constant_pad_nd.default) and shape_of(x)[-1] == _FEWEST:
+    if Meta.PADDED in x.meta:
         return
     wide = (*shape_of(x)[:-1], _FEWEST)
     with graph.inserting_before(quantize):
         padded = call(graph, aten.constant_pad_nd.default, (x, [0, more]), like=x, shape=wide)
+    padded.meta[Meta.PADDED] = True
     rebind(quantize, x=padded)
     quantize.meta[Meta.SPEC] = replace(quantize.meta[Meta.SPEC], shape=wide)
 
@@ -171,11 +172,12 @@ def _integer(module: GraphModule, product: Node, rounding: Rounding) -> None:
     with graph.inserting_before(product):
         if weight.bits == 4:
             codes = call(graph, ops.widen_int4.default, (codes,), like=codes)
-        if (rows := sizes_of(codes)[0]) < _FEWEST:
-            codes = call(graph, aten.constant_pad_nd.default, (codes, [0, 0, 0, _FEWEST - rows]), like=codes,
-                         shape=(_FEWEST, sizes_of(codes)[1]))  # fmt: skip
+        wide, (rows, columns) = codes, sizes_of(codes)
+        if rows < _FEWEST:
+            pads = [0, 0, 0, _FEWEST - rows]
+            wide = call(graph, aten.constant_pad_nd.default, (codes, pads), like=codes, shape=(_FEWEST, columns))
             _widen(graph, rounding.quantize, _FEWEST - rows)
-        exact = call(graph, ops.matmul_integer.default, (rounding.quantize, codes), like=product, dtype=torch.int32)
+        exact = call(graph, ops.matmul_integer.default, (rounding.quantize, wide), like=product, dtype=torch.int32)
         result = call(graph, aten.to.dtype, (exact, torch.float32), like=product)
         result.meta[Meta.KEEP_FLOAT32] = True
         for factor in (QuantizeLinear.of(rounding.quantize).scale if step is None else step, weight.scale):
