@@ -36,9 +36,10 @@ def manifest_of(made: Lowering, sizes: Mapping[str, int]) -> Manifest:
                 parts=lowered.parts.get(p.name, ()), shape=p.shape, bytes=lowered.bytes[p.name], reason=p.reason,
                 fast=None if found.slow is None else not found.slow, slow=found.slow or "",
             ))  # fmt: skip
+    numerics = target.numerics(made.settings.get("kv_cache_bits"))
     return Manifest(
         qexport=version("qexport"), target=target.name, kind=made.captured.kind, provider=target.provider,
-        dtype=str(target.dtype).removeprefix("torch."), session=lowered.session, numerics=target.numerics(),
+        dtype=str(target.dtype).removeprefix("torch."), session=lowered.session, numerics=numerics,
         genai_provider_options=target.genai_provider_options,
         linears=tuple(linears), convolutions=_convolutions(made.decisions.convolutions),
         blocks=tuple(BlockEntry(name=n, output=o) for n, o in lowered.blocks.items()),

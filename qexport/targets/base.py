@@ -130,8 +130,12 @@ class Target(ABC):
         """
 
     @abstractmethod
-    def numerics(self) -> dict[str, str]:
-        """What a user should know about the arithmetic."""
+    def numerics(self, kv_cache_bits: int | None = None) -> dict[str, str]:
+        """What a user should know about the arithmetic.
+
+        Args:
+            kv_cache_bits: of a cache of codes; None where it is float.
+        """
 
     @abstractmethod
     def rewrite(self, module: GraphModule, constants: set[str]) -> None:

@@ -61,7 +61,7 @@ class CpuTarget(Target):
             "optimization.disable_specified_optimizers": "MatMulAddFusion",
         }
 
-    def numerics(self) -> dict[str, str]:
+    def numerics(self, kv_cache_bits: int | None = None) -> dict[str, str]:
         """What a user should know about the arithmetic."""
         if self.accuracy_level == 4:
             inputs = (

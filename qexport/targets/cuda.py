@@ -77,13 +77,19 @@ class CudaTarget(Target):
             "session.qdq_matmulnbits_accuracy_level": "1",
         }
 
-    def numerics(self) -> dict[str, str]:
+    def numerics(self, kv_cache_bits: int | None = None) -> dict[str, str]:
         """What a user should know about the arithmetic."""
         name = str(self.dtype).removeprefix("torch.")
-        return {
+        found = {
             "dtype": f"{name}; position tables and the scaling of integer products are float32",
             "integer": "8-bit inputs are signed with zero point 0",
         }
+        if kv_cache_bits is not None:
+            found["kv_cache"] = (
+                "attention on CUDA differs from the graph by more than rounding, and is as near to the float model: "
+                "it seems to read a prompt's own keys and values before they become codes"
+            )
+        return found
 
     def slow(self, products: Sequence[Node]) -> dict[str, str]:
         """For every MatMulNBits of a file, by name, why fpA_intB does not take it; empty where it does."""

@@ -48,7 +48,7 @@ class AbacusTarget(Target):
             "session.intra_op.allow_spinning": "0",
         }
 
-    def numerics(self) -> dict[str, str]:
+    def numerics(self, kv_cache_bits: int | None = None) -> dict[str, str]:
         return {"dtype": "beads"}
 
     def rewrite(self, module: GraphModule, constants: set[str]) -> None:
