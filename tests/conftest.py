@@ -59,7 +59,7 @@ def captured(model_folder):
     """captured(family): a copy of its captured graph, for the caller to change."""
 
     once = cache(lambda family: exports.capture(model_folder(family)))
-    return lambda family: once(family).copy()
+    return lambda family: copy.deepcopy(once(family))
 
 
 @pytest.fixture(scope="session")
