@@ -1,3 +1,4 @@
+import copy
 import signal
 import sys
 from contextlib import nullcontext
