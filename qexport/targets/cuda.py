@@ -85,7 +85,7 @@ class CudaTarget(Target):
             "integer": "8-bit inputs are signed with zero point 0",
         }
         if kv_cache_bits is not None:
-            found["kv_cache"] = (
+            found["cache"] = (
                 "attention on CUDA differs from the graph by more than rounding, and is as near to the float model: "
                 "it seems to read a prompt's own keys and values before they become codes"
             )
