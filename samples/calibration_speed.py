@@ -62,18 +62,19 @@ print(json.dumps({"cpu": cpu, "wall": wall, "peak": peak, "there": there}))
 BITS = {onnx.TensorProto.INT4: 4, onnx.TensorProto.UINT4: 4, onnx.TensorProto.INT8: 8, onnx.TensorProto.UINT8: 8}
 
 
-def write_model(folder: Path, shape: str, layers: int) -> None:
-    """A random Llama in bfloat16."""
+def write_model(folder: Path, shape: str, layers: int, *, device: str = "cpu", **more: int) -> None:
+    """A random Llama in bfloat16; device: where its weights are drawn, more: of its config."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     hidden, intermediate, heads, kv_heads = SHAPES[shape]
     config = LlamaConfig(
         hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=layers, num_attention_heads=heads,
-        num_key_value_heads=kv_heads, vocab_size=512, tie_word_embeddings=True,
+        num_key_value_heads=kv_heads, tie_word_embeddings=True, **{"vocab_size": 512} | more,
     )  # fmt: skip
     torch.manual_seed(0)
     torch.set_default_dtype(torch.bfloat16)
-    LlamaForCausalLM(config).save_pretrained(folder)
+    with torch.device(device):
+        LlamaForCausalLM(config).cpu().save_pretrained(folder)
     torch.set_default_dtype(torch.float32)
 
 

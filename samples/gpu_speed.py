@@ -25,6 +25,7 @@ from pathlib import Path
 from statistics import median
 
 import numpy as np
+from calibration_speed import write_model
 from gpu_check import bytes_read, compared, copy_bandwidth
 
 from qexport.artifact import manifest as manifests
@@ -32,9 +33,7 @@ from qexport.artifact.manifest import CPU, CUDA
 from qexport.runtime.decoder import open_decoder
 from qexport.targets.kernels.fpa_intb import ENTRY
 
-SHAPES = {  # hidden size, intermediate size, heads, key and value heads, layers
-    "tiny": (256, 512, 8, 2, 2), "1b": (2048, 8192, 32, 8, 16), "8b": (4096, 14336, 32, 8, 8),
-}  # fmt: skip
+LAYERS = {"tiny": 2, "1b": 16, "8b": 8}  # of the shapes
 FLOAT = "scheme: w8a8_dyn\nlm_head: float\noverrides: [{match: '*', scheme: float}]\n"
 RTN = "scheme: {}\nlm_head: {}\nweights: {{method: rtn}}\n"
 RTN += "calibration: {{source: random, samples: 4, sequence_length: 64}}\n"
@@ -105,7 +104,8 @@ def folder_of(work: Path, model: str, recipe: str) -> Path:
 
 def export_all(jobs: list, work: Path, given: argparse.Namespace) -> None:
     for model in dict.fromkeys(name for name, path, _ in jobs if path is None):
-        write_model(work / model, SHAPES[model])
+        device = "cpu" if given.provider == "cpu" else "cuda"
+        write_model(work / model, model, LAYERS[model], device=device, vocab_size=32768, max_position_embeddings=8192)
 
     def export(job: tuple) -> str:
         model, path, recipe = job
@@ -126,22 +126,6 @@ def export_all(jobs: list, work: Path, given: argparse.Namespace) -> None:
     with ThreadPoolExecutor(given.exports) as pool:
         for line in pool.map(export, jobs):
             print(line, flush=True)
-
-
-def write_model(folder: Path, shape: tuple) -> None:
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    hidden, intermediate, heads, kv_heads, layers = shape
-    config = LlamaConfig(
-        hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=layers, num_attention_heads=heads,
-        num_key_value_heads=kv_heads, vocab_size=32768, tie_word_embeddings=True, max_position_embeddings=8192,
-    )  # fmt: skip
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    with torch.device(device):
-        torch.set_default_dtype(torch.bfloat16)
-        LlamaForCausalLM(config).cpu().save_pretrained(folder)
-        torch.set_default_dtype(torch.float32)
 
 
 def measure_all(jobs: list, work: Path, given: argparse.Namespace, start: float) -> None:

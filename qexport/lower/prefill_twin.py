@@ -5,7 +5,6 @@ waits for weights, and fewer bits come sooner. So the stack of blocks is there t
 number of new tokens (see branches.py). Both read and write the same cache.
 """
 
-
 import torch
 from torch.fx import GraphModule, Node
 

@@ -22,7 +22,7 @@ _numbers = itertools.count(1)
 
 def can_record(manifest: Manifest) -> bool:
     """Whether every linear of a file computes the same when its step is replayed."""
-    kernels = {kernel for linear in manifest.linears for _, kernel in (("", linear.kernel), *linear.parts)}
+    kernels = {kernel for linear in manifest.linears for kernel in (linear.kernel, *dict(linear.parts).values())}
     return not kernels & _UNRECORDABLE
 
 
