@@ -1,4 +1,3 @@
-import copy
 import signal
 import sys
 from contextlib import nullcontext
@@ -60,7 +59,7 @@ def captured(model_folder):
     """captured(family): a copy of its captured graph, for the caller to change."""
 
     once = cache(lambda family: exports.capture(model_folder(family)))
-    return lambda family: copy.deepcopy(once(family))
+    return lambda family: once(family).copy()
 
 
 @pytest.fixture(scope="session")
