@@ -25,6 +25,7 @@ except ImportError:  # Windows
 OWNER_FILE = "qexport-owner.json"
 _FREE_SPACE = "Free some space there"
 _LENGTH = 1024  # of an owner file
+_UNTIL_SIGNED = 2.0  # seconds that a process which just got the lock has to write down who it is
 
 
 class Busy(InputError):
@@ -159,11 +160,14 @@ def _lock(handle: int, folder: Path, what: str) -> None:
         pass  # a file system without locks
     # What the file says has to do: a process of this machine that was started when it says.
     owner = _read(folder / OWNER_FILE)
-    if owner and not (owner["host"] == socket.gethostname() and not _alive(owner)):
+    if owner and _alive(owner):
         raise _busy(folder)
 
 
 def _alive(owner: dict) -> bool:
+    """Whether the owner may be at work: a process of another machine always may."""
+    if owner["host"] != socket.gethostname():
+        return True
     try:
         started = psutil.Process(owner["pid"]).create_time()
     except psutil.Error:
@@ -172,9 +176,12 @@ def _alive(owner: dict) -> bool:
 
 
 def _busy(folder: Path) -> Busy:
-    owner = _read(folder / OWNER_FILE)
+    # Between another's lock and its signature the file is empty, or says who died there.
+    until = time.monotonic() + _UNTIL_SIGNED
+    while not ((owner := _read(folder / OWNER_FILE)) and _alive(owner)) and time.monotonic() < until:
+        time.sleep(0.02)
     who = "another process"
-    if owner:
+    if owner and _alive(owner):
         since = time.strftime("%H:%M:%S", time.localtime(owner["since"]))
         who = f"process {owner['pid']} on {owner['host']} ({owner['what']}, since {since})"
     return Busy(f"{who} is at work there", place=str(folder), remedy="Wait until it is done, or choose another folder")

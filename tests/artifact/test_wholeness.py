@@ -1,11 +1,14 @@
 """A folder that knows its own bytes, a full disk, signals, and blocks that know their run, with real exports."""
 
+import fcntl
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -121,6 +124,49 @@ def test_of_two_exports_that_start_together_one_makes_it_and_the_other_says_who_
     assert {entry.scheme for entry in manifests.load(out).linears} <= {schemes[winner], "float"}
     assert schemes[winner] in (out / "README.md").read_text()
     assert schemes[loser] not in (out / "report.json").read_text()
+
+
+def sign(handle: int) -> None:
+    time.sleep(0.1)
+    owner._write(handle, "exporting")
+
+
+def died(folder, what: str) -> None:
+    """An owner file as a process leaves it that is no more."""
+    with subprocess.Popen([sys.executable, "-c", ""]) as process:
+        process.wait()
+    lock = owner.take(folder, what)
+    said = json.loads((folder / owner.OWNER_FILE).read_text())
+    os.pwrite(lock._handle, json.dumps(said | {"pid": process.pid}).encode().ljust(owner._LENGTH), 0)
+    lock.release()
+
+
+@pytest.mark.parametrize("before", ["nothing", "a dead process"])
+def test_who_comes_between_a_lock_and_its_signature_waits_for_the_name(tmp_path, before):
+    folder = tmp_path / "work"
+    folder.mkdir()
+    if before == "a dead process":
+        died(folder, "planning")
+    handle = os.open(folder / owner.OWNER_FILE, os.O_RDWR | os.O_CREAT)
+    fcntl.flock(handle, fcntl.LOCK_EX)
+    signing = threading.Thread(target=sign, args=(handle,))
+    signing.start()
+    with pytest.raises(owner.Busy, match=rf"process {os.getpid()} on .* \(exporting, since"):
+        owner.take(folder, "optimizing")
+    signing.join()
+    os.close(handle)
+
+
+def test_a_lock_that_nobody_signs_is_still_a_lock(tmp_path, monkeypatch):
+    monkeypatch.setattr(owner, "_UNTIL_SIGNED", 0.05)
+    folder = tmp_path / "work"
+    folder.mkdir()
+    died(folder, "planning")
+    handle = os.open(folder / owner.OWNER_FILE, os.O_RDWR)
+    fcntl.flock(handle, fcntl.LOCK_EX)
+    with pytest.raises(owner.Busy, match="another process is at work there"):
+        owner.take(folder, "optimizing")
+    os.close(handle)
 
 
 def graph_block(captured) -> Block:
