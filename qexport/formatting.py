@@ -22,3 +22,19 @@ def parsed_bytes(text: str) -> int:
     if found is None:
         raise InputError(f"not a size: {text!r}", remedy="Give bytes, or a number with kB, MB or GB")
     return round(float(found[1]) * {"": 1, "k": 1e3, "m": 1e6, "g": 1e9}[found[2]])
+
+
+def parsed_share(text: str, place: str) -> float:
+    """The share in `5%` or `0.05`.
+
+    Args:
+        place: the option, for errors.
+
+    Raises:
+        InputError: it is none; numbers above 1 have to say that they are percent.
+    """
+    found = re.fullmatch(r"(\d+(?:\.\d*)?|\.\d+)\s*(%?)", text.strip())
+    share = None if found is None else float(found[1]) / (100 if found[2] else 1)
+    if found is None or share is None or (share > 1 and not found[2]):
+        raise InputError(f"not a share: {text!r}", place=place, remedy="Give percent, such as 5%, or 0.05")
+    return share

@@ -128,6 +128,8 @@ def _report(folder: Path, manifest: Manifest, reference: FloatModel, options: Va
     laps, progress = _Laps(), options.progress
     if options.references and manifest.kind != "decoder":
         raise InputError("references are for language models", place="references", remedy="Leave them out")
+    if options.gates.asked and manifest.kind != "decoder":
+        raise InputError("limits are for language models, and this has no next token", place="gates")
     check_all_logits(manifest, folder)
     captured = _captured(reference, manifest, options)
     if (folder / RECIPE_FILE).is_file():  # values are compared in the basis in which the export has them
@@ -187,7 +189,8 @@ def _report(folder: Path, manifest: Manifest, reference: FloatModel, options: Va
         reference=name, reader=checked, text=read.text.described, own_text=read.text.own, layers=layers, logits=logits,
         outputs=outputs, activations=exported_activations(folder), warnings=exported_warnings(folder), placement=placed,
         seconds=laps.seconds, references=tuple(others), greedy=texts, sensitivity=restored, left_out=tuple(left_out),
-        versions=versions(), settings=settings_of(reference, options, _WINDOW),
+        gates=options.gates.of(logits) if logits else (), versions=versions(),
+        settings=settings_of(reference, options, _WINDOW),
     ))  # fmt: skip
 
 

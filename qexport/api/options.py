@@ -12,6 +12,7 @@ from ..errors import InputError
 from ..lower.attention_plan import check_attention
 from ..passes.base import GraphPass
 from ..progress import Progress, no_progress
+from ..validation.gates import Gates
 
 LOGITS = ("all", "last")
 
@@ -76,6 +77,7 @@ class ValidationOptions:
         trust_remote_code: run Python code that comes with the reference.
         progress: told how far the work is.
         device: where PyTorch computes the float model, by its name of it.
+        gates: limits that the export has to keep.
 
     Raises:
         InputError: a number of tokens below 0; there is no such device.
@@ -93,6 +95,7 @@ class ValidationOptions:
     trust_remote_code: bool = False
     progress: Progress = no_progress
     device: str = "cpu"
+    gates: Gates = Gates()
     placement: Placement = field(init=False)
 
     def __post_init__(self) -> None:

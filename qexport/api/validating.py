@@ -12,6 +12,7 @@ from ..models.source import ModelFolder
 from ..progress import Progress, no_progress
 from ..runtime.provider import provider_named
 from ..runtime.seq2seq import is_seq2seq
+from ..validation.gates import Gates
 from ..validation.report import Report
 from .measuring import validate_file
 from .options import ValidationOptions
@@ -31,6 +32,9 @@ def validate(
     references: bool = False,
     greedy: int = 32,
     sensitivity: bool = False,
+    max_kl: float | None = None,
+    max_ppl_rise: float | None = None,
+    min_top1: float | None = None,
     trust_remote_code: bool = False,
     progress: Progress = no_progress,
     device: str = "cpu",
@@ -66,13 +70,17 @@ def validate(
             where they part; 0 for none. Of an encoder-decoder, those that are written about each source: 2 or more.
         sensitivity: also measure what each linear costs in KL, restore the costliest to float in turn, and suggest
             overrides for the recipe. It runs the float model forward and back.
+        max_kl: largest mean KL that the export should have, in nats a token. Of this limit and the next two the
+            report's `gates` say whether they were kept; to miss one is no error.
+        max_ppl_rise: largest relative rise of perplexity, 0.05 for 5 %.
+        min_top1: least share of tokens for which both find the same one likeliest, 0 to 1.
         trust_remote_code: run Python code that comes with the reference.
         progress: called with (stage, what, done, total).
         device: where PyTorch computes the float model, by its name of it: "cpu", "cuda", "cuda:1".
 
     Raises:
         InputError: the folder is no export or gives the last logits only, the reference is another model, the text
-            does not do, or something that was asked for means nothing for this kind of model.
+            does not do, a limit is none, or something that was asked for means nothing for this kind of model.
         CaptureError: the float model's graph is not what its witness computes, see `reader.check_reader`.
         RuntimeProblem: ONNX Runtime refuses the model or does not have the provider.
     """
@@ -80,6 +88,7 @@ def validate(
         text=text, windows=windows, window=window, inputs=inputs, threads=threads,
         provider=None if provider is None else provider_named(provider), references=references, greedy=greedy,
         sensitivity=sensitivity, trust_remote_code=trust_remote_code, progress=progress, device=device,
+        gates=Gates(max_kl, max_ppl_rise, min_top1),
     )  # fmt: skip
     place = Path(folder)
     return validate_parts(place, reference, options) if is_seq2seq(place) else validate_file(place, reference, options)

@@ -14,6 +14,7 @@ from ..artifact.tokenizer import TEMPLATE
 from ..formatting import megabytes
 from ..runtime.genai import context_length
 from ..validation.formatting import summary_rows
+from . import facts
 from .exported import Exported, recipe_settings
 from .html import environment
 
@@ -42,6 +43,7 @@ def render_card(exported: Exported) -> str:
         scheme=str(recipe_settings(exported.recipe).get("scheme") or ""),
         sizes={_PARTS[key]: megabytes(manifest.bytes[key]) for key in _PARTS if manifest.bytes.get(key)},
         measures=[row for row in summary_rows(report) if row[0] not in _LEFT_OUT] if report else [],
+        quality=facts.quality(report) if report else None,
         licence=_licence(exported), genai=genai, chat=(exported.folder / TEMPLATE).is_file(),
         max_length=min(_LENGTH, context_length(exported.folder) or _LENGTH) if genai else None,
     )  # fmt: skip

@@ -154,7 +154,7 @@ def costs(report: Report) -> list[Bars]:
         return []
     caption = "What the error of each linear adds to the mean KL, as estimated by the Fisher metric of the float model."
     if whole is not None:
-        caption += _beside_measured(whole, report.logits)
+        caption += _beside_measured(whole)
     if others:
         caption += (
             f" The {'bar' if len(others) == 1 else 'bars'} of another colour: no estimate, but by how much KL "
@@ -178,19 +178,17 @@ def _restored(fall: float | None) -> str:
     return f"; restored to float, KL {'falls' if fall >= 0 else 'rises'} by {abs(fall):.4g} (measured)"
 
 
-def _beside_measured(whole: Sensitivity, scores: Logits | None) -> str:
-    """All estimates beside what they should add up to, which says how far to trust them.
+def _beside_measured(whole: Sensitivity) -> str:
+    """All estimates as a part of what they should add up to, which says how far to trust them.
 
-    That is of the tokens that costs are measured on, fewer than those of the mean KL of this page.
+    Both are of the tokens that costs are measured on, fewer than those of the mean KL of this page.
     """
-    if whole.kl_foretold is None or whole.kl_mean is None:
+    if whole.kl_foretold is None or not whole.kl_mean:
         return f" On {whole.tokens} tokens."
-    others = ""
-    if scores is not None and scores.kl_mean is not None:
-        others = f" (over all {scores.tokens} tokens of the text the mean KL is {scores.kl_mean:.4g})"
+    part = whole.kl_foretold / whole.kl_mean
     return (
-        f" On {whole.tokens} tokens of the text all estimates add up to {whole.kl_foretold:.4g}, and what was measured "
-        f"there is {whole.kl_mean:.4g}{others}: the further apart, the more the estimates are guesses."
+        f" On {whole.tokens} tokens of the text all estimates add up to {part:.0%} of what "
+        "was measured there: the further from 100 %, the more the estimates are guesses."
     )
 
 
@@ -207,7 +205,7 @@ def by_position(logits: Logits) -> list[Lines]:
     over = "one window" if logits.windows == 1 else f"{logits.windows} windows"
     caption = f"Mean over {over}. Rising: errors grow in the cache."
     return with_numbers(Lines(
-        "position", "KL along the text", caption, "token", "KL", (Series("mean KL", points),), from_zero=True
+        "position", "KL along the text", caption, "token", "KL", (Series("KL", points),), from_zero=True
     ))  # fmt: skip
 
 

@@ -8,8 +8,9 @@ import yaml
 from ..artifact.manifest import RECIPE_FILE
 from ..formatting import megabytes
 from ..recipe.sections import only
-from ..validation.formatting import decibels, own, worst_first
-from ..validation.report import Logits, Report
+from ..validation.formatting import decibels, own, share, with_error, worst_first
+from ..validation.quality import GRADES, graded, worded
+from ..validation.report import Logits, Quality, Report
 from .exported import Exported
 
 
@@ -46,14 +47,33 @@ _PARTS = (("quantized_linears", "linears"), ("embedding", "embedding"), ("lm_hea
 
 
 def _of_logits(scores: Logits) -> list[Key]:
-    agreement = f"{scores.top1_agreement:.1%}"
     five = "" if scores.top5_agreement is None else f"{scores.top5_agreement:.1%} of the likeliest five"
     return [
-        Key("KL from the float model", digits(scores.kl_mean),
+        Key("KL from the float model", with_error(scores.kl_mean, scores.kl_error),
             f"mean a token; median {digits(scores.kl_median)}, 99 %\u00a0{digits(scores.kl_p99)}"),
-        Key("Perplexity", digits(scores.perplexity), f"over {scores.tokens:,} tokens", digits(scores.float_perplexity)),
-        Key("Same likeliest token", agreement, five),
+        Key("Relative perplexity", with_error(scores.relative_perplexity, scores.relative_perplexity_error),
+            f"{digits(scores.float_perplexity)} → {digits(scores.perplexity)} over {scores.tokens:,} tokens"),
+        Key("Same likeliest token", share(scores.top1_agreement, scores.top1_error), five),
     ]  # fmt: skip
+
+
+def quality(report: Report) -> Quality | None:
+    """The grade of a report; one from before there were grades gets it now."""
+    return report.quality or graded(report)
+
+
+def grades(found: Quality) -> list[tuple[str, str]]:
+    """(measure beside its limit, grade) of everything that was graded."""
+    return [(worded(measure), measure.grade) for measure in found.measures]
+
+
+def scale(report: Report) -> list[tuple[str, ...]]:
+    """The limits of every grade but the last: (grade, limit of each measure ..., what is as close)."""
+    if report.logits is None:
+        return [(grade.name, f"{grade.sqnr_db:.0f} dB") for grade in GRADES[:-1]]
+    return [
+        (grade.name, f"{grade.kl:g}", f"{grade.perplexity:g}", f"{grade.top1:.0%}", grade.like) for grade in GRADES[:-1]
+    ]
 
 
 def digits(value: float | None) -> str:

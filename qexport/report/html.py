@@ -13,6 +13,7 @@ from markupsafe import Markup
 
 from ..artifact.scratch import write_whole
 from ..validation.formatting import kernels
+from ..validation.report import Report
 from . import facts, svg, tables
 from .drawing import figures
 from .exported import Exported
@@ -47,7 +48,7 @@ def render_html(exported: Exported, sampled: Sampled | None = None) -> str:
         model=exported.model, recipe_name=exported.recipe_name, report=report, manifest=manifest,
         style=Markup(style), script=Markup(script), style_hash=_hash(style), script_hash=_hash(script),
         keys=facts.key_figures(exported), yardsticks=facts.yardsticks(report),
-        facts=report.verdict[len(report.problems) :],
+        quality=facts.quality(report), scale=facts.scale(report), facts=_measured(report),
         maps=[(f, *svg.heat_map(f)) for f in drawn if isinstance(f, HeatMap)],
         charts=[_chart(f) for f in charts if not _of_ranges(f)],
         ranges=[(f, svg.lines(f, 290, 200), svg.styles(f)) for f in charts if _of_ranges(f)],
@@ -60,6 +61,13 @@ def render_html(exported: Exported, sampled: Sampled | None = None) -> str:
         versions=facts.versions(exported), numerics=_words(manifest.numerics), session=manifest.session,
         settings=_words(report.settings),
     )  # fmt: skip
+
+
+def _measured(report: Report) -> list[str]:
+    """The sentences of a verdict that have no place of their own on the page."""
+    placed = {*report.problems, *(gate.sentence for gate in report.gates)}
+    placed |= {report.quality.sentence} if report.quality is not None else set()
+    return [sentence for sentence in report.verdict if sentence not in placed]
 
 
 def _of_ranges(figure: Lines | Bars) -> TypeGuard[Lines]:

@@ -11,13 +11,19 @@ def summary_rows(report: Report) -> list[tuple[str, str, str]]:
     rows = [("reference", report.reference, "the float model"), ("text", report.text, "what both models read")]
     if (read := report.reader) is not None:
         rows.insert(1, ("reference checked by", read.short(), "who else read the float model, and how far it is off"))
+    if report.quality is not None:
+        rows.insert(0, ("quality", report.quality.grade, "by the limits in the first sentences below"))
     if (scores := report.logits) is not None:
-        kl = " / ".join(number(value) for value in (scores.kl_mean, scores.kl_median, scores.kl_p99))
+        kl = with_error(scores.kl_mean, scores.kl_error)
+        relative = with_error(scores.relative_perplexity, scores.relative_perplexity_error)
+        same = share(scores.top1_agreement, scores.top1_error)
         rows += [
             ("perplexity, float", number(scores.float_perplexity), f"over {scores.tokens} predicted tokens"),
             ("perplexity, quantized", number(scores.perplexity), "of the deployed file; lower is better"),
-            ("KL mean / median / 99 %", kl, "how far the predictions move, per token; 0 is equal"),
-            ("top-1 agreement", f"{scores.top1_agreement:.1%}", "both find the same next token likeliest"),
+            ("relative perplexity", relative, "quantized over float; 1 is equal"),
+            ("KL mean", kl, "how far the predictions move, per token; 0 is equal"),
+            ("KL median / 99 %", f"{number(scores.kl_median)} / {number(scores.kl_p99)}", "of single tokens"),
+            ("top-1 agreement", same, "both find the same next token likeliest"),
         ]
         if scores.top5_agreement is not None:
             rows.append(
@@ -100,3 +106,18 @@ def _counted(kernels: dict[str, int]) -> str:
 def number(value: float | None) -> str:
     """Four digits, for people."""
     return "not finite" if value is None else f"{value:.4g}"
+
+
+def with_error(value: float | None, error: float | None) -> str:
+    """`0.0812 ± 0.0031`: as many digits as the standard error leaves; four without one."""
+    if value is None or not error:
+        return number(value)
+    digits = max(1 - math.floor(math.log10(error)), 0)
+    return f"{value:.{digits}f} ± {error:.{digits}f}" if digits < 7 else f"{number(value)} ± {error:.2g}"
+
+
+def share(value: float | None, error: float | None) -> str:
+    """The same of a share, in percent."""
+    if value is None:
+        return "not finite"
+    return f"{value:.1%}" if error is None else f"{100 * value:.1f} ± {100 * error:.1f} %"

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,8 +12,9 @@ from ..errors import InputError
 from ..progress import StageProgress, no_stage_progress
 from ..quant.metrics import by_stretch, kl_divergence, nll, top1_agreement, top_k_agreement
 from ..runtime.decoder import open_decoder
+from .bootstrap import standard_error
 from .reference import FloatOutputs
-from .report import Logits, WorstToken
+from .report import Logits, WindowScores, WorstToken
 
 _STRETCHES = 64  # of a window, at most
 _CONTEXT = 24  # tokens shown in front of another
@@ -86,7 +88,7 @@ def compare_logits(
         decode: the text of token ids; None where there is no tokenizer.
     """
     likeliest = []
-    kl, agree, agree5, costs, float_costs, broken = [], 0, 0.0, [], [], 0
+    kl, agree, agree5, costs, float_costs, broken = [], [], 0.0, [], [], 0
     for index, ids in enumerate(windows):
         progress("windows", index, len(windows))
         # What follows the last token is not in the text.
@@ -94,13 +96,13 @@ def compare_logits(
         finite = torch.isfinite(got).all(-1)
         kl.append(kl_divergence(want, got))
         likeliest.append(torch.stack([want.argmax(-1), got.argmax(-1)], 1))
-        agree += int((top1_agreement(want, got) & finite).sum())
+        agree.append((top1_agreement(want, got) & finite).double())
         agree5 += float((top_k_agreement(want, got, 5) * finite).sum())
         float_costs.append(nll(want, targets))
         costs.append(nll(got, targets))
         broken += int((~finite).sum())
     progress("windows", len(windows), len(windows))
-    divergence = torch.cat(kl)
+    divergence, alike = torch.cat(kl), torch.stack(agree)
     tokens = len(divergence)
     farthest = None
     if decode is not None and not broken:
@@ -110,14 +112,29 @@ def compare_logits(
         kl_mean=float(divergence.mean()),
         kl_median=float(divergence.median()) if not broken else None,
         kl_p99=float(divergence.quantile(0.99)) if not broken else None,
-        top1_agreement=agree / tokens,
+        top1_agreement=float(alike.mean()),
         float_perplexity=float(torch.cat(float_costs).mean().exp()),
         perplexity=float(torch.cat(costs).mean().exp()),
         nonfinite_tokens=broken,
         top5_agreement=agree5 / tokens,
         kl_by_position=tuple(by_stretch(torch.stack(kl), _STRETCHES).tolist()),
         farthest=farthest,
+        **_over_windows(*(torch.stack(rows).mean(1) for rows in (kl, costs, float_costs, agree))),
     )  # fmt: skip
+
+
+def _over_windows(kl: Tensor, nll: Tensor, float_nll: Tensor, top1: Tensor) -> dict[str, Any]:
+    """What `Logits` has of means [n] over the tokens of each window."""
+    scores = WindowScores.model_validate(
+        {name: column.tolist() for name, column in (("kl", kl), ("nll", nll), ("float_nll", float_nll), ("top1", top1))}
+    )
+    return dict(
+        by_window=scores,
+        kl_error=standard_error(kl[:, None], lambda means: means[:, 0]),
+        perplexity_error=standard_error(nll[:, None], lambda means: means[:, 0].exp()),
+        relative_perplexity_error=standard_error((nll - float_nll)[:, None], lambda means: means[:, 0].exp()),
+        top1_error=standard_error(top1[:, None], lambda means: means[:, 0]),
+    )
 
 
 def _farthest(windows: Tensor, kl: Tensor, likeliest: Tensor, decode: Callable[[list[int]], str]) -> WorstToken:

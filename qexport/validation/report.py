@@ -184,6 +184,20 @@ class WorstToken(_Frozen):
     likeliest: str
 
 
+class WindowScores(_Frozen):
+    """Means over the predicted tokens of each window, in order, for standard errors and paired tests.
+
+    Attributes:
+        kl: as in `Logits`; null where it is not finite. nll, float_nll: negative log-likelihood of the text by the
+            deployed model and by the float one. top1: share of tokens with the same likeliest one.
+    """
+
+    kl: tuple[Finite, ...]
+    nll: tuple[Finite, ...]
+    float_nll: tuple[Finite, ...]
+    top1: tuple[float, ...]
+
+
 class Logits(_Frozen):
     """Next-token distributions of the float model and the deployed one. Logarithms are natural.
 
@@ -201,6 +215,10 @@ class Logits(_Frozen):
         farthest: see its class; null without a tokenizer, and for references.
         float_perplexity, perplexity: exp of the mean negative log-likelihood of the text's tokens.
         nonfinite_tokens: tokens whose deployed logits hold NaN or Inf; when there are any the measures are null.
+        by_window: see its class; null in old reports.
+        kl_error, perplexity_error, top1_error: standard errors of kl_mean, perplexity and top1_agreement by a bootstrap
+            over windows; relative_perplexity_error: of perplexity / float_perplexity, whose two change together from
+            text to text. Null with one window.
     """
 
     windows: int
@@ -216,6 +234,67 @@ class Logits(_Frozen):
     top5_agreement: float | None = None
     kl_by_position: tuple[Finite, ...] = ()
     farthest: WorstToken | None = None
+    by_window: WindowScores | None = None
+    kl_error: Finite = None
+    perplexity_error: Finite = None
+    relative_perplexity_error: Finite = None
+    top1_error: Finite = None
+
+    @property
+    def relative_perplexity(self) -> float | None:
+        """Perplexity over the float model's."""
+        if self.perplexity is None or not self.float_perplexity:
+            return None
+        return self.perplexity / self.float_perplexity
+
+
+class GradedMeasure(_Frozen):
+    """A measure of quality with the grade that it alone would give.
+
+    Attributes:
+        measure: its name; value: null where it is not finite. error: standard error of value, where it is known.
+        limit: how far the grade goes; null for the worst one.
+    """
+
+    measure: str
+    value: Finite
+    error: Finite = None
+    grade: str
+    limit: Finite = None
+
+
+class Quality(_Frozen):
+    """How good the export is, whatever it was planned to be; see `quality.GRADES` for the limits.
+
+    Attributes:
+        grade: the worst of those of the measures.
+        tone: "good", "middle" or "bad", for colours.
+        sentence: the grade and why, in words.
+        measures: see their class.
+    """
+
+    grade: str
+    tone: Literal["good", "middle", "bad"]
+    sentence: str
+    measures: tuple[GradedMeasure, ...]
+
+
+class Gate(_Frozen):
+    """A limit that a validation was asked to keep.
+
+    Attributes:
+        option: as the command line calls it; limit: in the units of value.
+        value, error: what was measured, and its standard error where it is known.
+        passed: value keeps limit; what is not finite does not.
+        sentence: all of it in words.
+    """
+
+    option: str
+    limit: float
+    value: Finite
+    error: Finite = None
+    passed: bool
+    sentence: str
 
 
 class Reference(_Frozen):
@@ -297,7 +376,10 @@ class Report(_Frozen):
         references, greedy, sensitivity: see their classes; empty or null where they were not asked for.
         left_out: sentences about what was asked for and not done.
         warnings: sentences of the export about what may hurt on other data.
-        problems: sentences about what has to be repaired; empty when the export does what was planned.
+        quality: how good it is; null in old reports, and where there is nothing to grade.
+        gates: limits that were asked for.
+        problems: sentences about what has to be repaired; empty when the export does what was planned, which says
+            nothing of quality.
         verdict: everything in plain sentences, problems first.
         seconds: wall time by stage.
         settings: what `validate` was called with, by the names of its options; null: the default of the machine.
@@ -323,6 +405,8 @@ class Report(_Frozen):
     left_out: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
     placement: Placement
+    quality: Quality | None = None
+    gates: tuple[Gate, ...] = ()
     problems: tuple[str, ...] = ()
     verdict: tuple[str, ...] = ()
     seconds: dict[str, float] = Field(default_factory=dict)

@@ -1,4 +1,4 @@
-"""A report in plain sentences: first what has to be repaired, then what was measured."""
+"""A report in plain sentences: what has to be repaired, how good it is, and what was measured."""
 
 import math
 import statistics
@@ -7,16 +7,13 @@ from collections.abc import Sequence
 
 from ..artifact.manifest import QMOE
 from .formatting import decibels, faulty, kernels, number, own, rank, worst_first
+from .quality import graded
 from .report import HALF, Greedy, Reference, Report
 
 ATTENTION = ("GroupQueryAttention", "Attention", "MultiHeadAttention")
 # Share of a value beyond its static scale from which it is worth a sentence: calibration on other text leaves less.
 _CLIPPED = 1e-3
 _EXACT = 60.0  # dB of its own errors above which an attention is the float one, in float16 too
-
-# dB of an output. At 15.8 an image classifier in 8 bits still agrees with the float one on 84 % of the images, at 4.3
-# on 56 %: from a tenth of the energy on, errors decide.
-_USABLE = 10.0
 
 # Errors of rounding are proportional to the unit of the dtype, and KL to their square. From float16 (2^-11) to float32
 # (2^-24) the errors shrink by 2^13 and KL by 2^26; half of that is left for kernels that approximate exp and sum in
@@ -33,9 +30,19 @@ def with_verdict(report: Report) -> Report:
     """The report with its sentences."""
     problems = [
         *_fusion_problems(report), *_placement_problems(report), *_number_problems(report), *_fault_problems(report),
-        *_quality_problems(report), *reference_problems(report.references),
+        *reference_problems(report.references),
     ]  # fmt: skip
-    return report.model_copy(update={"problems": tuple(problems), "verdict": (*problems, *_facts(report))})
+    return concluded(report, problems, _facts(report))
+
+
+def concluded(report: Report, problems: Sequence[str], facts: Sequence[str]) -> Report:
+    """The report with its grade, and its sentences in their order: problems, limits that are missed, grade, facts."""
+    quality = graded(report)
+    said = [] if quality is None else [quality.sentence]
+    missed = [gate.sentence for gate in report.gates if not gate.passed]
+    return report.model_copy(update={
+        "problems": tuple(problems), "quality": quality, "verdict": (*problems, *missed, *said, *facts),
+    })  # fmt: skip
 
 
 def _fusion_problems(report: Report) -> list[str]:
@@ -66,15 +73,6 @@ def _number_problems(report: Report) -> list[str]:
             f"the logits of {report.logits.nonfinite_tokens} of {report.logits.tokens} tokens hold NaN or Inf"
         )
     return sentences
-
-
-def _quality_problems(report: Report) -> list[str]:
-    """Outputs with so much error that nobody would deploy them, whatever the formats cost."""
-    return [
-        f"output {row.name} has {decibels(row.sqnr_db, row)}: {10 ** (-row.sqnr_db / 10):.0%} of its energy is error"
-        for row in report.outputs
-        if row.sqnr_db is not None and row.sqnr_db < _USABLE
-    ]
 
 
 def reference_problems(references: Sequence[Reference]) -> list[str]:
@@ -136,10 +134,13 @@ def _sensitive(report: Report) -> list[str]:
     worst = max(costly, key=lambda row: row.kl_cost or 0.0)
     restored = found.measured.get(worst.name)
     experts = " but experts" if QMOE in report.placement.kernels else ""
-    fall = "" if restored is None else f"; with its value restored to float that falls by {number(restored)}"
+    fall = "" if restored is None else f"; with its value restored to float KL falls by {number(restored)} there"
+    # No second mean KL: that of fewer tokens is another number, and here a yardstick for estimates only.
+    trust = f"{found.kl_foretold / found.kl_mean:.0%}" if found.kl_foretold is not None and found.kl_mean else "no part"
+    part = f"{worst.kl_cost / found.kl_foretold:.0%}" if worst.kl_cost and found.kl_foretold else "nothing"
     facts = [
-        f"{worst.name} costs the most KL, {number(worst.kl_cost)} of the {number(found.kl_foretold)} foretold for all"
-        f" linears{experts} (measured on the same {found.tokens} tokens: {number(found.kl_mean)}){fall}"
+        f"{worst.name} costs the most KL, {part} of the estimates for all linears{experts}, which add up to {trust} of "
+        f"what was measured on their {found.tokens} tokens{fall}"
     ]
     if found.overrides:
         best = found.overrides[0]

@@ -193,6 +193,21 @@ def test_validate(model, exported, run):
     assert code == 2 and "--greedy" in err
 
 
+def test_a_missed_limit_exits_with_1_and_says_which(model, exported, run):
+    asked = ("validate", exported, "--reference", model, "--windows", 2, "--window", 32, "--greedy", 0)
+    code, out, err = run(*asked, "--max-kl", 100, "--max-ppl-rise", "50%", "--min-top1", "100%")
+    (missed,) = [line for line in err.splitlines() if line.startswith("--")]
+    assert code == 1 and " ± " in missed
+    assert missed.startswith("--min-top1 missed: the likeliest token is the same for ")
+    assert missed.endswith(", and at least 100 % is allowed") and missed in out
+    found = json.loads((exported / "report.json").read_text())["validation"]
+    assert [gate["passed"] for gate in found["gates"]] == [True, True, False] and found["quality"]["measures"]
+    assert f'<li class="missed">{missed}</li>' in (exported / "report.html").read_text()
+    assert run(*asked, "--max-kl", 100)[0] == 0
+    refused(run(*asked, "--max-ppl-rise", 5), "not a share: '5'", "--max-ppl-rise", "such as 5%")
+    refused(run(*asked, "--max-kl", -1), "max_kl", "no limit")
+
+
 def test_report(model, exported, tmp_path, run):
     refused(run("report"), "no folder given")
     (never := tmp_path / "never").mkdir()

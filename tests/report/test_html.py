@@ -61,7 +61,8 @@ def test_a_full_report_shows_everything(tmp_path):
     page = page_of(tmp_path, full_report(), export={"calibration": "32 windows", "float": [
         {"linear": "lm_head", "reason": "kept in float by the recipe"}]})  # fmt: skip
     for words in (
-        "No problems", "10 → 11", "float16 in PyTorch", "Own error", "Cost in KL", "KL along the text", "Into q_proj",
+        "Quality: fair", "Numerics: as planned", "10 → 11", "float16 in PyTorch", "Own error", "Cost in KL",
+        "KL along the text", "Into q_proj",
         "What single linears cost", "Greedy continuations alike", "Every value", "Suggested overrides",
         "model.layers.2.mlp.down_proj", "32 windows", "lm_head : kept in float by the recipe", "some.option",
         "inputs are rounded", "1.31.1", "2.13.0", "name: mine",
@@ -76,7 +77,7 @@ def test_problems_come_first(tmp_path):
     broken = report.layers.linears[0].model_copy(update=dict(max_abs_error=None, own_sqnr_db=None))
     layers = report.layers.model_copy(update=dict(linears=(broken, *report.layers.linears[1:])))
     text = page_of(tmp_path, with_verdict(report.model_copy(update=dict(layers=layers)))).text
-    assert "No problems" not in text and "1 problem " in text
+    assert "as planned" not in text and "Numerics: 1 problem " in text
     assert text.index("NaN or Inf comes out of model.layers.0.self_attn.q_proj") < text.index("KL from the float model")
 
 

@@ -146,7 +146,8 @@ def test_every_linear_and_block_is_compared(report):
     assert report.layers.tokens == WINDOW
     assert report.placement.kernels == {"MatMulNBits": 22}
     assert not report.problems and not report.layers.moved
-    assert report.verdict[0] == "all 22 quantized linears run as MatMulNBits"
+    assert report.verdict[0] == report.quality.sentence
+    assert report.verdict[1] == "all 22 quantized linears run as MatMulNBits"
 
 
 def test_errors_of_earlier_blocks_are_left_out_of_own_sqnr(report):

@@ -244,13 +244,15 @@ def test_a_factor_on_one_input_channel_is_told_from_rounding():
     assert said == "1 of 192 input channels of its weight are off, channel 17 by a factor of 4"
 
 
-def test_an_output_that_is_mostly_error_is_a_problem():
+def test_an_output_that_is_mostly_error_is_poor_and_no_fault_of_the_file():
     good, bad = (
         ValueComparison(name="logits", sqnr_db=15.8, max_abs_error=1.0),
         ValueComparison(name="boxes", sqnr_db=4.3, max_abs_error=1.0),
     )
-    (problem,) = with_verdict(a_report(outputs=(good, bad))).problems
-    assert problem == "output boxes has 4.3 dB: 37% of its energy is error"
+    report = with_verdict(a_report(outputs=(good, bad)))
+    assert (report.quality.grade, report.quality.tone, report.problems) == ("poor", "bad", ())
+    assert report.verdict[0] == "quality is poor: output boxes 4.3 dB (fair goes to 10.0 dB)"
+    assert with_verdict(a_report(outputs=(good,))).quality.grade == "fair"
 
 
 def test_evidence_lowers_the_bar_where_a_kind_differs_much_between_layers():

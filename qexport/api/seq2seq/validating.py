@@ -25,12 +25,14 @@ from ...recipe.recipe import CalibrationSpec
 from ...runtime.seq2seq import EncoderDecoder, open_seq2seq
 from ...validation.environment import versions
 from ...validation.formatting import number
+from ...validation.gates import Gates
 from ...validation.greedy import alike
 from ...validation.logits import compare_logits
 from ...validation.reference import FloatOutputs
 from ...validation.report import Greedy, LayerComparison, Logits, Placement, Report, ValueComparison
 from ...validation.report_store import KEY, keep
 from ...validation.text import choose_text
+from ...validation.verdict import concluded
 from ..measuring import FloatModel, check_writable, settings_of, validate_file
 from ..options import ValidationOptions
 from .sources import Sources, batches_of, load_sources, write_about
@@ -88,7 +90,9 @@ def _report(folder: Path, model: ModelFolder, reference: FloatModel, options: Va
     reports = {
         part: validate_file(
             folder / part, captured,
-            replace(options, text=None, inputs=batches[:_LAYER_BATCHES], progress=of_part(progress, part)),
+            replace(
+                options, text=None, inputs=batches[:_LAYER_BATCHES], progress=of_part(progress, part), gates=Gates()
+            ),
         )
         for part, captured, batches in ((ENCODER, parts.encoder, read), (DECODER, parts.decoder, written.batches))
     }  # fmt: skip
@@ -103,10 +107,11 @@ def _report(folder: Path, model: ModelFolder, reference: FloatModel, options: Va
         outputs=tuple(row for part in reports.values() for row in part.outputs),
         activations=tuple(row for part in reports.values() for row in part.activations),
         warnings=tuple(dict.fromkeys(sentence for part in reports.values() for sentence in part.warnings)),
-        problems=problems, verdict=(*problems, *_sentences(sources, logits, greedy)),
+        gates=options.gates.of(logits),
         seconds={f"{name}: {stage}": s for name, part in reports.items() for stage, s in part.seconds.items()},
         settings=settings_of(reference, options, _WINDOW), versions=versions(), parts=reports,
     )  # fmt: skip
+    report = concluded(report, problems, _sentences(sources, logits, greedy))
     keep(folder, KEY, report.model_dump(mode="json", exclude={"parts"}))  # which are in their folders
     return report
 

@@ -1,5 +1,6 @@
 """`qexport validate`: an export beside the float model."""
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -7,8 +8,11 @@ import typer
 
 import qexport
 
+from ...formatting import parsed_share
 from ..app import COMPARE, command
 from ..options import Device, Folder, Json, Provider, Remote, Threads, imported
+
+GATES = "Limits for CI"
 
 
 @command(COMPARE)
@@ -32,13 +36,29 @@ def validate(
     sensitivity: Annotated[
         bool, typer.Option("--sensitivity", help="Also what each linear costs in KL, and overrides that buy it back.")
     ] = False,
+    max_kl: Annotated[
+        float | None, typer.Option(help="Exit with 1 where the mean KL is larger.", rich_help_panel=GATES)
+    ] = None,
+    max_ppl_rise: Annotated[
+        str | None,
+        typer.Option(help="Exit with 1 where perplexity rises by more, such as 5%.", rich_help_panel=GATES),
+    ] = None,
+    min_top1: Annotated[
+        str | None,
+        typer.Option(
+            help="Exit with 1 where the likeliest token is the same for fewer, such as 90%.", rich_help_panel=GATES
+        ),
+    ] = None,
     threads: Threads = None,
     provider: Provider = None,
     device: Device = "cpu",
     trust_remote_code: Remote = False,
     as_json: Json = False,
 ) -> None:
-    """Compare an export with the float model: layers, logits, text. report.json and report.html keep it."""
+    """Compare an export with the float model: layers, logits, text. report.json and report.html keep it.
+
+    Exits with 1 where a limit is missed, and with 2 where something cannot be done.
+    """
     from .. import console
 
     console.quiet_libraries()
@@ -57,6 +77,9 @@ def validate(
             references=references,
             greedy=greedy,
             sensitivity=sensitivity,
+            max_kl=max_kl,
+            max_ppl_rise=None if max_ppl_rise is None else parsed_share(max_ppl_rise, "--max-ppl-rise"),
+            min_top1=None if min_top1 is None else parsed_share(min_top1, "--min-top1"),
             trust_remote_code=trust_remote_code,
             progress=progress,
             device=device,
@@ -67,3 +90,6 @@ def validate(
         print_validation(report)
         for page in (folder / part / "report.html" for part in report.parts or [""]):
             print(f"\nThe page: {page}")
+    if missed := [gate.sentence for gate in report.gates if not gate.passed]:
+        print(*missed, sep="\n", file=sys.stderr)
+        raise typer.Exit(1)
