@@ -5,6 +5,7 @@ from pathlib import Path
 
 from .card import write_card
 from .comparing import Comparison, compare_exports
+from .comparison_page import write_comparison
 from .exported import Exported, read_export, read_validated
 from .html import write_html
 from .png import write_plots
@@ -36,10 +37,19 @@ def render(
     return write_html(exported, section)
 
 
-def compare(first: str | os.PathLike[str], second: str | os.PathLike[str]) -> Comparison:
+def compare(
+    first: str | os.PathLike[str], second: str | os.PathLike[str], page: str | os.PathLike[str] | None = None
+) -> Comparison:
     """Two validated exports side by side, from what their files say; nothing runs.
 
+    Args:
+        page: HTML file to write, for people; None writes none.
+
     Raises:
-        InputError: no export, never validated, or a damaged report.
+        InputError: no export, never validated, a damaged report, or a page that cannot be written.
     """
-    return compare_exports(read_validated(first), read_validated(second))
+    both = read_validated(first), read_validated(second)
+    found = compare_exports(*both)
+    if page is not None:
+        write_comparison(found, *both, Path(page))
+    return found

@@ -44,7 +44,8 @@ def heat_maps(linears: Sequence[ValueComparison]) -> list[HeatMap]:
         maps.append(_map(linears, blocks, kinds, "cost", "Cost in KL", (
             "What the error of each linear adds to the mean KL, in thousandths of a nat a token: an estimate, by the "
             "Fisher metric of the float model."
-        ), lambda row: row.kl_cost, _in_thousandths, low_is_bad=False))  # fmt: skip
+            " Colours are on a logarithmic scale."
+        ), lambda row: row.kl_cost, _in_thousandths, low_is_bad=False, log=True))  # fmt: skip
     return maps
 
 
@@ -67,16 +68,16 @@ def block_labels(blocks: Sequence[str]) -> list[str]:
 def _map(
     linears: Sequence[ValueComparison], blocks: list[str], kinds: list[str], key: str, title: str, caption: str,
     value: Callable[[ValueComparison], float | None],
-    worded: Callable[[ValueComparison, float | None], _Worded], *, low_is_bad: bool,
+    worded: Callable[[ValueComparison, float | None], _Worded], *, low_is_bad: bool, log: bool = False,
 ) -> HeatMap:  # fmt: skip
-    numbers = [v for row in linears if (v := value(row)) is not None]
+    numbers = [v for row in linears if (v := value(row)) is not None and (v > 0 or not log)]
     low, high = (min(numbers), max(numbers)) if numbers else (0.0, 0.0)
     cells = {}
     for row in linears:
         number = value(row)
         if (words := worded(row, number)) is not None:
             text, said, broken = words
-            share = _share(number, low, high, low_is_bad) if number is not None else float(broken)
+            share = _share(number, low, high, low_is_bad, log) if number is not None else float(broken)
             cells[kinds.index(kind(row)), blocks.index(row.block)] = Cell(share, text, said, broken)
     ends = [_end(low, key), _end(high, key)]
     best, worst = reversed(ends) if low_is_bad else ends
@@ -85,9 +86,11 @@ def _map(
     )  # fmt: skip
 
 
-def _share(value: float, low: float, high: float, low_is_bad: bool) -> float:
+def _share(value: float, low: float, high: float, low_is_bad: bool, log: bool) -> float:
     if high == low:
         return 0.0
+    if log:
+        value, low, high = (math.log(max(number, low)) for number in (value, low, high))
     share = (value - low) / (high - low)
     return 1 - share if low_is_bad else share
 

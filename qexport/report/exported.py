@@ -16,6 +16,8 @@ from ..errors import InputError, RecipeError
 from ..recipe.reading import read_yaml
 from ..validation.report import Report
 from ..validation.report_store import KEY, REPORT_FILE
+from .speed import Speed, read_speed
+from .tasks import TaskScore, task_scores
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,8 @@ class Exported:
         recipe: recipe.yaml as text; empty where there is none.
         export: the key "export" of report.json; empty where there is none.
         report: the validation; None where there was none.
+        speed: as `qexport bench` measured it; None where nobody did.
+        tasks: scores of lm-eval that lie in the folder.
     """
 
     folder: Path
@@ -34,6 +38,8 @@ class Exported:
     recipe: str
     export: Mapping[str, Any]
     report: Report | None
+    speed: Speed | None = None
+    tasks: tuple[TaskScore, ...] = ()
 
     @property
     def validation(self) -> Report:
@@ -101,7 +107,7 @@ def read_export(folder: str | os.PathLike[str]) -> Exported:
         ) from None  # fmt: skip
     return Exported(
         folder, manifest, recipe.read_text(encoding="utf-8", errors="replace") if recipe.is_file() else "",
-        export if isinstance(export, Mapping) else {}, found,
+        export if isinstance(export, Mapping) else {}, found, read_speed(whole, folder), task_scores(folder),
     )  # fmt: skip
 
 

@@ -12,7 +12,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from ..artifact.scratch import write_whole
-from ..validation.formatting import kernels
+from ..validation.formatting import kernels, with_error
 from ..validation.report import Report
 from . import facts, svg, tables
 from .drawing import figures
@@ -42,17 +42,18 @@ def render_html(exported: Exported, sampled: Sampled | None = None) -> str:
     report, manifest = exported.validation, exported.manifest
     drawn = figures(report)
     charts = [f for f in drawn if not isinstance(f, HeatMap)]
-    style, script = _own_file("style.css"), _own_file("report.js")
+    style, script = own_file("style.css"), own_file("report.js")
     export = exported.export
     return environment().get_template("report.html").render(
         model=exported.model, recipe_name=exported.recipe_name, report=report, manifest=manifest,
-        style=Markup(style), script=Markup(script), style_hash=_hash(style), script_hash=_hash(script),
+        style=Markup(style), script=Markup(script), style_hash=sha256(style), script_hash=sha256(script),
         keys=facts.key_figures(exported), yardsticks=facts.yardsticks(report),
         quality=facts.quality(report), scale=facts.scale(report), facts=_measured(report),
         maps=[(f, *svg.heat_map(f)) for f in drawn if isinstance(f, HeatMap)],
         charts=[_chart(f) for f in charts if not _of_ranges(f)],
         ranges=[(f, svg.lines(f, 290, 200), svg.styles(f)) for f in charts if _of_ranges(f)],
-        sampled=sampled, curves=[_chart(f) for f in sampled.figures] if sampled else [],
+        tasks=exported.tasks, with_error=with_error, sampled=sampled,
+        curves=[_chart(f) for f in sampled.figures] if sampled else [],
         values=tables.values(report), inputs=tables.inputs(report),
         overrides=facts.overrides_yaml(report), recipe=exported.recipe,
         kernels=kernels(report.placement), kept_float=_reasons(export, "float"), apart=_reasons(export, "apart"),
@@ -110,10 +111,11 @@ def environment() -> Environment:
     )  # fmt: skip
 
 
-def _own_file(name: str) -> str:
+def own_file(name: str) -> str:
+    """A file of the templates, to be put into a page."""
     return (files("qexport.report") / "templates" / name).read_text(encoding="utf-8")
 
 
-def _hash(text: str) -> str:
+def sha256(text: str) -> str:
     """For the page's content security policy: no script and no style but these two run, whatever a name contains."""
     return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()

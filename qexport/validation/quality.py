@@ -56,7 +56,7 @@ def graded(report: Report) -> Quality | None:
     found = [*_of_logits(report.logits)] if report.logits is not None else [_of_output(row) for row in report.outputs]
     if not found:
         return None
-    worst = max(found, key=lambda measure: _rank(measure.grade))
+    worst = max(found, key=lambda measure: rank_of(measure.grade))
     tone = _TONES.get(worst.grade, "bad")
     return Quality.model_validate(
         dict(grade=worst.grade, tone=tone, sentence=_sentence(worst, found), measures=tuple(found))
@@ -92,14 +92,15 @@ def _field(measure: str) -> tuple[str, int]:
     return {KL: ("kl", 1), PERPLEXITY: ("perplexity", 1), TOP1: ("top1", -1)}.get(measure, ("sqnr_db", -1))
 
 
-def _rank(grade: str) -> int:
+def rank_of(grade: str) -> int:
+    """0 for the best grade."""
     return next((index for index, known in enumerate(GRADES) if known.name == grade), len(GRADES))
 
 
 def _sentence(worst: GradedMeasure, found: list[GradedMeasure]) -> str:
     if worst.grade == BROKEN:
         return f"quality is {BROKEN}: the {worst.measure} is not finite"
-    grade = GRADES[_rank(worst.grade)]
+    grade = GRADES[rank_of(worst.grade)]
     alike = [measure for measure in found if measure.grade == worst.grade]
     said = " and ".join(worded(measure) for measure in alike[:3]) + (" and others" if len(alike) > 3 else "")
     # What methods reach was measured on language models.
@@ -112,7 +113,7 @@ def worded(measure: GradedMeasure) -> str:
     text = f"{measure.measure} {_value(measure, measure.value, measure.error)}"
     if measure.grade == BROKEN:
         return text
-    grade = GRADES[min(_rank(measure.grade), len(GRADES) - 2)]  # the last one has no limit, the one before ends there
+    grade = GRADES[min(rank_of(measure.grade), len(GRADES) - 2)]  # the last one has no limit, the one before ends there
     return f"{text} ({grade.name} goes to {_value(measure, getattr(grade, _field(measure.measure)[0]))})"
 
 
@@ -132,4 +133,4 @@ def _close(measure: GradedMeasure) -> str:
         return ""
     ends = (measure.value - measure.error, measure.value + measure.error)
     grades = {_measure(measure.measure, end).grade for end in ends} - {measure.grade}
-    return f"; within one standard error it is {' or '.join(sorted(grades, key=_rank))}" if grades else ""
+    return f"; within one standard error it is {' or '.join(sorted(grades, key=rank_of))}" if grades else ""

@@ -228,6 +228,10 @@ def test_report(model, exported, tmp_path, run):
     assert found["validation"]["versions"]["qexport"] == qexport.__version__
     code, out, _ = run("report", exported, exported)
     assert code == 0 and "0 of 14 linears have a lower own SQNR" in out
+    assert out.endswith(f"The page: {exported / 'comparison.html'}\n") and (exported / "comparison.html").is_file()
+    assert run("compare", exported, exported, "--html", tmp_path / "c.html")[1].startswith(out.partition("\n\nThe")[0])
+    assert (tmp_path / "c.html").is_file()
+    refused(run("report", exported, "--html", tmp_path / "c.html"), "--html", "Give two folders")
     code, out, _ = run("report", exported, exported, "--json")
     assert {p["difference"] for p in json.loads(out)["linears"]} == {0.0}
     refused(run("report", exported, never), "never validated")

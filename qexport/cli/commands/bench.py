@@ -27,6 +27,7 @@ def bench(
     as_json: Json = False,
 ) -> None:
     """Measure speed, load time, memory and size, alone or against another folder."""
+    from ...report.speed import keep_speed
     from .. import console
     from ..printers.bench import print_bench
 
@@ -36,6 +37,7 @@ def bench(
             folder, against, prompt_lengths=prompt_length or None, decode_pasts=past or None, repeats=repeats,
             threads=threads, provider=provider, progress=progress,
         )  # fmt: skip
+    keep_speed(result)
     if as_json:
         console.print_json(result.as_dict())
     else:

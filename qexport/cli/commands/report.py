@@ -10,6 +10,7 @@ import qexport
 from ...errors import InputError
 from ..app import COMPARE, command
 from ..options import Json, imported
+from .compare import Page, show_comparison
 
 
 @command(COMPARE)
@@ -18,12 +19,13 @@ def report(
     other: Annotated[Path | None, typer.Argument(help="Another one, to compare with.")] = None,
     plots: Annotated[Path | None, typer.Option(help="Folder for the figures as PNG; takes matplotlib.")] = None,
     study: Annotated[Path | None, typer.Option(help="JSON of `qexport study -o`, to show on the page too.")] = None,
+    html: Page = None,
     schema: Annotated[
         bool, typer.Option("--schema", help="Print the JSON schema of the key validation of report.json.")
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Show a validation again, or two side by side. Nothing runs; report.html is written again from report.json."""
+    """Show a validation again, or two side by side, as `compare` does. Nothing runs; pages are written again."""
     from .. import console
 
     if schema:
@@ -33,17 +35,15 @@ def report(
         return
     if folder is None:
         raise InputError("no folder given", remedy="Give the folder that `qexport validate` looked at")
-    from ..printers.report import print_comparison, print_rendered, rendered_summary
+    from ..printers.report import print_rendered, rendered_summary
 
     imported()
+    if html is not None and other is None:
+        raise InputError("one folder has its page in itself", place="--html", remedy="Give two folders")
     if other is not None:
         if study is not None:
             raise InputError("a study goes on the page of one folder", place="--study", remedy="Give one folder")
-        found = qexport.compare(folder, other)
-        if as_json:
-            console.print_json(found.as_dict())
-        else:
-            print_comparison(found)
+        show_comparison(folder, other, html, as_json=as_json)
         return
     page = qexport.render(folder, plots, study)
     if as_json:

@@ -5,6 +5,7 @@ from typing import Any
 
 from ...report.comparing import Comparison, Pair
 from ...report.exported import read_validated
+from ...validation.formatting import with_error
 from ..console import print_table
 from .validate import print_validation
 
@@ -26,8 +27,12 @@ def print_rendered(page: Path) -> None:
 
 
 def print_comparison(found: Comparison) -> None:
-    """Measures side by side, then the linears that got worse by the most."""
+    """Measures side by side, then window by window, then the linears that got worse by the most."""
     print_table(["measure", *found.folders], [[m.name, *m.text] for m in found.measures])
+    if found.paired:
+        print(f"\nSecond less first, window by window over {found.paired[0].windows} windows:\n")
+        columns = ["measure", "difference", "p"]
+        print_table(columns, [[t.name, with_error(t.difference, t.error), f"{t.p:.2g}"] for t in found.paired])
     if found.linears:
         worse = sum(p.worse for p in found.linears)
         print(f"\n{worse} of {len(found.linears)} linears have a lower own SQNR (dB) in the second; those first:\n")
@@ -38,8 +43,8 @@ def print_comparison(found: Comparison) -> None:
     for names, which in zip(found.only, ("first", "second"), strict=True):
         if names:
             print(f"Quantized in the {which} alone: {len(names)} linears, {names[0]} the first of them")
-    for note in found.notes:
-        print(note)
+    for sentence in (*found.verdict, *found.notes):
+        print(f"- {sentence}")
 
 
 def _row(pair: Pair) -> list[object]:
