@@ -22,6 +22,7 @@ from ..capture.module import Inputs, axes_of
 from ..errors import InputError
 from ..mixed_precision.costs import Costs
 from ..mixed_precision.sensitivity import costs_of, restore
+from ..models.agreement import ReaderAgreement
 from ..models.source import ModelFolder
 from ..recipe.recipe import Recipe
 from ..report import read_validated, write_card, write_html
@@ -30,6 +31,7 @@ from ..runtime.session import open_session
 from ..validation.account import transforms
 from ..validation.environment import settings, versions
 from ..validation.float_forms import compare_forms
+from ..validation.foreign import Described, whole_logits
 from ..validation.greedy import compare_greedy
 from ..validation.layers import compare, compare_layers
 from ..validation.logits import check_all_logits, compare_logits, deployed_logits
@@ -48,7 +50,7 @@ from .stages.capturing import capture_model
 # Tokens on which values inside the model are compared: enough rows for every statistic, few enough to hold a block's.
 _LAYER_TOKENS = 256
 _COSTED_WINDOWS = 4  # whose first tokens these are, where costs in KL are measured
-_WINDOW = 512  # tokens of a window, where nobody says how many
+WINDOW = 512  # tokens of a window, where nobody says how many
 
 FloatModel = str | os.PathLike[str] | ModelFolder | torch.nn.Module | CapturedModel
 
@@ -62,6 +64,7 @@ class Subject:
         captured: the float model, in the basis in which the export has its values.
         transformed: see `validation.account.transforms`.
         options: how they are compared.
+        described: what the file is, where qexport did not write it; its working copy is in `folder`.
     """
 
     folder: Path
@@ -69,6 +72,16 @@ class Subject:
     captured: CapturedModel
     transformed: bool
     options: ValidationOptions
+    described: Described | None = None
+
+    @property
+    def stepwise(self) -> bool:
+        """Whether the file goes through a text token by token."""
+        return self.captured.kind == "decoder" and (self.described is None or self.described.cached)
+
+    def feeds(self, feeds: Sequence[Feeds]) -> Sequence[Feeds]:
+        """Inputs of the float model with what else the file reads."""
+        return feeds if self.described is None else self.described.feeds(feeds)
 
 
 @dataclass(frozen=True)
@@ -86,7 +99,7 @@ class Read:
     rows: int
 
 
-class _Laps:
+class Laps:
     """Wall time by stage."""
 
     def __init__(self) -> None:
@@ -125,47 +138,73 @@ def check_writable(folder: Path) -> None:
 
 
 def _report(folder: Path, manifest: Manifest, reference: FloatModel, options: ValidationOptions) -> Report:
-    laps, progress = _Laps(), options.progress
+    laps = Laps()
+    if options.out is not None:
+        raise InputError("the report of an export goes into its folder", place="out", remedy="Leave it out")
     if options.references and manifest.kind != "decoder":
         raise InputError("references are for language models", place="references", remedy="Leave them out")
     if options.gates.asked and manifest.kind != "decoder":
         raise InputError("limits are for language models, and this has no next token", place="gates")
     check_all_logits(manifest, folder)
-    captured = _captured(reference, manifest, options)
+    captured = captured_for(reference, manifest, options)
     if (folder / RECIPE_FILE).is_file():  # values are compared in the basis in which the export has them
         change_model(captured, Recipe.load(folder / RECIPE_FILE))
     subject = Subject(folder, manifest, captured, transforms(folder), options)
     check_same_model(captured, manifest, folder, transformed=subject.transformed)
     laps.lap("capture")
-    progress("check", "reading of the model", 0, 1)
-    checked = check_reader(captured)
-    progress("check", "reading of the model", 1, 1)
+    checked = checked_reader(captured, options)
     laps.lap("check")
+    read = read_by(captured, options)
+    laps.lap("text")
+    return told(compared(subject, read, laps), captured, reference, checked, options)
+
+
+def checked_reader(captured: CapturedModel, options: ValidationOptions) -> ReaderAgreement:
+    """See `validation.reader.check_reader`."""
+    options.progress("check", "reading of the model", 0, 1)
+    checked = check_reader(captured)
+    options.progress("check", "reading of the model", 1, 1)
+    return checked
+
+
+def told(
+    report: Report, captured: CapturedModel, reference: FloatModel, checked: ReaderAgreement, options: ValidationOptions
+) -> Report:
+    """A report with what it is about, and its verdict."""
+    return with_verdict(report.model_copy(update={
+        "reference": public_name(captured.folder.name) if captured.folder else type(reference).__name__,
+        "reader": checked, "settings": settings_of(reference, options, WINDOW),
+    }))  # fmt: skip
+
+
+def compared(subject: Subject, read: Read, laps: Laps) -> Report:
+    """Everything that running both models shows; `told` adds the rest."""
+    folder, manifest, captured, options = subject.folder, subject.manifest, subject.captured, subject.options
+    progress, described = options.progress, subject.described
     placed, plain = examine(folder, manifest, chosen_provider(options.provider, manifest))
     laps.lap("placement")
-    read = _read(subject)
-    laps.lap("text")
+    feeds = subject.feeds(read.feeds)
     costs: Costs | None = None
     if options.sensitivity:
-        costs = costs_of(folder, manifest, captured, read.feeds, partial(progress, "costs"))
+        costs = costs_of(folder, manifest, captured, feeds, partial(progress, "costs"))
         laps.lap("costs")
     layers = compare_layers(
-        folder, manifest, captured, read.feeds, plain, rows=read.rows, transformed=subject.transformed,
+        folder, manifest, captured, feeds, plain, rows=read.rows, transformed=subject.transformed,
         threads=options.threads, provider=options.provider, progress=partial(progress, "layers"),
-        importance=costs.importance if costs else {},
+        importance=costs.importance if costs else {}, faults=described.faults if described else None,
     )  # fmt: skip
     laps.lap("layers")
     restored = None
     if costs:
         restored = restore(
-            folder, manifest, captured, read.feeds, layers.linears, costs, transformed=subject.transformed,
+            folder, manifest, captured, feeds, layers.linears, costs, transformed=subject.transformed,
             threads=options.threads, provider=options.provider, progress=partial(progress, "restoring"),
         )  # fmt: skip
         laps.lap("restoring")
     decoder = captured.kind == "decoder"
-    prompt = read.text.windows[0, :_LAYER_TOKENS] if decoder else None
+    prompt = read.text.windows[0, :_LAYER_TOKENS] if subject.stepwise else None
     times = measure(
-        folder, manifest, prompt=prompt, feeds=read.feeds, threads=options.threads, provider=options.provider
+        folder, manifest, prompt=prompt, feeds=feeds, threads=options.threads, provider=options.provider
     )
     layers = with_times(layers, manifest, times)
     laps.lap("profile")
@@ -178,20 +217,21 @@ def _report(folder: Path, manifest: Manifest, reference: FloatModel, options: Va
     else:
         outputs = _outputs(subject, read)
         laps.lap("outputs")
-    if decoder and options.greedy:
+    if decoder and options.greedy and not subject.stepwise:
+        left_out = (*left_out, "nothing is written greedily: the file has no cache")
+    elif decoder and options.greedy:
         texts = compare_greedy(
             captured, manifest, folder, read.text.windows, options.greedy, threads=options.threads,
             provider=options.provider, progress=partial(progress, "greedy"),
         )  # fmt: skip
         laps.lap("greedy")
-    name = public_name(captured.folder.name) if captured.folder else type(reference).__name__
-    return with_verdict(Report(
-        reference=name, reader=checked, text=read.text.described, own_text=read.text.own, layers=layers, logits=logits,
+    return Report(
+        reference="", text=read.text.described, own_text=read.text.own, layers=layers, logits=logits,
         outputs=outputs, activations=exported_activations(folder), warnings=exported_warnings(folder), placement=placed,
         seconds=laps.seconds, references=tuple(others), greedy=texts, sensitivity=restored, left_out=tuple(left_out),
         gates=options.gates.of(logits) if logits else (), versions=versions(),
-        settings=settings_of(reference, options, _WINDOW),
-    ))  # fmt: skip
+        foreign=described.facts if described else None,
+    )  # fmt: skip
 
 
 def settings_of(reference: FloatModel, options: ValidationOptions, window: int) -> dict[str, object]:
@@ -207,7 +247,7 @@ def settings_of(reference: FloatModel, options: ValidationOptions, window: int) 
     )  # fmt: skip
 
 
-def _captured(reference: FloatModel, manifest: Manifest, options: ValidationOptions) -> CapturedModel:
+def captured_for(reference: FloatModel, manifest: Manifest, options: ValidationOptions) -> CapturedModel:
     if not isinstance(reference, torch.nn.Module):
         return capture_model(
             reference, trust_remote_code=options.trust_remote_code, placement=options.placement
@@ -227,8 +267,8 @@ def _given(inputs: Sequence[Inputs] | Sequence[str] | torch.Tensor | None) -> Se
     return entries
 
 
-def _read(subject: Subject) -> Read:
-    captured, options = subject.captured, subject.options
+def read_by(captured: CapturedModel, options: ValidationOptions) -> Read:
+    """The text, or what is read instead."""
     if captured.kind == "module":
         if options.text is not None:
             raise InputError("this model reads no text", place="text", remedy="Pass inputs=[(tensor, ...), ...]")
@@ -237,7 +277,7 @@ def _read(subject: Subject) -> Read:
         return Read(Text(torch.empty(0), f"{len(feeds)} inputs given by the caller", False), feeds, rows)
     if options.inputs is not None:
         raise InputError("this model reads text, not tensors", place="inputs", remedy="Pass text=...")
-    window = options.window or _WINDOW
+    window = options.window or WINDOW
     if captured.kind == "encoder":
         window = min(window, captured.settings.get("max_position_embeddings", window))
     chosen = choose_text(captured, options.text, options.windows, window, partial(options.progress, "text"))
@@ -254,16 +294,20 @@ def _text_feeds(captured: CapturedModel, windows: torch.Tensor) -> Sequence[Feed
     return [encoder_batch(captured, ids[None], torch.ones_like(ids[None])) for ids in rows]
 
 
-def _logits(subject: Subject, text: Text, laps: _Laps) -> tuple[Logits, Sequence[Reference], Sequence[str]]:
+def _logits(subject: Subject, text: Text, laps: Laps) -> tuple[Logits, Sequence[Reference], Sequence[str]]:
     """The deployed file's logits, other forms of the float model if asked for, and what was left out of them."""
     captured, options, progress = subject.captured, subject.options, subject.options.progress
     reference = FloatOutputs(
         captured, decoder_feeds(captured, text.windows), ("logits",), partial(progress, "float model")
     )
     try:
-        run = deployed_logits(
-            subject.folder, subject.manifest, text.windows.shape[1], threads=options.threads, provider=options.provider
-        )
+        if subject.described is not None and not subject.stepwise:
+            run = whole_logits(subject.described, captured, threads=options.threads, provider=options.provider)
+        else:
+            run = deployed_logits(
+                subject.folder, subject.manifest, text.windows.shape[1], threads=options.threads,
+                provider=options.provider,
+            )  # fmt: skip
         tokenizer = captured.folder.tokenizer() if captured.folder else None
         found = compare_logits(
             reference, text.windows, run, partial(progress, "logits"), decode=tokenizer and tokenizer.decode
@@ -292,9 +336,11 @@ def _outputs(subject: Subject, read: Read) -> tuple[ValueComparison, ...]:
     reference = FloatOutputs(captured, feeds, names, partial(options.progress, "float model"))
     try:
         session = open_session(subject.folder, subject.manifest, threads=options.threads, provider=options.provider)
+        made = {value.name for value in session.get_outputs()}
+        names = [name for name in names if name in made]  # a foreign file may have fewer
         pairs: Mapping[str, tuple[list[torch.Tensor], list[torch.Tensor]]] = {name: ([], []) for name in names}
         for index, batch in enumerate(feeds):
-            want, got = reference.outputs(index), run_session(session, batch, names)
+            want, got = reference.outputs(index), run_session(session, subject.feeds([batch])[0], names)
             for name, (wanted, found) in pairs.items():
                 wanted.append(want[name].flatten())
                 found.append(got[name].float().flatten())

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 
@@ -78,6 +79,7 @@ class ValidationOptions:
         progress: told how far the work is.
         device: where PyTorch computes the float model, by its name of it.
         gates: limits that the export has to keep.
+        out: folder for the report of a file that qexport did not write; None: beside it.
 
     Raises:
         InputError: a number of tokens below 0; there is no such device.
@@ -96,6 +98,7 @@ class ValidationOptions:
     progress: Progress = no_progress
     device: str = "cpu"
     gates: Gates = Gates()
+    out: Path | None = None
     placement: Placement = field(init=False)
 
     def __post_init__(self) -> None:

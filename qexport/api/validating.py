@@ -12,8 +12,10 @@ from ..models.source import ModelFolder
 from ..progress import Progress, no_progress
 from ..runtime.provider import provider_named
 from ..runtime.seq2seq import is_seq2seq
+from ..validation.foreign import is_foreign
 from ..validation.gates import Gates
 from ..validation.report import Report
+from .foreign import validate_foreign
 from .measuring import validate_file
 from .options import ValidationOptions
 from .seq2seq.validating import validate_parts
@@ -38,6 +40,7 @@ def validate(
     trust_remote_code: bool = False,
     progress: Progress = no_progress,
     device: str = "cpu",
+    out: str | os.PathLike[str] | None = None,
 ) -> Report:
     """Compare an export with the float model it was made from, and write the result into its report.json.
 
@@ -52,7 +55,8 @@ def validate(
     token. The report is of both together; those of the parts are in it, and in their folders.
 
     Args:
-        folder: what `export` wrote; it has to be writable.
+        folder: what `export` wrote; it has to be writable. Or an ONNX file of a language model by another tool, or its
+            folder: its linears are found by their weights, and the same is compared.
         reference: the model that was exported: a Hugging Face id, a folder, a GGUF file, an nn.Module, or a captured
             model (whose weights stay unloaded). Of an encoder-decoder an id or a folder.
         text: a UTF-8 file or a string; of an encoder-decoder of spectrograms a safetensors file of them. None: the
@@ -77,10 +81,12 @@ def validate(
         trust_remote_code: run Python code that comes with the reference.
         progress: called with (stage, what, done, total).
         device: where PyTorch computes the float model, by its name of it: "cpu", "cuda", "cuda:1".
+        out: folder for the report of a file of another tool; None: beside it.
 
     Raises:
-        InputError: the folder is no export or gives the last logits only, the reference is another model, the text
-            does not do, a limit is none, or something that was asked for means nothing for this kind of model.
+        InputError: the folder is no export, and no model of another tool, or gives the last logits only, the reference
+            is another model, the text does not do, a limit is none, or something that was asked for means nothing for
+            such a model.
         CaptureError: the float model's graph is not what its witness computes, see `reader.check_reader`.
         RuntimeProblem: ONNX Runtime refuses the model or does not have the provider.
     """
@@ -89,6 +95,9 @@ def validate(
         provider=None if provider is None else provider_named(provider), references=references, greedy=greedy,
         sensitivity=sensitivity, trust_remote_code=trust_remote_code, progress=progress, device=device,
         gates=Gates(max_kl, max_ppl_rise, min_top1),
+        out=None if out is None else Path(out),
     )  # fmt: skip
     place = Path(folder)
+    if is_foreign(place):
+        return validate_foreign(place, reference, options)
     return validate_parts(place, reference, options) if is_seq2seq(place) else validate_file(place, reference, options)

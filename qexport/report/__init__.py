@@ -6,12 +6,15 @@ from pathlib import Path
 from .card import write_card
 from .comparing import Comparison, compare_exports
 from .comparison_page import write_comparison
-from .exported import Exported, read_export, read_validated
+from .exported import Exported, describe_foreign, read_export, read_validated
 from .html import write_html
 from .png import write_plots
 from .sampling import read_study, sampled
 
-__all__ = ["Comparison", "Exported", "compare", "read_export", "read_validated", "render", "write_card", "write_html"]
+__all__ = [
+    "Comparison", "Exported", "compare", "describe_foreign", "read_export", "read_validated", "render", "write_card",
+    "write_html",
+]  # fmt: skip
 
 
 def render(

@@ -10,14 +10,17 @@ from typing import Any
 from pydantic import ValidationError
 
 from ..artifact import manifest as manifests
+from ..artifact.checksums import MANIFEST_FILE
 from ..artifact.files import read_json
 from ..artifact.manifest import RECIPE_FILE, Manifest
 from ..errors import InputError, RecipeError
 from ..recipe.reading import read_yaml
 from ..validation.report import Report
-from ..validation.report_store import KEY, REPORT_FILE
+from ..validation.report_store import KEY, REPORT_FILE, checked, keep
 from .speed import Speed, read_speed
 from .tasks import TaskScore, task_scores
+
+_FOREIGN = "foreign"  # key of report.json for the manifest of a file that has none
 
 
 @dataclass(frozen=True)
@@ -93,8 +96,10 @@ def read_export(folder: str | os.PathLike[str]) -> Exported:
         InputError: no export, or a report.json that is damaged or of another version of qexport.
     """
     folder = Path(folder)
-    manifest, path, recipe = manifests.load(folder), folder / REPORT_FILE, folder / RECIPE_FILE
+    path, recipe = folder / REPORT_FILE, folder / RECIPE_FILE
     whole = read_json(path) if path.is_file() else {}
+    foreign = whole.get(_FOREIGN) if not (folder / MANIFEST_FILE).is_file() else None
+    manifest = manifests.load(folder) if foreign is None else checked(Manifest, foreign, path)
     export, report = whole.get("export"), whole.get(KEY)
     try:
         found = None if report is None else Report.model_validate(report)
@@ -109,6 +114,11 @@ def read_export(folder: str | os.PathLike[str]) -> Exported:
         folder, manifest, recipe.read_text(encoding="utf-8", errors="replace") if recipe.is_file() else "",
         export if isinstance(export, Mapping) else {}, found, read_speed(whole, folder), task_scores(folder),
     )  # fmt: skip
+
+
+def describe_foreign(folder: Path, manifest: Manifest) -> None:
+    """Keep in a folder's report.json what the file is that qexport did not write, for `read_export`."""
+    keep(folder, _FOREIGN, manifest.model_dump(mode="json"))
 
 
 def read_validated(folder: str | os.PathLike[str]) -> Exported:

@@ -70,15 +70,29 @@ class _Group:
     amount: float
 
 
-def fault_of_weight(x: Tensor, weight: Tensor, error: Tensor, scheme: str) -> str:
+@dataclass(frozen=True)
+class Grid:
+    """What a weight was rounded to: bits of a code, input features to a scale (0 or less: all), whether zero points."""
+
+    bits: int
+    group_size: int
+    has_zero_points: bool
+
+
+def grid_of(scheme: str) -> Grid:
+    """The grid of a scheme by its name."""
+    fmt = Scheme.parse(scheme).weight
+    return Grid(fmt.bits, fmt.group_size, fmt.has_zero_points)
+
+
+def fault_of_weight(x: Tensor, weight: Tensor, error: Tensor, fmt: Grid) -> str:
     """What is wrong with a deployed weight, in words; empty where it is rounded and nothing else.
 
     Args:
         x: noise, [rows, K]; error: what the deployed linear makes of it less what the float one does, [rows, N].
         weight: the float one, [N, K], factors of smoothing folded in.
-        scheme: its name.
+        fmt: what it is rounded to.
     """
-    fmt = Scheme.parse(scheme).weight
     size = fmt.group_size if fmt.group_size > 0 else weight.shape[1]
     energy = error.square().sum(0).clamp_min(1e-30)
     gains: list[_Group] = []

@@ -27,11 +27,14 @@ from .report_store import branch_gains
 from .running import with_outputs
 from .weight_probe import NoiseProbe, weight_faults
 
+_ALIKE = 0.5  # cosine of what a linear reads and what it should: rounding leaves more, unless nothing is left
+
 
 def compare_layers(
     folder: Path, manifest: Manifest, captured: CapturedModel, feeds: Sequence[Feeds], plain: OptimizedGraph, *,
     rows: int, transformed: bool, threads: int | None = None, provider: str | None = None, budget: int = BUDGET,
     progress: StageProgress = no_stage_progress, importance: Mapping[str, Importance] = MappingProxyType({}),
+    faults: Mapping[str, str] | None = None,
 ) -> LayerComparison:  # fmt: skip
     """Compare the values of an export with the float model's on the same inputs.
 
@@ -42,6 +45,8 @@ def compare_layers(
         transformed: the export folded factors into linears; see `ValueComparison.rescaled`.
         budget: bytes of deployed values in memory at once.
         importance: of the results of linears, by name; gives `ValueComparison.kl_cost`.
+        faults: what is wrong with the weights, by linear, where that is known of a file that nobody here planned, whose
+            linears may read other values than they should; None: noise through the weights tells.
 
     Raises:
         InputError: the folder cannot be written, or its file lacks a value of the manifest.
@@ -56,19 +61,22 @@ def compare_layers(
     watched = with_outputs(folder, list(everything))
     strayed = moved(plain, optimized_graph(watched, manifest, provider=provider), manifest)
     limits = static_limits(folder)
-    noise = NoiseProbe(folder, manifest, limits, threads, provider)
+    noise = NoiseProbe(folder, manifest, limits, threads, provider) if faults is None else None
     linear_rows: dict[str, ValueComparison] = {}
     block_rows, attention_rows, ranges = [], [], []
 
     for index, seen in enumerate(watch(captured, feeds, {e.name for e in manifest.readable}, deployed.forced)):
         progress(seen.block.name, index, len(captured.blocks))
         probe, rescaled = deployed.probe, deployed.rescaled
-        faults = weight_faults(captured, probe.linears, seen, deployed.values, noise, rescaled, transformed)
+        if noise is None:
+            wrong = {**(faults or {}), **misread(probe.linears, seen, deployed.values)}
+        else:
+            wrong = weight_faults(captured, probe.linears, seen, deployed.values, noise, rescaled, transformed)
         for entry in probe.linears:
             row = _linear_row(entry, deployed.result(entry), seen, entry.name in rescaled)
             felt = importance.get(entry.name)
             cost = felt and felt.kl(deployed.error(entry, seen))
-            linear_rows[entry.name] = row.model_copy(update={"fault": faults.get(entry.name, ""), "kl_cost": cost})
+            linear_rows[entry.name] = row.model_copy(update={"fault": wrong.get(entry.name, ""), "kl_cost": cost})
             if entry.input and (name := probe.attentions.get(entry.name)):
                 want, own = seen.inputs[entry.name], seen.own_inputs[entry.name]
                 # Factors of v's channels, or of a Mul behind, are taken back by the linear.
@@ -86,13 +94,27 @@ def compare_layers(
         placed(linear_rows[entry.name], entry, plain).model_copy(update={"branch_gain_db": gains.get(entry.name)})
         for entry in manifest.readable
     ]
-    wrong = {
+    elsewhere = {
         e.name: f"{there or 'nothing'} instead of {expected(e, there)}" for e, there in unfused(plain, manifest.linears)
     }
     return LayerComparison(
-        tokens=rows, linears=with_faults(found, ranges, wrong, deployed.behind), blocks=tuple(block_rows),
+        tokens=rows, linears=with_faults(found, ranges, elsewhere, deployed.behind), blocks=tuple(block_rows),
         sessions=len(deployed.groups), moved=strayed, attentions=tuple(attention_rows), ranges=tuple(ranges),
     )  # fmt: skip
+
+
+def misread(
+    entries: Sequence[LinearEntry], seen: BlockComparison, values: Mapping[str, Sequence[Tensor]]
+) -> dict[str, str]:
+    """Linears that read another value than the float model's, everything in front as it is deployed; in words."""
+    faults = {}
+    for entry in entries:
+        want, got = flat(seen.own_inputs[entry.name]), flat(values[entry.input])
+        if want.shape != got.shape:
+            faults[entry.name] = f"it reads {list(got.shape)} values, and the float model {list(want.shape)}"
+        elif (alike := cosine(want, got)) < _ALIKE:
+            faults[entry.name] = f"it does not read what the float model reads: the cosine of both is {alike:.2f}"
+    return faults
 
 
 def _linear_row(entry: LinearEntry, value: list[Tensor], seen: BlockComparison, rescaled: bool) -> ValueComparison:

@@ -221,7 +221,7 @@ class _ComparingInterpreter(Interpreter):
         self.seen[name], self.read[name] = value, self.fetch_args_kwargs_from_env(node)[0][0]
         if name not in self._instead:
             return value
-        other = self._instead[name]
+        other = self._instead[name].reshape(value.shape)  # some files have all rows of a batch in one dimension
         if name not in self._rescaled:
             return other
         return channelwise(value.flatten(0, -2), other.flatten(0, -2)).reshape(value.shape)

@@ -343,6 +343,50 @@ class SuggestedOverride(_Frozen):
     kl_gain: Finite
 
 
+class WeightRow(_Frozen):
+    """One weight of a file that qexport did not write, beside the float one; nothing ran.
+
+    Attributes:
+        sqnr_db: of the weight; nearest_db: of the nearest codes on the same scales, what rounding costs at least.
+        unexplained: share of the error's energy in weights that are off by more than rounding, and what methods add to
+            it, moves them. Both null without codes on a grid.
+        factors: its input channels carry factors that something in front divides by; they are taken off.
+        fault: what is wrong with it, in words; empty where nothing is.
+    """
+
+    name: str
+    sqnr_db: Finite = None
+    nearest_db: Finite = None
+    unexplained: Finite = None
+    factors: bool = False
+    fault: str = ""
+
+
+class Foreign(_Frozen):
+    """A file that qexport did not write.
+
+    Attributes:
+        file: its name; tool: what it says wrote it.
+        matched: how many linears of the float model were found by "values" of their weights, by "names" alone, and by
+            "order" alone; missing: those that no product of the file computes.
+        others: products with codes that are no linear of the float model.
+        weights: of every linear found, in order.
+        tensors: sentences on gains, biases and embeddings that are not the float model's.
+        unfused: sentences on products whose codes become float again at every run, and why.
+        notes: sentences on slow kernels, settings that nobody made, and copies.
+    """
+
+    file: str
+    tool: str
+    matched: dict[str, int]
+    missing: tuple[str, ...] = ()
+    others: tuple[str, ...] = ()
+    weights: tuple[WeightRow, ...] = ()
+    tensors: tuple[str, ...] = ()
+    unfused: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
 class Sensitivity(_Frozen):
     """Which linears cost the most KL.
 
@@ -382,6 +426,7 @@ class Report(_Frozen):
             nothing of quality.
         verdict: everything in plain sentences, problems first.
         seconds: wall time by stage.
+        foreign: of a file that qexport did not write, how it was read; else null.
         settings: what `validate` was called with, by the names of its options; null: the default of the machine.
         versions: of qexport and of the libraries whose numbers these are.
         parts: of an encoder-decoder, the reports of its "encoder" and "decoder", each on what the float model hands to
@@ -412,6 +457,7 @@ class Report(_Frozen):
     seconds: dict[str, float] = Field(default_factory=dict)
     settings: dict[str, Any] = Field(default_factory=dict)
     versions: dict[str, str] = Field(default_factory=dict)
+    foreign: Foreign | None = None
     parts: dict[str, "Report"] = Field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:

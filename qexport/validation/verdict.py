@@ -8,12 +8,14 @@ from collections.abc import Sequence
 from ..artifact.manifest import QMOE
 from .formatting import decibels, faulty, kernels, number, own, rank, worst_first
 from .quality import graded
-from .report import HALF, Greedy, Reference, Report
+from .report import HALF, Foreign, Greedy, Reference, Report
 
 ATTENTION = ("GroupQueryAttention", "Attention", "MultiHeadAttention")
 # Share of a value beyond its static scale from which it is worth a sentence: calibration on other text leaves less.
 _CLIPPED = 1e-3
 _EXACT = 60.0  # dB of its own errors above which an attention is the float one, in float16 too
+
+_BEYOND = 0.2  # of the error of a weight, which rounding and what methods add to it leave unexplained
 
 # Errors of rounding are proportional to the unit of the dtype, and KL to their square. From float16 (2^-11) to float32
 # (2^-24) the errors shrink by 2^13 and KL by 2^26; half of that is left for kernels that approximate exp and sum in
@@ -28,8 +30,13 @@ _HALF_OF_HALF = 10.0
 
 def with_verdict(report: Report) -> Report:
     """The report with its sentences."""
+    # What is wrong with a file that nobody here planned is asked before where it runs.
+    faults = _fault_problems(report)
+    first, then = [], faults
+    if report.foreign is not None:
+        first, then = [*report.foreign.tensors, *faults], _foreign_problems(report.foreign)
     problems = [
-        *_fusion_problems(report), *_placement_problems(report), *_number_problems(report), *_fault_problems(report),
+        *first, *_fusion_problems(report), *_placement_problems(report), *_number_problems(report), *then,
         *reference_problems(report.references),
     ]  # fmt: skip
     return concluded(report, problems, _facts(report))
@@ -106,7 +113,45 @@ def _explained(name: str, half: float | None) -> float | None:
 def _fault_problems(report: Report) -> list[str]:
     """What rounding does not explain; operators that are not the planned ones have sentences of their own."""
     unfused = {found.name for found in report.placement.unfused}
-    return [f"{row.name}: {row.fault}" for row in faulty(report.layers.linears) if row.name not in unfused]
+    # Of a foreign file what is known of the weights themselves comes before what shows in values.
+    sure = {row.name for row in report.foreign.weights if row.fault} if report.foreign else set()
+    rows = sorted(faulty(report.layers.linears), key=lambda row: row.name not in sure)
+    return [f"{row.name}: {row.fault}" for row in rows if row.name not in unfused]
+
+
+def _foreign_problems(foreign: Foreign) -> list[str]:
+    sentences = list(foreign.unfused)
+    if foreign.missing:
+        sentences.append(f"no product of the file computes {_listed(list(foreign.missing))}")
+    return sentences
+
+
+def _foreign_facts(foreign: Foreign) -> list[str]:
+    """What can be said of a file that another tool wrote, without running it."""
+    ways = ", ".join(f"{n} by {how}" for how, n in foreign.matched.items() if n)
+    facts = [f"{foreign.file} was written by {foreign.tool}; linears were found in it: {ways}"]
+    grids = [row for row in foreign.weights if row.nearest_db is not None and row.sqnr_db is not None]
+    if grids:
+        worst = min(grids, key=lambda row: row.sqnr_db or 0.0)
+        facts.append(
+            f"the weights of {_count(len(grids), 'linear').rsplit(' ', 1)[0]} have a median SQNR of "
+            f"{statistics.median(row.sqnr_db or 0.0 for row in grids):.1f} dB, and the nearest codes on their scales "
+            f"would have {statistics.median(row.nearest_db or 0.0 for row in grids):.1f}; the lowest is {worst.name}, "
+            f"{worst.sqnr_db:.1f} dB"
+        )
+    beyond = [row for row in grids if (row.unexplained or 0.0) > _BEYOND]
+    if beyond:
+        most = max(beyond, key=lambda row: row.unexplained or 0.0)
+        facts.append(
+            f"rounding does not explain {most.unexplained:.0%} of the error of the weight of {most.name}"
+            + (f", nor more than {_BEYOND:.0%} of that of {len(beyond) - 1} more" if len(beyond) > 1 else "")
+        )
+    if scaled := [row.name for row in foreign.weights if row.factors]:
+        facts.append(f"the weights of {_listed(scaled, 3)} carry factors that something in front of them divides by")
+    if foreign.others:
+        facts.append(f"{len(foreign.others)} products with codes are no linear of the float model: "
+                     f"{_listed(list(foreign.others), 3)}")  # fmt: skip
+    return [*facts, *foreign.notes]
 
 
 def _time(report: Report) -> list[str]:
@@ -173,7 +218,7 @@ def _values(report: Report) -> list[str]:
 
 
 def _facts(report: Report) -> list[str]:
-    facts = list(report.warnings)
+    facts = [*(_foreign_facts(report.foreign) if report.foreign else ()), *report.warnings]
     total = sum(report.placement.kernels.values()) + report.placement.convolutions
     if total and not report.placement.unfused:
         facts.append(f"all {kernels(report.placement)}")

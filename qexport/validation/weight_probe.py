@@ -18,7 +18,7 @@ from ..capture.graph import CapturedModel
 from ..graph.sites import linears
 from ..quant.float_types import FLOAT_TYPES
 from ..runtime.session import ModelInFolder, open_session
-from .anomalies import fault_of_weight
+from .anomalies import fault_of_weight, grid_of
 from .reference import BlockComparison, channelwise
 from .running import run_session
 
@@ -157,7 +157,7 @@ def weight_faults(
             if linear.bias:
                 want += captured.load(linear.bias).float()
             got = channelwise(want, y) if entry.name in rescaled else y
-            faults[entry.name] = fault_of_weight(x, weight, got - want, entry.scheme)
+            faults[entry.name] = fault_of_weight(x, weight, got - want, grid_of(entry.scheme))
     return faults
 
 

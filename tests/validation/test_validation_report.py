@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from qexport.errors import InputError
-from qexport.validation.anomalies import fault_of_weight, with_faults
+from qexport.validation.anomalies import fault_of_weight, grid_of, with_faults
 from qexport.validation.formatting import summary_rows, worst_first
 from qexport.validation.report import (  # fmt: skip
     HALF,
@@ -238,9 +238,9 @@ def test_a_factor_on_one_input_channel_is_told_from_rounding():
     step = weight.abs().amax(1, keepdim=True) / 127
     weight[:, 5] *= 0.01  # most of it rounds to nothing, which is no fault
     rounded = (weight / step).round() * step
-    assert fault_of_weight(x, weight, x @ (rounded - weight).t(), "w8a8_static") == ""
+    assert fault_of_weight(x, weight, x @ (rounded - weight).t(), grid_of("w8a8_static")) == ""
     rounded[:, 17] *= 4
-    said = fault_of_weight(x, weight, x @ (rounded - weight).t(), "w8a8_static")
+    said = fault_of_weight(x, weight, x @ (rounded - weight).t(), grid_of("w8a8_static"))
     assert said == "1 of 192 input channels of its weight are off, channel 17 by a factor of 4"
 
 

@@ -10,14 +10,16 @@ import qexport
 
 from ...formatting import parsed_share
 from ..app import COMPARE, command
-from ..options import Device, Folder, Json, Provider, Remote, Threads, imported
+from ..options import Device, Json, Provider, Remote, Threads, imported
 
 GATES = "Limits for CI"
 
 
 @command(COMPARE)
 def validate(
-    folder: Folder,
+    folder: Annotated[
+        Path, typer.Argument(help="Folder that `qexport export` wrote, or an ONNX file of another tool or its folder.")
+    ],
     reference: Annotated[str, typer.Option(help="The model that was exported: id, folder or GGUF file.")],
     text: Annotated[
         Path | None, typer.Option(help="UTF-8 text to measure on; by default text the model writes.")
@@ -48,6 +50,9 @@ def validate(
         typer.Option(
             help="Exit with 1 where the likeliest token is the same for fewer, such as 90%.", rich_help_panel=GATES
         ),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for the report on a file of another tool; by default beside it.")
     ] = None,
     threads: Threads = None,
     provider: Provider = None,
@@ -83,12 +88,14 @@ def validate(
             trust_remote_code=trust_remote_code,
             progress=progress,
             device=device,
+            out=out,
         )
     if as_json:
         console.print_json(report.model_dump(mode="json"))
     else:
         print_validation(report)
-        for page in (folder / part / "report.html" for part in report.parts or [""]):
+        place = out or (folder if folder.is_dir() else folder.parent)
+        for page in (place / part / "report.html" for part in report.parts or [""]):
             print(f"\nThe page: {page}")
     if missed := [gate.sentence for gate in report.gates if not gate.passed]:
         print(*missed, sep="\n", file=sys.stderr)
