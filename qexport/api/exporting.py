@@ -56,9 +56,9 @@ def export(
     Args:
         model: a Hugging Face id, a folder, a GGUF file, an nn.Module (with example_inputs), or a captured model, which
             stays as it is.
-        recipe: name of a preset, a scheme, a YAML file, or a Recipe; None: w4a16_g32, and as_stored of a model that is
-            quantized already, which keeps its codes. Its overrides match linears of both parts of an
-            encoder-decoder.
+        recipe: name of a preset, a scheme, a YAML file, or a Recipe; None: balanced (of an nn.Module w4a16_g32), and
+            as_stored of a model that is quantized already, which keeps its codes. Its overrides match linears of both
+            parts of an encoder-decoder.
         out_dir: the folder to make; it appears when everything is done.
         target: "cpu", "cuda", or the name of a target of your own (see `targets.base`).
         dtype: of what stays float, activations and cache: for cuda "float16" (None takes it) or "bfloat16", which has

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -82,14 +83,20 @@ def _tables(weights: WeightMethod, embeddings: Sequence[EmbeddingPlan], seen: An
     if not quantized:
         return []
 
-    def rounding(table: torch.Tensor, fmt: WeightFormat) -> QuantizedWeight:
-        if not weights.rounds_tables or not isinstance(fmt, IntegerFormat):
-            return fmt.round_to_nearest(table)
-        return weights.round_table(table, fmt, seen)
-
     shared = {e.linear: e for e in quantized if e.linear}
-    first = QuantizeEmbedding({e.weight: e for e in quantized}, rounding)
+    first = QuantizeEmbedding({e.weight: e for e in quantized}, partial(rounded_table, weights, seen))
     return [first, ShareEmbedding(shared)] if shared else [first]
+
+
+def rounded_table(weights: WeightMethod, seen: Any, table: torch.Tensor, fmt: WeightFormat) -> QuantizedWeight:
+    """The codes of a table of embeddings [V, K] as a recipe's way of finding weights makes them.
+
+    Args:
+        seen: as `passes_for` takes it.
+    """
+    if not weights.rounds_tables or not isinstance(fmt, IntegerFormat):
+        return fmt.round_to_nearest(table)
+    return weights.round_table(table, fmt, seen)
 
 
 def _as_prompt(linear: LinearPlan) -> LinearPlan:

@@ -17,7 +17,7 @@ from ..plan.model_plan import output_projection, plan_for
 from ..progress import StageProgress
 from ..quant.formats import Scheme, offered
 from ..recipe.recipe import Recipe
-from ..recipe.sections import FLOAT, Override, only
+from ..recipe.sections import AUTO, FLOAT, TIED, Override, only
 from .allocate import Allocation, SchemeChoice, within_bytes, within_kl
 from .costs import scheme_costs
 
@@ -126,6 +126,8 @@ class SchemeAllocator:
         embedding = self._recipe.embedding
         if table is not None and not table.linear:
             embedding = chosen.pop(table.name)
+        elif embedding == AUTO:
+            embedding = TIED if table is not None else FLOAT
         layers = Counter(scheme for name, scheme in chosen.items() if name != self._projection)
         head = chosen.get(self._projection, self._recipe.lm_head)
         made = self._recipe.model_copy(update={

@@ -95,6 +95,11 @@ def plan_embeddings(
                 if scheme is not None and same and linear is not None and linear.scheme is None:
                     reason = f"{reason}; " if reason else ""
                     reason += f"{linear.name} keeps the same table in float, so the file holds it twice"
+                if scheme is None and same and linear is not None and linear.scheme is not None:
+                    reason = (
+                        f"{linear.name} reads the same table as {linear.scheme.name}, so the file holds it twice and "
+                        "grows: embedding: tied or auto shares the codes"
+                    )
                 made = replace(empty, scheme=scheme, reason=reason)
             found[weight] = replace(made, bytes=table_bytes(made, float_itemsize))
     shared = {e.linear: e for e in found.values() if e.linear}

@@ -13,12 +13,12 @@ from ..errors import RecipeError
 from ..graph.convolution_sites import convolutions
 from ..graph.edit import get_tensor, is_call
 from ..graph.sites import Linear, linears, projection_behind
-from ..graph.views import Convolution, operand, tensor_name
+from ..graph.views import Convolution, Embedding, operand, tensor_name
 from ..quant.formats import Scheme
 from ..recipe.recipe import Recipe
-from ..recipe.sections import FLOAT, TIED
+from ..recipe.sections import AUTO, FLOAT, TIED
 from .convolution_plan import ConvolutionPlan, plan_convolutions
-from .embedding_plan import EmbeddingPlan, plan_embeddings
+from .embedding_plan import EmbeddingPlan, plan_embeddings, token_embeddings
 from .linear_plan import LinearPlan, make_plan, weight_bytes
 
 aten = torch.ops.aten
@@ -40,6 +40,7 @@ def plan_for(
     Raises:
         RecipeError: an override matches no linear, or there is no embedding to quantize.
     """
+    auto, recipe = recipe.embedding == AUTO, with_table(captured, recipe)
     heads = output_projections(captured)
     plan = make_plan(
         [(b.name, b.module.graph) for b in captured.blocks], lambda name: recipe.scheme_for(name, name in heads),
@@ -65,7 +66,39 @@ def plan_for(
             "the model looks up no rows by input_ids, so there is no embedding to quantize", place="embedding",
             remedy="Leave out embedding",
         )  # fmt: skip
+    if auto:
+        embeddings = [replace(e, reason=e.reason or UNDECIDED) if e.scheme is not None else e for e in embeddings]
     return plan, embeddings
+
+
+UNDECIDED = "8 bits where 4 cost too much, which an export measures"
+_FOUR, _EIGHT = "w4a16_g64", "w8a16_g32"
+
+
+def with_table(captured: CapturedModel, recipe: Recipe, *, eight: bool = False) -> Recipe:
+    """The recipe with `embedding: auto` in place: one table with the output projection where the model has one.
+
+    An output projection that stays in float and is that table leaves it in float.
+
+    Args:
+        eight: in 8 bits, instead of the 4 of the output projection.
+    """
+    if recipe.embedding != AUTO:
+        return recipe
+    tables = _tables(captured)
+    projection = output_projection(captured)
+    shared = projection is not None and projection.weight in tables
+    codes = recipe.lm_head != FLOAT and Scheme.parse(recipe.lm_head).table
+    name = _EIGHT if eight else recipe.lm_head if codes else _FOUR
+    if not tables or (shared and not codes):
+        return recipe.model_copy(update={"embedding": FLOAT})
+    return recipe.model_copy(update={"lm_head": name, "embedding": TIED} if shared else {"embedding": name})
+
+
+def _tables(captured: CapturedModel) -> set[str]:
+    """Names of the tensors in which rows are looked up by token ids."""
+    graphs = [(block.module.graph, captured.input_node("input_ids", block)) for block in captured.blocks]
+    return {tensor_name(Embedding.of(node).table) for graph, ids in graphs for node in token_embeddings(graph, ids)}
 
 
 def convolutions_for(captured: CapturedModel, recipe: Recipe, integer: bool) -> list[ConvolutionPlan]:

@@ -4,7 +4,6 @@ import os
 import re
 from collections.abc import Iterable
 from fnmatch import fnmatchcase
-from importlib import resources
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -14,6 +13,7 @@ from pydantic import Field, SerializeAsAny, ValidationError, field_validator, mo
 from ..artifact.files import read_text
 from ..errors import InputError, RecipeError
 from ..quant.formats import IntegerFormat, Scheme, begins_as_scheme, full_name
+from .catalogue import descriptions, preset_files, preset_of, wishes
 from .explaining import explain, nearest
 from .methods import WeightMethod
 from .reading import MOST_BYTES, read_yaml
@@ -42,7 +42,8 @@ class Recipe(MethodKeys):
         scheme: of every linear that no override names, e.g. "w4a16_g32", or "float".
         lm_head: scheme of the output projection, or "float".
         embedding: scheme of the token embedding, "float", or "tied": where it is one tensor with the output projection,
-            both read the same codes.
+            both read the same codes. "auto": tied where it can be, in the 4 bits of lm_head where these cost the float
+            model little KL by themselves, and else in 8 bits; the recipe of an export says which.
         weights: how codes of weights are found; its key `method` says by what.
         activations, calibration: see their classes.
         overrides: the first that matches a linear's name decides, the output projection's too.
@@ -128,7 +129,8 @@ class Recipe(MethodKeys):
         text = str(name_or_path)
         if isinstance(name_or_path, os.PathLike) or Path(text).suffix.lower() in (".yaml", ".yml") or "/" in text:
             return cls._from_file(Path(text))
-        presets = _preset_files()
+        presets = preset_files()
+        text = preset_of(text.lower()) if preset_of(text.lower()) in presets else text
         if text.lower() not in presets and (short := _shortened(text)):
             base, method = cls.load(short[0]), short[1]
             return base.model_copy(update={"name": text.lower(), method.key: method})
@@ -145,14 +147,13 @@ class Recipe(MethodKeys):
             return cls._from_file(Path(text))
         raise RecipeError(
             f"there is no preset, scheme or file {text!r}",
-            remedy=nearest(text.lower(), presets) or f"Presets are {', '.join(presets)}",
+            remedy=nearest(text.lower(), presets) or f"Presets are {', '.join(dict.fromkeys((*wishes(), *presets)))}",
         )
 
     @classmethod
     def presets(cls) -> dict[str, str]:
         """The description of every preset under its name, sorted by name."""
-        files = _preset_files()
-        return {name: read_yaml(file.read_text("utf-8"), name)[0]["description"] for name, file in files.items()}
+        return descriptions()
 
     @classmethod
     def _from_file(cls, path: Path) -> Self:
@@ -207,14 +208,18 @@ class Recipe(MethodKeys):
         Args:
             projection: it makes the logits, whatever its name is.
         """
-        for override in self.overrides:
-            if fnmatchcase(linear_name, override.match):
-                name = override.scheme
-                break
-        else:
-            head = projection or linear_name.rpartition(".")[2] in _LM_HEAD
-            name = self.lm_head if head else self.scheme
+        head = projection or linear_name.rpartition(".")[2] in _LM_HEAD
+        found = self._override(linear_name, head)
+        name = found.scheme if found is not None else self.lm_head if head else self.scheme
         return None if name == FLOAT else Scheme.parse(name)
+
+    def _override(self, linear_name: str, projection: bool) -> Override | None:
+        """The override that decides; one for everything leaves an output projection that `lm_head` keeps in float."""
+        kept = projection and self.lm_head == FLOAT
+        return next(
+            (o for o in self.overrides if fnmatchcase(linear_name, o.match) and not (kept and set(o.match) <= {"*"})),
+            None,
+        )
 
     def unmatched_overrides(self, linear_names: Iterable[str]) -> list[str]:
         """The patterns of the overrides that decide nothing: they match no linear, or only ones matched before them."""
@@ -263,8 +268,3 @@ def _shortened(name: str) -> tuple[str, Method] | None:
             parts = found.groupdict()
             return parts.pop("scheme"), kind.from_short(**parts)
     return None
-
-
-def _preset_files() -> dict[str, Any]:
-    files = sorted(resources.files("qexport.recipe").joinpath("presets").iterdir(), key=lambda file: file.name)
-    return {file.name.removesuffix(".yaml"): file for file in files if file.name.endswith(".yaml")}

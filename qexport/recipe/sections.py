@@ -15,6 +15,7 @@ else:
 
 FLOAT = "float"
 TIED = "tied"
+AUTO = "auto"
 
 
 def known_scheme(name: str) -> str:
@@ -30,13 +31,13 @@ def scheme_or_float(name: str) -> str:
 
 
 def scheme_of_embedding(name: str) -> str:
-    if name.lower() in (FLOAT, TIED):
+    if name.lower() in (FLOAT, TIED, AUTO):
         return name.lower()
     known = known_scheme(name)
     if not Scheme.parse(known).table:
         raise ValueError(
             f"{known} is no scheme for an embedding: rows are looked up in integer codes in groups, by no activation",
-            "Use w4a16_g32, w8a16_g32 and the like, tied, or float",
+            "Use w4a16_g32, w8a16_g32 and the like, tied, auto, or float",
         )
     return known
 

@@ -92,6 +92,11 @@ def _field(measure: str) -> tuple[str, int]:
     return {KL: ("kl", 1), PERPLEXITY: ("perplexity", 1), TOP1: ("top1", -1)}.get(measure, ("sqnr_db", -1))
 
 
+def limit_of(grade: str) -> float:
+    """The largest mean KL that a grade allows."""
+    return GRADES[rank_of(grade)].kl
+
+
 def rank_of(grade: str) -> int:
     """0 for the best grade."""
     return next((index for index, known in enumerate(GRADES) if known.name == grade), len(GRADES))

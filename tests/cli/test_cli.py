@@ -19,6 +19,7 @@ from helpers.random_decoders import save_model
 from helpers.report_folders import a_study
 from helpers.tokenizer_files import write_word_tokenizer
 from qexport.capture.decoder import capture_decoder  # noqa: F401  imports what commands need before they are timed
+from qexport.recipe import catalogue
 
 VOCAB = 98
 
@@ -120,7 +121,7 @@ def test_export_for_people(model, tmp_path, run):
         7,
     )
     assert code == 0
-    assert "14 of 15 linears quantized" in out and "lm_head (1): float, kept in float by the recipe" in out
+    assert "15 of 15 linears quantized" in out and "bits cost KL" in out
     assert "4 sequences of 32 random tokens (seed 7)" in out
     assert "error" not in err
 
@@ -306,8 +307,9 @@ def test_bench(exported, run):
 def test_recipes(run):
     code, out, _ = run("recipes", "list")
     assert code == 0 and all(name in out for name in qexport.Recipe.presets())
+    assert out.index("smallest") < out.index("balanced") < out.index("closest") < out.index("crossquant_w8a8")
     code, out, _ = run("recipes", "show", "w8a8_static")
-    assert code == 0 and "alpha: 0.8" in out
+    assert code == 0 and "alpha: 0.8" in out and run("recipes", "show", "cnn")[1] == out
 
 
 def test_a_shown_recipe_can_be_used(run, tmp_path):
@@ -330,12 +332,13 @@ def test_help_and_version_start_quickly():
     assert done.returncode == 0 and "inspect" in done.stdout
     modules = shell_modules("--version")
     assert "qexport.cli" in modules and "torch" not in modules and seconds < 5
+    assert "torch" not in shell_modules("recipes", "list"), "descriptions are plain text"
     assert shell("--version").stdout.strip() == qexport.__version__
 
 
-def shell_modules(argument: str) -> set[str]:
+def shell_modules(*arguments: str) -> set[str]:
     """The modules that a command has imported when it ends."""
-    code = f"import atexit, sys; sys.argv = ['qexport', {argument!r}]; atexit.register(lambda: print(*sys.modules))"
+    code = f"import atexit, sys; sys.argv = ['qexport', *{arguments!r}]; atexit.register(lambda: print(*sys.modules))"
     command = [sys.executable, "-c", f"{code}; from qexport.cli import main; main()"]
     return set(subprocess.run(command, capture_output=True, text=True).stdout.split())
 
@@ -517,10 +520,10 @@ def test_an_error_as_the_shell_sees_it(tmp_path):
 
 
 def test_an_unexpected_error_keeps_its_traceback(run, monkeypatch):
-    def broken(cls):
+    def broken():
         raise ZeroDivisionError("a bug")
 
-    monkeypatch.setattr(qexport.Recipe, "presets", classmethod(broken))
+    monkeypatch.setattr(catalogue, "descriptions", broken)
     with pytest.raises(ZeroDivisionError):
         run("recipes", "list")
 

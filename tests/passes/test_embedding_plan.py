@@ -51,6 +51,13 @@ def decided(captured, family, **fields):
     return embedding, plan[-1]
 
 
+def test_codes_for_the_projection_alone_of_a_shared_table_are_said_to_grow_the_file(tied):
+    _, (table,) = plan_for(tied(), Recipe(scheme="w4a16_g32", lm_head="w4a16_g32"))
+    assert table.scheme is None and "the file holds it twice and grows: embedding: tied or auto" in table.reason
+    _, (table,) = plan_for(tied(), Recipe(scheme="w4a16_g32"))
+    assert table.reason == ""
+
+
 @pytest.mark.parametrize("family", ["llama", "llama_bias", "gemma3", "opt", "gpt_neox", "phi3"])
 def test_the_table_of_tokens_is_found_by_dataflow(captured, family):
     model = captured(family)

@@ -13,6 +13,7 @@ from qexport.quant.formats import (
     full_name,
 )
 from qexport.quant.formats.codebooks import FP4, NF4
+from qexport.recipe.catalogue import WISHES
 from qexport.recipe.recipe import CalibrationSpec, Override, Recipe
 from qexport.recipe.registry import section
 
@@ -35,6 +36,10 @@ PRESETS = {
     "crossquant_w8a8_paper": ("w8a8_dyn", "rtn", "crossquant"),
     "crossquant_w4a8": ("w4a8_g128_int", "gptq", "crossquant"),
     "compact": ("w4a16_g128", "gptq", None),
+    "balanced": ("w4a16_g128", "gptq", None),
+    "closest": ("w8a16_g32", "rtn", None),
+    "server": ("w8a8_dyn", "gptq", "smoothquant"),
+    "encoder": ("w8a8_dyn", "rtn", "smoothquant"),
     "crossquant_w4a4": ("w4a4_g128_int", "gptq", "crossquant"),
     "fptq": ("w4a8_g128_int", "gptq", "fptq"),
     "llm_int8": ("w8a8_dyn", "rtn", "llm_int8"),
@@ -73,7 +78,23 @@ def test_preset(name):
     assert (recipe.name, recipe.scheme, recipe.weights.method) == (name, scheme, method)
     sections = [n for n in ("smooth", "crossquant", "fptq", "llm_int8", "lorc") if getattr(recipe, n) is not None]
     assert [recipe.smooth.method if n == "smooth" else n for n in sections] == ([section] if section else [])
-    assert recipe.lm_head == ("w4a16_g64" if name == "compact" else "float")
+    heads = {"compact": "w4a16_g64", "balanced": "w4a16_g64", "closest": "w8a16_g32", "server": "w8a16_g32"}
+    assert recipe.lm_head == heads.get(name, "float")
+    assert recipe.embedding == {"compact": "tied"}.get(name, "auto" if name in [*heads, "encoder"] else "float")
+
+
+def test_a_wish_names_its_preset():
+    assert [Recipe.load(wish.name).name for wish in WISHES] == [wish.preset for wish in WISHES]
+    assert {wish.preset for wish in WISHES} <= set(PRESETS)
+
+
+def test_an_override_for_everything_leaves_a_kept_output_projection():
+    everything = [{"match": "*", "scheme": "w8a16_g32"}]
+    kept = Recipe(scheme="w4a16_g32", overrides=everything)
+    assert kept.scheme_for("lm_head") is None and kept.scheme_for("model.layers.0.q").name == "w8a16_g32"
+    assert Recipe(scheme="w4a16_g32", lm_head="w4a16_g32", overrides=everything).scheme_for("lm_head").weight.bits == 8
+    named = Recipe(scheme="w4a16_g32", overrides=[{"match": "*head", "scheme": "w8a16_g32"}])
+    assert named.scheme_for("lm_head").name == "w8a16_g32"
 
 
 def test_the_fewer_the_scales_of_weights_and_the_more_of_activations_the_less_is_smoothed():
@@ -246,7 +267,7 @@ def test_a_recipe_does_not_change():
         ("", 0, "not a mapping"),
         ("name: x\n", 0, "scheme: this key is missing"),
         ("scheme: w4a16_g32\nembedding: w8a8_dyn\n", 2, r"embedding: w8a8_dyn is no scheme for an embedding"),
-        ("scheme: w4a16_g32\nembedding: w4a16_pc\n", 2, r"w4a16_pc is no scheme .*Use w4a16_g32, .*tied, or float"),
+        ("scheme: w4a16_g32\nembedding: w4a16_pc\n", 2, r"w4a16_pc is no scheme .*Use w4a16_.*tied, auto, or float"),
         ("scheme: w4a16_g32\nembedding: nf4\n", 2, r"embedding: nf4 is no scheme for an embedding"),
         ("scheme: w4a16_g32\nembedding: tide\n", 2, r"embedding: unknown scheme 'tide'"),
         (
@@ -287,7 +308,7 @@ def test_unreadable_files(tmp_path):
         ("w4a16_g32_rnt", r"unknown scheme 'w4a16_g32_rnt'\. Did you mean w4a16_g32_rtn\?"),
         ("w4a16_g8", "groups of 8"),
         ("w5a16", "5-bit weights"),
-        ("4bit-please", "there is no preset, scheme or file '4bit-please'. Presets are as_stored, compact, "),
+        ("4bit-please", "there is no preset, scheme or file '4bit-please'. Presets are smallest, balanced, "),
     ],
 )
 def test_unknown_names(name, message):

@@ -13,6 +13,7 @@ from .packaging import package
 from .planning import plan
 from .preparing import Preparation
 from .quantizing import quantize
+from .settling import settle
 
 
 def run(prepared: Preparation, work: WorkFolder) -> ExportResult:
@@ -24,7 +25,7 @@ def run(prepared: Preparation, work: WorkFolder) -> ExportResult:
     Raises:
         QExportError: of any of the stages.
     """
-    calibrated = calibrate(plan(capture(prepared)))
+    calibrated = settle(calibrate(plan(capture(prepared))))
     with _forgetting(work):
         return package(lower(quantize(calibrated, work)), work)
 

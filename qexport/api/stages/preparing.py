@@ -21,6 +21,8 @@ from ...recipe.recipe import Recipe
 from ...targets.base import Target, target_for
 from ..options import Options
 
+DEFAULT = "balanced"
+
 logger = logging.getLogger(__name__)
 
 Model = str | os.PathLike[str] | ModelFolder | torch.nn.Module | CapturedModel
@@ -157,8 +159,13 @@ def prepare(request: Request) -> Preparation:
 
 
 def default_recipe(source: Source) -> Recipe:
-    """The recipe that is meant without one: of a model that is quantized already, what keeps its codes."""
-    return Recipe.load("w4a16_g32") if _codes_of(source) is None else Recipe.keeping_codes()
+    """The recipe that is meant without one: of a model that is quantized already, what keeps its codes.
+
+    A module of one's own has no table that is read by token ids, as far as anybody knows before it is captured.
+    """
+    if _codes_of(source) is not None:
+        return Recipe.keeping_codes()
+    return Recipe.load("w4a16_g32" if isinstance(source, torch.nn.Module) else DEFAULT)
 
 
 def _codes_of(source: Source) -> CodedCheckpoint | None:

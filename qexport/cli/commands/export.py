@@ -36,7 +36,7 @@ def export(
     recipe: Annotated[
         str | None,
         typer.Option(
-            "--recipe", "-r", help="Preset, scheme, or YAML file; w4a16_g32 if not given, compact with --auto, and "
+            "--recipe", "-r", help="Preset, scheme, or YAML file; balanced if not given, compact with --auto, and "
             "as_stored for a model that is quantized already."
         ),
     ] = None,

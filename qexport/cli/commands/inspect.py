@@ -32,7 +32,7 @@ def inspect(
     recipe: Annotated[
         str | None,
         typer.Option(
-            "--recipe", "-r", help="Preset, scheme, or YAML file; w4a16_g32 if not given, and as_stored for a model "
+            "--recipe", "-r", help="Preset, scheme, or YAML file; balanced if not given, and as_stored for a model "
             "that is quantized already."
         ),
     ] = None,

@@ -14,14 +14,22 @@ recipes = group("recipes", MAKE, "The recipes that come with qexport.")
 
 @recipes("list")
 def list_recipes(as_json: Json = False) -> None:
-    """Name and purpose of every preset."""
+    """What users want, in the order of size, then the presets of single methods and papers."""
+    from ...recipe.catalogue import WISHES, descriptions
     from .. import console
 
-    presets = qexport.Recipe.presets()
+    what = descriptions()
     if as_json:
-        console.print_json(presets)
-    else:
-        console.print_table(["preset", "what it is"], [list(row) for row in presets.items()])
+        console.print_json(what)
+        return
+    columns = ["for", "preset", "size of float16", "speed of float32", "calibration", "what it is"]
+    console.print_table(
+        columns, [[w.name, w.preset, w.size, w.speed, w.calibration, what[w.preset]] for w in WISHES]
+    )  # fmt: skip
+    print("\nSizes and speeds are of SmolLM2-135M on a CPU (prompts, single tokens). Without --recipe it is balanced.")
+    print("\nBy scheme and by method, as papers have them:\n")
+    wanted = {wish.preset for wish in WISHES} - {"w8a8_static"}
+    console.print_table(["preset", "what it is"], [[name, text] for name, text in what.items() if name not in wanted])
 
 
 @recipes("show")
