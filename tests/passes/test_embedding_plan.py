@@ -55,7 +55,7 @@ def test_codes_for_the_projection_alone_of_a_shared_table_are_said_to_grow_the_f
     _, (table,) = plan_for(tied(), Recipe(scheme="w4a16_g32", lm_head="w4a16_g32"))
     assert table.scheme is None and "the file holds it twice and grows: embedding: tied or auto" in table.reason
     _, (table,) = plan_for(tied(), Recipe(scheme="w4a16_g32"))
-    assert table.reason == ""
+    assert "grows" not in table.reason
 
 
 @pytest.mark.parametrize("family", ["llama", "llama_bias", "gemma3", "opt", "gpt_neox", "phi3"])
