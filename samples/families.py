@@ -49,7 +49,7 @@ from qexport.capture.module import capture_module  # noqa: E402
 from qexport.capture.seq2seq import capture_seq2seq  # noqa: E402
 from qexport.errors import QExportError  # noqa: E402
 from qexport.graph.convolution_sites import convolutions
-from qexport.lower.build import check_translations  # noqa: E402
+from qexport.lower.check import check_translations  # noqa: E402
 from qexport.models.source import open_model  # noqa: E402
 from qexport.recipe.recipe import CalibrationSpec, Recipe  # noqa: E402
 

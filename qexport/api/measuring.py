@@ -326,13 +326,19 @@ def _logits(subject: Subject, text: Text, laps: Laps) -> tuple[Logits, Sequence[
         reference.close()
 
 
+def _compared(name: str, want: torch.Tensor, got: torch.Tensor) -> ValueComparison:
+    if want.is_floating_point():
+        return ValueComparison.model_validate({"name": name, **compare(want, got.float())})
+    off = (want.double() - got.double()).abs()
+    share = float((off == 0).double().mean()) if len(off) else 1.0
+    return ValueComparison(name=name, equal_share=share, max_abs_error=float(off.max()) if len(off) else 0.0)
+
+
 def _outputs(subject: Subject, read: Read) -> tuple[ValueComparison, ...]:
     captured, options = subject.captured, subject.options
     feeds = read.feeds if captured.kind == "module" else _text_feeds(captured, read.text.windows)
     # A cache is the decoder's own: smoothing may rescale it and take that back where it is read.
-    names = [
-        port.name for port in captured.outputs if port.dtype.is_floating_point and not port.name.startswith("present.")
-    ]
+    names = [port.name for port in captured.outputs if not port.name.startswith("present.")]
     reference = FloatOutputs(captured, feeds, names, partial(options.progress, "float model"))
     try:
         session = open_session(subject.folder, subject.manifest, threads=options.threads, provider=options.provider)
@@ -343,10 +349,7 @@ def _outputs(subject: Subject, read: Read) -> tuple[ValueComparison, ...]:
             want, got = reference.outputs(index), run_session(session, subject.feeds([batch])[0], names)
             for name, (wanted, found) in pairs.items():
                 wanted.append(want[name].flatten())
-                found.append(got[name].float().flatten())
-        return tuple(
-            ValueComparison.model_validate({"name": name, **compare(torch.cat(want), torch.cat(got))})
-            for name, (want, got) in pairs.items()
-        )
+                found.append(got[name].flatten())
+        return tuple(_compared(name, torch.cat(want), torch.cat(got)) for name, (want, got) in pairs.items())
     finally:
         reference.close()

@@ -13,7 +13,7 @@ from ..graph.edit import get_tensor
 from ..graph.sites import linears
 from ..graph.views import Convolution, tensor_name
 from ..lower.attention_plan import plan_attention
-from ..lower.build import check_translations
+from ..lower.check import check_forms, check_translations
 from ..lower.gqa import GroupedAttention, count_attentions
 from ..plan.convolution_plan import ConvolutionPlan
 from ..plan.embedding_plan import EmbeddingPlan
@@ -51,7 +51,8 @@ def decide(captured: CapturedModel, recipe: Recipe, target: Target, attention: s
         LoweringError: an operator has no ONNX form, or the recipe's cache has none with this attention.
         InputError: the target has no kernel for a linear.
     """
-    check_translations(block.module.graph for block in captured.blocks)
+    check = check_translations if captured.kind == "decoder" else check_forms
+    check(block.module.graph for block in captured.blocks)
     _check_cache(captured, recipe, attention)
     plan, embeddings = plan_for(captured, recipe, target.dtype.itemsize)
     target.check(plan, recipe)

@@ -18,6 +18,7 @@ from ..errors import CaptureError
 from ..graph.edit import copy_of, get_tensor, is_call, module_of, spec_of, tensors_of
 from ..graph.meta import Meta
 from ..graph.views import operand, tensor_name
+from .lines import line_of
 
 _LAYER = re.compile(r"^(?P<container>.*?)\.(?P<index>\d+)(?=\.|$)")
 
@@ -174,4 +175,6 @@ def _is_flag(node: Node) -> bool:
 
 def _meta(node: Node) -> dict[str, Any]:
     """What passes and the lowering know of a node; fake tensors and module stacks stay behind."""
-    return {Meta.SPEC: spec_of(node.meta.get("val")), Meta.MODULE_PATH: node.meta.get(Meta.MODULE_PATH, "")}
+    spec, path = spec_of(node.meta.get("val")), node.meta.get(Meta.MODULE_PATH, "")
+    kept: dict[str, Any] = {Meta.SPEC: spec, Meta.MODULE_PATH: path}
+    return kept | {Meta.LINE: line} if (line := line_of(node)) else kept

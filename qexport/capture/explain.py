@@ -1,6 +1,5 @@
 """Why a module cannot become a graph: the line of the user's code, and what to do about it."""
 
-import contextlib
 import inspect
 import logging
 import re
@@ -8,20 +7,17 @@ import traceback
 import warnings
 from contextlib import contextmanager, redirect_stderr
 from io import StringIO
-from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from torch.export import ExportedProgram
 from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from ..errors import CaptureError, root_cause
+from .lines import innermost, line_of
 
 aten = torch.ops.aten
-_TRANSFORMERS = Path(transformers.__file__).parent
-_ROOTS = (Path(torch.__file__).parent, Path(__file__).parents[1], Path(contextlib.__file__))  # not the user's
 _LIBRARIES = ("torch", "transformers")
 _VALUES = "A graph cannot follow the values of tensors: {what}"
 _BRANCH = _VALUES.format(
@@ -31,6 +27,7 @@ _BRANCH = _VALUES.format(
 _ITEM = _VALUES.format(what="compute with the tensor itself instead of the number that .item() or .tolist() takes out")
 _NUMPY = _VALUES.format(what="use torch functions instead of NumPy's")
 _SIZE = _VALUES.format(what="keep all elements, and choose with torch.where or a mask")
+_CONTROL_FLOW = ("cond", "while_loop", "map_impl", "scan", "associative_scan")
 _STATE = "Return it as an output, or take it as an input; what a call leaves in the module is lost in a graph"
 _IN_PLACE = re.compile(
     r"\s*(?:[-+*/|&%]|//|\*\*)?=(?!=)|\.(?:append|extend|insert|update|add|pop)\(|\[[^\]]*\]\s*=(?!=)"
@@ -72,13 +69,15 @@ def functional(exported: ExportedProgram, model: torch.nn.Module) -> ExportedPro
     """The same program without operators that write into a tensor.
 
     Raises:
-        CaptureError: it writes into a buffer or an input, takes a number out of a tensor, or makes sizes of values.
+        CaptureError: it writes into a buffer or an input, takes a number out of a tensor, makes sizes of values, or
+            branches and loops by the operators that PyTorch has for that.
     """
     check_sizes(exported, model)
+    _check_control_flow(exported, model)
     for node in exported.graph.nodes:
         if node.op == "call_function" and node.target in (aten.item.default, aten._local_scalar_dense.default):
             raise CaptureError(
-                f"needs the value of a tensor{_line_of(node)}", place=_module_of(node, model), remedy=_ITEM
+                f"needs the value of a tensor{line_of(node)}", place=_module_of(node, model), remedy=_ITEM
             )
     if not any(_writes(node) for node in exported.graph.nodes):
         return exported
@@ -89,10 +88,19 @@ def functional(exported: ExportedProgram, model: torch.nn.Module) -> ExportedPro
     if changed:
         writer = next((n for n in exported.graph.nodes if _writes(n) and n.args[0].op == "placeholder"), None)
         raise CaptureError(
-            f"forward writes into {changed[0]}{_line_of(writer) if writer else ''}, which a graph cannot do",
+            f"forward writes into {changed[0]}{line_of(writer) if writer else ''}, which a graph cannot do",
             place=type(model).__name__, remedy=_STATE,
         )  # fmt: skip
     return pure
+
+
+def _check_control_flow(exported: ExportedProgram, model: torch.nn.Module) -> None:
+    for node in exported.graph.nodes:
+        if isinstance(node.target, torch._ops.HigherOrderOperator) and node.target.name() in _CONTROL_FLOW:
+            raise CaptureError(
+                f"torch.{node.target.name().removesuffix('_impl')} holds graphs of its own, whose linears no pass would"
+                f" see{line_of(node)}", place=_module_of(node, model), remedy=_BRANCH,
+            )  # fmt: skip
 
 
 def check_sizes(exported: ExportedProgram, model: torch.nn.Module) -> None:
@@ -100,7 +108,7 @@ def check_sizes(exported: ExportedProgram, model: torch.nn.Module) -> None:
     for node in exported.graph.nodes:
         if isinstance(node.meta.get("val"), torch.Tensor) and free_unbacked_symbols(node.meta["val"]):
             raise CaptureError(
-                f"makes a tensor whose size depends on values{_line_of(node)}", place=_module_of(node, model),
+                f"makes a tensor whose size depends on values{line_of(node)}", place=_module_of(node, model),
                 remedy=_SIZE,
             )  # fmt: skip
 
@@ -110,7 +118,7 @@ def _failed(model: torch.nn.Module, error: BaseException) -> CaptureError:
     while root.__cause__ is not None:
         root = root.__cause__
     name, text = type(root).__name__, str(root)
-    where = _line(traceback.extract_tb(root.__traceback__) or traceback.extract_tb(error.__traceback__))
+    where = innermost(traceback.extract_tb(root.__traceback__) or traceback.extract_tb(error.__traceback__))
     if name in ("GuardOnDataDependentSymNode", "DataDependentOutputException"):
         why, remedy = "its control flow depends on the value of a tensor", _BRANCH
     elif ".numpy()" in text or "DynamicOutputShapeException" in name:
@@ -121,26 +129,6 @@ def _failed(model: torch.nn.Module, error: BaseException) -> CaptureError:
             "Rewrite that line with functions that torch.export knows",
         )
     return CaptureError(f"{why}{where}", place=type(model).__name__, remedy=remedy)
-
-
-def _line(frames: traceback.StackSummary) -> str:
-    """The innermost line of the user's code, or of a model of transformers."""
-    lines = [frame for frame in frames if _of_model(frame.filename)][-1:]
-    return f" at {lines[0].filename}:{lines[0].lineno}: {lines[0].line}" if lines else ""
-
-
-def _line_of(node: Node) -> str:
-    """The same for the line that made a node."""
-    lines = re.findall(r'File "([^"]+)", line (\d+), in \S+\n\s*(.+)', node.meta.get("stack_trace") or "")
-    lines = [found for found in lines if _of_model(found[0])]
-    return " at {}:{}: {}".format(*lines[-1]) if lines else ""
-
-
-def _of_model(file: str) -> bool:
-    path = Path(file)
-    if path.is_relative_to(_TRANSFORMERS):
-        return path.is_relative_to(_TRANSFORMERS / "models")
-    return not any(path.is_relative_to(root) for root in _ROOTS)
 
 
 def _writes(node: Node) -> bool:

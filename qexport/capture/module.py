@@ -14,10 +14,12 @@ from ..errors import CaptureError, InputError
 from ..graph import ops  # noqa: F401  registers the operators
 from ..graph.edit import get_tensor
 from ..graph.meta import Meta
+from ..graph.translated import without_form
 from ..models.checkpoint import StateDict
 from ..models.quiet import quiet_transformers
 from ..models.witness import ModuleWitness
 from .blocks import cut
+from .decompose import decomposed
 from .dynamic import Axes, DynamicShapes, Hint, dynamic_axes
 from .explain import explained, functional
 from .fold import fold_batch_norms, fold_padding, fold_weights, spell_padding
@@ -68,7 +70,10 @@ def capture_module(
             exported = torch.export.export(model.eval(), (), examples, dynamic_shapes=shapes, strict=False)
     finally:
         model.train(training)
-    captured = _captured(functional(exported, model), model, axes, absent)
+    exported = functional(exported, model)
+    captured = _captured(exported, model, axes, absent)
+    if any(without_form(block.module.graph) for block in captured.blocks):
+        captured = _captured(decomposed(exported), model, axes, absent)
     return replace(captured, witness=_witness(model, given, axes))
 
 

@@ -24,6 +24,7 @@ from .copies_to_concat import join_parts
 from .positions import slice_tables
 
 aten = torch.ops.aten
+_IN_MEMORY = frozenset({"layout", "memory_format", "pin_memory"})
 _NEAR = 64  # nodes among which a size is looked for
 
 _IDENTITY = {
@@ -50,6 +51,7 @@ def to_normal_form(module: GraphModule) -> GraphModule:
     The module's code is not regenerated: what runs are the blocks that the graph is cut into.
     """
     graph = module.graph
+    _forget_layouts(graph)
     join_parts(graph)
     _leave_inputs_alone(graph)
     _compute_in_float32(graph)
@@ -65,6 +67,12 @@ def to_normal_form(module: GraphModule) -> GraphModule:
     graph.eliminate_dead_code()
     graph.lint()
     return module
+
+
+def _forget_layouts(graph: Graph) -> None:
+    """How a tensor lies in memory, which a graph does not say."""
+    for node in graph.nodes:
+        node.kwargs = {name: value for name, value in node.kwargs.items() if name not in _IN_MEMORY}
 
 
 def _leave_inputs_alone(graph: Graph) -> None:

@@ -5,16 +5,20 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.export import ExportedProgram
+from torch.fx import GraphModule
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from transformers import PreTrainedModel
 
 from ..errors import CaptureError, root_cause
 from ..graph.edit import attributes, get_tensor, set_tensor
 from ..graph.meta import Meta
+from ..graph.translated import without_form
 from ..graph.views import results_of, tensor_name
 from ..models.quiet import quiet_transformers
 from .attention import GraphCache, ProbeCache, tracing
 from .blocks import Block, cut
+from .decompose import decomposed
 from .experts import tokens_of
 from .layer_groups import LayerGroups, find_layers
 from .layer_stamps import stamp
@@ -126,11 +130,10 @@ def _trace_whole(model: PreTrainedModel, aliases, cache: list[CacheShape], place
 
     exported = _export(model, cache, place)
     check_sizes(exported, model)
-    whole = exported.module(check_guards=False)
-    _rename_weights(whole, aliases)
     own = dict(_named_tensors(model))
-    pieces = cut_weights(whole, {name for name, _ in model.named_parameters(remove_duplicate=False)})
-    to_normal_form(whole)
+    whole, pieces = _normalized(exported, model, aliases)
+    if without_form(whole.graph):
+        whole, pieces = _normalized(decomposed(exported), model, aliases)
     ids, pasts = _by_layer([n.name for n in whole.graph.nodes if n.op == "placeholder"], len(IDS))
     results = results_of(whole.graph)
     read = {name: get_tensor(whole, name) for name in attributes(whole.graph)}
@@ -138,6 +141,15 @@ def _trace_whole(model: PreTrainedModel, aliases, cache: list[CacheShape], place
     (logits,), presents = _by_layer([n.name for n in results], 1)
     blocks = cut(whole, [n.name for n in results])
     return Traced(blocks, ids, pasts, logits, presents, int(results[0].meta["val"].shape[-1]), cache, constants, pieces)
+
+
+def _normalized(
+    exported: ExportedProgram, model: PreTrainedModel, aliases: dict[str, tuple[str, ...]]
+) -> tuple[GraphModule, dict[str, WeightView]]:
+    whole = exported.module(check_guards=False)
+    _rename_weights(whole, aliases)
+    pieces = cut_weights(whole, {name for name, _ in model.named_parameters(remove_duplicate=False)})
+    return to_normal_form(whole), pieces
 
 
 def _by_layer(names: list[str], others: int) -> tuple[list[str], list[list[str]]]:
@@ -213,7 +225,7 @@ def _export(model: PreTrainedModel, cache: list[CacheShape], place: str):
         raise CaptureError(f"torch.export failed: {root_cause(error)}", place=place) from error
 
 
-def _rename_weights(whole: torch.fx.GraphModule, aliases: dict[str, tuple[str, ...]]) -> None:
+def _rename_weights(whole: GraphModule, aliases: dict[str, tuple[str, ...]]) -> None:
     """Give get_attr nodes and module paths the checkpoint's names; tied weights go by one of them."""
     for node in whole.graph.nodes:
         stack = node.meta.get("nn_module_stack") or {}

@@ -18,6 +18,9 @@ class Meta(StrEnum):
     MODULE_PATH = "module_path"
     """Path of the module whose code made the node; empty for the model itself."""
 
+    LINE = "line"
+    """On a node of known origin: " at file:line: code", the line of the user's code that made it."""
+
     LINEAR = "linear"
     """On the product of a quantized linear: the linear's name. A plane or a branch beside it has a name of its own."""
 

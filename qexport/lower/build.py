@@ -1,6 +1,6 @@
 """From finished blocks to one ONNX model."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import onnx_ir as ir
@@ -17,7 +17,7 @@ from .kernel_map import KernelMap, LinearLocation, plain
 from .lowered_block import LoweredBlock
 from .prefill_decode import add_branches, branched, branches_of
 from .qdq_patterns import input_of, linear_products
-from .registry import is_translated, translate, untranslated
+from .registry import translate
 from .target import LoweringTarget
 
 OPSET = 23  # Attention, RMSNormalization and RotaryEmbedding appeared here
@@ -45,17 +45,6 @@ class Lowered:
     blocks: dict[str, str] = field(default_factory=dict)
     session: dict[str, str] = field(default_factory=dict)
     graphs: Sequence[LoweredBlock] = ()
-
-
-def check_translations(graphs: Iterable[Graph]) -> None:
-    """Find operators without an ONNX form before any work is done on a model.
-
-    Raises:
-        LoweringError: names all of them, and where the first is.
-    """
-    calls = (node for graph in graphs for node in graph.nodes if node.op == "call_function")
-    if missing := [node for node in calls if not is_translated(node.target)]:
-        raise untranslated(*missing)
 
 
 def build_model(

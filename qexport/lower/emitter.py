@@ -19,7 +19,8 @@ from ..quant.packing import pack_int4
 
 ONNX_DTYPE = {dtype: ir.DataType(kind.onnx) for dtype, kind in FLOAT_TYPES.items()} | {
     torch.float64: ir.DataType.DOUBLE, torch.int64: ir.DataType.INT64, torch.int32: ir.DataType.INT32,
-    torch.int8: ir.DataType.INT8, torch.uint8: ir.DataType.UINT8, torch.bool: ir.DataType.BOOL,
+    torch.int16: ir.DataType.INT16, torch.int8: ir.DataType.INT8, torch.uint8: ir.DataType.UINT8,
+    torch.bool: ir.DataType.BOOL,
 }  # fmt: skip
 VIEW_OF = "view_of"  # in the meta of an initializer: the one whose bytes it is made of
 _FOUR_BITS = {torch.int8: ir.DataType.INT4, torch.uint8: ir.DataType.UINT4}
@@ -106,8 +107,8 @@ class Emitter:
         self.nodes.append(ir.node(op_type, list(inputs), given, domain=domain, outputs=made, name=name))
         return made
 
-    def constant(self, value: Number | Sequence[Number], dtype: torch.dtype = torch.int64) -> ir.Value:
-        """A small constant: a number or a list of numbers."""
+    def constant(self, value: Number | Sequence[Any], dtype: torch.dtype = torch.int64) -> ir.Value:
+        """A small constant: a number or a list of numbers, or of such lists."""
         array = tensor_adapters.TorchTensor(torch.tensor(value, dtype=dtype)).numpy()  # which knows bfloat16
         key = (array.tobytes(), array.shape, dtype)
         if key not in self._constants:
@@ -318,9 +319,14 @@ def maker_of(value: ir.Value) -> ir.Node:
     return node
 
 
+REMEDY = "Rewrite that part of the model, or add a translation in qexport/lower/ops"
+
+
 def unsupported(node: Node, why: str) -> LoweringError:
     """The error for a call that has no ONNX form."""
-    return LoweringError(
-        f"{node.target} {why}", place=node.meta.get(Meta.MODULE_PATH) or node.name,
-        remedy="Rewrite that part of the model, or add a translation in qexport/lower/ops",
-    )  # fmt: skip
+    return LoweringError(f"{node.target} {why}{node.meta.get(Meta.LINE, '')}", place=place_of(node), remedy=REMEDY)
+
+
+def place_of(node: Node) -> str:
+    """The module whose code made a call, or the call's own name."""
+    return node.meta.get(Meta.MODULE_PATH) or node.name

@@ -82,7 +82,9 @@ def rank(row: ValueComparison) -> float:
 
 
 def decibels(value: float | None, row: ValueComparison) -> str:
-    """An SQNR of `row` for people."""
+    """An SQNR of `row` for people; of integers and truth values how many are equal."""
+    if row.equal_share is not None:
+        return f"{row.equal_share:.1%} of its elements equal"
     if value is not None:
         return f"{value:.1f} dB"
     return "NaN or Inf" if row.max_abs_error is None else "equal" if row.max_abs_error == 0 else "no signal"

@@ -19,6 +19,7 @@ from ..passes.model.base import ChangedWeights
 
 _REMEDY = "One of the two readings is wrong: please report it with the model's name"
 # Decisions that a difference of one bit turns.
+_TURNED = 0.01  # of an output of integers or truth values, the share that such differences may turn
 _DECISIONS = ("topk", "sort", "argsort", "argmax", "argmin", "round", "expert_shares")
 
 
@@ -58,19 +59,24 @@ def _beside(captured: CapturedModel, said: Testimony) -> ReaderAgreement:
         values, weights = _run(captured, blocks, feeds, said, first=number == 0)
         results = {port.name: values[port.value] for port in captured.outputs if port.value in values}
         compared = compared or weights
-        pairs = {
-            name: (want, results[name]) for name, want in call.outputs.items()
-            if name in results and want.is_floating_point()
-        }  # fmt: skip
+        pairs = {name: (want, results[name]) for name, want in call.outputs.items() if name in results}
         if not pairs:
             return ReaderAgreement(why_not="no output of it goes by the same name in both")
         for name, pair in pairs.items():
-            found = difference([pair], chooses)
-            if not found <= bound:
-                raise _differs(captured, blocks, said, values, call.states, name, found, bound, chooses)
+            exact = not pair[0].is_floating_point()
+            found, most = (_unequal(*pair), _TURNED) if exact else (difference([pair], chooses), bound)
+            if not found <= most:
+                raise _differs(captured, blocks, said, values, call.states, name, found, most, chooses)
             worst = max(worst, found)
     what = "the whole model" if said.kept is None else f"layers {_numbers(said.kept)} as a model of their own"
     return ReaderAgreement(said.name, f"{what}, {said.described()}", worst, bound, compared)
+
+
+def _unequal(want: Tensor, got: Tensor) -> float:
+    """The share of integers or truth values that differ."""
+    if want.shape != got.shape:
+        return float("inf")
+    return float((want != got).double().mean()) if want.numel() else 0.0
 
 
 def _kept(captured: CapturedModel, said: Testimony) -> list[Block]:

@@ -35,6 +35,8 @@ class ValueComparison(_Frozen):
             This is what finds the layer that broke.
         cosine: of the angle between the two values.
         max_abs_error: largest absolute difference; null when the deployed value holds NaN or Inf.
+        equal_share: of an output of integers or truth values, the share of its elements that are equal, 0 to 1, in the
+            place of the other measures; null of floats.
         rescaled: smoothing may have divided the output channels of this linear by factors that its reader takes back;
             it is compared up to one factor for each channel, and an error that is such a factor shows in its reader.
         bytes: of a linear, what it takes in the file; bits: of them for each weight.
@@ -55,6 +57,7 @@ class ValueComparison(_Frozen):
     own_sqnr_db: Finite = None
     cosine: Finite = None
     max_abs_error: Finite = None
+    equal_share: Finite = None
     rescaled: bool = False
     bytes: int | None = None
     bits: Finite = None

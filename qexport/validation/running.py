@@ -75,7 +75,12 @@ def run_session(session: ort.InferenceSession, feeds: Feeds, names: Sequence[str
         session.run_with_iobinding(binding)
     except Exception as error:  # onnxruntime has one exception class for each status code and no base class
         raise RuntimeProblem(f"the model fails on the validation inputs: {error}") from error
-    return {name: torch.from_dlpack(value) for name, value in zip(names, binding.get_outputs(), strict=True)}
+    return {name: _as_tensor(value) for name, value in zip(names, binding.get_outputs(), strict=True)}
+
+
+def _as_tensor(value: ort.OrtValue) -> Tensor:
+    tensor = torch.from_dlpack(value)
+    return tensor.bool() if value.data_type() == "tensor(bool)" else tensor  # which comes as bytes
 
 
 def _as_value(tensor: Tensor) -> ort.OrtValue:

@@ -13,7 +13,7 @@ from qexport.api.stages.capturing import capture_model
 from qexport.capture.weight_views import WeightViews
 from qexport.errors import CaptureError, LoweringError
 from qexport.graph.sites import linears
-from qexport.lower.build import check_translations
+from qexport.lower.check import check_translations
 
 PROMPTS = (padded([3, 7, 1], "left"), padded([7, 2, 5], "right"))
 STEPS = 3

@@ -1,5 +1,6 @@
 """Convolutions, pooling and batch norms, channels in the second dimension."""
 
+import math
 from collections.abc import Sequence
 
 import onnx_ir as ir
@@ -39,6 +40,23 @@ def _conv(emit: Emitter, node: Node, given: Arguments) -> ir.Value:
     )  # fmt: skip
 
 
+def _transposed_conv(emit: Emitter, node: Node, given: Arguments) -> ir.Value:
+    rank = len(shape_of(given.weight)) - 2
+    return emit.op(
+        "ConvTranspose", emit.get(given.input), emit.get(given.weight), emit.get(given.bias),
+        strides=_each(given.stride, rank), pads=_each(given.padding, rank) * 2,
+        dilations=_each(given.dilation, rank), output_padding=_each(given.output_padding, rank), group=given.groups,
+    )  # fmt: skip
+
+
+translates(aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.conv_transpose3d.input)(_transposed_conv)
+
+
+@translates(aten.convolution.default)
+def _convolution(emit: Emitter, node: Node, given: Arguments) -> ir.Value:
+    return (_transposed_conv if given.transposed else _conv)(emit, node, given)
+
+
 def _max_pool(rank: int) -> Translation:
     def translate(emit: Emitter, node: Node, given: Arguments) -> ir.Value:
         kernel = _each(given.kernel_size, rank)
@@ -53,24 +71,49 @@ def _max_pool(rank: int) -> Translation:
 
 translates(aten.max_pool1d.default)(_max_pool(1))
 translates(aten.max_pool2d.default)(_max_pool(2))
+translates(aten.max_pool3d.default)(_max_pool(3))
+
+
+def _max_pool_with_indices(rank: int) -> Translation:
+    """The largest of every window, and where it is in its plane; ONNX counts through the whole tensor."""
+
+    def translate(emit: Emitter, node: Node, given: Arguments) -> tuple[ir.Value, ...]:
+        kernel, x = _each(given.kernel_size, rank), emit.get(given.self)
+        largest, places = emit.several(
+            2, "MaxPool", x, kernel_shape=kernel, strides=_each(given.stride, rank) or kernel,
+            pads=_each(given.padding, rank) * 2, dilations=_each(given.dilation, rank),
+            ceil_mode=int(given.ceil_mode),
+        )  # fmt: skip
+        plane = emit.op("ReduceProd", emit.op("Shape", x, start=-rank), keepdims=0)
+        return largest, emit.op("Mod", places, plane)
+
+    return translate
+
+
+translates(aten.max_pool2d_with_indices.default)(_max_pool_with_indices(2))
+translates(aten.max_pool3d_with_indices.default)(_max_pool_with_indices(3))
 
 
 def _avg_pool(rank: int) -> Translation:
     def translate(emit: Emitter, node: Node, given: Arguments) -> ir.Value:
-        if getattr(given, "divisor_override", None) is not None:
-            raise unsupported(node, "with a divisor of its own")
-        kernel = _each(given.kernel_size, rank)
-        return emit.op(
+        kernel, divisor = _each(given.kernel_size, rank), getattr(given, "divisor_override", None)
+        if divisor is not None and given.ceil_mode:
+            raise unsupported(node, "with a divisor of its own and sizes that are rounded up")
+        mean = emit.op(
             "AveragePool", emit.get(given.self), kernel_shape=kernel, strides=_each(given.stride, rank) or kernel,
             pads=_each(given.padding, rank) * 2, ceil_mode=int(given.ceil_mode),
-            count_include_pad=int(given.count_include_pad),
+            count_include_pad=int(given.count_include_pad or divisor is not None),
         )  # fmt: skip
+        if divisor is None:
+            return mean
+        return emit.op("Mul", mean, emit.constant(math.prod(kernel) / divisor, dtype_of(node)))
 
     return translate
 
 
 translates(aten.avg_pool1d.default)(_avg_pool(1))
 translates(aten.avg_pool2d.default)(_avg_pool(2))
+translates(aten.avg_pool3d.default)(_avg_pool(3))
 
 
 def _adaptive_avg_pool(rank: int) -> Translation:
@@ -81,14 +124,29 @@ def _adaptive_avg_pool(rank: int) -> Translation:
             return emit.op("ReduceMean", emit.get(x), emit.constant(list(range(-rank, 0))), keepdims=1)
         kernel = [s // w for s, w in zip(sizes, wanted, strict=True) if isinstance(s, int) and s % w == 0]
         if len(kernel) < rank:
-            raise unsupported(node, f"from {list(sizes)} to {wanted}, which are not whole windows,")
+            return _uneven_means(emit, node, x, wanted)
         return emit.op("AveragePool", emit.get(x), kernel_shape=kernel, strides=kernel)
 
     return translate
 
 
 translates(aten.adaptive_avg_pool1d.default)(_adaptive_avg_pool(1))
-translates(aten.adaptive_avg_pool2d.default)(_adaptive_avg_pool(2))
+translates(aten.adaptive_avg_pool2d.default, aten._adaptive_avg_pool2d.default)(_adaptive_avg_pool(2))
+translates(aten.adaptive_avg_pool3d.default, aten._adaptive_avg_pool3d.default)(_adaptive_avg_pool(3))
+
+
+def _uneven_means(emit: Emitter, node: Node, x: Node, wanted: Sequence[int]) -> ir.Value:
+    """Windows of different size: one axis after the other is a product with what each element gives each window."""
+    sizes, value, dtype = shape_of(x)[-len(wanted) :], emit.get(x), dtype_of(node)
+    rank = len(shape_of(x))
+    for axis, (size, windows) in enumerate(zip(sizes, wanted, strict=True), rank - len(wanted)):
+        if not isinstance(size, int):
+            raise unsupported(node, f"from an unknown size to {windows}")
+        shares = torch.nn.functional.adaptive_avg_pool1d(torch.eye(size), windows)  # [size, windows]
+        order = [*range(axis), *range(axis + 1, rank), axis]
+        value = emit.op("MatMul", emit.op("Transpose", value, perm=order), emit.constant(shares.tolist(), dtype))
+        value = emit.op("Transpose", value, perm=[*range(axis), rank - 1, *range(axis, rank - 1)])
+    return value
 
 
 @translates(aten.batch_norm.default)
@@ -113,9 +171,18 @@ def _normalized(emit: Emitter, given: Arguments) -> ir.Value:
     )  # fmt: skip
 
 
+@translates(aten.native_group_norm.default)
+def _native_group_norm(emit: Emitter, node: Node, given: Arguments) -> tuple[ir.Value, ...]:
+    return (_normalized_groups(emit, given, given.group),)  # the others are of training
+
+
 @translates(aten.group_norm.default)
 def _group_norm(emit: Emitter, node: Node, given: Arguments) -> ir.Value:
-    x, groups = given.input, given.num_groups
+    return _normalized_groups(emit, given, given.num_groups)
+
+
+def _normalized_groups(emit: Emitter, given: Arguments, groups: int) -> ir.Value:
+    x = given.input
     # Every group is one row to normalize.
     rows = emit.op("Reshape", emit.get(x), emit.constant([0, groups, -1]))
     ones, zeros = (emit.constant([value] * groups, dtype_of(x)) for value in (1.0, 0.0))

@@ -16,10 +16,21 @@ from ..registry import Translation, translates
 
 aten = torch.ops.aten
 _ARITHMETIC = ("Add", "Sub", "Mul", "Div", "Pow")
+_OF_TRUTH = {"Add": "Or", "Mul": "And", "Max": "Or", "Min": "And"}
 
 
 def _unary(op_type: str, **attributes: Attribute) -> Translation:
     return lambda emit, node, given: emit.op(op_type, emit.get(given.self, dtype_of(node)), more=attributes)
+
+
+def _whole(op_type: str) -> Translation:
+    """Rounding, which leaves integers as they are."""
+
+    def translate(emit: Emitter, node: Node, given: Arguments) -> ir.Value:
+        x = emit.get(given.self)
+        return emit.op(op_type, x) if dtype_of(node).is_floating_point else x
+
+    return translate
 
 
 translates(aten.neg.default)(_unary("Neg"))
@@ -32,11 +43,10 @@ translates(aten.tanh.default)(_unary("Tanh"))
 translates(aten.erf.default)(_unary("Erf"))
 translates(aten.sigmoid.default)(_unary("Sigmoid"))
 translates(aten.reciprocal.default)(_unary("Reciprocal"))
-translates(aten.round.default)(_unary("Round"))
-translates(aten.floor.default)(_unary("Floor"))
-translates(aten.ceil.default)(_unary("Ceil"))
+translates(aten.round.default)(_whole("Round"))
+translates(aten.floor.default)(_whole("Floor"))
+translates(aten.ceil.default)(_whole("Ceil"))
 translates(aten.log.default)(_unary("Log"))
-translates(aten.bitwise_not.default, aten.logical_not.default)(_unary("Not"))
 translates(aten.hardswish.default, aten.hardswish_.default)(_unary("HardSwish"))
 translates(aten.hardsigmoid.default)(_unary("HardSigmoid", alpha=1 / 6, beta=0.5))
 
@@ -45,7 +55,8 @@ def _binary(op_type: str, left: str = "self", right: str = "other") -> Translati
     """An operator of two operands, which the schema calls `left` and `right`."""
 
     def translate(emit: Emitter, node: Node, given: Arguments) -> ir.Value:
-        _refuse_alpha(node, given)
+        if getattr(given, "alpha", 1) != 1:
+            return _with_alpha(emit, op_type, node, getattr(given, left), getattr(given, right), given.alpha)
         return _of_two(emit, op_type, getattr(given, left), getattr(given, right), dtype_of(node))
 
     return translate
@@ -53,18 +64,19 @@ def _binary(op_type: str, left: str = "self", right: str = "other") -> Translati
 
 def _of_two(emit: Emitter, op_type: str, left: Operand, right: Operand, dtype: torch.dtype) -> ir.Value:
     counts = op_type in _ARITHMETIC
+    op_type = _OF_TRUTH.get(op_type, op_type) if dtype == torch.bool else op_type
     return emit.op(op_type, emit.get(left, dtype, counts=counts), emit.get(right, dtype, counts=counts))
 
 
-def _refuse_alpha(node: Node, given: Arguments) -> None:
-    alpha = getattr(given, "alpha", 1)
-    if alpha != 1:
-        raise unsupported(node, f"with alpha={alpha}")
+def _with_alpha(emit: Emitter, op_type: str, node: Node, left: Operand, right: Operand, alpha: float) -> ir.Value:
+    """An operator of one operand and a multiple of the other."""
+    dtype = dtype_of(node)
+    return emit.op(op_type, emit.get(left, dtype), emit.op("Mul", emit.get(right, dtype), emit.get(alpha, dtype)))
 
 
-translates(aten.sub.Tensor)(_binary("Sub"))
-translates(aten.mul.Tensor, aten.multiply.Tensor)(_binary("Mul"))
-translates(aten.div.Tensor)(_binary("Div"))
+translates(aten.sub.Tensor, aten.sub.Scalar)(_binary("Sub"))
+translates(aten.mul.Tensor, aten.mul.Scalar, aten.multiply.Tensor)(_binary("Mul"))
+translates(aten.div.Tensor, aten.div.Scalar)(_binary("Div"))
 translates(aten.maximum.default, aten.max.other)(_binary("Max"))
 translates(aten.minimum.default, aten.min.other)(_binary("Min"))
 translates(aten.pow.Tensor_Scalar, aten.pow.Tensor_Tensor, aten.pow.Scalar)(_binary("Pow", right="exponent"))
@@ -72,14 +84,16 @@ translates(operator.add)(_binary("Add", "a", "b"))
 translates(operator.sub)(_binary("Sub", "a", "b"))
 translates(operator.mul)(_binary("Mul", "a", "b"))
 translates(operator.floordiv)(_binary("Div", "a", "b"))
+translates(operator.mod)(_binary("Mod", "a", "b"))
 translates(torch.sym_max)(_binary("Max", "a", "b"))
 translates(torch.sym_min)(_binary("Min", "a", "b"))
 
 
-@translates(aten.add.Tensor)
+@translates(aten.add.Tensor, aten.add.Scalar)
 def _add(emit: Emitter, node: Node, given: Arguments) -> ir.Value:
-    _refuse_alpha(node, given)
     values, other = given.self, given.other
+    if given.alpha != 1:
+        return _with_alpha(emit, "Add", node, values, other, given.alpha)
     if _is_size(other) and shape_of(values):
         return emit.op("Add", emit.get(values), _beside_tensors(emit, other, dtype_of(node)))
     total = _of_two(emit, "Add", values, other, dtype_of(node))
@@ -104,13 +118,15 @@ def _beside_tensors(emit: Emitter, size: Node, dtype: torch.dtype) -> ir.Value:
 
 @translates(aten.rsub.Scalar)
 def _reversed_sub(emit: Emitter, node: Node, given: Arguments) -> ir.Value:
-    _refuse_alpha(node, given)
+    if given.alpha != 1:
+        return _with_alpha(emit, "Sub", node, given.other, given.self, given.alpha)
     return _of_two(emit, "Sub", given.other, given.self, dtype_of(node))
 
 
-def _compare(op_type: str, logical: bool = False) -> Translation:
+def _compare(op_type: str) -> Translation:
     def translate(emit: Emitter, node: Node, given: Arguments) -> ir.Value:
-        return _of_two(emit, op_type, given.self, given.other, torch.bool if logical else _common(given))
+        dtype = _common(given)
+        return _of_two(emit, op_type, given.self, given.other, torch.int32 if dtype == torch.bool else dtype)
 
     return translate
 
@@ -118,7 +134,9 @@ def _compare(op_type: str, logical: bool = False) -> Translation:
 def _common(given: Arguments) -> torch.dtype:
     """The dtype in which two operands are compared."""
     tensors = [dtype_of(a) for a in (given.self, given.other) if isinstance(a, Node)]
-    return max(tensors, key=lambda dtype: dtype.is_floating_point)
+    common = max(tensors, key=lambda dtype: (dtype.is_floating_point, dtype.itemsize))
+    broken = any(isinstance(a, float) and not a.is_integer() for a in (given.self, given.other))
+    return torch.float32 if broken and not common.is_floating_point else common
 
 
 translates(aten.eq.Tensor, aten.eq.Scalar)(_compare("Equal"))
@@ -126,8 +144,6 @@ translates(aten.le.Tensor, aten.le.Scalar)(_compare("LessOrEqual"))
 translates(aten.lt.Tensor, aten.lt.Scalar)(_compare("Less"))
 translates(aten.ge.Tensor, aten.ge.Scalar)(_compare("GreaterOrEqual"))
 translates(aten.gt.Tensor, aten.gt.Scalar)(_compare("Greater"))
-translates(aten.bitwise_and.Tensor, aten.logical_and.default, aten.__and__.Tensor)(_compare("And", logical=True))
-translates(aten.bitwise_or.Tensor, aten.__or__.Tensor)(_compare("Or", logical=True))
 
 
 @translates(aten.ne.Scalar, aten.ne.Tensor)
@@ -159,6 +175,14 @@ def _leaky_relu(emit: Emitter, node: Node, given: Arguments) -> ir.Value:
     return emit.op("LeakyRelu", emit.get(given.self), alpha=float(given.negative_slope))
 
 
+@translates(aten.rrelu_with_noise_functional.default)
+def _rrelu(emit: Emitter, node: Node, given: Arguments) -> tuple[ir.Value, ...]:
+    """Whose slope is random while it is trained, and the mean afterwards; the noise is of training alone."""
+    if given.training:
+        raise unsupported(node, "in training mode")
+    return (emit.op("LeakyRelu", emit.get(given.self), alpha=float(given.lower + given.upper) / 2),)
+
+
 @translates(aten.prelu.default)
 def _prelu(emit: Emitter, node: Node, given: Arguments) -> ir.Value:
     slope = given.weight
@@ -172,16 +196,21 @@ def _prelu(emit: Emitter, node: Node, given: Arguments) -> ir.Value:
 
 @translates(aten.elu.default)
 def _elu(emit: Emitter, node: Node, given: Arguments) -> ir.Value:
-    if (given.scale, given.input_scale) != (1, 1):
-        raise unsupported(node, "with a scale")
-    return emit.op("Elu", emit.get(given.self), alpha=float(given.alpha))
+    x, alpha = emit.get(given.self), float(given.alpha)
+    if (given.scale, given.input_scale) == (1, 1):
+        return emit.op("Elu", x, alpha=alpha)
+    scale, zero = emit.constant(given.scale, dtype_of(node)), emit.constant(0, dtype_of(node))
+    below = emit.op("Elu", emit.op("Mul", x, emit.constant(given.input_scale, dtype_of(node))), alpha=alpha)
+    return emit.op("Mul", scale, emit.op("Where", emit.op("Greater", x, zero), x, below))
 
 
 @translates(aten.softplus.default)
 def _softplus(emit: Emitter, node: Node, given: Arguments) -> ir.Value:
-    if given.beta != 1:
-        raise unsupported(node, f"with beta={given.beta}")
-    return emit.op("Softplus", emit.get(given.self, dtype_of(node)))
+    x, dtype = emit.get(given.self, dtype_of(node)), dtype_of(node)
+    if given.beta == 1:
+        return emit.op("Softplus", x)
+    beta = emit.constant(given.beta, dtype)
+    return emit.op("Div", emit.op("Softplus", emit.op("Mul", x, beta)), beta)
 
 
 @translates(
@@ -196,7 +225,7 @@ def _cast(emit: Emitter, node: Node, given: Arguments) -> ir.Value:
 
 @translates(aten.rsqrt.default)
 def _rsqrt(emit: Emitter, node: Node, given: Arguments) -> ir.Value:
-    return emit.op("Reciprocal", emit.op("Sqrt", emit.get(given.self)))
+    return emit.op("Reciprocal", emit.op("Sqrt", emit.get(given.self, dtype_of(node))))
 
 
 @translates(aten.square.default)
@@ -207,12 +236,12 @@ def _square(emit: Emitter, node: Node, given: Arguments) -> ir.Value:
 
 @translates(aten.log1p.default)
 def _log1p(emit: Emitter, node: Node, given: Arguments) -> ir.Value:
-    return emit.op("Log", emit.op("Add", emit.get(given.self), emit.constant(1, dtype_of(node))))
+    return emit.op("Log", emit.op("Add", emit.get(given.self, dtype_of(node)), emit.constant(1, dtype_of(node))))
 
 
 @translates(aten.expm1.default)
 def _expm1(emit: Emitter, node: Node, given: Arguments) -> ir.Value:
-    return emit.op("Sub", emit.op("Exp", emit.get(given.self)), emit.constant(1, dtype_of(node)))
+    return emit.op("Sub", emit.op("Exp", emit.get(given.self, dtype_of(node))), emit.constant(1, dtype_of(node)))
 
 
 def _reduce(op_type: str) -> Translation:
@@ -233,24 +262,6 @@ translates(aten.amax.default)(_reduce("ReduceMax"))
 translates(aten.amin.default)(_reduce("ReduceMin"))
 translates(aten.mean.default)(_reduce_all("ReduceMean"))
 translates(aten.sum.default)(_reduce_all("ReduceSum"))
-
-
-def _norm(order: str) -> Translation:
-    """The length of vectors; `order` is what the schema calls the order of the norm."""
-
-    def translate(emit: Emitter, node: Node, given: Arguments) -> ir.Value:
-        p = getattr(given, order)
-        if p not in (1, 2, None):
-            raise unsupported(node, f"of order {p}")
-        axes = emit.axes(given.dim)
-        op_type = "ReduceL1" if p == 1 else "ReduceL2"
-        return emit.op(op_type, emit.get(given.self), axes, keepdims=int(given.keepdim))
-
-    return translate
-
-
-translates(aten.linalg_vector_norm.default)(_norm("ord"))
-translates(aten.norm.ScalarOpt_dim)(_norm("p"))
 
 
 @translates(aten.where.self, aten.where.ScalarOther, aten.where.Scalar)
@@ -282,7 +293,7 @@ def _topk(emit: Emitter, node: Node, given: Arguments) -> tuple[ir.Value, ...]:
 
 def _clipped(emit: Emitter, node: Node, x: Node, low: Operand | None, high: Operand | None) -> ir.Value:
     dtype = dtype_of(node)
-    return emit.op("Clip", emit.get(x), *(emit.get(bound, dtype) for bound in (low, high)))
+    return emit.op("Clip", emit.get(x, dtype), *(emit.get(bound, dtype) for bound in (low, high)))
 
 
 @translates(aten.clamp.default)
@@ -297,7 +308,7 @@ def _clamp_min(emit: Emitter, node: Node, given: Arguments) -> ir.Value:
 
 @translates(aten.clamp.Tensor)
 def _clamp_by_tensor(emit: Emitter, node: Node, given: Arguments) -> ir.Value:
-    x: ir.Value = emit.get(given.self)
+    x: ir.Value = emit.get(given.self, dtype_of(node))
     for bound, op_type in ((given.min, "Max"), (given.max, "Min")):
         if bound is not None:
             x = emit.op(op_type, x, emit.get(bound, dtype_of(node)))

@@ -13,27 +13,7 @@ from ..emitter import Emitter, unsupported
 from ..registry import Translation, translates
 
 aten = torch.ops.aten
-
-
-@translates(aten.index.Tensor)
-def _index(emit: Emitter, node: Node, given: Arguments) -> ir.Value:
-    """x[i, j, ...] with integer tensors for the first dimensions, or for one of them."""
-    source, indices = given.self, given.indices
-    axes = [axis for axis, index in enumerate(indices) if index is not None]
-    if any(dtype_of(indices[axis]) in (torch.bool, torch.uint8) for axis in axes):
-        raise unsupported(node, "with a mask makes a size that depends on values and")
-    if len(axes) == 1:
-        return emit.op("Gather", emit.get(source), emit.get(indices[axes[0]]), axis=axes[0])
-    if axes != list(range(len(axes))):
-        raise unsupported(node, "with a whole dimension in front of or between its indices")
-    places = [emit.get(indices[axis], torch.int64) for axis in axes]
-    nothing = places[0]  # zeros of the shape that all indices have together
-    for other in places[1:]:
-        nothing = emit.op("Add", nothing, other)
-    nothing = emit.op("Sub", nothing, nothing)
-    last = emit.constant([-1])
-    places = [emit.op("Unsqueeze", emit.op("Add", place, nothing), last) for place in places]
-    return emit.op("GatherND", emit.get(source), emit.op("Concat", *places, axis=-1))
+_MODES = {"constant": "constant", "reflect": "reflect", "replicate": "edge", "circular": "wrap"}
 
 
 @translates(aten.select.int, aten.index_select.default)
@@ -49,19 +29,6 @@ def _embedding(emit: Emitter, node: Node, given: Arguments) -> ir.Value:
 @translates(aten.gather.default)
 def _gather(emit: Emitter, node: Node, given: Arguments) -> ir.Value:
     return emit.op("GatherElements", emit.get(given.self), emit.get(given.index), axis=given.dim)
-
-
-@translates(aten.scatter.value)
-def _scatter_value(emit: Emitter, node: Node, given: Arguments) -> ir.Value:
-    value = emit.get(given.value, dtype_of(node))
-    updates = emit.op("Expand", value, emit.op("Shape", emit.get(given.index)))
-    return emit.op("ScatterElements", emit.get(given.self), emit.get(given.index), updates, axis=given.dim)
-
-
-@translates(aten.scatter.src)
-def _scatter(emit: Emitter, node: Node, given: Arguments) -> ir.Value:
-    updates = emit.get(given.src)
-    return emit.op("ScatterElements", emit.get(given.self), emit.get(given.index), updates, axis=given.dim)
 
 
 def _filled(value_of: Callable[[Arguments], Operand]) -> Translation:
@@ -87,9 +54,17 @@ def _filled_like(value_of: Callable[[Arguments], Operand]) -> Translation:
 translates(aten.ones.default, aten.new_ones.default)(_filled(lambda _: 1))
 translates(aten.zeros.default, aten.new_zeros.default)(_filled(lambda _: 0))
 translates(aten.full.default, aten.new_full.default)(_filled(lambda given: given.fill_value))
+translates(aten.empty.memory_format, aten.empty_permuted.default, aten.empty_strided.default)(_filled(lambda _: 0))
+translates(aten.empty_like.default)(_filled_like(lambda _: 0))
 translates(aten.ones_like.default)(_filled_like(lambda _: 1))
 translates(aten.zeros_like.default)(_filled_like(lambda _: 0))
 translates(aten.full_like.default)(_filled_like(lambda given: given.fill_value))
+
+
+@translates(aten.scalar_tensor.default)
+def _scalar_tensor(emit: Emitter, node: Node, given: Arguments) -> ir.Value:
+    value: ir.Value = emit.get(given.s, dtype_of(node))
+    return value
 
 
 @translates(aten.masked_fill.Scalar, aten.masked_fill.Tensor)
@@ -115,7 +90,8 @@ translates(aten.argmin.default)(_argument("ArgMin"))
 
 @translates(aten.cumsum.default)
 def _cumsum(emit: Emitter, node: Node, given: Arguments) -> ir.Value:
-    return emit.op("CumSum", emit.get(given.self, dtype_of(node)), emit.constant(given.dim))
+    x: ir.Value = emit.get(given.self, dtype_of(node))
+    return emit.op("CumSum", x, emit.constant(given.dim)) if shape_of(node) else x
 
 
 @translates(aten.diff.default)
@@ -140,15 +116,27 @@ def _constant_pad(emit: Emitter, node: Node, given: Arguments) -> ir.Value:
     return _padded(emit, node, given.self, given.pad, "constant", given.value)
 
 
+def _mode_of(mode: str) -> Translation:
+    return lambda emit, node, given: _padded(emit, node, given.self, given.padding, mode, None)
+
+
+translates(aten.reflection_pad1d.default, aten.reflection_pad2d.default, aten.reflection_pad3d.default)(
+    _mode_of("reflect")
+)
+translates(aten.replication_pad1d.default, aten.replication_pad2d.default, aten.replication_pad3d.default)(
+    _mode_of("replicate")
+)
+
+
 def _padded(
     emit: Emitter, node: Node, source: Node, pads: Sequence[int | Node], mode: str, value: Operand | None
 ) -> ir.Value:
     rank = len(shape_of(source))
-    if mode not in ("constant", "reflect"):
+    if mode not in _MODES:
         raise unsupported(node, f"with mode {mode!r}")
     begin: list[int | Node] = [0] * rank
     end: list[int | Node] = [0] * rank
     for place in range(len(pads) // 2):  # pairs for the last dimension, the one before it, and so on
         begin[rank - 1 - place], end[rank - 1 - place] = pads[2 * place : 2 * place + 2]
     fill = emit.get(value or 0.0, dtype_of(node)) if mode == "constant" else None
-    return emit.op("Pad", emit.get(source), emit.shape([*begin, *end]), fill, mode=mode)
+    return emit.op("Pad", emit.get(source), emit.shape([*begin, *end]), fill, mode=_MODES[mode])

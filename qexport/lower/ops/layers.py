@@ -50,9 +50,18 @@ translates(aten.mm.default, aten.bmm.default)(_matmul("mat2"))
 
 @translates(aten.addmm.default)
 def _addmm(emit: Emitter, node: Node, given: Arguments) -> ir.Value:
-    if (given.beta, given.alpha) != (1, 1):
-        raise unsupported(node, f"with beta={given.beta} and alpha={given.alpha}")
-    return emit.op("Add", emit.op("MatMul", emit.get(given.mat1), emit.get(given.mat2)), emit.get(given.self))
+    product = emit.op("MatMul", emit.get(given.mat1), emit.get(given.mat2))
+    if (given.beta, given.alpha) == (1, 1):
+        return emit.op("Add", product, emit.get(given.self))
+    return _weighted(emit, given, emit.get(given.self), product, dtype_of(node))
+
+
+@translates(aten.addbmm.default)
+def _addbmm(emit: Emitter, node: Node, given: Arguments) -> ir.Value:
+    """beta * input + alpha * the sum of all x @ y."""
+    product = emit.op("MatMul", emit.get(given.batch1), emit.get(given.batch2))
+    total = emit.op("ReduceSum", product, emit.constant([0]), keepdims=0)
+    return _weighted(emit, given, emit.get(given.self, dtype_of(node)), total, dtype_of(node))
 
 
 @translates(aten.baddbmm.default)
@@ -60,11 +69,25 @@ def _baddbmm(emit: Emitter, node: Node, given: Arguments) -> ir.Value:
     """beta * input + alpha * (x @ y)."""
     dtype = dtype_of(node)
     start, product = emit.get(given.self, dtype), emit.op("MatMul", emit.get(given.batch1), emit.get(given.batch2))
+    return _weighted(emit, given, start, product, dtype)
+
+
+def _weighted(emit: Emitter, given: Arguments, start: ir.Value, product: ir.Value, dtype: torch.dtype) -> ir.Value:
     if given.alpha != 1:
         product = emit.op("Mul", product, emit.constant(float(given.alpha), dtype))
     if given.beta != 1:
         start = emit.op("Mul", start, emit.constant(float(given.beta), dtype))
     return emit.op("Add", start, product)
+
+
+@translates(aten._trilinear.default)
+def _trilinear(emit: Emitter, node: Node, given: Arguments) -> ir.Value:
+    """The sum of a product of three tensors, each with axes of its own put in."""
+    values = []
+    for x, axes in ((given.i1, given.expand1), (given.i2, given.expand2), (given.i3, given.expand3)):
+        values.append(emit.op("Unsqueeze", emit.get(x), emit.constant(list(axes))) if axes else emit.get(x))
+    product = emit.op("Mul", emit.op("Mul", values[0], values[1]), values[2])
+    return emit.op("ReduceSum", product, emit.constant(list(given.sumdim)), keepdims=0)
 
 
 def _gain(emit: Emitter, node: Node, given: Arguments) -> ir.Value:
@@ -77,17 +100,24 @@ def _gain(emit: Emitter, node: Node, given: Arguments) -> ir.Value:
 
 @translates(aten.rms_norm.default)
 def _rms_norm(emit: Emitter, node: Node, given: Arguments) -> ir.Value:
-    if len(given.normalized_shape) != 1:
-        raise unsupported(node, "over several axes")
     gain = _gain(emit, node, given)
     eps = torch.finfo(torch.float32).eps if given.eps is None else float(given.eps)
-    return emit.op("RMSNormalization", emit.get(given.input), gain, axis=-1, epsilon=eps, stash_type=1)
+    axis = -len(given.normalized_shape)
+    return emit.op("RMSNormalization", emit.get(given.input), gain, axis=axis, epsilon=eps, stash_type=1)
 
 
 @translates(aten.layer_norm.default)
 def _layer_norm(emit: Emitter, node: Node, given: Arguments) -> ir.Value:
     return emit.op(
         "LayerNormalization", emit.get(given.input), _gain(emit, node, given), emit.get(given.bias),
+        axis=-len(given.normalized_shape), epsilon=float(given.eps),
+    )  # fmt: skip
+
+
+@translates(aten.native_layer_norm.default)
+def _native_layer_norm(emit: Emitter, node: Node, given: Arguments) -> tuple[ir.Value, ...]:
+    return emit.several(
+        3, "LayerNormalization", emit.get(given.input), _gain(emit, given.input, given), emit.get(given.bias),
         axis=-len(given.normalized_shape), epsilon=float(given.eps),
     )  # fmt: skip
 

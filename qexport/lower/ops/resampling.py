@@ -1,4 +1,4 @@
-"""Images and feature maps brought to another size."""
+"""Images and feature maps brought to another size, or looked at in other places."""
 
 import onnx_ir as ir
 import torch
@@ -29,8 +29,26 @@ def _resize(mode: str, **attributes: Attribute) -> Translation:
     return translate
 
 
+translates(aten.upsample_linear1d.vec, aten.upsample_trilinear3d.vec)(_resize("linear"))
+translates(aten._upsample_bilinear2d_aa.vec)(_resize("linear", antialias=1))
+translates(aten._upsample_bicubic2d_aa.vec)(_resize("cubic", cubic_coeff_a=-0.5, antialias=1))
+translates(
+    aten._upsample_nearest_exact1d.vec, aten._upsample_nearest_exact2d.vec, aten._upsample_nearest_exact3d.vec
+)(_resize("nearest", nearest_mode="round_prefer_ceil"))
 translates(aten.upsample_bilinear2d.vec)(_resize("linear"))
 translates(aten.upsample_bicubic2d.vec)(_resize("cubic", cubic_coeff_a=-0.75))
-translates(aten.upsample_nearest2d.vec)(
+translates(aten.upsample_nearest1d.vec, aten.upsample_nearest2d.vec, aten.upsample_nearest3d.vec)(
     _resize("nearest", coordinate_transformation_mode="asymmetric", nearest_mode="floor")
 )
+
+
+_SAMPLING = ("linear", "nearest", "cubic")
+_BEYOND = ("zeros", "border", "reflection")
+
+
+@translates(aten.grid_sampler_2d.default, aten.grid_sampler_3d.default, aten.grid_sampler.default)
+def _grid_sample(emit: Emitter, node: Node, given: Arguments) -> ir.Value:
+    return emit.op(
+        "GridSample", emit.get(given.input), emit.get(given.grid), mode=_SAMPLING[given.interpolation_mode],
+        padding_mode=_BEYOND[given.padding_mode], align_corners=int(given.align_corners),
+    )  # fmt: skip

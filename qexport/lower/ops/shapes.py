@@ -33,6 +33,11 @@ def _size(emit: Emitter, node: Node, given: Arguments) -> ir.Value:
     return emit.op("Squeeze", emit.op("Shape", emit.get(source), start=axis, end=axis + 1), emit.constant([0]))
 
 
+@translates(aten.sym_numel.default)
+def _number(emit: Emitter, node: Node, given: Arguments) -> ir.Value:
+    return emit.op("Size", emit.get(given.self))
+
+
 @translates(aten.view.default, aten._unsafe_view.default)
 def _view(emit: Emitter, node: Node, given: Arguments) -> ir.Value:
     return _reshaped(emit, given.self, given.size)
@@ -106,7 +111,8 @@ def _transpose(emit: Emitter, node: Node, given: Arguments) -> ir.Value:
 
 @translates(aten.t.default)
 def _t(emit: Emitter, node: Node, given: Arguments) -> ir.Value:
-    return _swapped(emit, given.self, 0, 1)
+    x: Node = given.self
+    return _swapped(emit, x, 0, 1) if len(shape_of(x)) > 1 else emit.get(x)
 
 
 def _swapped(emit: Emitter, x: Node, first: int, second: int) -> ir.Value:
@@ -122,13 +128,19 @@ def _unsqueeze(emit: Emitter, node: Node, given: Arguments) -> ir.Value:
 
 @translates(aten.squeeze.default)
 def _squeeze_all(emit: Emitter, node: Node, given: Arguments) -> ir.Value:
-    return emit.op("Squeeze", emit.get(given.self))
+    return _squeezed(emit, given.self, range(len(shape_of(given.self))))
 
 
 @translates(aten.squeeze.dim, aten.squeeze.dims)
 def _squeeze(emit: Emitter, node: Node, given: Arguments) -> ir.Value:
-    axes = emit.axes(given.dim)
-    return emit.op("Squeeze", emit.get(given.self), axes)
+    return _squeezed(emit, given.self, [given.dim] if isinstance(given.dim, int) else given.dim)
+
+
+def _squeezed(emit: Emitter, source: Node, axes: Sequence[int]) -> ir.Value:
+    """Without those of the axes that have one element; a dynamic one is kept though it may have."""
+    sizes = shape_of(source)
+    single = [axis for axis in axes if sizes and sizes[axis] == 1]
+    return emit.op("Squeeze", emit.get(source), emit.constant(single)) if single else emit.get(source)
 
 
 @translates(aten.slice.Tensor)
@@ -218,14 +230,14 @@ def _roll(emit: Emitter, node: Node, given: Arguments) -> ir.Value:
     """The end of an axis in front of its beginning."""
     x: ir.Value = emit.get(given.self)
     one = emit.constant([1])
-    if len(given.dims) != len(given.shifts):
-        raise unsupported(node, "without axes")
-    for shift, axis in zip(given.shifts, given.dims, strict=True):
+    if not given.dims:
+        x = emit.op("Reshape", x, emit.constant([-1]))
+    for shift, axis in zip(given.shifts, given.dims or [0], strict=True):
         if shift:
             border, at = emit.shape([-shift]), emit.constant([axis])
             end = emit.op("Slice", x, border, emit.constant([END]), at, one)
             x = emit.op("Concat", end, emit.op("Slice", x, emit.constant([0]), border, at, one), axis=axis)
-    return x
+    return x if given.dims else emit.op("Reshape", x, emit.op("Shape", emit.get(given.self)))
 
 
 @translates(aten.select_scatter.default)
@@ -278,5 +290,7 @@ def _meshgrid(emit: Emitter, node: Node, given: Arguments) -> tuple[ir.Value, ..
 @translates(aten.arange.default, aten.arange.start, aten.arange.start_step)
 def _arange(emit: Emitter, node: Node, given: Arguments) -> ir.Value:
     dtype = dtype_of(node)
-    bounds = [emit.get(bound, dtype) for bound in (getattr(given, "start", 0), given.end)]
-    return emit.op("Range", *bounds, emit.constant(getattr(given, "step", 1), dtype))
+    wide = torch.int64 if dtype in (torch.uint8, torch.int8, torch.bool) else dtype  # which Range has no kernels for
+    bounds = [emit.get(bound, wide) for bound in (getattr(given, "start", 0), given.end)]
+    made = emit.op("Range", *bounds, emit.constant(getattr(given, "step", 1), wide))
+    return made if wide == dtype else emit.cast(made, dtype)
