@@ -344,3 +344,13 @@ def core_operators() -> list[torch._ops.OpOverload]:
     parts = (name.partition(".") for name in sorted(set(names)))
     overloads = (getattr(getattr(a, packet), overload or "default") for packet, _, overload in parts)
     return [o for o in overloads if torch.Tag.core in o.tags and not o._schema.is_mutable]
+
+
+def same(got: Tensor, want: Tensor) -> bool:
+    """Whether a file computes what PyTorch computes, to some roundings of the largest element."""
+    if got.shape != want.shape or got.dtype != want.dtype:
+        return False
+    if not want.is_floating_point():
+        return torch.equal(got, want)
+    scale = max(1.0, float(want.nan_to_num(0, 0, 0).abs().max()))
+    return torch.allclose(got, want, rtol=1e-5, atol=2e-6 * scale, equal_nan=True)
