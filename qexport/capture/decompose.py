@@ -9,6 +9,7 @@ import torch
 from torch._decomp import decomposition_table
 from torch.export import ExportedProgram, default_decompositions
 
+from ..errors import CaptureError, root_cause
 from ..graph.translated import TRANSLATED
 
 _PRIMITIVE = "torch._refs"  # its rules of core ATen end in operators below it
@@ -19,11 +20,20 @@ def decomposed(exported: ExportedProgram) -> ExportedProgram:
 
     Operators that have a form keep it: linears, norms and attention are quantized and fused by it. A rule may give
     operators that have neither; they stay.
+
+    Raises:
+        CaptureError: PyTorch cannot follow its own rules here.
     """
     rules = {target: rule for target, rule in _rules().items() if target not in TRANSLATED}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return exported.run_decompositions(rules)
+        try:
+            return exported.run_decompositions(rules)
+        except Exception as error:  # as torch.export does, it raises almost anything
+            raise CaptureError(
+                f"torch.export cannot decompose it to core ATen: {root_cause(error)}",
+                remedy="Rewrite the part of the model that is no plain function of tensors",
+            ) from error
 
 
 def has_rule(target: Any) -> bool:
