@@ -15,6 +15,7 @@ ATTENTION = ("GroupQueryAttention", "Attention", "MultiHeadAttention")
 _CLIPPED = 1e-3
 _EXACT = 60.0  # dB of its own errors above which an attention is the float one, in float16 too
 
+_LOST = 3.0  # dB of a linear's own errors, half of what it makes
 _BEYOND = 0.2  # of the error of a weight, which rounding and what methods add to it leave unexplained
 
 # Errors of rounding are proportional to the unit of the dtype, and KL to their square. From float16 (2^-11) to float32
@@ -34,7 +35,7 @@ def with_verdict(report: Report) -> Report:
     faults = _fault_problems(report)
     first, then = [], faults
     if report.foreign is not None:
-        first, then = [*report.foreign.tensors, *faults], _foreign_problems(report.foreign)
+        first, then = [*report.foreign.tensors, *faults], _foreign_problems(report, report.foreign)
     problems = [
         *first, *_fusion_problems(report), *_placement_problems(report), *_number_problems(report), *then,
         *reference_problems(report.references),
@@ -119,8 +120,14 @@ def _fault_problems(report: Report) -> list[str]:
     return [f"{row.name}: {row.fault}" for row in rows if row.name not in unfused]
 
 
-def _foreign_problems(foreign: Foreign) -> list[str]:
-    sentences = list(foreign.unfused)
+def _foreign_problems(report: Report, foreign: Foreign) -> list[str]:
+    """What is wrong in a foreign file besides faults: values that no weight explains, and products left out."""
+    lost = [row for row in worst_first(report.layers.linears) if not row.fault and rank(row) < _LOST]
+    sentences = [
+        f"{row.name} makes other values than the float one of what it reads: an SQNR of {decibels(own(row), row)}, and "
+        "its weight does not explain it" for row in lost
+    ]  # fmt: skip
+    sentences += foreign.unfused
     if foreign.missing:
         sentences.append(f"no product of the file computes {_listed(list(foreign.missing))}")
     return sentences

@@ -143,6 +143,17 @@ def test_linear_that_reads_another_value_is_named_first(tmp_path):
     assert report.problems[0].startswith("lm_head: it does not read what the float model reads")
 
 
+def test_smoothed_integer_products_are_told_from_faults(llama, captured, tmp_path):
+    """Weights with factors of smoothing, inputs rounded by token with a scale that is multiplied back behind."""
+    made = qexport.export(llama, "w8a8_dyn", out_dir=tmp_path / "made").folder
+    (made / "manifest.json").unlink()
+    report = qexport.validate(made, captured, **OPTIONS)
+    assert report.problems == () and report.foreign.matched["values"] == 22
+    assert {row.scheme for row in report.layers.linears} == {"w8a8_dyn", "float"}
+    assert min(row.own_sqnr_db for row in report.layers.linears if row.scheme != "float") > 30
+    assert any(row.factors for row in report.foreign.weights)
+
+
 def test_settings_that_nobody_made_and_slow_kernels_are_told(captured, built, tmp_path):
     def change(model):
         for node in model.graph.node:

@@ -98,6 +98,9 @@ def describe(
     entries = [_entry(one, notes.kernel(one.product, optimized)[1] or "nothing") for one in matches.found]
     manifest = outline.model_copy(update={"linears": tuple(entries), "blocks": blocks})
     factors = any(weight.factors is not None for weight in found.values())  # which gains are divided by
+    if factors:
+        wrong = [one for one in matches.found if found[one.linear.name].fault]
+        found |= {one.linear.name: _weight(one, captured, smoothed=True) for one in wrong}
     facts = _facts(file, manifest, matches, found, optimized).model_copy(
         update={"tensors": () if factors else tensor_faults(captured, graph)}
     )
@@ -144,12 +147,12 @@ def _entry(found: Match, kernel: str) -> LinearEntry:
     )  # fmt: skip
 
 
-def _weight(found: Match, captured: CapturedModel) -> WeightFindings:
+def _weight(found: Match, captured: CapturedModel, smoothed: bool = False) -> WeightFindings:
     rows = slice(found.first, found.first + found.linear.shape[0])
     weight = found.product.weight
     step = weight.step() if weight.step is not None else None
     want = captured.load(found.linear.weight).float()
-    return weight_findings(found, want, weight.read()[rows], None if step is None else step[rows])
+    return weight_findings(found, want, weight.read()[rows], None if step is None else step[rows], smoothed)
 
 
 def _facts(

@@ -92,7 +92,10 @@ def products(graph: FileGraph) -> list[Product]:
 
 def _made(graph: FileGraph, node: NodeProto, weight: Weight, **more) -> Product:
     value, rounded = _before_rounding(graph, node.input[0])
-    output = _with_bias(graph, node, weight.shape[0])
+    made, scaled = node.output[0], _scaled_around(graph, value, node.output[0])
+    if scaled is not None:
+        (value, made), rounded = scaled, "dynamic"
+    output = _with_bias(graph, node, made, weight.shape[0])
     hints = (node.name, *weight.names, *node.output, output)
     return Product(
         node, graph.order[node.name], value, output, weight, **({"activations": rounded, "hints": hints} | more)
@@ -108,9 +111,27 @@ def _before_rounding(graph: FileGraph, value: str) -> tuple[str, str]:
     return value, kind
 
 
-def _with_bias(graph: FileGraph, node: NodeProto, rows: int) -> str:
-    """The value behind scales, casts, rounding and the bias of a product."""
-    value, integer = node.output[0], node.op_type == "MatMulInteger"
+def _scaled_around(graph: FileGraph, value: str, made: str) -> tuple[str, str] | None:
+    """What is read and made where a product is of x / s and multiplied by s behind, a scale for each token."""
+    divided, readers = graph.makers.get(value), graph.readers.get(made, [])
+    if divided is None or divided.op_type not in ("Div", "Mul") or len(readers) != 1:
+        return None
+    if graph.constant(divided.input[1]):
+        return None
+    multiplied, scale = readers[0], divided.input[1]
+    if divided.op_type == "Mul":  # by 1 / s
+        inverse = graph.makers.get(scale)
+        if inverse is None or inverse.op_type not in ("Reciprocal", "Div"):
+            return None
+        scale = inverse.input[-1]
+    if multiplied.op_type != "Mul" or scale not in multiplied.input:
+        return None
+    return divided.input[0], multiplied.output[0]
+
+
+def _with_bias(graph: FileGraph, node: NodeProto, value: str, rows: int) -> str:
+    """The value behind scales, casts, rounding and the bias of a product that makes `value`."""
+    integer = node.op_type == "MatMulInteger"
     for _ in range(6):
         readers = graph.readers.get(value, [])
         if len(readers) != 1:
@@ -120,11 +141,21 @@ def _with_bias(graph: FileGraph, node: NodeProto, rows: int) -> str:
         if reader.op_type == "Add" and graph.constant(other) and graph.sources(other):
             longest = graph.sources(other)[0]
             return reader.output[0] if int(np.prod(longest.dims, dtype=np.int64)) == rows else value
-        scales = integer and reader.op_type in ("Cast", "Mul")
+        scales = integer and (reader.op_type == "Cast" or (reader.op_type == "Mul" and _is_scale(graph, other)))
         if not scales and reader.op_type not in ("QuantizeLinear", "DequantizeLinear"):
             break
         value = reader.output[0]
     return value
+
+
+def _is_scale(graph: FileGraph, value: str) -> bool:
+    """Whether a value is a scale: a constant, that of a DynamicQuantizeLinear, or a product of such."""
+    node = graph.makers.get(value)
+    if graph.constant(value) or node is None:
+        return graph.constant(value)
+    if node.op_type == "Mul":
+        return all(_is_scale(graph, name) for name in node.input)
+    return node.op_type == "DynamicQuantizeLinear" and value == node.output[1]
 
 
 def _float_or_codes(graph: FileGraph, value: str, transposed: bool, alpha: float = 1.0) -> Weight | None:

@@ -16,8 +16,8 @@ _GAIN_OF_MORE, _GAIN_OF_FLOAT = 0.05, 0.01
 _SHIFT = 0.6  # steps, the mean of a whole weight's errors: a zero point that is one off makes it 1
 # Methods that make up for the errors of other weights move a code by a step and more; by two hardly ever.
 _REACH = 1.5
-# Input channels carry factors where these explain this much of what looked like error.
-_EXPLAINED, _FACTOR = 0.5, 0.05
+# Input channels carry factors where these explain this much of what looked like error. Rounding they do not explain.
+_EXPLAINED = 0.5
 
 
 @dataclass(frozen=True)
@@ -39,15 +39,21 @@ class WeightFindings:
     fault: str
 
 
-def weight_findings(match: Match, want: Tensor, got: Tensor, step: Tensor | None) -> WeightFindings:
+def weight_findings(
+    match: Match, want: Tensor, got: Tensor, step: Tensor | None, smoothed: bool = False
+) -> WeightFindings:
     """Compare a weight with the float one.
 
     Args:
         want, got: the linear's rows, float32 [N, K]; step: the distance of two codes there.
+        smoothed: weights of the file carry factors, so that this one's outputs may be divided by such that its readers
+            take back: its scale says nothing then, and is told by what it makes.
     """
     weight = match.product.weight
     factors = _factors(want, got)
     wanted = want if factors is None else want * factors
+    if smoothed:
+        wanted = wanted * _gains(wanted.t(), got.t())[:, None]
     error = got - wanted
     nearest = unexplained = None
     if step is not None:
@@ -56,7 +62,7 @@ def weight_findings(match: Match, want: Tensor, got: Tensor, step: Tensor | None
         nearest = sqnr_db(wanted, torch.round((wanted - offset) / size) * size + offset)
         energy = error.square().sum().clamp_min(1e-30)
         unexplained = float(error.square()[error.abs() > _REACH * size].sum() / energy)
-    fault = _whole(match, wanted, got, step, factors is not None)
+    fault = _whole(match, wanted, got, step, smoothed or factors is not None)
     if not fault and match.product.quantized:
         x = torch.randint(0, 2, (ROWS, want.shape[1]), generator=torch.Generator().manual_seed(0)) * 2.0 - 1
         fault = fault_of_weight(x, wanted, x @ error.t(), Grid(weight.bits, weight.block, weight.zero_points))
@@ -65,12 +71,15 @@ def weight_findings(match: Match, want: Tensor, got: Tensor, step: Tensor | None
 
 def _factors(want: Tensor, got: Tensor) -> Tensor | None:
     """The factor of each input channel, where the weight differs from the float one by these and little else."""
-    factor = (want * got).sum(0) / want.square().sum(0).clamp_min(1e-30)
+    factor = _gains(want, got)
     middle = factor.median()
     before, after = (got - middle * want).square().sum(), (got - factor * want).square().sum()
-    if float((factor / middle - 1).abs().median()) < _FACTOR or after > (1 - _EXPLAINED) * before:
-        return None
-    return factor
+    return factor if after < (1 - _EXPLAINED) * before else None
+
+
+def _gains(want: Tensor, got: Tensor) -> Tensor:
+    """What brings each column of `want` closest to that of `got`."""
+    return (want * got).sum(0) / want.square().sum(0).clamp_min(1e-30)
 
 
 def _whole(match: Match, want: Tensor, got: Tensor, step: Tensor | None, scaled: bool) -> str:
