@@ -1,8 +1,8 @@
 """Quantize PyTorch models through torch.fx passes and run them in ONNX Runtime.
 
-Everything public is here: `export`, `export_auto`, `inspect`, `validate`, `generate`, `bench`, `study`, `optimize`,
-`diagnose`, `render`, `compare`, each for every kind of model where it means something, and the types they take and
-return. Names are loaded when they are first used, so that importing qexport costs nothing.
+Everything public is here: `export`, `export_auto`, `inspect`, `validate`, `generate`, `Chat`, `bench`, `study`,
+`optimize`, `diagnose`, `render`, `compare`, each for every kind of model where it means something, and the types they
+take and return. Names are loaded when they are first used, so that importing qexport costs nothing.
 """
 
 import os
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from .report import compare as compare
     from .report import render as render
     from .runtime.benchmark import bench as bench
+    from .runtime.chat import Chat as Chat
     from .runtime.doctor import diagnose as diagnose
     from .runtime.generate import Sampling as Sampling
     from .runtime.generate import generate_text as generate  # noqa: F401
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
 
 _WHERE = {
     "AutoResult": ("api.auto", "AutoResult"),
+    "Chat": ("runtime.chat", "Chat"),
     "ExportResult": ("api.result", "ExportResult"),
     "Grid": ("sampling_study.grid", "Grid"),
     "Inspection": ("api.inspection", "Inspection"),

@@ -1,6 +1,8 @@
 """Numbers as people read and write them."""
 
 import re
+from collections.abc import Iterable, Sequence
+from html import escape
 
 from .errors import InputError
 
@@ -38,3 +40,10 @@ def parsed_share(text: str, place: str) -> float:
     if found is None or share is None or (share > 1 and not found[2]):
         raise InputError(f"not a share: {text!r}", place=place, remedy="Give percent, such as 5%, or 0.05")
     return share
+
+
+def html_table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """A table for a notebook; whatever is in a cell is text."""
+    head = "".join(f"<th>{escape(name)}</th>" for name in columns)
+    body = "".join(f"<tr>{''.join(f'<td>{escape(str(cell))}</td>' for cell in row)}</tr>" for row in rows)
+    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"

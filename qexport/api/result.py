@@ -2,16 +2,18 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from html import escape
 from pathlib import Path
 
 from ..artifact.manifest import Manifest
+from ..formatting import html_table, megabytes
 from ..models.agreement import ReaderAgreement
 from ..plan.convolution_plan import ConvolutionPlan
 from ..plan.embedding_plan import EmbeddingPlan
 from ..plan.linear_plan import LinearPlan
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class ExportResult:
     """What an export wrote.
 
@@ -51,3 +53,14 @@ class ExportResult:
     reference: ReaderAgreement = field(default_factory=ReaderAgreement)
     codes: str = ""
     parts: Mapping[str, "ExportResult"] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        quantized = sum(p.scheme is not None for p in self.plan)
+        size = megabytes(self.manifest.bytes.get("model", 0))
+        linears = f"{quantized} of {len(self.plan)} linears quantized"
+        return f"<ExportResult {self.folder}: {size} for {self.manifest.target}, {linears}>"
+
+    def _repr_html_(self) -> str:
+        """For notebooks: the same, and what takes how many bytes."""
+        parts = [(name.replace("_", " "), megabytes(size)) for name, size in self.manifest.bytes.items() if size]
+        return f"<p>{escape(repr(self))}</p>" + html_table(("part", "size"), parts)

@@ -4,11 +4,12 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
+from html import escape
 from typing import Any
 
 import torch
 
-from ..formatting import megabytes
+from ..formatting import html_table, megabytes
 from ..validation.bootstrap import sign_flip_p, standard_error
 from ..validation.formatting import number, own, rank, share, with_error
 from ..validation.quality import rank_of
@@ -74,7 +75,7 @@ class Pair:
     bytes: tuple[int | None, int | None]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Comparison:
     """Two exports: measures, linears with the one that got worse by the most first, and what to mind.
 
@@ -92,6 +93,14 @@ class Comparison:
     notes: tuple[str, ...]
     paired: tuple[Paired, ...] = ()
     verdict: tuple[str, ...] = ()
+
+    def __repr__(self) -> str:
+        return f"<Comparison of {self.folders[0]} and {self.folders[1]}: {'; '.join(self.verdict) or 'no verdict'}>"
+
+    def _repr_html_(self) -> str:
+        """For notebooks: the verdict, then the measures side by side."""
+        said = "".join(f"<p>{escape(sentence)}</p>" for sentence in (*self.verdict, *self.notes))
+        return said + html_table(("measure", *self.folders), [(m.name, *m.text) for m in self.measures])
 
     def as_dict(self) -> dict[str, Any]:
         """Plain types, for JSON."""

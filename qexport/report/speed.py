@@ -19,14 +19,14 @@ class Speed(BaseModel):
     """Medians on one machine.
 
     Attributes:
-        machine: its processor, as far as the system says; threads: within an operator.
+        machine: its processor, as far as the system says; threads: within an operator, None for every physical core.
         load_seconds, memory_bytes, prefill, decode: see `runtime.benchmark.Measurement`.
     """
 
     model_config = ConfigDict(frozen=True)
 
     machine: str
-    threads: int
+    threads: int | None
     load_seconds: float
     memory_bytes: int
     prefill: dict[int, float]
@@ -53,7 +53,7 @@ def _takes(folder: Path) -> bool:
     return (folder / MANIFEST_FILE).is_file() and os.access(folder, os.W_OK)
 
 
-def _speed(found: Measurement, threads: int) -> Speed:
+def _speed(found: Measurement, threads: int | None) -> Speed:
     return Speed(
         machine=_processor(), threads=threads, load_seconds=found.load_seconds, memory_bytes=found.memory_bytes,
         prefill=found.prefill, decode=found.decode,

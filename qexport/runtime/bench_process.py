@@ -28,7 +28,7 @@ class BenchProcess:
     Every request raises RuntimeProblem when the folder does not load or run, or when the process dies.
     """
 
-    def __init__(self, folder: Path, plan: Manifest, threads: int, provider: str | None, max_length: int):
+    def __init__(self, folder: Path, plan: Manifest, threads: int | None, provider: str | None, max_length: int):
         self._folder = folder
         self._process = subprocess.Popen(
             [sys.executable, "-c", _CHILD],

@@ -57,7 +57,7 @@ class BenchResult:
     first: Measurement
     second: Measurement | None
     ratios: dict[str, float]
-    threads: int
+    threads: int | None
     notes: tuple[str, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
@@ -71,7 +71,7 @@ def bench(
     prompt_lengths: Sequence[int] | None = None,
     decode_pasts: Sequence[int] | None = None,
     repeats: int = 5,
-    threads: int = 2,
+    threads: int | None = None,
     provider: str | None = None,
     progress: Progress = no_progress,
 ) -> BenchResult:
@@ -83,7 +83,7 @@ def bench(
         prompt_lengths: by default 128, 512 and 2048 tokens, or what the model's context holds of them.
         decode_pasts: tokens in the cache when decoding; by default 128 and 2048, or what the context holds.
         repeats: measurements of everything.
-        threads: threads within an operator.
+        threads: threads within an operator; None: every physical core, as everywhere.
         provider: run on this provider instead of the one the file was made for.
         progress: called with (stage, what, done, total).
 
@@ -104,7 +104,7 @@ def measure(
     prompt_lengths: Sequence[int] | None = None,
     decode_pasts: Sequence[int] | None = None,
     repeats: int = 5,
-    threads: int = 2,
+    threads: int | None = None,
     provider: str | None = None,
     progress: Progress = no_progress,
 ) -> tuple[list[Measurement], tuple[str, ...]]:
@@ -122,7 +122,8 @@ def measure(
             tokens than a model reads.
         RuntimeProblem: a folder does not load or run, or its process dies.
     """
-    if repeats < 1 or threads < 1 or min([*(prompt_lengths or ()), *(decode_pasts or ()), 1]) < 1:
+    counts = [repeats, *(prompt_lengths or ()), *(decode_pasts or ()), *([] if threads is None else [threads])]
+    if min(counts) < 1:
         raise InputError("prompt lengths, pasts, repeats and threads are 1 or more")
     provider = None if provider is None else provider_named(provider)
     plans = [_describe(path) for path in folders]

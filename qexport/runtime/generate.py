@@ -17,6 +17,9 @@ logger = logging.getLogger(__name__)
 
 __all__ = ["Decoder", "Generation", "Sampling", "eos_token_ids", "generate_text", "open_decoder"]
 
+Turn = Mapping[str, str]
+"""Who says what: role is "system", "user" or "assistant"."""
+
 _MOST_CHARACTERS = 1 << 23  # of a prompt: what some templates write would fill the memory
 _PATIENCE = 10.0  # seconds for a chat template: its loops may be longer than anybody lives
 _DAMAGED = "Copy the model's tokenizer files into it again"
@@ -66,18 +69,18 @@ def generate_text(
     folder = Path(folder)
     manifest = None if is_seq2seq(folder) else manifests.load(folder)
     _check_read(prompt, inputs, start, manifest)
-    tokenizer = _tokenizer(folder)
+    tokenizer = open_tokenizer(folder)
     prompts = [prompt] if isinstance(prompt, str) else list(prompt or ())
     if system is not None and not chat:
         raise InputError("a system message is part of a chat", place="system", remedy="Pass --chat too")
     if chat:
-        prompts = [_templated(tokenizer, text, system, folder) for text in prompts]
-    ids = _token_ids(tokenizer, prompts, folder, special=not chat)  # a template writes its own special tokens
+        prompts = [templated(tokenizer, first_turns(text, system), folder) for text in prompts]
+    ids = token_ids(tokenizer, prompts, folder, special=not chat)  # a template writes its own special tokens
     count = len(ids) if inputs is None else max(map(len, inputs.values()), default=0)
-    limit, rows = _limits(folder, manifest)
+    limit, rows = limits(folder, manifest)
     room = _room(ids, limit, rows, apart=manifest is None)
     new_tokens = max_new_tokens if room is None else min(max_new_tokens, room)
-    streams = [_TextStream(tokenizer, folder) for _ in range(count)]
+    streams = [TextStream(tokenizer, folder) for _ in range(count)]
 
     def on_token(row: int, token: int) -> None:
         piece = streams[row].push(token)
@@ -109,7 +112,7 @@ def generate_text(
                 on_text(row, rest)
     if new_tokens < max_new_tokens and not all(result.finished):
         logger.warning("stopped after %d new tokens, where the model's context of %d tokens ends", new_tokens, limit)
-    return [_decoded(tokenizer, row, folder) for row in result.tokens]
+    return [decoded(tokenizer, row, folder) for row in result.tokens]
 
 
 def eos_token_ids(folder: str | Path, default: int | None = None) -> tuple[int, ...]:
@@ -127,18 +130,26 @@ def _check_read(prompt: object, inputs: object, start: object, manifest: manifes
             raise InputError("only an encoder-decoder takes it", place=name, remedy="Pass a prompt")
 
 
-def _templated(tokenizer, text: str, system: str | None, folder: Path) -> str:
+def first_turns(text: str, system: str | None) -> list[Turn]:
+    """What a user says first, behind what the system says, if it says anything."""
+    return [*([] if system is None else [{"role": "system", "content": system}]), {"role": "user", "content": text}]
+
+
+def templated(tokenizer, turns: Sequence[Turn], folder: Path) -> str:
+    """The turns of a conversation in the chat template of a model, up to where it answers.
+
+    Raises:
+        InputError: it has none, or refuses these turns.
+    """
     if not tokenizer.chat_template:
         raise InputError("the tokenizer has no chat template", place=str(folder), remedy="Leave out --chat")
-    turns = [{"role": "user", "content": text}]
-    if system is not None:
-        turns.insert(0, {"role": "system", "content": system})
-    remedy = "It may want a system message: pass --system" if system is None else "It may take no system message"
+    has_system = turns[0]["role"] == "system"
+    remedy = "It may take no system message" if has_system else "It may want a system message: pass --system"
     with reading(folder, "its chat template refuses these messages", remedy), at_most(_PATIENCE):
-        return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        return tokenizer.apply_chat_template(list(turns), tokenize=False, add_generation_prompt=True)
 
 
-def _token_ids(tokenizer, texts: Sequence[str], folder: Path, *, special: bool) -> list[list[int]]:
+def token_ids(tokenizer, texts: Sequence[str], folder: Path, *, special: bool) -> list[list[int]]:
     """Token ids of each text; of an empty one what begins texts, where something does."""
     if (longest := max(map(len, texts), default=0)) > _MOST_CHARACTERS:
         raise InputError(f"of {longest:,} characters, more than any model reads", place="prompt", remedy="Shorten it")
@@ -148,7 +159,7 @@ def _token_ids(tokenizer, texts: Sequence[str], folder: Path, *, special: bool) 
     return [row or start for row in ids]
 
 
-def _limits(folder: Path, manifest: manifests.Manifest | None) -> tuple[int | None, int | None]:
+def limits(folder: Path, manifest: manifests.Manifest | None) -> tuple[int | None, int | None]:
     """The most tokens that the model reads, and how many it knows; None where nothing says so."""
     said = manifests.stated(folder) if manifest is None else manifest.settings
     longest, rows = (
@@ -184,12 +195,13 @@ def _room(ids: Sequence[Sequence[int]], limit: int | None, rows: int | None, *, 
     return limit - (1 if apart else longest)
 
 
-def _decoded(tokenizer, tokens: Sequence[int], folder: Path) -> str:
+def decoded(tokenizer, tokens: Sequence[int], folder: Path) -> str:
+    """The text of tokens, without special ones."""
     with reading(folder, "its tokenizer cannot decode what the model wrote", _DAMAGED):
         return tokenizer.decode(tokens, skip_special_tokens=True)
 
 
-class _TextStream:
+class TextStream:
     """Text of a growing list of tokens, handed out once no later token can change it."""
 
     def __init__(self, tokenizer, folder: Path):
@@ -208,14 +220,15 @@ class _TextStream:
         return self._hand_out(self._text())
 
     def _text(self) -> str:
-        return _decoded(self._tokenizer, self._tokens, self._folder)
+        return decoded(self._tokenizer, self._tokens, self._folder)
 
     def _hand_out(self, text: str) -> str:
         piece, self._given = text[len(self._given) :], text
         return piece
 
 
-def _tokenizer(folder: Path):
+def open_tokenizer(folder: Path):
+    """The tokenizer in an exported folder."""
     from transformers import AutoTokenizer
 
     with reading(folder, "no usable tokenizer", _DAMAGED):

@@ -1,10 +1,12 @@
 """What a validation found, as data: the key "validation" of report.json."""
 
 import math
+from html import escape
 from typing import Annotated, Any, Final, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
+from ..formatting import html_table
 from ..models.agreement import ReaderAgreement
 
 FORMAT: Final = 1
@@ -462,6 +464,19 @@ class Report(_Frozen):
     versions: dict[str, str] = Field(default_factory=dict)
     foreign: Foreign | None = None
     parts: dict[str, "Report"] = Field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        grade = "no grade" if self.quality is None else f"quality {self.quality.grade}"
+        kl = "" if self.logits is None or self.logits.kl_mean is None else f", mean KL {self.logits.kl_mean:.4g}"
+        return f"<Report beside {self.reference}: {grade}{kl}, {len(self.problems)} problems; see .verdict>"
+
+    def _repr_html_(self) -> str:
+        """For notebooks: the grade and the problems, then the measures."""
+        from .formatting import summary_rows  # which reads reports
+
+        said = [*([] if self.quality is None else [self.quality.sentence]), *self.problems]
+        lines = "".join(f"<p>{escape(sentence)}</p>" for sentence in said)
+        return lines + html_table(("measure", "value", "what it means"), summary_rows(self))
 
     def as_dict(self) -> dict[str, Any]:
         """What report.json gets: numbers, strings, lists and null."""

@@ -122,6 +122,7 @@ def test_export_for_people(model, tmp_path, run):
     )
     assert code == 0
     assert "15 of 15 linears quantized" in out and "bits cost KL" in out
+    assert f"Next: qexport validate {tmp_path / 'out'} --reference {model}\n" in out
     assert "4 sequences of 32 random tokens (seed 7)" in out
     assert "error" not in err
 

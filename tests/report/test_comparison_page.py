@@ -99,3 +99,12 @@ def test_scores_of_lm_eval_are_shown_where_they_lie(pair):
     (row,) = [m for m in qexport.compare(*pair).measures if m.name == "arc_easy, acc"]
     assert row.text == ("0.500 ± 0.010", "0.625 ± 0.010") and row.better == 2
     assert 'id="tasks"' in qexport.render(pair[0]).read_text()
+
+
+def test_notebooks_show_tables_and_shells_a_line(pair):
+    found, report = qexport.compare(*pair), read_validated(pair[0]).report
+    assert repr(report) == "<Report beside some/model: quality fair, mean KL 0.3035, 0 problems; see .verdict>"
+    assert repr(found).startswith("<Comparison of ") and len(repr(found)) < 600
+    hostile = report.model_copy(update=dict(text="<script>"))
+    for shown in (hostile._repr_html_(), found._repr_html_()):
+        assert shown.count("<table>") == 1 and "<script>" not in shown and "KL" in shown

@@ -215,7 +215,7 @@ def test_character_of_several_tokens_is_held_back_until_whole():
         def decode(self, tokens, skip_special_tokens):
             return bytes(tokens).decode(errors="replace")
 
-    stream = generate._TextStream(Bytes(), "folder")
+    stream = generate.TextStream(Bytes(), "folder")
     assert [stream.push(byte) for byte in "aé!".encode()] == ["a", "", "é", "!"]
     assert stream.push("é".encode()[0]) == ""
     assert stream.finish() == "\N{REPLACEMENT CHARACTER}"

@@ -8,7 +8,7 @@ import typer
 import qexport
 
 from ..app import RUN, command
-from ..options import Folder, Json, Provider, imported
+from ..options import Folder, Json, Provider, Threads, imported
 
 
 @command(RUN)
@@ -22,7 +22,7 @@ def bench(
         list[int] | None, typer.Option(help="Tokens in the cache when decoding; by default 128 and 2048.")
     ] = None,
     repeats: Annotated[int, typer.Option(help="Measurements of everything; the median counts.")] = 5,
-    threads: Annotated[int, typer.Option(help="Threads of ONNX Runtime.")] = 2,
+    threads: Threads = None,
     provider: Provider = None,
     as_json: Json = False,
 ) -> None:

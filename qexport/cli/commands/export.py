@@ -28,6 +28,8 @@ from ..options import (
 )
 from ..recipes import named_recipe, with_recipe
 
+AUTO = "Schemes chosen by their cost (--auto)"
+
 
 @command(MAKE)
 def export(
@@ -49,14 +51,24 @@ def export(
     sequence_length: CalibrationLength = None,
     seed: Seed = None,
     auto: Annotated[
-        bool, typer.Option("--auto", help="Choose the scheme of every linear for --max-bytes or --max-kl.")
+        bool,
+        typer.Option(
+            "--auto", help="Choose the scheme of every linear for --max-bytes or --max-kl.", rich_help_panel=AUTO
+        ),
     ] = False,
-    max_bytes: Annotated[str | None, typer.Option(help="With --auto: the most bytes, such as 90MB.")] = None,
-    max_kl: Annotated[float | None, typer.Option(help="With --auto: the largest mean KL from the float model.")] = None,
-    text: Annotated[
-        Path | None, typer.Option(help="With --auto: UTF-8 text to measure KL on; by default the model writes it.")
+    max_bytes: Annotated[
+        str | None, typer.Option(help="The most bytes, such as 90MB.", rich_help_panel=AUTO)
     ] = None,
-    provider: Annotated[str | None, typer.Option(help="With --auto: execution provider to measure KL on.")] = None,
+    max_kl: Annotated[
+        float | None, typer.Option(help="The largest mean KL from the float model.", rich_help_panel=AUTO)
+    ] = None,
+    text: Annotated[
+        Path | None,
+        typer.Option(help="UTF-8 text to measure KL on; by default the model writes it.", rich_help_panel=AUTO),
+    ] = None,
+    provider: Annotated[
+        str | None, typer.Option(help="Execution provider to measure KL on.", rich_help_panel=AUTO)
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier export.")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted export.")] = False,
     logits: Annotated[
@@ -92,7 +104,7 @@ def export(
         if as_json:
             console.print_json(auto_summary(found))
         else:
-            print_auto(found)
+            print_auto(found, model)
         return
     with console.showing_progress() as progress:
         result = qexport.export(
@@ -104,4 +116,4 @@ def export(
     if as_json:
         console.print_json(export_summary(result))
     else:
-        print_export(result)
+        print_export(result, model)

@@ -29,7 +29,7 @@ def print_bench(result: BenchResult) -> None:
     if result.second is None:
         columns, rows = columns[:-1], [row[:-1] for row in rows]
     print_table(columns, rows)
-    print(f"{result.threads} threads, medians")
+    print(f"{'a thread on every physical core' if result.threads is None else f'{result.threads} threads'}, medians")
     for note in result.notes:
         print(note)
     if result.second is not None:

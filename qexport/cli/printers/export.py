@@ -1,5 +1,6 @@
 """What `qexport export` prints."""
 
+import shlex
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -8,6 +9,7 @@ from typing import Any
 from ...api.auto import AutoResult
 from ...api.compressing import compressed
 from ...api.result import ExportResult
+from ...artifact.tokenizer import TEMPLATE
 from ...formatting import megabytes
 from ...passes.moe_coverage import FEW_TOKENS
 from ...plan.linear_plan import Planned
@@ -49,9 +51,9 @@ def auto_summary(found: AutoResult) -> dict[str, Any]:
     return export_summary(found.export) | {"auto": found.as_dict()}
 
 
-def print_auto(found: AutoResult) -> None:
+def print_auto(found: AutoResult, model: str = "MODEL") -> None:
     """The export, and how close to the float model the chosen schemes are."""
-    print_export(found.export)
+    print_export(found.export, model)
     chosen, scores = found.as_dict(), found.logits
     counts = ", ".join(f"{n} {scheme}" for scheme, n in sorted(chosen["schemes"].items(), key=lambda s: -s[1]))
     print(f"  chosen: {counts}, in {found.exports} exports" if found.exports > 1 else f"  chosen: {counts}")
@@ -61,13 +63,17 @@ def print_auto(found: AutoResult) -> None:
     )
 
 
-def print_export(result: ExportResult) -> None:
-    """Where it is, how large, what was not done as asked, and what to do next; of two parts one after the other."""
+def print_export(result: ExportResult, model: str = "MODEL") -> None:
+    """Where it is, how large, what was not done as asked, and what to do next; of two parts one after the other.
+
+    Args:
+        model: what was exported, for the commands that come next.
+    """
     for part in result.parts.values():
-        print_export(part)
+        print_export(part, model)
     if result.parts:
         print_kept(result.kept)
-        _print_next(result, " --text FILE", generates=True)
+        _print_next(result, model, " --text FILE", generates=True)
         return
     sizes, quantized = result.manifest.bytes, [p for p in result.plan if p.scheme is not None]
     shared = {e.linear for e in result.embeddings}
@@ -96,9 +102,9 @@ def print_export(result: ExportResult) -> None:
     print_kept(result.kept)
     print_fast([linear.slow for linear in result.manifest.linears if linear.fast is not None], "  ")
     if result.manifest.kind == "encoder":
-        _print_next(result, " --text FILE", generates=False)
+        _print_next(result, model, " --text FILE", generates=False)
     if result.manifest.kind == "decoder":
-        _print_next(result, "", generates=True)
+        _print_next(result, model, "", generates=True)
 
 
 def print_kept(kept: list[str]) -> None:
@@ -107,10 +113,14 @@ def print_kept(kept: list[str]) -> None:
         print(f"  kept, as no export wrote them: {', '.join(kept)}")
 
 
-def _print_next(result: ExportResult, text: str, *, generates: bool) -> None:
-    """The commands that go on from here."""
-    more = f"; qexport generate {result.folder} --prompt TEXT" if generates else ""
-    print(f"Next: qexport validate {result.folder} --reference MODEL{text}{more}")
+def _print_next(result: ExportResult, model: str, text: str, *, generates: bool) -> None:
+    """The commands that go on from here, to be copied."""
+    folder, source = shlex.quote(str(result.folder)), model if model == "MODEL" else shlex.quote(model)
+    print(f"Next: qexport validate {folder} --reference {source}{text}")
+    if generates and (result.folder / TEMPLATE).is_file():
+        print(f"      qexport chat {folder}")
+    elif generates:
+        print(f'      qexport generate {folder} --prompt "Once upon a time"')
 
 
 def _print_exceptions(plan: Sequence[Planned]) -> None:

@@ -1,0 +1,68 @@
+"""`qexport chat`: a conversation."""
+
+import signal
+import sys
+from typing import Annotated, Any
+
+import typer
+
+import qexport
+
+from ...stopping import Stopped
+from ..app import RUN, command
+from ..options import Folder, Provider, Threads, imported
+
+
+@command(RUN)
+def chat(
+    folder: Folder,
+    system: Annotated[str | None, typer.Option(help="What the system says before the conversation.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Of an answer.")] = 512,
+    temperature: Annotated[
+        float | None, typer.Option(help="Sample instead of taking the likeliest token; 0 does not.")
+    ] = None,
+    top_k: Annotated[int | None, typer.Option(help="Sample from the k likeliest tokens.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Sample from the likeliest tokens that add up to p.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of sampling.")] = None,
+    threads: Threads = None,
+    provider: Provider = None,
+) -> None:
+    """Talk with a model; it remembers what was said.
+
+    Ctrl-C stops an answer, Ctrl-D ends; /forget begins anew.
+    """
+    from .. import console
+
+    given: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
+    given = {name: value for name, value in given.items() if value is not None}
+    sampling = qexport.Sampling(**given) if given and temperature != 0 else None
+    console.quiet_libraries()
+    imported()
+    talk = qexport.Chat(
+        folder, system=system, max_new_tokens=max_new_tokens, sampling=sampling, threads=threads, provider=provider
+    )
+    console.note("Ctrl-C stops an answer, Ctrl-D ends, /forget begins anew")
+    while (text := _read()) is not None:
+        if text == "/forget":
+            talk.forget()
+        elif text:
+            _answer(talk, text)
+
+
+def _read() -> str | None:
+    """A line of the user's; None at the end."""
+    try:
+        return input("> " if sys.stdin.isatty() else "").strip()
+    except EOFError:
+        return None
+
+
+def _answer(talk: "qexport.Chat", text: str) -> None:
+    """The answer while it grows; Ctrl-C ends it and nothing else."""
+    try:
+        talk.say(text, lambda piece: print(piece, end="", flush=True))
+    except Stopped as stop:
+        if stop.number != signal.SIGINT:
+            raise
+    finally:
+        print(flush=True)
