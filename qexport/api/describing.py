@@ -55,6 +55,12 @@ def _convolutions(plan: Sequence[ConvolutionPlan]) -> tuple[ConvolutionEntry, ..
     )
 
 
+def described_adapter(captured: CapturedModel) -> str:
+    """What is merged into the weights; empty where nothing is."""
+    adapter = captured.folder.adapter if captured.folder else None
+    return "" if adapter is None else adapter.sentence
+
+
 def described_codes(captured: CapturedModel, decisions: Decisions, target: Target) -> str:
     """What becomes of codes that the checkpoint holds; empty where its weights are float or become float."""
     codes = captured.folder.codes if captured.folder else None
@@ -74,6 +80,7 @@ def report_of(made: Lowering, ran: str, seconds: Mapping[str, float], warnings: 
             "source": origin(captured.folder) if captured.folder else {"name": type(made.source).__name__},
             "reference": asdict(made.agreement),
             "codes": described_codes(captured, decisions, made.target),
+            **({"adapter": told} if (told := described_adapter(captured)) else {}),
             "calibration": made.described,
             "warnings": list(warnings),
             "first_run": ran,

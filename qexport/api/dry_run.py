@@ -24,7 +24,7 @@ from ..plan.model_plan import weight_sizes
 from ..quant.formats import ActivationFormat
 from ..recipe.recipe import Recipe
 from ..recipe.registry import Stage
-from .describing import described_codes
+from .describing import described_adapter, described_codes
 from .inspection import Inspection, Site
 from .refusals import check_range
 from .stages.capturing import capture
@@ -67,7 +67,7 @@ def dry_run(prepared: Preparation, calibrate: bool) -> Inspection:
         attention=_attention(captured, grouping), parameters=sum(sizes.values()),
         bytes={"float": float_itemsize * sum(sizes.values()), **parts}, embeddings=tuple(decisions.embeddings),
         convolutions=tuple(decisions.convolutions), warnings=tuple(captured.notes),
-        codes=described_codes(captured, decisions, planned.target),
+        codes=described_codes(captured, decisions, planned.target), adapter=described_adapter(captured),
     )  # fmt: skip
 
 

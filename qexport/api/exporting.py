@@ -11,7 +11,7 @@ from ..artifact.output import claimed
 from ..capture.dynamic import DynamicShapes
 from ..capture.graph import CapturedModel
 from ..capture.module import Inputs
-from ..models.source import ModelFolder, source_path
+from ..models.source import ModelFolder, source_path, with_adapter
 from ..passes.base import GraphPass
 from ..progress import Progress, no_progress
 from ..recipe.recipe import Recipe
@@ -43,6 +43,7 @@ def export(
     progress: Progress = no_progress,
     device: str = "cpu",
     offload: bool = False,
+    adapter: str | os.PathLike[str] | None = None,
 ) -> ExportResult:
     """Quantize a model and write it as a folder that ONNX Runtime runs.
 
@@ -84,6 +85,8 @@ def export(
         progress: called with (stage, what, done, total).
         device: where PyTorch computes, by its name of it: "cpu", "cuda", "cuda:1"; nothing to do with `target`.
         offload: with a device, activations between blocks wait in the host's memory.
+        adapter: a folder with a LoRA adapter as PEFT saves it, merged into the weights before anything else; the model
+            is named by id, folder or file then.
 
     Raises:
         QExportError: one of its kinds says what is wrong, where, and what to do; CaptureError where the graph and its
@@ -94,6 +97,7 @@ def export(
         seed=seed, requantize=requantize, trust_remote_code=trust_remote_code, progress=progress,
         device=device, offload=offload,
     )  # fmt: skip
+    model = with_adapter(model, adapter, trust_remote_code)
     request = Request.of(model, recipe, options, calibration, example_inputs, dynamic_shapes)
     with claimed(Path(out_dir), overwrite, source_path(model)) as work:
         prepared = prepare(request)

@@ -8,7 +8,7 @@ import torch
 from ..capture.dynamic import DynamicShapes
 from ..capture.graph import CapturedModel
 from ..capture.module import Inputs
-from ..models.source import ModelFolder
+from ..models.source import ModelFolder, with_adapter
 from ..progress import Progress, no_progress
 from ..recipe.recipe import Recipe
 from .dry_run import dry_run
@@ -35,6 +35,7 @@ def inspect(
     progress: Progress = no_progress,
     device: str = "cpu",
     offload: bool = False,
+    adapter: str | os.PathLike[str] | None = None,
 ) -> Inspection:
     """Say what `export` would do with the same arguments, without reading a weight unless it calibrates.
 
@@ -59,11 +60,13 @@ def inspect(
         progress: called with (stage, what, done, total) while calibrating.
         device: as `export` takes it.
         offload: as `export` takes it.
+        adapter: as `export` takes it.
 
     Raises:
         QExportError: as `export`, for everything that shows before weights are quantized; that weights are beyond the
             range of float16 shows when it calibrates.
     """
+    model = with_adapter(model, adapter, trust_remote_code)
     options = Options(
         target=target, dtype=dtype, attention=attention, seed=seed, requantize=requantize,
         trust_remote_code=trust_remote_code, progress=progress, device=device, offload=offload,

@@ -67,6 +67,7 @@ class Inspection:
         embeddings: the decision for every table of token embeddings.
         convolutions: the decision for every convolution, in order; their bytes are among the rest.
         warnings: sentences on what a user may not expect of the model's folder.
+        adapter: what is merged into the weights; empty where nothing is.
         codes: what becomes of codes that the checkpoint holds; empty where its weights are float or become float.
         parts: of an encoder-decoder, what an export would do to its "encoder" and "decoder", of which this is the sum;
             empty for other models.
@@ -89,6 +90,7 @@ class Inspection:
     convolutions: tuple[ConvolutionPlan, ...] = ()
     warnings: tuple[str, ...] = ()
     codes: str = ""
+    adapter: str = ""
     parts: Mapping[str, "Inspection"] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:

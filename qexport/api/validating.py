@@ -8,7 +8,7 @@ import torch
 
 from ..capture.graph import CapturedModel
 from ..capture.module import Inputs
-from ..models.source import ModelFolder
+from ..models.source import ModelFolder, with_adapter
 from ..progress import Progress, no_progress
 from ..runtime.provider import provider_named
 from ..runtime.seq2seq import is_seq2seq
@@ -41,6 +41,7 @@ def validate(
     progress: Progress = no_progress,
     device: str = "cpu",
     out: str | os.PathLike[str] | None = None,
+    adapter: str | os.PathLike[str] | None = None,
 ) -> Report:
     """Compare an export with the float model it was made from, and write the result into its report.json.
 
@@ -82,6 +83,7 @@ def validate(
         progress: called with (stage, what, done, total).
         device: where PyTorch computes the float model, by its name of it: "cpu", "cuda", "cuda:1".
         out: folder for the report of a file of another tool; None: beside it.
+        adapter: a folder with a LoRA adapter: the reference is the model with it.
 
     Raises:
         InputError: the folder is no export, and no model of another tool, or gives the last logits only, the reference
@@ -90,6 +92,7 @@ def validate(
         CaptureError: the float model's graph is not what its witness computes, see `reader.check_reader`.
         RuntimeProblem: ONNX Runtime refuses the model or does not have the provider.
     """
+    reference = with_adapter(reference, adapter, trust_remote_code)
     options = ValidationOptions(
         text=text, windows=windows, window=window, inputs=inputs, threads=threads,
         provider=None if provider is None else provider_named(provider), references=references, greedy=greedy,

@@ -13,6 +13,7 @@ import torch
 from ..artifact.checksums import sampled
 from ..capture.graph import CapturedModel
 from ..errors import NumericsError
+from ..models.lora import WEIGHTS as ADAPTER
 from ..passes.base import GraphPass
 from ..recipe.recipe import Recipe
 from . import shards
@@ -60,6 +61,9 @@ def fingerprint_of(
         add(json.dumps(config, sort_keys=True, default=repr))
         if captured.folder.codes is not None:
             add(repr(captured.folder.codes))
+        if (adapter := captured.folder.adapter) is not None:
+            add(repr(sorted(adapter.changes.items())))
+            sampled(adapter.folder / ADAPTER, digest)
         for file in sorted(captured.folder.path.iterdir()):
             if file.suffix in (*_WEIGHTS, *_CODE) and file.is_file():
                 add(file.name, str(file.stat().st_mtime_ns))

@@ -37,7 +37,7 @@ def capture_decoder(folder: ModelFolder) -> CapturedModel:
         CaptureError: torch.export cannot follow the model, or the checkpoint does not fit its config.
     """
     # A damaged file is reported before the slow part.
-    checkpoint = Checkpoint(folder.path, folder.stated_weights, folder.codes)
+    checkpoint = Checkpoint(folder.path, folder.stated_weights, folder.codes, folder.adapter)
     model = _empty_model(folder)
     notes = untie(model, checkpoint)
     aliases = aliases_of(model)

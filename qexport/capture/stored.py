@@ -8,7 +8,7 @@ import torch
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
 from ..artifact.scratch import Scratch
-from ..errors import CaptureError
+from ..errors import CaptureError, InputError
 from ..models.checkpoint import Checkpoint, GivenCodes, check_shapes
 from ..models.leftovers import check_leftovers
 from ..models.loading import load_in_memory
@@ -83,6 +83,11 @@ def find_weights(
     unread = checkpoint.unread() - {checkpoint.find(name, prefix) for name in kept}
     renamed = _renamed(model) if missing else ()
     left = check_leftovers(checkpoint.names(), unread, missing, checkpoint.is_zero, (*(ignored or ()), *renamed))
+    if missing and folder.adapter is not None:
+        raise InputError(
+            f"belongs to weights under other names than the model's ({missing[0]} is not there)",
+            place=folder.adapter.name, remedy="Merge it with peft (merge_and_unload) and export the result",
+        )  # fmt: skip
     if missing:
         temporary = Scratch()
         left = load_in_memory(folder, Path(temporary.name))

@@ -25,6 +25,9 @@ Attention = Annotated[
 Remote = Annotated[bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Threads = Annotated[int | None, typer.Option(help="Threads of ONNX Runtime; by default all physical cores.")]
+Adapter = Annotated[
+    Path | None, typer.Option(help="Folder with a LoRA adapter, merged into the weights before anything else.")
+]
 Calibration = Annotated[
     str | None,
     typer.Option(help="A text file, self, random, or datasets:NAME:SPLIT:COLUMN; by default what the recipe says."),

@@ -1,5 +1,6 @@
 """Which recipe a command line means."""
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import qexport
@@ -24,9 +25,15 @@ def named_recipe(recipe: str | None, requantize: str | None) -> "qexport.Recipe 
 
 
 def with_recipe(
-    model: str, named: "qexport.Recipe | None", trust_remote_code: bool
+    model: str, named: "qexport.Recipe | None", trust_remote_code: bool, adapter: Path | None = None
 ) -> "tuple[Model, qexport.Recipe]":
-    """The model, opened where that is needed to know what recipe is meant, and the recipe."""
+    """The model, opened where it has an adapter or that is needed to know what recipe is meant, and the recipe."""
+    if adapter is not None:
+        from ..api.stages.preparing import default_recipe
+        from ..models.source import with_adapter
+
+        opened_model = with_adapter(model, adapter, trust_remote_code)
+        return opened_model, named or default_recipe(opened_model)
     if named is not None:
         return model, named
     from ..api.stages.preparing import default_recipe, opened

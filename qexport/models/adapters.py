@@ -7,10 +7,7 @@ from ..errors import InputError
 
 _CONFIG = "adapter_config.json"
 _WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
-_MERGE = (
-    "Merge it with peft (PeftModel.from_pretrained(base, adapter).merge_and_unload(), then save_pretrained) and export"
-    " the result"
-)
+_MERGE = "Name its base as the model and its folder with --adapter"
 
 
 def check_adapter(folder: Path, name: str) -> None:
@@ -29,7 +26,7 @@ def check_adapter(folder: Path, name: str) -> None:
     if (folder / "config.json").is_file() and any(folder.glob("model*.safetensors*")):
         raise InputError(
             f"has {kind} beside its weights ({found[0]}), which an export would leave out", place=name,
-            remedy=f"{_MERGE}; or move {' and '.join(found)} elsewhere to export the model without it",
+            remedy=f"Merge it with --adapter {name}; or move {' and '.join(found)} elsewhere to export without it",
         )  # fmt: skip
     raise InputError(f"holds {kind} of {base}, not a whole model", place=name, remedy=_MERGE)
 

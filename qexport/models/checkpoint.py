@@ -11,6 +11,7 @@ from ..errors import CaptureError, InputError, NumericsError
 from .coded import CodedCheckpoint, CodedWeight, Given, Header
 from .files import weight_files
 from .leftovers import check_float_dtype
+from .lora import HEAD, Adapter
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,7 @@ class Checkpoint:
     Args:
         stated: `transformers_weights` of the config, where it has that.
         codes: how weights are kept as codes; None where all are float.
+        adapter: what is merged into weights; these are float then, whatever they were.
 
     Attributes:
         notes: a sentence where other safetensors files lie beside the weights.
@@ -59,8 +61,11 @@ class Checkpoint:
         CaptureError: tensors of codes that the config contradicts.
     """
 
-    def __init__(self, folder: Path, stated: str | None = None, codes: CodedCheckpoint | None = None):
-        self.folder = folder
+    def __init__(
+        self, folder: Path, stated: str | None = None, codes: CodedCheckpoint | None = None,
+        adapter: Adapter | None = None,
+    ):  # fmt: skip
+        self.folder, self._adapter = folder, adapter
         self._stored: dict[str, _Stored] = {}
         self._aliases: dict[str, str] = {}
         files = weight_files(folder, stated)
@@ -83,6 +88,13 @@ class Checkpoint:
             for part in weight.parts:
                 self._stored.pop(part, None)
             self._stored[weight.name] = _Stored("F32", weight.shape, "")
+        self._table = ""  # of a head that an adapter unties: the embedding that it begins as
+        if adapter is not None and adapter.unties and HEAD not in self._stored:
+            self._table = self._embedding(adapter)
+            self._stored[HEAD] = self._stored[self._table]
+        self._changes = {} if adapter is None else adapter.placed(
+            lambda name: self.find(name, name.partition(".")[0]), lambda name: self._stored[name].shape
+        )  # fmt: skip
 
     def names(self) -> set[str]:
         return set(self._stored)
@@ -132,15 +144,43 @@ class Checkpoint:
 
     def given(self, name: str) -> GivenCodes | None:
         """The codes of a weight; None where it is float."""
-        weight = self._coded.get(self._aliases.get(name, name))
+        found = self._stored_as(name)
+        weight = None if self._aliases.get(name, name) in self._changes else self._coded.get(found)
         return None if weight is None else GivenCodes(weight, self._part)
 
+    def _embedding(self, adapter: Adapter) -> str:
+        """The table of the base, which is its head as well."""
+        found = [
+            name for name, part in self._stored.items()
+            if len(part.shape) == 2 and any(word in name.split(".")[-2] for word in ("embed_tokens", "wte", "embed_in"))
+        ]  # fmt: skip
+        if len(found) != 1:
+            raise InputError(
+                "changes the embedding or the head of a base that has one tensor for both, and which it is cannot be "
+                "told", place=adapter.name, remedy="Merge it with peft and export the result",
+            )  # fmt: skip
+        return found[0]
+
     def _raw(self, name: str, index: int | None = None) -> torch.Tensor:
-        if (codes := self.given(name)) is not None:
-            found = codes.decode()
+        change = self._changes.get(self._aliases.get(name, name))
+        if change is None or self._adapter is None:
+            return self._base(name, index)
+        merged = change.apply(self._base(name).float(), self._adapter.read)
+        return merged if index is None else merged[index]
+
+    def _base(self, name: str, index: int | None = None) -> torch.Tensor:
+        """A tensor without an adapter."""
+        stored = self._stored_as(name)
+        if (weight := self._coded.get(stored)) is not None:
+            found = weight.decode(self._part)
             whole = found.dequantize() if isinstance(found, Given) else found
             return whole if index is None else whole[index]
-        return self._part(self._aliases.get(name, name), index)
+        return self._part(stored, index)
+
+    def _stored_as(self, name: str) -> str:
+        """The name of the tensor of the files that one is, or begins as."""
+        found = self._aliases.get(name, name)
+        return self._table if self._table and found == HEAD else found
 
     def _part(self, name: str, index: int | None = None) -> torch.Tensor:
         """A tensor of the files, by its name in there."""

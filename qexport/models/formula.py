@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .coded import CodedCheckpoint, Header
 from .files import weight_files
+from .lora import HEAD, WEIGHTS, Adapter
 
 if TYPE_CHECKING:
     from .source import ModelFolder
@@ -20,8 +21,9 @@ _NAMES = {  # of dtypes, as safetensors calls them
 }  # fmt: skip
 
 
-def formula_tensors(folder: "ModelFolder", codes: CodedCheckpoint) -> dict[str, Tensor]:
-    """All tensors by the names that a float checkpoint has, float32; those of codes by `CodedWeight.formula`.
+def formula_tensors(folder: "ModelFolder", codes: CodedCheckpoint | None) -> dict[str, Tensor]:
+    """All tensors by the names that a float checkpoint has, float32; those of codes by `CodedWeight.formula`, and those
+    that an adapter changes by the formula of its paper, in float64.
 
     The whole checkpoint is in memory.
     """
@@ -29,11 +31,37 @@ def formula_tensors(folder: "ModelFolder", codes: CodedCheckpoint) -> dict[str, 
     for file in weight_files(folder.path, folder.stated_weights).read:
         stored |= load_file(folder.path / file)
     made = {}
-    for weight in codes.find(_headers(stored), stored.__getitem__):
+    for weight in codes.find(_headers(stored), stored.__getitem__) if codes else ():
         made[weight.name] = weight.formula(stored.__getitem__).float()
         for part in weight.parts:
             stored.pop(part, None)
-    return {name: t.float() if t.is_floating_point() else t for name, t in stored.items()} | made
+    whole = {name: t.float() if t.is_floating_point() else t for name, t in stored.items()} | made
+    return whole if folder.adapter is None else _adapted(whole, folder.adapter)
+
+
+def _adapted(base: dict[str, Tensor], adapter: Adapter) -> dict[str, Tensor]:
+    """The tensors with an adapter in them; a tied head that it unties begins as the embedding does."""
+    if adapter.unties and HEAD not in base:
+        tables = [name for name in base if name.split(".")[-2:-1] in (["embed_tokens"], ["wte"], ["embed_in"])]
+        base = {**base, HEAD: base[tables[0]]}
+    read = load_file(adapter.folder / WEIGHTS)
+    changed = dict(base)
+    for change in adapter.changes.values():
+        name = next(n for n in (change.name, change.name.partition(".")[2], f"model.{change.name}") if n in base)
+        start = read[change.instead].double() if change.instead else base[name].double()
+        if change.added:
+            changed[name] = (base[name].double() + change.scale * start).float()
+            continue
+        if change.low:
+            low, high = read[change.low].double(), read[change.high].double()
+            across = change.embedding or change.turned
+            start = start + torch.einsum("rk,nr->kn" if across else "rk,nr->nk", low, high) * change.scale
+        if change.magnitude:
+            inputs = 0 if change.turned else 1
+            sizes = start.square().sum(inputs, keepdim=True).sqrt()
+            start = read[change.magnitude].double().reshape(sizes.shape) * start / sizes
+        changed[name] = start.float()
+    return changed
 
 
 def _headers(stored: Mapping[str, Tensor]) -> dict[str, Header]:

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from ..errors import CaptureError, root_cause
+from ..errors import CaptureError, InputError, root_cause
 from .checkpoint import Checkpoint
 from .leftovers import check_float_dtype, check_leftovers, refusal, telling
 from .quantized import FLOAT_MODEL
@@ -46,6 +46,11 @@ def load_known(folder: ModelFolder, loader: type[Any]) -> Loaded:
         raise CaptureError(
             f"its weights are codes ({folder.codes.described}), which are read of decoders under transformers' names "
             "alone", place=folder.name, remedy=FLOAT_MODEL,
+        )  # fmt: skip
+    if folder.adapter is not None:
+        raise InputError(
+            "adapters are merged into decoders that write text alone", place=folder.adapter.name,
+            remedy="Merge it with peft (merge_and_unload) and export the result",
         )  # fmt: skip
     checkpoint = Checkpoint(folder.path, folder.stated_weights)  # a damaged file is reported before the slow part
     try:

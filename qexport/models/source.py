@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import partial
 from glob import escape
 from pathlib import Path
+from typing import Any
 
 from transformers import PretrainedConfig
 
@@ -16,6 +17,7 @@ from .coded import CodedCheckpoint
 from .configs import CONFIG, read_config
 from .files import INDEX, INDEX_SUFFIX, STATED, WHOLE, named_by
 from .gguf import convert
+from .lora import Adapter, open_adapter
 from .preflight import notes_on
 from .quantized import codes_of
 from .tokenizers import load_tokenizer
@@ -30,6 +32,7 @@ class ModelFolder:
 
     notes: what an export goes without, a sentence each.
     codes: how its weights are kept as codes; None where they are float.
+    adapter: what is merged into its weights; None for the weights as they are.
     """
 
     path: Path
@@ -38,6 +41,7 @@ class ModelFolder:
     trust_remote_code: bool = False
     notes: tuple[str, ...] = ()
     codes: CodedCheckpoint | None = None
+    adapter: Adapter | None = None
 
     def __str__(self) -> str:
         return self.name
@@ -54,19 +58,23 @@ class ModelFolder:
 
 
 def open_model(
-    model: str | os.PathLike | ModelFolder, *, trust_remote_code: bool = False, cache: Path | None = None
-) -> ModelFolder:
+    model: str | os.PathLike | ModelFolder, *, trust_remote_code: bool = False, cache: Path | None = None,
+    adapter: str | os.PathLike | None = None,
+) -> ModelFolder:  # fmt: skip
     """Find a model and its config.
 
     Args:
         model: a local folder, a GGUF file or a folder with one, or a Hugging Face id; or what this function returned.
         trust_remote_code: run model code that comes with the checkpoint.
         cache: where converted GGUF models are kept; by default below $XDG_CACHE_HOME or ~/.cache.
+        adapter: a folder with a LoRA adapter, to be merged into the weights.
 
     Raises:
         InputError: nothing usable is there.
     """
     if isinstance(model, ModelFolder):
+        if adapter is not None:
+            raise InputError("goes with a model that is opened already", place=str(adapter), remedy="Open both at once")
         return model
     path, name = Path(model), str(model)
     if path.suffix == ".gguf" and path.is_file():
@@ -85,14 +93,33 @@ def open_model(
         raise InputError("is neither a folder nor a GGUF file", place=name)
     else:
         path = _download(name)
-    check_adapter(path, name)
+    if adapter is None:
+        check_adapter(path, name)
     codes = codes_of(path, name)
     config = read_config(path, name, trust_remote_code=trust_remote_code)
     if codes is not None and hasattr(config, "quantization_config"):
         del config.quantization_config  # the model that is built by it reads float weights
     tokenizer = load_tokenizer(path, trust_remote_code=trust_remote_code)
     notes = (*notes_on(path, config, tokenizer), *(codes.notes if codes else ()))
-    return ModelFolder(path.resolve(), name, config, trust_remote_code, notes, codes)
+    if adapter is None:
+        return ModelFolder(path.resolve(), name, config, trust_remote_code, notes, codes)
+    found = open_adapter(adapter, tied=bool(getattr(config, "tie_word_embeddings", False)))
+    if found.unties:
+        config.tie_word_embeddings = False
+    return ModelFolder(path.resolve(), name, config, trust_remote_code, notes, codes, found)
+
+
+def with_adapter(model: Any, adapter: str | os.PathLike | None, trust_remote_code: bool) -> Any:
+    """A model as users name it, opened with an adapter where there is one.
+
+    Raises:
+        InputError: as `open_model`, or an adapter goes with what is no model on disk.
+    """
+    if adapter is None:
+        return model
+    if not isinstance(model, (str, os.PathLike, ModelFolder)):
+        raise InputError("goes with a model on disk alone", place=str(adapter), remedy="Merge it into the module")
+    return open_model(model, trust_remote_code=trust_remote_code, adapter=adapter)
 
 
 def source_path(model) -> Path | None:

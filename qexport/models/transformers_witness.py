@@ -14,7 +14,6 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import EncoderDecoderCache
 
-from .coded import CodedCheckpoint
 from .formula import formula_tensors
 from .tokens import embedding_rows
 from .witness import Absent, Call, Outline, Testimony, first_line
@@ -40,19 +39,21 @@ class DecoderWitness:
 
     def testify(self, outline: Outline) -> Testimony:
         with _quiet():
-            if self.folder.codes is not None:
-                return self._by_formula(self.folder.codes, outline)
+            if self.folder.codes is not None or self.folder.adapter is not None:
+                return self._by_formula(outline)
             if outline.fits:
                 model = _loaded(self.loader, self.folder, source=_gguf(self.folder))
                 return _said(model, self._calls(model, outline), source=_gguf(self.folder))
             return self._of_some_layers(outline)
 
-    def _by_formula(self, codes: CodedCheckpoint, outline: Outline) -> Testimony:
-        """The model with the float weights that the codes stand for by the formula of their method."""
+    def _by_formula(self, outline: Outline) -> Testimony:
+        """The model with the float weights that codes stand for, and that an adapter makes, by published formulas."""
+        codes = self.folder.codes
         if not outline.fits:
-            raise Absent("its weights, which are codes, do not fit into memory as float32")
+            raise Absent("its weights, which are codes or merged, do not fit into memory as float32")
         model = _with_tensors(self.loader, self.folder, formula_tensors(self.folder, codes))
-        return _said(model, self._calls(model, outline), note=f" with weights by the formula of {codes.title}")
+        of = " and ".join([*([codes.title] if codes else ()), *(["LoRA"] if self.folder.adapter else ())])
+        return _said(model, self._calls(model, outline), note=f" with weights by the formula of {of}")
 
     def _of_some_layers(self, outline: Outline) -> Testimony:
         """The model without the layers between the second and the last one; without that too if it needs the others."""

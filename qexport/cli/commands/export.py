@@ -11,6 +11,7 @@ from ...errors import InputError
 from ...formatting import parsed_bytes
 from ..app import MAKE, command
 from ..options import (
+    Adapter,
     Attention,
     Calibration,
     CalibrationLength,
@@ -43,6 +44,7 @@ def export(
         ),
     ] = None,
     requantize: Requantize = None,
+    adapter: Adapter = None,
     target: Target = "cpu",
     dtype: Dtype = None,
     attention: Attention = "grouped",
@@ -88,7 +90,7 @@ def export(
     from ..printers.export import auto_summary, export_summary, print_auto, print_export
 
     imported()
-    source, chosen = with_recipe(model, named, trust_remote_code)
+    source, chosen = with_recipe(model, named, trust_remote_code, adapter)
     chosen = chosen.with_calibration(samples=samples, sequence_length=sequence_length, seed=seed)
     if auto:
         if resume or logits != "all":
@@ -96,8 +98,9 @@ def export(
         most = None if max_bytes is None else parsed_bytes(max_bytes)
         with console.showing_progress() as progress:
             found = qexport.export_auto(
-                model, chosen, out_dir=out, max_bytes=most, max_kl=max_kl, target=target, dtype=dtype,
-                calibration=calibration, text=text, overwrite=overwrite, attention=attention, provider=provider,
+                source if adapter else model, chosen, out_dir=out, max_bytes=most, max_kl=max_kl, target=target,
+                dtype=dtype, calibration=calibration, text=text, overwrite=overwrite, attention=attention,
+                provider=provider,
                 requantize=requantize is not None, trust_remote_code=trust_remote_code, progress=progress,
                 device=device, offload=offload,
             )  # fmt: skip

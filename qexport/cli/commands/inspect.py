@@ -8,6 +8,7 @@ import qexport
 
 from ..app import MAKE, command
 from ..options import (
+    Adapter,
     Attention,
     Calibration,
     CalibrationLength,
@@ -37,6 +38,7 @@ def inspect(
         ),
     ] = None,
     requantize: Requantize = None,
+    adapter: Adapter = None,
     target: Target = "cpu",
     dtype: Dtype = None,
     attention: Attention = "grouped",
@@ -64,7 +66,7 @@ def inspect(
     from ..printers.inspect import print_inspection
 
     imported()
-    source, chosen = with_recipe(model, named, trust_remote_code)
+    source, chosen = with_recipe(model, named, trust_remote_code, adapter)
     chosen = chosen.with_calibration(**given)
     with console.showing_progress() as progress:
         found = qexport.inspect(

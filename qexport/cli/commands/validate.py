@@ -10,7 +10,7 @@ import qexport
 
 from ...formatting import parsed_share
 from ..app import COMPARE, command
-from ..options import Device, Json, Provider, Remote, Threads, imported
+from ..options import Adapter, Device, Json, Provider, Remote, Threads, imported
 
 GATES = "Limits for CI"
 
@@ -54,6 +54,7 @@ def validate(
     out: Annotated[
         Path | None, typer.Option(help="Folder for the report on a file of another tool; by default beside it.")
     ] = None,
+    adapter: Adapter = None,
     threads: Threads = None,
     provider: Provider = None,
     device: Device = "cpu",
@@ -89,6 +90,7 @@ def validate(
             progress=progress,
             device=device,
             out=out,
+            adapter=adapter,
         )
     if as_json:
         console.print_json(report.model_dump(mode="json"))

@@ -22,6 +22,8 @@ def print_inspection(found: Inspection, all_layers: bool) -> None:
         else compressed(found.linears, found.activations, found.slow)
     )
     print(f"{found.model}: {found.recipe} for {found.target}\n")
+    if found.adapter:
+        print(f"{found.adapter[0].upper()}{found.adapter[1:]}\n")
     if found.codes:
         print(f"{found.codes[0].upper()}{found.codes[1:]}\n")
     columns = ["linear", "how many", "out x in", "scheme", "input", "bytes each", "why"]
