@@ -29,11 +29,17 @@ def print_bench(result: BenchResult) -> None:
     if result.second is None:
         columns, rows = columns[:-1], [row[:-1] for row in rows]
     print_table(columns, rows)
-    print(f"{'a thread on every physical core' if result.threads is None else f'{result.threads} threads'}, medians")
+    print(f"{_threads(result.threads)}, medians")
     for note in result.notes:
         print(note)
     if result.second is not None:
         print(in_words(result))
+
+
+def _threads(count: int | None) -> str:
+    if count is None:
+        return "a thread on every physical core"
+    return f"{count} thread{'' if count == 1 else 's'}"
 
 
 def in_words(result: BenchResult) -> str:
