@@ -155,10 +155,10 @@ def _attention(module, query, key, value, attention_mask, scaling=None, dropout=
     if bias is not None:
         attention_mask = attention_mask + bias
     layer = next((at for at in cache.layers if at.new and at.keys is key and at.values is value), None)
-    if layer is None or layer.present[0] is not key or sinks is not None:
+    if layer is None or layer.present[0] is not key:
         return _written_out(query, key, value, attention_mask, scale, softcap, sinks), None
     out, *layer.present = torch.ops.qexport.cached_attention(
-        query, *layer.new, layer.past_key, layer.past_value, attention_mask, scale, softcap
+        query, *layer.new, layer.past_key, layer.past_value, attention_mask, scale, softcap, sinks
     )
     return out, None
 

@@ -1,7 +1,7 @@
 """Operators that have no ONNX form as those of core ATen, which have one."""
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cache
 from typing import Any
 
@@ -20,15 +20,20 @@ def decomposed(exported: ExportedProgram) -> ExportedProgram:
 
     Operators that have a form keep it: linears, norms and attention are quantized and fused by it. A rule may give
     operators that have neither; they stay.
+    """
+    return by_rules(exported, {target: rule for target, rule in _rules().items() if target not in TRANSLATED})
+
+
+def by_rules(exported: ExportedProgram, rules: Mapping[Any, Callable[..., Any]]) -> ExportedProgram:
+    """The same program without operators that write into a tensor, and with those decomposed that have a rule.
 
     Raises:
         CaptureError: PyTorch cannot follow its own rules here.
     """
-    rules = {target: rule for target, rule in _rules().items() if target not in TRANSLATED}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            return exported.run_decompositions(rules)
+            return exported.run_decompositions(dict(rules))
         except Exception as error:  # as torch.export does, it raises almost anything
             raise CaptureError(
                 f"torch.export cannot decompose it to core ATen: {root_cause(error)}",

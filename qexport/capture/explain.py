@@ -15,6 +15,7 @@ from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from ..errors import CaptureError, root_cause
+from .decompose import by_rules
 from .lines import innermost, line_of
 
 aten = torch.ops.aten
@@ -81,9 +82,7 @@ def functional(exported: ExportedProgram, model: torch.nn.Module) -> ExportedPro
             )
     if not any(_writes(node) for node in exported.graph.nodes):
         return exported
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        pure = exported.run_decompositions({})
+    pure = by_rules(exported, {})
     changed = [*pure.graph_signature.buffers_to_mutate.values(), *pure.graph_signature.user_inputs_to_mutate.values()]
     if changed:
         writer = next((n for n in exported.graph.nodes if _writes(n) and n.args[0].op == "placeholder"), None)

@@ -24,6 +24,7 @@ from .layer_groups import LayerGroups, find_layers
 from .layer_stamps import stamp
 from .normalize import to_normal_form
 from .weight_views import WeightView, cut_weights, moved
+from .written_attention import fuse_written_attention
 
 # Sizes of the example inputs. torch.export specialises 0 and 1, and two dimensions of one size could be taken for the
 # same one; the graph it makes with these is right for every size, 0 and 1 included.
@@ -149,7 +150,10 @@ def _normalized(
     whole = exported.module(check_guards=False)
     _rename_weights(whole, aliases)
     pieces = cut_weights(whole, {name for name, _ in model.named_parameters(remove_duplicate=False)})
-    return to_normal_form(whole), pieces
+    to_normal_form(whole)
+    fuse_written_attention(whole.graph)
+    whole.graph.eliminate_dead_code()
+    return whole, pieces
 
 
 def _by_layer(names: list[str], others: int) -> tuple[list[str], list[list[str]]]:

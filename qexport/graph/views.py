@@ -209,6 +209,7 @@ class CachedAttention(_View):
     mask: Node
     scale: float
     softcap: float
+    sinks: Node | None
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """Real tokens first in every row while the layers run, and the caller's order again behind them."""
 
 import operator
+from collections.abc import Mapping
 
 import torch
 from torch.fx import Node
@@ -17,13 +18,17 @@ LAST, TOTAL = "tokens.last", "tokens.total"  # what attention asks for, see ops.
 _BACK, _VALID = "tokens.back", "tokens.valid"
 
 
-def turn_tokens(first: Block, values: dict[str, str]) -> None:
+def turn_tokens(first: Block, values: dict[str, str], later: Mapping[str, TensorSpec]) -> None:
     """Real tokens first in everything that the first block reads by position, and what later blocks need for it.
 
     Args:
         values: the names of the model's inputs in the graph, by their public names.
+        later: what blocks behind it read from outside, by these names in the graph.
     """
     graph = first.module.graph
+    for name in ("input_ids", "position_ids"):
+        if (spec := later.get(values[name])) is not None:
+            read_in(first, values[name], spec)
     by_name = {name: node for node, name in names_of(first).items()}
     mask, ids = by_name[values["attention_mask"]], by_name[values["input_ids"]]
     order, batch = ids.meta[Meta.SPEC], shape_of(ids)[0]

@@ -22,6 +22,7 @@ from ..graph.views import CachedAttention, CausalMask, Item, RoundCache, operand
 from .block_io import first_call, hand_on, names_of, producers, prune, read_in
 from .compact_padding import LAST, TOTAL, turn_back, turn_tokens, turned_name
 from .rotary import RotatedHeads, position_table, rotated
+from .why_written_out import why_written_out
 
 aten = torch.ops.aten
 ops = torch.ops.qexport
@@ -96,7 +97,8 @@ def group_attention(captured: CapturedModel, grouping: GroupedAttention) -> None
     """Rewrite a decoder's blocks, its inputs too where nothing reads positions any more, in place."""
     values = {port.name: port.value for port in captured.inputs}
     first = captured.blocks[0]
-    turn_tokens(first, values)
+    behind = [names_of(block) for block in captured.blocks[1:]]
+    turn_tokens(first, values, {name: node.meta[Meta.SPEC] for names in behind for node, name in names.items()})
     turned = {values[name]: turned_name(name) for name in ("input_ids", "position_ids")}
     for block in captured.blocks[1:]:
         block.inputs[:] = [turned.get(name, name) for name in block.inputs]
@@ -121,7 +123,7 @@ def _sites(captured: CapturedModel, values: dict[str, str]) -> list[_Site]:
     masks: set[Node] = set()
     made = producers(captured)
     if count_attentions(captured) < sum(name.startswith("past_key_values.") for name in values) // 2:
-        raise Unsuited("its attention is written out: it adds more to the scores than a mask, or changes the cache")
+        raise Unsuited(why_written_out(captured))
     first, last = captured.blocks[0], captured.blocks[-1]
     for block in captured.blocks:
         names = names_of(block)
@@ -239,7 +241,7 @@ def _replace(site: _Site, inside: tuple[RotatedHeads, RotatedHeads] | None, tabl
             graph, ops.grouped_attention.default,
             (
                 *flat, *pasts, last, total, cos, sin, *site.scales, site.bits, attention.scale, attention.softcap,
-                site.window,
+                site.window, *([] if attention.sinks is None else [attention.sinks]),
             ),
             like=flat[0],
         )  # fmt: skip

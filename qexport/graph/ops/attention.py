@@ -44,7 +44,7 @@ def _(attention_mask, past_length, window):
 @torch.library.custom_op("qexport::cached_attention", mutates_args=())
 def cached_attention(
     query: Tensor, key: Tensor, value: Tensor, past_key: Tensor, past_value: Tensor, mask: Tensor,
-    scale: float, softcap: float,
+    scale: float, softcap: float, sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Scaled dot-product attention of new tokens over cached and new keys.
 
@@ -55,18 +55,21 @@ def cached_attention(
         mask: additive, [batch, 1, sequence, past + sequence].
         scale: factor of the scores.
         softcap: scores become softcap * tanh(scores / softcap) before the mask; 0 for none.
+        sinks: [heads], a score of each head that takes its share of the softmax and has no value.
 
     Returns:
         output [batch, sequence, heads, head_dim]; present_key and present_value [batch, kv_heads, past + sequence,
         head_dim].
     """
-    return _attend(query, key, value, past_key, past_value, mask, scale, softcap)
+    return _attend(query, key, value, past_key, past_value, mask, scale, softcap, sinks)
 
 
-def _attend(query, key, value, past_key, past_value, mask, scale, softcap) -> tuple[Tensor, Tensor, Tensor]:
+def _attend(
+    query, key, value, past_key, past_value, mask, scale, softcap, sinks=None
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     present_key, present_value = torch.cat([past_key, key], dim=2), torch.cat([past_value, value], dim=2)
     mask = mask.to(query.dtype)
-    if softcap == 0.0:
+    if softcap == 0.0 and sinks is None:
         out = torch.nn.functional.scaled_dot_product_attention(
             query, present_key, present_value, attn_mask=mask, scale=scale, enable_gqa=query.shape[1] != key.shape[1]
         )
@@ -75,13 +78,18 @@ def _attend(query, key, value, past_key, past_value, mask, scale, softcap) -> tu
         keys, values = (t.repeat_interleave(repeat, dim=1) for t in (present_key, present_value))
         scores = query @ keys.transpose(2, 3)
         scores = scores.to(torch.promote_types(scores.dtype, torch.float32)) * scale
-        weights = torch.softmax(softcap * torch.tanh(scores / softcap) + mask.to(scores.dtype), dim=-1)
+        scores = (softcap * torch.tanh(scores / softcap) if softcap else scores) + mask.to(scores.dtype)
+        if sinks is not None:
+            column = sinks.to(scores.dtype).view(1, -1, 1, 1).expand(*scores.shape[:-1], 1)
+            scores = torch.cat([scores, column], dim=-1)
+        weights = torch.softmax(scores, dim=-1)
+        weights = weights if sinks is None else weights[..., :-1]
         out = weights.to(query.dtype) @ values
     return out.transpose(1, 2).contiguous(), present_key, present_value
 
 
 @cached_attention.register_fake
-def _(query, key, value, past_key, past_value, mask, scale, softcap):
+def _(query, key, value, past_key, past_value, mask, scale, softcap, sinks=None):
     batch, heads, sequence, head_dim = query.shape
     total = past_key.shape[2] + sequence
     return (

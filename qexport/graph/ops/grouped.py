@@ -72,7 +72,7 @@ def _(x, order):
 def grouped_attention(
     query: Tensor, key: Tensor, value: Tensor, past_key: Tensor, past_value: Tensor, last: Tensor, total: Tensor,
     cos: Tensor | None, sin: Tensor | None, key_scale: Tensor | None, value_scale: Tensor | None, bits: int,
-    scale: float, softcap: float, window: int,
+    scale: float, softcap: float, window: int, sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Causal attention of new tokens over a cache that each row fills from its start.
 
@@ -85,6 +85,7 @@ def grouped_attention(
         key_scale, value_scale, bits: of a cache of codes, see `quant.kv_cache`; None and 0 for one of floats.
         scale: factor of the scores; softcap: scores become softcap * tanh(scores / softcap), 0 for none.
         window: keys further back than window - 1 positions are hidden; 0 for no limit.
+        sinks: as `cached_attention`.
 
     Returns:
         output [batch, sequence, heads * head_dim]; present_key and present_value [batch, kv_heads, past + sequence,
@@ -114,14 +115,15 @@ def grouped_attention(
     mask = torch.where(visible, 0.0, -torch.inf)[:, None]
     (keys, values), (present_key, present_value) = seen, present
     empty = keys[:, :, :0]
-    out, _, _ = _attend(query, keys, values, empty, empty, mask, scale, softcap)
+    out, _, _ = _attend(query, keys, values, empty, empty, mask, scale, softcap, sinks)
     return out.flatten(2), present_key, present_value
 
 
 @grouped_attention.register_fake
 def _(
-    query, key, value, past_key, past_value, last, total, cos, sin, key_scale, value_scale, bits, scale, softcap, window
-):
+    query, key, value, past_key, past_value, last, total, cos, sin, key_scale, value_scale, bits, scale, softcap,
+    window, sinks=None,
+):  # fmt: skip
     batch, kv_heads, past, size = past_key.shape
     present = past_key.new_empty((batch, kv_heads, past + query.shape[1], size))
     return torch.empty_like(query), present, torch.empty_like(present)

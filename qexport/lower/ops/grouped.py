@@ -67,8 +67,8 @@ def _grouped_attention(emit: Emitter, node: Node, given: Arguments) -> tuple[ir.
         codes = dict.fromkeys(("k_quant_type", "v_quant_type"), _GRANULARITY[len(shape_of(given.key_scale))])
     return emit.several(
         3, "GroupQueryAttention", *map(emit.get, read), emit.get(given.past_key), emit.get(given.past_value),
-        emit.get(given.last), emit.get(given.total), emit.get(given.cos), emit.get(given.sin), None, None, None,
-        emit.get(given.key_scale), emit.get(given.value_scale), domain="com.microsoft",
+        emit.get(given.last), emit.get(given.total), emit.get(given.cos), emit.get(given.sin), None, None,
+        emit.get(given.sinks), emit.get(given.key_scale), emit.get(given.value_scale), domain="com.microsoft",
         num_heads=size_at(given.query, -1) // size, kv_num_heads=kv_heads, scale=float(given.scale),
         softcap=float(given.softcap) or None, do_rotary=int(given.cos is not None),
         local_window_size=given.window or -1, kv_cache_bit_width=given.bits or None, more=codes,

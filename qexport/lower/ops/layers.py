@@ -8,7 +8,7 @@ from ...graph.edit import dtype_of, shape_of
 from ...graph.meta import Meta
 from ...graph.ops.attention import MASKED
 from ...graph.schema import Arguments
-from ...graph.views import END
+from ...graph.views import END, size_at
 from ..emitter import ONNX_DTYPE, Emitter, unsupported
 from ..registry import Translation, translates
 
@@ -142,11 +142,42 @@ def _causal_mask(emit: Emitter, node: Node, given: Arguments) -> ir.Value:
 
 @translates(ops.cached_attention.default)
 def _cached_attention(emit: Emitter, node: Node, given: Arguments) -> tuple[ir.Value, ...]:
+    if given.sinks is not None:
+        return _attention_with_sinks(emit, node, given)
     inputs = (given.query, given.key, given.value, given.mask, given.past_key, given.past_value)
     out, *present = emit.several(
         3, "Attention", *map(emit.get, inputs), scale=float(given.scale), softcap=float(given.softcap) or None
     )
     return emit.op("Transpose", out, perm=[0, 2, 1, 3]), *present
+
+
+def _attention_with_sinks(emit: Emitter, node: Node, given: Arguments) -> tuple[ir.Value, ...]:
+    """In plain operators: ONNX's Attention has no sinks."""
+    dtype, heads, size = dtype_of(given.query), size_at(given.query, 1), size_at(given.key, -1)
+    pairs = ((given.past_key, given.key), (given.past_value, given.value))
+    present = [emit.op("Concat", *map(emit.get, pair), axis=2) for pair in pairs]
+    keys, values = (_repeated(emit, x, heads // size_at(given.key, 1), heads, size) for x in present)
+    scores = emit.op("MatMul", emit.get(given.query), emit.op("Transpose", keys, perm=[0, 1, 3, 2]))
+    scores = emit.op("Mul", scores, emit.constant(float(given.scale), dtype))
+    if given.softcap:
+        cap = emit.constant(float(given.softcap), dtype)
+        scores = emit.op("Mul", emit.op("Tanh", emit.op("Div", scores, cap)), cap)
+    scores = emit.op("Add", scores, emit.get(given.mask, dtype))
+    zero, one, last = (emit.constant([number]) for number in (0, 1, -1))
+    column = emit.op("Mul", emit.op("Slice", scores, zero, one, last), emit.constant(0.0, dtype))
+    sinks = emit.op("Reshape", emit.get(given.sinks, dtype), emit.constant([1, heads, 1, 1]))
+    weights = emit.op("Softmax", emit.op("Concat", scores, emit.op("Add", column, sinks), axis=-1), axis=-1)
+    out = emit.op("MatMul", emit.op("Slice", weights, zero, last, last), values)
+    return emit.op("Transpose", out, perm=[0, 2, 1, 3]), *present
+
+
+def _repeated(emit: Emitter, x: ir.Value, times: int, heads: int, size: int) -> ir.Value:
+    """[batch, heads / times, tokens, size] with every head several times in a row."""
+    if times == 1:
+        return x
+    wide = emit.op("Unsqueeze", x, emit.constant([2]))
+    wide = emit.op("Expand", wide, emit.constant([1, 1, times, 1, 1]))
+    return emit.op("Reshape", wide, emit.constant([0, heads, -1, size]))
 
 
 @translates(aten.scaled_dot_product_attention.default)

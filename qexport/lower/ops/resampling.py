@@ -30,8 +30,6 @@ def _resize(mode: str, **attributes: Attribute) -> Translation:
 
 
 translates(aten.upsample_linear1d.vec, aten.upsample_trilinear3d.vec)(_resize("linear"))
-translates(aten._upsample_bilinear2d_aa.vec)(_resize("linear", antialias=1))
-translates(aten._upsample_bicubic2d_aa.vec)(_resize("cubic", cubic_coeff_a=-0.5, antialias=1))
 translates(
     aten._upsample_nearest_exact1d.vec, aten._upsample_nearest_exact2d.vec, aten._upsample_nearest_exact3d.vec
 )(_resize("nearest", nearest_mode="round_prefer_ceil"))

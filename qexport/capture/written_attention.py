@@ -1,0 +1,219 @@
+"""Attention that a model's code writes out itself, as one node: scores, mask, softmax and the weighted sum of values.
+
+Models from before transformers' attention interface compute it in their own classes. What counts is what they compute:
+softmax(factor * (query @ keys^T) + mask) @ values, keys and values those of one layer's cache with the new ones behind.
+Whatever else is added to the scores or done with the cache stays as it was written.
+"""
+
+import operator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.fx import Graph, Node
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+from ..graph.edit import is_call
+from ..graph.schema import bind
+from ..graph.views import Add, Cat, Div, Mul, Reshape, Transpose, Unsqueeze, operand
+
+aten, ops = torch.ops.aten, torch.ops.qexport
+_CASTS = (aten.to.dtype, aten._to_copy.default)
+_PRODUCTS = (aten.matmul.default, aten.bmm.default)
+_LOWEST = -1e30  # a bound that no score reaches
+
+
+@dataclass(frozen=True)
+class _Cached:
+    """Keys or values of a layer's cache, and the new ones behind: `joined` is both."""
+
+    joined: Node
+    past: Node
+    new: Node
+
+
+@dataclass(frozen=True)
+class _Scores:
+    """factor * (query @ keys^T) + mask."""
+
+    query: Node
+    keys: _Cached
+    factor: float
+    mask: Node
+
+
+def fuse_written_attention(graph: Graph) -> None:
+    """Replace written-out attention over a cache by `cached_attention`, in place."""
+    for node in list(graph.nodes):
+        if not is_call(node, aten.softmax.int, aten._softmax.default) or bind(node).dim not in (-1, _rank(node) - 1):
+            continue
+        scores, product = _scores(operand(node)), _product(node)
+        if scores is None or product is None:
+            continue
+        values, result = _cached(product.args[1]), _four_axes(product)
+        if values is None or result is None or values.joined is scores.keys.joined:
+            continue
+        if _readers_are_known(scores.keys) and _readers_are_known(values):
+            _replace(graph, scores, values, result)
+
+
+def _rank(node: Node) -> int:
+    return int(node.meta["val"].dim())
+
+
+def _only_user(node: Node) -> Node | None:
+    return next(iter(node.users)) if len(node.users) == 1 else None
+
+
+def _product(softmax: Node) -> Node | None:
+    """The product with the values, of weights that are cast or flattened on the way."""
+    at = softmax
+    while (user := _only_but_sizes(at)) is not None:
+        if is_call(user, *_PRODUCTS):
+            return user if user.args[0] is at else None
+        if not (is_call(user, *_CASTS) or _keeps_rows(user)):
+            return None
+        at = user
+    return None
+
+
+def _only_but_sizes(node: Node) -> Node | None:
+    """The one reader of a value beside those of its sizes."""
+    readers = [user for user in node.users if not is_call(user, aten.sym_size.int)]
+    return readers[0] if len(readers) == 1 else None
+
+
+def _four_axes(product: Node) -> Node | None:
+    """The weighted sum as [batch, heads, sequence, head_dim]."""
+    if _rank(product) == 4:
+        return product
+    user = _only_but_sizes(product)
+    return user if user is not None and _keeps_rows(user) and _rank(user) == 4 else None
+
+
+def _keeps_rows(node: Node) -> bool:
+    """Whether a node joins or parts the axes in front of the last two, or does nothing."""
+    if not is_call(node, *Reshape.targets):
+        return False
+    before, after = operand(node).meta["val"].shape, node.meta["val"].shape
+    return all(statically_known_true(a == b) for a, b in zip(before[-2:], after[-2:], strict=True))
+
+
+def _scores(node: Node) -> _Scores | None:
+    """What a softmax reads, where it is a product, factors, and one causal mask."""
+    factor, mask, at = 1.0, None, node
+    while True:
+        added = Add.match(at)
+        if is_call(at, *_CASTS) or _keeps_rows(at) or _bounds_nothing(at):
+            at = operand(at)
+        elif (number := _number(Mul.match(at))) is not None:
+            factor, at = factor * number, operand(at)
+        elif (number := _number(Div.match(at))) is not None:
+            factor, at = factor / number, operand(at)
+        elif added is not None and mask is None and added.alpha == 1 and is_call(added.other, ops.causal_mask.default):
+            mask, at = added.other, added.x
+        else:
+            break
+    if mask is None or factor <= 0:
+        return None
+    if is_call(at, aten.baddbmm.default):
+        given = bind(at)
+        if not is_call(given.self, aten.zeros.default):
+            return None
+        factor, query, transposed = factor * given.alpha, given.batch1, given.batch2
+    elif is_call(at, *_PRODUCTS):
+        query, transposed = at.args[:2]
+    else:
+        return None
+    turned = Transpose.match(transposed)
+    query = operand(query) if _keeps_rows(query) else query
+    if turned is None or {turned.dim0 % _rank(turned.x), turned.dim1 % _rank(turned.x)} != _last_two(turned.x):
+        return None
+    keys = _cached(turned.x)
+    if keys is None or _rank(query) != 4:
+        return None
+    return _Scores(query, keys, float(factor), mask)
+
+
+def _last_two(node: Node) -> set[int]:
+    return {_rank(node) - 2, _rank(node) - 1}
+
+
+def _number(found: Mul | Div | None) -> float | None:
+    """The number that a value is multiplied or divided by."""
+    return float(found.other) if found is not None and isinstance(found.other, (int, float)) and found.other else None
+
+
+def _bounds_nothing(node: Node) -> bool:
+    """Whether a node is the larger one of a value and the lowest number there is."""
+    if not is_call(node, aten.clamp.default):
+        return False
+    bounds = bind(node)
+    return bounds.max is None and isinstance(bounds.min, float) and bounds.min < _LOWEST
+
+
+def _cached(node: Any) -> _Cached | None:
+    """What is past of a layer with the new behind, whether heads are repeated or not; None for anything else."""
+    if not isinstance(node, Node):
+        return None
+    at = node
+    while is_call(at, *_CASTS) or _keeps_rows(at):
+        at = operand(at)
+    at = _before_repeated(at)
+    joined = Cat.match(at)
+    if joined is None or len(joined.tensors) != 2 or joined.dim not in (2, -2) or _rank(at) != 4:
+        return None
+    past, new = joined.tensors
+    return _Cached(at, past, new) if past.op == "placeholder" else None
+
+
+def _before_repeated(node: Node) -> Node:
+    """The heads that a node has several times in a row each: reshape(expand(unsqueeze(x, 2)))."""
+    reshaped = Reshape.match(node)
+    if reshaped is None or not is_call(reshaped.x, aten.expand.default):
+        return node
+    wide = Unsqueeze.match(operand(reshaped.x))
+    return wide.x if wide is not None and wide.dim == 2 and _rank(wide.x) == 4 else node
+
+
+def _readers_are_known(cached: _Cached) -> bool:
+    """Whether a joined cache is read by one attention, and by what asks for sizes or is returned."""
+    others = [u for u in cached.joined.users if u.op != "output" and not is_call(u, aten.sym_size.int)]
+    return len(others) == 1
+
+
+def _replace(graph: Graph, scores: _Scores, values: _Cached, result: Node) -> None:
+    keys = scores.keys
+    inputs = (scores.query, keys.new, values.new, keys.past, values.past, scores.mask)
+    made = ops.cached_attention.default(*(node.meta["val"] for node in inputs), scores.factor, 0.0)
+    with graph.inserting_before(result):
+        fused = graph.call_function(ops.cached_attention.default, (*inputs, scores.factor, 0.0))
+        fused.meta = {**result.meta, "val": made}
+        parts = [graph.call_function(operator.getitem, (fused, place)) for place in range(3)]
+        for part, value in zip(parts, made, strict=True):
+            part.meta = {**result.meta, "val": value}
+        turned = graph.call_function(aten.transpose.int, (parts[0], 1, 2))
+        turned.meta = dict(result.meta)
+    for user in list(result.users):
+        if _swaps_heads(user):
+            user.replace_all_uses_with(parts[0])
+    result.replace_all_uses_with(turned)
+    for cached, present in ((keys, parts[1]), (values, parts[2])):
+        _let_go(cached, present, scores.mask)
+
+
+def _swaps_heads(node: Node) -> bool:
+    if is_call(node, aten.permute.default):
+        return [axis % 4 for axis in bind(node).dims] == [0, 2, 1, 3]
+    turned = Transpose.match(node)
+    return turned is not None and {turned.dim0 % 4, turned.dim1 % 4} == {1, 2}
+
+
+def _let_go(cached: _Cached, present: Node, mask: Node) -> None:
+    """What returns a joined cache returns the attention's; its sizes are those of the past and the mask."""
+    for user in list(cached.joined.users):
+        if user.op == "output":
+            user.replace_input_with(cached.joined, present)
+        elif is_call(user, aten.sym_size.int):
+            axis = bind(user).dim % 4
+            user.args = (mask, 3) if axis == 2 else (cached.past, axis)
