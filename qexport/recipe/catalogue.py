@@ -15,7 +15,7 @@ class Wish:
         name: of the wish; it names the preset too.
         preset: the file.
         size: of the model's file beside float16.
-        speed: of prompts and of single tokens, beside the float32 file in ONNX Runtime on a CPU.
+        speed: of prompts and of single tokens, or of whole runs, beside the float32 file in ONNX Runtime on a CPU.
         calibration: what text or data it needs.
     """
 
@@ -28,13 +28,14 @@ class Wish:
 
 _OWN_TEXT = "text of yours, or the model writes some"
 
+# Measured by samples/results/presets.md; of encoders and CNNs by encoder.md and samples/vision.py.
 WISHES = (
-    Wish("smallest", "compact", "", "", _OWN_TEXT),
-    Wish("balanced", "balanced", "", "", _OWN_TEXT),
-    Wish("closest", "closest", "", "", "none"),
-    Wish("server", "server", "", "", _OWN_TEXT),
-    Wish("encoder", "encoder", "", "", "text of yours"),
-    Wish("cnn", "w8a8_static", "", "", "inputs of yours"),
+    Wish("smallest", "compact", "0.30", "1.2, 4.2", _OWN_TEXT),
+    Wish("balanced", "balanced", "0.30 to 0.35", "1.2, 4.2", _OWN_TEXT),
+    Wish("closest", "closest", "0.57", "1.3, 3.2", "none"),
+    Wish("server", "server", "0.52", "1.6, 2.7", _OWN_TEXT),
+    Wish("encoder", "encoder", "0.55", "2.0", "text of yours"),
+    Wish("cnn", "w8a8_static", "0.54", "1.8", "inputs of yours"),
 )
 """From the smallest to the closest, then by kind of use."""
 

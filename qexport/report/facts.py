@@ -12,6 +12,7 @@ from ..validation.formatting import decibels, own, share, with_error, worst_firs
 from ..validation.quality import GRADES, graded, worded
 from ..validation.report import Logits, Quality, Report
 from .exported import Exported
+from .speed import Speed
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,18 @@ def key_figures(exported: Exported) -> list[Key]:
     if "model" in sizes:
         parts = [f"{name} {megabytes(sizes[key])}" for key, name in _PARTS if sizes.get(key)]
         found.append(Key("File", megabytes(sizes["model"]), ", ".join(parts)))
-    return found
+    return found if exported.speed is None else [*found, *_of_speed(exported.speed)]
+
+
+def _of_speed(speed: Speed) -> list[Key]:
+    """The first rate of each kind, and where it was measured."""
+    threads = "every physical core" if speed.threads is None else f"{speed.threads} threads"
+    kinds = (("Decoding", speed.decode, "in the cache"), ("Reading a prompt", speed.prefill, "each"))
+    return [
+        Key(name, f"{rates[n]:,.0f} tokens/s", f"{n} tokens {what}; {threads} of {speed.machine}")
+        for name, rates, what in kinds
+        if (n := min(rates, default=None)) is not None
+    ]
 
 
 _PARTS = (("quantized_linears", "linears"), ("embedding", "embedding"), ("lm_head", "output projection"))

@@ -6,6 +6,7 @@ import shutil
 import pytest
 
 from helpers.report_folders import a_study, full_report, write_validated
+from qexport.report import compare
 from qexport.report.html import write_html
 from qexport.report.sampling import sampled
 from qexport.validation.verdict import with_verdict
@@ -147,7 +148,7 @@ def test_copying_shows_that_it_was_done(opened):
     ) in ("Copied", "Selected")  # fmt: skip
 
 
-@pytest.mark.parametrize("width", [1280, 390])
+@pytest.mark.parametrize("width", [1400, 390])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_it_fits_and_follows_the_colour_scheme(opened, width, scheme):
     size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 500}
@@ -161,9 +162,28 @@ def test_it_fits_and_follows_the_colour_scheme(opened, width, scheme):
         "return getComputedStyle(document.body).backgroundColor.match(/\\d+/g).slice(0, 3).map(Number)"
     )
     assert (red + green + blue > 600) == (scheme == "light")
+    assert opened.execute_script(CUT) == []
     faint = opened.execute_script(CONTRAST)
     assert faint == [], "text that is hard to read"
 
+
+@pytest.mark.parametrize("width", [1400, 390])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_no_table_of_two_exports_is_cut(browser, page, tmp_path, width, scheme):
+    compare(page.parent, page.parent, tmp_path / "both.html")
+    size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 500}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    browser.execute_cdp_cmd(
+        "Emulation.setEmulatedMedia", {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
+    )
+    browser.get((tmp_path / "both.html").as_uri())
+    assert browser.execute_script("return document.documentElement.scrollWidth") <= width
+    assert browser.execute_script(CUT) == [] and browser.execute_script(CONTRAST) == []
+
+
+# Tables and images that end beyond the window and cannot be scrolled to.
+CUT = """return [...document.querySelectorAll("table, svg, dl")].filter(e => !e.closest(".scroll")
+  && e.getBoundingClientRect().right > innerWidth + 1).map(e => e.outerHTML.slice(0, 80))"""
 
 # Every text of the page whose contrast to what is behind it is below 4.5 (WCAG AA), labels of axes below 3.
 CONTRAST = """

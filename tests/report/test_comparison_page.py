@@ -83,6 +83,7 @@ def test_speed_is_kept_and_compared_where_conditions_are_alike(pair):
     assert {m.better for m in found.measures if "tokens/s" in m.name} == {0}
     assert any("different conditions" in note for note in found.notes)
     assert read_validated(pair[1]).speed.threads == 4 and read_validated(pair[1]).report is not None
+    assert "20 tokens/s" in qexport.render(pair[1]).read_text()
 
 
 def test_scores_of_lm_eval_are_shown_where_they_lie(pair):

@@ -26,7 +26,8 @@ def list_recipes(as_json: Json = False) -> None:
     console.print_table(
         columns, [[w.name, w.preset, w.size, w.speed, w.calibration, what[w.preset]] for w in WISHES]
     )  # fmt: skip
-    print("\nSizes and speeds are of SmolLM2-135M on a CPU (prompts, single tokens). Without --recipe it is balanced.")
+    print("\nSpeed: of prompts and of single tokens of SmolLM2-135M on a CPU, else of whole runs.")
+    print("Without --recipe it is balanced.")
     print("\nBy scheme and by method, as papers have them:\n")
     wanted = {wish.preset for wish in WISHES} - {"w8a8_static"}
     console.print_table(["preset", "what it is"], [[name, text] for name, text in what.items() if name not in wanted])
