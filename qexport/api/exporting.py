@@ -1,7 +1,7 @@
 """Export: whatever kind a model is, from what a user names to the folder that ONNX Runtime runs."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from ..models.source import ModelFolder, source_path, with_adapter
 from ..passes.base import GraphPass
 from ..progress import Progress, no_progress
 from ..recipe.recipe import Recipe
+from .adapters import check_adapters, kept_adapters
 from .options import Options
 from .result import ExportResult
 from .seq2seq.exporting import export_parts
@@ -44,6 +45,7 @@ def export(
     device: str = "cpu",
     offload: bool = False,
     adapter: str | os.PathLike[str] | None = None,
+    adapters: Mapping[str, str | os.PathLike[str]] | None = None,
 ) -> ExportResult:
     """Quantize a model and write it as a folder that ONNX Runtime runs.
 
@@ -87,6 +89,9 @@ def export(
         offload: with a device, activations between blocks wait in the host's memory.
         adapter: a folder with a LoRA adapter as PEFT saves it, merged into the weights before anything else; the model
             is named by id, folder or file then.
+        adapters: LoRA adapters that stay apart from the weights, by names for them: low-rank branches whose factors are
+            inputs of the file, empty by default, and NAME.onnx_adapter for each, which ONNX Runtime and
+            onnxruntime-genai load and switch. The recipe may move no factors between values and weights then.
 
     Raises:
         QExportError: one of its kinds says what is wrong, where, and what to do; CaptureError where the graph and its
@@ -95,10 +100,11 @@ def export(
     options = Options(
         target=target, dtype=dtype, attention=attention, logits=logits, resume=resume, extra_passes=extra_passes,
         seed=seed, requantize=requantize, trust_remote_code=trust_remote_code, progress=progress,
-        device=device, offload=offload,
+        device=device, offload=offload, adapters=kept_adapters(adapters or {}),
     )  # fmt: skip
     model = with_adapter(model, adapter, trust_remote_code)
     request = Request.of(model, recipe, options, calibration, example_inputs, dynamic_shapes)
     with claimed(Path(out_dir), overwrite, source_path(model)) as work:
         prepared = prepare(request)
+        check_adapters(prepared)
         return export_parts(prepared, work) if prepared.in_two_parts else pipeline.run(prepared, work)

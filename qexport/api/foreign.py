@@ -9,11 +9,20 @@ import torch
 from ..artifact.manifest import CPU, Manifest
 from ..artifact.scratch import scratch_folder
 from ..errors import InputError, writing_to
-from ..report import describe_foreign, read_validated, write_html
 from ..validation.foreign import ForeignFile, describe, find_file
 from ..validation.report import Report
-from ..validation.report_store import save
-from .measuring import FloatModel, Laps, Subject, captured_for, check_writable, checked_reader, compared, read_by, told
+from .measuring import (
+    FloatModel,
+    Laps,
+    Subject,
+    captured_for,
+    check_writable,
+    checked_reader,
+    compared,
+    read_by,
+    told,
+    write_report,
+)
 from .options import ValidationOptions
 
 
@@ -27,12 +36,10 @@ def validate_foreign(place: Path, reference: FloatModel, options: ValidationOpti
     _check(reference, options)
     with writing_to(out, "Free some space"):
         out.mkdir(parents=True, exist_ok=True)
-    check_writable(out)
+    check_writable(out)  # before the work
     with scratch_folder() as folder:
         report, manifest = _report(file, folder, reference, options)
-    save(report, out)
-    describe_foreign(out, manifest)
-    write_html(read_validated(out))
+    write_report(report, manifest, out)
     return report
 
 

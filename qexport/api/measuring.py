@@ -3,7 +3,7 @@
 import os
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -14,18 +14,20 @@ from ..artifact import manifest as manifests
 from ..artifact.manifest import RECIPE_FILE, Manifest
 from ..artifact.names import public_name
 from ..artifact.output import inside
+from ..artifact.scratch import scratch_folder
 from ..calibrate.block_activations import module_feeds
 from ..calibrate.encoder_inputs import encoder_batch, with_last_token
 from ..calibrate.model_passes import change_model
 from ..capture.graph import CapturedModel
 from ..capture.module import Inputs, axes_of
-from ..errors import InputError
+from ..errors import InputError, writing_to
+from ..lower.adapter_inputs import with_adapter_inside
 from ..mixed_precision.costs import Costs
 from ..mixed_precision.sensitivity import costs_of, restore
 from ..models.agreement import ReaderAgreement
 from ..models.source import ModelFolder
 from ..recipe.recipe import Recipe
-from ..report import read_validated, write_card, write_html
+from ..report import describe_foreign, read_validated, write_card, write_html
 from ..runtime.provider import chosen_provider
 from ..runtime.session import open_session
 from ..validation.account import transforms
@@ -123,6 +125,39 @@ def validate_file(folder: Path, reference: FloatModel, options: ValidationOption
         write_html(exported)
         write_card(exported)
     return report
+
+
+def validate_with_adapter(folder: Path, name: str, reference: FloatModel, options: ValidationOptions) -> Report:
+    """Compare an export that runs with one of its adapters; the page goes where the options say, if they say so.
+
+    Args:
+        reference: the float model with the same adapter.
+
+    Raises:
+        InputError: as `validate_file`, or there is no such adapter.
+    """
+    manifest = manifests.load(folder)
+    checksums.check(folder)
+    with scratch_folder() as place:
+        with_adapter_inside(folder, manifest, name, place)
+        report = _report(place, manifest, reference, replace(options, out=None))
+    if options.out is not None:
+        write_report(report, manifest, options.out)
+    return report
+
+
+def write_report(report: Report, manifest: Manifest, out: Path) -> None:
+    """A report with its page in a folder that is no export.
+
+    Raises:
+        InputError: the folder cannot be made or written.
+    """
+    with writing_to(out, "Free some space"):
+        out.mkdir(parents=True, exist_ok=True)
+    check_writable(out)
+    save(report, out)
+    describe_foreign(out, manifest)
+    write_html(read_validated(out))
 
 
 def check_writable(folder: Path) -> None:

@@ -1,7 +1,7 @@
 """What travels together through an export, a dry run and a validation."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -11,6 +11,7 @@ from ..capture.module import Inputs
 from ..device import Placement, placement_of
 from ..errors import InputError
 from ..lower.attention_plan import check_attention
+from ..models.lora import Adapter
 from ..passes.base import GraphPass
 from ..progress import Progress, no_progress
 from ..validation.gates import Gates
@@ -35,6 +36,7 @@ class Options:
         progress: told how far the work is.
         device: where PyTorch computes, by its name of it.
         offload: activations between blocks wait in the host's memory.
+        adapters: those that stay apart from the weights, by name.
 
     Raises:
         InputError: attention or logits are called otherwise; there is no such device.
@@ -52,6 +54,7 @@ class Options:
     progress: Progress = no_progress
     device: str = "cpu"
     offload: bool = False
+    adapters: Mapping[str, Adapter] = field(default_factory=dict)
     placement: Placement = field(init=False)
 
     def __post_init__(self) -> None:

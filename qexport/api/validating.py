@@ -16,7 +16,7 @@ from ..validation.foreign import is_foreign
 from ..validation.gates import Gates
 from ..validation.report import Report
 from .foreign import validate_foreign
-from .measuring import validate_file
+from .measuring import validate_file, validate_with_adapter
 from .options import ValidationOptions
 from .seq2seq.validating import validate_parts
 
@@ -42,6 +42,7 @@ def validate(
     device: str = "cpu",
     out: str | os.PathLike[str] | None = None,
     adapter: str | os.PathLike[str] | None = None,
+    active: str | None = None,
 ) -> Report:
     """Compare an export with the float model it was made from, and write the result into its report.json.
 
@@ -84,6 +85,7 @@ def validate(
         device: where PyTorch computes the float model, by its name of it: "cpu", "cuda", "cuda:1".
         out: folder for the report of a file of another tool; None: beside it.
         adapter: a folder with a LoRA adapter: the reference is the model with it.
+        active: the name of the same adapter in an export that keeps it apart: it runs with it. The page goes to `out`.
 
     Raises:
         InputError: the folder is no export, and no model of another tool, or gives the last logits only, the reference
@@ -101,6 +103,8 @@ def validate(
         out=None if out is None else Path(out),
     )  # fmt: skip
     place = Path(folder)
+    if active is not None:
+        return validate_with_adapter(place, active, reference, options)
     if is_foreign(place):
         return validate_foreign(place, reference, options)
     return validate_parts(place, reference, options) if is_seq2seq(place) else validate_file(place, reference, options)

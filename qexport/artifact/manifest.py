@@ -130,6 +130,7 @@ class Manifest(_Frozen):
             on the left though there is no position_ids.
             logits: "last" where they are those of the last token only ([batch, 1, vocab]); absent, of every token.
         bytes: sizes by part; see `lower.sizes.by_part`.
+        adapters: names of the adapters that the file can be run with, each in a file of its own, NAME.onnx_adapter.
     """
 
     format: Literal[1] = FORMAT
@@ -146,6 +147,7 @@ class Manifest(_Frozen):
     blocks: tuple[BlockEntry, ...] = ()
     settings: dict[str, Any] = Field(default_factory=dict)
     bytes: dict[str, int] = Field(default_factory=dict)
+    adapters: tuple[str, ...] = ()
 
     @field_validator("dtype")
     @classmethod

@@ -28,6 +28,13 @@ Threads = Annotated[int | None, typer.Option(help="Threads of ONNX Runtime; by d
 Adapter = Annotated[
     Path | None, typer.Option(help="Folder with a LoRA adapter, merged into the weights before anything else.")
 ]
+Adapters = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--adapter", help="Folder with a LoRA adapter, merged into the weights before anything else; as NAME=DIR, as "
+        "often as there are adapters, it stays apart and is switched while the file runs."
+    ),
+]
 Calibration = Annotated[
     str | None,
     typer.Option(help="A text file, self, random, or datasets:NAME:SPLIT:COLUMN; by default what the recipe says."),

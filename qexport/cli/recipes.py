@@ -1,5 +1,6 @@
 """Which recipe a command line means."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,6 +23,21 @@ def named_recipe(recipe: str | None, requantize: str | None) -> "qexport.Recipe 
         raise InputError("--requantize names a recipe, as --recipe does", remedy="Give one of them")
     name = recipe or requantize
     return None if name is None else qexport.Recipe.load(name)
+
+
+def adapters_of(given: Sequence[str]) -> tuple[Path | None, dict[str, str]]:
+    """The adapter that is merged, and those that stay apart by their names.
+
+    Raises:
+        InputError: two are to be merged, or two have one name.
+    """
+    named = [entry.partition("=")[::2] for entry in given if "=" in entry and not Path(entry).is_dir()]
+    alone = [entry for entry in given if "=" not in entry or Path(entry).is_dir()]
+    kept = dict(named)
+    if len(alone) > 1 or len(kept) < len(named):
+        raise InputError("one adapter can be merged, and those that stay apart have names of their own",
+                         place="--adapter", remedy="Give NAME=DIR for each")  # fmt: skip
+    return (Path(alone[0]) if alone else None), kept
 
 
 def with_recipe(

@@ -5,12 +5,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 import onnxruntime as ort
 
 from ..artifact import manifest as manifests
+from ..artifact.adapter_files import adapter_path, read_adapter
 from ..artifact.manifest import CUDA, Manifest
 from ..errors import InputError, RuntimeProblem
 from . import cuda_graph
@@ -51,6 +53,7 @@ class Decoder:
             symbolic; with past_present_share_buffer the file writes present into the buffer that past came in.
         max_length: length of a shared buffer in tokens; with separate past and present it has no effect.
         records: whether steps behind a prompt become a CUDA graph. The session has `cuda_graph.OPTIONS` then.
+        factors: of an adapter, by the names of their inputs.
 
     Raises:
         InputError: the file does not have the interface, or a shared cache has no max_length.
@@ -63,6 +66,7 @@ class Decoder:
         *,
         max_length: int | None = None,
         records: bool = False,
+        factors: Mapping[str, ort.OrtValue] = MappingProxyType({}),
     ):
         settings = settings or {}
         inputs = {value.name: value for value in session.get_inputs()}
@@ -82,7 +86,8 @@ class Decoder:
         self._has_positions, self._has_mask = "position_ids" in inputs, "attention_mask" in inputs
         self._takes_padding = self._has_mask and (self._has_positions or settings.get("attention") == "grouped")
         self._others = set(inputs) - {"input_ids", "attention_mask", "position_ids", *self._pasts}
-        self._given: dict[str, ort.OrtValue] = {}
+        self._given: dict[str, ort.OrtValue] = dict(factors)
+        self._factors = factors
         sizes = {1: settings.get("num_key_value_heads"), 3: settings.get("head_dim")}
         self._sizes: dict[str, dict[int, Any]] = {
             name: {i: dim if isinstance(dim := inputs[name].shape[i], int) else sizes[i] for i in sizes}
@@ -128,7 +133,7 @@ class Decoder:
         """
         if missing := self._others - values.keys():
             raise InputError(f"{min(missing)} is missing", remedy="Read a source first")
-        self._given = {name: values[name] for name in self._others}
+        self._given = {name: values[name] for name in self._others} | dict(self._factors)
         self._step = None
         self.reset()
 
@@ -316,15 +321,22 @@ def open_decoder(
     provider: str | None = None,
     max_length: int = 2048,
     records: bool | None = None,
+    adapter: str | None = None,
 ) -> Decoder:
     """Open a folder for generation; max_length bounds a shared cache only.
 
     Args:
         records: whether steps become a CUDA graph; None where the file and its provider can.
+        adapter: the name of one of the export's adapters, to run with.
 
-    Raises: as `open_session` and `Decoder`.
+    Raises: as `open_session` and `Decoder`; InputError: there is no such adapter.
     """
     manifest = manifest or manifests.load(folder)
+    if adapter is not None:
+        # Not by RunOptions, which a run with bound inputs does not ask.
+        factors = read_adapter(adapter_path(Path(folder), adapter, manifest.adapters))
+        session = open_session(folder, manifest, threads=threads, provider=provider)
+        return Decoder(session, manifest.settings, max_length=max_length, factors=factors)
     possible = (
         chosen_provider(provider, manifest) == CUDA
         and manifest.settings.get("past_present_share_buffer")

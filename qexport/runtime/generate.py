@@ -38,6 +38,7 @@ def generate_text(
     threads: int | None = None,
     provider: str | None = None,
     on_text: Callable[[int, str], None] | None = None,
+    adapter: str | None = None,
 ) -> list[str]:
     """Continue text with an exported folder and the tokenizer in it; an encoder-decoder writes about it.
 
@@ -56,6 +57,7 @@ def generate_text(
         threads: threads within an operator.
         provider: run on this provider instead of the one the file was made for.
         on_text: called as on_text(row, piece) while text grows; the pieces of a row add up to its text.
+        adapter: the name of an adapter that the export keeps apart, to run with.
 
     Returns:
         the new text of each prompt, without special tokens.
@@ -89,6 +91,8 @@ def generate_text(
 
     listener = on_token if on_text else None
     if manifest is None:
+        if adapter is not None:
+            raise InputError("an encoder-decoder keeps no adapters apart", place="adapter", remedy="Leave it out")
         pair = open_seq2seq(folder, threads=threads, provider=provider)
         source = texts_as_source(pair, ids) if inputs is None else inputs
         begin = None if start is None else [start] * count
@@ -97,7 +101,9 @@ def generate_text(
         )  # fmt: skip
     else:
         longest = max((len(row) for row in ids), default=0) + new_tokens
-        decoder = open_decoder(folder, manifest, threads=threads, provider=provider, max_length=longest)
+        decoder = open_decoder(
+            folder, manifest, threads=threads, provider=provider, max_length=longest, adapter=adapter
+        )  # fmt: skip
         result = decoder.generate(
             ids,
             max_new_tokens=new_tokens,

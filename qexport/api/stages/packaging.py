@@ -8,6 +8,7 @@ from ...artifact.manifest import Manifest
 from ...artifact.output import WorkFolder
 from ...calibrate.coverage import unseen_shares, warning
 from ...formatting import megabytes
+from ...lower.adapter_inputs import keep_adapters
 from ...lower.saving import write_model
 from ...lower.sizes import by_part
 from ...passes.moe_coverage import CountChoices
@@ -48,6 +49,8 @@ def package(made: Lowering, work: WorkFolder) -> ExportResult:
         named = (made.projection.name, made.projection.weight) if made.projection else ("", "")
         sizes = by_part(size, made.lowered.tensors, made.lowered.bytes, made.decisions.embeddings, named)
         manifest = manifest_of(made, sizes)
+        if made.options.adapters:
+            manifest = keep_adapters(folder, manifest, made.options.adapters)
         ran = _first_run(made, folder, manifest)
         logger.info("model.onnx and its data take %s; %s", megabytes(size), ran)
         seconds = {

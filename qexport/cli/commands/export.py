@@ -11,7 +11,7 @@ from ...errors import InputError
 from ...formatting import parsed_bytes
 from ..app import MAKE, command
 from ..options import (
-    Adapter,
+    Adapters,
     Attention,
     Calibration,
     CalibrationLength,
@@ -27,7 +27,7 @@ from ..options import (
     Target,
     imported,
 )
-from ..recipes import named_recipe, with_recipe
+from ..recipes import adapters_of, named_recipe, with_recipe
 
 AUTO = "Schemes chosen by their cost (--auto)"
 
@@ -44,7 +44,7 @@ def export(
         ),
     ] = None,
     requantize: Requantize = None,
-    adapter: Adapter = None,
+    adapter: Adapters = None,
     target: Target = "cpu",
     dtype: Dtype = None,
     attention: Attention = "grouped",
@@ -90,15 +90,18 @@ def export(
     from ..printers.export import auto_summary, export_summary, print_auto, print_export
 
     imported()
-    source, chosen = with_recipe(model, named, trust_remote_code, adapter)
+    merged, kept = adapters_of(adapter or [])
+    source, chosen = with_recipe(model, named, trust_remote_code, merged)
     chosen = chosen.with_calibration(samples=samples, sequence_length=sequence_length, seed=seed)
     if auto:
+        if kept:
+            raise InputError("--auto merges adapters, it keeps none apart", place="adapter", remedy="Give one DIR")
         if resume or logits != "all":
             raise InputError("--auto measures what it exports: it takes neither --resume nor --logits last")
         most = None if max_bytes is None else parsed_bytes(max_bytes)
         with console.showing_progress() as progress:
             found = qexport.export_auto(
-                source if adapter else model, chosen, out_dir=out, max_bytes=most, max_kl=max_kl, target=target,
+                source if merged else model, chosen, out_dir=out, max_bytes=most, max_kl=max_kl, target=target,
                 dtype=dtype, calibration=calibration, text=text, overwrite=overwrite, attention=attention,
                 provider=provider,
                 requantize=requantize is not None, trust_remote_code=trust_remote_code, progress=progress,
@@ -113,8 +116,7 @@ def export(
         result = qexport.export(
             source, chosen, out_dir=out, target=target, dtype=dtype, calibration=calibration, overwrite=overwrite,
             resume=resume, logits=logits, requantize=requantize is not None, trust_remote_code=trust_remote_code,
-            attention=attention, progress=progress,
-            device=device, offload=offload,
+            attention=attention, progress=progress, device=device, offload=offload, adapters=kept,
         )  # fmt: skip
     if as_json:
         console.print_json(export_summary(result))

@@ -23,6 +23,7 @@ def generate(
     seed: Annotated[int | None, typer.Option(help="Seed of sampling.")] = None,
     chat: Annotated[bool, typer.Option("--chat", help="Put the prompt into the chat template of the model.")] = False,
     system: Annotated[str | None, typer.Option(help="With --chat: what the system says before the prompt.")] = None,
+    adapter: Annotated[str | None, typer.Option(help="Name of an adapter that the export keeps apart.")] = None,
     threads: Threads = None,
     provider: Provider = None,
 ) -> None:
@@ -44,7 +45,7 @@ def generate(
     try:
         qexport.generate(
             folder, prompt, max_new_tokens=max_new_tokens, sampling=sampling, chat=chat, system=system, threads=threads,
-            provider=provider, on_text=show,
+            provider=provider, on_text=show, adapter=adapter,
         )  # fmt: skip
     finally:  # what stands there stays readable, whatever comes after it
         if written:

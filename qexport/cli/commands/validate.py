@@ -8,9 +8,11 @@ import typer
 
 import qexport
 
+from ...errors import InputError
 from ...formatting import parsed_share
 from ..app import COMPARE, command
-from ..options import Adapter, Device, Json, Provider, Remote, Threads, imported
+from ..options import Adapters, Device, Json, Provider, Remote, Threads, imported
+from ..recipes import adapters_of
 
 GATES = "Limits for CI"
 
@@ -54,7 +56,7 @@ def validate(
     out: Annotated[
         Path | None, typer.Option(help="Folder for the report on a file of another tool; by default beside it.")
     ] = None,
-    adapter: Adapter = None,
+    adapter: Adapters = None,
     threads: Threads = None,
     provider: Provider = None,
     device: Device = "cpu",
@@ -71,6 +73,9 @@ def validate(
     from ..printers.validate import print_validation
 
     imported()
+    merged, kept = adapters_of(adapter or [])
+    if len(kept) + (merged is not None) > 1:
+        raise InputError("one adapter is validated at a time", place="--adapter")
     with console.showing_progress() as progress:
         report = qexport.validate(
             folder,
@@ -90,12 +95,15 @@ def validate(
             progress=progress,
             device=device,
             out=out,
-            adapter=adapter,
+            adapter=merged or next(iter(kept.values()), None),
+            active=next(iter(kept), None),
         )
     if as_json:
         console.print_json(report.model_dump(mode="json"))
     else:
         print_validation(report)
+        if kept and out is None:
+            return
         place = out or (folder if folder.is_dir() else folder.parent)
         for page in (place / part / "report.html" for part in report.parts or [""]):
             print(f"\nThe page: {page}")
