@@ -2,9 +2,11 @@
 
 import gc
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+
+import qexport
 
 from ..targets import BUILT_IN
 
@@ -50,6 +52,21 @@ Provider = Annotated[
     str | None,
     typer.Option(help="Execution provider, instead of the one the export was made for: cpu, cuda, or its full name."),
 ]
+Temperature = Annotated[
+    float | None, typer.Option(help="Sample instead of taking the likeliest token; 0 does not.")
+]
+TopK = Annotated[int | None, typer.Option(help="Sample from the k likeliest tokens.")]
+TopP = Annotated[float | None, typer.Option(help="Sample from the likeliest tokens that add up to p.")]
+SamplingSeed = Annotated[int | None, typer.Option(help="Seed of sampling.")]
+
+
+def sampling_of(
+    temperature: float | None, top_k: int | None, top_p: float | None, seed: int | None
+) -> "qexport.Sampling | None":
+    """How to draw; None where nothing was asked for, or the likeliest token."""
+    given: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
+    given = {name: value for name, value in given.items() if value is not None}
+    return qexport.Sampling(**given) if given and temperature != 0 else None
 
 
 def imported() -> None:

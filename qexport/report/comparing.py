@@ -106,7 +106,7 @@ class Comparison:
         """Plain types, for JSON."""
         return {
             "folders": list(self.folders),
-            "measures": [{"name": m.name, "first": m.first, "second": m.second} for m in self.measures],
+            "measures": [asdict(measure) for measure in self.measures],
             "linears": [
                 {
                     "name": p.name, "schemes": list(p.schemes), "own_sqnr_db": list(p.own_sqnr_db),

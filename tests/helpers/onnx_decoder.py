@@ -10,7 +10,9 @@ from pathlib import Path
 import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
+from transformers import AutoTokenizer
 
+from helpers.tokenizer_files import write_word_tokenizer
 from qexport.artifact import manifest as manifests
 
 FLOAT, INT64, BOOL = TensorProto.FLOAT, TensorProto.INT64, TensorProto.BOOL
@@ -236,3 +238,16 @@ def _lengths(graph: Graph) -> list[str]:
     last = graph.op("Sub", [graph.op("ReduceSum", ["attention_mask", axis], "tokens", keepdims=0), one], "last")
     total = graph.op("Gather", [graph.op("Shape", ["attention_mask"], "mask_shape"), one], "total")
     return [graph.op("Cast", [value], f"{value}_int32", to=TensorProto.INT32) for value in (last, total)]
+
+
+def write_talking_decoder(folder: Path, template: str, context: int) -> Path:
+    """One with a tokenizer of letters, a chat template and a context of so many tokens."""
+    write_tiny_decoder(folder, up_scheme="float")
+    write_word_tokenizer(folder)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["settings"]["max_position_embeddings"] = context
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = template
+    tokenizer.save_pretrained(folder)
+    return folder

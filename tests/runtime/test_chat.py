@@ -1,15 +1,12 @@
 """A conversation: what is remembered, what is forgotten, and what Ctrl-C leaves."""
 
-import json
 import subprocess
 import sys
 
 import pytest
-from transformers import AutoTokenizer
 
 import qexport
-from helpers.onnx_decoder import write_tiny_decoder
-from helpers.tokenizer_files import write_word_tokenizer
+from helpers.onnx_decoder import write_talking_decoder
 from qexport.errors import InputError
 
 TEMPLATE = "{% for m in messages %}{{ m['role'][0] }}{{ m['content'] }}{% endfor %}a"
@@ -18,16 +15,7 @@ CONTEXT = 40
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("chat")
-    write_tiny_decoder(folder, up_scheme="float")
-    write_word_tokenizer(folder)
-    manifest = json.loads((folder / "manifest.json").read_text())
-    manifest["settings"]["max_position_embeddings"] = CONTEXT
-    (folder / "manifest.json").write_text(json.dumps(manifest))
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    tokenizer.chat_template = TEMPLATE
-    tokenizer.save_pretrained(folder)
-    return folder
+    return write_talking_decoder(tmp_path_factory.mktemp("chat"), TEMPLATE, CONTEXT)
 
 
 def roles(talk):

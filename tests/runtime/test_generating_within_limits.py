@@ -1,6 +1,5 @@
 """Prompts, chats and lengths that do not fit are one sentence, and what was written stays."""
 
-import json
 import string
 import subprocess
 import sys
@@ -8,8 +7,7 @@ import sys
 import pytest
 from transformers import AutoTokenizer
 
-from helpers.onnx_decoder import write_tiny_decoder
-from helpers.tokenizer_files import write_word_tokenizer
+from helpers.onnx_decoder import write_talking_decoder
 from qexport.errors import InputError
 from qexport.runtime.generate import generate_text
 
@@ -22,16 +20,7 @@ STRICT = (
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("decoder")
-    write_tiny_decoder(folder, up_scheme="float")
-    write_word_tokenizer(folder)
-    manifest = json.loads((folder / "manifest.json").read_text())
-    manifest["settings"]["max_position_embeddings"] = CONTEXT
-    (folder / "manifest.json").write_text(json.dumps(manifest))
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    tokenizer.chat_template = STRICT
-    tokenizer.save_pretrained(folder)
-    return folder
+    return write_talking_decoder(tmp_path_factory.mktemp("decoder"), STRICT, CONTEXT)
 
 
 def words(count):

@@ -2,7 +2,7 @@
 
 import signal
 import sys
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -10,7 +10,7 @@ import qexport
 
 from ...stopping import Stopped
 from ..app import RUN, command
-from ..options import Folder, Provider, Threads, imported
+from ..options import Folder, Provider, SamplingSeed, Temperature, Threads, TopK, TopP, imported, sampling_of
 
 
 @command(RUN)
@@ -18,12 +18,10 @@ def chat(
     folder: Folder,
     system: Annotated[str | None, typer.Option(help="What the system says before the conversation.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Of an answer.")] = 512,
-    temperature: Annotated[
-        float | None, typer.Option(help="Sample instead of taking the likeliest token; 0 does not.")
-    ] = None,
-    top_k: Annotated[int | None, typer.Option(help="Sample from the k likeliest tokens.")] = None,
-    top_p: Annotated[float | None, typer.Option(help="Sample from the likeliest tokens that add up to p.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of sampling.")] = None,
+    temperature: Temperature = None,
+    top_k: TopK = None,
+    top_p: TopP = None,
+    seed: SamplingSeed = None,
     threads: Threads = None,
     provider: Provider = None,
 ) -> None:
@@ -33,9 +31,7 @@ def chat(
     """
     from .. import console
 
-    given: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
-    given = {name: value for name, value in given.items() if value is not None}
-    sampling = qexport.Sampling(**given) if given and temperature != 0 else None
+    sampling = sampling_of(temperature, top_k, top_p, seed)
     console.quiet_libraries()
     imported()
     talk = qexport.Chat(

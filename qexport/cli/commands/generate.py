@@ -1,13 +1,13 @@
 """`qexport generate`: a prompt continued."""
 
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 import qexport
 
 from ..app import RUN, command
-from ..options import Folder, Provider, Threads, imported
+from ..options import Folder, Provider, SamplingSeed, Temperature, Threads, TopK, TopP, imported, sampling_of
 
 
 @command(RUN)
@@ -15,12 +15,10 @@ def generate(
     folder: Folder,
     prompt: Annotated[str, typer.Option("--prompt", "-p", help="Text to continue.")],
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
-    temperature: Annotated[
-        float | None, typer.Option(help="Sample instead of taking the likeliest token; 0 does not.")
-    ] = None,
-    top_k: Annotated[int | None, typer.Option(help="Sample from the k likeliest tokens.")] = None,
-    top_p: Annotated[float | None, typer.Option(help="Sample from the likeliest tokens that add up to p.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of sampling.")] = None,
+    temperature: Temperature = None,
+    top_k: TopK = None,
+    top_p: TopP = None,
+    seed: SamplingSeed = None,
     chat: Annotated[bool, typer.Option("--chat", help="Put the prompt into the chat template of the model.")] = False,
     system: Annotated[str | None, typer.Option(help="With --chat: what the system says before the prompt.")] = None,
     adapter: Annotated[str | None, typer.Option(help="Name of an adapter that the export keeps apart.")] = None,
@@ -30,9 +28,7 @@ def generate(
     """Continue a prompt with ONNX Runtime, printing while it grows."""
     from .. import console
 
-    given: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
-    given = {name: value for name, value in given.items() if value is not None}
-    sampling = qexport.Sampling(**given) if given and temperature != 0 else None
+    sampling = sampling_of(temperature, top_k, top_p, seed)
     console.quiet_libraries()
     imported()
     written = False
