@@ -25,6 +25,7 @@ from .explain import explained, functional
 from .fold import fold_batch_norms, fold_padding, fold_weights, spell_padding
 from .graph import CapturedModel, Port
 from .normalize import to_normal_form
+from .recurrent import layers_as_nodes
 
 aten = torch.ops.aten
 Inputs = Sequence[torch.Tensor] | Mapping[str, torch.Tensor]
@@ -65,7 +66,7 @@ def capture_module(
     examples = {name: _stretched(tensor, axes[name]) for name, tensor in given.items()}
     training = model.training
     try:
-        with torch.no_grad(), quiet_transformers(), explained(model):
+        with torch.no_grad(), quiet_transformers(), explained(model), layers_as_nodes():
             shapes = {name: dict.fromkeys(axes[name], torch.export.Dim.AUTO) for name in given}
             exported = torch.export.export(model.eval(), (), examples, dynamic_shapes=shapes, strict=False)
     finally:

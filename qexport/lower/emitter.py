@@ -26,7 +26,7 @@ VIEW_OF = "view_of"  # in the meta of an initializer: the one whose bytes it is 
 _FOUR_BITS = {torch.int8: ir.DataType.INT4, torch.uint8: ir.DataType.UINT4}
 
 Number = int | float | bool
-Attribute = int | float | str | Sequence[int] | ir.DataType | None
+Attribute = int | float | str | Sequence[int] | Sequence[str] | ir.DataType | None
 
 
 class Emitter:
