@@ -51,7 +51,7 @@ HEADER = ["row", "files, MB", "perplexity", "KL", "top-1", "export, s", "memory,
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
-    parser.add_argument("--recipes", nargs="+", default=["w4a16_g32_rtn", "w4a16_g32"], help="names or YAML files")
+    parser.add_argument("--recipes", nargs="+", default=["balanced"], help="names or YAML files")
     parser.add_argument("--rows", nargs="+", default=["*"], help="shell patterns of the rows to measure")
     parser.add_argument("--builder", help="interpreter of an environment in which the builder works")
     parser.add_argument("--text", type=Path, required=True, help="UTF-8 text to measure on")

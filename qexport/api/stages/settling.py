@@ -43,7 +43,7 @@ def settle(found: Calibration) -> Calibration:
         return replace(found, recipe=with_table(captured, asked), decisions=_explained(found.decisions, ""))
     cost = _cost(found, table)
     eight = cost is None or not cost <= MOST
-    why = "there are no logits or no text to measure 4 bits by"
+    why = "what 4 bits cost is measured of calibrated decoders alone"
     if cost is not None:
         why = f"4 bits cost KL {number(cost)} by themselves, and {number(MOST)} is the most"
     logger.info("%s: %s", table.name, why)
@@ -58,8 +58,8 @@ def _explained(decisions: Decisions, why: str) -> Decisions:
 
 
 def _cost(found: Calibration, table: EmbeddingPlan) -> float | None:
-    """What the codes that would be deployed cost; None where there are no logits, or no text."""
-    if found.batches is None or found.captured.output_node("logits") is None or found.captured.kind != "decoder":
+    """What the codes that would be deployed cost; None of other models than decoders, and without calibration text."""
+    if found.batches is None or found.captured.kind != "decoder":
         return None
     codes = rounded_table(found.recipe.weights, found.seen, found.captured.load(table.weight), table.chosen.weight)
     feeds, real = _few(found.captured, found.batches())
