@@ -152,7 +152,9 @@ def _insert(graph: onnx.GraphProto, branches: Sequence[_Branch], kind: int) -> N
     for number, branch in enumerate(branches):
         low, high = branch.names
         rank = f"rank_{number}"
-        shapes = {low: ([branch.width, rank], [branch.width, 0]), high: ([rank, branch.outputs], [0, branch.outputs])}
+        shapes: dict[str, tuple[list[int | str], list[int]]] = {
+            low: ([branch.width, rank], [branch.width, 0]), high: ([rank, branch.outputs], [0, branch.outputs]),
+        }  # fmt: skip
         for name, (dims, empty) in shapes.items():
             graph.input.append(helper.make_tensor_value_info(name, kind, dims))
             graph.initializer.append(TensorProto(name=name, dims=empty, data_type=kind, raw_data=b""))

@@ -103,7 +103,7 @@ def open_model(
     notes = (*notes_on(path, config, tokenizer), *(codes.notes if codes else ()))
     if adapter is None:
         return ModelFolder(path.resolve(), name, config, trust_remote_code, notes, codes)
-    found = open_adapter(adapter, tied=bool(getattr(config, "tie_word_embeddings", False)))
+    found = open_adapter(os.fspath(adapter), tied=bool(getattr(config, "tie_word_embeddings", False)))
     if found.unties:
         config.tie_word_embeddings = False
     return ModelFolder(path.resolve(), name, config, trust_remote_code, notes, codes, found)

@@ -121,11 +121,13 @@ def commands(exported: Exported) -> list[str]:
     make = ["qexport", "export", model, "--out", "out", "--recipe", RECIPE_FILE, "--target", manifest.target]
     make += ["--attention", "standard"] if manifest.settings.get("attention") == "standard" else []
     make += ["--logits", "last"] if manifest.settings.get("logits") == "last" else []
-    check = ["qexport", "validate", "out", "--reference", model]
+    check = ["qexport", "validate", report.foreign.file if report.foreign else "out", "--reference", model]
     for name, value in report.settings.items():
         if name != "reference" and value is not None and value is not False:
             option = f"--{name.replace('_', '-')}"
             check += [option] if value is True else [option, str(value)]
+    if report.foreign:  # which another tool made
+        return [shlex.join(check)]
     return [shlex.join(make), shlex.join(check)] if report.settings else [shlex.join(make)]
 
 

@@ -119,7 +119,9 @@ def test_good_file_has_every_linear_and_no_problem(llama, built, tmp_path, run):
     rounded = [row for row in report.foreign.weights if row.name != "lm_head"]
     assert all(abs(row.sqnr_db - row.nearest_db) < 0.5 and row.unexplained < 0.01 for row in rounded)
     code, out, _ = run("report", tmp_path)
-    assert code == 0 and (tmp_path / "report.html").read_text().count("model.layers.1.mlp.up_proj") > 1
+    page = (tmp_path / "report.html").read_text()
+    assert code == 0 and page.count("model.layers.1.mlp.up_proj") > 1
+    assert "qexport validate model.onnx" in page and "qexport export" not in page
 
 
 def test_other_names_of_nodes_and_ports_change_nothing(captured, built, tmp_path):

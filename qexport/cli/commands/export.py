@@ -99,9 +99,12 @@ def export(
         if resume or logits != "all":
             raise InputError("--auto measures what it exports: it takes neither --resume nor --logits last")
         most = None if max_bytes is None else parsed_bytes(max_bytes)
+        from ...models.source import ModelFolder
+
+        opened = source if merged and isinstance(source, ModelFolder) else model
         with console.showing_progress() as progress:
             found = qexport.export_auto(
-                source if merged else model, chosen, out_dir=out, max_bytes=most, max_kl=max_kl, target=target,
+                opened, chosen, out_dir=out, max_bytes=most, max_kl=max_kl, target=target,
                 dtype=dtype, calibration=calibration, text=text, overwrite=overwrite, attention=attention,
                 provider=provider,
                 requantize=requantize is not None, trust_remote_code=trust_remote_code, progress=progress,

@@ -16,13 +16,15 @@ from ...runtime.tensors import tensor_of
 from .working_copy import copied
 
 _RANDOM = {"RandomNormal", "RandomUniform", "RandomNormalLike", "RandomUniformLike", "Multinomial", "Bernoulli"}
-BITS = {
+BITS: dict[int, int] = {
     TensorProto.INT2: 2, TensorProto.UINT2: 2, TensorProto.INT4: 4, TensorProto.UINT4: 4, TensorProto.INT8: 8,
     TensorProto.UINT8: 8, TensorProto.INT32: 32, TensorProto.INT64: 64, TensorProto.FLOAT: 32, TensorProto.FLOAT16: 16,
     TensorProto.BFLOAT16: 16, TensorProto.DOUBLE: 64, TensorProto.FLOAT8E4M3FN: 8, TensorProto.FLOAT8E5M2: 8,
     TensorProto.BOOL: 8, TensorProto.FLOAT4E2M1: 4,
 }  # fmt: skip
-CODES = {kind for kind in BITS if TensorProto.DataType.Name(kind).startswith(("INT", "UINT")) and BITS[kind] <= 8}
+CODES = {
+    TensorProto.INT2, TensorProto.UINT2, TensorProto.INT4, TensorProto.UINT4, TensorProto.INT8, TensorProto.UINT8,
+}  # fmt: skip
 _AS_FLOAT = "qexport/as_float"
 
 

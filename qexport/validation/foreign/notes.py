@@ -24,6 +24,7 @@ def kernel(product: Product, graph: OptimizedGraph) -> tuple[str, str | None]:
     """(the operator that a product should be, the one that it is)."""
     found = node_of(graph.nodes, product.output, product.node.name)
     there = found.op_type if found else None
+    fine: tuple[str, ...]
     if not product.quantized:
         fine = _FLOAT
     elif product.node.op_type in FUSED:

@@ -30,7 +30,7 @@ def input_names(inputs: Iterable[ValueInfoProto], place: str) -> dict[str, str]:
     Raises:
         InputError: one of them is neither tokens nor what belongs to them, nor a cache; or two are the same.
     """
-    names = {}
+    names: dict[str, str] = {}
     for value in inputs:
         found = cached(value.name, CACHE) if _rank(value) == 4 else _plain(value.name)
         if found is None:
