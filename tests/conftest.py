@@ -9,7 +9,7 @@ import torch
 import transformers
 
 import qexport
-from helpers import exports, traces
+from helpers import breadth, exports, traces
 from helpers.cuda_placement.build import CannotBuild, build_stand_ins
 from helpers.cuda_placement.probe import placement
 from helpers.random_decoders import save_model
@@ -22,6 +22,11 @@ pytest_plugins = ["helpers.times"]
 transformers.logging.disable_progress_bar()
 torch.set_num_threads(1)  # models here are so small that threads cost more than they bring
 _CAPTURE = Path(__file__).with_name("capture")
+
+
+@pytest.hookimpl(tryfirst=True)  # before those that are not asked for are left out
+def pytest_collection_modifyitems(items):
+    breadth.mark_combinations(items)
 
 
 @pytest.hookimpl(wrapper=True)

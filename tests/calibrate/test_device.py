@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import qexport
+from helpers.breadth import quick
 from helpers.random_modules import example_inputs, make_module, save_encoder
 from helpers.stand_in_device import MixedDevices, stand_in_device
 from qexport.api.stages.capturing import capture_model
@@ -29,7 +30,7 @@ NO_MEMORY = (
 
 def presets() -> list:
     """Parameters of a test: QUICK, and all other recipes of the package marked slow."""
-    return [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in qexport.Recipe.presets()]
+    return quick(QUICK, among=qexport.Recipe.presets())
 
 
 def small(recipe: str | Recipe) -> Recipe:

@@ -83,6 +83,7 @@ HEADS = {
 }  # fmt: skip
 
 
+@pytest.mark.each_value_once
 @pytest.mark.parametrize("head", HEADS)
 @pytest.mark.parametrize("family", ["bert", "modernbert"])
 def test_a_head_that_the_config_names_is_kept(tmp_path, family, head):

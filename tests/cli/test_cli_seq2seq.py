@@ -35,7 +35,7 @@ def test_export_validate_generate(model, qexport, tmp_path):
     out = tmp_path / "out"
     code, shown, _ = qexport("export", model, "-o", out, "-r", "w4a16_g32_rtn")
     assert code == 0 and f"{out / 'encoder'}: " in shown and f"{out / 'decoder'}: " in shown
-    assert f"qexport validate {out} --reference MODEL" in shown
+    assert f"qexport validate {out} --reference {model}" in shown
     text = tmp_path / "text.txt"
     text.write_text("words and more words, " * 20)
     options = ("--reference", model, "--text", text, "--windows", 2, "--window", 16, "--greedy", 4)

@@ -2,10 +2,11 @@
 
 from pathlib import Path
 
-import pytest
 import torch
 import yaml
 from transformers import AutoConfig, AutoModelForCausalLM
+
+from helpers.breadth import quick
 
 LISTS = yaml.safe_load((Path(__file__).parents[2] / "samples" / "families.yaml").read_text())
 FAMILIES = tuple(LISTS["families"])
@@ -31,7 +32,7 @@ QUICK = (
 
 def breadth() -> list:
     """Parameters of a test: the quick ones of BREADTH, the others marked slow."""
-    return [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in BREADTH]
+    return quick(QUICK, among=BREADTH)
 
 
 def save_model(family: str, folder: Path, *, seed: int = 0, **changes) -> Path:

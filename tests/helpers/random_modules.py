@@ -2,25 +2,25 @@
 
 from pathlib import Path
 
-import pytest
 import torch
 import transformers
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForSeq2SeqLM, AutoModelForSpeechSeq2Seq
 
+from helpers.breadth import quick
 from helpers.random_decoders import LISTS, VOCAB, save_random
 from helpers.runners import padded, tokens
 
 ENCODERS, REFUSED_ENCODERS, MODULES = (tuple(LISTS[kind]) for kind in ("encoders", "refused_encoders", "modules"))
 SEQ2SEQ = tuple(LISTS["encoder_decoders"])
 # Of ENCODERS one for every thing that capture or lowering does for such models alone.
-QUICK = ("bert", "roberta", "distilbert", "mpnet", "albert", "modernbert", "deberta")
+QUICK = ("bert", "roberta", "mpnet", "albert", "modernbert", "deberta")
 SIZES = {"batch": 2, "texts": 2, "images": 3, "length": 7, "written": 5}  # of dynamic dimensions, in examples
 
 
 def encoders() -> list:
     """Parameters of a test: the quick ones of ENCODERS, the others marked slow."""
-    return [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in ENCODERS]
+    return quick(QUICK, among=ENCODERS)
 
 
 def save_encoder(family: str, folder: Path, *, seed: int = 0, loader: type = AutoModel, **changes) -> Path:

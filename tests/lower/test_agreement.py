@@ -39,6 +39,7 @@ def rounds_activations(scheme, level):
     return "a8" in scheme or level == 4
 
 
+@pytest.mark.each_value_once
 @pytest.mark.parametrize("mask", PROMPTS.values(), ids=PROMPTS)
 @pytest.mark.parametrize("target", TARGETS.values(), ids=TARGETS)
 @pytest.mark.parametrize("scheme", SCHEMES)
@@ -75,6 +76,7 @@ def test_float16_of_the_cuda_file_adds_what_float16_adds(export, scheme):
     assert_float16_adds_little(half, single, mask)
 
 
+@pytest.mark.each_value_once
 @pytest.mark.parametrize("target", ["cpu", "cuda"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_agrees_exactly_with_float_activations(export, family, target):
@@ -83,6 +85,7 @@ def test_every_family_agrees_exactly_with_float_activations(export, family, targ
         assert_agree(exported, mask, flips=0)
 
 
+@pytest.mark.each_value_once
 @pytest.mark.parametrize("scheme", ["w8a8_dyn", "w4a8_g32_static"])
 @pytest.mark.parametrize("family", ["llama_bias", "opt", "gpt_neox", "gemma3"])
 def test_biases_and_other_norms_agree_with_integer_activations(export, family, scheme):

@@ -32,6 +32,7 @@ def export(export):
     return make
 
 
+@pytest.mark.each_value_once
 @pytest.mark.parametrize("target", TARGETS.values(), ids=TARGETS)
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_the_file_computes_what_its_graph_says(export, scheme, target):

@@ -57,6 +57,7 @@ def region(tensor):
     return found["location"], int(found["offset"]), int(found["length"])
 
 
+@pytest.mark.each_value_once
 @pytest.mark.parametrize("target", ["cpu", "cuda"])
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_a_tied_model_computes_what_its_graph_says(export, scheme, target):
@@ -78,6 +79,7 @@ def test_float16_of_the_cuda_file_adds_what_float16_adds(export):
     assert_float16_adds_little(half, single, MASK)
 
 
+@pytest.mark.each_value_once
 @pytest.mark.parametrize("embedding", ["w8a16_g32", "w4a16_g64_asym"])
 @pytest.mark.parametrize("family", ["llama", "gemma3", "opt", "gpt_neox"])
 def test_an_embedding_with_codes_of_its_own(export, family, embedding):
@@ -101,6 +103,7 @@ def test_groups_longer_than_the_kernels_blocks(tmp_path):
 # ---- one copy in the file -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.each_value_once
 @pytest.mark.parametrize("scheme", ["w2a16_g16", "w4a16_g16_asym", "w8a16_g32"])
 @pytest.mark.parametrize("target", ["cpu", "cuda"])
 def test_codes_and_scales_lie_once_in_the_file(export, scheme, target):
@@ -123,6 +126,7 @@ def test_codes_and_scales_lie_once_in_the_file(export, scheme, target):
     assert large == [], "no float table is left"
 
 
+@pytest.mark.each_value_once
 @pytest.mark.parametrize("target", ["cpu", "cuda"])
 @pytest.mark.parametrize("scheme", ["w2a16_g16_asym", "w3a16_g64", "w4a16_g32", "w8a16_g64_asym"])
 def test_bytes_are_counted_once(export, scheme, target):

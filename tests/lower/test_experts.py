@@ -11,6 +11,7 @@ import torch
 
 from helpers import agreement, exports
 from helpers.agreement import assert_agree, assert_float16_adds_little
+from helpers.breadth import quick
 from helpers.cuda_placement.models import CPU, CUDA, PROMPT
 from helpers.random_decoders import save_model
 from helpers.runners import padded
@@ -147,7 +148,7 @@ DENSE = {
 QUICK = ("two schemes", "branches", "rounded inputs")
 
 
-@pytest.mark.parametrize("name", [name if name in QUICK else slow(name) for name in DENSE])
+@pytest.mark.parametrize("name", quick(QUICK, among=DENSE))
 def test_what_stands_in_the_way_is_said_and_the_dense_form_stays(export, name):
     fields, reason = DENSE[name]
     exported = export("mixtral", recipe_of(**fields))

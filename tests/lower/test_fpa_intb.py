@@ -82,6 +82,7 @@ def place(cuda_placement, tmp_path):
     return place_model
 
 
+@pytest.mark.each_value_once
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 @pytest.mark.parametrize("dims", [TOKEN, PROMPT], ids=["token", "prompt"])
 def test_the_kernel_takes_what_the_rule_says(place, dims, dtype):
@@ -149,7 +150,10 @@ def export(model_folder, recipe, tmp_path, dtype=None):
 
 @pytest.mark.parametrize(
     ("scheme", "dtype"),
-    [("w4a16_g32", None), ("w4a16_g32", "bfloat16"), ("w8a16_g32", "bfloat16"), ("w4a16_pc", None), ("w4a8_g32", None)],
+    [("w4a16_g32", None), ("w8a16_g32", "bfloat16"), *(
+        pytest.param(scheme, dtype, marks=pytest.mark.slow)
+        for scheme, dtype in (("w4a16_g32", "bfloat16"), ("w4a16_pc", None), ("w4a8_g32", None))
+    )],
 )
 def test_every_product_of_an_export_is_launched_as_the_fast_kernel(wide, cuda_placement, tmp_path, scheme, dtype):
     exported = export(wide, recipe_of(scheme), tmp_path, dtype)

@@ -60,6 +60,7 @@ def assert_on_cuda(exported, place, kernel):
     return ops
 
 
+@pytest.mark.each_value_once
 @pytest.mark.parametrize("scheme", KERNELS)
 @pytest.mark.parametrize("family", ["llama", "llama_bias"])
 def test_every_linear_is_fused_on_the_cpu(export, family, scheme):
@@ -68,6 +69,7 @@ def test_every_linear_is_fused_on_the_cpu(export, family, scheme):
     assert_fused(exported, KERNELS[scheme][0])
 
 
+@pytest.mark.each_value_once
 @pytest.mark.parametrize("scheme", ["w4a16_g32", "w8a8_static"])
 @pytest.mark.parametrize("family", [f for f in FAMILIES if not f.startswith("llama")])
 def test_every_family_is_fused_on_the_cpu(export, family, scheme):

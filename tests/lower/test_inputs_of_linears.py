@@ -10,6 +10,7 @@ from qexport.artifact.branches import PROMPTS, STEPS, only
 ROUNDING = {"QuantizeLinear", "DequantizeLinear", "Div", "Clip"}
 
 
+@pytest.mark.each_value_once
 @pytest.mark.parametrize("target", ["cpu", "cuda"])
 @pytest.mark.parametrize(
     "recipe", ["w4a16_g32_rtn", "w8a8_static", "w8a8_dyn", "crossquant_w4a4", "w4a8_g128", "llm_int8", "fptq"]

@@ -55,6 +55,7 @@ def prompt_and_next(exported, ids):
     return first["logits"], second["logits"]
 
 
+@pytest.mark.each_value_once
 @pytest.mark.parametrize("target", ["cpu", "cuda"])
 @pytest.mark.parametrize("head", HEADS)
 def test_they_are_the_last_row_of_all(captured, tmp_path, head, target):

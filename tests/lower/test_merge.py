@@ -121,6 +121,7 @@ def test_a_merged_file_has_fewer_products_and_the_same_numbers(export, case):
     assert merged.manifest.bytes["quantized_linears"] == plain.manifest.bytes["quantized_linears"]
 
 
+@pytest.mark.each_value_once
 @pytest.mark.parametrize("target", ["cpu", "cuda"])
 @pytest.mark.parametrize("case", ["w4a16_g32_asym", "w8a8_static", "w8a16_pc", "lorc, int8", "lorc, shared"])
 def test_the_file_computes_what_its_graph_says(export, case, target):
@@ -225,6 +226,7 @@ def products(module):
     return {node.meta["linear"]: node for node in module.graph.nodes if "linear" in node.meta}
 
 
+@pytest.mark.each_value_once
 @pytest.mark.parametrize("scheme", ["w4a16_g32", "w4a16_g16_asym", "w8a16_pc", "w4a8", "w8a8_static", "w4a8_g16_int"])
 @pytest.mark.parametrize("lorc", [None, dict(), dict(int8=True), dict(shared=True), dict(int8=True, shared=True)])
 def test_results_are_what_they_were(scheme, lorc):

@@ -50,6 +50,7 @@ def export(export):
     return lambda family, fields, target, single=False: export(family, recipe_of(**fields), target, single)
 
 
+@pytest.mark.each_value_once
 @pytest.mark.parametrize("target", KERNEL)
 @pytest.mark.parametrize("method", METHODS)
 def test_the_file_computes_what_its_graph_says(export, method, target):

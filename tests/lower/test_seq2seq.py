@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 from transformers import AutoModelForSeq2SeqLM, WhisperForConditionalGeneration
 
 from helpers import exports
+from helpers.breadth import quick
 from helpers.random_modules import SEQ2SEQ, VOCAB, save_seq2seq
 from helpers.runners import captured_runner, load_weights, padded, source_of, stepwise, tokens
 from helpers.tokenizer_files import write_word_tokenizer
@@ -33,7 +34,7 @@ REFUSED = {
     "speech_to_text": "of a size that its config does not say",
     "moonshine": "of a size that its config does not say",
 }
-FAMILIES = [pytest.param(n, marks=() if n in QUICK else pytest.mark.slow) for n in SEQ2SEQ if n not in REFUSED]
+FAMILIES = quick(QUICK, among=[name for name in SEQ2SEQ if name not in REFUSED])
 MASK = padded([9, 4], "right")
 TEXT = tokens(2, 8, 5, vocab=VOCAB)
 SIZES = {"Add", "Concat", "Squeeze", "Unsqueeze"}  # arithmetic of lengths
@@ -83,6 +84,7 @@ def test_parts_compute_what_transformers_computes(folder):
     assert (got - want).abs().max() < 1e-5 * want.abs().max()
 
 
+@pytest.mark.each_value_once
 @pytest.mark.parametrize("scheme", KERNELS)
 @pytest.mark.parametrize("folder", FAMILIES, indirect=True)
 def test_files_agree_with_their_graphs(folder, scheme, tmp_path):
@@ -231,7 +233,7 @@ def test_overrides_match_in_either_part_and_must_match(t5, tmp_path):
 def test_features_come_from_a_tensor_or_a_file(tmp_path):
     folder = save_seq2seq("whisper", tmp_path / "model")
     parts = capture_seq2seq(open_model(folder))
-    spectra = torch.randn(3, 16, 32)
+    spectra = torch.randn(3, 16, 32, generator=torch.Generator().manual_seed(1))
     save_file({"input_features": spectra}, tmp_path / "spectra.safetensors")
     given = load_sources(parts, spec(), spectra)
     path = str(tmp_path / "spectra.safetensors")
@@ -289,7 +291,7 @@ def test_nothing_but_sizes_falls_back_to_the_cpu_on_cuda(folder, cuda_placement,
 
 
 @pytest.mark.parametrize(
-    "family", ["moonshine", *(pytest.param(n, marks=pytest.mark.slow) for n in ("led", "prophetnet"))]
+    "family", quick(["moonshine"], among=["moonshine", "led", "prophetnet"])
 )
 def test_what_cannot_be_captured_is_refused(family, tmp_path):
     with pytest.raises(CaptureError, match=REFUSED[family]):

@@ -23,6 +23,7 @@ IDS, MASK = tokens(3, 9), padded([9, 4, 6], "left")
 K = 64
 
 
+@pytest.mark.each_value_once
 @pytest.mark.parametrize("explicit, alpha", [(False, 0.7), (True, 0.7), (False, None)])
 @pytest.mark.parametrize("family", ["llama", "llama_bias", "opt", "gpt_neox", "gemma3"])
 def test_logits_stay_what_they_were(captured, family, explicit, alpha):

@@ -15,6 +15,7 @@ from qexport.quant.observers import ChannelAbsmax
 IDS, MASK = tokens(3, 9), padded([9, 4, 6], "left")
 
 
+@pytest.mark.each_value_once
 @pytest.mark.parametrize("explicit", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_logits_stay_what_they_were(captured, family, explicit):

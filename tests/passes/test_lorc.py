@@ -89,6 +89,7 @@ ROUNDING = {
 }
 
 
+@pytest.mark.each_value_once
 @pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("scheme, rounding", ROUNDING.values(), ids=ROUNDING)
 def test_full_rank_gives_the_float_model_back(captured, scheme, rounding, shared):

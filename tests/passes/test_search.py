@@ -184,14 +184,17 @@ def deployed_error(method, scheme, outlier=20.0):
     "method, scheme",
     [
         (SmoothQuant, "w8a8_dyn"),
-        (SmoothQuant, "w8a8_static"),
+        pytest.param(SmoothQuant, "w8a8_static", marks=pytest.mark.slow),
         (SmoothQuant, "w4a8_g16"),
         (CrossQuant, "w8a8_dyn"),
-        (CrossQuant, "w4a8_g16_int"),
-        (lambda plan, alpha: CrossQuant(plan, alpha=alpha, paper_rows=True, round_before_fold=True), "w8a8_dyn"),
+        pytest.param(CrossQuant, "w4a8_g16_int", marks=pytest.mark.slow),
+        pytest.param(
+            lambda plan, alpha: CrossQuant(plan, alpha=alpha, paper_rows=True, round_before_fold=True), "w8a8_dyn",
+            marks=pytest.mark.slow,
+        ),  # fmt: skip
         (lambda plan, alpha: CrossQuant(plan, alpha=alpha, round_before_fold=True), "w4a8_g16_int"),
         (AWQ, "w4a16_g16"),
-        (AWQ, "nf4_g16"),
+        pytest.param(AWQ, "nf4_g16", marks=pytest.mark.slow),
     ],
 )
 def test_what_is_found_is_the_best_of_all_candidates_when_they_are_really_run(method, scheme):

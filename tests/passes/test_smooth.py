@@ -21,6 +21,7 @@ from qexport.quant.smoothing import smoothquant_factors
 IDS, MASK = tokens(3, 9), padded([9, 4, 6], "left")
 
 
+@pytest.mark.each_value_once
 @pytest.mark.parametrize("explicit", [False, True])
 @pytest.mark.parametrize("family", [*FAMILIES, *breadth()])
 def test_logits_stay_what_they_were(captured, family, explicit):
@@ -39,6 +40,7 @@ def test_logits_stay_what_they_were(captured, family, explicit):
         assert all(any(reason in note.what for reason in reasons) for note in result.skipped)
 
 
+@pytest.mark.each_value_once
 @pytest.mark.parametrize("scheme", ["w8a8_dyn", "w8a8_static", "w4a8_g32"])
 @pytest.mark.parametrize("family", ["llama", "opt", "gpt_neox", "gemma3"])
 def test_a_search_is_as_good_as_one_half_and_leaves_the_logits(captured, family, scheme):

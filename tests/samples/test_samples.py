@@ -164,6 +164,7 @@ def test_methods_table(run, model, text):
     assert all(float(row[column]) > 0 for row in (per_token, nf4) for column in (2, 3, 6, 7))
 
 
+@pytest.mark.slow
 def test_gpu_check_rehearses_on_the_cpu(run, tmp_path):
     out = run(
         "gpu_check.py", "--cpu", "--recipes", "w4a16_g32_rtn", "w8a8_dyn", "--samples", 2, "--window", 16,
@@ -258,6 +259,7 @@ def test_encoder(run, tmp_path):
     assert float32[2] == float32[4] == 1 and float32[4] > eight[4] > four[4] > 0.5 and four[2] > 0.9
 
 
+@pytest.mark.slow
 def test_vision(run):
     lines = run("vision.py", "--steps", 20, "--repeats", 1).splitlines()
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:4]]

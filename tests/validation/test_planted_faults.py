@@ -9,6 +9,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from helpers import planted_faults
+from helpers.breadth import quick
 from helpers.tokenizer_files import write_word_tokenizer
 from qexport.api.exporting import export
 from qexport.api.validating import validate
@@ -31,21 +32,26 @@ FAULTS = {
     "shifted": (planted_faults.shifted_scales, "w4a16_g32", "off"),
     "factor": (planted_faults.factor_on_a_channel, "w8a8_static", "off in scale"),
 }
-CASES = [
+CASES = [  # first one for each thing that is said
     ("scale", "model.layers.1.self_attn.k_proj"),
-    ("scale", "model.layers.3.mlp.down_proj"),
     ("zero point", "model.layers.2.self_attn.o_proj"),
-    ("zero point", "model.layers.0.mlp.up_proj"),
     ("unfused", "model.layers.1.mlp.down_proj"),
-    ("unfused", "model.layers.3.self_attn.o_proj"),
     ("clipped", "model.layers.2.mlp.down_proj"),
-    ("clipped", "model.layers.1.self_attn.o_proj"),
     ("coarse", "model.layers.0.mlp.down_proj"),
     ("rows", "model.layers.2.mlp.gate_proj"),
-    ("nibbles", "model.layers.0.self_attn.v_proj"),
-    ("zeroed", "model.layers.3.self_attn.q_proj"),
-    ("shifted", "model.layers.1.mlp.down_proj"),
-    ("factor", "model.layers.2.self_attn.q_proj"),
+    *(
+        pytest.param(fault, name, marks=pytest.mark.slow)
+        for fault, name in (
+            ("scale", "model.layers.3.mlp.down_proj"),
+            ("zero point", "model.layers.0.mlp.up_proj"),
+            ("unfused", "model.layers.3.self_attn.o_proj"),
+            ("clipped", "model.layers.1.self_attn.o_proj"),
+            ("nibbles", "model.layers.0.self_attn.v_proj"),
+            ("zeroed", "model.layers.3.self_attn.q_proj"),
+            ("shifted", "model.layers.1.mlp.down_proj"),
+            ("factor", "model.layers.2.self_attn.q_proj"),
+        )
+    ),
 ]
 
 
@@ -101,7 +107,11 @@ def test_a_planted_fault_is_named_first(good, llama, tmp_path, kind, name):
     names_it(validate(tmp_path / "out", llama, text=TEXT, windows=1, window=64), kind, name)
 
 
-@pytest.mark.parametrize("scheme", ["w4a16_g32", "w4a16_g32_asym", "w8a8_static", "w2a16_g32", "nf4", "w4a8_g128"])
+SCHEMES = ("w4a16_g32", "w4a16_g32_asym", "w8a8_static", "w2a16_g32", "nf4", "w4a8_g128")
+
+
+# Those of which faulty exports are made above, and the coarsest.
+@pytest.mark.parametrize("scheme", quick(("w4a16_g32", "w4a16_g32_asym", "w8a8_static", "w2a16_g32"), among=SCHEMES))
 def test_rounding_is_no_fault(good, llama, scheme):
     report = validate(good(scheme), llama, text=TEXT, windows=1, window=64)
     assert not report.problems and not any(row.fault for row in report.layers.linears)

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from helpers.breadth import quick
 from helpers.random_decoders import FAMILIES, save_model
 from helpers.random_modules import cnn, save_encoder, save_seq2seq
 from qexport.api.exporting import export
@@ -136,7 +137,7 @@ def test_with_little_memory_the_outer_layers_are_compared(monkeypatch, llama, la
     assert error.value.place == f"model.layers.{layer}"
 
 
-@pytest.mark.parametrize("family", ["gemma3", pytest.param("mixtral", marks=pytest.mark.slow), "deepseek_v3"])
+@pytest.mark.parametrize("family", quick(["gemma3"], among=["gemma3", "mixtral", "deepseek_v3"]))
 def test_layers_of_several_kinds_are_compared_with_little_memory(monkeypatch, tmp_path, family):
     small_memory(monkeypatch)
     layers = 4
@@ -152,7 +153,7 @@ def test_good_decoders_agree(captured, family):
     assert found.compared == "the whole model, 2 rows of 16 tokens and 2 cached steps"
 
 
-@pytest.mark.parametrize("family", ["bert", "roberta", "modernbert"])
+@pytest.mark.parametrize("family", quick(["bert", "modernbert"], among=["bert", "roberta", "modernbert"]))
 def test_good_encoders_agree(monkeypatch, tmp_path, family):
     folder = save_encoder(family, tmp_path)
     found = check_reader(capture_model(folder))
@@ -162,7 +163,7 @@ def test_good_encoders_agree(monkeypatch, tmp_path, family):
         check_reader(capture_model(folder))
 
 
-@pytest.mark.parametrize("family", ["t5", "bart"])
+@pytest.mark.parametrize("family", quick(["bart"], among=["t5", "bart"]))
 def test_both_parts_of_encoder_decoders_agree(monkeypatch, tmp_path, family):
     parts = capture_seq2seq(open_model(save_seq2seq(family, tmp_path)))
     for part in (parts.encoder, parts.decoder):

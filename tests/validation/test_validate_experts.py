@@ -55,7 +55,7 @@ def test_one_sentence_says_what_is_not_compared_and_everything_else_is(report, e
 def test_costs_are_measured_of_what_can_be_read(report):
     costed = [row for row in report.layers.linears if row.kl_cost is not None]
     assert len(costed) == 9
-    assert any("foretold for all linears but experts" in sentence for sentence in report.verdict)
+    assert any("of the estimates for all linears but experts" in sentence for sentence in report.verdict)
 
 
 def test_a_mixture_that_is_not_there_is_a_problem(exported):
