@@ -12,7 +12,7 @@ from ...errors import PassError, within
 from ...graph.edit import add_tensor, call, finish, get_tensor
 from ...graph.meta import Meta
 from ...graph.sites import Linear, linears
-from ...models.checkpoint import GivenCodes
+from ...models.checkpoint import GivenCodes, check_finite
 from ...models.coded import Given, Order
 from ...plan.linear_plan import LinearPlan
 from ...recipe.methods import BlockMethod, CacheMethod, ModelMethod, WeightMethod
@@ -93,9 +93,11 @@ def proved(codes: GivenCodes) -> Given | Tensor:
 
     Raises:
         PassError: they do not.
+        NumericsError: they stand for NaN or Inf.
     """
     found = codes.decode()
     values, formula = found.dequantize() if isinstance(found, Given) else found, codes.formula()
+    check_finite(values, codes.weight.name)
     off = (values.double() - formula).abs() > _ROUNDED * formula.abs() + _TINY
     if bool(off.any()):
         row, column = (int(place) for place in off.nonzero()[0])

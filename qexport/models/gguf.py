@@ -1,6 +1,10 @@
-"""GGUF files as folders of float weights: transformers converts them, and every tensor is accounted for."""
+"""GGUF files as folders of safetensors: transformers converts them, and every tensor is accounted for.
+
+Linears keep their blocks where kernels hold these as they are; all else becomes float.
+"""
 
 import hashlib
+import json
 import os
 from collections import Counter
 from dataclasses import dataclass
@@ -12,12 +16,15 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from ..artifact.files import read_json
 from ..artifact.scratch import scratch_folder
 from ..errors import InputError, reading
+from .configs import CONFIG
+from .gguf_codes import StoredBlocks, stored_blocks
 from .gguf_header import check_gguf
 
 # Of the conversion: raised when an older one made other folders of the same file.
-_CONVERSION = 2
+_CONVERSION = 3
 _SAMPLE = 1 << 16
 _FREQUENCIES = "rope_freqs.weight"
 _MADE_AGAIN = ("Download or convert the file again", "Give the model in its original form, as safetensors")
@@ -68,7 +75,8 @@ def convert(file: Path, cache: Path | None = None) -> Path:
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     model.__dict__["hf_quantizer"] = None  # the weights are float now, and save_pretrained would refuse them
-    _save(model, tokenizer, target)
+    blocks = _blocks(model, file)
+    _save(model, tokenizer, blocks, target)
     return target
 
 
@@ -183,11 +191,23 @@ def _with_rope(config: PretrainedConfig, rope: dict) -> PretrainedConfig:
     return twin
 
 
-def _save(model, tokenizer, target: Path) -> None:
+def _blocks(model: PreTrainedModel, file: Path) -> StoredBlocks | None:
+    from gguf import GGUFReader
+
+    with reading(file, "cannot be read as GGUF"):
+        return stored_blocks(model, GGUFReader(file).tensors)
+
+
+def _save(model: PreTrainedModel, tokenizer, blocks: StoredBlocks | None, target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     with scratch_folder(target.parent) as temporary:
         made = temporary / target.name
-        model.save_pretrained(made)
+        if blocks is None:
+            model.save_pretrained(made)
+        else:
+            model.save_pretrained(made, state_dict=blocks.replace_in(model.state_dict()))
+            said = read_json(made / CONFIG) | {"quantization_config": blocks.said}
+            (made / CONFIG).write_text(json.dumps(said, indent=2) + "\n", encoding="utf-8")
         if tokenizer is not None:
             tokenizer.save_pretrained(made)
         made.rename(target)

@@ -39,11 +39,14 @@ class DecoderWitness:
 
     def testify(self, outline: Outline) -> Testimony:
         with _quiet():
-            if self.folder.codes is not None or self.folder.adapter is not None:
+            file = _gguf(self.folder)  # which transformers reads itself, whatever its weights are
+            if self.folder.adapter is not None or (self.folder.codes is not None and file is None):
                 return self._by_formula(outline)
             if outline.fits:
-                model = _loaded(self.loader, self.folder, source=_gguf(self.folder))
-                return _said(model, self._calls(model, outline), source=_gguf(self.folder))
+                model = _loaded(self.loader, self.folder, source=file)
+                return _said(model, self._calls(model, outline), source=file)
+            if self.folder.codes is not None:
+                raise Absent("its weights, which are codes, do not fit into memory as float32")
             return self._of_some_layers(outline)
 
     def _by_formula(self, outline: Outline) -> Testimony:

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-from gguf import GGUFWriter
+from gguf import GGMLQuantizationType, GGUFWriter, quantize
 from safetensors.numpy import load_file
 from transformers import AutoConfig
 
@@ -16,11 +16,15 @@ _NAMES = {
 _OUTER = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
 
 
-def write_gguf(model: Path, file: Path, *, change: Callable[[dict], None] = lambda _: None, **fields) -> Path:
-    """Write a folder's Llama as a float32 GGUF file with a tokenizer of single characters.
+def write_gguf(
+    model: Path, file: Path, *, change: Callable[[dict], None] = lambda _: None,
+    kind: Callable[[str], str] = lambda _: "F32", **fields,
+) -> Path:  # fmt: skip
+    """Write a folder's Llama as a GGUF file with a tokenizer of single characters.
 
     Args:
         change: edits the tensors by their names in the file.
+        kind: the type of a tensor by its name, as gguf calls it; gguf's own quantizer makes its blocks.
         fields: further integers, floats and strings of its metadata, by key with `__` for a dot.
     """
     config = AutoConfig.from_pretrained(model)
@@ -46,7 +50,10 @@ def write_gguf(model: Path, file: Path, *, change: Callable[[dict], None] = lamb
         add = {int: writer.add_uint16, float: writer.add_float32, str: writer.add_string}[type(value)]
         add(key.replace("__", "."), value)
     for name, tensor in tensors.items():
-        writer.add_tensor(name, np.ascontiguousarray(tensor))
+        stored = GGMLQuantizationType[kind(name)]
+        raw = None if stored == GGMLQuantizationType.F32 else stored
+        data = np.ascontiguousarray(tensor) if raw is None else quantize(tensor, stored)
+        writer.add_tensor(name, data, raw_dtype=raw)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -1,0 +1,95 @@
+"""Blocks of GGUF are read as gguf reads them, and are in the file that is exported."""
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFReader
+from onnx import numpy_helper
+
+import qexport
+from helpers.gguf_files import write_gguf
+from qexport.errors import NumericsError
+from qexport.models.coded import Given, Header, format_of
+from qexport.models.coded.gguf_blocks import BLOCKS
+from qexport.models.source import open_model
+from qexport.passes.weights.as_stored import proved
+
+KINDS = {"attn_q": "Q8_0", "ffn_up": "Q5_0", "ffn_down": "Q4_1"}
+
+
+def kind(name):
+    """Of a tensor of a file: several of linears, no blocks of others."""
+    return "F32" if "norm" in name or not name.startswith("blk") else KINDS.get(name.split(".")[2], "Q4_0")
+
+
+def weight_of(kind, blocks):
+    """The weight of blocks in memory, and what reads them."""
+    name, said = f"layer.{kind.lower()}", {"quant_method": "gguf", "blocks": [kind], "float": []}
+    (weight,) = format_of(said).find({name: Header("U8", tuple(blocks.shape))}, {}.__getitem__)
+    return weight, {name: blocks}.__getitem__
+
+
+@pytest.mark.parametrize("kind", BLOCKS)
+def test_any_bytes_are_what_gguf_says(kind):
+    """Every code and scale, of random bytes; in order float16 scales without NaN."""
+    size, width = GGML_QUANT_SIZES[GGMLQuantizationType[kind]]
+    random = np.random.default_rng(0)
+    blocks = random.integers(0, 256, (6, 2, width), dtype=np.uint8)
+    at = 208 if kind == "Q6_K" else 0
+    blocks[..., at : at + 2] = random.normal(size=(6, 2, 1)).astype(np.float16).view(np.uint8)
+    weight, read = weight_of(kind, torch.from_numpy(blocks.reshape(6, 2 * width)))
+    found = weight.decode(read)
+    assert isinstance(found, Given) and weight.shape == (6, 2 * size)
+    assert torch.equal(found.dequantize().double(), weight.formula(read))
+    assert found.weight.format.group_size == BLOCKS[kind].group
+    low, high = found.weight.codes.min(), found.weight.codes.max()
+    assert (int(low), int(high)) == (-(1 << BLOCKS[kind].bits - 1), (1 << BLOCKS[kind].bits - 1) - 1)
+
+
+def test_a_scale_that_is_no_number_is_refused():
+    weight, read = weight_of("Q8_0", torch.full((1, 34), 255, dtype=torch.uint8))
+
+    class Codes:
+        pass
+
+    codes = Codes()
+    codes.weight, codes.decode, codes.formula = weight, lambda: weight.decode(read), lambda: weight.formula(read)
+    with pytest.raises(NumericsError, match="32 of 32 weights are NaN or Inf"):
+        proved(codes)
+
+
+def test_blocks_in_the_exported_file(model_folder, tmp_path):
+    """Rows of queries and keys in the order of the model; KL to what transformers reads of the file; what is float."""
+    file = write_gguf(model_folder("llama"), tmp_path / "tiny.gguf", kind=kind)
+    folder = open_model(file, cache=tmp_path / "cache")
+    assert folder.codes.described == "GGUF, blocks of Q4_0, Q5_0, Q8_0"
+    assert any("linears in Q4_1 become float" in note for note in folder.notes)
+    result = qexport.export(folder, out_dir=tmp_path / "out")
+    assert result.reference.witness.endswith("of the GGUF file") and not result.reference.why_not
+    assert "12 of 15 linears keep them, 10 as stored and 2 in another form" in result.codes
+
+    tensors = {t.name: t.data for t in GGUFReader(file).tensors}
+    graph = onnx.load(result.folder / "model.onnx").graph
+    entry = next(e for e in result.manifest.linears if e.name == "model.layers.1.self_attn.k_proj")
+    node = next(n for n in graph.node if n.name == entry.node)
+    codes, scales = (
+        numpy_helper.to_array(next(t for t in graph.initializer if t.name == name)) for name in node.input[1:3]
+    )  # fmt: skip
+    rows, (n, k) = slice(*(entry.columns or (0, entry.shape[0]))), entry.shape
+    codes, scales = codes.reshape(len(codes), -1)[rows], scales.reshape(len(codes), -1)[rows]
+    blocks = tensors["blk.1.attn_k.weight"].reshape(n, k // 32, 18)
+    heads = folder.config.num_key_value_heads
+    order = np.arange(n).reshape(heads, n // heads // 2, 2).swapaxes(1, 2).flatten()
+    halves = blocks[order][..., 2:]
+    want = np.concatenate((halves & 15, halves >> 4), -1).reshape(n, k)
+    assert np.array_equal(np.stack((codes & 15, codes >> 4), -1).reshape(n, k), want)
+    assert np.array_equal(scales, blocks[order][..., :2].copy().view(np.float16)[..., 0].astype(np.float32))
+
+
+def test_a_file_that_is_mostly_of_other_blocks_is_float(model_folder, tmp_path):
+    def mostly(name):
+        return "Q4_1" if kind(name) not in ("F32", "Q8_0") else kind(name)
+
+    folder = open_model(write_gguf(model_folder("llama"), tmp_path / "t.gguf", kind=mostly), cache=tmp_path / "cache")
+    assert folder.codes is None and not hasattr(folder.config, "quantization_config")
