@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.fx import GraphModule, Node
+from torch.fx import Graph, GraphModule, Node
 
 from ...errors import PassError, within
-from ...graph.edit import add_tensor, call, finish, get_tensor
+from ...graph.edit import add_tensor, call, finish, get_tensor, shape_of
 from ...graph.meta import Meta
 from ...graph.sites import Linear, linears
 from ...models.checkpoint import GivenCodes, check_finite
@@ -18,7 +18,7 @@ from ...plan.linear_plan import LinearPlan
 from ...recipe.methods import BlockMethod, CacheMethod, ModelMethod, WeightMethod
 from ...recipe.registry import method
 from ..base import Context, GraphPass, PassResult, SiteRecord
-from ..insert_qdq import insert_weight
+from ..insert_qdq import add_branch, insert_weight, result_of
 
 if TYPE_CHECKING:
     from ...recipe.recipe import Recipe
@@ -62,7 +62,7 @@ class KeepCodes(GraphPass):
     preserves_values: ClassVar[bool] = True
 
     def call(self, module: GraphModule, context: Context) -> PassResult:
-        result, reordered = PassResult(), _Reordered(module)
+        result, reordered, offsets = PassResult(), _Reordered(module), _Offsets(module)
         for linear in linears(module.graph):
             decided = self.plan.get(linear.name)
             if decided is None or (decided.scheme is None and decided.given is None):
@@ -82,7 +82,10 @@ class KeepCodes(GraphPass):
                 linear = reordered.read_by(linear, found.order)
             if found.input_scale is not None:
                 context.handover.input_scales[linear.name] = found.input_scale
+            value = linear.input
             insert_weight(module, linear, found.weight)
+            if found.offset is not None:
+                offsets.add(linear.name, value, found.offset, found.weight.format.group_size)
             result.changed.append(SiteRecord(linear.name, f"{decided.chosen.name}, {decided.reason}"))
         finish(module)
         return result
@@ -133,3 +136,40 @@ class _Reordered:
             self._made.append((value, order, node))
         linear.node.replace_input_with(value, node)
         return linear
+
+
+class _Offsets:
+    """What groups of weights have beside codes and scales, as products of the sums of the inputs of a group.
+
+    x (W + offset) = x W + (sums of x) offset, with an offset [N, G] for the groups of each row. Linears of one value
+    share the sums.
+    """
+
+    def __init__(self, module: GraphModule):
+        self._module = module
+        self._sums: dict[tuple[Node, int], Node] = {}
+
+    def add(self, name: str, value: Node, offset: Tensor, size: int) -> None:
+        """Add them to the result of a linear.
+
+        Args:
+            value: that it reads; offset: [N, G]; size: of a group.
+        """
+        graph = self._module.graph
+        with graph.inserting_before(result_of(self._module, name).next):
+            sums = self._sums.get((value, size))
+            if sums is None:
+                sums = self._sums[value, size] = _sums(graph, value, size)
+            factor = add_tensor(graph, f"{name}.group_offsets", offset.t().float().contiguous())
+            shape = (*shape_of(sums)[:-1], offset.shape[0])
+            branch = call(graph, aten.matmul.default, (sums, factor), like=sums, shape=shape)
+            branch.meta[Meta.BRANCH_OF] = name
+        add_branch(self._module, name, branch)
+
+
+def _sums(graph: Graph, value: Node, size: int) -> Node:
+    """Over every `size` features of a value."""
+    *outer, features = shape_of(value)
+    groups = int(features) // size
+    apart = call(graph, aten.unflatten.int, (value, -1, [groups, size]), like=value, shape=(*outer, groups, size))
+    return call(graph, aten.sum.dim_IntList, (apart, [-1]), like=value, shape=(*outer, groups))

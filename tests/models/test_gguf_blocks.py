@@ -14,6 +14,7 @@ from qexport.models.coded import Given, Header, format_of
 from qexport.models.coded.gguf_blocks import BLOCKS
 from qexport.models.source import open_model
 from qexport.passes.weights.as_stored import proved
+from qexport.recipe.recipe import Recipe
 
 KINDS = {"attn_q": "Q8_0", "ffn_up": "Q5_0", "ffn_down": "Q4_1"}
 
@@ -36,12 +37,12 @@ def test_any_bytes_are_what_gguf_says(kind):
     size, width = GGML_QUANT_SIZES[GGMLQuantizationType[kind]]
     random = np.random.default_rng(0)
     blocks = random.integers(0, 256, (6, 2, width), dtype=np.uint8)
-    at = 208 if kind == "Q6_K" else 0
-    blocks[..., at : at + 2] = random.normal(size=(6, 2, 1)).astype(np.float16).view(np.uint8)
+    for at in (208,) if kind == "Q6_K" else (0, 2) if BLOCKS[kind].minimum else (0,):
+        blocks[..., at : at + 2] = random.normal(size=(6, 2, 1)).astype(np.float16).view(np.uint8)
     weight, read = weight_of(kind, torch.from_numpy(blocks.reshape(6, 2 * width)))
     found = weight.decode(read)
     assert isinstance(found, Given) and weight.shape == (6, 2 * size)
-    assert torch.equal(found.dequantize().double(), weight.formula(read))
+    assert torch.equal(found.dequantize().double(), weight.formula(read)) and found.weight.format.symmetric
     assert found.weight.format.group_size == BLOCKS[kind].group
     low, high = found.weight.codes.min(), found.weight.codes.max()
     assert (int(low), int(high)) == (-(1 << BLOCKS[kind].bits - 1), (1 << BLOCKS[kind].bits - 1) - 1)
@@ -60,14 +61,16 @@ def test_a_scale_that_is_no_number_is_refused():
 
 
 def test_blocks_in_the_exported_file(model_folder, tmp_path):
-    """Rows of queries and keys in the order of the model; KL to what transformers reads of the file; what is float."""
+    """Rows of queries and keys in the order of the model; logits of what transformers reads of the file."""
     file = write_gguf(model_folder("llama"), tmp_path / "tiny.gguf", kind=kind)
     folder = open_model(file, cache=tmp_path / "cache")
-    assert folder.codes.described == "GGUF, blocks of Q4_0, Q5_0, Q8_0"
-    assert any("linears in Q4_1 become float" in note for note in folder.notes)
-    result = qexport.export(folder, out_dir=tmp_path / "out")
+    assert folder.codes.described == "GGUF, blocks of Q4_0, Q4_1, Q5_0, Q8_0"
+    recipe = Recipe.load("as_stored").model_copy(update={"accuracy_level": 1})
+    result = qexport.export(folder, recipe, out_dir=tmp_path / "out")
     assert result.reference.witness.endswith("of the GGUF file") and not result.reference.why_not
-    assert "12 of 15 linears keep them, 10 as stored and 2 in another form" in result.codes
+    assert "14 of 15 linears keep them, 12 as stored and 2 in another form" in result.codes
+    report = qexport.validate(result.folder, folder, windows=1, window=16, greedy=0)
+    assert report.logits.kl_mean < 1e-9
 
     tensors = {t.name: t.data for t in GGUFReader(file).tensors}
     graph = onnx.load(result.folder / "model.onnx").graph
@@ -87,9 +90,17 @@ def test_blocks_in_the_exported_file(model_folder, tmp_path):
     assert np.array_equal(scales, blocks[order][..., :2].copy().view(np.float16)[..., 0].astype(np.float32))
 
 
-def test_a_file_that_is_mostly_of_other_blocks_is_float(model_folder, tmp_path):
-    def mostly(name):
-        return "Q4_1" if kind(name) not in ("F32", "Q8_0") else kind(name)
+@pytest.mark.parametrize("others", [("ffn_down",), ("ffn_down", "ffn_up", "ffn_gate", "attn_output")])
+def test_blocks_of_other_types_become_float(model_folder, tmp_path, others):
+    """A sentence names them; where they are most, the whole file becomes float."""
 
-    folder = open_model(write_gguf(model_folder("llama"), tmp_path / "t.gguf", kind=mostly), cache=tmp_path / "cache")
-    assert folder.codes is None and not hasattr(folder.config, "quantization_config")
+    def types(name):
+        return "MXFP4" if name.split(".")[-2] in others else kind(name)
+
+    folder = open_model(write_gguf(model_folder("llama"), tmp_path / "t.gguf", kind=types), cache=tmp_path / "cache")
+    if len(others) == 1:
+        assert "MXFP4" not in folder.codes.described
+        assert any("linears in MXFP4 become float" in note for note in folder.notes)
+    else:
+        assert folder.codes is None and not folder.notes
+    assert not hasattr(folder.config, "quantization_config")

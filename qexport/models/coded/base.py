@@ -58,15 +58,20 @@ class Given:
         weight: codes, scales and zero points.
         order: of their columns; None where it is that of the input features.
         input_scale: of its input, where that is rounded with one calibrated scale.
+        offset: float64 [N, G], what is added to every weight of a group; None where codes and scales are all.
     """
 
     weight: QuantizedWeight
     order: Order | None = None
     input_scale: float | None = None
+    offset: Tensor | None = None
 
     def dequantize(self) -> Tensor:
         """The float32 weight [N, K], its columns in the order of the input features."""
         values = self.weight.dequantize()
+        if self.offset is not None:
+            size = self.weight.format.group_size
+            values = (values.double() + self.offset.repeat_interleave(size, 1)).float()
         return values if self.order is None else self.order.undo(values)
 
 

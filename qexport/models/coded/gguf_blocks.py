@@ -1,14 +1,20 @@
-"""Blocks of GGUF whose weights are whole numbers times a scale, as folders made of GGUF files hold them.
+"""Blocks of GGUF whose codes have a scale for each group, as folders made of GGUF files hold them.
 
-    Q4_0    32 weights: float16 d, 16 bytes of codes;               weight = d * (code - 8)
-    Q5_0    32 weights: float16 d, 32 high bits, 16 bytes of codes; weight = d * (code - 16)
-    Q8_0    32 weights: float16 d, 32 signed bytes;                 weight = d * code
+    Q4_0    32 weights: float16 d, 16 bytes of codes;                     weight = d * (code - 8)
+    Q4_1    32 weights: float16 d and m, 16 bytes of codes;               weight = d * code + m
+    Q5_0    32 weights: float16 d, 32 high bits, 16 bytes of codes;       weight = d * (code - 16)
+    Q5_1    32 weights: float16 d and m, 32 high bits, 16 bytes of codes; weight = d * code + m
+    Q8_0    32 weights: float16 d, 32 signed bytes;                       weight = d * code
+    Q4_K    256 weights: float16 d and e, 6 bits s and t for every 32 in 12 bytes, 128 bytes of codes;
+            weight = d * s * code - e * t
+    Q5_K    the same with 256 high bits before the codes
     Q6_K    256 weights: 128 bytes of low and 64 of high bits, a signed byte s for every 16, float16 d;
             weight = d * s * (code - 32)
 
-A byte of Q4_0 and Q5_0 holds code i in its low half and code i + 16 in its high one. Rows are whole blocks one after
-another; a tensor `path.q4_0`, uint8 [N, bytes of a row], stands for `path.weight` [N, K]. d * s has 19 bits at most,
-which float32 holds.
+A byte of the first four holds code i in its low half and code i + 16 in its high one; of Q4_K and Q5_K, code i and code
+i + 32 of every 64. Rows are whole blocks one after another; a tensor `path.q4_0`, uint8 [N, bytes of a row], stands for
+`path.weight` [N, K]. d * s has 19 bits at most, which float32 holds. Kernels count codes from the middle, and what that
+leaves of a minimum (m or -e * t) is the offset of a group.
 """
 
 from collections.abc import Callable, Mapping
@@ -24,20 +30,38 @@ from .grids import StoredGrid
 
 METHOD = "gguf"
 
-Parts = tuple[Tensor, Tensor]  # codes uint8 [blocks, weights], counting from 0; scales float32 [blocks, groups]
+# codes uint8 [blocks, weights], counting from 0; scales float32 [blocks, groups]; minimums float64 [blocks, groups]
+Parts = tuple[Tensor, Tensor, Tensor | None]
 
 
 def _q4_0(blocks: Tensor) -> Parts:
-    return _halves(blocks[:, 2:]), _float16(blocks[:, :2])
+    return _halves(blocks[:, 2:]), _float16(blocks[:, :2]), None
+
+
+def _q4_1(blocks: Tensor) -> Parts:
+    return _halves(blocks[:, 4:]), _float16(blocks[:, :2]), _float16(blocks[:, 2:4]).double()
 
 
 def _q5_0(blocks: Tensor) -> Parts:
-    high = (blocks[:, 2:6, None] >> torch.arange(8, dtype=torch.uint8)).view(-1, 32) & 1
-    return _halves(blocks[:, 6:]) | (high << 4), _float16(blocks[:, :2])
+    return _with_high(_halves(blocks[:, 6:]), blocks[:, 2:6]), _float16(blocks[:, :2]), None
+
+
+def _q5_1(blocks: Tensor) -> Parts:
+    codes = _with_high(_halves(blocks[:, 8:]), blocks[:, 4:8])
+    return codes, _float16(blocks[:, :2]), _float16(blocks[:, 2:4]).double()
 
 
 def _q8_0(blocks: Tensor) -> Parts:
-    return blocks[:, 2:] ^ 128, _float16(blocks[:, :2])
+    return blocks[:, 2:] ^ 128, _float16(blocks[:, :2]), None
+
+
+def _q4_k(blocks: Tensor) -> Parts:
+    return (_runs(blocks[:, 16:]), *_of_runs(blocks))
+
+
+def _q5_k(blocks: Tensor) -> Parts:
+    high = torch.stack([(blocks[:, 16:48] >> run) & 1 for run in range(8)], 1).view(-1, 256)
+    return (_runs(blocks[:, 48:]) | (high << 4), *_of_runs(blocks))
 
 
 def _q6_k(blocks: Tensor) -> Parts:
@@ -46,11 +70,31 @@ def _q6_k(blocks: Tensor) -> Parts:
     low = torch.stack((low & 15, low >> 4), 2).view(-1, 256)
     high = blocks[:, 128:192].reshape(-1, 2, 32)
     high = torch.stack([(high >> shift) & 3 for shift in (0, 2, 4, 6)], 2).view(-1, 256)
-    return low | (high << 4), _float16(blocks[:, 208:]) * blocks[:, 192:208].view(torch.int8).float()
+    return low | (high << 4), _float16(blocks[:, 208:]) * blocks[:, 192:208].view(torch.int8).float(), None
 
 
 def _halves(packed: Tensor) -> Tensor:
     return torch.cat((packed & 15, packed >> 4), 1)
+
+
+def _runs(packed: Tensor) -> Tensor:
+    """Two runs of 32 codes to 32 bytes."""
+    packed = packed.reshape(-1, 4, 32)
+    return torch.stack((packed & 15, packed >> 4), 2).view(-1, 256)
+
+
+def _of_runs(blocks: Tensor) -> tuple[Tensor, Tensor]:
+    """Scales and minimums of eight runs: 6 bits each, those of the last four in the high bits of what is left over."""
+    first, second, rest = blocks[:, 4:8], blocks[:, 8:12], blocks[:, 12:16]
+    scales = torch.cat((first & 63, (rest & 15) | ((first >> 2) & 48)), 1)
+    lows = torch.cat((second & 63, (rest >> 4) | ((second >> 2) & 48)), 1)
+    return _float16(blocks[:, :2]) * scales.float(), -_float16(blocks[:, 2:4]).double() * lows.double()
+
+
+def _with_high(low: Tensor, bits: Tensor) -> Tensor:
+    """Codes with a fifth bit: uint8 [blocks, 4] holds those of 32."""
+    high = (bits[:, :, None] >> torch.arange(8, dtype=torch.uint8)).view(-1, 32) & 1
+    return low | (high << 4)
 
 
 def _float16(pairs: Tensor) -> Tensor:
@@ -65,6 +109,7 @@ class _Block:
         width: bytes; size: weights; bits: of a code; group: weights to a scale.
         scale_dtype: of what scales are, as safetensors calls it.
         parts: reads blocks, uint8 [blocks, width].
+        minimum: groups have one.
     """
 
     width: int
@@ -73,12 +118,17 @@ class _Block:
     group: int
     scale_dtype: str
     parts: Callable[[Tensor], Parts]
+    minimum: bool = False
 
 
 BLOCKS = {  # by what gguf calls a type
     "Q4_0": _Block(18, 32, 4, 32, "F16", _q4_0),
+    "Q4_1": _Block(20, 32, 4, 32, "F16", _q4_1, True),
     "Q5_0": _Block(22, 32, 5, 32, "F16", _q5_0),
+    "Q5_1": _Block(24, 32, 5, 32, "F16", _q5_1, True),
     "Q8_0": _Block(34, 32, 8, 32, "F16", _q8_0),
+    "Q4_K": _Block(144, 256, 4, 32, "F32", _q4_k, True),
+    "Q5_K": _Block(176, 256, 5, 32, "F32", _q5_k, True),
     "Q6_K": _Block(210, 256, 6, 16, "F32", _q6_k),
 }
 
@@ -117,8 +167,7 @@ class GGUFBlocks(CodedCheckpoint):
         if not self.others:
             return ()
         return (
-            f"linears in {', '.join(self.others)} become float: a code times a scale with a whole zero point, which "
-            "kernels take, is not what such blocks are",
+            f"linears in {', '.join(self.others)} become float, as codes are kept of {', '.join(BLOCKS)} alone",
         )  # fmt: skip
 
     def find(self, tensors: Mapping[str, Header], read: Read) -> list[CodedWeight]:
@@ -135,6 +184,8 @@ def _at(name: str, part: str, header: Header, kind: str) -> "BlocksWeight":
     n, k = header.shape[0], header.shape[1] // block.width * block.size
     grid = StoredGrid(block.bits, block.group, symmetric=True, columns=k)
     scheme, kept = grid.container()
+    if block.minimum and scheme is not None:
+        kept += ", and the minimums of groups in a product beside it"
     return BlocksWeight(name, (n, k), (part,), scheme, kept, block.scale_dtype, grid, kind)
 
 
@@ -151,14 +202,17 @@ class BlocksWeight(CodedWeight):
 
     def decode(self, read: Read) -> Given | Tensor:
         block = BLOCKS[self.kind]
-        codes, scale = block.parts(read(self.parts[0]).reshape(-1, block.width))
-        codes, scale = codes.view(self.shape), scale.view(self.shape[0], -1)
+        codes, scale, low = block.parts(read(self.parts[0]).reshape(-1, block.width))
+        middle, n = 1 << (block.bits - 1), self.shape[0]
+        codes, scale = codes.view(self.shape), scale.view(n, -1)
+        offset = None if low is None else low.view(n, -1) + middle * scale.double()
         if self.scheme is None:
-            return (codes.float() - (1 << (block.bits - 1))) * scale.repeat_interleave(block.group, 1)
-        return Given(self.grid.weight(codes, scale, None, self.scheme))
+            values = (codes.double() - middle) * scale.double().repeat_interleave(block.group, 1)
+            return (values if offset is None else values + offset.repeat_interleave(block.group, 1)).float()
+        return Given(self.grid.weight(codes, scale, None, self.scheme), offset=offset)
 
     def formula(self, read: Read) -> Tensor:
-        """As the package gguf dequantizes; its float32 is exact, for no product here has more than 24 bits."""
+        """As the package gguf dequantizes: its float32 has every product here, and a sum is rounded once."""
         from gguf import GGMLQuantizationType, dequantize
 
         values = dequantize(read(self.parts[0]).numpy(), GGMLQuantizationType[self.kind])
