@@ -24,7 +24,7 @@ def insert_weight(
 
     Args:
         factor: [K], of the input features, which the rounding has not seen; None is 1.
-        shares: name of the embedding whose tensors these are; empty where they are the linear's own.
+        shares: name of the embedding or linear whose tensors these are; empty where they are the linear's own.
 
     Returns:
         The node of the result.

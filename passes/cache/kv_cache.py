@@ -37,6 +37,7 @@ class KVCacheSection(CacheMethod):
     bits: Literal[8, 4] = 8
     scales: Literal["channel", "tensor"] = "channel"
     needs_grouped_attention: ClassVar[bool] = True
+    takes_shared: ClassVar[bool] = True
     short: ClassVar[str] = r"kv(?P<bits>[48])"
 
     @classmethod

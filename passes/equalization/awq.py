@@ -34,6 +34,7 @@ class AWQSection(Equalization):
 
     alpha: Alpha = 0.5
     explicit: bool = False
+    takes_shared: ClassVar[bool] = True
     for_activations: ClassVar[bool] = False
 
     def passes(self, plan: Mapping[str, LinearPlan]) -> list[GraphPass]:

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch.fx import GraphModule, Node
@@ -26,6 +26,7 @@ class LAESection(Equalization):
     """
 
     explicit: bool = False
+    takes_shared: ClassVar[bool] = True
 
     def passes(self, plan: Mapping[str, LinearPlan]) -> list[GraphPass]:
         return [LogEqualize(plan, explicit=self.explicit)]

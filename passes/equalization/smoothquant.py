@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch.fx import GraphModule
@@ -30,6 +30,7 @@ class SmoothQuantSection(Equalization):
 
     alpha: Alpha = 0.5
     explicit: bool = False
+    takes_shared: ClassVar[bool] = True
 
     def passes(self, plan: Mapping[str, LinearPlan]) -> list[GraphPass]:
         return [SmoothQuant(plan, explicit=self.explicit, alpha=number(self.alpha))]

@@ -1,14 +1,17 @@
 """GPTQ (arXiv 2210.17323): codes that suit the inputs really seen, by their Hessian."""
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import repeat
 from typing import Any, ClassVar
 
 import torch
 from pydantic import Field
 from torch.fx import GraphModule, Node
 
+from ...graph.meta import Meta
 from ...graph.sites import Linear, linears
 from ...plan.linear_plan import LinearPlan
 from ...quant.formats import IntegerFormat, QuantizedWeight
@@ -38,6 +41,7 @@ class GPTQSection(WeightMethod):
     clip_search: bool = False
     calibrates: ClassVar[bool] = True
     kl_left: ClassVar[float] = 0.35
+    takes_shared: ClassVar[bool] = True
 
     def passes(self, plan: Mapping[str, LinearPlan]) -> list[GraphPass]:
         return [GPTQ(plan, self.damp, self.act_order, self.token_norm_power, self.clip_search)]
@@ -75,11 +79,23 @@ class GPTQ(GraphPass):
     preserves_values: ClassVar[bool] = True
 
     def statistics(self, module: GraphModule) -> dict[Node, Callable[[], Any]]:
-        return {
-            linear.input: lambda: hessian_statistic(self.token_norm_power)
-            for linear in linears(module.graph)
-            if planned(self.plan, linear)
-        }
+        """One Hessian for a value; for all values that linears of one weight read, and what else reads these, one too:
+        it takes the memory of one however often a module is called."""
+        sites = [n for n in linears(module.graph) if planned(self.plan, n) and not _read_elsewhere(n)]
+        return {value: partial(next, repeat(seen)) for value, seen in self._together(sites).items()}
+
+    def _together(self, sites: Sequence[Linear]) -> dict[Node, HessianStatistic]:
+        """By value that these linears read, an empty statistic; the same one where a weight meets several values."""
+        found: dict[Node, HessianStatistic] = {}
+        by_weight: dict[str, list[Node]] = {}
+        for linear in sites:
+            by_weight.setdefault(linear.weight, []).append(linear.input)
+        for values in by_weight.values():
+            met = [found[value] for value in values if value in found]
+            seen = met[0] if met else hessian_statistic(self.token_norm_power)
+            found |= {value: seen for value, other in found.items() if other in met}
+            found |= dict.fromkeys(values, seen)
+        return found
 
     def _compensates(self, linear: Linear) -> bool:
         """Whether a linear's codes are on a grid of integers, where errors can be pushed on."""
@@ -87,39 +103,48 @@ class GPTQ(GraphPass):
         return scheme is not None and isinstance(scheme.weight, IntegerFormat)
 
     def call(self, module: GraphModule, context: Context) -> PassResult:
-        statistics, folded = context.statistics, context.handover.folded
-        sites = [linear for linear in linears(module.graph) if self._compensates(linear)]
-        reached = {linear.input: not statistics[linear.input].unseen().all() for linear in sites}
+        folded = context.handover.folded
+        sites = {n.weight: n for n in linears(module.graph) if self._compensates(n) and not _read_elsewhere(n)}
+        # Looked up now: what a linear reads becomes another node where it is the result of one that is rounded before.
+        statistics = {weight: context.statistics[linear.input] for weight, linear in sites.items()}
+        reached = {seen: not seen.unseen().all() for seen in statistics.values()}
         # Linears that read one value share its factor, and those with factors of their own need the Hessian itself.
-        sharing = Counter(linear.input for linear in sites if linear.name not in folded)
-        alone = Counter(linear.input for linear in sites if linear.name in folded)
-        factors: dict[Node, InverseFactor] = {}  # of the values whose other readers are still to come
+        sharing = Counter(statistics[weight] for weight, linear in sites.items() if linear.name not in folded)
+        alone = Counter(statistics[weight] for weight, linear in sites.items() if linear.name in folded)
+        factors: dict[HessianStatistic, InverseFactor] = {}  # of those whose other readers are still to come
         unreached: list[SiteRecord] = []
 
-        def factor_of(value: Node) -> InverseFactor:
-            sharing[value] -= 1
-            if value not in factors:
-                seen = statistics[value]
+        def factor_of(seen: HessianStatistic) -> InverseFactor:
+            sharing[seen] -= 1
+            if seen not in factors:
                 # No name for the Hessian: it is to be gone when it is factorized.
-                factors[value] = factorize(seen.total() if alone[value] else seen.take(), self.damp, self.act_order)
-            return factors[value] if sharing[value] else factors.pop(value)
+                factors[seen] = factorize(seen.total() if alone[seen] else seen.take(), self.damp, self.act_order)
+            return factors[seen] if sharing[seen] else factors.pop(seen)
 
-        def own_factor(value: Node, scales: torch.Tensor) -> InverseFactor:
-            alone[value] -= 1
-            return factorize((statistics[value].total() * scales).mul_(scales[:, None]), self.damp, self.act_order)
+        def own_factor(seen: HessianStatistic, scales: torch.Tensor) -> InverseFactor:
+            alone[seen] -= 1
+            return factorize((seen.total() * scales).mul_(scales[:, None]), self.damp, self.act_order)
 
         def quantize(
             linear: Linear, w: torch.Tensor, fmt: IntegerFormat, factor: torch.Tensor | None
         ) -> QuantizedWeight:
-            if not reached[linear.input]:
+            if _read_elsewhere(linear):
+                return fmt.round_to_nearest(w, self.clip_search)
+            seen = statistics[linear.weight]
+            if not reached[seen]:
                 unreached.append(SiteRecord(linear.name, "rounded to nearest: no calibration token reached it"))
                 return fmt.round_to_nearest(w)
-            found = factor_of(linear.input) if factor is None else own_factor(linear.input, factor)
+            found = factor_of(seen) if factor is None else own_factor(seen, factor)
             return gptq_quantize(w, found, fmt, clip_search=self.clip_search)
 
         result = quantize_linears(module, self.plan, context.handover, quantize)
         result.skipped += unreached
         return result
+
+
+def _read_elsewhere(linear: Linear) -> bool:
+    """Whether other blocks read the weight, so that its Hessian is not known here."""
+    return Meta.READ_ELSEWHERE in linear.node.meta
 
 
 def hessian_statistic(token_norm_power: float) -> HessianStatistic:

@@ -22,6 +22,7 @@ class HQQSection(WeightMethod):
     """Half-quadratic scales and zero points (HQQ), without calibration."""
 
     kl_left: ClassVar[float] = 0.9
+    takes_shared: ClassVar[bool] = True
 
     def passes(self, plan: Mapping[str, LinearPlan]) -> list[GraphPass]:
         return [HalfQuadratic(plan)]

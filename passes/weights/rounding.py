@@ -1,5 +1,6 @@
 """What the methods that make codes of weights share: rounding to nearest, and the walk over the linears of a block."""
 
+from collections import Counter
 from collections.abc import Callable, Mapping
 
 import torch
@@ -53,26 +54,38 @@ def quantize_linears(
 ) -> PassResult:
     """Replace every planned linear of a block by the form of its format.
 
+    Linears of one weight have one set of codes. Those in other blocks find the same ones again: `quantize` has to do
+    without statistics of a weight that several blocks read, see `Meta.READ_ELSEWHERE`.
+
     Args:
         quantize: finds codes on a grid of integers; None, and weights of other formats: the nearest ones.
         clip_search: of the nearest codes, see `WeightFormat.round_to_nearest`.
     """
     result = PassResult()
-    for linear in linears(module.graph):
+    sites = linears(module.graph)
+    left = Counter(linear.weight for linear in sites)
+    found: dict[str, QuantizedWeight] = {}  # of weights that other linears of this block are still to read
+    for linear in sites:
         if not planned(plan, linear):
             why = plan[linear.name].reason if linear.name in plan else "not in the plan"
             result.skipped.append(SiteRecord(linear.name, why))
             continue
-        scheme, factor = plan[linear.name].chosen, handover.folded.get(linear.name)
+        decided = plan[linear.name]
+        scheme, factor = decided.chosen, handover.folded.get(linear.name)
         w, fmt = get_tensor(module, linear.weight), scheme.weight
         handover.keep_weight(linear.name, w)
         unscaled = w if factor is None else w / factor
+        left[linear.weight] -= 1
         with within(linear.name):
-            if quantize is not None and isinstance(fmt, IntegerFormat):
+            if linear.weight in found:
+                quantized = found.pop(linear.weight)
+            elif quantize is not None and isinstance(fmt, IntegerFormat):
                 quantized = quantize(linear, unscaled, fmt, factor)
             else:
                 quantized = fmt.round_to_nearest(unscaled, clip_search)
-        insert_weight(module, linear, quantized, factor)
+        if left[linear.weight]:
+            found[linear.weight] = quantized
+        insert_weight(module, linear, quantized, factor, decided.shares)
         nearest = quantize is not None and not isinstance(fmt, IntegerFormat)
         what = f"{scheme.name}, rounded to nearest: it is no grid of integers" if nearest else scheme.name
         result.changed.append(SiteRecord(linear.name, what))

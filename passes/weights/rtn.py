@@ -24,6 +24,7 @@ class RTNSection(WeightMethod):
     """
 
     clip_search: bool = False
+    takes_shared: ClassVar[bool] = True
 
     def passes(self, plan: Mapping[str, LinearPlan]) -> list[GraphPass]:
         return [RoundToNearest(plan, self.clip_search)]

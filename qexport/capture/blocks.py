@@ -17,6 +17,7 @@ from torch.fx import Graph, GraphModule, Node
 from ..errors import CaptureError
 from ..graph.edit import copy_of, get_tensor, is_call, module_of, spec_of, tensors_of
 from ..graph.meta import Meta
+from ..graph.sites import note_uses
 from ..graph.views import operand, tensor_name
 from .lines import line_of
 
@@ -78,6 +79,7 @@ def cut(module: GraphModule, results: list[str]) -> list[Block]:
         nodes = [n for n in graph.nodes if n.op == "call_function" and part[n] == index]
         if nodes:
             blocks.append(_block(module, name, nodes, part, index, results))
+    note_uses([block.module.graph for block in blocks])
     return blocks
 
 

@@ -27,6 +27,12 @@ class Meta(StrEnum):
     RESULT_OF = "result_of"
     """On the node that has a quantized linear's or convolution's whole result: its name."""
 
+    USE = "use"
+    """On a linear whose name another call of the same module has already: which call it is, from 2 on."""
+
+    READ_ELSEWHERE = "read_elsewhere"
+    """On a linear whose weight linears of other blocks read too: True."""
+
     PLANE_OF = "plane_of"
     """On the product of a second plane of codes: the linear whose result it is added to."""
 

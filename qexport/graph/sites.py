@@ -4,6 +4,8 @@ No architecture is named here. A norm followed by three projections is found bec
 its users, whatever the modules are called.
 """
 
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -38,7 +40,7 @@ class Linear:
     """y = x W^T + b with a constant weight.
 
     Attributes:
-        name: the path of its module.
+        name: the path of its module; with "@2" and so on behind it for further calls of the same module.
         node: the call; weight, bias: names of the tensors; shape: (out_features, in_features).
     """
 
@@ -89,7 +91,32 @@ def linear_at(node: Node) -> Linear | None:
         return None
     weight, bias = tensor_name(found.weight), None if found.bias is None else tensor_name(found.bias)
     out_features, in_features = sizes_of(found.weight)
-    return Linear(_name(node, weight), node, weight, bias, (out_features, in_features))
+    name, use = _name(node, weight), node.meta.get(Meta.USE)
+    return Linear(name if use is None else f"{name}@{use}", node, weight, bias, (out_features, in_features))
+
+
+def module_of_call(name: str) -> str:
+    """The path of the module that a linear of this name calls."""
+    return re.sub(r"@\d+$", "", name)
+
+
+def note_uses(graphs: Sequence[Graph]) -> None:
+    """Tell calls of one module from one another, and note which weights linears of several graphs read.
+
+    Args:
+        graphs: of all blocks, in order.
+    """
+    calls: dict[str, int] = {}
+    places: dict[str, set[int]] = {}
+    found = [(place, linear) for place, graph in enumerate(graphs) for linear in linears(graph)]
+    for place, linear in found:
+        calls[linear.name] = calls.get(linear.name, 0) + 1
+        places.setdefault(linear.weight, set()).add(place)
+        if calls[linear.name] > 1:
+            linear.node.meta[Meta.USE] = calls[linear.name]
+    for _, linear in found:
+        if len(places[linear.weight]) > 1:
+            linear.node.meta[Meta.READ_ELSEWHERE] = True
 
 
 def chooses(linear: Linear, last: bool = False) -> bool:
@@ -224,7 +251,9 @@ def _rows(value: Node, consumers: tuple[Linear, ...], producer: Node) -> FoldSit
 
 
 def _only_readers(graph: Graph, tensors: list[str | None], nodes: set[Node]) -> bool:
-    """Whether nothing but `nodes` reads these tensors."""
+    """Whether nothing but `nodes`, linears and norms of this block, reads these tensors."""
+    if any(node.meta.get(Meta.READ_ELSEWHERE) for node in nodes):
+        return False
     return all(set(n.users) <= nodes for n in graph.nodes if n.op == "get_attr" and n.target in tensors)
 
 

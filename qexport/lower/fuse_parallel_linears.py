@@ -19,6 +19,7 @@ from torch.fx import GraphModule, Node
 from ..graph.edit import add_tensor, call, finish, get_tensor, shape_of
 from ..graph.meta import BESIDE, Meta
 from ..graph.schema import bind
+from ..graph.sites import module_of_call
 from ..graph.views import Add, Matmul, size_at, tensor_name
 from ..passes.formats import match_form
 from ..quant.concat_tensor import ConcatTensor
@@ -253,9 +254,13 @@ class _Merge:
         return add_tensor(self._module.graph, name, tensor)
 
     def _name_like(self, name: str) -> str:
-        """The name of what belongs to one linear, for all of them."""
-        owner = next((linear.name for linear in self._group if f"{name}.".startswith(f"{linear.name}.")), None)
-        return f"{self._name}.{name}" if owner is None else self._name + name.removeprefix(owner)
+        """The name of what belongs to one linear, or to all calls of its module, for all of them."""
+        names = [linear.name for linear in self._group]
+        for known in (names, [module_of_call(name) for name in names]):
+            owner = next((one for one in known if f"{name}.".startswith(f"{one}.")), None)
+            if owner is not None:
+                return joint_name(known) + name.removeprefix(owner)
+        return f"{self._name}.{name}"
 
 
 def joint_name(names: Sequence[str]) -> str:

@@ -1,6 +1,6 @@
 """What every scheme of every linear would cost, in bytes and in KL, from one pass through the float model."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -85,17 +85,28 @@ def scheme_costs(
         if table is not None and found.block.name == table.block and found.output is not None:
             fitting = _of_tables(schemes, table)
             kl[""] = {name: found.output.kl(_moved(found, table.weight, fitted)) for name, fitted in fitting.items()}
+    owners = [linear for linear in quantized.values() if not linear.shares]
+    everywhere = {linear.name: _of_all_uses(linear, quantized.values(), kl) for linear in owners}
+    priced = everywhere if table is None else {**everywhere, "": kl.get("", {})}
     experts = {linear.name for block in captured.blocks for linear in of_experts(block.module.graph)}
     items = _together(
-        [_item(linear, schemes, kl, table, float_itemsize) for linear in quantized.values()], experts, quantized
+        [_item(linear, schemes, priced, table, float_itemsize) for linear in owners], experts, quantized
     )
     if table is not None and not table.linear:
-        priced = [
+        sizes = [
             (name, fitted.bytes(table.shape, float_itemsize)) for name, fitted in _of_tables(schemes, table).items()
         ]
-        choices = tuple(SchemeChoice(name, size, kl[""][name]) for name, size in priced)
+        choices = tuple(SchemeChoice(name, size, kl[""][name]) for name, size in sizes)
         items.append(PricedItem("", choices, table.bytes))
     return Costs(tuple(items), importance, kl)
+
+
+def _of_all_uses(
+    owner: LinearPlan, plan: Iterable[LinearPlan], kl: Mapping[str, Mapping[str, float]]
+) -> Mapping[str, float]:
+    """KL by scheme of one set of codes, at all linears that read it."""
+    readers = [kl[linear.name] for linear in plan if owner.name in (linear.name, linear.shares)]
+    return {scheme: sum(costs[scheme] for costs in readers) for scheme in readers[0]}
 
 
 def _item(

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 
 from torch.fx import Graph
 
-from ..graph.sites import Linear, chooses, linears
+from ..graph.sites import Linear, chooses, linears, module_of_call
 from ..models.checkpoint import GivenCodes
 from ..quant.formats import ActivationFormat, Scheme
 
@@ -50,6 +50,7 @@ class LinearPlan(Planned):
         scheme: formats of weight and input; None keeps it in float.
         reason: why the scheme differs from what was asked for, or why there is none; empty when as asked.
         bytes: size of weight codes, scales and zero points in the file, or of the float32 weight.
+        shares: the linear whose codes it reads, of the same weight before it; empty where they are its own.
         given: the codes that the checkpoint holds, and that the scheme keeps; None where they are to be found.
     """
 
@@ -59,38 +60,77 @@ class LinearPlan(Planned):
     scheme: Scheme | None
     reason: str = ""
     bytes: int = 0
+    shares: str = ""
     given: GivenCodes | None = field(default=None, repr=False, compare=False)
+
+
+_SHARED = "its weight is shared by several linears"
+
+
+def _never_shared(weight: str, several_blocks: bool) -> tuple[bool, str]:
+    return False, "which no method is known to allow"
 
 
 def make_plan(
     graphs: Sequence[tuple[str, Graph]],
     scheme_for: Callable[[str], Scheme | None],
     given: Mapping[str, GivenCodes] | None = None,
+    sharing: Callable[[str, bool], tuple[bool, str]] = _never_shared,
 ) -> list[LinearPlan]:
     """Decide for every linear of the blocks.
 
     Args:
         graphs: (block name, graph) in order.
-        scheme_for: the scheme asked for by linear name; None for float.
+        scheme_for: the scheme asked for by the path of a module; None for float.
         given: by weight, codes that are to be kept as they are.
+        sharing: whether linears that have one weight can have one set of codes, by the weight and whether they are in
+            several blocks, and why not, or what is to be said about it.
     """
-    weights = [linear.weight for _, graph in graphs for linear in linears(graph)]
-    plans = []
-    for index, (block, graph) in enumerate(graphs, 1):
-        shared = {n.target for n in graph.nodes if n.op == "get_attr" and len(n.users) > 1}
-        for linear in linears(graph):
-            asked, codes = scheme_for(linear.name), (given or {}).get(linear.weight)
-            if codes is not None:
-                plan = _kept(linear, block, codes, weights.count(linear.weight) > 1 or linear.weight in shared)
-            elif asked is not None and (weights.count(linear.weight) > 1 or linear.weight in shared):
-                plan = LinearPlan(linear.name, block, linear.shape, None, "its weight is shared by several linears")
-            elif asked is not None and chooses(linear, index == len(graphs)):
-                plan = LinearPlan(linear.name, block, linear.shape, None, "a router: its result picks experts")
-            else:
-                scheme, reason = fit(asked, linear.shape[1])
-                plan = LinearPlan(linear.name, block, linear.shape, scheme, reason)
-            plans.append(replace(plan, bytes=weight_bytes(plan)))
-    return plans
+    found = [(block, linear) for block, graph in graphs for linear in linears(graph)]
+    uses: dict[str, list[tuple[str, Linear]]] = {}
+    for block, linear in found:
+        uses.setdefault(linear.weight, []).append((block, linear))
+    odd = {name for _, graph in graphs for name in _read_otherwise(graph)}
+
+    def reads_choice(linear: Linear) -> bool:
+        return chooses(linear, linear.node.graph is graphs[-1][1])
+
+    def decide(block: str, linear: Linear) -> LinearPlan:
+        same = uses[linear.weight]
+        asked, codes = scheme_for(module_of_call(linear.name)), (given or {}).get(linear.weight)
+        if codes is not None:
+            return _kept(linear, block, codes, len(same) > 1 or linear.weight in odd)
+        empty, first = LinearPlan(linear.name, block, linear.shape, None), same[0][1]
+        if asked is None:
+            return replace(empty, reason=fit(None, linear.shape[1])[1])
+        if any(reads_choice(other) for _, other in same):
+            return replace(empty, reason="a router: its result picks experts")
+        scheme, reason = fit(asked, linear.shape[1])
+        if linear.weight in odd:
+            return replace(empty, reason=_SHARED)
+        if len(same) > 1:
+            if any(scheme_for(module_of_call(other.name)) != asked for _, other in same):
+                return replace(empty, reason=f"{_SHARED}, for which the recipe asks for different schemes")
+            can, why = sharing(linear.weight, len({place for place, _ in same}) > 1)
+            if not can:
+                return replace(empty, reason=f"{_SHARED}, {why}")
+            called_again = module_of_call(linear.name) == first.name
+            whose = "its first call" if called_again else first.name
+            notes = [reason, why, "" if linear is first else f"reads the codes of {whose}"]
+            reason = "; ".join(note for note in notes if note)
+        shares = "" if linear is first or scheme is None else first.name
+        return replace(empty, scheme=scheme, reason=reason, shares=shares)
+
+    plans = [decide(block, linear) for block, linear in found]
+    return [replace(plan, bytes=weight_bytes(plan)) for plan in plans]
+
+
+def _read_otherwise(graph: Graph) -> set[str]:
+    """Names of the weights of linears that something else reads too."""
+    found = linears(graph)
+    calls, weights = {linear.node for linear in found}, {linear.weight for linear in found}
+    readers = {str(n.target): n.users.keys() for n in graph.nodes if n.op == "get_attr" and n.target in weights}
+    return {name for name, users in readers.items() if not set(users) <= calls}
 
 
 def _kept(linear: Linear, block: str, codes: GivenCodes, shared: bool) -> LinearPlan:
@@ -118,8 +158,13 @@ def weight_bytes(plan: LinearPlan, float_bytes: int = 4) -> int:
 
     Args:
         float_bytes: of a number that stays float; the scales of integer products are float32 whatever it is.
+
+    Returns:
+        0 where the codes are another's.
     """
     out_features, in_features = plan.shape
+    if plan.shares:
+        return 0
     if plan.scheme is None:
         return out_features * in_features * float_bytes
     return plan.scheme.bytes(plan.shape, float_bytes)

@@ -3,6 +3,7 @@
 import operator
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,9 +13,10 @@ from ..capture.graph import CapturedModel
 from ..errors import RecipeError
 from ..graph.convolution_sites import convolutions
 from ..graph.edit import get_tensor, is_call
-from ..graph.sites import Linear, linears, projection_behind
+from ..graph.sites import Linear, linears, module_of_call, projection_behind
 from ..graph.views import Convolution, Embedding, operand, tensor_name
 from ..quant.formats import Scheme
+from ..recipe.methods import BlockMethod
 from ..recipe.recipe import Recipe
 from ..recipe.sections import AUTO, FLOAT, TIED
 from .convolution_plan import ConvolutionPlan, plan_convolutions
@@ -44,10 +46,10 @@ def plan_for(
     heads = output_projections(captured)
     plan = make_plan(
         [(b.name, b.module.graph) for b in captured.blocks], lambda name: recipe.scheme_for(name, name in heads),
-        captured.given if recipe.weights.keeps_codes else {},
+        captured.given if recipe.weights.keeps_codes else {}, partial(_sharing, recipe, _tables(captured)),
     )  # fmt: skip
     names = [name for b in captured.blocks for name in convolutions(b.module.graph)]
-    idle = recipe.unmatched_overrides([*(p.name for p in plan), *names])
+    idle = recipe.unmatched_overrides([*(module_of_call(p.name) for p in plan), *names])
     if idle:
         raise RecipeError(
             f"matches no linear or convolution of the model: {idle[0]!r}",
@@ -69,6 +71,21 @@ def plan_for(
     if auto:
         embeddings = [replace(e, reason=e.reason or UNDECIDED) if e.scheme is not None else e for e in embeddings]
     return plan, embeddings
+
+
+def _sharing(recipe: Recipe, tables: set[str], weight: str, several_blocks: bool) -> tuple[bool, str]:
+    """Whether linears that have one weight can have one set of codes; see `make_plan`.
+
+    Statistics over all uses are known before a block is quantized only where they all lie in it: blocks are quantized
+    one after another, each on what the quantized ones before it hand on.
+    """
+    if weight in tables:
+        return False, "and is a table of embeddings too"
+    why_not = next((m.key for m in recipe.methods if isinstance(m, BlockMethod) and not m.takes_shared), None)
+    if why_not is not None:
+        return False, f"and {why_not} finds what suits one of them"
+    blind = several_blocks and recipe.weights.calibrates
+    return True, f"rounded to nearest without {recipe.weights.method}: several blocks read its weight" if blind else ""
 
 
 UNDECIDED = "8 bits where 4 cost too much, which an export measures"

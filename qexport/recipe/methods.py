@@ -30,7 +30,14 @@ class ModelMethod(Method):
 
 
 class BlockMethod(Method):
-    """Changes one block at a time."""
+    """Changes one block at a time.
+
+    Attributes:
+        takes_shared: it leaves a weight that several linears read the same for all of them; where a method of a recipe
+            does not, such weights stay float.
+    """
+
+    takes_shared: ClassVar[bool] = False
 
     @abstractmethod
     def passes(self, plan: "Mapping[str, LinearPlan]") -> "list[GraphPass]":

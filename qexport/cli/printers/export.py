@@ -77,7 +77,7 @@ def print_export(result: ExportResult, model: str = "MODEL") -> None:
         return
     sizes, quantized = result.manifest.bytes, [p for p in result.plan if p.scheme is not None]
     shared = {e.linear for e in result.embeddings}
-    weights = 4 * sum(p.shape[0] * p.shape[1] for p in quantized if p.name not in shared)
+    weights = 4 * sum(p.shape[0] * p.shape[1] for p in quantized if p.name not in shared and not p.shares)
     print(f"{result.folder}: {megabytes(sizes['model'])} for {result.manifest.target}")
     small = sum(entry.bytes for entry in result.manifest.linears)
     print(
