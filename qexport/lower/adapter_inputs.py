@@ -22,6 +22,7 @@ from ..artifact.adapter_files import SUFFIX, adapter_path, read_adapter, write_a
 from ..artifact.dtypes import FLOATS
 from ..artifact.manifest import MODEL_FILE, LinearEntry, Manifest
 from ..errors import InputError
+from ..graph.sites import module_of_call
 from ..models.lora import Adapter, Change
 
 _REMEDY = "Merge it: --adapter DIR"
@@ -86,7 +87,7 @@ def keep_adapters(folder: Path, manifest: Manifest, adapters: Mapping[str, Adapt
             )  # fmt: skip
     model = onnx.load(folder / MODEL_FILE, load_external_data=False)
     changed = set().union(*changes.values())
-    branches = [b for b in _branches(manifest) if any(entry.name in changed for entry in b.linears)]
+    branches = [b for b in _branches(manifest) if any(module_of_call(e.name) in changed for e in b.linears)]
     dtype = FLOATS[manifest.dtype]
     _insert(model.graph, branches, dtype.onnx)
     (folder / MODEL_FILE).write_bytes(model.SerializeToString())
@@ -173,7 +174,7 @@ def _factors(branch: _Branch, changes: Mapping[str, Change], adapter: Adapter) -
     """A [K, r] and B [r, N] of all linears of a product."""
     lows, highs = [torch.zeros(branch.width, 0)], [torch.zeros(0, branch.outputs)]
     for entry in branch.linears:
-        if (change := changes.get(entry.name)) is None:
+        if (change := changes.get(module_of_call(entry.name))) is None:
             continue
         low, high = adapter.read(change.low).float(), adapter.read(change.high).float()
         if high.shape[0] != entry.shape[0] or low.shape[1] != entry.shape[1]:

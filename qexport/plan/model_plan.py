@@ -81,7 +81,7 @@ def _sharing(recipe: Recipe, tables: set[str], weight: str, several_blocks: bool
     """
     if weight in tables:
         return False, "and is a table of embeddings too"
-    why_not = next((m.key for m in recipe.methods if isinstance(m, BlockMethod) and not m.takes_shared), None)
+    why_not = next((m.method for m in recipe.methods if isinstance(m, BlockMethod) and not m.takes_shared), None)
     if why_not is not None:
         return False, f"and {why_not} finds what suits one of them"
     blind = several_blocks and recipe.weights.calibrates

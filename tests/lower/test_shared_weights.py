@@ -174,7 +174,7 @@ def test_plans_say_what_is_shared_and_what_stays_float():
     assert {p.scheme for n, p in plan.items() if n.startswith("up")} == {None}
     assert len([p for n, p in plan.items() if n.startswith("down") and p.scheme is not None]) == 3
     plan = plan_of(Loop(), x, scheme="w4a16_g32", weights={"method": "zq_local"})
-    why = "its weight is shared by several linears, and weights finds what suits one of them"
+    why = "its weight is shared by several linears, and zq_local finds what suits one of them"
     assert plan["up"].reason == plan["up@2"].reason == why and plan["up"].scheme is None
     with pytest.raises(RecipeError, match="matches no linear"):
         plan_of(Loop(), x, scheme="w8a8_dyn", overrides=[{"match": "up@2", "scheme": "float"}])
