@@ -17,7 +17,7 @@ from qexport.models.source import open_model
 CONFIGS = {  # what a config says, and what the sentence names
     "modelopt": ({"quant_method": "modelopt", "quant_algo": "NVFP4"}, r"ModelOpt \(NVFP4\)"),
     "mxfp4": ({"quant_method": "mxfp4"}, "MXFP4"),
-    "bitnet": ({"quant_method": "bitnet"}, "BitNet"),
+    "eetq": ({"quant_method": "eetq"}, "EETQ"),
     "unknown": ({"quant_method": "new-method", "bits": 3}, r"new-method \(3 bits\)"),
     "without a method": ({"group_size": 64}, "a method that it does not name"),
 }

@@ -10,6 +10,7 @@ from onnx import numpy_helper
 import qexport
 from helpers.gguf_files import write_gguf
 from qexport.errors import NumericsError
+from qexport.models.checkpoint import GivenCodes
 from qexport.models.coded import Given, Header, format_of
 from qexport.models.coded.gguf_blocks import BLOCKS
 from qexport.models.source import open_model
@@ -50,14 +51,8 @@ def test_any_bytes_are_what_gguf_says(kind):
 
 def test_a_scale_that_is_no_number_is_refused():
     weight, read = weight_of("Q8_0", torch.full((1, 34), 255, dtype=torch.uint8))
-
-    class Codes:
-        pass
-
-    codes = Codes()
-    codes.weight, codes.decode, codes.formula = weight, lambda: weight.decode(read), lambda: weight.formula(read)
     with pytest.raises(NumericsError, match="32 of 32 weights are NaN or Inf"):
-        proved(codes)
+        proved(GivenCodes(weight, read))
 
 
 def test_blocks_in_the_exported_file(model_folder, tmp_path):

@@ -107,7 +107,7 @@ class _Block:
 
     Attributes:
         width: bytes; size: weights; bits: of a code; group: weights to a scale.
-        scale_dtype: of what scales are, as safetensors calls it.
+        scale_dtype: of what scales and offsets are, as safetensors calls it.
         parts: reads blocks, uint8 [blocks, width].
         minimum: groups have one.
     """
@@ -123,9 +123,9 @@ class _Block:
 
 BLOCKS = {  # by what gguf calls a type
     "Q4_0": _Block(18, 32, 4, 32, "F16", _q4_0),
-    "Q4_1": _Block(20, 32, 4, 32, "F16", _q4_1, True),
+    "Q4_1": _Block(20, 32, 4, 32, "F32", _q4_1, True),
     "Q5_0": _Block(22, 32, 5, 32, "F16", _q5_0),
-    "Q5_1": _Block(24, 32, 5, 32, "F16", _q5_1, True),
+    "Q5_1": _Block(24, 32, 5, 32, "F32", _q5_1, True),
     "Q8_0": _Block(34, 32, 8, 32, "F16", _q8_0),
     "Q4_K": _Block(144, 256, 4, 32, "F32", _q4_k, True),
     "Q5_K": _Block(176, 256, 5, 32, "F32", _q5_k, True),

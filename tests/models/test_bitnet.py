@@ -1,0 +1,60 @@
+"""Ternary weights as transformers packs them are read as it unpacks them, and are 2-bit codes in the file."""
+
+import pytest
+import torch
+from transformers.integrations.bitnet import pack_weights, unpack_weights
+
+import qexport
+from helpers import coded_checkpoints as packers
+from helpers.random_decoders import save_model
+from qexport.errors import CaptureError
+from qexport.models.checkpoint import GivenCodes
+from qexport.models.coded import Given, Header, format_of
+from qexport.passes.weights.as_stored import proved
+from qexport.recipe.recipe import Recipe
+
+SAID = {"quant_method": "bitnet", "linear_class": "bitlinear", "quantization_mode": "offline"}
+
+
+def ternary(path, shape):
+    """A linear at random, and the weight of it."""
+    codes = torch.randint(-1, 2, shape, generator=torch.Generator().manual_seed(len(path)))
+    scale = torch.tensor([11.3 + len(path) / 7])
+    return {".weight": pack_weights(codes.clone()), ".weight_scale": scale}, codes.double() / scale.double()
+
+
+@pytest.mark.parametrize("kind", ["bitlinear", "autobitlinear"])
+def test_codes(kind):
+    parts, _ = ternary("a", (24, 64))
+    tensors = {f"a{end}": tensor for end, tensor in parts.items()}
+    headers = {"a.weight": Header("U8", (6, 64)), "a.weight_scale": Header("F32", (1,))}
+    (weight,) = format_of(SAID | {"linear_class": kind}).find(headers, tensors.__getitem__)
+
+    codes = GivenCodes(weight, tensors.__getitem__)
+    found, scale = proved(codes), tensors["a.weight_scale"].item()
+    with torch.compiler.set_stance("force_eager"):
+        want = unpack_weights(tensors["a.weight"], dtype=torch.float64)
+    assert isinstance(found, Given) and found.weight.format.bits == 2
+    assert torch.equal(found.weight.codes.double(), want)
+    torch.testing.assert_close(codes.formula(), want / scale if kind == "bitlinear" else want * scale)
+    tensors["a.weight"][0, 0] = 255
+    with pytest.raises(CaptureError, match="codes that are no -1, 0 or 1"):
+        codes.decode()
+
+
+@pytest.mark.parametrize("changes", [{"quantization_mode": "online"}, {"use_rms_norm": True}])
+def test_other_forms_are_refused(changes):
+    with pytest.raises(CaptureError, match="BitNet"):
+        format_of(SAID | changes)
+
+
+@pytest.mark.slow
+def test_the_exported_file(tmp_path):
+    folder = save_model("llama", tmp_path / "model")
+    twin = packers.coded(folder, ternary, SAID)
+    recipe = Recipe.load("as_stored").model_copy(update={"accuracy_level": 1})
+    result = qexport.export(folder, recipe, out_dir=tmp_path / "out")
+    assert {entry.kernel for entry in result.manifest.linears} == {"MatMulNBits"}
+    assert {entry.scheme.split("_")[0] for entry in result.manifest.linears} == {"w2a16"}
+    report = qexport.validate(result.folder, twin, windows=1, window=16, greedy=0)
+    assert report.logits.kl_mean < 1e-9
