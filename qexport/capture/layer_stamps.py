@@ -8,6 +8,7 @@ from torch.fx import Graph, Node
 from ..errors import CaptureError
 from ..graph.edit import get_tensor, module_of
 from ..graph.meta import Meta
+from ..graph.sites import note_uses
 from ..graph.views import results_of, tensor_name
 from .blocks import Block
 from .layer_groups import LayerGroups
@@ -63,6 +64,7 @@ def stamp(
     made = [value for block in found for value in block.outputs]
     if len(set(made)) != len(made):
         raise CaptureError("two values would have one name", place=layers.container)
+    note_uses([block.module.graph for block in found])
     return found, before, after
 
 

@@ -106,6 +106,9 @@ def note_uses(graphs: Sequence[Graph]) -> None:
     Args:
         graphs: of all blocks, in order.
     """
+    for node in (node for graph in graphs for node in graph.nodes):
+        for key in (Meta.USE, Meta.READ_ELSEWHERE):  # of a layer that this one was copied from
+            node.meta.pop(key, None)
     calls: dict[str, int] = {}
     places: dict[str, set[int]] = {}
     found = [(place, linear) for place, graph in enumerate(graphs) for linear in linears(graph)]

@@ -129,8 +129,8 @@ def _read_otherwise(graph: Graph) -> set[str]:
     """Names of the weights of linears that something else reads too."""
     found = linears(graph)
     calls, weights = {linear.node for linear in found}, {linear.weight for linear in found}
-    readers = {str(n.target): n.users.keys() for n in graph.nodes if n.op == "get_attr" and n.target in weights}
-    return {name for name, users in readers.items() if not set(users) <= calls}
+    held = [node for node in graph.nodes if node.op == "get_attr" and node.target in weights]
+    return {str(node.target) for node in held if not set(node.users) <= calls}
 
 
 def _kept(linear: Linear, block: str, codes: GivenCodes, shared: bool) -> LinearPlan:

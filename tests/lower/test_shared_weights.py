@@ -17,6 +17,7 @@ from qexport.capture.module import capture_module
 from qexport.errors import RecipeError
 from qexport.graph.edit import get_tensor
 from qexport.graph.meta import Meta
+from qexport.graph.sites import linears, note_uses
 from qexport.plan.model_plan import plan_for
 from qexport.quant.formats import Scheme
 from qexport.quant.gptq import gptq_quantize
@@ -178,6 +179,17 @@ def test_plans_say_what_is_shared_and_what_stays_float():
     assert plan["up"].reason == plan["up@2"].reason == why and plan["up"].scheme is None
     with pytest.raises(RecipeError, match="matches no linear"):
         plan_of(Loop(), x, scheme="w8a8_dyn", overrides=[{"match": "up@2", "scheme": "float"}])
+
+
+def test_calls_are_counted_anew_where_blocks_are_put_together():
+    blocks = capture_module(Between(), (sample(2, 5),), None).blocks
+    graphs = [block.module.graph for block in blocks]
+    every = [[linear.name for linear in linears(graph)] for graph in graphs]
+    assert sorted(name for names in every for name in names if name.startswith("same")) == ["same", "same@2", "same@3"]
+    alone = [graph for graph in graphs if "same@3" in {linear.name for linear in linears(graph)}]
+    note_uses(alone)
+    (same,) = [linear for linear in linears(alone[0]) if linear.weight == "same.weight"]
+    assert same.name == "same" and not {Meta.USE, Meta.READ_ELSEWHERE} & set(same.node.meta)
 
 
 class TiedHeads(nn.Module):
