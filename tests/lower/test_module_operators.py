@@ -59,6 +59,8 @@ CASES = {
     "bilinear, corners": resized(size=(9, 5), mode="bilinear", align_corners=True),
     "bilinear, factor": resized(scale_factor=2.0, mode="bilinear"),
     "bicubic": resized(size=(9, 5), mode="bicubic"),
+    "bilinear, averaged": resized(size=(4, 11), mode="bilinear", antialias=True),
+    "bicubic, averaged": resized(scale_factor=0.4, mode="bicubic", antialias=True),
     "nearest": resized(size=(9, 5), mode="nearest"),
     "nearest, factor": resized(scale_factor=2.0, mode="nearest"),
 }

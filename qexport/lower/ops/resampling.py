@@ -15,6 +15,8 @@ def _resize(mode: str, **attributes: Attribute) -> Translation:
     def translate(emit: Emitter, node: Node, given: Arguments) -> ir.Value:
         more = {"coordinate_transformation_mode": "half_pixel", **attributes}
         if getattr(given, "align_corners", False):
+            if attributes.get("antialias"):  # PyTorch does not align them then
+                raise unsupported(node, "has no ONNX form with antialias between aligned corners")
             more = {**attributes, "coordinate_transformation_mode": "align_corners"}
         value = emit.get(given.input)
         if given.scale_factors is not None:
@@ -35,6 +37,10 @@ translates(
 )(_resize("nearest", nearest_mode="round_prefer_ceil"))
 translates(aten.upsample_bilinear2d.vec)(_resize("linear"))
 translates(aten.upsample_bicubic2d.vec)(_resize("cubic", cubic_coeff_a=-0.75))
+# PyTorch weighs the pixels that there are; ONNX repeats those at the border, unless told to leave out what lies outside.
+_AVERAGED: dict[str, Attribute] = {"antialias": 1, "exclude_outside": 1}
+translates(aten._upsample_bilinear2d_aa.vec)(_resize("linear", **_AVERAGED))
+translates(aten._upsample_bicubic2d_aa.vec)(_resize("cubic", cubic_coeff_a=-0.5, **_AVERAGED))
 translates(aten.upsample_nearest1d.vec, aten.upsample_nearest2d.vec, aten.upsample_nearest3d.vec)(
     _resize("nearest", coordinate_transformation_mode="asymmetric", nearest_mode="floor")
 )

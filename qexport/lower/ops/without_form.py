@@ -48,8 +48,3 @@ has_no_form(
     "ONNX Runtime has no kernel for it",
     aten.cummin, aten.cummax, aten.mode, aten.histc, aten.bincount, aten.histogram,
 )  # fmt: skip
-has_no_form(
-    "ONNX Runtime weighs the pixels of a smaller picture otherwise than PyTorch",
-    aten._upsample_bilinear2d_aa,
-    aten._upsample_bicubic2d_aa,
-)
