@@ -37,7 +37,7 @@ translates(
 )(_resize("nearest", nearest_mode="round_prefer_ceil"))
 translates(aten.upsample_bilinear2d.vec)(_resize("linear"))
 translates(aten.upsample_bicubic2d.vec)(_resize("cubic", cubic_coeff_a=-0.75))
-# PyTorch weighs the pixels that there are; ONNX repeats those at the border, unless told to leave out what lies outside.
+# PyTorch weighs the pixels that there are; ONNX repeats those at the border, unless told to leave them out.
 _AVERAGED: dict[str, Attribute] = {"antialias": 1, "exclude_outside": 1}
 translates(aten._upsample_bilinear2d_aa.vec)(_resize("linear", **_AVERAGED))
 translates(aten._upsample_bicubic2d_aa.vec)(_resize("cubic", cubic_coeff_a=-0.5, **_AVERAGED))
