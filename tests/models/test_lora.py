@@ -124,6 +124,7 @@ def test_command_line_merges_and_tells(llama, weights, tmp_path, run):
     made = tmp_path / "out"
     code, out, err = run("export", llama, "-r", "w4a16_g32_rtn", "--adapter", adapter, "-o", made)
     assert code == 0, err
+    assert f"qexport validate {made} --reference {llama} --adapter {adapter}\n" in out
     code, out, err = run(
         "validate", made, "--reference", llama, "--adapter", adapter, "--windows", 1, "--window", 32, "--greedy", 0
     )

@@ -1,5 +1,6 @@
 """`qexport export`: quantize a model and write it."""
 
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -92,6 +93,8 @@ def export(
     imported()
     merged, kept = adapters_of(adapter or [])
     source, chosen = with_recipe(model, named, trust_remote_code, merged)
+    more = [] if merged is None else ["--adapter", str(merged)]
+    reference = shlex.join([model, *more, *(["--trust-remote-code"] if trust_remote_code else [])])
     chosen = chosen.with_calibration(samples=samples, sequence_length=sequence_length, seed=seed)
     if auto:
         if kept:
@@ -113,7 +116,7 @@ def export(
         if as_json:
             console.print_json(auto_summary(found))
         else:
-            print_auto(found, model)
+            print_auto(found, reference)
         return
     with console.showing_progress() as progress:
         result = qexport.export(
@@ -124,4 +127,4 @@ def export(
     if as_json:
         console.print_json(export_summary(result))
     else:
-        print_export(result, model)
+        print_export(result, reference)

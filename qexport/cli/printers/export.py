@@ -67,7 +67,7 @@ def print_export(result: ExportResult, model: str = "MODEL") -> None:
     """Where it is, how large, what was not done as asked, and what to do next; of two parts one after the other.
 
     Args:
-        model: what was exported, for the commands that come next.
+        model: what was exported, as the arguments of the commands that come next name it.
     """
     for part in result.parts.values():
         print_export(part, model)
@@ -115,8 +115,8 @@ def print_kept(kept: list[str]) -> None:
 
 def _print_next(result: ExportResult, model: str, text: str, *, generates: bool) -> None:
     """The commands that go on from here, to be copied."""
-    folder, source = shlex.quote(str(result.folder)), model if model == "MODEL" else shlex.quote(model)
-    print(f"Next: qexport validate {folder} --reference {source}{text}")
+    folder = shlex.quote(str(result.folder))
+    print(f"Next: qexport validate {folder} --reference {model}{text}")
     if generates and (result.folder / TEMPLATE).is_file():
         print(f"      qexport chat {folder}")
     elif generates:
