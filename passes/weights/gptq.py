@@ -4,7 +4,6 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import repeat
 from typing import Any, ClassVar
 
 import torch
@@ -82,7 +81,7 @@ class GPTQ(GraphPass):
         """One Hessian for a value; for all values that linears of one weight read, and what else reads these, one too:
         it takes the memory of one however often a module is called."""
         sites = [n for n in linears(module.graph) if planned(self.plan, n) and not _read_elsewhere(n)]
-        return {value: partial(next, repeat(seen)) for value, seen in self._together(sites).items()}
+        return {value: partial(_as_it_is, seen) for value, seen in self._together(sites).items()}
 
     def _together(self, sites: Sequence[Linear]) -> dict[Node, HessianStatistic]:
         """By value that these linears read, an empty statistic; the same one where a weight meets several values."""
@@ -140,6 +139,10 @@ class GPTQ(GraphPass):
         result = quantize_linears(module, self.plan, context.handover, quantize)
         result.skipped += unreached
         return result
+
+
+def _as_it_is(seen: HessianStatistic) -> HessianStatistic:
+    return seen
 
 
 def _read_elsewhere(linear: Linear) -> bool:

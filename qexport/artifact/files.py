@@ -2,6 +2,8 @@
 
 import json
 import math
+import os
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,14 @@ from ..errors import InputError
 
 MOST_JSON = 64 << 20  # bytes: larger than any config or report, smaller than what would fill memory as objects
 DEEPEST = 64  # objects and lists within each other
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    """Let a new file be the same bytes as another: a hard link, or a copy where the file system has none."""
+    try:
+        os.link(source.resolve(), target)
+    except OSError:
+        shutil.copyfile(source, target)
 
 
 def read_text(path: Path, most: int, remedy: str | None = None) -> str:

@@ -159,9 +159,14 @@ def _lock(handle: int, folder: Path, what: str) -> None:
     except OSError:
         pass  # a file system without locks
     # What the file says has to do: a process of this machine that was started when it says.
-    owner = _read(folder / OWNER_FILE)
-    if owner and _alive(owner):
+    if _living(folder):
         raise _busy(folder)
+
+
+def _living(folder: Path) -> dict | None:
+    """What the owner file says of an owner that may be at work; None where it says of none."""
+    owner = _read(folder / OWNER_FILE)
+    return owner if owner and _alive(owner) else None
 
 
 def _alive(owner: dict) -> bool:
@@ -178,10 +183,10 @@ def _alive(owner: dict) -> bool:
 def _busy(folder: Path) -> Busy:
     # Between another's lock and its signature the file is empty, or says who died there.
     until = time.monotonic() + _UNTIL_SIGNED
-    while not ((owner := _read(folder / OWNER_FILE)) and _alive(owner)) and time.monotonic() < until:
+    while (owner := _living(folder)) is None and time.monotonic() < until:
         time.sleep(0.02)
     who = "another process"
-    if owner and _alive(owner):
+    if owner:
         since = time.strftime("%H:%M:%S", time.localtime(owner["since"]))
         who = f"process {owner['pid']} on {owner['host']} ({owner['what']}, since {since})"
     return Busy(f"{who} is at work there", place=str(folder), remedy="Wait until it is done, or choose another folder")

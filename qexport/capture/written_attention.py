@@ -15,6 +15,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from ..graph.edit import is_call
 from ..graph.schema import bind
+from ..graph.sites import readers
 from ..graph.views import Add, Cat, Div, Mul, Reshape, Transpose, Unsqueeze, operand
 
 aten, ops = torch.ops.aten, torch.ops.qexport
@@ -79,8 +80,8 @@ def _product(softmax: Node) -> Node | None:
 
 def _only_but_sizes(node: Node) -> Node | None:
     """The one reader of a value beside those of its sizes."""
-    readers = [user for user in node.users if not is_call(user, aten.sym_size.int)]
-    return readers[0] if len(readers) == 1 else None
+    found = readers(node)
+    return found[0] if len(found) == 1 else None
 
 
 def _four_axes(product: Node) -> Node | None:
@@ -178,8 +179,7 @@ def _before_repeated(node: Node) -> Node:
 
 def _readers_are_known(cached: _Cached) -> bool:
     """Whether a joined cache is read by one attention, and by what asks for sizes or is returned."""
-    others = [u for u in cached.joined.users if u.op != "output" and not is_call(u, aten.sym_size.int)]
-    return len(others) == 1
+    return sum(user.op != "output" for user in readers(cached.joined)) == 1
 
 
 def _replace(graph: Graph, scores: _Scores, values: _Cached, result: Node) -> None:

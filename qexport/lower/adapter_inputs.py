@@ -5,8 +5,6 @@ the sum adds zeros. Linears that share a product share its branch: A has the row
 diagonal, so that one pair of small products serves q, k and v. The scale s is in B.
 """
 
-import os
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +18,7 @@ from torch import Tensor
 from ..artifact import checksums
 from ..artifact.adapter_files import SUFFIX, adapter_path, read_adapter, write_adapter
 from ..artifact.dtypes import FLOATS
+from ..artifact.files import link_or_copy
 from ..artifact.manifest import MODEL_FILE, LinearEntry, Manifest
 from ..errors import InputError
 from ..graph.sites import module_of_call
@@ -110,10 +109,7 @@ def with_adapter_inside(folder: Path, manifest: Manifest, name: str, into: Path)
     factors = read_adapter(adapter_path(folder, name, manifest.adapters))
     for file in folder.iterdir():
         if file.is_file() and file.name not in (MODEL_FILE, checksums.FILE):
-            try:
-                os.link(file.resolve(), into / file.name)
-            except OSError:  # another disk, or one without hard links
-                shutil.copyfile(file, into / file.name)
+            link_or_copy(file, into / file.name)
     model = onnx.load(folder / MODEL_FILE, load_external_data=False)
     inputs = [value for value in model.graph.input if value.name not in factors]
     tensors = [tensor for tensor in model.graph.initializer if tensor.name not in factors]

@@ -7,6 +7,7 @@ from ..capture.blocks import Block
 from ..capture.graph import CapturedModel
 from ..graph.edit import is_call, shape_of
 from ..graph.schema import bind
+from ..graph.sites import readers
 from ..graph.views import Add, CachedAttention, Cat, operand
 from .block_io import names_of, producers
 
@@ -22,22 +23,17 @@ def why_written_out(captured: CapturedModel) -> str:
     causal = {name for name, (_, node) in producers(captured).items() if is_call(node, ops.causal_mask.default)}
     for block in captured.blocks:
         names = names_of(block)
-        read = [node for node, name in names.items() if name in pasts and not _only_measured(node)]
+        read = [node for node, name in names.items() if name in pasts and readers(node)]
         if read and not any(CachedAttention.match(user) for node in read for user in node.users):
             return _in_block(block, read, {node for node, name in names.items() if name in causal})
     return "its attention is written out"
-
-
-def _only_measured(node: Node) -> bool:
-    return all(is_call(user, aten.sym_size.int) for user in node.users)
 
 
 def _in_block(block: Block, pasts: list[Node], causal: set[Node]) -> str:
     key, value = pasts[0], pasts[-1]
     if shape_of(key)[-1] != shape_of(value)[-1]:
         return "its cache holds what keys and values are made of, or heads of different size"
-    readers = [_readers(node) for node in (key, value)]
-    if any(len(found) > 1 for found in readers):
+    if any(len(_attentions(node)) > 1 for node in (key, value)):
         return "several attentions read one cache"
     softmax = next((n for n in block.module.graph.nodes if is_call(n, aten.softmax.int, aten._softmax.default)), None)
     added = [] if softmax is None else _added(operand(softmax), causal)
@@ -48,11 +44,10 @@ def _in_block(block: Block, pasts: list[Node], causal: set[Node]) -> str:
     return "its attention is written out in a form that is not known"
 
 
-def _readers(past: Node) -> list[Node]:
+def _attentions(past: Node) -> list[Node]:
     """What reads past and new keys or values together, beside what asks for sizes or returns them."""
     joined = [user for user in past.users if Cat.match(user) is not None]
-    users = [user for node in joined for user in node.users]
-    return [user for user in users if user.op != "output" and not is_call(user, aten.sym_size.int)]
+    return [user for node in joined for user in readers(node) if user.op != "output"]
 
 
 def _added(node: Node, causal: set[Node]) -> set[str]:

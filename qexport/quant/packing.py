@@ -80,6 +80,20 @@ def pack_rows(codes: Tensor, bits: int) -> Tensor:
     return packed
 
 
+def unpack_rows(packed: Tensor, bits: int, count: int) -> Tensor:
+    """The codes that `pack_rows` packed.
+
+    Args:
+        packed: uint8 [..., bytes].
+        bits: 2, 4 or 8.
+        count: of the codes of a row.
+    Returns:
+        uint8 [..., count].
+    """
+    shifts = torch.arange(0, 8, bits, dtype=torch.uint8)
+    return (packed[..., None] >> shifts & (1 << bits) - 1).flatten(-2)[..., :count]
+
+
 def pack_high_first(codes: Tensor) -> Tensor:
     """Two 4-bit codes a byte over row-major data, the first in the high nibble, as MatMulBnb4 has them.
 
@@ -90,6 +104,17 @@ def pack_high_first(codes: Tensor) -> Tensor:
     """
     pairs = codes.reshape(-1, 2)
     return (pairs[:, 0] << 4) | pairs[:, 1]
+
+
+def unpack_high_first(packed: Tensor, count: int) -> Tensor:
+    """The codes that `pack_high_first` packed.
+
+    Args:
+        packed: uint8, any shape.
+    Returns:
+        uint8 [count].
+    """
+    return torch.stack((packed >> 4, packed & 15), dim=-1).reshape(-1)[:count]
 
 
 def unpack_words(words: Tensor, bits: int) -> Tensor:

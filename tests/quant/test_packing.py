@@ -7,7 +7,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qexport.quant.packing import pack_high_first, pack_int4, pack_rows, stored_block, unpack_int4
+from qexport.quant.packing import (
+    pack_high_first,
+    pack_int4,
+    pack_rows,
+    stored_block,
+    unpack_high_first,
+    unpack_int4,
+    unpack_rows,
+)
 
 
 def test_low_nibble_comes_first_and_an_odd_count_is_padded():
@@ -52,6 +60,7 @@ def test_rows_are_packed_one_by_one_from_the_lowest_bits(bits, data):
     for row, codes in enumerate(torch.tensor(values).view(rows, width).tolist()):
         number = sum(code << (bits * place) for place, code in enumerate(codes))
         assert int.from_bytes(bytes(packed[row].tolist()), "little") == number
+    assert unpack_rows(packed, bits, width).flatten().tolist() == values
 
 
 def test_rows_keep_the_dimensions_in_front():
@@ -64,6 +73,7 @@ def test_the_first_of_two_codes_is_in_the_high_nibble():
     codes = torch.tensor([[1, 2], [15, 0]], dtype=torch.uint8)
     assert pack_high_first(codes).tolist() == [0x12, 0xF0]
     assert pack_high_first(codes.t()).tolist() == [0x1F, 0x20]
+    assert unpack_high_first(pack_high_first(codes), 3).tolist() == [1, 2, 15]
 
 
 @pytest.mark.parametrize(

@@ -28,11 +28,12 @@ def compare(
 
 def show_comparison(first: Path, second: Path, html: Path | None, *, as_json: bool) -> None:
     """What `qexport compare` does, and `qexport report` with two folders."""
+    from ...report.comparison_page import COMPARISON_FILE
     from .. import console
     from ..printers.report import print_comparison
 
     imported()
-    page = html or second / "comparison.html"
+    page = html or second / COMPARISON_FILE
     found = qexport.compare(first, second, page)
     if as_json:
         console.print_json(found.as_dict() | {"html": str(page)})

@@ -169,12 +169,6 @@ def _cat(emit: Emitter, node: Node, given: Arguments) -> ir.Value:
     return emit.op("Concat", *map(emit.get, given.tensors), axis=given.dim % len(shape_of(node)))
 
 
-@translates_complex(aten.sym_size.int)
-def _size(emit: Emitter, node: Node, given: Arguments) -> ir.Value:
-    axis = given.dim % len(shape_of(given.self))
-    return emit.op("Squeeze", emit.op("Shape", emit.get(given.self), start=axis, end=axis + 1), emit.constant([0]))
-
-
 @translates_complex(aten._fft_r2c.default)
 def _fft_of_reals(emit: Emitter, node: Node, given: Arguments) -> ir.Value:
     """Onesided along the last of the axes, which the others follow."""

@@ -19,7 +19,8 @@ _ARITHMETIC = ("Add", "Sub", "Mul", "Div", "Pow")
 _OF_TRUTH = {"Add": "Or", "Mul": "And", "Max": "Or", "Min": "And"}
 
 
-def _unary(op_type: str, **attributes: Attribute) -> Translation:
+def unary(op_type: str, **attributes: Attribute) -> Translation:
+    """An operator of one operand, in the dtype of its result."""
     return lambda emit, node, given: emit.op(op_type, emit.get(given.self, dtype_of(node)), more=attributes)
 
 
@@ -33,22 +34,22 @@ def _whole(op_type: str) -> Translation:
     return translate
 
 
-translates(aten.neg.default)(_unary("Neg"))
-translates(aten.abs.default)(_unary("Abs"))
-translates(aten.exp.default)(_unary("Exp"))
-translates(aten.sqrt.default)(_unary("Sqrt"))
-translates(aten.cos.default)(_unary("Cos"))
-translates(aten.sin.default)(_unary("Sin"))
-translates(aten.tanh.default)(_unary("Tanh"))
-translates(aten.erf.default)(_unary("Erf"))
-translates(aten.sigmoid.default)(_unary("Sigmoid"))
-translates(aten.reciprocal.default)(_unary("Reciprocal"))
+translates(aten.neg.default)(unary("Neg"))
+translates(aten.abs.default)(unary("Abs"))
+translates(aten.exp.default)(unary("Exp"))
+translates(aten.sqrt.default)(unary("Sqrt"))
+translates(aten.cos.default)(unary("Cos"))
+translates(aten.sin.default)(unary("Sin"))
+translates(aten.tanh.default)(unary("Tanh"))
+translates(aten.erf.default)(unary("Erf"))
+translates(aten.sigmoid.default)(unary("Sigmoid"))
+translates(aten.reciprocal.default)(unary("Reciprocal"))
 translates(aten.round.default)(_whole("Round"))
 translates(aten.floor.default)(_whole("Floor"))
 translates(aten.ceil.default)(_whole("Ceil"))
-translates(aten.log.default)(_unary("Log"))
-translates(aten.hardswish.default, aten.hardswish_.default)(_unary("HardSwish"))
-translates(aten.hardsigmoid.default)(_unary("HardSigmoid", alpha=1 / 6, beta=0.5))
+translates(aten.log.default)(unary("Log"))
+translates(aten.hardswish.default, aten.hardswish_.default)(unary("HardSwish"))
+translates(aten.hardsigmoid.default)(unary("HardSigmoid", alpha=1 / 6, beta=0.5))
 
 
 def _binary(op_type: str, left: str = "self", right: str = "other") -> Translation:
@@ -275,14 +276,6 @@ def _softmax(emit: Emitter, node: Node, given: Arguments) -> ir.Value:
     return emit.op("Softmax", emit.get(given.self, dtype_of(node)), axis=given.dim)
 
 
-@translates(aten.max.dim)
-def _best(emit: Emitter, node: Node, given: Arguments) -> tuple[ir.Value, ...]:
-    """The largest element of an axis, and where it is."""
-    x, keep = emit.get(given.self), int(given.keepdim)
-    largest = emit.op("ReduceMax", x, emit.constant([given.dim]), keepdims=keep)
-    return largest, emit.op("ArgMax", x, axis=given.dim, keepdims=keep)
-
-
 @translates(aten.topk.default)
 def _topk(emit: Emitter, node: Node, given: Arguments) -> tuple[ir.Value, ...]:
     return emit.several(
@@ -299,6 +292,11 @@ def _clipped(emit: Emitter, node: Node, x: Node, low: Operand | None, high: Oper
 @translates(aten.clamp.default)
 def _clamp(emit: Emitter, node: Node, given: Arguments) -> ir.Value:
     return _clipped(emit, node, given.self, given.min, given.max)
+
+
+@translates(aten.hardtanh.default)
+def _hardtanh(emit: Emitter, node: Node, given: Arguments) -> ir.Value:
+    return _clipped(emit, node, given.self, given.min_val, given.max_val)
 
 
 @translates(aten.clamp_min.default)

@@ -73,10 +73,15 @@ def _masked_fill(emit: Emitter, node: Node, given: Arguments) -> ir.Value:
     return emit.op("Where", emit.get(given.mask), emit.get(given.value, dtype), emit.get(given.self, dtype))
 
 
+def narrowed(emit: Emitter, source: Node) -> ir.Value:
+    """A value as ArgMin has kernels for it, which is int32 for int64."""
+    return emit.get(source, torch.int32 if dtype_of(source) == torch.int64 else None)
+
+
 def _argument(op_type: str) -> Translation:
     def translate(emit: Emitter, node: Node, given: Arguments) -> ir.Value:
         axis, keep = given.dim, given.keepdim
-        x = emit.get(given.self, torch.int32 if dtype_of(given.self) == torch.int64 else None)
+        x = narrowed(emit, given.self)
         if axis is None:
             x, axis, keep = emit.op("Reshape", x, emit.constant([-1])), 0, False
         return emit.op(op_type, x, axis=axis, keepdims=int(keep))

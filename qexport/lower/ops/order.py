@@ -7,7 +7,8 @@ from torch.fx import Node
 from ...graph.edit import dtype_of, shape_of
 from ...graph.schema import Arguments
 from ..emitter import ONNX_DTYPE, Emitter, unsupported
-from ..registry import translates
+from ..registry import Translation, translates
+from .indexing import narrowed
 
 aten = torch.ops.aten
 _SORTED = (torch.float32, torch.float64, torch.int32, torch.int64)  # what TopK has kernels for on the CPU
@@ -77,10 +78,17 @@ def _places(emit: Emitter, node: Node, bounds: Node, values: Node, right: bool) 
     return emit.op("ReduceSum", counted, emit.constant([-1]), keepdims=0)
 
 
-@translates(aten.min.dim)
-def _least(emit: Emitter, node: Node, given: Arguments) -> tuple[ir.Value, ...]:
-    """The smallest element of an axis, and where it is."""
-    x, keep = emit.get(given.self), int(given.keepdim)
-    smallest = emit.op("ReduceMin", x, emit.constant([given.dim]), keepdims=keep)
-    narrow = emit.cast(x, torch.int32) if dtype_of(given.self) == torch.int64 else x
-    return smallest, emit.op("ArgMin", narrow, axis=given.dim, keepdims=keep)
+def _extreme(reduced: str, argument: str) -> Translation:
+    """The smallest or largest element of an axis, and where it is."""
+
+    def translate(emit: Emitter, node: Node, given: Arguments) -> tuple[ir.Value, ...]:
+        x, keep = emit.get(given.self), int(given.keepdim)
+        found = emit.op(reduced, x, emit.constant([given.dim]), keepdims=keep)
+        sought = narrowed(emit, given.self) if argument == "ArgMin" else x  # ArgMax takes int64 as it is
+        return found, emit.op(argument, sought, axis=given.dim, keepdims=keep)
+
+    return translate
+
+
+translates(aten.min.dim)(_extreme("ReduceMin", "ArgMin"))
+translates(aten.max.dim)(_extreme("ReduceMax", "ArgMax"))

@@ -11,24 +11,21 @@ from ...graph.schema import Arguments
 from ...graph.views import Operand
 from ..emitter import Emitter, unsupported
 from ..registry import Translation, translates
+from .elementwise import unary
 
 aten = torch.ops.aten
 
 
-def _unary(op_type: str) -> Translation:
-    return lambda emit, node, given: emit.op(op_type, emit.get(given.self, dtype_of(node)))
-
-
-translates(aten.acos.default)(_unary("Acos"))
-translates(aten.acosh.default)(_unary("Acosh"))
-translates(aten.asin.default)(_unary("Asin"))
-translates(aten.asinh.default)(_unary("Asinh"))
-translates(aten.atan.default)(_unary("Atan"))
-translates(aten.atanh.default)(_unary("Atanh"))
-translates(aten.cosh.default)(_unary("Cosh"))
-translates(aten.sinh.default)(_unary("Sinh"))
-translates(aten.tan.default)(_unary("Tan"))
-translates(aten.sign.default, aten.sgn.default)(_unary("Sign"))
+translates(aten.acos.default)(unary("Acos"))
+translates(aten.acosh.default)(unary("Acosh"))
+translates(aten.asin.default)(unary("Asin"))
+translates(aten.asinh.default)(unary("Asinh"))
+translates(aten.atan.default)(unary("Atan"))
+translates(aten.atanh.default)(unary("Atanh"))
+translates(aten.cosh.default)(unary("Cosh"))
+translates(aten.sinh.default)(unary("Sinh"))
+translates(aten.tan.default)(unary("Tan"))
+translates(aten.sign.default, aten.sgn.default)(unary("Sign"))
 
 
 def _logarithm(base: float) -> Translation:
@@ -169,9 +166,3 @@ def _hypot(emit: Emitter, node: Node, given: Arguments) -> ir.Value:
     dtype = dtype_of(node)
     squares = [emit.op("Mul", v, v) for v in (emit.get(given.self, dtype), emit.get(given.other, dtype))]
     return emit.op("Sqrt", emit.op("Add", *squares))
-
-
-@translates(aten.hardtanh.default)
-def _hardtanh(emit: Emitter, node: Node, given: Arguments) -> ir.Value:
-    bounds = (emit.get(bound, dtype_of(node)) for bound in (given.min_val, given.max_val))
-    return emit.op("Clip", emit.get(given.self), *bounds)

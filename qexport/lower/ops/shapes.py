@@ -12,7 +12,7 @@ from ...graph.meta import Meta
 from ...graph.schema import Arguments
 from ...graph.views import END, Item, Operand, Size, Slice
 from ..emitter import Emitter, unsupported
-from ..registry import translates
+from ..registry import translates, translates_complex
 
 aten = torch.ops.aten
 
@@ -23,6 +23,7 @@ def _item(emit: Emitter, node: Node, given: Arguments) -> ir.Value:
     return emit.results[item.source][item.index]
 
 
+@translates_complex(aten.sym_size.int)  # whose shape has the axis of the pairs behind its own
 @translates(aten.sym_size.int)
 def _size(emit: Emitter, node: Node, given: Arguments) -> ir.Value:
     source, axis = given.self, given.dim

@@ -26,6 +26,7 @@ from torch import Tensor
 from ...errors import CaptureError
 from ...quant.formats import GROUP_SIZES, QuantizedWeight, Scheme
 from ...quant.formats.codebooks import CodebookFormat
+from ...quant.packing import unpack_high_first
 from .base import (
     REQUANTIZE,
     CodedCheckpoint,
@@ -123,7 +124,7 @@ class TableWeight(CodedWeight):
     def decode(self, read: Read) -> Given | Tensor:
         n, k = self.shape
         packed = read(self.parts[0]).reshape(-1).view(torch.uint8)
-        codes = torch.stack((packed >> 4, packed & 15), dim=-1).view(-1)[: n * k].view(n, k)
+        codes = unpack_high_first(packed, n * k).view(n, k)
         absmax, table = self._absmax(read), read(self.parts[2]).float()
         fmt = None if self.scheme is None else self.scheme.weight
         if not isinstance(fmt, CodebookFormat):

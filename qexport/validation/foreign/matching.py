@@ -168,7 +168,7 @@ def hint(name: str, product: Product) -> int:
     numbers, leaf = [word for word in words if word.isdigit()], words[-1]
     best = 0
     for text in product.hints:
-        said = [word for word in _TOKEN.findall(text)]
+        said = _TOKEN.findall(text)
         if [word for word in said if word.isdigit()][: len(numbers)] != numbers:
             continue
         if not any(_covers(word, leaf) for word in said):

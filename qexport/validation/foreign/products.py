@@ -3,7 +3,7 @@ what its weight is in float.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -11,6 +11,7 @@ from onnx import NodeProto, TensorProto
 from torch import Tensor
 
 from ...quant.formats.codebooks import decode_codebook
+from ...quant.packing import unpack_high_first, unpack_rows
 from .constants import BITS, CODES, FileGraph, attribute, filled
 
 _ROUNDING = ("QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear")
@@ -90,16 +91,14 @@ def products(graph: FileGraph) -> list[Product]:
     return found
 
 
-def _made(graph: FileGraph, node: NodeProto, weight: Weight, **more) -> Product:
+def _made(graph: FileGraph, node: NodeProto, weight: Weight, accuracy: int | None = None) -> Product:
     value, rounded = _before_rounding(graph, node.input[0])
     made, scaled = node.output[0], _scaled_around(graph, value, node.output[0])
     if scaled is not None:
         (value, made), rounded = scaled, "dynamic"
     output = _with_bias(graph, node, made, weight.shape[0])
     hints = (node.name, *weight.names, *node.output, output)
-    return Product(
-        node, graph.order[node.name], value, output, weight, **({"activations": rounded, "hints": hints} | more)
-    )
+    return Product(node, graph.order[node.name], value, output, weight, rounded, accuracy, hints)
 
 
 def _before_rounding(graph: FileGraph, value: str) -> tuple[str, str]:
@@ -256,8 +255,7 @@ def _n_bits(graph: FileGraph, node: NodeProto) -> Product | None:
         return found.repeat_interleave(block, 1)[:, :k]
 
     def read() -> Tensor:
-        blocks = -(-k // block)
-        codes = _unpacked(graph.array(given[1]).reshape(n, -1), bits, blocks * block)[:, :k].float()
+        codes = unpack_rows(torch.from_numpy(graph.array(given[1]).reshape(n, -1).copy()), bits, k).float()
         return (codes - _zero_points(graph, given[3], given[4], (n, k), bits, block)) * scales()
 
     names = tuple(filter(None, given[1:4]))
@@ -272,21 +270,13 @@ def _zero_points(
     if not name:
         return float(2 ** (bits - 1))
     (n, k), found = shape, graph.array(name)
-    blocks = -(-k // block)
     if found.dtype == np.uint8:
-        points = _unpacked(found.reshape(n, -1), bits, blocks).float()
+        points = unpack_rows(torch.from_numpy(found.reshape(n, -1).copy()), bits, -(-k // block)).float()
     else:
         points = torch.from_numpy(found.astype(np.float32)).reshape(n, -1)
     if order:
         return points[:, torch.from_numpy(graph.array(order).astype(np.int64))[:k]]
     return points.repeat_interleave(block, 1)[:, :k]
-
-
-def _unpacked(packed: np.ndarray, bits: int, count: int) -> Tensor:
-    """Codes of rows of bytes, low bits first, uint8 [N, count]."""
-    rows = torch.from_numpy(packed.copy())
-    shifts = torch.arange(0, 8, bits, dtype=torch.uint8)
-    return (rows[..., None] >> shifts & (1 << bits) - 1).reshape(len(rows), -1)[:, :count]
 
 
 def _bnb4(graph: FileGraph, node: NodeProto) -> Product | None:
@@ -296,7 +286,7 @@ def _bnb4(graph: FileGraph, node: NodeProto) -> Product | None:
 
     def read() -> Tensor:
         packed = torch.from_numpy(graph.array(node.input[1]).reshape(-1))
-        codes = torch.stack((packed >> 4, packed & 15), -1).reshape(-1)[: n * k].reshape(1, -1)
+        codes = unpack_high_first(packed, n * k).reshape(1, -1)
         scale = torch.from_numpy(graph.array(node.input[2]).astype(np.float32)).reshape(1, -1)
         padded = torch.nn.functional.pad(codes, (0, scale.numel() * block - n * k))
         book = _BOOKS[attribute(node, "quant_type", 0)]
@@ -335,9 +325,9 @@ def _integer_form(scale_at: int, zero_at: int) -> Callable[[FileGraph, NodeProto
             return ((found if turned else found.t()) - points) * steps()
 
         weight = Weight((n, k), read, 8, steps, 0, bool(zero), graph.bytes([codes, scale, zero]), (codes, scale))
-        rounded = "dynamic" if node.op_type == "DynamicQuantizeMatMul" else None
         made = _made(graph, node, weight)
-        return _made(graph, node, weight, activations=rounded or made.activations or "static")
+        rounded = "dynamic" if node.op_type == "DynamicQuantizeMatMul" else made.activations or "static"
+        return replace(made, activations=rounded)
 
     return reader
 

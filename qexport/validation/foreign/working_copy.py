@@ -3,14 +3,13 @@
 Nothing that is computed changes: other names are put in front and behind by Identity, which a session takes out again.
 """
 
-import os
-import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import onnx
 from onnx import AttributeProto, GraphProto, ModelProto, TensorProto, helper, inliner
 
+from ...artifact.files import link_or_copy
 from ...artifact.manifest import MODEL_FILE
 from ...errors import InputError, reading
 from .finding import ForeignFile
@@ -114,10 +113,7 @@ def _place(tensor: TensorProto, location: str, offset: int, length: int) -> None
 def _link(source: Path, target: Path) -> None:
     if not source.is_file():
         raise InputError("is missing, and the model has its tensors there", place=str(source))
-    try:
-        os.link(source.resolve(), target)
-    except OSError:  # another disk, or one without hard links
-        shutil.copyfile(source, target)
+    link_or_copy(source, target)
 
 
 def _name_nodes(graph: GraphProto) -> None:
