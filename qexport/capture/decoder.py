@@ -19,7 +19,7 @@ from .attention import IMPLEMENTATION
 from .experts import IMPLEMENTATION as EXPERTS
 from .graph import CapturedModel, Port
 from .rope import settle_frequencies
-from .stored import aliases_of, codes_in, find_weights, untie
+from .stored import aliases_of, codes_in, convert_names, find_weights, untie
 from .trace import IDS, Traced, trace_model
 from .weight_views import WeightViews
 
@@ -39,6 +39,7 @@ def capture_decoder(folder: ModelFolder) -> CapturedModel:
     # A damaged file is reported before the slow part.
     checkpoint = Checkpoint(folder.path, folder.stated_weights, folder.codes, folder.adapter)
     model = _empty_model(folder)
+    convert_names(checkpoint, folder, model)
     notes = untie(model, checkpoint)
     aliases = aliases_of(model)
     traced = trace_model(model, aliases, folder.name)
@@ -49,9 +50,9 @@ def capture_decoder(folder: ModelFolder) -> CapturedModel:
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters(remove_duplicate=False)}
     sources = {traced.pieces[n].source if n in traced.pieces else n for n in parameters}
     read = {n: shapes[n] for n in sorted(sources)}
-    weights, stored, left_out = find_weights(checkpoint, folder, model, read, buffers, aliases)
+    stored, left_out = find_weights(checkpoint, folder, model, read, buffers, aliases)
     buffers, parameters = {n: b for n, b in buffers.items() if n not in stored}, [*parameters, *stored]
-    given = codes_in(weights, parameters, traced.pieces)
+    given = codes_in(checkpoint, parameters, traced.pieces)
     settings, rows = _settings(folder.config, traced), embedding_rows(model)
     inputs, outputs = _ports(traced, settings)
     return CapturedModel(
@@ -59,7 +60,7 @@ def capture_decoder(folder: ModelFolder) -> CapturedModel:
         blocks=traced.blocks,
         inputs=inputs,
         outputs=outputs,
-        weights=WeightViews(weights, traced.pieces) if traced.pieces else weights,
+        weights=WeightViews(checkpoint, traced.pieces) if traced.pieces else checkpoint,
         constants=buffers,
         settings=settings,
         folder=folder,

@@ -2,7 +2,7 @@
 
 Transformers runs an expert on the tokens that chose it, in a loop or in a grouped product whose sizes depend on data. A
 token's share of an expert that it did not choose is zero, so the sum over all experts is the same. Passes see linears
-like any others; lower/experts.py puts the whole into one kernel where it can.
+like any others; lower/fuse_moe.py puts the whole into one kernel where it can.
 """
 
 from contextlib import contextmanager
@@ -16,6 +16,7 @@ from ..errors import CaptureError
 from ..graph.ops import experts as _ops  # noqa: F401  registers the operator
 
 IMPLEMENTATION = "qexport"
+_TRACED = 4  # of the experts of a layer; see expert_copies.py
 _rows: ContextVar[tuple[int, int] | None] = ContextVar("rows", default=None)
 
 
@@ -42,10 +43,13 @@ def _dense(experts, hidden_states, top_k_index, top_k_weights):
     x = hidden_states.view(*rows, hidden_states.shape[-1])
     shares = torch.ops.qexport.expert_shares(top_k_index, top_k_weights, experts.num_experts)
     shares = shares.view(*rows, experts.num_experts)
-    parts = [_expert(experts, number, x, shares[..., number : number + 1]) for number in range(experts.num_experts)]
+    traced = min(experts.num_experts, _TRACED)
+    parts = [_expert(experts, number, x, shares[..., number : number + 1]) for number in range(traced)]
     total = parts[0]
     for part in parts[1:]:
         total = total + part
+    if traced < experts.num_experts:
+        total = torch.ops.qexport.more_experts(total, parts[-1], traced, experts.num_experts)
     return total.view(-1, hidden_states.shape[-1])
 
 

@@ -1,17 +1,14 @@
-"""A decoder's weights in its checkpoint: found under their names, converted where those are others, none left over."""
+"""A decoder's weights in its checkpoint: found under their names, or made of its tensors, and none left over."""
 
-import weakref
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 
 import torch
-from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+from transformers import PreTrainedModel
 
-from ..artifact.scratch import Scratch
-from ..errors import CaptureError, InputError
+from ..errors import CaptureError, InputError, QExportError
 from ..models.checkpoint import Checkpoint, GivenCodes, check_shapes
-from ..models.leftovers import check_leftovers
-from ..models.loading import load_in_memory
+from ..models.conversion import converted
+from ..models.leftovers import check_leftovers, refusal, telling
 from ..models.quantized import FLOAT_MODEL
 from ..models.source import ModelFolder
 from .weight_views import WeightView
@@ -25,6 +22,24 @@ def aliases_of(model: torch.nn.Module) -> dict[str, tuple[str, ...]]:
     for name, parameter in model.named_parameters(remove_duplicate=False):
         groups.setdefault(id(parameter), []).append(name)
     return {name: tuple(names) for names in groups.values() for name in names}
+
+
+def convert_names(checkpoint: Checkpoint, folder: ModelFolder, model: PreTrainedModel) -> None:
+    """Let a checkpoint go by the model's names where it has others, or weights in parts, as transformers reads them.
+
+    Raises:
+        CaptureError: the parts of a weight do not fit together, or are codes.
+    """
+    if folder.codes is not None or folder.adapter is not None:
+        return  # which know their weights by the names of the checkpoint
+    prefix = getattr(model, "base_model_prefix", "")
+    if any(all(checkpoint.find(n, prefix) is None for n in names) for names in set(aliases_of(model).values())):
+        try:
+            checkpoint.convert(converted(model, checkpoint.shapes()))
+        except CaptureError as error:
+            if told := telling(checkpoint.names()):
+                raise refusal(told) from error
+            raise
 
 
 def untie(model: torch.nn.Module, checkpoint: Checkpoint) -> list[str]:
@@ -57,16 +72,16 @@ def find_weights(
     parameters: Mapping[str, tuple[int, ...]],
     buffers: Mapping[str, torch.Tensor],
     aliases: Names,
-) -> tuple[Checkpoint, list[str], list[str]]:
-    """Find every parameter in a checkpoint; transformers converts one whose names are others.
+) -> tuple[list[str], list[str]]:
+    """Find every parameter in a checkpoint.
 
     Args:
         parameters: the shapes of those that the graph reads.
         buffers: those that the graph reads.
 
     Returns:
-        The checkpoint; the buffers that it holds, though they are no parameters, such as what a router adds to its
-        scores; and the tensors of the original one that nothing reads.
+        The buffers that it holds, though they are no parameters, such as what a router adds to its scores; and the
+        tensors that nothing reads.
 
     Raises:
         CaptureError: a weight is missing, of another shape or no float, or a tensor that belongs to one is not read.
@@ -81,27 +96,12 @@ def find_weights(
     missing = checkpoint.resolve(wanted, prefix)
     stored = _resolved(checkpoint, trained, prefix)
     unread = checkpoint.unread() - {checkpoint.find(name, prefix) for name in kept}
-    renamed = _renamed(model) if missing else ()
-    left = check_leftovers(checkpoint.names(), unread, missing, checkpoint.is_zero, (*(ignored or ()), *renamed))
-    if missing and folder.adapter is not None:
-        raise InputError(
-            f"belongs to weights under other names than the model's ({missing[0]} is not there)",
-            place=folder.adapter.name, remedy="Merge it with peft (merge_and_unload) and export the result",
-        )  # fmt: skip
+    names = checkpoint.names() | checkpoint.parts()
+    left = check_leftovers(names, unread, missing, checkpoint.is_zero, ignored)
     if missing:
-        temporary = Scratch()
-        left = load_in_memory(folder, Path(temporary.name))
-        checkpoint = Checkpoint(Path(temporary.name))
-        weakref.finalize(checkpoint, temporary.cleanup)
-        missing = checkpoint.resolve(wanted, prefix)
-        stored = _resolved(checkpoint, trained, prefix)
-        _check_tied(checkpoint, aliases, folder)
-    if missing:
-        raise CaptureError(
-            f"{len(missing)} weights are not in the checkpoint, first {missing[0]}", place=str(folder.path)
-        )
+        raise _missing(missing, folder)
     check_shapes(checkpoint, {**parameters, **{name: trained[name] for name in stored}})
-    return checkpoint, stored, left
+    return stored, left
 
 
 def codes_in(
@@ -125,24 +125,23 @@ def codes_in(
     return {name: codes for name, codes in found.items() if codes is not None}
 
 
-def _renamed(model: torch.nn.Module) -> list[str]:
-    """Regular expressions of names in checkpoints that transformers reads under other ones."""
-    config = getattr(model, "config", None)
-    rules = get_checkpoint_conversion_mapping(config.model_type) if config is not None else None
-    return [f"(?:{pattern})$" for rule in rules or () for pattern in rule.source_patterns]
+def _missing(missing: list[str], folder: ModelFolder) -> QExportError:
+    if folder.adapter is not None:
+        return InputError(
+            f"belongs to weights under other names than the model's ({missing[0]} is not there)",
+            place=folder.adapter.name, remedy="Merge it with peft (merge_and_unload) and export the result",
+        )  # fmt: skip
+    if folder.codes is not None:
+        return CaptureError(
+            f"its weights are codes ({folder.codes.described}), which are read of decoders under transformers' names "
+            "alone", place=folder.name, remedy=FLOAT_MODEL,
+        )  # fmt: skip
+    return CaptureError(
+        f"{len(missing)} weights are not in the checkpoint, first {missing[0]}", place=folder.name,
+        remedy="The config does not belong to these weights, or the download is incomplete",
+    )  # fmt: skip
 
 
 def _resolved(checkpoint: Checkpoint, wanted: Mapping[str, tuple[int, ...]], prefix: str) -> list[str]:
     missing = checkpoint.resolve({name: () for name in wanted}, prefix)
     return [name for name in wanted if name not in missing]
-
-
-def _check_tied(checkpoint: Checkpoint, aliases: Names, folder: ModelFolder) -> None:
-    """What transformers converted must share tensors where the graph does."""
-    for names in set(aliases.values()):
-        found = [name for name in names if name in checkpoint.names()]
-        if len(found) > 1:
-            raise CaptureError(
-                f"{' and '.join(found)} are tied by config.json, and differ in the checkpoint", place=folder.name,
-                remedy="Set tie_word_embeddings to false in config.json to keep both",
-            )  # fmt: skip

@@ -19,6 +19,7 @@ from ..models.quiet import quiet_transformers
 from .attention import GraphCache, ProbeCache, tracing
 from .blocks import Block, cut
 from .decompose import decomposed
+from .expert_copies import copy_experts
 from .experts import tokens_of
 from .layer_groups import LayerGroups, find_layers
 from .layer_stamps import stamp
@@ -152,6 +153,7 @@ def _normalized(
     pieces = cut_weights(whole, {name for name, _ in model.named_parameters(remove_duplicate=False)})
     to_normal_form(whole)
     fuse_written_attention(whole.graph)
+    copy_experts(whole, pieces)
     whole.graph.eliminate_dead_code()
     return whole, pieces
 

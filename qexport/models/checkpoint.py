@@ -9,8 +9,9 @@ from safetensors import SafetensorError, safe_open
 
 from ..errors import CaptureError, InputError, NumericsError
 from .coded import CodedCheckpoint, CodedWeight, Given, Header
+from .conversion import MadeWeight
 from .files import weight_files
-from .leftovers import check_float_dtype
+from .leftovers import FLOATS, check_float_dtype
 from .lora import HEAD, Adapter
 
 
@@ -88,6 +89,7 @@ class Checkpoint:
             for part in weight.parts:
                 self._stored.pop(part, None)
             self._stored[weight.name] = _Stored("F32", weight.shape, "")
+        self._made: dict[str, MadeWeight] = {}
         self._table = ""  # of a head that an adapter unties: the embedding that it begins as
         if adapter is not None and adapter.unties and HEAD not in self._stored:
             self._table = self._embedding(adapter)
@@ -96,8 +98,26 @@ class Checkpoint:
             lambda name: self.find(name, name.partition(".")[0]), lambda name: self._stored[name].shape
         )  # fmt: skip
 
+    def convert(self, made: Iterable[MadeWeight]) -> None:
+        """Let weights that are made of stored tensors stand in the place of these, under their own names."""
+        for weight in made:
+            dtypes = sorted({self._stored[part].dtype for part in weight.parts}, key=lambda d: d in FLOATS)
+            self._stored[weight.name] = _Stored(dtypes[0], weight.shape, "")
+            self._made[weight.name] = weight
+        for weight in self._made.values():
+            for part in weight.parts:
+                self._stored.pop(part, None)
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of all tensors, by name."""
+        return {name: stored.shape for name, stored in self._stored.items()}
+
     def names(self) -> set[str]:
         return set(self._stored)
+
+    def parts(self) -> set[str]:
+        """Names in the files of the tensors that others are made of, see `convert`."""
+        return {part for weight in self._made.values() for part in weight.parts}
 
     def unread(self) -> set[str]:
         """Tensors that nothing was resolved to."""
@@ -175,6 +195,8 @@ class Checkpoint:
             found = weight.decode(self._part)
             whole = found.dequantize() if isinstance(found, Given) else found
             return whole if index is None else whole[index]
+        if (made := self._made.get(stored)) is not None:
+            return made.load(self._part, index)
         return self._part(stored, index)
 
     def _stored_as(self, name: str) -> str:

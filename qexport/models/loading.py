@@ -2,12 +2,10 @@
 
 from collections.abc import Collection
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from ..errors import CaptureError, InputError, root_cause
 from .checkpoint import Checkpoint
@@ -103,24 +101,3 @@ def load_whole(folder: ModelFolder, loader: type[Any]) -> Loaded:
             remedy="The config does not belong to these weights, or the download is incomplete",
         )  # fmt: skip
     return loaded
-
-
-def load_in_memory(folder: ModelFolder, into: Path) -> list[str]:
-    """Load a checkpoint whose tensors are named or shaped otherwise than the model's, and save it under its own names.
-
-    The whole model is in memory while this runs; transformers does the conversion.
-
-    Returns:
-        The tensors of the checkpoint that the model does not read.
-
-    Raises:
-        CaptureError: as `load_whole`.
-    """
-    loaded = load_whole(folder, AutoModelForCausalLM)
-    model = loaded.model
-    # Not by save_pretrained, which would bring the old names back.
-    own: dict[int, tuple[str, torch.Tensor]] = {id(p): (name, p) for name, p in model.named_parameters()}
-    kept = model.state_dict()
-    own |= {id(b): (name, b) for name, b in model.named_buffers() if name in kept}
-    save_file({name: p.detach().contiguous() for name, p in own.values()}, into / "model.safetensors")
-    return loaded.left_out

@@ -40,6 +40,21 @@ def _backward(ctx, gradient: Tensor) -> tuple[None, Tensor, None]:
 expert_shares.register_autograd(_backward, setup_context=_remember)
 
 
+@torch.library.custom_op("qexport::more_experts", mutates_args=())
+def more_experts(total: Tensor, part: Tensor, traced: int, experts: int) -> Tensor:
+    """Stands for experts that capture does not trace, and is in no captured graph.
+
+    Args:
+        total: the sum of what the first `traced` of all `experts` add; part: what the last of these adds.
+    """
+    raise NotImplementedError("experts that were not traced are copied when the graph is complete")
+
+
+@more_experts.register_fake
+def _(total, part, traced, experts):
+    return torch.empty_like(total)
+
+
 @torch.library.custom_op("qexport::quantized_experts", mutates_args=())
 def quantized_experts(
     x: Tensor, scores: Tensor, shares: Tensor | None, k: int,
