@@ -1,7 +1,7 @@
 """The half of a weight format that knows graphs, and the registry that finds it by format, operator or kernel."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -19,11 +19,13 @@ class GraphForm(ABC):
         kernel: the ONNX operator that a product of float inputs and such a weight is in the optimized graph.
         kernel_operator: what lowering makes of the product and the operator, see `kernel_arguments`; None leaves them
             two, which is right where ONNX Runtime folds the weight when it loads the file, or fuses them itself.
+        other_kernel_operators: the same, where it depends on the target, see `own_product`.
     """
 
     operator: ClassVar[Any] = None
     kernel: ClassVar[str] = "MatMul"
     kernel_operator: ClassVar[Any] = None
+    other_kernel_operators: ClassVar[tuple[Any, ...]] = ()
 
     @abstractmethod
     def insert(
@@ -59,6 +61,20 @@ class GraphForm(ABC):
         """What `kernel_operator` takes behind the input of the product; None leaves this product as it is."""
         return None
 
+    def own_product(self, x: Node, weight: Node, kernels: Collection[str]) -> tuple[Any, tuple[Any, ...]] | None:
+        """The operator that becomes of a product, and its arguments; None leaves it as it is.
+
+        Args:
+            x: what the product reads.
+            kernels: the ONNX operators that the target has for weights of few bits.
+        """
+        arguments = self.kernel_arguments(weight)
+        return None if arguments is None else (self.kernel_operator, (x, *arguments))
+
+    def kernel_at(self, product: Node) -> str:
+        """The ONNX operator of a product that is one of the form's own."""
+        return self.kernel
+
 
 _F = TypeVar("_F", bound=type[GraphForm])
 _BY_FORMAT: dict[type[WeightFormat], GraphForm] = {}
@@ -80,6 +96,7 @@ def graph_form(fmt: type[Any]) -> Callable[[_F], _F]:
         form = cls()
         places: list[tuple[dict[Any, GraphForm], Any]] = [
             (_BY_FORMAT, fmt), (_BY_OPERATOR, cls.operator), (_BY_KERNEL, cls.kernel_operator),
+            *((_BY_KERNEL, other) for other in cls.other_kernel_operators),
         ]  # fmt: skip
         for found, key in places:
             if key in found:

@@ -8,14 +8,14 @@ from torch.fx import GraphModule, Node
 from ...graph.edit import add_tensor, call, shape_of
 from ...graph.views import DequantizeLinear, ExpandCodes
 from ...quant.expand import expanded_scale
-from ...quant.formats import PER_TENSOR, ExpandedFormat, IntegerFormat, QuantizedWeight
+from ...quant.formats import PER_TENSOR, ExpandedFormat, IntegerCodes, QuantizedWeight
 from ...quant.packing import DEFAULT_BLOCK, stored_block
 from .base import GraphForm, graph_form
 
 ops = torch.ops.qexport
 
 
-@graph_form(IntegerFormat)
+@graph_form(IntegerCodes)
 class IntegerForm(GraphForm):
     """dequantize_linear(codes [K, N], scale, zero point)."""
 

@@ -13,7 +13,7 @@ from torch.fx import GraphModule, Node
 from ...graph.meta import Meta
 from ...graph.sites import Linear, linears
 from ...plan.linear_plan import LinearPlan
-from ...quant.formats import IntegerFormat, QuantizedWeight
+from ...quant.formats import IntegerFormat, QuantizedWeight, SteppedFormat
 from ...quant.gptq import gptq_quantize
 from ...quant.hessian import HessianStatistic, InverseFactor, factorize
 from ...recipe.methods import WeightMethod
@@ -97,9 +97,9 @@ class GPTQ(GraphPass):
         return found
 
     def _compensates(self, linear: Linear) -> bool:
-        """Whether a linear's codes are on a grid of integers, where errors can be pushed on."""
+        """Whether the codes of a linear can be moved, so that errors can be pushed on."""
         scheme = self.plan[linear.name].scheme if planned(self.plan, linear) else None
-        return scheme is not None and isinstance(scheme.weight, IntegerFormat)
+        return scheme is not None and isinstance(scheme.weight, SteppedFormat)
 
     def call(self, module: GraphModule, context: Context) -> PassResult:
         folded = context.handover.folded
@@ -125,7 +125,7 @@ class GPTQ(GraphPass):
             return factorize((seen.total() * scales).mul_(scales[:, None]), self.damp, self.act_order)
 
         def quantize(
-            linear: Linear, w: torch.Tensor, fmt: IntegerFormat, factor: torch.Tensor | None
+            linear: Linear, w: torch.Tensor, fmt: SteppedFormat, factor: torch.Tensor | None
         ) -> QuantizedWeight:
             if _read_elsewhere(linear):
                 return fmt.round_to_nearest(w, self.clip_search)
@@ -136,7 +136,7 @@ class GPTQ(GraphPass):
             found = factor_of(seen) if factor is None else own_factor(seen, factor)
             return gptq_quantize(w, found, fmt, clip_search=self.clip_search)
 
-        result = quantize_linears(module, self.plan, context.handover, quantize)
+        result = quantize_linears(module, self.plan, context.handover, quantize, moves=SteppedFormat)
         result.skipped += unreached
         return result
 

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 import torch
 from torch.fx import GraphModule
@@ -10,12 +11,13 @@ from ...errors import within
 from ...graph.edit import finish, get_tensor
 from ...graph.sites import Linear, linears
 from ...plan.linear_plan import LinearPlan
-from ...quant.formats import IntegerFormat, QuantizedWeight
+from ...quant.formats import IntegerFormat, QuantizedWeight, SteppedFormat
 from ..base import PassResult, PassState, SiteRecord
 from ..insert_qdq import insert_weight
 
+_F = TypeVar("_F", bound=SteppedFormat)
 # weight [N, K], its format, and the factor [K] that its columns shall carry after it is rounded (None: 1)
-Quantize = Callable[[Linear, torch.Tensor, IntegerFormat, torch.Tensor | None], QuantizedWeight]
+Quantize = Callable[[Linear, torch.Tensor, _F, torch.Tensor | None], QuantizedWeight]
 
 
 def planned(plan: Mapping[str, LinearPlan], linear: Linear) -> bool:
@@ -49,8 +51,9 @@ def quantize_linears(
     module: GraphModule,
     plan: Mapping[str, LinearPlan],
     handover: PassState,
-    quantize: Quantize | None = None,
+    quantize: Quantize[_F] | None = None,
     clip_search: bool = False,
+    moves: type[Any] = IntegerFormat,
 ) -> PassResult:
     """Replace every planned linear of a block by the form of its format.
 
@@ -58,7 +61,7 @@ def quantize_linears(
     without statistics of a weight that several blocks read, see `Meta.READ_ELSEWHERE`.
 
     Args:
-        quantize: finds codes on a grid of integers; None, and weights of other formats: the nearest ones.
+        quantize: finds codes of the formats that are `moves`; None, and weights of other formats: the nearest ones.
         clip_search: of the nearest codes, see `WeightFormat.round_to_nearest`.
     """
     result = PassResult()
@@ -79,14 +82,14 @@ def quantize_linears(
         with within(linear.name):
             if linear.weight in found:
                 quantized = found.pop(linear.weight)
-            elif quantize is not None and isinstance(fmt, IntegerFormat):
+            elif quantize is not None and isinstance(fmt, moves):
                 quantized = quantize(linear, unscaled, fmt, factor)
             else:
                 quantized = fmt.round_to_nearest(unscaled, clip_search)
         if left[linear.weight]:
             found[linear.weight] = quantized
         insert_weight(module, linear, quantized, factor, decided.shares)
-        nearest = quantize is not None and not isinstance(fmt, IntegerFormat)
+        nearest = quantize is not None and not isinstance(fmt, moves)
         what = f"{scheme.name}, rounded to nearest: it is no grid of integers" if nearest else scheme.name
         result.changed.append(SiteRecord(linear.name, what))
     finish(module)

@@ -24,6 +24,7 @@ from ..quant.float_types import FLOAT_TYPES
 from ..quant.narrowing import narrowed
 
 aten = torch.ops.aten
+ops = torch.ops.qexport
 _SAME_TYPE = (aten.sym_size.int, operator.getitem)  # take whatever type their input has
 
 
@@ -59,7 +60,7 @@ def to_half(module: GraphModule, constants: set[str], half: torch.dtype) -> None
             continue
         wants = torch.float32 if node in single else half
         for source in node.all_input_nodes:
-            if source in _cache_scales(node):
+            if source in _exact_scales(node):
                 continue
             if _is_float(source) and source.meta[Meta.SPEC].dtype != wants:
                 near = _clamped(graph, source, half, casts) if source in far and wants == half else source
@@ -71,7 +72,7 @@ def _stays_single(graph: Graph, constants: set[str]) -> set[Node]:
     single: set[Node] = set()
     for node in graph.nodes:
         if node.op == "get_attr" and _is_float(node):
-            exact = (Meta.KEEP_FLOAT32 in user.meta or node in _cache_scales(user) for user in node.users)
+            exact = (Meta.KEEP_FLOAT32 in user.meta or node in _exact_scales(user) for user in node.users)
             if node.target in constants or all(exact):
                 single.add(node)
         elif node.op == "call_function" and (
@@ -121,12 +122,15 @@ def _clamped(graph: Graph, source: Node, half: torch.dtype, casts: dict[tuple[No
     return casts[source, torch.float32]
 
 
-def _cache_scales(node: Node) -> tuple[Node | None, ...]:
-    """What attention reads in float32 whatever its own type: the scales of a cache of codes."""
-    if not is_call(node, torch.ops.qexport.grouped_attention.default):
-        return ()
-    given = bind(node)
-    return given.key_scale, given.value_scale
+def _exact_scales(node: Node) -> tuple[Node | None, ...]:
+    """What a node reads in float32 whatever its own type: the scales of a cache of codes, and of small floats."""
+    if is_call(node, ops.grouped_attention.default):
+        given = bind(node)
+        return given.key_scale, given.value_scale
+    if is_call(node, ops.matmul_floats.default):
+        given = bind(node)
+        return given.scale, given.tensor_scale, given.input_scale
+    return ()
 
 
 def _cast(graph: Graph, source: Node, dtype: torch.dtype, casts: dict[tuple[Node, torch.dtype], Node]) -> Node:

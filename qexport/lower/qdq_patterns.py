@@ -1,5 +1,6 @@
 """Reading a quantized linear back from the canonical graph."""
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +14,8 @@ from ..passes.formats import form_at, form_at_kernel
 
 aten = torch.ops.aten
 ops = torch.ops.qexport
+# What every provider has for products with weights of few bits.
+WEIGHT_KERNELS = frozenset({"MatMulNBits", "MatMulBnb4"})
 
 
 @dataclass(frozen=True)
@@ -126,19 +129,22 @@ def _is_step(value: Operand) -> bool:
     return all(is_call(scale, ops.token_scale.default) for scale in scales)
 
 
-def as_own_kernel(module: GraphModule, product: Node) -> None:
+def as_own_kernel(module: GraphModule, product: Node, kernels: Collection[str] = WEIGHT_KERNELS) -> None:
     """matmul(x, dequantize(...)) becomes the one node that ONNX Runtime has for the two, where there is one.
 
     Of some weights it would make that node itself while it loads the file, which then takes twice as long, and by
     session entries that a caller may forget; of 2-bit codes and blocks above 256 it would not.
+
+    Args:
+        kernels: the ONNX operators that the target has for weights of few bits.
     """
     canonical = Matmul.of(product)
-    form = form_at(canonical.weight)
-    arguments = form.kernel_arguments(canonical.weight)
-    if arguments is None:
+    found = form_at(canonical.weight).own_product(canonical.x, canonical.weight, kernels)
+    if found is None:
         return
+    operator, arguments = found
     with module.graph.inserting_before(product):
-        node = call(module.graph, form.kernel_operator, (canonical.x, *arguments), like=product)
+        node = call(module.graph, operator, arguments, like=product)
     node.meta = dict(product.meta)
     product.replace_all_uses_with(node)
     module.graph.erase_node(product)
@@ -148,4 +154,4 @@ def kernel_of(product: Node) -> str:
     """The operator that a product of float inputs, canonical or rewritten, must have become in the optimized graph."""
     if (canonical := Matmul.match(product)) is not None:
         return form_at(canonical.weight).kernel
-    return form_at_kernel(product).kernel
+    return form_at_kernel(product).kernel_at(product)

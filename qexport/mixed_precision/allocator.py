@@ -31,7 +31,8 @@ class SchemeAllocator:
     """Chooses schemes for what a recipe quantizes.
 
     Args:
-        candidates: the schemes to choose from, of the target; float_itemsize: bytes of a number that stays float.
+        candidates: the schemes to choose from besides the recipe's own, of the target; float_itemsize: bytes of a
+            number that stays float.
         feeds: what costs are measured on.
 
     Attributes:
@@ -48,7 +49,8 @@ class SchemeAllocator:
         self._recipe, self._plan, self._embeddings = recipe, *plan_for(captured, recipe, float_itemsize)
         self._check()
         self.left = recipe.weights.kl_left
-        schemes = [scheme for scheme in offered(candidates) if recipe.takes(scheme.name)]
+        own = [scheme.name for scheme in recipe.schemes if scheme.interchangeable]
+        schemes = [scheme for scheme in offered([*candidates, *own]) if recipe.takes(scheme.name)]
         self._costs = scheme_costs(captured, self._plan, self._embeddings, schemes, feeds, float_itemsize, progress)
         self._shares = [1.0] * len(self._costs.items)
         for item in self._costs.items:

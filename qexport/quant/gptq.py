@@ -3,8 +3,7 @@
 import torch
 from torch import Tensor
 
-from .affine import search_clip, weight_scales
-from .formats import PER_TENSOR, IntegerFormat, QuantizedWeight
+from .formats import PER_TENSOR, IntegerCodes, QuantizedWeight, ScaledFormat, SteppedFormat
 from .hessian import InverseFactor, factorize
 from .strips import WIDTH, Grid, StripRounder
 
@@ -14,7 +13,7 @@ _BLOCK = 128  # columns whose errors reach all others in one product, and, withi
 def gptq_quantize(
     w: Tensor,
     hessian: Tensor | InverseFactor,
-    fmt: IntegerFormat,
+    fmt: SteppedFormat,
     *,
     damp: float = 0.01,
     act_order: bool = True,
@@ -34,7 +33,7 @@ def gptq_quantize(
         hessian: float32 [K, K], symmetric, as `HessianStatistic.value` returns it; or what `factorize` made of it,
             which linears that read the same input share. Not modified.
         damp, act_order: as `factorize` takes them; a factor has them already.
-        clip_search: take scales from `search_clip` with diag(H) as importance; features that were never active count
+        clip_search: take scales from `clipped_scales` with diag(H) as importance; features that were never active count
             as much as damping makes them count.
         block_size: columns compensated at once; changes speed and rounding of float32, nothing else.
 
@@ -42,13 +41,14 @@ def gptq_quantize(
         NumericsError: NaN or Inf, an all-zero Hessian, or one that cannot be factorized.
     """
     factor = hessian if isinstance(hessian, InverseFactor) else factorize(hessian, damp, act_order)
-    scale, zero_point = search_clip(w, fmt, factor.importance) if clip_search else weight_scales(w, fmt)
+    fmt = fmt.for_weight(w)
+    scale, zero_point = fmt.clipped_scales(w, factor.importance) if clip_search else fmt.scales(w)
     codes = _eliminate(w, factor, fmt, scale, zero_point, block_size)
     return QuantizedWeight(codes, scale, zero_point, fmt)
 
 
 def _eliminate(
-    w: Tensor, factor: InverseFactor, fmt: IntegerFormat, scale: Tensor, zero_point: Tensor | None, block_size: int
+    w: Tensor, factor: InverseFactor, fmt: SteppedFormat, scale: Tensor, zero_point: Tensor | None, block_size: int
 ) -> Tensor:
     """Codes [N, K]; columns lie in the order of the factor, so they are eliminated from the last to the first.
 
@@ -59,11 +59,12 @@ def _eliminate(
     order, inverse = factor.order.flip(0), factor.reversed
     # Columns of w become rows: every step below then reads and writes contiguous memory.
     columns = w.t()[order].float()
-    codes = torch.empty(k, n, dtype=torch.int8 if fmt.symmetric else torch.uint8, device=w.device)
+    signed = isinstance(fmt, IntegerCodes) and fmt.symmetric
+    codes = torch.empty(k, n, dtype=torch.int8 if signed else torch.uint8, device=w.device)
     groups = torch.div(order, k if fmt.group_size <= 0 else fmt.group_size, rounding_mode="floor")
     scale_of = scale.t().expand(-1, n if fmt.group_size == PER_TENSOR else -1).contiguous()
     zero_of = None if zero_point is None else zero_point.t().float().expand(-1, scale_of.shape[1]).contiguous()
-    strips = StripRounder(Grid(scale_of, zero_of, groups, fmt.qmin, fmt.qmax), codes, order)
+    strips = StripRounder(_grid(fmt, scale_of, zero_of, groups), codes, order)
 
     for stop in range(k, 0, -block_size):
         start = max(stop - block_size, 0)
@@ -75,3 +76,11 @@ def _eliminate(
             rest[:low].addmm_(block[low:high, :low].t(), errors[low:high], alpha=-1)
         columns[:start].addmm_(inverse[start:stop, :start].t(), errors, alpha=-1)
     return codes.t().contiguous()
+
+
+def _grid(fmt: SteppedFormat, scale: Tensor, zero: Tensor | None, groups: Tensor) -> Grid:
+    if isinstance(fmt, IntegerCodes):
+        return Grid(scale, zero, groups, fmt.qmin, fmt.qmax)
+    if isinstance(fmt, ScaledFormat):
+        return Grid(scale, None, groups, levels=fmt)
+    raise TypeError(f"the steps of {type(fmt).__name__} are not known")

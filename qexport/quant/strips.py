@@ -8,7 +8,7 @@ import logging
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -21,6 +21,13 @@ WIDTH = 32  # columns of a strip
 _TILE = 128  # rows of the weight that one program of the kernel takes
 
 
+class Levels(Protocol):
+    """Values that are not evenly spaced; see `formats.ScaledFormat`."""
+
+    def nearest(self, steps: Tensor) -> Tensor: ...
+    def values(self, codes: Tensor) -> Tensor: ...
+
+
 @dataclass(frozen=True)
 class Grid:
     """The codes that columns are rounded to.
@@ -29,13 +36,15 @@ class Grid:
         scale, zero: float32 [groups, N]; zero None: 0.
         groups: int64 [K], the group of every column, in the order of elimination from last to first.
         qmin, qmax: of a code.
+        levels: the values of codes in steps, where these are not the codes themselves; then there is no zero.
     """
 
     scale: Tensor
     zero: Tensor | None
     groups: Tensor
-    qmin: int
-    qmax: int
+    qmin: int = 0
+    qmax: int = 0
+    levels: Levels | None = None
 
 
 class StripRounder:
@@ -48,7 +57,7 @@ class StripRounder:
 
     def __init__(self, grid: Grid, codes: Tensor, positions: Tensor):
         self._grid, self._codes, self._positions = grid, codes, positions
-        self._kernel = compiled(codes.device) if codes.is_cuda else None
+        self._kernel = compiled(codes.device) if codes.is_cuda and grid.levels is None else None
         if self._kernel is None:
             self._numbers = grid.groups.tolist(), positions.tolist()
             self._steps = torch.empty(codes.shape[1], device=codes.device)
@@ -74,10 +83,16 @@ class StripRounder:
             column, step = columns[j], grid.scale[groups[first + j]]
             if j + 1 < count:
                 torch.addmv(column, errors[j + 1 :].t(), inverse[j + 1 :, j], alpha=-1, out=column)
-            torch.div(column, step, out=steps).round_()
-            if grid.zero is None:
+            torch.div(column, step, out=steps)
+            if grid.levels is not None:
+                found = grid.levels.nearest(steps)
+                self._codes[positions[first + j]] = found
+                steps.copy_(grid.levels.values(found))
+            elif grid.zero is None:
+                steps.round_()
                 self._codes[positions[first + j]] = steps.clamp_(grid.qmin, grid.qmax)
             else:
+                steps.round_()
                 zero = grid.zero[groups[first + j]]
                 self._codes[positions[first + j]] = steps.add_(zero).clamp_(grid.qmin, grid.qmax)
                 steps.sub_(zero)

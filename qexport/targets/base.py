@@ -24,6 +24,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from ..errors import InputError, RecipeError
 from ..lower.moe_form import MoeForm
+from ..lower.qdq_patterns import WEIGHT_KERNELS
 from ..plan.linear_plan import LinearPlan
 from ..quant.formats import Scheme
 from ..recipe.recipe import Recipe
@@ -45,6 +46,7 @@ class Target(ABC):
         provider: ONNX Runtime's name of the execution provider that runs its files.
         dtypes: what can stay float: activations, cache, weights that are not quantized. The first is taken unasked.
         candidates: schemes that mixed precision chooses from, weights in groups, from the smallest to the closest.
+        weight_kernels: ONNX operators that it has for products with weights of few bits.
         integer_convolutions: whether a convolution of int8 inputs and weights has a kernel.
         genai_provider_options: of onnxruntime-genai; None where it is not configured for this target.
         dtype: one of `dtypes`.
@@ -55,6 +57,7 @@ class Target(ABC):
     provider: ClassVar[str]
     dtypes: ClassVar[tuple[torch.dtype, ...]]
     candidates: ClassVar[tuple[str, ...]]
+    weight_kernels: ClassVar[frozenset[str]] = WEIGHT_KERNELS
     integer_convolutions: ClassVar[bool] = False
     genai_provider_options: ClassVar[tuple[dict[str, dict[str, str]], ...] | None] = None
 

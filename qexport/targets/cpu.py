@@ -98,7 +98,7 @@ class CpuTarget(Target):
                 with module.graph.inserting_before(product):
                     rounded = call(module.graph, ops.matmul_nbits_input.default, (x, block), like=x)
                 product.replace_input_with(x, rounded)
-            as_own_kernel(module, product)
+            as_own_kernel(module, product, self.weight_kernels)
         if self.accuracy_level == 4:
             for mixture in moe_form.mixtures(module.graph):
                 rebind(mixture, rounds=True)

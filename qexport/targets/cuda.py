@@ -48,6 +48,9 @@ class CudaTarget(Target):
     dtypes: ClassVar[tuple[torch.dtype, ...]] = (torch.float16, torch.bfloat16)
     # Zero points and groups of 16 keep a linear from the fast kernels.
     candidates: ClassVar[tuple[str, ...]] = ("w4a16_g128", "w4a16_g64", "w4a16_g32", "w8a16_g128", "w8a16_g32")
+    weight_kernels: ClassVar[frozenset[str]] = Target.weight_kernels | {
+        "MatMulBlockQuantizedFp4Weight", "MatMulBlockQuantizedFp8Weight",
+    }  # fmt: skip
     genai_provider_options: ClassVar[tuple[dict[str, dict[str, str]], ...] | None] = ({"cuda": {}},)
     dtype: torch.dtype = dtypes[0]
 
@@ -109,7 +112,7 @@ class CudaTarget(Target):
             if (rounding := form_of(product).integer) is not None:
                 _integer(module, product, rounding)
             else:
-                as_own_kernel(module, product)
+                as_own_kernel(module, product, self.weight_kernels)
         for mixture in moe_form.mixtures(module.graph):
             _by_scores(module.graph, mixture)
         finish(module)

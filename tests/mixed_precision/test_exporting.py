@@ -55,6 +55,14 @@ def test_it_is_closer_than_one_scheme_everywhere_in_no_more_bytes(models, tmp_pa
     assert sorted(p.name for p in tmp_path.iterdir()) == ["auto", "plain"]
 
 
+def test_a_recipes_own_formats_are_among_the_choices(models, tmp_path):
+    recipe = Recipe(scheme="nvfp4", lm_head="w8a16_fp8", overrides=[{"match": "*.0.*", "scheme": "ternary_g32"}])
+    found = qexport.export_auto(models["untied"], recipe, out_dir=tmp_path / "auto", max_kl=0.02, **MEASURED)
+    assert "nvfp4" in found.schemes.values()  # 8-bit integers are as large as 8-bit floats, and nearer
+    assert found.logits.kl_mean <= 0.02
+    assert validate(tmp_path / "auto", models["untied"], text=TEXT, windows=4, window=64).problems == ()
+
+
 def test_a_captured_model_stays_as_it_is_and_gives_the_same(models, tmp_path):
     captured = capture_model(models["untied"])
     before = [list(block.inputs) for block in captured.blocks]
@@ -108,7 +116,7 @@ def test_what_cannot_be_is_said_and_leaves_nothing(models, tmp_path, bounds, say
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("recipe", ["w8a8_dyn", "nf4", "w4a16_pc"])
+@pytest.mark.parametrize("recipe", ["w8a8_dyn", "w8a8_static", "w4a16_pc"])
 def test_schemes_without_a_ladder_are_refused(models, tmp_path, recipe):
     with pytest.raises(RecipeError, match="schemes are chosen among"):
         qexport.export_auto(models["untied"], recipe, out_dir=tmp_path / "auto", max_bytes=10**6, **MEASURED)

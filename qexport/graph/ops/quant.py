@@ -5,6 +5,7 @@ from torch import Tensor
 
 from ...quant.affine import blockwise_fake_quantize
 from ...quant.expand import channel_scale, expand_to_int8
+from ...quant.small_floats import e4m3_codes, e4m3_values
 
 _RANGE = {True: (-128, 127), False: (0, 255)}
 
@@ -186,3 +187,18 @@ def _spread(parameter: Tensor, codes: Tensor, axis: int, block_size: int) -> Ten
     shape = [1] * codes.dim()
     shape[axis] = -1
     return parameter.reshape(shape)
+
+
+@torch.library.custom_op("qexport::round_e4m3", mutates_args=())
+def round_e4m3(x: Tensor, scale: Tensor) -> Tensor:
+    """x rounded to E4M3 numbers times a scale, saturating.
+
+    Args:
+        scale: floating point [], positive.
+    """
+    return (e4m3_values(e4m3_codes(x.float() / scale.float())) * scale.float()).to(x.dtype)
+
+
+@round_e4m3.register_fake
+def _(x, scale):
+    return torch.empty_like(x, memory_format=torch.contiguous_format)

@@ -8,24 +8,24 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
-from ...errors import NumericsError, RecipeError
-from ..affine import FINITE_REMEDY, row_chunks, row_slices
+from ..affine import row_slices
 from ..grids import ActivationFormat
 from ..packing import stored_block
-from .base import QuantizedWeight, WeightFormat, group_size, weight_format
+from .base import QuantizedWeight, group_size, weight_format
+from .stepped import ScaledFormat, nonzero
 
 _NESTED_BLOCK = 256
 _TINY = torch.finfo(torch.float32).tiny
 
 
 @dataclass(frozen=True)
-class CodebookFormat(WeightFormat):
+class CodebookFormat(ScaledFormat):
     """`NAME[_g{16..1024}][_dq]`: a table's value times the largest magnitude of a block.
 
     Attributes:
         double_quant: the scales are themselves rounded to 8 bits (arXiv 2305.14314).
         name: of the table, and what names of the format begin with.
-        values: the table by code, in [-1, 1].
+        levels: the table by code, in [-1, 1].
         kernel_code: what MatMulBnb4 calls the table.
     """
 
@@ -34,48 +34,40 @@ class CodebookFormat(WeightFormat):
     double_quant: bool = False
     options = r"(?:_g(?P<group>\d+))?(?P<double>_dq)?"
     name: ClassVar[str]
-    values: ClassVar[tuple[float, ...]]
+    levels: ClassVar[tuple[float, ...]]
     kernel_code: ClassVar[int]
 
     @classmethod
     def parse(cls, match: re.Match[str]) -> tuple[Self, ActivationFormat | None]:
         return cls(group_size(match, match["group"] or "64"), bool(match["double"])), None
 
-    @classmethod
     @abstractmethod
-    def nearest(cls, x: Tensor) -> Tensor:
-        """Codes uint8 of x, float32 in [-1, 1]. In the middle between two values the lower one is taken, as in
-        bitsandbytes."""
+    def nearest(self, steps: Tensor) -> Tensor:
+        """In the middle between two values the lower one is taken, as in bitsandbytes."""
 
     @classmethod
     def table(cls) -> Tensor:
         """The values in the order of their codes, float32 [16]."""
-        return torch.tensor(cls.values, dtype=torch.float32)
+        return torch.tensor(cls.levels, dtype=torch.float32)
 
-    def scales(self, w: Tensor) -> tuple[Tensor, None]:
-        """The largest magnitude of each block, 1 where that is zero or subnormal.
+    def values(self, codes: Tensor) -> Tensor:
+        return self.table().to(codes.device)[codes.int()]
 
-        Raises:
-            NumericsError: w has NaN or Inf, or a range beyond float32.
-            RecipeError: K is not a multiple of the group size.
-        """
-        return self._nonzero(self._absmax(w)), None
-
-    def encode(self, w: Tensor, scale: Tensor, zero_point: Tensor | None) -> Tensor:
-        codes = torch.empty(w.shape, dtype=torch.uint8, device=w.device)
-        for rows, chunk in row_chunks(w, self):
-            codes[rows] = self.nearest(chunk.float() / scale[rows, :, None]).view(-1, w.shape[1])
-        return codes
+    def scales_for(self, absmax: Tensor) -> Tensor:
+        """The largest magnitude of each block, 1 where that is zero or subnormal."""
+        if self.double_quant:
+            return double_quantized(absmax).masked_fill(absmax < _TINY, 1)
+        return nonzero(absmax)
 
     def decode(self, codes: Tensor, scale: Tensor, zero_point: Tensor | None) -> Tensor:
         return decode_codebook(codes, scale, self.name, self.group_size)
 
     def round_to_nearest(self, w: Tensor, clip_search: bool = False) -> QuantizedWeight:
         """With double_quant the codes are still those of the exact scale, as in bitsandbytes; the scale is rounded."""
-        absmax = self._absmax(w)
-        codes = self.encode(w, self._nonzero(absmax), None)
-        scale = double_quantized(absmax).masked_fill(absmax < _TINY, 1) if self.double_quant else self._nonzero(absmax)
-        return QuantizedWeight(codes, scale, None, self)
+        if clip_search:
+            return super().round_to_nearest(w, clip_search)
+        absmax = self.absmax(w)
+        return QuantizedWeight(self.encode(w, nonzero(absmax), None), self.scales_for(absmax), None, self)
 
     def family(self, activation: ActivationFormat | None) -> str:
         return self.name
@@ -84,22 +76,9 @@ class CodebookFormat(WeightFormat):
         n, k = shape
         return n * k // 2 + n * (k // stored_block(self.bits, self.group_size)) * scale_bytes
 
-    def _absmax(self, w: Tensor) -> Tensor:
-        n, k = w.shape
-        groups = self.groups(k)
-        if k != groups * self.group_size:
-            raise RecipeError(f"{k} input features do not divide into groups of {self.group_size}")
-        absmax = torch.empty(n, groups, dtype=torch.float32, device=w.device)
-        for rows, chunk in row_chunks(w, self):
-            blocks = chunk.float()
-            absmax[rows] = torch.maximum(blocks.amax(-1), -blocks.amin(-1))
-        if not bool(torch.isfinite(absmax).all()):
-            raise NumericsError("the weight has NaN or Inf, or a range beyond float32", remedy=FINITE_REMEDY)
-        return absmax
-
-    @staticmethod
-    def _nonzero(absmax: Tensor) -> Tensor:
-        return absmax.masked_fill(absmax < _TINY, 1)
+    @property
+    def interchangeable(self) -> bool:
+        return True
 
 
 # The values of both are those of bitsandbytes and of ONNX Runtime's MatMulBnb4.
@@ -111,16 +90,15 @@ class NF4(CodebookFormat):
     name = stem = "nf4"
     kernel_code = 1
     examples = ("nf4",)
-    values = (
+    levels = (
         -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
         -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634,
         0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
     )  # fmt: skip
 
-    @classmethod
-    def nearest(cls, x: Tensor) -> Tensor:
-        middles = _middles(cls.table().to(x.device))
-        return torch.bucketize(x.contiguous(), middles, out_int32=True).to(torch.uint8)
+    def nearest(self, steps: Tensor) -> Tensor:
+        middles = _middles(self.table().to(steps.device))
+        return torch.bucketize(steps.contiguous(), middles, out_int32=True).to(torch.uint8)
 
 
 @weight_format
@@ -131,18 +109,17 @@ class FP4(CodebookFormat):
     name = stem = "fp4"
     kernel_code = 0
     examples = ("fp4",)
-    values = tuple(value / 12 for value in (0, 0.0625, 8, 12, 4, 6, 2, 3, 0, -0.0625, -8, -12, -4, -6, -2, -3))
+    levels = tuple(value / 12 for value in (0, 0.0625, 8, 12, 4, 6, 2, 3, 0, -0.0625, -8, -12, -4, -6, -2, -3))
 
-    @classmethod
-    def nearest(cls, x: Tensor) -> Tensor:
+    def nearest(self, steps: Tensor) -> Tensor:
         """By magnitude, so that ties are symmetric: the one nearer to zero; the upper half of the codes has the sign.
 
         Zero is always code 0.
         """
-        x = x.contiguous()
-        ordered, order = cls.table().to(x.device)[:8].sort()
-        codes = order.to(torch.uint8)[torch.bucketize(x.abs(), _middles(ordered), out_int32=True)]
-        return torch.where((x < 0) & (codes > 0), codes + 8, codes)
+        steps = steps.contiguous()
+        ordered, order = self.table().to(steps.device)[:8].sort()
+        codes = order.to(torch.uint8)[torch.bucketize(steps.abs(), _middles(ordered), out_int32=True)]
+        return torch.where((steps < 0) & (codes > 0), codes + 8, codes)
 
 
 CODEBOOKS: dict[str, type[CodebookFormat]] = {book.name: book for book in (NF4, FP4)}

@@ -1,6 +1,7 @@
 """Grids of integers: w2 to w8, symmetric or with zero points, in groups, by channel or by tensor."""
 
 import re
+from abc import ABC
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -9,70 +10,19 @@ from ...errors import RecipeError
 from ..affine import decode, encode, search_clip, weight_scales
 from ..grids import PER_CHANNEL, PER_TENSOR, ActivationFormat, AffineGrid
 from ..packing import stored_block
-from .base import QuantizedWeight, WeightFormat, group_size, weight_format
+from .base import WeightFormat, group_size, weight_format
+from .stepped import SteppedFormat
 
 
-@weight_format
 @dataclass(frozen=True)
-class IntegerFormat(AffineGrid, WeightFormat):
-    """`w{2|3|4|8}a{16|8|4}[_g{16..1024}|_pc|_pt][_asym][_dyn|_static][_int]`: (code - zero_point) * scale.
-
-    Integer activations need `_dyn` (per token) or `_static` (per tensor); `_dyn` is what plain `w4a8` means. Without a
-    group, weights have one scale per output channel. `_int` is an `ExpandedFormat`.
-    """
-
-    stem = r"w(?P<w>\d+)a(?P<a>\d+)"
-    options = r"(?:_(?P<group>g\d+|pc|pt))?(?P<asym>_asym)?(?:_(?P<kind>dyn|static))?(?P<int>_int)?"
-    examples = ("w4a16_g32", "w4a16_g128_asym", "w3a16_g64", "w8a8_dyn", "w8a8_static", "w4a8_g128_int")
-    # A weight-only scheme without a group is what other tools mean by it: groups, because one scale per channel is too
-    # coarse for 4 bits and saves nothing in speed at 8. `_pc` asks for one scale per channel.
-    short = {
-        "w4a16": "w4a16_g128",
-        "w4a16_asym": "w4a16_g128_asym",
-        "w8a16": "w8a16_g32",
-        "w8a16_asym": "w8a16_g32_asym",
-        "w8a8": "w8a8_dyn",
-    }
-
-    @classmethod
-    def parse(cls, match: re.Match[str]) -> tuple[WeightFormat, ActivationFormat | None]:
-        name, bits, act, group = match.string, int(match["w"]), int(match["a"]), match["group"]
-        if bits not in (2, 3, 4, 8) or act not in (4, 8, 16):
-            raise RecipeError(
-                f"scheme {name!r} asks for {bits}-bit weights and {act}-bit activations",
-                remedy=f"Schemes are {', '.join(cls.examples)} and the like",
-            )
-        size = {None: PER_CHANNEL, "pc": PER_CHANNEL, "pt": PER_TENSOR}.get(group)
-        if size is None:
-            size = group_size(match, group[1:])
-        if act == 16 and (match["kind"] or match["int"]):
-            what = match["kind"] or "int"
-            raise RecipeError(f"scheme {name!r} quantizes no activations, so {what.strip('_')} means nothing")
-        kind = {"dyn": "dynamic", "static": "static", None: "dynamic"}[match["kind"]]
-        activation = None if act == 16 else ActivationFormat(kind, act)
-        weight = (ExpandedFormat if match["int"] else IntegerFormat)(bits, size, match["asym"] is None)
-        _check(name, weight, activation)
-        return weight, activation
-
-    def scales(self, w: Tensor) -> tuple[Tensor, Tensor | None]:
-        return weight_scales(w, self)
+class IntegerCodes(AffineGrid, SteppedFormat, ABC):
+    """Values (code - zero_point) * scale, in whole bits a code."""
 
     def encode(self, w: Tensor, scale: Tensor, zero_point: Tensor | None) -> Tensor:
         return encode(w, scale, zero_point, self)
 
     def decode(self, codes: Tensor, scale: Tensor, zero_point: Tensor | None) -> Tensor:
         return decode(codes, scale, zero_point, self)
-
-    def round_to_nearest(self, w: Tensor, clip_search: bool = False) -> QuantizedWeight:
-        scale, zero_point = search_clip(w, self) if clip_search else self.scales(w)
-        return QuantizedWeight(self.encode(w, scale, zero_point), scale, zero_point, self)
-
-    def family(self, activation: ActivationFormat | None) -> str:
-        if activation is None:
-            return "w8a16" if self.bits == 8 else "w4a16_g128"
-        if self.bits == 8:
-            return "w8a8_static" if activation.kind == "static" else "w8a8_dyn"
-        return "w4a8_g128" if self.group_size > 0 else "w4a8"
 
     @property
     def stored_bits(self) -> int:
@@ -112,6 +62,63 @@ class IntegerFormat(AffineGrid, WeightFormat):
     @property
     def interchangeable(self) -> bool:
         return self.group_size > 0
+
+
+@weight_format
+@dataclass(frozen=True)
+class IntegerFormat(IntegerCodes):
+    """`w{2|3|4|8}a{16|8|4}[_g{16..1024}|_pc|_pt][_asym][_dyn|_static][_int]`: (code - zero_point) * scale.
+
+    Integer activations need `_dyn` (per token) or `_static` (per tensor); `_dyn` is what plain `w4a8` means. Without a
+    group, weights have one scale per output channel. `_int` is an `ExpandedFormat`.
+    """
+
+    stem = r"w(?P<w>\d+)a(?P<a>\d+)"
+    options = r"(?:_(?P<group>g\d+|pc|pt))?(?P<asym>_asym)?(?:_(?P<kind>dyn|static))?(?P<int>_int)?"
+    examples = ("w4a16_g32", "w4a16_g128_asym", "w3a16_g64", "w8a8_dyn", "w8a8_static", "w4a8_g128_int")
+    # A weight-only scheme without a group is what other tools mean by it: groups, because one scale per channel is too
+    # coarse for 4 bits and saves nothing in speed at 8. `_pc` asks for one scale per channel.
+    short = {
+        "w2a16": "w2a16_g64",
+        "w4a16": "w4a16_g128",
+        "w4a16_asym": "w4a16_g128_asym",
+        "w8a16": "w8a16_g32",
+        "w8a16_asym": "w8a16_g32_asym",
+        "w8a8": "w8a8_dyn",
+    }
+
+    @classmethod
+    def parse(cls, match: re.Match[str]) -> tuple[WeightFormat, ActivationFormat | None]:
+        name, bits, act, group = match.string, int(match["w"]), int(match["a"]), match["group"]
+        if bits not in (2, 3, 4, 8) or act not in (4, 8, 16):
+            raise RecipeError(
+                f"scheme {name!r} asks for {bits}-bit weights and {act}-bit activations",
+                remedy=f"Schemes are {', '.join(cls.examples)} and the like",
+            )
+        size = {None: PER_CHANNEL, "pc": PER_CHANNEL, "pt": PER_TENSOR}.get(group)
+        if size is None:
+            size = group_size(match, group[1:])
+        if act == 16 and (match["kind"] or match["int"]):
+            what = match["kind"] or "int"
+            raise RecipeError(f"scheme {name!r} quantizes no activations, so {what.strip('_')} means nothing")
+        kind = {"dyn": "dynamic", "static": "static", None: "dynamic"}[match["kind"]]
+        activation = None if act == 16 else ActivationFormat(kind, act)
+        weight = (ExpandedFormat if match["int"] else IntegerFormat)(bits, size, match["asym"] is None)
+        _check(name, weight, activation)
+        return weight, activation
+
+    def scales(self, w: Tensor) -> tuple[Tensor, Tensor | None]:
+        return weight_scales(w, self)
+
+    def clipped_scales(self, w: Tensor, importance: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        return search_clip(w, self, importance)
+
+    def family(self, activation: ActivationFormat | None) -> str:
+        if activation is None:
+            return "w8a16" if self.bits == 8 else "w4a16_g128"
+        if self.bits == 8:
+            return "w8a8_static" if activation.kind == "static" else "w8a8_dyn"
+        return "w4a8_g128" if self.group_size > 0 else "w4a8"
 
 
 @dataclass(frozen=True)

@@ -70,5 +70,6 @@ def full_name(name: str) -> str:
 
 
 def offered(named: Iterable[str]) -> list[Scheme]:
-    """What mixed precision chooses from: the schemes that a target names, and those that formats name."""
-    return [Scheme.parse(name) for name in (*named, *(own for cls in weight_formats() for own in cls.candidates))]
+    """What mixed precision chooses from: the schemes that are named, and those that formats name, each once."""
+    every = (*named, *(own for cls in weight_formats() for own in cls.candidates))
+    return [Scheme.parse(name) for name in dict.fromkeys(every)]

@@ -1,0 +1,26 @@
+"""MXFP4: E2M1 numbers, one power of two for every 32 features (OCP Microscaling Formats 1.0)."""
+
+import re
+from dataclasses import dataclass, field
+
+from ..grids import ActivationFormat
+from .base import weight_format
+from .small_floats import MicroscaledFormat
+
+
+@weight_format
+@dataclass(frozen=True)
+class MXFP4(MicroscaledFormat):
+    """`mxfp4`."""
+
+    bits: int = field(default=4, init=False)
+    group_size: int = field(default=32, init=False)
+    name = stem = "mxfp4"
+    examples = ("mxfp4",)
+
+    @classmethod
+    def parse(cls, match: re.Match[str]) -> tuple["MXFP4", ActivationFormat | None]:
+        return cls(), None
+
+    def family(self, activation: ActivationFormat | None) -> str:
+        return "mxfp4"
