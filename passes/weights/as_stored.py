@@ -1,6 +1,6 @@
 """The codes that a checkpoint holds: nothing is rounded, and every weight is compared with its method's own formula."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -62,7 +62,7 @@ class KeepCodes(GraphPass):
     preserves_values: ClassVar[bool] = True
 
     def call(self, module: GraphModule, context: Context) -> PassResult:
-        result, reordered, offsets = PassResult(), _Reordered(module), _Offsets(module)
+        result, inputs, offsets = PassResult(), _Inputs(module), _Offsets(module)
         for linear in linears(module.graph):
             decided = self.plan.get(linear.name)
             if decided is None or (decided.scheme is None and decided.given is None):
@@ -78,14 +78,17 @@ class KeepCodes(GraphPass):
             if isinstance(found, Tensor):
                 result.skipped.append(SiteRecord(linear.name, decided.reason))
                 continue
+            if found.factor is not None:
+                inputs.multiply(linear, found.factor)
             if found.order is not None:
-                linear = reordered.read_by(linear, found.order)
+                inputs.reorder(linear, found.order)
             if found.input_scale is not None:
                 context.handover.input_scales[linear.name] = found.input_scale
             value = linear.input
             insert_weight(module, linear, found.weight)
             if found.offset is not None:
-                offsets.add(linear.name, value, found.offset, found.weight.format.group_size)
+                size = found.weight.format.group_size
+                offsets.add(linear.name, value, found.offset, size if size > 0 else linear.shape[1])
             result.changed.append(SiteRecord(linear.name, f"{decided.chosen.name}, {decided.reason}"))
         finish(module)
         return result
@@ -116,26 +119,39 @@ def _weight(module: GraphModule, linear: Linear) -> Tensor:
     return get_tensor(module, linear.weight)
 
 
-class _Reordered:
-    """Inputs in the order of the codes that read them: one for all linears of one value and one order."""
+class _Inputs:
+    """What codes read instead of the inputs: one for all linears of one value that ask for the same."""
 
     def __init__(self, module: GraphModule):
         self._module = module
-        self._made: list[tuple[Node, Order, Node]] = []
+        self._made: list[tuple[Node, Tensor, Node]] = []
 
-    def read_by(self, linear: Linear, order: Order) -> Linear:
-        """The same linear, reading its input in this order."""
+    def reorder(self, linear: Linear, order: Order) -> None:
+        """Let a linear read its input in an order of features."""
+
+        def take(value: Node, features: Node) -> Node:
+            return call(self._module.graph, aten.index_select.default, (value, -1, features), like=value)
+
+        node = self._replace(linear, "input_order", order.features, take)
+        node.meta[Meta.REORDERED] = True
+
+    def multiply(self, linear: Linear, factor: Tensor) -> None:
+        """Let a linear read its input times a factor for each feature."""
+
+        def times(value: Node, factors: Node) -> Node:
+            return call(self._module.graph, aten.mul.Tensor, (value, factors), like=value)
+
+        self._replace(linear, "input_factor", factor, times)
+
+    def _replace(self, linear: Linear, what: str, tensor: Tensor, make: Callable[[Node, Node], Node]) -> Node:
         value, graph = linear.input, self._module.graph
-        same = (n for v, o, n in self._made if v is value and torch.equal(o.features, order.features))
-        node = next(same, None)
+        node = next((n for v, t, n in self._made if v is value and torch.equal(t, tensor)), None)
         if node is None:
             with graph.inserting_before(linear.node):
-                features = add_tensor(graph, f"{linear.name}.input_order", order.features)
-                node = call(graph, aten.index_select.default, (value, -1, features), like=value)
-            node.meta[Meta.REORDERED] = True
-            self._made.append((value, order, node))
+                node = make(value, add_tensor(graph, f"{linear.name}.{what}", tensor))
+            self._made.append((value, tensor, node))
         linear.node.replace_input_with(value, node)
-        return linear
+        return node
 
 
 class _Offsets:

@@ -74,9 +74,10 @@ class Checkpoint:
         for file in files.read:
             try:
                 with safe_open(folder / file, framework="pt") as handle:
+                    metadata = handle.metadata() or {}
                     for name in handle.keys():  # noqa: SIM118  a handle is no mapping
                         part = handle.get_slice(name)
-                        self._stored[name] = _Stored(part.get_dtype(), tuple(part.get_shape()), file)
+                        self._stored[name] = _Stored(part.get_dtype(), tuple(part.get_shape()), file, metadata=metadata)
             except (SafetensorError, OSError) as error:
                 raise InputError(
                     f"cannot be read ({error})", place=str(folder / file),

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 _NAMES = {  # of dtypes, as safetensors calls them
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
     torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
-    torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2",
+    torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2", torch.float8_e8m0fnu: "F8_E8M0",
 }  # fmt: skip
 
 
@@ -28,10 +29,14 @@ def formula_tensors(folder: "ModelFolder", codes: CodedCheckpoint | None) -> dic
     The whole checkpoint is in memory.
     """
     stored: dict[str, Tensor] = {}
+    headers: dict[str, Header] = {}
     for file in weight_files(folder.path, folder.stated_weights).read:
-        stored |= load_file(folder.path / file)
+        read = load_file(folder.path / file)
+        with safe_open(folder.path / file, framework="pt") as handle:
+            headers |= _headers(read, handle.metadata() or {})
+        stored |= read
     made = {}
-    for weight in codes.find(_headers(stored), stored.__getitem__) if codes else ():
+    for weight in codes.find(headers, stored.__getitem__) if codes else ():
         made[weight.name] = weight.formula(stored.__getitem__).float()
         for part in weight.parts:
             stored.pop(part, None)
@@ -64,5 +69,5 @@ def _adapted(base: dict[str, Tensor], adapter: Adapter) -> dict[str, Tensor]:
     return changed
 
 
-def _headers(stored: Mapping[str, Tensor]) -> dict[str, Header]:
-    return {name: Header(_NAMES[t.dtype], tuple(t.shape)) for name, t in stored.items()}
+def _headers(stored: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, Header]:
+    return {name: Header(_NAMES[t.dtype], tuple(t.shape), metadata=metadata) for name, t in stored.items()}

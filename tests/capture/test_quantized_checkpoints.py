@@ -15,7 +15,7 @@ from qexport.models.quantized import codes_of
 from qexport.models.source import open_model
 
 CONFIGS = {  # what a config says, and what the sentence names
-    "modelopt": ({"quant_method": "modelopt", "quant_algo": "NVFP4"}, r"ModelOpt \(NVFP4\)"),
+    "modelopt": ({"quant_method": "modelopt", "quant_algo": "W4A8_NVFP4_FP8"}, r"ModelOpt \(W4A8_NVFP4_FP8\)"),
     "mxfp4": ({"quant_method": "mxfp4"}, "MXFP4"),
     "eetq": ({"quant_method": "eetq"}, "EETQ"),
     "unknown": ({"quant_method": "new-method", "bits": 3}, r"new-method \(3 bits\)"),
@@ -38,8 +38,8 @@ def test_the_method_is_named(tmp_path, form):
 
 @pytest.mark.parametrize(("files", "named"), [
     ({"config": {"quantization": {"group_size": 64, "bits": 4}}}, r"MLX \(4 bits\), as quantization in config.json"),
-    ({"config": {"text_config": {"quantization_config": {"quant_method": "hqq"}}}}, "HQQ, as text_config.quanti"),
-    ({"hf_quant_config": {"quantization": {"quant_algo": "NVFP4"}}}, r"ModelOpt \(NVFP4\), as hf_quant_config.json"),
+    ({"config": {"text_config": {"quantization_config": {"quant_method": "vptq"}}}}, "VPTQ, as text_config.quanti"),
+    ({"hf_quant_config": {"quantization": {"quant_algo": "FP3"}}}, r"ModelOpt \(FP3\), as hf_quant_config.json"),
 ], ids=["mlx", "part", "modelopt"])  # fmt: skip
 def test_other_places_where_it_is_said(tmp_path, files, named):
     with pytest.raises(InputError, match=named):
@@ -56,6 +56,8 @@ def test_other_places_where_it_is_said(tmp_path, files, named):
     ({"config": {"quantization_config": {"quant_method": "auto-round", "bits": 4, "group_size": 128}}},
      "AutoRound, 4 bits in groups of 128"),
     ({"hf_quant_config": {"quantization": {"quant_algo": "FP8"}}}, "FP8"),
+    ({"hf_quant_config": {"quantization": {"quant_algo": "NVFP4"}}}, "ModelOpt, NVFP4"),
+    ({"config": {"text_config": {"quantization_config": {"quant_method": "hqq"}}}}, "HQQ, settings by linear"),
     ({"config": {"quantization_config": {"load_in_8bit": True}}}, "bitsandbytes, int8"),
     ({"config": {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True,
                                          "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}}},
@@ -67,7 +69,8 @@ def test_other_places_where_it_is_said(tmp_path, files, named):
         "input_activations": {"num_bits": 8, "dynamic": True}}}}}},
      "compressed-tensors, pack-quantized: int4 in groups of 128 with dynamic int8 inputs"),
 ], ids=[
-    "gptq", "gptq's file", "part", "awq's file", "auto-round", "modelopt", "int8", "nf4", "fp8", "compression"
+    "gptq", "gptq's file", "part", "awq's file", "auto-round", "modelopt", "nvfp4", "hqq", "int8", "nf4", "fp8",
+    "compression",
 ])  # fmt: skip
 def test_methods_that_are_read(tmp_path, files, described):
     assert codes_of(say(tmp_path, **files), "model").described == described

@@ -19,6 +19,9 @@ from qexport.recipe.recipe import Recipe
 
 KINDS = {"attn_q": "Q8_0", "ffn_up": "Q5_0", "ffn_down": "Q4_1"}
 
+FLOATS = {"Q6_K": (208,), "Q2_K": (80, 82), "Q3_K": (108,), "TQ2_0": (64,), "MXFP4": ()}  # where scales of blocks lie
+ENDS = {"TQ2_0": (-1, 1), "IQ4_NL": (-127, 113), "IQ4_XS": (-127, 113), "MXFP4": (-12, 12)}  # of codes
+
 
 def kind(name):
     """Of a tensor of a file: several of linears, no blocks of others."""
@@ -38,7 +41,9 @@ def test_any_bytes_are_what_gguf_says(kind):
     size, width = GGML_QUANT_SIZES[GGMLQuantizationType[kind]]
     random = np.random.default_rng(0)
     blocks = random.integers(0, 256, (6, 2, width), dtype=np.uint8)
-    for at in (208,) if kind == "Q6_K" else (0, 2) if BLOCKS[kind].minimum else (0,):
+    if kind == "TQ2_0":
+        blocks &= blocks >> 1 & 0x55 ^ 0xFF  # no code is 3
+    for at in FLOATS.get(kind, (0, 2) if BLOCKS[kind].minimum else (0,)):
         blocks[..., at : at + 2] = random.normal(size=(6, 2, 1)).astype(np.float16).view(np.uint8)
     weight, read = weight_of(kind, torch.from_numpy(blocks.reshape(6, 2 * width)))
     found = weight.decode(read)
@@ -46,6 +51,9 @@ def test_any_bytes_are_what_gguf_says(kind):
     assert torch.equal(found.dequantize().double(), weight.formula(read)) and found.weight.format.symmetric
     assert found.weight.format.group_size == BLOCKS[kind].group
     low, high = found.weight.codes.min(), found.weight.codes.max()
+    if kind in ENDS:
+        assert (int(low), int(high)) == ENDS[kind]
+        return
     assert (int(low), int(high)) == (-(1 << BLOCKS[kind].bits - 1), (1 << BLOCKS[kind].bits - 1) - 1)
 
 
@@ -83,16 +91,17 @@ def test_blocks_in_the_exported_file(model_folder, tmp_path):
 
 
 @pytest.mark.parametrize("others", [("ffn_down",), ("ffn_down", "ffn_up", "ffn_gate", "attn_output")])
-def test_blocks_of_other_types_become_float(model_folder, tmp_path, others):
+def test_blocks_of_other_types_become_float(model_folder, tmp_path, others, monkeypatch):
     """A sentence names them; where they are most, the whole file becomes float."""
+    monkeypatch.delitem(BLOCKS, "Q5_1")
 
     def types(name):
-        return "MXFP4" if name.split(".")[-2] in others else kind(name)
+        return "Q5_1" if name.split(".")[-2] in others else kind(name)
 
     folder = open_model(write_gguf(model_folder("llama"), tmp_path / "t.gguf", kind=types), cache=tmp_path / "cache")
     if len(others) == 1:
-        assert "MXFP4" not in folder.codes.described
-        assert any("linears in MXFP4 become float" in note for note in folder.notes)
+        assert "Q5_1" not in folder.codes.described
+        assert any("linears in Q5_1 become float" in note for note in folder.notes)
     else:
         assert folder.codes is None and not folder.notes
     assert not hasattr(folder.config, "quantization_config")

@@ -91,7 +91,7 @@ class AWQWeight(CodedWeight):
 
     def decode(self, read: Read) -> Given | Tensor:
         qweight, qzeros, scales = (read(part) for part in self.parts)
-        codes, zeros = (_in_order(unpack_words(words, 4)) for words in (qweight, qzeros))
+        codes, zeros = (in_order(unpack_words(words, 4)) for words in (qweight, qzeros))
         scale = scales.t().float().contiguous()
         if self.scheme is None:
             at = torch.arange(self.grid.columns) // self.grid.group
@@ -111,7 +111,7 @@ class AWQWeight(CodedWeight):
         return torch.from_numpy(np.stack(rows))
 
 
-def _in_order(columns: Tensor) -> Tensor:
+def in_order(columns: Tensor) -> Tensor:
     """Codes [rows, N], eight by eight as they lie in words, as [N, rows] in the order of the features."""
     rows, n = columns.shape
     out = torch.empty_like(columns).view(rows, n // 8, 8)

@@ -8,7 +8,7 @@ shares nothing with `decode`: an export compares the two.
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, ClassVar, Self, TypeVar
 
@@ -22,15 +22,23 @@ from ...quant.formats import QuantizedWeight, Scheme
 Section = Mapping[str, Any]  # what a config says of how weights were quantized
 Read = Callable[[str], Tensor]  # a tensor of the checkpoint as it is stored, by name
 
+CACHE_LEFT_OUT = (
+    "the checkpoint's settings for a quantized cache are left out: the cache stays float, or is 8 bits by a recipe "
+    "that says so"
+)
 REQUANTIZE = "Export it with --requantize RECIPE, which goes through float, or export the float model it was made from"
 
 
 @dataclass(frozen=True)
 class Header:
-    """What a file says of a tensor before it is read: its dtype, as safetensors calls it, and its shape."""
+    """What a file says of a tensor before it is read: its dtype, as safetensors calls it, and its shape.
+
+    metadata: what the header of the file says besides, of whatever it is.
+    """
 
     dtype: str
     shape: tuple[int, ...]
+    metadata: Mapping[str, str] = field(default_factory=dict, repr=False, compare=False, kw_only=True)
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,20 +67,27 @@ class Given:
         order: of their columns; None where it is that of the input features.
         input_scale: of its input, where that is rounded with one calibrated scale.
         offset: float64 [N, G], what is added to every weight of a group; None where codes and scales are all.
+        factor: float32 [K], by which the input is multiplied first; None for nothing.
     """
 
     weight: QuantizedWeight
     order: Order | None = None
     input_scale: float | None = None
     offset: Tensor | None = None
+    factor: Tensor | None = None
 
     def dequantize(self) -> Tensor:
         """The float32 weight [N, K], its columns in the order of the input features."""
         values = self.weight.dequantize()
         if self.offset is not None:
-            size = self.weight.format.group_size
-            values = (values.double() + self.offset.repeat_interleave(size, 1)).float()
-        return values if self.order is None else self.order.undo(values)
+            scale, size = self.weight.scale.double(), self.weight.format.group_size
+            size = size if size > 0 else values.shape[1]
+            # In float64, as a sum may be near 0: it is rounded once.
+            values = self.weight.codes.double() * scale.repeat_interleave(size, 1)
+            values = (values + self.offset.repeat_interleave(size, 1)).float()
+        if self.order is not None:
+            values = self.order.undo(values)
+        return values if self.factor is None else values * self.factor
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """BitNet b1.58 (arXiv 2402.17764) as transformers writes it: every weight is -1, 0 or 1 times one scale.
 
-    weight        uint8 [N / 4, K]  code + 1 of rows r, r + N / 4, r + N / 2, r + 3N / 4, the first in the lowest bits
-    weight_scale  float [1]         codes are multiplied by it, or divided by that of BitLinear
+weight        uint8 [N / 4, K]  code + 1 of rows r, r + N / 4, r + N / 2, r + 3N / 4, the first in the lowest bits
+weight_scale  float [1]         codes are multiplied by it, or divided by that of BitLinear
 """
 
 from collections.abc import Mapping

@@ -8,6 +8,8 @@ pack-quantized: integers of 1 to 8 bits, plus half their range so that none is n
     weight_g_idx       int32 [K]                   the group of each input feature, as old versions wrote it
 int-quantized, naive-quantized: weight int8 [N, K], weight_scale, and weight_zero_point int8 shaped like it
 float-quantized: weight float8 [N, K], weight_scale [1], [N, 1], or one for each block
+nvfp4-pack-quantized, mxfp4-pack-quantized: weight_packed uint8, see four_bit_floats.py; weight_global_scale float [1],
+by which the scales of the former are divided
 
 weight = (code - zero point) * scale
 """
@@ -24,6 +26,7 @@ from torch import Tensor
 from ...errors import CaptureError
 from ...quant.packing import unpack_words
 from .base import (
+    CACHE_LEFT_OUT,
     REQUANTIZE,
     CodedCheckpoint,
     CodedWeight,
@@ -36,7 +39,8 @@ from .base import (
     expect,
     siblings,
 )
-from .grids import StoredGrid
+from .four_bit_floats import FourBitFloats
+from .grids import FLOAT_INPUTS, StoredGrid
 from .scaled_floats import FLOAT8, ScaledFloats
 
 _DENSE = ("dense", None)
@@ -84,10 +88,7 @@ class CompressedTensors(CodedCheckpoint):
     def notes(self) -> tuple[str, ...]:
         if not self.cache:
             return ()
-        return (
-            "the checkpoint's settings for a quantized cache are left out: the cache stays float, or is 8 bits by a "
-            "recipe that says so",
-        )
+        return (CACHE_LEFT_OUT,)
 
     def find(self, tensors: Mapping[str, Header], read: Read) -> list[CodedWeight]:
         found: list[CodedWeight] = [
@@ -99,8 +100,10 @@ class CompressedTensors(CodedCheckpoint):
                 found.append(self._floats(path, name, tensors) if dtype in FLOAT8 else self._plain(path, name, tensors))
         return found
 
-    def _packed(self, path: str, name: str, tensors: Mapping[str, Header], read: Read) -> "IntegerWeight":
+    def _packed(self, path: str, name: str, tensors: Mapping[str, Header], read: Read) -> CodedWeight:
         group = self._group(path)
+        if group["weights"].get("type") == "float" and tensors[name].dtype == "U8":
+            return self._four_bit_floats(path, name, group, tensors)
         bits = group["weights"].get("num_bits", 8)
         if tensors[name].dtype != "I32" or group["weights"].get("type", "int") != "int" or bits not in range(2, 9):
             raise CaptureError(f"is no matrix of int32 words of {bits}-bit integers", place=name, remedy=REQUANTIZE)
@@ -123,16 +126,19 @@ class CompressedTensors(CodedCheckpoint):
     ) -> "IntegerWeight":  # fmt: skip
         (n, k), said = shape, group["weights"]
         scale = f"{path}.weight_scale"
-        if said.get("strategy") == "block" or scale not in tensors:
-            raise CaptureError("is of integers in blocks, which are not read", place=name, remedy=REQUANTIZE)
-        size = said.get("group_size") or -1
+        if scale not in tensors:
+            raise CaptureError("is not in the checkpoint, beside the other parts of a quantized weight", place=scale)
+        block = said.get("block_structure") if said.get("strategy") == "block" else None
+        high, size = block or (1, said.get("group_size") or -1)
         grid = StoredGrid(bits, size if 0 < size < k else k, bool(said.get("symmetric", True)), k)
         one = tensors[scale].shape in ((1,), (1, 1), ()) and grid.groups == 1
         if not one:
-            expect(tensors, scale, (n, grid.groups))
+            expect(tensors, scale, (-(-n // high), grid.groups))
         zero: tuple[str, ...] = ()
         if not grid.symmetric:
-            rows = -(-n * bits // 32) if name.endswith("_packed") else n
+            rows = -(-n * bits // 32) if name.endswith("_packed") else -(-n // high)
+            if high > 1 and name.endswith("_packed"):
+                raise CaptureError("has packed zero points of blocks, which are not read", place=name)
             zero = (f"{path}.weight_zero_point",)
             if not one:
                 expect(tensors, zero[0], (rows, grid.groups))
@@ -143,7 +149,8 @@ class CompressedTensors(CodedCheckpoint):
         if f"{path}.weight_g_idx" in more and scheme is not None and grid.groups > 1:
             kept += ", input features in the order of their groups"
         return IntegerWeight(
-            f"{path}.weight", shape, (name, scale, *zero, *more, *spare), scheme, kept, tensors[scale].dtype, grid, path
+            f"{path}.weight", shape, (name, scale, *zero, *more, *spare), scheme, kept, tensors[scale].dtype, grid,
+            path, high,
         )  # fmt: skip
 
     def _floats(self, path: str, name: str, tensors: Mapping[str, Header]) -> ScaledFloats:
@@ -151,6 +158,18 @@ class CompressedTensors(CodedCheckpoint):
         block = group["weights"].get("block_structure")
         spare = beside(tensors, path, _UNREAD)
         return ScaledFloats.at(name, f"{path}.weight_scale", tensors, tuple(block) if block else None, spare)
+
+    def _four_bit_floats(
+        self, path: str, name: str, group: Mapping[str, Any], tensors: Mapping[str, Header]
+    ) -> FourBitFloats:  # fmt: skip
+        scale, second = f"{path}.weight_scale", f"{path}.weight_global_scale"
+        others = beside(tensors, path, ("input_global_scale", "weight_shape", *_UNREAD))
+        if scale not in tensors:
+            raise CaptureError("is not in the checkpoint, beside the other parts of a quantized weight", place=scale)
+        return FourBitFloats.at(
+            f"{path}.weight", name, scale, tensors, second if second in tensors else "", divides=True, others=others,
+            note=FLOAT_INPUTS if group.get("input_activations") else "",
+        )  # fmt: skip
 
     def _group(self, path: str) -> Mapping[str, Any]:
         """The settings of a module: by its own name, else by a pattern, else by its class.
@@ -193,7 +212,7 @@ def _inputs(group: Mapping[str, Any], scaled: bool) -> tuple[str, str]:
     if not said:
         return "", ""
     if said.get("type", "int") != "int" or said.get("num_bits", 8) != 8 or not said.get("symmetric", True):
-        return "", ", but inputs stay float: no kernel takes them as the config has them"
+        return "", FLOAT_INPUTS
     if said.get("dynamic"):
         return "dyn", ""
     return ("static", "") if scaled else ("", ", but inputs stay float: there is no scale for them")
@@ -206,10 +225,12 @@ class IntegerWeight(CodedWeight):
     Attributes:
         grid: of its codes.
         path: of its module.
+        high: rows that share scales.
     """
 
     grid: StoredGrid
     path: str
+    high: int = 1
 
     def decode(self, read: Read) -> Given | Tensor:
         bits, (n, k) = self.grid.bits, self.shape
@@ -218,8 +239,9 @@ class IntegerWeight(CodedWeight):
         zeros = None
         if not self.grid.symmetric:
             at = read(f"{self.path}.weight_zero_point")
-            zeros = _unpacked(at.t().contiguous(), bits, n).t() if self._packed else _raised(at.view(-1, 1), bits)
-            zeros = zeros.expand(n, self.grid.groups).contiguous()
+            packed = _unpacked(at.t().contiguous(), bits, n).t() if self._packed else None
+            zeros = self._rows(_raised(at.reshape(-1, self.grid.groups), bits) if packed is None else packed)
+            zeros = zeros.contiguous()
         order = None
         if (of_group := f"{self.path}.weight_g_idx") in self.parts:
             order = self.grid.order(read(of_group).long(), of_group)
@@ -244,7 +266,9 @@ class IntegerWeight(CodedWeight):
         zero: Any = 0
         if not self.grid.symmetric:
             at = read(f"{self.path}.weight_zero_point").numpy()
-            zero = _fields(at.T, bits, n).T - (1 << (bits - 1)) if self._packed else at.astype(np.int64).reshape(-1, 1)
+            zero = _fields(at.T, bits, n).T - (1 << (bits - 1)) if self._packed else at.astype(np.int64)
+            zero = zero if self._packed else zero.reshape(-1, self.grid.groups)
+            zero = np.repeat(zero, self.high, axis=0)[:n]
             zero = zero[:, group] if zero.shape[1] > 1 else zero
         scale = self._scale(read).double().numpy()
         return torch.from_numpy((code - zero) * scale[:, group])
@@ -254,8 +278,11 @@ class IntegerWeight(CodedWeight):
         return self.parts[0].endswith("_packed")
 
     def _scale(self, read: Read) -> Tensor:
-        """[N, G], also of one for all."""
-        return read(self.parts[1]).reshape(-1, self.grid.groups).expand(self.shape[0], -1)
+        return self._rows(read(self.parts[1]).reshape(-1, self.grid.groups))
+
+    def _rows(self, stored: Tensor) -> Tensor:
+        """[N, G], also of one for all or for some rows."""
+        return stored.repeat_interleave(self.high, 0)[: self.shape[0]].expand(self.shape[0], -1)
 
 
 def _unpacked(words: Tensor, bits: int, count: int) -> Tensor:

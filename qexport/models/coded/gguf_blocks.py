@@ -10,10 +10,20 @@
     Q5_K    the same with 256 high bits before the codes
     Q6_K    256 weights: 128 bytes of low and 64 of high bits, a signed byte s for every 16, float16 d;
             weight = d * s * (code - 32)
+    Q2_K    256 weights: 4 bits s and t for every 16 in a byte, 64 bytes of codes, float16 d and e;
+            weight = d * s * code - e * t
+    Q3_K    256 weights: 32 bytes of high and 64 of low bits, 6 bits s for every 16 in 12 bytes, float16 d;
+            weight = d * (s - 32) * (code - 4)
+    TQ2_0   256 weights: 64 bytes of codes, float16 d;                    weight = d * (code - 1)
+    IQ4_NL  32 weights: float16 d, 16 bytes of codes;                     weight = d * table[code]
+    IQ4_XS  256 weights: float16 d, 6 bits s for every 32 in 6 bytes, 128 bytes of codes;
+            weight = d * (s - 32) * table[code]
+    MXFP4   32 weights: a byte e, 16 bytes of codes of 4-bit floats;      weight = 2^(e - 127) * value
 
-A byte of the first four holds code i in its low half and code i + 16 in its high one; of Q4_K and Q5_K, code i and code
-i + 32 of every 64. Rows are whole blocks one after another; a tensor `path.q4_0`, uint8 [N, bytes of a row], stands for
-`path.weight` [N, K]. d * s has 19 bits at most, which float32 holds. Kernels count codes from the middle, and what that
+The numbers of the table are whole, and twice a 4-bit float is one: they are kept in 8 bits.
+A byte of the first four, of IQ4_NL, of MXFP4 and of 32 codes of IQ4_XS holds code i in its low half and code i + 16 in
+its high one; of Q4_K and Q5_K, code i and code i + 32 of every 64; of 2 bits, codes i, i + 32, i + 64 and i + 96. Rows
+are whole blocks one after another; a tensor `path.q4_0`, uint8 [N, bytes of a row], stands for `path.weight` [N, K]. d * s has 19 bits at most, which float32 holds. Kernels count codes from the middle, and what that
 leaves of a minimum (m or -e * t) is the offset of a group.
 """
 
@@ -26,9 +36,11 @@ from torch import Tensor
 
 from ...errors import CaptureError
 from .base import CodedCheckpoint, CodedWeight, Given, Header, Read, Section, coded_checkpoint, siblings
-from .grids import StoredGrid
+from .four_bit_floats import TWICE
+from .grids import OFFSETS, StoredGrid
 
 METHOD = "gguf"
+_TABLE = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
 
 # codes uint8 [blocks, weights], counting from 0; scales float32 [blocks, groups]; minimums float64 [blocks, groups]
 Parts = tuple[Tensor, Tensor, Tensor | None]
@@ -73,6 +85,54 @@ def _q6_k(blocks: Tensor) -> Parts:
     return low | (high << 4), _float16(blocks[:, 208:]) * blocks[:, 192:208].view(torch.int8).float(), None
 
 
+def _q2_k(blocks: Tensor) -> Parts:
+    of_group, (d, e) = blocks[:, :16], (_float16(blocks[:, at : at + 2]) for at in (80, 82))
+    return _quarters(blocks[:, 16:80]), d * (of_group & 15).float(), -e.double() * (of_group >> 4).double()
+
+
+def _q3_k(blocks: Tensor) -> Parts:
+    """High bits of 32 codes are bit 0 of the first 32 bytes, those of the next 32 bit 1 of them, and so on."""
+    high = torch.stack([(blocks[:, :32] >> run) & 1 for run in range(8)], 1).view(-1, 256)
+    low, rest = blocks[:, 96:104], blocks[:, 104:108]
+    scales = torch.cat((low & 15, low >> 4), 1) | torch.cat([((rest >> shift) & 3) << 4 for shift in (0, 2, 4, 6)], 1)
+    return _quarters(blocks[:, 32:96]) | (high << 2), _float16(blocks[:, 108:]) * (scales.float() - 32), None
+
+
+def _tq2_0(blocks: Tensor) -> Parts:
+    codes = _quarters(blocks[:, :64])
+    if bool((codes == 3).any()):
+        raise CaptureError("has codes that are no -1, 0 or 1", place="a block of TQ2_0")
+    return codes + 1, _float16(blocks[:, 64:]), None
+
+
+def _iq4_nl(blocks: Tensor) -> Parts:
+    return _of_table(_halves(blocks[:, 2:]), _TABLE), _float16(blocks[:, :2]), None
+
+
+def _iq4_xs(blocks: Tensor) -> Parts:
+    high = torch.cat([(blocks[:, 2:4] >> shift) & 3 for shift in (0, 2, 4, 6)], 1).view(-1, 4, 2)
+    low = torch.stack((blocks[:, 4:8] & 15, blocks[:, 4:8] >> 4), 2).view(-1, 8)
+    scales = low | (high.transpose(1, 2).reshape(-1, 8) << 4)
+    codes = _of_table(_halves(blocks[:, 8:].reshape(-1, 16)), _TABLE).view(-1, 256)
+    return codes, _float16(blocks[:, :2]) * (scales.float() - 32), None
+
+
+def _mxfp4(blocks: Tensor) -> Parts:
+    scale = torch.exp2(blocks[:, :1].double() - 128).float()
+    return _of_table(_halves(blocks[:, 1:]), TWICE), scale, None
+
+
+def _of_table(codes: Tensor, table: tuple[int, ...]) -> Tensor:
+    """The numbers of a table, counting from -128."""
+    return torch.tensor([value + 128 for value in table], dtype=torch.uint8)[codes.long()]
+
+
+def _quarters(packed: Tensor) -> Tensor:
+    """Four runs of 32 codes of 2 bits to 32 bytes."""
+    packed = packed.reshape(-1, 2, 32)
+    return torch.stack([(packed >> shift) & 3 for shift in (0, 2, 4, 6)], 2).view(-1, 256)
+
+
 def _halves(packed: Tensor) -> Tensor:
     return torch.cat((packed & 15, packed >> 4), 1)
 
@@ -110,6 +170,7 @@ class _Block:
         scale_dtype: of what scales and offsets are, as safetensors calls it.
         parts: reads blocks, uint8 [blocks, width].
         minimum: groups have one.
+        kept: how, where codes are numbers of a table.
     """
 
     width: int
@@ -119,8 +180,10 @@ class _Block:
     scale_dtype: str
     parts: Callable[[Tensor], Parts]
     minimum: bool = False
+    kept: str = ""
 
 
+_IN_8_BITS = "a table of 4 bits as integers of 8"
 BLOCKS = {  # by what gguf calls a type
     "Q4_0": _Block(18, 32, 4, 32, "F16", _q4_0),
     "Q4_1": _Block(20, 32, 4, 32, "F32", _q4_1, True),
@@ -130,6 +193,12 @@ BLOCKS = {  # by what gguf calls a type
     "Q4_K": _Block(144, 256, 4, 32, "F32", _q4_k, True),
     "Q5_K": _Block(176, 256, 5, 32, "F32", _q5_k, True),
     "Q6_K": _Block(210, 256, 6, 16, "F32", _q6_k),
+    "Q2_K": _Block(84, 256, 2, 16, "F32", _q2_k, True),
+    "Q3_K": _Block(110, 256, 3, 16, "F32", _q3_k),
+    "TQ2_0": _Block(66, 256, 2, 256, "F16", _tq2_0),
+    "IQ4_NL": _Block(18, 32, 8, 32, "F16", _iq4_nl, kept=_IN_8_BITS),
+    "IQ4_XS": _Block(136, 256, 8, 32, "F32", _iq4_xs, kept=_IN_8_BITS),
+    "MXFP4": _Block(17, 32, 8, 32, "BF16", _mxfp4, kept=_IN_8_BITS),
 }
 
 
@@ -184,8 +253,10 @@ def _at(name: str, part: str, header: Header, kind: str) -> "BlocksWeight":
     n, k = header.shape[0], header.shape[1] // block.width * block.size
     grid = StoredGrid(block.bits, block.group, symmetric=True, columns=k)
     scheme, kept = grid.container()
+    if block.kept and scheme is not None:
+        kept = block.kept
     if block.minimum and scheme is not None:
-        kept += ", and the minimums of groups in a product beside it"
+        kept += OFFSETS
     return BlocksWeight(name, (n, k), (part,), scheme, kept, block.scale_dtype, grid, kind)
 
 

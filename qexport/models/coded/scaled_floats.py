@@ -29,18 +29,20 @@ class ScaledFloats(CodedWeight):
     @classmethod
     def at(
         cls, name: str, scale: str, tensors: Mapping[str, Header], block: tuple[int, int] | None,
-        others: tuple[str, ...] = (),
+        others: tuple[str, ...] = (), stored: str = "",
     ) -> Self:  # fmt: skip
         """A weight, by the shape of its scale: one for all, one for each output feature, or one for each block.
 
         Args:
             block: rows and columns that share a scale, where the config names blocks.
             others: tensors beside it that mean nothing for its values.
+            stored: the tensor that holds it, where that goes by another name.
 
         Raises:
             CaptureError: the scale has another shape.
         """
-        (n, k), of_scale = tensors[name].shape, tensors[scale].shape
+        stored = stored or name
+        (n, k), of_scale = tensors[stored].shape, tensors[scale].shape
         if of_scale in ((), (1,), (1, 1)):
             block = (n, k)
         elif of_scale in ((n,), (n, 1)):
@@ -52,17 +54,17 @@ class ScaledFloats(CodedWeight):
                 remedy="The config does not belong to these weights",
             )  # fmt: skip
         kept = "no kernel takes 8-bit floats, so that it becomes float"
-        return cls(name, (n, k), (name, scale, *others), None, kept, tensors[scale].dtype, block)
+        return cls(name, (n, k), (stored, scale, *others), None, kept, tensors[scale].dtype, block)
 
     def decode(self, read: Read) -> Tensor:
-        values, scale = read(self.parts[0]).float(), read(self.parts[1]).float()
+        values, scale = read(self.parts[0]).float(), _scales(read(self.parts[1])).float()
         (n, k), (rows, columns) = self.shape, self.block
         scale = scale.reshape(-(-n // rows), -(-k // columns))
         return values * scale.repeat_interleave(rows, 0)[:n].repeat_interleave(columns, 1)[:, :k]
 
     def formula(self, read: Read) -> Tensor:
         """Block by block."""
-        values, scales = read(self.parts[0]).double(), read(self.parts[1]).double()
+        values, scales = read(self.parts[0]).double(), _scales(read(self.parts[1])).double()
         (n, k), (rows, columns) = self.shape, self.block
         flat, of_block = scales.flatten().tolist(), 0
         out = torch.empty_like(values)
@@ -72,3 +74,8 @@ class ScaledFloats(CodedWeight):
                 out[part] = values[part] * flat[of_block]
                 of_block += 1
         return out
+
+
+def _scales(stored: Tensor) -> Tensor:
+    """Of whatever dtype, as float numbers; uint8 ones are exponents."""
+    return stored.view(torch.float8_e8m0fnu) if stored.dtype == torch.uint8 else stored
