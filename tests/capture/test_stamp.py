@@ -13,6 +13,8 @@ from qexport.capture import trace
 from qexport.capture.layer_groups import LayerGroups, find_layers
 from qexport.errors import CaptureError
 
+pytestmark = pytest.mark.traced_anew
+
 SLIDING, FULL = "sliding_attention", "full_attention"
 KINDS = {  # of each family a config, and the layer that every layer is like
     "llama_bias": ({}, (0, 1, 1, 1)),

@@ -1,8 +1,9 @@
-"""torch.export of the same model once: nine tenths of what an export of a small model costs.
+"""Tracing of the same model once: nine tenths of what an export of a small model costs.
 
 What a call gave is given again to one that says the same: classes and attributes of every module of the model, values
-of its tensors, example inputs and options. Who reads a program takes a graph of its own from it, so that captures of
-one are as independent as those of two; its tensors are compared with what they were.
+of its tensors, example inputs and options. Who reads a program of torch.export takes a graph of its own from it, and
+who traces a language model gets blocks of its own, so that captures of one are as independent as those of two; their
+tensors are compared with what they were.
 
 What there is to trace is traced without torch's cache of the types of results, which holds few of sizes that are not
 known and takes a third of the time. But for the numbers in the names of nodes the graph is the same.
@@ -12,6 +13,7 @@ import hashlib
 import types
 from collections.abc import Hashable
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from functools import partial
 from unittest.mock import patch
 
@@ -19,30 +21,62 @@ import torch
 import torch._dynamo.config
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.export import ExportedProgram
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
 
-_LIBRARIES = ("torch", "transformers", "qexport")
+from qexport.capture import decoder
+from qexport.capture.trace import Traced
+from qexport.graph.edit import tensors_of
+
+_LIBRARIES = ("torch", "transformers", "qexport", "helpers")
 _FOLDER = ("_name_or_path", "name_or_path")  # that a model came from: no code of it reads them
 _HOOKS = ("hooks", "hooks_with_kwargs", "hooks_always_called")
 _APART = ("_modules", *_FOLDER)
 _export, _decompose = torch.export.export, ExportedProgram.run_decompositions
+_trace = decoder.trace_model
 _programs: dict[Hashable, tuple[ExportedProgram, Hashable]] = {}
 _decomposed: dict[int, ExportedProgram] = {}  # by the id of a program that is kept
+_models: dict[Hashable, tuple[Traced, Hashable]] = {}
 
 
 @contextmanager
 def remembered():
-    """While this lasts, torch.export gives again what it made in any such context of this process."""
+    """While this lasts, what was traced in any such context of this process is given again."""
     with ExitStack() as changes:
         changes.enter_context(patch.object(torch._dynamo.config, "fake_tensor_cache_enabled", False))
+        changes.enter_context(patch.object(decoder, "trace_model", _trace_once))
         changes.enter_context(patch.object(torch.export, "export", _export_once))
         changes.enter_context(patch.object(ExportedProgram, "run_decompositions", _decompose_once))
         yield
 
 
+def _trace_once(model: PreTrainedModel, aliases: dict[str, tuple[str, ...]], place: str) -> Traced:
+    if not _of_libraries(model):
+        return _trace(model, aliases, place)
+    key = _said([model, aliases])
+    if key not in _models:
+        traced = _trace(model, aliases, place)
+        _models[key] = traced, _held(traced)
+    traced, tensors = _models[key]
+    assert _held(traced) == tensors, "a capture or what came after it wrote into the tensors of a trace"
+    return replace(
+        traced, blocks=[block.copy() for block in traced.blocks], ids=[*traced.ids], pasts=[[*p] for p in traced.pasts],
+        presents=[[*p] for p in traced.presents], cache=[*traced.cache], constants={**traced.constants},
+        pieces={**traced.pieces},
+    )  # fmt: skip
+
+
+def _held(traced: Traced) -> Hashable:
+    return _said([traced.constants, [tensors_of(block.module) for block in traced.blocks]])
+
+
+def _of_libraries(model: torch.nn.Module) -> bool:
+    """Whether no code of a test is part of a model: what a call of that says and does besides is tested."""
+    return all(type(module).__module__.split(".")[0] in _LIBRARIES for module in model.modules())
+
+
 def _export_once(model: torch.nn.Module, args: tuple, kwargs: dict | None = None, **options):
-    if not all(type(module).__module__.split(".")[0] in _LIBRARIES for module in model.modules()):
-        return _export(model, args, kwargs, **options)  # of a test: what a call says and does besides is tested
+    if not _of_libraries(model):
+        return _export(model, args, kwargs, **options)
     key = _said([model, args, kwargs, options])
     if key not in _programs:
         program = _export(model, args, kwargs, **options)

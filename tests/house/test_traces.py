@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import qexport
-from helpers import traces
+from helpers import exports, traces
 from helpers.random_decoders import save_model
 from helpers.random_modules import save_encoder, save_seq2seq
 
@@ -27,11 +27,13 @@ def files(folder):
 def test_an_export_from_a_remembered_trace_has_the_same_bytes(family, tmp_path, monkeypatch):
     save, export = VERBS[family]
     model = save(family, tmp_path / "model")
-    monkeypatch.setattr(traces, "_programs", {})
+    remembered = {}, {}
+    monkeypatch.setattr(traces, "_programs", remembered[0])
+    monkeypatch.setattr(traces, "_models", remembered[1])
     export(model, "w4a16_g32_rtn", out_dir=tmp_path / "traced")
-    traced = len(traces._programs)
+    traced = tuple(map(len, remembered))
     export(model, "w4a16_g32_rtn", out_dir=tmp_path / "again")
-    assert len(traces._programs) == traced == (2 if family == "t5" else 1)
+    assert tuple(map(len, remembered)) == traced == (2 if family == "t5" else 1, int(save is save_model))
     assert files(tmp_path / "traced") == files(tmp_path / "again") != {}
 
 
@@ -60,3 +62,13 @@ def test_a_program_that_was_written_into_is_not_given_again(monkeypatch):
         program.state_dict["weight"] += 1
     with pytest.raises(AssertionError, match="wrote into"):
         torch.export.export(twin, example)
+
+
+def test_blocks_of_a_remembered_model_are_everybodys_own(model_folder):
+    one, other = (exports.capture(model_folder("llama")) for _ in range(2))
+    for mine, yours in zip(one.blocks, other.blocks, strict=True):
+        assert mine.module.graph is not yours.module.graph and str(mine.module.graph) == str(yours.module.graph)
+    for node in one.blocks[1].module.graph.nodes:
+        node.meta.clear()
+    third = exports.capture(model_folder("llama"))
+    assert all(node.meta for node in third.blocks[1].module.graph.nodes if node.op == "call_function")
