@@ -75,11 +75,13 @@ def cuda_placement(tmp_path_factory):
 
 
 @pytest.fixture
-def hears_interrupts():
+def hears_signals():
     """As in a terminal: a shell starts what runs in its background with interrupts ignored."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    hears = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+    before = {number: signal.signal(number, handler) for number, handler in hears.items()}
     yield
-    signal.signal(signal.SIGINT, before)
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture

@@ -530,7 +530,7 @@ def test_an_unexpected_error_keeps_its_traceback(run, monkeypatch):
 
 
 @pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
-def test_ctrl_c(model, tmp_path, hears_interrupts):
+def test_ctrl_c(model, tmp_path, hears_signals):
     command = [
         sys.executable,
         "-c",

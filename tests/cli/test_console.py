@@ -8,7 +8,7 @@ from qexport.cli.console import showing_progress
 
 
 @pytest.mark.parametrize("native", [None, ValueError])
-def test_an_interrupt_that_native_code_swallows_or_renames_is_not_lost(native, hears_interrupts):
+def test_an_interrupt_that_native_code_swallows_or_renames_is_not_lost(native, hears_signals):
     with pytest.raises(KeyboardInterrupt), showing_progress() as progress:
         try:
             signal.raise_signal(signal.SIGINT)

@@ -1,8 +1,10 @@
 """Ternary weights as transformers packs them are read as it unpacks them, and are 2-bit codes in the file."""
 
+from functools import partial
+from importlib import import_module
+
 import pytest
 import torch
-from transformers.integrations.bitnet import pack_weights, unpack_weights
 
 import qexport
 from helpers import coded_checkpoints as packers
@@ -16,16 +18,22 @@ from qexport.recipe.recipe import Recipe
 SAID = {"quant_method": "bitnet", "linear_class": "bitlinear", "quantization_mode": "offline"}
 
 
-def ternary(path, shape):
+@pytest.fixture(scope="module")
+def bitnet():
+    """Imported when it is wanted: it compiles a function, for which torch imports its compiler in two seconds."""
+    return import_module("transformers.integrations.bitnet")
+
+
+def ternary(bitnet, path, shape):
     """A linear at random, and the weight of it."""
     codes = torch.randint(-1, 2, shape, generator=torch.Generator().manual_seed(len(path)))
     scale = torch.tensor([11.3 + len(path) / 7])
-    return {".weight": pack_weights(codes.clone()), ".weight_scale": scale}, codes.double() / scale.double()
+    return {".weight": bitnet.pack_weights(codes.clone()), ".weight_scale": scale}, codes.double() / scale.double()
 
 
 @pytest.mark.parametrize("kind", ["bitlinear", "autobitlinear"])
-def test_codes(kind):
-    parts, _ = ternary("a", (24, 64))
+def test_codes(bitnet, kind):
+    parts, _ = ternary(bitnet, "a", (24, 64))
     tensors = {f"a{end}": tensor for end, tensor in parts.items()}
     headers = {"a.weight": Header("U8", (6, 64)), "a.weight_scale": Header("F32", (1,))}
     (weight,) = format_of(SAID | {"linear_class": kind}).find(headers, tensors.__getitem__)
@@ -33,7 +41,7 @@ def test_codes(kind):
     codes = GivenCodes(weight, tensors.__getitem__)
     found, scale = proved(codes), tensors["a.weight_scale"].item()
     with torch.compiler.set_stance("force_eager"):
-        want = unpack_weights(tensors["a.weight"], dtype=torch.float64)
+        want = bitnet.unpack_weights(tensors["a.weight"], dtype=torch.float64)
     assert isinstance(found, Given) and found.weight.format.bits == 2
     assert torch.equal(found.weight.codes.double(), want)
     torch.testing.assert_close(codes.formula(), want / scale if kind == "bitlinear" else want * scale)
@@ -49,9 +57,9 @@ def test_other_forms_are_refused(changes):
 
 
 @pytest.mark.slow
-def test_the_exported_file(tmp_path):
+def test_the_exported_file(bitnet, tmp_path):
     folder = save_model("llama", tmp_path / "model")
-    twin = packers.coded(folder, ternary, SAID)
+    twin = packers.coded(folder, partial(ternary, bitnet), SAID)
     recipe = Recipe.load("as_stored").model_copy(update={"accuracy_level": 1})
     result = qexport.export(folder, recipe, out_dir=tmp_path / "out")
     assert {entry.kernel for entry in result.manifest.linears} == {"MatMulNBits"}

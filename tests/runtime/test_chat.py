@@ -1,6 +1,6 @@
 """A conversation: what is remembered, what is forgotten, and what Ctrl-C leaves."""
 
-import subprocess
+import io
 import sys
 
 import pytest
@@ -57,8 +57,8 @@ def test_an_answer_that_is_stopped_stays_as_far_as_it_came(folder):
     assert talk.say("e")
 
 
-def test_the_command_line_reads_line_after_line(folder):
-    command = [sys.executable, "-m", "qexport", "chat", folder, "--max-new-tokens", "4", "--quiet"]
-    done = subprocess.run(command, input="bcd\n\n/forget\nbcd\n", capture_output=True, text=True)
-    first, second = done.stdout.splitlines()
-    assert done.returncode == 0 and first == second != "" and done.stderr == ""
+def test_the_command_line_reads_line_after_line(run, folder, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("bcd\n\n/forget\nbcd\n"))
+    code, out, err = run("chat", folder, "--max-new-tokens", "4", "--quiet")
+    first, second = out.splitlines()
+    assert code == 0 and first == second != "" and err == ""

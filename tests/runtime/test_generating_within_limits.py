@@ -1,8 +1,6 @@
 """Prompts, chats and lengths that do not fit are one sentence, and what was written stays."""
 
 import string
-import subprocess
-import sys
 
 import pytest
 from transformers import AutoTokenizer
@@ -70,8 +68,7 @@ def test_a_token_without_a_row_is_refused(folder, tmp_path):
         generate_text(tmp_path, "b<new>")
 
 
-def test_the_command_line_keeps_what_was_written(folder):
-    command = [sys.executable, "-m", "qexport", "generate", folder, "-p", words(12), "--max-new-tokens", "99"]
-    result = subprocess.run(command, capture_output=True, text=True)
-    assert result.returncode == 0 and result.stdout.endswith("\n") and len(result.stdout.strip()) > 0
-    assert result.stderr == "warning: stopped after 4 new tokens, where the model's context of 16 tokens ends\n"
+def test_the_command_line_keeps_what_was_written(run, folder):
+    code, out, err = run("generate", folder, "-p", words(12), "--max-new-tokens", "99")
+    assert code == 0 and out.endswith("\n") and len(out.strip()) > 0
+    assert err == "warning: stopped after 4 new tokens, where the model's context of 16 tokens ends\n"
