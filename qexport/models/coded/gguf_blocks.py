@@ -23,8 +23,9 @@
 The numbers of the table are whole, and twice a 4-bit float is one: they are kept in 8 bits.
 A byte of the first four, of IQ4_NL, of MXFP4 and of 32 codes of IQ4_XS holds code i in its low half and code i + 16 in
 its high one; of Q4_K and Q5_K, code i and code i + 32 of every 64; of 2 bits, codes i, i + 32, i + 64 and i + 96. Rows
-are whole blocks one after another; a tensor `path.q4_0`, uint8 [N, bytes of a row], stands for `path.weight` [N, K]. d * s has 19 bits at most, which float32 holds. Kernels count codes from the middle, and what that
-leaves of a minimum (m or -e * t) is the offset of a group.
+are whole blocks one after another; a tensor `path.q4_0`, uint8 [N, bytes of a row], stands for `path.weight` [N, K]. d
+* s has 19 bits at most, which float32 holds. Kernels count codes from the middle, and what that leaves of a minimum (m
+or -e * t) is the offset of a group.
 """
 
 from collections.abc import Callable, Mapping
