@@ -41,6 +41,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=16, help="calibration sequences of 256 tokens")
     parser.add_argument("--rows", nargs="+", default=["*"], help="shell patterns of the rows to measure")
     parser.add_argument("--threads", type=int, default=1, help="of an ONNX Runtime operator")
+    parser.add_argument("--no-speed", action="store_true", help="leave the last two columns empty")
     given = parser.parse_args()
 
     rows = {name: r for name, r in recipes(given.samples).items() if any(fnmatchcase(name, p) for p in given.rows)}
@@ -49,7 +50,8 @@ def main() -> None:
         text = choose_text(captured, given.text, given.windows, given.window, lambda *_: None)
         reference = FloatOutputs(captured, decoder_feeds(captured, text.windows), ("logits",))
         plain = Recipe(scheme="w8a8_dyn", overrides=(Override(match="*", scheme="float"),))
-        export(given.model, plain, out_dir=Path(place) / "float", progress=progress)
+        if not given.no_speed:
+            export(given.model, plain, out_dir=Path(place) / "float", progress=progress)
         first = True
         for name, recipe in rows.items():
             out = Path(place) / "out"
@@ -59,8 +61,7 @@ def main() -> None:
             run = deployed_logits(out, result.manifest, given.window, threads=given.threads)
             scores = compare_logits(reference, text.windows, run)
             del run  # closes the session before the file is replaced
-            against = out.with_name("float")
-            speed = bench(out, against, prompt_lengths=[128], decode_pasts=[128], repeats=3, threads=given.threads)
+            speed = [] if given.no_speed else speeds(out, out.with_name("float"), given.threads)
             if first:  # its float perplexity is found beside the first row's
                 print(f"{captured.folder.name}: {text.described}\n")
                 print_row(HEADER)
@@ -70,8 +71,7 @@ def main() -> None:
                 first = False
             print_row([
                 name, f"{sum(entry.bytes for entry in result.manifest.linears) / 1e6:.1f}", f"{scores.perplexity:.4g}",
-                f"{scores.kl_mean:.4g}", f"{100 * scores.top1_agreement:.1f} %", kernel(out),
-                f"{speed.ratios['prefill:128']:.2f}", f"{speed.ratios['decode:128']:.2f}",
+                f"{scores.kl_mean:.4g}", f"{100 * scores.top1_agreement:.1f} %", kernel(out), *(speed or ["", ""]),
             ])  # fmt: skip
 
 
@@ -82,6 +82,12 @@ def recipes(samples: int) -> dict[str, Recipe]:
         recipe = Recipe.load(what) if isinstance(what, str) else Recipe(name=name, **what)
         found[name] = recipe.with_calibration(samples=samples)
     return found
+
+
+def speeds(folder: Path, against: Path, threads: int) -> list[str]:
+    """Tokens/s of prefill and decode over those of another export."""
+    found = bench(folder, against, prompt_lengths=[128], decode_pasts=[128], repeats=3, threads=threads)
+    return [f"{found.ratios[name]:.2f}" for name in ("prefill:128", "decode:128")]
 
 
 def kernel(folder: Path) -> str:

@@ -73,7 +73,7 @@ class QuantizeActivations(GraphPass):
                     new, measured = self._rounded(graph, value, fmt, products, seen, row)
                 else:
                     new, measured = _with_scale(graph, value, fmt, products, given), {"scale": given}
-            data = {"bits": fmt.bits, **measured}
+            data = {"bits": fmt.bits, **({"numbers": "e4m3"} if fmt.e4m3 else {}), **measured}
             for product in products:
                 product.replace_input_with(value, new)
             what = "static per-tensor" if fmt.kind == "static" else "dynamic per-token"
@@ -96,10 +96,11 @@ class QuantizeActivations(GraphPass):
         if fmt.kind == "static":
             absmax = seen.absmax()
             scale = static_scale(absmax, fmt)
+            twice = 2 * fmt.zero_below * scale  # half of it becomes zero
             if not self.only_kernel:
-                return _with_scale(graph, value, fmt, products, scale), {"absmax": absmax, **seen.kernel(scale)}
-            rounded = _without_kernel(graph, value, _step(graph, products, scale))
-            return rounded, {"absmax": absmax, **seen.kernel(scale)}
+                return _with_scale(graph, value, fmt, products, scale), {"absmax": absmax, **seen.kernel(twice)}
+            rounded = _without_kernel(graph, value, _step(graph, products, twice))
+            return rounded, {"absmax": absmax, **seen.kernel(twice)}
         measured = {} if seen is None else seen.kernel()
         if self.cross_alpha is not None:
             return _crossed(graph, value, fmt, self.cross_alpha), measured
@@ -162,6 +163,8 @@ def _step(graph: Graph, products: list[Node], scale: float) -> Node:
 
 
 def _static(graph: Graph, value: Node, step: Node, fmt: ActivationFormat) -> Node:
+    if fmt.e4m3:
+        return call(graph, ops.round_e4m3.default, (value, step), like=value)
     if fmt.bits < 8:  # the 8-bit container does not saturate where the format does
         limit = float(fmt.qmax)
         ratio = call(graph, aten.div.Tensor, (value, step), like=value)

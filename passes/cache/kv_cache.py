@@ -1,4 +1,4 @@
-"""Keys and values that attention keeps, in 8 or 4 bits with calibrated scales.
+"""Keys and values that attention keeps, in 8 or 4 bits with calibrated scales, or as 8-bit floats.
 
 They are rounded as the cache holds them, keys behind their rotation, for the new tokens too: attention reads all of
 them from the cache.
@@ -19,6 +19,7 @@ from ...plan.linear_plan import LinearPlan
 from ...quant.kv_cache import cache_scale
 from ...quant.observers import ChannelAbsmax
 from ...recipe.methods import CacheMethod
+from ...recipe.recipe import Recipe
 from ...recipe.registry import method
 from ..base import Context, GraphPass, PassResult, SiteRecord
 
@@ -31,21 +32,27 @@ class KVCacheSection(CacheMethod):
 
     Attributes:
         bits: 8 or 4.
+        numbers: "int", or "e4m3" for 8-bit floats (`kvfp8`): CUDA keeps them, the CPU rounds to them and keeps floats.
         scales: "channel" (one for every feature of every head) or "tensor" (one for all keys, one for all values).
     """
 
     bits: Literal[8, 4] = 8
+    numbers: Literal["int", "e4m3"] = "int"
     scales: Literal["channel", "tensor"] = "channel"
     needs_grouped_attention: ClassVar[bool] = True
     takes_shared: ClassVar[bool] = True
-    short: ClassVar[str] = r"kv(?P<bits>[48])"
+    short: ClassVar[str] = r"kv(?P<bits>[48]|fp8)"
 
     @classmethod
     def from_short(cls, **parts: str) -> Self:
-        return cls(bits=int(parts["bits"]))
+        return cls(numbers="e4m3") if parts["bits"] == "fp8" else cls(bits=int(parts["bits"]))
+
+    def check(self, recipe: Recipe) -> None:
+        if self.numbers == "e4m3" and self.bits != 8:
+            raise ValueError("e4m3 numbers have 8 bits", "Leave out bits")
 
     def passes(self, plan: Mapping[str, LinearPlan]) -> list[GraphPass]:
-        return [QuantizeCache(self.bits, self.scales == "channel")]
+        return [QuantizeCache(self.bits, self.scales == "channel", self.numbers == "e4m3")]
 
 
 @dataclass(frozen=True)
@@ -55,10 +62,12 @@ class QuantizeCache(GraphPass):
     Attributes:
         bits: 8 or 4.
         per_channel: a scale for every feature of every head; else one for all keys and one for all values of a layer.
+        e4m3: to E4M3 numbers, not integers.
     """
 
     bits: int
     per_channel: bool = True
+    e4m3: bool = False
     preserves_values: ClassVar[bool] = True
 
     def applies_to(self, module: GraphModule) -> bool:
@@ -79,11 +88,15 @@ class QuantizeCache(GraphPass):
                 absmax = absmax.view(shape) if self.per_channel else absmax.max().view(shape)
                 place = f"{node.meta.get(Meta.MODULE_PATH, '') or node.name}.{name}_scale"
                 with graph.inserting_before(node):
-                    scale = add_tensor(graph, place, cache_scale(absmax, self.bits))
-                    rounded = call(graph, ops.round_cache.default, (value, scale, self.bits), like=value)
+                    scale = add_tensor(graph, place, cache_scale(absmax, self.bits, self.e4m3))
+                    if self.e4m3:
+                        rounded = call(graph, ops.round_e4m3.default, (value, scale), like=value)
+                    else:
+                        rounded = call(graph, ops.round_cache.default, (value, scale, self.bits), like=value)
                 rebind(node, **{name: rounded})
                 data = {"range": round(float(absmax.max()), 4)}
-                result.changed.append(SiteRecord(place.removesuffix("_scale"), f"int{self.bits}", data))
+                numbers = "e4m3" if self.e4m3 else f"int{self.bits}"
+                result.changed.append(SiteRecord(place.removesuffix("_scale"), numbers, data))
         finish(module)
         return result
 

@@ -9,6 +9,7 @@ from torch.fx import GraphModule, Node
 
 from ...graph.edit import add_tensor, call, is_call
 from ...graph.schema import bind
+from ...graph.views import RoundE4M3
 from ...quant.formats.base import QuantizedWeight
 from ...quant.formats.nvfp4 import NVFP4
 from ...quant.formats.small_floats import SmallFloatFormat, format_named
@@ -117,9 +118,9 @@ class SmallFloatForm(GraphForm):
         given = bind(weight)
         fmt, arguments = format_named(given.name), (given.codes, given.scale, given.tensor_scale, given.name)
         if native_kernel(fmt) in kernels:
-            if not is_call(x, ops.round_e4m3.default):
+            rounded = RoundE4M3.match(x)
+            if rounded is None:
                 return self.kernel_operator, (x, *arguments)
-            rounded = bind(x)
             return self.kernel_operator, (rounded.x, *arguments, rounded.scale)
         if fmt.integers and _INTEGERS in kernels:
             return ops.matmul_floats_as_integers.default, (x, *arguments)

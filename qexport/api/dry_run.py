@@ -135,4 +135,5 @@ def _described(fmt: ActivationFormat | None, equalized: bool = False) -> str:
     if fmt is None:
         return "float"
     kind = "static" if fmt.kind == "static" else "per token"
-    return f"int{fmt.bits} {kind}{', equalized' if equalized else ''}"
+    numbers = "e4m3" if fmt.e4m3 else f"int{fmt.bits}"
+    return f"{numbers} {kind}{', equalized' if equalized else ''}"

@@ -187,6 +187,15 @@ class RoundCache(_View):
 
 
 @dataclass(frozen=True)
+class RoundE4M3(_View):
+    """A value rounded to E4M3 numbers times a scale."""
+
+    targets = (ops.round_e4m3.default,)
+    x: Node
+    scale: Node
+
+
+@dataclass(frozen=True)
 class CausalMask(_View):
     """The mask of a decoder, from the attention mask."""
 

@@ -20,18 +20,19 @@ def check_attention(attention: str) -> None:
 
 
 def plan_attention(
-    captured: CapturedModel, attention: str, read: Callable[[str], torch.Tensor]
+    captured: CapturedModel, attention: str, read: Callable[[str], torch.Tensor], e4m3: bool = False
 ) -> GroupedAttention | str | None:
     """How the attention of a decoder can be grouped, or why not; None where that is not asked for.
 
     Args:
         attention: as `export` takes it.
         read: a tensor of the first block.
+        e4m3: as `plan_grouping`.
     """
     if attention == "standard" or captured.kind != "decoder":
         return None
     try:
-        return plan_grouping(captured, read)
+        return plan_grouping(captured, read, e4m3)
     except Unsuited as why:
         return str(why)
 
@@ -50,4 +51,5 @@ def deploy_attention(captured: CapturedModel, grouping: GroupedAttention | str |
     positions = any(port.name == "position_ids" for port in captured.inputs)
     settings = {"attention": "grouped", "past_present_share_buffer": True, "position_ids": positions}
     bits = max(site.bits for site in grouping.sites)
-    return settings | ({"kv_cache_bits": bits} if bits else {})
+    numbers = {"kv_cache_numbers": "e4m3"} if any(site.e4m3 for site in grouping.sites) else {}
+    return settings | ({"kv_cache_bits": bits} if bits else {}) | numbers

@@ -153,7 +153,8 @@ def _name_inputs(emit: Emitter, graph: Graph, named: set[ir.Value]) -> None:
 
 
 def _interface(port: Port, target: LoweringTarget) -> ir.Value:
-    dtype = target.dtype if port.dtype.is_floating_point else port.dtype
+    stays_float = port.dtype.is_floating_point and port.dtype.itemsize > 1  # a cache of 8-bit floats is one of codes
+    dtype = target.dtype if stays_float else port.dtype
     return ir.Value(name=port.name, shape=ir.Shape(port.dims), type=ir.TensorType(ONNX_DTYPE[dtype]))
 
 

@@ -18,7 +18,7 @@ from ..graph.edit import TensorSpec, add_tensor, call, is_call, shape_of
 from ..graph.meta import Meta
 from ..graph.schema import bind
 from ..graph.sites import SHAPE_ONLY
-from ..graph.views import CachedAttention, CausalMask, Item, RoundCache, operand, size_at
+from ..graph.views import CachedAttention, CausalMask, Item, RoundCache, RoundE4M3, operand, size_at
 from .block_io import first_call, hand_on, names_of, producers, prune, read_in
 from .compact_padding import LAST, TOTAL, turn_back, turn_tokens, turned_name
 from .rotary import RotatedHeads, position_table, rotated
@@ -43,6 +43,7 @@ class _Site:
         window: of its mask.
         query, key, value: what it reads, before it is rounded for the cache.
         scales, bits: of a cache of codes, for keys and values; None and 0 for one of floats.
+        e4m3: codes are E4M3 numbers.
     """
 
     block: Block
@@ -53,6 +54,7 @@ class _Site:
     value: Node
     scales: tuple[Node, Node] | tuple[None, None]
     bits: int
+    e4m3: bool = False
 
 
 @dataclass(frozen=True)
@@ -70,18 +72,21 @@ class GroupedAttention:
     tables: Mapping[str, torch.Tensor]
 
 
-def plan_grouping(captured: CapturedModel, read: Callable[[str], torch.Tensor]) -> GroupedAttention:
+def plan_grouping(
+    captured: CapturedModel, read: Callable[[str], torch.Tensor], e4m3: bool = False
+) -> GroupedAttention:
     """Look for all that GroupQueryAttention needs; changes nothing.
 
     Args:
         captured: a decoder, quantized or not.
         read: a tensor of its first block.
+        e4m3: whether the operator keeps E4M3 numbers; else they are rounded in front of a cache of floats.
 
     Raises:
         Unsuited: says why GroupQueryAttention cannot serve the model.
     """
     values = {port.name: port.value for port in captured.inputs}
-    sites = _sites(captured, values)
+    sites = _sites(captured, values, e4m3)
     tables = _Tables(captured, values["position_ids"], read)
     inside = {site.node: tables.of(site) for site in sites}
     return GroupedAttention(sites, inside, {name: table for name, table in tables.made.items() if table is not None})
@@ -106,17 +111,17 @@ def group_attention(captured: CapturedModel, grouping: GroupedAttention) -> None
     for name, table in grouping.tables.items():
         with graph.inserting_before(first_call(graph)):
             hand_on(first, add_tensor(graph, f"rotary.{name}", table), f"rotary.{name}")
-    codes: dict[str, int] = {}
+    codes: dict[str, _Site] = {}
     for site in grouping.sites:
         names, attention = names_of(site.block), CachedAttention.of(site.node)
-        codes |= dict.fromkeys((names[past] for past in (attention.past_key, attention.past_value)), site.bits)
+        codes |= dict.fromkeys((names[past] for past in (attention.past_key, attention.past_value)), site)
         _replace(site, grouping.inside[site.node], grouping.tables)
     _keep_codes(captured, codes)
     turn_back(captured.blocks[-1], captured)
     prune(captured)
 
 
-def _sites(captured: CapturedModel, values: dict[str, str]) -> list[_Site]:
+def _sites(captured: CapturedModel, values: dict[str, str], e4m3: bool) -> list[_Site]:
     if not {"input_ids", "attention_mask", "position_ids"} <= values.keys():
         raise Unsuited("it does not read token ids, a mask and positions")
     sites: list[_Site] = []
@@ -142,7 +147,7 @@ def _sites(captured: CapturedModel, values: dict[str, str]) -> list[_Site]:
             if size % 8:
                 raise Unsuited(f"heads of {size} features, and ONNX Runtime wants a multiple of 8")
             masks.add(source)
-            sites.append(_site(block, node, attention, mask.window))
+            sites.append(_site(block, node, attention, mask.window, e4m3))
     if not sites or first is last or sites[-1].block is last:
         raise Unsuited("the model could not be cut into a beginning, layers and an end")
     pasts = {value for name, value in values.items() if name.startswith("past_key_values.")}
@@ -155,19 +160,22 @@ def _sites(captured: CapturedModel, values: dict[str, str]) -> list[_Site]:
     return sites
 
 
-def _keep_codes(captured: CapturedModel, bits: Mapping[str, int]) -> None:
-    """Give the model's caches of codes their type; bits: by the value of the past, 0 for floats."""
-    held = {port.name: bits[port.value] for port in captured.inputs if bits.get(port.value)}
+def _keep_codes(captured: CapturedModel, sites: Mapping[str, _Site]) -> None:
+    """Give the model's caches of codes their type; sites: by the value of the past."""
+    held = {port.name: sites[port.value] for port in captured.inputs if port.value in sites}
     for ports in (captured.inputs, captured.outputs):
         for index, port in enumerate(ports):
-            if width := held.get(port.name.replace("present.", "past_key_values.")):
-                spec = _codes(TensorSpec(port.dtype, port.dims), width)
+            site = held.get(port.name.replace("present.", "past_key_values."))
+            if site is not None and site.bits:
+                spec = _codes(TensorSpec(port.dtype, port.dims), site)
                 ports[index] = replace(port, dtype=spec.dtype, dims=spec.shape)
 
 
-def _codes(spec: TensorSpec, bits: int) -> TensorSpec:
+def _codes(spec: TensorSpec, site: _Site) -> TensorSpec:
     """The type of a cache of codes, see quant.kv_cache."""
-    if bits == 8:
+    if site.e4m3:
+        return replace(spec, dtype=torch.float8_e4m3fn)
+    if site.bits == 8:
         return replace(spec, dtype=torch.int8)
     *axes, size = spec.shape
     if not isinstance(size, int):
@@ -175,7 +183,11 @@ def _codes(spec: TensorSpec, bits: int) -> TensorSpec:
     return TensorSpec(torch.uint8, (*axes, size // 2))
 
 
-def _site(block: Block, node: Node, attention: CachedAttention, window: int) -> _Site:
+def _site(block: Block, node: Node, attention: CachedAttention, window: int, e4m3: bool) -> _Site:
+    floats = RoundE4M3.match(attention.key), RoundE4M3.match(attention.value)
+    if e4m3 and floats[0] is not None and floats[1] is not None:
+        scales = floats[0].scale, floats[1].scale
+        return _Site(block, node, window, attention.query, floats[0].x, floats[1].x, scales, 8, True)
     key, value = RoundCache.match(attention.key), RoundCache.match(attention.value)
     if key is None or value is None:
         return _Site(block, node, window, attention.query, attention.key, attention.value, (None, None), 0)
@@ -233,15 +245,15 @@ def _replace(site: _Site, inside: tuple[RotatedHeads, RotatedHeads] | None, tabl
     kept = node.meta[Meta.SPEC]
     if site.bits:
         for past in pasts:
-            past.meta[Meta.SPEC] = _codes(past.meta[Meta.SPEC], site.bits)
-        kept = (kept[0], *(_codes(spec, site.bits) for spec in kept[1:]))
+            past.meta[Meta.SPEC] = _codes(past.meta[Meta.SPEC], site)
+        kept = (kept[0], *(_codes(spec, site) for spec in kept[1:]))
     with graph.inserting_before(node):
         flat = [_flat(graph, part) for part in (query, key, value)]
         new = call(
             graph, ops.grouped_attention.default,
             (
                 *flat, *pasts, last, total, cos, sin, *site.scales, site.bits, attention.scale, attention.softcap,
-                site.window, *([] if attention.sinks is None else [attention.sinks]),
+                site.window, *([attention.sinks, True] if site.e4m3 else [attention.sinks] if attention.sinks else []),
             ),
             like=flat[0],
         )  # fmt: skip

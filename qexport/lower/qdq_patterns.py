@@ -101,7 +101,7 @@ def _uncast(node: Node) -> Node:
 
 def _unrounded(node: Node) -> Node | None:
     """What a step of rounding, reordering or padding a value reads; None of a node that is no such step."""
-    rounds = is_call(node, ops.matmul_nbits_input.default, ops.quantize_linear.default)
+    rounds = is_call(node, ops.matmul_nbits_input.default, ops.quantize_linear.default, ops.round_e4m3.default)
     if rounds or node.meta.keys() & {Meta.REORDERED, Meta.PADDED}:
         return operand(node)
     if (dequantized := DequantizeLinear.match(node)) is not None:

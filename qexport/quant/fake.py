@@ -1,6 +1,5 @@
 """What quantization makes of float numbers, in float: the values a deployed model computes with."""
 
-import torch
 from torch import Tensor
 
 from .affine import static_scale
@@ -38,9 +37,6 @@ def fake_activation(
         return x
     if fmt.kind == "static":
         scale = static_scale(float(x.abs().amax()) if absmax is None else absmax, fmt)
-        return _rounded(x, scale, fmt.qmax)
-    return _rounded(x, (token_step(x, fmt) if step is None else step).clamp_min(_SMALLEST_STEP), fmt.qmax)
-
-
-def _rounded(x: Tensor, step: Tensor | float, qmax: int) -> Tensor:
-    return torch.div(x, step).round_().clamp_(-qmax, qmax).mul_(step)
+        return fmt.round_steps(x / scale).mul_(scale)
+    step = (token_step(x, fmt) if step is None else step).clamp_min(_SMALLEST_STEP)
+    return fmt.round_steps(x / step).mul_(step)

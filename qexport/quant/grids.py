@@ -2,6 +2,10 @@
 
 from dataclasses import dataclass
 
+from torch import Tensor
+
+from .small_floats import E4M3_LARGEST, E4M3_SMALLEST, e4m3_codes, e4m3_values
+
 PER_CHANNEL = 0
 PER_TENSOR = -1
 GROUP_SIZES = (16, 32, 64, 128, 256, 512, 1024)
@@ -47,16 +51,30 @@ class AffineGrid(GroupedCodes):
 
 @dataclass(frozen=True)
 class ActivationFormat:
-    """A symmetric integer grid for the input of a linear.
+    """A symmetric grid of integers, or of E4M3 numbers, for the input of a linear.
 
     Attributes:
         kind: "static" (one calibrated scale for the tensor) or "dynamic" (one scale per token, taken when it runs).
         bits: 8, or 4: 4-bit codes in int8 tensors, the numbers of W4A4 at the speed of W4A8.
+        e4m3: 8-bit floats in the place of integers; static only.
     """
 
     kind: str
     bits: int = 8
+    e4m3: bool = False
 
     @property
     def qmax(self) -> int:
-        return (1 << (self.bits - 1)) - 1
+        """The largest value in steps."""
+        return int(E4M3_LARGEST) if self.e4m3 else (1 << (self.bits - 1)) - 1
+
+    @property
+    def zero_below(self) -> float:
+        """What rounds to zero is at most so many steps."""
+        return E4M3_SMALLEST / 2 if self.e4m3 else 0.5
+
+    def round_steps(self, steps: Tensor) -> Tensor:
+        """Float32 numbers in steps, rounded to values of the grid."""
+        if self.e4m3:
+            return e4m3_values(e4m3_codes(steps))
+        return steps.round().clamp_(-self.qmax, self.qmax)

@@ -117,7 +117,7 @@ class MseObserver:
         errors = []
         for clip in candidates:
             step = clip / self._format.qmax
-            rounded = torch.round(values / step).clamp_max_(self._format.qmax).mul_(step)
+            rounded = self._format.round_steps(values / step).mul_(step)
             errors.append(float(torch.dot(counts, rounded.sub_(values).square_())))
         return candidates[errors.index(min(errors))]
 

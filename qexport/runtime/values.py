@@ -13,6 +13,7 @@ from ..artifact.dtypes import FLOATS
 ELEMENT_TYPES = {
     **{kind.session: kind.onnx for kind in FLOATS.values()},
     **{"tensor(int8)": TensorProto.INT8, "tensor(uint8)": TensorProto.UINT8},
+    "tensor(float8e4m3fn)": TensorProto.FLOAT8E4M3FN,
 }
 # What numpy does not have is the upper half of a float32 here.
 _HALVES = {kind.session: kind.onnx for kind in FLOATS.values() if not kind.in_numpy}

@@ -47,6 +47,7 @@ class Target(ABC):
         dtypes: what can stay float: activations, cache, weights that are not quantized. The first is taken unasked.
         candidates: schemes that mixed precision chooses from, weights in groups, from the smallest to the closest.
         weight_kernels: ONNX operators that it has for products with weights of few bits.
+        e4m3_cache: whether attention keeps a cache of E4M3 numbers; else they are rounded, and kept as floats.
         integer_convolutions: whether a convolution of int8 inputs and weights has a kernel.
         genai_provider_options: of onnxruntime-genai; None where it is not configured for this target.
         dtype: one of `dtypes`.
@@ -58,6 +59,7 @@ class Target(ABC):
     dtypes: ClassVar[tuple[torch.dtype, ...]]
     candidates: ClassVar[tuple[str, ...]]
     weight_kernels: ClassVar[frozenset[str]] = WEIGHT_KERNELS
+    e4m3_cache: ClassVar[bool] = False
     integer_convolutions: ClassVar[bool] = False
     genai_provider_options: ClassVar[tuple[dict[str, dict[str, str]], ...] | None] = None
 

@@ -51,6 +51,7 @@ class CudaTarget(Target):
     weight_kernels: ClassVar[frozenset[str]] = Target.weight_kernels | {
         "MatMulBlockQuantizedFp4Weight", "MatMulBlockQuantizedFp8Weight",
     }  # fmt: skip
+    e4m3_cache: ClassVar[bool] = True
     genai_provider_options: ClassVar[tuple[dict[str, dict[str, str]], ...] | None] = ({"cuda": {}},)
     dtype: torch.dtype = dtypes[0]
 

@@ -117,3 +117,45 @@ def test_the_scheme_may_say_it():
     assert Recipe.load("w8a8_dyn_kv8").scheme == "w8a8_dyn"
     with pytest.raises(RecipeError, match="w4a16_g32_kv2"):
         Recipe(scheme="w4a16_g32_kv2")
+
+
+def e4m3_recipe(scales="channel"):
+    return Recipe(**FLOAT, kv_cache=section("kv_cache", numbers="e4m3", scales=scales))
+
+
+@pytest.mark.parametrize("scales", ["channel", "tensor"])
+@pytest.mark.parametrize("family", ["llama", "gpt_oss"])
+def test_8_bit_floats_are_rounded_to_and_kept_as_floats_on_the_cpu(captured, tmp_path, family, scales):
+    exported = exports.export(captured(family), e4m3_recipe(scales), "cpu", tmp_path / "out")
+    assert "kv_cache_bits" not in exported.manifest.settings and exported.manifest.settings["attention"] == "grouped"
+    feeds = prompt_feeds(exported.captured, tokens(*MASK.shape), MASK)
+    ran, wanted = steps(exported.in_onnxruntime(), feeds), steps(exported.in_pytorch(), feeds)
+    different = (ran - wanted).abs().amax(-1) / wanted.abs().max()
+    # One value on the border between two numbers moves every later token of its text.
+    assert (different > ROUNDING).float().mean() <= 0.25 and different.max() < 5e-3
+    reference = steps(captured_runner(load_weights(copy.deepcopy(exported.captured))), feeds)
+    assert 15 < 10 * torch.log10(reference.square().sum() / (ran - reference).square().sum()) < 60
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt_neox"])
+def test_cuda_keeps_8_bit_floats(captured, tmp_path, cuda_placement, family):
+    from helpers.cuda_placement.models import PROMPT, assert_decoder_on_cuda
+
+    exported = exports.export(captured(family), e4m3_recipe(), "cuda", tmp_path / "out")
+    placed = cuda_placement(exported.folder / "model.onnx", exported.manifest.session, dims=PROMPT)
+    assert_decoder_on_cuda(placed)
+    assert any("__nv_fp8_e4m3" in launch for launch in placed["launches"])
+    settings, inputs = exported.manifest.settings, exported.lowered.inputs
+    assert (settings["kv_cache_bits"], settings["kv_cache_numbers"]) == (8, "e4m3")
+    assert {p.dtype for p in inputs if "past" in p.name} == {torch.float8_e4m3fn}
+    float_feeds = prompt_feeds(exported.captured, tokens(*MASK.shape), MASK)
+    feeds = empty_caches(float_feeds, inputs)
+    graph = steps(exports.block_runner(exported.blocks, inputs, exported.lowered.outputs), feeds)
+    reference = steps(captured_runner(load_weights(captured(family))), float_feeds)
+    assert 10 * torch.log10(reference.square().sum() / (graph - reference).square().sum()) > 15
+
+
+def test_8_bit_floats_have_a_short_name():
+    assert Recipe(scheme="w4a16_g32_kvfp8").kv_cache == section("kv_cache", numbers="e4m3")
+    with pytest.raises(RecipeError, match="e4m3 numbers have 8 bits"):
+        Recipe(scheme="w4a16_g32", kv_cache={"bits": 4, "numbers": "e4m3"})

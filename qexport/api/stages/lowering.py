@@ -42,7 +42,8 @@ def lower(quantized: Quantization) -> Lowering:
         keep_last(captured, quantized.read_last)
         settings["logits"] = "last"
     if captured.kind == "decoder":
-        grouping = plan_attention(captured, quantized.options.attention, quantized.blocks[0].read)
+        read, e4m3 = quantized.blocks[0].read, quantized.target.e4m3_cache
+        grouping = plan_attention(captured, quantized.options.attention, read, e4m3)
         settings |= deploy_attention(captured, grouping)
         logger.info("attention is %s%s", settings["attention"], f": {grouping}" if isinstance(grouping, str) else "")
     lowered = lower_blocks(captured, quantized.blocks, quantized.target)

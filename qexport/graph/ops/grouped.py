@@ -8,7 +8,7 @@ tokens are turned until their padding is behind the real tokens, and turned back
 import torch
 from torch import Tensor
 
-from ...quant.kv_cache import cache_codes, pack_cache, unpack_cache
+from ...quant.kv_cache import cache_codes, read_cache, stored_cache
 from .attention import _attend, _rotate
 
 
@@ -72,13 +72,13 @@ def _(x, order):
 def grouped_attention(
     query: Tensor, key: Tensor, value: Tensor, past_key: Tensor, past_value: Tensor, last: Tensor, total: Tensor,
     cos: Tensor | None, sin: Tensor | None, key_scale: Tensor | None, value_scale: Tensor | None, bits: int,
-    scale: float, softcap: float, window: int, sinks: Tensor | None = None,
+    scale: float, softcap: float, window: int, sinks: Tensor | None = None, e4m3: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Causal attention of new tokens over a cache that each row fills from its start.
 
     Args:
         query: [batch, sequence, heads * head_dim]; key, value: [batch, sequence, kv_heads * head_dim].
-        past_key, past_value: [batch, kv_heads, past, head_dim], or codes as `quant.kv_cache.pack_cache` makes them.
+        past_key, past_value: [batch, kv_heads, past, head_dim], or codes as `quant.kv_cache.stored_cache` makes them.
         last, total: as `real_first` returns them.
         cos, sin: [positions, n / 2], tables that rotate the first n features of every head of query and key; None where
             those are as they should be.
@@ -86,6 +86,7 @@ def grouped_attention(
         scale: factor of the scores; softcap: scores become softcap * tanh(scores / softcap), 0 for none.
         window: keys further back than window - 1 positions are hidden; 0 for no limit.
         sinks: as `cached_attention`.
+        e4m3: codes are E4M3 numbers.
 
     Returns:
         output [batch, sequence, heads * head_dim]; present_key and present_value [batch, kv_heads, past + sequence,
@@ -103,11 +104,12 @@ def grouped_attention(
         )
     present, seen = [], []
     for old, new, step in ((past_key, key, key_scale), (past_value, value, value_scale)):
-        new = new if step is None else pack_cache(cache_codes(new, step, bits), bits)
+        new = new if step is None else stored_cache(new, step, bits, e4m3)
+        old, new = (t.view(torch.uint8) if e4m3 else t for t in (old, new))  # PyTorch moves no 8-bit floats about
         room = torch.cat([old, old.new_zeros(new.shape)], dim=2)
-        present.append(room.scatter(2, place[:, None, :, None].expand_as(new), new))
-        row = present[-1]
-        seen.append(row if step is None else (unpack_cache(row, bits).float() * step).to(query.dtype))
+        row = room.scatter(2, place[:, None, :, None].expand_as(new), new)
+        present.append(row.view(torch.float8_e4m3fn) if e4m3 else row)
+        seen.append(row if step is None else read_cache(row, step, bits, e4m3).to(query.dtype))
     index = torch.arange(past + sequence, device=query.device)
     visible = index <= place[..., None]
     if window > 0:
@@ -122,7 +124,7 @@ def grouped_attention(
 @grouped_attention.register_fake
 def _(
     query, key, value, past_key, past_value, last, total, cos, sin, key_scale, value_scale, bits, scale, softcap,
-    window, sinks=None,
+    window, sinks=None, e4m3=False,
 ):  # fmt: skip
     batch, kv_heads, past, size = past_key.shape
     present = past_key.new_empty((batch, kv_heads, past + query.shape[1], size))

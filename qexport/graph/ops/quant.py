@@ -194,7 +194,7 @@ def round_e4m3(x: Tensor, scale: Tensor) -> Tensor:
     """x rounded to E4M3 numbers times a scale, saturating.
 
     Args:
-        scale: floating point [], positive.
+        scale: floating point, positive; of a shape that x's takes in.
     """
     return (e4m3_values(e4m3_codes(x.float() / scale.float())) * scale.float()).to(x.dtype)
 

@@ -5,7 +5,7 @@ import torch
 from torch.fx import Node
 
 from ...errors import NumericsError
-from ...graph.edit import is_call
+from ...graph.edit import dtype_of, is_call, shape_of
 from ...graph.schema import Arguments
 from ...graph.views import sizes_of, tensor_name
 from ...passes.formats.small_floats import native_kernel, ops
@@ -133,5 +133,8 @@ def _table(emit: Emitter, table: torch.Tensor) -> ir.Value:
 
 @translates(ops.round_e4m3.default)
 def _round(emit: Emitter, node: Node, given: Arguments) -> ir.Value:
+    if shape_of(given.scale) != ():
+        steps = emit.op("Div", emit.get(given.x), emit.get(given.scale))
+        return emit.op("Mul", emit.cast(emit.cast(steps, torch.float8_e4m3fn), dtype_of(node)), emit.get(given.scale))
     scale, zero = emit.get(given.scale), emit.constant(0.0, torch.float8_e4m3fn)
     return emit.op("DequantizeLinear", emit.op("QuantizeLinear", emit.get(given.x), scale, zero), scale, zero)

@@ -160,6 +160,11 @@ class WeightFormat(GroupedCodes, ABC):
         return self.group_size > 0
 
     @property
+    def own_kernel(self) -> bool:
+        """Whether a product with float inputs is written as one operator, where the target has it."""
+        return self.group_size > 0
+
+    @property
     def has_zero_points(self) -> bool:
         """Whether there is a zero point beside each scale."""
         return False

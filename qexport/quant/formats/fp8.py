@@ -17,18 +17,19 @@ _TILE = 128
 @weight_format
 @dataclass(frozen=True)
 class FP8(SmallFloatFormat):
-    """`w8a16_fp8[_b128]`."""
+    """`w8a{16|8}_fp8[_b128]`; with `a8` inputs are E4M3 numbers too, with one calibrated scale."""
 
     bits: int = field(default=8, init=False)
     group_size: int = PER_CHANNEL
-    stem = r"w8a16_fp8"
+    stem = r"w8a(?P<a>16|8)_fp8"
     options = r"(?P<tiles>_b128)?"
-    examples = ("w8a16_fp8", "w8a16_fp8_b128")
+    examples = ("w8a16_fp8", "w8a16_fp8_b128", "w8a8_fp8")
     short = {"fp8": "w8a16_fp8"}
 
     @classmethod
     def parse(cls, match: re.Match[str]) -> tuple["FP8", ActivationFormat | None]:
-        return cls(_TILE if match["tiles"] else PER_CHANNEL), None
+        activation = ActivationFormat("static", e4m3=True) if match["a"] == "8" else None
+        return cls(_TILE if match["tiles"] else PER_CHANNEL), activation
 
     @property
     def name(self) -> str:
@@ -48,7 +49,7 @@ class FP8(SmallFloatFormat):
         return stored if self.rows_per_scale == 1 else stored.repeat_interleave(self.rows_per_scale, 0)[:rows]
 
     def family(self, activation: ActivationFormat | None) -> str:
-        return "w8a16" if activation is None else "w8a8_static"
+        return "w8a16"
 
     def takes_part_group(self, in_features: int) -> bool:
         """The last tile may be smaller."""

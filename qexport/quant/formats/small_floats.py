@@ -70,6 +70,10 @@ class SmallFloatFormat(ScaledFormat, ABC):
         return None, f"{in_features} input features do not divide into groups of {self.group_size}"
 
     @property
+    def own_kernel(self) -> bool:
+        return True
+
+    @property
     def interchangeable(self) -> bool:
         return True
 

@@ -120,8 +120,8 @@ def _open(model: str, entries: dict[str, str], dims: dict[str, int] | None) -> d
 
 def _zeros(type_: onnx.TypeProto.Tensor, dims: dict[str, int]) -> onnxruntime.OrtValue:
     shape = [dims[dim.dim_param] if dim.dim_param else dim.dim_value for dim in type_.shape.dim]
-    bits = type_.elem_type == onnx.TensorProto.BFLOAT16  # which numpy does not have
-    kind = np.uint16 if bits else onnx.helper.tensor_dtype_to_np_dtype(type_.elem_type)
+    absent = {onnx.TensorProto.BFLOAT16: np.uint16, onnx.TensorProto.FLOAT8E4M3FN: np.uint8}  # in numpy
+    kind = absent.get(type_.elem_type) or onnx.helper.tensor_dtype_to_np_dtype(type_.elem_type)
     return onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type(np.zeros(shape, kind), type_.elem_type)
 
 
