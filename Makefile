@@ -1,6 +1,7 @@
 # make demo      quantize a small language model, prove it, run it
 # make test      the tests (make test-all: the slow ones too; make test-times: what each costs)
 # make lint      ruff, which room imports which, and types
+# make docs      the documentation as a site, in site/index.html
 # make clean     remove everything that these made
 
 PYTHON ?= $(shell python3.11 -c pass 2>/dev/null && echo python3.11 || echo python3)
@@ -12,7 +13,7 @@ STAMP := $(VENV)/installed
 EXTRAS = test,datasets,plots$(if $(filter x86_64 AMD64,$(shell uname -m)),$(if $(filter Linux,$(shell uname -s)),$(comma)genai))
 comma := ,
 
-.PHONY: demo test test-all test-times lint clean install
+.PHONY: demo test test-all test-times lint docs clean install
 
 install: $(STAMP)
 
@@ -43,6 +44,13 @@ lint: $(STAMP)
 	$(BIN)/python tools/arrows.py
 	$(BIN)/python tools/typecheck.py
 
+docs: $(VENV)/documented
+	DISABLE_MKDOCS_2_WARNING=true NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build -q
+
+$(VENV)/documented: $(STAMP)
+	$(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt -e '.[docs]'
+	touch $@
+
 clean:
-	rm -rf $(VENV) .cache out build *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .cache out site build *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -72,7 +72,8 @@ def reading(place: str | os.PathLike, message: str, remedy: str | None = None, k
     Which errors a parser can raise, no library says.
 
     Args:
-        place: the file; message: what is wrong, to which the library's own words are added.
+        place: the file.
+        message: what is wrong, to which the library's own words are added.
     """
     try:
         yield

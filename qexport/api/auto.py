@@ -53,7 +53,8 @@ class AutoResult:
         export: the export, as `export` returns it.
         asked: "max_bytes" or "max_kl", and its number.
         schemes: of every quantized linear, and of a quantized table of embeddings, by name.
-        predicted_kl: by the costs, corrected by what earlier exports measured; logits: as measured.
+        predicted_kl: by the costs, corrected by what earlier exports measured.
+        logits: as measured.
         text: what that was measured on.
         exports: how many it took.
     """

@@ -50,7 +50,9 @@ class Inspection:
     """What an export would do.
 
     Attributes:
-        model, recipe, target: what was asked.
+        model: what would be exported, as it was given.
+        recipe: by its name.
+        target: what it would be made for.
         calibrates: whether the export needs calibration data.
         calibration: the data that ranges were taken on; empty when none was run.
         smooths: whether the recipe moves factors from activations into weights.
@@ -62,8 +64,8 @@ class Inspection:
         attention: of a decoder, "grouped" or "standard" and why; empty for other models.
         parameters: number of weights, tied ones counted once.
         bytes: of the float model in the target's dtype ("float"), and of the export: "quantized" linears, the
-            "embedding" with what an output projection reads of it too, the output projection ("lm_head") and the
-            "rest" (norms, linears left in float, rotary tables), "total" being their sum.
+            "embedding" with what an output projection reads of it too, the output projection ("lm_head") and the "rest"
+            (norms, linears left in float, rotary tables), "total" being their sum.
         embeddings: the decision for every table of token embeddings.
         convolutions: the decision for every convolution, in order; their bytes are among the rest.
         warnings: sentences on what a user may not expect of the model's folder.

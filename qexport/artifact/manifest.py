@@ -60,7 +60,8 @@ class LinearEntry(_Frozen):
         bytes: size of its codes, scales, zero points and correction branch; a share by columns of what several have.
         reason: why it got this scheme.
         fast: where the target has several kernels for it, as CUDA has for MatMulNBits, whether its product has the
-            shape for fpA_intB; None elsewhere. slow: why it has not.
+            shape for fpA_intB; None elsewhere.
+        slow: why it has not.
     """
 
     name: str
@@ -91,7 +92,8 @@ class ConvolutionEntry(_Frozen):
     """One quantized convolution. Its node goes by its name, and has to be a QLinearConv in the optimized graph.
 
     Attributes:
-        shape: of its weight, [out, in, ...]; bytes: of its codes.
+        shape: of its weight, [out, in, ...].
+        bytes: of its codes.
     """
 
     name: str

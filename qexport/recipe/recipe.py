@@ -38,17 +38,19 @@ class Recipe(MethodKeys):
     Besides these keys it has those of all methods that are registered, see `registry`.
 
     Attributes:
-        name, description: for people.
+        name: for people, and in the report.
+        description: for people.
         scheme: of every linear that no override names, e.g. "w4a16_g32", or "float".
         lm_head: scheme of the output projection, or "float".
         embedding: scheme of the token embedding, "float", or "tied": where it is one tensor with the output projection,
             both read the same codes. "auto": tied where it can be, in the 4 bits of lm_head where these cost the float
             model little KL by themselves, and else in 8 bits; the recipe of an export says which.
         weights: how codes of weights are found; its key `method` says by what.
-        activations, calibration: see their classes.
+        activations: how scales of static activations are found.
+        calibration: the text that statistics are taken on.
         overrides: the first that matches a linear's name decides, the output projection's too.
-        accuracy_level: how ONNX Runtime's CPU kernel (MatMulNBits) treats the float activations of integer weights:
-            4 rounds them to int8 per row and block and is fast; 1 keeps float32, and with 8-bit weights is slow.
+        accuracy_level: how ONNX Runtime's CPU kernel (MatMulNBits) treats the float activations of integer weights: 4
+            rounds them to int8 per row and block and is fast; 1 keeps float32, and with 8-bit weights is slow.
         prefill: "int8": on the CPU, prompts multiply weight-only linears in groups as int8 per channel with inputs
             rounded to 8 bits per token, from a second copy of the weights. None: prompts run as single tokens do.
     """

@@ -29,7 +29,8 @@ class ValueComparison(_Frozen):
     """One value of the deployed model beside the same value of the float model.
 
     Attributes:
-        name: of the linear, the block or the output; block: where it is.
+        name: of the linear, the block or the output.
+        block: where it is.
         scheme: of a quantized linear, else empty.
         sqnr_db: signal to quantization noise in dB, the errors of everything in front included; null where the values
             are equal (max_abs_error is 0) or not finite (max_abs_error is null).
@@ -41,11 +42,14 @@ class ValueComparison(_Frozen):
             place of the other measures; null of floats.
         rescaled: smoothing may have divided the output channels of this linear by factors that its reader takes back;
             it is compared up to one factor for each channel, and an error that is such a factor shows in its reader.
-        bytes: of a linear, what it takes in the file; bits: of them for each weight.
-        kernel: operator that computes a linear in the optimized graph; provider: where. Empty where it is not known.
+        bytes: of a linear, what it takes in the file.
+        bits: of them for each weight.
+        kernel: operator that computes a linear in the optimized graph.
+        provider: where that runs. Empty where it is not known.
         time_share: of a linear's operators in the time of all kernels, 0 to 1, over the prompt that layers are compared
-            on; step_time_share: the same for steps of one token behind it. Linears that are one product share its time
-            by their columns. Null where it was not measured: of models without text there are no steps.
+            on.
+        step_time_share: the same for steps of one token behind it. Linears that are one product share its time by their
+            columns. Null where it was not measured: of models without text there are no steps.
         branch_gain_db: by how much a linear's low-rank branch lowers the error of its weight.
         fault: what is wrong with a linear that rounding does not explain, in words; empty where nothing is.
         kl_cost: what the linear's own error adds to the mean KL of the logits, in nats a token, by the Fisher metric of
@@ -111,12 +115,14 @@ class LayerComparison(_Frozen):
 
     Attributes:
         tokens: rows of every value, over the whole batch.
-        linears: the quantized linears, in order; blocks: what each block hands on, in order.
+        linears: the quantized linears, in order.
+        blocks: what each block hands on, in order.
         attentions: what each attention makes, in order.
         ranges: of the inputs of linears, in order.
         time_by_op: shares of the time of all kernels by operator, the largest first, over the prompt (or the first
-            inputs) that layers are compared on; step_time_by_op: the same for steps of one token behind it. Empty where
-            they were not measured, as on other providers than the CPU.
+            inputs) that layers are compared on.
+        step_time_by_op: the same for steps of one token behind it. Empty where they were not measured, as on other
+            providers than the CPU.
         sessions: how many were needed to stay within the memory budget.
         moved: linears that ran as another operator while their values were read than they do in the deployed model.
     """
@@ -136,9 +142,12 @@ class InputRange(_Frozen):
     """What a value that linears read reaches on the validation text.
 
     Attributes:
-        block: where it is; linears: its readers.
-        float_absmax, absmax: largest magnitude in the float model, and in the deployed one (after smoothing).
-        float_spread, spread: largest magnitude of a channel over the median channel's, in the same two.
+        block: where it is.
+        linears: its readers.
+        float_absmax: largest magnitude in the float model.
+        absmax: the same in the deployed one, after smoothing.
+        float_spread: largest magnitude of a channel over the median channel's, in the float model.
+        spread: the same in the deployed one.
         clipped: share of the deployed elements outside of the range of the static scale; null where there is none.
         reach: largest magnitude within that range.
     """
@@ -157,10 +166,13 @@ class Activation(_Frozen):
     """A quantized activation, as the export left it.
 
     Attributes:
-        block: where it is; linears: the products that read it.
-        what: how it is quantized; bits: of its codes.
-        kernel, kernel_without_zeros: the share of its elements that become zero on the calibration data (CrossQuant's
-            quantization kernel, arXiv 2410.07505), and without those that are zero anyway; null where not measured.
+        block: where it is.
+        linears: the products that read it.
+        what: how it is quantized.
+        bits: of its codes.
+        kernel: the share of its elements that become zero on the calibration data (CrossQuant's quantization kernel,
+            arXiv 2410.07505); null where not measured.
+        kernel_without_zeros: the same without those that are zero anyway.
     """
 
     block: str
@@ -175,9 +187,13 @@ class WorstToken(_Frozen):
     """The place where the prediction moved most.
 
     Attributes:
-        window, token: the token with this number, from 0, of this window is what was predicted; kl: of its prediction.
-        context: the text before it, its last 24 tokens; text: the token in the text.
-        float_likeliest, likeliest: what the float model and the deployed one find likeliest instead.
+        window: in which the token is that was predicted, from 0.
+        token: its number in there, from 0.
+        kl: of its prediction.
+        context: the text before it, its last 24 tokens.
+        text: the token in the text.
+        float_likeliest: what the float model finds likeliest instead.
+        likeliest: what the deployed one does.
     """
 
     window: int
@@ -194,7 +210,8 @@ class WindowScores(_Frozen):
 
     Attributes:
         kl: as in `Logits`; null where it is not finite. nll, float_nll: negative log-likelihood of the text by the
-            deployed model and by the float one. top1: share of tokens with the same likeliest one.
+            deployed model and by the float one.
+        top1: share of tokens with the same likeliest one.
     """
 
     kl: tuple[Finite, ...]
@@ -211,19 +228,26 @@ class Logits(_Frozen):
     window. Perplexities with a sliding window or a longer context are lower, and not to be compared with these.
 
     Attributes:
-        windows, window: number of texts and tokens in each; tokens: predicted ones, windows * (window - 1).
-        kl_mean, kl_median, kl_p99: of KL(float || quantized), over tokens.
+        windows: number of texts.
+        window: tokens in each.
+        tokens: predicted ones, windows * (window - 1).
+        kl_mean: of KL(float || quantized), over tokens.
+        kl_median: the same.
+        kl_p99: the same, its 99th percentile.
         top1_agreement: share of tokens for which both find the same one likeliest.
         top5_agreement: mean share of the float model's five likeliest tokens that are among the deployed one's five.
         kl_by_position: mean KL over windows for at most 64 stretches of equal length along the window, from its start;
             the last may be shorter.
         farthest: see its class; null without a tokenizer, and for references.
-        float_perplexity, perplexity: exp of the mean negative log-likelihood of the text's tokens.
+        float_perplexity: exp of the mean negative log-likelihood of the text's tokens, of the float model.
+        perplexity: of the deployed one.
         nonfinite_tokens: tokens whose deployed logits hold NaN or Inf; when there are any the measures are null.
         by_window: see its class; null in old reports.
-        kl_error, perplexity_error, top1_error: standard errors of kl_mean, perplexity and top1_agreement by a bootstrap
-            over windows; relative_perplexity_error: of perplexity / float_perplexity, whose two change together from
-            text to text. Null with one window.
+        kl_error: standard error of kl_mean, by a bootstrap over windows as the following ones.
+        perplexity_error: of perplexity.
+        top1_error: of top1_agreement.
+        relative_perplexity_error: of perplexity / float_perplexity, whose two change together from text to text. Null
+            with one window.
     """
 
     windows: int
@@ -257,7 +281,9 @@ class GradedMeasure(_Frozen):
     """A measure of quality with the grade that it alone would give.
 
     Attributes:
-        measure: its name; value: null where it is not finite. error: standard error of value, where it is known.
+        measure: its name.
+        value: null where it is not finite.
+        error: standard error of value, where it is known.
         limit: how far the grade goes; null for the worst one.
     """
 
@@ -288,8 +314,10 @@ class Gate(_Frozen):
     """A limit that a validation was asked to keep.
 
     Attributes:
-        option: as the command line calls it; limit: in the units of value.
-        value, error: what was measured, and its standard error where it is known.
+        option: as the command line calls it.
+        limit: in the units of value.
+        value: what was measured.
+        error: its standard error, where it is known.
         passed: value keeps limit; what is not finite does not.
         sentence: all of it in words.
     """
@@ -322,8 +350,9 @@ class Greedy(_Frozen):
     """Greedy continuations of prompts, by the float model and by the deployed one.
 
     Attributes:
-        prompts: how many; prompt_tokens: tokens in each; new_tokens: how many each model adds at most.
-            The deployed file decodes step by step with its cache.
+        prompts: how many.
+        prompt_tokens: tokens in each.
+        new_tokens: how many each model adds at most. The deployed file decodes step by step with its cache.
         agreed: for each prompt, how many tokens both continue alike before they part (new_tokens: they never do).
     """
 
@@ -337,8 +366,11 @@ class SuggestedOverride(_Frozen):
     """An override of the recipe that buys back error.
 
     Attributes:
-        match: name of the linear; scheme: what it should have; instead_of: what it has.
-        more_bytes: how many it costs; kl_gain: by how much the mean KL should fall.
+        match: name of the linear.
+        scheme: what it should have.
+        instead_of: what it has.
+        more_bytes: how many it costs.
+        kl_gain: by how much the mean KL should fall.
     """
 
     match: str
@@ -352,7 +384,8 @@ class WeightRow(_Frozen):
     """One weight of a file that qexport did not write, beside the float one; nothing ran.
 
     Attributes:
-        sqnr_db: of the weight; nearest_db: of the nearest codes on the same scales, what rounding costs at least.
+        sqnr_db: of the weight.
+        nearest_db: of the nearest codes on the same scales, what rounding costs at least.
         unexplained: share of the error's energy in weights that are off by more than rounding, and what methods add to
             it, moves them. Both null without codes on a grid.
         factors: its input channels carry factors that something in front divides by; they are taken off.
@@ -371,9 +404,11 @@ class Foreign(_Frozen):
     """A file that qexport did not write.
 
     Attributes:
-        file: its name; tool: what it says wrote it.
+        file: its name.
+        tool: what it says wrote it.
         matched: how many linears of the float model were found by "values" of their weights, by "names" alone, and by
-            "order" alone; missing: those that no product of the file computes.
+            "order" alone.
+        missing: those that no product of the file computes.
         others: products with codes that are no linear of the float model.
         weights: of every linear found, in order.
         tensors: sentences on gains, biases and embeddings that are not the float model's.
@@ -396,8 +431,8 @@ class Sensitivity(_Frozen):
     """Which linears cost the most KL.
 
     Attributes:
-        tokens: of the text that it was measured on; kl_mean: of the deployed model on these alone, which is not that of
-            the whole text in `Logits`.
+        tokens: of the text that it was measured on.
+        kl_mean: of the deployed model on these alone, which is not that of the whole text in `Logits`.
         kl_foretold: the sum of all `ValueComparison.kl_cost`; where it is far from kl_mean, the costs are guesses.
         measured: the fall of kl_mean by name, with the value of that linear alone restored to float in the deployed
             file: of the costliest linears, and of a quantized embedding (by the name of its block). It is measured
@@ -416,13 +451,18 @@ class Report(_Frozen):
     """The key "validation" of report.json.
 
     Attributes:
-        reference: the float model's name; text: what both models read.
+        reference: the float model's name.
+        text: what both models read.
         reader: how far the float model, as it was read here, is from a witness that reads it too; null in old reports.
         own_text: the float model wrote the text, or chance did: its perplexity compares with nothing else.
-        layers, logits, placement: see their classes; logits is null for models without text.
+        layers: the comparison value by value.
+        logits: that of distributions over next tokens; null for models without text.
+        placement: what runs where.
         activations: every quantized activation.
         outputs: for models without text, each output over all inputs.
-        references, greedy, sensitivity: see their classes; empty or null where they were not asked for.
+        references: models beside which a KL means something; empty where they were not asked for.
+        greedy: texts of both models, token by token; null where they were not asked for.
+        sensitivity: what each linear costs; null where it was not asked for.
         left_out: sentences about what was asked for and not done.
         warnings: sentences of the export about what may hurt on other data.
         quality: how good it is; null in old reports, and where there is nothing to grade.
@@ -435,8 +475,8 @@ class Report(_Frozen):
         settings: what `validate` was called with, by the names of its options; null: the default of the machine.
         versions: of qexport and of the libraries whose numbers these are.
         parts: of an encoder-decoder, the reports of its "encoder" and "decoder", each on what the float model hands to
-            it; empty for other models, and in report.json, as each has its own. Layers, outputs and placement are
-            those of both then, and logits and greedy are about what the export writes about whole sources; prompts of
+            it; empty for other models, and in report.json, as each has its own. Layers, outputs and placement are those
+            of both then, and logits and greedy are about what the export writes about whole sources; prompts of
             `greedy` are the tokens that every text begins with.
     """
 
