@@ -132,8 +132,7 @@ class _Inputs:
         def take(value: Node, features: Node) -> Node:
             return call(self._module.graph, aten.index_select.default, (value, -1, features), like=value)
 
-        node = self._replace(linear, "input_order", order.features, take)
-        node.meta[Meta.REORDERED] = True
+        self._replace(linear, "input_order", order.features, take)
 
     def multiply(self, linear: Linear, factor: Tensor) -> None:
         """Let a linear read its input times a factor for each feature."""
@@ -149,6 +148,7 @@ class _Inputs:
         if node is None:
             with graph.inserting_before(linear.node):
                 node = make(value, add_tensor(graph, f"{linear.name}.{what}", tensor))
+            node.meta[Meta.REORDERED] = True
             self._made.append((value, tensor, node))
         linear.node.replace_input_with(value, node)
         return node

@@ -46,7 +46,7 @@ class Meta(StrEnum):
     """On a value that is its first argument but for some channels: True."""
 
     REORDERED = "reordered"
-    """On a value that is its first argument with its features in another order: True."""
+    """On a value that is its first argument with its features in another order, or times a factor each: True."""
 
     PADDED = "padded"
     """On a value that is its first argument with zeros behind its features: True."""

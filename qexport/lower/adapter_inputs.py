@@ -5,7 +5,7 @@ the sum adds zeros. Linears that share a product share its branch: A has the row
 diagonal, so that one pair of small products serves q, k and v. The scale s is in B.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -72,21 +72,21 @@ def keep_adapters(folder: Path, manifest: Manifest, adapters: Mapping[str, Adapt
         adapters: by the name that each is switched by.
 
     Raises:
-        InputError: an adapter changes what is no quantized linear with a value of its own.
+        InputError: an adapter changes what is no linear with a value of its own.
     """
     if manifest.settings.get("prompts_from"):
         raise InputError("a file with a branch for prompts takes no adapters", place="adapter", remedy=_REMEDY)
     changes = {name: {c.module: c for c in found.changes.values()} for name, found in adapters.items()}
-    entries = {entry.name: entry for entry in manifest.readable if entry.input}
+    model, changed = onnx.load(folder / MODEL_FILE, load_external_data=False), set().union(*changes.values())
+    found = [*_branches(manifest), *_float_branches(model.graph, changed)]
+    modules = {module_of_call(entry.name) for branch in found for entry in branch.linears}
     for name, of in changes.items():
-        if other := [module for module in of if module not in entries]:
+        if other := [module for module in of if module not in modules]:
             raise InputError(
-                f"changes {other[0]}, which is no quantized linear of the file", place=adapters[name].name,
-                remedy=_REMEDY,
+                f"changes {other[0]}, which is no linear of the file with a value of its own",
+                place=adapters[name].name, remedy=_REMEDY,
             )  # fmt: skip
-    model = onnx.load(folder / MODEL_FILE, load_external_data=False)
-    changed = set().union(*changes.values())
-    branches = [b for b in _branches(manifest) if any(module_of_call(e.name) in changed for e in b.linears)]
+    branches = [b for b in found if any(module_of_call(e.name) in changed for e in b.linears)]
     dtype = FLOATS[manifest.dtype]
     _insert(model.graph, branches, dtype.onnx)
     (folder / MODEL_FILE).write_bytes(model.SerializeToString())
@@ -131,6 +131,20 @@ def _branches(manifest: Manifest) -> Iterator[_Branch]:
         first = entries[0]
         ends = [entry.columns[1] if entry.columns else entry.shape[0] for entry in entries]
         yield _Branch(node, first.input, first.output, first.shape[1], max(ends), tuple(entries))
+
+
+def _float_branches(graph: onnx.GraphProto, modules: Set[str]) -> Iterator[_Branch]:
+    """One for every product of a linear that stays float: it has the name of its module, and no others share it."""
+    shapes = {tensor.name: tuple(tensor.dims) for tensor in graph.initializer}
+    for node in graph.node:
+        weight = shapes.get(node.input[1], ()) if node.op_type == "MatMul" else ()
+        if len(weight) == 2 and module_of_call(node.name) in modules:
+            k, n = weight
+            entry = LinearEntry(
+                name=node.name, scheme="float", input=node.input[0], output=node.output[0], node=node.name,
+                kernel="MatMul", shape=(n, k),
+            )  # fmt: skip
+            yield _Branch(node.name, node.input[0], node.output[0], k, n, (entry,))
 
 
 def _insert(graph: onnx.GraphProto, branches: Sequence[_Branch], kind: int) -> None:

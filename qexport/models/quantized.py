@@ -7,6 +7,7 @@ from typing import Any
 
 from ..errors import CaptureError, InputError
 from .coded import CodedCheckpoint, format_of
+from .coded.paretoq import METHOD as PARETOQ
 
 FLOAT_MODEL = "Export the float model that it was made from"
 # Where configs say that weights are quantized: keys of config.json and of parts of it, and whole files.
@@ -62,6 +63,8 @@ def _sections(folder: Path) -> Iterator[tuple[str, str, Mapping[str, Any]]]:
         for key in _KEYS:
             if part.get(key) and isinstance(part[key], dict):
                 yield "config.json", prefix + key, part[key]
+    if isinstance(config.get("w_bits"), int) and config["w_bits"] < 16:  # ParetoQ's, which has no section of its own
+        yield "config.json", "w_bits", {"quant_method": PARETOQ, "w_bits": config["w_bits"]}
     for file in _FILES:
         if said := _read(folder / file):
             yield file, "", said

@@ -1,11 +1,13 @@
 """Adapters that stay apart: inputs of the file, switched in ONNX Runtime and in onnxruntime-genai."""
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from safetensors.torch import load_file
 
 import qexport
+from helpers import coded_checkpoints as packers
 from helpers.adapters import low_rank, save_adapter
 from helpers.random_decoders import save_model
 from helpers.tokenizer_files import write_word_tokenizer
@@ -104,6 +106,57 @@ def test_genai_switches_them_in_one_model(made):
         assert texts(name) == list(ours)[: len(texts(name))]
 
 
+@pytest.mark.slow
+def test_texts_are_those_of_peft(made, tmp_path):
+    """Adapters that PEFT made, switched in one session of genai over a float base, and in PEFT over the same one."""
+    og, peft = pytest.importorskip("onnxruntime_genai"), pytest.importorskip("peft")
+    from transformers import AutoModelForCausalLM
+
+    base = made[0]
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    names = ("one", "two")
+    for seed, name in enumerate(names):
+        torch.manual_seed(seed)
+        config = peft.LoraConfig(r=4, lora_alpha=32, target_modules="all-linear", init_lora_weights=False)
+        if seed == 0:
+            model = peft.get_peft_model(model, config, name)
+        else:
+            model.add_adapter(name, config)
+    model.save_pretrained(tmp_path / "peft")
+    adapters = {name: tmp_path / "peft" / name for name in names}
+    out = qexport.export(base, qexport.Recipe(scheme="float"), out_dir=tmp_path / "out", adapters=adapters).folder
+
+    session = og.Model(str(out))
+    loaded = og.Adapters(session)
+    for name in names:
+        loaded.load(str(out / f"{name}.onnx_adapter"), name)
+
+    def text(name):
+        parameters = og.GeneratorParams(session)
+        parameters.set_search_options(max_length=len(PROMPT[0]) + 24, do_sample=False)
+        generator = og.Generator(session, parameters)
+        if name:
+            generator.set_active_adapter(loaded, name)
+        generator.append_tokens(PROMPT[0])
+        while not generator.is_done():
+            generator.generate_next_token()
+        return list(generator.get_sequence(0))
+
+    def want(name):
+        ids, options = torch.tensor(PROMPT), {"max_new_tokens": 24, "do_sample": False}
+        if name is None:
+            with model.disable_adapter():
+                return model.generate(input_ids=ids, **options)[0].tolist()
+        model.set_adapter(name)
+        return model.generate(input_ids=ids, **options)[0].tolist()
+
+    texts = {name: text(name) for name in (None, *names)}
+    assert len({str(ids) for ids in texts.values()}) == 3
+    for name in (*names, None, *names):
+        ids, peft_ids = text(name), want(name)
+        assert ids == peft_ids[: len(ids)] and peft_ids[len(ids) :] in ([], [2])  # genai leaves the end token out
+
+
 def test_each_is_validated_beside_the_base_with_it(made, tmp_path, run):
     base, adapters, out = made
     for name, folder in adapters.items():
@@ -141,3 +194,73 @@ def test_what_cannot_stay_apart_is_refused(made, tmp_path, run):
     assert code == 2 and "has a DoRA" in err
     with pytest.raises(InputError, match="has no adapter other. It has some, whole"):
         open_decoder(out, adapter="other")
+
+
+def alone(out, base, adapters, tmp_path):
+    """For each adapter and for none: how far what it moves in the file is from what it moves in the float model."""
+    plain, float_plain = logits(open_decoder(out)), float_logits(base)
+    for name, folder in adapters.items():
+        moved, want = logits(open_decoder(out, adapter=name)) - plain, float_logits(base, folder) - float_plain
+        yield name, float((moved - want).norm() / want.norm())
+
+
+def test_float_linears_take_them_too(made, tmp_path):
+    base, adapters, _ = made
+    out = qexport.export(base, qexport.Recipe(scheme="float"), out_dir=tmp_path / "out", adapters=adapters).folder
+    assert all(off < 1e-4 for _, off in alone(out, base, adapters, tmp_path))
+
+
+@pytest.mark.parametrize("form", ["act-order", "nf4", "factors"])
+def test_a_base_of_codes_takes_them(made, tmp_path, form):
+    """QLoRA on its own nf4 base, and linears that read their input in another order or multiplied: A reads the value
+    that the linear of the float model reads."""
+    _, adapters, _ = made
+    folder = save_model("llama", tmp_path / "model")
+    write_word_tokenizer(folder)
+    twin = packers.coded(folder, *CODED[form])
+    recipe = qexport.Recipe.load("as_stored").model_copy(update={"accuracy_level": 1})
+    out = qexport.export(folder, recipe, out_dir=tmp_path / "out", adapters=adapters).folder
+    assert (logits(open_decoder(out)) - float_logits(twin)).abs().max() < 1e-4
+    assert all(off < 1e-4 for _, off in alone(out, twin, adapters, tmp_path))
+
+
+def test_branches_of_lorc_go_with_them(made, tmp_path):
+    """The error that is left is of the codes: an adapter moves the file with branches as it moves it without."""
+    base, adapters, _ = made
+    recipe = qexport.Recipe(scheme="w8a16_g32", weights={"method": "rtn"}, lorc={"rank": 4}, accuracy_level=1)
+    out = qexport.export(base, recipe, out_dir=tmp_path / "out", adapters=adapters).folder
+    names = {node.op_type for node in onnx.load(out / "model.onnx").graph.node if "lora" in node.name}
+    assert names == {"MatMul", "Add"} and manifests.load(out).adapters == ("some", "whole")
+    assert all(off < 0.03 for _, off in alone(out, base, adapters, tmp_path))
+
+
+def _act_order(path, shape):
+    made = packers.random_codes(shape, 4, 32, seed=len(path), act_order=True)
+    group_of = packers.random_codes((1, shape[1]), 4, 32, seed=shape[1], act_order=True)[3]
+    made = (*made[:3], group_of)
+    return packers.gptq(*made, 4), packers.dequantized(*made)
+
+
+def _nf4(path, shape):
+    codes = packers.random_codes(shape, 4, 32, seed=len(path))[0]
+    absmax = torch.rand(shape[0] * shape[1] // 32, generator=torch.Generator().manual_seed(len(path))) / 4
+    values = torch.tensor(packers.TABLES["nf4"], dtype=torch.float64)[codes]
+    return packers.bitsandbytes(codes, absmax, "nf4", 32), values * absmax.double().repeat_interleave(32).view(shape)
+
+
+def _factors(path, shape):
+    """ModelOpt's int8 with factors of inputs."""
+    random = torch.Generator().manual_seed(len(path))
+    codes = torch.randint(-128, 128, shape, generator=random, dtype=torch.int8)
+    scale, factor = torch.rand(shape[0], generator=random) / 400, 0.5 + torch.rand(shape[1], generator=random)
+    parts = {".weight": codes, ".weight_scale": scale, ".pre_quant_scale": factor}
+    return parts, codes.double() * scale.double()[:, None] * factor.double()
+
+
+CODED = {  # how a linear is packed, and what the config says
+    "act-order": (
+        _act_order, {"quant_method": "gptq", "bits": 4, "group_size": 32, "sym": True, "desc_act": True},
+    ),
+    "nf4": (_nf4, {"quant_method": "bitsandbytes", "load_in_4bit": True}),
+    "factors": (_factors, {"quant_method": "modelopt", "quant_algo": "W8A8_SQ_PER_CHANNEL"}),
+}  # fmt: skip
