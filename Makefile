@@ -9,8 +9,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
 
-# onnxruntime-genai's wheels with CUDA, which run on the CPU too, exist for x86-64; its tests skip elsewhere.
-EXTRAS = test,datasets,plots$(if $(filter x86_64 AMD64,$(shell uname -m)),$(if $(filter Linux,$(shell uname -s)),$(comma)genai))
+# `make demo RUNTIME=cpu` does without CUDA's part of ONNX Runtime, which exists for x86-64 and takes 255 MB. The tests
+# ask it where nodes would run, with no GPU; they skip that elsewhere, as they do what needs onnxruntime-genai.
+RUNTIME ?= $(if $(and $(filter x86_64 AMD64,$(shell uname -m)),$(filter Linux,$(shell uname -s))),cuda,cpu)
+EXTRAS = test,datasets,plots,$(RUNTIME)$(if $(filter cuda,$(RUNTIME)),$(comma)genai)
 comma := ,
 
 .PHONY: demo test test-all test-times lint docs clean install

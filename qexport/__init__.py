@@ -9,6 +9,7 @@ import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from .errors import needing_runtime
 from .gc_pause import no_garbage_collection
 
 # ONNX Runtime from 1.29 on sends telemetry, and leaves a device id in the home folder as soon as it is imported, unless
@@ -73,7 +74,7 @@ def __getattr__(name: str) -> Any:
     if name not in _WHERE:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     module, attribute = _WHERE[name]
-    with no_garbage_collection():  # a fifth of the seconds that the libraries take to import
+    with needing_runtime(), no_garbage_collection():  # a fifth of the seconds that the libraries take to import
         value = getattr(import_module(f"{__name__}.{module}"), attribute)
     globals()[name] = value
     return value

@@ -93,6 +93,21 @@ def in_a_line(error: BaseException) -> str:
     return (said if len(said) <= 300 else f"{said[:300]}...") or type(error).__name__
 
 
+# There are two to choose from, so that neither is a dependency of the package.
+INSTALL_RUNTIME = "pip install 'qexport[cpu]', or 'qexport[cuda]' for NVIDIA GPUs"
+
+
+@contextmanager
+def needing_runtime():
+    """Raise InputError where an import fails because no ONNX Runtime is installed."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] != "onnxruntime":
+            raise
+        raise InputError("ONNX Runtime is not installed", remedy=INSTALL_RUNTIME) from error
+
+
 @contextmanager
 def writing_to(place: Path, when_full: str):
     """Turn a full disk, whose remedy is `when_full`, or a refused write into an InputError.

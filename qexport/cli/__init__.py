@@ -8,7 +8,7 @@ import typer
 
 import qexport
 
-from ..errors import QExportError
+from ..errors import QExportError, needing_runtime
 from ..log import configure, restore
 from ..stopping import Stopped, raising_stopped
 from .app import app, load_commands
@@ -20,7 +20,7 @@ def main() -> None:
     load_commands()
     gc.disable()  # until everything is imported, see `options.imported`
     try:
-        with raising_stopped():
+        with needing_runtime(), raising_stopped():
             app()
     except QExportError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -16,6 +16,7 @@ from ..artifact import checksums
 from ..artifact.manifest import CPU, CUDA
 from ..artifact.output import check_there
 from ..artifact.ownership import foreign
+from ..errors import INSTALL_RUNTIME
 from .processor import instruction_sets
 
 # Distributions that unpack into the same Python package, so that only the last one installed is whole.
@@ -113,7 +114,7 @@ def check_onnxruntime(installed: Mapping[str, str]) -> Check:
     found = [name for name in ONNXRUNTIMES if name in installed]
     detail = ", ".join(f"{name} {installed[name]}" for name in found) or "not installed"
     if not found:
-        return Check("onnxruntime", False, detail, "pip install onnxruntime-gpu, or onnxruntime without NVIDIA")
+        return Check("onnxruntime", False, detail, INSTALL_RUNTIME)
     if len(found) > 1:
         keep = "onnxruntime-gpu" if "onnxruntime-gpu" in found else found[0]
         return Check(

@@ -4,6 +4,7 @@ import ast
 import inspect
 import tomllib
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
@@ -34,6 +35,17 @@ def test_every_file_that_is_no_module_is_named():
 
 def test_type_checkers_are_told_that_the_package_has_types():
     assert (ROOT / "qexport" / "py.typed").is_file() and "py.typed" in SETUP["package-data"]["qexport"]
+
+
+def test_a_missing_runtime_is_said_with_what_to_install(run, monkeypatch):
+    absent = ModuleNotFoundError("No module named 'onnxruntime'", name="onnxruntime")
+    monkeypatch.delitem(vars(qexport), "optimize", raising=False)
+    with monkeypatch.context() as patched, pytest.raises(qexport.QExportError, match=r"not installed. pip .*\[cpu\]"):
+        patched.setattr(qexport, "import_module", Mock(side_effect=absent))
+        qexport.optimize  # noqa: B018
+    monkeypatch.setattr(qexport, "bench", Mock(side_effect=absent))
+    code, _, said = run("bench", "anything")
+    assert code == 2 and said.startswith("error: ONNX Runtime is not installed") and said.count("\n") == 1
 
 
 def test_type_checkers_see_the_public_names():
