@@ -44,6 +44,8 @@ PRESETS = {
     "fptq": ("w4a8_g128_int", "gptq", "fptq"),
     "llm_int8": ("w8a8_dyn", "rtn", "llm_int8"),
     "nf4": ("nf4", "rtn", None),
+    "mxfp4": ("mxfp4", "gptq", None),
+    "nvfp4": ("nvfp4", "gptq", None),
     "fp4": ("fp4", "rtn", None),
     "w8a8_static_lae": ("w8a8_static", "rtn", "lae"),
     "w4a16_g64_awq": ("w4a16_g64", "rtn", "awq"),

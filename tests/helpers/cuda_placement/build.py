@@ -45,6 +45,27 @@ def build_stand_ins(folder: Path) -> dict[str, str]:
     return {**os.environ, "LD_LIBRARY_PATH": os.pathsep.join(paths)}
 
 
+def build_tensorrt_stand_ins(env: dict[str, str], folder: Path) -> dict[str, str]:
+    """Libraries for the TensorRT provider too, without which the list of all kernels cannot be had: every function of
+    theirs says 0, and nothing is made with them.
+
+    Args:
+        env: what `build_stand_ins` returned; folder: its folder.
+
+    Raises:
+        CannotBuild: as `build_stand_ins`.
+    """
+    provider = _provider_library().with_name("libonnxruntime_providers_tensorrt.so")
+    names = re.findall(r"NEEDED.*\[(libnv[^]]+)\]", _run("readelf", "-d", "-W", provider))
+    listed = _run("nm", "-D", "--undefined-only", "--with-symbol-versions", provider).split()
+    symbols = [name for name in listed if re.fullmatch(r"(create|get)[A-Z]\w*", name)]
+    source = folder / "tensorrt.c"
+    source.write_text("".join(f"long {name}(void) {{ return 0; }}\n" for name in symbols))
+    for name in names:
+        _run("gcc", "-shared", "-fPIC", source, f"-Wl,-soname,{name}", "-o", folder / name)
+    return env
+
+
 def _provider_library() -> Path:
     if sys.platform != "linux" or platform.machine() != "x86_64":
         raise CannotBuild("the stand-ins for CUDA are for Linux on x86-64")
