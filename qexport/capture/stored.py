@@ -113,15 +113,16 @@ def codes_in(
         pieces: those that are parts of a weight.
 
     Raises:
-        CaptureError: one of those is of codes.
+        CaptureError: one of those is of codes, and no product reads it as it is kept.
     """
+    found = {name: checkpoint.given(name) for name in parameters if name not in pieces}
     for name, piece in pieces.items():
-        if checkpoint.given(piece.source) is not None:
+        found[name] = checkpoint.given(piece.source, piece.index) if piece.transposed else None
+        if found[name] is None and checkpoint.coded(piece.source):
             raise CaptureError(
                 "is of codes, and the model reads it transposed or in parts, which is done with float weights alone",
                 place=name, remedy=FLOAT_MODEL,
             )  # fmt: skip
-    found = {name: checkpoint.given(name) for name in parameters if name not in pieces}
     return {name: codes for name, codes in found.items() if codes is not None}
 
 

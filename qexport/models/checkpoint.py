@@ -2,13 +2,14 @@
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 
 from ..errors import CaptureError, InputError, NumericsError
-from .coded import CodedCheckpoint, CodedWeight, Given, Header
+from .coded import CodedCheckpoint, CodedStack, CodedWeight, Given, Header
 from .conversion import MadeWeight
 from .files import weight_files
 from .leftovers import FLOATS, check_float_dtype
@@ -163,11 +164,20 @@ class Checkpoint:
     def is_zero(self, name: str) -> bool:
         return not bool(self._raw(name).any())
 
-    def given(self, name: str) -> GivenCodes | None:
-        """The codes of a weight; None where it is float."""
-        found = self._stored_as(name)
-        weight = None if self._aliases.get(name, name) in self._changes else self._coded.get(found)
-        return None if weight is None else GivenCodes(weight, self._part)
+    def coded(self, name: str) -> bool:
+        """Whether a tensor is codes."""
+        return self._aliases.get(name, name) not in self._changes and self._stored_as(name) in self._coded
+
+    def given(self, name: str, index: int | None = None) -> GivenCodes | None:
+        """The codes of a weight; None where it is float.
+
+        Args:
+            index: of a matrix of a tensor of several, for the weight [N, K] of its product.
+        """
+        weight = self._coded.get(self._stored_as(name)) if self.coded(name) else None
+        if isinstance(weight, CodedStack):
+            return None if index is None else GivenCodes(weight.each, partial(self._part, index=index))
+        return None if weight is None or index is not None else GivenCodes(weight, self._part)
 
     def _embedding(self, adapter: Adapter) -> str:
         """The table of the base, which is its head as well."""
@@ -193,6 +203,9 @@ class Checkpoint:
         """A tensor without an adapter."""
         stored = self._stored_as(name)
         if (weight := self._coded.get(stored)) is not None:
+            if isinstance(weight, CodedStack) and index is not None:
+                found = weight.each.decode(partial(self._part, index=index))
+                return (found.dequantize() if isinstance(found, Given) else found).t()
             found = weight.decode(self._part)
             whole = found.dequantize() if isinstance(found, Given) else found
             return whole if index is None else whole[index]

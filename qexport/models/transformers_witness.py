@@ -1,5 +1,6 @@
 """Transformers' own model as a witness: loaded by transformers from the user's folder or GGUF file, attention eager."""
 
+import copy
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -247,10 +248,14 @@ def _with_tensors(loader: type[Any], folder: "ModelFolder", tensors: Mapping[str
     Raises:
         Absent: transformers cannot build it, or some are missing or of other shapes.
     """
+    config = copy.deepcopy(folder.config)
+    for part in (config, config.get_text_config()):
+        if getattr(part, "_experts_implementation", None):  # which the capture sets in the config that it is given
+            part._experts_implementation = "eager"
     try:
         with init_empty_weights(include_buffers=False):
             model = loader.from_config(
-                folder.config, dtype=torch.float32, attn_implementation="eager",
+                config, dtype=torch.float32, attn_implementation="eager",
                 trust_remote_code=folder.trust_remote_code,
             )  # fmt: skip
         model.load_state_dict(tensors, strict=False, assign=True)

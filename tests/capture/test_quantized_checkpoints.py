@@ -16,7 +16,7 @@ from qexport.models.source import open_model
 
 CONFIGS = {  # what a config says, and what the sentence names
     "modelopt": ({"quant_method": "modelopt", "quant_algo": "W4A8_NVFP4_FP8"}, r"ModelOpt \(W4A8_NVFP4_FP8\)"),
-    "mxfp4": ({"quant_method": "mxfp4"}, "MXFP4"),
+    "vptq": ({"quant_method": "vptq"}, "VPTQ"),
     "eetq": ({"quant_method": "eetq"}, "EETQ"),
     "unknown": ({"quant_method": "new-method", "bits": 3}, r"new-method \(3 bits\)"),
     "without a method": ({"group_size": 64}, "a method that it does not name"),

@@ -7,9 +7,9 @@ shares nothing with `decode`: an export compares the two.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from typing import Any, ClassVar, Self, TypeVar
 
 import torch
@@ -123,6 +123,44 @@ class CodedWeight(ABC):
         """The weight [N, K] as the method's own library publishes it, float64."""
 
 
+@dataclass(frozen=True)
+class CodedStack:
+    """Matrices of one kind in one tensor, as the experts of a layer are: [count, K, N], of which products read one.
+
+    Attributes:
+        name, parts, scale_dtype: see `CodedWeight`; shape: of the float tensor.
+        each: any of the matrices as the weight [N, K] of its product; it reads parts by their name, cut to that matrix.
+    """
+
+    name: str
+    shape: tuple[int, int, int]
+    parts: tuple[str, ...]
+    each: CodedWeight
+
+    @property
+    def scale_dtype(self) -> str:
+        return self.each.scale_dtype
+
+    def decode(self, read: Read) -> Tensor:
+        """The float32 tensor."""
+        return torch.stack([_float(self.each.decode(cut)) for cut in self._cuts(read)]).transpose(1, 2).contiguous()
+
+    def formula(self, read: Read) -> Tensor:
+        """The same as the method's own library publishes it, float64."""
+        return torch.stack([self.each.formula(cut) for cut in self._cuts(read)]).transpose(1, 2).contiguous()
+
+    def _cuts(self, read: Read) -> list[Read]:
+        return [partial(_cut, read, number) for number in range(self.shape[0])]
+
+
+def _cut(read: Read, number: int, part: str) -> Tensor:
+    return read(part)[number]
+
+
+def _float(found: Given | Tensor) -> Tensor:
+    return found.dequantize() if isinstance(found, Given) else found
+
+
 class CodedCheckpoint(ABC):
     """How one method keeps weights in a checkpoint. Subclasses are frozen dataclasses of what a config says.
 
@@ -152,7 +190,7 @@ class CodedCheckpoint(ABC):
         return ()
 
     @abstractmethod
-    def find(self, tensors: Mapping[str, Header], read: Read) -> list[CodedWeight]:
+    def find(self, tensors: Mapping[str, Header], read: Read) -> Sequence[CodedWeight | CodedStack]:
         """The weights that are codes.
 
         Args:

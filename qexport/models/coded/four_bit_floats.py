@@ -74,7 +74,7 @@ class FourBitFloats(CodedWeight):
         return cls(name, (n, k), parts, scheme, kept, dtype, grid, divides, bool(second))
 
     def decode(self, read: Read) -> Given | Tensor:
-        packed, scale = read(self.parts[0]), self._scale(read)
+        packed, scale = read(self.parts[0]).reshape(self.shape[0], -1), self._scale(read)
         codes = torch.stack((packed & 15, packed >> 4), -1).view(self.shape)
         twice = torch.tensor(TWICE, dtype=torch.int16)[codes.long()]
         scale = (scale / 2).float()
@@ -97,7 +97,8 @@ class FourBitFloats(CodedWeight):
 
     def formula(self, read: Read) -> Tensor:
         """Group by group, from the bits of each code."""
-        packed, (n, k) = read(self.parts[0]).numpy(), self.shape
+        (n, k) = self.shape
+        packed = read(self.parts[0]).numpy().reshape(n, k // 2)
         stored = read(self.parts[1])
         second = float(read(self.parts[2])) if self.seconds else 1.0
         out = torch.empty(n, k, dtype=torch.float64)
