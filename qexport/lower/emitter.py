@@ -21,6 +21,7 @@ ONNX_DTYPE = {dtype: ir.DataType(kind.onnx) for dtype, kind in FLOAT_TYPES.items
     torch.float64: ir.DataType.DOUBLE, torch.int64: ir.DataType.INT64, torch.int32: ir.DataType.INT32,
     torch.int16: ir.DataType.INT16, torch.int8: ir.DataType.INT8, torch.uint8: ir.DataType.UINT8,
     torch.bool: ir.DataType.BOOL, torch.float8_e4m3fn: ir.DataType.FLOAT8E4M3FN,
+    torch.float8_e8m0fnu: ir.DataType.FLOAT8E8M0,
 }  # fmt: skip
 VIEW_OF = "view_of"  # in the meta of an initializer: the one whose bytes it is made of
 _FOUR_BITS = {torch.int8: ir.DataType.INT4, torch.uint8: ir.DataType.UINT4}

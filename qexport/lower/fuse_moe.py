@@ -13,8 +13,10 @@ from torch.fx import GraphModule, Node
 
 from ..graph.edit import call, finish, is_call
 from ..graph.meta import BESIDE, Meta
+from ..graph.schema import bind
 from ..graph.sites import readers
 from ..graph.views import Add, DequantizeLinear, ExpertShares, Mul, size_at
+from ..quant.formats.small_floats import format_named
 from .fuse_parallel_linears import QuantizedLinear, linear_of
 from .match_gated_activation import gate_of
 from .moe_form import ExpertWeights, Gate, MoeForm
@@ -143,7 +145,7 @@ class _Gathering:
         arguments = (
             ups[0].input, self._shares, self._shares, k, *_tensors(ups), *_tensors(downs), form.up.bits,
             form.up.group, form.down.group, form.block_size, gate.activation, gate.interleaved, gate.alpha, gate.beta,
-            gate.limit, False,
+            gate.limit, False, form.up.floats, _whole_scales(ups), _whole_scales(downs),
         )  # fmt: skip
         with self._graph.inserting_after(total):
             node = call(self._graph, ops.quantized_experts.default, arguments, like=total)
@@ -195,17 +197,29 @@ def _one(found: Sequence[_T]) -> _T:
 def _weights(linear: QuantizedLinear) -> ExpertWeights:
     if linear.addends:
         raise StaysDense("more than a bias is added to what its linears make")
+    if is_call(linear.weight, ops.dequantize_floats.default):
+        fmt = format_named(bind(linear.weight).name)
+        return ExpertWeights(fmt.bits, fmt.group_size, False, fmt.name)
     weight = DequantizeLinear.match(linear.weight)
     if weight is None or weight.codes.op != "get_attr" or weight.block_size == 0:
         raise StaysDense("its weights are no codes in groups")
     return ExpertWeights(weight.bits, weight.block_size, weight.zero_point is not None)
 
 
+def _whole_scales(linears: Sequence[QuantizedLinear]) -> list[Node]:
+    """The scale of each whole weight, of formats that have one."""
+    floats = [bind(n.weight) for n in linears if is_call(n.weight, ops.dequantize_floats.default)]
+    return [weight.tensor_scale for weight in floats if weight.tensor_scale is not None]
+
+
 def _tensors(linears: Sequence[QuantizedLinear]) -> tuple[list[Node], ...]:
     """(codes, scales, zero points, biases) of all experts, an empty list where they have none."""
-    weights = [DequantizeLinear.of(linear.weight) for linear in linears]
-    zeros = [weight.zero_point for weight in weights if weight.zero_point is not None]
     biases = [linear.bias for linear in linears if linear.bias is not None]
     if len(biases) not in (0, len(linears)):
         raise StaysDense("some of its linears have biases and others have none")
+    if is_call(linears[0].weight, ops.dequantize_floats.default):
+        floats = [bind(linear.weight) for linear in linears]
+        return [weight.codes for weight in floats], [weight.scale for weight in floats], [], biases
+    weights = [DequantizeLinear.of(linear.weight) for linear in linears]
+    zeros = [weight.zero_point for weight in weights if weight.zero_point is not None]
     return [weight.codes for weight in weights], [weight.scale for weight in weights], zeros, biases

@@ -130,6 +130,9 @@ def _exact_scales(node: Node) -> tuple[Node | None, ...]:
     if is_call(node, ops.matmul_floats.default):
         given = bind(node)
         return given.scale, given.tensor_scale, given.input_scale
+    if is_call(node, ops.quantized_experts.default):
+        given = bind(node)
+        return *given.up_wholes, *given.down_wholes
     return ()
 
 

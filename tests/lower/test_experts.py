@@ -5,6 +5,8 @@ import re
 from collections import Counter
 from functools import cache
 
+import ml_dtypes
+import numpy as np
 import onnx
 import pytest
 import torch
@@ -16,7 +18,8 @@ from helpers.cuda_placement.models import CPU, CUDA, PROMPT
 from helpers.random_decoders import save_model
 from helpers.runners import padded
 from qexport.api.stages.capturing import capture_model
-from qexport.graph.edit import is_call
+from qexport.graph.edit import get_tensor, is_call
+from qexport.graph.schema import bind
 from qexport.graph.sites import linears
 from qexport.lower.fuse_moe import gather_experts
 from qexport.lower.match_gated_activation import gate_of
@@ -284,3 +287,62 @@ def test_gates_are_told_from_the_graph(captured, family, gate):
         inner = inner.args[0]
     assert gate_of(inner, up.node) == gate
     assert gate_of(up.node, up.node) is None
+
+
+# ---- experts of small floats ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
+@pytest.mark.parametrize("scheme, kind", [("mxfp4", b"fp4"), ("nvfp4", b"nvfp4")])
+def test_cuda_computes_experts_of_4_bit_floats(wide, cuda_placement, tmp_path, family, scheme, kind):
+    exported = agreement.export(wide(family), recipe_of(scheme), "cuda", tmp_path / "out")
+    placed = cuda_placement(exported.folder / "model.onnx", exported.manifest.session, dims=PROMPT)
+    assert placed["memcpy"] == 0 and set(placed["nodes"].get(CPU, ())) <= SIZES
+    assert placed["nodes"][CUDA]["QMoE"] == 2 and not reasons(exported)
+    graph = onnx.load(exported.folder / "model.onnx").graph
+    tensors = {t.name: t for t in graph.initializer}
+    (node, *_) = [node for node in graph.node if node.op_type == "QMoE"]
+    attributes = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
+    assert (attributes["quant_type"], attributes["block_size"]) == (kind, 32 if scheme == "mxfp4" else 16)
+    mixture = next(n for b in exported.blocks for n in b.module.graph.nodes if "quantized_experts" in str(n.target))
+    block = next(b for b in exported.blocks if mixture.graph is b.module.graph)
+    given = bind(mixture)
+    for side, (codes, scales, whole) in {"up": (2, 3, 15), "down": (5, 6, 16)}.items():
+        ours = weights_of(block, *(getattr(given, f"{side}_{part}") for part in ("codes", "scales", "wholes")), scheme)
+        if side == "up" and not given.interleaved:  # gate and up, row by row
+            ours = ours.view(len(ours), 2, -1, ours.shape[-1]).transpose(1, 2).flatten(1, 2)
+        theirs = as_the_schema_says(*(tensors[node.input[place]] for place in (codes, scales, whole)))
+        assert (torch.from_numpy(theirs) - ours).abs().max() <= 2**-22 * ours.abs().max()
+
+
+def weights_of(block, codes, scales, wholes, scheme):
+    """[E, N, K] of a mixture in a graph."""
+    found = []
+    for e in range(len(codes)):
+        parts = [codes[e], scales[e], *(wholes[e : e + 1] or [None])]
+        tensors = [None if part is None else get_tensor(block.module, part.target) for part in parts]
+        found.append(torch.ops.qexport.dequantize_floats(*tensors, scheme).t())
+    return torch.stack(found).double()
+
+
+def as_the_schema_says(codes, scales, whole):
+    """In float64: E2M1 numbers, the first of a byte in its low bits, times a block's scale, times an expert's."""
+    exponents = scales.data_type == onnx.TensorProto.FLOAT8E8M0
+    kind = ml_dtypes.float8_e8m0fnu if exponents else ml_dtypes.float8_e4m3fn
+    packed = onnx.numpy_helper.to_array(codes)
+    steps = onnx.numpy_helper.to_array(scales).view(kind).astype(float)
+    table = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+    table = np.concatenate([table, -table])
+    values = np.stack([table[packed & 15], table[packed >> 4]], -1).reshape(*packed.shape[:2], -1)
+    size = values.shape[-1] // steps.shape[-1]
+    return values * steps.repeat(size, -1) * onnx.numpy_helper.to_array(whole).astype(float)[:, None, None]
+
+
+@pytest.mark.parametrize(
+    "scheme, why", [("mxfp4", "takes integers, not mxfp4"), ("w8a16_fp8", "QMoE takes mxfp4 and nvfp4")]
+)
+def test_experts_of_floats_stay_dense_on_the_cpu(captured, tmp_path, scheme, why):
+    exported = agreement.export(captured("mixtral"), recipe_of(scheme), "cpu", tmp_path / "out")
+    assert counts(exported)["QMoE"] == 0 and len(reasons(exported)) == 2
+    assert all(why in reason for reason in reasons(exported).values())
+    assert_agree(exported, MASK, flips=0.02)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ...quant.affine import blockwise_fake_quantize
+from ...quant.formats.small_floats import format_named
 from .quant import dequantize_linear
 
 
@@ -63,6 +64,7 @@ def quantized_experts(
     down_biases: Sequence[Tensor],
     bits: int, up_group: int, down_group: int, block_size: int,
     activation: str, interleaved: bool, alpha: float, beta: float, limit: float, rounds: bool,
+    floats: str, up_wholes: Sequence[Tensor], down_wholes: Sequence[Tensor],
 ) -> Tensor:  # fmt: skip
     """The k best experts of every token, each by its share, as one kernel.
 
@@ -76,6 +78,9 @@ def quantized_experts(
             `dequantize_linear` along axis 0; up_group, down_group: features that share a scale; biases: [N] and [K].
         block_size: the same in the kernel: both groups, or a part of them. The file then has each scale several times.
         activation, interleaved, alpha, beta, limit: see `gate`.
+        floats: name of the format of small floats that the weights are in, and then they are as in `dequantize_floats`,
+            codes [N, K]; empty for integers.
+        up_wholes, down_wholes: the scale of each whole weight, of formats that have one.
         rounds: the kernel rounds what both linears read to 8 bits in blocks, as MatMulNBits does at accuracy level 4.
 
     Returns:
@@ -85,19 +90,28 @@ def quantized_experts(
     parts = best.values.softmax(-1) if shares is None else shares.gather(1, best.indices)
     result = torch.zeros_like(rows)
 
-    def project(x: Tensor, e: int, codes, scales, zeros, biases, group: int) -> Tensor:
-        weight = dequantize_linear(codes[e], scales[e], zeros[e] if zeros else None, 0, group, bits)
+    def project(x: Tensor, e: int, codes, scales, zeros, biases, group: int, wholes) -> Tensor:
+        if floats:
+            weight = _floats(floats, codes[e], scales[e], wholes[e] if wholes else None).to(x.dtype)
+        else:
+            weight = dequantize_linear(codes[e], scales[e], zeros[e] if zeros else None, 0, group, bits)
         product = (blockwise_fake_quantize(x, block_size) if rounds else x) @ weight
         return product + biases[e] if biases else product
 
     for expert in range(len(up_codes)):
         token, place = (best.indices == expert).nonzero(as_tuple=True)
         if len(token):
-            inner = project(rows[token], expert, up_codes, up_scales, up_zeros, up_biases, up_group)
+            inner = project(rows[token], expert, up_codes, up_scales, up_zeros, up_biases, up_group, up_wholes)
             inner = gate(inner, activation, interleaved, alpha, beta, limit)
-            out = project(inner, expert, down_codes, down_scales, down_zeros, down_biases, down_group)
+            out = project(inner, expert, down_codes, down_scales, down_zeros, down_biases, down_group, down_wholes)
             result.index_add_(0, token, out * parts[token, place, None])
     return result.view(x.shape)
+
+
+def _floats(name: str, codes: Tensor, scale: Tensor, whole: Tensor | None) -> Tensor:
+    """[K, N] float32."""
+    fmt = format_named(name)
+    return fmt.decode(codes, fmt.read_scale(scale, whole, len(codes)), None).t()
 
 
 @quantized_experts.register_fake

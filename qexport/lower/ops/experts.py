@@ -14,6 +14,7 @@ from ...graph.schema import Arguments
 from ...graph.views import sizes_of
 from ...quant.packing import pack_rows
 from ..emitter import Attribute, Emitter
+from ..moe_form import FLOATS
 from ..registry import translates
 
 ops = torch.ops.qexport
@@ -35,6 +36,7 @@ class _Side:
     Attributes:
         name: of its tensors in the file.
         order: rows of the weight [N, K] in the order of the file; None: as they are.
+        wholes: scales of whole weights; floats: name of the format of small floats, empty for integers.
     """
 
     name: str
@@ -46,9 +48,13 @@ class _Side:
     group: int
     block: int
     order: torch.Tensor | None = None
+    wholes: Sequence[Node] = ()
+    floats: str = ""
 
     def inputs(self, emit: Emitter) -> tuple[ir.Value | None, ...]:
         """(codes [E, N, K * bits / 8], scales [E, N, blocks], biases [E, N] or None, zero points or None)."""
+        if self.floats:
+            return self._of_floats(emit)
         (k, n), bits, count = sizes_of(self.codes[0]), self.bits, len(self.codes)
         blocks = k // self.block
         offset = 0 if self.zeros else 2 ** (bits - 1)  # what a kernel takes off where there are none
@@ -81,20 +87,50 @@ class _Side:
             stacked("zero_points", self.zeros, (n, -(-blocks * bits // 8)), torch.uint8, zeros),
         )  # fmt: skip
 
+    def _of_floats(self, emit: Emitter) -> tuple[ir.Value | None, ...]:
+        """The same; scales [E, N, groups] are as wide as the kernel has them, and there are no zero points."""
+        (n, k), (_, groups), count = sizes_of(self.codes[0]), sizes_of(self.scales[0]), len(self.codes)
+        dtype = torch.float8_e4m3fn if self.wholes else torch.float8_e8m0fnu
+
+        def rows(t: torch.Tensor) -> torch.Tensor:
+            return t if self.order is None else t[self.order]
+
+        def pack(t: torch.Tensor) -> torch.Tensor:
+            return pack_rows(rows(t).contiguous(), 4)
+
+        codes = emit.stacked(f"{self.name}.codes", self.codes, (count, n, k // 2), torch.uint8, pack)
+        scales = emit.stacked(
+            f"{self.name}.scales", self.scales, (count, n, groups), dtype, lambda t: rows(t).contiguous().view(dtype)
+        )
+        biases = None
+        if self.biases:
+            biases = emit.stacked(f"{self.name}.bias", self.biases, (count, n), dtype_of(self.biases[0]), rows)
+        return codes, scales, biases, None
+
+    def whole_scales(self, emit: Emitter) -> ir.Value | None:
+        """float32 [E], one where the format has none; None for integers."""
+        if self.wholes:
+            shape = (len(self.wholes),)
+            return emit.stacked(f"{self.name}.whole_scales", self.wholes, shape, torch.float32, lambda t: t)
+        return emit.constant([1.0] * len(self.codes), torch.float32) if self.floats else None
+
 
 @translates(ops.quantized_experts.default)
 def _quantized_experts(emit: Emitter, node: Node, given: Arguments) -> ir.Value:
     name, order, bits, block = node.meta[Meta.EXPERTS].name, None, given.bits, given.block_size
     if given.activation == "swiglu" and not given.interleaved:  # the only order that the CPU provider takes
-        order = torch.arange(sizes_of(given.up_codes[0])[1]).view(2, -1).t().reshape(-1)
-    up = _Side(
+        rows = sizes_of(given.up_codes[0])[0 if given.floats else 1]
+        order = torch.arange(rows).view(2, -1).t().reshape(-1)
+    ups = _Side(
         f"{name}.up", given.up_codes, given.up_scales, given.up_zeros, given.up_biases, bits, given.up_group, block,
-        order,
-    ).inputs(emit)  # fmt: skip
-    down = _Side(
+        order, given.up_wholes, given.floats,
+    )  # fmt: skip
+    downs = _Side(
         f"{name}.down", given.down_codes, given.down_scales, given.down_zeros, given.down_biases, bits,
-        given.down_group, block,
-    ).inputs(emit)  # fmt: skip
+        given.down_group, block, None, given.down_wholes, given.floats,
+    )  # fmt: skip
+    up, down = ups.inputs(emit), downs.inputs(emit)
+    more: dict[str, Attribute] = {"quant_type": FLOATS[given.floats]} if given.floats else {}
     swiglu: dict[str, Attribute] = {}
     if given.activation == "swiglu":
         swiglu = {
@@ -103,7 +139,7 @@ def _quantized_experts(emit: Emitter, node: Node, given: Arguments) -> ir.Value:
         }  # fmt: skip
     return emit.op(
         QMOE, emit.get(given.x), emit.get(given.scores), *up[:3], *down[:3], None, None, None, up[3], down[3], None,
-        emit.get(given.shares), domain="com.microsoft", name=name, k=given.k, activation_type=given.activation,
-        expert_weight_bits=bits, block_size=block, normalize_routing_weights=0, weights_prepacked=0,
-        accuracy_level=4 if given.rounds else 1, more=swiglu,
+        emit.get(given.shares), ups.whole_scales(emit), downs.whole_scales(emit), domain="com.microsoft", name=name,
+        k=given.k, activation_type=given.activation, expert_weight_bits=bits, block_size=block,
+        normalize_routing_weights=0, weights_prepacked=0, accuracy_level=4 if given.rounds else 1, more=swiglu | more,
     )  # fmt: skip

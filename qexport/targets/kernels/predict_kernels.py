@@ -46,6 +46,7 @@ def _together(graphs: Sequence[Graph], plan: Mapping[str, LinearPlan]) -> set[st
         if len(set(kinds)) != 1:
             continue
         scheme = kinds[0]
+        # Small floats are no MatMulNBits, together or apart.
         weight = ExpertWeights(scheme.weight.stored_bits, scheme.weight.group_size, scheme.weight.has_zero_points)
         widths = {p.shape[1] for p in experts}
         form = MoeForm(min(widths), max(widths), weight, weight, Gate("swiglu"))

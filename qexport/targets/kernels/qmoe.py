@@ -9,6 +9,8 @@ _CUDA_GATES = ("swiglu", "silu", "relu")  # nothing that it may approximate in a
 
 def why_dense_on_cpu(form: MoeForm, accuracy_level: int) -> str:
     """Why the CPU provider cannot run a mixture as its recipe says; empty where it can."""
+    if form.up.floats:
+        return f"QMoE on the CPU takes integers, not {form.up.floats}"
     if form.up.bits == 8 and accuracy_level != 4:
         return f"QMoE rounds what 8-bit weights read to 8 bits, and accuracy level {accuracy_level} keeps it float"
     return ""
@@ -18,7 +20,7 @@ def why_dense_on_cuda(form: MoeForm) -> str:
     """Why the CUDA provider cannot run a mixture; empty where it can."""
     if form.hidden % _INTERLEAVE or form.inner % _INTERLEAVE:
         return f"{form.hidden} and {form.inner} input features are no multiples of {_INTERLEAVE}"
-    if form.block_size not in _CUDA_BLOCKS:
+    if not form.up.floats and form.block_size not in _CUDA_BLOCKS:
         return f"CUDA's QMoE takes groups of {', '.join(map(str, _CUDA_BLOCKS))}, not of {form.block_size}"
     if form.gate.activation not in _CUDA_GATES:
         return f"what {form.gate.activation} is to CUDA's QMoE is not known"
