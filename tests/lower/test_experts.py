@@ -26,6 +26,7 @@ from qexport.lower.match_gated_activation import gate_of
 from qexport.lower.moe_form import Gate
 from qexport.lower.routing_weights import never_negative, sum_of
 from qexport.plan.model_plan import plan_for
+from qexport.quant.formats import Scheme
 from qexport.recipe.recipe import CalibrationSpec, Override, Recipe
 from qexport.recipe.registry import section
 from qexport.runtime.session import optimized_graph, unfused
@@ -338,11 +339,27 @@ def as_the_schema_says(codes, scales, whole):
     return values * steps.repeat(size, -1) * onnx.numpy_helper.to_array(whole).astype(float)[:, None, None]
 
 
-@pytest.mark.parametrize(
-    "scheme, why", [("mxfp4", "takes integers, not mxfp4"), ("w8a16_fp8", "QMoE takes mxfp4 and nvfp4")]
-)
-def test_experts_of_floats_stay_dense_on_the_cpu(captured, tmp_path, scheme, why):
-    exported = agreement.export(captured("mixtral"), recipe_of(scheme), "cpu", tmp_path / "out")
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
+@pytest.mark.parametrize("scheme", ["mxfp4", "nvfp4"])
+def test_the_cpu_computes_experts_of_4_bit_floats_as_integers(export, family, scheme):
+    exported = export(family, recipe_of(scheme))
+    assert counts(exported)["QMoE"] == 2 and not reasons(exported)
+    assert_agree(exported, MASK, flips=0.02)
+    graph = optimized_graph(exported.folder, exported.manifest)
+    assert unfused(graph, exported.manifest.linears) == []
+    experts = [entry for entry in exported.manifest.linears if "experts" in entry.name]
+    assert {entry.kernel for entry in experts} == {"QMoE"}
+    for entry in experts:  # with its share of the tensors of all
+        planned = Scheme.parse(entry.scheme).bytes(entry.shape, 4)
+        assert abs(entry.bytes - planned) <= 4 + 4 * entry.shape[0] * (family == "gpt_oss"), entry
+
+
+@pytest.mark.parametrize("scheme, level, why", [
+    ("mxfp4", 1, "rounds what mxfp4 weights, which become 8-bit integers, read"),
+    ("w8a16_fp8", 4, "QMoE takes mxfp4 and nvfp4"),
+])  # fmt: skip
+def test_experts_of_floats_that_stay_dense_on_the_cpu(captured, tmp_path, scheme, level, why):
+    exported = agreement.export(captured("mixtral"), recipe_of(scheme, accuracy_level=level), "cpu", tmp_path / "out")
     assert counts(exported)["QMoE"] == 0 and len(reasons(exported)) == 2
     assert all(why in reason for reason in reasons(exported).values())
     assert_agree(exported, MASK, flips=0.02)

@@ -16,6 +16,7 @@ from ...quant.packing import pack_rows
 from ..emitter import Attribute, Emitter
 from ..moe_form import FLOATS
 from ..registry import translates
+from .small_floats import halved_scales, integers
 
 ops = torch.ops.qexport
 
@@ -37,6 +38,7 @@ class _Side:
         name: of its tensors in the file.
         order: rows of the weight [N, K] in the order of the file; None: as they are.
         wholes: scales of whole weights; floats: name of the format of small floats, empty for integers.
+        as_integers: these become 8-bit codes when the file is loaded.
     """
 
     name: str
@@ -50,6 +52,7 @@ class _Side:
     order: torch.Tensor | None = None
     wholes: Sequence[Node] = ()
     floats: str = ""
+    as_integers: bool = False
 
     def inputs(self, emit: Emitter) -> tuple[ir.Value | None, ...]:
         """(codes [E, N, K * bits / 8], scales [E, N, blocks], biases [E, N] or None, zero points or None)."""
@@ -91,6 +94,8 @@ class _Side:
         """The same; scales [E, N, groups] are as wide as the kernel has them, and there are no zero points."""
         (n, k), (_, groups), count = sizes_of(self.codes[0]), sizes_of(self.scales[0]), len(self.codes)
         dtype = torch.float8_e4m3fn if self.wholes else torch.float8_e8m0fnu
+        if self.as_integers:
+            dtype = torch.uint8
 
         def rows(t: torch.Tensor) -> torch.Tensor:
             return t if self.order is None else t[self.order]
@@ -105,6 +110,12 @@ class _Side:
         biases = None
         if self.biases:
             biases = emit.stacked(f"{self.name}.bias", self.biases, (count, n), dtype_of(self.biases[0]), rows)
+        if self.as_integers:
+            codes = emit.op("Reshape", integers(emit, codes), emit.constant([count, n, k]))
+            scales = halved_scales(emit, scales, exponents=not self.wholes)
+            if self.wholes:
+                wholes = emit.op("Unsqueeze", self.whole_scales(emit), emit.constant([1, 2]))
+                scales = emit.op("Mul", scales, wholes)
         return codes, scales, biases, None
 
     def whole_scales(self, emit: Emitter) -> ir.Value | None:
@@ -123,14 +134,17 @@ def _quantized_experts(emit: Emitter, node: Node, given: Arguments) -> ir.Value:
         order = torch.arange(rows).view(2, -1).t().reshape(-1)
     ups = _Side(
         f"{name}.up", given.up_codes, given.up_scales, given.up_zeros, given.up_biases, bits, given.up_group, block,
-        order, given.up_wholes, given.floats,
+        order, given.up_wholes, given.floats, given.rounds,
     )  # fmt: skip
     downs = _Side(
         f"{name}.down", given.down_codes, given.down_scales, given.down_zeros, given.down_biases, bits,
-        given.down_group, block, None, given.down_wholes, given.floats,
+        given.down_group, block, None, given.down_wholes, given.floats, given.rounds,
     )  # fmt: skip
     up, down = ups.inputs(emit), downs.inputs(emit)
-    more: dict[str, Attribute] = {"quant_type": FLOATS[given.floats]} if given.floats else {}
+    native = given.floats and not given.rounds  # the CPU, which alone rounds, has integers alone
+    more: dict[str, Attribute] = {"quant_type": FLOATS[given.floats]} if native else {}
+    wholes = (ups.whole_scales(emit), downs.whole_scales(emit)) if native else (None, None)
+    bits = 8 if given.floats and not native else bits
     swiglu: dict[str, Attribute] = {}
     if given.activation == "swiglu":
         swiglu = {
@@ -139,7 +153,7 @@ def _quantized_experts(emit: Emitter, node: Node, given: Arguments) -> ir.Value:
         }  # fmt: skip
     return emit.op(
         QMOE, emit.get(given.x), emit.get(given.scores), *up[:3], *down[:3], None, None, None, up[3], down[3], None,
-        emit.get(given.shares), ups.whole_scales(emit), downs.whole_scales(emit), domain="com.microsoft", name=name,
-        k=given.k, activation_type=given.activation, expert_weight_bits=bits, block_size=block,
+        emit.get(given.shares), *wholes, domain="com.microsoft", name=name, k=given.k,
+        activation_type=given.activation, expert_weight_bits=bits, block_size=block,
         normalize_routing_weights=0, weights_prepacked=0, accuracy_level=4 if given.rounds else 1, more=swiglu | more,
     )  # fmt: skip

@@ -45,10 +45,8 @@ def _dequantize(emit: Emitter, node: Node, given: Arguments) -> ir.Value:
 def _as_integers(emit: Emitter, node: Node, given: Arguments) -> ir.Value:
     """Numbers times two and scales divided by two, both looked up when ONNX Runtime loads the file."""
     fmt, (n, k) = format_named(given.name), sizes_of(given.codes)
-    both = torch.stack([_BYTES & 15, _BYTES >> 4], dim=1)
-    integers = (2 * e2m1_values(both) + _ZERO_OF_8_BITS).to(torch.uint8)
     shape = emit.constant([n, fmt.groups(k), fmt.group_size])
-    weight = emit.op("Reshape", _looked_up(emit, _packed(emit, given), integers), shape)
+    weight = emit.op("Reshape", integers(emit, _packed(emit, given)), shape)
     rounds = is_call(given.x, ops.matmul_nbits_input.default)
     return kernel(
         emit, node, "MatMulNBits", given.x, weight, _scales(emit, given, fmt, 0.5), K=k, N=n, bits=8,
@@ -67,6 +65,17 @@ def _matmul(emit: Emitter, node: Node, given: Arguments) -> ir.Value:
     else:
         constants = _packed(emit, given), emit.get(given.scale), emit.get(given.tensor_scale)
     return kernel(emit, node, native_kernel(fmt), given.x, *constants, block_size=size)
+
+
+def integers(emit: Emitter, packed: ir.Value) -> ir.Value:
+    """Twice E2M1 numbers, two of them a byte, as 8-bit codes of kernels that take 128 off; [..., 2]."""
+    both = torch.stack([_BYTES & 15, _BYTES >> 4], dim=1)
+    return _looked_up(emit, packed, (2 * e2m1_values(both) + _ZERO_OF_8_BITS).to(torch.uint8))
+
+
+def halved_scales(emit: Emitter, codes: ir.Value, exponents: bool) -> ir.Value:
+    """Half of the scales whose bytes these are, float32; exponents: powers of two, else E4M3 numbers."""
+    return _looked_up(emit, codes, (e8m0_values(_BYTES) if exponents else e4m3_values(_BYTES)) / 2)
 
 
 def _packed(emit: Emitter, given: Arguments) -> ir.Value:

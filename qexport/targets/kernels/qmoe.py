@@ -9,10 +9,9 @@ _CUDA_GATES = ("swiglu", "silu", "relu")  # nothing that it may approximate in a
 
 def why_dense_on_cpu(form: MoeForm, accuracy_level: int) -> str:
     """Why the CPU provider cannot run a mixture as its recipe says; empty where it can."""
-    if form.up.floats:
-        return f"QMoE on the CPU takes integers, not {form.up.floats}"
-    if form.up.bits == 8 and accuracy_level != 4:
-        return f"QMoE rounds what 8-bit weights read to 8 bits, and accuracy level {accuracy_level} keeps it float"
+    if (form.up.bits == 8 or form.up.floats) and accuracy_level != 4:
+        what = f"{form.up.floats} weights, which become 8-bit integers," if form.up.floats else "8-bit weights"
+        return f"QMoE rounds what {what} read to 8 bits, and accuracy level {accuracy_level} keeps it float"
     return ""
 
 
