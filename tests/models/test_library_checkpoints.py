@@ -36,17 +36,17 @@ MADE = {  # what the checkpoint is called, the scheme of the linear, and how it 
     "torchao_a8w4": ("torchao, Int8DynamicActivationIntxWeight", "w4a16_g32", f"as stored{FLOAT_INPUTS}"),
     "torchao_float8": ("torchao, Float8WeightOnly", None, FLOAT8),
     "torchao_mxfp8": ("torchao, MXFP8", None, FLOAT8),
-    "torchao_mxfp4": ("torchao, MXFP4", "w8a16_g32", FLOATS),
-    "torchao_nvfp4": ("torchao, NVFP4", "w8a16_g16", FLOATS),
+    "torchao_mxfp4": ("torchao, MXFP4", "mxfp4", "as stored"),
+    "torchao_nvfp4": ("torchao, NVFP4", "nvfp4", "as stored"),
     "quark_int4_wo_32": ("Quark, int4 in groups of 32", "w4a16_g32", "as stored"),
     "quark_uint4_wo_64": ("Quark, uint4 in groups of 64", "w4a16_g64_asym", "as stored"),
     "quark_int4_wo_per_channel": ("Quark, int4 per channel", "w4a16_pc", "as stored"),
     "quark_uint4_wo_per_channel": ("Quark, uint4 per channel", "w4a16_pc_asym", "as stored"),
     "quark_int8": ("Quark, int8 per tensor with int8 inputs", "w8a8_static", "as stored"),
     "quark_fp8": ("Quark, fp8_e4m3 per tensor with fp8_e4m3 inputs", None, FLOAT8),
-    "quark_mxfp4": ("Quark, fp4 in groups of 32 with fp4 inputs", "w8a16_g32", FLOATS + FLOAT_INPUTS),
-    "modelopt_nvfp4_default": ("ModelOpt, NVFP4", "w8a16_g16", FLOATS + FLOAT_INPUTS),
-    "modelopt_mxfp4_default": ("ModelOpt, MXFP4", "w8a16_g32", FLOATS),
+    "quark_mxfp4": ("Quark, fp4 in groups of 32 with fp4 inputs", "mxfp4", "as stored" + FLOAT_INPUTS),
+    "modelopt_nvfp4_default": ("ModelOpt, NVFP4", "nvfp4", "as stored" + FLOAT_INPUTS),
+    "modelopt_mxfp4_default": ("ModelOpt, MXFP4", "mxfp4", "as stored"),
     "modelopt_int4_awq": ("ModelOpt, W4A16_AWQ", "w4a16_pc", f"as stored{FACTORS}"),
     "modelopt_int8_smoothquant": ("ModelOpt, W8A8_SQ_PER_CHANNEL", "w8a8_static", f"as stored{FACTORS}"),
     "modelopt_fp8_default": ("FP8", None, FLOAT8),
@@ -57,8 +57,8 @@ MADE = {  # what the checkpoint is called, the scheme of the linear, and how it 
     "compressed_w8a8": (
         "compressed-tensors, int-quantized: int8 by channel with dynamic int8 inputs", "w8a8_dyn", "as stored"
     ),
-    "compressed_nvfp4": ("compressed-tensors, nvfp4-pack-quantized: float4 in groups of 16", "w8a16_g16", FLOATS),
-    "compressed_mxfp4": ("compressed-tensors, mxfp4-pack-quantized: float4 in groups of 32", "w8a16_g32", FLOATS),
+    "compressed_nvfp4": ("compressed-tensors, nvfp4-pack-quantized: float4 in groups of 16", "nvfp4", "as stored"),
+    "compressed_mxfp4": ("compressed-tensors, mxfp4-pack-quantized: float4 in groups of 32", "mxfp4", "as stored"),
 }  # fmt: skip
 _HALF = {"hqq_3": 2e-3, "compressed_nvfp4": 4e-3}  # libraries that dequantize into float16 and bfloat16: their rounding
 

@@ -2,12 +2,15 @@
 
 import json
 
+import numpy as np
+import onnx
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 import qexport
+from helpers.cuda_placement.models import CUDA, PROMPT
 from helpers.random_decoders import save_model
 from qexport.api.stages.capturing import capture_model
 from qexport.models.coded import Given
@@ -17,7 +20,8 @@ from qexport.recipe.recipe import Recipe
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     """A model with experts of codes at random, and one with what transformers makes of these."""
-    folder = save_model("gpt_oss", tmp_path_factory.mktemp("gpt") / "model")
+    widths = dict(intermediate_size=64)  # which CUDA's kernel takes
+    folder = save_model("gpt_oss", tmp_path_factory.mktemp("gpt") / "model", **widths)
     tensors, random = load_file(folder / "model.safetensors"), torch.Generator().manual_seed(0)
     plain = dict(tensors)
     for name in [n for n in tensors if n.endswith(("experts.gate_up_proj", "experts.down_proj"))]:
@@ -44,7 +48,7 @@ def test_every_expert_is_what_transformers_makes_of_it(folders):
     assert len(experts) == 2 * config.num_local_experts * config.num_hidden_layers
     for name, codes in experts.items():
         found = codes.decode()
-        assert isinstance(found, Given) and codes.weight.scheme.name == "w8a16_g32"
+        assert isinstance(found, Given) and codes.weight.scheme.name == "mxfp4"
         owner, number, leaf = name.removesuffix(".weight").rsplit(".", 2)
         weight = want[f"{owner}.{leaf}"][int(number)].t()
         assert torch.equal(found.dequantize(), weight) and torch.equal(codes.formula(), weight.double())
@@ -57,6 +61,21 @@ def test_logits_are_those_of_the_float_model(folders, tmp_path, run):
     recipe = Recipe.load("as_stored").model_copy(update={"accuracy_level": 1})
     result = qexport.export(folder, recipe, out_dir=tmp_path / "out")
     assert not result.reference.why_not
-    assert {entry.scheme for entry in result.manifest.linears} == {"w8a16_g32"}
+    assert {entry.scheme for entry in result.manifest.linears} == {"mxfp4"}
     report = qexport.validate(result.folder, twin, windows=1, window=16, greedy=0)
     assert report.logits.kl_mean < 1e-6
+
+
+def test_cuda_computes_the_experts_from_their_own_bits(folders, tmp_path, cuda_placement):
+    folder, _ = folders
+    result = qexport.export(folder, "as_stored", out_dir=tmp_path / "out", target="cuda")
+    placed = cuda_placement(result.folder / "model.onnx", result.manifest.session, dims=PROMPT)
+    experts = [entry for entry in result.manifest.linears if "experts" in entry.name]
+    assert {(entry.scheme, entry.kernel) for entry in experts} == {("mxfp4", "QMoE")}
+    assert placed["nodes"][CUDA]["QMoE"] == 2
+    graph = onnx.load(result.folder / "model.onnx").graph
+    tensors = {tensor.name: tensor for tensor in graph.initializer}
+    node = next(node for node in graph.node if node.op_type == "QMoE")
+    stored = load_file(folder / "model.safetensors")
+    blocks = stored["model.layers.0.mlp.experts.down_proj_blocks"].flatten(2).numpy()
+    assert np.array_equal(onnx.numpy_helper.to_array(tensors[node.input[5]]), blocks)

@@ -5,24 +5,29 @@
     scale   uint8 or float8 [N, K / group]   an exponent (2^(byte - 127)), or an 8-bit float
     second  float32 []         of all groups, of NVFP4: they are multiplied by it, or divided
 
-weight = value * scale * second. Twice a value is a whole number of -12 to 12, so that 8-bit integers with half the
-scale hold them. The tables of 4 bits that kernels have do not: fp4 of bitsandbytes has another number in place of 0.5.
+weight = value * scale * second. Groups of 32 with exponents and of 16 with 8-bit floats are formats of their own. Of
+others twice a value is a whole number of -12 to 12, so that 8-bit integers with half the scale hold them. The tables
+of 4 bits that kernels have do not: fp4 of bitsandbytes has another number in place of 0.5.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Self
 
 import torch
 from torch import Tensor
 
 from ...errors import CaptureError
+from ...quant.formats import QuantizedWeight, Scheme
+from ...quant.formats.nvfp4 import NVFP4
+from ...quant.formats.small_floats import SmallFloatFormat
 from .base import CodedWeight, Given, Header, Read, expect
 from .grids import StoredGrid
 
 TWICE = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)  # the value of each code, times 2
 EXPONENT, FLOAT8 = ("U8", "F8_E8M0"), ("F8_E4M3",)  # dtypes of scales, as safetensors calls them
 _MIDDLE = 128
+_OWN = {(True, 32): "mxfp4", (False, 16): "nvfp4"}  # whether scales are exponents, and input features to a scale
 _KEPT = "4-bit floats as integers of 8 bits with half the scale"
 
 
@@ -67,8 +72,12 @@ class FourBitFloats(CodedWeight):
         if second:
             expect(tensors, second, (1,) if tensors[second].shape == (1,) else ())
         grid = StoredGrid(8, k // groups, symmetric=True, columns=k)
-        scheme, kept = grid.container()
-        kept = f"{_KEPT}{note}" if scheme is not None else kept
+        own = _OWN.get((of_scale.dtype in EXPONENT, grid.group))
+        if own is not None and not (second and of_scale.dtype in EXPONENT):
+            scheme, kept = Scheme.parse(own), f"as stored{note}"
+        else:
+            scheme, kept = grid.container()
+            kept = f"{_KEPT}{note}" if scheme is not None else kept
         dtype = "BF16" if of_scale.dtype in EXPONENT else "F32" if second else "F16"
         parts = (packed, scale, *((second,) if second else ()), *others)
         return cls(name, (n, k), parts, scheme, kept, dtype, grid, divides, bool(second))
@@ -76,11 +85,26 @@ class FourBitFloats(CodedWeight):
     def decode(self, read: Read) -> Given | Tensor:
         packed, scale = read(self.parts[0]).reshape(self.shape[0], -1), self._scale(read)
         codes = torch.stack((packed & 15, packed >> 4), -1).view(self.shape)
+        if self.scheme is not None and isinstance(self.scheme.weight, SmallFloatFormat):
+            return Given(self._as_they_are(codes, self.scheme.weight, scale.float(), read))
         twice = torch.tensor(TWICE, dtype=torch.int16)[codes.long()]
         scale = (scale / 2).float()
         if self.scheme is None:
             return twice.float() * scale.repeat_interleave(self.grid.group, 1)
         return Given(self.grid.weight((twice + _MIDDLE).to(torch.uint8), scale, None, self.scheme))
+
+    def _as_they_are(self, codes: Tensor, fmt: SmallFloatFormat, scale: Tensor, read: Read) -> QuantizedWeight:
+        """With a scale above zero for every group, which one of nothing but zeros need not have."""
+        size = self.grid.group
+        empty = ((codes & 7) == 0).view(len(codes), -1, size).all(-1) | (scale == 0)
+        codes = codes.masked_fill(empty.repeat_interleave(size, 1), 0)
+        if isinstance(fmt, NVFP4):
+            second = read(self.parts[2]).double().reshape(()) if self.seconds else torch.ones((), dtype=torch.float64)
+            whole = (1 / second if self.divides else second).float()
+            scale = read(self.parts[1]).float() * whole
+            fmt = replace(fmt, tensor_scale=float(whole))
+        largest = scale.masked_fill(empty, 0).max()
+        return QuantizedWeight(codes, scale.masked_fill(empty, largest if largest > 0 else 1), None, fmt)
 
     def _scale(self, read: Read) -> Tensor:
         """[N, groups], float64, the second one in it as float32 rounds it."""
