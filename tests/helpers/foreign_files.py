@@ -54,6 +54,52 @@ def by_the_builder(model: Path, folder: Path, **options) -> Path:
     return folder
 
 
+def by_torch(model: Path, folder: Path) -> Path:
+    """What torch.onnx writes of the model without a cache: logits of token ids and a mask."""
+    from transformers import AutoModelForCausalLM
+
+    class Logits(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, attn_implementation="eager")
+
+        def forward(self, input_ids, attention_mask):
+            return self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
+
+    ids = torch.arange(32).view(2, 16)
+    sizes = {0: torch.export.Dim("batch", min=1, max=64), 1: torch.export.Dim("sequence", min=2, max=512)}
+    names = ("input_ids", "attention_mask")
+    folder.mkdir()
+    torch.onnx.export(
+        Logits().eval(), (ids, torch.ones_like(ids)), str(folder / "model.onnx"), dynamo=True, input_names=names,
+        output_names=["logits"], dynamic_shapes={name: sizes for name in names}, external_data=False,
+    )  # fmt: skip
+    return folder
+
+
+def by_nncf(float_file: Path, folder: Path) -> Path:
+    """NNCF's 4-bit weights of a float file. With all_layers it makes a product of the table of embeddings, over ids,
+    and ONNX Runtime refuses the file."""
+    import nncf
+
+    folder.mkdir()
+    settings = {"mode": nncf.CompressWeightsMode.INT4_SYM, "group_size": 32}
+    onnx.save(nncf.compress_weights(onnx.load(float_file), **settings), folder / "model.onnx")
+    return folder
+
+
+def by_olive(float_file: Path, folder: Path) -> Path:
+    """Olive's 4-bit weights of a float file, by its pass that rounds to nearest."""
+    from olive.model import ONNXModelHandler
+    from olive.passes.olive_pass import create_pass_from_dict
+    from olive.passes.onnx.rtn_quantization import OnnxBlockWiseRtnQuantization
+
+    settings = {"bits": 4, "block_size": 32, "is_symmetric": True}
+    made = create_pass_from_dict(OnnxBlockWiseRtnQuantization, settings, disable_search=True)
+    made.run(ONNXModelHandler(model_path=str(float_file)), str(folder))
+    return folder
+
+
 def changed(source: Path, folder: Path, change: Callable[[ModelProto], None]) -> Path:
     """A copy of a folder whose model was changed, all of it in one file."""
     shutil.copytree(source, folder, ignore=shutil.ignore_patterns("*.data", "report.*"))
