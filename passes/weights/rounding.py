@@ -9,6 +9,7 @@ from torch.fx import GraphModule
 
 from ...errors import within
 from ...graph.edit import finish, get_tensor
+from ...graph.narrow import widened
 from ...graph.sites import Linear, linears
 from ...plan.linear_plan import LinearPlan
 from ...quant.formats import IntegerFormat, QuantizedWeight, SteppedFormat
@@ -75,7 +76,7 @@ def quantize_linears(
             continue
         decided = plan[linear.name]
         scheme, factor = decided.chosen, handover.folded.get(linear.name)
-        w, fmt = get_tensor(module, linear.weight), scheme.weight
+        w, fmt = widened(get_tensor(module, linear.weight)), scheme.weight
         handover.keep_weight(linear.name, w)
         unscaled = w if factor is None else w / factor
         left[linear.weight] -= 1

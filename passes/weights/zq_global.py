@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
 
 from ...graph.edit import get_tensor, set_tensor
+from ...graph.narrow import widened
 from ...graph.sites import Linear, linears
 from ...graph.views import operand
 from ...plan.linear_plan import LinearPlan
@@ -89,7 +90,7 @@ class ZQGlobal(GraphPass):
             result.skipped.append(SiteRecord(names, "training did not lower the error of the block"))
             return
         for linear in found:
-            handover.keep_weight(linear.name, get_tensor(module, linear.weight))
+            handover.keep_weight(linear.name, widened(get_tensor(module, linear.weight)))
             set_tensor(module, linear.weight, latents[linear.weight].weight())
         what = f"error of the block {after / before:.3f} of rounding's, learning rate {rate:g}, {done} steps"
         result.changed.append(SiteRecord(names, what, {"error relative to rounding": round(after / before, 4)}))
@@ -108,7 +109,7 @@ class ZQGlobal(GraphPass):
         return best
 
     def _latent(self, module: GraphModule, linear: Linear, handover: PassState) -> "_Latent":
-        w, factor = get_tensor(module, linear.weight), handover.folded.get(linear.name)
+        w, factor = widened(get_tensor(module, linear.weight)), handover.folded.get(linear.name)
         values = w.clone() if factor is None else w / factor
         return _Latent(values.requires_grad_(), integer_format(self.plan[linear.name]), factor)
 

@@ -8,6 +8,7 @@ from torch.fx import GraphModule, Node
 
 from ...errors import within
 from ...graph.edit import get_tensor, set_tensor
+from ...graph.narrow import widened
 from ...graph.sites import linears
 from ...plan.linear_plan import LinearPlan
 from ...quant.straight_through import train_weight
@@ -68,7 +69,7 @@ class ZQLocal(GraphPass):
             if why:
                 result.skipped.append(SiteRecord(name, why))
                 continue
-            w, factor = get_tensor(module, linear.weight), handover.folded.get(name)
+            w, factor = widened(get_tensor(module, linear.weight)), handover.folded.get(name)
             hessian = context.statistics[linear.input].value()
             seen = w
             if factor is not None:

@@ -10,7 +10,12 @@ from ..capture.graph import CapturedModel
 from ..device import HOST, Placement, computing
 from ..errors import InputError
 from ..graph.edit import attributes, get_tensor, set_tensor
+from ..graph.narrow import narrowed_exactly
 from ..graph.placement import make_on, move, unload
+from .memory import trim
+
+_WAITS_NARROW, _WORTH_IT = 1 << 30, 1 << 16  # bytes of a block in float32, and numbers in a weight
+_UNTRIMMED = 1 << 28  # bytes of float32 that came and went
 
 
 def float_bytes(captured: CapturedModel) -> int:
@@ -46,9 +51,21 @@ def _free(device: torch.device) -> int:
 
 
 def load_block(captured: CapturedModel, block: Block, placement: Placement | None = None) -> None:
-    """Load a block's weights and constants to where it is computed; None: the model's placement."""
-    for name in attributes(block.module.graph):
-        set_tensor(block.module, name, captured.load(name))
+    """Load a block's weights and constants to where it is computed; None: the model's placement.
+
+    Weights of a block that is large in float32 wait in 16 bits where these hold them, see `NarrowTensor`.
+    """
+    names = attributes(block.module.graph)
+    waits = 4 * sum(get_tensor(block.module, name).numel() for name in names) > _WAITS_NARROW
+    passed = 0
+    for name in names:
+        tensor = captured.load(name)
+        narrow = waits and tensor.dtype == torch.float32 and tensor.numel() >= _WORTH_IT
+        set_tensor(block.module, name, narrowed_exactly(tensor) if narrow else tensor)
+        passed += tensor.nbytes if narrow else 0
+        if passed > _UNTRIMMED:  # what was float32 lies in holes between what stays, where no other fits in
+            passed = 0
+            trim()
     move(block.module, (placement or captured.placement).device)
 
 

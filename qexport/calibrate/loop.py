@@ -20,6 +20,7 @@ from ..capture.graph import CapturedModel
 from ..device import CPU, computing
 from ..errors import InputError, PassError, within
 from ..graph.edit import attributes, delete_tensor, get_tensor, set_tensor
+from ..graph.narrow import same_memory
 from ..graph.placement import make_on, move, unload
 from ..passes.base import GraphPass, Pipeline, log_sites
 from ..progress import StageProgress, no_stage_progress
@@ -162,7 +163,7 @@ def _one(
     stored = {
         name: get_tensor(block.module, name).to(CPU)
         for name in attributes(block.module.graph)
-        if loaded and (name not in loaded or get_tensor(block.module, name).data_ptr() != loaded[name].data_ptr())
+        if loaded and (name not in loaded or not same_memory(get_tensor(block.module, name), loaded[name]))
     }
     shards.save_block(place, block, stored, run)
     unload(block.module)
@@ -194,7 +195,7 @@ def _untie(captured: CapturedModel, block: Block, loaded: dict[str, torch.Tensor
     module, renamed = block.module, False
     for name in sorted(elsewhere.intersection(loaded, attributes(module.graph))):
         changed = get_tensor(module, name)
-        if changed.data_ptr() == loaded[name].data_ptr():
+        if same_memory(changed, loaded[name]):
             continue
         own, renamed = f"{block.name}.{name}", True
         set_tensor(module, own, changed)

@@ -6,12 +6,14 @@ from typing import Any
 import torch
 from torch.fx import Graph, GraphModule, Interpreter, Node
 
+_KEPT = 1 << 30  # bytes of what depends on no input
+
 
 class Executor:
     """Runs a module on batch after batch, without gradients.
 
-    What depends on no input, such as weights that are dequantized, is computed once and kept as long as this object: at
-    most the tensors of the module in float.
+    What depends on no input, such as weights that are dequantized, is computed once and kept as long as this object, up
+    to a GB: of the weights of larger blocks the rest is made for every batch again.
 
     Args:
         module: not changed while this object is in use; its tensors are loaded.
@@ -45,16 +47,20 @@ def _constants(module: GraphModule) -> dict[Node, Any]:
     interpreter = Interpreter(module)
     found: dict[Node, Any] = {}
     fixed: set[Node] = set()
+    made: dict[Node, int] = {}  # bytes of what is kept
     for node in module.graph.nodes:
-        if not _is_fixed(node, fixed):
+        if not _is_fixed(node, fixed) or (node.op == "call_function" and sum(made.values()) >= _KEPT):
             continue
         fixed.add(node)
         interpreter.env = found
         with torch.no_grad():
             found[node] = interpreter.run_node(node)
+        if node.op == "call_function" and isinstance(found[node], torch.Tensor):
+            made[node] = found[node].nbytes
         for read in node.all_input_nodes:
             if all(user in fixed for user in read.users):
                 found[read] = None  # of several steps that make one weight, only the last is kept
+                made.pop(read, None)
     return found
 
 

@@ -3,8 +3,8 @@
 import copy
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, Cache, DynamicCache, PreTrainedMo
 from transformers.cache_utils import EncoderDecoderCache
 
 from .formula import formula_tensors
+from .layerwise import open_layerwise
 from .tokens import embedding_rows
 from .witness import Absent, Call, Outline, Testimony, first_line
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from .source import ModelFolder
 
 ROWS, PROMPT, STEPS = 2, 16, 2
+_SMALL = 2e9  # bytes of float32 weights that are held at once, as transformers itself loads them
 _SHAPES = ((ROWS, PROMPT), (3, 7))  # of the texts that encoders read
 _LAYER = re.compile(r"(?P<container>.+)\.(?P<index>\d+)$")
 
@@ -43,12 +45,24 @@ class DecoderWitness:
             file = _gguf(self.folder)  # which transformers reads itself, whatever its weights are
             if self.folder.adapter is not None or (self.folder.codes is not None and file is None):
                 return self._by_formula(outline)
+            if outline.float_bytes > _SMALL and file is None and self.folder.codes is None:
+                with suppress(Absent):
+                    return self._by_modules(outline)
             if outline.fits:
                 model = _loaded(self.loader, self.folder, source=file)
                 return _said(model, self._calls(model, outline), source=file)
             if self.folder.codes is not None:
                 raise Absent("its weights, which are codes, do not fit into memory as float32")
             return self._of_some_layers(outline)
+
+    def _by_modules(self, outline: Outline) -> Testimony:
+        """The whole model, the weights of one module at a time."""
+        try:
+            model, weights = open_layerwise(self.loader, self.folder)
+        except Exception as error:  # as in `_loaded`
+            raise Absent(f"transformers cannot load it ({first_line(error)})") from error
+        said = _said(model, self._calls(model, outline), note=", a module at a time")
+        return replace(said, weight=weights.read)
 
     def _by_formula(self, outline: Outline) -> Testimony:
         """The model with the float weights that codes stand for, and that an adapter makes, by published formulas."""
@@ -360,7 +374,13 @@ def _said(
     elif source:
         note = " of the GGUF file"
     name = f"transformers {transformers.__version__}, {type(model).__name__}{note}"
-    return Testimony(name, calls, kept, (tensors or _tensors(model)).get)
+    held = tensors or _tensors(model)
+
+    def weight(name: str, row: int | None = None) -> Tensor | None:
+        found = held.get(name)
+        return found if found is None or row is None else found[row]
+
+    return Testimony(name, calls, kept, weight)
 
 
 def _tensors(model: PreTrainedModel) -> dict[str, Tensor]:

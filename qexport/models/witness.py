@@ -51,7 +51,13 @@ class Call:
     states: Mapping[str, Tensor] = field(default_factory=dict)
 
 
-def no_weight(name: str) -> None:
+class ReadWeight(Protocol):
+    """A weight by its name in the graph's model, or a row of a stack; None where it is not known."""
+
+    def __call__(self, name: str, row: int | None = None) -> Tensor | None: ...
+
+
+def no_weight(name: str, row: int | None = None) -> None:
     """Of a witness whose weights go by other names."""
 
 
@@ -70,7 +76,7 @@ class Testimony:
     name: str
     calls: Sequence[Call]
     kept: tuple[str, ...] | None = None
-    weight: Callable[[str], Tensor | None] = no_weight
+    weight: ReadWeight = no_weight
     eps: float = torch.finfo(torch.float32).eps
 
     def described(self) -> str:

@@ -1,6 +1,7 @@
 """Whether the captured float graph computes what a witness computes that reads the model itself."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import psutil
 import torch
@@ -141,10 +142,11 @@ def _same_weights(captured: CapturedModel, block: Block, said: Testimony) -> int
         if changed is not None and name in changed.added:
             continue
         piece = table.get(name, WeightView(name))
-        if name in captured.constants or (whole := said.weight(piece.source)) is None:
+        if name in captured.constants or (whole := said.weight(piece.source, piece.index)) is None:
             continue
         own = changed is not None and name in changed.made  # which is compared as it was read
-        want, got = piece.of(whole).float(), (read.load(name) if own else get_tensor(block.module, name)).float()
+        want = replace(piece, index=None).of(whole).float()
+        got = (read.load(name) if own else get_tensor(block.module, name)).float()
         known += 1
         if want.shape == got.shape and torch.equal(want, got):
             continue

@@ -116,7 +116,7 @@ class NoWeights:
     witness: object
 
     def testify(self, outline):
-        return dataclasses.replace(self.witness.testify(outline), weight=lambda name: None)
+        return dataclasses.replace(self.witness.testify(outline), weight=lambda *_: None)
 
 
 @pytest.mark.parametrize("layer", [0, 4])
