@@ -17,7 +17,7 @@ from ..models.tokens import embedding_rows, tokens_without_rows
 from ..models.transformers_witness import DecoderWitness
 from .attention import IMPLEMENTATION
 from .experts import IMPLEMENTATION as EXPERTS
-from .graph import CapturedModel, Port
+from .graph import BATCH, CapturedModel, Port
 from .rope import settle_frequencies
 from .stored import aliases_of, codes_in, convert_names, find_weights, untie
 from .trace import IDS, Traced, trace_model
@@ -122,17 +122,17 @@ def _ports(traced: Traced, settings: dict[str, int]) -> tuple[list[Port], list[P
 
     def cache(prefix: str, names: list[list[str]], length: str) -> list[Port]:
         return [
-            Port(f"{prefix}.{i}.{part}", name, torch.float32, ("batch", sizes.heads, length, width))
+            Port(f"{prefix}.{i}.{part}", name, torch.float32, (BATCH, sizes.heads, length, width))
             for i, (both, sizes) in enumerate(zip(names, traced.cache, strict=True))
             for part, name, width in zip(("key", "value"), both, (sizes.key, sizes.value), strict=True)
         ]
 
     ids = [
-        Port(name, value, torch.int64, ("batch", dim))
+        Port(name, value, torch.int64, (BATCH, dim))
         for (name, dim), value in zip(IDS.items(), traced.ids, strict=True)
     ]
-    logits = Port("logits", traced.logits, torch.float32, ("batch", "sequence", settings["vocab_size"]))
+    logits = Port("logits", traced.logits, torch.float32, (BATCH, "sequence_length", settings["vocab_size"]))
     return (
-        [*ids, *cache("past_key_values", traced.pasts, "past")],
-        [logits, *cache("present", traced.presents, "total")],
+        [*ids, *cache("past_key_values", traced.pasts, "past_sequence_length")],
+        [logits, *cache("present", traced.presents, "total_sequence_length")],
     )

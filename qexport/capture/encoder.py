@@ -16,7 +16,7 @@ from ..models.loading import load_known
 from ..models.source import ModelFolder
 from ..models.tokens import embedding_rows, tokens_without_rows
 from ..models.transformers_witness import EncoderWitness
-from .graph import CapturedModel
+from .graph import BATCH, CapturedModel
 from .module import capture_module
 
 # Sizes of the example inputs; see `trace`.
@@ -49,7 +49,8 @@ def capture_encoder(folder: ModelFolder, loader: type[Any]) -> CapturedModel:
     if "token_type_ids" in taken and getattr(config, "type_vocab_size", 0) > 1:
         names.append("token_type_ids")
     example = {name: torch.ones(_BATCH, _SEQUENCE, dtype=torch.int64) for name in names}
-    captured = capture_module(model, example, {name: {0: "batch", 1: "sequence"} for name in names}, absent=absent)
+    axes = {name: {0: BATCH, 1: "sequence_length"} for name in names}
+    captured = capture_module(model, example, axes, absent=absent)
     longest = _longest(model)
     sizes = {
         **({"max_position_embeddings": longest} if longest else {}),

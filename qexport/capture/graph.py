@@ -24,6 +24,10 @@ class WeightSource(Protocol):
     def load(self, name: str) -> torch.Tensor: ...
 
 
+# Dimensions of language models are named as in exports of optimum: transformers.js goes by these names.
+BATCH = "batch_size"
+
+
 @dataclass(frozen=True)
 class Port:
     """One input or output of the model.
@@ -44,7 +48,7 @@ class Port:
 
     def empty(self, batch: int) -> torch.Tensor:
         """A value of a batch without anything along the dynamic dimensions: a cache of no tokens."""
-        sizes = [size if isinstance(size, int) else batch if size == "batch" else 0 for size in self.dims]
+        sizes = [size if isinstance(size, int) else batch if size == BATCH else 0 for size in self.dims]
         return torch.zeros(sizes, dtype=self.dtype)
 
 

@@ -27,7 +27,7 @@ from ..models.quiet import quiet_transformers
 from ..models.source import ModelFolder
 from ..models.transformers_witness import PartWitness
 from .attention import IMPLEMENTATION, GivenCache, GraphCache, ProbeCache, tracing
-from .graph import CapturedModel, Port
+from .graph import BATCH, CapturedModel, Port
 from .module import capture_module
 
 # Sizes of the example inputs; see `trace`.
@@ -118,12 +118,12 @@ def _example(model: PreTrainedModel, folder: ModelFolder) -> dict[str, Tensor]:
 
 def _axes(name: str) -> dict[int, str]:
     if name == "input_features":
-        return {0: "batch"}
+        return {0: BATCH}
     if name.startswith("past_"):
-        return {0: "batch", 2: "past"}
+        return {0: BATCH, 2: "past_sequence_length"}
     if name.startswith("cross_"):
-        return {0: "batch", 2: "source"}
-    return {0: "batch", 1: "sequence" if name == "decoder_input_ids" else "source"}
+        return {0: BATCH, 2: "encoder_sequence_length"}
+    return {0: BATCH, 1: "sequence_length" if name == "decoder_input_ids" else "encoder_sequence_length"}
 
 
 @contextmanager

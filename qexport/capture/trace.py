@@ -30,7 +30,10 @@ from .written_attention import fuse_written_attention
 # Sizes of the example inputs. torch.export specialises 0 and 1, and two dimensions of one size could be taken for the
 # same one; the graph it makes with these is right for every size, 0 and 1 included.
 _BATCH, _SEQUENCE, _PAST = 2, 3, 5
-IDS = {"input_ids": "sequence", "attention_mask": "total", "position_ids": "sequence"}  # and their second dimension
+# And their second dimension.
+IDS = {
+    "input_ids": "sequence_length", "attention_mask": "total_sequence_length", "position_ids": "sequence_length",
+}  # fmt: skip
 
 _Inputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor, list[torch.Tensor]]
 

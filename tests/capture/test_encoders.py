@@ -65,20 +65,21 @@ def test_interface(pair):
     captured, _ = pair
     assert captured.kind == "encoder"
     assert {p.name: p.dims for p in captured.inputs} == dict.fromkeys(
-        ["input_ids", "attention_mask", "token_type_ids"], ("batch", "sequence")
+        ["input_ids", "attention_mask", "token_type_ids"], ("batch_size", "sequence_length")
     )
     assert {p.name: p.dims for p in captured.outputs} == {
-        "last_hidden_state": ("batch", "sequence", 64), "pooler_output": ("batch", 64)
+        "last_hidden_state": ("batch_size", "sequence_length", 64), "pooler_output": ("batch_size", 64)
     }  # fmt: skip
     assert [b.name for b in captured.blocks] == ["prologue", "encoder.layer.0", "encoder.layer.1", "epilogue"]
     assert captured.settings["vocab_size"] == VOCAB and captured.settings["max_position_embeddings"] == 64
 
 
 HEADS = {
-    "sequence": (AutoModelForSequenceClassification, {"logits": ("batch", 3)}),
-    "tokens": (AutoModelForTokenClassification, {"logits": ("batch", "sequence", 3)}),
+    "sequence": (AutoModelForSequenceClassification, {"logits": ("batch_size", 3)}),
+    "tokens": (AutoModelForTokenClassification, {"logits": ("batch_size", "sequence_length", 3)}),
     "answers": (
-        AutoModelForQuestionAnswering, {"start_logits": ("batch", "sequence"), "end_logits": ("batch", "sequence")}
+        AutoModelForQuestionAnswering,
+        dict.fromkeys(["start_logits", "end_logits"], ("batch_size", "sequence_length")),
     ),
 }  # fmt: skip
 

@@ -88,4 +88,4 @@ def test_settings_and_interface(captured):
         "input_ids", "attention_mask", "position_ids", *(f"past_key_values.{name}" for name in cache)
     ]  # fmt: skip
     assert [p.name for p in model.outputs] == ["logits", *(f"present.{name}" for name in cache)]
-    assert model.outputs[1].dims == ("batch", 2, "total", 16)
+    assert model.outputs[1].dims == ("batch_size", 2, "total_sequence_length", 16)

@@ -62,7 +62,7 @@ def test_a_quantized_reranker_is_validated(tmp_path):
 def test_every_token_is_classified(tmp_path):
     folder = save(tmp_path, AutoModelForTokenClassification, num_labels=3)
     captured = load_weights(capture_model(folder))
-    assert {p.name: p.dims for p in captured.outputs} == {"logits": ("batch", "sequence", 3)}
+    assert {p.name: p.dims for p in captured.outputs} == {"logits": ("batch_size", "sequence_length", 3)}
     model = AutoModelForTokenClassification.from_pretrained(folder, attn_implementation="eager").eval()
     feeds = feeds_of(MASKS[1])
     with torch.no_grad():

@@ -160,17 +160,18 @@ def write_tiny_decoder(
 
     info = helper.make_tensor_value_info
     inputs = [
-        info("input_ids", INT64, ["batch", "sequence"]),
-        info("attention_mask", INT64, ["batch", "total"]),
+        info("input_ids", INT64, ["batch_size", "sequence_length"]),
+        info("attention_mask", INT64, ["batch_size", "total_sequence_length"]),
     ]
     if positions:
-        inputs.append(info("position_ids", INT64, ["batch", "sequence"]))
+        inputs.append(info("position_ids", INT64, ["batch_size", "sequence_length"]))
     for i in range(layers):
         inputs += [
-            info(f"past_key_values.{i}.{part}", FLOAT, ["batch", kv_heads, "past", dim]) for part in ("key", "value")
+            info(f"past_key_values.{i}.{part}", FLOAT, ["batch_size", kv_heads, "past_sequence_length", dim])
+            for part in ("key", "value")
         ]
-    results = [info("logits", FLOAT, ["batch", 1 if last_logits else "sequence", vocab])]
-    results += [info(name, FLOAT, ["batch", kv_heads, "total", dim]) for name in outputs]
+    results = [info("logits", FLOAT, ["batch_size", 1 if last_logits else "sequence_length", vocab])]
+    results += [info(name, FLOAT, ["batch_size", kv_heads, "total_sequence_length", dim]) for name in outputs]
     model = helper.make_model(
         helper.make_graph(graph.nodes, "tiny", inputs, results, graph.initializers),
         opset_imports=[helper.make_opsetid("", 23), helper.make_opsetid("com.microsoft", 1)],
@@ -221,9 +222,9 @@ def _mask(graph: Graph) -> str:
     """
     zero, one = graph.const("zero", np.int64(0)), graph.const("one", np.int64(1))
     last, heads = graph.const("last", np.array([1])), graph.const("heads", np.array([1, 2]))
-    total = graph.op("Gather", [graph.op("Shape", ["attention_mask"], "mask_shape"), one], "total")
+    total = graph.op("Gather", [graph.op("Shape", ["attention_mask"], "mask_shape"), one], "total_sequence_length")
     length = graph.op("Gather", [graph.op("Shape", ["input_ids"], "ids_shape"), one], "length")
-    past = graph.op("Sub", [total, length], "past")
+    past = graph.op("Sub", [total, length], "past_sequence_length")
     keys = graph.op("Range", [zero, total, one], "keys")
     queries = graph.op("Unsqueeze", [graph.op("Range", [past, total, one], "queries"), last], "query_column")
     causal = graph.op("LessOrEqual", [keys, queries], "causal")
@@ -236,7 +237,7 @@ def _lengths(graph: Graph) -> list[str]:
     """Index of each row's last token [batch], and the length of the longest row, as GroupQueryAttention takes them."""
     one, axis = graph.const("one", np.int64(1)), graph.const("axis", np.array([1]))
     last = graph.op("Sub", [graph.op("ReduceSum", ["attention_mask", axis], "tokens", keepdims=0), one], "last")
-    total = graph.op("Gather", [graph.op("Shape", ["attention_mask"], "mask_shape"), one], "total")
+    total = graph.op("Gather", [graph.op("Shape", ["attention_mask"], "mask_shape"), one], "total_sequence_length")
     return [graph.op("Cast", [value], f"{value}_int32", to=TensorProto.INT32) for value in (last, total)]
 
 

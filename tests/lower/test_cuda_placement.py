@@ -31,7 +31,7 @@ def place(cuda_placement, tmp_path):
     return place_model
 
 
-X, Y = value("x", F16, "batch", "sequence", K), value("y", F16, "batch", "sequence", N)
+X, Y = value("x", F16, "batch_size", "sequence_length", K), value("y", F16, "batch_size", "sequence_length", N)
 BIAS = tensor("bias", np.ones(N), np.float16)
 ADD_BIAS = make_node("Add", ["product", "bias"], ["y"])
 
@@ -51,7 +51,7 @@ def weight_only(weight, *lengths):
 INT4, INT8 = int4("w", K, N), tensor("w", np.ones((K, N)), np.int8)
 
 
-@pytest.mark.parametrize("lengths", [("batch", "sequence"), (2, 3), ("batch",)], ids=str)
+@pytest.mark.parametrize("lengths", [("batch_size", "sequence_length"), (2, 3), ("batch_size",)], ids=str)
 @pytest.mark.parametrize("weight", [INT4, INT8], ids=["int4", "int8"])
 def test_weight_only_linear_becomes_matmulnbits_with_its_bias_apart(place, weight, lengths):
     placed = place(weight_only(weight, *lengths), APART)
@@ -62,7 +62,10 @@ def test_weight_only_linear_becomes_matmulnbits_with_its_bias_apart(place, weigh
 # Known lengths or two dimensions let MatMulAddFusion take the bias, symbolic lengths leave it to MatMulNBitsFusion.
 @pytest.mark.parametrize(
     "left_on, lengths",
-    [("MatMulAddFusion", ("batch",)), ("MatMulAddFusion", (2, 3)), ("MatMulNBitsFusion", ("batch", "sequence"))],
+    [
+        ("MatMulAddFusion", ("batch_size",)), ("MatMulAddFusion", (2, 3)),
+        ("MatMulNBitsFusion", ("batch_size", "sequence_length")),
+    ],  # fmt: skip
 )
 def test_either_fusion_alone_folds_the_bias_in(place, left_on, lengths):
     (off,) = {"MatMulAddFusion", "MatMulNBitsFusion"} - {left_on}
@@ -71,7 +74,7 @@ def test_either_fusion_alone_folds_the_bias_in(place, left_on, lengths):
 
 
 def test_bias_is_folded_into_matmulnbits_by_default(place):
-    assert_all_on_cuda(place(weight_only(INT4, "batch", "sequence")), {"MatMulNBits": 1})
+    assert_all_on_cuda(place(weight_only(INT4, "batch_size", "sequence_length")), {"MatMulNBits": 1})
 
 
 INTEGER_GEMM = [
@@ -146,7 +149,7 @@ def dynamic_quantize():
         make_node("Cast", ["sum"], ["wide_sum"], to=F32),
         make_node("Mul", ["wide_sum", "scale"], ["y"]),
     ]
-    x, y = value("x", F32, "batch", "sequence", K), value("y", F32, "batch", "sequence", N)
+    x, y = value("x", F32, "batch_size", "sequence_length", K), value("y", F32, "batch_size", "sequence_length", N)
     return model(nodes, [x], [y], [INTEGER_WEIGHT])
 
 

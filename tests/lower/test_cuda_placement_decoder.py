@@ -16,9 +16,9 @@ from helpers.cuda_placement.probe import PlacementError
 F16, F32, I64, BOOL = TensorProto.FLOAT16, TensorProto.FLOAT, TensorProto.INT64, TensorProto.BOOL
 HEADS, KV_HEADS, HEAD = 4, 2, 64
 WIDTH, KV_WIDTH = HEADS * HEAD, KV_HEADS * HEAD
-X, Y = (value(name, F16, "batch", "sequence", WIDTH) for name in "xy")
-ATTENTION_MASK = value("attention_mask", I64, "batch", "total")
-POSITION_IDS = value("position_ids", I64, "batch", "sequence")
+X, Y = (value(name, F16, "batch_size", "sequence_length", WIDTH) for name in "xy")
+ATTENTION_MASK = value("attention_mask", I64, "batch_size", "total_sequence_length")
+POSITION_IDS = value("position_ids", I64, "batch_size", "sequence_length")
 GAIN = tensor("gain", np.ones(WIDTH), np.float16)
 
 
@@ -54,8 +54,8 @@ MASK_CONSTANTS = [
 ]
 ADDITIVE = make_node("Where", ["mask", "nothing", "lowest"], ["bias"])
 ADDITIVE_CONSTANTS = [tensor("nothing", 0, np.float16), tensor("lowest", -65504, np.float16)]
-BOOL_MASK = value("mask", BOOL, "batch", 1, "sequence", "total")
-FLOAT_MASK = value("bias", F16, "batch", 1, "sequence", "total")
+BOOL_MASK = value("mask", BOOL, "batch_size", 1, "sequence_length", "total_sequence_length")
+FLOAT_MASK = value("bias", F16, "batch_size", 1, "sequence_length", "total_sequence_length")
 
 
 def mask_from_positions(additive=False):
@@ -84,11 +84,11 @@ def test_mask_from_positions_is_the_causal_mask_without_padding(past):
 
 def mask_from_lengths():
     nodes = [
-        make_node("Shape", ["attention_mask"], ["total"], start=1, end=2),
-        make_node("Shape", ["position_ids"], ["sequence"], start=1, end=2),
-        make_node("Sub", ["total", "sequence"], ["past"]),
-        make_node("Squeeze", ["total"], ["stop"]),
-        make_node("Squeeze", ["past"], ["start"]),
+        make_node("Shape", ["attention_mask"], ["total_sequence_length"], start=1, end=2),
+        make_node("Shape", ["position_ids"], ["sequence_length"], start=1, end=2),
+        make_node("Sub", ["total_sequence_length", "sequence_length"], ["past_sequence_length"]),
+        make_node("Squeeze", ["total_sequence_length"], ["stop"]),
+        make_node("Squeeze", ["past_sequence_length"], ["start"]),
         make_node("Range", ["zero", "stop", "one"], ["keys"]),
         make_node("Range", ["start", "stop", "one"], ["rows"]),
         make_node("Unsqueeze", ["rows", "one_axis"], ["queries"]),
@@ -113,14 +113,15 @@ def test_comparing_with_a_length_pulls_the_comparison_to_the_cpu_and_copies_its_
         make_node("Less", ["position_ids", "length"], ["inside"]),
         make_node("Where", ["inside", "nothing", "lowest"], ["y"]),
     ]
-    placed = place(model(nodes, [X, POSITION_IDS], [value("y", F16, "batch", "sequence")], ADDITIVE_CONSTANTS))
+    y = value("y", F16, "batch_size", "sequence_length")
+    placed = place(model(nodes, [X, POSITION_IDS], [y], ADDITIVE_CONSTANTS))
     assert placed["nodes"][CPU] == {"Less": 1}
     assert placed["memcpy"] == 1
 
 
 # ---- shapes ---------------------------------------------------------------------------------------------------------
 
-HEADS_APART = value("y", F16, "batch", "sequence", HEADS, HEAD)
+HEADS_APART = value("y", F16, "batch_size", "sequence_length", HEADS, HEAD)
 
 
 def test_reshape_by_zeros_needs_no_node_on_the_cpu(place):
@@ -143,17 +144,18 @@ def test_reshape_by_a_computed_shape_concatenates_on_the_cpu_without_a_copy(plac
 
 
 def past_and_present():
-    past = [value(f"past_{name}", F16, "batch", KV_HEADS, "past", HEAD) for name in "kv"]
-    return past, [value(f"present_{name}", F16, "batch", KV_HEADS, "total", HEAD) for name in "kv"]
+    past = [value(f"past_{name}", F16, "batch_size", KV_HEADS, "past_sequence_length", HEAD) for name in "kv"]
+    return past, [value(f"present_{name}", F16, "batch_size", KV_HEADS, "total_sequence_length", HEAD) for name in "kv"]
 
 
 def attention(mask, rank=4, opset=23):
     """Grouped heads and a past; `mask` is the input it is given, None for the op's own causal mask."""
     heads, counts = {"q": HEADS, "k": KV_HEADS, "v": KV_HEADS, "y": HEADS}, {}
     if rank == 4:
-        q, k, v, y = (value(name, F16, "batch", number, "sequence", HEAD) for name, number in heads.items())
+        q, k, v, y = (value(name, F16, "batch_size", number, "sequence_length", HEAD) for name, number in heads.items())
     else:
-        q, k, v, y = (value(name, F16, "batch", "sequence", number * HEAD) for name, number in heads.items())
+        rows = "batch_size", "sequence_length"
+        q, k, v, y = (value(name, F16, *rows, number * HEAD) for name, number in heads.items())
         counts = {"q_num_heads": HEADS, "kv_num_heads": KV_HEADS}
     past, present = past_and_present()
     names = ["q", "k", "v", mask.name if mask else "", "past_k", "past_v"]
@@ -173,11 +175,11 @@ def test_attention_of_opset_24_runs_on_cuda(place):
 
 def test_attention_refuses_a_mask_without_a_row_for_each_query(place):
     with pytest.raises(PlacementError, match="inconsistent q_sequence_length"):
-        place(attention(value("mask", BOOL, "batch", 1, 1, "total")))
+        place(attention(value("mask", BOOL, "batch_size", 1, 1, "total_sequence_length")))
 
 
 def test_attention_with_a_float32_mask_beside_float16_is_taken_apart(place):
-    placed = place(attention(value("mask", F32, "batch", 1, "sequence", "total")))
+    placed = place(attention(value("mask", F32, "batch_size", 1, "sequence_length", "total_sequence_length")))
     assert "Attention" not in placed["optimized_ops"]
     assert CPU in placed["nodes"]
 
@@ -187,8 +189,8 @@ def test_grouped_query_attention_refuses_a_batch_of_prompts_after_a_past(place):
     names = ["x", "k", "v", "past_k", "past_v", "lengths", "longest"]
     node = make_node("GroupQueryAttention", names, ["y", "present_k", "present_v"], domain="com.microsoft",
                      num_heads=HEADS, kv_num_heads=KV_HEADS)  # fmt: skip
-    k, v = (value(name, F16, "batch", "sequence", KV_WIDTH) for name in "kv")
-    lengths = value("lengths", TensorProto.INT32, "batch")
+    k, v = (value(name, F16, "batch_size", "sequence_length", KV_WIDTH) for name in "kv")
+    lengths = value("lengths", TensorProto.INT32, "batch_size")
     built = model([node], [X, k, v, *past, lengths], [Y, *present], [tensor("longest", 8, np.int32)])
     with pytest.raises(PlacementError, match="batch_size must be 1"):
         place(built)
@@ -196,7 +198,7 @@ def test_grouped_query_attention_refuses_a_batch_of_prompts_after_a_past(place):
 
 # ---- rotary embedding -----------------------------------------------------------------------------------------------
 
-QUERIES, ROTATED = (value(name, F16, "batch", HEADS, "sequence", HEAD) for name in "xy")
+QUERIES, ROTATED = (value(name, F16, "batch_size", HEADS, "sequence_length", HEAD) for name in "xy")
 # Angles in float32: positions in the thousands are not whole numbers in float16.
 ANGLES = [
     make_node("Cast", ["position_ids"], ["position"], to=F32),
@@ -227,14 +229,14 @@ def test_rotary_embedding_by_computed_angles_runs_on_cuda(place):
 
 
 def test_rotary_embedding_refuses_angles_of_one_row_for_a_batch(place):
-    angles = [value(name, F16, 1, "sequence", HEAD // 2) for name in ("cos", "sin")]
+    angles = [value(name, F16, 1, "sequence_length", HEAD // 2) for name in ("cos", "sin")]
     with pytest.raises(PlacementError, match="cos_cache"):
         place(model([make_node("RotaryEmbedding", ["x", "cos", "sin"], ["y"])], [QUERIES, *angles], [ROTATED]))
 
 
 # ---- norms, activations, embedding ----------------------------------------------------------------------------------
 
-OTHER, SHIFT = value("other", F16, "batch", "sequence", WIDTH), tensor("shift", np.zeros(WIDTH), np.float16)
+OTHER, SHIFT = value("other", F16, "batch_size", "sequence_length", WIDTH), tensor("shift", np.zeros(WIDTH), np.float16)
 SIGMOID = make_node("Sigmoid", ["x"], ["gate"])
 ADD = make_node("Add", ["x", "other"], ["sum"])
 SKIP = make_node("SkipSimplifiedLayerNormalization", ["x", "other", "gain"], ["y"], domain="com.microsoft")
@@ -297,10 +299,11 @@ def one_layer_decoder():
         make_node("Sigmoid", ["hidden"], ["gate"]), make_node("Mul", ["hidden", "gate"], ["silu"]), *head[0],
     ]  # fmt: skip
     past, present = past_and_present()
-    inputs = [value("input_ids", I64, "batch", "sequence"), ATTENTION_MASK, POSITION_IDS, *past]
+    inputs = [value("input_ids", I64, "batch_size", "sequence_length"), ATTENTION_MASK, POSITION_IDS, *past]
     weights = [weight for _, weights in (*projections, out, head) for weight in weights]
     constants = [*MASK_CONSTANTS, *ANGLE_CONSTANTS, GAIN, tensor("embedding", np.ones((128, WIDTH)), np.float16)]
-    return model(nodes, inputs, [value("logits", F16, "batch", "sequence", 128), *present], weights + constants)
+    logits = value("logits", F16, "batch_size", "sequence_length", 128)
+    return model(nodes, inputs, [logits, *present], weights + constants)
 
 
 def test_decoder_runs_on_cuda_without_a_node_on_the_cpu(place):

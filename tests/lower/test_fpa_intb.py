@@ -24,8 +24,8 @@ from qexport.targets.kernels.fpa_intb import ENTRY, Product, has_no_kernel, why_
 ON = {ENTRY: "1"}
 DTYPES = {"float16": TensorProto.FLOAT16, "bfloat16": TensorProto.BFLOAT16}
 # More rows than the kernel for a matrix and a vector takes.
-PROMPT = {"batch": 1, "sequence": 32, "past": 0, "total": 32}
-TOKEN = {"batch": 1, "sequence": 1}
+PROMPT = {"batch_size": 1, "sequence_length": 32, "past_sequence_length": 0, "total_sequence_length": 32}
+TOKEN = {"batch_size": 1, "sequence_length": 1}
 CHOSEN = [
     Product(4, 32, True, (64, 64)), Product(4, 32, True, (192, 256)), Product(8, 32, True, (32, 128)),
     Product(8, 32, True, (96, 192)), Product(2, 64, True, (128, 64)), Product(2, 64, True, (256, 192)),
@@ -63,8 +63,8 @@ def matmul_nbits(products, bias=False, dtype=TensorProto.FLOAT16):
             constants.append(ones(f"bias{i}", n))
         nodes.append(make_node("MatMulNBits", names, [f"y{i}"], domain="com.microsoft", K=k, N=n, bits=product.bits,
                                block_size=product.block_size))  # fmt: skip
-        inputs.append(value(f"x{i}", dtype, "batch", "sequence", k))
-        outputs.append(value(f"y{i}", dtype, "batch", "sequence", n))
+        inputs.append(value(f"x{i}", dtype, "batch_size", "sequence_length", k))
+        outputs.append(value(f"y{i}", dtype, "batch_size", "sequence_length", n))
     return model(nodes, inputs, outputs, constants)
 
 

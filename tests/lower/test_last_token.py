@@ -99,7 +99,7 @@ def test_the_file_and_its_manifest_say_so(captured, tmp_path):
         ]
         for e in (whole, last)
     ]
-    assert shapes == [["batch", "sequence", 128], ["batch", 1, 128]]
+    assert shapes == [["batch_size", "sequence_length", 128], ["batch_size", 1, 128]]
 
 
 def test_generation_writes_the_same(captured, tmp_path):
@@ -161,6 +161,6 @@ def test_types_in_the_graph_follow(captured):
     model = load_weights(captured("gemma2"))
     keep_last(model, read_by_projection(model))
     block, logits = model.output_node("logits")
-    assert shape_of(logits)[1] == 1 and model.outputs[0].dims == ("batch", 1, 128)
+    assert shape_of(logits)[1] == 1 and model.outputs[0].dims == ("batch_size", 1, 128)
     run, feeds = captured_runner(model), prompt_feeds(model, tokens(3, 9), MASK)
     assert run(feeds)["logits"].shape == (3, 1, 128)

@@ -284,7 +284,8 @@ def test_nothing_but_sizes_falls_back_to_the_cpu_on_cuda(folder, cuda_placement,
         made = exports.export(captured, Recipe(scheme="w4a16_g32", weights={"method": "rtn"}), "cuda", out)
         # The stand-ins have no convolution to run.
         reads_text = captured.inputs[0].name == "input_ids"
-        dims = {"batch": 2, "source": 16, "sequence": 1, "past": 3} if reads_text else None
+        read = {"batch_size": 2, "encoder_sequence_length": 16, "sequence_length": 1, "past_sequence_length": 3}
+        dims = read if reads_text else None
         placed = cuda_placement(out / "model.onnx", made.manifest.session, dims=dims)
         assert placed["memcpy"] == 0
         assert set(placed["nodes"].get(manifests.CPU, ())) <= SIZES, placed["nodes"][manifests.CPU]

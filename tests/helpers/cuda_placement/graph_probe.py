@@ -20,7 +20,8 @@ for key, value in json.loads((folder / "manifest.json").read_text())["session"].
     options.add_session_config_entry(key, value)
 provider = ("CUDAExecutionProvider", {"enable_cuda_graph": "1"})
 session = onnxruntime.InferenceSession(folder / "model.onnx", options, [provider])
-binding, sizes = session.io_binding(), {"batch": 1, "sequence": 1, "total": length, "past": length}
+binding, sizes = session.io_binding(), {"batch_size": 1, "sequence_length": 1}
+sizes |= {"total_sequence_length": length, "past_sequence_length": length}
 events = Path(os.environ["STAND_IN_LAUNCHES"])
 held = {}
 KINDS = {"int64": np.int64, "float16": np.float16, "bfloat16": TensorProto.BFLOAT16}

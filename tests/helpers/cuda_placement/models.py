@@ -7,8 +7,8 @@ from onnx.helper import make_graph, make_model, make_opsetid, make_tensor, make_
 
 CUDA, CPU = "CUDAExecutionProvider", "CPUExecutionProvider"
 ALL_ON_CUDA = {"session.disable_cpu_ep_fallback": "1"}
-DIMS = {"batch": 2, "sequence": 3, "past": 5, "total": 8}
-PROMPT = {"batch": 2, "sequence": 3, "past": 0, "total": 3}
+DIMS = {"batch_size": 2, "sequence_length": 3, "past_sequence_length": 5, "total_sequence_length": 8}
+PROMPT = {"batch_size": 2, "sequence_length": 3, "past_sequence_length": 0, "total_sequence_length": 3}
 
 
 def value(name: str, dtype: int, *shape: int | str) -> ValueInfoProto:
