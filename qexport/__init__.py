@@ -1,8 +1,8 @@
 """Quantize PyTorch models through torch.fx passes and run them in ONNX Runtime.
 
 Everything public is here: `export`, `export_auto`, `inspect`, `validate`, `generate`, `Chat`, `bench`, `study`,
-`optimize`, `diagnose`, `render`, `compare`, each for every kind of model where it means something, and the types they
-take and return. Names are loaded when they are first used, so that importing qexport costs nothing.
+`optimize`, `layout`, `diagnose`, `render`, `compare`, each for every kind of model where it means something, and the
+types they take and return. Names are loaded when they are first used, so that importing qexport costs nothing.
 """
 
 import os
@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     from .runtime.generate import generate_text as generate  # noqa: F401
     from .runtime.optimized import OptimizedInfo as OptimizedInfo
     from .runtime.optimized import optimize as optimize
+    from .runtime.transformers_js import Layout as Layout
+    from .runtime.transformers_js import layout as layout
     from .sampling_study import study as study
     from .sampling_study.grid import Grid as Grid
     from .validation.report import Report as Report
@@ -45,6 +47,7 @@ _WHERE = {
     "ExportResult": ("api.result", "ExportResult"),
     "Grid": ("sampling_study.grid", "Grid"),
     "Inspection": ("api.inspection", "Inspection"),
+    "Layout": ("runtime.transformers_js", "Layout"),
     "OptimizedInfo": ("runtime.optimized", "OptimizedInfo"),
     "QExportError": ("errors", "QExportError"),
     "Recipe": ("recipe.recipe", "Recipe"),
@@ -57,6 +60,7 @@ _WHERE = {
     "export_auto": ("api.auto", "export_auto"),
     "generate": ("runtime.generate", "generate_text"),
     "inspect": ("api.inspecting", "inspect"),
+    "layout": ("runtime.transformers_js", "layout"),
     "optimize": ("runtime.optimized", "optimize"),
     "render": ("report", "render"),
     "study": ("sampling_study", "study"),
