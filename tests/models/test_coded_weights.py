@@ -180,28 +180,32 @@ def test_settings_of_a_name_come_before_those_of_a_class():
     check(stored, *made)
 
 
-@pytest.mark.parametrize(("said", "block"), [
-    ({"quant_method": "fp8", "weight_block_size": [32, 48]}, (32, 48)),
-    ({"quant_method": "fbgemm_fp8"}, (1, 100)),
-    ({"quant_method": "modelopt", "quant_algo": "FP8"}, (70, 100)),
+@pytest.mark.parametrize(("said", "block", "scheme"), [
+    ({"quant_method": "fp8", "weight_block_size": [32, 48]}, (32, 48), None),
+    ({"quant_method": "fp8", "weight_block_size": [128, 128]}, (128, 128), "w8a16_fp8_b128"),
+    ({"quant_method": "fbgemm_fp8"}, (1, 200), "w8a16_fp8"),
+    ({"quant_method": "modelopt", "quant_algo": "FP8"}, (150, 200), "w8a16_fp8"),
     ({"quant_method": "compressed-tensors", "format": "float-quantized", "config_groups": {
         "group_0": {"targets": ["Linear"], "weights": {"num_bits": 8, "type": "float", "strategy": "tensor"}}}},
-     (70, 100)),
-], ids=["blocks", "rows", "modelopt", "one"])  # fmt: skip
-def test_8_bit_floats_become_float(said, block):
+     (150, 200), "w8a16_fp8"),
+], ids=["odd blocks", "blocks", "rows", "modelopt", "one"])  # fmt: skip
+def test_8_bit_floats(said, block, scheme):
     """A block at the end of either axis is smaller: the grid of scales is rounded up."""
     random = torch.Generator().manual_seed(0)
-    values = torch.randn(70, 100, generator=random).to(torch.float8_e4m3fn)
-    grid = (-(-70 // block[0]), -(-100 // block[1]))
+    values = torch.randn(150, 200, generator=random).to(torch.float8_e4m3fn)
+    grid = (-(-150 // block[0]), -(-200 // block[1]))
     scales = torch.rand(grid, generator=random)
     want = torch.tensor([
-        [float(values[r, c]) * float(scales[r // block[0], c // block[1]]) for c in range(100)] for r in range(70)
+        [float(values[r, c]) * float(scales[r // block[0], c // block[1]]) for c in range(200)] for r in range(150)
     ], dtype=torch.float64)  # fmt: skip
     name = ".weight_scale_inv" if said["quant_method"] == "fp8" else ".weight_scale"
     stored = Stored(said, {".weight": values, name: scales if grid != (1, 1) else scales[0]})
-    assert stored.weight.scheme is None and stored.weight.kept.startswith("no kernel takes 8-bit floats")
+    assert (stored.weight.scheme.name if scheme else stored.weight.scheme) == scheme
+    said = "as stored" if scheme else "no kernel takes such 8-bit floats, so that it becomes float"
+    assert stored.weight.kept == said
     assert torch.equal(stored.formula(), want)
-    assert torch.equal(proved(stored), want.float())
+    found = proved(stored)
+    assert torch.equal(found if scheme is None else found.dequantize(), want.float())
 
 
 @pytest.mark.parametrize("nested", [0, 8], ids=["", "double"])

@@ -16,9 +16,7 @@ from qexport.passes.weights.as_stored import proved
 DATA = Path(__file__).parent.parent / "data" / "coded"
 FLOAT_INPUTS = ", but inputs stay float: no kernel takes them as the config has them"
 OFFSETS = ", and the minimums of groups in a product beside it"
-FLOATS = "4-bit floats as integers of 8 bits with half the scale"
 FACTORS = ", and its input multiplied by the factors of the checkpoint"
-FLOAT8 = "no kernel takes 8-bit floats, so that it becomes float"
 MADE = {  # what the checkpoint is called, the scheme of the linear, and how it is kept
     "hqq_8": ("HQQ, 8 bits in groups of 128 with float zero points", "w8a16_pc", f"as stored{OFFSETS}"),
     "hqq_4": ("HQQ, 4 bits in groups of 64 with float zero points", "w4a16_g64", f"as stored{OFFSETS}"),
@@ -34,8 +32,8 @@ MADE = {  # what the checkpoint is called, the scheme of the linear, and how it 
     "torchao_int4": ("torchao, IntxWeightOnly", "w4a16_g32", "as stored"),
     "torchao_int3_asym": ("torchao, IntxWeightOnly", "w3a16_g32_asym", "codes of 3 bits in 4"),
     "torchao_a8w4": ("torchao, Int8DynamicActivationIntxWeight", "w4a16_g32", f"as stored{FLOAT_INPUTS}"),
-    "torchao_float8": ("torchao, Float8WeightOnly", None, FLOAT8),
-    "torchao_mxfp8": ("torchao, MXFP8", None, FLOAT8),
+    "torchao_float8": ("torchao, Float8WeightOnly", "w8a16_fp8", "as stored"),
+    "torchao_mxfp8": ("torchao, MXFP8", "mxfp8", "as stored"),
     "torchao_mxfp4": ("torchao, MXFP4", "mxfp4", "as stored"),
     "torchao_nvfp4": ("torchao, NVFP4", "nvfp4", "as stored"),
     "quark_int4_wo_32": ("Quark, int4 in groups of 32", "w4a16_g32", "as stored"),
@@ -43,13 +41,13 @@ MADE = {  # what the checkpoint is called, the scheme of the linear, and how it 
     "quark_int4_wo_per_channel": ("Quark, int4 per channel", "w4a16_pc", "as stored"),
     "quark_uint4_wo_per_channel": ("Quark, uint4 per channel", "w4a16_pc_asym", "as stored"),
     "quark_int8": ("Quark, int8 per tensor with int8 inputs", "w8a8_static", "as stored"),
-    "quark_fp8": ("Quark, fp8_e4m3 per tensor with fp8_e4m3 inputs", None, FLOAT8),
+    "quark_fp8": ("Quark, fp8_e4m3 per tensor with fp8_e4m3 inputs", "w8a16_fp8", "as stored"),
     "quark_mxfp4": ("Quark, fp4 in groups of 32 with fp4 inputs", "mxfp4", "as stored" + FLOAT_INPUTS),
     "modelopt_nvfp4_default": ("ModelOpt, NVFP4", "nvfp4", "as stored" + FLOAT_INPUTS),
     "modelopt_mxfp4_default": ("ModelOpt, MXFP4", "mxfp4", "as stored"),
     "modelopt_int4_awq": ("ModelOpt, W4A16_AWQ", "w4a16_pc", f"as stored{FACTORS}"),
     "modelopt_int8_smoothquant": ("ModelOpt, W8A8_SQ_PER_CHANNEL", "w8a8_static", f"as stored{FACTORS}"),
-    "modelopt_fp8_default": ("FP8", None, FLOAT8),
+    "modelopt_fp8_default": ("FP8", "w8a16_fp8", "as stored"),
     "compressed_w4a16": ("compressed-tensors, pack-quantized: int4 in groups of 128", "w4a16_pc", "as stored"),
     "compressed_w4a16_asym": (
         "compressed-tensors, pack-quantized: int4 in groups of 128", "w4a16_pc_asym", "as stored"

@@ -1,6 +1,8 @@
 """Weights of 8-bit floating point numbers with scales, whatever method writes them.
 
-No kernel of the targets multiplies them, so they become float: what they stand for, value by value.
+E4M3 numbers with a scale for each output feature, for all of them, or for tiles of 128 x 128, and with exponents for 32
+features, are formats of their own. No kernel of the targets multiplies others, so they become float: what they stand
+for, value by value.
 """
 
 from collections.abc import Mapping
@@ -11,9 +13,11 @@ import torch
 from torch import Tensor
 
 from ...errors import CaptureError
-from .base import CodedWeight, Header, Read
+from ...quant.formats import QuantizedWeight, Scheme
+from .base import CodedWeight, Given, Header, Read
 
 FLOAT8 = ("F8_E4M3", "F8_E5M2")  # as safetensors calls them
+EXPONENTS = ("U8", "F8_E8M0")
 
 
 @dataclass(frozen=True)
@@ -53,13 +57,19 @@ class ScaledFloats(CodedWeight):
                 f"each block of the config ({block}) of a weight {n} x {k}", place=scale,
                 remedy="The config does not belong to these weights",
             )  # fmt: skip
-        kept = "no kernel takes 8-bit floats, so that it becomes float"
-        return cls(name, (n, k), (stored, scale, *others), None, kept, tensors[scale].dtype, block)
+        own = _own(tensors[stored].dtype, tensors[scale].dtype, block, (n, k))
+        scheme = Scheme.parse(own) if own else None
+        kept = "as stored" if own else "no kernel takes such 8-bit floats, so that it becomes float"
+        return cls(name, (n, k), (stored, scale, *others), scheme, kept, tensors[scale].dtype, block)
 
-    def decode(self, read: Read) -> Tensor:
-        values, scale = read(self.parts[0]).float(), _scales(read(self.parts[1])).float()
+    def decode(self, read: Read) -> Given | Tensor:
+        stored, scale = read(self.parts[0]), _scales(read(self.parts[1])).float()
         (n, k), (rows, columns) = self.shape, self.block
         scale = scale.reshape(-(-n // rows), -(-k // columns))
+        if self.scheme is not None:
+            by_row = scale.repeat_interleave(rows, 0)[:n].contiguous()
+            return Given(QuantizedWeight(stored.view(torch.uint8), by_row, None, self.scheme.weight))
+        values = stored.float()
         return values * scale.repeat_interleave(rows, 0)[:n].repeat_interleave(columns, 1)[:, :k]
 
     def formula(self, read: Read) -> Tensor:
@@ -74,6 +84,17 @@ class ScaledFloats(CodedWeight):
                 out[part] = values[part] * flat[of_block]
                 of_block += 1
         return out
+
+
+def _own(numbers: str, scales: str, block: tuple[int, int], shape: tuple[int, int]) -> str:
+    """The format that is this one; empty where none is."""
+    if numbers != FLOAT8[0]:
+        return ""
+    if scales in EXPONENTS:
+        return "mxfp8" if block == (1, 32) and shape[1] % 32 == 0 else ""
+    if block[1] == shape[1] and block[0] in (1, shape[0]):
+        return "w8a16_fp8"
+    return "w8a16_fp8_b128" if block == (128, 128) else ""
 
 
 def _scales(stored: Tensor) -> Tensor:
