@@ -11,13 +11,15 @@ from typing import Any, ClassVar, Literal, Self
 import torch
 from torch.fx import GraphModule, Node
 
+from ...errors import PassError
 from ...graph.edit import add_tensor, call, finish, is_call
 from ...graph.meta import Meta
 from ...graph.schema import rebind
 from ...graph.views import CachedAttention, size_at
 from ...plan.linear_plan import LinearPlan
-from ...quant.kv_cache import cache_scale
+from ...quant.kv_cache import cache_scale, code_range
 from ...quant.observers import ChannelAbsmax
+from ...quant.small_floats import E4M3_LARGEST
 from ...recipe.methods import CacheMethod
 from ...recipe.recipe import Recipe
 from ...recipe.registry import method
@@ -33,12 +35,13 @@ class KVCacheSection(CacheMethod):
     Attributes:
         bits: 8 or 4.
         numbers: "int", or "e4m3" for 8-bit floats (`kvfp8`): CUDA keeps them, the CPU rounds to them and keeps floats.
-        scales: "channel" (one for every feature of every head) or "tensor" (one for all keys, one for all values).
+        scales: "channel" (one for every feature of every head), "tensor" (one for all keys, one for all values), or
+            "stored": those two as a checkpoint that is quantized already has them, without calibration.
     """
 
     bits: Literal[8, 4] = 8
     numbers: Literal["int", "e4m3"] = "int"
-    scales: Literal["channel", "tensor"] = "channel"
+    scales: Literal["channel", "tensor", "stored"] = "channel"
     needs_grouped_attention: ClassVar[bool] = True
     takes_shared: ClassVar[bool] = True
     short: ClassVar[str] = r"kv(?P<bits>[48]|fp8)"
@@ -51,8 +54,12 @@ class KVCacheSection(CacheMethod):
         if self.numbers == "e4m3" and self.bits != 8:
             raise ValueError("e4m3 numbers have 8 bits", "Leave out bits")
 
+    @property
+    def needs_calibration(self) -> bool:
+        return self.scales != "stored"
+
     def passes(self, plan: Mapping[str, LinearPlan]) -> list[GraphPass]:
-        return [QuantizeCache(self.bits, self.scales == "channel", self.numbers == "e4m3")]
+        return [QuantizeCache(self.bits, self.scales == "channel", self.numbers == "e4m3", self.scales == "stored")]
 
 
 @dataclass(frozen=True)
@@ -63,18 +70,20 @@ class QuantizeCache(GraphPass):
         bits: 8 or 4.
         per_channel: a scale for every feature of every head; else one for all keys and one for all values of a layer.
         e4m3: to E4M3 numbers, not integers.
+        stored: with the scales that the checkpoint has.
     """
 
     bits: int
     per_channel: bool = True
     e4m3: bool = False
+    stored: bool = False
     preserves_values: ClassVar[bool] = True
 
     def applies_to(self, module: GraphModule) -> bool:
         return bool(_attentions(module))
 
     def statistics(self, module: GraphModule) -> dict[Node, Callable[[], Any]]:
-        found = map(CachedAttention.of, _attentions(module))
+        found = map(CachedAttention.of, () if self.stored else _attentions(module))
         return {value: ChannelAbsmax for attention in found for value in (attention.key, attention.value)}
 
     def call(self, module: GraphModule, context: Context) -> PassResult:
@@ -82,13 +91,19 @@ class QuantizeCache(GraphPass):
         for node in _attentions(module):
             attention = CachedAttention.of(node)
             heads, size = size_at(attention.key, 1), size_at(attention.key, 3)
-            for name, value in (("key", attention.key), ("value", attention.value)):
-                absmax = context.statistics[value].absmax()
-                shape = (heads, 1, size) if self.per_channel else (1,)
-                absmax = absmax.view(shape) if self.per_channel else absmax.max().view(shape)
+            for index, (name, value) in enumerate((("key", attention.key), ("value", attention.value))):
                 place = f"{node.meta.get(Meta.MODULE_PATH, '') or node.name}.{name}_scale"
+                if self.stored:
+                    steps = _stored(node, place)[index]
+                    largest = E4M3_LARGEST if self.e4m3 else code_range(self.bits)[1]
+                    absmax = steps * largest
+                else:
+                    absmax = context.statistics[value].absmax()
+                    shape = (heads, 1, size) if self.per_channel else (1,)
+                    absmax = absmax.view(shape) if self.per_channel else absmax.max().view(shape)
+                    steps = cache_scale(absmax, self.bits, self.e4m3)
                 with graph.inserting_before(node):
-                    scale = add_tensor(graph, place, cache_scale(absmax, self.bits, self.e4m3))
+                    scale = add_tensor(graph, place, steps)
                     if self.e4m3:
                         rounded = call(graph, ops.round_e4m3.default, (value, scale), like=value)
                     else:
@@ -99,6 +114,14 @@ class QuantizeCache(GraphPass):
                 result.changed.append(SiteRecord(place.removesuffix("_scale"), numbers, data))
         finish(module)
         return result
+
+
+def _stored(node: Node, place: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """The scales of keys and values, float32 [1] each."""
+    found = node.meta.get(Meta.CACHE_SCALES)
+    if found is None:
+        raise PassError("the checkpoint has no such scale", place=place, remedy="Take scales: tensor, or no kv_cache")
+    return torch.tensor(found[:1]), torch.tensor(found[1:])
 
 
 def _attentions(module: GraphModule) -> list[Node]:

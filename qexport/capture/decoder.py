@@ -19,7 +19,7 @@ from .attention import IMPLEMENTATION
 from .experts import IMPLEMENTATION as EXPERTS
 from .graph import BATCH, CapturedModel, Port
 from .rope import settle_frequencies
-from .stored import aliases_of, codes_in, convert_names, find_weights, untie
+from .stored import aliases_of, codes_in, convert_names, find_weights, note_cache_scales, untie
 from .trace import IDS, Traced, trace_model
 from .weight_views import WeightViews
 
@@ -50,6 +50,8 @@ def capture_decoder(folder: ModelFolder) -> CapturedModel:
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters(remove_duplicate=False)}
     sources = {traced.pieces[n].source if n in traced.pieces else n for n in parameters}
     read = {n: shapes[n] for n in sorted(sources)}
+    if folder.codes is not None and folder.codes.cache_numbers:
+        note_cache_scales(traced.blocks, checkpoint)
     stored, left_out = find_weights(checkpoint, folder, model, read, buffers, aliases)
     buffers, parameters = {n: b for n, b in buffers.items() if n not in stored}, [*parameters, *stored]
     given = codes_in(checkpoint, parameters, traced.pieces)

@@ -6,11 +6,15 @@ import torch
 from transformers import PreTrainedModel
 
 from ..errors import CaptureError, InputError, QExportError
+from ..graph.edit import is_call
+from ..graph.meta import Meta
 from ..models.checkpoint import Checkpoint, GivenCodes, check_shapes
+from ..models.coded.base import CACHE_SCALES
 from ..models.conversion import converted
 from ..models.leftovers import check_leftovers, refusal, telling
 from ..models.quantized import FLOAT_MODEL
 from ..models.source import ModelFolder
+from .blocks import Block
 from .weight_views import WeightView
 
 Names = Mapping[str, tuple[str, ...]]
@@ -102,6 +106,20 @@ def find_weights(
         raise _missing(missing, folder)
     check_shapes(checkpoint, {**parameters, **{name: trained[name] for name in stored}})
     return stored, left
+
+
+def note_cache_scales(blocks: Iterable[Block], checkpoint: Checkpoint) -> None:
+    """Tell every attention with a cache the scales that the checkpoint has for its keys and values."""
+    for node in (node for block in blocks for node in block.module.graph.nodes):
+        if not is_call(node, torch.ops.qexport.cached_attention.default):
+            continue
+        path = node.meta.get(Meta.MODULE_PATH, "")
+        for pair in CACHE_SCALES:
+            names = [name for end in pair if (name := checkpoint.find(f"{path}.{end}", "model"))]
+            if len(names) == 2 and not checkpoint.resolve({name: () for name in names}):
+                key, value = (float(checkpoint.load(name)) for name in names)
+                node.meta[Meta.CACHE_SCALES] = (key, value)
+                break
 
 
 def codes_in(

@@ -48,6 +48,9 @@ class Meta(StrEnum):
     REORDERED = "reordered"
     """On a value that is its first argument with its features in another order, or times a factor each: True."""
 
+    CACHE_SCALES = "cache_scales"
+    """On an attention with a cache: the scales of keys and of values that the checkpoint has, two numbers."""
+
     PADDED = "padded"
     """On a value that is its first argument with zeros behind its features: True."""
 

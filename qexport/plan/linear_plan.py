@@ -154,7 +154,7 @@ def fit(scheme: Scheme | None, in_features: int, whole: bool = False) -> tuple[S
 
 
 def weight_bytes(plan: LinearPlan, float_bytes: int = 4) -> int:
-    """Bytes of the weight in the file: codes, scales and zero points.
+    """Bytes of the weight in the file: codes, scales and zero points, and offsets of the groups of given codes.
 
     Args:
         float_bytes: of a number that stays float; the scales of integer products are float32 whatever it is.
@@ -167,4 +167,5 @@ def weight_bytes(plan: LinearPlan, float_bytes: int = 4) -> int:
         return 0
     if plan.scheme is None:
         return out_features * in_features * float_bytes
-    return plan.scheme.bytes(plan.shape, float_bytes)
+    offsets = plan.given.weight.offsets if plan.given else 0
+    return plan.scheme.bytes(plan.shape, float_bytes) + offsets * float_bytes

@@ -15,7 +15,7 @@ from ..errors import InputError, RecipeError
 from ..quant.formats import IntegerFormat, Scheme, begins_as_scheme, full_name
 from .catalogue import descriptions, preset_files, preset_of, wishes
 from .explaining import explain, nearest
-from .methods import WeightMethod
+from .methods import CacheMethod, WeightMethod
 from .reading import MOST_BYTES, read_yaml
 from .registry import Method, MethodKeys, methods
 from .sections import (
@@ -181,10 +181,18 @@ class Recipe(MethodKeys):
         return base.model_copy(update={"name": scheme.name, "description": description, "scheme": scheme.name})
 
     @classmethod
-    def keeping_codes(cls) -> Self:
-        """The preset that keeps the codes of a checkpoint that is quantized already, and leaves the rest in float."""
+    def keeping_codes(cls, cache_numbers: str = "") -> Self:
+        """The preset that keeps the codes of a checkpoint that is quantized already, and leaves the rest in float.
+
+        Args:
+            cache_numbers: of keys and values, rounded with the scales of the checkpoint; empty where they stay float.
+        """
         name = next(m.method for m in methods() if issubclass(m, WeightMethod) and m.keeps_codes)
-        return cls.load(name)
+        if not cache_numbers:
+            return cls.load(name)
+        cache = next(m for m in methods() if issubclass(m, CacheMethod))
+        made = cache.model_validate({"numbers": cache_numbers, "scales": "stored"})
+        return cls.load(name).model_copy(update={cache.key: made})
 
     def to_yaml(self) -> str:
         """The whole recipe, defaults of what it uses included, as YAML that `load` reads back to an equal recipe."""

@@ -293,3 +293,27 @@ def test_layouts_of_one_kernel_are_refused(checkpoint, tmp_path):
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(InputError, match="in the layout marlin of one GPU kernel"):
         qexport.inspect(folder)
+
+
+@pytest.mark.parametrize(("kind", "numbers"), [("float", "e4m3"), ("int", "int")])
+def test_scales_of_a_cache_come_along(tmp_path, run, kind, numbers):
+    """Keys and values are rounded with the scales of the checkpoint, and nothing is calibrated."""
+    said = packers.compressed_said("pack-quantized", 4, True, 32)
+    said["kv_cache_scheme"] = {"num_bits": 8, "type": kind, "symmetric": True, "strategy": "tensor", "dynamic": False}
+    folder = save_model("llama", tmp_path / "model")
+    packers.coded(folder, Encoder(compressed()), said)
+    tensors = load_file(folder / "model.safetensors")
+    scales = {f"model.layers.{i}.self_attn.{k}_scale": 0.01 + i / 100 + (k == "v") / 1000 for i in (0, 1) for k in "kv"}
+    tensors |= {name: torch.tensor([value]) for name, value in scales.items()}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    code, out, _ = run("inspect", folder)
+    assert code == 0 and "The export needs no calibration data" in out and "left out" not in out
+
+    result = qexport.export(folder, out_dir=tmp_path / "out")
+    assert result.calibration == "none needed"
+    assert result.manifest.settings.get("kv_cache_bits") == (8 if kind == "int" else None)  # CUDA alone keeps e4m3
+    found = [numpy_helper.to_array(t) for t in onnx.load(result.folder / "model.onnx").graph.initializer
+             if t.name.endswith(("key_scale", "value_scale"))]  # fmt: skip
+    assert sorted(float(scale.flat[0]) for scale in found) == pytest.approx(sorted(scales.values()))
+    report = qexport.validate(result.folder, folder, windows=1, window=32, greedy=0)
+    assert report.logits.kl_mean < 0.1

@@ -113,5 +113,7 @@ def test_logits_are_those_of_the_file(model_folder, tmp_path):
     folder = open_model(write_gguf(model_folder("llama"), tmp_path / "t.gguf", kind=kind), cache=tmp_path / "cache")
     recipe = Recipe.load("as_stored").model_copy(update={"accuracy_level": 1})
     result = qexport.export(folder, recipe, out_dir=tmp_path / "out")
+    plan = {p.name: p.bytes for p in qexport.inspect(folder, recipe).linears}
+    assert plan["model.layers.0.mlp.down_proj"] == 64 * 96 // 2 + 2 * 4 * 64 * 96 // 32  # a minimum beside every scale
     report = qexport.validate(result.folder, folder, windows=1, window=16, greedy=0)
     assert report.logits.kl_mean < 1e-9

@@ -80,6 +80,8 @@ def opened(name):
 def test_values(name):
     found, codes, want = opened(name)
     scheme = codes.weight.scheme and codes.weight.scheme.name
+    groups = {"hqq_8": 1, "hqq_4": 2, "hqq_3": 4, "hqq_2": 8, "hqq_1": 4}.get(name, 0)
+    assert codes.weight.offsets == groups * 128
     assert (found.described, scheme, codes.weight.kept) == MADE[name]
     made = proved(codes)  # which compares them with the formula
     values = (made.dequantize() if isinstance(made, Given) else made).double()

@@ -163,8 +163,8 @@ def default_recipe(source: Source) -> Recipe:
 
     A module of one's own has no table that is read by token ids, as far as anybody knows before it is captured.
     """
-    if _codes_of(source) is not None:
-        return Recipe.keeping_codes()
+    if (codes := _codes_of(source)) is not None:
+        return Recipe.keeping_codes(codes.cache_numbers)
     return Recipe.load("w4a16_g32" if isinstance(source, torch.nn.Module) else DEFAULT)
 
 

@@ -22,10 +22,16 @@ from ...quant.formats import QuantizedWeight, Scheme
 Section = Mapping[str, Any]  # what a config says of how weights were quantized
 Read = Callable[[str], Tensor]  # a tensor of the checkpoint as it is stored, by name
 
+# Scales of keys and of values by what follows the path of their attention, in the order in which they are looked for.
+CACHE_SCALES = (
+    ("k_scale", "v_scale"), ("k_proj.k_scale", "v_proj.v_scale"), ("k_proj.output_scale", "v_proj.output_scale"),
+)  # fmt: skip
 CACHE_LEFT_OUT = (
     "the checkpoint's settings for a quantized cache are left out: the cache stays float, or is 8 bits by a recipe "
     "that says so"
 )
+# What is said of codes whose groups have an offset.
+OFFSETS = ", and the minimums of groups in a product beside it"
 REQUANTIZE = "Export it with --requantize RECIPE, which goes through float, or export the float model it was made from"
 
 
@@ -110,6 +116,14 @@ class CodedWeight(ABC):
     kept: str
     scale_dtype: str
 
+    @property
+    def offsets(self) -> int:
+        """How many numbers there are beside codes, scales and zero points: one for every group that has an offset."""
+        if self.scheme is None or not self.kept.endswith(OFFSETS):
+            return 0
+        size = self.scheme.weight.group_size
+        return self.shape[0] * (-(-self.shape[1] // size) if size > 0 else 1)
+
     @abstractmethod
     def decode(self, read: Read) -> Given | Tensor:
         """The codes in the format of the scheme; without a scheme the float32 weight [N, K].
@@ -183,6 +197,11 @@ class CodedCheckpoint(ABC):
     @abstractmethod
     def described(self) -> str:
         """The method with its sizes, such as "GPTQ, 4 bits in groups of 128"."""
+
+    @property
+    def cache_numbers(self) -> str:
+        """How keys and values are rounded, with scales in the checkpoint: "int" or "e4m3"; empty where they are not."""
+        return ""
 
     @property
     def notes(self) -> tuple[str, ...]:

@@ -16,7 +16,7 @@ weight = (code - zero point) * scale
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Self
 
 import numpy as np
@@ -54,13 +54,13 @@ class CompressedTensors(CodedCheckpoint):
     Attributes:
         groups: of linears: their targets, and what is said of their weights and inputs.
         form: of most of them, in the config's words.
-        cache: whether the config says how keys and values are quantized.
+        cache: what it says of how keys and values are quantized.
     """
 
     title = "compressed-tensors"
     groups: tuple[Mapping[str, Any], ...]
     form: str
-    cache: bool = False
+    cache: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
     def match(cls, said: Section) -> Self | None:
@@ -76,7 +76,7 @@ class CompressedTensors(CodedCheckpoint):
         if other:
             raise CaptureError(f"its config, of compressed-tensors, asks for {other}, which is not read")
         return cls(
-            tuple(said["config_groups"].values()), str(said.get("format", "")), bool(said.get("kv_cache_scheme"))
+            tuple(said["config_groups"].values()), str(said.get("format", "")), said.get("kv_cache_scheme") or {}
         )
 
     @property
@@ -85,8 +85,16 @@ class CompressedTensors(CodedCheckpoint):
         return f"compressed-tensors, {self.form}: {sizes}" if self.form else f"compressed-tensors: {sizes}"
 
     @property
+    def cache_numbers(self) -> str:
+        said = self.cache
+        plain = said.get("strategy", "tensor") == "tensor" and not said.get("dynamic") and said.get("symmetric", True)
+        if not said or said.get("num_bits", 8) != 8 or not plain:
+            return ""
+        return "e4m3" if said.get("type") == "float" else "int"
+
+    @property
     def notes(self) -> tuple[str, ...]:
-        if not self.cache:
+        if not self.cache or self.cache_numbers:
             return ()
         return (CACHE_LEFT_OUT,)
 

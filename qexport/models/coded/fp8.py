@@ -26,10 +26,12 @@ class FP8(CodedCheckpoint):
 
     Attributes:
         block: rows and columns that share a scale; None where the config names none.
+        cache_numbers: see `CodedCheckpoint`.
     """
 
     title = "FP8"
     block: tuple[int, int] | None
+    cache_numbers: str = ""
 
     @classmethod
     def match(cls, said: Section) -> Self | None:
@@ -42,7 +44,8 @@ class FP8(CodedCheckpoint):
         block = said.get("weight_block_size")
         if block is not None and not (isinstance(block, list) and len(block) == 2 and all(b > 0 for b in block)):
             raise CaptureError(f"its config says FP8 in blocks of {block}, which are none")
-        return cls(None if block is None else (block[0], block[1]))
+        cache = "e4m3" if said.get("kv_cache_quant_algo") == "FP8" else ""
+        return cls(None if block is None else (block[0], block[1]), cache)
 
     @property
     def described(self) -> str:

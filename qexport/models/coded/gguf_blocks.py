@@ -36,9 +36,9 @@ import torch
 from torch import Tensor
 
 from ...errors import CaptureError
-from .base import CodedCheckpoint, CodedWeight, Given, Header, Read, Section, coded_checkpoint, siblings
+from .base import OFFSETS, CodedCheckpoint, CodedWeight, Given, Header, Read, Section, coded_checkpoint, siblings
 from .four_bit_floats import TWICE
-from .grids import OFFSETS, StoredGrid
+from .grids import StoredGrid
 
 METHOD = "gguf"
 _TABLE = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)

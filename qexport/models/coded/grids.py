@@ -13,8 +13,6 @@ from ...errors import CaptureError, RecipeError
 from ...quant.formats import GROUP_SIZES, QuantizedWeight, Scheme
 from .base import Order
 
-# What is said of codes whose groups have an offset.
-OFFSETS = ", and the minimums of groups in a product beside it"
 # What is said of linears whose inputs the checkpoint rounds in a way that no kernel does.
 FLOAT_INPUTS = ", but inputs stay float: no kernel takes them as the config has them"
 _WIDER = {1: 2, 2: 2, 3: 3, 4: 4, 5: 8, 6: 8, 7: 8, 8: 8}

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ...errors import CaptureError
 from .base import (
+    OFFSETS,
     REQUANTIZE,
     CodedCheckpoint,
     CodedWeight,
@@ -30,7 +31,7 @@ from .base import (
     expect,
     siblings,
 )
-from .grids import OFFSETS, StoredGrid
+from .grids import StoredGrid
 
 _NO_KERNEL = ", which no kernel takes, so that it becomes float"
 _PARTS = {8: 1, 4: 2, 3: 10, 2: 4, 1: 8}  # codes of a byte, or of a word of 3-bit ones, by their bits

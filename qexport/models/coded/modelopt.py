@@ -49,12 +49,12 @@ class ModelOpt(CodedCheckpoint):
     """A config's settings; what is of 8-bit floats alone is read by `fp8.FP8`.
 
     Attributes:
-        form: in its words; cache: how keys and values are quantized, empty where they are not.
+        form: in its words; cache_numbers: see `CodedCheckpoint`.
     """
 
     title = "ModelOpt"
     form: str
-    cache: str = ""
+    cache_numbers: str = ""
 
     @classmethod
     def match(cls, said: Section) -> Self | None:
@@ -64,7 +64,7 @@ class ModelOpt(CodedCheckpoint):
         form = str(said.get("quant_algo", "")).upper()
         if said.get("quant_method") not in ("modelopt", "modelopt_fp4") or form not in _FORMS:
             return None
-        return cls(form, str(said.get("kv_cache_quant_algo") or said.get("kv_cache_scheme") or ""))
+        return cls(form, "e4m3" if said.get("kv_cache_quant_algo") == "FP8" else "")
 
     @property
     def described(self) -> str:

@@ -20,8 +20,19 @@ import torch
 from torch import Tensor
 
 from ...errors import CaptureError
-from .base import CodedCheckpoint, CodedWeight, Given, Header, Read, Section, coded_checkpoint, expect, siblings
-from .grids import OFFSETS, StoredGrid
+from .base import (
+    OFFSETS,
+    CodedCheckpoint,
+    CodedWeight,
+    Given,
+    Header,
+    Read,
+    Section,
+    coded_checkpoint,
+    expect,
+    siblings,
+)
+from .grids import StoredGrid
 
 METHOD = "paretoq"
 _CLIP, _LEAST = 1 - 1e-2, 1e-5

@@ -24,9 +24,20 @@ import torch
 from torch import Tensor
 
 from ...errors import CaptureError
-from .base import REQUANTIZE, CodedCheckpoint, CodedWeight, Given, Header, Read, Section, coded_checkpoint, expect
+from .base import (
+    OFFSETS,
+    REQUANTIZE,
+    CodedCheckpoint,
+    CodedWeight,
+    Given,
+    Header,
+    Read,
+    Section,
+    coded_checkpoint,
+    expect,
+)
 from .four_bit_floats import FourBitFloats
-from .grids import FLOAT_INPUTS, OFFSETS, StoredGrid
+from .grids import FLOAT_INPUTS, StoredGrid
 from .scaled_floats import FLOAT8, ScaledFloats
 
 _SYMMETRIC = "SYMMETRIC"
