@@ -1,6 +1,7 @@
-"""The files of an export where transformers.js looks for them; programs in JavaScript write what Python writes."""
+"""Programs in JavaScript and C++ write what Python writes, and files lie where transformers.js looks for them."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -114,6 +115,23 @@ def test_the_loop_of_the_documentation_in_node(node, export_folder, family):
     exec(next(iter(re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL))), names)
     said = node(block("import fs") + f"console.log(JSON.stringify(await write('{out}', [5, 9, 17, 4], 6)))")
     assert json.loads(said) == names["write"](str(out), [5, 9, 17, 4], 6)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif("QEXPORT_ONNXRUNTIME" not in os.environ, reason="QEXPORT_ONNXRUNTIME names no release of it")
+@pytest.mark.parametrize("family", ["llama", "opt"])
+def test_the_loop_of_the_documentation_in_cpp(export_folder, tmp_path, family):
+    out, names, release = export_folder(family, "w8a16"), {}, Path(os.environ["QEXPORT_ONNXRUNTIME"])
+    exec(next(iter(re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL))), names)
+    (loop,) = re.findall(r"```cpp\n(.*?)```", PAGE, re.DOTALL)
+    entries = ", ".join(f"{{{json.dumps(k)}, {json.dumps(v)}}}" for k, v in manifests.load(out).session.items())
+    call = f'for (auto id : write("{out}", {{{entries}}}, {{5, 9, 17, 4}}, 6)) printf("%d ", (int)id);'
+    (tmp_path / "loop.cc").write_text(f"#include <cstdio>\n{loop}\nint main() {{ {call} }}\n")
+    command = ["g++", "-std=c++17", "loop.cc", "-o", "loop", f"-I{release}/include", f"-L{release}/lib"]
+    command += ["-l:libonnxruntime.so.1", f"-Wl,-rpath,{release}/lib"]
+    subprocess.run(command, cwd=tmp_path, check=True)
+    said = subprocess.run([tmp_path / "loop"], capture_output=True, text=True, check=True).stdout
+    assert list(map(int, said.split())) == names["write"](str(out), [5, 9, 17, 4], 6)
 
 
 @pytest.mark.slow
