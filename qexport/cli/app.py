@@ -27,7 +27,6 @@ _Function = TypeVar("_Function", bound=Callable[..., None])
 
 app = typer.Typer(
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Quantize PyTorch models and run them in ONNX Runtime.",

@@ -8,6 +8,7 @@ import typer
 
 import qexport
 
+from ..recipe.catalogue import preset_files, wishes
 from ..targets import BUILT_IN
 
 Model = Annotated[str, typer.Argument(help="Hugging Face id, folder with safetensors, or GGUF file.")]
@@ -58,6 +59,11 @@ Temperature = Annotated[
 TopK = Annotated[int | None, typer.Option(help="Sample from the k likeliest tokens.")]
 TopP = Annotated[float | None, typer.Option(help="Sample from the likeliest tokens that add up to p.")]
 SamplingSeed = Annotated[int | None, typer.Option(help="Seed of sampling.")]
+
+
+def recipes_beginning(incomplete: str) -> list[str]:
+    """What a shell completes the name of a recipe to."""
+    return sorted(name for name in {*wishes(), *preset_files()} if name.startswith(incomplete))
 
 
 def sampling_of(

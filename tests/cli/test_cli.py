@@ -337,6 +337,14 @@ def test_help_and_version_start_quickly():
     assert shell("--version").stdout.strip() == qexport.__version__
 
 
+def test_a_shell_completes_commands_and_recipes():
+    for words, wanted in (("qexport va", {"validate"}), ("qexport export m -r clo", {"closest"})):
+        asked = {"_QEXPORT_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(words.count(" "))}
+        command = [Path(sys.executable).with_name("qexport")]
+        done = subprocess.run(command, env=os.environ | asked, capture_output=True, text=True)
+        assert done.returncode == 0 and set(done.stdout.split()) == wanted
+
+
 def shell_modules(*arguments: str) -> set[str]:
     """The modules that a command has imported when it ends."""
     code = f"import atexit, sys; sys.argv = ['qexport', *{arguments!r}]; atexit.register(lambda: print(*sys.modules))"

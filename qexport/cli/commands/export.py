@@ -27,6 +27,7 @@ from ..options import (
     Seed,
     Target,
     imported,
+    recipes_beginning,
 )
 from ..recipes import adapters_of, named_recipe, with_recipe
 
@@ -41,7 +42,7 @@ def export(
         str | None,
         typer.Option(
             "--recipe", "-r", help="Preset, scheme, or YAML file; balanced if not given, compact with --auto, and "
-            "as_stored for a model that is quantized already."
+            "as_stored for a model that is quantized already.", autocompletion=recipes_beginning,
         ),
     ] = None,
     requantize: Requantize = None,

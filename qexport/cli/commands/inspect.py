@@ -23,6 +23,7 @@ from ..options import (
     Seed,
     Target,
     imported,
+    recipes_beginning,
 )
 from ..recipes import named_recipe, with_recipe
 
@@ -34,7 +35,7 @@ def inspect(
         str | None,
         typer.Option(
             "--recipe", "-r", help="Preset, scheme, or YAML file; balanced if not given, and as_stored for a model "
-            "that is quantized already."
+            "that is quantized already.", autocompletion=recipes_beginning,
         ),
     ] = None,
     requantize: Requantize = None,
