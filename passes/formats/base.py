@@ -57,6 +57,10 @@ class GraphForm(ABC):
         """Features of the input that the CPU kernel rounds to 8 bits together, None for none, at accuracy level 4."""
         return None
 
+    def why_not_standard(self, fmt: WeightFormat, opset: int) -> str:
+        """What weights of a format need that the operators of ONNX lack up to an opset; empty where it has them all."""
+        return ""
+
     def kernel_arguments(self, weight: Node) -> tuple[Any, ...] | None:
         """What `kernel_operator` takes behind the input of the product; None leaves this product as it is."""
         return None

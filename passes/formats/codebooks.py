@@ -8,7 +8,7 @@ from torch.fx import GraphModule, Node
 
 from ...graph.edit import add_tensor, call
 from ...graph.schema import bind
-from ...quant.formats.base import QuantizedWeight
+from ...quant.formats.base import QuantizedWeight, WeightFormat
 from ...quant.formats.codebooks import CodebookFormat, decode_codebook
 from ...quant.packing import stored_block
 from .base import GraphForm, graph_form
@@ -73,6 +73,9 @@ class CodebookForm(GraphForm):
 
     def why_not_beside(self, weight: Node) -> str:
         return "its codes are indices of a table"
+
+    def why_not_standard(self, fmt: WeightFormat, opset: int) -> str:
+        return "a table of values, and ONNX dequantizes integers and floating-point codes only"
 
     def kernel_arguments(self, weight: Node) -> tuple[Any, ...]:
         given = bind(weight)

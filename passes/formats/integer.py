@@ -8,11 +8,12 @@ from torch.fx import GraphModule, Node
 from ...graph.edit import add_tensor, call, shape_of
 from ...graph.views import DequantizeLinear, ExpandCodes
 from ...quant.expand import expanded_scale
-from ...quant.formats import PER_TENSOR, ExpandedFormat, IntegerCodes, QuantizedWeight
+from ...quant.formats import PER_TENSOR, ExpandedFormat, IntegerCodes, QuantizedWeight, WeightFormat
 from ...quant.packing import DEFAULT_BLOCK, stored_block
 from .base import GraphForm, graph_form
 
 ops = torch.ops.qexport
+OPSET_OF_2_BITS = 25
 
 
 @graph_form(IntegerCodes)
@@ -51,6 +52,10 @@ class IntegerForm(GraphForm):
             return DEFAULT_BLOCK
         # The 2-bit kernel for 8-bit inputs has no blocks of 16; without it the weight is unpacked, the product float.
         return None if bits == 2 and group_size == 16 else stored_block(bits, group_size)
+
+    def why_not_standard(self, fmt: WeightFormat, opset: int) -> str:
+        few = isinstance(fmt, IntegerCodes) and fmt.stored_bits == 2 and opset < OPSET_OF_2_BITS
+        return f"2-bit codes, which ONNX has from opset {OPSET_OF_2_BITS} on" if few else ""
 
     def kernel_arguments(self, weight: Node) -> tuple[Any, ...] | None:
         """One scale per channel is left to ONNX Runtime: it repeats the scale for every block, the file need not."""

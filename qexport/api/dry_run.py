@@ -54,7 +54,7 @@ def dry_run(prepared: Preparation, calibrate: bool) -> Inspection:
     for (_, place), site in zip(places, sites, strict=True):
         inputs |= _decided(place, site, policy, by_name)
     sizes, float_itemsize = weight_sizes(captured), planned.target.dtype.itemsize
-    grouping = plan_attention(captured, planned.options.attention, captured.load)
+    grouping = plan_attention(captured, planned.options.deployed_attention, captured.load)
     parts = planned_bytes(
         captured, decisions.plan, decisions.embeddings, float_itemsize, grouping, decisions.convolutions
     )  # fmt: skip

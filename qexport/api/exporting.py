@@ -46,6 +46,8 @@ def export(
     offload: bool = False,
     adapter: str | os.PathLike[str] | None = None,
     adapters: Mapping[str, str | os.PathLike[str]] | None = None,
+    form: str = "native",
+    opset: int | None = None,
 ) -> ExportResult:
     """Quantize a model and write it as a folder that ONNX Runtime runs.
 
@@ -92,6 +94,10 @@ def export(
         adapters: LoRA adapters that stay apart from the weights, by names for them: low-rank branches whose factors are
             inputs of the file, empty by default, and NAME.onnx_adapter for each, which ONNX Runtime and
             onnxruntime-genai load and switch. The recipe may move no factors between values and weights then.
+        form: "native" for the kernels of ONNX Runtime, or "qdq" for the operators of ONNX alone, which other readers
+            have too: DequantizeLinear in front of products, attention standard.
+        opset: of the form qdq, 21 to 25; None takes 23. Before that attention, norms and rotary embeddings are written
+            out; 2-bit codes are there in 25 only.
 
     Raises:
         QExportError: one of its kinds says what is wrong, where, and what to do; CaptureError where the graph and its
@@ -101,6 +107,7 @@ def export(
         target=target, dtype=dtype, attention=attention, logits=logits, resume=resume, extra_passes=extra_passes,
         seed=seed, requantize=requantize, trust_remote_code=trust_remote_code, progress=progress,
         device=device, offload=offload, adapters=kept_adapters(adapters or {}),
+        form=form, opset=opset,
     )  # fmt: skip
     model = with_adapter(model, adapter, trust_remote_code)
     request = Request.of(model, recipe, options, calibration, example_inputs, dynamic_shapes)

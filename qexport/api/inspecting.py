@@ -36,6 +36,8 @@ def inspect(
     device: str = "cpu",
     offload: bool = False,
     adapter: str | os.PathLike[str] | None = None,
+    form: str = "native",
+    opset: int | None = None,
 ) -> Inspection:
     """Say what `export` would do with the same arguments, without reading a weight unless it calibrates.
 
@@ -61,6 +63,8 @@ def inspect(
         device: as `export` takes it.
         offload: as `export` takes it.
         adapter: as `export` takes it.
+        form: as `export` takes it.
+        opset: as `export` takes it.
 
     Raises:
         QExportError: as `export`, for everything that shows before weights are quantized; that weights are beyond the
@@ -70,6 +74,7 @@ def inspect(
     options = Options(
         target=target, dtype=dtype, attention=attention, seed=seed, requantize=requantize,
         trust_remote_code=trust_remote_code, progress=progress, device=device, offload=offload,
+        form=form, opset=opset,
     )  # fmt: skip
     prepared = prepare(Request.of(model, recipe, options, calibration, example_inputs, dynamic_shapes))
     calibrate = calibrate or calibration is not None

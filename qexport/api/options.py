@@ -11,6 +11,7 @@ from ..capture.module import Inputs
 from ..device import Placement, placement_of
 from ..errors import InputError
 from ..lower.attention_plan import check_attention
+from ..lower.operator_set import OperatorSet, operators_of
 from ..models.lora import Adapter
 from ..passes.base import GraphPass
 from ..progress import Progress, no_progress
@@ -28,6 +29,8 @@ class Options:
         dtype: of what stays float, by name; None takes the target's first one.
         attention: of a decoder, "grouped" or "standard".
         logits: of a decoder, "all" or "last".
+        form: "native" or "qdq".
+        opset: of the form qdq; None takes the one of native files.
         resume: go on with an interrupted export.
         extra_passes: of the caller, run on every block before those of the recipe.
         seed: of everything random, in the place of the recipe's; None leaves that.
@@ -39,13 +42,15 @@ class Options:
         adapters: those that stay apart from the weights, by name.
 
     Raises:
-        InputError: attention or logits are called otherwise; there is no such device.
+        InputError: attention, logits or form are called otherwise; there is no such opset or device.
     """
 
     target: str = "cpu"
     dtype: str | None = None
     attention: str = "grouped"
     logits: str = "all"
+    form: str = "native"
+    opset: int | None = None
     resume: bool = False
     extra_passes: Sequence[GraphPass] = ()
     seed: int | None = None
@@ -56,12 +61,19 @@ class Options:
     offload: bool = False
     adapters: Mapping[str, Adapter] = field(default_factory=dict)
     placement: Placement = field(init=False)
+    operators: OperatorSet = field(init=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "placement", placement_of(self.device, self.offload))
+        object.__setattr__(self, "operators", operators_of(self.form, self.opset))
         check_attention(self.attention)
         if self.logits not in LOGITS:
             raise InputError(f"unknown logits {self.logits!r}", remedy=f"Logits are {' or '.join(LOGITS)}")
+
+    @property
+    def deployed_attention(self) -> str:
+        """`attention`; standard where files have the operators of ONNX alone."""
+        return self.attention if self.operators.contrib else "standard"
 
 
 @dataclass(frozen=True)

@@ -51,8 +51,11 @@ def decide(captured: CapturedModel, recipe: Recipe, target: Target, attention: s
         LoweringError: an operator has no ONNX form, or the recipe's cache has none with this attention.
         InputError: the target has no kernel for a linear.
     """
-    check = check_translations if captured.kind == "decoder" else check_forms
-    check(block.module.graph for block in captured.blocks)
+    graphs = [block.module.graph for block in captured.blocks]
+    if captured.kind == "decoder":
+        check_translations(graphs)
+    else:
+        check_forms(graphs, target.operators)
     _check_cache(captured, recipe, attention)
     plan, embeddings = plan_for(captured, recipe, target.dtype.itemsize)
     target.check(plan, recipe)

@@ -130,6 +130,7 @@ class Manifest(_Frozen):
             prompts_from (absent where there is one form for all): new tokens from which a call is a prompt.
             attention (absent in files of others): "grouped" or "standard"; with grouped attention prompts may be padded
             on the left though there is no position_ids.
+            form: "qdq" where the file has the operators of ONNX alone, and its opset; absent in native files.
             logits: "last" where they are those of the last token only ([batch, 1, vocab]); absent, of every token.
         bytes: sizes by part; see `lower.sizes.by_part`.
         adapters: names of the adapters that the file can be run with, each in a file of its own, NAME.onnx_adapter.

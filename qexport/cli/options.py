@@ -25,6 +25,10 @@ Dtype = Annotated[
 Attention = Annotated[
     str, typer.Option(help="grouped (GroupQueryAttention, a shared cache) or standard (ONNX Attention, portable).")
 ]
+Form = Annotated[
+    str, typer.Option(help="native (kernels of ONNX Runtime) or qdq (operators of ONNX alone, for other readers too).")
+]
+Opset = Annotated[int | None, typer.Option(help="Of the form qdq, 21 to 25; by default 23.")]
 Remote = Annotated[bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Threads = Annotated[int | None, typer.Option(help="Threads of ONNX Runtime; by default all physical cores.")]

@@ -15,6 +15,7 @@ from .build import Lowered, build_model
 from .fuse_moe import gather_experts
 from .fuse_parallel_linears import Merged, merge
 from .lowered_block import LoweredBlock
+from .moe_form import MoeForm
 from .target import LoweringTarget
 
 logger = logging.getLogger(__name__)
@@ -35,7 +36,7 @@ def lower_block(item: QuantizedBlock, target: LoweringTarget, constants: Collect
         constants: names of tensors that are no weights of the checkpoint.
     """
     block = item.block
-    dense = gather_experts(block.module, target.why_dense)
+    dense = gather_experts(block.module, target.why_dense if target.operators.contrib else _no_operator)
     merged = merge(block.module)
     _log(block.name, dense, merged)
     read = _reading(block.module, merged.joined, item.load)
@@ -45,6 +46,10 @@ def lower_block(item: QuantizedBlock, target: LoweringTarget, constants: Collect
         prompt = LoweredBlock(block.name, twin, block.inputs, block.outputs, _reading(twin, {}, read))
     target.rewrite(block.module, set(constants))
     return LoweredBlock(block.name, block.module, block.inputs, block.outputs, read, prompt, merged.apart, dense)
+
+
+def _no_operator(form: MoeForm) -> str:
+    return "ONNX has no operator for mixtures of experts"
 
 
 def _log(block: str, dense: dict[str, str], merged: Merged) -> None:

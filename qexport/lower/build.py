@@ -20,8 +20,6 @@ from .qdq_patterns import input_of, linear_products
 from .registry import translate
 from .target import LoweringTarget
 
-OPSET = 23  # Attention, RMSNormalization and RotaryEmbedding appeared here
-
 
 @dataclass
 class Lowered:
@@ -54,12 +52,12 @@ def build_model(
     target: LoweringTarget,
     version: str,
 ) -> Lowered:
-    """Translate blocks into one ONNX graph at opset 23; tensors are read when it is saved.
+    """Translate blocks into one ONNX graph; tensors are read when it is saved.
 
     Raises:
         LoweringError: an operator has no ONNX form.
     """
-    emit, book = Emitter(), KernelMap(target.kernel)
+    emit, book = Emitter(target.operators), KernelMap(target.kernel)
 
     def add(piece: LoweredBlock, known: dict[str, ir.Value]) -> None:
         made = _translate(emit, piece, known)
@@ -99,15 +97,15 @@ def build_model(
     handed = {piece.name: handed_on(piece.outputs, read) for piece, read in zip(pieces, read_next, strict=True)}
     everything = [product for piece in pieces for product in linear_products(piece.module.graph)]
     lowered = Lowered(
-        ir.Model(graph, ir_version=11, producer_name="qexport", producer_version=version),
+        ir.Model(graph, ir_version=target.operators.ir_version, producer_name="qexport", producer_version=version),
         book.placed(target.slow(everything)), book.parts(), tensors, _bytes(tensors, book.members),
         {name: plain(name_of((inner | known)[value])) for name, value in handed.items()}, target.session(everything),
         pieces,
     )  # fmt: skip
-    for part in (graph, *branches):
+    for part in (graph, *branches) if target.operators.contrib else ():
         fuse_normalizations(part)  # which hands the names on to other values
     domains = {node.domain for node in graph.all_nodes()} - {""}
-    graph.opset_imports.update({"": OPSET} | dict.fromkeys(sorted(domains), 1))
+    graph.opset_imports.update({"": target.operators.opset} | dict.fromkeys(sorted(domains), 1))
     return lowered
 
 
@@ -206,3 +204,6 @@ def _drop_unused(graph: ir.Graph) -> None:
     outputs = set(graph.outputs)
     for name in [n for n, value in graph.initializers.items() if not value.uses() and value not in outputs]:
         del graph.initializers[name]
+    for value in graph.initializers.values():
+        if value.meta.get(VIEW_OF, name_of(value)) not in graph.initializers:
+            del value.meta[VIEW_OF]  # it is the only one with these bytes

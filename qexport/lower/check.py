@@ -10,6 +10,7 @@ from ..errors import LoweringError
 from ..graph.meta import Meta
 from . import ops as _ops  # noqa: F401  registers the translations
 from .emitter import REMEDY, Emitter, place_of
+from .operator_set import NATIVE, OperatorSet
 from .registry import is_translated, translate, untranslated
 
 _SHOWN = 12  # operators that an error names
@@ -25,15 +26,18 @@ def check_translations(graphs: Iterable[Graph]) -> None:
     _refuse({node: untranslated(node) for node in calls if not is_translated(node.target)})
 
 
-def check_forms(graphs: Iterable[Graph]) -> None:
+def check_forms(graphs: Iterable[Graph], operators: OperatorSet = NATIVE) -> None:
     """The same for calls too whose operator has a form that their arguments do not allow.
 
     Every call is translated into a graph that nobody keeps, without its tensors: of graphs that are translated as they
     are, not of those that lowering rewrites first.
+
+    Args:
+        operators: those that the file may be made of.
     """
     found: dict[Node, LoweringError] = {}
     for graph in graphs:
-        emit = Emitter()
+        emit = Emitter(operators)
         emit.enter("", _unread)
         for node in graph.nodes:
             if node.op == "placeholder":

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, overload
 
+import numpy as np
 import onnx_ir as ir
 import torch
 from onnx_ir import tensor_adapters
@@ -15,7 +16,8 @@ from ..graph.meta import Meta
 from ..graph.views import Size, tensor_name
 from ..quant.float_types import FLOAT_TYPES
 from ..quant.narrowing import narrowed, narrowed_number
-from ..quant.packing import pack_int4
+from ..quant.packing import pack_int4, pack_rows
+from .operator_set import NATIVE, OperatorSet
 
 ONNX_DTYPE = {dtype: ir.DataType(kind.onnx) for dtype, kind in FLOAT_TYPES.items()} | {
     torch.float64: ir.DataType.DOUBLE, torch.int64: ir.DataType.INT64, torch.int32: ir.DataType.INT32,
@@ -24,23 +26,31 @@ ONNX_DTYPE = {dtype: ir.DataType(kind.onnx) for dtype, kind in FLOAT_TYPES.items
     torch.float8_e8m0fnu: ir.DataType.FLOAT8E8M0,
 }  # fmt: skip
 VIEW_OF = "view_of"  # in the meta of an initializer: the one whose bytes it is made of
-_FOUR_BITS = {torch.int8: ir.DataType.INT4, torch.uint8: ir.DataType.UINT4}
+_FEW_BITS = {
+    (4, torch.int8): ir.DataType.INT4, (4, torch.uint8): ir.DataType.UINT4,
+    (2, torch.int8): ir.DataType.INT2, (2, torch.uint8): ir.DataType.UINT2,
+}  # fmt: skip
 
 Number = int | float | bool
-Attribute = int | float | str | Sequence[int] | Sequence[str] | ir.DataType | None
+Attribute = int | float | str | Sequence[int] | Sequence[str] | ir.DataType | ir.TensorProtocol | None
 
 
 class Emitter:
     """The ONNX graph under construction.
 
+    Args:
+        operators: those that it may be made of.
+
     Attributes:
+        operators: the same.
         values: the ONNX value of every fx node translated so far that has one.
         results: the ONNX values of every fx node translated so far that has several.
         nodes: ONNX nodes in order.
         initializers: by name.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, operators: OperatorSet = NATIVE) -> None:
+        self.operators = operators
         self.values: dict[Node, ir.Value] = {}
         self.results: dict[Node, tuple[ir.Value, ...]] = {}
         self.nodes: list[ir.Node] = []
@@ -150,25 +160,28 @@ class Emitter:
             return self.op("Cast", value, to=ONNX_DTYPE[dtype])
         return value
 
-    def tensor(self, node: Node, *, bits: int = 8, transpose: bool = False) -> ir.Value:
+    def tensor(self, node: Node, *, bits: int = 8, transpose: bool = False, times: int = 1) -> ir.Value:
         """The initializer of a get_attr node, read only when the file is written.
 
         Args:
-            bits: 4 packs two codes in a byte.
+            bits: 4 packs two codes in a byte, 2 packs four.
             transpose: store the transpose of the matrix.
+            times: store every row so many times in a row.
         """
         source, read, spec = tensor_name(node), self._read, node.meta[Meta.SPEC]
-        name = source + (".T" if transpose else "")
+        name = source + (".T" if transpose else "") + (".blocks" if times > 1 else "")
         if name in self.initializers:
             return self.initializers[name]
-        dtype = ONNX_DTYPE[spec.dtype] if bits == 8 else _FOUR_BITS[spec.dtype]
-        shape = ir.Shape(spec.shape[::-1] if transpose else spec.shape)
+        dtype = ONNX_DTYPE[spec.dtype] if bits == 8 else _FEW_BITS[bits, spec.dtype]
+        sizes = tuple(spec.shape[::-1] if transpose else spec.shape)
+        shape = ir.Shape(sizes if times == 1 else (sizes[0] * times, *sizes[1:]))
 
         def load() -> ir.TensorProtocol:
             tensor = _as_spec(node, read)
             tensor = tensor.t() if transpose else tensor
-            if bits == 4:
-                return ir.PackedTensor(pack_int4(tensor).numpy(), dtype, shape=shape, name=name)
+            tensor = tensor.repeat_interleave(times, dim=0) if times > 1 else tensor
+            if bits < 8:
+                return ir.PackedTensor(_packed(tensor, bits).numpy(), dtype, shape=shape, name=name)
             return tensor_adapters.TorchTensor(tensor.contiguous(), name=name)
 
         return self._initializer(name, ir.LazyTensor(load, dtype=dtype, shape=shape, name=name))
@@ -228,11 +241,14 @@ class Emitter:
 
         return self._initializer(name, ir.LazyTensor(load, dtype=ONNX_DTYPE[dtype], shape=ir.Shape(shape), name=name))
 
-    def view(self, value: ir.Value, suffix: str, shape: Sequence[int]) -> ir.Value:
-        """The bytes of an initializer under another shape; the file has them once (see `folder.write_model`).
+    def view(
+        self, value: ir.Value, suffix: str, shape: Sequence[int], dtype: ir.DataType | None = None
+    ) -> ir.Value:
+        """The bytes of an initializer under another shape; the file has them once (see `saving.write_model`).
 
         Args:
             suffix: its name is the other's with this behind.
+            dtype: that they are read as; None: the other's.
         """
         name, source = f"{value.name}.{suffix}", value.const_value
         if name in self.initializers:
@@ -241,9 +257,11 @@ class Emitter:
             raise TypeError(f"{value.name} is no initializer")
 
         def load() -> ir.TensorProtocol:
-            return ir.tensor(source.numpy().reshape(shape), name=name)
+            return reread(source, dtype or source.dtype, shape, name)
 
-        made = self._initializer(name, ir.LazyTensor(load, dtype=source.dtype, shape=ir.Shape(shape), name=name))
+        made = self._initializer(
+            name, ir.LazyTensor(load, dtype=dtype or source.dtype, shape=ir.Shape(shape), name=name)
+        )
         made.meta[VIEW_OF] = value.name
         return made
 
@@ -281,6 +299,20 @@ class Emitter:
         count = self._taken.get(name, 0)
         self._taken[name] = count + 1
         return name if count == 0 else f"{name}_{count}"
+
+
+def reread(source: ir.TensorProtocol, dtype: ir.DataType, shape: Sequence[int], name: str) -> ir.TensorProtocol:
+    """The bytes of a tensor, which is in memory, under another shape and as another type."""
+    if dtype == source.dtype:
+        return ir.tensor(source.numpy().reshape(shape), name=name)
+    return ir.tensor(np.frombuffer(source.tobytes(), dtype.numpy()).reshape(shape), name=name)
+
+
+def _packed(codes: torch.Tensor, bits: int) -> torch.Tensor:
+    """Codes of few bits in bytes as ONNX has them, the first in the lowest bits, over row-major data: uint8 [n]."""
+    if bits == 4:
+        return pack_int4(codes)
+    return pack_rows(codes.reshape(-1).view(torch.uint8) & (1 << bits) - 1, bits)
 
 
 def _as_spec(node: Node, read: Callable[[str], torch.Tensor]) -> torch.Tensor:

@@ -70,9 +70,14 @@ def to_half(module: GraphModule, constants: set[str], half: torch.dtype) -> None
 
 def _stays_single(graph: Graph, constants: set[str]) -> set[Node]:
     single: set[Node] = set()
+    readers: dict[str, list[tuple[Node, Node]]] = {}  # of a tensor, by whichever of the nodes that stand for it
+    for node in graph.nodes:
+        if node.op == "get_attr":
+            readers.setdefault(tensor_name(node), []).extend((node, user) for user in node.users)
     for node in graph.nodes:
         if node.op == "get_attr" and _is_float(node):
-            exact = (Meta.KEEP_FLOAT32 in user.meta or node in _exact_scales(user) for user in node.users)
+            read = readers[tensor_name(node)]
+            exact = (Meta.KEEP_FLOAT32 in user.meta or by in _exact_scales(user) for by, user in read)
             if node.target in constants or all(exact):
                 single.add(node)
         elif node.op == "call_function" and (

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch.fx import Graph, GraphModule, Node
 
-from ..graph.edit import call, is_call
+from ..graph.edit import add_tensor, call, is_call
 from ..graph.meta import Meta
 from ..graph.schema import bind
 from ..graph.views import Cast, DequantizeLinear, Div, Matmul, Mul, Operand, operand
@@ -148,6 +148,28 @@ def as_own_kernel(module: GraphModule, product: Node, kernels: Collection[str] =
     node.meta = dict(product.meta)
     product.replace_all_uses_with(node)
     module.graph.erase_node(product)
+
+
+def as_standard_operators(module: GraphModule, product: Node) -> None:
+    """A product stays matmul(x, dequantize(...)), in the form that ONNX Runtime makes its kernel of when it loads it.
+
+    It makes none of a weight that several products read, nor where the input comes straight from a DequantizeLinear, as
+    that of a static activation does in front of weights in groups.
+    """
+    graph, canonical = module.graph, Matmul.of(product)
+    if len(canonical.weight.users) > 1:
+        with graph.inserting_before(product):
+            own = graph.node_copy(canonical.weight)
+        product.replace_input_with(canonical.weight, own)
+    static = DequantizeLinear.match(canonical.x)
+    if static is None or not form_of(product).scales_in_sum:
+        return
+    with graph.inserting_before(product):
+        one = add_tensor(graph, f"{product.meta[Meta.LINEAR]}.input_unit", torch.ones(()))
+        given = (static.codes, one, static.zero_point, static.axis, 0, 8)
+        units = call(graph, ops.dequantize_linear.default, given, like=canonical.x)
+        scaled = call(graph, aten.mul.Tensor, (units, static.scale), like=canonical.x)
+    product.replace_input_with(canonical.x, scaled)
 
 
 def kernel_of(product: Node) -> str:

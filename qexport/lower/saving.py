@@ -6,7 +6,7 @@ from pathlib import Path
 import onnx_ir as ir
 
 from ..artifact import manifest as manifests
-from .emitter import VIEW_OF, name_of
+from .emitter import VIEW_OF, name_of, reread
 
 
 def write_model(folder: Path, model: ir.Model, progress: Callable[[int, int], None]) -> int:
@@ -31,12 +31,12 @@ def write_model(folder: Path, model: ir.Model, progress: Callable[[int, int], No
 
 
 def _reshaped(source: ir.Value, value: ir.Value) -> ir.TensorProtocol:
-    tensor, shape, name = source.const_value, value.shape, name_of(value)
-    if tensor is None or shape is None:
+    tensor, shape, name, dtype = source.const_value, value.shape, name_of(value), value.dtype
+    if tensor is None or shape is None or dtype is None:
         raise TypeError(f"{name} is a view of {source.name}, and one of them is no initializer")
     if not isinstance(tensor, ir.ExternalTensor):
-        return ir.tensor(tensor.numpy().reshape(shape.numpy()), name=name)
+        return reread(tensor, dtype, shape.numpy(), name)
     return ir.ExternalTensor(
-        tensor.location, tensor.offset, tensor.length, tensor.dtype,
+        tensor.location, tensor.offset, tensor.length, dtype,
         shape=shape, name=name, base_dir=tensor.base_dir,
     )  # fmt: skip

@@ -7,6 +7,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from .moe_form import MoeForm
+from .operator_set import OperatorSet
 
 
 class LoweringTarget(Protocol):
@@ -15,6 +16,10 @@ class LoweringTarget(Protocol):
     @property
     def dtype(self) -> torch.dtype:
         """Of what stays float: activations, cache, weights that are not quantized."""
+
+    @property
+    def operators(self) -> OperatorSet:
+        """What its files are made of."""
 
     def why_dense(self, form: MoeForm) -> str:
         """Why a mixture of experts computes every one for every token; empty where it does not."""

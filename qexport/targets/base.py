@@ -14,7 +14,7 @@ up. A target outside of the package registers when its module is imported; then 
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import cache
 from importlib import import_module
 from typing import ClassVar, Self, TypeVar
@@ -24,7 +24,9 @@ from torch.fx import Graph, GraphModule, Node
 
 from ..errors import InputError, RecipeError
 from ..lower.moe_form import MoeForm
+from ..lower.operator_set import NATIVE, OperatorSet
 from ..lower.qdq_patterns import WEIGHT_KERNELS
+from ..passes.formats import form_for
 from ..plan.linear_plan import LinearPlan
 from ..quant.formats import Scheme
 from ..recipe.recipe import Recipe
@@ -39,7 +41,7 @@ _REFUSED = ("prefill",)
 class Target(ABC):
     """How a quantized graph is written for an execution provider of ONNX Runtime.
 
-    Fields of a subclass other than `dtype` go by keys of a recipe, which set them.
+    Fields of a subclass go by keys of a recipe, which set them.
 
     Attributes:
         name: what `export(target=...)`, the command line and manifests call it.
@@ -51,9 +53,11 @@ class Target(ABC):
         integer_convolutions: whether a convolution of int8 inputs and weights has a kernel.
         genai_provider_options: of onnxruntime-genai; None where it is not configured for this target.
         dtype: one of `dtypes`.
+        operators: what files are made of.
     """
 
     dtype: torch.dtype
+    operators: OperatorSet = field(default=NATIVE, kw_only=True)
     name: ClassVar[str]
     provider: ClassVar[str]
     dtypes: ClassVar[tuple[torch.dtype, ...]]
@@ -88,7 +92,7 @@ class Target(ABC):
     @classmethod
     def options(cls) -> tuple[str, ...]:
         """The keys of a recipe that it takes."""
-        return tuple(f.name for f in fields(cls) if f.name != "dtype")
+        return tuple(f.name for f in fields(cls) if f.name not in ("dtype", "operators"))
 
     def check(self, plan: Sequence[LinearPlan], recipe: Recipe) -> None:
         """Refuse what has no kernel, before a weight is read.
@@ -102,9 +106,15 @@ class Target(ABC):
         for linear in plan:
             if linear.scheme is None:
                 continue
-            why, remedy = self.lacks(linear.scheme, recipe)
+            why, remedy = self._lacks_words(linear.scheme) if not self.operators.contrib else ("", "")
+            why, remedy = (why, remedy) if why else self.lacks(linear.scheme, recipe)
             if why:
                 raise InputError(f"{linear.scheme.name} has {why}", place=linear.name, remedy=remedy)
+
+    def _lacks_words(self, scheme: Scheme) -> tuple[str, str]:
+        """What the operators of ONNX do not say of a scheme, and what to do; empty where they say it."""
+        why = form_for(scheme.weight).why_not_standard(scheme.weight, self.operators.opset)
+        return why, "Take form native, or a scheme such as w4a16_g32"
 
     def lacks(self, scheme: Scheme, recipe: Recipe) -> tuple[str, str]:
         """The kernel that a quantized linear would need and that is missing, and what to do; empty where none is.
@@ -207,11 +217,14 @@ def target_named(name: str) -> type[Target]:
     return known[name]
 
 
-def target_for(name: str, recipe: Recipe, dtype: str | None = None) -> Target:
+def target_for(
+    name: str, recipe: Recipe, dtype: str | None = None, operators: OperatorSet = NATIVE
+) -> Target:
     """The target that a user asks for.
 
     Args:
         dtype: by its name; None takes the target's first.
+        operators: what files are made of.
 
     Raises:
         InputError: no such target, or it does not compute in this dtype.
@@ -223,7 +236,13 @@ def target_for(name: str, recipe: Recipe, dtype: str | None = None) -> Target:
         raise InputError(
             f"computes in {' or '.join(known)} only, not in {dtype!r}", place=f"target {name}", remedy="Leave out dtype"
         )
-    return found.from_recipe(recipe, found.dtypes[0] if dtype is None else known[dtype])
+    if recipe.prefill is not None and not operators.contrib:
+        raise RecipeError(
+            f"prefill: {recipe.prefill} is a second copy of the weights beside kernels of ONNX Runtime's own",
+            place="prefill", remedy="Remove it, or take form native",
+        )  # fmt: skip
+    target = found.from_recipe(recipe, found.dtypes[0] if dtype is None else known[dtype])
+    return replace(target, operators=operators)
 
 
 @cache

@@ -14,7 +14,14 @@ from ..graph.schema import rebind
 from ..graph.views import DequantizeLinear, Matmul, QuantizeLinear
 from ..lower import moe_form
 from ..lower.prefill_twin import LONGEST_STEP, prompt_twin
-from ..lower.qdq_patterns import Rounding, as_own_kernel, form_of, kernel_of, linear_products
+from ..lower.qdq_patterns import (
+    Rounding,
+    as_own_kernel,
+    as_standard_operators,
+    form_of,
+    kernel_of,
+    linear_products,
+)
 from ..passes.formats import form_at
 from ..quant.packing import DEFAULT_BLOCK
 from .base import Target, register
@@ -98,7 +105,10 @@ class CpuTarget(Target):
                 with module.graph.inserting_before(product):
                     rounded = call(module.graph, ops.matmul_nbits_input.default, (x, block), like=x)
                 product.replace_input_with(x, rounded)
-            as_own_kernel(module, product, self.weight_kernels)
+            if self.operators.contrib:
+                as_own_kernel(module, product, self.weight_kernels)
+            else:
+                as_standard_operators(module, product)
         if self.accuracy_level == 4:
             for mixture in moe_form.mixtures(module.graph):
                 rebind(mixture, rounds=True)

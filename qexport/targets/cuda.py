@@ -16,7 +16,14 @@ from ..graph.schema import bind, rebind
 from ..graph.views import DequantizeLinear, ExpertShares, Matmul, QuantizeLinear, sizes_of
 from ..lower import moe_form
 from ..lower.precision import to_half
-from ..lower.qdq_patterns import Rounding, as_own_kernel, form_of, kernel_of, linear_products
+from ..lower.qdq_patterns import (
+    Rounding,
+    as_own_kernel,
+    as_standard_operators,
+    form_of,
+    kernel_of,
+    linear_products,
+)
 from ..lower.routing_weights import sum_of
 from ..plan.linear_plan import LinearPlan
 from ..quant.formats import Scheme
@@ -110,12 +117,17 @@ class CudaTarget(Target):
     def rewrite(self, module: GraphModule, constants: set[str]) -> None:
         """Turn canonical QDQ into nodes that have CUDA kernels, and the graph into `dtype`, in place."""
         for product in linear_products(module.graph):
-            if (rounding := form_of(product).integer) is not None:
+            if not self.operators.contrib:
+                as_standard_operators(module, product)
+            elif (rounding := form_of(product).integer) is not None:
                 _integer(module, product, rounding)
             else:
                 as_own_kernel(module, product, self.weight_kernels)
         for mixture in moe_form.mixtures(module.graph):
             _by_scores(module.graph, mixture)
+        for node in module.graph.nodes:
+            if is_call(node, ops.expand_codes.default):
+                node.meta[Meta.KEEP_FLOAT32] = True  # what is expanded is expanded once and in float32
         finish(module)
         to_half(module, constants, self.dtype)
 
@@ -123,6 +135,9 @@ class CudaTarget(Target):
         """The operator that the linear must have become in the optimized graph."""
         if is_call(product, ops.matmul_integer.default):
             return "MatMulInteger"
+        canonical = Matmul.match(product)
+        if canonical is not None and DequantizeLinear.match(canonical.x) is not None:
+            return "MatMul"  # of a weight that is dequantized at every call
         return kernel_of(product)
 
 
@@ -193,8 +208,6 @@ def _integer(module: GraphModule, product: Node, rounding: Rounding) -> None:
         for factor in (QuantizeLinear.of(rounding.quantize).scale if step is None else step, weight.scale):
             result = call(graph, aten.mul.Tensor, (result, factor), like=product)
             result.meta[Meta.KEEP_FLOAT32] = True
-    if is_call(codes, ops.expand_codes.default):
-        codes.meta[Meta.KEEP_FLOAT32] = True  # what is expanded is expanded once and in float32
     exact.meta.update({key: product.meta[key] for key in ("linear", "plane_of", "columns") if key in product.meta})
     if Meta.RESULT_OF in product.meta:
         result.meta[Meta.RESULT_OF] = product.meta[Meta.RESULT_OF]

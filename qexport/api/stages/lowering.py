@@ -37,13 +37,15 @@ def lower(quantized: Quantization) -> Lowering:
         LoweringError: an operator has no ONNX form, or something else than the logits of the last token is wanted.
     """
     captured = quantized.captured
-    settings = dict(captured.settings)
+    settings, operators = dict(captured.settings), quantized.target.operators
+    if not operators.contrib:
+        settings |= {"form": quantized.options.form, "opset": operators.opset}
     if quantized.read_last is not None:
         keep_last(captured, quantized.read_last)
         settings["logits"] = "last"
     if captured.kind == "decoder":
         read, e4m3 = quantized.blocks[0].read, quantized.target.e4m3_cache
-        grouping = plan_attention(captured, quantized.options.attention, read, e4m3)
+        grouping = plan_attention(captured, quantized.options.deployed_attention, read, e4m3)
         settings |= deploy_attention(captured, grouping)
         logger.info("attention is %s%s", settings["attention"], f": {grouping}" if isinstance(grouping, str) else "")
     lowered = lower_blocks(captured, quantized.blocks, quantized.target)

@@ -37,7 +37,7 @@ def plan(found: Capture) -> ExportPlan:
     """
     captured, options = found.captured, found.options
     check_applicable(captured.kind, options, found.recipe)
-    decisions = decide(captured, found.recipe, found.target, options.attention)
+    decisions = decide(captured, found.recipe, found.target, options.deployed_attention)
     _log(decisions)
     return ExportPlan(
         **vars(found), decisions=decisions,

@@ -73,7 +73,8 @@ class Request:
         if options.seed is not None:
             found = found.with_calibration(seed=options.seed)
         return cls(
-            model=model, recipe=found, target=target_for(options.target, found, options.dtype), options=options,
+            model=model, recipe=found, options=options,
+            target=target_for(options.target, found, options.dtype, options.operators),
             calibration=calibration, example_inputs=example_inputs, dynamic_shapes=dynamic_shapes,
         )  # fmt: skip
 

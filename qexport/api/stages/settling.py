@@ -48,7 +48,7 @@ def settle(found: Calibration) -> Calibration:
         why = f"4 bits cost KL {number(cost)} by themselves, and {number(MOST)} is the most"
     logger.info("%s: %s", table.name, why)
     recipe = with_table(captured, asked, eight=eight)
-    decisions = decide(captured, recipe, found.target, found.options.attention) if eight else found.decisions
+    decisions = decide(captured, recipe, found.target, found.options.deployed_attention) if eight else found.decisions
     return replace(found, recipe=recipe, decisions=_explained(decisions, why))
 
 

@@ -19,9 +19,11 @@ from ..options import (
     CalibrationSamples,
     Device,
     Dtype,
+    Form,
     Json,
     Model,
     Offload,
+    Opset,
     Remote,
     Requantize,
     Seed,
@@ -50,6 +52,8 @@ def export(
     target: Target = "cpu",
     dtype: Dtype = None,
     attention: Attention = "grouped",
+    form: Form = "native",
+    opset: Opset = None,
     calibration: Calibration = None,
     samples: CalibrationSamples = None,
     sequence_length: CalibrationLength = None,
@@ -98,6 +102,8 @@ def export(
     reference = shlex.join([model, *more, *(["--trust-remote-code"] if trust_remote_code else [])])
     chosen = chosen.with_calibration(samples=samples, sequence_length=sequence_length, seed=seed)
     if auto:
+        if form != "native":
+            raise InputError("--auto measures native files", place="form", remedy="Export its recipe.yaml as qdq")
         if kept:
             raise InputError("--auto merges adapters, it keeps none apart", place="adapter", remedy="Give one DIR")
         if resume or logits != "all":
@@ -124,6 +130,7 @@ def export(
             source, chosen, out_dir=out, target=target, dtype=dtype, calibration=calibration, overwrite=overwrite,
             resume=resume, logits=logits, requantize=requantize is not None, trust_remote_code=trust_remote_code,
             attention=attention, progress=progress, device=device, offload=offload, adapters=kept,
+            form=form, opset=opset,
         )  # fmt: skip
     if as_json:
         console.print_json(export_summary(result))

@@ -15,9 +15,11 @@ from ..options import (
     CalibrationSamples,
     Device,
     Dtype,
+    Form,
     Json,
     Model,
     Offload,
+    Opset,
     Remote,
     Requantize,
     Seed,
@@ -43,6 +45,8 @@ def inspect(
     target: Target = "cpu",
     dtype: Dtype = None,
     attention: Attention = "grouped",
+    form: Form = "native",
+    opset: Opset = None,
     all_layers: Annotated[
         bool, typer.Option("--all", help="One line for every linear, also where layers are alike.")
     ] = False,
@@ -74,6 +78,7 @@ def inspect(
             source, chosen, target=target, dtype=dtype, attention=attention, requantize=requantize is not None,
             trust_remote_code=trust_remote_code, calibrate=calibrate or any(v is not None for v in given.values()),
             calibration=calibration, progress=progress, device=device, offload=offload,
+            form=form, opset=opset,
         )  # fmt: skip
     if as_json:
         console.print_json(found.as_dict())

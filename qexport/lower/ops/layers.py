@@ -1,5 +1,7 @@
 """Matrix products, norms, attention and rotary embedding."""
 
+import math
+
 import onnx_ir as ir
 import torch
 from torch.fx import Node
@@ -24,6 +26,9 @@ def _linear(emit: Emitter, node: Node, given: Arguments) -> ir.Value:
     inner = output if bias is None else ""
     if weight.op == "get_attr" and weight.target not in emit.initializers:
         product = emit.op("MatMul", emit.get(x), emit.tensor(weight, transpose=True), name=name, output=inner)
+    elif not emit.operators.contrib:
+        turned = emit.op("Transpose", emit.get(weight), perm=[1, 0])
+        product = emit.op("MatMul", emit.get(x), turned, name=name, output=inner)
     else:
         # Shared with an embedding. A Transpose in front of the product would be a second copy, made at every load, and
         # ONNX Runtime makes none above 2 GB.
@@ -103,7 +108,18 @@ def _rms_norm(emit: Emitter, node: Node, given: Arguments) -> ir.Value:
     gain = _gain(emit, node, given)
     eps = torch.finfo(torch.float32).eps if given.eps is None else float(given.eps)
     axis = -len(given.normalized_shape)
+    if not emit.operators.has_transformer_operators:
+        return _written_out_norm(emit, node, given, gain, eps)
     return emit.op("RMSNormalization", emit.get(given.input), gain, axis=axis, epsilon=eps, stash_type=1)
+
+
+def _written_out_norm(emit: Emitter, node: Node, given: Arguments, gain: ir.Value, eps: float) -> ir.Value:
+    """In float32 up to the gain, whatever the type; of the operators that ONNX Runtime makes one of."""
+    dtype, axes = dtype_of(node), emit.constant(list(range(-len(given.normalized_shape), 0)))
+    x = emit.get(given.input, torch.float32)
+    mean = emit.op("ReduceMean", emit.op("Pow", x, emit.constant(2.0, torch.float32)), axes, keepdims=1)
+    scaled = emit.op("Div", x, emit.op("Sqrt", emit.op("Add", mean, emit.constant(eps, torch.float32))))
+    return emit.op("Mul", scaled if dtype == torch.float32 else emit.cast(scaled, dtype), gain)
 
 
 @translates(aten.layer_norm.default)
@@ -142,8 +158,8 @@ def _causal_mask(emit: Emitter, node: Node, given: Arguments) -> ir.Value:
 
 @translates(ops.cached_attention.default)
 def _cached_attention(emit: Emitter, node: Node, given: Arguments) -> tuple[ir.Value, ...]:
-    if given.sinks is not None:
-        return _attention_with_sinks(emit, node, given)
+    if given.sinks is not None or not emit.operators.has_transformer_operators:
+        return _written_out_attention(emit, given)
     inputs = (given.query, given.key, given.value, given.mask, given.past_key, given.past_value)
     out, *present = emit.several(
         3, "Attention", *map(emit.get, inputs), scale=float(given.scale), softcap=float(given.softcap) or None
@@ -151,8 +167,8 @@ def _cached_attention(emit: Emitter, node: Node, given: Arguments) -> tuple[ir.V
     return emit.op("Transpose", out, perm=[0, 2, 1, 3]), *present
 
 
-def _attention_with_sinks(emit: Emitter, node: Node, given: Arguments) -> tuple[ir.Value, ...]:
-    """In plain operators: ONNX's Attention has no sinks."""
+def _written_out_attention(emit: Emitter, given: Arguments) -> tuple[ir.Value, ...]:
+    """In plain operators: ONNX's Attention has no sinks, and appeared in opset 23."""
     dtype, heads, size = dtype_of(given.query), size_at(given.query, 1), size_at(given.key, -1)
     pairs = ((given.past_key, given.key), (given.past_value, given.value))
     present = [emit.op("Concat", *map(emit.get, pair), axis=2) for pair in pairs]
@@ -163,6 +179,9 @@ def _attention_with_sinks(emit: Emitter, node: Node, given: Arguments) -> tuple[
         cap = emit.constant(float(given.softcap), dtype)
         scores = emit.op("Mul", emit.op("Tanh", emit.op("Div", scores, cap)), cap)
     scores = emit.op("Add", scores, emit.get(given.mask, dtype))
+    if given.sinks is None:
+        out = emit.op("MatMul", emit.op("Softmax", scores, axis=-1), values)
+        return emit.op("Transpose", out, perm=[0, 2, 1, 3]), *present
     zero, one, last = (emit.constant([number]) for number in (0, 1, -1))
     column = emit.op("Mul", emit.op("Slice", scores, zero, one, last), emit.constant(0.0, dtype))
     sinks = emit.op("Reshape", emit.get(given.sinks, dtype), emit.constant([1, heads, 1, 1]))
@@ -184,10 +203,41 @@ def _repeated(emit: Emitter, x: ir.Value, times: int, heads: int, size: int) -> 
 def _attention(emit: Emitter, node: Node, given: Arguments) -> ir.Value:
     if given.dropout_p:
         raise unsupported(node, "with dropout")
+    if not emit.operators.has_transformer_operators:
+        return _written_out_product_attention(emit, node, given)
     return emit.op(
         "Attention", *map(emit.get, (given.query, given.key, given.value)), _added_mask(emit, given.attn_mask),
         is_causal=int(given.is_causal), scale=None if given.scale is None else float(given.scale),
     )  # fmt: skip
+
+
+def _written_out_product_attention(emit: Emitter, node: Node, given: Arguments) -> ir.Value:
+    """softmax(scale * q k^T + mask) v in plain operators; a query that sees nothing gets zeros."""
+    dtype, size, axes = dtype_of(node), size_at(given.query, -1), len(shape_of(given.key))
+    query, key, value = map(emit.get, (given.query, given.key, given.value))
+    if axes == 4 and (heads := size_at(given.query, 1)) != (kept := size_at(given.key, 1)):
+        key = _repeated(emit, key, heads // kept, heads, size)
+        value = _repeated(emit, value, heads // kept, heads, size_at(given.value, -1))
+    turned = emit.op("Transpose", key, perm=[*range(axes - 2), axes - 1, axes - 2])
+    scale = size**-0.5 if given.scale is None else float(given.scale)
+    scores = emit.op("Mul", emit.op("MatMul", query, turned), emit.constant(scale, dtype))
+    visible: list[ir.Value] = []
+    if given.is_causal:
+        one = ir.tensor([1], dtype=ir.DataType.INT64)
+        ones = emit.op("ConstantOfShape", emit.op("Shape", scores), more={"value": one})
+        visible.append(emit.cast(emit.op("Trilu", ones, upper=0), torch.bool))
+    if (mask := _added_mask(emit, given.attn_mask)) is not None:
+        if dtype_of(given.attn_mask) == torch.bool:
+            visible.append(mask)
+        else:
+            scores = emit.op("Add", scores, mask)
+            visible.append(emit.op("Greater", mask, emit.constant(-math.inf, dtype)))
+    for seen in visible:
+        scores = emit.op("Where", seen, scores, emit.constant(torch.finfo(dtype).min / 2, dtype))
+    weights = emit.op("Softmax", scores, axis=-1)
+    for seen in visible:
+        weights = emit.op("Where", seen, weights, emit.constant(0.0, dtype))
+    return emit.op("MatMul", weights, value)
 
 
 def _added_mask(emit: Emitter, node: Node | None) -> ir.Value | None:
@@ -214,4 +264,17 @@ def _rotary(emit: Emitter, node: Node, given: Arguments) -> ir.Value:
         rows = emit.op("Shape", emit.get(given.x), start=0, end=1)
         shape = emit.op("Concat", rows, emit.constant([1, 1]), axis=0)
         values = [emit.op("Expand", value, shape) for value in values]
+    if not emit.operators.has_transformer_operators:
+        return _written_out_rotary(emit, given, values)
     return emit.op("RotaryEmbedding", emit.get(given.x), *values)
+
+
+def _written_out_rotary(emit: Emitter, given: Arguments, tables: list[ir.Value]) -> ir.Value:
+    """The halves (a, b) of every head become (a cos - b sin, b cos + a sin), before opset 23."""
+    cos, sin = (emit.op("Unsqueeze", table, emit.constant([1])) for table in tables)
+    first, second = emit.several(2, "Split", emit.get(given.x), axis=-1, num_outputs=2)
+    halves = (
+        emit.op("Sub", emit.op("Mul", first, cos), emit.op("Mul", second, sin)),
+        emit.op("Add", emit.op("Mul", second, cos), emit.op("Mul", first, sin)),
+    )
+    return emit.op("Concat", *halves, axis=-1)

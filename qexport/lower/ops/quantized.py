@@ -11,7 +11,7 @@ from ...graph.meta import Meta
 from ...graph.schema import Arguments
 from ...graph.views import operand, sizes_of, tensor_name
 from ...quant.expand import channel_scale, expand_to_int8
-from ...quant.packing import pack_rows
+from ...quant.packing import pack_rows, stored_block
 from ..emitter import Attribute, Emitter
 from ..registry import translates
 
@@ -22,12 +22,13 @@ ops = torch.ops.qexport
 def _dequantize(emit: Emitter, node: Node, given: Arguments) -> ir.Value:
     bits = given.bits if given.codes.op == "get_attr" else 8
     x = emit.tensor(given.codes, bits=bits) if given.codes.op == "get_attr" else emit.get(given.codes)
-    zero = None if given.zero_point is None else emit.tensor(given.zero_point, bits=bits)
-    per_tensor = shape_of(given.scale) == ()
+    block = stored_block(bits, given.block_size) if given.block_size else None
+    times = given.block_size // block if block else 1  # ONNX Runtime fuses no longer ones with a product
+    scale = emit.tensor(given.scale, times=times) if times > 1 else emit.get(given.scale)
+    zero = None if given.zero_point is None else emit.tensor(given.zero_point, bits=bits, times=times)
     return emit.op(
-        "DequantizeLinear", x, emit.get(given.scale), zero,
-        axis=None if per_tensor else given.axis, block_size=given.block_size or None,
-    )  # fmt: skip
+        "DequantizeLinear", x, scale, zero, axis=None if shape_of(given.scale) == () else given.axis, block_size=block
+    )
 
 
 @translates(ops.quantize_linear.default)
