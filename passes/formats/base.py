@@ -53,8 +53,12 @@ class GraphForm(ABC):
         """
         return "its weight has a form of its own"
 
-    def input_block(self, weight: Node) -> int | None:
-        """Features of the input that the CPU kernel rounds to 8 bits together, None for none, at accuracy level 4."""
+    def input_block(self, weight: Node, whole: bool = False) -> int | None:
+        """Features of the input that the CPU kernel rounds to 8 bits together, None for none, at accuracy level 4.
+
+        Args:
+            whole: the file has operators of ONNX alone, and `whole_block`s.
+        """
         return None
 
     def why_not_standard(self, fmt: WeightFormat, opset: int) -> str:

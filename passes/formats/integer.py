@@ -6,10 +6,10 @@ import torch
 from torch.fx import GraphModule, Node
 
 from ...graph.edit import add_tensor, call, shape_of
-from ...graph.views import DequantizeLinear, ExpandCodes
+from ...graph.views import DequantizeLinear, ExpandCodes, size_at
 from ...quant.expand import expanded_scale
 from ...quant.formats import PER_TENSOR, ExpandedFormat, IntegerCodes, QuantizedWeight, WeightFormat
-from ...quant.packing import DEFAULT_BLOCK, stored_block
+from ...quant.packing import DEFAULT_BLOCK, stored_block, whole_block
 from .base import GraphForm, graph_form
 
 ops = torch.ops.qexport
@@ -45,13 +45,14 @@ class IntegerForm(GraphForm):
             return "the columns of its weight carry factors"
         return ""
 
-    def input_block(self, weight: Node) -> int | None:
+    def input_block(self, weight: Node, whole: bool = False) -> int | None:
         codes = DequantizeLinear.of(weight)
         group_size, bits = codes.block_size, codes.bits
         if group_size == 0:
             return DEFAULT_BLOCK
         # The 2-bit kernel for 8-bit inputs has no blocks of 16; without it the weight is unpacked, the product float.
-        return None if bits == 2 and group_size == 16 else stored_block(bits, group_size)
+        block = whole_block(bits, group_size, size_at(weight, 0)) if whole else stored_block(bits, group_size)
+        return None if bits == 2 and block == 16 else block
 
     def why_not_standard(self, fmt: WeightFormat, opset: int) -> str:
         few = isinstance(fmt, IntegerCodes) and fmt.stored_bits == 2 and opset < OPSET_OF_2_BITS

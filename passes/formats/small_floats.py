@@ -110,9 +110,9 @@ class SmallFloatForm(GraphForm):
     def why_not_beside(self, weight: Node) -> str:
         return "its codes are floats"
 
-    def input_block(self, weight: Node) -> int | None:
+    def input_block(self, weight: Node, whole: bool = False) -> int | None:
         fmt = format_named(bind(weight).name)
-        return fmt.group_size if fmt.integers else None
+        return fmt.group_size if fmt.integers and not whole else None  # operators of ONNX alone multiply floats
 
     def own_product(self, x: Node, weight: Node, kernels: Collection[str]) -> tuple[Any, tuple[Any, ...]] | None:
         given = bind(weight)

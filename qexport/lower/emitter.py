@@ -160,13 +160,15 @@ class Emitter:
             return self.op("Cast", value, to=ONNX_DTYPE[dtype])
         return value
 
-    def tensor(self, node: Node, *, bits: int = 8, transpose: bool = False, times: int = 1) -> ir.Value:
+    def tensor(
+        self, node: Node, *, bits: int = 8, transpose: bool = False, times: int = 1, rows: int | None = None
+    ) -> ir.Value:
         """The initializer of a get_attr node, read only when the file is written.
 
         Args:
             bits: 4 packs two codes in a byte, 2 packs four.
             transpose: store the transpose of the matrix.
-            times: store every row so many times in a row.
+            times: store every row so many times in a row; rows: no more than these.
         """
         source, read, spec = tensor_name(node), self._read, node.meta[Meta.SPEC]
         name = source + (".T" if transpose else "") + (".blocks" if times > 1 else "")
@@ -174,12 +176,12 @@ class Emitter:
             return self.initializers[name]
         dtype = ONNX_DTYPE[spec.dtype] if bits == 8 else _FEW_BITS[bits, spec.dtype]
         sizes = tuple(spec.shape[::-1] if transpose else spec.shape)
-        shape = ir.Shape(sizes if times == 1 else (sizes[0] * times, *sizes[1:]))
+        shape = ir.Shape(sizes if times == 1 else (rows or sizes[0] * times, *sizes[1:]))
 
         def load() -> ir.TensorProtocol:
             tensor = _as_spec(node, read)
             tensor = tensor.t() if transpose else tensor
-            tensor = tensor.repeat_interleave(times, dim=0) if times > 1 else tensor
+            tensor = tensor.repeat_interleave(times, dim=0)[:rows] if times > 1 else tensor
             if bits < 8:
                 return ir.PackedTensor(_packed(tensor, bits).numpy(), dtype, shape=shape, name=name)
             return tensor_adapters.TorchTensor(tensor.contiguous(), name=name)

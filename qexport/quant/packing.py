@@ -8,6 +8,7 @@ from torch import Tensor
 # The longest blocks that MatMulNBits and MatMulBnb4 take on the CPU; with longer ones than 128, or with 16, the former
 # unpacks 2-bit codes anew at every call.
 _LONGEST_BLOCK, _LONGEST_BLOCK_2_BITS = 256, 128
+_SHORTEST_BLOCK = 16
 # Blocks that ONNX Runtime splits weights with one scale per channel into when it makes MatMulNBits of them
 # (session.qdq_matmulnbits_block_size, its default).
 DEFAULT_BLOCK = 32
@@ -22,6 +23,16 @@ def stored_block(bits: int, group_size: int) -> int:
         bits: of a code in the file; group_size: a power of two, at least 16.
     """
     return min(group_size, _LONGEST_BLOCK_2_BITS if bits == 2 else _LONGEST_BLOCK)
+
+
+def whole_block(bits: int, group_size: int, features: int) -> int:
+    """The longest block, `stored_block` at most, that leaves no shorter one at the end, which some readers refuse.
+
+    Where none of 16 or more does, it is `stored_block` all the same.
+    """
+    longest = stored_block(bits, group_size)
+    whole = math.gcd(longest, features)
+    return whole if whole >= _SHORTEST_BLOCK else longest
 
 
 def pack_int4(codes: Tensor) -> Tensor:

@@ -100,7 +100,8 @@ class CpuTarget(Target):
                 _integer(module, product, rounding)
                 continue
             canonical = Matmul.of(product)
-            x, block = canonical.x, form_at(canonical.weight).input_block(canonical.weight)
+            x, whole = canonical.x, not self.operators.contrib
+            block = form_at(canonical.weight).input_block(canonical.weight, whole)
             if self.accuracy_level == 4 and block is not None:
                 with module.graph.inserting_before(product):
                     rounded = call(module.graph, ops.matmul_nbits_input.default, (x, block), like=x)

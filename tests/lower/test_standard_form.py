@@ -46,6 +46,16 @@ def assert_standard(folder, opset):
     return Counter(node.op_type for node in model.graph.node)
 
 
+def blocks_of(folder):
+    """(input features, block) of every weight that is dequantized in blocks."""
+    graph = onnx.load(folder / MODEL_FILE, load_external_data=False).graph
+    rows = {tensor.name: tensor.dims[0] for tensor in graph.initializer if tensor.dims}
+    for node in graph.node:
+        block = next((a.i for a in node.attribute if a.name == "block_size"), 0)
+        if block:
+            yield rows[node.input[0]], block
+
+
 def in_reference(exported):
     """The first logits that the reference evaluator of ONNX computes of a file, and ONNX Runtime's."""
     feeds = prompt_feeds(exported.captured, tokens(3, 9), MASK)
@@ -70,6 +80,8 @@ def test_decoder_says_and_computes_what_the_native_form_does(export, scheme, ops
     assert graph.op_counts()[KERNELS[scheme]] == len(exported.products())
 
     flips = 0.02 if "a8" in scheme or "a4" in scheme[3:] else 0
+    for features, block in blocks_of(exported.folder):
+        assert block <= 256 and features % block == 0  # none is shorter than the others
     assert_agree(exported, MASK, flips)
     native = export("llama_bias", recipe_of(scheme), attention="standard")
     ours, theirs = logits(MASK, *((e.in_onnxruntime(), e.captured, torch.float32) for e in (exported, native)))

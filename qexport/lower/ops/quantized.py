@@ -9,9 +9,9 @@ from torch.fx import Node
 from ...graph.edit import dtype_of, is_call, shape_of
 from ...graph.meta import Meta
 from ...graph.schema import Arguments
-from ...graph.views import operand, sizes_of, tensor_name
+from ...graph.views import operand, size_at, sizes_of, tensor_name
 from ...quant.expand import channel_scale, expand_to_int8
-from ...quant.packing import pack_rows, stored_block
+from ...quant.packing import pack_rows, whole_block
 from ..emitter import Attribute, Emitter
 from ..registry import translates
 
@@ -22,10 +22,12 @@ ops = torch.ops.qexport
 def _dequantize(emit: Emitter, node: Node, given: Arguments) -> ir.Value:
     bits = given.bits if given.codes.op == "get_attr" else 8
     x = emit.tensor(given.codes, bits=bits) if given.codes.op == "get_attr" else emit.get(given.codes)
-    block = stored_block(bits, given.block_size) if given.block_size else None
-    times = given.block_size // block if block else 1  # ONNX Runtime fuses no longer ones with a product
-    scale = emit.tensor(given.scale, times=times) if times > 1 else emit.get(given.scale)
-    zero = None if given.zero_point is None else emit.tensor(given.zero_point, bits=bits, times=times)
+    block, times, rows = None, 1, None
+    if given.block_size:  # ONNX Runtime makes no kernel of blocks that are too long, OpenVINO reads no shorter last one
+        block = whole_block(bits, given.block_size, size_at(node, 0))
+        times, rows = given.block_size // block, -(-size_at(node, 0) // block)
+    scale = emit.tensor(given.scale, times=times, rows=rows) if times > 1 else emit.get(given.scale)
+    zero = None if given.zero_point is None else emit.tensor(given.zero_point, bits=bits, times=times, rows=rows)
     return emit.op(
         "DequantizeLinear", x, scale, zero, axis=None if shape_of(given.scale) == () else given.axis, block_size=block
     )
