@@ -65,6 +65,10 @@ class GraphForm(ABC):
         """What weights of a format need that the operators of ONNX lack up to an opset; empty where it has them all."""
         return ""
 
+    def slow_with_float_inputs(self, fmt: WeightFormat) -> str:
+        """What makes a product on the CPU slower than one of floats where inputs stay float32; empty where nothing does."""
+        return ""
+
     def kernel_arguments(self, weight: Node) -> tuple[Any, ...] | None:
         """What `kernel_operator` takes behind the input of the product; None leaves this product as it is."""
         return None

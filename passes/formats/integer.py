@@ -54,6 +54,9 @@ class IntegerForm(GraphForm):
         block = whole_block(bits, group_size, size_at(weight, 0)) if whole else stored_block(bits, group_size)
         return None if bits == 2 and block == 16 else block
 
+    def slow_with_float_inputs(self, fmt: WeightFormat) -> str:
+        return f"{fmt.stored_bits}-bit weights" if isinstance(fmt, IntegerCodes) and fmt.stored_bits != 4 else ""
+
     def why_not_standard(self, fmt: WeightFormat, opset: int) -> str:
         few = isinstance(fmt, IntegerCodes) and fmt.stored_bits == 2 and opset < OPSET_OF_2_BITS
         return f"2-bit codes, which ONNX has from opset {OPSET_OF_2_BITS} on" if few else ""

@@ -37,6 +37,8 @@ def manifest_of(made: Lowering, sizes: Mapping[str, int]) -> Manifest:
                 fast=None if found.slow is None else not found.slow, slow=found.slow or "",
             ))  # fmt: skip
     numerics = target.numerics(made.settings.get("kv_cache_bits"))
+    if slower := target.slower_than_float(made.decisions.plan):
+        numerics |= {"slower_than_float": slower}
     return Manifest(
         qexport=version("qexport"), target=target.name, kind=made.captured.kind, provider=target.provider,
         dtype=str(target.dtype).removeprefix("torch."), session=lowered.session, numerics=numerics,

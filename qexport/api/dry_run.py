@@ -58,6 +58,7 @@ def dry_run(prepared: Preparation, calibrate: bool) -> Inspection:
     parts = planned_bytes(
         captured, decisions.plan, decisions.embeddings, float_itemsize, grouping, decisions.convolutions
     )  # fmt: skip
+    slower = planned.target.slower_than_float(decisions.plan)
     return Inspection(
         model=_called(prepared.source), recipe=recipe.name, target=planned.target.name,
         calibrates=needs_data(recipe, [*decisions.plan, *decisions.convolutions]), calibration=described,
@@ -66,7 +67,7 @@ def dry_run(prepared: Preparation, calibrate: bool) -> Inspection:
         slow=planned.target.predict_slow([b.module.graph for b in captured.blocks], by_name),
         attention=_attention(captured, grouping), parameters=sum(sizes.values()),
         bytes={"float": float_itemsize * sum(sizes.values()), **parts}, embeddings=tuple(decisions.embeddings),
-        convolutions=tuple(decisions.convolutions), warnings=tuple(captured.notes),
+        convolutions=tuple(decisions.convolutions), warnings=(*captured.notes, *([slower] if slower else [])),
         codes=described_codes(captured, decisions, planned.target), adapter=described_adapter(captured),
     )  # fmt: skip
 

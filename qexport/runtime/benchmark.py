@@ -128,6 +128,8 @@ def measure(
     provider = None if provider is None else provider_named(provider)
     plans = [_describe(path) for path in folders]
     prompts, pasts, notes = _fitting(folders, prompt_lengths, decode_pasts)
+    slower = [(path, plan.numerics.get("slower_than_float")) for path, plan in zip(folders, plans, strict=True)]
+    notes += tuple(f"{path}: {sentence}" for path, sentence in slower if sentence)
     longest = max([*prompts, *(past + DECODE_STEPS for past in pasts)], default=1)
     jobs = [None, *sorted({*prompts, *pasts})]  # to load, then to run so many tokens
     processes: list[BenchProcess] = []

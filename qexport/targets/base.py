@@ -132,6 +132,10 @@ class Target(ABC):
         """
         return {}
 
+    def slower_than_float(self, plan: Sequence[LinearPlan]) -> str:
+        """Which of the linears run slower than in float, and what to do; empty where none does."""
+        return ""
+
     def why_not_run(self) -> str:
         """Why a finished file is not tried on this machine; empty where it is."""
         return ""

@@ -22,7 +22,8 @@ from ..lower.qdq_patterns import (
     kernel_of,
     linear_products,
 )
-from ..passes.formats import form_at
+from ..passes.formats import form_at, form_for
+from ..plan.linear_plan import LinearPlan
 from ..quant.packing import DEFAULT_BLOCK
 from .base import Target, register
 from .kernels import qmoe
@@ -68,16 +69,34 @@ class CpuTarget(Target):
             "optimization.disable_specified_optimizers": "MatMulAddFusion",
         }
 
+    def slower_than_float(self, plan: Sequence[LinearPlan]) -> str:
+        """At accuracy level 1 all but 4-bit integers, by a factor of 4 and more (samples/linear_speed.py)."""
+        if self.accuracy_level == 4:
+            return ""
+        schemes = [p.scheme for p in plan if p.scheme is not None and not p.scheme.integer]
+        slow = [why for s in schemes if (why := form_for(s.weight).slow_with_float_inputs(s.weight))]
+        if not slow:
+            return ""
+        return (
+            f"{len(slow)} of {len(plan)} linears are slower than in float32: the CPU has no fast kernel for "
+            f"{' and '.join(sorted(set(slow)))} with float inputs; accuracy_level 4, which rounds inputs to 8 bits, has"
+        )
+
     def numerics(self, kv_cache_bits: int | None = None) -> dict[str, str]:
         """What a user should know about the arithmetic."""
+        tables = "values of nf4 and fp4 are exact (MatMulBnb4), which is slower than float32"
         if self.accuracy_level == 4:
+            tables = "values of nf4 and fp4 are rounded to 8 bits, steps of 1/127 of the largest of a block"
             inputs = (
                 "float inputs of MatMulNBits and QMoE are rounded to 8 bits per row and block (accuracy level 4), "
                 "except with 2-bit weights in groups of 16, for which ONNX Runtime has no such kernel"
             )
         else:
             inputs = "float inputs of MatMulNBits and QMoE stay float32 (accuracy level 1)"
-        said = {"weight_only": inputs, "integer": "8-bit inputs are unsigned with zero point 128", "dtype": "float32"}
+        said = {
+            "weight_only": inputs, "tables": tables, "integer": "8-bit inputs are unsigned with zero point 128",
+            "dtype": "float32",
+        }  # fmt: skip
         if self.prefill == "int8":
             said["prefill"] = (
                 f"calls with more than {LONGEST_STEP} new tokens round the inputs of weights in groups to 8 bits per "
@@ -107,13 +126,18 @@ class CpuTarget(Target):
                     rounded = call(module.graph, ops.matmul_nbits_input.default, (x, block), like=x)
                 product.replace_input_with(x, rounded)
             if self.operators.contrib:
-                as_own_kernel(module, product, self.weight_kernels)
+                as_own_kernel(module, product, self._kernels)
             else:
                 as_standard_operators(module, product)
         if self.accuracy_level == 4:
             for mixture in moe_form.mixtures(module.graph):
                 rebind(mixture, rounds=True)
         finish(module)
+
+    @property
+    def _kernels(self) -> frozenset[str]:
+        """MatMulBnb4 is slower than float on this provider: only where inputs stay as they are, it is nearest."""
+        return self.weight_kernels - ({"MatMulBnb4"} if self.accuracy_level == 4 else set())
 
     def kernel(self, product: Node) -> str:
         """The operator that the linear must have become in the optimized graph."""

@@ -14,6 +14,7 @@ from ..packing import stored_block
 from .base import QuantizedWeight, group_size, weight_format
 from .stepped import ScaledFormat, nonzero
 
+LARGEST = 127  # what 1 is, where the values of a table are integers of 8 bits
 _NESTED_BLOCK = 256
 _TINY = torch.finfo(torch.float32).tiny
 
@@ -49,6 +50,11 @@ class CodebookFormat(ScaledFormat):
     def table(cls) -> Tensor:
         """The values in the order of their codes, float32 [16]."""
         return torch.tensor(cls.levels, dtype=torch.float32)
+
+    @classmethod
+    def integers(cls) -> Tensor:
+        """The values as integers of 8 bits, `LARGEST` for 1: int16 [16]."""
+        return torch.round(cls.table() * LARGEST).to(torch.int16)
 
     def values(self, codes: Tensor) -> Tensor:
         return self.table().to(codes.device)[codes.int()]
@@ -125,18 +131,22 @@ class FP4(CodebookFormat):
 CODEBOOKS: dict[str, type[CodebookFormat]] = {book.name: book for book in (NF4, FP4)}
 
 
-def decode_codebook(codes: Tensor, scale: Tensor, codebook: str, block_size: int) -> Tensor:
+def decode_codebook(
+    codes: Tensor, scale: Tensor, codebook: str, block_size: int, as_integers: bool = False
+) -> Tensor:
     """table[code] * scale.
 
     Args:
         codes: uint8 [N, K].
         scale: floating point [N, K / block_size].
         codebook: name of the table.
+        as_integers: with the table in 8 bits.
     Returns:
         [N, K] of scale's dtype.
     """
     n, k = codes.shape
-    values = CODEBOOKS[codebook].table().to(codes.device, scale.dtype)
+    book = CODEBOOKS[codebook]
+    values = (book.integers() / LARGEST if as_integers else book.table()).to(codes.device, scale.dtype)
     out = torch.empty(n, k // block_size, block_size, dtype=scale.dtype, device=codes.device)
     for rows in row_slices(n, k):
         picked = values.index_select(0, codes[rows].reshape(-1).int())
