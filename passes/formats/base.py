@@ -66,7 +66,7 @@ class GraphForm(ABC):
         return ""
 
     def slow_with_float_inputs(self, fmt: WeightFormat) -> str:
-        """What makes a product on the CPU slower than one of floats where inputs stay float32; empty where nothing does."""
+        """What makes products slower than those of floats on the CPU where inputs stay float32; empty where nothing."""
         return ""
 
     def kernel_arguments(self, weight: Node) -> tuple[Any, ...] | None:

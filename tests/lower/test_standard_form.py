@@ -118,7 +118,10 @@ def test_table_that_nothing_shares(export, scheme):
     assert_agree(exported, MASK, flips=0)
 
 
-@pytest.mark.parametrize("family", ["gemma3", "gpt_neox", "gpt_oss", "opt"])
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("gemma3", "gpt_oss", "opt")]
+
+
+@pytest.mark.parametrize("family", ["gpt_neox", *SLOW])
 @pytest.mark.parametrize("opset", [21, 23])
 @pytest.mark.each_value_once
 def test_other_families(export, family, opset):
