@@ -28,7 +28,7 @@ class NarrowTensor(Tensor):
         return made
 
     @classmethod
-    def __torch_dispatch__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         kwargs = kwargs or {}
         given = args[0] if args else None
         if isinstance(given, cls) and function in _SAME:
@@ -39,7 +39,7 @@ class NarrowTensor(Tensor):
         whole = lambda value: value.held.float() if isinstance(value, cls) else value  # noqa: E731
         return function(*tree_map(whole, args), **tree_map(whole, kwargs))
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"NarrowTensor({self.held!r})"
 
 

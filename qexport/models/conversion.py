@@ -7,6 +7,7 @@ and followed for one weight at a time, or for the one expert of a stack that is 
 from collections.abc import Callable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -65,7 +66,8 @@ class Rule:
             return {self.target: read(name)}
         made = deepcopy(self.converter)
         for pattern, names in self.parts.items():
-            made.collected_tensors[pattern] = [read(name) for name in names[rows]]
+            tensors: list[Any] = [read(name) for name in names[rows]]  # or what will give them, in transformers
+            made.collected_tensors[pattern] = tensors
         try:
             return made.convert(self.target, model=self.model, config=self.model.config)
         except Exception as error:  # whatever tensors of strange shapes make of a rule

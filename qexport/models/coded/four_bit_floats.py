@@ -73,6 +73,7 @@ class FourBitFloats(CodedWeight):
             expect(tensors, second, (1,) if tensors[second].shape == (1,) else ())
         grid = StoredGrid(8, k // groups, symmetric=True, columns=k)
         own = _OWN.get((of_scale.dtype in EXPONENT, grid.group))
+        scheme: Scheme | None
         if own is not None and not (second and of_scale.dtype in EXPONENT):
             scheme, kept = Scheme.parse(own), f"as stored{note}"
         else:

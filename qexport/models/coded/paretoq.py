@@ -55,7 +55,7 @@ class ParetoQ(CodedCheckpoint):
         if said.get("quant_method") != METHOD:
             return None
         bits = said.get("w_bits")
-        if bits not in range(5):
+        if not isinstance(bits, int) or bits not in range(5):
             raise CaptureError(f"its config says ParetoQ with {bits} bits, which no checkpoint has")
         return cls(bits)
 

@@ -17,7 +17,7 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, Self, TypeGuard
 
 import numpy as np
 import torch
@@ -156,7 +156,8 @@ def _mappings(said: Any) -> list[str]:
     return named + [how for part in said.values() for how in _mappings(part)]
 
 
-def _rows(block: Any) -> bool:
+def _rows(block: Any) -> TypeGuard[list[int]]:
+    """Whether blocks are pieces of rows."""
     return isinstance(block, list) and len(block) == 2 and block[0] == 1
 
 
