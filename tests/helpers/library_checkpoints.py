@@ -1,9 +1,9 @@
 """Checkpoints written by the libraries that have the formats, of a small Llama, and what these libraries dequantize.
 
-    python tests/helpers/library_checkpoints.py FOLDER [NAME ...]    keeps one linear of each in FOLDER
+    PYTHONPATH=tests python -m helpers.library_checkpoints FOLDER [NAME ...]    keeps one linear of each in FOLDER
 
 Written with hqq 0.2.8.post1, torchao 0.18.0, amd-quark 0.13, nvidia-modelopt 0.47.0, compressed-tensors 0.20.1,
-bitsandbytes 0.50.2, gptqmodel 7.7.0, auto-round 0.16.1, transformers 5.23.0 and torch 2.13.0; the libraries are no
+bitsandbytes 0.50.2, gptqmodel 7.7.0, transformers 5.23.0 and torch 2.13.0; the libraries are no
 requirements of this project, and a maker imports its own.
 """
 
@@ -21,6 +21,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+from helpers.tokenizer_files import write_word_tokenizer
+
 KEPT = ("model.layers.0.mlp.up_proj", "model.layers.0.mlp.down_proj")  # of which the first made is kept in a file
 Made = dict[str, Tensor]  # by linear, the weight as its library dequantizes it, float32
 
@@ -37,6 +39,7 @@ def small_model(folder: Path, dtype: torch.dtype = torch.float32) -> Path:
         if parameter.dim() == 2:
             nn.init.normal_(parameter, 0, 0.08)
     model.to(dtype).save_pretrained(folder)
+    write_word_tokenizer(folder, 32)
     return folder
 
 
@@ -191,8 +194,10 @@ def _ranges(weight: Tensor, args: Any) -> tuple[Tensor, Tensor]:
 
 def gptqmodel(source: Path, out: Path, bits: int = 4, size: int = 32, **options: Any) -> Made:
     """Quantized by the library on ids at random."""
+    import gptqmodel as library
     from gptqmodel import BACKEND, GPTQModel, QuantizeConfig
 
+    library._default_cpu_workers = lambda: 2  # of which it takes one on two cores, and then asks for two
     config = QuantizeConfig(bits=bits, group_size=size, device="cpu", **options)
     model = GPTQModel.load(str(source), config)
     data = [torch.randint(0, 64, (128,), generator=torch.Generator().manual_seed(seed)) for seed in range(64)]
@@ -216,17 +221,6 @@ def bitsandbytes(source: Path, out: Path, **options: Any) -> Made:
         if options.get("load_in_4bit") else linear.weight.CB.float() * linear.weight.SCB[:, None] / 127
         for name, linear in _linears(model).items()
     }  # fmt: skip
-
-
-def auto_round(source: Path, out: Path, form: str, **options: Any) -> Made:
-    """Rounded to nearest by the library (0 iterations), in one of its layouts; dequantized as gptqmodel does."""
-    from auto_round import AutoRound
-    from transformers import PreTrainedTokenizerFast
-
-    del PreTrainedTokenizerFast
-    made = AutoRound(_loaded(source), None, iters=0, nsamples=1, seqlen=16, device_map="cpu", **options)
-    made.quantize_and_save(str(out), format=form)
-    return {}
 
 
 def _save(

@@ -7,6 +7,8 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from helpers.library_checkpoints import MAKERS, small_model
+from qexport.api.stages.capturing import capture_model
 from qexport.errors import InputError
 from qexport.models.checkpoint import GivenCodes
 from qexport.models.coded import Given, Header, format_of
@@ -48,6 +50,10 @@ MADE = {  # what the checkpoint is called, the scheme of the linear, and how it 
     "modelopt_int4_awq": ("ModelOpt, W4A16_AWQ", "w4a16_pc", f"as stored{FACTORS}"),
     "modelopt_int8_smoothquant": ("ModelOpt, W8A8_SQ_PER_CHANNEL", "w8a8_static", f"as stored{FACTORS}"),
     "modelopt_fp8_default": ("FP8", "w8a16_fp8", "as stored"),
+    "gptq_4": ("GPTQ, 4 bits in groups of 32", "w4a16_g32", "as stored"),
+    "bnb_nf4": ("bitsandbytes, nf4, double quantization", "nf4", "as stored"),
+    "bnb_fp4": ("bitsandbytes, fp4", "fp4", "as stored"),
+    "bnb_int8": ("bitsandbytes, int8", "w8a16_pc", "as stored"),
     "compressed_w4a16": ("compressed-tensors, pack-quantized: int4 in groups of 128", "w4a16_pc", "as stored"),
     "compressed_w4a16_asym": (
         "compressed-tensors, pack-quantized: int4 in groups of 128", "w4a16_pc_asym", "as stored"
@@ -102,3 +108,21 @@ def test_forms_that_are_not_read(tmp_path, said, named):
     (tmp_path / "config.json").write_text(json.dumps({"quantization_config": said}))
     with pytest.raises(InputError, match=named):
         codes_of(tmp_path, "model")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MAKERS)
+def test_what_libraries_write_is_read(tmp_path, name):
+    """All linears of a checkpoint that its library makes now, where it is installed."""
+    source, out = small_model(tmp_path / "float"), tmp_path / "out"
+    try:
+        made = MAKERS[name](source, out)
+    except ImportError as error:
+        pytest.skip(str(error))
+    captured = capture_model(out)
+    assert made
+    for linear, want in made.items():
+        found = proved(captured.given[f"{linear}.weight"])
+        values = (found.dequantize() if isinstance(found, Given) else found).double()
+        rounded = _HALF.get(name, 4 * torch.finfo(torch.float32).eps)
+        torch.testing.assert_close(values, want.double(), rtol=0, atol=rounded * want.abs().max().item())
