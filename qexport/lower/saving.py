@@ -26,6 +26,9 @@ def write_model(folder: Path, model: ir.Model, progress: Callable[[int, int], No
     )  # fmt: skip
     for value, source in views.items():
         value.const_value = _reshaped(source, value)
+    for value in initializers.values():
+        if isinstance(value.const_value, ir.LazyTensor):
+            value.const_value.tobytes()  # an error of ours is raised here, and wrapped into another by what follows
     ir.save(model, folder / manifests.MODEL_FILE)
     return sum(p.stat().st_size for p in folder.iterdir())
 

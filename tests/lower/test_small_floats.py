@@ -1,6 +1,7 @@
 """FP8, MXFP8, MXFP4 and NVFP4 weights: the file computes what its graph says, by the kernels that each target has."""
 
 from collections import Counter
+from unittest.mock import patch
 
 import ml_dtypes
 import numpy as np
@@ -9,13 +10,16 @@ import onnxruntime as ort
 import pytest
 import torch
 
+from helpers import agreement
 from helpers.agreement import ROUNDING, assert_agree, logits
-from helpers.cuda_placement.models import PROMPT, assert_decoder_on_cuda
+from helpers.cuda_placement.models import CUDA, PROMPT, assert_decoder_on_cuda
 from helpers.runners import captured_runner, load_weights, padded
+from qexport.errors import NumericsError
 from qexport.graph.edit import get_tensor
 from qexport.graph.schema import bind
 from qexport.plan.linear_plan import LinearPlan, weight_bytes
 from qexport.quant.formats import Scheme
+from qexport.quant.formats.mxfp4 import MXFP4
 from qexport.quant.metrics import sqnr_db
 from qexport.recipe.recipe import CalibrationSpec, Recipe
 from qexport.runtime.session import optimized_graph, unfused
@@ -78,6 +82,14 @@ def test_every_node_is_on_cuda(export, cuda_placement, scheme):
     assert not {"MatMul", "Gemm", "DequantizeLinear", "Expand"} & set(found)
 
 
+@pytest.mark.parametrize("scheme", ["w8a8_fp8", "nvfp4"])
+def test_bfloat16_is_placed_too(new_export, cuda_placement, scheme):
+    recipe = Recipe(scheme=scheme, lm_head=scheme, calibration=CalibrationSpec())
+    exported = new_export("llama", recipe, "cuda", dtype="bfloat16")
+    placed = cuda_placement(exported.folder / "model.onnx", exported.manifest.session, dims=PROMPT)
+    assert placed["memcpy"] == 0 and placed["nodes"][CUDA][KERNELS[scheme][1]] == 15
+
+
 @schemes
 @pytest.mark.parametrize("target", ["cpu", "cuda"])
 def test_planned_bytes_are_those_of_the_file(export, scheme, target):
@@ -115,6 +127,20 @@ def read_by(folder, op_type):
         node.name: ({a.name: a.i for a in node.attribute}, [got[name] for name in node.input[1:] if name])
         for node in nodes
     }  # fmt: skip
+
+
+def test_scales_beyond_the_reach_of_cudas_kernel_are_refused(captured, tmp_path):
+    """None that are found here are; those of a checkpoint may be."""
+    spread = MXFP4.scales_for
+
+    def wide(self, absmax):
+        scale = spread(self, absmax)
+        scale[0, 0] = 2.0**-40
+        return scale
+
+    with patch.object(MXFP4, "scales_for", wide), pytest.raises(NumericsError, match="further apart than 2.17"):
+        agreement.export(captured("llama"), Recipe(scheme="mxfp4"), "cuda", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 E2M1 = [0, 0.5, 1, 1.5, 2, 3, 4, 6]
