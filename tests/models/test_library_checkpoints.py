@@ -63,7 +63,8 @@ MADE = {  # what the checkpoint is called, the scheme of the linear, and how it 
     "compressed_nvfp4": ("compressed-tensors, nvfp4-pack-quantized: float4 in groups of 16", "nvfp4", "as stored"),
     "compressed_mxfp4": ("compressed-tensors, mxfp4-pack-quantized: float4 in groups of 32", "mxfp4", "as stored"),
 }  # fmt: skip
-_HALF = {"hqq_3": 2e-3, "compressed_nvfp4": 4e-3}  # libraries that dequantize into float16 and bfloat16: their rounding
+# Libraries that dequantize into float16 and bfloat16: their rounding.
+_HALF = {"hqq_3": 2e-3, "compressed_nvfp4": 4e-3} | {name: 2e-3 for name in MAKERS if name.startswith("gptq")}
 
 
 def opened(name):
