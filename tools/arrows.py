@@ -25,6 +25,7 @@ ROOMS = (
     ("models",),
     ("capture",),
     ("plan",),
+    ("cost",),
     ("passes",),
     ("calibrate",),
     ("lower",),

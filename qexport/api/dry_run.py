@@ -25,6 +25,7 @@ from ..quant.formats import ActivationFormat
 from ..recipe.recipe import Recipe
 from ..recipe.registry import Stage
 from .describing import described_adapter, described_codes
+from .estimating import estimate
 from .inspection import Inspection, Site
 from .refusals import check_range
 from .stages.capturing import capture
@@ -66,7 +67,8 @@ def dry_run(prepared: Preparation, calibrate: bool) -> Inspection:
         linears=tuple(decisions.plan), activations=inputs, sites=tuple(sites),
         slow=planned.target.predict_slow([b.module.graph for b in captured.blocks], by_name),
         attention=_attention(captured, grouping), parameters=sum(sizes.values()),
-        bytes={"float": float_itemsize * sum(sizes.values()), **parts}, embeddings=tuple(decisions.embeddings),
+        bytes={"float": float_itemsize * sum(sizes.values()), **parts},
+        estimate=estimate(planned), embeddings=tuple(decisions.embeddings),
         convolutions=tuple(decisions.convolutions), warnings=(*captured.notes, *([slower] if slower else [])),
         codes=described_codes(captured, decisions, planned.target), adapter=described_adapter(captured),
     )  # fmt: skip

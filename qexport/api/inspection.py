@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+from ..cost.estimate import Estimate
 from ..passes.equalization.input_policy import Decision
 from ..plan.convolution_plan import ConvolutionPlan
 from ..plan.embedding_plan import EmbeddingPlan
@@ -66,6 +67,7 @@ class Inspection:
         bytes: of the float model in the target's dtype ("float"), and of the export: "quantized" linears, the
             "embedding" with what an output projection reads of it too, the output projection ("lm_head") and the "rest"
             (norms, linears left in float, rotary tables), "total" being their sum.
+        estimate: time, memory and disk that the export is expected to take.
         embeddings: the decision for every table of token embeddings.
         convolutions: the decision for every convolution, in order; their bytes are among the rest.
         warnings: sentences on what a user may not expect of the model's folder.
@@ -88,6 +90,7 @@ class Inspection:
     attention: str
     parameters: int
     bytes: dict[str, int]
+    estimate: Estimate
     embeddings: tuple[EmbeddingPlan, ...] = ()
     convolutions: tuple[ConvolutionPlan, ...] = ()
     warnings: tuple[str, ...] = ()

@@ -3,19 +3,22 @@
 import json
 import os
 import sys
+import time
 from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from ..cost.estimate import duration
 from ..log import is_quiet
 from ..progress import no_progress
 from ..stopping import Remembered
 
 # Where no terminal can redraw a bar, a stage prints about this many lines.
 _LINES = 8
+_MOMENT = 2.0  # seconds
 
 
 def quiet_libraries() -> None:
@@ -80,6 +83,7 @@ def _bars():
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
+        TimeRemainingColumn(elapsed_when_finished=True),
         TextColumn("{task.fields[what]}"),
     )
     with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
@@ -98,9 +102,20 @@ class _Lines:
 
     def __init__(self) -> None:
         self._shown: dict[str, int] = {}
+        self._began: dict[str, tuple[float, int]] = {}  # when a stage was first heard of, and how far it was
 
     def __call__(self, stage: str, what: str, done: int, total: int) -> None:
         part = done * _LINES // max(total, 1)
+        self._began.setdefault(stage, (time.monotonic(), done))
         if self._shown.get(stage) != part:
             self._shown[stage] = part
-            print(f"{stage} {done}/{total} {what}".rstrip(), file=sys.stderr, flush=True)
+            line = f"{stage} {done}/{total} {what}".rstrip() + self._left(stage, done, total)
+            print(line, file=sys.stderr, flush=True)
+
+    def _left(self, stage: str, done: int, total: int) -> str:
+        """What is left of a stage that takes longer than a moment, by its speed so far."""
+        began, first = self._began[stage]
+        taken = time.monotonic() - began
+        if taken < _MOMENT or not first < done < total:
+            return ""
+        return f" ({duration(taken / (done - first) * (total - done))} left)"

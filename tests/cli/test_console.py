@@ -18,3 +18,14 @@ def test_an_interrupt_that_native_code_swallows_or_renames_is_not_lost(native, h
         progress("quantize", "next block", 1, 2)
         pytest.fail("the next step began")
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_lines_say_what_is_left_of_a_long_stage(monkeypatch, capsys):
+    now = iter([0.0, 0.5, 0.5, 40.0, 40.0, 80.0, 80.0])
+    monkeypatch.setattr("qexport.cli.console.time.monotonic", lambda: next(now))
+    with showing_progress() as progress:
+        for done in (0, 2, 4):
+            progress("quantize", f"block {done}", done, 8)
+    assert capsys.readouterr().err.splitlines() == [
+        "quantize 0/8 block 0", "quantize 2/8 block 2 (2 minutes left)", "quantize 4/8 block 4 (80 seconds left)",
+    ]  # fmt: skip

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 
 from ...artifact.manifest import SEQ2SEQ
 from ...capture.seq2seq import capture_seq2seq
+from ...cost.estimate import both
 from ...errors import InputError
 from ..dry_run import dry_run
 from ..inspection import Inspection
@@ -42,6 +43,7 @@ def _whole(name: str, parts: Mapping[str, Inspection]) -> Inspection:
         sites=tuple(site for part in found for site in part.sites), attention="",
         parameters=sum(part.parameters for part in found),
         bytes={name: sum(part.bytes[name] for part in found) for name in first.bytes},
+        estimate=both([part.estimate for part in found]),
         embeddings=tuple(table for part in found for table in part.embeddings),
         convolutions=tuple(c for part in found for c in part.convolutions),
         warnings=tuple(dict.fromkeys(sentence for part in found for sentence in part.warnings)), parts=parts,

@@ -1,19 +1,23 @@
 """All stages of an export, one after another."""
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from ...artifact.output import WorkFolder
 from ...errors import InputError, QExportError
+from ..estimating import LONG, estimate
 from ..result import ExportResult
 from .calibrating import calibrate
 from .capturing import capture
 from .lowering import lower
 from .packaging import package
-from .planning import plan
+from .planning import ExportPlan, plan
 from .preparing import Preparation
 from .quantizing import quantize
 from .settling import settle
+
+logger = logging.getLogger(__name__)
 
 
 def run(prepared: Preparation, work: WorkFolder) -> ExportResult:
@@ -25,9 +29,19 @@ def run(prepared: Preparation, work: WorkFolder) -> ExportResult:
     Raises:
         QExportError: of any of the stages.
     """
-    calibrated = settle(calibrate(plan(capture(prepared))))
+    planned = plan(capture(prepared))
+    _say_what_it_takes(planned)
+    calibrated = settle(calibrate(planned))
     with _forgetting(work):
         return package(lower(quantize(calibrated, work)), work)
+
+
+def _say_what_it_takes(planned: ExportPlan) -> None:
+    """The estimate, before a run that is expected to be long."""
+    found = estimate(planned)
+    logger.info("blocks are expected to take %s", found.sentence())
+    if found.seconds is not None and found.seconds > LONG:
+        planned.options.progress("estimate", f"blocks take {found.sentence()}", 1, 1)
 
 
 @contextmanager

@@ -70,6 +70,7 @@ def print_inspection(found: Inspection, all_layers: bool) -> None:
     )
     if found.attention:
         print(f"Attention is {found.attention}")
+    print(f"Its blocks take {found.estimate.sentence()}")
     print("The export calibrates" if found.calibrates else "The export needs no calibration data")
     if found.calibration:
         print(f"Calibration here: {found.calibration}")

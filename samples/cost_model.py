@@ -1,0 +1,85 @@
+"""Hours that the calibration of large models takes, by the cost model, and the model beside what is measured here.
+
+    python samples/cost_model.py
+    python samples/cost_model.py --check 1b --threads 1
+
+The first prints hours for the default way of calibrating (GPTQ in groups of 32, 32 x 256 tokens and 512 x 2048) on
+stated devices. Several devices are what they would take were samples and linears spread over them: qexport computes on
+one. The second exports random layers of a real shape and compares processor seconds, which do not grow with what else
+the machine does.
+"""
+
+import argparse
+import os
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from calibration_speed import SHAPES, linears, measured, write_model
+
+from qexport.cost.estimate import duration, estimated
+from qexport.cost.machine import Machine, seconds
+from qexport.cost.machine import measured as machine_of
+from qexport.cost.work import Data, Effort, Reading, block_work
+
+LAYERS = {"8b": 32, "70b": 80, "405b": 126}
+WIDER = {"405b": (16384, 53248, 128, 8)}
+# float32 FLOP/s without TF32, bytes/s of memory, bytes/s to another device
+DEVICES = {
+    "a CPU of 64 cores": (3e12, 3e11, 1e10), "an A100": (19.5e12, 2.0e12, 3e11), "an H200": (67e12, 4.8e12, 4.5e11),
+}  # fmt: skip
+WORK = {"32 x 256": (32, 256), "512 x 2048": (512, 2048)}
+EFFORT = Effort(passes=3, hessians=True)
+
+
+def readings(shape: str) -> list[Reading]:
+    return [Reading(inputs, tuple(outputs)) for outputs, inputs in linears(shape)]
+
+
+def table() -> None:
+    """Hours by model, device, number of them and calibration data."""
+    print("| model | device | tokens | 1 | 8 | 64 |\n| --- | --- | --- | --- | --- | --- |")
+    for shape, layers in LAYERS.items():
+        blocks = {str(layer): readings(shape) for layer in range(layers)}
+        for device, (flops, bandwidth, link) in DEVICES.items():
+            for name, (samples, length) in WORK.items():
+                data = Data(samples, length, 4, SHAPES[shape][0])
+                taken = [
+                    estimated(blocks, data, EFFORT, Machine(flops, bandwidth, count, link), 0).seconds / 3600
+                    for count in (1, 8, 64)
+                ]
+                print(f"| {shape} | {device} | {name} | {' | '.join(f'{hours:.2f}' for hours in taken)} |")
+
+
+def check(given: argparse.Namespace) -> None:
+    """Processor seconds of a layer, predicted and measured."""
+    torch.set_num_threads(given.threads)
+    machine = machine_of(torch.device("cpu"), time.process_time)
+    data = Data(given.samples, given.tokens, 4, SHAPES[given.check][0])
+    predicted = seconds(block_work(readings(given.check), data, EFFORT), machine)
+    options = {"recipe": "w4a16_g32", "samples": given.samples, "tokens": given.tokens, "threads": given.threads}
+    with tempfile.TemporaryDirectory(prefix="qexport-") as folder:
+        write_model(Path(folder) / "model", given.check, 2)
+        options |= {"model": f"{folder}/model", "out": f"{folder}/out", "device": "cpu", "offload": False}
+        found = measured(Path(__file__).parents[1], options)["cpu"]
+    print(
+        f"{machine.flops / 1e9:.0f} GFLOP and {machine.bandwidth / 1e9:.1f} GB a processor second; a layer of "
+        f"{given.check}'s shape, {given.samples} x {given.tokens} tokens: predicted {duration(predicted)}, measured "
+        f"{duration(found)}, {predicted / found:.2f} of it"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", choices=SHAPES, help="a shape to measure")
+    parser.add_argument("--samples", type=int, default=32)
+    parser.add_argument("--tokens", type=int, default=256)
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    given = parser.parse_args()
+    SHAPES.update(WIDER)
+    check(given) if given.check else table()
+
+
+if __name__ == "__main__":
+    main()
