@@ -14,6 +14,15 @@ def megabytes(count: int) -> str:
     return f"{count / 1e6:,.1f} MB" if count < 1e9 else f"{count / 1e9:,.2f} GB"
 
 
+def duration(seconds: float) -> str:
+    """A time for people: `40 seconds`, `12 minutes`, `3.5 hours`."""
+    if seconds < 1.5:
+        return "a second"
+    if seconds < 90:
+        return f"{round(seconds)} seconds"
+    return f"{seconds / 60:.0f} minutes" if seconds < 5400 else f"{seconds / 3600:.1f} hours"
+
+
 def parsed_bytes(text: str) -> int:
     """The number of bytes in `90MB`, `1.5 GB`, `86300000`: powers of 1000, as `megabytes` prints them.
 

@@ -18,10 +18,11 @@ from pathlib import Path
 import torch
 from calibration_speed import SHAPES, linears, measured, write_model
 
-from qexport.cost.estimate import duration, estimated
+from qexport.cost.estimate import estimated
 from qexport.cost.machine import Machine, seconds
 from qexport.cost.machine import measured as machine_of
 from qexport.cost.work import Data, Effort, Reading, block_work
+from qexport.formatting import duration
 
 LAYERS = {"8b": 32, "70b": 80, "405b": 126}
 WIDER = {"405b": (16384, 53248, 128, 8)}

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from ..cost.estimate import duration
+from ..formatting import duration
 from ..log import is_quiet
 from ..progress import no_progress
 from ..stopping import Remembered

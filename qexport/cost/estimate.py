@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from ..formatting import duration
 from .machine import Machine, seconds
 from .work import Data, Effort, Reading, Work, block_memory, block_work
 
@@ -52,15 +53,6 @@ def estimated(
     memory = max((block_memory(readings, data, effort) for readings in blocks.values()), default=0)
     codes = sum(r.weights for readings in blocks.values() for r in readings if r.quantized)  # a byte each
     return Estimate(work, taken, memory, file + codes)
-
-
-def duration(seconds: float) -> str:
-    """A time for people: `40 seconds`, `12 minutes`, `3.5 hours`."""
-    if seconds < 1.5:
-        return "a second"
-    if seconds < 90:
-        return f"{round(seconds)} seconds"
-    return f"{seconds / 60:.0f} minutes" if seconds < 5400 else f"{seconds / 3600:.1f} hours"
 
 
 def both(parts: Sequence[Estimate]) -> Estimate:

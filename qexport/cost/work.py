@@ -67,6 +67,7 @@ class Work:
         factors, rounding: do not: factors of Hessians, and codes.
         largest: of factors and rounding, what the largest value with its linears takes, which one device does alone.
         moved: bytes.
+        weights: numbers that are read, brought to float32, and written as codes by the host.
     """
 
     forward: float = 0.0
@@ -75,6 +76,7 @@ class Work:
     rounding: float = 0.0
     largest: float = 0.0
     moved: float = 0.0
+    weights: int = 0
 
     @property
     def flops(self) -> float:
@@ -84,6 +86,7 @@ class Work:
         return Work(
             self.forward + other.forward, self.sums + other.sums, self.factors + other.factors,
             self.rounding + other.rounding, max(self.largest, other.largest), self.moved + other.moved,
+            self.weights + other.weights,
         )  # fmt: skip
 
 
@@ -102,12 +105,12 @@ def block_work(readings: Sequence[Reading], data: Data, effort: Effort) -> Work:
     rounded = [r for r in readings if r.quantized]
     moved += _PASSES_OF_ROUNDING * FLOAT * effort.searches * sum(r.weights for r in rounded)
     if not effort.hessians or not data.samples:
-        return Work(forward=forward, moved=moved)
+        return Work(forward=forward, moved=moved, weights=weights)
     each = [(2 / 3 * r.inputs**3, float(r.inputs) * r.weights) for r in rounded]
     return Work(
         forward, float(data.tokens) * sum(r.inputs**2 for r in rounded), sum(f for f, _ in each),
         sum(c for _, c in each), max((f + c for f, c in each), default=0.0),
-        moved + _PASSES_OF_GPTQ * FLOAT * sum(r.weights for r in rounded),
+        moved + _PASSES_OF_GPTQ * FLOAT * sum(r.weights for r in rounded), weights,
     )  # fmt: skip
 
 

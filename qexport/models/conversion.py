@@ -64,7 +64,7 @@ class Rule:
         if self.converter is None:
             ((name,),) = self.parts.values()
             return {self.target: read(name)}
-        made = deepcopy(self.converter)
+        made: Any = deepcopy(self.converter)
         for pattern, names in self.parts.items():
             tensors: list[Any] = [read(name) for name in names[rows]]  # or what will give them, in transformers
             made.collected_tensors[pattern] = tensors

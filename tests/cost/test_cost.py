@@ -3,9 +3,10 @@
 import pytest
 import torch
 
-from qexport.cost.estimate import both, duration, estimated
+from qexport.cost.estimate import both, estimated
 from qexport.cost.machine import Machine, measured, seconds
 from qexport.cost.work import Data, Effort, Reading, Work, block_memory, block_work
+from qexport.formatting import duration
 
 READS = (Reading(8, (4, 2)), Reading(16, (8,), quantized=False))
 DATA, NONE = Data(samples=10, length=3, batch=4, hidden=5), Data(0, 3, 4, 5)
@@ -33,9 +34,9 @@ def test_memory_holds_weights_activations_and_two_hessians():
 
 
 def test_devices_share_all_but_the_largest_value():
-    work = Work(forward=60.0, sums=20.0, factors=30.0, rounding=10.0, largest=25.0, moved=8.0)
-    assert seconds(work, Machine(10, 4, reached=0.5)) == pytest.approx(120 / 5 + 2)
-    many = seconds(work, Machine(10, 4, devices=4, link=2, reached=0.5), READS, DATA)
+    work = Work(forward=60.0, sums=20.0, factors=30.0, rounding=10.0, largest=25.0, moved=8.0, weights=6)
+    assert seconds(work, Machine(10, 4, reached=0.5, host=0.5)) == pytest.approx(120 / 5 + 2 + 3)
+    many = seconds(work, Machine(10, 4, devices=4, link=2, reached=0.5, host=0), READS, DATA)
     exchanged = (2 * 4 * 8**2 + 8 * 6) * 3 / 4 / 2
     assert many == pytest.approx((80 / 4 + 25) / 5 + 8 / 4 / 4 + exchanged)
 
