@@ -50,6 +50,7 @@ MADE = {  # what the checkpoint is called, the scheme of the linear, and how it 
     "modelopt_int4_awq": ("ModelOpt, W4A16_AWQ", "w4a16_pc", f"as stored{FACTORS}"),
     "modelopt_int8_smoothquant": ("ModelOpt, W8A8_SQ_PER_CHANNEL", "w8a8_static", f"as stored{FACTORS}"),
     "modelopt_fp8_default": ("FP8", "w8a16_fp8", "as stored"),
+    "gptq_4": ("GPTQ, 4 bits in groups of 32", "w4a16_g32", "as stored"),
     "bnb_nf4": ("bitsandbytes, nf4, double quantization", "nf4", "as stored"),
     "bnb_fp4": ("bitsandbytes, fp4", "fp4", "as stored"),
     "bnb_int8": ("bitsandbytes, int8", "w8a16_pc", "as stored"),
