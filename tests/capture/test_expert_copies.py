@@ -12,6 +12,8 @@ from qexport.errors import CaptureError
 from qexport.graph.sites import linears
 from qexport.models.source import open_model
 
+pytestmark = pytest.mark.traced_anew
+
 COUNT = 7
 MANY = {"num_experts": COUNT, "num_local_experts": COUNT, "n_routed_experts": COUNT}
 
