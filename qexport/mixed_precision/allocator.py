@@ -15,7 +15,7 @@ from ..plan.embedding_plan import EmbeddingPlan
 from ..plan.linear_plan import LinearPlan
 from ..plan.model_plan import output_projection, plan_for
 from ..progress import StageProgress
-from ..quant.formats import Scheme, offered
+from ..quant.formats import IntegerFormat, Scheme, offered
 from ..recipe.recipe import Recipe
 from ..recipe.sections import AUTO, FLOAT, TIED, Override, only
 from .allocate import Allocation, SchemeChoice, within_bytes, within_kl
@@ -31,8 +31,9 @@ class SchemeAllocator:
     """Chooses schemes for what a recipe quantizes.
 
     Args:
-        candidates: the schemes to choose from besides the recipe's own, of the target; float_itemsize: bytes of a
-            number that stays float.
+        candidates: the schemes to choose from, of the target, besides the recipe's own that are no integers: which
+            integers its kernels are fast with, the target knows.
+        float_itemsize: bytes of a number that stays float.
         feeds: what costs are measured on.
 
     Attributes:
@@ -49,7 +50,7 @@ class SchemeAllocator:
         self._recipe, self._plan, self._embeddings = recipe, *plan_for(captured, recipe, float_itemsize)
         self._check()
         self.left = recipe.weights.kl_left
-        own = [scheme.name for scheme in recipe.schemes if scheme.interchangeable]
+        own = [s.name for s in recipe.schemes if s.interchangeable and not isinstance(s.weight, IntegerFormat)]
         schemes = [scheme for scheme in offered([*candidates, *own]) if recipe.takes(scheme.name)]
         self._costs = scheme_costs(captured, self._plan, self._embeddings, schemes, feeds, float_itemsize, progress)
         self._shares = [1.0] * len(self._costs.items)

@@ -16,6 +16,7 @@ from qexport.lower.registry import translate
 from qexport.quant.formats import IntegerFormat
 
 ops = torch.ops.qexport
+NO_FLOATS = "", [], []  # codes are integers; tests/lower/test_experts.py has 4-bit floats
 EXPERTS, CHOSEN, TOKENS, HIDDEN, INNER = 5, 2, 7, 64, 96
 INF = float("inf")
 PLAIN = dict(bits=4, group=32, symmetric=True, activation="swiglu", biased=False, rounds=False)
@@ -72,7 +73,7 @@ class Case:
     def in_pytorch(self, scores=None):
         given = (self.shares, self.shares) if scores is None else (scores, None)
         return ops.quantized_experts(
-            self.x, *given, CHOSEN, *self.tensors(), *self.numbers, *self.gate, self.rounds
+            self.x, *given, CHOSEN, *self.tensors(), *self.numbers, *self.gate, self.rounds, *NO_FLOATS
         )  # fmt: skip
 
     def in_onnxruntime(self):
@@ -86,7 +87,7 @@ class Case:
             [add_tensor(graph, f"{name}{e}", tensor) for e, tensor in enumerate(tensors)]
             for name, tensors in zip(names, self.tensors(), strict=True)
         ]
-        arguments = (x, shares, shares, CHOSEN, *lists, *self.numbers, *self.gate, self.rounds)
+        arguments = (x, shares, shares, CHOSEN, *lists, *self.numbers, *self.gate, self.rounds, *NO_FLOATS)
         node = graph.call_function(ops.quantized_experts.default, arguments)
         node.meta = {"spec": x.meta["spec"], "experts": FusedExperts("experts", (), ())}
         emit = Emitter()
@@ -180,7 +181,8 @@ def test_shares_have_the_derivative_of_finite_differences():
 
 def test_what_tracing_sees_is_what_comes_out():
     case, checks = Case(symmetric=False), ("test_schema", "test_faketensor")
-    arguments = (case.x, case.shares, case.shares, CHOSEN, *case.tensors(), *case.numbers, *case.gate, False)
+    numbers = *case.numbers, *case.gate, False, *NO_FLOATS
+    arguments = (case.x, case.shares, case.shares, CHOSEN, *case.tensors(), *numbers)
     torch.library.opcheck(ops.quantized_experts.default, arguments, test_utils=checks)
     shares = (torch.tensor([[2, 0]]), torch.ones(1, 2), 4)
     torch.library.opcheck(ops.expert_shares.default, shares, test_utils=checks)
