@@ -1,15 +1,18 @@
 """Where ONNX Runtime's CUDA provider puts the nodes of a model, asked of stand-in CUDA libraries.
 
-It proves placement, not numerics and not speed: nothing is computed. Run as a script this file opens one session and
-prints what it saw; `placement` does that in a process of its own, as LD_LIBRARY_PATH is read when a process starts.
+It proves placement, not numerics and not speed: nothing is computed. Run as a script this file opens a session for
+each line that it reads, and prints what it saw; `placement` asks such a process, as LD_LIBRARY_PATH is read when a
+process starts. One process answers many times, as its imports take longest; one that dies is followed by another.
 """
 
 import json
 import os
 import re
+import select
 import subprocess
 import sys
 import tempfile
+import traceback
 from collections import Counter
 from pathlib import Path
 from typing import TypedDict
@@ -52,25 +55,46 @@ def placement(
     Raises:
         PlacementError: the session does not start, or not on CUDA, or does not run.
     """
-    asked = json.dumps({"model": str(model_path), "entries": session_entries, "dims": dims})
     with tempfile.TemporaryDirectory() as folder:
-        env = {**env, _LAUNCHES: str(Path(folder) / "launches")}
-        done = subprocess.run([sys.executable, __file__, asked], env=env, capture_output=True, text=True,
-                              timeout=_TIMEOUT)  # fmt: skip
+        log, launches = Path(folder) / "log", Path(folder) / "launches"
+        asked = {"model": str(model_path), "entries": session_entries, "dims": dims}
+        answer = _asked(env, asked | {"log": str(log), "launches": str(launches)})
+        said = log.read_text(errors="replace")
     # The session's verbose log stands around every complaint.
-    complaints = "\n".join([line for line in done.stderr.splitlines() if not re.search(r"\[[VI]:", line)][-20:])
-    if done.returncode:
-        raise PlacementError(complaints or f"the probe ended with {done.returncode}")
-    seen = json.loads(done.stdout)
+    complaints = "\n".join([line for line in said.splitlines() if not re.search(r"\[[VI]:", line)][-20:])
+    seen = json.loads(answer or "null")
+    if seen is None:
+        raise PlacementError(complaints or "the probe ended")
     ops, providers = seen["ops"], seen["providers"]
     if "CUDAExecutionProvider" not in providers:
         raise PlacementError(f"the session runs on {providers}:\n{complaints}")
-    nodes = _placed(done.stderr, Counter(ops))
+    nodes = _placed(said, Counter(ops))
     if sum(nodes.values(), Counter()) != Counter(ops):
         raise PlacementError(f"the session's log places {nodes} and the graph it runs has {ops}")
     copies = sum(number for op, number in ops.items() if op.startswith("Memcpy"))
     return Placement(nodes={provider: dict(of) for provider, of in nodes.items()}, optimized_ops=ops, memcpy=copies,
                      producers=seen["producers"], launches=seen["launches"])  # fmt: skip
+
+
+_PROCESSES: dict[frozenset[tuple[str, str]], subprocess.Popen[str]] = {}  # by their environment
+
+
+def _asked(env: dict[str, str], asked: dict) -> str:
+    """The answer of a process in this environment; empty where it died of the question, or took too long."""
+    key = frozenset(env.items())
+    if key not in _PROCESSES or _PROCESSES[key].poll() is not None:
+        command = [sys.executable, __file__]
+        _PROCESSES[key] = subprocess.Popen(command, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    process = _PROCESSES[key]
+    assert process.stdin is not None and process.stdout is not None
+    process.stdin.write(json.dumps(asked) + "\n")
+    process.stdin.flush()
+    if not select.select([process.stdout], [], [], _TIMEOUT)[0]:
+        process.kill()
+    answer = process.stdout.readline()
+    if not answer:
+        process.wait()  # so that the next question finds it gone
+    return answer
 
 
 def _placed(log: str, ops: Counter) -> dict[str, Counter]:
@@ -125,5 +149,21 @@ def _zeros(type_: onnx.TypeProto.Tensor, dims: dict[str, int]) -> onnxruntime.Or
     return onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type(np.zeros(shape, kind), type_.elem_type)
 
 
+def _answer(asked: dict) -> None:
+    """Open one session, its log and all complaints in the file that is named."""
+    os.environ[_LAUNCHES] = asked.pop("launches")
+    log = os.open(asked.pop("log"), os.O_WRONLY | os.O_CREAT)
+    os.dup2(log, 2)
+    os.close(log)
+    try:
+        found = _open(**asked)
+    except Exception:
+        traceback.print_exc()
+        found = None
+    sys.stderr.flush()
+    print(json.dumps(found), flush=True)
+
+
 if __name__ == "__main__":
-    print(json.dumps(_open(**json.loads(sys.argv[1]))))
+    for line in sys.stdin:
+        _answer(json.loads(line))
