@@ -47,6 +47,7 @@ def export(export):
 
 @schemes
 @pytest.mark.parametrize("level", [1, 4])
+@pytest.mark.each_value_once
 def test_the_file_computes_what_its_graph_says(export, scheme, level):
     exported = export(scheme, level=level)
     flips = 0.02 if level == 4 and KERNELS[scheme][0] == "MatMulNBits" else 0
@@ -92,6 +93,7 @@ def test_bfloat16_is_placed_too(new_export, cuda_placement, scheme):
 
 @schemes
 @pytest.mark.parametrize("target", ["cpu", "cuda"])
+@pytest.mark.each_value_once
 def test_planned_bytes_are_those_of_the_file(export, scheme, target):
     exported = export(scheme, target, family="llama")
     for entry in exported.manifest.linears:

@@ -5,8 +5,9 @@ from dataclasses import dataclass
 import pytest
 import torch
 
+from helpers.breadth import quick
 from helpers.pass_runs import plan_of, run_passes, stream_of
-from helpers.random_decoders import FAMILIES, breadth
+from helpers.random_decoders import BREADTH, FAMILIES
 from helpers.runners import load_weights, padded, run_twice, tokens
 from qexport.calibrate.block_activations import collect
 from qexport.graph.edit import get_tensor
@@ -23,7 +24,7 @@ IDS, MASK = tokens(3, 9), padded([9, 4, 6], "left")
 
 @pytest.mark.each_value_once
 @pytest.mark.parametrize("explicit", [False, True])
-@pytest.mark.parametrize("family", [*FAMILIES, *breadth()])
+@pytest.mark.parametrize("family", quick(FAMILIES, among=(*FAMILIES, *BREADTH)))
 def test_logits_stay_what_they_were(captured, family, explicit):
     model = load_weights(captured(family))
     want = run_twice(model, IDS, MASK)
