@@ -12,17 +12,11 @@ from ...graph.schema import bind
 from ...graph.views import RoundE4M3
 from ...quant.formats.base import QuantizedWeight
 from ...quant.formats.nvfp4 import NVFP4
-from ...quant.formats.small_floats import SmallFloatFormat, format_named
+from ...quant.formats.small_floats import SmallFloatFormat, decoded, format_named
 from .base import GraphForm, graph_form
 
 ops = torch.ops.qexport
 _INTEGERS = "MatMulNBits"
-
-
-def _weight(codes: Tensor, scale: Tensor, tensor_scale: Tensor | None, name: str) -> Tensor:
-    """[N, K] float32."""
-    fmt = format_named(name)
-    return fmt.decode(codes, fmt.read_scale(scale, tensor_scale, len(codes)), None)
 
 
 @torch.library.custom_op("qexport::dequantize_floats", mutates_args=())
@@ -34,7 +28,7 @@ def dequantize_floats(codes: Tensor, scale: Tensor, tensor_scale: Tensor | None,
         scale, tensor_scale: as the format has them in a file.
         name: of the format, see `formats.small_floats`.
     """
-    return _weight(codes, scale, tensor_scale, name).t().contiguous()
+    return decoded(codes, scale, tensor_scale, name).t().contiguous()
 
 
 @dequantize_floats.register_fake
@@ -57,7 +51,7 @@ def matmul_floats(
     """
     if input_scale is not None:
         x = ops.round_e4m3(x, input_scale)
-    return x @ _weight(codes, scale, tensor_scale, name).t().to(x.dtype)
+    return x @ decoded(codes, scale, tensor_scale, name).t().to(x.dtype)
 
 
 @matmul_floats.register_fake
@@ -73,7 +67,7 @@ def matmul_floats_as_integers(
     x: Tensor, codes: Tensor, scale: Tensor, tensor_scale: Tensor | None, name: str
 ) -> Tensor:
     """The same with a weight of integers, which E2M1 numbers times two are, in groups."""
-    return x @ _weight(codes, scale, tensor_scale, name).t().to(x.dtype)
+    return x @ decoded(codes, scale, tensor_scale, name).t().to(x.dtype)
 
 
 @matmul_floats_as_integers.register_fake

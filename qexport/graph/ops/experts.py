@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ...quant.affine import blockwise_fake_quantize
-from ...quant.formats.small_floats import format_named
+from ...quant.formats.small_floats import decoded
 from .quant import dequantize_linear
 
 
@@ -92,7 +92,7 @@ def quantized_experts(
 
     def project(x: Tensor, e: int, codes, scales, zeros, biases, group: int, wholes) -> Tensor:
         if floats:
-            weight = _floats(floats, codes[e], scales[e], wholes[e] if wholes else None).to(x.dtype)
+            weight = decoded(codes[e], scales[e], wholes[e] if wholes else None, floats).t().to(x.dtype)
         else:
             weight = dequantize_linear(codes[e], scales[e], zeros[e] if zeros else None, 0, group, bits)
         product = (blockwise_fake_quantize(x, block_size) if rounds else x) @ weight
@@ -106,12 +106,6 @@ def quantized_experts(
             out = project(inner, expert, down_codes, down_scales, down_zeros, down_biases, down_group, down_wholes)
             result.index_add_(0, token, out * parts[token, place, None])
     return result.view(x.shape)
-
-
-def _floats(name: str, codes: Tensor, scale: Tensor, whole: Tensor | None) -> Tensor:
-    """[K, N] float32."""
-    fmt = format_named(name)
-    return fmt.decode(codes, fmt.read_scale(scale, whole, len(codes)), None).t()
 
 
 @quantized_experts.register_fake

@@ -94,8 +94,7 @@ class AWQWeight(CodedWeight):
         codes, zeros = (in_order(unpack_words(words, 4)) for words in (qweight, qzeros))
         scale = scales.t().float().contiguous()
         if self.scheme is None:
-            at = torch.arange(self.grid.columns) // self.grid.group
-            return (codes.float() - zeros.float()[:, at]) * scale[:, at]
+            return self.grid.values(codes, scale, zeros)
         return Given(self.grid.weight(codes, scale, zeros, self.scheme))
 
     def formula(self, read: Read) -> Tensor:

@@ -117,9 +117,14 @@ class CodedWeight(ABC):
     scale_dtype: str
 
     @property
+    def has_offset(self) -> bool:
+        """Whether a number is added to the weights of every group."""
+        return False
+
+    @property
     def offsets(self) -> int:
         """How many numbers there are beside codes, scales and zero points: one for every group that has an offset."""
-        if self.scheme is None or not self.kept.endswith(OFFSETS):
+        if self.scheme is None or not self.has_offset:
             return 0
         size = self.scheme.weight.group_size
         return self.shape[0] * (-(-self.shape[1] // size) if size > 0 else 1)
@@ -258,14 +263,24 @@ def siblings(tensors: Mapping[str, Header], ending: str) -> Iterable[tuple[str, 
     return ((name.removesuffix(ending), name) for name in sorted(tensors) if name.endswith(ending))
 
 
-def expect(tensors: Mapping[str, Header], name: str, shape: tuple[int, ...]) -> str:
-    """The name of a tensor that has to be there in this shape.
+def present(tensors: Mapping[str, Header], name: str) -> str:
+    """The name of a tensor that has to be there.
 
     Raises:
         CaptureError: it is not.
     """
     if name not in tensors:
         raise CaptureError("is not in the checkpoint, beside the other parts of a quantized weight", place=name)
+    return name
+
+
+def expect(tensors: Mapping[str, Header], name: str, shape: tuple[int, ...]) -> str:
+    """The name of a tensor that has to be there in this shape.
+
+    Raises:
+        CaptureError: it is not.
+    """
+    present(tensors, name)
     if tensors[name].shape != shape:
         raise CaptureError(
             f"has shape {list(tensors[name].shape)}, and by the config and the tensors beside it {list(shape)}",

@@ -37,6 +37,7 @@ from .base import (
     beside,
     coded_checkpoint,
     expect,
+    present,
     siblings,
 )
 from .four_bit_floats import FourBitFloats
@@ -134,8 +135,7 @@ class CompressedTensors(CodedCheckpoint):
     ) -> "IntegerWeight":  # fmt: skip
         (n, k), said = shape, group["weights"]
         scale = f"{path}.weight_scale"
-        if scale not in tensors:
-            raise CaptureError("is not in the checkpoint, beside the other parts of a quantized weight", place=scale)
+        present(tensors, scale)
         block = said.get("block_structure") if said.get("strategy") == "block" else None
         high, size = block or (1, said.get("group_size") or -1)
         grid = StoredGrid(bits, size if 0 < size < k else k, bool(said.get("symmetric", True)), k)
@@ -172,11 +172,9 @@ class CompressedTensors(CodedCheckpoint):
     ) -> FourBitFloats:  # fmt: skip
         scale, second = f"{path}.weight_scale", f"{path}.weight_global_scale"
         others = beside(tensors, path, ("input_global_scale", "weight_shape", *_UNREAD))
-        if scale not in tensors:
-            raise CaptureError("is not in the checkpoint, beside the other parts of a quantized weight", place=scale)
         return FourBitFloats.at(
-            f"{path}.weight", name, scale, tensors, second if second in tensors else "", divides=True, others=others,
-            note=FLOAT_INPUTS if group.get("input_activations") else "",
+            f"{path}.weight", name, present(tensors, scale), tensors, second if second in tensors else "",
+            divides=True, others=others, note=FLOAT_INPUTS if group.get("input_activations") else "",
         )  # fmt: skip
 
     def _group(self, path: str) -> Mapping[str, Any]:
@@ -255,9 +253,7 @@ class IntegerWeight(CodedWeight):
             order = self.grid.order(read(of_group).long(), of_group)
             codes = codes if order is None else codes[:, order.features]
         if self.scheme is None:
-            at = torch.arange(k) // self.grid.group
-            zero = 1 << (bits - 1) if zeros is None else zeros.float()[:, at]
-            values = (codes.float() - zero) * scale[:, at]
+            values = self.grid.values(codes, scale, zeros)
             return values if order is None else order.undo(values)
         static = self.scheme.activation is not None and self.scheme.activation.kind == "static"
         given = float(read(f"{self.path}.input_scale")) if static else None

@@ -21,11 +21,12 @@ from ...errors import CaptureError
 from ...quant.formats import QuantizedWeight, Scheme
 from ...quant.formats.nvfp4 import NVFP4
 from ...quant.formats.small_floats import SmallFloatFormat
+from ...quant.packing import unpack_rows
 from .base import CodedWeight, Given, Header, Read, expect
 from .grids import StoredGrid
+from .scaled_floats import E4M3, EXPONENTS, scale_values
 
 TWICE = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)  # the value of each code, times 2
-EXPONENT, FLOAT8 = ("U8", "F8_E8M0"), ("F8_E4M3",)  # dtypes of scales, as safetensors calls them
 _MIDDLE = 128
 _OWN = {(True, 32): "mxfp4", (False, 16): "nvfp4"}  # whether scales are exponents, and input features to a scale
 _KEPT = "4-bit floats as integers of 8 bits with half the scale"
@@ -64,7 +65,7 @@ class FourBitFloats(CodedWeight):
             raise CaptureError("is no matrix of bytes of two 4-bit floats", place=packed)
         (n, half), of_scale = tensors[packed].shape, tensors[scale]
         k, groups = 2 * half, of_scale.shape[-1] if of_scale.shape else 0
-        if of_scale.shape != (n, groups) or not groups or k % groups or of_scale.dtype not in EXPONENT + FLOAT8:
+        if of_scale.shape != (n, groups) or not groups or k % groups or of_scale.dtype not in (*EXPONENTS, E4M3):
             raise CaptureError(
                 f"is of {of_scale.dtype} {list(of_scale.shape)}, which are no exponents or 8-bit floats of groups of a "
                 f"weight {n} x {k}", place=scale, remedy="The config does not belong to these weights",
@@ -72,20 +73,20 @@ class FourBitFloats(CodedWeight):
         if second:
             expect(tensors, second, (1,) if tensors[second].shape == (1,) else ())
         grid = StoredGrid(8, k // groups, symmetric=True, columns=k)
-        own = _OWN.get((of_scale.dtype in EXPONENT, grid.group))
+        own = _OWN.get((of_scale.dtype in EXPONENTS, grid.group))
         scheme: Scheme | None
-        if own is not None and not (second and of_scale.dtype in EXPONENT):
+        if own is not None and not (second and of_scale.dtype in EXPONENTS):
             scheme, kept = Scheme.parse(own), f"as stored{note}"
         else:
             scheme, kept = grid.container()
             kept = f"{_KEPT}{note}" if scheme is not None else kept
-        dtype = "BF16" if of_scale.dtype in EXPONENT else "F32" if second else "F16"
+        dtype = "BF16" if of_scale.dtype in EXPONENTS else "F32" if second else "F16"
         parts = (packed, scale, *((second,) if second else ()), *others)
         return cls(name, (n, k), parts, scheme, kept, dtype, grid, divides, bool(second))
 
     def decode(self, read: Read) -> Given | Tensor:
         packed, scale = read(self.parts[0]).reshape(self.shape[0], -1), self._scale(read)
-        codes = torch.stack((packed & 15, packed >> 4), -1).view(self.shape)
+        codes = unpack_rows(packed, 4, self.grid.columns)
         if self.scheme is not None and isinstance(self.scheme.weight, SmallFloatFormat):
             return Given(self._as_they_are(codes, self.scheme.weight, scale.float(), read))
         twice = torch.tensor(TWICE, dtype=torch.int16)[codes.long()]
@@ -109,12 +110,7 @@ class FourBitFloats(CodedWeight):
 
     def _scale(self, read: Read) -> Tensor:
         """[N, groups], float64, the second one in it as float32 rounds it."""
-        stored = read(self.parts[1])
-        if stored.dtype == torch.float8_e4m3fn:
-            scale = stored.double()
-        else:
-            exponent = stored.view(torch.uint8).double()
-            scale = torch.exp2(exponent - 127).masked_fill(exponent == 255, torch.nan)
+        scale = scale_values(read(self.parts[1])).double()
         if not self.seconds:
             return scale
         second = read(self.parts[2]).double().reshape(())

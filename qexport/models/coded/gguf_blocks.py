@@ -272,6 +272,10 @@ class BlocksWeight(CodedWeight):
     grid: StoredGrid
     kind: str
 
+    @property
+    def has_offset(self) -> bool:
+        return BLOCKS[self.kind].minimum
+
     def decode(self, read: Read) -> Given | Tensor:
         block = BLOCKS[self.kind]
         codes, scale, low = block.parts(read(self.parts[0]).reshape(-1, block.width))

@@ -145,8 +145,7 @@ class GPTQWeight(CodedWeight):
         if order is not None:
             codes = codes[:, order.features]
         if self.scheme is None:
-            at = torch.arange(self.grid.columns) // self.grid.group
-            values = (codes.float() - zeros.float()[:, at]) * scale[:, at]
+            values = self.grid.values(codes, scale, zeros)
             return values if order is None else order.undo(values)
         zero_point = None if self.grid.symmetric else zeros
         return Given(self.grid.weight(codes, scale, zero_point, self.scheme), order)

@@ -116,6 +116,18 @@ class StoredGrid:
         zero_point = None if zero_point is None else zero_point.contiguous()
         return QuantizedWeight(codes.contiguous(), scale.float().contiguous(), zero_point, fmt)
 
+    def values(self, codes: Tensor, scale: Tensor, zero_point: Tensor | None = None) -> Tensor:
+        """The float32 weight, for codes that no container holds.
+
+        Args:
+            codes: [N, K], counting from 0.
+            scale: float32 [N, groups].
+            zero_point: [N, groups]; None for the middle.
+        """
+        at = torch.arange(self.columns) // self.group
+        zero = 1 << (self.bits - 1) if zero_point is None else zero_point.float()[:, at]
+        return (codes.float() - zero) * scale[:, at]
+
     def _spread(self, per_group: Tensor, size: int) -> Tensor:
         """Once for each of the smaller groups."""
         return per_group.repeat_interleave(self.group // size, dim=1)[:, : -(-self.columns // size)]

@@ -111,6 +111,7 @@ class FloatZeros(CodedWeight):
 
     grid: StoredGrid
     axis: int
+    has_offset = True
 
     def decode(self, read: Read) -> Given | Tensor:
         bits, size, (n, k) = self.grid.bits, self.grid.group, self.shape

@@ -126,8 +126,7 @@ class FactoredWeight(CodedWeight):
             codes = (stored.to(torch.int16) + 128).to(torch.uint8)
         factor = read(self._factor).float() if self._factor else None
         if self.scheme is None:
-            at = torch.arange(self.grid.columns) // self.grid.group
-            values = (codes.float() - (1 << (self.grid.bits - 1))) * scale[:, at]
+            values = self.grid.values(codes, scale)
             return values if factor is None else values * factor
         static = self.scheme.activation is not None
         given = float(read(next(part for part in self.parts if part.endswith(_INPUTS)))) if static else None

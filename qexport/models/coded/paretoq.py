@@ -86,6 +86,10 @@ class ClippedWeight(CodedWeight):
     grid: StoredGrid
     bits: int
 
+    @property
+    def has_offset(self) -> bool:
+        return self.bits == 2
+
     def decode(self, read: Read) -> Given | Tensor:
         weight, clip = (read(part).float() for part in self.parts)
         clip = clip.clamp(min=_LEAST)

@@ -36,6 +36,7 @@ from .base import (
     beside,
     coded_checkpoint,
     expect,
+    present,
     siblings,
 )
 from .four_bit_floats import FourBitFloats
@@ -125,7 +126,7 @@ class Quark(CodedCheckpoint):
         if zero in tensors and not one:
             expect(tensors, zero, (grid.groups, -(-n // each)) if grouped else (-(-n // each),))
         elif zero not in tensors and not symmetric:
-            raise CaptureError("is not in the checkpoint, beside the other parts of a quantized weight", place=zero)
+            present(tensors, zero)
         inputs, note = _inputs(said.get("input_tensors"), f"{path}.input_scale" in tensors)
         scheme, kept = grid.container(inputs)
         parts = (name, scale, *((zero,) if zero in tensors else ()), *beside(tensors, path, _OTHERS))
@@ -186,8 +187,7 @@ class QuarkWeight(CodedWeight):
                 remedy="The config does not belong to these weights",
             )  # fmt: skip
         if self.scheme is None:
-            at = torch.arange(k) // self.grid.group
-            return (codes.float() - (middle if zeros is None else zeros.float()[:, at])) * scale[:, at]
+            return self.grid.values(codes, scale, zeros)
         static = self.scheme.activation is not None and self.scheme.activation.kind == "static"
         given = float(read(f"{self.path}.input_scale")) if static else None
         weight = self.grid.weight(codes, scale, None if self.grid.symmetric else zeros, self.scheme)

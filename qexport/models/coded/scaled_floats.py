@@ -16,7 +16,8 @@ from ...errors import CaptureError
 from ...quant.formats import QuantizedWeight, Scheme
 from .base import CodedWeight, Given, Header, Read
 
-FLOAT8 = ("F8_E4M3", "F8_E5M2")  # as safetensors calls them
+E4M3 = "F8_E4M3"  # as safetensors calls it
+FLOAT8 = (E4M3, "F8_E5M2")
 EXPONENTS = ("U8", "F8_E8M0")
 
 
@@ -63,7 +64,7 @@ class ScaledFloats(CodedWeight):
         return cls(name, (n, k), (stored, scale, *others), scheme, kept, tensors[scale].dtype, block)
 
     def decode(self, read: Read) -> Given | Tensor:
-        stored, scale = read(self.parts[0]), _scales(read(self.parts[1])).float()
+        stored, scale = read(self.parts[0]), scale_values(read(self.parts[1])).float()
         (n, k), (rows, columns) = self.shape, self.block
         scale = scale.reshape(-(-n // rows), -(-k // columns))
         if self.scheme is not None:
@@ -74,7 +75,7 @@ class ScaledFloats(CodedWeight):
 
     def formula(self, read: Read) -> Tensor:
         """Block by block."""
-        values, scales = read(self.parts[0]).double(), _scales(read(self.parts[1])).double()
+        values, scales = read(self.parts[0]).double(), scale_values(read(self.parts[1])).double()
         (n, k), (rows, columns) = self.shape, self.block
         flat, of_block = scales.flatten().tolist(), 0
         out = torch.empty_like(values)
@@ -88,7 +89,7 @@ class ScaledFloats(CodedWeight):
 
 def _own(numbers: str, scales: str, block: tuple[int, int], shape: tuple[int, int]) -> str:
     """The format that is this one; empty where none is."""
-    if numbers != FLOAT8[0]:
+    if numbers != E4M3:
         return ""
     if scales in EXPONENTS:
         return "mxfp8" if block == (1, 32) and shape[1] % 32 == 0 else ""
@@ -97,6 +98,6 @@ def _own(numbers: str, scales: str, block: tuple[int, int], shape: tuple[int, in
     return "w8a16_fp8_b128" if block == (128, 128) else ""
 
 
-def _scales(stored: Tensor) -> Tensor:
-    """Of whatever dtype, as float numbers; uint8 ones are exponents."""
+def scale_values(stored: Tensor) -> Tensor:
+    """Scales of whatever dtype, as float numbers; uint8 ones are exponents."""
     return stored.view(torch.float8_e8m0fnu) if stored.dtype == torch.uint8 else stored

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from ...errors import CaptureError
+from ...quant.packing import unpack_rows
 from .base import (
     OFFSETS,
     REQUANTIZE,
@@ -184,8 +185,7 @@ class UnpackedWeight(CodedWeight):
                 remedy="The config does not belong to these weights",
             )  # fmt: skip
         if self.scheme is None:
-            at = torch.arange(self.grid.columns) // self.grid.group
-            return (codes.float() - middle - zeros.float()[:, at]) * scale[:, at]
+            return self.grid.values(codes, scale, zeros + middle)
         raised = None if self.grid.symmetric else (zeros + middle).to(torch.uint8)
         return Given(self.grid.weight(codes, scale, raised, self.scheme))
 
@@ -204,10 +204,11 @@ class Int4Weight(CodedWeight):
     """Signed codes, two to a byte, and float zero points; grid: of them."""
 
     grid: StoredGrid
+    has_offset = True
 
     def decode(self, read: Read) -> Given | Tensor:
         packed = read(self.parts[0]).view(torch.uint8)
-        raised = torch.stack((packed & 15, packed >> 4), -1).view(self.shape) ^ 8
+        raised = unpack_rows(packed, 4, self.grid.columns) ^ 8
         scale, offset = (read(part).t().contiguous() for part in self.parts[1:])
         if self.scheme is None:
             at = torch.arange(self.grid.columns) // self.grid.group

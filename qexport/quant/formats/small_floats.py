@@ -110,6 +110,19 @@ def _exponent(x: Tensor) -> Tensor:
     return torch.frexp(x).exponent - 1
 
 
+def decoded(codes: Tensor, scale: Tensor, tensor_scale: Tensor | None, name: str) -> Tensor:
+    """The weight float32 [N, K] that codes stand for.
+
+    Args:
+        codes: uint8 [N, K].
+        scale: as `stored_scale` made it.
+        tensor_scale: see `SmallFloatFormat.read_scale`.
+        name: of the format.
+    """
+    fmt = format_named(name)
+    return fmt.decode(codes, fmt.read_scale(scale, tensor_scale, len(codes)), None)
+
+
 def format_named(name: str) -> SmallFloatFormat:
     """The format of this name.
 
