@@ -70,7 +70,7 @@ class SchemeAllocator:
         """
         found = within_bytes(self._choices, most - self._rest)
         if found is None:
-            smallest = Allocation(tuple(min(choices, key=lambda c: (c.bytes, c.kl)) for choices in self._choices))
+            smallest = self.smallest()
             least = self.bytes(smallest)
             if most >= least - self._guessed:  # an export will tell
                 return smallest
@@ -84,9 +84,18 @@ class SchemeAllocator:
         """The fewest bytes for at most so much KL, by what exports have measured; None where the best is not enough."""
         return within_kl(self._choices, most / self.left)
 
+    def smallest(self) -> Allocation:
+        """The fewest bytes, at any KL."""
+        return Allocation(tuple(min(choices, key=lambda c: (c.bytes, c.kl)) for choices in self._choices))
+
     def best(self) -> Allocation:
         """The least KL, at any size."""
         return Allocation(tuple(min(choices, key=lambda c: (c.kl, c.bytes)) for choices in self._choices))
+
+    def of_rounding(self, allocation: Allocation) -> float:
+        """The KL that costs foretell if weights are rounded to nearest, whatever was learnt of the recipe's method."""
+        chosen = zip(self._costs.items, allocation.choices, strict=True)
+        return sum(next(c.kl for c in item.choices if c.scheme == choice.scheme) for item, choice in chosen)
 
     def bytes(self, allocation: Allocation) -> int:
         """About the size of the file."""
@@ -116,7 +125,7 @@ class SchemeAllocator:
         now = sum(known[choice.scheme] for known, choice in zip(by_name, allocation.choices, strict=True))
         self.left = kl / max(now, 1e-12)
 
-    def _schemes(self, allocation: Allocation) -> dict[str, str]:
+    def schemes(self, allocation: Allocation) -> dict[str, str]:
         """The scheme asked for, of every linear that is chosen for, and of a table of embeddings."""
         table = next((e.name for e in self._embeddings if e.scheme is not None), "")
         pairs = zip(self._costs.items, allocation.choices, strict=True)
@@ -124,7 +133,7 @@ class SchemeAllocator:
 
     def recipe(self, allocation: Allocation) -> Recipe:
         """The recipe with this choice: the commonest scheme for all, and an override for each other linear."""
-        chosen = self._schemes(allocation)
+        chosen = self.schemes(allocation)
         table = next((e for e in self._embeddings if e.scheme is not None), None)
         embedding = self._recipe.embedding
         if table is not None and not table.linear:

@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 from ..validation.formatting import decibels, own
 from ..validation.formatting import number as _number
 from ..validation.report import InputRange, LayerComparison, Logits, Report, Sensitivity, ValueComparison
+from .curve import curve_figure
+from .exported import Exported
 from .figures import Bar, Bars, Cell, Figure, HeatMap, Lines, Point, Series
 
 _MOST_BARS = 16
@@ -14,6 +16,13 @@ _FLOAT = 100.0  # dB: above this there is nothing but the rounding of float32
 _Worded = tuple[str, str, bool] | None  # text of a cell, the same in words, whether it is broken; None: no cell
 # Above this many kinds of values a heat map is longer than anybody reads.
 _MOST_ROWS = 64
+
+
+def figures_of(exported: Exported) -> list[Figure]:
+    """Every figure of a validated export: those of its report, and the curve that it was chosen from."""
+    size = exported.manifest.bytes.get("model")
+    curve = [] if exported.curve is None else with_numbers(curve_figure(exported.curve, size))
+    return [*figures(exported.validation), *curve]
 
 
 def figures(report: Report) -> list[Figure]:

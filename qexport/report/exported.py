@@ -17,6 +17,7 @@ from ..errors import InputError, RecipeError
 from ..recipe.reading import read_yaml
 from ..validation.report import Report
 from ..validation.report_store import KEY, REPORT_FILE, checked, keep
+from .curve import DrawnCurve, read_curve
 from .speed import Speed, read_speed
 from .tasks import TaskScore, task_scores
 
@@ -34,6 +35,7 @@ class Exported:
         report: the validation; None where there was none.
         speed: as `qexport bench` measured it; None where nobody did.
         tasks: scores of lm-eval that lie in the folder.
+        curve: KL against bytes, of an export whose schemes were chosen from it.
     """
 
     folder: Path
@@ -43,6 +45,7 @@ class Exported:
     report: Report | None
     speed: Speed | None = None
     tasks: tuple[TaskScore, ...] = ()
+    curve: DrawnCurve | None = None
 
     @property
     def validation(self) -> Report:
@@ -113,6 +116,7 @@ def read_export(folder: str | os.PathLike[str]) -> Exported:
     return Exported(
         folder, manifest, recipe.read_text(encoding="utf-8", errors="replace") if recipe.is_file() else "",
         export if isinstance(export, Mapping) else {}, found, read_speed(whole, folder), task_scores(folder),
+        read_curve(whole, path),
     )  # fmt: skip
 
 

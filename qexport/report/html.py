@@ -15,7 +15,7 @@ from ..artifact.scratch import write_whole
 from ..validation.formatting import kernels, with_error
 from ..validation.report import Report
 from . import facts, svg, tables
-from .drawing import figures
+from .drawing import figures_of
 from .exported import Exported
 from .figures import Bars, HeatMap, Lines
 from .sampling import Sampled
@@ -40,7 +40,7 @@ def write_html(exported: Exported, sampled: Sampled | None = None) -> Path:
 def render_html(exported: Exported, sampled: Sampled | None = None) -> str:
     """The page of a validated export."""
     report, manifest = exported.validation, exported.manifest
-    drawn = figures(report)
+    drawn = figures_of(exported)
     charts = [f for f in drawn if not isinstance(f, HeatMap)]
     style, script = own_file("style.css"), own_file("report.js")
     export = exported.export

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError, writing_to
-from .drawing import figures
+from .drawing import figures_of
 from .exported import Exported
 from .figures import Bars, Figure, HeatMap, Lines
 from .sampling import Sampled
@@ -36,7 +36,7 @@ def write_plots(exported: Exported, folder: str | os.PathLike[str], sampled: Sam
             into.mkdir(parents=True, exist_ok=True)
         except FileExistsError:
             raise InputError("is a file, not a folder", place=str(into), remedy="Choose another name") from None
-        for figure in [*figures(exported.validation), *(sampled.figures if sampled else ())]:
+        for figure in [*figures_of(exported), *(sampled.figures if sampled else ())]:
             path = into / f"{_file_name(figure)}.png"
             canvas = _canvas(agg, figure)
             _draw(canvas.figure.add_subplot(), figure)

@@ -46,8 +46,8 @@ class CpuTarget(Target):
     provider: ClassVar[str] = CPU
     dtypes: ClassVar[tuple[torch.dtype, ...]] = (torch.float32,)
     candidates: ClassVar[tuple[str, ...]] = (
-        "w4a16_g128", "w4a16_g64", "w4a16_g32", "w4a16_g16", "w4a16_g128_asym", "w4a16_g64_asym", "w4a16_g32_asym",
-        "w8a16_g128", "w8a16_g32",
+        "w2a16_g64_asym", "w2a16_g32_asym", "w4a16_g128", "w4a16_g64", "w4a16_g32", "w4a16_g16", "w4a16_g128_asym",
+        "w4a16_g64_asym", "w4a16_g32_asym", "w8a16_g128", "w8a16_g64", "w8a16_g32",
     )  # fmt: skip
     integer_convolutions: ClassVar[bool] = True
     genai_provider_options: ClassVar[tuple[dict[str, dict[str, str]], ...] | None] = ()

@@ -70,6 +70,12 @@ def export(
     max_kl: Annotated[
         float | None, typer.Option(help="The largest mean KL from the float model.", rich_help_panel=AUTO)
     ] = None,
+    curve: Annotated[
+        bool,
+        typer.Option(
+            "--curve", help="Choose for sizes from 2 bits to 8, measure some: KL against bytes.", rich_help_panel=AUTO
+        ),
+    ] = False,
     text: Annotated[
         Path | None,
         typer.Option(help="UTF-8 text to measure KL on; by default the model writes it.", rich_help_panel=AUTO),
@@ -90,7 +96,7 @@ def export(
     """Quantize a model and write it as a folder that ONNX Runtime runs."""
     from .. import console
 
-    auto = auto or max_bytes is not None or max_kl is not None
+    auto = auto or curve or max_bytes is not None or max_kl is not None
     named = named_recipe(recipe or ("compact" if auto and requantize is None else None), requantize)
     console.quiet_libraries()
     from ..printers.export import auto_summary, export_summary, print_auto, print_export
@@ -114,7 +120,7 @@ def export(
         opened = source if merged and isinstance(source, ModelFolder) else model
         with console.showing_progress() as progress:
             found = qexport.export_auto(
-                opened, chosen, out_dir=out, max_bytes=most, max_kl=max_kl, target=target,
+                opened, chosen, out_dir=out, max_bytes=most, max_kl=max_kl, curve=curve, target=target,
                 dtype=dtype, calibration=calibration, text=text, overwrite=overwrite, attention=attention,
                 provider=provider,
                 requantize=requantize is not None, trust_remote_code=trust_remote_code, progress=progress,

@@ -11,10 +11,12 @@ from ...api.compressing import compressed
 from ...api.result import ExportResult
 from ...artifact.tokenizer import TEMPLATE
 from ...formatting import megabytes
+from ...mixed_precision.curve import CurvePoint
 from ...passes.moe_coverage import FEW_TOKENS
 from ...plan.linear_plan import Planned
 from ...plan.model_plan import described_embedding
 from ...validation.formatting import number
+from ..console import print_table
 from .shared import described, print_fast, sizes_by_part
 
 
@@ -48,7 +50,8 @@ def export_summary(result: ExportResult) -> dict[str, Any]:
 
 def auto_summary(found: AutoResult) -> dict[str, Any]:
     """The same, with the choice and what it led to under "auto"."""
-    return export_summary(found.export) | {"auto": found.as_dict()}
+    drawn = {"curve": found.curve.as_dict()} if found.curve is not None else {}
+    return export_summary(found.export) | {"auto": found.as_dict()} | drawn
 
 
 def print_auto(found: AutoResult, model: str = "MODEL") -> None:
@@ -61,6 +64,15 @@ def print_auto(found: AutoResult, model: str = "MODEL") -> None:
         f"  KL {number(scores.kl_mean)} a token (foretold {number(found.predicted_kl)}), perplexity"
         f" {number(scores.float_perplexity)} -> {number(scores.perplexity)}, on {found.text}"
     )
+    if found.curve is not None:
+        print()
+        print_table(["model", "KL", "", "schemes", "recipe"], [_curve_row(point) for point in found.curve.points])
+
+
+def _curve_row(point: CurvePoint) -> list[str]:
+    schemes = ", ".join(f"{n} {scheme}" for scheme, n in sorted(point.schemes.items(), key=lambda s: -s[1]))
+    how = "measured" if point.measured else "estimated"
+    return [megabytes(point.bytes), number(point.kl), how, schemes, point.recipe]
 
 
 def print_export(result: ExportResult, model: str = "MODEL") -> None:

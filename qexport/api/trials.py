@@ -1,0 +1,202 @@
+"""Exports that are made to be measured: what schemes cost, and exports that are compared with the model."""
+
+import logging
+import os
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..artifact.output import claimed
+from ..calibrate.block_activations import Feeds, decoder_inputs
+from ..calibrate.data import calibration_batches
+from ..capture.graph import CapturedModel
+from ..device import CPU
+from ..errors import InputError
+from ..mixed_precision.allocate import Allocation
+from ..mixed_precision.allocator import SchemeAllocator
+from ..models.source import ModelFolder
+from ..progress import Progress
+from ..recipe.recipe import Recipe
+from ..validation.account import transforms
+from ..validation.kl_costs import deployed_costs
+from ..validation.logits import compare_logits, deployed_logits
+from ..validation.reader import check_reader
+from ..validation.reference import FloatOutputs, decoder_feeds
+from ..validation.report import Logits
+from ..validation.text import choose_text
+from .result import ExportResult
+from .stages import pipeline
+from .stages.capturing import capture, capture_model
+from .stages.preparing import Preparation
+
+logger = logging.getLogger(__name__)
+
+_TOKENS, _LENGTH = 1024, 512  # on which costs are measured, and tokens of a sequence at most
+
+
+@dataclass(frozen=True)
+class Judge:
+    """What the KL of exports is measured on, see `export_auto`."""
+
+    text: str | os.PathLike[str] | None
+    windows: int
+    window: int
+    provider: str | None
+
+
+@dataclass(frozen=True)
+class Trial:
+    """An export, the KL that was expected of it, and what it has."""
+
+    allocation: Allocation
+    foretold: float
+    made: ExportResult
+    logits: Logits
+    kl: float
+
+    @property
+    def bytes(self) -> int:
+        return self.made.manifest.bytes["model"]
+
+
+@dataclass
+class Trials:
+    """Exports of one model with schemes that are chosen, each in a folder of its own.
+
+    Attributes:
+        chooser: knows what schemes cost, and learns.
+        described: the text that KL is measured on.
+        all: the exports so far.
+    """
+
+    chooser: SchemeAllocator
+    described: str
+    all: list[Trial] = field(default_factory=list)
+    _prepared: Preparation = field(kw_only=True)
+    _original: CapturedModel = field(kw_only=True)
+    _captured: CapturedModel = field(kw_only=True)
+    _windows: torch.Tensor = field(kw_only=True)
+    _reference: FloatOutputs = field(kw_only=True)
+    _feeds: Sequence[Feeds] = field(kw_only=True)
+    _folder: Path = field(kw_only=True)
+    _provider: str | None = field(kw_only=True)
+
+    @property
+    def progress(self) -> Progress:
+        return self._prepared.options.progress
+
+    def attempt(self, allocation: Allocation) -> Trial:
+        """Export with a choice, and measure its KL.
+
+        Raises:
+            InputError: NaN or Inf comes out.
+            QExportError: as `export`.
+        """
+        trial, foretold = self._folder / str(len(self.all)), self.chooser.left * allocation.kl
+        with claimed(trial, overwrite=False) as place:
+            part = self._prepared.of_part(self._original, self.chooser.recipe(allocation), self._prepared.options)
+            made = pipeline.run(part, place)
+        run = deployed_logits(trial, made.manifest, self._windows.shape[1], provider=self._provider)
+        logits = compare_logits(self._reference, self._windows, run, partial(self.progress, "logits"))
+        if logits.kl_mean is None:
+            raise InputError("NaN or Inf comes out of the export", remedy="See `qexport validate` of a plain export")
+        size, schemes = made.manifest.bytes["model"], Counter(schemes_of(made).values())
+        logger.info("tried %s: %d bytes, KL %.4g (foretold %.4g)", dict(schemes), size, logits.kl_mean, foretold)
+        self.all.append(Trial(allocation, foretold, made, logits, logits.kl_mean))
+        self.chooser.wrong_by(self.all[-1].bytes - self.chooser.bytes(allocation))
+        return self.all[-1]
+
+    def learn(self, trial: Trial) -> None:
+        """Let the chooser know what the recipe's method left of the costs that it had foretold."""
+        folder = trial.made.folder
+        real = deployed_costs(
+            folder, trial.made.manifest, self._captured, self._feeds, self.chooser.importance,
+            transformed=transforms(folder), provider=self._provider, progress=partial(self.progress, "costs"),
+        )  # fmt: skip
+        self.chooser.learn(trial.allocation, real, trial.kl)
+
+
+@contextmanager
+def trials(prepared: Preparation, judge: Judge, folder: Path, most: int | None = None) -> Iterator[Trials]:
+    """Measure what schemes cost in every linear of a decoder, and get ready to try some.
+
+    Args:
+        folder: where exports are made.
+        most: bytes of a file that is to be found; that there is none is said before the work begins.
+
+    Raises:
+        InputError: the model is no decoder, there is no text, or so few bytes are not enough.
+        RecipeError: the recipe quantizes activations, or nothing.
+    """
+    options, progress = prepared.options, prepared.options.progress
+    original = _decoder(prepared)
+    captured = capture(prepared.of_part(original, prepared.recipe, options)).captured
+    original.reader = check_reader(captured)  # not again for every export
+    feeds = _feeds(captured, prepared.recipe, prepared.data, progress)
+    chooser = SchemeAllocator(
+        captured, prepared.recipe, prepared.target.candidates, prepared.target.dtype.itemsize, options.attention, feeds,
+        partial(progress, "costs"),
+    )  # fmt: skip
+    window = min(judge.window, captured.settings.get("max_position_embeddings") or judge.window)
+    judged = choose_text(captured, judge.text, judge.windows, window, partial(progress, "text"))
+    if most is not None:
+        chooser.within_bytes(most)
+    held = original.copy()  # as it is, whose last block stays loaded
+    reference = FloatOutputs(held, decoder_feeds(held, judged.windows), ("logits",), partial(progress, "float model"))
+    try:
+        yield Trials(
+            chooser, judged.described, _prepared=prepared, _original=original, _captured=captured,
+            _windows=judged.windows, _reference=reference, _feeds=feeds, _folder=folder, _provider=judge.provider,
+        )  # fmt: skip
+    finally:
+        reference.close()
+
+
+def _decoder(prepared: Preparation) -> CapturedModel:
+    """The model as a graph.
+
+    Raises:
+        InputError: it is no decoder.
+    """
+    place = str(prepared.source) if isinstance(prepared.source, ModelFolder) else type(prepared.source).__name__
+    kind = "encoder-decoder" if prepared.in_two_parts else "module"
+    if not prepared.in_two_parts and not isinstance(prepared.source, torch.nn.Module):
+        captured = capture_model(prepared.source, placement=prepared.options.placement)
+        if captured.kind == "decoder":
+            if not isinstance(prepared.source, CapturedModel):
+                for note in captured.notes:
+                    logger.warning("%s", note)
+            return captured
+        kind = captured.kind
+    raise InputError(f"schemes are chosen for decoders, and its kind is {kind}", place=place)
+
+
+def schemes_of(made: ExportResult) -> dict[str, str]:
+    """Of every quantized linear, and of a quantized table of embeddings, by name."""
+    tables = {table.name: table.scheme for table in made.embeddings}
+    linears = {linear.name: linear.scheme for linear in made.plan}
+    return {name: scheme.name for name, scheme in (tables | linears).items() if scheme is not None}
+
+
+def _feeds(captured: CapturedModel, recipe: Recipe, data: Any, progress: Progress) -> list[Feeds]:
+    """The first tokens of the calibration data, each sequence alone."""
+    batches, _ = calibration_batches(captured, recipe, data, progress)
+    ids_name = next(port.value for port in captured.inputs if port.name == "input_ids")
+    longest = min(_LENGTH, captured.settings.get("max_position_embeddings") or _LENGTH)
+    feeds: list[Feeds] = []
+    left, stream = _TOKENS, batches()
+    for batch, mask in zip(stream.batches, stream.masks, strict=True):
+        if mask is None:
+            raise TypeError("texts come with their masks")
+        for ids, real in zip(batch[ids_name], mask, strict=True):
+            if left > 0:
+                ids = ids.to(CPU)[real.to(CPU)][: min(left, longest)]
+                feeds.append(decoder_inputs(captured, ids[None], torch.ones_like(ids)[None]))
+                left -= len(ids)
+    return feeds
