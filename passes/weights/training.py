@@ -1,4 +1,4 @@
-"""The section that methods share which train weights so that rounding them to nearest costs less."""
+"""The sections that methods share which train weights."""
 
 from typing import Annotated, ClassVar
 
@@ -29,3 +29,17 @@ class TrainedWeights(WeightMethod):
     token_norm_power: float = Field(0.75, ge=0, le=2)
     calibrates: ClassVar[bool] = True
     kl_left: ClassVar[float] = 0.35
+
+
+class TrainedBlocks(WeightMethod):
+    """Attributes:
+    steps: updates of a block.
+    batches: calibration batches that a step sees.
+    token_norm_power: a token is divided by the norm of what the block hands on there to this power; 0 leaves tokens as
+        they are, 1 keeps the few tokens with huge activations from drowning out the others.
+    """
+
+    steps: int = Field(100, ge=1, le=100_000)
+    batches: int = Field(1, ge=1, le=1024)
+    token_norm_power: float = Field(1.0, ge=0, le=2)
+    calibrates: ClassVar[bool] = True

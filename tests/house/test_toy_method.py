@@ -123,14 +123,14 @@ def test_a_file_names_it_and_its_keys(tmp_path):
         ({"method": "absmean", "reech": 1}, r"^weights\.reech: unknown key\. Did you mean reach\?$"),
         (
             {"method": "absmean", "steps": 1},
-            r"^weights\.steps: steps is not a key of absmean, but of zq_global and",
+            r"^weights\.steps: steps is not a key of absmean, but of autoround, .*zq_global and",
         ),
         (
             {"reach": 1},
             r"^weights\.reach: reach is not a key of rtn, but of absmean\. Remove it, or",
         ),
         ({"method": "absmean", "reach": 0}, r"^weights\.reach: input should be greater than 0, not 0$"),
-        ({"method": "absmeen"}, r"^weights\.method: input should be 'absmean', 'as_stored', 'gptq', .* not 'absmeen'$"),
+        ({"method": "absmeen"}, r"^weights\.method: input should be 'absmean', 'as_stored', 'autoround', .* not 'absmeen'$"),
     ],
 )
 def test_what_is_wrong_with_its_section_is_said(weights, message):

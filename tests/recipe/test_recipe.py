@@ -50,6 +50,7 @@ PRESETS = {
     "w8a8_static_lae": ("w8a8_static", "rtn", "lae"),
     "w4a16_g64_awq": ("w4a16_g64", "rtn", "awq"),
     "w4a16_g64_hqq": ("w4a16_g64_asym", "hqq", None),
+    "w4a16_g64_autoround": ("w4a16_g64", "autoround", None),
     "w4a16_g64_zq_local": ("w4a16_g64", "zq_local", None),
     "w4a16_g64_zq_global": ("w4a16_g64", "zq_global", None),
     "w4a16_g64_lorc": ("w4a16_g64", "gptq", "lorc"),

@@ -1,0 +1,82 @@
+"""Codes on a grid of integers as a function that can be trained: of where weights lie and of the range of each group.
+
+Rounding passes gradients on as they are; clamping stops those that would move a value further out of the grid.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .affine import grouped, ungrouped
+from .formats import IntegerFormat, QuantizedWeight
+from .grids import PER_TENSOR
+
+_TINY = torch.finfo(torch.float32).tiny
+
+
+class _RoundThrough(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.round()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad
+
+
+def round_through(x: Tensor) -> Tensor:
+    """Half to even; the gradient is the identity."""
+    rounded: Tensor = _RoundThrough.apply(x)
+    return rounded
+
+
+def range_of(w: Tensor, fmt: IntegerFormat) -> tuple[Tensor, Tensor]:
+    """The least and the largest weight of every group, [N, G] each ([1, 1] for the whole tensor), zero between them."""
+    parts = grouped(w, fmt)
+    dims = (0, 1, 2) if fmt.group_size == PER_TENSOR else (2,)
+    low, high = parts.amin(dims).clamp_max(0), parts.amax(dims).clamp_min(0)
+    return (low.view(1, 1), high.view(1, 1)) if fmt.group_size == PER_TENSOR else (low, high)
+
+
+def grid_of(low: Tensor, high: Tensor, fmt: IntegerFormat) -> tuple[Tensor, Tensor | None]:
+    """Scale and zero point that cover a range, as `weight_scales` has them: both float32, shaped as the range.
+
+    Args:
+        low, high: at most and at least 0.
+    """
+    spread = torch.maximum(high, -low) if fmt.symmetric else high - low
+    scale = spread / fmt.qmax
+    scale = torch.where(scale < _TINY, torch.ones_like(scale), scale)
+    if fmt.symmetric:
+        return scale, None
+    return scale, round_through(-low / scale).clamp(0, fmt.qmax)
+
+
+def codes_through(steps: Tensor, zero: Tensor | None, fmt: IntegerFormat) -> Tensor:
+    """Codes of weights in steps, [N, G, group], as floats, zero point included."""
+    codes = round_through(steps)
+    if zero is not None:
+        codes = codes + zero[..., None]
+    return codes.clamp(fmt.qmin, fmt.qmax)
+
+
+def values_through(steps: Tensor, scale: Tensor, zero: Tensor | None, fmt: IntegerFormat, k: int) -> Tensor:
+    """The weight [N, k] that the nearest codes stand for, with gradients for steps, scales and zero points.
+
+    Args:
+        steps: float32 [N, G, group], the weights over the scale, and whatever is added to them.
+        scale, zero: as `grid_of` has them.
+    """
+    codes = codes_through(steps, zero, fmt)
+    if zero is not None:
+        codes = codes - zero[..., None]
+    return ungrouped(codes * scale[..., None], k)
+
+
+@torch.no_grad()
+def codes_of(steps: Tensor, scale: Tensor, zero: Tensor | None, fmt: IntegerFormat, k: int) -> QuantizedWeight:
+    """The codes behind `values_through`, which gives what they dequantize to."""
+    stored = torch.int8 if fmt.symmetric else torch.uint8
+    codes = ungrouped(codes_through(steps, zero, fmt), k).to(stored).contiguous()
+    return QuantizedWeight(codes, scale.detach(), None if zero is None else zero.detach().to(torch.uint8), fmt)
