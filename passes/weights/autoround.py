@@ -16,12 +16,11 @@ from pydantic import Field
 from torch import Tensor
 
 from ...plan.linear_plan import LinearPlan
-from ...quant.affine import grouped
-from ...quant.formats import IntegerFormat, QuantizedWeight
-from ...quant.learned_codes import codes_of, grid_of, range_of, values_through
+from ...quant.formats import IntegerFormat
+from ...quant.learned_codes import grid_of, range_of
 from ...recipe.registry import method
 from ..base import GraphPass
-from .block_training import LatentCodes, TrainedCodes, Update
+from .block_training import GridWeight, LatentCodes, Shared, TrainedCodes, Update
 from .training import TrainedBlocks
 
 
@@ -45,30 +44,22 @@ class AutoRoundSection(TrainedBlocks):
         return [AutoRound(plan, self.steps, self.batches, self.token_norm_power, rate, clip_rate)]
 
 
-class _Rounding(LatentCodes):
+class _Rounding(GridWeight):
     """Where a weight lies between codes, and how much of its range each group uses."""
 
     def __init__(self, w: Tensor, fmt: IntegerFormat, factor: Tensor | None) -> None:
-        self._groups, self._format, self._factor, self._k = grouped(w, fmt), fmt, factor, w.shape[1]
+        super().__init__(w, fmt, factor)
         self._low, self._high = range_of(w, fmt)
-        self.offsets = torch.zeros_like(self._groups).requires_grad_()
+        self.offsets = torch.zeros_like(self.groups).requires_grad_()
         self.low_share, self.high_share = (torch.ones_like(self._low).requires_grad_() for _ in range(2))
 
     @property
     def parameters(self) -> list[Tensor]:
         return [self.offsets, self.low_share, self.high_share]
 
-    def _grid(self) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Weights in steps, scale and zero point."""
-        scale, zero = grid_of(self._low * self.low_share, self._high * self.high_share, self._format)
-        return self._groups / scale[..., None] + self.offsets, scale, zero
-
-    def rounded(self) -> Tensor:
-        values = values_through(*self._grid(), self._format, self._k)
-        return values if self._factor is None else values * self._factor
-
-    def codes(self) -> QuantizedWeight:
-        return codes_of(*self._grid(), self._format, self._k)
+    def grid(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        scale, zero = grid_of(self._low * self.low_share, self._high * self.high_share, self.format)
+        return self.groups / scale[..., None] + self.offsets, scale, zero
 
 
 @dataclass(frozen=True)
@@ -85,7 +76,7 @@ class AutoRound(TrainedCodes):
     def latent(self, w: Tensor, fmt: IntegerFormat, factor: Tensor | None) -> LatentCodes:
         return _Rounding(w, fmt, factor)
 
-    def updates(self, latents: Sequence[LatentCodes]) -> Update:
+    def updates(self, latents: Sequence[LatentCodes], shared: Shared) -> Update:
         parameters = [tensor for latent in latents for tensor in latent.parameters]
         # In the order of `_Rounding.parameters`.
         lengths = [self.rate, self.clip_rate, self.clip_rate] * len(latents)

@@ -16,7 +16,9 @@ from ...graph.narrow import widened
 from ...graph.sites import Linear, linears
 from ...graph.views import operand
 from ...plan.linear_plan import LinearPlan
+from ...quant.affine import grouped
 from ...quant.formats import ActivationFormat, IntegerFormat, QuantizedWeight
+from ...quant.learned_codes import codes_of, values_through
 from ...quant.straight_through import fake_quantize_tokens
 from ..base import Batch, Context, GraphPass, PassResult, PassState, RowScale, SiteRecord
 from .rounding import integer_format, quantize_linears, why_not_integer
@@ -95,6 +97,7 @@ class RoundedBlock(Interpreter):
         latents: by the name of the weight.
         plan: by linear name.
         handover: what passes before have left.
+        shared: what several weights depend on.
     """
 
     def __init__(
@@ -104,9 +107,10 @@ class RoundedBlock(Interpreter):
         latents: Mapping[str, LatentWeight],
         plan: Mapping[str, LinearPlan],
         handover: PassState,
+        shared: "Shared | None" = None,
     ) -> None:
         super().__init__(module)
-        self._latents = latents
+        self._latents, self._shared = latents, Shared() if shared is None else shared
         self._dynamic = _dynamic(found, plan, handover)
         self._row_scales: Mapping[Node, RowScale] = handover.row_scales
         self._weights: dict[str, Tensor] = {}
@@ -114,8 +118,11 @@ class RoundedBlock(Interpreter):
 
     @property
     def parameters(self) -> list[Tensor]:
-        """Of all latent weights, in order."""
-        return [tensor for latent in self._latents.values() for tensor in latent.parameters]
+        """Of all latent weights, in order, and what they share."""
+        return [
+            *(tensor for latent in self._latents.values() for tensor in latent.parameters),
+            *self._shared.parameters,
+        ]
 
     def run_node(self, node: Node) -> Any:
         if node.op == "get_attr" and node.target in self._weights:
@@ -125,13 +132,11 @@ class RoundedBlock(Interpreter):
         (x, *rest), options = self.fetch_args_kwargs_from_env(node)
         value, fmt = operand(node), self._dynamic[node]
         if (value, fmt) not in self._inputs:  # several linears read one value
-            self._inputs[value, fmt] = self.round_input(value, x, fmt)
+            factor, row = self._shared.input_factor(value), self._row_scales.get(value)
+            read = x if factor is None else x / factor
+            read = fake_quantize_tokens(read, fmt, *(() if row is None else (row.factors, row.alpha)))
+            self._inputs[value, fmt] = read if factor is None else read * factor
         return self.call_function(node.target, (self._inputs[value, fmt], *rest), options)
-
-    def round_input(self, value: Node, x: Tensor, fmt: ActivationFormat) -> Tensor:
-        """What linears read of a value [..., K] that is quantized token by token."""
-        row = self._row_scales.get(value)
-        return fake_quantize_tokens(x, fmt, *(() if row is None else (row.factors, row.alpha)))
 
     @torch.no_grad()
     def error(self, goals: Sequence[Goal]) -> float:
@@ -182,6 +187,22 @@ def _dynamic(
     return {node: fmt for node, fmt in formats.items() if fmt.kind == "dynamic"}
 
 
+class Shared:
+    """What is trained beside the weights of a block: nothing, unless a method has something."""
+
+    @property
+    def parameters(self) -> list[Tensor]:
+        """As those of a latent weight."""
+        return []
+
+    def input_factor(self, value: Node) -> Tensor | None:
+        """[K], what a value will be divided by before it is rounded, as linears carry it; None for 1."""
+        return None
+
+    def settle(self, module: GraphModule) -> None:
+        """Put what was trained into the block, before codes are made."""
+
+
 # Changes parameters by their gradients; the second argument is the share of the steps that is left, from 1 to 0.
 Update = Callable[[Sequence[Tensor | None], float], None]
 
@@ -220,12 +241,57 @@ def fit(block: RoundedBlock, goals: Sequence[Goal], update: Update, steps: int, 
     return Fitted(before, least, at)
 
 
+def adam(parts: Sequence[tuple[Sequence[Tensor], float]]) -> Update:
+    """Adam (arXiv 1412.6980) with learning rates that fall to 0.
+
+    Args:
+        parts: parameters and their learning rate; one after another they are those of the block.
+    """
+    optimizer = torch.optim.Adam([{"params": list(tensors), "lr": rate} for tensors, rate in parts if tensors])
+    rates = [group["lr"] for group in optimizer.param_groups]
+    parameters = [tensor for tensors, _ in parts for tensor in tensors]
+
+    def update(gradients: Sequence[Tensor | None], left: float) -> None:
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate * left
+        for tensor, gradient in zip(parameters, gradients, strict=True):
+            tensor.grad = gradient
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return update
+
+
 class LatentCodes(LatentWeight):
     """A latent weight that says itself which codes it stands for."""
 
     @abstractmethod
     def codes(self) -> QuantizedWeight:
         """What `rounded` gives, as codes, without the factor of the columns."""
+
+
+class GridWeight(LatentCodes):
+    """A weight in steps between codes, a scale and a zero point, all of them functions of what is trained.
+
+    Args:
+        w: float32 [N, K], see `unfactored`; not changed.
+        factor: [K], what its columns are multiplied by after they are rounded; None for 1.
+    """
+
+    def __init__(self, w: Tensor, fmt: IntegerFormat, factor: Tensor | None) -> None:
+        self.format, self._factor, self._k = fmt, factor, w.shape[1]
+        self.groups = grouped(w, fmt)
+
+    @abstractmethod
+    def grid(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Steps [N, G, group], scale and zero point, as `values_through` takes them."""
+
+    def rounded(self) -> Tensor:
+        values = values_through(*self.grid(), self.format, self._k)
+        return values if self._factor is None else values * self._factor
+
+    def codes(self) -> QuantizedWeight:
+        return codes_of(*self.grid(), self.format, self._k)
 
 
 @dataclass(frozen=True)
@@ -253,8 +319,14 @@ class TrainedCodes(GraphPass):
     def latent(self, w: Tensor, fmt: IntegerFormat, factor: Tensor | None) -> LatentCodes:
         """What is trained of a weight [N, K], see `unfactored`, and stands for its nearest codes before that."""
 
+    def shared(
+        self, module: GraphModule, found: Sequence[Linear], latents: Mapping[str, LatentCodes], handover: PassState
+    ) -> Shared:
+        """What is trained beside the weights."""
+        return Shared()
+
     @abstractmethod
-    def updates(self, latents: Sequence[LatentCodes]) -> Update:
+    def updates(self, latents: Sequence[LatentCodes], shared: Shared) -> Update:
         """What changes the parameters of all of them, in order."""
 
     def call(self, module: GraphModule, context: Context) -> PassResult:
@@ -266,8 +338,10 @@ class TrainedCodes(GraphPass):
                 w, factor = unfactored(module, linear, handover)
                 latents[linear.weight] = self.latent(w, integer_format(self.plan[linear.name]), factor)
         if found:
-            block = RoundedBlock(module, found, latents, self.plan, handover)
-            done = fit(block, goals, self.updates(list(latents.values())), self.steps, self.batches)
+            shared = self.shared(module, found, latents, handover)
+            block = RoundedBlock(module, found, latents, self.plan, handover, shared)
+            done = fit(block, goals, self.updates(list(latents.values()), shared), self.steps, self.batches)
+            shared.settle(module)
             result.changed.append(trained_record(found, done, self.steps))
 
         def quantize(linear: Linear, w: Tensor, fmt: IntegerFormat, factor: Tensor | None) -> QuantizedWeight:

@@ -10,10 +10,14 @@ from torch import nn
 from helpers import exports
 from helpers.pass_runs import block_of, plan_of, run_passes, stream_of
 from helpers.runners import load_weights, padded, tokens
+from qexport.calibrate.block_activations import batches, sqnr
 from qexport.graph.edit import get_tensor
 from qexport.graph.sites import linears
+from qexport.passes.activations.quantize import QuantizeActivations
 from qexport.passes.base import Batch, Context, PassState
 from qexport.passes.weights.autoround import AutoRound
+from qexport.passes.weights.lrq import LRQ
+from qexport.passes.weights.omniquant import OmniQuant
 from qexport.passes.weights.rtn import RoundToNearest
 from qexport.plan.linear_plan import LinearPlan
 from qexport.quant.formats import Scheme
@@ -22,11 +26,17 @@ from qexport.recipe.recipe import CalibrationSpec, Recipe
 from qexport.recipe.registry import section
 
 IDS, MASK = tokens(8, 24), padded([24, 9, 24, 17, 24, 24, 5, 24], "left")
+SLOW = pytest.mark.slow
 METHODS = {
     "autoround": lambda plan, steps=30, clip_rate=None: AutoRound(
         plan, steps, 1, 0.0, 1 / steps, 1 / steps if clip_rate is None else clip_rate
     ),
+    "omniquant": lambda plan, steps=30, equalize=True: OmniQuant(plan, steps, 1, 0.0, 0.1, equalize, 0.02),
+    "lrq": lambda plan, steps=30: LRQ(plan, steps, 1, 0.0, 8, 0.02),
 }
+
+# What they share is tested once by default.
+ONE = ["autoround", *(pytest.param(name, marks=SLOW) for name in ("omniquant", "lrq"))]
 
 
 def layer(scheme="w3a16_g16"):
@@ -57,7 +67,10 @@ def trained(method, scheme="w3a16_g16", folded=None, **options):
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("scheme", ["w2a16_g16_asym", "w3a16_g16", "w4a16_g16", "w4a8", "w4a8_g16_int"])
+@pytest.mark.parametrize(
+    "scheme",
+    ["w2a16_g16_asym", "w4a8_g16_int", *(pytest.param(n, marks=SLOW) for n in ("w3a16_g16", "w4a16_g16", "w4a8"))],
+)
 def test_a_trained_linear_is_never_worse_than_a_rounded_one(method, scheme):
     (error, result, _), (rounded, _, _) = trained(method, scheme)
     share = result.changed[0].data["error relative to rounding"]
@@ -82,7 +95,7 @@ def test_a_factor_of_the_columns_is_not_seen_by_rounding(method):
     assert error < rounded and result.changed[0].data["error relative to rounding"] < 1
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ONE)
 def test_a_whole_model_is_trained_the_same_way_twice(captured, method):
     found = []
     for _ in range(2):
@@ -135,7 +148,32 @@ def test_gradients_are_those_of_the_grid():
     assert torch.allclose(scale.grad.flatten(), (by_hand * weights).sum())
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("family", ["llama", pytest.param("opt", marks=SLOW)])
+def test_trained_factors_are_folded_and_what_was_trained_is_deployed(captured, family):
+    errors, norms = {}, {}
+    for equalize in (None, False, True):
+        model = load_weights(captured(family))
+        plan, (stream, reference) = plan_of(model, "w4a8_g16_int"), [stream_of(model, IDS, MASK) for _ in range(2)]
+        step = RoundToNearest(plan) if equalize is None else METHODS["omniquant"](plan, 12, equalize)
+        block = model.blocks[1]
+        for part in (stream, reference):
+            part.advance(model.blocks[0], 0)
+        before = {name: get_tensor(block.module, name).clone() for name in block.parameters if "norm" in name}
+        reference.advance(block, 1)
+        given = batches(model, block, stream, reference)
+        with torch.no_grad():
+            result = step.call(block.module, Context(batches=given))
+            QuantizeActivations(plan).call(block.module, Context(batches=given))
+        stream.advance(block, 1)
+        errors[equalize] = 10 ** (-sqnr(model, block, stream, reference) / 10)
+        norms[equalize] = [torch.equal(w, get_tensor(block.module, name)) for name, w in before.items()]
+        if equalize is not None:
+            share = result.changed[0].data["error relative to rounding"]
+            assert share < 0.95 and share == pytest.approx(errors[equalize] / errors[None], rel=0.1)
+    assert all(norms[False]) and not any(norms[True]) and len(norms[True]) >= 2
+
+
+@pytest.mark.parametrize("method", ONE)
 def test_an_export_runs_and_says_what_was_trained(captured, tmp_path, method):
     recipe = Recipe(
         scheme="w4a16_g32", weights=section("weights", method=method, steps=4),
