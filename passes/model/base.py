@@ -8,6 +8,7 @@ edits the graphs, says which weights are to be read otherwise, and declares how 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 
@@ -63,3 +64,21 @@ class ChangedWeights:
     def load(self, name: str) -> torch.Tensor:
         """A weight, float32 where it is floating point; raises as the source does."""
         return self.made[name](self.source.load) if name in self.made else self.source.load(name)
+
+
+def change_weights(captured: CapturedModel, made: Mapping[str, Make], added: Set[str] = frozenset()) -> None:
+    """Let weights of a model be made of others from now on, beside or on top of what passes before have changed.
+
+    Args:
+        made, added: as of `ChangedWeights`; what is read is what passes before made.
+    """
+    before = captured.weights
+    if not isinstance(before, ChangedWeights):
+        captured.weights = ChangedWeights(before, made, added)
+        return
+    behind = {name: partial(_behind, make, before.made) for name, make in made.items()}
+    captured.weights = ChangedWeights(before.source, {**before.made, **behind}, before.added | added)
+
+
+def _behind(make: Make, before: Mapping[str, Make], read: Read) -> torch.Tensor:
+    return make(lambda name: before[name](read) if name in before else read(name))

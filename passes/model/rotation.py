@@ -1,4 +1,4 @@
-"""A rotation of the residual stream, folded into the weights around it (QuaRot's R1, arXiv 2404.00456).
+"""Rotations: of the residual stream, folded into the weights around it (QuaRot's R1, arXiv 2404.00456), and in blocks.
 
 Outliers sit in a few channels of the residual stream. With an orthogonal matrix Q, x Q has the same norms and spreads
 them over all channels. A norm without a gain commutes with Q, so once gains are moved into the linears behind them,
@@ -27,27 +27,40 @@ from ...quant.hadamard import rotation
 from ...recipe.methods import ModelMethod
 from ...recipe.registry import method
 from ..base import SiteRecord
-from .base import ChangedWeights, ModelPass, ModelResult, Read
+from .base import ModelPass, ModelResult, Read, change_weights
 from .residual import Norm, ResidualStream, residual_stream
+from .rotations_within import RotateInputs, RotateKeys, RotateValues
 
 aten = torch.ops.aten
 
 
 @method("model", "rotation")
 class RotationSection(ModelMethod):
-    """A rotation of the residual stream by a Hadamard matrix, folded into the weights (QuaRot, arXiv 2404.00456).
+    """Rotations by Hadamard matrices that spread the outliers of a few channels over all (QuaRot, arXiv 2404.00456).
 
-    It spreads the outliers of a few channels over all of them, and changes no result of the float model. For decoders
-    whose residual stream is read through norms and written by linears and embeddings.
+    They change no result of the float model. That of the residual stream is for decoders whose stream is read through
+    norms and written by linears and embeddings.
 
     Attributes:
-        seed: of the random signs of its rows.
+        seed: of the random signs of rows.
+        residual: rotate the residual stream, folded into the weights (R1).
+        values: rotate the values of every head, folded into the projections before and behind attention (R2).
+        keys: rotate queries and keys behind their rotary embedding, when the model runs (R3); for caches in few bits.
+            The rotary embedding is outside of the attention operator then.
+        inputs: rotate what linears read behind an activation, as a down projection does, when the model runs (R4).
     """
 
-    seed: int = Field(0, ge=0, lt=2**63)
+    seed: int = Field(0, ge=0, lt=2**62)
+    residual: bool = True
+    values: bool = False
+    keys: bool = False
+    inputs: bool = False
 
     def model_passes(self) -> list[ModelPass]:
-        return [RotateResidual(self.seed)]
+        passes: list[ModelPass] = [RotateResidual(self.seed)] if self.residual else []
+        passes += [RotateValues(self.seed)] if self.values else []
+        passes += [RotateKeys(self.seed)] if self.keys else []
+        return [*passes, RotateInputs(self.seed)] if self.inputs else passes
 
 
 @dataclass(frozen=True)
@@ -85,7 +98,7 @@ class RotateResidual(ModelPass):
         for norm in stream.norms:
             made |= _folded(norm, turn, made)
         added = {name for block in captured.blocks for name in block.parameters} - before
-        captured.weights = ChangedWeights(captured.weights, made, added)
+        change_weights(captured, made, added)
         found = [SiteRecord(name, "rotated", {"width": stream.width}) for name in stream.crossing]
         captured.basis |= dict.fromkeys(stream.crossing, Basis(turn, centred))
         return ModelResult(changed=found)

@@ -21,7 +21,7 @@ def change_model(captured: CapturedModel, recipe: Recipe) -> dict[str, ModelResu
     Raises:
         PassError: a pass cannot work on this model, and why.
     """
-    if captured.basis:
+    if captured.changed:
         return {}
     found = {}
     for key, step in model_passes_for(recipe):
@@ -29,4 +29,5 @@ def change_model(captured: CapturedModel, recipe: Recipe) -> dict[str, ModelResu
             found[step.name] = step.call(captured)
         except PassError as error:
             raise PassError(error.message, place=key, remedy=f"Remove {key} from the recipe") from None
+    captured.changed = bool(found)
     return found

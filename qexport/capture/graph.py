@@ -86,6 +86,7 @@ class CapturedModel:
         witness: who else can say what the model computes; None for a graph that came without its model.
         reader: what comparing the graph with the witness showed; None before `validation.reader.check_reader`.
         basis: by the name of a value that crosses blocks, how a pass over the whole model changed it.
+        changed: whether passes over the whole model have run.
         notes: sentences on what a user may not expect of the model's folder.
         left_out: tensors of the checkpoint that the model does not read.
         given: by weight, the codes that the checkpoint holds; the others are float there.
@@ -104,6 +105,7 @@ class CapturedModel:
     witness: Witness | None = None
     reader: ReaderAgreement | None = None
     basis: dict[str, Basis] = field(default_factory=dict)
+    changed: bool = False
     notes: list[str] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)
     given: Mapping[str, GivenCodes] = field(default_factory=dict)

@@ -76,6 +76,7 @@ def make_plan(
     scheme_for: Callable[[str], Scheme | None],
     given: Mapping[str, GivenCodes] | None = None,
     sharing: Callable[[str, bool], tuple[bool, str]] = _never_shared,
+    whole_groups: bool = False,
 ) -> list[LinearPlan]:
     """Decide for every linear of the blocks.
 
@@ -85,6 +86,7 @@ def make_plan(
         given: by weight, codes that are to be kept as they are.
         sharing: whether linears that have one weight can have one set of codes, by the weight and whether they are in
             several blocks, and why not, or what is to be said about it.
+        whole_groups: take smaller groups where that saves bytes, see `Recipe`.
     """
     found = [(block, linear) for block, graph in graphs for linear in linears(graph)]
     uses: dict[str, list[tuple[str, Linear]]] = {}
@@ -106,6 +108,8 @@ def make_plan(
         if any(reads_choice(other) for _, other in same):
             return replace(empty, reason="a router: its result picks experts")
         scheme, reason = fit(asked, linear.shape[1])
+        if whole_groups and scheme is not None:
+            scheme, reason = _whole(scheme, reason, linear.shape)
         if linear.weight in odd:
             return replace(empty, reason=_SHARED)
         if len(same) > 1:
@@ -151,6 +155,14 @@ def fit(scheme: Scheme | None, in_features: int, whole: bool = False) -> tuple[S
     if scheme is None:
         return None, "kept in float by the recipe"
     return scheme.fit(in_features, whole)
+
+
+def _whole(scheme: Scheme, reason: str, shape: tuple[int, int]) -> tuple[Scheme, str]:
+    """A scheme whose smaller groups fill the rows of a weight (N, K), where that takes fewer bytes; else the same."""
+    whole, why = scheme.fit(shape[1], whole=True)
+    if whole is None or whole.bytes(shape, 4) >= scheme.bytes(shape, 4):
+        return scheme, reason
+    return whole, f"{why} take fewer bytes"
 
 
 def weight_bytes(plan: LinearPlan, float_bytes: int = 4) -> int:

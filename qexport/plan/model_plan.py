@@ -47,6 +47,7 @@ def plan_for(
     plan = make_plan(
         [(b.name, b.module.graph) for b in captured.blocks], lambda name: recipe.scheme_for(name, name in heads),
         captured.given if recipe.weights.keeps_codes else {}, partial(_sharing, recipe, _tables(captured)),
+        recipe.whole_groups,
     )  # fmt: skip
     names = [name for b in captured.blocks for name in convolutions(b.module.graph)]
     idle = recipe.unmatched_overrides([*(module_of_call(p.name) for p in plan), *names])

@@ -26,6 +26,24 @@ def rotation(size: int, seed: int = 0) -> Tensor:
     return torch.mul(q, r.diagonal().sign())  # which makes it uniformly distributed, and the same for every LAPACK
 
 
+def factored_rotation(size: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Two small rotations whose Kronecker product mixes `size` channels, for a product that is made at every call.
+
+    Rows as matrices X [a, b] become A^T X B, which takes a + b multiplications a channel in the place of `size`. Of the
+    factorizations of the size those into Hadamard matrices come first, and of these the one with the least a + b.
+
+    Args:
+        size: number of channels.
+        seed: of the signs, or of Gaussian matrices where no Hadamard matrix is known.
+
+    Returns:
+        A and B, float64 [a, a] and [b, b], a * b = size and a <= b.
+    """
+    pairs = [(a, size // a) for a in range(1, int(size**0.5) + 1) if size % a == 0]
+    first, second = min(pairs, key=lambda pair: (not all(map(_known, pair)), sum(pair)))
+    return rotation(first, seed), rotation(second, seed + 1)
+
+
 def hadamard_matrix(size: int) -> Tensor | None:
     """A matrix of 1 and -1 with orthogonal rows, float64 [size, size]; None where no construction here makes one.
 
@@ -38,6 +56,13 @@ def hadamard_matrix(size: int) -> Tensor | None:
     if found is None and size % 2 == 0 and (half := hadamard_matrix(size // 2)) is not None:
         found = torch.kron(torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64), half)
     return found
+
+
+def _known(size: int) -> bool:
+    """Whether `hadamard_matrix` makes one."""
+    q = size // 2 - 1
+    paley = size % 4 == 0 and (_is_prime(size - 1) or q % 4 == 1 and _is_prime(q))
+    return size == 1 or paley or (size % 2 == 0 and _known(size // 2))
 
 
 def _paley(size: int) -> Tensor | None:

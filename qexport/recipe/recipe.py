@@ -45,6 +45,8 @@ class Recipe(MethodKeys):
         embedding: scheme of the token embedding, "float", or "tied": where it is one tensor with the output projection,
             both read the same codes. "auto": tied where it can be, in the 4 bits of lm_head where these cost the float
             model little KL by themselves, and else in 8 bits; the recipe of an export says which.
+        whole_groups: where the last group of a weight would be padded and smaller groups that fill it take fewer bytes,
+            take these.
         weights: how codes of weights are found; its key `method` says by what.
         activations: how scales of static activations are found.
         calibration: the text that statistics are taken on.
@@ -60,6 +62,7 @@ class Recipe(MethodKeys):
     scheme: str
     lm_head: str = FLOAT
     embedding: str = FLOAT
+    whole_groups: bool = False
     weights: SerializeAsAny[WeightMethod]
     activations: ActivationSpec = ActivationSpec()
     overrides: tuple[Override, ...] = ()

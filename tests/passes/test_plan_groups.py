@@ -1,8 +1,10 @@
 """Plans of codebooks, 2-bit and 3-bit weights and long groups: the scheme that fits, and its bytes."""
 
 import pytest
+import torch
 
-from qexport.plan.linear_plan import LinearPlan, fit, weight_bytes
+from qexport.capture.module import capture_module
+from qexport.plan.linear_plan import LinearPlan, fit, make_plan, weight_bytes
 from qexport.quant.formats import Scheme
 
 
@@ -51,3 +53,24 @@ def test_scales_of_integer_products_stay_float32():
     for scheme, kept in (("w8a8_dyn", True), ("w4a8_g64_int", True), ("w4a16_g64", False), ("nf4", False)):
         plan = LinearPlan("name", "block", (64, 1024), Scheme.parse(scheme))
         assert (weight_bytes(plan, 2) == weight_bytes(plan, 4)) == kept
+
+
+@pytest.mark.parametrize(
+    "scheme, width, found",
+    [
+        ("w4a16_g128", 576, "w4a16_g64"),  # 9 whole groups, not 5 of which half of one is padding
+        ("w4a16_g128", 1536, "w4a16_g128"),
+        ("w4a16_g128", 1000, "w4a16_g128"),  # no group of 16 and more fills it
+        ("w4a16_g128", 144, "w4a16_g16"),
+        ("w4a16_g128", 1008, "w4a16_g128"),  # 63 groups of 16 take more than 8 of 128
+        ("w8a8_dyn", 576, "w8a8_dyn"),
+    ],
+)
+def test_whole_groups_are_taken_where_they_are_smaller(scheme, width, found):
+    captured = capture_module(torch.nn.Linear(width, 8), (torch.zeros(2, width),))
+    graphs = [(block.name, block.module.graph) for block in captured.blocks]
+    asked, better = (
+        make_plan(graphs, lambda name: Scheme.parse(scheme), whole_groups=whole)[0] for whole in (False, True)
+    )
+    assert better.chosen.name == found and asked.chosen.name == scheme
+    assert (weight_bytes(better) < weight_bytes(asked)) == (found != scheme) == ("fewer bytes" in better.reason)

@@ -330,7 +330,7 @@ def test_python_gets_the_same_errors():
 
 def test_to_yaml_is_plain_yaml_in_the_order_of_the_fields():
     data = yaml.safe_load(Recipe.load("w8a8_static").to_yaml())
-    assert list(data) == [*FIELDS[:6], "smooth", *FIELDS[6:]]
+    assert list(data) == [*FIELDS[:7], "smooth", *FIELDS[7:]]
     assert data["weights"] == {"method": "rtn", "clip_search": False}, "and no key of another method"
     assert data["smooth"] == {"method": "smoothquant", "alpha": 0.8, "explicit": False}
     assert data["activations"] == {"observer": "absmax", "percentile": 99.99, "only_kernel": False}

@@ -1,5 +1,6 @@
 import json
 
+import onnx
 import pytest
 
 from helpers.random_decoders import save_model
@@ -29,6 +30,21 @@ def test_an_export_in_another_basis_is_proved_like_any_other(llama, scheme, tmp_
     assert min(row.sqnr_db for row in report.layers.blocks if row.sqnr_db is not None) > 10
     kept = json.loads((tmp_path / "out" / "report.json").read_text())["export"]
     assert "RotateResidual" in kept["model_passes"]
+
+
+def test_all_rotations_with_a_cache_in_four_bits(llama, tmp_path):
+    everything = {"values": True, "keys": True, "inputs": True}
+    recipe = rotated("w8a8_dyn", weights={"method": "rtn"}, kv_cache={"bits": 4}).model_copy(
+        update={"rotation": Recipe(scheme="w8a8_dyn", rotation=everything).rotation}
+    )
+    export(llama, recipe, out_dir=tmp_path / "out")
+    report = validate(tmp_path / "out", llama, windows=2, window=24, greedy=0)
+    assert report.problems == () and report.logits.kl_mean < 0.1
+    kept = json.loads((tmp_path / "out" / "report.json").read_text())["export"]
+    assert list(kept["model_passes"]) == ["RotateResidual", "RotateValues", "RotateKeys", "RotateInputs"]
+    model = onnx.load(tmp_path / "out" / "model.onnx", load_external_data=False)
+    attentions = [node for node in model.graph.node if node.op_type == "GroupQueryAttention"]
+    assert attentions and not any(a.i for node in attentions for a in node.attribute if a.name == "do_rotary")
 
 
 def test_gptq_and_resumed_blocks_see_the_turned_weights(llama, tmp_path):

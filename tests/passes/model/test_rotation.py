@@ -7,7 +7,10 @@ from qexport.api.stages.capturing import capture_model
 from qexport.calibrate.float_model import running
 from qexport.errors import PassError
 from qexport.passes.model.rotation import RotateResidual
-from qexport.quant.hadamard import hadamard_matrix, rotation
+from qexport.passes.model.rotations_within import RotateInputs, RotateKeys, RotateValues
+from qexport.quant.hadamard import _known, factored_rotation, hadamard_matrix, rotation
+
+V_AND_DOWN = ("model.layers.0.self_attn.v_proj.weight", "model.layers.1.mlp.down_proj.weight")
 
 
 @pytest.mark.parametrize("size", [1, 2, 4, 12, 20, 28, 36, 64, 96, 576])
@@ -68,3 +71,64 @@ def test_a_norm_whose_gain_no_linear_can_take_is_a_reason_to_refuse(family, why,
     with pytest.raises(PassError, match=why):
         RotateResidual().call(captured)
     assert captured.weights is weights
+
+
+@pytest.mark.parametrize("size", [96, 1536, 11008, 13])
+def test_two_small_factors_turn_all_channels(size):
+    first, second = factored_rotation(size, 2)
+    assert len(first) * len(second) == size and len(first) <= len(second)
+    whole = torch.kron(first, second) if size < 2000 else None
+    if whole is not None:
+        assert torch.allclose(whole @ whole.t(), torch.eye(size, dtype=torch.float64), atol=1e-9)
+    x = torch.randn(size, dtype=torch.float64)
+    turned = first.t() @ x.view(len(first), len(second)) @ second
+    assert turned.norm().item() == pytest.approx(x.norm().item())
+    if whole is not None:
+        assert torch.allclose(turned.flatten(), x @ whole)
+
+
+def test_whether_there_is_a_hadamard_matrix_is_told_without_making_it():
+    assert [_known(n) for n in range(1, 200)] == [hadamard_matrix(n) is not None for n in range(1, 200)]
+
+
+def test_factors_of_an_mlp_cost_little():
+    assert [len(factor) for factor in factored_rotation(1536)] == [32, 48]
+
+
+WITHIN = {"values": RotateValues(), "keys": RotateKeys(), "inputs": RotateInputs()}
+
+
+@pytest.mark.parametrize(
+    ("family", "steps"),
+    [
+        ("llama", ("values", "keys", "inputs")),
+        ("qwen3", ("residual", "values", "inputs", "keys")),
+        pytest.param("gpt2", ("inputs", "keys"), marks=pytest.mark.slow),
+        pytest.param("mixtral", ("values", "inputs"), marks=pytest.mark.slow),
+        pytest.param("phi", ("residual", "values", "keys", "inputs"), marks=pytest.mark.slow),
+    ],
+)
+def test_rotations_within_blocks_change_no_result(family, steps, tmp_path):
+    folder = save_model(family, tmp_path / family)
+    want, captured = logits(capture_model(folder)), capture_model(folder)
+    for step in steps:
+        changed = {**WITHIN, "residual": RotateResidual()}[step].call(captured).changed
+        assert len(changed) >= len(captured.blocks) - 2
+    assert (logits(captured) - want).abs().max() <= 1e-4 * want.abs().max()
+
+
+def test_an_outlier_of_a_head_and_of_a_gate_is_spread(tmp_path):
+    captured = capture_model(save_model("llama", tmp_path / "llama"))
+    plain = {name: captured.load(name) for name in V_AND_DOWN}
+    RotateValues().call(captured)
+    RotateInputs().call(captured)
+    for name, before in plain.items():
+        after = captured.load(name)
+        assert after.norm().item() == pytest.approx(before.norm().item(), rel=1e-5)
+        assert not torch.allclose(after, before, atol=1e-3)
+
+
+def test_values_of_one_product_with_keys_are_a_reason_to_refuse(tmp_path):
+    captured = capture_model(save_model("gpt2", tmp_path / "gpt2"))
+    with pytest.raises(PassError, match="values straight from a linear of their own"):
+        RotateValues().call(captured)
