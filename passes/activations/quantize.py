@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch.fx import Graph, GraphModule, Node
@@ -15,6 +15,7 @@ from ...plan.linear_plan import LinearPlan
 from ...quant.affine import static_scale
 from ...quant.formats import ActivationFormat
 from ...quant.observers import MseObserver, PercentileObserver
+from ...quant.token_clip import TokenClip
 from ...quant.zero_fraction import RangeAndKernel, TokenKernel
 from ..base import Context, GraphPass, PassResult, PassState, RowScale, SiteRecord
 
@@ -41,6 +42,8 @@ class QuantizeActivations(GraphPass):
         cross_alpha: CrossQuant as it was published: dynamic steps t^alpha c^(1-alpha) / qmax with the channels' largest
             magnitudes taken over the tokens of the call, and a float matmul. For comparison: padding counts as tokens,
             and a call of one token is rounded by itself alone. None: not so.
+        token_clip: the share of a token's largest magnitude that its range reaches to, where its step is dynamic and no
+            method has decided that; "search": of each value the share with the least squared error.
     """
 
     plan: Mapping[str, LinearPlan]
@@ -49,6 +52,7 @@ class QuantizeActivations(GraphPass):
     measure: bool = False
     only_kernel: bool = False
     cross_alpha: float | None = None
+    token_clip: float | Literal["search"] = 1.0
     preserves_values: ClassVar[bool] = True
 
     def wanted(self, module: GraphModule, handover: PassState) -> dict[Node, Callable[[], Any]]:
@@ -107,7 +111,19 @@ class QuantizeActivations(GraphPass):
         step = _token_step(graph, value, products, fmt, row)
         if self.only_kernel:
             return _without_kernel(graph, value, step), measured
-        return _per_token(graph, value, products, step), measured
+        clip = self._clip(seen, row)
+        if clip == 1:
+            return _per_token(graph, value, products, step), measured
+        step = call(graph, aten.mul.Tensor, (step, clip), like=step)
+        return _per_token(graph, value, products, step, fmt.qmax), {"clip": clip, **measured}
+
+    def _clip(self, seen: Any, row: RowScale | None) -> float:
+        """The share of a token's largest magnitude that its range reaches to."""
+        if row is not None:
+            return 1.0
+        if self.token_clip == "search":
+            return seen.clip() if isinstance(seen, TokenClip) else 1.0
+        return self.token_clip
 
     def _observer(self, fmt: ActivationFormat) -> RangeAndKernel:
         if self.observer == "absmax":
@@ -118,7 +134,9 @@ class QuantizeActivations(GraphPass):
     def _kernel(self, fmt: ActivationFormat, row: RowScale | None) -> TokenKernel:
         if self.cross_alpha is not None:
             return TokenKernel(fmt, alpha=self.cross_alpha, crossed=True)
-        return TokenKernel(fmt) if row is None else TokenKernel(fmt, row.factors, row.alpha)
+        if row is not None:
+            return TokenKernel(fmt, row.factors, row.alpha)
+        return TokenClip(fmt) if self.token_clip == "search" else TokenKernel(fmt)
 
     def _sites(self, module: GraphModule, handover: PassState) -> dict[_Site, list[Node]]:
         sites: dict[_Site, list[Node]] = {}
@@ -174,9 +192,12 @@ def _static(graph: Graph, value: Node, step: Node, fmt: ActivationFormat) -> Nod
     return call(graph, ops.dequantize_linear.default, (codes, step, None, 0, 0, 8), like=value)
 
 
-def _per_token(graph: Graph, value: Node, products: list[Node], step: Node) -> Node:
+def _per_token(graph: Graph, value: Node, products: list[Node], step: Node, limit: int | None = None) -> Node:
+    """A value on a grid with one step per token; limit: the largest code, where values may go beyond."""
     one = add_tensor(graph, f"{products[0].meta[Meta.LINEAR]}.unit_scale", torch.ones((), dtype=torch.float32))
     ratio = call(graph, aten.div.Tensor, (value, step), like=value)
+    if limit is not None:
+        ratio = call(graph, aten.clamp.default, (ratio, -float(limit), float(limit)), like=value)
     codes = call(graph, ops.quantize_linear.default, (ratio, one, 0, True), like=value, dtype=torch.int8)
     centred = call(graph, ops.dequantize_linear.default, (codes, one, None, 0, 0, 8), like=value)
     return call(graph, aten.mul.Tensor, (centred, step), like=value)

@@ -10,20 +10,18 @@ from pydantic import Field
 from torch.fx import GraphModule, Node
 
 from ...errors import PassError
-from ...graph.edit import add_tensor, call, finish, get_tensor, shape_of
+from ...graph.edit import finish, get_tensor
 from ...graph.meta import Meta
 from ...graph.sites import linears
 from ...graph.views import Matmul, operand, tensor_name
 from ...plan.linear_plan import LinearPlan
-from ...quant.lowrank import low_rank, quantize_factor, share_removed
+from ...quant.lowrank import low_rank, share_removed
 from ...quant.observers import ChannelMeanAbs
 from ...recipe.methods import Branch
 from ...recipe.registry import method
 from ..base import Context, GraphPass, PassResult, PassState, SiteRecord
 from ..insert_qdq import add_branch, result_of
-
-aten = torch.ops.aten
-ops = torch.ops.qexport
+from .factors import product_of
 
 
 @method("branches", "lorc")
@@ -129,8 +127,10 @@ class LoRC(GraphPass):
         for (name, error), part in zip(errors.items(), up.split([len(e) for e in errors.values()], dim=1), strict=True):
             with module.graph.inserting_before(result_of(module, name).next):
                 if narrow is None:
-                    narrow, stored_down = self._product(module, value, f"{first}.lorc_down", down, first)
-                branch, stored_up = self._product(module, narrow, f"{name}.lorc_up", part.contiguous(), name)
+                    narrow, stored_down = product_of(module, value, f"{first}.lorc_down", down, first, self.int8)
+                branch, stored_up = product_of(
+                    module, narrow, f"{name}.lorc_up", part.contiguous(), name, self.int8
+                )
             add_branch(module, name, branch)
             data: dict[str, Any] = {
                 "rank": down.shape[1], "error removed": round(share_removed(error, stored_down, stored_up), 6),
@@ -140,24 +140,6 @@ class LoRC(GraphPass):
                 data["shares with"] = [other for other in errors if other != name]
             notes.append(SiteRecord(name, f"a branch of rank {down.shape[1]}", data))
         return notes
-
-    def _product(
-        self, module: GraphModule, x: Node, name: str, factor: torch.Tensor, owner: str
-    ) -> tuple[Node, torch.Tensor]:
-        """x times a factor, and the factor as it is stored."""
-        graph, shape = module.graph, (*shape_of(x)[:-1], factor.shape[1])
-        if not self.int8:
-            product = call(graph, aten.matmul.default, (x, add_tensor(graph, name, factor)), like=x, shape=shape)
-            product.meta[Meta.BRANCH_OF] = owner
-            return product, factor
-        quantized = quantize_factor(factor)
-        codes = add_tensor(graph, f"{name}_codes", quantized.codes.t().contiguous())
-        scale = add_tensor(graph, f"{name}_scale", quantized.scale.reshape(-1))
-        arguments = (codes, scale, None, 1, 0, 8)
-        dequantized = call(graph, ops.dequantize_linear.default, arguments, like=scale, shape=shape_of(codes))
-        product = call(graph, aten.matmul.default, (x, dequantized), like=x, shape=shape)
-        product.meta |= {Meta.LINEAR: name, Meta.BRANCH_OF: owner}
-        return product, quantized.dequantize().t()
 
 
 def products_of(module: GraphModule, plan: Mapping[str, LinearPlan]) -> dict[str, list[Node]]:

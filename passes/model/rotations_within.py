@@ -17,7 +17,7 @@ from torch.fx import Node
 from ...capture.blocks import Block
 from ...capture.graph import CapturedModel
 from ...errors import PassError
-from ...graph.edit import add_tensor, call, finish, is_call, shape_of
+from ...graph.edit import add_tensor, call, is_call, shape_of
 from ...graph.schema import rebind
 from ...graph.sites import FoldSite, fold_sites, linear_at
 from ...graph.views import CachedAttention, Norm, size_at
@@ -82,7 +82,7 @@ class RotateKeys(ModelPass):
                     )
                 rebind(node, query=query, key=key)
                 result.changed.append(SiteRecord(f"{block.name}.{node.name}", "queries and keys turned"))
-            finish(block.module)
+            block.module.recompile()
         if not result.changed:
             raise PassError("the model has no attention over a cache")
         return result
@@ -112,7 +112,7 @@ class RotateInputs(ModelPass):
                 made |= {n.weight: partial(_columns, n.weight, first, second) for n in site.consumers}
                 what = f"inputs turned by {len(first)} x {len(second)}"
                 result.changed.append(SiteRecord(names, what))
-            finish(block.module)
+            block.module.recompile()
         change_weights(captured, made)
         return result
 

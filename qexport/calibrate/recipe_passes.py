@@ -53,7 +53,9 @@ def passes_for(
     if _quantizes_inputs(plan):
         given = recipe.activations
         options = {k: v for m in methods if isinstance(m, Equalization) for k, v in m.quantizer_options().items()}
-        quantize = QuantizeActivations(plan, given.observer, given.percentile, calibrated, given.only_kernel)
+        quantize = QuantizeActivations(
+            plan, given.observer, given.percentile, calibrated, given.only_kernel, token_clip=given.token_clip
+        )
         passes.append(replace(quantize, **options))
     if any(c.scheme is not None for c in convolutions):
         passes.append(QuantizeConvolutions({c.name: c for c in convolutions}))

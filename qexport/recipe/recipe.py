@@ -241,9 +241,10 @@ class Recipe(MethodKeys):
 
     @property
     def needs_calibration(self) -> bool:
-        """Whether statistics of activations are needed: by a method, or for static scales."""
-        static = any(scheme.activation and scheme.activation.kind == "static" for scheme in self.schemes)
-        return static or any(method.needs_calibration for method in self.methods)
+        """Whether statistics of activations are needed: by a method, or for scales of activations."""
+        kinds = {scheme.activation.kind for scheme in self.schemes if scheme.activation}
+        searched = "dynamic" in kinds and self.activations.token_clip == "search"
+        return searched or "static" in kinds or any(method.needs_calibration for method in self.methods)
 
     @property
     def schemes(self) -> list[Scheme]:

@@ -1,6 +1,6 @@
 """The sections that every recipe has, with their defaults, and what all sections share; see `registry` for methods."""
 
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
@@ -82,6 +82,8 @@ class ActivationSpec(Section):
     """How the scale of a static activation is found; dynamic activations take theirs when the model runs.
 
     Attributes:
+        token_clip: of dynamic activations the share of a token's largest magnitude that its range reaches to; "search":
+            by the squared error on calibration data, for each value that linears read.
         observer: "absmax", "percentile" (of the absolute values) or "mse" (the clipping with the least squared error).
         percentile: in percent, for the percentile observer.
         only_kernel: an ablation: activations stay float, except that those which quantization would round to zero
@@ -90,6 +92,7 @@ class ActivationSpec(Section):
 
     observer: Literal["absmax", "percentile", "mse"] = "absmax"
     percentile: float = Field(99.99, gt=50, le=100)
+    token_clip: Annotated[float, Field(gt=0, le=1)] | Literal["search"] = 1.0
     only_kernel: bool = False
 
 

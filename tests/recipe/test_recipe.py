@@ -333,7 +333,9 @@ def test_to_yaml_is_plain_yaml_in_the_order_of_the_fields():
     assert list(data) == [*FIELDS[:7], "smooth", *FIELDS[7:]]
     assert data["weights"] == {"method": "rtn", "clip_search": False}, "and no key of another method"
     assert data["smooth"] == {"method": "smoothquant", "alpha": 0.8, "explicit": False}
-    assert data["activations"] == {"observer": "absmax", "percentile": 99.99, "only_kernel": False}
+    assert data["activations"] == {
+        "observer": "absmax", "percentile": 99.99, "token_clip": 1.0, "only_kernel": False,
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize(
