@@ -57,7 +57,7 @@ def decide(captured: CapturedModel, recipe: Recipe, target: Target, attention: s
     else:
         check_forms(graphs, target.operators)
     _check_cache(captured, recipe, attention)
-    plan, embeddings = plan_for(captured, recipe, target.dtype.itemsize)
+    plan, embeddings = plan_for(captured, recipe, target.dtype.itemsize, target.least_states)
     target.check(plan, recipe)
     return Decisions(plan, embeddings, convolutions_for(captured, recipe, target.integer_convolutions))
 
@@ -108,6 +108,7 @@ def check_range(captured: CapturedModel, decisions: Decisions, dtype: torch.dtyp
 def _staying_float(captured: CapturedModel, decisions: Decisions) -> Iterator[str]:
     by_name = {p.name: p for p in (*decisions.plan, *decisions.convolutions)}
     quantized = {e.weight for e in decisions.embeddings if e.scheme is not None}
+    quantized |= {p.state.name for p in decisions.plan if p.state is not None}
     for block in captured.blocks:
         graph = block.module.graph
         quantized |= {found.weight for found in linears(graph) if by_name[found.name].scheme is not None}

@@ -25,6 +25,8 @@ CPU = "CPUExecutionProvider"
 CUDA = "CUDAExecutionProvider"
 # By the name that onnxruntime-genai has for it, the provider that a folder of its builder runs on; the CPU for others.
 _OF_GENAI = {"cuda": CUDA}
+# The kernel of a recurrent layer with the product of its input, which is one of the linears.
+STATIC_LSTM = "DynamicQuantizeLSTM"
 QMOE = "QMoE"  # the kernel that computes many linears, the experts of a mixture, in one node
 
 
@@ -47,10 +49,11 @@ class LinearEntry(_Frozen):
         name: module path of the linear, e.g. "model.layers.0.self_attn.q_proj".
         block: name of the block it belongs to.
         scheme: scheme name, e.g. "w4a16_g32", or "float".
-        input: name of the float value that it reads, before it is rounded; "" in files that do not say, and of experts
-            that are computed together.
+        input: name of the float value that it reads, before it is rounded; "" in files that do not say, and of what
+            makes no value of its own, see `output`.
         output: name of the value that holds its result (bias and scales applied); "" of experts that are computed
-            together, in one node (kernel QMoE): they make no value of their own.
+            together (kernel QMoE), and of the input of a recurrent layer in the same node (kernel DynamicQuantizeLSTM):
+            they make no value of their own.
         columns: [start, stop) of its result in that value, where one product computes several linears; None: all.
         node: name of its MatMul node. Fusion keeps it, so it finds the node in the optimized graph.
         kernel: op type the node must have in the optimized graph.

@@ -12,6 +12,7 @@ from ..passes.base import GraphPass
 from ..passes.convolutions import QuantizeConvolutions
 from ..passes.embedding import QuantizeEmbedding, ShareEmbedding
 from ..passes.moe_coverage import CountChoices
+from ..passes.recurrent import QuantizeStates
 from ..plan.convolution_plan import ConvolutionPlan
 from ..plan.embedding_plan import EmbeddingPlan
 from ..plan.linear_plan import LinearPlan
@@ -50,6 +51,8 @@ def passes_for(
         if method.stage == Stage.ROUND and calibrated and (method.needs_calibration or _static(plan)):
             passes.append(CountChoices(plan))
         passes += _of(method, plan, recipe)
+    if any(p.state for p in plan.values()):
+        passes.append(QuantizeStates(plan))
     if _quantizes_inputs(plan):
         given = recipe.activations
         options = {k: v for m in methods if isinstance(m, Equalization) for k, v in m.quantizer_options().items()}

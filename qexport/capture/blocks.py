@@ -179,4 +179,5 @@ def _meta(node: Node) -> dict[str, Any]:
     """What passes and the lowering know of a node; fake tensors and module stacks stay behind."""
     spec, path = spec_of(node.meta.get("val")), node.meta.get(Meta.MODULE_PATH, "")
     kept: dict[str, Any] = {Meta.SPEC: spec, Meta.MODULE_PATH: path}
+    kept |= {key: node.meta[key] for key in (Meta.NAMED, Meta.GATES) if key in node.meta}
     return kept | {Meta.LINE: line} if (line := line_of(node)) else kept

@@ -25,7 +25,7 @@ from .explain import explained, functional
 from .fold import fold_batch_norms, fold_padding, fold_weights, spell_padding
 from .graph import CapturedModel, Port
 from .normalize import to_normal_form
-from .recurrent import layers_as_nodes
+from .recurrent import layers_as_nodes, name_gates
 
 aten = torch.ops.aten
 Inputs = Sequence[torch.Tensor] | Mapping[str, torch.Tensor]
@@ -112,6 +112,7 @@ def _captured(exported: ExportedProgram, model: torch.nn.Module, axes: Axes, abs
         # What made its input contiguous was a no-op and is gone.
         if node.target in (aten.view.default, aten._unsafe_view.default):
             node.target = aten.reshape.default
+    name_gates(whole.graph)
     placeholders = [n for n in whole.graph.nodes if n.op == "placeholder"]
     names = _pytree.tree_unflatten(placeholders, exported.call_spec.in_spec)[1]
     dimension = _dimensions(names, axes)

@@ -30,6 +30,12 @@ class Meta(StrEnum):
     USE = "use"
     """On a linear whose name another call of the same module has already: which call it is, from 2 on."""
 
+    NAMED = "named"
+    """On a linear whose weight is one of several of its module: its name."""
+
+    GATES = "gates"
+    """On the steps of a recurrent layer: the name of the linear that multiplies its input."""
+
     READ_ELSEWHERE = "read_elsewhere"
     """On a linear whose weight linears of other blocks read too: True."""
 

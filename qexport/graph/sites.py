@@ -172,6 +172,8 @@ def projection_behind(value: Node) -> Linear | None:
 
 def _name(node: Node, weight: str) -> str:
     """The path of the module that owns the weight; of the module that calls, where the weight is tied to another's."""
+    if (given := node.meta.get(Meta.NAMED)) is not None:
+        return str(given)
     owner, caller = owner_of(weight), node.meta.get(Meta.MODULE_PATH, "")
     related = not caller or f"{owner}.".startswith(f"{caller}.") or f"{caller}.".startswith(f"{owner}.")
     return owner if related else caller

@@ -243,6 +243,21 @@ class LinearCall(_View):
 
 
 @dataclass(frozen=True)
+class RecurrentSteps(_View):
+    """The steps of a recurrent layer in one direction, its weight a tensor [gates * hidden, hidden]."""
+
+    targets = (ops.recurrent_steps.default,)
+    gates: Node
+    hidden: Node
+    cell: Node | None
+    weight: Node
+    bias: Node | None
+    lengths: Node | None
+    reverse: bool
+    kind: str
+
+
+@dataclass(frozen=True)
 class Convolution(_View):
     """A convolution with a weight [out, in / groups, ...]."""
 

@@ -61,7 +61,7 @@ def build_model(
 
     def add(piece: LoweredBlock, known: dict[str, ir.Value]) -> None:
         made = _translate(emit, piece, known)
-        book.note(piece.module.graph, emit.values, made)
+        book.note(piece.module.graph, emit.values, made, emit.results)
 
     def add_for_prompts(piece: LoweredBlock, known: dict[str, ir.Value]) -> None:
         _translate(emit, piece, known)

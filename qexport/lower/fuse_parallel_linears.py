@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
-from ..graph.edit import add_tensor, call, finish, get_tensor, shape_of
+from ..graph.edit import add_tensor, call, finish, get_tensor, is_call, shape_of
 from ..graph.meta import BESIDE, Meta
 from ..graph.schema import bind
 from ..graph.sites import module_of_call
@@ -126,6 +126,8 @@ def linear_of(product: Node) -> QuantizedLinear | None:
 
 def _why_apart(linear: QuantizedLinear) -> str:
     """Why a linear can be merged with no other; empty where it can."""
+    if any(is_call(user, torch.ops.qexport.lstm_steps_int8.default) for user in linear.result.users):
+        return "it is one operator with its recurrent layer"
     if any(shape_of(addend) != shape_of(linear.result) for addend in linear.addends):
         return "what is added to it is not of its shape"
     return _why_not_beside(linear.weight)

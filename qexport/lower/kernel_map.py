@@ -7,11 +7,12 @@ import onnx_ir as ir
 from torch.fx import Graph, Node
 
 from ..artifact.branches import STEPS
-from ..artifact.manifest import QMOE
+from ..artifact.manifest import QMOE, STATIC_LSTM
 from ..graph.meta import BESIDE, Meta
 from .emitter import maker_of, name_of
 from .moe_form import mixtures
 from .qdq_patterns import input_of, linear_products
+from .recurrent_form import kernel_behind, static_layers
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,8 @@ class LinearLocation:
         node: name of its product; kernel: operator that it must become.
         input: value that it reads, before it is rounded.
         output: value of its result; columns: (start, stop) of the result in it, None where it is all of it.
-            Input and output are empty of experts that are computed together.
+            Input and output are empty of experts that are computed together, and of a recurrent layer's input that is
+            one operator with it.
         prompt_kernel: the operator in the branch for prompts; None in a file without branches, and outside of them.
         slow: why another kernel of the same operator would be faster than its; empty where none would, None where the
             operator has one.
@@ -55,17 +57,30 @@ class KernelMap:
         self._made: dict[str, ir.Value] = {}
         self._read: dict[str, ir.Value] = {}
         self._parts: dict[str, tuple[tuple[str, str], ...]] = {}
-        self._inside: dict[str, str] = {}
+        self._inside: dict[str, tuple[str, str]] = {}
 
-    def note(self, graph: Graph, values: Mapping[Node, ir.Value], made: Mapping[str, ir.Value]) -> None:
+    def note(
+        self,
+        graph: Graph,
+        values: Mapping[Node, ir.Value],
+        made: Mapping[str, ir.Value],
+        results: Mapping[Node, tuple[ir.Value, ...]],
+    ) -> None:
         """After a block was translated: its products, and the results of its linears.
 
         Args:
-            values: of the nodes of its graph.
+            values, results: of the nodes of its graph that have one, or several.
             made: by the name of the linear.
         """
         self._made |= made
+        whole = static_layers(graph)
+        for product, steps in whole.items():
+            name = product.meta[Meta.LINEAR]
+            self._inside[name] = plain(name_of(kernel_behind(results[steps][0]))), STATIC_LSTM
+            self.members[name] = {name: None}
         for product in linear_products(graph):
+            if product in whole:
+                continue
             found = (plain(name_of(maker_of(values[product]))), self._kernel(product))
             owner = product.meta.get(Meta.PLANE_OF) or product.meta.get(Meta.BRANCH_OF)
             if owner:
@@ -78,7 +93,7 @@ class KernelMap:
             experts, node = mixture.meta[Meta.EXPERTS], plain(name_of(maker_of(values[mixture])))
             for side in ("up", "down"):
                 names = getattr(experts, side)
-                self._inside |= dict.fromkeys(names, node)
+                self._inside |= dict.fromkeys(names, (node, QMOE))
                 self.members[f"{experts.name}.{side}"] = {name: (e, e + 1) for e, name in enumerate(names)}
 
     def note_prompts(self, graph: Graph) -> None:
@@ -97,8 +112,8 @@ class KernelMap:
             slow: by the name of a product, see `LinearLocation`.
         """
         inside = {
-            name: LinearLocation(node, QMOE, "", "", None, self._prompt_kernels.get(name))
-            for name, node in self._inside.items()
+            name: LinearLocation(node, kernel, "", "", None, self._prompt_kernels.get(name))
+            for name, (node, kernel) in self._inside.items()
         }
         return inside | {
             linear: LinearLocation(

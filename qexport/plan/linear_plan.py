@@ -8,6 +8,7 @@ from torch.fx import Graph
 from ..graph.sites import Linear, chooses, linears, module_of_call
 from ..models.checkpoint import GivenCodes
 from ..quant.formats import ActivationFormat, Scheme
+from .recurrent_plan import StateWeight, state_weight
 
 
 class Planned:
@@ -51,6 +52,8 @@ class LinearPlan(Planned):
         reason: why the scheme differs from what was asked for, or why there is none; empty when as asked.
         bytes: size of weight codes, scales and zero points in the file, or of the float32 weight.
         shares: the linear whose codes it reads, of the same weight before it; empty where they are its own.
+        state: where it is the input of a recurrent layer, the weight of the states, which is rounded with it; None of
+            any other, and where it stays float.
         given: the codes that the checkpoint holds, and that the scheme keeps; None where they are to be found.
     """
 
@@ -61,6 +64,7 @@ class LinearPlan(Planned):
     reason: str = ""
     bytes: int = 0
     shares: str = ""
+    state: StateWeight | None = None
     given: GivenCodes | None = field(default=None, repr=False, compare=False)
 
 
@@ -71,12 +75,17 @@ def _never_shared(weight: str, several_blocks: bool) -> tuple[bool, str]:
     return False, "which no method is known to allow"
 
 
+def _nothing_against(linear: Linear, scheme: Scheme) -> str:
+    return ""
+
+
 def make_plan(
     graphs: Sequence[tuple[str, Graph]],
     scheme_for: Callable[[str], Scheme | None],
     given: Mapping[str, GivenCodes] | None = None,
     sharing: Callable[[str, bool], tuple[bool, str]] = _never_shared,
     whole_groups: bool = False,
+    stays_float: Callable[[Linear, Scheme], str] = _nothing_against,
 ) -> list[LinearPlan]:
     """Decide for every linear of the blocks.
 
@@ -87,6 +96,7 @@ def make_plan(
         sharing: whether linears that have one weight can have one set of codes, by the weight and whether they are in
             several blocks, and why not, or what is to be said about it.
         whole_groups: take smaller groups where that saves bytes, see `Recipe`.
+        stays_float: why a linear stays float though a scheme is asked for; empty where it need not.
     """
     found = [(block, linear) for block, graph in graphs for linear in linears(graph)]
     uses: dict[str, list[tuple[str, Linear]]] = {}
@@ -107,6 +117,8 @@ def make_plan(
             return replace(empty, reason=fit(None, linear.shape[1])[1])
         if any(reads_choice(other) for _, other in same):
             return replace(empty, reason="a router: its result picks experts")
+        if why := stays_float(linear, asked):
+            return replace(empty, reason=why)
         scheme, reason = fit(asked, linear.shape[1])
         if whole_groups and scheme is not None:
             scheme, reason = _whole(scheme, reason, linear.shape)
@@ -123,7 +135,8 @@ def make_plan(
             notes = [reason, why, "" if linear is first else f"reads the codes of {whose}"]
             reason = "; ".join(note for note in notes if note)
         shares = "" if linear is first or scheme is None else first.name
-        return replace(empty, scheme=scheme, reason=reason, shares=shares)
+        state = state_weight(linear) if scheme is not None else None
+        return replace(empty, scheme=scheme, reason=reason, shares=shares, state=state)
 
     plans = [decide(block, linear) for block, linear in found]
     return [replace(plan, bytes=weight_bytes(plan)) for plan in plans]
@@ -168,6 +181,8 @@ def _whole(scheme: Scheme, reason: str, shape: tuple[int, int]) -> tuple[Scheme,
 def weight_bytes(plan: LinearPlan, float_bytes: int = 4) -> int:
     """Bytes of the weight in the file: codes, scales and zero points, and offsets of the groups of given codes.
 
+    Those of the weight of a recurrent layer's states, where it is rounded too, are among them.
+
     Args:
         float_bytes: of a number that stays float; the scales of integer products are float32 whatever it is.
 
@@ -180,4 +195,5 @@ def weight_bytes(plan: LinearPlan, float_bytes: int = 4) -> int:
     if plan.scheme is None:
         return out_features * in_features * float_bytes
     offsets = plan.given.weight.offsets if plan.given else 0
-    return plan.scheme.bytes(plan.shape, float_bytes) + offsets * float_bytes
+    states = plan.state.bytes(plan.scheme, float_bytes) if plan.state else 0
+    return plan.scheme.bytes(plan.shape, float_bytes) + offsets * float_bytes + states

@@ -22,6 +22,7 @@ from ..recipe.sections import AUTO, FLOAT, TIED
 from .convolution_plan import ConvolutionPlan, plan_convolutions
 from .embedding_plan import EmbeddingPlan, plan_embeddings, token_embeddings
 from .linear_plan import LinearPlan, make_plan, weight_bytes
+from .recurrent_plan import float_steps
 
 aten = torch.ops.aten
 _LOGITS = ("logits", "start_logits", "end_logits")
@@ -32,12 +33,13 @@ _PARTS = (
 
 
 def plan_for(
-    captured: CapturedModel, recipe: Recipe, float_itemsize: int = 4
+    captured: CapturedModel, recipe: Recipe, float_itemsize: int = 4, least_states: int | None = None
 ) -> tuple[list[LinearPlan], list[EmbeddingPlan]]:
     """The decision for every linear and every table of token embeddings of a captured model.
 
     Args:
         float_itemsize: bytes of a number that stays float.
+        least_states: of recurrent layers that are not to stay float, see `recurrent_plan.float_steps`.
 
     Raises:
         RecipeError: an override matches no linear, or there is no embedding to quantize.
@@ -48,6 +50,7 @@ def plan_for(
         [(b.name, b.module.graph) for b in captured.blocks], lambda name: recipe.scheme_for(name, name in heads),
         captured.given if recipe.weights.keeps_codes else {}, partial(_sharing, recipe, _tables(captured)),
         recipe.whole_groups,
+        float_steps(least_states),
     )  # fmt: skip
     names = [name for b in captured.blocks for name in convolutions(b.module.graph)]
     idle = recipe.unmatched_overrides([*(module_of_call(p.name) for p in plan), *names])
@@ -174,7 +177,7 @@ def bytes_by_part(
     by_name, projection = {p.name: p for p in plan}, output_projection(captured)
     quantized = [p for p in plan if p.scheme is not None and (projection is None or p.name != projection.name)]
     taken = {n.weight for b in captured.blocks for n in linears(b.module.graph) if by_name[n.name].scheme is not None}
-    taken |= {e.weight for e in embeddings}
+    taken |= {p.state.name for p in quantized if p.state} | {e.weight for e in embeddings}
     small = {p.name: p.bytes for p in planned if p.scheme is not None}
     nodes = [(name, node) for b in captured.blocks for name, node in convolutions(b.module.graph).items()]
     taken |= {tensor_name(Convolution.of(node).weight) for name, node in nodes if name in small}

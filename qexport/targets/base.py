@@ -51,6 +51,8 @@ class Target(ABC):
         weight_kernels: ONNX operators that it has for products with weights of few bits.
         e4m3_cache: whether attention keeps a cache of E4M3 numbers; else they are rounded, and kept as floats.
         integer_convolutions: whether a convolution of int8 inputs and weights has a kernel.
+        least_recurrent: the fewest states of a recurrent layer whose steps run faster with codes than in float; None
+            where they have no kernel.
         genai_provider_options: of onnxruntime-genai; None where it is not configured for this target.
         dtype: one of `dtypes`.
         operators: what files are made of.
@@ -65,6 +67,7 @@ class Target(ABC):
     weight_kernels: ClassVar[frozenset[str]] = WEIGHT_KERNELS
     e4m3_cache: ClassVar[bool] = False
     integer_convolutions: ClassVar[bool] = False
+    least_recurrent: ClassVar[int | None] = None
     genai_provider_options: ClassVar[tuple[dict[str, dict[str, str]], ...] | None] = None
 
     @classmethod
@@ -88,6 +91,11 @@ class Target(ABC):
     def exact(cls, dtype: torch.dtype) -> Self:
         """The target that adds no roundings of its own, for a file of the float model."""
         return cls(dtype=dtype)
+
+    @property
+    def least_states(self) -> int | None:
+        """`least_recurrent`, of these operators."""
+        return self.least_recurrent if self.operators.contrib else None
 
     @classmethod
     def options(cls) -> tuple[str, ...]:

@@ -5,7 +5,7 @@ import statistics
 from collections import Counter
 from collections.abc import Sequence
 
-from ..artifact.manifest import QMOE
+from ..artifact.manifest import QMOE, STATIC_LSTM
 from .formatting import decibels, faulty, kernels, number, own, rank, worst_first
 from .quality import graded
 from .report import HALF, Foreign, Greedy, Reference, Report
@@ -172,7 +172,7 @@ def _time(report: Report) -> list[str]:
         if by_op and len(known) == len(shares):
             attention = sum(share for op, share in by_op.items() if op in ATTENTION)
             what = "a run" if report.logits is None else what
-            linears = sum(known) + by_op.get(QMOE, 0.0)
+            linears = sum(known) + by_op.get(QMOE, 0.0) + by_op.get(STATIC_LSTM, 0.0)
             parts.append(f"{linears:.0%} of the time of {what} ({attention:.0%} are attention)")
     return [f"quantized linears take {' and '.join(parts)}"] if parts else []
 
@@ -229,11 +229,12 @@ def _facts(report: Report) -> list[str]:
     total = sum(report.placement.kernels.values()) + report.placement.convolutions
     if total and not report.placement.unfused:
         facts.append(f"all {kernels(report.placement)}")
-    if inside := report.placement.kernels.get(QMOE):
-        facts.append(
-            f"{_count(inside, 'linear')} inside {QMOE}, which makes no value of each to compare: the SQNR of their "
-            "blocks covers them"
-        )
+    for kernel in (QMOE, STATIC_LSTM):
+        if inside := report.placement.kernels.get(kernel):
+            facts.append(
+                f"{_count(inside, 'linear')} inside {kernel}, which makes no value of each to compare: the SQNR of "
+                "their blocks covers them"
+            )
     if report.placement.prompt_kernels:
         facts.append("what was measured are prompts; steps of a few tokens have numbers of their own")
     if report.layers.linears:
