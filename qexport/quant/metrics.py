@@ -58,6 +58,35 @@ def top1_agreement(ref_logits: Tensor, logits: Tensor) -> Tensor:
     return ref_logits.argmax(-1) == logits.argmax(-1)
 
 
+def top_two_margin(logits: Tensor) -> Tensor:
+    """By how much the likeliest token is likelier than the second one: float64 [tokens], 0 to 1.
+
+    Args:
+        logits: float [tokens, vocabulary].
+    """
+    best = logits.double().topk(min(2, logits.shape[-1]), -1).values
+    likely = (best - torch.logsumexp(logits.double(), -1, keepdim=True)).exp_()
+    return likely[:, 0] - (likely[:, 1] if likely.shape[1] > 1 else 0.0)
+
+
+def separation(values: Tensor, marked: Tensor) -> float | None:
+    """How often a marked value is below one that is not, ties half: 0.5 where values say nothing of marks (AUC).
+
+    Args:
+        values: float [n]; marked: bool [n].
+
+    Returns:
+        None where all are marked, or none.
+    """
+    count = int(marked.sum())
+    if not 0 < count < len(marked):
+        return None
+    _, place, same = torch.unique(values, sorted=True, return_inverse=True, return_counts=True)
+    ranks = (same.cumsum(0).double() - (same.double() - 1) / 2)[place]  # from 1, the mean of those that are alike
+    above = count * (count + 1) / 2 + count * (len(marked) - count) - float(ranks[marked].sum())
+    return above / (count * (len(marked) - count))
+
+
 def top_k_agreement(ref_logits: Tensor, logits: Tensor, k: int) -> Tensor:
     """Share of the reference's k likeliest tokens that are among the other's k: float64 [tokens].
 

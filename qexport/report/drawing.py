@@ -29,7 +29,7 @@ def figures(report: Report) -> list[Figure]:
     """Every figure of a report, in reading order."""
     found: list[Figure] = [*heat_maps(report.layers.linears), *depth(report.layers)]
     if report.logits is not None:
-        found += by_position(report.logits)
+        found += [*by_position(report.logits), *by_margin(report.logits)]
     return [*found, *costs(report), *greedy(report), *ranges(report.layers.ranges)]
 
 
@@ -219,6 +219,21 @@ def by_position(logits: Logits) -> list[Lines]:
     return with_numbers(Lines(
         "position", "KL along the text", caption, "token", "KL", (Series("KL", points),), from_zero=True
     ))  # fmt: skip
+
+
+def by_margin(logits: Logits) -> list[Bars]:
+    """How often the likeliest token changes, by how sure the float model is of it."""
+    if len(logits.by_margin) < 2:
+        return []
+    bars = tuple(
+        Bar(f"{part.least:g} to {part.most:g}", f"{part.tokens:,} tokens: {part.differ:.2%} differ", part.differ * 100)
+        for part in logits.by_margin
+    )
+    caption = (
+        "Tokens by margin: the probability of the float model's likeliest token minus that of the second one. Where it "
+        "is small another token is likeliest with little error."
+    )
+    return [Bars("margin", "Where the likeliest token changes", caption, "% of tokens", bars)]
 
 
 def greedy(report: Report) -> list[Bars]:

@@ -1,6 +1,7 @@
 """Next-token distributions of the float model and the deployed one, window by window."""
 
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +11,22 @@ from torch import Tensor
 from ..artifact.manifest import Manifest
 from ..errors import InputError
 from ..progress import StageProgress, no_stage_progress
-from ..quant.metrics import by_stretch, kl_divergence, nll, top1_agreement, top_k_agreement
+from ..quant.metrics import (
+    by_stretch,
+    kl_divergence,
+    nll,
+    separation,
+    top1_agreement,
+    top_k_agreement,
+    top_two_margin,
+)
 from ..runtime.decoder import open_decoder
 from .bootstrap import standard_error
 from .reference import FloatOutputs
-from .report import Logits, WindowScores, WorstToken
+from .report import Logits, MarginBin, WindowScores, WorstToken
 
 _STRETCHES = 64  # of a window, at most
+_MARGINS = (0.0, 0.02, 0.05, 0.1, 0.2, 0.4, 0.7, 1.0)  # bounds of what is counted together
 _CONTEXT = 24  # tokens shown in front of another
 
 
@@ -87,7 +97,7 @@ def compare_logits(
         deployed: see `deployed_logits`.
         decode: the text of token ids; None where there is no tokenizer.
     """
-    likeliest = []
+    likeliest, margins = [], []
     kl, agree, agree5, costs, float_costs, broken = [], [], 0.0, [], [], 0
     for index, ids in enumerate(windows):
         progress("windows", index, len(windows))
@@ -95,6 +105,7 @@ def compare_logits(
         want, got, targets = reference.outputs(index)["logits"][0, :-1], deployed(ids)[:-1], ids[1:]
         finite = torch.isfinite(got).all(-1)
         kl.append(kl_divergence(want, got))
+        margins.append(top_two_margin(want))
         likeliest.append(torch.stack([want.argmax(-1), got.argmax(-1)], 1))
         agree.append((top1_agreement(want, got) & finite).double())
         agree5 += float((top_k_agreement(want, got, 5) * finite).sum())
@@ -119,8 +130,20 @@ def compare_logits(
         top5_agreement=agree5 / tokens,
         kl_by_position=tuple(by_stretch(torch.stack(kl), _STRETCHES).tolist()),
         farthest=farthest,
+        **_over_margins(torch.cat(margins), alike.flatten() == 0),
         **_over_windows(*(torch.stack(rows).mean(1) for rows in (kl, costs, float_costs, agree))),
     )  # fmt: skip
+
+
+def _over_margins(margin: Tensor, differ: Tensor) -> dict[str, Any]:
+    """What `Logits` has of margins [tokens] of the float model and of whether [tokens] the deployed one differs."""
+    bins = []
+    for least, most in pairwise(_MARGINS):
+        there = (margin >= least) & ((margin < most) | (most == 1))
+        if count := int(there.sum()):
+            share = float(differ[there].double().mean())
+            bins.append(MarginBin(least=least, most=most, tokens=count, differ=share))
+    return {"by_margin": tuple(bins), "margin_separates": separation(margin, differ)}
 
 
 def _over_windows(kl: Tensor, nll: Tensor, float_nll: Tensor, top1: Tensor) -> dict[str, Any]:

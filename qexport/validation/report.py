@@ -205,6 +205,21 @@ class WorstToken(_Frozen):
     likeliest: str
 
 
+class MarginBin(_Frozen):
+    """Tokens that the float model is about as sure of.
+
+    Attributes:
+        least, most: of the margin, the probability of its likeliest token minus that of the second one.
+        tokens: how many have such a margin.
+        differ: share of these for which the deployed model finds another token likeliest.
+    """
+
+    least: float
+    most: float
+    tokens: int
+    differ: float
+
+
 class WindowScores(_Frozen):
     """Means over the predicted tokens of each window, in order, for standard errors and paired tests.
 
@@ -238,6 +253,10 @@ class Logits(_Frozen):
         top5_agreement: mean share of the float model's five likeliest tokens that are among the deployed one's five.
         kl_by_position: mean KL over windows for at most 64 stretches of equal length along the window, from its start;
             the last may be shorter.
+        by_margin: see `MarginBin`; those without tokens are left out.
+        margin_separates: how often, of a token for which both models differ and one for which they agree, the float
+            model's margin is smaller at the first: 0.5 where it says nothing, 1 where it says all. Null where there are
+            not both.
         farthest: see its class; null without a tokenizer, and for references.
         float_perplexity: exp of the mean negative log-likelihood of the text's tokens, of the float model.
         perplexity: of the deployed one.
@@ -262,6 +281,8 @@ class Logits(_Frozen):
     nonfinite_tokens: int = 0
     top5_agreement: float | None = None
     kl_by_position: tuple[Finite, ...] = ()
+    by_margin: tuple[MarginBin, ...] = ()
+    margin_separates: Finite = None
     farthest: WorstToken | None = None
     by_window: WindowScores | None = None
     kl_error: Finite = None

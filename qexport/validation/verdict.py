@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from ..artifact.manifest import QMOE, STATIC_LSTM
 from .formatting import decibels, faulty, kernels, number, own, rank, worst_first
 from .quality import graded
-from .report import HALF, Foreign, Greedy, Reference, Report
+from .report import HALF, Foreign, Greedy, Logits, Reference, Report
 
 ATTENTION = ("GroupQueryAttention", "Attention", "MultiHeadAttention")
 # Share of a value beyond its static scale from which it is worth a sentence: calibration on other text leaves less.
@@ -265,6 +265,7 @@ def _facts(report: Report) -> list[str]:
             f"perplexity goes from {number(scores.float_perplexity)} to {number(scores.perplexity)}{note}; "
             f"KL is {number(scores.kl_mean)} a token, and {scores.top1_agreement:.1%} of the likeliest tokens agree"
         )
+        facts += _by_margin(scores)
         kl = report.logits.kl_mean
         if scores.perplexity is not None and scores.float_perplexity is not None:
             facts.append(_degradation(scores.perplexity / scores.float_perplexity - 1, kl))
@@ -282,6 +283,18 @@ def _facts(report: Report) -> list[str]:
     facts += _sensitive(report)
     facts += [f"output {row.name} has {decibels(row.sqnr_db, row)}" for row in report.outputs]
     return facts
+
+
+def _by_margin(scores: Logits) -> list[str]:
+    """How much of the disagreement lies where the float model itself is unsure."""
+    if scores.margin_separates is None or len(scores.by_margin) < 2:
+        return []
+    first, last = scores.by_margin[0], scores.by_margin[-1]
+    return [
+        f"of tokens whose two likeliest are within {first.most:.0%} for the float model {first.differ:.1%} differ, "
+        f"of those it is surer of than {last.least:.0%} {last.differ:.1%}; a token that differs has the smaller margin "
+        f"in {scores.margin_separates:.0%} of pairs with one that does not"
+    ]
 
 
 def _beside_half(kl: float, references: Sequence[Reference]) -> list[str]:

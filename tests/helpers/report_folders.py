@@ -13,6 +13,7 @@ from qexport.validation.report import (
     InputRange,
     LayerComparison,
     Logits,
+    MarginBin,
     Placement,
     Reference,
     Report,
@@ -60,6 +61,11 @@ def plain_report(layers: int = 3, **changes) -> Report:
     return with_verdict(Report(**fields | changes))
 
 
+MARGINS = (
+    MarginBin(least=0.0, most=0.02, tokens=12, differ=0.5), MarginBin(least=0.7, most=1.0, tokens=52, differ=0.01),
+)  # fmt: skip
+
+
 def full_report(layers: int = 3) -> Report:
     """A report in which everything optional has a value."""
     report = plain_report(layers)
@@ -82,7 +88,9 @@ def full_report(layers: int = 3) -> Report:
     worst = linears[-1].name
     return report.model_copy(update=dict(
         layers=report.layers.model_copy(update=dict(linears=linears, ranges=ranges, attentions=attentions)),
-        logits=logits(top5_agreement=0.9, kl_by_position=(0.1, 0.2, None, 0.4)),
+        logits=logits(
+            top5_agreement=0.9, kl_by_position=(0.1, 0.2, None, 0.4), by_margin=MARGINS, margin_separates=0.9
+        ),
         references=(Reference(name="float16 in PyTorch", logits=logits(kl_mean=1e-5)),),
         greedy=Greedy(prompts=2, prompt_tokens=8, new_tokens=16, agreed=(16, 3)),
         sensitivity=Sensitivity(

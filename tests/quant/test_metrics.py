@@ -8,7 +8,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qexport.quant import metrics
-from qexport.quant.metrics import by_stretch, cosine, kl_divergence, nll, sqnr_db, top1_agreement, top_k_agreement
+from qexport.quant.metrics import (
+    by_stretch,
+    cosine,
+    kl_divergence,
+    nll,
+    separation,
+    sqnr_db,
+    top1_agreement,
+    top_k_agreement,
+    top_two_margin,
+)
 
 some = settings(max_examples=20, deadline=None)
 
@@ -131,3 +141,22 @@ def test_stretches_are_equally_long_and_cover_everything(columns, length):
         for start in range(0, columns, length)
     ]
     assert by_stretch(values, 64).tolist() == pytest.approx(expected, rel=1e-14) and len(expected) <= 64
+
+
+def test_the_margin_is_the_difference_of_the_two_largest_probabilities():
+    logits = torch.tensor([[0.5, 0.25, 0.25], [0.2, 0.2, 0.6], [0.4, 0.4, 0.2]]).log()
+    assert top_two_margin(logits).tolist() == pytest.approx([0.25, 0.4, 0.0], abs=1e-7)
+    assert top_two_margin(torch.zeros(2, 1)).tolist() == [1, 1]
+
+
+@some
+@given(st.lists(st.tuples(st.integers(0, 5), st.booleans()), min_size=1, max_size=12))
+def test_separation_counts_pairs(given_pairs):
+    values, marked = (torch.tensor(column) for column in zip(*given_pairs, strict=True))
+    below = [
+        1.0 if a < b else 0.5 if a == b else 0.0
+        for a, is_marked in given_pairs if is_marked
+        for b, other in given_pairs if not other
+    ]  # fmt: skip
+    found = separation(values, marked)
+    assert found is None if not below else found == pytest.approx(sum(below) / len(below))

@@ -15,7 +15,13 @@ def test_a_plain_report_has_maps_and_the_line_along_the_model():
 
 def test_a_full_report_has_every_figure():
     keys = [f.key for f in figures(full_report())]
-    assert keys == ["own", "inherited", "cost", "depth", "position", "cost", "greedy", "range_0", "range_1"]
+    assert keys == ["own", "inherited", "cost", "depth", "position", "margin", "cost", "greedy", "range_0", "range_1"]
+
+
+def test_bars_say_how_often_the_likeliest_token_changes_where_the_model_is_unsure():
+    (figure,) = [f for f in figures(full_report()) if f.key == "margin"]
+    assert [(bar.label, bar.value) for bar in figure.bars] == [("0 to 0.02", 50.0), ("0.7 to 1", 1.0)]
+    assert figure.bars[0].title == "12 tokens: 50.00% differ"
 
 
 def test_a_map_has_layers_as_columns_and_projections_as_rows():

@@ -15,7 +15,7 @@ def test_every_figure_becomes_a_file(tmp_path):
     exported = write_validated(tmp_path, full_report())
     files = write_plots(exported, tmp_path / "new" / "plots")
     assert sorted(f.stem for f in files) == [
-        "cost", "depth", "greedy", "map_cost", "map_inherited", "map_own", "position", "range_0", "range_1",
+        "cost", "depth", "greedy", "map_cost", "map_inherited", "map_own", "margin", "position", "range_0", "range_1",
     ]  # fmt: skip
     for file in files:
         image = imread(file)

@@ -57,6 +57,23 @@ def test_quickstart(run, model, text):
     assert "14 linears quantized" in out and "perplexity goes from" in out and "The three primary colours are" in out
 
 
+def test_temperature_distance(run, model, tmp_path):
+    folders = [tmp_path / "far", tmp_path / "near"]
+    for folder, scheme in zip(folders, ("w4a16_g32", "w8a16_g32"), strict=True):
+        recipe = qexport.Recipe(scheme=scheme)
+        qexport.export(model, recipe, out_dir=folder)
+    passages = tmp_path / "passages.txt"
+    passages.write_text("\n".join(" ".join(f"w{(i * j) % 97}" for j in range(1, 99)) for i in range(1, 9)))
+    out = run(
+        "temperature_distance.py", model, *folders, "--text", passages, "--prompts", 6, "--prompt-tokens", 8,
+        "--tokens", 4, "--temperatures", 0.5, 1.0,
+    )  # fmt: skip
+    rows = [line for line in out.splitlines() if line.startswith(("| far", "| near"))]
+    assert len(rows) == 8 and out.count("over 6 passages of 4 tokens") == 2
+    far, near = (float(row.split("|")[2].split("±")[0]) for row in rows[:2])
+    assert 0 < near < far < 1
+
+
 def test_every_scheme(run, model, text):
     recipes = ["w4a16_g32_rtn", "w8a8_dyn"]
     lines = run(

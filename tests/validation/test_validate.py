@@ -110,6 +110,9 @@ def test_logits_agree_with_a_direct_computation(report, exported, llama):
     assert found.kl_by_position == pytest.approx(positions.tolist(), rel=1e-3)  # 47 positions, a stretch each
     assert found.float_perplexity == pytest.approx(torch.cat(float_cost).mean().exp().item(), rel=1e-5)
     assert found.perplexity == pytest.approx(torch.cat(cost).mean().exp().item(), rel=1e-5)
+    assert sum(part.tokens for part in found.by_margin) == found.tokens
+    differ = sum(part.tokens * part.differ for part in found.by_margin) / found.tokens
+    assert differ == pytest.approx(1 - found.top1_agreement) and found.margin_separates > 0.6
     assert found.kl_mean > 1e-3, "the comparison says nothing when quantization changes nothing"
 
 
