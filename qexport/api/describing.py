@@ -84,6 +84,7 @@ def report_of(made: Lowering, ran: str, seconds: Mapping[str, float], warnings: 
             "codes": described_codes(captured, decisions, made.target),
             **({"adapter": told} if (told := described_adapter(captured)) else {}),
             "calibration": made.described,
+            **({"tuned": asdict(made.tuned)} if made.tuned is not None else {}),
             "warnings": list(warnings),
             "first_run": ran,
             "left_out": list(captured.left_out),

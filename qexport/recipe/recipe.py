@@ -24,6 +24,7 @@ from .sections import (
     ActivationSpec,
     CalibrationSpec,
     Override,
+    TuneSpec,
     scheme_of_embedding,
     scheme_or_float,
 )
@@ -49,6 +50,7 @@ class Recipe(MethodKeys):
             take these.
         weights: how codes of weights are found; its key `method` says by what.
         activations: how scales of static activations are found.
+        tune: how the quantized model is trained end to end; None for not at all.
         calibration: the text that statistics are taken on.
         overrides: the first that matches a linear's name decides, the output projection's too.
         accuracy_level: how ONNX Runtime's CPU kernel (MatMulNBits) treats the float activations of integer weights: 4
@@ -65,6 +67,7 @@ class Recipe(MethodKeys):
     whole_groups: bool = False
     weights: SerializeAsAny[WeightMethod]
     activations: ActivationSpec = ActivationSpec()
+    tune: TuneSpec | None = None
     overrides: tuple[Override, ...] = ()
     calibration: CalibrationSpec = CalibrationSpec()
     accuracy_level: Literal[1, 4] = 4
@@ -244,7 +247,8 @@ class Recipe(MethodKeys):
         """Whether statistics of activations are needed: by a method, or for scales of activations."""
         kinds = {scheme.activation.kind for scheme in self.schemes if scheme.activation}
         searched = "dynamic" in kinds and self.activations.token_clip == "search"
-        return searched or "static" in kinds or any(method.needs_calibration for method in self.methods)
+        asked = searched or "static" in kinds or self.tune is not None
+        return asked or any(method.needs_calibration for method in self.methods)
 
     @property
     def schemes(self) -> list[Scheme]:

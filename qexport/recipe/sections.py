@@ -113,6 +113,32 @@ def only(name: str) -> str:
     return "".join(f"[{c}]" if c in "*?[" else c for c in name)
 
 
+class TuneSpec(Section):
+    """Training of the quantized model end to end, by the KL to the float model on the calibration text.
+
+    It comes after weights have become codes. The step with the least KL over an eighth of the batches, which is not
+    trained on, is kept.
+
+    Attributes:
+        steps: updates of the whole model.
+        batches: calibration batches of a step.
+        rate: of scales, the share by which the first step changes them; 0 keeps them. Steps become smaller until the
+            last.
+        norm_rate: the same of gains and biases of norms.
+        zero_rate: of zero points, in steps between codes; 0 keeps them.
+        code_rate: of codes, in steps between codes; 0 keeps them, anything else takes eight bytes of memory a weight.
+        check_every: steps from one look at the KL of what is not trained on to the next.
+    """
+
+    steps: int = Field(64, ge=1, le=100_000)
+    batches: int = Field(2, ge=1, le=1024)
+    rate: float = Field(0.002, ge=0, le=1)
+    norm_rate: float = Field(0.002, ge=0, le=1)
+    zero_rate: float = Field(0.0, ge=0, le=1)
+    code_rate: float = Field(0.0, ge=0, le=1)
+    check_every: int = Field(16, ge=1)
+
+
 class CalibrationSpec(Section):
     """The text that statistics are taken on.
 

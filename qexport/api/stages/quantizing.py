@@ -8,6 +8,7 @@ from ...artifact.output import WorkFolder, explained
 from ...calibrate.fingerprint import fingerprint_of
 from ...calibrate.loop import QuantizedBlock, quantize_blocks
 from ...calibrate.recipe_passes import passes_for
+from ...calibrate.tuning import TuningRecord, tune
 from ...passes.base import GraphPass
 from .calibrating import Calibration
 from .preparing import timed
@@ -20,10 +21,12 @@ class Quantization(Calibration):
     Attributes:
         passes: all that blocks went through.
         blocks: in the order of the model; their tensors are in the work folder.
+        tuned: what training them end to end brought; None where that was not asked for.
     """
 
     passes: Sequence[GraphPass]
     blocks: Sequence[QuantizedBlock]
+    tuned: TuningRecord | None
 
 
 @timed
@@ -49,8 +52,14 @@ def quantize(calibrated: Calibration, work: WorkFolder) -> Quantization:
             decisions.embeddings, calibrated.seen, decisions.convolutions,
         )  # fmt: skip
         stream, reference = (batches(), batches()) if batches else (None, None)
+        before = captured.copy() if recipe.tune is not None and batches else None
         blocks = quantize_blocks(
             captured, passes, stream, reference, work.blocks, fingerprint, resume=options.resume,
             progress=partial(options.progress, "quantize"),
         )  # fmt: skip
-    return Quantization(**vars(calibrated), passes=passes, blocks=blocks)
+        tuned = None
+        if before is not None and recipe.tune is not None and batches is not None:
+            blocks, tuned = tune(
+                captured, before, blocks, recipe.tune, batches, work.blocks / "tuned", partial(options.progress, "tune")
+            )
+    return Quantization(**vars(calibrated), passes=passes, blocks=blocks, tuned=tuned)
