@@ -4,7 +4,11 @@
 
 Every attention of the float model runs on its float inputs, and again with its keys, or its values, rounded by scales
 of this text. Printed is the SQNR of its output in dB, the mean over the layers and the least. The cache of an export
-holds keys behind the rotation: that is what GroupQueryAttention keeps.
+holds keys behind the rotation: that is what GroupQueryAttention keeps. Scales are one for every feature of every head
+("channel"), one for all ("tensor"), or as WKVQuant has them (arXiv 2402.12065): features divided by a static factor
+each, then a scale for every token of every head ("channel and token"). "past alone" is WKVQuant's too: every query sees
+its own token's key and value as they are. And "turned" multiplies keys and values by a Hadamard matrix before they are
+rounded (QuaRot's R2 and R3).
 """
 
 import argparse
@@ -19,6 +23,7 @@ from qexport.api.stages.capturing import capture_model
 from qexport.calibrate.block_activations import Stream, decoder_inputs, last_readers
 from qexport.calibrate.float_model import weights_of
 from qexport.graph.edit import is_call
+from qexport.quant.hadamard import rotation
 from qexport.quant.kv_cache import cache_codes, cache_scale
 from qexport.quant.metrics import sqnr_db
 from qexport.validation.text import choose_text
@@ -28,9 +33,32 @@ ops = torch.ops.qexport
 
 def rounded(x: torch.Tensor, bits: int, scales: str) -> torch.Tensor:
     """x [batch, heads, tokens, features] as a cache of codes would give it back."""
+    if scales == "turned":
+        turn = rotation(x.shape[-1]).float()
+        return rounded(x @ turn, bits, "channel") @ turn.t()
+    if scales == "channel and token":
+        factors, largest = x.abs().amax((0, 2), keepdim=True).clamp_min(1e-9), 2 ** (bits - 1) - 1
+        even = x / factors
+        step = even.abs().amax(-1, keepdim=True).clamp_min(1e-9) / largest
+        return (even / step).round() * step * factors
     absmax = x.abs().amax((0, 2), keepdim=True)[0] if scales == "channel" else x.abs().amax().view(1)
     scale = cache_scale(absmax, bits)
     return cache_codes(x, scale, bits).float() * scale
+
+
+def past_alone(query, kept: tuple, own: tuple, mask, scale: float) -> torch.Tensor:
+    """Attention of every query over rounded keys and values, but those of its own token; [batch, tokens, heads, size].
+
+    Args:
+        kept: keys and values as the cache gives them back; own: as they were. Both [batch, kv_heads, tokens, size].
+    """
+    repeat = query.shape[1] // own[0].shape[1]
+    keys, values, k, v = (x.repeat_interleave(repeat, 1) for x in (*kept, *own))
+    scores = query @ keys.transpose(2, 3)
+    scores.diagonal(dim1=2, dim2=3).copy_((query * k).sum(-1))
+    weights = torch.softmax(scores * scale + mask, -1)
+    out = weights @ values + weights.diagonal(dim1=2, dim2=3)[..., None] * (v - values)
+    return out.transpose(1, 2)
 
 
 class Attentions(Interpreter):
@@ -46,7 +74,7 @@ class Attentions(Interpreter):
             query, key, value, *rest = self.fetch_args_kwargs_from_env(node)[0]
             turned = node.args[1] if is_call(node.args[1], ops.rotary_embedding.default) else None
             for bits in (8, 4):
-                for scales in ("channel", "tensor"):
+                for scales in ("channel", "tensor", "channel and token", "turned"):
                     variants = {
                         "keys, behind rotation": (rounded(key, bits, scales), value),
                         "values": (key, rounded(value, bits, scales)),
@@ -58,6 +86,12 @@ class Attentions(Interpreter):
                     for name, (k, v) in variants.items():
                         out = node.target(query, k, v, *rest)[0]
                         self.found[name, bits, scales].append(sqnr_db(result[0], out))
+                    both = rounded(key, bits, scales), rounded(value, bits, scales)
+                    _, _, mask, factor, softcap = rest[:5]
+                    if not softcap and len(rest) < 6:
+                        self.found["both", bits, scales].append(sqnr_db(result[0], node.target(query, *both, *rest)[0]))
+                        past = past_alone(query, both, (key, value), mask, factor)
+                        self.found["both, past alone", bits, scales].append(sqnr_db(result[0], past))
         return result
 
 

@@ -255,10 +255,18 @@ def test_auto_table(run, model, text):
 def test_kv_cache_error(run, model, text):
     lines = run("kv_cache_error.py", model, "--text", text, "--tokens", 48).splitlines()
     rows = {tuple(line.strip("| ").split(" | ")[:3]): float(line.split(" | ")[3].split()[0]) for line in lines[2:]}
-    assert len(rows) == 12
+    assert len(rows) == 5 * 2 * 4
+    assert all(rows["both, past alone", bits, scales] > rows["both", bits, scales] for _, bits, scales in rows)
     for what in ("values", "keys, before rotation", "keys, behind rotation"):
         assert rows[what, "8", "channel"] > rows[what, "4", "channel"] + 15
         assert rows[what, "8", "channel"] >= rows[what, "8", "tensor"] - 1
+
+
+def test_rotation_cost(run):
+    out = run("rotation_cost.py", "--width", 48, "--out-features", 32, "--rows", 2, "--repeats", 1).splitlines()
+    rows = {line.split("|")[1].strip(): float(line.split("|")[2]) for line in out[2:]}
+    assert list(rows)[:2] == ["rotation 4 x 12", "rotation 12 x 4"] and rows["integer projection"] == 1
+    assert len(rows) == 7 and all(share > 0 for share in rows.values())
 
 
 def test_encoder(run, tmp_path):
