@@ -1,8 +1,9 @@
 """Quantize PyTorch models through torch.fx passes and run them in ONNX Runtime.
 
 Everything public is here: `export`, `export_auto`, `inspect`, `validate`, `generate`, `Chat`, `bench`, `study`,
-`optimize`, `layout`, `diagnose`, `render`, `compare`, each for every kind of model where it means something, and the
-types they take and return. Names are loaded when they are first used, so that importing qexport costs nothing.
+`optimize`, `slice_export`, `layout`, `diagnose`, `render`, `compare`, each for every kind of model where it means
+something, and the types they take and return. Names are loaded when they are first used, so that importing qexport
+costs nothing.
 """
 
 import os
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     from .api.inspecting import inspect as inspect
     from .api.inspection import Inspection as Inspection
     from .api.result import ExportResult as ExportResult
+    from .api.slicing import SliceResult as SliceResult
+    from .api.slicing import slice_export as slice_export
     from .api.validating import validate as validate
     from .errors import QExportError as QExportError
     from .recipe.recipe import Recipe as Recipe
@@ -52,6 +55,7 @@ _WHERE = {
     "QExportError": ("errors", "QExportError"),
     "Recipe": ("recipe.recipe", "Recipe"),
     "Sampling": ("runtime.generate", "Sampling"),
+    "SliceResult": ("api.slicing", "SliceResult"),
     "Report": ("validation.report", "Report"),
     "bench": ("runtime.benchmark", "bench"),
     "compare": ("report", "compare"),
@@ -63,6 +67,7 @@ _WHERE = {
     "layout": ("runtime.transformers_js", "layout"),
     "optimize": ("runtime.optimized", "optimize"),
     "render": ("report", "render"),
+    "slice_export": ("api.slicing", "slice_export"),
     "study": ("sampling_study", "study"),
     "validate": ("api.validating", "validate"),
 }

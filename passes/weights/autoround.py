@@ -44,10 +44,15 @@ class AutoRoundSection(TrainedBlocks):
         return [AutoRound(plan, self.steps, self.batches, self.token_norm_power, rate, clip_rate)]
 
 
-class _Rounding(GridWeight):
-    """Where a weight lies between codes, and how much of its range each group uses."""
+class Rounding(GridWeight):
+    """Where a weight lies between codes, and how much of its range each group uses.
 
-    def __init__(self, w: Tensor, fmt: IntegerFormat, factor: Tensor | None) -> None:
+    Args:
+        reach: how many steps the offset of a weight covers.
+    """
+
+    def __init__(self, w: Tensor, fmt: IntegerFormat, factor: Tensor | None, reach: int = 1) -> None:
+        self._reach = reach
         super().__init__(w, fmt, factor)
         self._low, self._high = range_of(w, fmt)
         self.offsets = torch.zeros_like(self.groups).requires_grad_()
@@ -59,7 +64,7 @@ class _Rounding(GridWeight):
 
     def grid(self) -> tuple[Tensor, Tensor, Tensor | None]:
         scale, zero = grid_of(self._low * self.low_share, self._high * self.high_share, self.format)
-        return self.groups / scale[..., None] + self.offsets, scale, zero
+        return self.groups / scale[..., None] + self._reach * self.offsets, scale, zero
 
 
 @dataclass(frozen=True)
@@ -74,11 +79,11 @@ class AutoRound(TrainedCodes):
     clip_rate: float = 0.01
 
     def latent(self, w: Tensor, fmt: IntegerFormat, factor: Tensor | None) -> LatentCodes:
-        return _Rounding(w, fmt, factor)
+        return Rounding(w, fmt, factor)
 
     def updates(self, latents: Sequence[LatentCodes], shared: Shared) -> Update:
         parameters = [tensor for latent in latents for tensor in latent.parameters]
-        # In the order of `_Rounding.parameters`.
+        # In the order of `Rounding.parameters`.
         lengths = [self.rate, self.clip_rate, self.clip_rate] * len(latents)
         bounds = [(-0.5, 0.5), (0.0, 1.0), (0.0, 1.0)] * len(latents)
 

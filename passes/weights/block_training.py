@@ -155,7 +155,7 @@ class RoundedBlock(Interpreter):
             total += error.item()
             keep = place < len(goals) - 1  # the rounded weights are made once for all
             parts = torch.autograd.grad(error, self.parameters, allow_unused=True, retain_graph=keep)
-            found = [a if b is None else b if a is None else a + b for a, b in zip(found, parts, strict=True)]
+            found = added(found, parts)
         return total, found
 
     def copies(self) -> list[Tensor]:
@@ -174,6 +174,11 @@ class RoundedBlock(Interpreter):
     def _error(self, goal: Goal) -> Tensor:
         self._inputs.clear()
         return goal.error(self.run(*goal.batch.inputs))
+
+
+def added(some: Sequence[Tensor | None], others: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """Gradients of two errors as that of their sum."""
+    return [a if b is None else b if a is None else a + b for a, b in zip(some, others, strict=True)]
 
 
 def _dynamic(
@@ -279,7 +284,7 @@ class GridWeight(LatentCodes):
     """
 
     def __init__(self, w: Tensor, fmt: IntegerFormat, factor: Tensor | None) -> None:
-        self.format, self._factor, self._k = fmt, factor, w.shape[1]
+        self.format, self._factor, self.features = fmt, factor, w.shape[1]
         self.groups = grouped(w, fmt)
 
     @abstractmethod
@@ -287,11 +292,14 @@ class GridWeight(LatentCodes):
         """Steps [N, G, group], scale and zero point, as `values_through` takes them."""
 
     def rounded(self) -> Tensor:
-        values = values_through(*self.grid(), self.format, self._k)
+        return self.multiplied(values_through(*self.grid(), self.format, self.features))
+
+    def multiplied(self, values: Tensor) -> Tensor:
+        """Values [N, K] times the factor of the columns."""
         return values if self._factor is None else values * self._factor
 
     def codes(self) -> QuantizedWeight:
-        return codes_of(*self.grid(), self.format, self._k)
+        return codes_of(*self.grid(), self.format, self.features)
 
 
 @dataclass(frozen=True)
@@ -325,6 +333,13 @@ class TrainedCodes(GraphPass):
         """What is trained beside the weights."""
         return Shared()
 
+    def block(
+        self, module: GraphModule, found: Sequence[Linear], latents: Mapping[str, LatentCodes], handover: PassState,
+        shared: Shared,
+    ) -> RoundedBlock:  # fmt: skip
+        """What is trained."""
+        return RoundedBlock(module, found, latents, self.plan, handover, shared)
+
     @abstractmethod
     def updates(self, latents: Sequence[LatentCodes], shared: Shared) -> Update:
         """What changes the parameters of all of them, in order."""
@@ -339,7 +354,7 @@ class TrainedCodes(GraphPass):
                 latents[linear.weight] = self.latent(w, integer_format(self.plan[linear.name]), factor)
         if found:
             shared = self.shared(module, found, latents, handover)
-            block = RoundedBlock(module, found, latents, self.plan, handover, shared)
+            block = self.block(module, found, latents, handover, shared)
             done = fit(block, goals, self.updates(list(latents.values()), shared), self.steps, self.batches)
             shared.settle(module)
             result.changed.append(trained_record(found, done, self.steps))

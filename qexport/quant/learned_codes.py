@@ -80,3 +80,19 @@ def codes_of(steps: Tensor, scale: Tensor, zero: Tensor | None, fmt: IntegerForm
     stored = torch.int8 if fmt.symmetric else torch.uint8
     codes = ungrouped(codes_through(steps, zero, fmt), k).to(stored).contiguous()
     return QuantizedWeight(codes, scale.detach(), None if zero is None else zero.detach().to(torch.uint8), fmt)
+
+
+def slice_through(codes: Tensor, zero: Tensor | None, fmt: IntegerFormat, fewer: int) -> Tensor:
+    """The upper bits of codes as `slicing.slice_codes` takes them, in the steps of the codes, around zero.
+
+    Args:
+        codes: as `codes_through` gives them; zero: float [N, G].
+        fewer: bits to leave.
+    """
+    step = 1 << (fmt.bits - fewer)
+    if zero is None:
+        half = 1 << (fewer - 1)
+        return round_through(codes / step).clamp(-half, half - 1) * step
+    most, old = (1 << fewer) - 1, zero[..., None]
+    around = round_through(old / step).clamp(0, most)
+    return ((round_through((codes - old) / step) + around).clamp(0, most) - around) * step

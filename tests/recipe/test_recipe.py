@@ -36,6 +36,7 @@ PRESETS = {
     "crossquant_w8a8_paper": ("w8a8_dyn", "rtn", "crossquant"),
     "crossquant_w4a8": ("w4a8_g128_int", "gptq", "crossquant"),
     "compact": ("w4a16_g128", "gptq", None),
+    "compact_tuned": ("w4a16_g128", "gptq", None),
     "balanced": ("w4a16_g128", "gptq", None),
     "closest": ("w8a16_g32", "rtn", None),
     "server": ("w8a8_dyn", "gptq", "smoothquant"),
@@ -81,9 +82,11 @@ def test_preset(name):
     assert (recipe.name, recipe.scheme, recipe.weights.method) == (name, scheme, method)
     sections = [n for n in ("smooth", "crossquant", "fptq", "llm_int8", "lorc") if getattr(recipe, n) is not None]
     assert [recipe.smooth.method if n == "smooth" else n for n in sections] == ([section] if section else [])
+    family = name.removesuffix("_tuned")
     heads = {"compact": "w4a16_g64", "balanced": "w4a16_g64", "closest": "w8a16_g32", "server": "w8a16_g32"}
-    assert recipe.lm_head == heads.get(name, "float")
-    assert recipe.embedding == {"compact": "tied"}.get(name, "auto" if name in [*heads, "encoder"] else "float")
+    assert recipe.lm_head == heads.get(family, "float")
+    tables = {"compact": "tied"} | dict.fromkeys(("balanced", "closest", "server", "encoder"), "auto")
+    assert recipe.embedding == tables.get(family, "float")
 
 
 def test_a_wish_names_its_preset():
