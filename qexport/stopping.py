@@ -2,8 +2,11 @@
 
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+
+from .progress import Progress, announce
 
 _NAMES = ("SIGINT", "SIGTERM", "SIGHUP")  # Ctrl-C, kill, a closed terminal
 SIGNALS = tuple(getattr(signal, name) for name in _NAMES if hasattr(signal, name))
@@ -87,15 +90,23 @@ class Remembered:
         if self._came is not None:
             self._before[self._came](self._came, None)
 
-    def checked(self, show: Callable[..., None]) -> Callable[..., None]:
+    def checked(self, show: Progress) -> Progress:
         """A progress callback that raises what was lost."""
-
-        def checking(stage: str, what: str, done: int, total: int) -> None:
-            self.check()
-            show(stage, what, done, total)
-
-        return checking
+        return _Checked(self, show)
 
     def _remember(self, number, frame) -> None:
         self._came = number
         self._before[number](number, frame)
+
+
+@dataclass(frozen=True)
+class _Checked:
+    signals: Remembered
+    show: Progress
+
+    def __call__(self, stage: str, what: str, done: int, total: int) -> None:
+        self.signals.check()
+        self.show(stage, what, done, total)
+
+    def expect(self, stages: Sequence[str]) -> None:
+        announce(self.show, *stages)

@@ -16,8 +16,8 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 # From the ground up; a room may import rooms of lines before its own, and itself.
 ROOMS = (
-    ("errors", "gc_pause", "log", "progress", "stopping"),
-    ("device", "formatting", "plugins"),
+    ("errors", "gc_pause", "log", "progress"),
+    ("device", "formatting", "plugins", "stopping"),
     ("artifact",),
     ("quant",),
     ("graph",),

@@ -9,6 +9,7 @@ import torch
 from ..artifact.manifest import CPU, Manifest
 from ..artifact.scratch import scratch_folder
 from ..errors import InputError, writing_to
+from ..progress import announce
 from ..validation.foreign import ForeignFile, describe, find_file
 from ..validation.report import Report
 from .measuring import (
@@ -20,6 +21,7 @@ from .measuring import (
     checked_reader,
     compared,
     read_by,
+    stages,
     told,
     write_report,
 )
@@ -56,6 +58,8 @@ def _report(
     file: ForeignFile, folder: Path, reference: FloatModel, options: ValidationOptions
 ) -> tuple[Report, Manifest]:
     laps = Laps()
+    before, after = stages("decoder", options)[:3], stages("decoder", options)[3:]
+    announce(options.progress, *before, "matching", *after)
     captured = captured_for(reference, Manifest(target="cpu", kind="decoder", provider=CPU), options)
     if captured.kind == "module":
         raise InputError("is no language model, and of others foreign files are not compared", place=str(file.path))

@@ -26,6 +26,7 @@ from ..mixed_precision.costs import Costs
 from ..mixed_precision.sensitivity import costs_of, restore
 from ..models.agreement import ReaderAgreement
 from ..models.source import ModelFolder
+from ..progress import announce
 from ..recipe.recipe import Recipe
 from ..report import describe_foreign, read_validated, write_card, write_html
 from ..runtime.provider import chosen_provider
@@ -172,6 +173,20 @@ def check_writable(folder: Path) -> None:
         )
 
 
+def stages(kind: str, options: ValidationOptions) -> list[str]:
+    """What progress of a validation speaks of, in order, for a kind of model."""
+    decoder, costs = kind == "decoder", options.sensitivity
+    there = {
+        "text": kind != "module", "costs": costs, "restoring": costs, "logits": decoder,
+        "references": decoder and bool(options.references), "greedy": decoder and bool(options.greedy),
+    }  # fmt: skip
+    order = (
+        "capture", "check", "text", "costs", "layers", "restoring", "times", "float model", "logits", "references",
+        "greedy",
+    )  # fmt: skip
+    return [stage for stage in order if there.get(stage, True)]
+
+
 def _report(folder: Path, manifest: Manifest, reference: FloatModel, options: ValidationOptions) -> Report:
     laps = Laps()
     if options.out is not None:
@@ -181,6 +196,7 @@ def _report(folder: Path, manifest: Manifest, reference: FloatModel, options: Va
     if options.gates.asked and manifest.kind != "decoder":
         raise InputError("limits are for language models, and this has no next token", place="gates")
     check_all_logits(manifest, folder)
+    announce(options.progress, *stages(manifest.kind, options))
     captured = captured_for(reference, manifest, options)
     if (folder / RECIPE_FILE).is_file():  # values are compared in the basis in which the export has them
         change_model(captured, Recipe.load(folder / RECIPE_FILE))
@@ -238,9 +254,11 @@ def compared(subject: Subject, read: Read, laps: Laps) -> Report:
         laps.lap("restoring")
     decoder = captured.kind == "decoder"
     prompt = read.text.windows[0, :_LAYER_TOKENS] if subject.stepwise else None
+    progress("times", "of operators", 0, 1)
     times = measure(
         folder, manifest, prompt=prompt, feeds=feeds, threads=options.threads, provider=options.provider
     )
+    progress("times", "of operators", 1, 1)
     layers = with_times(layers, manifest, times)
     laps.lap("profile")
     logits, texts = None, None
@@ -283,13 +301,16 @@ def settings_of(reference: FloatModel, options: ValidationOptions, window: int) 
 
 
 def captured_for(reference: FloatModel, manifest: Manifest, options: ValidationOptions) -> CapturedModel:
-    if not isinstance(reference, torch.nn.Module):
-        return capture_model(
-            reference, trust_remote_code=options.trust_remote_code, placement=options.placement
-        )
-    dims = manifest.settings.get("inputs")
-    inputs, axes = _given(options.inputs)[0], axes_of(dims) if dims else None
-    return capture_model(reference, inputs, axes, placement=options.placement)
+    options.progress("capture", "the float model", 0, 1)
+    inputs, axes = None, None
+    if isinstance(reference, torch.nn.Module):
+        inputs, dims = _given(options.inputs)[0], manifest.settings.get("inputs")
+        axes = axes_of(dims) if dims else None
+    captured = capture_model(
+        reference, inputs, axes, trust_remote_code=options.trust_remote_code, placement=options.placement
+    )
+    options.progress("capture", "the float model", 1, 1)
+    return captured
 
 
 def _given(inputs: Sequence[Inputs] | Sequence[str] | torch.Tensor | None) -> Sequence[Inputs]:

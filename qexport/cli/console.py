@@ -4,11 +4,20 @@ import json
 import os
 import sys
 import time
+from collections.abc import Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 
 from ..formatting import duration
@@ -76,10 +85,42 @@ def showing_progress():
             yield signals.checked(_Lines())
 
 
+class _Numbers:
+    """Which of how many stages one is, of those that were announced."""
+
+    def __init__(self) -> None:
+        self._places: dict[str, int] = {}
+
+    def expect(self, stages: Sequence[str]) -> None:
+        for stage in stages:
+            self._places.setdefault(stage, len(self._places) + 1)
+
+    def titled(self, stage: str) -> str:
+        """The name of a stage, behind its number if it has one."""
+        place = self._places.get(stage)
+        return stage if place is None or len(self._places) == 1 else f"[{place}/{len(self._places)}] {stage}"
+
+
+class _Bars(_Numbers):
+    """Progress as bars, one for each stage."""
+
+    def __init__(self, bars: Progress) -> None:
+        super().__init__()
+        self._bars = bars
+        self._tasks: dict[str, TaskID] = {}
+
+    def __call__(self, stage: str, what: str, done: int, total: int) -> None:
+        if stage not in self._tasks:
+            self._tasks[stage] = self._bars.add_task(stage, what=what)
+        self._bars.update(
+            self._tasks[stage], description=self.titled(stage), completed=done, total=total, what=what
+        )
+
+
 @contextmanager
 def _bars():
     columns = (
-        TextColumn("{task.description:<10}"),
+        TextColumn("{task.description:<15}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
@@ -87,20 +128,14 @@ def _bars():
         TextColumn("{task.fields[what]}"),
     )
     with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
-        tasks: dict[str, Any] = {}
-
-        def show(stage: str, what: str, done: int, total: int) -> None:
-            if stage not in tasks:
-                tasks[stage] = bars.add_task(stage, what=what)
-            bars.update(tasks[stage], completed=done, total=total, what=what)
-
-        yield show
+        yield _Bars(bars)
 
 
-class _Lines:
+class _Lines(_Numbers):
     """Progress as lines: the first step of a stage, its last, and a few between."""
 
     def __init__(self) -> None:
+        super().__init__()
         self._shown: dict[str, int] = {}
         self._began: dict[str, tuple[float, int]] = {}  # when a stage was first heard of, and how far it was
 
@@ -109,7 +144,7 @@ class _Lines:
         self._began.setdefault(stage, (time.monotonic(), done))
         if self._shown.get(stage) != part:
             self._shown[stage] = part
-            line = f"{stage} {done}/{total} {what}".rstrip() + self._left(stage, done, total)
+            line = f"{self.titled(stage)} {done}/{total} {what}".rstrip() + self._left(stage, done, total)
             print(line, file=sys.stderr, flush=True)
 
     def _left(self, stage: str, done: int, total: int) -> str:

@@ -5,6 +5,7 @@ import signal
 import pytest
 
 from qexport.cli.console import showing_progress
+from qexport.progress import announce, no_progress, of_part
 
 
 @pytest.mark.parametrize("native", [None, ValueError])
@@ -18,6 +19,28 @@ def test_an_interrupt_that_native_code_swallows_or_renames_is_not_lost(native, h
         progress("quantize", "next block", 1, 2)
         pytest.fail("the next step began")
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_stages_that_were_announced_have_numbers(capsys):
+    with showing_progress() as progress:
+        announce(of_part(progress, "encoder"), "capture", "quantize")
+        announce(of_part(progress, "decoder"), "capture")
+        announce(of_part(progress, "encoder"), "quantize")  # said again by who does it
+        for stage in ("encoder: quantize", "decoder: capture", "estimate"):
+            progress(stage, "", 0, 1)
+    shown = ["[2/3] encoder: quantize 0/1", "[3/3] decoder: capture 0/1", "estimate 0/1"]
+    assert capsys.readouterr().err.splitlines() == shown
+
+
+def test_one_stage_alone_needs_no_number(capsys):
+    with showing_progress() as progress:
+        announce(progress, "ranges")
+        progress("ranges", "", 0, 1)
+    assert capsys.readouterr().err == "ranges 0/1\n"
+
+
+def test_a_callback_that_expects_nothing_is_told_nothing():
+    announce(no_progress, "capture")
 
 
 def test_lines_say_what_is_left_of_a_long_stage(monkeypatch, capsys):

@@ -16,7 +16,7 @@ from ...graph.convolution_sites import convolutions
 from ...graph.sites import linears
 from ...models.agreement import together
 from ...models.source import ModelFolder
-from ...progress import of_part
+from ...progress import announce, of_part
 from ...recipe.recipe import Recipe
 from ...recipe.sections import FLOAT
 from ...validation.reader import check_reader
@@ -42,8 +42,13 @@ def export_parts(prepared: Preparation, work: WorkFolder) -> ExportResult:
     """
     check_applicable(SEQ2SEQ, prepared.options, prepared.recipe)
     folder = folder_of(prepared)
-    prepared.options.progress("capture", folder.name, 0, 1)
+    progress = prepared.options.progress
+    announce(progress, "capture", "calibrate")
+    for part in (ENCODER, DECODER):
+        announce(of_part(progress, part), *pipeline.stages(prepared.recipe))
+    progress("capture", folder.name, 0, 1)
     parts = capture_seq2seq(folder, prepared.options.placement)
+    progress("capture", folder.name, 1, 1)
     asked = preparations(prepared, parts)
     planned = [plan(capture(part)) for part in asked.values()]
     for captured in by_name(parts).values():

@@ -20,7 +20,7 @@ from ...capture.seq2seq import Parts, capture_seq2seq
 from ...errors import InputError
 from ...models.agreement import together
 from ...models.source import ModelFolder, open_model
-from ...progress import StageProgress, of_part
+from ...progress import StageProgress, announce, of_part
 from ...recipe.recipe import CalibrationSpec
 from ...runtime.seq2seq import EncoderDecoder, open_seq2seq
 from ...validation.environment import versions
@@ -33,7 +33,7 @@ from ...validation.report import Greedy, LayerComparison, Logits, Placement, Rep
 from ...validation.report_store import KEY, keep
 from ...validation.text import choose_text
 from ...validation.verdict import concluded
-from ..measuring import FloatModel, check_writable, settings_of, validate_file
+from ..measuring import FloatModel, check_writable, settings_of, stages, validate_file
 from ..options import ValidationOptions
 from .sources import Sources, batches_of, load_sources, write_about
 
@@ -80,8 +80,13 @@ def _opened(reference: FloatModel, options: ValidationOptions) -> ModelFolder:
 
 def _report(folder: Path, model: ModelFolder, reference: FloatModel, options: ValidationOptions) -> Report:
     progress = options.progress
+    announce(progress, "capture", "text")
+    for part in (ENCODER, DECODER):
+        announce(of_part(progress, part), *stages("module", options))
+    announce(progress, "logits", "greedy")
     progress("capture", model.name, 0, 1)
     parts = capture_seq2seq(model, options.placement)
+    progress("capture", model.name, 1, 1)
     sources = _sources(parts, options)
     progress("text", "the float model writes about the sources", 0, 1)
     written = write_about(parts, sources, options.greedy)

@@ -60,6 +60,7 @@ def calibrate(planned: ExportPlan) -> Calibration:
     batches, described, seen = None, "none needed", None
     if wanted_data:
         batches, described = calibration_batches(captured, recipe, planned.data, progress)
+        progress("calibrate", described, 1, 1)
     shared = any(table.linear for table in decisions.embeddings)
     wanted = recipe.weights.table_statistic() is not None
     if wanted and batches is not None and shared and planned.projection is not None:

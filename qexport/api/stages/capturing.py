@@ -41,7 +41,8 @@ def capture(prepared: Preparation) -> Capture:
         CaptureError: it cannot be followed.
         PassError: a pass over the whole model cannot work on this one.
     """
-    source = prepared.source
+    source, progress = prepared.source, prepared.options.progress
+    progress("capture", "the model as a graph", 0, 1)
     captured = capture_model(
         source, prepared.example_inputs, prepared.dynamic_shapes, placement=prepared.options.placement
     )
@@ -52,6 +53,7 @@ def capture(prepared: Preparation) -> Capture:
     changes = change_model(captured, prepared.recipe)
     for name, result in changes.items():
         log_sites("the whole model", name, result.changed, result.skipped)
+    progress("capture", "the model as a graph", 1, 1)
     return Capture(**vars(prepared), captured=captured, changes=changes)
 
 

@@ -73,7 +73,11 @@ def _first_run(made: Lowering, folder: Path, manifest: Manifest) -> str:
     """What was run of a finished file, or why nothing was."""
     if why_not := made.target.why_not_run():
         return f"not run: {why_not}"
-    return run_once(folder, manifest, {port.name: port.sizes for port in made.captured.inputs})
+    progress = made.options.progress
+    progress("run", "the file, once", 0, 1)
+    ran = run_once(folder, manifest, {port.name: port.sizes for port in made.captured.inputs})
+    progress("run", "the file, once", 1, 1)
+    return ran
 
 
 def _unchecked(made: Lowering) -> list[str]:

@@ -6,6 +6,9 @@ from contextlib import contextmanager
 
 from ...artifact.output import WorkFolder
 from ...errors import InputError, QExportError
+from ...progress import announce
+from ...recipe.recipe import Recipe
+from ...recipe.sections import AUTO
 from ..estimating import LONG, estimate
 from ..result import ExportResult
 from .calibrating import calibrate
@@ -29,11 +32,18 @@ def run(prepared: Preparation, work: WorkFolder) -> ExportResult:
     Raises:
         QExportError: of any of the stages.
     """
+    announce(prepared.options.progress, *stages(prepared.recipe))
     planned = plan(capture(prepared))
     _say_what_it_takes(planned)
     calibrated = settle(calibrate(planned))
     with _forgetting(work):
         return package(lower(quantize(calibrated, work)), work)
+
+
+def stages(recipe: Recipe) -> list[str]:
+    """What progress of an export speaks of, in order; there may be nothing to calibrate."""
+    tried = ["embedding"] if recipe.embedding == AUTO else []
+    return ["capture", "check", "calibrate", *tried, "quantize", "write", "run"]
 
 
 def _say_what_it_takes(planned: ExportPlan) -> None:
