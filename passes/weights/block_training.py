@@ -22,8 +22,7 @@ from ...quant.learned_codes import codes_of, values_through
 from ...quant.straight_through import fake_quantize_tokens
 from ..base import Batch, Context, GraphPass, PassResult, PassState, RowScale, SiteRecord
 from .rounding import integer_format, quantize_linears, why_not_integer
-
-_CHECKS = 10  # how often in a training the error over all batches is taken, to keep the best that was met
+from .training import CHECKS
 
 
 class LatentWeight(ABC):
@@ -234,7 +233,7 @@ def fit(block: RoundedBlock, goals: Sequence[Goal], update: Update, steps: int, 
     """
     before = least = block.error(goals)
     best, at = block.copies(), 0
-    checks = {math.ceil(steps * part / _CHECKS) for part in range(1, _CHECKS + 1)}
+    checks = {math.ceil(steps * part / CHECKS) for part in range(1, CHECKS + 1)}
     for step in range(steps):
         drawn = [goals[(step * batches + place) % len(goals)] for place in range(min(batches, len(goals)))]
         _, gradients = block.gradients(drawn)

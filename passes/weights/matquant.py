@@ -45,6 +45,9 @@ class MatQuantSection(TrainedBlocks):
         if not all(isinstance(grid, IntegerFormat) and grid.bits == 8 and grid.group_size > 0 for grid in grids):
             raise ValueError("matquant has 8-bit codes in groups, whose upper bits are sliced", "Take w8a16_g64")
 
+    def training_passes(self, samples: int, batch_size: int) -> float:
+        return (1 + len(self.slices)) * super().training_passes(samples, batch_size)
+
     def passes(self, plan: Mapping[str, LinearPlan]) -> list[GraphPass]:
         rate = 1 / self.steps
         return [MatQuant(plan, self.steps, self.batches, self.token_norm_power, rate, rate, self.slices)]

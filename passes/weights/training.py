@@ -6,6 +6,8 @@ from pydantic import AfterValidator, Field
 
 from ...recipe.methods import WeightMethod
 
+CHECKS = 10  # how often in a training of blocks the error over all batches is taken, to keep the best that was met
+
 
 def _positive(rates: tuple[float, ...]) -> tuple[float, ...]:
     if not all(rate > 0 for rate in rates):
@@ -43,3 +45,6 @@ class TrainedBlocks(WeightMethod):
     batches: int = Field(1, ge=1, le=1024)
     token_norm_power: float = Field(1.0, ge=0, le=2)
     calibrates: ClassVar[bool] = True
+
+    def training_passes(self, samples: int, batch_size: int) -> float:
+        return 3 * self.steps * self.batches * batch_size / samples + 1 + CHECKS

@@ -32,6 +32,10 @@ class ZQGlobalSection(TrainedWeights):
     The norm of a token is that of its target.
     """
 
+    def training_passes(self, samples: int, batch_size: int) -> float:
+        trials = (1 + len(self.learning_rates) * (1 / _TRIAL)) * self.steps
+        return 3 * trials * batch_size / samples + 2
+
     def passes(self, plan: Mapping[str, LinearPlan]) -> list[GraphPass]:
         trained = ZQGlobal(plan, self.learning_rates, self.steps, self.token_norm_power)
         return [trained, RoundToNearest(plan)]

@@ -29,7 +29,10 @@ def estimate(planned: ExportPlan) -> Estimate:
     data = Data(calibration.samples if wanted else 0, calibration.sequence_length, calibration.batch_size, hidden)
     looks = sum(_collects(step) for step in passes_for(recipe, by_name, calibrated=wanted)) if wanted else 0
     hessians = wanted and recipe.weights.table_statistic() is not None
-    effort = Effort(2 + looks if wanted else 0, hessians)
+    given = calibration.samples, calibration.batch_size
+    trained = recipe.weights.training_passes(*given)
+    trained += 0.0 if recipe.tune is None else recipe.tune.training_passes(*given)
+    effort = Effort(2 + looks + trained if wanted else 0, hessians)
     file = bytes_by_part(
         planned.captured, decisions.plan, decisions.embeddings, planned.target.dtype.itemsize, decisions.convolutions
     )["total"]  # fmt: skip

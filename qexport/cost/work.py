@@ -48,12 +48,12 @@ class Effort:
     """What a recipe does with a block.
 
     Attributes:
-        passes: forward passes of all calibration data through it.
+        passes: forward passes of all calibration data through it, and what training costs in such.
         hessians: whether codes are found by the Hessians of what linears read.
         searches: how often a weight is rounded to nearest to find a scale.
     """
 
-    passes: int
+    passes: float
     hessians: bool = False
     searches: int = 1
 

@@ -83,6 +83,10 @@ class WeightMethod(BlockMethod):
         where the codes of tables follow from the weights alone. It has `update(x)` and `unseen()`."""
         return None
 
+    def training_passes(self, samples: int, batch_size: int) -> float:
+        """What its training costs a block, in forward passes of all calibration data through it; one back is two."""
+        return 0.0
+
     def round_table(self, table: "Tensor", fmt: "IntegerFormat", seen: Any) -> "QuantizedWeight":
         """The codes of a table of embeddings [V, K].
 

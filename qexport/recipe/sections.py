@@ -138,6 +138,11 @@ class TuneSpec(Section):
     code_rate: float = Field(0.0, ge=0, le=1)
     check_every: int = Field(16, ge=1)
 
+    def training_passes(self, samples: int, batch_size: int) -> float:
+        """What it costs, in forward passes of all calibration data through the model; one back is two."""
+        looks = 1 + self.steps / self.check_every
+        return 4 * self.steps * self.batches * batch_size / samples + looks / 8 + 1
+
 
 class CalibrationSpec(Section):
     """The text that statistics are taken on.

@@ -23,6 +23,19 @@ def test_inspect_counts_what_calibration_does(model_folder):
     assert rounded.work.flops == 0 and rounded.work.moved > 0 and rounded.disk > 0
 
 
+def test_training_is_counted(model_folder):
+    def forward(weights, tune=None):
+        recipe = qexport.Recipe.model_validate({"scheme": "w4a16_g32", "weights": weights, "tune": tune})
+        recipe = recipe.with_calibration(**RECIPE, batch_size=1)
+        return qexport.inspect(model_folder("llama"), recipe).estimate.work.forward
+
+    plain = forward({"method": "gptq"})
+    blocks = forward({"method": "autoround", "steps": 8})
+    assert blocks == plain / 4 * (3 + 3 * 8 / 2 + 11), "three passes, eight steps of one sequence of two, eleven looks"
+    whole = forward({"method": "gptq"}, {"steps": 6, "batches": 1, "check_every": 3})
+    assert whole == plain / 4 * (4 + 4 * 6 / 2 + 3 / 8 + 1)
+
+
 def test_the_command_says_it(model_folder, run):
     code, out, _ = run("inspect", model_folder("llama"), "-r", "w4a16_g32")
     assert code == 0
