@@ -43,7 +43,8 @@ def run(prepared: Preparation, work: WorkFolder) -> ExportResult:
 def stages(recipe: Recipe) -> list[str]:
     """What progress of an export speaks of, in order; there may be nothing to calibrate."""
     tried = ["embedding"] if recipe.embedding == AUTO else []
-    return ["capture", "check", "calibrate", *tried, "quantize", "write", "run"]
+    trained = ["tune"] if recipe.tune is not None else []
+    return ["capture", "check", "calibrate", *tried, "quantize", *trained, "write", "run"]
 
 
 def _say_what_it_takes(planned: ExportPlan) -> None:
