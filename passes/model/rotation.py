@@ -10,9 +10,12 @@ from collections import Counter
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import torch
 from pydantic import Field
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 from torch.fx import Node
 
@@ -44,6 +47,8 @@ class RotationSection(ModelMethod):
     Attributes:
         seed: of the random signs of rows.
         residual: rotate the residual stream, folded into the weights (R1).
+        matrix: safetensors file with the matrix for that, "rotation" [d, d], orthogonal; empty for a Hadamard matrix.
+            An export is validated where the file lies. `samples/learn_rotation.py` learns one.
         values: rotate the values of every head, folded into the projections before and behind attention (R2).
         keys: rotate queries and keys behind their rotary embedding, when the model runs (R3); for caches in few bits.
             The rotary embedding is outside of the attention operator then.
@@ -52,12 +57,13 @@ class RotationSection(ModelMethod):
 
     seed: int = Field(0, ge=0, lt=2**62)
     residual: bool = True
+    matrix: str = ""
     values: bool = False
     keys: bool = False
     inputs: bool = False
 
     def model_passes(self) -> list[ModelPass]:
-        passes: list[ModelPass] = [RotateResidual(self.seed)] if self.residual else []
+        passes: list[ModelPass] = [RotateResidual(self.seed, self.matrix)] if self.residual else []
         passes += [RotateValues(self.seed)] if self.values else []
         passes += [RotateKeys(self.seed)] if self.keys else []
         return [*passes, RotateInputs(self.seed)] if self.inputs else passes
@@ -65,13 +71,15 @@ class RotationSection(ModelMethod):
 
 @dataclass(frozen=True)
 class RotateResidual(ModelPass):
-    """Rotate the residual stream of a decoder by a Hadamard matrix with random signs.
+    """Rotate the residual stream of a decoder by a Hadamard matrix with random signs, or by another one.
 
     Attributes:
         seed: of the signs.
+        matrix: file of another one; empty for none.
     """
 
     seed: int = 0
+    matrix: str = ""
 
     def call(self, captured: CapturedModel) -> ModelResult:
         """Fold the rotation into embeddings, linears and the output projection.
@@ -83,7 +91,7 @@ class RotateResidual(ModelPass):
         before = {name for block in captured.blocks for name in block.parameters}
         centred = _centred(stream)
         _check_uses(captured, stream)
-        turn = rotation(stream.width, self.seed)
+        turn = _read_turn(Path(self.matrix), stream.width) if self.matrix else rotation(stream.width, self.seed)
         write = turn - turn.mean(0, keepdim=True) if centred else turn  # the mean of a row taken out first
         made: dict[str, Callable[[Read], Tensor]] = {}
         for name in (*stream.tables, *stream.vectors):
@@ -102,6 +110,24 @@ class RotateResidual(ModelPass):
         found = [SiteRecord(name, "rotated", {"width": stream.width}) for name in stream.crossing]
         captured.basis |= dict.fromkeys(stream.crossing, Basis(turn, centred))
         return ModelResult(changed=found)
+
+
+def _read_turn(path: Path, width: int) -> Tensor:
+    """An orthogonal matrix from a file, float64 [width, width].
+
+    Raises:
+        PassError: there is none in it.
+    """
+    try:
+        found = load_file(path)["rotation"].double()
+    except (OSError, KeyError, SafetensorError) as error:
+        raise PassError(f"{path} has no matrix named rotation ({type(error).__name__})") from None
+    if found.shape != (width, width):
+        raise PassError(f"{path} has a matrix {list(found.shape)}, and the residual stream {width} channels")
+    off = float((found @ found.t() - torch.eye(width, dtype=torch.float64)).abs().max())
+    if not off < 1e-6:
+        raise PassError(f"the matrix of {path} is not orthogonal: its product with its transpose is off by {off:.1g}")
+    return found
 
 
 def _centred(stream: ResidualStream) -> bool:

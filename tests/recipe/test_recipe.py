@@ -42,6 +42,7 @@ PRESETS = {
     "server": ("w8a8_dyn", "gptq", "smoothquant"),
     "encoder": ("w8a8_dyn", "rtn", "smoothquant"),
     "crossquant_w4a4": ("w4a4_g128_int", "gptq", "crossquant"),
+    "rotated_w4a4": ("w4a4_g128_int", "gptq", None),
     "fptq": ("w4a8_g128_int", "gptq", "fptq"),
     "llm_int8": ("w8a8_dyn", "rtn", "llm_int8"),
     "nf4": ("nf4", "rtn", None),

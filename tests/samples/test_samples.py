@@ -262,6 +262,19 @@ def test_kv_cache_error(run, model, text):
         assert rows[what, "8", "channel"] >= rows[what, "8", "tensor"] - 1
 
 
+def test_learn_rotation(run, model, text, tmp_path):
+    other = tmp_path / "other.txt"
+    other.write_text(" ".join(f"{n * n} green bottles hanging on the wall" for n in range(200)))
+    given = ("--calibration", text, "--text", other, "-o", tmp_path / "turn.safetensors", "--windows", 2)
+    out = run("learn_rotation.py", model, *given, "--steps", 20, "--rate", 0.02).splitlines()
+    costs = {line.split("|")[1].strip(): float(line.split("|")[2]) for line in out[2:]}
+    assert list(costs) == ["none", "Hadamard", "orthogonal, at random", "learned, 20 steps"]
+    assert costs["learned, 20 steps"] < costs["Hadamard"]
+    recipe = qexport.Recipe(scheme="w4a4", rotation={"matrix": str(tmp_path / "turn.safetensors")})
+    qexport.export(model, recipe, out_dir=tmp_path / "out")
+    assert qexport.validate(tmp_path / "out", model, text=text, windows=1, window=64).problems == ()
+
+
 def test_rotation_cost(run):
     out = run("rotation_cost.py", "--width", 48, "--out-features", 32, "--rows", 2, "--repeats", 1).splitlines()
     rows = {line.split("|")[1].strip(): float(line.split("|")[2]) for line in out[2:]}

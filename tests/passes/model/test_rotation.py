@@ -1,5 +1,6 @@
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from helpers.breadth import quick
 from helpers.random_decoders import save_model
@@ -9,6 +10,7 @@ from qexport.errors import PassError
 from qexport.passes.model.rotation import RotateResidual
 from qexport.passes.model.rotations_within import RotateInputs, RotateKeys, RotateValues
 from qexport.quant.hadamard import _known, factored_rotation, hadamard_matrix, rotation
+from qexport.quant.stiefel import descend
 
 V_AND_DOWN = ("model.layers.0.self_attn.v_proj.weight", "model.layers.1.mlp.down_proj.weight")
 
@@ -132,3 +134,39 @@ def test_values_of_one_product_with_keys_are_a_reason_to_refuse(tmp_path):
     captured = capture_model(save_model("gpt2", tmp_path / "gpt2"))
     with pytest.raises(PassError, match="values straight from a linear of their own"):
         RotateValues().call(captured)
+
+
+def test_a_matrix_that_was_learned_takes_the_place_of_hadamards(tmp_path):
+    folder, path = save_model("llama", tmp_path / "llama"), tmp_path / "turn.safetensors"
+    want, captured = logits(capture_model(folder)), capture_model(folder)
+    width = 64
+
+    def loss(turn, step):  # as little of the largest channel as can be: a row of equal magnitudes
+        return turn[0].abs().pow(16).sum()
+
+    drawn = torch.randn(width, width, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    start = torch.linalg.qr(drawn).Q
+    learned = descend(start, loss, 60, 0.02)
+    assert torch.allclose(learned @ learned.t(), torch.eye(width, dtype=torch.float64), atol=1e-9)
+    assert learned[0].abs().max() < 0.65 * start[0].abs().max()
+    save_file({"rotation": learned}, path)
+    RotateResidual(matrix=str(path)).call(captured)
+    assert (logits(captured) - want).abs().max() <= 1e-4 * want.abs().max()
+    assert torch.equal(next(iter(captured.basis.values())).turn, learned)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "why"),
+    [
+        ({"other": torch.eye(64)}, "has no matrix named rotation"),
+        ({"rotation": torch.eye(32)}, "the residual stream 64 channels"),
+        ({"rotation": 2 * torch.eye(64)}, "is not orthogonal"),
+    ],
+)
+def test_a_file_without_a_rotation_is_refused(tensors, why, tmp_path):
+    captured = capture_model(save_model("llama", tmp_path / "llama"))
+    save_file(tensors, tmp_path / "turn.safetensors")
+    with pytest.raises(PassError, match=why):
+        RotateResidual(matrix=str(tmp_path / "turn.safetensors")).call(captured)
+    with pytest.raises(PassError, match="has no matrix named rotation"):
+        RotateResidual(matrix=str(tmp_path / "nowhere")).call(captured)
