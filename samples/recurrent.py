@@ -265,7 +265,8 @@ def _alike(wanted: list[torch.Tensor], got: list[torch.Tensor]) -> str:
     if wanted[0].numel() == 1:
         whole = torch.nn.functional.cosine_similarity(torch.cat(wanted), torch.cat(got).view(-1), dim=0)
         return f"{whole:.4f}"
-    each = [torch.nn.functional.cosine_similarity(a.flatten(), b.flatten(), dim=0) for a, b in zip(wanted, got, strict=True)]
+    pairs = zip(wanted, got, strict=True)
+    each = [torch.nn.functional.cosine_similarity(a.flatten(), b.flatten(), dim=0) for a, b in pairs]
     return f"{torch.stack(each).mean():.4f}, {min(each):.4f}"
 
 

@@ -48,6 +48,7 @@ def export(
     adapters: Mapping[str, str | os.PathLike[str]] | None = None,
     form: str = "native",
     opset: int | None = None,
+    max_length: int | None = None,
 ) -> ExportResult:
     """Quantize a model and write it as a folder that ONNX Runtime runs.
 
@@ -98,6 +99,8 @@ def export(
             have too: DequantizeLinear in front of products, attention standard.
         opset: of the form qdq, 21 to 25; None takes 23. Before that attention, norms and rotary embeddings are written
             out; 2-bit codes are there in 25 only.
+        max_length: of a decoder, the most tokens of a text with what follows it. Its tables of positions have as many
+            rows, which of a small model with a long context are a large part of the file. None takes the model's.
 
     Raises:
         QExportError: one of its kinds says what is wrong, where, and what to do; CaptureError where the graph and its
@@ -107,7 +110,7 @@ def export(
         target=target, dtype=dtype, attention=attention, logits=logits, resume=resume, extra_passes=extra_passes,
         seed=seed, requantize=requantize, trust_remote_code=trust_remote_code, progress=progress,
         device=device, offload=offload, adapters=kept_adapters(adapters or {}),
-        form=form, opset=opset,
+        form=form, opset=opset, max_length=max_length,
     )  # fmt: skip
     model = with_adapter(model, adapter, trust_remote_code)
     request = Request.of(model, recipe, options, calibration, example_inputs, dynamic_shapes)

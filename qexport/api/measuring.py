@@ -52,6 +52,7 @@ from .stages.capturing import capture_model
 
 # Tokens on which values inside the model are compared: enough rows for every statistic, few enough to hold a block's.
 _LAYER_TOKENS = 256
+_LONGEST = "max_position_embeddings"
 _COSTED_WINDOWS = 4  # whose first tokens these are, where costs in KL are measured
 WINDOW = 512  # tokens of a window, where nobody says how many
 
@@ -202,6 +203,7 @@ def _report(folder: Path, manifest: Manifest, reference: FloatModel, options: Va
         change_model(captured, Recipe.load(folder / RECIPE_FILE))
     subject = Subject(folder, manifest, captured, transforms(folder), options)
     check_same_model(captured, manifest, folder, transformed=subject.transformed)
+    captured.settings |= {key: manifest.settings[key] for key in (_LONGEST,) if key in manifest.settings}
     laps.lap("capture")
     checked = checked_reader(captured, options)
     laps.lap("check")
@@ -334,8 +336,13 @@ def read_by(captured: CapturedModel, options: ValidationOptions) -> Read:
     if options.inputs is not None:
         raise InputError("this model reads text, not tensors", place="inputs", remedy="Pass text=...")
     window = options.window or WINDOW
-    if captured.kind == "encoder":
-        window = min(window, captured.settings.get("max_position_embeddings", window))
+    longest = captured.settings.get(_LONGEST, window)
+    if captured.kind == "encoder" or options.window is None:
+        window = min(window, longest)
+    elif window > longest:
+        raise InputError(
+            f"a window of {window} tokens is longer than the {longest} that the file reads", place="window"
+        )
     chosen = choose_text(captured, options.text, options.windows, window, partial(options.progress, "text"))
     taken = _COSTED_WINDOWS if options.sensitivity else 1
     texts = _text_feeds(captured, chosen.windows[:taken, :_LAYER_TOKENS])

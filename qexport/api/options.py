@@ -29,6 +29,7 @@ class Options:
         dtype: of what stays float, by name; None takes the target's first one.
         attention: of a decoder, "grouped" or "standard".
         logits: of a decoder, "all" or "last".
+        max_length: of a decoder, the longest text with what follows it; None takes that of the model.
         form: "native" or "qdq".
         opset: of the form qdq; None takes the one of native files.
         resume: go on with an interrupted export.
@@ -42,13 +43,14 @@ class Options:
         adapters: those that stay apart from the weights, by name.
 
     Raises:
-        InputError: attention, logits or form are called otherwise; there is no such opset or device.
+        InputError: attention, logits or form are called otherwise; there is no such opset, device or length.
     """
 
     target: str = "cpu"
     dtype: str | None = None
     attention: str = "grouped"
     logits: str = "all"
+    max_length: int | None = None
     form: str = "native"
     opset: int | None = None
     resume: bool = False
@@ -69,6 +71,8 @@ class Options:
         check_attention(self.attention)
         if self.logits not in LOGITS:
             raise InputError(f"unknown logits {self.logits!r}", remedy=f"Logits are {' or '.join(LOGITS)}")
+        if self.max_length is not None and self.max_length < 1:
+            raise InputError(f"a text of {self.max_length} tokens", place="max_length", remedy="Take 1 or more")
 
     @property
     def deployed_attention(self) -> str:

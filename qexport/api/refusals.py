@@ -80,6 +80,11 @@ def check_applicable(kind: str, options: Options, recipe: Recipe) -> None:
         )
     if kind == "decoder":
         return
+    if options.max_length is not None:
+        raise InputError(
+            f"only decoders have a longest text, and this is {_KINDS[kind]}", place="max_length",
+            remedy="Leave it out",
+        )  # fmt: skip
     if options.attention != "grouped":
         raise InputError(
             f"only decoders have a choice of attention, and this is {_KINDS[kind]}", place="attention",

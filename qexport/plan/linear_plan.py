@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from torch.fx import Graph
+from torch.fx import Graph, Node
 
 from ..graph.sites import Linear, chooses, linears, module_of_call
 from ..models.checkpoint import GivenCodes
@@ -103,6 +103,7 @@ def make_plan(
     for block, linear in found:
         uses.setdefault(linear.weight, []).append((block, linear))
     odd = {name for _, graph in graphs for name in _read_otherwise(graph)}
+    constants = {node for _, graph in graphs for node in _constants(graph)}
 
     def reads_choice(linear: Linear) -> bool:
         return chooses(linear, linear.node.graph is graphs[-1][1])
@@ -117,6 +118,8 @@ def make_plan(
             return replace(empty, reason=fit(None, linear.shape[1])[1])
         if any(reads_choice(other) for _, other in same):
             return replace(empty, reason="a router: its result picks experts")
+        if linear.input in constants:
+            return replace(empty, reason="what it reads is a constant, so that it is computed once, on loading")
         if why := stays_float(linear, asked):
             return replace(empty, reason=why)
         scheme, reason = fit(asked, linear.shape[1])
@@ -148,6 +151,16 @@ def _read_otherwise(graph: Graph) -> set[str]:
     calls, weights = {linear.node for linear in found}, {linear.weight for linear in found}
     held = [node for node in graph.nodes if node.op == "get_attr" and node.target in weights]
     return {str(node.target) for node in held if not set(node.users) <= calls}
+
+
+def _constants(graph: Graph) -> set[Node]:
+    """Nodes whose values depend on no input of the graph."""
+    found: set[Node] = set()
+    for node in graph.nodes:
+        made = node.op == "call_function" and all(given in found for given in node.all_input_nodes)
+        if made or node.op == "get_attr":
+            found.add(node)
+    return found
 
 
 def _kept(linear: Linear, block: str, codes: GivenCodes, shared: bool) -> LinearPlan:

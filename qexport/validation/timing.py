@@ -60,7 +60,8 @@ def measure(
             for _ in range(1 + _RUNS):
                 run_session(session, feeds[0], [value.name for value in session.get_outputs()])
         else:
-            ids = prompt[None].numpy()
+            room = manifest.settings.get("max_position_embeddings", len(prompt) + 1 + _RUNS) - 1 - _RUNS
+            ids = prompt[None, : max(room, 1)].numpy()
             decoder = Decoder(session, manifest.settings, max_length=ids.shape[1] + 1 + _RUNS)
             for _ in range(1 + _RUNS):
                 decoder.reset()

@@ -1,7 +1,9 @@
 """Every linear gets a decision, and a reason wherever the decision is not what was asked for."""
 
 import pytest
+import torch
 
+import qexport
 from helpers.pass_runs import plan_of
 from helpers.random_decoders import FAMILIES
 from qexport.plan.linear_plan import fit, make_plan, weight_bytes
@@ -85,3 +87,20 @@ def test_bytes_count_codes_scales_and_zero_points(captured, scheme, size):
     plan = plan_of(captured("llama"), scheme)["model.layers.0.mlp.down_proj"]
     assert plan.shape == (64, 96)
     assert plan.bytes == weight_bytes(plan) == size
+
+
+def test_a_linear_of_a_constant_is_computed_on_loading_and_stays_float(tmp_path):
+    class Biased(torch.nn.Module):
+        """Adds what a linear makes of a table to what one makes of the input."""
+
+        def __init__(self):
+            super().__init__()
+            self.of_table, self.of_input = torch.nn.Linear(32, 32), torch.nn.Linear(32, 32)
+            self.register_buffer("table", torch.randn(1, 32))
+
+        def forward(self, x):
+            return self.of_input(x) + self.of_table(self.table)
+
+    model, x = Biased().eval(), torch.randn(3, 32)
+    made = qexport.export(model, "w8a8_dyn", out_dir=tmp_path / "out", example_inputs=(x,), calibration=[(x,)])
+    assert [entry.name for entry in made.manifest.linears] == ["of_input"]

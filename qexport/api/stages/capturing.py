@@ -50,11 +50,29 @@ def capture(prepared: Preparation) -> Capture:
         for note in captured.notes:
             logger.warning("%s", note)
     logger.info("captured as %s, in %d blocks", captured.kind, len(captured.blocks))
+    if captured.kind == "decoder":
+        _shorten(captured, prepared.options.max_length)
     changes = change_model(captured, prepared.recipe)
     for name, result in changes.items():
         log_sites("the whole model", name, result.changed, result.skipped)
     progress("capture", "the model as a graph", 1, 1)
     return Capture(**vars(prepared), captured=captured, changes=changes)
+
+
+def _shorten(captured: CapturedModel, longest: int | None) -> None:
+    """Let a decoder read texts of so many tokens at most, and its tables of positions have no more rows.
+
+    Raises:
+        InputError: it reads no such long ones.
+    """
+    if longest is None:
+        return
+    context = captured.settings.get("max_position_embeddings", longest)
+    if longest > context:
+        raise InputError(
+            f"the model reads {context} tokens, not {longest}", place="max_length", remedy="Take a smaller one"
+        )
+    captured.settings["max_position_embeddings"] = longest
 
 
 def capture_model(

@@ -88,6 +88,9 @@ def export(
     logits: Annotated[
         str, typer.Option(help="all, or last: of the last token only, which is all that generation reads.")
     ] = "all",
+    max_length: Annotated[
+        int | None, typer.Option(help="Most tokens of a text: tables of positions have as many rows.")
+    ] = None,
     device: Device = "cpu",
     offload: Offload = False,
     trust_remote_code: Remote = False,
@@ -112,8 +115,10 @@ def export(
             raise InputError("--auto measures native files", place="form", remedy="Export its recipe.yaml as qdq")
         if kept:
             raise InputError("--auto merges adapters, it keeps none apart", place="adapter", remedy="Give one DIR")
-        if resume or logits != "all":
-            raise InputError("--auto measures what it exports: it takes neither --resume nor --logits last")
+        if resume or logits != "all" or max_length is not None:
+            raise InputError(
+                "--auto measures what it exports: it takes none of --resume, --logits last and --max-length"
+            )
         most = None if max_bytes is None else parsed_bytes(max_bytes)
         from ...models.source import ModelFolder
 
@@ -136,7 +141,7 @@ def export(
             source, chosen, out_dir=out, target=target, dtype=dtype, calibration=calibration, overwrite=overwrite,
             resume=resume, logits=logits, requantize=requantize is not None, trust_remote_code=trust_remote_code,
             attention=attention, progress=progress, device=device, offload=offload, adapters=kept,
-            form=form, opset=opset,
+            form=form, opset=opset, max_length=max_length,
         )  # fmt: skip
     if as_json:
         console.print_json(export_summary(result))
