@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 
+import qexport
 from helpers import exports
 from helpers.runners import captured_runner, load_weights, prompt_feeds, tokens
 from qexport.calibrate.tuning import kl_and_gradient
@@ -62,7 +63,7 @@ def said(exported):
     return json.loads((exported.folder / "report.json").read_text())["export"].get("tuned")
 
 
-def test_a_tuned_model_is_closer_to_the_float_one_and_what_was_trained_is_deployed(captured, tmp_path):
+def test_a_tuned_model_is_closer_to_the_float_one_and_what_was_trained_is_deployed(captured, model_folder, tmp_path):
     plain = exports.export(captured("llama"), recipe().model_copy(update={"tune": None}), "cpu", tmp_path / "plain")
     tuned = exports.export(captured("llama"), recipe(code_rate=0.02), "cpu", tmp_path / "tuned")
     found = said(tuned)
@@ -79,6 +80,9 @@ def test_a_tuned_model_is_closer_to_the_float_one_and_what_was_trained_is_deploy
     }  # fmt: skip
     kl = {name: kl_and_gradient(logits["float"], value, None)[0] for name, value in logits.items()}
     assert kl["tuned"] < 0.9 * kl["plain"] and kl["tuned"] == pytest.approx(kl["graph"], rel=0.05)
+    # Its norms are not the model's, and it is that model all the same.
+    checked = qexport.validate(tuned.folder, reference=model_folder("llama"), windows=1, window=24)
+    assert 0 < checked.logits.kl_mean < 1
 
 
 def test_what_was_interrupted_is_tuned_again_to_the_same_bytes(captured, tmp_path):
