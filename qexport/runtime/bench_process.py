@@ -57,9 +57,12 @@ class BenchProcess:
         seconds: float = self._ask("load")
         return seconds
 
-    def run(self, tokens: int, steps: int) -> tuple[float, float | None]:
-        """Seconds of a prompt of `tokens`, and the median of the `steps` single tokens after it, None without any."""
-        prefill, step = self._ask("run", tokens, steps)
+    def run(self, tokens: int, steps: int, batch: int) -> tuple[float, float | None]:
+        """Seconds of `batch` prompts of `tokens`, and the median of the `steps` single tokens of each after them.
+
+        That is None without any.
+        """
+        prefill, step = self._ask("run", tokens, steps, batch)
         return prefill, step
 
     def memory(self) -> int:
@@ -120,8 +123,8 @@ class _Subject:
         )
         return perf_counter() - start
 
-    def run(self, tokens: int, steps: int) -> tuple[float, float | None]:
-        ids = np.random.default_rng(0).integers(0, self._plan.settings["vocab_size"], (1, tokens + steps))
+    def run(self, tokens: int, steps: int, batch: int) -> tuple[float, float | None]:
+        ids = np.random.default_rng(0).integers(0, self._plan.settings["vocab_size"], (batch, tokens + steps))
         if (decoder := self._decoder) is None:
             raise RuntimeProblem("nothing is loaded yet")
         decoder.reset()

@@ -19,6 +19,8 @@ PROMPT_LENGTHS = (128, 512, 2048)
 DECODE_PASTS = (128, 2048)
 DECODE_STEPS = 16
 
+_Job = tuple[int, int] | None  # rows and tokens to run; None: to load
+
 
 @dataclass(frozen=True)
 class Measurement:
@@ -29,9 +31,11 @@ class Measurement:
         load_seconds: time to open a session on it, the files in the page cache.
         prefill: prompt length → prompt tokens a second, batch 1.
         decode: tokens already in the cache → new tokens a second, batch 1.
+        batched: tokens a second of all rows of larger batches together, by keys of `samples`.
         memory_bytes: largest growth of the process over its size before the first load.
         model_bytes: size of the ONNX file and its data.
-        samples: seconds of every repeat: "load", "prefill:{length}", "decode:{past}" (the median of its steps).
+        samples: seconds of every repeat: "load", "prefill:{length}", "decode:{past}" (the median of its steps), and
+            with "x{rows}" at the end those of batches.
         spread: for each key of `samples` the interquartile range of the seconds over their median.
     """
 
@@ -39,6 +43,7 @@ class Measurement:
     load_seconds: float
     prefill: dict[int, float]
     decode: dict[int, float]
+    batched: dict[str, float]
     memory_bytes: int
     model_bytes: int
     samples: dict[str, list[float]]
@@ -70,6 +75,7 @@ def bench(
     *,
     prompt_lengths: Sequence[int] | None = None,
     decode_pasts: Sequence[int] | None = None,
+    batches: Sequence[int] = (),
     repeats: int = 5,
     threads: int | None = None,
     provider: str | None = None,
@@ -82,6 +88,7 @@ def bench(
         against: another folder, measured in turns with the first.
         prompt_lengths: by default 128, 512 and 2048 tokens, or what the model's context holds of them.
         decode_pasts: tokens in the cache when decoding; by default 128 and 2048, or what the context holds.
+        batches: how many prompts of the same length are read and continued at once, besides one alone.
         repeats: measurements of everything.
         threads: threads within an operator; None: every physical core, as everywhere.
         provider: run on this provider instead of the one the file was made for.
@@ -91,8 +98,8 @@ def bench(
     """
     folders = [Path(path) for path in (folder, against) if path is not None]
     measured, notes = measure(
-        folders, prompt_lengths=prompt_lengths, decode_pasts=decode_pasts, repeats=repeats, threads=threads,
-        provider=provider, progress=progress,
+        folders, prompt_lengths=prompt_lengths, decode_pasts=decode_pasts, batches=batches, repeats=repeats,
+        threads=threads, provider=provider, progress=progress,
     )  # fmt: skip
     second = measured[1] if len(measured) > 1 else None
     return BenchResult(measured[0], second, ratios(measured[0], second) if second else {}, threads, notes)
@@ -103,6 +110,7 @@ def measure(
     *,
     prompt_lengths: Sequence[int] | None = None,
     decode_pasts: Sequence[int] | None = None,
+    batches: Sequence[int] = (),
     repeats: int = 5,
     threads: int | None = None,
     provider: str | None = None,
@@ -122,27 +130,28 @@ def measure(
             tokens than a model reads.
         RuntimeProblem: a folder does not load or run, or its process dies.
     """
-    counts = [repeats, *(prompt_lengths or ()), *(decode_pasts or ()), *([] if threads is None else [threads])]
+    counts = [repeats, *(prompt_lengths or ()), *(decode_pasts or ()), *batches, 1 if threads is None else threads]
     if min(counts) < 1:
-        raise InputError("prompt lengths, pasts, repeats and threads are 1 or more")
+        raise InputError("prompt lengths, pasts, batches, repeats and threads are 1 or more")
     provider = None if provider is None else provider_named(provider)
     plans = [_describe(path) for path in folders]
     prompts, pasts, notes = _fitting(folders, prompt_lengths, decode_pasts)
     slower = [(path, plan.numerics.get("slower_than_float")) for path, plan in zip(folders, plans, strict=True)]
     notes += tuple(f"{path}: {sentence}" for path, sentence in slower if sentence)
     longest = max([*prompts, *(past + DECODE_STEPS for past in pasts)], default=1)
-    jobs = [None, *sorted({*prompts, *pasts})]  # to load, then to run so many tokens
+    jobs: list[_Job] = [None]
+    jobs += [(rows, tokens) for rows in sorted({1, *batches}) for tokens in sorted({*prompts, *pasts})]
     processes: list[BenchProcess] = []
     samples: list[dict[str, list[float]]] = [{} for _ in folders]
     try:
         for path, plan in zip(folders, plans, strict=True):
             processes.append(BenchProcess(path, plan, threads, provider, longest))
-        turns = [(tokens, turn) for tokens in jobs for turn in range(repeats + 1)]
-        for done, (tokens, turn) in enumerate(turns):
-            progress("measure", "load" if tokens is None else f"{tokens} tokens", done, len(turns))
+        turns = [(job, turn) for job in jobs for turn in range(repeats + 1)]
+        for done, (job, turn) in enumerate(turns):
+            progress("measure", _named(job), done, len(turns))
             order = list(zip(processes, samples, strict=True))
             for process, kept in order if turn % 2 else reversed(order):
-                found = _once(process, tokens, prompts, pasts)
+                found = _once(process, job, prompts, pasts)
                 if turn:  # the first turn warms caches and memory up
                     for key, seconds in found.items():
                         kept.setdefault(key, []).append(seconds)
@@ -161,7 +170,8 @@ def ratios(first: Measurement, second: Measurement) -> dict[str, float]:
         for name in ("load_seconds", "memory_bytes", "model_bytes")
     }
     found |= {f"prefill:{n}": rate / second.prefill[n] for n, rate in first.prefill.items()}
-    return found | {f"decode:{n}": rate / second.decode[n] for n, rate in first.decode.items()}
+    found |= {f"decode:{n}": rate / second.decode[n] for n, rate in first.decode.items()}
+    return found | {key: rate / second.batched[key] for key, rate in first.batched.items()}
 
 
 def _describe(folder: Path) -> Manifest:
@@ -197,13 +207,29 @@ def _fitting(
     return kept[0], kept[1], tuple(notes)
 
 
-def _once(process: BenchProcess, tokens: int | None, prompts: Sequence[int], pasts: Sequence[int]) -> dict[str, float]:
+def _named(job: _Job) -> str:
+    if job is None:
+        return "load"
+    rows, tokens = job
+    return f"{tokens} tokens" if rows == 1 else f"{rows} x {tokens} tokens"
+
+
+def _once(process: BenchProcess, job: _Job, prompts: Sequence[int], pasts: Sequence[int]) -> dict[str, float]:
     """Seconds of one turn of a job, by key of `Measurement.samples`."""
-    if tokens is None:
+    if job is None:
         return {"load": process.load()}
-    prefill, step = process.run(tokens, DECODE_STEPS if tokens in pasts else 0)
-    found = {f"prefill:{tokens}": prefill} if tokens in prompts else {}
-    return found if step is None else found | {f"decode:{tokens}": step}
+    rows, tokens = job
+    prefill, step = process.run(tokens, DECODE_STEPS if tokens in pasts else 0, rows)
+    key = str(tokens) if rows == 1 else f"{tokens}x{rows}"
+    found = {f"prefill:{key}": prefill} if tokens in prompts else {}
+    return found if step is None else found | {f"decode:{key}": step}
+
+
+def _tokens(key: str) -> int:
+    """How many tokens a batch reads or writes in the seconds of its key."""
+    what, sizes = key.split(":")
+    tokens, rows = map(int, sizes.split("x"))
+    return rows * tokens if what == "prefill" else rows
 
 
 def _summarize(folder: Path, plan: Manifest, samples: dict[str, list[float]], memory: int) -> Measurement:
@@ -211,7 +237,10 @@ def _summarize(folder: Path, plan: Manifest, samples: dict[str, list[float]], me
     quartiles = {key: np.percentile(values, [25, 75]) for key, values in samples.items()}
 
     def times(what: str) -> dict[int, float]:
-        return {int(key.split(":")[1]): seconds for key, seconds in middle.items() if key.startswith(what)}
+        keys = [key for key in middle if key.startswith(what) and "x" not in key]
+        return {int(key.split(":")[1]): middle[key] for key in keys}
+
+    batched = {key: _tokens(key) / seconds for key, seconds in middle.items() if "x" in key}
 
     name = plan.settings.get("filename", manifests.MODEL_FILE)
     return Measurement(
@@ -219,6 +248,7 @@ def _summarize(folder: Path, plan: Manifest, samples: dict[str, list[float]], me
         load_seconds=middle["load"],
         prefill={n: n / seconds for n, seconds in times("prefill").items()},
         decode={n: 1 / seconds for n, seconds in times("decode").items()},
+        batched=batched,
         memory_bytes=memory,
         model_bytes=sum(path.stat().st_size for path in folder.glob(f"{name}*") if path.is_file()),
         samples=samples,

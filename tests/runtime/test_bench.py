@@ -46,9 +46,9 @@ def test_folders_are_measured_there_and_back_and_the_first_turn_is_not_counted(t
             calls.append(("load", self._folder.name))
             return super().load()
 
-        def run(self, tokens, steps):
+        def run(self, tokens, steps, batch):
             calls.append((tokens, self._folder.name))
-            return super().run(tokens, steps)
+            return super().run(tokens, steps, batch)
 
     monkeypatch.setattr("qexport.runtime.benchmark.BenchProcess", Recorded)
     for name in "abc":
@@ -58,6 +58,16 @@ def test_folders_are_measured_there_and_back_and_the_first_turn_is_not_counted(t
     assert [what for what, _ in calls] == [what for what in ("load", 4, 8, 16) for _ in range(9)]
     assert [Path(m.folder).name for m in found] == list("abc")
     assert all(len(values) == 2 for m in found for values in m.samples.values())
+
+
+def test_batches_are_measured_besides_one_prompt_alone(tmp_path):
+    write_tiny_decoder(tmp_path, shared_cache=True)
+    result = bench(tmp_path, tmp_path, **QUICK, batches=[3])
+    first, keys = result.first, {"prefill:8x3", "prefill:16x3", "decode:4x3"}
+    assert set(first.prefill) == {8, 16} and set(first.decode) == {4} and set(first.batched) == keys
+    assert keys < set(first.samples) and keys < set(result.ratios)
+    assert first.batched["prefill:16x3"] == pytest.approx(48 / np.median(first.samples["prefill:16x3"]))
+    assert first.batched["decode:4x3"] == pytest.approx(3 / np.median(first.samples["decode:4x3"]))
 
 
 def test_defaults_stop_where_the_context_of_a_model_does(tmp_path):

@@ -21,6 +21,9 @@ def bench(
     past: Annotated[
         list[int] | None, typer.Option(help="Tokens in the cache when decoding; by default 128 and 2048.")
     ] = None,
+    batch: Annotated[
+        list[int] | None, typer.Option(help="Prompts read and continued at once, several times too, besides 1.")
+    ] = None,
     repeats: Annotated[int, typer.Option(help="Measurements of everything; the median counts.")] = 5,
     threads: Threads = None,
     provider: Provider = None,
@@ -34,8 +37,8 @@ def bench(
     imported()
     with console.showing_progress() as progress:
         result = qexport.bench(
-            folder, against, prompt_lengths=prompt_length or None, decode_pasts=past or None, repeats=repeats,
-            threads=threads, provider=provider, progress=progress,
+            folder, against, prompt_lengths=prompt_length or None, decode_pasts=past or None, batches=batch or (),
+            repeats=repeats, threads=threads, provider=provider, progress=progress,
         )  # fmt: skip
     keep_speed(result)
     if as_json:

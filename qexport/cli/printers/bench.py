@@ -21,11 +21,15 @@ def print_bench(result: BenchResult) -> None:
         for n in result.first.decode
     ]
     rows += [
+        [_batched(key), *(f"{m.batched[key]:,.1f}" for m in measured), _ratio(result, key)]
+        for key in result.first.batched
+    ]
+    rows += [
         ["load, seconds", *(f"{m.load_seconds:.2f}" for m in measured), _ratio(result, "load_seconds")],
         ["memory", *(megabytes(m.memory_bytes) for m in measured), _ratio(result, "memory_bytes")],
         ["file", *(megabytes(m.model_bytes) for m in measured), _ratio(result, "model_bytes")],
     ]
-    columns = ["batch 1", *(m.folder for m in measured), "first/second"]
+    columns = ["", *(m.folder for m in measured), "first/second"]
     if result.second is None:
         columns, rows = columns[:-1], [row[:-1] for row in rows]
     print_table(columns, rows)
@@ -34,6 +38,13 @@ def print_bench(result: BenchResult) -> None:
         print(note)
     if result.second is not None:
         print(in_words(result))
+
+
+def _batched(key: str) -> str:
+    what, sizes = key.split(":")
+    tokens, rows = sizes.split("x")
+    what = f"prompts of {tokens} tokens" if what == "prefill" else f"decoding after {tokens} tokens"
+    return f"{rows} at once: {what}, tokens/s"
 
 
 def _threads(count: int | None) -> str:
