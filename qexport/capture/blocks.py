@@ -100,11 +100,22 @@ def _layers(graph: Graph) -> list[str]:
     return [f"{container}.{i}" for i in sorted(map(int, found))]
 
 
+def _end_of(graph: Graph, layer: str) -> Node | None:
+    """The last call that a layer makes; the module around may add up what it makes in between."""
+    container, _, index = layer.rpartition(".")
+    for node in reversed(graph.nodes):
+        match = _LAYER.match(node.meta.get(Meta.MODULE_PATH, "")) if node.op == "call_function" else None
+        if match and (match["container"], match["index"]) == (container, index):
+            return node
+    return None
+
+
 def _assign(graph: Graph, layers: list[str]) -> dict[Node, int]:
     """Part of every call: 0 is the prologue, 1 + i layer i, len(layers) + 1 the epilogue."""
     index = {name: i + 1 for i, name in enumerate(layers)}
     last = len(layers) + 1
     part: dict[Node, int] = {}
+    end = _end_of(graph, layers[-1]) if layers else None
     for node in graph.nodes:
         if node.op != "call_function":
             continue
@@ -113,7 +124,7 @@ def _assign(graph: Graph, layers: list[str]) -> dict[Node, int]:
         own = index.get(f"{match['container']}.{match['index']}") if match else None
         if own is None:
             # Belongs to no layer: as early as its inputs allow, but what follows the last layer is the epilogue.
-            own = last if layers and earliest == len(layers) else earliest
+            own = last if end is not None and end < node and earliest == len(layers) else earliest
         if _clips_alone(node):
             own = earliest  # where the range is taken that it ends
         if own < earliest:

@@ -2,6 +2,7 @@
 
 import operator
 from collections.abc import Sequence
+from itertools import accumulate, pairwise
 
 import onnx_ir as ir
 import torch
@@ -168,7 +169,19 @@ def _stack(emit: Emitter, node: Node, given: Arguments) -> ir.Value:
 @translates(aten.split_with_sizes.default, aten.split.Tensor, aten.split.sizes, aten.chunk.default)
 def _split(emit: Emitter, node: Node, given: Arguments) -> tuple[ir.Value, ...]:
     sizes = [spec.shape[given.dim] for spec in node.meta[Meta.SPEC]]
-    return emit.several(len(sizes), "Split", emit.get(given.self), emit.constant(sizes), axis=given.dim)
+    if len(sizes) == 1:
+        return (emit.get(given.self),)
+    known = [size for size in sizes[:-1] if isinstance(size, int)]
+    if len(known) < len(sizes) - 1:
+        raise unsupported(node, "has several parts of dynamic sizes")
+    if isinstance(sizes[-1], int):
+        return emit.several(len(sizes), "Split", emit.get(given.self), emit.constant(sizes), axis=given.dim)
+    bounds = [0, *accumulate(known), END]
+    axis = emit.constant([given.dim])
+    return tuple(
+        emit.op("Slice", emit.get(given.self), emit.constant([start]), emit.constant([stop]), axis)
+        for start, stop in pairwise(bounds)
+    )
 
 
 @translates(aten.unbind.int)
