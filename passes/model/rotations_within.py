@@ -26,6 +26,10 @@ from ..base import SiteRecord
 from .base import Make, ModelPass, ModelResult, Read, change_weights
 
 aten = torch.ops.aten
+_ACTIVATIONS = (
+    aten.mul.Tensor, aten.gelu.default, aten.silu.default, aten.relu.default, aten.sigmoid.default, aten.tanh.default,
+    aten.square.default, aten.pow.Tensor_Scalar, aten.leaky_relu.default, aten.elu.default,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -136,23 +140,13 @@ def _why_not(site: FoldSite) -> str:
     value = site.value
     if value.op == "placeholder" or is_call(value, *Norm.targets):
         return "turned with the residual stream"
-    if site.repeat is not None or site.kind != "rows" and not _elementwise(value):
+    if site.repeat is not None or site.kind != "rows" and not is_call(value, *_ACTIVATIONS):
         return f"{value.name} comes from no activation"
     if not site.scalable:
         return site.why
     read = {consumer.node for consumer in site.consumers} | {consumer.input for consumer in site.consumers}
     others = [user.name for user in value.users if user not in read and not is_call(user, aten.sym_size.int)]
     return f"{value.name} is also read by {others[0]}" if others else ""
-
-
-def _elementwise(value: Node) -> bool:
-    return is_call(value, *_ACTIVATIONS)
-
-
-_ACTIVATIONS = (
-    aten.mul.Tensor, aten.gelu.default, aten.silu.default, aten.relu.default, aten.sigmoid.default, aten.tanh.default,
-    aten.square.default, aten.pow.Tensor_Scalar, aten.leaky_relu.default, aten.elu.default,
-)  # fmt: skip
 
 
 def _constant(captured: CapturedModel, block: Block, name: str, value: Tensor) -> Node:
