@@ -90,8 +90,8 @@ def test_codes_trained_for_it_have_better_upper_bits(captured, export_folder, tm
     wanted, kl = captured_runner(load_weights(captured("llama")))(feeds)["logits"], {}
     for method in ("rtn", "matquant"):
         options = {} if method == "rtn" else {"steps": 40, "token_norm_power": 0.0}
-        trained = recipe(weights=section("weights", method=method, **options)).with_calibration(samples=24)
-        whole = export_folder("llama", trained)
+        trained = recipe(weights=section("weights", method=method, **options))
+        whole = export_folder("llama", trained.with_calibration(samples=24, batch_size=8))
         part = qexport.slice_export(whole, bits=4, out_dir=tmp_path / method).folder
         for name, folder in ((8, whole), (4, part)):
             run = session_runner(open_session(folder, load(folder), threads=1))
