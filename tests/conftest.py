@@ -17,7 +17,7 @@ from qexport import cli
 from qexport.artifact import checksums
 from qexport.recipe.recipe import Recipe
 
-pytest_plugins = ["helpers.times"]
+pytest_plugins = ["helpers.times", "helpers.together"]
 
 transformers.logging.disable_progress_bar()
 torch.set_num_threads(1)  # models here are so small that threads cost more than they bring

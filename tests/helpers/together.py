@@ -1,0 +1,45 @@
+"""Files whose tests run in one process when several share the work, because they trace the same models.
+
+What one of them traced is given again to the next (see traces.py), and tracing is a quarter of what all tests cost. Any
+other file goes to whichever process is free.
+"""
+
+import pytest
+from xdist.scheduler import LoadFileScheduling
+
+_TOGETHER = (
+    (
+        "tests/capture/test_families.py",
+        "tests/passes/test_sites.py",
+    ),
+    (
+        "tests/capture/test_more_captures.py",
+        "tests/capture/test_quantized_checkpoints.py",
+        "tests/lower/test_agreement.py",
+        "tests/lower/test_fpa_intb.py",
+        "tests/passes/model/test_rotation.py",
+    ),
+    (
+        "tests/capture/test_encoders.py",
+        "tests/lower/test_standard_form.py",
+        "tests/validation/test_reader.py",
+    ),
+    (
+        "tests/lower/test_experts.py",
+        "tests/lower/test_kv_cache.py",
+    ),
+)  # fmt: skip
+_FIRST = {file: group[0] for group in _TOGETHER for file in group}
+
+
+@pytest.hookimpl(optionalhook=True)  # with -p no:xdist there is none
+def pytest_xdist_make_scheduler(config, log):
+    return Together(config, log) if config.getoption("dist") == "loadfile" else None
+
+
+class Together(LoadFileScheduling):
+    """As `--dist loadfile`, for groups of files."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = super()._split_scope(nodeid)
+        return _FIRST.get(file, file)
