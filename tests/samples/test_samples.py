@@ -345,3 +345,24 @@ def test_kept_codes_table(run, text, tmp_path):
         "coded", "GPTQ, 4 bits in groups of 32, act-order", "14 w4a16_g32_asym", "14 of 14", "14 of 14"
     ]  # fmt: skip
     assert float(cells[5]) < 1e-9 and cells[7] == "14 MatMulNBits"
+
+
+@pytest.mark.slow
+def test_a_row_of_public_modules(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(SAMPLES)
+    sample = runpy.run_path(str(SAMPLES / "public_modules.py"))
+    name = "transformers PatchTST"  # which needs no package that is not here
+    difference, linears, cosine, why = sample["row"](name, tmp_path).split("|")[2:6]
+    assert float(difference) < 1e-4
+    assert int(linears) > 5
+    assert float(cosine) > 0.999
+    assert not why.strip()
+
+
+@pytest.mark.slow
+def test_lines_of_recurrent_networks(tmp_path):
+    sample = runpy.run_path(str(SAMPLES / "recurrent.py"))
+    case = sample["gated"](torch.Generator().manual_seed(0))
+    files = {line.split("|")[2].strip(): line for line in sample["table"](case, tmp_path)}
+    assert list(files) == ["float32", "w8a8_dyn", "w4a16_g32", "quantize_dynamic", "quantize_dynamic, per channel"]
+    assert all(float(line.split("|")[4].split(",")[1]) > 0.99 for line in files.values())
