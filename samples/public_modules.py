@@ -304,7 +304,7 @@ def _agreement(made: exports.Exported, feeds: dict[str, torch.Tensor]) -> str:
 
 def _sentence(error: Exception) -> str:
     text = error.message if isinstance(error, QExportError) else f"{type(error).__name__}: {error}"
-    text = " ".join(text.split()).replace("|", "/")
+    text = " ".join(text.split()).replace("|", "/").replace(f"{sys.path[-1]}/", "")  # where the packages are
     return text if len(text) <= 240 else f"{text[:240]} ..."
 
 
