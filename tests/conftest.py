@@ -1,7 +1,6 @@
 import gc
 import signal
 import sys
-from contextlib import nullcontext
 from functools import cache, partial
 
 import pytest
@@ -38,7 +37,7 @@ def pytest_collection_finish():
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item):
     """A model is traced once, but for the tests of that."""
-    with nullcontext() if item.get_closest_marker("traced_anew") else traces.remembered():
+    with traces.anew() if item.get_closest_marker("traced_anew") else traces.remembered():
         return (yield)
 
 

@@ -1,7 +1,7 @@
 """How fast and how large exported decoders are, measured in turns so that they can be compared."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -31,23 +31,23 @@ class Measurement:
         load_seconds: time to open a session on it, the files in the page cache.
         prefill: prompt length → prompt tokens a second, batch 1.
         decode: tokens already in the cache → new tokens a second, batch 1.
-        batched: tokens a second of all rows of larger batches together, by keys of `samples`.
         memory_bytes: largest growth of the process over its size before the first load.
         model_bytes: size of the ONNX file and its data.
         samples: seconds of every repeat: "load", "prefill:{length}", "decode:{past}" (the median of its steps), and
             with "x{rows}" at the end those of batches.
         spread: for each key of `samples` the interquartile range of the seconds over their median.
+        batched: tokens a second of all rows of larger batches together, by keys of `samples`.
     """
 
     folder: str
     load_seconds: float
     prefill: dict[int, float]
     decode: dict[int, float]
-    batched: dict[str, float]
     memory_bytes: int
     model_bytes: int
     samples: dict[str, list[float]]
     spread: dict[str, float]
+    batched: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

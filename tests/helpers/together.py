@@ -29,6 +29,18 @@ _TOGETHER = (
         "tests/lower/test_kv_cache.py",
     ),
 )  # fmt: skip
+# Few tests that take long: begun last, they would leave one process waiting for the other.
+_LONG = (
+    "tests/samples/test_samples.py",
+    "tests/fuzz/test_fuzz.py",
+    "tests/artifact/test_wholeness.py",
+    "tests/mixed_precision/test_exporting.py",
+    "tests/capture/test_stamp.py",
+    "tests/lower/test_seq2seq.py",
+    "tests/calibrate/test_device.py",
+    "tests/quant/test_memory.py",
+    "tests/cli/test_verbosity.py",
+)
 _FIRST = {file: group[0] for group in _TOGETHER for file in group}
 
 
@@ -38,8 +50,13 @@ def pytest_xdist_make_scheduler(config, log):
 
 
 class Together(LoadFileScheduling):
-    """As `--dist loadfile`, for groups of files."""
+    """As `--dist loadfile`, for groups of files, and long files first."""
 
     def _split_scope(self, nodeid: str) -> str:
         file = super()._split_scope(nodeid)
         return _FIRST.get(file, file)
+
+    def _assign_work_unit(self, node) -> None:
+        if (long := next((file for file in _LONG if file in self.workqueue), None)) is not None:
+            self.workqueue.move_to_end(long, last=False)
+        super()._assign_work_unit(node)

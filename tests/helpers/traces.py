@@ -43,10 +43,17 @@ _models: dict[Hashable, tuple[Traced, Hashable]] = {}
 
 
 @contextmanager
+def anew():
+    """While this lasts, models are traced faster, and each time that they are asked for."""
+    with patch.object(torch._dynamo.config, "fake_tensor_cache_enabled", False), _use_lazy_graph_module(True):
+        yield
+
+
+@contextmanager
 def remembered():
     """While this lasts, what was traced in any such context of this process is given again."""
     with ExitStack() as changes:
-        changes.enter_context(patch.object(torch._dynamo.config, "fake_tensor_cache_enabled", False))
+        changes.enter_context(anew())
         changes.enter_context(patch.object(decoder, "trace_model", _trace_once))
         changes.enter_context(patch.object(torch.export, "export", _export_once))
         changes.enter_context(patch.object(ExportedProgram, "run_decompositions", _decompose_once))
@@ -58,7 +65,7 @@ def _trace_once(model: PreTrainedModel, aliases: dict[str, tuple[str, ...]], pla
         return _trace(model, aliases, place)
     key = _said([model, aliases])
     if key not in _models:
-        with _quickly():
+        with _without_lines():
             traced = _trace(model, aliases, place)
         _models[key] = traced, _held(traced)
     traced, tensors = _models[key]
@@ -70,11 +77,9 @@ def _trace_once(model: PreTrainedModel, aliases: dict[str, tuple[str, ...]], pla
     )  # fmt: skip
 
 
-@contextmanager
-def _quickly():
+def _without_lines():
     """Errors name lines of a user's model, and those of transformers only when one is traced anew."""
-    with patch.object(torch.fx.config, "do_not_emit_stack_traces", True), _use_lazy_graph_module(True):
-        yield
+    return patch.object(torch.fx.config, "do_not_emit_stack_traces", True)
 
 
 def _held(traced: Traced) -> Hashable:
@@ -91,7 +96,7 @@ def _export_once(model: torch.nn.Module, args: tuple, kwargs: dict | None = None
         return _export(model, args, kwargs, **options)
     key = _said([model, args, kwargs, options])
     if key not in _programs:
-        with _quickly():
+        with _without_lines():
             program = _export(model, args, kwargs, **options)
         _programs[key] = program, _tensors(program)
     program, tensors = _programs[key]

@@ -9,7 +9,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def test_files_that_stay_together_are_there_and_in_one_group_each():
-    files = [file for group in together._TOGETHER for file in group]
+    files = [*(file for group in together._TOGETHER for file in group), *together._LONG]
     assert all((ROOT / file).is_file() for file in files) and len(set(files)) == len(files)
 
 
