@@ -549,7 +549,7 @@ def test_ctrl_c(model, tmp_path, hears_signals):
         "-o",
         str(tmp_path / "out"),
     ]
-    command += ["--calibration", "random", "--samples", "4096", "--sequence-length", "128"]
+    command += ["--calibration", "random", "--samples", "1024", "--sequence-length", "128"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert any("] quantize " in line for line in iter(process.stderr.readline, ""))
     process.send_signal(signal.SIGINT)

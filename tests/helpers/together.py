@@ -17,10 +17,12 @@ _TOGETHER = (
         "tests/capture/test_quantized_checkpoints.py",
         "tests/lower/test_agreement.py",
         "tests/lower/test_fpa_intb.py",
+        "tests/lower/test_more_families.py",
         "tests/passes/model/test_rotation.py",
     ),
     (
         "tests/capture/test_encoders.py",
+        "tests/lower/test_encoder_files.py",
         "tests/lower/test_standard_form.py",
         "tests/validation/test_reader.py",
     ),
