@@ -16,6 +16,14 @@ ops = torch.ops.qexport
 OPSET_OF_2_BITS = 25
 
 
+def rounds_inputs(bits: int, block: int) -> bool:
+    """Whether MatMulNBits rounds its input to 8 bits in blocks, at accuracy level 4 on the CPU.
+
+    The 2-bit kernel for such inputs has no blocks of 16; without it the weight is unpacked, the product float.
+    """
+    return bits != 2 or block != 16
+
+
 @graph_form(IntegerCodes)
 class IntegerForm(GraphForm):
     """dequantize_linear(codes [K, N], scale, zero point)."""
@@ -50,9 +58,8 @@ class IntegerForm(GraphForm):
         group_size, bits = codes.block_size, codes.bits
         if group_size == 0:
             return DEFAULT_BLOCK
-        # The 2-bit kernel for 8-bit inputs has no blocks of 16; without it the weight is unpacked, the product float.
         block = whole_block(bits, group_size, size_at(weight, 0)) if whole else stored_block(bits, group_size)
-        return None if bits == 2 and block == 16 else block
+        return block if rounds_inputs(bits, block) else None
 
     def slow_with_float_inputs(self, fmt: WeightFormat) -> str:
         return f"{fmt.stored_bits}-bit weights" if isinstance(fmt, IntegerCodes) and fmt.stored_bits != 4 else ""

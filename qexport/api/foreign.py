@@ -58,8 +58,7 @@ def _report(
     file: ForeignFile, folder: Path, reference: FloatModel, options: ValidationOptions
 ) -> tuple[Report, Manifest]:
     laps = Laps()
-    before, after = stages("decoder", options)[:3], stages("decoder", options)[3:]
-    announce(options.progress, *before, "matching", *after)
+    announce(options.progress, *stages("decoder", options, foreign=True))
     captured = captured_for(reference, Manifest(target="cpu", kind="decoder", provider=CPU), options)
     if captured.kind == "module":
         raise InputError("is no language model, and of others foreign files are not compared", place=str(file.path))

@@ -174,16 +174,16 @@ def check_writable(folder: Path) -> None:
         )
 
 
-def stages(kind: str, options: ValidationOptions) -> list[str]:
-    """What progress of a validation speaks of, in order, for a kind of model."""
+def stages(kind: str, options: ValidationOptions, foreign: bool = False) -> list[str]:
+    """What progress of a validation speaks of, in order, for a kind of model; foreign: of another tool's file."""
     decoder, costs = kind == "decoder", options.sensitivity
     there = {
-        "text": kind != "module", "costs": costs, "restoring": costs, "logits": decoder,
+        "text": kind != "module", "matching": foreign, "costs": costs, "restoring": costs, "logits": decoder,
         "references": decoder and bool(options.references), "greedy": decoder and bool(options.greedy),
     }  # fmt: skip
     order = (
-        "capture", "check", "text", "costs", "layers", "restoring", "times", "float model", "logits", "references",
-        "greedy",
+        "capture", "check", "text", "matching", "costs", "layers", "restoring", "times", "float model", "logits",
+        "references", "greedy",
     )  # fmt: skip
     return [stage for stage in order if there.get(stage, True)]
 
@@ -203,7 +203,8 @@ def _report(folder: Path, manifest: Manifest, reference: FloatModel, options: Va
         change_model(captured, Recipe.load(folder / RECIPE_FILE))
     subject = Subject(folder, manifest, captured, transforms(folder), options)
     check_same_model(captured, manifest, folder, transformed=subject.transformed)
-    captured.settings |= {key: manifest.settings[key] for key in (_LONGEST,) if key in manifest.settings}
+    if _LONGEST in manifest.settings:  # an export may read shorter texts than its model
+        captured.settings[_LONGEST] = manifest.settings[_LONGEST]
     laps.lap("capture")
     checked = checked_reader(captured, options)
     laps.lap("check")

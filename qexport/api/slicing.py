@@ -19,10 +19,11 @@ from ..lower.saving import write_model
 from ..lower.slice_model import FROM_BITS, TO_BITS, Sliced, slice_model
 from ..progress import Progress, no_progress
 from ..report import read_export, write_card
+from ..report.card import CARD_FILE
 from ..validation.report_store import REPORT_FILE
 
 # Written anew, or said of the other file.
-_OWN = {manifests.MODEL_FILE, f"{manifests.MODEL_FILE}.data", "manifest.json", REPORT_FILE, "README.md"}
+_OWN = {manifests.MODEL_FILE, f"{manifests.MODEL_FILE}.data", manifests.MANIFEST_FILE, REPORT_FILE, CARD_FILE}
 
 
 @dataclass(frozen=True)

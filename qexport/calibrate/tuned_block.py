@@ -16,6 +16,7 @@ from ..graph.sites import norm_bias, norm_gain
 from ..graph.views import DequantizeLinear, Norm, tensor_name
 from ..quant.dequantize_through import dequantize_through
 from ..quant.learned_codes import round_through
+from ..quant.straight_through import Descent
 
 ops = torch.ops.qexport
 _LOOKUP = ops.gather_quantized.default
@@ -24,7 +25,7 @@ _STEPS = (
     ops.quantize_linear.default, ops.token_scale.default, ops.matmul_integer.default, ops.round_cache.default,
     ops.round_e4m3.default, ops.expand_codes.default,
 )  # fmt: skip
-_SQUARES, _SMALL = 0.99, 1e-12
+_SQUARES = 0.99  # fewer steps than where one weight is trained, so a shorter memory
 
 
 class Tuned:
@@ -37,9 +38,9 @@ class Tuned:
     """
 
     def __init__(self, start: Tensor, rate: float, whole: tuple[float, float] | None = None) -> None:
-        self._start, self._rate, self._whole, self._done = start, rate, whole, 0
+        self._start, self._whole = start, whole
         self._way = torch.zeros(start.shape, dtype=torch.float32, device=start.device)
-        self._squares = torch.zeros_like(self._way)
+        self._descent = Descent(self._way, rate, _SQUARES)
         self._gradient: Tensor | None = None
 
     def value(self) -> tuple[Tensor, Tensor]:
@@ -54,13 +55,11 @@ class Tuned:
 
     @torch.no_grad()
     def step(self, left: float) -> None:
-        """Go against the gradient by about the rate times `left`, in Adam's steps without a first moment."""
+        """Go against the gradient by about the rate times `left`."""
         if (gradient := self._gradient) is None:
             return
-        self._gradient, self._done = None, self._done + 1
-        self._squares.mul_(_SQUARES).addcmul_(gradient, gradient, value=1 - _SQUARES)
-        length = self._rate * left * (1 - _SQUARES**self._done) ** 0.5
-        self._way.addcdiv_(gradient, self._squares.sqrt().add_(_SMALL), value=-length)
+        self._gradient = None
+        self._descent.update(gradient, left)
         if self._whole is not None:
             start, (least, most) = self._start.float(), self._whole
             torch.minimum(torch.maximum(self._way, least - start), most - start, out=self._way)

@@ -60,20 +60,29 @@ def hadamard_matrix(size: int) -> Tensor | None:
 
 def _known(size: int) -> bool:
     """Whether `hadamard_matrix` makes one."""
+    return size == 1 or _first_kind(size) or _second_kind(size) or (size % 2 == 0 and _known(size // 2))
+
+
+def _first_kind(size: int) -> bool:
+    """Whether it is q + 1 for a prime q = 3 modulo 4."""
+    return size % 4 == 0 and _is_prime(size - 1)
+
+
+def _second_kind(size: int) -> bool:
+    """Whether it is 2 (q + 1) for a prime q = 1 modulo 4."""
     q = size // 2 - 1
-    paley = size % 4 == 0 and (_is_prime(size - 1) or q % 4 == 1 and _is_prime(q))
-    return size == 1 or paley or (size % 2 == 0 and _known(size // 2))
+    return size % 4 == 0 and q % 4 == 1 and _is_prime(q)
 
 
 def _paley(size: int) -> Tensor | None:
-    if _is_prime(size - 1) and size % 4 == 0:
+    if _first_kind(size):
         q = size - 1
         ones = torch.ones(q, dtype=torch.float64)
         top = torch.cat([torch.zeros(1, dtype=torch.float64), ones])[None]
         skew = torch.cat([top, torch.cat([-ones[:, None], _residues(q)], 1)])
         return skew + torch.eye(size, dtype=torch.float64)
-    q = size // 2 - 1
-    if size % 4 == 0 and q % 4 == 1 and _is_prime(q):
+    if _second_kind(size):
+        q = size // 2 - 1
         ones = torch.ones(q, dtype=torch.float64)
         top = torch.cat([torch.zeros(1, dtype=torch.float64), ones])[None]
         symmetric = torch.cat([top, torch.cat([ones[:, None], _residues(q)], 1)])

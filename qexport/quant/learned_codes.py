@@ -3,32 +3,20 @@
 Rounding passes gradients on as they are; clamping stops those that would move a value further out of the grid.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from .affine import grouped, ungrouped
 from .formats import IntegerFormat, QuantizedWeight
 from .grids import PER_TENSOR
+from .straight_through import through
 
 _TINY = torch.finfo(torch.float32).tiny
 
 
-class _RoundThrough(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return x.round()
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        return grad
-
-
 def round_through(x: Tensor) -> Tensor:
     """Half to even; the gradient is the identity."""
-    rounded: Tensor = _RoundThrough.apply(x)
-    return rounded
+    return through(x, x.detach().round())
 
 
 def range_of(w: Tensor, fmt: IntegerFormat) -> tuple[Tensor, Tensor]:

@@ -41,6 +41,12 @@ class _Rounded(torch.autograd.Function):
         return grad, None
 
 
+def through(x: Tensor, value: Tensor) -> Tensor:
+    """A value made of x, whose gradient is that of x; nothing else of how it was made counts."""
+    found: Tensor = _Rounded.apply(x, value)
+    return found
+
+
 def round_weight(w: Tensor, fmt: AffineGrid) -> Tensor:
     """What `IntegerFormat.rounded` gives to the bit, without the codes; raises what that raises."""
     scale, zero_point = weight_scales(w, fmt)
@@ -65,8 +71,7 @@ def fake_quantize_weight(w: Tensor, fmt: AffineGrid) -> Tensor:
     Returns:
         float32 [N, K].
     """
-    rounded: Tensor = _Rounded.apply(w, round_weight(w.detach(), fmt))
-    return rounded
+    return through(w, round_weight(w.detach(), fmt))
 
 
 def fake_quantize_tokens(x: Tensor, fmt: ActivationFormat, factors: Tensor | None = None, alpha: float = 1.0) -> Tensor:
@@ -81,8 +86,7 @@ def fake_quantize_tokens(x: Tensor, fmt: ActivationFormat, factors: Tensor | Non
     with torch.no_grad():
         step = (token_range(x, factors, alpha) * (1.0 / fmt.qmax)).clamp_min(1e-8)
         value = torch.div(x, step).round_().mul_(step)
-    rounded: Tensor = _Rounded.apply(x, value)
-    return rounded
+    return through(x, value)
 
 
 class Descent:
@@ -94,17 +98,19 @@ class Descent:
     Args:
         latent: float32, changed in place by `update`.
         unit: what a learning rate is measured in, the mean step between codes.
+        squares: the share of the running mean of squares that a step keeps.
     """
 
-    def __init__(self, latent: Tensor, unit: float) -> None:
+    def __init__(self, latent: Tensor, unit: float, squares: float = _SQUARES) -> None:
         self._latent, self._unit, self._moment, self._done = latent, unit, torch.zeros_like(latent), 0
+        self._squares = squares
 
     @torch.no_grad()
     def update(self, gradient: Tensor, rate: float) -> None:
         """Go `rate` units or so against a gradient of the latent's shape."""
         self._done += 1
-        self._moment.mul_(_SQUARES).addcmul_(gradient, gradient, value=1 - _SQUARES)
-        rate *= self._unit * (1 - _SQUARES**self._done) ** 0.5
+        self._moment.mul_(self._squares).addcmul_(gradient, gradient, value=1 - self._squares)
+        rate *= self._unit * (1 - self._squares**self._done) ** 0.5
         self._latent.addcdiv_(gradient, self._moment.sqrt().add_(_SMALL), value=-rate)
 
 

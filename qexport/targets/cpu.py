@@ -23,6 +23,7 @@ from ..lower.qdq_patterns import (
     linear_products,
 )
 from ..passes.formats import form_at, form_for
+from ..passes.formats.integer import rounds_inputs
 from ..plan.linear_plan import LinearPlan
 from ..quant.packing import DEFAULT_BLOCK
 from .base import Target, register
@@ -138,7 +139,7 @@ class CpuTarget(Target):
             for node in module.graph.nodes:
                 if is_call(node, ops.recurrent_steps_nbits.default):
                     given = bind(node)
-                    rebind(node, rounds=given.bits != 2 or given.block_size > 16)
+                    rebind(node, rounds=rounds_inputs(given.bits, given.block_size))
         finish(module)
 
     @property

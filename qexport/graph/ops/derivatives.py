@@ -9,7 +9,6 @@ from torch import Tensor
 def differentiate(op, plain: Callable) -> None:
     """Give an op the derivative of the plain function that it computes, with respect to any of its tensors."""
 
-
     def setup_context(ctx, inputs, output) -> None:
         ctx.places = [i for i, value in enumerate(inputs) if isinstance(value, Tensor)]
         ctx.others = [None if isinstance(value, Tensor) else value for value in inputs]

@@ -124,8 +124,8 @@ def lstm_steps_int8(
     return _steps(gates, hidden, cell, product, lengths, reverse, kind)
 
 
-def _fake(gates, hidden, *_):
-    kind = next(argument for argument in _ if isinstance(argument, str))
+def _fake(gates, hidden, *rest):
+    kind = next(argument for argument in rest if isinstance(argument, str))
     cell = torch.empty_like(hidden) if _STATES[kind] == 2 else hidden.new_empty(0)
     return gates.new_empty((*gates.shape[:2], hidden.shape[1])), torch.empty_like(hidden), cell
 
