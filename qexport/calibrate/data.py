@@ -19,7 +19,7 @@ from .block_activations import Stream, make_stream, module_feeds, stream_of
 from .encoder_inputs import encoder_stream
 from .float_model import loaded, where_whole
 from .self_text import continue_text
-from .sources import check_text, load_samples
+from .sources import check_source, load_samples
 
 logger = logging.getLogger(__name__)
 
@@ -67,10 +67,12 @@ def check_calibration(folder: ModelFolder, recipe: Recipe, data: Any, asked: boo
     Raises:
         InputError: there is no tokenizer for it, or no such file.
     """
-    spec = recipe.calibration
-    texts = spec.source not in ("self", "random") if data is None else isinstance(data, list | tuple)
-    if texts and (asked or recipe.needs_calibration):
-        check_text(spec if data is None else None, folder.tokenizer())
+    if not asked and not recipe.needs_calibration:
+        return
+    if data is None:
+        check_source(recipe.calibration, folder.tokenizer())
+    elif isinstance(data, list | tuple):
+        check_source(None, folder.tokenizer())
 
 
 def check_own_text(captured: CapturedModel, recipe: Recipe, data: Any) -> None:

@@ -44,7 +44,10 @@ Adapters = Annotated[
 ]
 Calibration = Annotated[
     str | None,
-    typer.Option(help="A text file, self, random, or datasets:NAME:SPLIT:COLUMN; by default what the recipe says."),
+    typer.Option(
+        help="A text file, token ids (.npy, .bin, .safetensors), conversations (.jsonl), self, random, or "
+        "datasets:NAME:SPLIT:COLUMN; by default what the recipe says."
+    ),
 ]
 CalibrationSamples = Annotated[int | None, typer.Option(help="Calibration sequences.")]
 CalibrationLength = Annotated[int | None, typer.Option(help="Tokens in a calibration sequence.")]

@@ -148,12 +148,14 @@ class CalibrationSpec(Section):
     """The text that statistics are taken on.
 
     Attributes:
-        source: "self" (text the model writes), "random" (tokens of the vocabulary), the path of a UTF-8 text file, or
-            "datasets:ID:SPLIT:COLUMN" (see `calibrate.sources.load_samples`).
+        source: "self" (text the model writes), "random" (tokens of the vocabulary), the path of a UTF-8 text file, of a
+            file of token ids (.npy, .bin of int32, .safetensors), of a .jsonl file of conversations ("messages"), or
+            "datasets:ID:SPLIT:COLUMN" (see `calibrate.sources.kinds`).
         samples: number of sequences.
         sequence_length: tokens in a sequence.
         seed: of everything random.
         batch_size: sequences in a forward pass.
+        packed: join texts, the tokenizer's end of a text between, and cut them into full sequences.
     """
 
     source: str = Field("self", min_length=1)
@@ -161,3 +163,4 @@ class CalibrationSpec(Section):
     sequence_length: int = Field(256, ge=1, le=1_000_000)
     seed: int = Field(0, ge=0, lt=2**63)
     batch_size: int = Field(4, ge=1, le=4_096)
+    packed: bool = False

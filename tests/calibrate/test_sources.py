@@ -10,31 +10,18 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast
 
+from helpers.tokenizer_files import BYTE_BOS as BOS
+from helpers.tokenizer_files import byte_tokenizer
 from qexport.calibrate.self_text import continue_text, write_text
-from qexport.calibrate.sources import _pieces, _spread, load_samples
+from qexport.calibrate.sources import load_samples
+from qexport.calibrate.sources.samples import spread
+from qexport.calibrate.sources.text import _pieces
 from qexport.errors import InputError, NumericsError
 from qexport.recipe.recipe import CalibrationSpec
 
 VOCAB = 300
-BOS = 256
 ENGLISH = "".join(f"Line {i} speaks of {i * i} things.\n" for i in range(400))
-
-
-def byte_tokenizer(bos: bool = False) -> PreTrainedTokenizerFast:
-    """One token for each byte: ids 0..255 in the alphabet's order, <s> is 256."""
-    alphabet = {letter: i for i, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    tokenizer = Tokenizer(models.BPE(vocab={**alphabet, "<s>": BOS}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    if bos:
-        tokenizer.post_processor = processors.TemplateProcessing(
-            single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", BOS)]
-        )
-    # A small model_max_length must neither cut the text nor warn.
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", model_max_length=16)
 
 
 @pytest.fixture(scope="module")
@@ -148,7 +135,7 @@ def test_pieces_join_to_the_text(text, times):
 @given(st.integers(1, 10_000), st.integers(1, 200), st.integers(0, 2**63 - 1))
 def test_spread_takes_one_of_each_stretch(count, n, seed):
     n = min(n, count)
-    taken = _spread(count, n, seed).tolist()
+    taken = spread(count, n, seed).tolist()
     assert all(i * count // n <= place < (i + 1) * count // n for i, place in enumerate(taken))
 
 

@@ -6,6 +6,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import PreTrainedTokenizerFast
 
 BOS, EOS = "<s>", "</s>"
+BYTE_BOS = 256  # of `byte_tokenizer`
 TEXT = "The moon has phases because the sun lights one half of it, and we see it from the side. Hello you 1 2 3 45"
 CHAT = (
     "{{ bos_token }}{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}{{ eos_token }}{% endfor %}"
@@ -40,6 +41,20 @@ def write_word_tokenizer(folder: Path, vocab: int = 97) -> None:
     PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
     ).save_pretrained(folder)
+
+
+def byte_tokenizer(bos: bool = False) -> PreTrainedTokenizerFast:
+    """One token for each byte: ids 0..255 in the alphabet's order, <s> is 256; in memory."""
+    alphabet = {letter: i for i, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    tokenizer = Tokenizer(models.BPE(vocab={**alphabet, BOS: BYTE_BOS}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    if bos:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=f"{BOS} $A", pair=f"{BOS} $A $B", special_tokens=[(BOS, BYTE_BOS)]
+        )
+    # A small model_max_length must neither cut the text nor warn.
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=BOS, model_max_length=16)
 
 
 def _of_bytes() -> Tokenizer:
