@@ -58,8 +58,9 @@ def row(model: str, given: argparse.Namespace) -> list[str]:
             found = p.given.decode() if p.given else None
             if isinstance(found, Given):
                 in_file = file.weight(entry, found.weight)
-                codes += torch.equal(in_file[0], found.weight.codes)
-                scales += torch.equal(in_file[1], spread(found.weight, in_file[1]))
+                rows = slice(None) if entry.makes_order is None else torch.from_numpy(entry.makes_order)
+                codes += torch.equal(in_file[0], found.weight.codes[rows])
+                scales += torch.equal(in_file[1], spread(found.weight, in_file[1])[rows])
     schemes = Counter(entry.scheme for entry in made.manifest.linears)
     kernels = Counter(entry.kernel for entry in made.manifest.linears)
     of = len(made.manifest.linears)

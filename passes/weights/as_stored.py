@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
+from ...artifact.feature_order import packed
 from ...errors import PassError, within
 from ...graph.edit import add_tensor, call, finish, get_tensor, shape_of
 from ...graph.meta import Meta
@@ -19,6 +20,7 @@ from ...recipe.methods import BlockMethod, CacheMethod, ModelMethod, WeightMetho
 from ...recipe.registry import method
 from ..base import Context, GraphPass, PassResult, SiteRecord
 from ..insert_qdq import add_branch, insert_weight, result_of
+from .folded_orders import FoldedOrders, fold_orders
 
 if TYPE_CHECKING:
     from ...recipe.recipe import Recipe
@@ -63,19 +65,19 @@ class KeepCodes(GraphPass):
 
     def call(self, module: GraphModule, context: Context) -> PassResult:
         result, inputs, offsets = PassResult(), _Inputs(module), _Offsets(module)
+        folded = fold_orders(module, self._given(module))
         for linear in linears(module.graph):
             decided = self.plan.get(linear.name)
             if decided is None or (decided.scheme is None and decided.given is None):
                 result.skipped.append(SiteRecord(linear.name, "not in the plan" if decided is None else decided.reason))
                 continue
-            with within(linear.name):
-                if decided.given is None:
+            if decided.given is None:
+                with within(linear.name):
                     insert_weight(module, linear, decided.chosen.weight.round_to_nearest(_weight(module, linear)))
-                    what = f"{decided.chosen.name}, rounded to nearest: it is float in the checkpoint"
-                    result.changed.append(SiteRecord(linear.name, what))
-                    continue
-                found = proved(decided.given)
-            if isinstance(found, Tensor):
+                what = f"{decided.chosen.name}, rounded to nearest: it is float in the checkpoint"
+                result.changed.append(SiteRecord(linear.name, what))
+                continue
+            if (found := folded.given.get(linear.name)) is None:
                 result.skipped.append(SiteRecord(linear.name, decided.reason))
                 continue
             if found.factor is not None:
@@ -89,9 +91,35 @@ class KeepCodes(GraphPass):
             if found.offset is not None:
                 size = found.weight.format.group_size
                 offsets.add(linear.name, value, found.offset, size if size > 0 else linear.shape[1])
-            result.changed.append(SiteRecord(linear.name, f"{decided.chosen.name}, {decided.reason}"))
+            _note_orders(result_of(module, linear.name), folded, linear.name)
+            what = f"{decided.chosen.name}, {decided.reason}{_how_ordered(folded, linear.name)}"
+            result.changed.append(SiteRecord(linear.name, what))
         finish(module)
         return result
+
+    def _given(self, module: GraphModule) -> dict[str, Given]:
+        """The codes of every linear that keeps some, by name."""
+        found = {}
+        for linear in linears(module.graph):
+            decided = self.plan.get(linear.name)
+            if decided is not None and decided.given is not None:
+                with within(linear.name):
+                    codes = proved(decided.given)
+                if isinstance(codes, Given):
+                    found[linear.name] = codes
+        return found
+
+
+def _note_orders(result: Node, folded: FoldedOrders, name: str) -> None:
+    if name in folded.inputs or name in folded.results:
+        orders = (folded.inputs.get(name), folded.results.get(name))
+        result.meta[Meta.ORDERS] = {name: tuple("" if o is None else packed(o.numpy()) for o in orders)}
+
+
+def _how_ordered(folded: FoldedOrders, name: str) -> str:
+    if name in folded.inputs:
+        return ": folded into the rows of what makes them"
+    return f": by a Gather, as {why}" if (why := folded.refused.get(name)) else ""
 
 
 def proved(codes: GivenCodes) -> Given | Tensor:

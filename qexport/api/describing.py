@@ -30,10 +30,12 @@ def manifest_of(made: Lowering, sizes: Mapping[str, int]) -> Manifest:
     for p in made.decisions.plan:
         if p.scheme is not None:
             found = lowered.linears[p.name]
+            reads, makes = found.orders
             linears.append(LinearEntry(
                 name=p.name, block=p.block, scheme=p.scheme.name, input=found.input, output=found.output,
                 columns=found.columns, node=found.node, kernel=found.kernel, prompt_kernel=found.prompt_kernel,
-                parts=lowered.parts.get(p.name, ()), shape=p.shape, bytes=lowered.bytes[p.name], reason=p.reason,
+                parts=lowered.parts.get(p.name, ()), shape=p.shape, input_order=reads, result_order=makes,
+                bytes=lowered.bytes[p.name], reason=p.reason,
                 fast=None if found.slow is None else not found.slow, slow=found.slow or "",
             ))  # fmt: skip
     numerics = target.numerics(made.settings.get("kv_cache_bits"))

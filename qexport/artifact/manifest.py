@@ -2,13 +2,15 @@
 
 import json
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from ..errors import InputError
 from .checksums import MANIFEST_FILE
 from .dtypes import FLOATS
+from .feature_order import unpacked
 from .files import read_json
 from .output import check_there
 from .token_ids import check_token_ids
@@ -60,6 +62,9 @@ class LinearEntry(_Frozen):
         prompt_kernel: the same in the branch for prompts; None where the file has none, or the linear is outside of it.
         parts: (node, kernel) of further products, where the linear is the sum of several.
         shape: [out_features N, in_features K].
+        input_order: in which order the value that it reads has the features of the float model's, see `feature_order`;
+            empty where it is that order. Codes with act-order are read so.
+        result_order: the same of its result.
         bytes: size of its codes, scales, zero points and correction branch; a share by columns of what several have.
         reason: why it got this scheme.
         fast: where the target has several kernels for it, as CUDA has for MatMulNBits, whether its product has the
@@ -78,6 +83,8 @@ class LinearEntry(_Frozen):
     prompt_kernel: str | None = None
     parts: tuple[tuple[str, str], ...] = ()
     shape: tuple[int, int]
+    input_order: str = ""
+    result_order: str = ""
     bytes: int = 0
     reason: str = ""
     fast: bool | None = None
@@ -89,6 +96,23 @@ class LinearEntry(_Frozen):
         if columns is not None and not 0 <= columns[0] < columns[1] < 2**31:
             raise ValueError("not the first column and the one behind the last")
         return columns
+
+    @model_validator(mode="after")
+    def _in_order(self) -> Self:
+        for text, size in ((self.result_order, self.shape[0]), (self.input_order, self.shape[1])):
+            if text:
+                unpacked(text, size)
+        return self
+
+    @property
+    def reads_order(self) -> np.ndarray | None:
+        """`input_order` as int64 [K]; None for the order of the float model."""
+        return unpacked(self.input_order, self.shape[1]) if self.input_order else None
+
+    @property
+    def makes_order(self) -> np.ndarray | None:
+        """`result_order` as int64 [N]; None for the order of the float model."""
+        return unpacked(self.result_order, self.shape[0]) if self.result_order else None
 
 
 class ConvolutionEntry(_Frozen):

@@ -54,6 +54,10 @@ class Meta(StrEnum):
     REORDERED = "reordered"
     """On a value that is its first argument with its features in another order, or times a factor each: True."""
 
+    ORDERS = "orders"
+    """Beside RESULT_OF, by name of the linear: in which order what it reads, and what it makes, has the features of the
+    float model; two texts as `artifact.feature_order` writes them, "" for the order of that model."""
+
     CACHE_SCALES = "cache_scales"
     """On an attention with a cache: the scales of keys and of values that the checkpoint has, two numbers."""
 

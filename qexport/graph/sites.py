@@ -247,7 +247,7 @@ def _fold_site(value: Node, consumers: tuple[Linear, ...]) -> FoldSite:
 
 def _rows(value: Node, consumers: tuple[Linear, ...], producer: Node) -> FoldSite | None:
     linear = linear_at(producer)
-    if linear is None or len(readers(producer)) != 1 or not _own_tensors(linear):
+    if linear is None or len(readers(producer)) != 1 or not own_tensors(linear):
         return None
     # y * y scales with the square of a factor, and a single row is not a row for each channel.
     if sum(argument is producer for argument in value.args) > 1 or linear.shape[0] != consumers[0].shape[1]:
@@ -262,7 +262,8 @@ def _only_readers(graph: Graph, tensors: list[str | None], nodes: set[Node]) -> 
     return all(set(n.users) <= nodes for n in graph.nodes if n.op == "get_attr" and n.target in tensors)
 
 
-def _own_tensors(linear: Linear) -> bool:
+def own_tensors(linear: Linear) -> bool:
+    """Whether nothing else reads the weight and the bias of a linear."""
     return _only_readers(linear.node.graph, [linear.weight, linear.bias], {linear.node})
 
 
@@ -305,7 +306,7 @@ def _through_attention(value: Node, consumers: tuple[Linear, ...], attention: No
             return None
         node = operand(node)
     linear = linear_at(node)
-    if linear is None or linear.shape[0] != kv_heads * head_dim or len(readers(node)) != 1 or not _own_tensors(linear):
+    if linear is None or linear.shape[0] != kv_heads * head_dim or len(readers(node)) != 1 or not own_tensors(linear):
         return None
     return FoldSite(value, consumers, "rows", node, repeat=(kv_heads, heads // kv_heads, head_dim))
 

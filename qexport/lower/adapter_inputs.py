@@ -190,7 +190,12 @@ def _factors(branch: _Branch, changes: Mapping[str, Change], adapter: Adapter) -
         if high.shape[0] != entry.shape[0] or low.shape[1] != entry.shape[1]:
             raise InputError(f"has other sizes for {entry.name} than the base", place=adapter.name, remedy=_REMEDY)
         wide = torch.zeros(len(low), branch.outputs)
-        wide[:, slice(*(entry.columns or (None,)))] = change.scale * high.t()
-        lows.append(low.t())
+        wide[:, slice(*(entry.columns or (None,)))] = _in_order(change.scale * high.t(), entry.makes_order)
+        lows.append(_in_order(low, entry.reads_order).t())
         highs.append(wide)
     return torch.cat(lows, 1), torch.cat(highs)
+
+
+def _in_order(factor: Tensor, order: np.ndarray | None) -> Tensor:
+    """A factor [r, features] for features that the file has in another order."""
+    return factor if order is None else factor[:, torch.from_numpy(order)]

@@ -208,6 +208,8 @@ class _Merge:
         columns = pairwise(accumulate(sizes, initial=0))
         product.meta[Meta.COLUMNS] = {linear.name: span for linear, span in zip(group, columns, strict=True)}
         result.meta[Meta.RESULT_OF] = self._name
+        if orders := {k: v for linear in group for k, v in linear.result.meta.get(Meta.ORDERS, {}).items()}:
+            result.meta[Meta.ORDERS] = orders
 
     def _sum(self, nodes: Sequence[Node]) -> Node:
         """What is added to the products, side by side: one product too, where the first factor is the same.

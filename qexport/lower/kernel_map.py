@@ -28,6 +28,7 @@ class LinearLocation:
         prompt_kernel: the operator in the branch for prompts; None in a file without branches, and outside of them.
         slow: why another kernel of the same operator would be faster than its; empty where none would, None where the
             operator has one.
+        orders: of the features that it reads and of those that it makes, see `artifact.feature_order`.
     """
 
     node: str
@@ -37,6 +38,7 @@ class LinearLocation:
     columns: tuple[int, int] | None
     prompt_kernel: str | None = None
     slow: str | None = None
+    orders: tuple[str, str] = ("", "")
 
 
 class KernelMap:
@@ -58,6 +60,7 @@ class KernelMap:
         self._read: dict[str, ir.Value] = {}
         self._parts: dict[str, tuple[tuple[str, str], ...]] = {}
         self._inside: dict[str, tuple[str, str]] = {}
+        self._orders: dict[str, tuple[str, str]] = {}
 
     def note(
         self,
@@ -73,6 +76,8 @@ class KernelMap:
             made: by the name of the linear.
         """
         self._made |= made
+        for node in graph.nodes:
+            self._orders |= node.meta.get(Meta.ORDERS, {})
         whole = static_layers(graph)
         for product, steps in whole.items():
             name = product.meta[Meta.LINEAR]
@@ -124,6 +129,7 @@ class KernelMap:
                 columns,
                 self._prompt_kernels.get(name),
                 slow.get(name),
+                self._orders.get(linear, ("", "")),
             )  # fmt: skip
             for name, (node, kernel) in self._products.items()
             for linear, columns in self.members[name].items()

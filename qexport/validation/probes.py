@@ -15,6 +15,7 @@ from ..graph.edit import dtype_of, shape_of
 from ..graph.sites import fold_sites, linears
 from ..graph.views import operand, results_of
 from .attentions import attention_results
+from .feature_orders import FeatureOrders
 from .reference import BlockComparison, Feeds, TeacherForcing, channelwise, flat
 from .running import run_values
 
@@ -99,7 +100,8 @@ class DeployedValues:
     Attributes:
         groups: the blocks whose values are read at once.
         probe: of the block entered last.
-        values: by name in the file, a tensor for each batch.
+        values: by name in the file, a tensor for each batch, features in the order of the float model.
+        orders: in which order the file has them.
         state: what the block before handed on, kept across groups; None where it is unknown.
         behind: linears whose channels smoothing may have divided by factors, by the readers that take these back.
     """
@@ -112,6 +114,7 @@ class DeployedValues:
         self._places = {probe.block: (probe, group) for group in self.groups for probe in group}
         self._run = partial(run_values, folder, manifest, feeds=feeds, threads=threads, provider=provider)
         self._transformed = transformed
+        self.orders = FeatureOrders(manifest.readable)
         self.behind: dict[str, str] = {}
         self.values: dict[str, list[Tensor]] = {}
         self.state: list[Tensor] | None = None
@@ -122,7 +125,8 @@ class DeployedValues:
         self.probe, group = self._places.get(block, (Probe(block, (), None, 0), ()))
         if group and self.probe is group[0]:
             self.values = {}  # before the next ones come
-            self.values = self._run(list(dict.fromkeys(value for member in group for value in member.values())))
+            read = self._run(list(dict.fromkeys(value for member in group for value in member.values())))
+            self.values = {name: [self.orders.natural(name, t) for t in tensors] for name, tensors in read.items()}
         return self.probe
 
     @property

@@ -67,7 +67,9 @@ def kl_costs(
             if entry.name in deployed.rescaled:
                 factors = channel_factors(flat(want), flat(got))
                 want = [value / factors for value in want]
-            falls[entry.name] = whole - corrected.kl(entry.output, _in_columns(entry, _minus(want, got), deployed))
+            differences = _in_columns(entry, _minus(want, got), deployed)
+            differences = [deployed.orders.in_file(entry.output, difference) for difference in differences]
+            falls[entry.name] = whole - corrected.kl(entry.output, differences)
     progress("", len(values), len(values))
     return whole, falls
 

@@ -19,6 +19,7 @@ from ..graph.sites import linears
 from ..quant.float_types import FLOAT_TYPES
 from ..runtime.session import ModelInFolder, open_session
 from .anomalies import fault_of_weight, grid_of
+from .feature_orders import FeatureOrders
 from .reference import BlockComparison, channelwise
 from .running import run_session
 
@@ -51,6 +52,7 @@ class NoiseProbe:
         self._threads, self._provider = threads, provider
         self._model = only(onnx.load(folder / MODEL_FILE, load_external_data=False), PROMPTS)
         self._makers = {name: node for node in self._model.graph.node for name in node.output}
+        self._orders = FeatureOrders(manifest.readable)
 
     def run(
         self, entries: Sequence[LinearEntry], channels: Mapping[str, tuple[Tensor, Tensor]]
@@ -79,12 +81,13 @@ class NoiseProbe:
         for port in session.get_inputs():
             value = port.name.removeprefix(_CUT)
             shape = (1,) * (channels[value][0].dim() - 2) + noise[value].shape
-            feeds[port.name] = noise[value].reshape(shape)
+            feeds[port.name] = self._orders.in_file(value, noise[value].reshape(shape))
         made = run_session(session, feeds, list(nodes))
         heard = {}
         for entry in entries:
             if entry.output in made:
-                y = made[entry.output].flatten(0, -2)[:, slice(*(entry.columns or (None,)))]
+                whole = self._orders.natural(entry.output, made[entry.output])
+                y = whole.flatten(0, -2)[:, slice(*(entry.columns or (None,)))]
                 heard[entry.name] = NoiseResponse(noise[entry.input], y.float())
         return heard
 
