@@ -16,6 +16,7 @@ import torch
 import yaml
 
 import qexport
+from helpers.commands import Command
 from qexport.api.stages.capturing import capture_model
 from qexport.artifact import checksums, owner
 from qexport.artifact import manifest as manifests
@@ -28,7 +29,6 @@ from qexport.runtime.seq2seq import is_seq2seq
 from qexport.runtime.session import open_session
 
 RECIPE = "w4a16_g32_rtn"
-MAIN = [sys.executable, "-c", "from qexport.cli import main; main()"]
 
 
 @pytest.fixture(scope="module")
@@ -89,38 +89,18 @@ def test_what_a_living_export_has_moved_aside_stays_there(run, copy):
     assert checksums.changed(copy) == {}
 
 
-RACING = """
-import json, os, sys
-import qexport.api.exporting, qexport.capture.decoder
-from qexport.cli import main
-
-started = []
-for number, arguments in enumerate(json.loads(sys.argv[1])):
-    if not (pid := os.fork()):
-        os.dup2(os.open(f"{sys.argv[2]}/{number}", os.O_WRONLY | os.O_CREAT), 2)
-        sys.argv[1:] = arguments
-        main()
-        sys.exit(0)
-    started.append(pid)
-print(json.dumps([[pid, os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])] for pid in started]), file=sys.stderr)
-"""
-
-
 def test_of_two_exports_that_start_together_one_makes_it_and_the_other_says_who_does(model_folder, tmp_path):
-    out, notes, schemes = tmp_path / "out", tmp_path / "notes", ("w4a16_g32", "w8a16_g32")
-    notes.mkdir()
+    out, schemes = tmp_path / "out", ("w4a16_g32", "w8a16_g32")
     rest = ["--calibration", "random", "--samples", "8", "--sequence-length", "16"]
-    commands = [["export", str(model_folder("llama")), "-o", str(out), "-r", scheme, *rest] for scheme in schemes]
-    # From a process that has imported everything and has no threads yet.
-    script = [sys.executable, "-c", RACING, json.dumps(commands), str(notes)]
-    done = subprocess.run(script, capture_output=True, text=True, timeout=300, check=True)
-    pids, codes = zip(*json.loads(done.stderr.splitlines()[-1]), strict=True)
-    said = [(notes / str(number)).read_text() for number in range(len(schemes))]
+    model = model_folder("llama")
+    started = [Command(tmp_path / scheme, "export", model, "-o", out, "-r", scheme, *rest) for scheme in schemes]
+    codes = [command.wait() for command in started]
+    said = [command.stderr for command in started]
     assert sorted(codes) == [0, 2], said
     winner, loser = codes.index(0), codes.index(2)
     sentence = said[loser].strip().splitlines()[-1]
-    assert f"process {pids[winner]} on " in sentence and "(exporting, since" in sentence, said[loser]
-    assert "Traceback" not in said[loser] and sorted(os.listdir(tmp_path)) == ["notes", "out"]
+    assert f"process {started[winner].pid} on " in sentence and "(exporting, since" in sentence, said[loser]
+    assert "Traceback" not in said[loser] and sorted(os.listdir(tmp_path)) == sorted(["out", *schemes])
     assert checksums.changed(out) == {}
     assert yaml.safe_load((out / "recipe.yaml").read_text())["scheme"] == schemes[winner]
     assert {entry.scheme for entry in manifests.load(out).linears} <= {schemes[winner], "float"}

@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import qexport
+from helpers.commands import Command
 from helpers.random_decoders import save_model
 from helpers.report_folders import a_study
 from helpers.tokenizer_files import write_word_tokenizer
@@ -43,10 +44,10 @@ def copy(model, tmp_path) -> Path:
     return Path(shutil.copytree(model, tmp_path / "copy"))
 
 
-def shell(*arguments, **options):
-    """The same in a process of its own."""
+def shell(*arguments):
+    """As a shell starts it."""
     command = [sys.executable, "-c", "from qexport.cli import main; main()", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=240, **options)
+    return subprocess.run(command, capture_output=True, text=True, timeout=240)
 
 
 def refused(result, *parts) -> str:
@@ -68,8 +69,8 @@ def leftovers(folder: Path) -> list[str]:
 
 
 def test_export_keeps_results_and_progress_apart(model, tmp_path):
-    done = shell("export", model, "-o", tmp_path / "out", "-r", "w4a16_g32_rtn", "--json")
-    assert done.returncode == 0, done.stderr
+    done = Command(tmp_path / "notes", "export", model, "-o", tmp_path / "out", "-r", "w4a16_g32_rtn", "--json")
+    assert done.wait() == 0, done.stderr
     summary = json.loads(done.stdout)
     assert summary["folder"] == str(tmp_path / "out") and summary["quantized_linears"] == 14
     assert summary["bytes"]["model"] == sum(
@@ -78,7 +79,7 @@ def test_export_keeps_results_and_progress_apart(model, tmp_path):
     stages = [" ".join(line.split()[:2]) for line in done.stderr.splitlines()]
     shown = ["[1/6] capture", "[2/6] check", "[4/6] quantize", "[5/6] write", "[6/6] run"]
     assert list(dict.fromkeys(stages)) == shown, "progress and nothing else; there is nothing to calibrate"
-    assert leftovers(tmp_path) == ["out"]
+    assert leftovers(tmp_path) == ["notes", "out"]
 
 
 def test_export_auto_keeps_the_size_and_says_what_it_chose(model, tmp_path, run):
@@ -524,8 +525,8 @@ def test_generate_with_bad_options(run, exported):
 
 
 def test_an_error_as_the_shell_sees_it(tmp_path):
-    done = shell("recipes", "show", "w4a16_g31")
-    assert (done.returncode, done.stdout) == (2, "")
+    done = Command(tmp_path / "notes", "recipes", "show", "w4a16_g31")
+    assert (done.wait(), done.stdout) == (2, "")
     assert done.stderr.startswith("error: ") and len(done.stderr.splitlines()) == 1
 
 
@@ -540,20 +541,10 @@ def test_an_unexpected_error_keeps_its_traceback(run, monkeypatch):
 
 @pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
 def test_ctrl_c(model, tmp_path, hears_signals):
-    command = [
-        sys.executable,
-        "-c",
-        "from qexport.cli import main; main()",
-        "export",
-        str(model),
-        "-o",
-        str(tmp_path / "out"),
-    ]
-    command += ["--calibration", "random", "--samples", "1024", "--sequence-length", "128"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    assert any("] quantize " in line for line in iter(process.stderr.readline, ""))
-    process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=120)
-    assert process.returncode == 130 and out == "" and "Traceback" not in err
-    assert err.splitlines()[-1] == "interrupted"
-    assert leftovers(tmp_path) == []
+    long = ["--calibration", "random", "--samples", 1024, "--sequence-length", 128]
+    command = Command(tmp_path / "notes", "export", model, "-o", tmp_path / "out", *long)
+    assert command.writes("] quantize ")
+    command.send(signal.SIGINT)
+    assert command.wait() == 130 and command.stdout == "" and "Traceback" not in command.stderr
+    assert command.stderr.splitlines()[-1] == "interrupted"
+    assert leftovers(tmp_path) == ["notes"]

@@ -1,10 +1,12 @@
 """How much a command says, and that a command is one file."""
 
-import subprocess
+import logging
 import sys
 
 import pytest
 
+import qexport
+from helpers.commands import Command
 from helpers.random_decoders import save_model
 from qexport.cli import commands
 from qexport.cli.app import app
@@ -74,11 +76,15 @@ def test_every_command_takes_them(run, name):
     assert code == 0 and "--verbose" in out and "--quiet" in out
 
 
-def test_the_library_configures_no_logging():
-    script = "import logging, qexport; qexport.Recipe; qexport.export; root = logging.getLogger('qexport'); "
-    script += "print(root.handlers, root.level, root.propagate, logging.getLogger().handlers)"
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-    assert done.stdout == "[] 0 True []\n", done.stderr
+def logging_of_the_library():
+    ours = logging.getLogger("qexport")
+    print(qexport.Recipe.__name__, qexport.export.__name__, ours.handlers, ours.level, ours.propagate)
+    print(logging.getLogger().handlers)
+
+
+def test_the_library_configures_no_logging(tmp_path):
+    done = Command(tmp_path, work=logging_of_the_library)
+    assert (done.wait(), done.stdout) == (0, "Recipe export [] 0 True\n[]\n"), done.stderr
 
 
 def test_a_command_is_one_file(run, tmp_path, monkeypatch):

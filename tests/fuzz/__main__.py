@@ -31,25 +31,26 @@ code 2. Memory counts the libraries, about 350 MB.
 {failed}"""
 
 
-def main() -> None:
+def main(*arguments: str) -> None:
     torch.set_num_threads(1)
     # A model whose damage is no matter of its code is traced once.
     with traces.remembered(), tempfile.TemporaryDirectory(prefix="fuzz-") as folder:
         made, work = Path(folder) / "seeds", Path(folder) / "work"
         made.mkdir()
         seeds.make(made)
-        if len(sys.argv) == 3 and sys.argv[1] in runner.KINDS:
-            print(runner.run_one(int(sys.argv[2]), sys.argv[1], made, work))
+        if len(arguments) == 2 and arguments[0] in runner.KINDS:
+            print(runner.run_one(int(arguments[1]), arguments[0], made, work))
             return
-        count = int(sys.argv[1]) if len(sys.argv) > 1 else 1000
+        count = int(arguments[0]) if arguments else 1000
         started, runs = time.monotonic(), []
         for run in runner.run_all(runner.numbers(count), made, work):
             runs.append(run)
             if run.result in ("traceback", "hung"):
                 print(f"{run.kind} {run.number} {run.command} {run.what}: {run.result}\n{run.said[-1500:]}", flush=True)
         print(text := report(runs, time.monotonic() - started))
-        if len(sys.argv) > 2:
-            Path(sys.argv[2]).write_text(text)
+        if len(arguments) > 1:
+            Path(arguments[1]).write_text(text)
 
 
-main()
+if __name__ == "__main__":
+    main(*sys.argv[1:])

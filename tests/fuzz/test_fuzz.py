@@ -1,22 +1,18 @@
 """Damaged inputs end in one sentence: a few of each kind always, a thousand with the slow tests (see runner.py)."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 
 from fuzz import runner
+from fuzz.__main__ import main
+from helpers.commands import Command
 
-TESTS = Path(__file__).parents[1]
 MOST = 6 << 30  # bytes of memory: templates may write a text of a gigabyte, which jinja's sandbox allows
 
 
 def fuzz(count, report):
     """Run mutations in a process that has no threads yet, as it forks."""
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    subprocess.run([sys.executable, "-m", "fuzz", str(count), report], cwd=TESTS, env=env, check=True)
+    command = Command(report.parent / "notes", count, report, work=main)
+    assert command.wait(patience=60 + 10 * count) == 0, command.stderr
     lines = [line.strip("| ").split(" | ") for line in report.read_text().splitlines() if line.startswith("| ")]
     return {row[0]: dict(zip(lines[0][1:], map(int, row[1:]), strict=True)) for row in lines[1:]}
 

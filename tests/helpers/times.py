@@ -1,7 +1,7 @@
 """`pytest --times`: processor seconds of every test, by room and file, on as many workers as there are.
 
-Seconds of the processor, the processes that a test starts among them: unlike those of a clock they do not grow with
-what else the machine does. What a fixture costs counts for the first test that asks for it.
+Seconds of the processor, the processes that a test starts among them (but those of commands.py): unlike those of a
+clock they do not grow with what else the machine does. What a fixture costs counts for the first test that asks for it.
 """
 
 import os

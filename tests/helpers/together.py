@@ -1,4 +1,4 @@
-"""Files whose tests run in one process when several share the work, because they trace the same models.
+"""Files whose tests run in one process when several share the work: they trace the same models or start commands.
 
 What one of them traced is given again to the next (see traces.py), and tracing is a quarter of what all tests cost. Any
 other file goes to whichever process is free.
@@ -30,18 +30,22 @@ _TOGETHER = (
         "tests/lower/test_experts.py",
         "tests/lower/test_kv_cache.py",
     ),
+    (  # these start commands, and a process has one server that imports for them
+        "tests/cli/test_cli.py",
+        "tests/cli/test_verbosity.py",
+        "tests/artifact/test_wholeness.py",
+        "tests/fuzz/test_fuzz.py",
+    ),
 )  # fmt: skip
 # Few tests that take long: begun last, they would leave one process waiting for the other.
 _LONG = (
     "tests/samples/test_samples.py",
-    "tests/fuzz/test_fuzz.py",
-    "tests/artifact/test_wholeness.py",
+    "tests/cli/test_cli.py",
     "tests/mixed_precision/test_exporting.py",
     "tests/capture/test_stamp.py",
     "tests/lower/test_seq2seq.py",
     "tests/calibrate/test_device.py",
     "tests/quant/test_memory.py",
-    "tests/cli/test_verbosity.py",
 )
 _FIRST = {file: group[0] for group in _TOGETHER for file in group}
 

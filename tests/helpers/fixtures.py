@@ -1,0 +1,101 @@
+"""What the tests of all rooms are given."""
+
+import signal
+import sys
+from functools import cache, partial
+
+import pytest
+import torch
+import transformers
+
+import qexport
+from helpers import breadth, exports, traces
+from helpers.cuda_placement.build import CannotBuild, build_stand_ins
+from helpers.cuda_placement.probe import placement
+from helpers.random_decoders import save_model
+from qexport import cli
+from qexport.artifact import checksums
+from qexport.recipe.recipe import Recipe
+
+transformers.logging.disable_progress_bar()
+torch.set_num_threads(1)  # models here are so small that threads cost more than they bring
+
+
+@pytest.hookimpl(tryfirst=True)  # before those that are not asked for are left out
+def pytest_collection_modifyitems(items):
+    breadth.mark_combinations(items)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item):
+    """A model is traced once, but for the tests of that."""
+    with traces.anew() if item.get_closest_marker("traced_anew") else traces.remembered():
+        return (yield)
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory):
+    """model_folder(family): the folder of a small random model, made once; not to be written to."""
+    return cache(lambda family: save_model(family, tmp_path_factory.mktemp(family)))
+
+
+@pytest.fixture(scope="session")
+def export_folder(model_folder, tmp_path_factory):
+    """export_folder(family, recipe, **options): the folder of an export, made once; not to be written to."""
+    made = {}
+
+    def export(family, recipe, **options):
+        recipe = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
+        asked = family, recipe.to_yaml(), *sorted(options.items())
+        if asked not in made:
+            out = tmp_path_factory.mktemp("exports") / family
+            made[asked] = qexport.export(model_folder(family), recipe, out_dir=out, **options).folder
+        return made[asked]
+
+    yield export
+    assert {folder.name: changed for folder in made.values() if (changed := checksums.changed(folder))} == {}
+
+
+@pytest.fixture(scope="session")
+def captured(model_folder):
+    """captured(family): a copy of its captured graph, for the caller to change."""
+
+    once = cache(lambda family: exports.capture(model_folder(family)))
+    return lambda family: once(family).copy()
+
+
+@pytest.fixture(scope="session")
+def cuda_placement(tmp_path_factory):
+    """`placement` on stand-in CUDA libraries: cuda_placement(model_path, session_entries, dims=None)."""
+    try:
+        return partial(placement, env=build_stand_ins(tmp_path_factory.mktemp("cuda_stand_ins")))
+    except CannotBuild as reason:
+        pytest.skip(str(reason))
+
+
+@pytest.fixture
+def hears_signals():
+    """As in a terminal: a shell starts what runs in its background with interrupts ignored."""
+    hears = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+    before = {number: signal.signal(number, handler) for number, handler in hears.items()}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """run(*arguments) -> (exit code, stdout, stderr), in this process."""
+
+    def run_command(*arguments):
+        monkeypatch.setattr(sys, "argv", ["qexport", *map(str, arguments)])
+        capsys.readouterr()
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as stop:
+            code = stop.code or 0
+        done = capsys.readouterr()
+        return code, done.out, done.err
+
+    return run_command
