@@ -1,9 +1,8 @@
 """The calibration data of an export: what a recipe names or a caller passes, as batches that blocks can read."""
 
-import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -17,13 +16,10 @@ from ..progress import Progress
 from ..recipe.recipe import Recipe
 from .block_activations import Stream, make_stream, module_feeds, stream_of
 from .encoder_inputs import encoder_stream
-from .float_model import loaded, where_whole
-from .self_text import continue_text
+from .own_text import own_text
 from .sources import check_source, load_samples
 
-logger = logging.getLogger(__name__)
-
-WITHOUT_OWN_TEXT = (
+_PASS_TEXT = (
     "Pass a text to calibrate on: --calibration FILE, or datasets:NAME:SPLIT:COLUMN; random tokens (--calibration "
     "random) cost accuracy"
 )
@@ -76,9 +72,14 @@ def check_calibration(folder: ModelFolder, recipe: Recipe, data: Any, asked: boo
 
 
 def check_own_text(captured: CapturedModel, recipe: Recipe, data: Any) -> None:
-    """Raises InputError, before the work begins, where a model is too large to write its own calibration text."""
-    if data is None and recipe.calibration.source == "self" and captured.kind == "decoder":
-        where_whole(captured, WITHOUT_OWN_TEXT)
+    """Raises InputError, before the work begins, where a model that writes no text is to calibrate on its own."""
+    if data is None and recipe.calibration.source == "self" and captured.kind == "encoder":
+        raise writes_none("an encoder")
+
+
+def writes_none(what: str) -> InputError:
+    """The error for a model that is to calibrate on text of its own, and cannot write any."""
+    return InputError(f"{what} writes no text to calibrate on", place="calibration", remedy=_PASS_TEXT)
 
 
 def calibration_batches(
@@ -87,31 +88,21 @@ def calibration_batches(
     """A factory of calibration streams, and what is in them.
 
     Raises:
-        InputError: the data cannot be had, do not fit the model, or it is too large to write them itself.
+        InputError: the data cannot be had, do not fit the model, or it cannot write them itself.
     """
     if captured.kind == "module":
         return _module_batches(captured, data)
     spec = recipe.calibration
-    tokenizer = captured.folder.tokenizer() if captured.folder else None
-    vocab_size = captured.settings["vocab_size"]
     encoder = captured.kind == "encoder"
     if encoder:  # a recipe's length is made for decoders
         length = min(spec.sequence_length, captured.settings.get("max_position_embeddings", spec.sequence_length))
         spec = spec.model_copy(update={"sequence_length": length})
-    if data is None and spec.source == "self" and encoder:
-        samples = load_samples(spec.model_copy(update={"source": "random"}), tokenizer=tokenizer, vocab_size=vocab_size)
-        logger.warning("calibrated on random tokens, because an encoder writes no text itself: give your own")
-        samples = replace(samples, described=f"{samples.described}; an encoder writes no text itself")
-    elif data is None and spec.source == "self":
-        placement = where_whole(captured, WITHOUT_OWN_TEXT)
-        progress("calibrate", "the model writes its calibration text", 0, 1)
-        with loaded(captured, placement) as step:
-            samples = load_samples(
-                spec, tokenizer=tokenizer, vocab_size=vocab_size, generate=partial(continue_text, step)
-            )
-        progress("calibrate", "the model writes its calibration text", 1, 1)
+    if data is None and spec.source == "self":
+        check_own_text(captured, recipe, data)
+        samples = own_text(captured, spec, partial(progress, "calibrate"), "the model writes its calibration text")
     else:
-        samples = load_samples(spec, data, tokenizer=tokenizer, vocab_size=vocab_size)
+        tokenizer = captured.folder.tokenizer() if captured.folder else None
+        samples = load_samples(spec, data, tokenizer=tokenizer, vocab_size=captured.settings["vocab_size"])
     make = encoder_stream if encoder else make_stream
     return lambda: make(captured, samples, spec.batch_size), samples.described
 

@@ -1,6 +1,7 @@
 """The float model in memory: a block at a time, or whole and run step by step, for text that it writes itself."""
 
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import psutil
 import torch
@@ -8,7 +9,6 @@ import torch
 from ..capture.blocks import Block
 from ..capture.graph import CapturedModel
 from ..device import HOST, Placement, computing
-from ..errors import InputError
 from ..graph.edit import attributes, get_tensor, set_tensor
 from ..graph.narrow import narrowed_exactly
 from ..graph.placement import make_on, move, unload
@@ -29,20 +29,10 @@ def fits_in_memory(captured: CapturedModel) -> bool:
     return float_bytes(captured) <= psutil.virtual_memory().available // 2
 
 
-def where_whole(captured: CapturedModel, remedy: str) -> Placement:
-    """Where the whole float model fits into half of the free memory: on its device, else on the host.
-
-    Raises:
-        InputError: nowhere; remedy: what to pass in the place of the text that it would write.
-    """
+def where_whole(captured: CapturedModel) -> Placement | None:
+    """Where the whole float model fits into half of the free memory: on its device, else on the host; None: nowhere."""
     size = float_bytes(captured)
-    for placement in (captured.placement, HOST):
-        if size <= _free(placement.device) // 2:
-            return placement
-    raise InputError(
-        f"takes {size / 1e9:.1f} GB in float32, more than half of the free memory, so that it cannot write text itself",
-        place="the float model", remedy=remedy,
-    )  # fmt: skip
+    return next((at for at in (captured.placement, HOST) if size <= _free(at.device) // 2), None)
 
 
 def _free(device: torch.device) -> int:
@@ -85,9 +75,14 @@ def weights_of(captured: CapturedModel, block: Block, placement: Placement | Non
 
 
 @contextmanager
-def loaded(captured: CapturedModel, placement: Placement):
-    """Hold all weights inside the `with`; yields step(input_ids [b, s], past | None) -> (last logits [b, V], past)."""
-    with running(captured, placement) as run:
+def stepping(captured: CapturedModel):
+    """Yields step(input_ids [b, s], past | None) -> (last logits [b, V], past).
+
+    All weights stay in memory inside the `with` where they fit, see `where_whole`. Else every step reads the blocks one
+    after another, and nothing but one of them and the caches is in memory; the logits are the same.
+    """
+    placement = where_whole(captured)
+    with _a_block_at_a_time(captured) if placement is None else running(captured, placement) as run:
 
         def step(ids: torch.Tensor, past: dict[str, torch.Tensor] | None):
             logits, past = run(ids, past, 1)
@@ -98,7 +93,7 @@ def loaded(captured: CapturedModel, placement: Placement):
 
 @contextmanager
 def running(captured: CapturedModel, placement: Placement = HOST):
-    """The same for the logits of more positions than the last.
+    """Hold all weights inside the `with`.
 
     Yields run(input_ids [b, s], past | None, n) -> (logits of the last n positions [b, n, V], past), ids and logits on
     the CPU.
@@ -113,15 +108,31 @@ def running(captured: CapturedModel, placement: Placement = HOST):
                         tensors[name] = captured.load(name).to(device)
                     set_tensor(block.module, name, tensors[name])
                 make_on(block.module, device)
-            yield lambda ids, past, last: _run(captured, device, ids, past, last)
+            yield lambda ids, past, last: _run(captured, device, ids, past, last, lambda block: nullcontext())
     finally:
         for block in captured.blocks:
             unload(block.module)
 
 
+@contextmanager
+def _a_block_at_a_time(captured: CapturedModel):
+    """Yields the same, the weights of one block in memory."""
+
+    @contextmanager
+    def there(block: Block) -> Iterator[None]:
+        with weights_of(captured, block):
+            yield
+        trim()
+
+    device = captured.placement.device
+    yield lambda ids, past, last: _run(captured, device, ids, past, last, there)
+
+
 def _run(
-    captured: CapturedModel, device: torch.device, ids: torch.Tensor, past: dict[str, torch.Tensor] | None, last: int
-):
+    captured: CapturedModel, device: torch.device, ids: torch.Tensor, past: dict[str, torch.Tensor] | None, last: int,
+    there: Callable[[Block], AbstractContextManager[None]],
+):  # fmt: skip
+    """Run all blocks, each inside of the context in which it has its weights."""
     batch, new = ids.shape
     caches = [port for port in captured.inputs if port.name.startswith("past_key_values")]
     if past is None:
@@ -134,11 +145,16 @@ def _run(
         **past,
     }
     values = {port.value: feeds[port.name] for port in captured.inputs}
+    read_last = {name: index for index, block in enumerate(captured.blocks) for name in block.inputs}
+    handed_out = {port.value for port in captured.outputs}
     with torch.no_grad():
         for index, block in enumerate(captured.blocks):
             if index == len(captured.blocks) - 1:  # the others are not read
                 values = {n: v[:, -last:] if n in block.inputs and v.dim() == 3 else v for n, v in values.items()}
-            values.update(zip(block.outputs, block.module(*(values[n] for n in block.inputs)), strict=True))
+            with there(block):
+                values.update(zip(block.outputs, block.module(*(values[n] for n in block.inputs)), strict=True))
+            for name in [name for name in values if read_last.get(name) == index and name not in handed_out]:
+                del values[name]
     results = {port.name: values[port.value] for port in captured.outputs}
     present = {name.replace("present", "past_key_values"): v for name, v in results.items() if name != "logits"}
     return results["logits"][:, -last:].cpu(), present

@@ -2,13 +2,11 @@
 
 import os
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 from torch import Tensor
 
-from ..calibrate.float_model import loaded, where_whole
-from ..calibrate.self_text import continue_text
+from ..calibrate.own_text import own_text
 from ..calibrate.sources import load_samples, text_windows
 from ..capture.graph import CapturedModel
 from ..errors import InputError
@@ -50,7 +48,7 @@ def choose_text(
 
     Raises:
         InputError: no such file, not UTF-8, no text in it, fewer tokens than one window, a window longer than the model
-            reads, no tokenizer, or a model too large to write text itself.
+            reads, or no tokenizer.
     """
     if windows < 1 or window < 2:
         raise InputError(
@@ -99,9 +97,5 @@ def _own(
     if captured.kind == "encoder":
         samples = load_samples(spec.model_copy(update={"source": "random"}), tokenizer=tokenizer, vocab_size=size)
         return Text(samples.input_ids, f"{samples.described}; an encoder writes no text itself", True)
-    placement = where_whole(captured, "Pass a text to measure on: --text FILE")
-    progress("the float model writes the text", 0, 1)
-    with loaded(captured, placement) as step:
-        samples = load_samples(spec, tokenizer=tokenizer, vocab_size=size, generate=partial(continue_text, step))
-    progress("the float model writes the text", 1, 1)
+    samples = own_text(captured, spec, progress, "the float model writes the text")
     return Text(samples.input_ids, samples.described, True)

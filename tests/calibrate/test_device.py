@@ -12,8 +12,10 @@ from helpers.stand_in_device import MixedDevices, stand_in_device
 from qexport.api.stages.capturing import capture_model
 from qexport.artifact.manifest import MODEL_FILE
 from qexport.calibrate import float_model
+from qexport.calibrate.own_text import own_text
 from qexport.device import CPU, HOST, Placement, computing, placement_of
 from qexport.errors import InputError
+from qexport.progress import no_stage_progress
 from qexport.recipe.recipe import CalibrationSpec, Recipe
 from qexport.recipe.registry import section
 from qexport.runtime.tensors import tensor_of
@@ -165,16 +167,13 @@ def test_a_lack_of_memory_says_what_to_lower(error):
         raise RuntimeError("something else")
 
 
-def test_a_model_that_is_too_large_to_write_text_says_what_to_pass(model_folder, export_folder, tmp_path, monkeypatch):
-    exported = export_folder("llama", "w8a8_dyn")
-    monkeypatch.setattr(float_model, "_free", lambda device: 1000)
-    with pytest.raises(InputError, match=r"the float model: takes .* GB in float32.* --calibration FILE"):
-        qexport.export(model_folder("llama"), "w4a16_g32", out_dir=tmp_path / "out")
-    with pytest.raises(InputError, match="cannot write text itself. Pass a text to measure on: --text FILE"):
-        qexport.validate(exported, model_folder("llama"), windows=1, window=24)
-
-
-def test_text_is_written_on_the_host_where_the_device_is_too_small(model_folder, monkeypatch):
-    captured = capture_model(model_folder("llama"), placement=Placement(torch.device("standin", 0)))
-    monkeypatch.setattr(float_model, "_free", lambda device: 1000 if device.type == "standin" else 1 << 40)
-    assert float_model.where_whole(captured, "") == HOST
+def test_text_is_written_where_the_model_fits_and_else_a_block_at_a_time(model_folder, monkeypatch):
+    host = own_text(capture_model(model_folder("llama")), CALIBRATION, no_stage_progress, "")
+    with stand_in_device() as device:
+        captured = capture_model(model_folder("llama"), placement=placement_of(device))
+        monkeypatch.setattr(float_model, "_free", lambda device: 1 << 40 if device == CPU else 1000)
+        assert float_model.where_whole(captured) == HOST
+        monkeypatch.setattr(float_model, "_free", lambda device: 1000)
+        assert float_model.where_whole(captured) is None
+        there = own_text(captured, CALIBRATION, no_stage_progress, "")
+    assert torch.equal(there.input_ids, host.input_ids)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from qexport.calibrate.fisher import _SEED, Importance, felt
-from qexport.calibrate.float_model import loaded
+from qexport.calibrate.float_model import running
 from qexport.device import HOST
 from qexport.graph.edit import get_tensor
 from qexport.graph.sites import linears
@@ -22,7 +22,7 @@ def gradients(captured, feeds):
     draws, found = torch.Generator().manual_seed(_SEED), {}
     for batch in feeds:
         noise, values = {}, {port.value: batch[port.name] for port in captured.inputs}
-        with loaded(captured, HOST):
+        with running(captured, HOST):
             for block in captured.blocks:
                 given = dict(
                     zip([n for n in block.module.graph.nodes if n.op == "placeholder"], block.inputs, strict=True)

@@ -28,7 +28,7 @@ from ..stages.calibrating import wants_data
 from ..stages.capturing import capture
 from ..stages.planning import plan
 from ..stages.preparing import Preparation
-from .sources import load_sources, write_about
+from .sources import check_sources, load_sources, write_about
 
 WRITTEN = 64  # tokens of a text that calibrates the decoder
 _CONFIGS = ("config.json", "generation_config.json", "preprocessor_config.json", "processor_config.json")
@@ -51,9 +51,12 @@ def export_parts(prepared: Preparation, work: WorkFolder) -> ExportResult:
     progress("capture", folder.name, 1, 1)
     asked = preparations(prepared, parts)
     planned = [plan(capture(part)) for part in asked.values()]
+    wanted_data = prepared.asked or any(wants_data(part) for part in planned)
+    if wanted_data:
+        check_sources(parts, prepared.recipe.calibration, prepared.data)
     for captured in by_name(parts).values():
         check_reader(captured)
-    if prepared.asked or any(wants_data(part) for part in planned):
+    if wanted_data:
         asked = _with_data(asked, parts, prepared)
     made: dict[str, ExportResult] = {}
     with work.appearing() as temporary:

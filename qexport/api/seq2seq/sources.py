@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 
 from ...artifact.manifest import SOURCE_MASK
-from ...calibrate.data import Prepared
+from ...calibrate.data import Prepared, writes_none
 from ...calibrate.encoder_inputs import with_last_token
 from ...calibrate.self_text import continue_text
 from ...calibrate.sources import load_samples
@@ -44,6 +44,19 @@ class Sources:
     own: bool = False
 
 
+def check_sources(parts: Parts, spec: CalibrationSpec, data: Any) -> None:
+    """Raises InputError, before the work begins, where the model is to write the sources, which it cannot."""
+    if data is not None or spec.source != "self":
+        return
+    if parts.encoder.inputs[0].name == "input_ids":
+        raise writes_none("an encoder-decoder")
+    raise InputError(
+        "the model writes no source to calibrate on", place="calibration",
+        remedy="Pass what its feature extractor makes in a safetensors file: --calibration FILE; random numbers "
+        "(--calibration random) cost accuracy",
+    )  # fmt: skip
+
+
 def load_sources(parts: Parts, spec: CalibrationSpec, data: Any = None) -> Sources:
     """The sources that `spec` names, or those in `data`.
 
@@ -63,17 +76,14 @@ def load_sources(parts: Parts, spec: CalibrationSpec, data: Any = None) -> Sourc
 def _texts(parts: Parts, spec: CalibrationSpec, data: Any) -> Sources:
     folder = parts.encoder.origin
     limit = getattr(folder.config, "max_position_embeddings", None) or spec.sequence_length
-    own = data is None and spec.source in ("self", "random")
+    own = data is None and spec.source == "random"
     spec = spec.model_copy(update={"sequence_length": min(spec.sequence_length, limit)})
-    if own:
-        spec = spec.model_copy(update={"source": "random"})
     size = embedding_rows(parts.model)
     samples = load_samples(spec, data, tokenizer=folder.tokenizer(), vocab_size=size)
     rows = [ids[mask.bool()] for ids, mask in zip(samples.input_ids, samples.attention_mask, strict=True)]
     if data is None:  # windows end where they are cut
         rows = list(with_last_token(torch.stack(rows), parts.encoder))
-    described = f"{samples.described}; an encoder-decoder writes no source itself" if own else samples.described
-    return Sources(batches_of(parts, rows, spec.batch_size), described, own)
+    return Sources(batches_of(parts, rows, spec.batch_size), samples.described, own)
 
 
 def batches_of(parts: Parts, rows: Sequence[Tensor], size: int) -> list[dict[str, Tensor]]:
@@ -96,9 +106,9 @@ def _stacked(rows: Sequence[Tensor], size: int) -> Iterator[Tensor]:
 
 def _features(parts: Parts, spec: CalibrationSpec, data: Any, name: str) -> Sources:
     port = parts.encoder.inputs[0]
-    if data is None and spec.source in ("self", "random"):
+    if data is None and spec.source == "random":
         drawn = torch.randn(spec.samples, *map(int, port.dims[1:]), generator=torch.Generator().manual_seed(spec.seed))
-        described = f"{spec.samples} {name} of random numbers (seed {spec.seed}); the model writes no source itself"
+        described = f"{spec.samples} {name} of random numbers (seed {spec.seed})"
         return Sources([{name: part} for part in drawn.split(spec.batch_size)], described, True)
     described = f"{name}, given"
     if data is None:

@@ -26,6 +26,7 @@ def load_samples(
     tokenizer: Any = None,
     vocab_size: int,
     generate: Generate | None = None,
+    together: int = 16,
 ) -> Samples:
     """The calibration sequences that spec.source names, or those in `data`.
 
@@ -43,6 +44,7 @@ def load_samples(
         tokenizer: a transformers tokenizer; needed for text, used for "self" and "random" where there is one.
         vocab_size: rows of the model's embedding; every id is below it.
         generate: (input_ids int64 [b, t], max_new_tokens, torch.Generator) -> int64 [b, t + max_new_tokens].
+        together: the most texts b that it gets.
 
     Raises:
         InputError: no such file or data set column, text that is not UTF-8, empty, or shorter than one sequence, no
@@ -55,7 +57,7 @@ def load_samples(
         found = source_of(spec)
         if found.tokenizes:
             needed(tokenizer, found.name)
-        samples = found.samples(Model(tokenizer, vocab_size, generate))
+        samples = found.samples(Model(tokenizer, vocab_size, generate, together))
     outside = samples.input_ids[(samples.input_ids < 0) | (samples.input_ids >= vocab_size)]
     if len(outside):
         raise InputError(

@@ -23,11 +23,13 @@ class Model:
         tokenizer: a transformers tokenizer; None where it has none.
         vocab_size: rows of its embedding.
         generate: lets it write text itself; None where it cannot.
+        together: texts that it writes side by side.
     """
 
     tokenizer: Any
     vocab_size: int
     generate: Generate | None = None
+    together: int = 16
 
 
 class Source(ABC):

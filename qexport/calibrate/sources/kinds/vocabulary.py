@@ -12,9 +12,6 @@ from ..registry import Model, Source, source
 from ..samples import Samples, whole
 from ..text import start_ids
 
-# Texts that a model writes side by side: a step of a small model costs hardly more for 16 than for one.
-_WRITTEN_TOGETHER = 16
-
 
 class _Vocabulary(Source):
     tokenizes = False
@@ -30,7 +27,7 @@ class _Vocabulary(Source):
         vocab = _trained(model)
         ids = write_text(
             model.generate or _at_random(vocab), start, spec.samples, spec.sequence_length, vocab=vocab, seed=spec.seed,
-            batch_size=_WRITTEN_TOGETHER,
+            batch_size=model.together,
         )  # fmt: skip
         return whole(ids, f"{described} (seed {spec.seed})")
 
