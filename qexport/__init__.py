@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from .runtime.benchmark import bench as bench
     from .runtime.chat import Chat as Chat
     from .runtime.doctor import diagnose as diagnose
+    from .runtime.drafts import Drafts as Drafts
     from .runtime.generate import Sampling as Sampling
     from .runtime.generate import generate_text as generate  # noqa: F401
     from .runtime.optimized import OptimizedInfo as OptimizedInfo
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
 _WHERE = {
     "AutoResult": ("api.auto", "AutoResult"),
     "Chat": ("runtime.chat", "Chat"),
+    "Drafts": ("runtime.drafts", "Drafts"),
     "ExportResult": ("api.result", "ExportResult"),
     "Grid": ("sampling_study.grid", "Grid"),
     "Inspection": ("api.inspection", "Inspection"),

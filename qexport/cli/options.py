@@ -8,6 +8,7 @@ import typer
 
 import qexport
 
+from ..errors import InputError
 from ..recipe.catalogue import preset_files, wishes
 from ..targets import BUILT_IN
 
@@ -65,6 +66,14 @@ Temperature = Annotated[
 ]
 TopK = Annotated[int | None, typer.Option(help="Sample from the k likeliest tokens.")]
 TopP = Annotated[float | None, typer.Option(help="Sample from the likeliest tokens that add up to p.")]
+Draft = Annotated[
+    str | None,
+    typer.Option(help="Guess tokens and read them together: lookup (what stood behind the last tokens before)."),
+]
+DraftRows = Annotated[
+    int | None,
+    typer.Option(help="With --draft: read so many tokens in every call, so that no guess touches a bit of the text."),
+]
 SamplingSeed = Annotated[int | None, typer.Option(help="Seed of sampling.")]
 
 
@@ -80,6 +89,15 @@ def sampling_of(
     given: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
     given = {name: value for name, value in given.items() if value is not None}
     return qexport.Sampling(**given) if given and temperature != 0 else None
+
+
+def drafts_of(kind: str | None, rows: int | None) -> "qexport.Drafts | None":
+    """What guesses tokens; None where nothing was asked for."""
+    if kind is None:
+        if rows is not None:
+            raise InputError("rows belong to a draft", place="draft rows", remedy="Pass --draft lookup too")
+        return None
+    return qexport.Drafts(kind, rows)
 
 
 def imported() -> None:

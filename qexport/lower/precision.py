@@ -160,7 +160,7 @@ def _halved(spec: Spec, half: torch.dtype) -> Spec:
     return replace(spec, dtype=half) if spec is not None and spec.dtype == torch.float32 else spec
 
 
-# Their ONNX forms: Clip, PRelu, ReduceMax, Log, Reciprocal, Round, TopK, and comparisons.
+# Their ONNX forms: Clip, Min, ReduceMax, Log, Reciprocal, Round, TopK, and comparisons.
 IN_FLOAT32 = frozenset({
     aten.clamp.default, aten.clamp_min.default, aten.amax.default, aten.log.default, aten.reciprocal.default,
     aten.rsqrt.default, aten.round.default, aten.topk.default, aten.max.dim, aten.le.Tensor, aten.lt.Tensor,

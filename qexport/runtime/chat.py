@@ -6,6 +6,7 @@ from pathlib import Path
 from ..artifact import manifest as manifests
 from ..errors import InputError
 from .decoder import open_decoder
+from .drafts import Drafts, spare_tokens
 from .generate import TextStream, Turn, decoded, eos_token_ids, limits, open_tokenizer, templated, token_ids
 from .sampling import Sampling
 from .seq2seq import is_seq2seq
@@ -23,6 +24,7 @@ class Chat:
         sampling: how to draw; None takes the likeliest token.
         threads: threads within an operator; None: every physical core.
         provider: run on this provider instead of the one the file was made for.
+        drafts: guess the next tokens and read them together.
 
     Attributes:
         turns: what was said so far, the system first; an answer that was stopped as far as it came.
@@ -41,6 +43,7 @@ class Chat:
         sampling: Sampling | None = None,
         threads: int | None = None,
         provider: str | None = None,
+        drafts: Drafts | None = None,
     ):
         self._folder = Path(folder)
         if is_seq2seq(self._folder):
@@ -48,11 +51,12 @@ class Chat:
         manifest = manifests.load(self._folder)
         self._tokenizer = open_tokenizer(self._folder)
         context, _ = limits(self._folder, manifest)
-        self._length = min(context or _LENGTH, _LENGTH)
+        length, self._drafts = min(context or _LENGTH, _LENGTH), drafts
+        self._length = length - spare_tokens(drafts)
         self._new_tokens = min(max_new_tokens, max(self._length // 2, 1))
         self._sampling = sampling
         self._decoder = open_decoder(
-            self._folder, manifest, threads=threads, provider=provider, max_length=self._length
+            self._folder, manifest, threads=threads, provider=provider, max_length=length
         )
         self._system: list[Turn] = [] if system is None else [{"role": "system", "content": system}]
         self.turns: list[Turn] = list(self._system)
@@ -82,7 +86,7 @@ class Chat:
         try:
             self._decoder.generate(
                 [ids], max_new_tokens=self._new_tokens, sampling=self._sampling, on_token=on_token,
-                eos_token_ids=eos_token_ids(self._folder, self._tokenizer.eos_token_id),
+                eos_token_ids=eos_token_ids(self._folder, self._tokenizer.eos_token_id), drafts=self._drafts,
             )  # fmt: skip
             rest = stream.finish()
             if rest and on_text:

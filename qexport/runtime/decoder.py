@@ -2,9 +2,7 @@
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from time import perf_counter
 from types import MappingProxyType
 from typing import Any
 
@@ -17,29 +15,14 @@ from ..artifact.manifest import CUDA, Manifest
 from ..errors import InputError, RuntimeProblem
 from . import cuda_graph
 from .cuda_graph import RecordedStep
+from .drafts import Drafts
 from .provider import chosen_provider, device_of
-from .sampling import Sampling, choose
+from .sampling import Sampling
 from .session import open_session
-from .values import ELEMENT_TYPES, array_of, zeros
+from .values import ELEMENT_TYPES, array_of, shortened, zeros
+from .writing import Choice, Generation, write
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Generation:
-    """New tokens of each row, without the prompt; the end-of-sequence token, if met, is the last.
-
-    Attributes:
-        tokens: for each row of the batch, its new token ids.
-        finished: for each row, whether it met an end-of-sequence token.
-        prefill_seconds: time until the logits behind the prompt.
-        decode_seconds: time of all the steps after that.
-    """
-
-    tokens: tuple[tuple[int, ...], ...]
-    finished: tuple[bool, ...]
-    prefill_seconds: float
-    decode_seconds: float
 
 
 class Decoder:
@@ -83,6 +66,7 @@ class Decoder:
         if self._share and max_length is None:
             raise InputError("a file with a shared cache needs max_length")
         self._session, self._outputs = session, ["logits", *presents]
+        self._all_logits = next(v.shape[1] for v in session.get_outputs() if v.name == "logits") != 1
         self._has_positions, self._has_mask = "position_ids" in inputs, "attention_mask" in inputs
         self._takes_padding = self._has_mask and (self._has_positions or settings.get("attention") == "grouped")
         self._others = set(inputs) - {"input_ids", "attention_mask", "position_ids", *self._pasts}
@@ -112,6 +96,11 @@ class Decoder:
         return self._past
 
     @property
+    def has_all_logits(self) -> bool:
+        """Whether a run returns the logits behind each token, and not behind the last alone."""
+        return self._all_logits
+
+    @property
     def recorded(self) -> bool:
         """Whether steps are a CUDA graph."""
         return self._records
@@ -122,6 +111,19 @@ class Decoder:
         self._mask = np.ones((0, 0), np.int64)
         if not self._share:
             self._cache = []
+
+    def cut(self, length: int) -> None:
+        """Forget the tokens behind the first `length`, padding included, of every row.
+
+        Raises:
+            InputError: there are fewer.
+        """
+        if not 0 < length <= self._past:
+            raise InputError(f"{length} of {self._past} tokens cannot stay", remedy="Call reset() to forget all")
+        dropped, self._past = self._past - length, length
+        self._real = self._real - dropped
+        if dropped and not self._share:  # of a shared cache no run reads beyond its mask
+            self._cache = [shortened(value, length, self._cache_type, self._device) for value in self._cache]
 
     def give(self, values: Mapping[str, ort.OrtValue]) -> None:
         """Set the inputs that stay the same from run to run: what a decoder of an encoder-decoder reads of its source.
@@ -201,6 +203,7 @@ class Decoder:
         on_token: Callable[[int, int], None] | None = None,
         never: Sequence[int] = (),
         never_first: Sequence[int] = (),
+        drafts: Drafts | None = None,
     ) -> Generation:
         """Continue a batch of prompts; the cache starts empty.
 
@@ -213,37 +216,16 @@ class Decoder:
                 draws the same whatever rows are beside it.
             on_token: called as on_token(row, token) for each new token.
             never: tokens that are not written; never_first: nor these as the first new one.
+            drafts: guess the next tokens of a single prompt and read them together; see `drafts`.
 
         Raises:
-            InputError: an empty batch or prompt, or prompts of different length for a file without position_ids.
+            InputError: an empty batch or prompt, or prompts of different length for a file without position_ids; drafts
+                for several prompts, or for a file that computes the logits of the last token alone.
         """
-        if not prompts or not all(len(prompt) for prompt in prompts):
-            raise InputError("there is nothing to continue: a prompt without tokens", remedy="Give at least one token")
-        self.reset()
-        length = max(len(prompt) for prompt in prompts)
-        ids = np.full((len(prompts), length), pad_token_id, np.int64)
-        mask = np.zeros_like(ids)
-        for row, prompt in enumerate(prompts):
-            ids[row, length - len(prompt) :], mask[row, length - len(prompt) :] = prompt, 1
-        draws = [np.random.default_rng([sampling.seed, row]) for row in range(len(prompts))] if sampling else None
-        tokens: list[list[int]] = [[] for _ in prompts]
-        finished, eos = np.zeros(len(prompts), bool), set(eos_token_ids)
-        start = perf_counter()
-        logits = self.run(ids, mask)[:, -1]
-        prefill = perf_counter() - start
-        for step in range(max_new_tokens):
-            chosen = choose(_without(logits, [*never, *(() if step else never_first)]), sampling, draws)
-            for row in np.flatnonzero(~finished).tolist():
-                token = int(chosen[row])
-                tokens[row].append(token)
-                finished[row] = token in eos
-                if on_token:
-                    on_token(row, token)
-            if finished.all() or step + 1 == max_new_tokens:
-                break
-            logits = self.run(np.where(finished, pad_token_id, chosen)[:, None])[:, -1]
-        decode = perf_counter() - start - prefill
-        return Generation(tuple(map(tuple, tokens)), tuple(map(bool, finished)), prefill, decode)
+        return write(
+            self, prompts, max_new_tokens=max_new_tokens, ends=eos_token_ids, pad=pad_token_id,
+            choice=Choice(sampling, len(prompts), tuple(never), tuple(never_first)), on_token=on_token, drafts=drafts,
+        )  # fmt: skip
 
     def _check(self, ids: np.ndarray, mask: np.ndarray | None) -> None:
         if ids.ndim != 2 or 0 in ids.shape or (mask is not None and ids.shape != mask.shape):
@@ -302,15 +284,6 @@ class Decoder:
         sizes = self._sizes[name]
         length = self._max_length if self._share and self._max_length is not None else 0
         return zeros([batch, sizes[1], length, sizes[3]], self._cache_type, self._device)
-
-
-def _without(logits: np.ndarray, tokens: Sequence[int]) -> np.ndarray:
-    """Logits [batch, vocab] under which these tokens are impossible."""
-    if not tokens:
-        return logits
-    logits = logits.copy()  # which is memory of the session
-    logits[:, tokens] = -np.inf
-    return logits
 
 
 def open_decoder(

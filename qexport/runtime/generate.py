@@ -9,13 +9,14 @@ import numpy as np
 from ..artifact import manifest as manifests
 from ..errors import InputError, reading
 from .decoder import Decoder, Generation, open_decoder
+from .drafts import Drafts, spare_tokens
 from .patience import at_most
 from .sampling import Sampling
 from .seq2seq import is_seq2seq, open_seq2seq, texts_as_source
 
 logger = logging.getLogger(__name__)
 
-__all__ = ["Decoder", "Generation", "Sampling", "eos_token_ids", "generate_text", "open_decoder"]
+__all__ = ["Decoder", "Drafts", "Generation", "Sampling", "eos_token_ids", "generate_text", "open_decoder"]
 
 Turn = Mapping[str, str]
 """Who says what: role is "system", "user" or "assistant"."""
@@ -39,6 +40,7 @@ def generate_text(
     provider: str | None = None,
     on_text: Callable[[int, str], None] | None = None,
     adapter: str | None = None,
+    drafts: Drafts | None = None,
 ) -> list[str]:
     """Continue text with an exported folder and the tokenizer in it; an encoder-decoder writes about it.
 
@@ -58,6 +60,8 @@ def generate_text(
         provider: run on this provider instead of the one the file was made for.
         on_text: called as on_text(row, piece) while text grows; the pieces of a row add up to its text.
         adapter: the name of an adapter that the export keeps apart, to run with.
+        drafts: guess the next tokens of one prompt and read them together, which is faster where a text repeats itself
+            or its prompt.
 
     Returns:
         the new text of each prompt, without special tokens.
@@ -65,7 +69,7 @@ def generate_text(
     Raises:
         InputError: the folder is no export or has no usable tokenizer, there is no chat template or it refuses the
             turns, a system without chat, or a prompt that the model's context has no room for; neither a prompt nor
-            inputs, or something that this kind of model does not read.
+            inputs, or something that this kind of model does not read; drafts where `Decoder.generate` takes none.
         RuntimeProblem: as `open_session`.
     """
     folder = Path(folder)
@@ -80,7 +84,8 @@ def generate_text(
     ids = token_ids(tokenizer, prompts, folder, special=not chat)  # a template writes its own special tokens
     count = len(ids) if inputs is None else max(map(len, inputs.values()), default=0)
     limit, rows = limits(folder, manifest)
-    room = _room(ids, limit, rows, apart=manifest is None)
+    spare = spare_tokens(drafts)
+    room = _room(ids, None if limit is None else limit - spare, rows, apart=manifest is None)
     new_tokens = max_new_tokens if room is None else min(max_new_tokens, room)
     streams = [TextStream(tokenizer, folder) for _ in range(count)]
 
@@ -93,6 +98,8 @@ def generate_text(
     if manifest is None:
         if adapter is not None:
             raise InputError("an encoder-decoder keeps no adapters apart", place="adapter", remedy="Leave it out")
+        if drafts is not None:
+            raise InputError("an encoder-decoder takes no drafts", place="draft", remedy="Leave it out")
         pair = open_seq2seq(folder, threads=threads, provider=provider)
         source = texts_as_source(pair, ids) if inputs is None else inputs
         begin = None if start is None else [start] * count
@@ -100,7 +107,7 @@ def generate_text(
             source, max_new_tokens=new_tokens, prompts=begin, sampling=sampling, on_token=listener
         )  # fmt: skip
     else:
-        longest = max((len(row) for row in ids), default=0) + new_tokens
+        longest = max((len(row) for row in ids), default=0) + new_tokens + spare
         decoder = open_decoder(
             folder, manifest, threads=threads, provider=provider, max_length=longest, adapter=adapter
         )  # fmt: skip
@@ -111,6 +118,7 @@ def generate_text(
             pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0,
             sampling=sampling,
             on_token=listener,
+            drafts=drafts,
         )
     if on_text:
         for row, stream in enumerate(streams):

@@ -44,6 +44,27 @@ def zeros(shape: Sequence[int], kind: int, device: str) -> ort.OrtValue:
     return value
 
 
+def shortened(value: ort.OrtValue, length: int, kind: int, device: str) -> ort.OrtValue:
+    """The first `length` tokens of a cache [batch, heads, tokens, size]; kind and device: as for `zeros`."""
+    if device != "cpu":
+        host = zeros(value.shape(), kind, "cpu")
+        host.update_inplace(value)
+        batch, heads, _, size = value.shape()
+        short = ort.OrtValue.ortvalue_from_shape_and_type([batch, heads, length, size], kind, device, 0)
+        short.update_inplace(shortened(host, length, kind, "cpu"))
+        return short
+    batch, heads, tokens, size = value.shape()
+    short = ort.OrtValue.ortvalue_from_shape_and_type([batch, heads, length, size], kind)
+    _bytes_of(short, batch * heads, length)[:] = _bytes_of(value, batch * heads, tokens)[:, : length]
+    return short
+
+
+def _bytes_of(value: ort.OrtValue, rows: int, tokens: int) -> np.ndarray:
+    """The memory of a tensor on the CPU, whatever its type: uint8 [rows, tokens, bytes]."""
+    memory = (ctypes.c_uint8 * value.tensor_size_in_bytes()).from_address(value.data_ptr())
+    return np.frombuffer(memory, np.uint8).reshape(rows, tokens, -1)
+
+
 def array_of(value: ort.OrtValue) -> np.ndarray:
     """A tensor on the CPU as an array: its own memory, or a float32 copy of bfloat16, which float32 holds exactly."""
     if value.data_type() not in _HALVES:

@@ -92,3 +92,35 @@ def test_other_padding_stays(tmp_path, name, recipe):
     assert "Pad" in operators(found)
     limit = 1e-5 if recipe is FLOAT else 0.05
     assert (found.in_onnxruntime()(feeds)["output"] - want).abs().max() < limit * want.abs().max()
+
+
+class Sequence(nn.Module):
+    """A sequence as an image of width 1, padded outside and inside of a convolution, as pitch trackers have it."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Conv2d(16, 32, (15, 1), padding=(7, 0))
+        self.second = nn.Conv2d(32, 32, (16, 1))
+
+    def forward(self, x):
+        return self.second(functional.pad(self.first(x).relu(), (0, 0, 7, 8)))
+
+
+@pytest.mark.parametrize("length", [64, 6])
+def test_long_sequences_of_width_1_are_padded_in_front_of_float_convolutions(tmp_path, length):
+    torch.manual_seed(0)
+    model, x = Sequence().eval(), torch.randn(2, 16, length, 1)
+    found = exports.export(capture_module(model, {"x": x}), FLOAT, "cpu", tmp_path / "out")
+    kinds = optimized_graph(found.folder, found.manifest).op_counts()
+    # Convolutions of blocked channels, which stay without padding of their own where the Pads stay.
+    assert kinds["Conv"] == 2 and kinds["ReorderInput"] > 0 and kinds.get("Pad", 0) == (2 if length == 64 else 0)
+    assert (found.in_onnxruntime()({"x": x})["output"] - model(x)).abs().max() < 1e-5
+
+
+def test_integer_convolutions_pad_themselves_whatever_the_width(tmp_path):
+    torch.manual_seed(0)
+    model, x = Sequence().eval(), torch.randn(2, 16, 64, 1)
+    recipe = Recipe.load("w8a8_static")
+    found = exports.export(capture_module(model, {"x": x}), recipe, "cpu", tmp_path / "out", calibration=[{"x": x}])
+    kinds = optimized_graph(found.folder, found.manifest).op_counts()
+    assert kinds["QLinearConv"] == 2 and "Pad" not in kinds

@@ -10,7 +10,20 @@ import qexport
 
 from ...stopping import Stopped
 from ..app import RUN, command
-from ..options import Folder, Provider, SamplingSeed, Temperature, Threads, TopK, TopP, imported, sampling_of
+from ..options import (
+    Draft,
+    DraftRows,
+    Folder,
+    Provider,
+    SamplingSeed,
+    Temperature,
+    Threads,
+    TopK,
+    TopP,
+    drafts_of,
+    imported,
+    sampling_of,
+)
 
 
 @command(RUN)
@@ -22,6 +35,8 @@ def chat(
     top_k: TopK = None,
     top_p: TopP = None,
     seed: SamplingSeed = None,
+    draft: Draft = None,
+    draft_rows: DraftRows = None,
     threads: Threads = None,
     provider: Provider = None,
 ) -> None:
@@ -31,12 +46,13 @@ def chat(
     """
     from .. import console
 
-    sampling = sampling_of(temperature, top_k, top_p, seed)
+    sampling, drafts = sampling_of(temperature, top_k, top_p, seed), drafts_of(draft, draft_rows)
     console.quiet_libraries()
     imported()
     talk = qexport.Chat(
-        folder, system=system, max_new_tokens=max_new_tokens, sampling=sampling, threads=threads, provider=provider
-    )
+        folder, system=system, max_new_tokens=max_new_tokens, sampling=sampling, threads=threads, provider=provider,
+        drafts=drafts,
+    )  # fmt: skip
     console.note("Ctrl-C stops an answer, Ctrl-D ends, /forget begins anew")
     while (text := _read()) is not None:
         if text == "/forget":

@@ -7,7 +7,20 @@ import typer
 import qexport
 
 from ..app import RUN, command
-from ..options import Folder, Provider, SamplingSeed, Temperature, Threads, TopK, TopP, imported, sampling_of
+from ..options import (
+    Draft,
+    DraftRows,
+    Folder,
+    Provider,
+    SamplingSeed,
+    Temperature,
+    Threads,
+    TopK,
+    TopP,
+    drafts_of,
+    imported,
+    sampling_of,
+)
 
 
 @command(RUN)
@@ -22,13 +35,15 @@ def generate(
     chat: Annotated[bool, typer.Option("--chat", help="Put the prompt into the chat template of the model.")] = False,
     system: Annotated[str | None, typer.Option(help="With --chat: what the system says before the prompt.")] = None,
     adapter: Annotated[str | None, typer.Option(help="Name of an adapter that the export keeps apart.")] = None,
+    draft: Draft = None,
+    draft_rows: DraftRows = None,
     threads: Threads = None,
     provider: Provider = None,
 ) -> None:
     """Continue a prompt with ONNX Runtime, printing while it grows."""
     from .. import console
 
-    sampling = sampling_of(temperature, top_k, top_p, seed)
+    sampling, drafts = sampling_of(temperature, top_k, top_p, seed), drafts_of(draft, draft_rows)
     console.quiet_libraries()
     imported()
     written = False
@@ -41,7 +56,7 @@ def generate(
     try:
         qexport.generate(
             folder, prompt, max_new_tokens=max_new_tokens, sampling=sampling, chat=chat, system=system, threads=threads,
-            provider=provider, on_text=show, adapter=adapter,
+            provider=provider, on_text=show, adapter=adapter, drafts=drafts,
         )  # fmt: skip
     finally:  # what stands there stays readable, whatever comes after it
         if written:

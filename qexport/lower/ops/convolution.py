@@ -11,11 +11,13 @@ from ...graph.convolution_sites import CONVOLUTIONS, zero_padding
 from ...graph.edit import dtype_of, shape_of
 from ...graph.meta import Meta
 from ...graph.schema import Arguments, bind
-from ...graph.views import size_at
+from ...graph.views import DequantizeLinear, size_at, sizes_of
 from ..emitter import Attribute, Emitter, unsupported
 from ..registry import Translation, translates
 
 aten = torch.ops.aten
+
+_SHORT = 32  # a sequence of fewer is done in microseconds, as another node is
 
 
 @translates(*CONVOLUTIONS, aten.conv1d.padding, aten.conv2d.padding)
@@ -24,6 +26,7 @@ def _conv(emit: Emitter, node: Node, given: Arguments) -> ir.Value:
     x, strides = given.input, _each(given.stride, rank)
     pads: dict[str, Attribute]
     if isinstance(given.padding, str):
+        value = emit.get(x)
         pads = {"auto_pad": {"same": "SAME_UPPER", "valid": "VALID"}[given.padding]}
         if given.padding == "same" and set(strides) != {1}:
             raise unsupported(node, "with padding='same' and a stride")
@@ -31,13 +34,37 @@ def _conv(emit: Emitter, node: Node, given: Arguments) -> ir.Value:
         own, more = _each(given.padding, rank) * 2, [0] * 2 * rank
         if (added := zero_padding(x, rank)) is not None:  # its Pad is dropped if nothing else reads it
             x, more = bind(x).self, [*added[0], *added[1]]
-        pads = {"pads": [a + b for a, b in zip(own, more, strict=True)]}
+        value = emit.get(x)
+        whole = [a + b for a, b in zip(own, more, strict=True)]
+        if _slow_with_padding(x, given.weight, whole):
+            value, whole = _zeros_in_front(emit, value, whole), [0] * 2 * rank
+        pads = {"pads": whole}
     name, output = node.meta.get(Meta.CONVOLUTION, ""), node.meta.get(Meta.RESULT_OF, "")
     return emit.op(
-        "Conv", emit.get(x), emit.get(given.weight), emit.get(given.bias), name=name,
+        "Conv", value, emit.get(given.weight), emit.get(given.bias), name=name,
         output=output and f"{output}.output", strides=strides, dilations=_each(given.dilation, rank),
         group=given.groups, more=pads,
     )  # fmt: skip
+
+
+def _slow_with_padding(x: Node, weight: Node, pads: Sequence[int]) -> bool:
+    """Whether another node had better add the zeros, on the CPU: to a sequence as an image of width 1, in float32.
+
+    Its blocked kernels take rows of width 1 as one long row, but one output at a time where they pad themselves: 1.2 to
+    3 times as long. Of sequences shorter than half the kernel they save more by leaving the zeros out.
+    """
+    sizes, kernel = shape_of(x)[2:], sizes_of(weight)[2:]
+    if len(kernel) != 2 or sizes[1] != 1 or kernel[1] != 1 or not any(pads):
+        return False
+    if dtype_of(x) != torch.float32 or DequantizeLinear.match(x) is not None:
+        return False
+    return not isinstance(sizes[0], int) or sizes[0] >= max(_SHORT, kernel[0] // 2)
+
+
+def _zeros_in_front(emit: Emitter, x: ir.Value, pads: Sequence[int]) -> ir.Value:
+    """A Pad that stays: ONNX Runtime folds one into the convolution behind it, unless it names its axes."""
+    rank = len(pads) // 2
+    return emit.op("Pad", x, emit.constant(list(pads)), None, emit.constant(list(range(2, 2 + rank))))
 
 
 def _transposed_conv(emit: Emitter, node: Node, given: Arguments) -> ir.Value:

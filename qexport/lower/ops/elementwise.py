@@ -186,13 +186,15 @@ def _rrelu(emit: Emitter, node: Node, given: Arguments) -> tuple[ir.Value, ...]:
 
 @translates(aten.prelu.default)
 def _prelu(emit: Emitter, node: Node, given: Arguments) -> ir.Value:
-    slope = given.weight
+    """As what is above zero and what is below it: PRelu's own kernel on the CPU takes 4 to 8 times as long."""
+    slope, x = given.weight, emit.get(given.self)
     beside = [*sizes_of(slope), *(1 for _ in shape_of(given.self)[2:])]  # of channels, the second dimension
     if slope.op == "get_attr":
         shaped = emit.derived(slope, "slope", beside, dtype_of(node), lambda weight: weight.view(beside))
     else:
         shaped = emit.op("Reshape", emit.get(slope, dtype_of(node)), emit.constant(beside))
-    return emit.op("PRelu", emit.get(given.self), shaped)
+    below = emit.op("Min", x, emit.constant(0.0, dtype_of(node)))
+    return emit.op("Add", emit.op("Relu", x), emit.op("Mul", below, shaped))
 
 
 @translates(aten.elu.default)
