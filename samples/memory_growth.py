@@ -1,9 +1,12 @@
 """Peak memory and time of an export as a model gets deeper: memory must stay flat, time grow linearly.
 
-Writes random Llamas of a 7B model's width to disk (bfloat16), exports each in a process of its own and prints a table.
+Writes random Llamas of a 7B model's width to disk (bfloat16), or text encoders, exports each in a process of its own
+and prints a table. Anonymous memory is what the system cannot give to others: pages of a checkpoint that is mapped are
+not in it.
 
     python samples/memory_growth.py --depths 8 16 32 --recipe w4a16_g128_rtn
     python samples/memory_growth.py --depths 2 4 8 --recipe w8a8_dyn --samples 8 --sequence-length 128
+    python samples/memory_growth.py --kind encoder --depths 12 24 --hidden 2048 --intermediate 8192 --recipe w8a8_dyn
 """
 
 import argparse
@@ -16,22 +19,31 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from transformers import LlamaConfig
+from transformers import AutoModel, BertConfig, LlamaConfig
 
 CHILD = """
-import json, resource, sys, time
+import json, resource, sys, threading, time
 from qexport import export
 from qexport.recipe.recipe import Recipe
 import psutil
 options = json.loads(sys.argv[1])
 recipe = Recipe.load(options["recipe"])
 calibration = recipe.calibration.model_copy(update=options["calibration"])
+anonymous = [0]
+def watch():
+    while True:
+        with open("/proc/self/status") as file:
+            found = next(int(line.split()[1]) for line in file if line.startswith("RssAnon"))
+        anonymous[0] = max(anonymous[0], found * 1024)
+        time.sleep(0.02)
+threading.Thread(target=watch, daemon=True).start()
 base, start = psutil.Process().memory_info().rss, time.perf_counter()
 result = export(options["model"], recipe.model_copy(update={"calibration": calibration}), out_dir=options["out"])
 usage = resource.getrusage(resource.RUSAGE_SELF)
 peak, cpu = usage.ru_maxrss * 1024, usage.ru_utime + usage.ru_stime
 wall = time.perf_counter() - start
-print(json.dumps({"base": base, "peak": peak, "cpu": cpu, "wall": wall, "seconds": result.seconds}))
+memory = {"base": base, "peak": peak, "anonymous": anonymous[0]}
+print(json.dumps({**memory, "cpu": cpu, "wall": wall, "seconds": result.seconds}))
 """
 
 
@@ -73,8 +85,39 @@ def write_llama(folder: Path, depth: int, hidden: int, intermediate: int, vocab:
     return parameters
 
 
+def write_encoder(folder: Path, depth: int, hidden: int, intermediate: int, vocab: int) -> int:
+    """A random BERT on disk, the same."""
+    config = BertConfig(
+        hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=depth, num_attention_heads=hidden // 64,
+        vocab_size=vocab,
+    )  # fmt: skip
+    config.architectures, config.dtype = ["BertModel"], "bfloat16"
+    config.save_pretrained(folder)
+    with torch.device("meta"):
+        shapes = {name: tensor.shape for name, tensor in AutoModel.from_config(config).state_dict().items()}
+    generator = torch.Generator().manual_seed(0)
+    files: dict[str, str] = {}
+    groups: dict[str, dict[str, torch.Tensor]] = {}
+    for name, shape in shapes.items():
+        number = next((part for part in name.split(".") if part.isdigit()), "ends")
+        made = torch.randn(shape, generator=generator).mul_(shape[-1] ** -0.5)
+        made = torch.ones(shape) if name.endswith("LayerNorm.weight") else made
+        groups.setdefault(number, {})[name] = made.to(torch.bfloat16)
+        if len(groups) > 1 and number in groups and name.endswith("output.LayerNorm.bias") and "attention" not in name:
+            save_file(groups.pop(number), folder / f"model-{number}.safetensors")
+        files[name] = f"model-{number}.safetensors"
+    for number, tensors in groups.items():
+        save_file(tensors, folder / f"model-{number}.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": files}))
+    return sum(shape.numel() for shape in shapes.values())
+
+
+KINDS = {"llama": write_llama, "encoder": write_encoder}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kind", choices=KINDS, default="llama")
     parser.add_argument("--depths", type=int, nargs="+", default=[8, 16, 32])
     parser.add_argument("--recipe", default="w4a16_g128_rtn")
     parser.add_argument("--hidden", type=int, default=4096)
@@ -89,12 +132,13 @@ def main() -> None:
         f"recipe {args.recipe}, hidden {args.hidden}; calibration, where needed: "
         f"{args.samples} x {args.sequence_length} random tokens\n"
     )
-    print("| layers | parameters | checkpoint GB | peak RSS GB | wall s | CPU s | CPU s per 1e9 parameters |")
-    print("|---|---|---|---|---|---|---|", flush=True)
+    columns = ["layers", "parameters", "checkpoint GB", "peak RSS GB", "anonymous GB", "wall s", "CPU s", "CPU s / 1e9"]
+    print(f"| {' | '.join(columns)} |")
+    print("|---|---|---|---|---|---|---|---|", flush=True)
     for depth in args.depths:
         root = Path(tempfile.mkdtemp(prefix="qexport-growth-", dir=args.folder))
         try:
-            parameters = write_llama(root / "model", depth, args.hidden, args.intermediate, args.vocab)
+            parameters = KINDS[args.kind](root / "model", depth, args.hidden, args.intermediate, args.vocab)
             size = sum(f.stat().st_size for f in (root / "model").iterdir())
             options = {
                 "model": str(root / "model"),
@@ -108,6 +152,7 @@ def main() -> None:
             report = json.loads(child.stdout.strip().splitlines()[-1])
             print(
                 f"| {depth} | {parameters / 1e9:.2f}e9 | {size / 1e9:.1f} | {report['peak'] / 1e9:.2f} "
+                f"| {report['anonymous'] / 1e9:.2f} "
                 f"| {report['wall']:.0f} | {report['cpu']:.0f} | {report['cpu'] / parameters * 1e9:.1f} |",
                 flush=True,
             )

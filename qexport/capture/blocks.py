@@ -22,6 +22,7 @@ from ..graph.views import operand, tensor_name
 from .lines import line_of
 
 _LAYER = re.compile(r"^(?P<container>.*?)\.(?P<index>\d+)(?=\.|$)")
+_OF_ITSELF = re.compile(r"^(?P<index>\d+)(?=\.|$)")  # the same where the model is the container
 
 
 @dataclass
@@ -84,30 +85,40 @@ def cut(module: GraphModule, results: list[str]) -> list[Block]:
 
 
 def _layers(graph: Graph) -> list[str]:
-    """Module paths of the repeated layers, in order; empty when there is no such container."""
-    weights: Counter[str] = Counter()
-    for node in graph.nodes:
-        if node.op == "get_attr" and (match := _LAYER.match(tensor_name(node))):
-            weights[match["container"]] += node.meta["val"].numel()
-    if not weights:
-        return []
-    container, _ = weights.most_common(1)[0]
-    found = {
-        m["index"]
-        for n in graph.nodes
-        if n.op == "get_attr" and (m := _LAYER.match(tensor_name(n))) and m["container"] == container
-    }
-    return [f"{container}.{i}" for i in sorted(map(int, found))]
+    """Module paths of the repeated layers, in order; empty when there is no such container.
+
+    The container that holds most of the weights; a model that is one itself where that leaves smaller blocks.
+    """
+    sizes = {tensor_name(n): n.meta["val"].numel() for n in graph.nodes if n.op == "get_attr"}
+    held: dict[str, Counter[int]] = {}
+    for name, size in sizes.items():
+        if found := _place(name, _LAYER):
+            held.setdefault(found[0], Counter())[found[1]] += size
+    chosen = max(held, key=lambda container: held[container].total(), default=None)
+    own: Counter[int] = Counter()
+    for name, size in sizes.items():
+        if found := _place(name, _OF_ITSELF):
+            own[found[1]] += size
+
+    def largest(items: Counter[int]) -> int:
+        """Weights of the largest block; those around the items are at most two."""
+        return max(sum(sizes.values()) - items.total(), *items.values())
+
+    if len(own) > 1 and (chosen is None or largest(own) < largest(held[chosen])):
+        return [str(index) for index in sorted(own)]
+    return [] if chosen is None else [f"{chosen}.{index}" for index in sorted(held[chosen])]
 
 
-def _end_of(graph: Graph, layer: str) -> Node | None:
-    """The last call that a layer makes; the module around may add up what it makes in between."""
-    container, _, index = layer.rpartition(".")
-    for node in reversed(graph.nodes):
-        match = _LAYER.match(node.meta.get(Meta.MODULE_PATH, "")) if node.op == "call_function" else None
-        if match and (match["container"], match["index"]) == (container, index):
-            return node
-    return None
+def _place(path: str, pattern: re.Pattern[str]) -> tuple[str, int] | None:
+    """The container and the number of the layer that a module path lies in."""
+    match = pattern.match(path)
+    return match and (match.groupdict().get("container", ""), int(match["index"]))
+
+
+def _layer_of(node: Node, pattern: re.Pattern[str]) -> str | None:
+    """The module path of the layer that makes a call; None where it is made outside of all."""
+    found = _place(node.meta.get(Meta.MODULE_PATH, ""), pattern) if node.op == "call_function" else None
+    return found and f"{found[0]}.{found[1]}".removeprefix(".")
 
 
 def _assign(graph: Graph, layers: list[str]) -> dict[Node, int]:
@@ -115,13 +126,15 @@ def _assign(graph: Graph, layers: list[str]) -> dict[Node, int]:
     index = {name: i + 1 for i, name in enumerate(layers)}
     last = len(layers) + 1
     part: dict[Node, int] = {}
-    end = _end_of(graph, layers[-1]) if layers else None
+    pattern = _OF_ITSELF if layers and layers[0].isdigit() else _LAYER
+    # The last call that the last layer makes; the module around may add up what it makes in between.
+    calls = (node for node in reversed(graph.nodes) if layers and _layer_of(node, pattern) == layers[-1])
+    end = next(calls, None)
     for node in graph.nodes:
         if node.op != "call_function":
             continue
         earliest = max((part[n] for n in node.all_input_nodes if n in part), default=0)
-        match = _LAYER.match(node.meta.get(Meta.MODULE_PATH, ""))
-        own = index.get(f"{match['container']}.{match['index']}") if match else None
+        own = index.get(_layer_of(node, pattern) or "")
         if own is None:
             # Belongs to no layer: as early as its inputs allow, but what follows the last layer is the epilogue.
             own = last if end is not None and end < node and earliest == len(layers) else earliest

@@ -8,16 +8,19 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 from transformers import AutoModel, PreTrainedModel
 
 from ..errors import CaptureError
+from ..models.checkpoint import StateDict
 from ..models.heads import note_on_bare
-from ..models.loading import load_known
+from ..models.loading import Loaded, load_known
 from ..models.source import ModelFolder
 from ..models.tokens import embedding_rows, tokens_without_rows
 from ..models.transformers_witness import EncoderWitness
 from .graph import BATCH, CapturedModel
 from .module import capture_module
+from .streamed import Streamed, StreamedWeights, open_streamed
 
 # Sizes of the example inputs; see `trace`.
 _BATCH, _SEQUENCE = 2, 7
@@ -30,7 +33,8 @@ def capture_encoder(folder: ModelFolder, loader: type[Any]) -> CapturedModel:
     logits where the config names a model that classifies texts or tokens, start_logits and end_logits where it names
     one that answers questions, else last_hidden_state and, where there are weights for it, pooler_output: other heads
     are left out. A decoder that classifies texts does so by the last token that is not its config's pad_token_id, on
-    whichever side that stands. Batch and sequence are dynamic. The weights are in memory as a whole.
+    whichever side that stands. Batch and sequence are dynamic. The weights of a large model stay in its checkpoint;
+    those of a small one, or of one whose graph computes with weights alone, are in memory as a whole.
 
     Args:
         loader: the auto class of transformers for it, see `models.heads`.
@@ -38,8 +42,22 @@ def capture_encoder(folder: ModelFolder, loader: type[Any]) -> CapturedModel:
     Raises:
         CaptureError: torch.export cannot follow the model, or the checkpoint does not fit its config.
     """
-    loaded, config = load_known(folder, loader), folder.config
-    model, absent = loaded.model, loaded.absent
+    if (streamed := open_streamed(folder, loader)) is not None:
+        captured = _captured(streamed, folder, loader)
+        held = {n: b.detach() for n, b in streamed.model.named_buffers(remove_duplicate=False)} | _made(captured)
+        if not any(isinstance(tensor, FakeTensor) for tensor in held.values()):
+            return replace(captured, weights=StreamedWeights(streamed.checkpoint, held))
+    return _captured(load_known(folder, loader), folder, loader)
+
+
+def _made(captured: CapturedModel) -> dict[str, torch.Tensor]:
+    """Weights that the graph has and the model has not: computed of others when it was captured."""
+    return captured.weights.made if isinstance(captured.weights, StateDict) else {}
+
+
+def _captured(loaded: Loaded | Streamed, folder: ModelFolder, loader: type[Any]) -> CapturedModel:
+    config, model, absent = folder.config, loaded.model, loaded.absent
+    fake = loaded.fake if isinstance(loaded, Streamed) else None
     _check_padding(model, folder)
     model.config.use_cache = False
     names = ["input_ids", "attention_mask"]
@@ -50,7 +68,7 @@ def capture_encoder(folder: ModelFolder, loader: type[Any]) -> CapturedModel:
         names.append("token_type_ids")
     example = {name: torch.ones(_BATCH, _SEQUENCE, dtype=torch.int64) for name in names}
     axes = {name: {0: BATCH, 1: "sequence_length"} for name in names}
-    captured = capture_module(model, example, axes, absent=absent)
+    captured = capture_module(model, example, axes, absent=absent, fake=fake)
     longest = _longest(model)
     sizes = {
         **({"max_position_embeddings": longest} if longest else {}),
@@ -60,7 +78,8 @@ def capture_encoder(folder: ModelFolder, loader: type[Any]) -> CapturedModel:
     notes = [*loaded.notes, *bare, *tokens_without_rows(folder.tokenizer(), sizes["vocab_size"])]
     return replace(
         captured, kind="encoder", folder=folder, settings=captured.settings | sizes, notes=notes,
-        left_out=loaded.left_out, witness=EncoderWitness(folder, loader, model, frozenset(absent)),
+        left_out=loaded.left_out,
+        witness=EncoderWitness(folder, loader, model if fake is None else None, frozenset(absent)),
     )  # fmt: skip
 
 

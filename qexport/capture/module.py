@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import sympy
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import ExportedProgram
 from torch.fx import GraphModule, Node
 from torch.utils import _pytree
@@ -37,6 +38,7 @@ def capture_module(
     dynamic_shapes: DynamicShapes | None = None,
     *,
     absent: Collection[str] = (),
+    fake: FakeTensorMode | None = None,
 ) -> CapturedModel:
     """Capture a module that maps tensors to a tensor, or to a tuple, dict or output class of transformers of tensors.
 
@@ -51,6 +53,7 @@ def capture_module(
             dimensions by number or in order; torch.export.Dim objects, whose bounds are not kept, Dim.AUTO and
             Dim.DYNAMIC, None or Dim.STATIC for what never changes.
         absent: weights that are not known; outputs that depend on them are left out.
+        fake: the mode of the parameters of a model that has no weights.
 
     Raises:
         InputError: an input is no tensor, or dynamic_shapes names what is not there.
@@ -64,6 +67,8 @@ def capture_module(
     given = named_inputs(model, example_inputs)
     axes = dynamic_axes(given, dynamic_shapes)
     examples = {name: _stretched(tensor, axes[name]) for name, tensor in given.items()}
+    if fake is not None:
+        examples = {name: fake.from_tensor(tensor, static_shapes=True) for name, tensor in examples.items()}
     training = model.training
     try:
         with torch.no_grad(), quiet_transformers(), explained(model), layers_as_nodes():

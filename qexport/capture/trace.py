@@ -24,6 +24,7 @@ from .experts import tokens_of
 from .layer_groups import LayerGroups, find_layers
 from .layer_stamps import stamp
 from .normalize import to_normal_form
+from .streamed import fake_parameters
 from .weight_views import WeightView, cut_weights, moved
 from .written_attention import fuse_written_attention
 
@@ -169,15 +170,7 @@ def _by_layer(names: list[str], others: int) -> tuple[list[str], list[list[str]]
 def _fake(model: PreTrainedModel, cache: list[CacheShape]) -> tuple[FakeTensorMode, _Inputs]:
     """Give a model fake weights; returns their mode, and inputs of `_Flat`."""
     fake = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
-    twins: dict[int, torch.nn.Parameter] = {}
-    with fake:
-        for name, parameter in list(model.named_parameters(remove_duplicate=False)):
-            owner, _, leaf = name.rpartition(".")
-            if id(parameter) not in twins:
-                twins[id(parameter)] = torch.nn.Parameter(
-                    torch.empty(parameter.shape, dtype=parameter.dtype), requires_grad=False
-                )
-            setattr(model.get_submodule(owner), leaf, twins[id(parameter)])
+    fake_parameters(model, fake)
 
     def example(*shape, dtype=torch.int64):
         return fake.from_tensor(torch.zeros(shape, dtype=dtype), static_shapes=True)

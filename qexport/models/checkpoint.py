@@ -127,7 +127,7 @@ class Checkpoint:
 
     def find(self, name: str, prefix: str = "") -> str | None:
         """What a tensor goes by here, with or without the base model's prefix; None where there is none."""
-        return next((c for c in _spellings(name, prefix) if c in self._stored), None)
+        return next((c for c in spellings(name, prefix) if c in self._stored), None)
 
     def resolve(self, wanted: Mapping[str, Iterable[str]], prefix: str = "") -> list[str]:
         """Find each parameter under its own name, the name of a tied one, or with or without the base model's prefix.
@@ -244,7 +244,8 @@ class StateDict:
 
     def __init__(self, module: torch.nn.Module, made: Mapping[str, torch.Tensor] | None = None):
         """made: further tensors, computed from those of the module."""
-        self._tensors = dict(module.state_dict(keep_vars=False)) | dict(made or {})
+        self.made = dict(made or {})
+        self._tensors = dict(module.state_dict(keep_vars=False)) | self.made
         self._tensors.update(module.named_buffers(remove_duplicate=False))  # those that no checkpoint has, too
         self._tensors.update({n: p.detach() for n, p in module.named_parameters(remove_duplicate=False)})
 
@@ -264,7 +265,8 @@ def check_finite(tensor: torch.Tensor, name: str) -> torch.Tensor:
     return tensor
 
 
-def _spellings(name: str, prefix: str) -> tuple[str, ...]:
+def spellings(name: str, prefix: str) -> tuple[str, ...]:
+    """What a tensor may go by in a checkpoint: with or without the base model's prefix, which may be empty."""
     return (name, name.removeprefix(f"{prefix}."), f"{prefix}.{name}") if prefix else (name,)
 
 

@@ -4,7 +4,7 @@ The names and parts of weights are those of transformers' rules; of a stack of e
 for. In memory are the weights of one module, whatever the depth of the model.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,6 +13,7 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from .checkpoint import spellings
 from .conversion import converted
 from .files import weight_files
 
@@ -39,10 +40,12 @@ class StoredWeights:
         for name, parameter in model.named_parameters(remove_duplicate=False):
             groups.setdefault(id(parameter), []).append(name)
         self._names = {name: names for names in groups.values() for name in names}
+        self._prefix = getattr(model, "base_model_prefix", "")
 
     def read(self, name: str, row: int | None = None) -> Tensor | None:
         """A weight in float32, or a row of it; None where the checkpoint has none of that name."""
-        for found in (name, *self._names.get(name, ())):
+        names = (name, *self._names.get(name, ()))
+        for found in (spelling for each in names for spelling in spellings(each, self._prefix)):
             if found in self._made:
                 return self._made[found].load(self._stored, row).float()
             if found in self._files:
@@ -71,14 +74,17 @@ class _Rows:
         return found
 
 
-def open_layerwise(loader: type[Any], folder: "ModelFolder") -> tuple[PreTrainedModel, StoredWeights]:
+def open_layerwise(
+    loader: type[Any], folder: "ModelFolder", absent: Collection[str] = ()
+) -> tuple[PreTrainedModel, StoredWeights]:
     """A model that reads its weights while it runs.
 
     Args:
         loader: an auto class of transformers.
+        absent: weights that are nowhere in the checkpoint, zeros here.
 
     Raises:
-        KeyError: a weight is nowhere in the checkpoint.
+        KeyError: another weight is nowhere in it either, when a module runs that reads it.
     """
     with init_empty_weights(include_buffers=False):
         model = loader.from_config(
@@ -95,11 +101,13 @@ def open_layerwise(loader: type[Any], folder: "ModelFolder") -> tuple[PreTrained
         if hasattr(getattr(module, "config", None), "_experts_implementation"):
             module.config._experts_implementation = "eager"
         own = {leaf: f"{path}.{leaf}".removeprefix(".") for leaf, p in module._parameters.items() if p is not None}
-        _read_while_running(module, own, weights)
+        _read_while_running(module, own, weights, absent)
     return model.eval(), weights
 
 
-def _read_while_running(module: torch.nn.Module, own: Mapping[str, str], weights: StoredWeights) -> None:
+def _read_while_running(
+    module: torch.nn.Module, own: Mapping[str, str], weights: StoredWeights, absent: Collection[str]
+) -> None:
     """own: the parameters of a module itself, by attribute the name in the model."""
     empty = {leaf: module._parameters[leaf] for leaf in own}
     for leaf, tensor in empty.items():
@@ -111,6 +119,8 @@ def _read_while_running(module: torch.nn.Module, own: Mapping[str, str], weights
     def load(module: torch.nn.Module, inputs: Any) -> None:
         for leaf in held:
             found = weights.read(own[leaf])
+            if found is None and own[leaf] in absent:
+                found = torch.zeros(module.get_parameter(leaf).shape)
             if found is None:
                 raise KeyError(own[leaf])
             module._parameters[leaf] = torch.nn.Parameter(found, requires_grad=False)

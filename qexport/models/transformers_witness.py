@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, Cache, DynamicCache, PreTrainedMo
 from transformers.cache_utils import EncoderDecoderCache
 
 from .formula import formula_tensors
-from .layerwise import open_layerwise
+from .layerwise import StoredWeights, open_layerwise
 from .tokens import embedding_rows
 from .witness import Absent, Call, Outline, Testimony, first_line
 
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 ROWS, PROMPT, STEPS = 2, 16, 2
 _SMALL = 2e9  # bytes of float32 weights that are held at once, as transformers itself loads them
+_BY_MODULES = ", a module at a time"
 _SHAPES = ((ROWS, PROMPT), (3, 7))  # of the texts that encoders read
 _LAYER = re.compile(r"(?P<container>.+)\.(?P<index>\d+)$")
 
@@ -57,11 +58,8 @@ class DecoderWitness:
 
     def _by_modules(self, outline: Outline) -> Testimony:
         """The whole model, the weights of one module at a time."""
-        try:
-            model, weights = open_layerwise(self.loader, self.folder)
-        except Exception as error:  # as in `_loaded`
-            raise Absent(f"transformers cannot load it ({first_line(error)})") from error
-        said = _said(model, self._calls(model, outline), note=", a module at a time")
+        model, weights = _a_module_at_a_time(self.loader, self.folder)
+        said = _said(model, self._calls(model, outline), note=_BY_MODULES)
         return replace(said, weight=weights.read)
 
     def _by_formula(self, outline: Outline) -> Testimony:
@@ -118,13 +116,14 @@ class EncoderWitness:
 
     Attributes:
         loader: an auto class of transformers.
-        captured: the model that the graph was made from, which runs again where a second one does not fit into memory.
+        captured: the model that the graph was made from, which runs again where a second one does not fit into memory;
+            None where that has no weights.
         absent: weights that no checkpoint has; what depends on them is no output of the graph.
     """
 
     folder: "ModelFolder"
     loader: type[Any]
-    captured: PreTrainedModel
+    captured: PreTrainedModel | None
     absent: frozenset[str]
 
     def __deepcopy__(self, memo):
@@ -132,16 +131,26 @@ class EncoderWitness:
 
     def testify(self, outline: Outline) -> Testimony:
         with _quiet():
+            if self.captured is None:
+                with suppress(Absent):
+                    bare, weights = _a_module_at_a_time(self.loader, self.folder, self.absent)
+                    said = _said(bare, self._calls(bare, outline), note=_BY_MODULES)
+                    return replace(said, weight=weights.read)
             model = _loaded(self.loader, self.folder, self.absent) if outline.fits else self.captured
-            watched, calls = _watched(model, outline.blocks), []
-            for shape in _SHAPES:
-                ids = _tokens(model, shape)
-                feeds = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "token_type_ids": ids % 2}
-                feeds = {name: feeds[name] for name in outline.inputs}
-                with _watching(watched) as states:
-                    made = _run(model, **feeds)
-                calls.append(Call(feeds, {n: made[n] for n in outline.outputs if n in made}, dict(states)))
-            return _said(model, calls, again=model is self.captured)
+            if model is None:
+                raise Absent("its float32 weights do not fit into memory")
+            return _said(model, self._calls(model, outline), again=model is self.captured)
+
+    def _calls(self, model: PreTrainedModel, outline: Outline) -> list[Call]:
+        watched, calls = _watched(model, outline.blocks), []
+        for shape in _SHAPES:
+            ids = _tokens(model, shape)
+            feeds = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "token_type_ids": ids % 2}
+            feeds = {name: feeds[name] for name in outline.inputs}
+            with _watching(watched) as states:
+                made = _run(model, **feeds)
+            calls.append(Call(feeds, {n: made[n] for n in outline.outputs if n in made}, dict(states)))
+        return calls
 
 
 @dataclass(frozen=True)
@@ -219,6 +228,16 @@ def _gguf(folder: "ModelFolder") -> Path | None:
         return named
     own = sorted(named.glob("*.gguf")) if named.is_dir() and named.resolve() != folder.path.resolve() else []
     return own[0] if len(own) == 1 else None
+
+
+def _a_module_at_a_time(
+    loader: type[Any], folder: "ModelFolder", absent: frozenset[str] = frozenset()
+) -> tuple[PreTrainedModel, StoredWeights]:
+    """See `open_layerwise`; raises Absent where transformers cannot build the model."""
+    try:
+        return open_layerwise(loader, folder, absent)
+    except Exception as error:  # as in `_loaded`
+        raise Absent(f"transformers cannot load it ({first_line(error)})") from error
 
 
 def _loaded(

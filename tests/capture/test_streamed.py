@@ -1,0 +1,66 @@
+"""Large encoders are captured without their weights, and compute the same as those that are loaded whole."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import qexport
+from helpers.breadth import quick
+from helpers.random_modules import LISTS, save_encoder
+from helpers.runners import captured_runner, load_weights, tokens
+from qexport.api.stages.capturing import capture_model
+from qexport.artifact.manifest import MODEL_FILE
+from qexport.calibrate.encoder_inputs import encoder_batch
+from qexport.capture import encoder, streamed
+from qexport.capture.streamed import StreamedWeights
+from qexport.errors import CaptureError
+
+QUICK = ("bert",)
+
+
+@pytest.fixture
+def large(monkeypatch):
+    """Every model is large."""
+    monkeypatch.setattr(streamed, "LARGE", 0)
+
+
+@pytest.mark.parametrize("family", quick(QUICK, among=LISTS["encoders"]))
+def test_a_large_encoder_computes_what_a_small_one_does(family, tmp_path, large, monkeypatch):
+    folder = save_encoder(family, tmp_path / "model")
+    found = capture_model(folder)
+    assert isinstance(found.weights, StreamedWeights)
+    monkeypatch.setattr(encoder, "open_streamed", lambda *_: None)
+    wanted = capture_model(folder)
+    assert [b.name for b in found.blocks] == [b.name for b in wanted.blocks]
+    ids = tokens(2, 9)
+    feeds = encoder_batch(found, ids, torch.ones_like(ids))
+    got, want = (captured_runner(load_weights(model))(feeds) for model in (found, wanted))
+    assert got.keys() == want.keys()
+    assert all(torch.equal(got[name], want[name]) for name in want)
+
+
+def test_its_export_has_the_same_bytes_and_a_witness(tmp_path, large, monkeypatch):
+    folder = save_encoder("bert", tmp_path / "model")
+    tensors = load_file(folder / "model.safetensors")
+    save_file({f"bert.{n}": t for n, t in tensors.items() if not n.startswith("pooler")}, folder / "model.safetensors")
+    first = qexport.export(folder, "w8a8_dyn", out_dir=tmp_path / "large", calibration="random")
+    said = json.loads((first.folder / "report.json").read_text())["export"]
+    assert "a module at a time" in json.dumps(said)
+    monkeypatch.setattr(encoder, "open_streamed", lambda *_: None)
+    qexport.export(folder, "w8a8_dyn", out_dir=tmp_path / "small", calibration="random")
+    for name in (MODEL_FILE, "model.onnx.data"):
+        assert (tmp_path / "large" / name).read_bytes() == (tmp_path / "small" / name).read_bytes()
+
+
+def test_tensors_that_do_not_fit_are_refused(tmp_path, large):
+    folder = save_encoder("bert", tmp_path / "model")
+    tensors = load_file(folder / "model.safetensors")
+    name = "encoder.layer.0.output.dense.weight"
+    save_file(tensors | {name: tensors[name][:, :32].contiguous()}, folder / "model.safetensors")
+    with pytest.raises(CaptureError, match="has shape .* in the checkpoint and .* by config.json"):
+        capture_model(folder)
+    save_file(tensors | {"encoder.layer.0.output.dense.scale": torch.ones(3)}, folder / "model.safetensors")
+    with pytest.raises(CaptureError, match=r"encoder\.layer\.0\.output\.dense\.scale"):
+        capture_model(folder)
