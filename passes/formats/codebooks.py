@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from ...graph.edit import add_tensor, call, is_call
+from ...graph.meta import Meta
 from ...graph.schema import bind
 from ...quant.formats.base import QuantizedWeight, WeightFormat
 from ...quant.formats.codebooks import CodebookFormat, decode_codebook
@@ -92,6 +93,8 @@ class CodebookForm(GraphForm):
             raise TypeError(f"{fmt} is no codebook")
         codes = add_tensor(module.graph, f"{name}.weight_codes", weight.codes)
         scale = add_tensor(module.graph, f"{name}.weight_scale", weight.scale)
+        if fmt.coarse_scales:
+            scale.meta[Meta.COARSE] = True
         rows, columns = weight.shape
         arguments = (codes, scale, fmt.name, fmt.group_size)
         return call(module.graph, self.operator, arguments, like=scale, shape=(columns, rows))

@@ -87,6 +87,7 @@ def quantize_linears(
                 quantized = quantize(linear, unscaled, fmt, factor)
             else:
                 quantized = fmt.round_to_nearest(unscaled, clip_search)
+        quantized = quantized.format.kept(quantized)
         if left[linear.weight]:
             found[linear.weight] = quantized
         insert_weight(module, linear, quantized, factor, decided.shares)

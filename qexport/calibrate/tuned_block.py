@@ -11,12 +11,14 @@ from torch.fx import Graph, GraphModule, Interpreter, Node
 
 from ..errors import PassError
 from ..graph.edit import is_call
+from ..graph.meta import Meta
 from ..graph.schema import bind
 from ..graph.sites import norm_bias, norm_gain
 from ..graph.views import DequantizeLinear, Norm, tensor_name
+from ..quant.coarse_scales import coarse
 from ..quant.dequantize_through import dequantize_through
 from ..quant.learned_codes import round_through
-from ..quant.straight_through import Descent
+from ..quant.straight_through import Descent, through
 
 ops = torch.ops.qexport
 _LOOKUP = ops.gather_quantized.default
@@ -35,10 +37,14 @@ class Tuned:
         start: as it is in the block.
         rate: length of the first step: a share of the value, or, of whole numbers, what is added.
         whole: the least and the largest of whole numbers, which are rounded on the way forward; None for others.
+        kept: rounds others on the way forward to what the file can keep; None where that is all floats.
     """
 
-    def __init__(self, start: Tensor, rate: float, whole: tuple[float, float] | None = None) -> None:
-        self._start, self._whole = start, whole
+    def __init__(
+        self, start: Tensor, rate: float, whole: tuple[float, float] | None = None,
+        kept: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
+        self._start, self._whole, self._kept = start, whole, kept
         self._way = torch.zeros(start.shape, dtype=torch.float32, device=start.device)
         self._descent = Descent(self._way, rate, _SQUARES)
         self._gradient: Tensor | None = None
@@ -70,7 +76,10 @@ class Tuned:
         return self._of(self._way).to(self._start.dtype)
 
     def _of(self, way: Tensor) -> Tensor:
-        return self._start * way.exp() if self._whole is None else round_through(self._start.float() + way)
+        if self._whole is not None:
+            return round_through(self._start.float() + way)
+        value = self._start * way.exp()
+        return value if self._kept is None else through(value, self._kept(value.detach()))
 
 
 @dataclass(frozen=True)
@@ -95,15 +104,18 @@ def find_tuned(module: GraphModule, rates: Rates, load: Callable[[str], Tensor])
     _check(module.graph)
     found: dict[str, Tuned] = {}
 
-    def add(name: str | None, rate: float, whole: Callable[[Tensor], tuple[float, float]] | None = None) -> None:
+    def add(
+        name: str | None, rate: float, whole: Callable[[Tensor], tuple[float, float]] | None = None,
+        kept: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
         if name is not None and rate and name not in found:
             start = load(name)
-            found[name] = Tuned(start, rate, None if whole is None else whole(start))
+            found[name] = Tuned(start, rate, None if whole is None else whole(start), kept)
 
     for node in module.graph.nodes:
         codes, scale, zero, bits = _parts(node)
         if scale is not None:
-            add(_name(scale), rates.scales)
+            add(_name(scale), rates.scales, kept=partial(coarse, dim=0) if Meta.COARSE in scale.meta else None)
             add(_name(zero), rates.zeros, partial(_all_of, bits))
             add(_name(codes), rates.codes, _used)
         elif is_call(node, *Norm.targets):

@@ -61,6 +61,9 @@ class Meta(StrEnum):
     CACHE_SCALES = "cache_scales"
     """On an attention with a cache: the scales of keys and of values that the checkpoint has, two numbers."""
 
+    COARSE = "coarse"
+    """On a tensor of scales that the file keeps in 8 bits, see `quant.coarse_scales`: True."""
+
     PADDED = "padded"
     """On a value that is its first argument with zeros behind its features: True."""
 

@@ -267,6 +267,14 @@ class Emitter:
         made.meta[VIEW_OF] = value.name
         return made
 
+    def table(self, table: torch.Tensor) -> ir.Value:
+        """A small tensor as a constant."""
+        return self.constant(table.tolist(), table.dtype)
+
+    def looked_up(self, codes: ir.Value, table: torch.Tensor) -> ir.Value:
+        """table[code], which ONNX Runtime does once, when it loads the file."""
+        return self.op("Gather", self.table(table), self.cast(codes, torch.int32))
+
     def cast(self, value: ir.Value, dtype: torch.dtype) -> ir.Value:
         return self.op("Cast", value, to=ONNX_DTYPE[dtype])
 

@@ -145,7 +145,7 @@ def _form(node: Node) -> tuple[Any, ...]:
     """What must be equal for weights to stand side by side: everything but values and the number of columns."""
     if node.op == "get_attr":
         spec = node.meta[Meta.SPEC]
-        return spec.dtype, spec.shape[:-1]
+        return spec.dtype, spec.shape[:-1], Meta.COARSE in node.meta
     return node.target, *(_form(a) if isinstance(a, Node) else a for a in vars(bind(node)).values())
 
 
@@ -237,7 +237,9 @@ class _Merge:
         """Weights of one form, side by side."""
         first = nodes[0]
         if first.op == "get_attr":
-            return self._add(tensor_name(first), ConcatTensor(tuple(map(tensor_name, nodes))))
+            joined = self._add(tensor_name(first), ConcatTensor(tuple(map(tensor_name, nodes))))
+            joined.meta |= {key: first.meta[key] for key in (Meta.COARSE,) if key in first.meta}
+            return joined
         given = [vars(bind(node)) for node in nodes]
         arguments = tuple(
             self._weight([other[name] for other in given]) if isinstance(argument, Node) else argument

@@ -149,7 +149,7 @@ def _scales(lo: Tensor, hi: Tensor, fmt: AffineGrid, clip: float | Tensor) -> tu
         scale = (hi.clamp_min(0) * clip - lo) / fmt.qmax
     if not bool(torch.isfinite(scale).all()):
         raise NumericsError("the weight has NaN or Inf, or a range beyond float32", remedy=FINITE_REMEDY)
-    scale.masked_fill_(scale < tiny, 1)
+    scale = fmt.kept_scale(scale.masked_fill_(scale < tiny, 1))
     if not fmt.symmetric:
         zero_point = torch.round(-lo / scale).clamp_(0, fmt.qmax).to(torch.uint8)
     return scale, zero_point

@@ -40,6 +40,10 @@ class AffineGrid(GroupedCodes):
 
     symmetric: bool = True
 
+    def kept_scale(self, scale: Tensor) -> Tensor:
+        """The scales, float32 [N, G], that these are rounded to because the file has no others."""
+        return scale
+
     @property
     def qmin(self) -> int:
         return -(2 ** (self.bits - 1)) if self.symmetric else 0

@@ -1,10 +1,13 @@
 """Products with weights of a codebook."""
 
+from functools import partial
+
 import onnx_ir as ir
 import torch
 from torch.fx import Node
 
 from ...graph.edit import dtype_of, is_call
+from ...graph.meta import Meta
 from ...graph.schema import Arguments
 from ...graph.views import sizes_of
 from ...passes.formats.codebooks import ops
@@ -12,20 +15,22 @@ from ...quant.formats.codebooks import CODEBOOKS, LARGEST
 from ...quant.packing import pack_high_first
 from ..emitter import Emitter
 from ..registry import translates
-from .quantized import kernel
+from .quantized import coarse_scales, kernel
 from .quantized import ops as quant
-from .small_floats import ZERO_OF_8_BITS, looked_up
+from .small_floats import ZERO_OF_8_BITS
 
 
 @translates(ops.matmul_bnb4.default)
 def _matmul_bnb4(emit: Emitter, node: Node, given: Arguments) -> ir.Value:
     (n, k), block_size = sizes_of(given.codes), given.block_size
 
-    def spread(t: torch.Tensor) -> torch.Tensor:
-        return _spread(given, t).view(-1)
-
     weight = emit.derived(given.codes, "packed", [n * k // 2], torch.uint8, pack_high_first)
-    absmax = emit.derived(given.scale, "blocks", [n * k // block_size], dtype_of(given.scale), spread)
+    if Meta.COARSE in given.scale.meta:
+        scales = coarse_scales(emit, given.scale, [n, k // block_size], partial(_spread, given))
+        absmax = emit.op("Reshape", scales, emit.constant([-1]))
+    else:
+        flat = [n * k // block_size]
+        absmax = emit.derived(given.scale, "blocks", flat, dtype_of(given.scale), lambda t: _spread(given, t).view(-1))
     return kernel(
         emit, node, "MatMulBnb4", given.x, weight, absmax, K=k, N=n, block_size=block_size,
         quant_type=CODEBOOKS[given.codebook].kernel_code,
@@ -40,11 +45,14 @@ def _as_integers(emit: Emitter, node: Node, given: Arguments) -> ir.Value:
     pairs = torch.cartesian_prod(integers, integers).to(torch.uint8)  # by byte, the first code in the high bits
     packed = emit.derived(given.codes, "packed", [n, k // 2], torch.uint8, lambda t: pack_high_first(t).view(n, k // 2))
     shape = emit.constant([n, k // block_size, block_size])
-    scales = emit.derived(
-        given.scale, "blocks", [n, k // block_size], dtype_of(given.scale), lambda t: _spread(given, t) / LARGEST
-    )  # fmt: skip
+    blocks, dtype = [n, k // block_size], dtype_of(given.scale)
+    if Meta.COARSE in given.scale.meta:
+        steps = coarse_scales(emit, given.scale, blocks, partial(_spread, given))
+        scales = emit.op("Div", steps, emit.constant(float(LARGEST), dtype))
+    else:
+        scales = emit.derived(given.scale, "blocks", blocks, dtype, lambda t: _spread(given, t) / LARGEST)
     return kernel(
-        emit, node, "MatMulNBits", given.x, emit.op("Reshape", looked_up(emit, packed, pairs), shape), scales,
+        emit, node, "MatMulNBits", given.x, emit.op("Reshape", emit.looked_up(packed, pairs), shape), scales,
         K=k, N=n, bits=8, block_size=block_size,
         accuracy_level=4 if is_call(given.x, quant.matmul_nbits_input.default) else 1,
     )  # fmt: skip

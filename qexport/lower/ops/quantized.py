@@ -1,6 +1,7 @@
 """The quantization operators."""
 
 import math
+from collections.abc import Callable
 
 import onnx_ir as ir
 import torch
@@ -10,8 +11,10 @@ from ...graph.edit import dtype_of, is_call, shape_of
 from ...graph.meta import Meta
 from ...graph.schema import Arguments
 from ...graph.views import operand, size_at, sizes_of, tensor_name
+from ...quant.coarse_scales import coarse_codes, coarse_table
 from ...quant.expand import channel_scale, expand_to_int8
 from ...quant.packing import pack_rows, whole_block
+from ...quant.small_floats import e8m0_values
 from ..emitter import Attribute, Emitter
 from ..registry import translates
 
@@ -26,7 +29,10 @@ def _dequantize(emit: Emitter, node: Node, given: Arguments) -> ir.Value:
     if given.block_size:  # ONNX Runtime makes no kernel of blocks that are too long, OpenVINO reads no shorter last one
         block = whole_block(bits, given.block_size, size_at(node, 0))
         times, rows = given.block_size // block, -(-size_at(node, 0) // block)
-    scale = emit.tensor(given.scale, times=times, rows=rows) if times > 1 else emit.get(given.scale)
+    if Meta.COARSE in given.scale.meta:
+        scale = _coarse_blocks(emit, given.scale, times, rows)
+    else:
+        scale = emit.tensor(given.scale, times=times, rows=rows) if times > 1 else emit.get(given.scale)
     zero = None if given.zero_point is None else emit.tensor(given.zero_point, bits=bits, times=times, rows=rows)
     return emit.op(
         "DequantizeLinear", x, scale, zero, axis=None if shape_of(given.scale) == () else given.axis, block_size=block
@@ -153,11 +159,40 @@ def packed_scales(
     def spread(t: torch.Tensor) -> torch.Tensor:
         return t.t().repeat_interleave(group_size // block_size, dim=1)
 
-    scales = emit.derived(scale, "blocks", [n, blocks], dtype_of(scale), spread)
+    if Meta.COARSE in scale.meta:
+        scales = coarse_scales(emit, scale, [n, blocks], spread)
+    else:
+        scales = emit.derived(scale, "blocks", [n, blocks], dtype_of(scale), spread)
     if zero_point is None:
         return scales, None
     width = -(-blocks * bits // 8)
     return scales, emit.derived(zero_point, "packed", [n, width], torch.uint8, lambda t: pack_rows(spread(t), bits))
+
+
+def coarse_scales(
+    emit: Emitter, scale: Node, shape: list[int], spread: Callable[[torch.Tensor], torch.Tensor]
+) -> ir.Value:
+    """Scales [N, blocks] of 8 bits, which ONNX Runtime makes floats of when it loads the file.
+
+    Args:
+        spread: from the scales of the graph to those of the blocks.
+    """
+    codes = emit.derived(scale, "bytes", shape, torch.uint8, lambda t: coarse_codes(spread(t))[0])
+    rows = emit.derived(scale, "row_bytes", [shape[0], 1], torch.uint8, lambda t: coarse_codes(spread(t))[1])
+    powers = e8m0_values(torch.arange(255, dtype=torch.uint8))
+    made = emit.op("Mul", emit.looked_up(codes, coarse_table()), emit.looked_up(rows, powers))
+    return made if dtype_of(scale) == torch.float32 else emit.cast(made, dtype_of(scale))
+
+
+def _coarse_blocks(emit: Emitter, scale: Node, times: int, rows: int | None) -> ir.Value:
+    """The same of shorter blocks, as DequantizeLinear wants them: [blocks, N]."""
+    groups, n = sizes_of(scale)
+
+    def spread(t: torch.Tensor) -> torch.Tensor:
+        return t.t().repeat_interleave(times, dim=1)[:, :rows]
+
+    made = coarse_scales(emit, scale, [n, rows or groups * times], spread)
+    return emit.op("Transpose", made, perm=[1, 0])
 
 
 def kernel(

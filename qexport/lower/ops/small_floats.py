@@ -28,7 +28,7 @@ def _dequantize(emit: Emitter, node: Node, given: Arguments) -> ir.Value:
     fmt, (n, k) = format_named(given.name), sizes_of(given.codes)
     if fmt.bits == 4:
         pairs = torch.stack([e2m1_values(_BYTES & 15), e2m1_values(_BYTES >> 4)], dim=1)
-        values = emit.op("Reshape", looked_up(emit, _packed(emit, given), pairs), emit.constant([n, k]))
+        values = emit.op("Reshape", emit.looked_up(_packed(emit, given), pairs), emit.constant([n, k]))
     else:
         values = emit.cast(_e4m3(emit, given), torch.float32)
     scale, groups = _scales(emit, given, fmt), fmt.groups(k)
@@ -70,12 +70,12 @@ def _matmul(emit: Emitter, node: Node, given: Arguments) -> ir.Value:
 def integers(emit: Emitter, packed: ir.Value) -> ir.Value:
     """Twice E2M1 numbers, two of them a byte, as 8-bit codes of kernels that take 128 off; [..., 2]."""
     both = torch.stack([_BYTES & 15, _BYTES >> 4], dim=1)
-    return looked_up(emit, packed, (2 * e2m1_values(both) + ZERO_OF_8_BITS).to(torch.uint8))
+    return emit.looked_up(packed, (2 * e2m1_values(both) + ZERO_OF_8_BITS).to(torch.uint8))
 
 
 def halved_scales(emit: Emitter, codes: ir.Value, exponents: bool) -> ir.Value:
     """Half of the scales whose bytes these are, float32; exponents: powers of two, else E4M3 numbers."""
-    return looked_up(emit, codes, (e8m0_values(_BYTES) if exponents else e4m3_values(_BYTES)) / 2)
+    return emit.looked_up(codes, (e8m0_values(_BYTES) if exponents else e4m3_values(_BYTES)) / 2)
 
 
 def _packed(emit: Emitter, given: Arguments) -> ir.Value:
@@ -89,19 +89,14 @@ def _e4m3(emit: Emitter, given: Arguments) -> ir.Value:
     return emit.derived(given.codes, "e4m3", sizes_of(given.codes), dtype, lambda t: t.view(dtype))
 
 
-def looked_up(emit: Emitter, codes: ir.Value, table: torch.Tensor) -> ir.Value:
-    """table[code], which ONNX Runtime does once, when it loads the file."""
-    return emit.op("Gather", _table(emit, table), emit.cast(codes, torch.int32))
-
-
 def _scales(emit: Emitter, given: Arguments, fmt: SmallFloatFormat, factor: float = 1.0) -> ir.Value:
     """float32 [N, G]; factor: a power of two, for scales that are codes."""
     n, k = sizes_of(given.codes)
     scale: ir.Value = emit.get(given.scale)
     if isinstance(fmt, MicroscaledFormat):
-        return looked_up(emit, scale, e8m0_values(_BYTES) * factor)
+        return emit.looked_up(scale, e8m0_values(_BYTES) * factor)
     if given.tensor_scale is not None:
-        return emit.op("Mul", looked_up(emit, scale, e4m3_values(_BYTES) * factor), emit.get(given.tensor_scale))
+        return emit.op("Mul", emit.looked_up(scale, e4m3_values(_BYTES) * factor), emit.get(given.tensor_scale))
     rows = fmt.rows_per_scale
     if rows == 1:
         return scale
@@ -132,12 +127,8 @@ def _in_e4m3(emit: Emitter, given: Arguments) -> tuple[ir.Value, ir.Value]:
     codes = emit.cast(codes, torch.int32)
     top = emit.op("ReduceMax", codes, keepdims=0)
     place_in = emit.op("Add", emit.op("Sub", codes, top), emit.constant(_E4M3_OCTAVES, torch.int32))
-    blocks = emit.op("Gather", _table(emit, e4m3_codes(torch.exp2(reached.float()))), place_in)
-    return blocks, emit.op("Gather", _table(emit, e8m0_values(_BYTES) * 2.0**-_E4M3_TOP), top)
-
-
-def _table(emit: Emitter, table: torch.Tensor) -> ir.Value:
-    return emit.constant(table.tolist(), table.dtype)
+    blocks = emit.op("Gather", emit.table(e4m3_codes(torch.exp2(reached.float()))), place_in)
+    return blocks, emit.op("Gather", emit.table(e8m0_values(_BYTES) * 2.0**-_E4M3_TOP), top)
 
 
 @translates(ops.round_e4m3.default)

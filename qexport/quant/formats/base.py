@@ -108,6 +108,10 @@ class WeightFormat(GroupedCodes, ABC):
         """The weight after rounding to nearest, float32 [N, K]; raises what `scales` raises."""
         return self.round_to_nearest(w).dequantize()
 
+    def kept(self, weight: QuantizedWeight) -> QuantizedWeight:
+        """A weight of this format with its scales as the file keeps them, whatever made them; the codes stay."""
+        return weight
+
     def multiplied(self, values: Tensor) -> Tensor:
         """The weight [N, K] that enters the product, of what the codes stand for."""
         return values

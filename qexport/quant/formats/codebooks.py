@@ -2,13 +2,14 @@
 
 import re
 from abc import abstractmethod
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
 
 from ..affine import row_slices
+from ..coarse_scales import coarse
 from ..grids import ActivationFormat
 from ..packing import stored_block
 from .base import QuantizedWeight, group_size, weight_format
@@ -21,10 +22,11 @@ _TINY = torch.finfo(torch.float32).tiny
 
 @dataclass(frozen=True)
 class CodebookFormat(ScaledFormat):
-    """`NAME[_g{16..1024}][_dq]`: a table's value times the largest magnitude of a block.
+    """`NAME[_g{16..1024}][_dq|_s8]`: a table's value times the largest magnitude of a block.
 
     Attributes:
-        double_quant: the scales are themselves rounded to 8 bits (arXiv 2305.14314).
+        double_quant: the scales are themselves rounded to 8 bits (arXiv 2305.14314), and floats in the file.
+        coarse_scales: scales are numbers of 8 bits in the file too, see `quant.coarse_scales`.
         name: of the table, and what names of the format begin with.
         levels: the table by code, in [-1, 1].
         kernel_code: what MatMulBnb4 calls the table.
@@ -33,14 +35,15 @@ class CodebookFormat(ScaledFormat):
     bits: int = field(default=4, init=False)
     group_size: int = 64
     double_quant: bool = False
-    options = r"(?:_g(?P<group>\d+))?(?P<double>_dq)?"
+    coarse_scales: bool = False
+    options = r"(?:_g(?P<group>\d+))?(?P<scales>_dq|_s8)?"
     name: ClassVar[str]
     levels: ClassVar[tuple[float, ...]]
     kernel_code: ClassVar[int]
 
     @classmethod
     def parse(cls, match: re.Match[str]) -> tuple[Self, ActivationFormat | None]:
-        return cls(group_size(match, match["group"] or "64"), bool(match["double"])), None
+        return cls(group_size(match, match["group"] or "64"), match["scales"] == "_dq", match["scales"] == "_s8"), None
 
     @abstractmethod
     def nearest(self, steps: Tensor) -> Tensor:
@@ -63,24 +66,27 @@ class CodebookFormat(ScaledFormat):
         """The largest magnitude of each block, 1 where that is zero or subnormal."""
         if self.double_quant:
             return double_quantized(absmax).masked_fill(absmax < _TINY, 1)
-        return nonzero(absmax)
+        return coarse(nonzero(absmax)) if self.coarse_scales else nonzero(absmax)
 
     def decode(self, codes: Tensor, scale: Tensor, zero_point: Tensor | None) -> Tensor:
         return decode_codebook(codes, scale, self.name, self.group_size)
 
     def round_to_nearest(self, w: Tensor, clip_search: bool = False) -> QuantizedWeight:
         """With double_quant the codes are still those of the exact scale, as in bitsandbytes; the scale is rounded."""
-        if clip_search:
+        if clip_search or not self.double_quant:
             return super().round_to_nearest(w, clip_search)
         absmax = self.absmax(w)
         return QuantizedWeight(self.encode(w, nonzero(absmax), None), self.scales_for(absmax), None, self)
+
+    def kept(self, weight: QuantizedWeight) -> QuantizedWeight:
+        return replace(weight, scale=coarse(weight.scale)) if self.coarse_scales else weight
 
     def family(self, activation: ActivationFormat | None) -> str:
         return self.name
 
     def bytes(self, shape: tuple[int, int], scale_bytes: int) -> int:
-        n, k = shape
-        return n * k // 2 + n * (k // stored_block(self.bits, self.group_size)) * scale_bytes
+        (n, k), block = shape, stored_block(self.bits, self.group_size)
+        return n * k // 2 + n * (k // block + 1 if self.coarse_scales else k // block * scale_bytes)
 
     @property
     def interchangeable(self) -> bool:

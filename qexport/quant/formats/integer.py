@@ -2,15 +2,16 @@
 
 import re
 from abc import ABC
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
 from ...errors import RecipeError
 from ..affine import decode, encode, search_clip, weight_scales
+from ..coarse_scales import coarse
 from ..grids import PER_CHANNEL, PER_TENSOR, ActivationFormat, AffineGrid
 from ..packing import stored_block
-from .base import WeightFormat, group_size, weight_format
+from .base import QuantizedWeight, WeightFormat, group_size, weight_format
 from .stepped import SteppedFormat
 
 
@@ -43,7 +44,11 @@ class IntegerCodes(AffineGrid, SteppedFormat, ABC):
         block = stored_block(bits, self.group_size)
         blocks = -(-k // block)
         zero_points = 0 if self.symmetric else -(-blocks * bits // 8)  # every row begins on a byte of its own
-        return n * (blocks * block * bits // 8 + blocks * scale_bytes + zero_points)
+        return n * (blocks * block * bits // 8 + self._bytes_of_scales(blocks, scale_bytes) + zero_points)
+
+    def _bytes_of_scales(self, blocks: int, scale_bytes: int) -> int:
+        """Of a row."""
+        return blocks * scale_bytes
 
     def takes_part_group(self, in_features: int) -> bool:
         """ONNX's DequantizeLinear and the kernel it fuses to allow it, unless the kernel takes no blocks so long."""
@@ -67,15 +72,21 @@ class IntegerCodes(AffineGrid, SteppedFormat, ABC):
 @weight_format
 @dataclass(frozen=True)
 class IntegerFormat(IntegerCodes):
-    """`w{2|3|4|8}a{16|8|4}[_g{16..1024}|_pc|_pt][_asym][_dyn|_static][_int]`: (code - zero_point) * scale.
+    """`w{2|3|4|8}a{16|8|4}[_g{16..1024}|_pc|_pt][_asym][_s8][_dyn|_static][_int]`: (code - zero_point) * scale.
 
     Integer activations need `_dyn` (per token) or `_static` (per tensor); `_dyn` is what plain `w4a8` means. Without a
-    group, weights have one scale per output channel. `_int` is an `ExpandedFormat`.
+    group, weights have one scale per output channel. `_s8` keeps the scales of groups in 8 bits, see `coarse_scales`.
+    `_int` is an `ExpandedFormat`.
+
+    Attributes:
+        coarse_scales: scales are numbers of 8 bits, which become floats when the file is loaded.
     """
 
+    coarse_scales: bool = False
+
     stem = r"w(?P<w>\d+)a(?P<a>\d+)"
-    options = r"(?:_(?P<group>g\d+|pc|pt))?(?P<asym>_asym)?(?:_(?P<kind>dyn|static))?(?P<int>_int)?"
-    examples = ("w4a16_g32", "w4a16_g128_asym", "w3a16_g64", "w8a8_dyn", "w8a8_static", "w4a8_g128_int")
+    options = r"(?:_(?P<group>g\d+|pc|pt))?(?P<asym>_asym)?(?P<scales>_s8)?(?:_(?P<kind>dyn|static))?(?P<int>_int)?"
+    examples = ("w4a16_g32", "w4a16_g128_asym", "w4a16_g32_s8", "w3a16_g64", "w8a8_dyn", "w8a8_static", "w4a8_g128_int")
     # A weight-only scheme without a group is what other tools mean by it: groups, because one scale per channel is too
     # coarse for 4 bits and saves nothing in speed at 8. `_pc` asks for one scale per channel.
     short = {
@@ -103,7 +114,8 @@ class IntegerFormat(IntegerCodes):
             raise RecipeError(f"scheme {name!r} quantizes no activations, so {what.strip('_')} means nothing")
         kind = {"dyn": "dynamic", "static": "static", None: "dynamic"}[match["kind"]]
         activation = None if act == 16 else ActivationFormat(kind, act)
-        weight = (ExpandedFormat if match["int"] else IntegerFormat)(bits, size, match["asym"] is None)
+        kind_of_weight = ExpandedFormat if match["int"] else IntegerFormat
+        weight = kind_of_weight(bits, size, match["asym"] is None, match["scales"] is not None)
         _check(name, weight, activation)
         return weight, activation
 
@@ -112,6 +124,15 @@ class IntegerFormat(IntegerCodes):
 
     def clipped_scales(self, w: Tensor, importance: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         return search_clip(w, self, importance)
+
+    def kept_scale(self, scale: Tensor) -> Tensor:
+        return coarse(scale) if self.coarse_scales else scale
+
+    def kept(self, weight: QuantizedWeight) -> QuantizedWeight:
+        return replace(weight, scale=coarse(weight.scale)) if self.coarse_scales else weight
+
+    def _bytes_of_scales(self, blocks: int, scale_bytes: int) -> int:
+        return blocks + 1 if self.coarse_scales else blocks * scale_bytes
 
     def family(self, activation: ActivationFormat | None) -> str:
         if activation is None:
@@ -165,6 +186,16 @@ def _check(name: str, weight: IntegerFormat, activation: ActivationFormat | None
     expands = isinstance(weight, ExpandedFormat)
     if expands and whole:
         raise RecipeError(f"scheme {name!r}: without groups there is nothing to expand", remedy="Leave out _int")
+    if weight.coarse_scales and (whole or expands):
+        raise RecipeError(
+            f"scheme {name!r}: 8-bit scales are those of groups that a kernel reads",
+            remedy="Leave out _s8" if expands else "Leave out _s8, or use groups: w4a16_g32_s8",
+        )
+    if weight.coarse_scales and weight.bits == 8:
+        raise RecipeError(
+            f"scheme {name!r}: codes of 8 bits are finer than scales of 8 bits, which would clip them",
+            remedy="Leave out _s8",
+        )
     if weight.bits == 2 and whole and activation is None:
         raise RecipeError(f"scheme {name!r}: 2-bit weights need groups", remedy="Use w2a16_g64 or w2a16_g128")
     if activation is None:
