@@ -2,9 +2,11 @@
 
     python samples/kept_codes_table.py QUANTIZED_MODEL [QUANTIZED_MODEL ...] --text test.txt
 
-Every tensor of codes and of scales in the file is read back from the ONNX bytes and compared with the checkpoint's; KL
-is that of the deployed file, inputs of its kernels kept in float (accuracy level 1), from the model whose weights the
-formula of the method gives. Codes of integer products are compared as int8.
+Every tensor of codes and of scales in the file is read back from the ONNX bytes and compared with the checkpoint's.
+KL is that of the deployed file, inputs of its kernels kept in float (accuracy level 1). Where
+`samples/library_checkpoints.py` left what the library computes beside the checkpoint, it is from the float model with
+the weights that the library dequantizes, and from the library's own run in float32; else from the model whose weights
+the formula of the method gives. Codes of integer products are compared as int8.
 """
 
 import argparse
@@ -15,6 +17,7 @@ from pathlib import Path
 import onnx
 import torch
 from onnx import numpy_helper
+from safetensors import safe_open
 from torch import Tensor
 
 from qexport import export, validate
@@ -24,9 +27,14 @@ from qexport.cli.console import showing_progress
 from qexport.formatting import megabytes
 from qexport.models.coded import Given
 from qexport.quant.formats import QuantizedWeight
+from qexport.quant.metrics import kl_divergence
 from qexport.recipe.recipe import Recipe
+from qexport.runtime.decoder import open_decoder
 
-HEADER = ["model", "checkpoint", "schemes", "equal codes", "equal scales", "KL", "file", "kernels"]
+HEADER = [
+    "model", "checkpoint", "schemes", "equal codes", "equal scales", "KL from its weights", "from its library's run",
+    "file", "kernels",
+]  # fmt: skip
 
 
 def main() -> None:
@@ -49,10 +57,15 @@ def row(model: str, given: argparse.Namespace) -> list[str]:
     captured = capture_model(model)
     with tempfile.TemporaryDirectory(prefix="qexport-") as place, showing_progress() as progress:
         made = export(captured, recipe, out_dir=Path(place) / "out", progress=progress)
-        measured = validate(
-            made.folder, captured, text=given.text, windows=given.windows, window=given.window, greedy=0,
-            progress=progress,
-        )  # fmt: skip
+        theirs = Path(f"{model}.safetensors")
+        if theirs.is_file():
+            from_weights, from_run = from_library(made.folder, theirs)
+        else:
+            measured = validate(
+                made.folder, captured, text=given.text, windows=given.windows, window=given.window, greedy=0,
+                progress=progress,
+            )  # fmt: skip
+            from_weights, from_run = f"{measured.logits.kl_mean:.2g}", ""
         file, codes, scales = File(made.folder), 0, 0
         for p, entry in zip([p for p in made.plan if p.scheme], made.manifest.linears, strict=True):
             found = p.given.decode() if p.given else None
@@ -67,9 +80,25 @@ def row(model: str, given: argparse.Namespace) -> list[str]:
     return [
         Path(model).name, captured.origin.codes.described if captured.origin.codes else "float",
         ", ".join(f"{n} {scheme}" for scheme, n in schemes.items()) or "float", f"{codes} of {of}",
-        f"{scales} of {of}", f"{measured.logits.kl_mean:.2g}", megabytes(made.manifest.bytes["model"]),
+        f"{scales} of {of}", from_weights, from_run, megabytes(made.manifest.bytes["model"]),
         ", ".join(f"{n} {kernel}" for kernel, n in kernels.items()),
     ]  # fmt: skip
+
+
+def from_library(folder: Path, theirs: Path) -> tuple[str, str]:
+    """KL of an export from what its library computes: from the weights that it dequantizes, and from its own run."""
+    with safe_open(theirs, framework="pt") as handle:
+        found, said = {name: handle.get_tensor(name) for name in handle.keys()}, handle.metadata()  # noqa: SIM118
+    ids, ours = found.pop("ids"), []
+    decoder = open_decoder(folder)
+    for window in ids:
+        decoder.reset()
+        ours.append(torch.from_numpy(decoder.run(window[None].numpy())[0].copy()))
+    kl = {name: float(kl_divergence(want.flatten(0, 1), torch.cat(ours)).mean()) for name, want in found.items()}
+    run = f"{kl['run']:.2g}" if "run" in kl else f"none: {said['why']}"
+    if "as loaded" in kl:
+        run += f" (as loaded {kl['as loaded']:.2g})"
+    return f"{kl['weights']:.2g}", f"{run}, {said['library']}"
 
 
 class File:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from ..artifact.manifest import CPU, Manifest
+from ..artifact.manifest import CPU, Kind, Manifest
 from ..artifact.scratch import scratch_folder
 from ..errors import InputError, writing_to
 from ..progress import announce
@@ -49,19 +49,17 @@ def _check(reference: FloatModel, options: ValidationOptions) -> None:
     asked = {"references": options.references, "sensitivity": options.sensitivity}
     if wrong := [name for name, value in asked.items() if value]:
         raise InputError("is for exports of qexport alone", place=wrong[0], remedy="Leave it out")
-    if isinstance(reference, torch.nn.Module):
-        raise InputError("a foreign file is compared with a language model", place="reference",
-                         remedy="Give its id or its folder")  # fmt: skip
+    if isinstance(reference, torch.nn.Module) and options.gates.asked:
+        raise InputError("limits are for language models, and this has no next token", place="gates")
 
 
 def _report(
     file: ForeignFile, folder: Path, reference: FloatModel, options: ValidationOptions
 ) -> tuple[Report, Manifest]:
     laps = Laps()
-    announce(options.progress, *stages("decoder", options, foreign=True))
-    captured = captured_for(reference, Manifest(target="cpu", kind="decoder", provider=CPU), options)
-    if captured.kind == "module":
-        raise InputError("is no language model, and of others foreign files are not compared", place=str(file.path))
+    kind: Kind = "module" if isinstance(reference, torch.nn.Module) else "decoder"
+    announce(options.progress, *stages(kind, options, foreign=True))
+    captured = captured_for(reference, Manifest(target="cpu", kind=kind, provider=CPU), options)
     laps.lap("capture")
     checked = checked_reader(captured, options)
     laps.lap("check")

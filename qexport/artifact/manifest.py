@@ -18,6 +18,7 @@ from .token_ids import check_token_ids
 Kind = Literal["decoder", "encoder", "module"]
 FORMAT: Final = 1
 MODEL_FILE = "model.onnx"
+FLOAT: Final = "float"  # scheme of what stays float; files of other tools have linears of floats among the others
 GENAI_FILE = "genai_config.json"
 RECIPE_FILE = "recipe.yaml"
 SEQ2SEQ: Final = "encoder-decoder"  # kind of a folder of two exports,

@@ -13,7 +13,7 @@ import onnxruntime as ort
 from ..artifact import checksums
 from ..artifact import manifest as manifests
 from ..artifact.branches import PROMPTS, all_nodes
-from ..artifact.manifest import CPU, MODEL_FILE, ConvolutionEntry, LinearEntry, Manifest
+from ..artifact.manifest import CPU, FLOAT, MODEL_FILE, ConvolutionEntry, LinearEntry, Manifest
 from ..artifact.output import restore
 from ..artifact.owner import Busy
 from ..artifact.scratch import scratch_folder
@@ -248,11 +248,15 @@ def kernel_of(nodes: Iterable[OptimizedNode], output: str, node: str = "") -> st
     return found.op_type if found else None
 
 
+# Behind the name of a node that ONNX Runtime wrote anew, in front of a number.
+_REWRITTEN = "_token_"
+
+
 def node_of(nodes: Iterable[OptimizedNode], output: str, node: str = "") -> OptimizedNode | None:
     """The node that computes a linear, see `kernel_of`."""
     by_value = None
     for candidate in nodes:
-        if node and candidate.name == node:
+        if node and node in (candidate.name, candidate.name.partition(_REWRITTEN)[0]):
             return candidate
         if output and output in candidate.outputs:
             by_value = candidate
@@ -263,7 +267,7 @@ def unfused(graph: OptimizedGraph, linears: Sequence[LinearEntry]) -> list[tuple
     """The planned linears that did not become their kernel in all products, each with the op type found instead."""
     wrong = []
     by_name = {node.name: node.op_type for node in graph.nodes}
-    for linear in linears:
+    for linear in (linear for linear in linears if linear.scheme != FLOAT):
         products = [(kernel_of(graph.nodes, linear.output, linear.node), linear.kernel)]
         if linear.prompt_kernel:
             output, node = PROMPTS + linear.output, PROMPTS + linear.node
@@ -277,7 +281,7 @@ def unfused_convolutions(
     graph: OptimizedGraph, planned: Sequence[ConvolutionEntry]
 ) -> list[tuple[str, str, str | None]]:
     """(name, kernel, op type found instead) of the planned convolutions that did not become their kernel."""
-    found = {node.name.partition("_token_")[0]: node.op_type for node in graph.nodes if "Conv" in node.op_type}
+    found = {node.name.partition(_REWRITTEN)[0]: node.op_type for node in graph.nodes if "Conv" in node.op_type}
     return [(e.name, e.kernel, found.get(e.name)) for e in planned if found.get(e.name) != e.kernel]
 
 

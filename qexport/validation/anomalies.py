@@ -261,5 +261,6 @@ def _below(row: ValueComparison, rows: Sequence[ValueComparison], evidence: bool
 
 
 def _kind(row: ValueComparison) -> tuple:
-    """Linears of layers that are alike have names alike but for numbers."""
-    return re.sub(r"\d+", "#", row.name), row.scheme, row.kernel
+    """Linears of layers that are alike have names alike but for numbers, and as many weights."""
+    weights = round(8 * row.bytes / row.bits) if row.bytes and row.bits else None
+    return re.sub(r"\d+", "#", row.name), row.scheme, row.kernel, weights

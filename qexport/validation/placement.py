@@ -5,9 +5,11 @@ from collections import Counter
 from pathlib import Path
 
 from ..artifact.branches import PROMPTS
-from ..artifact.manifest import LinearEntry, Manifest
+from ..artifact.manifest import FLOAT, LinearEntry, Manifest
 from ..runtime.session import OptimizedGraph, kernel_of, node_of, optimized_graph, unfused, unfused_convolutions
 from .report import Placement, Unfused, ValueComparison
+
+_INSIDE = "part of a float operator"
 
 
 def examine(folder: Path, manifest: Manifest, provider: str) -> tuple[Placement, OptimizedGraph]:
@@ -25,7 +27,10 @@ def examine(folder: Path, manifest: Manifest, provider: str) -> tuple[Placement,
         Unfused(name=name, expected=kernel, found=found)
         for name, kernel, found in unfused_convolutions(graph, manifest.convolutions)
     )
-    kernels = Counter(kernel_of(graph.nodes, linear.output, linear.node) or "nothing" for linear in manifest.linears)
+    kernels = Counter(
+        kernel_of(graph.nodes, linear.output, linear.node) or (_INSIDE if linear.scheme == FLOAT else "nothing")
+        for linear in manifest.linears
+    )
     prompts = Counter(
         kernel_of(graph.nodes, PROMPTS + linear.output, PROMPTS + linear.node) or "nothing"
         for linear in manifest.linears
@@ -67,7 +72,7 @@ def moved(plain: OptimizedGraph, probed: OptimizedGraph, manifest: Manifest) -> 
         probed: of a file with branches, the one for prompts alone.
     """
     pairs = []
-    for linear in manifest.linears:
+    for linear in (linear for linear in manifest.linears if linear.scheme != FLOAT):
         prefix = PROMPTS if linear.prompt_kernel else ""
         was = kernel_of(plain.nodes, prefix + linear.output, prefix + linear.node)
         pairs.append((linear.name, was, kernel_of(probed.nodes, linear.output, linear.node)))

@@ -11,6 +11,7 @@ from torch import Tensor
 from ..artifact.manifest import BlockEntry, LinearEntry, Manifest
 from ..capture.blocks import Block
 from ..capture.graph import CapturedModel
+from ..graph.convolution_sites import products
 from ..graph.edit import dtype_of, shape_of
 from ..graph.sites import fold_sites, linears
 from ..graph.views import operand, results_of
@@ -57,7 +58,7 @@ def make_probes(captured: CapturedModel, manifest: Manifest, rows: int) -> list[
     outputs = {entry.name: entry for entry in manifest.blocks}
     found = []
     for block in captured.blocks:
-        nodes = {linear.name: linear.node for linear in linears(block.module.graph)}
+        nodes = {product.name: product.node for product in products(block.module.graph)}
         entries = tuple(entry for entry in manifest.readable if entry.name in nodes)
         carried = results_of(block.module.graph)[block.outputs.index(captured.handed_on(block))]
         output = outputs.get(block.name) if dtype_of(carried).is_floating_point else None

@@ -31,13 +31,19 @@ def static_limits(folder: Path) -> dict[str, tuple[float, float]]:
         return float(tensor_of(tensor, folder).reshape(()))
 
     divided: dict[str, tuple[str, float]] = {}
+    rounded: dict[str, tuple[float, float]] = {}
     for node in graph.node:
         if node.op_type == "QuantizeLinear" and (scale := number(node.input[1])) is not None:
             zero = constants.get(node.input[2]) if len(node.input) > 2 else None
             if zero is not None and zero.data_type in _CODES:
                 low_code, high_code = _CODES[zero.data_type]
                 if (offset := number(zero.name)) is not None:
-                    limits.setdefault(node.input[0], (scale * (low_code - offset), scale * (high_code - offset)))
+                    low, high = scale * (low_code - offset), scale * (high_code - offset)
+                    limits.setdefault(node.input[0], (low, high))
+                    rounded[node.output[0]] = low, high - scale / 2
+        # Of what was rounded to the last code nobody can tell how far it reached.
+        elif node.op_type == "DequantizeLinear" and node.input[0] in rounded:
+            limits.setdefault(node.output[0], rounded[node.input[0]])
         # Few bits are held within their range by a Clip, in front of a container that is wider.
         elif node.op_type == "Div" and (scale := number(node.input[1])) is not None:
             divided[node.output[0]] = (node.input[0], scale)

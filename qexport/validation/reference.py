@@ -18,6 +18,7 @@ from ..capture.blocks import Block
 from ..capture.graph import CapturedModel
 from ..device import CPU, computing
 from ..errors import InputError
+from ..graph.convolution_sites import products
 from ..graph.placement import unload
 from ..graph.sites import linears
 from ..progress import StageProgress, no_stage_progress
@@ -167,13 +168,13 @@ def watch(
     """Run the float model block by block and look at values inside.
 
     Args:
-        wanted: names of linears.
+        wanted: names of linears, or of convolutions.
         forced: asked once for every block, before it runs.
     """
     stream, device = stream_of(captured, feeds), captured.placement.device
     state_name = ""
     for index, block in enumerate(captured.blocks):
-        nodes = {found.node: found.name for found in linears(block.module.graph) if found.name in wanted}
+        nodes = {found.node: found.name for found in products(block.module.graph) if found.name in wanted}
         carried, given = block.outputs.index(captured.handed_on(block)), forced(block)
         seen = BlockComparison(block, {}, [], {}, [], {}, {})
         with weights_of(captured, block):

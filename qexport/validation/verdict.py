@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from ..artifact.manifest import QMOE, STATIC_LSTM
 from .formatting import decibels, faulty, kernels, number, own, rank, worst_first
 from .quality import graded
-from .report import HALF, Foreign, Greedy, Logits, Reference, Report
+from .report import HALF, Foreign, Greedy, Logits, Reference, Report, Unfused
 
 ATTENTION = ("GroupQueryAttention", "Attention", "MultiHeadAttention")
 # Share of a value beyond its static scale from which it is worth a sentence: calibration on other text leaves less.
@@ -60,10 +60,14 @@ def _fusion_problems(report: Report) -> list[str]:
         listed = _listed([f"{u.name} ({u.found or 'nothing'} instead of {u.expected})" for u in unfused])
         what = "layer" if report.placement.convolutions else "linear"
         sentences.append(f"{_count(len(unfused), what)} not fused: {listed}")
-    if moved:
-        listed = _listed([f"{u.name} ({u.found or 'nothing'} instead of {u.expected})" for u in moved])
-        sentences.append(f"{_count(len(moved), 'linear')} measured on another operator than the deployed one: {listed}")
+    if moved and report.foreign is None:  # a file of roundings around floats shows its values in this way only
+        sentences.append(_measured_elsewhere(moved))
     return sentences
+
+
+def _measured_elsewhere(moved: Sequence[Unfused]) -> str:
+    listed = _listed([f"{u.name} ({u.found or 'nothing'} instead of {u.expected})" for u in moved])
+    return f"{_count(len(moved), 'linear')} measured on another operator than the deployed one: {listed}"
 
 
 def _placement_problems(report: Report) -> list[str]:
@@ -226,6 +230,8 @@ def _values(report: Report) -> list[str]:
 
 def _facts(report: Report) -> list[str]:
     facts = [*(_foreign_facts(report.foreign) if report.foreign else ()), *report.warnings]
+    if report.foreign and report.layers.moved:
+        facts.append(_measured_elsewhere(report.layers.moved))
     total = sum(report.placement.kernels.values()) + report.placement.convolutions
     if total and not report.placement.unfused:
         facts.append(f"all {kernels(report.placement)}")

@@ -3,8 +3,9 @@
     PYTHONPATH=tests python -m helpers.library_checkpoints FOLDER [NAME ...]    keeps one linear of each in FOLDER
 
 Written with hqq 0.2.8.post1, torchao 0.18.0, amd-quark 0.13, nvidia-modelopt 0.47.0, compressed-tensors 0.20.1,
-bitsandbytes 0.50.2, gptqmodel 7.7.0, transformers 5.23.0 and torch 2.13.0; the libraries are no
-requirements of this project, and a maker imports its own.
+bitsandbytes 0.50.2, gptqmodel 7.7.0, auto-round 0.16.1, transformers 5.23.0 and torch 2.13.0, and with llmcompressor
+0.14.0.1 beside compressed-tensors 0.19.0 and transformers 5.17.0; the libraries are no requirements of this project,
+and a maker imports its own.
 """
 
 import json
@@ -224,6 +225,55 @@ def bitsandbytes(source: Path, out: Path, **options: Any) -> Made:
     }  # fmt: skip
 
 
+def auto_round(source: Path, out: Path, layers: Any = None, **options: Any) -> Made:
+    """Tuned by the library for a few steps on ids at random."""
+    from auto_round import AutoRound
+    from transformers import AutoTokenizer
+
+    data = [torch.randint(0, 64, (1, 32), generator=torch.Generator().manual_seed(seed)) for seed in range(8)]
+    tuned = AutoRound(
+        _loaded(source), AutoTokenizer.from_pretrained(source), layer_config=layers, iters=4, nsamples=8, seqlen=32,
+        batch_size=4, dataset=data, device_map="cpu", **{"bits": 4, "group_size": 32, "sym": True} | options,
+    )  # fmt: skip
+    tuned.quantize_and_save(str(out), format="auto_round")
+    for file in [file for folder in out.iterdir() if folder.is_dir() for file in folder.iterdir()]:
+        file.rename(out / file.name)
+    back = _loaded(out, dtype=torch.float16)
+    # Its linears have no function that dequantizes: of the unit vectors they make the weight.
+    return {
+        name: linear(torch.eye(linear.infeatures, dtype=torch.float16)).t().float().detach()
+        for name, linear in _linears(back).items() if hasattr(linear, "qweight")
+    }  # fmt: skip
+
+
+def llm_compressor(source: Path, out: Path, static: bool) -> Made:
+    """GPTQ with 4 bits in groups, or 8 bits with static inputs and scales of a cache, on ids at random."""
+    from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+    from datasets import Dataset
+    from llmcompressor import oneshot
+    from llmcompressor.modifiers.quantization import GPTQModifier, QuantizationModifier
+    from transformers import CompressedTensorsConfig
+
+    ids = torch.randint(0, 64, (16, 32), generator=torch.Generator().manual_seed(0)).tolist()
+    data = Dataset.from_dict({"input_ids": ids, "attention_mask": [[1] * 32] * 16})
+    scheme = {"targets": ["Linear"], "weights": QuantizationArgs(num_bits=4, strategy="group", group_size=32)}
+    options: dict[str, Any] = {"ignore": ["lm_head"]}
+    if static:
+        one = QuantizationArgs(num_bits=8, strategy="tensor", dynamic=False)
+        scheme |= {"weights": QuantizationArgs(num_bits=8, strategy="channel"), "input_activations": one}
+        options["kv_cache_scheme"] = QuantizationArgs(num_bits=8, type="float", strategy="tensor", dynamic=False)
+    modifier = (QuantizationModifier if static else GPTQModifier)(
+        config_groups={"group_0": QuantizationScheme(**scheme)}, **options
+    )
+    model = oneshot(
+        model=_loaded(source, dtype=torch.float32), dataset=data, recipe=modifier, num_calibration_samples=16,
+        max_seq_length=32, pipeline="basic",
+    )  # fmt: skip
+    model.save_pretrained(out, save_compressed=True)
+    back = _loaded(out, quantization_config=CompressedTensorsConfig(dequantize=True))
+    return {name: linear.weight.detach().float() for name, linear in _linears(back).items()}
+
+
 def _save(
     source: Path, out: Path, made: Mapping[str, Tensor], tensors: Mapping[str, Tensor], said: Mapping[str, Any],
     metadata: Mapping[str, str] | None = None,
@@ -261,6 +311,10 @@ MAKERS: dict[str, Callable[[Path, Path], Made]] = {
     "gptq_act_order": partial(gptqmodel, desc_act=True, act_group_aware=False, sym=False),
     "gptq_v2": partial(gptqmodel, bits=8, format="gptq_v2"),
     "gptq_dynamic": partial(gptqmodel, dynamic={r".*\.up_proj": {"bits": 8, "group_size": 64}, r"-:.*\.q_proj": {}}),
+    "auto_round_4": partial(auto_round, sym=False),
+    "auto_round_settings": partial(auto_round, layers={"model.layers.0.mlp.up_proj": {"bits": 8, "group_size": 64}}),
+    "llm_compressor_w4a16": partial(llm_compressor, static=False),
+    "llm_compressor_w8a8": partial(llm_compressor, static=True),
     "bnb_nf4": partial(bitsandbytes, load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True),
     "bnb_fp4": partial(bitsandbytes, load_in_4bit=True, bnb_4bit_quant_type="fp4"),
     "bnb_int8": partial(bitsandbytes, load_in_8bit=True),

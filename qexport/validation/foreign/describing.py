@@ -13,13 +13,15 @@ from ...artifact.manifest import LinearEntry, Manifest
 from ...calibrate.block_activations import Feeds
 from ...capture.graph import CapturedModel
 from ...errors import InputError
-from ...graph.sites import linears
+from ...graph.convolution_sites import products as products_of
+from ...graph.views import Convolution
 from ...progress import StageProgress
 from ...quant.float_types import FLOAT_TYPES
 from ...runtime.session import OptimizedGraph, optimized_graph
 from ..report import Foreign, Unfused, WeightRow
 from . import notes
 from .constants import FileGraph
+from .convolutions import convolutions
 from .finding import ForeignFile
 from .matching import Match, Matches, match
 from .ports import CACHE, feeds_for
@@ -73,15 +75,16 @@ def describe(
         feeds: of the float model, one batch at least.
 
     Raises:
-        InputError: it is no language model's file, or another model's.
+        InputError: it takes or gives other values than the model, or is another model's.
         RuntimeProblem: ONNX Runtime refuses it.
     """
-    model = make_copy(file, folder, captured.kind, captured.outputs[0].name)
+    model = make_copy(file, folder, captured)
     if captured.kind == "decoder" and "logits" not in [value.name for value in model.graph.output]:
         raise InputError("has no logits among its outputs", place=str(file.path))
     shapes = {value.name: _shape(value) for value in model.graph.input}
     graph = FileGraph(model, folder)
-    matches = match(captured, products(graph), progress)
+    there = sorted([*products(graph), *convolutions(graph)], key=lambda product: product.order)
+    matches = match(captured, there, progress)
     _check(file, captured, matches)
     provider = provider or file.provider
     outline = Manifest(
@@ -89,7 +92,8 @@ def describe(
         session=file.session, settings=_settings(captured),
     )  # fmt: skip
     optimized = optimized_graph(folder, outline)
-    small = [feeds_for({name: _cut(value) for name, value in feeds[0].items()}, shapes)]
+    few = feeds[0] if captured.kind == "module" else {name: _cut(value) for name, value in feeds[0].items()}
+    small = [feeds_for(few, shapes)]
     blocks = find_states(
         captured, graph, matches.found, small, outline, folder, threads=threads, provider=provider,
         write=partial(write, model, folder),
@@ -112,11 +116,14 @@ def _cut(value: Tensor) -> Tensor:
 
 
 def _check(file: ForeignFile, captured: CapturedModel, matches: Matches) -> None:
-    total = sum(len(linears(block.module.graph)) for block in captured.blocks)
+    there = [found for block in captured.blocks for found in products_of(block.module.graph)]
+    total, kinds = len(there), "linears"
+    if any(Convolution.match(found.node) for found in there):
+        kinds += " and convolutions"
     good = sum(found.by == "values" for found in matches.found)
     if not good or good < _FEW * total:
         raise InputError(
-            f"is not the reference's: {good} of its {total} linears have weights like those here",
+            f"is not the reference's: {good} of its {total} {kinds} have weights like those here",
             place=str(file.path), remedy="Give the model that this file was made from",
         )  # fmt: skip
 
@@ -151,7 +158,7 @@ def _weight(found: Match, captured: CapturedModel, smoothed: bool = False) -> We
     rows = slice(found.first, found.first + found.linear.shape[0])
     weight = found.product.weight
     step = weight.step() if weight.step is not None else None
-    want = captured.load(found.linear.weight).float()
+    want = captured.load(found.linear.weight).float().flatten(1)
     return weight_findings(found, want, weight.read()[rows], None if step is None else step[rows], smoothed)
 
 

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from ...capture.graph import CapturedModel
-from ...graph.sites import Linear, linears
+from ...graph.convolution_sites import products as products_of
+from ...graph.sites import Linear
 from ...progress import StageProgress
 from .products import Product
 
@@ -70,7 +71,7 @@ class _Place:
 
 def match(captured: CapturedModel, products: Sequence[Product], progress: StageProgress) -> Matches:
     """Find every linear of the float model among the products of a file."""
-    wanted = [(found, block.name) for block in captured.blocks for found in linears(block.module.graph)]
+    wanted = [(found, block.name) for block in captured.blocks for found in products_of(block.module.graph)]
     widths = {found.shape[1] for found, _ in wanted}
     random = {
         width: torch.randn(width, _PROJECTIONS, generator=torch.Generator().manual_seed(width)) for width in widths
@@ -84,7 +85,7 @@ def match(captured: CapturedModel, products: Sequence[Product], progress: StageP
     by_value: dict[str, _Place | None] = {}
     for index, (found, _) in enumerate(wanted):
         progress(found.name, len(given) + index, len(given) + len(wanted))
-        sketch = captured.load(found.weight).float() @ random[found.shape[1]]
+        sketch = captured.load(found.weight).float().flatten(1) @ random[found.shape[1]]
         alike = [_within(sketch, there[p.order], p) for p in given if p.weight.shape[1] == found.shape[1]]
         fitting = [place for place in alike if place is not None]
         by_value[found.name] = _best(fitting, found.name)

@@ -13,10 +13,11 @@ FUSED = {  # operators that a product with codes may become, by how the file has
     "QGemm": ("QGemm",), "MatMulIntegerToFloat": ("MatMulIntegerToFloat",),
     "DynamicQuantizeMatMul": ("DynamicQuantizeMatMul",),
     "MatMulInteger": ("DynamicQuantizeMatMul", "MatMulIntegerToFloat", "MatMulInteger"),
+    "ConvInteger": ("ConvInteger",),
 }  # fmt: skip
 _ROUNDED = ("QLinearMatMul", "MatMulIntegerToFloat", "DynamicQuantizeMatMul", "QGemm", "MatMulNBits")
 _WEIGHT_ONLY = ("MatMulNBits",)
-_FLOAT = ("MatMul", "Gemm", "FusedMatMul", "FusedGemm")
+_FLOAT = ("MatMul", "Gemm", "FusedMatMul", "FusedGemm", "Conv", "FusedConv", "NhwcFusedConv")
 _LEVEL = "session.qdq_matmulnbits_accuracy_level"
 
 
@@ -27,6 +28,8 @@ def kernel(product: Product, graph: OptimizedGraph) -> tuple[str, str | None]:
     fine: tuple[str, ...]
     if not product.quantized:
         fine = _FLOAT
+    elif product.node.op_type == "Conv":
+        fine = ("QLinearConv",)
     elif product.node.op_type in FUSED:
         fine = FUSED[product.node.op_type]
     else:

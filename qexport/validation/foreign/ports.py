@@ -1,4 +1,4 @@
-"""Inputs and outputs of a decoder or encoder under the names that exports have, whatever a tool calls them."""
+"""Inputs and outputs of a model under the names that exports have, whatever a tool calls them."""
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -55,6 +55,26 @@ def output_names(outputs: Sequence[ValueInfoProto], kind: str, first: str) -> di
     return named | ({best: "logits"} if best else {})
 
 
+def paired(values: Sequence[ValueInfoProto], names: Sequence[str], what: str, place: str) -> dict[str, str]:
+    """The name that a module has for each input or output: the same, or else that of the same place.
+
+    Args:
+        names: of the module's; what: "input" or "output".
+
+    Raises:
+        InputError: there are more or fewer of them, under other names.
+    """
+    there = [value.name for value in values]
+    if set(there) <= set(names):
+        return {name: name for name in there}
+    if len(there) != len(names):
+        raise InputError(
+            f"has {len(there)} {what}s, {', '.join(there[:5])}, and the module {len(names)}: {', '.join(names[:5])}",
+            place=place, remedy="Give the module that this file was made from",
+        )  # fmt: skip
+    return dict(zip(there, names, strict=True))
+
+
 def cached(name: str, prefix: str) -> str | None:
     """`prefix` with number and kind of the cache that a name means; None where it means none."""
     words = _WORD.findall(name.lower())
@@ -85,12 +105,14 @@ def feeds_for(feeds: Feeds, shapes: Mapping[str, Sequence[int | str | None]]) ->
     """What the float model reads, with everything besides that a file takes.
 
     Args:
-        feeds: inputs of the float model by public name, "input_ids" among them.
+        feeds: inputs of the float model by public name, of a text model "input_ids" among them.
         shapes: of the file's inputs, by the names that exports have; dynamic dimensions are no numbers.
 
     Raises:
         InputError: the file has a cache whose sizes nobody says.
     """
+    if shapes.keys() <= feeds.keys():
+        return feeds
     ids = feeds["input_ids"]
     made: dict[str, Tensor] = {
         "attention_mask": torch.ones_like(ids), "token_type_ids": torch.zeros_like(ids),

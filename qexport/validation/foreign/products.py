@@ -10,6 +10,7 @@ import torch
 from onnx import NodeProto, TensorProto
 from torch import Tensor
 
+from ...artifact.manifest import FLOAT
 from ...quant.formats.codebooks import decode_codebook
 from ...quant.packing import unpack_high_first, unpack_rows
 from .constants import BITS, CODES, FileGraph, attribute, filled
@@ -73,7 +74,7 @@ class Product:
     def scheme(self) -> str:
         """Its format in the way recipes write them; "float" for one of floats."""
         if not self.quantized:
-            return "float"
+            return FLOAT
         kinds = {"": "a16", "static": "a8_static", "dynamic": "a8_dyn"}
         if self.node.op_type == "MatMulBnb4":
             return f"{_BOOKS[attribute(self.node, 'quant_type', 0)]}_g{self.weight.block}"
@@ -91,7 +92,8 @@ def products(graph: FileGraph) -> list[Product]:
     return found
 
 
-def _made(graph: FileGraph, node: NodeProto, weight: Weight, accuracy: int | None = None) -> Product:
+def made_by(graph: FileGraph, node: NodeProto, weight: Weight, accuracy: int | None = None) -> Product:
+    """The product of a node, with what its input is before it is rounded, and its result with scales and bias."""
     value, rounded = _before_rounding(graph, node.input[0])
     made, scaled = node.output[0], _scaled_around(graph, value, node.output[0])
     if scaled is not None:
@@ -102,12 +104,23 @@ def _made(graph: FileGraph, node: NodeProto, weight: Weight, accuracy: int | Non
 
 
 def _before_rounding(graph: FileGraph, value: str) -> tuple[str, str]:
-    kind = ""
+    kind, rounded = "", value
     while (node := graph.makers.get(value)) is not None and node.op_type in _ROUNDING:
         if node.op_type != "DequantizeLinear":
             kind = "dynamic" if node.op_type[0] == "D" or not graph.constant(node.input[1]) else "static"
-        value = node.input[0]
+            if kind == "static" and _holds_activation(graph, node):
+                return rounded, kind
+        rounded, value = value, node.input[0]
     return value, kind
+
+
+def _holds_activation(graph: FileGraph, node: NodeProto) -> bool:
+    """Whether a QuantizeLinear cuts off what is below 0 of a product: the ReLU that a quantizer left out for it."""
+    made = graph.makers.get(node.input[0])
+    if made is None or made.op_type not in ("Conv", "Gemm", "MatMul", "Add") or len(node.input) < 3:
+        return False
+    zero = graph.array(node.input[2])
+    return bool((zero == np.iinfo(zero.dtype).min).all()) if np.issubdtype(zero.dtype, np.integer) else False
 
 
 def _scaled_around(graph: FileGraph, value: str, made: str) -> tuple[str, str] | None:
@@ -129,8 +142,10 @@ def _scaled_around(graph: FileGraph, value: str, made: str) -> tuple[str, str] |
 
 
 def _with_bias(graph: FileGraph, node: NodeProto, value: str, rows: int) -> str:
-    """The value behind scales, casts, rounding and the bias of a product that makes `value`."""
-    integer = node.op_type == "MatMulInteger"
+    """The value behind scales, casts and the bias of a product that makes `value`, and behind rounding where the bias
+    is added there, or codes come out: rounding may hold an activation, as its range does."""
+    integer, codes = node.op_type in ("MatMulInteger", "ConvInteger"), node.op_type in ("QLinearMatMul", "QGemm")
+    found = value
     for _ in range(6):
         readers = graph.readers.get(value, [])
         if len(readers) != 1:
@@ -139,12 +154,14 @@ def _with_bias(graph: FileGraph, node: NodeProto, value: str, rows: int) -> str:
         other = next((name for name in reader.input if name != value), "")
         if reader.op_type == "Add" and graph.constant(other) and graph.sources(other):
             longest = graph.sources(other)[0]
-            return reader.output[0] if int(np.prod(longest.dims, dtype=np.int64)) == rows else value
+            return reader.output[0] if int(np.prod(longest.dims, dtype=np.int64)) == rows else found
         scales = integer and (reader.op_type == "Cast" or (reader.op_type == "Mul" and _is_scale(graph, other)))
         if not scales and reader.op_type not in ("QuantizeLinear", "DequantizeLinear"):
             break
         value = reader.output[0]
-    return value
+        if scales or codes:
+            found = value
+    return found
 
 
 def _is_scale(graph: FileGraph, value: str) -> bool:
@@ -157,11 +174,11 @@ def _is_scale(graph: FileGraph, value: str) -> bool:
     return node.op_type == "DynamicQuantizeLinear" and value == node.output[1]
 
 
-def _float_or_codes(graph: FileGraph, value: str, transposed: bool, alpha: float = 1.0) -> Weight | None:
+def constant_weight(graph: FileGraph, value: str, transposed: bool, alpha: float = 1.0) -> Weight | None:
     """A weight that is computed from constants alone.
 
     Args:
-        transposed: the file has it as [N, K].
+        transposed: the file has it as [N, K], or as the filters of a convolution.
     """
     sources = graph.sources(value)
     if not graph.constant(value) or not sources:
@@ -170,10 +187,11 @@ def _float_or_codes(graph: FileGraph, value: str, transposed: bool, alpha: float
     if longest.data_type not in BITS or (longest.data_type not in CODES and longest.data_type not in _FLOAT_TYPES):
         return None
     dims = _dims(graph, value)
-    if dims is None:
+    if len(dims) < 2 or (len(dims) > 2 and not transposed):
         return None
-    shape = dims if transposed else dims[::-1]
-    turn = (lambda found: found) if transposed else (lambda found: found.t())
+    rows, columns = int(dims[0]), int(np.prod(dims[1:], dtype=np.int64))
+    shape = (rows, columns) if transposed else (columns, rows)
+    turn = (lambda found: found.flatten(1)) if transposed else (lambda found: found.t())
     names = tuple(tensor.name for tensor in sources)
     size = graph.bytes([value])
     if longest.data_type not in CODES:
@@ -190,16 +208,14 @@ def _float_or_codes(graph: FileGraph, value: str, transposed: bool, alpha: float
     )  # fmt: skip
 
 
-def _dims(graph: FileGraph, value: str) -> tuple[int, int] | None:
-    """The shape of a constant matrix; of a computed one it is computed."""
+def _dims(graph: FileGraph, value: str) -> tuple[int, ...]:
+    """The shape of a constant; of a computed one it is computed."""
     tensor = graph.tensors.get(value)
     dims = tuple(tensor.dims) if tensor is not None else None
     node = graph.makers.get(value)
     if dims is None and node is not None and node.op_type in ("DequantizeLinear", "Cast", "Identity"):
         return _dims(graph, node.input[0])
-    if dims is None:
-        dims = tuple(graph.evaluate(value).shape)
-    return (dims[0], dims[1]) if len(dims) == 2 else None
+    return tuple(graph.evaluate(value).shape) if dims is None else dims
 
 
 def _block(dequantize: NodeProto | None, sources: list[TensorProto], shape: tuple[int, int]) -> int:
@@ -237,8 +253,8 @@ def _matmul(graph: FileGraph, node: NodeProto) -> Product | None:
     transposed = bool(attribute(node, "transB", 0))
     if attribute(node, "transA", 0) or graph.constant(node.input[0]):
         return None
-    weight = _float_or_codes(graph, node.input[1], transposed, attribute(node, "alpha", 1.0))
-    return None if weight is None else _made(graph, node, weight)
+    weight = constant_weight(graph, node.input[1], transposed, attribute(node, "alpha", 1.0))
+    return None if weight is None else made_by(graph, node, weight)
 
 
 def _n_bits(graph: FileGraph, node: NodeProto) -> Product | None:
@@ -260,7 +276,7 @@ def _n_bits(graph: FileGraph, node: NodeProto) -> Product | None:
 
     names = tuple(filter(None, given[1:4]))
     weight = Weight((n, k), read, bits, scales, block, bool(given[3]), graph.bytes(given[1:5]), names)
-    return _made(graph, node, weight, accuracy=attribute(node, "accuracy_level"))
+    return made_by(graph, node, weight, accuracy=attribute(node, "accuracy_level"))
 
 
 def _zero_points(
@@ -292,7 +308,7 @@ def _bnb4(graph: FileGraph, node: NodeProto) -> Product | None:
         book = _BOOKS[attribute(node, "quant_type", 0)]
         return decode_codebook(padded, scale, book, block)[0, : n * k].reshape(n, k)
 
-    return _made(graph, node, Weight((n, k), read, 4, None, block, False, graph.bytes(list(node.input[1:3])),
+    return made_by(graph, node, Weight((n, k), read, 4, None, block, False, graph.bytes(list(node.input[1:3])),
                                      tuple(node.input[1:3])))  # fmt: skip
 
 
@@ -307,7 +323,7 @@ def _integer_form(scale_at: int, zero_at: int) -> Callable[[FileGraph, NodeProto
         weight_at = {"DynamicQuantizeMatMul": 1, "MatMulInteger": 1, "MatMulIntegerToFloat": 1}.get(node.op_type, 3)
         codes = node.input[weight_at]
         tensor = graph.tensors.get(codes)
-        scale = node.input[scale_at] if scale_at >= 0 else _scale_behind(graph, node.output[0])
+        scale = node.input[scale_at] if scale_at >= 0 else scale_behind(graph, node.output[0])
         if tensor is None or len(tensor.dims) != 2 or not scale or not graph.constant(scale):
             return None
         zero = node.input[zero_at] if len(node.input) > zero_at else ""
@@ -325,14 +341,14 @@ def _integer_form(scale_at: int, zero_at: int) -> Callable[[FileGraph, NodeProto
             return ((found if turned else found.t()) - points) * steps()
 
         weight = Weight((n, k), read, 8, steps, 0, bool(zero), graph.bytes([codes, scale, zero]), (codes, scale))
-        made = _made(graph, node, weight)
+        made = made_by(graph, node, weight)
         rounded = "dynamic" if node.op_type == "DynamicQuantizeMatMul" else made.activations or "static"
         return replace(made, activations=rounded)
 
     return reader
 
 
-def _scale_behind(graph: FileGraph, value: str) -> str:
+def scale_behind(graph: FileGraph, value: str) -> str:
     """The constant among the factors that a product of integers is multiplied by."""
     for _ in range(3):
         readers = graph.readers.get(value, [])

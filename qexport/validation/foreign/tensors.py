@@ -9,7 +9,7 @@ from onnx import TensorProto
 from torch import Tensor
 
 from ...capture.graph import CapturedModel
-from ...graph.sites import linears
+from ...graph.convolution_sites import products
 from ...runtime.tensors import tensor_of
 from .constants import FileGraph
 
@@ -24,7 +24,7 @@ def tensor_faults(captured: CapturedModel, graph: FileGraph) -> tuple[str, ...]:
 
     A tensor that goes by no name of the float model's says nothing: it may be folded into another.
     """
-    weights = {found.weight for block in captured.blocks for found in linears(block.module.graph)}
+    weights = {found.weight for block in captured.blocks for found in products(block.module.graph)}
     names = [
         name for block in captured.blocks for name in block.parameters
         if name not in captured.constants and name not in weights

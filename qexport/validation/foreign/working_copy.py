@@ -3,7 +3,7 @@
 Nothing that is computed changes: other names are put in front and behind by Identity, which a session takes out again.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import onnx
@@ -11,23 +11,25 @@ from onnx import AttributeProto, GraphProto, ModelProto, TensorProto, helper, in
 
 from ...artifact.files import link_or_copy
 from ...artifact.manifest import MODEL_FILE
+from ...capture.graph import CapturedModel
 from ...errors import InputError, reading
+from .codes_as_values import as_quantized_values
 from .finding import ForeignFile
-from .ports import input_names, is_integer, output_names
+from .ports import input_names, is_integer, output_names, paired
 
 _INLINE = "inline.data"
 _KEPT_INLINE = 1024  # bytes of a tensor that stays in the model
 _OWN = "qexport/"  # in front of names of nodes that were added
 
 
-def make_copy(file: ForeignFile, folder: Path, kind: str, first: str) -> ModelProto:
+def make_copy(file: ForeignFile, folder: Path, captured: CapturedModel) -> ModelProto:
     """Write the copy into `folder`, as model.onnx, and return it without its data.
 
     Args:
-        kind, first: see `ports.output_names`.
+        captured: the float model, whose names inputs and outputs get.
 
     Raises:
-        InputError: data of the file is missing, or its inputs are not those of a language model.
+        InputError: data of the file is missing, or its inputs are not those of the model.
     """
     with reading(file.path, "no ONNX model"):
         model = onnx.load(file.path, load_external_data=False)
@@ -37,7 +39,8 @@ def make_copy(file: ForeignFile, folder: Path, kind: str, first: str) -> ModelPr
     _link_data(model.graph, file.path.parent, folder)
     _name_nodes(model.graph)
     _sort(model.graph)
-    _rename_ports(model.graph, kind, first, file.path)
+    as_quantized_values(model.graph, folder)
+    _rename_ports(model.graph, captured, file.path)
     write(model, folder)
     return model
 
@@ -156,10 +159,10 @@ def _read(node: onnx.NodeProto) -> Iterator[str]:
                 yield from _read(inner)
 
 
-def _rename_ports(graph: GraphProto, kind: str, first: str, path: Path) -> None:
+def _rename_ports(graph: GraphProto, captured: CapturedModel, path: Path) -> None:
     defaults = {tensor.name for tensor in graph.initializer}
     given = [value for value in graph.input if value.name not in defaults]
-    names = input_names(given, str(path))
+    names = _input_names(given, captured, path)
     nodes = [node for value in given if (node := _behind(graph, value, names[value.name])) is not None]
     if nodes:
         rest = [copied(node) for node in graph.node]
@@ -169,7 +172,19 @@ def _rename_ports(graph: GraphProto, kind: str, first: str, path: Path) -> None:
     values = [_named(value, names[value.name]) for value in given]
     del graph.input[:]
     graph.input.extend(values)
-    _rename_outputs(graph, output_names(graph.output, kind, first))
+    if captured.kind == "module":
+        named = paired(graph.output, [port.name for port in captured.outputs], "output", str(path))
+    else:
+        named = output_names(graph.output, captured.kind, captured.outputs[0].name)
+    _rename_outputs(graph, named)
+
+
+def _input_names(
+    given: Sequence[onnx.ValueInfoProto], captured: CapturedModel, path: Path
+) -> Mapping[str, str]:  # fmt: skip
+    if captured.kind == "module":
+        return paired(given, [port.name for port in captured.inputs], "input", str(path))
+    return input_names(given, str(path))
 
 
 def _behind(graph: GraphProto, value: onnx.ValueInfoProto, name: str) -> onnx.NodeProto | None:
