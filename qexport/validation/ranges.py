@@ -38,9 +38,9 @@ def static_limits(folder: Path) -> dict[str, tuple[float, float]]:
             if zero is not None and zero.data_type in _CODES:
                 low_code, high_code = _CODES[zero.data_type]
                 if (offset := number(zero.name)) is not None:
-                    low, high = scale * (low_code - offset), scale * (high_code - offset)
-                    limits.setdefault(node.input[0], (low, high))
-                    rounded[node.output[0]] = low, high - scale / 2
+                    reach = scale * (low_code - offset), scale * (high_code - offset)
+                    limits.setdefault(node.input[0], reach)
+                    rounded[node.output[0]] = reach[0], reach[1] - scale / 2
         # Of what was rounded to the last code nobody can tell how far it reached.
         elif node.op_type == "DequantizeLinear" and node.input[0] in rounded:
             limits.setdefault(node.output[0], rounded[node.input[0]])

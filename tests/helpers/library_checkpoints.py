@@ -311,7 +311,7 @@ MAKERS: dict[str, Callable[[Path, Path], Made]] = {
     "gptq_act_order": partial(gptqmodel, desc_act=True, act_group_aware=False, sym=False),
     "gptq_v2": partial(gptqmodel, bits=8, format="gptq_v2"),
     "gptq_dynamic": partial(gptqmodel, dynamic={r".*\.up_proj": {"bits": 8, "group_size": 64}, r"-:.*\.q_proj": {}}),
-    "auto_round_4": partial(auto_round, sym=False),
+    "auto_round_4": auto_round,
     "auto_round_settings": partial(auto_round, layers={"model.layers.0.mlp.up_proj": {"bits": 8, "group_size": 64}}),
     "llm_compressor_w4a16": partial(llm_compressor, static=False),
     "llm_compressor_w8a8": partial(llm_compressor, static=True),

@@ -51,6 +51,14 @@ MADE = {  # what the checkpoint is called, the scheme of the linear, and how it 
     "modelopt_int8_smoothquant": ("ModelOpt, W8A8_SQ_PER_CHANNEL", "w8a8_static", f"as stored{FACTORS}"),
     "modelopt_fp8_default": ("FP8", "w8a16_fp8", "as stored"),
     "gptq_4": ("GPTQ, 4 bits in groups of 32", "w4a16_g32", "as stored"),
+    "auto_round_4": ("AutoRound, 4 bits in groups of 32", "w4a16_g32", "as stored"),
+    "auto_round_settings": ("AutoRound, 4 bits in groups of 32, settings by module", "w8a16_g64", "as stored"),
+    "llm_compressor_w4a16": (
+        "compressed-tensors, pack-quantized: int4 in groups of 32", "w4a16_g32", "as stored"
+    ),
+    "llm_compressor_w8a8": (
+        "compressed-tensors, int-quantized: int8 by channel with static int8 inputs", "w8a8_static", "as stored"
+    ),
     "bnb_nf4": ("bitsandbytes, nf4, double quantization", "nf4", "as stored"),
     "bnb_fp4": ("bitsandbytes, fp4", "fp4", "as stored"),
     "bnb_int8": ("bitsandbytes, int8", "w8a16_pc", "as stored"),
@@ -65,7 +73,7 @@ MADE = {  # what the checkpoint is called, the scheme of the linear, and how it 
     "compressed_mxfp4": ("compressed-tensors, mxfp4-pack-quantized: float4 in groups of 32", "mxfp4", "as stored"),
 }  # fmt: skip
 # Libraries that dequantize into float16 and bfloat16: their rounding.
-_HALF = {"hqq_3": 2e-3, "compressed_nvfp4": 4e-3} | {name: 2e-3 for name in MAKERS if name.startswith("gptq")}
+_HALF = {"hqq_3": 2e-3, "compressed_nvfp4": 4e-3} | {name: 2e-3 for name in MAKERS if name.startswith(("gptq", "auto"))}
 
 
 def opened(name):
@@ -94,6 +102,12 @@ def test_values(name):
     values = (made.dequantize() if isinstance(made, Given) else made).double()
     rounded = _HALF.get(name, 4 * torch.finfo(torch.float32).eps)  # of the largest of the difference that makes one
     torch.testing.assert_close(values, want, rtol=0, atol=rounded * want.abs().max().item())
+
+
+def test_scale_of_a_static_input_comes_along():
+    _, codes, _ = opened("llm_compressor_w8a8")
+    with safe_open(DATA / "llm_compressor_w8a8.safetensors", framework="pt") as handle:
+        assert proved(codes).input_scale == float(handle.get_tensor("model.layers.0.mlp.up_proj.input_scale"))
 
 
 def test_all_files_are_tested():
