@@ -1,6 +1,6 @@
 """Which families of models can be exported, and what becomes of them: tables from a small random model of each.
 
-    python samples/families.py [--kinds decoders encoder-decoders encoders modules] [--families 'gemma*' bert] [-o FILE]
+    python samples/families.py [--kinds decoders ... heads] [--families 'gemma*' bert] [-o FILE]
 
 The models are in families.yaml beside this file. Each is captured and compared with transformers, exported for the CPU
 with three schemes and compared with its graph in ONNX Runtime, and exported for CUDA and placed there without a GPU:
@@ -31,7 +31,7 @@ from helpers import agreement, random_modules  # noqa: E402
 from helpers.cuda_placement.build import CannotBuild, build_stand_ins  # noqa: E402
 from helpers.cuda_placement.models import CPU, PROMPT  # noqa: E402
 from helpers.cuda_placement.probe import PlacementError, placement  # noqa: E402
-from helpers.random_decoders import BREADTH, FAMILIES, REFUSED, reference_model, save_model  # noqa: E402
+from helpers.random_decoders import BREADTH, FAMILIES, LISTS, REFUSED, reference_model, save_model  # noqa: E402
 from helpers.runners import (  # noqa: E402
     captured_runner,
     load_weights,
@@ -60,7 +60,7 @@ MASKS = (padded([9, 4, 6], "left"), padded([7, 2, 5], "right"))
 KINDS = {
     "decoders": (*FAMILIES, *BREADTH, *REFUSED), "encoder-decoders": random_modules.SEQ2SEQ,
     "encoders": (*random_modules.ENCODERS, *random_modules.REFUSED_ENCODERS),
-    "modules": random_modules.MODULES,
+    "modules": random_modules.MODULES, "heads": random_modules.HEADS,
 }  # fmt: skip
 HEAD = """# Families of models
 
@@ -91,10 +91,12 @@ decoder with a cache. The worse of both is shown; on CUDA, the encoder first."""
     "modules": """As `nn.Module` with example inputs. *Convolutions*: quantized with w8a8_static on the CPU, of all.
 Other schemes have no convolution and CUDA has no integer one, so that they stay float there. Networks that are no row
 of layers are one block, in which a code that differs changes what follows.""",
+    "heads": """From their folders, with the head that `architectures` names: outputs and their dimensions, *decides* is
+what `validate` reads off them. What makes logits takes the same scheme here (`lm_head`); otherwise it is float.""",
 }
 COLUMNS = {
     "decoders": ("attention", "experts", "quantized"), "encoder-decoders": ("quantized",), "encoders": ("quantized",),
-    "modules": ("quantized", "convolutions")
+    "modules": ("quantized", "convolutions"), "heads": ("outputs", "decides", "quantized", "convolutions"),
 }  # fmt: skip
 
 
@@ -148,8 +150,9 @@ def measured(kind: str, name: str, folder: Path, stand_ins: dict[str, str] | Non
     """
     if kind == "encoder-decoders":
         return measured_pair(name, folder, stand_ins)
-    captured, error, feeds = {"decoders": _decoder, "encoders": _encoder, "modules": _module}[kind](name, folder)
-    options = {"calibration": [feeds]} if kind == "modules" else {}
+    capture = {"decoders": _decoder, "encoders": _encoder, "modules": _module, "heads": _head}[kind]
+    captured, error, feeds = capture(name, folder)
+    options = {"calibration": [feeds]} if captured.kind == "module" else {}
     exports = {
         title: agreement.export(copy.deepcopy(captured), _recipe(scheme), "cpu", folder / scheme, **options)
         for title, scheme in SCHEMES.items()
@@ -164,6 +167,8 @@ def measured(kind: str, name: str, folder: Path, stand_ins: dict[str, str] | Non
     why = manifest.settings.get("attention_reason", "")
     cells = {
         "attention": manifest.settings.get("attention", "") + (f": {why}" if why else ""),
+        "outputs": ", ".join(f"{port.name} {list(port.dims)}".replace("'", "") for port in captured.outputs),
+        "decides": captured.settings.get("decides", "") or "numbers",
         "experts": _experts(exports["w4a16"]), "quantized": str(quantized[0]), "convolutions": quantized[1],
     }  # fmt: skip
     return [
@@ -232,6 +237,14 @@ def _module(name: str, folder: Path) -> tuple[CapturedModel, float, dict]:
     model, feeds = random_modules.make_module(name), [random_modules.example_inputs(name, more) for more in (0, 1)]
     captured = _checked(capture_module(model, feeds[0], random_modules.axes(name)))
     return captured, _from_eager(captured, model, feeds), feeds[0]
+
+
+def _head(name: str, folder: Path) -> tuple[CapturedModel, float, dict]:
+    saved = random_modules.save_head(name, folder / "model")
+    captured = _checked(capture_model(saved))
+    model = getattr(transformers, LISTS["heads"][name]["head"]).from_pretrained(saved, attn_implementation="eager")
+    feeds = random_modules.head_inputs(captured)
+    return captured, _from_eager(captured, model.eval(), feeds), feeds[0]
 
 
 def _from_eager(captured: CapturedModel, model: torch.nn.Module, feeds: list[dict]) -> float:

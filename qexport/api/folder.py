@@ -19,7 +19,8 @@ from ..runtime.genai import genai_config
 
 logger = logging.getLogger(__name__)
 
-_COPIED = ("config.json", "generation_config.json")  # what the runtime reads
+_READ = ("config.json", "generation_config.json")  # by the runtime
+_COPIED = (*_READ, "preprocessor_config.json")
 
 
 def write_companions(
@@ -38,7 +39,7 @@ def write_companions(
 
 def _write_genai(folder: Path, manifest: Manifest, source: ModelFolder) -> None:
     """What onnxruntime-genai needs to run the export, which is whole without it."""
-    config, generation = (read_json(folder / n) if (folder / n).exists() else {} for n in _COPIED)
+    config, generation = (read_json(folder / n) if (folder / n).exists() else {} for n in _READ)
     tokenizer = source.tokenizer()
     end = None if tokenizer is None else tokenizer.eos_token_id
     try:

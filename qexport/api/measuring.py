@@ -16,6 +16,7 @@ from ..artifact.names import public_name
 from ..artifact.output import inside
 from ..artifact.scratch import scratch_folder
 from ..calibrate.block_activations import module_feeds
+from ..calibrate.data import Prepared, module_inputs
 from ..calibrate.encoder_inputs import encoder_batch, with_last_token
 from ..calibrate.model_passes import change_model
 from ..capture.graph import CapturedModel
@@ -25,13 +26,15 @@ from ..lower.adapter_inputs import with_adapter_inside
 from ..mixed_precision.costs import Costs
 from ..mixed_precision.sensitivity import costs_of, restore
 from ..models.agreement import ReaderAgreement
+from ..models.heads import Decision
 from ..models.source import ModelFolder
 from ..progress import announce
-from ..recipe.recipe import Recipe
+from ..recipe.recipe import CalibrationSpec, Recipe
 from ..report import describe_foreign, read_validated, write_card, write_html
 from ..runtime.provider import chosen_provider
 from ..runtime.session import open_session
 from ..validation.account import transforms
+from ..validation.decisions import decisions
 from ..validation.environment import settings, versions
 from ..validation.float_forms import compare_forms
 from ..validation.foreign import Described, whole_logits
@@ -44,7 +47,7 @@ from ..validation.reference import Feeds, FloatOutputs, check_same_model, decode
 from ..validation.report import Logits, Reference, Report, ValueComparison
 from ..validation.report_store import exported_activations, exported_warnings, save
 from ..validation.running import run_session
-from ..validation.text import Text, choose_text
+from ..validation.text import OWN_SEED, Text, choose_text
 from ..validation.timing import measure, with_times
 from ..validation.verdict import with_verdict
 from .options import ValidationOptions
@@ -329,11 +332,9 @@ def _given(inputs: Sequence[Inputs] | Sequence[str] | torch.Tensor | None) -> Se
 def read_by(captured: CapturedModel, options: ValidationOptions) -> Read:
     """The text, or what is read instead."""
     if captured.kind == "module":
-        if options.text is not None:
-            raise InputError("this model reads no text", place="text", remedy="Pass inputs=[(tensor, ...), ...]")
-        feeds = module_feeds(captured, _given(options.inputs), "inputs")
-        rows = sum(next(iter(batch.values())).shape[0] for batch in feeds)
-        return Read(Text(torch.empty(0), f"{len(feeds)} inputs given by the caller", False), feeds, rows)
+        found = _module_inputs(captured, options)
+        rows = sum(next(iter(batch.values())).shape[0] for batch in found.batches)
+        return Read(Text(torch.empty(0), found.described, found.own), found.batches, rows)
     if options.inputs is not None:
         raise InputError("this model reads text, not tensors", place="inputs", remedy="Pass text=...")
     window = options.window or WINDOW
@@ -350,12 +351,23 @@ def read_by(captured: CapturedModel, options: ValidationOptions) -> Read:
     return Read(chosen, texts, sum(batch["input_ids"].numel() for batch in texts))
 
 
+def _module_inputs(captured: CapturedModel, options: ValidationOptions) -> Prepared:
+    if captured.folder is None:
+        if options.text is not None:
+            raise InputError("this model reads no text", place="text", remedy="Pass inputs=[(tensor, ...), ...]")
+        feeds = module_feeds(captured, _given(options.inputs), "inputs")
+        return Prepared(feeds, f"{len(feeds)} inputs given by the caller")
+    source = "random" if options.text is None else os.fspath(options.text)
+    spec = CalibrationSpec(source=source, samples=options.windows, seed=OWN_SEED, batch_size=1)
+    return module_inputs(captured, spec, options.inputs, "inputs")
+
+
 def _text_feeds(captured: CapturedModel, windows: torch.Tensor) -> Sequence[Feeds]:
-    """One batch for each window [n, S]."""
+    """One batch for each window [n, S], or for a choice between two."""
     if captured.kind == "decoder":
         return decoder_feeds(captured, windows)
-    rows = with_last_token(windows, captured)
-    return [encoder_batch(captured, ids[None], torch.ones_like(ids[None])) for ids in rows]
+    rows = with_last_token(windows, captured).split(2 if len(captured.inputs[0].dims) > 2 else 1)
+    return [encoder_batch(captured, ids, torch.ones_like(ids)) for ids in rows]
 
 
 def _logits(subject: Subject, text: Text, laps: Laps) -> tuple[Logits, Sequence[Reference], Sequence[str]]:
@@ -390,9 +402,13 @@ def _logits(subject: Subject, text: Text, laps: Laps) -> tuple[Logits, Sequence[
         reference.close()
 
 
-def _compared(name: str, want: torch.Tensor, got: torch.Tensor) -> ValueComparison:
+def _compared(
+    name: str, wanted: Sequence[torch.Tensor], found: Sequence[torch.Tensor], decides: Decision
+) -> ValueComparison:
+    want, got = (torch.cat([tensor.flatten() for tensor in values]) for values in (wanted, found))
     if want.is_floating_point():
-        return ValueComparison.model_validate({"name": name, **compare(want, got.float())})
+        decided = decisions(name, wanted, [tensor.float() for tensor in found], decides)
+        return ValueComparison.model_validate({"name": name, **compare(want, got.float()), **decided})
     off = (want.double() - got.double()).abs()
     share = float((off == 0).double().mean()) if len(off) else 1.0
     return ValueComparison(name=name, equal_share=share, max_abs_error=float(off.max()) if len(off) else 0.0)
@@ -403,6 +419,7 @@ def _outputs(subject: Subject, read: Read) -> tuple[ValueComparison, ...]:
     feeds = read.feeds if captured.kind == "module" else _text_feeds(captured, read.text.windows)
     # A cache is the decoder's own: smoothing may rescale it and take that back where it is read.
     names = [port.name for port in captured.outputs if not port.name.startswith("present.")]
+    decides = captured.settings.get("decides", "")
     reference = FloatOutputs(captured, feeds, names, partial(options.progress, "float model"))
     try:
         session = open_session(subject.folder, subject.manifest, threads=options.threads, provider=options.provider)
@@ -412,8 +429,8 @@ def _outputs(subject: Subject, read: Read) -> tuple[ValueComparison, ...]:
         for index, batch in enumerate(feeds):
             want, got = reference.outputs(index), run_session(session, subject.feeds([batch])[0], names)
             for name, (wanted, found) in pairs.items():
-                wanted.append(want[name].flatten())
-                found.append(got[name].flatten())
-        return tuple(_compared(name, torch.cat(want), torch.cat(got)) for name, (want, got) in pairs.items())
+                wanted.append(want[name])
+                found.append(got[name])
+        return tuple(_compared(name, want, got, decides) for name, (want, got) in pairs.items())
     finally:
         reference.close()

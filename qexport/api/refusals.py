@@ -56,7 +56,7 @@ def decide(captured: CapturedModel, recipe: Recipe, target: Target, attention: s
         check_translations(graphs)
     else:
         check_forms(graphs, target.operators)
-    _check_cache(captured, recipe, attention)
+    _check_cache(captured, recipe, target, attention)
     plan, embeddings = plan_for(captured, recipe, target.dtype.itemsize, target.least_states)
     target.check(plan, recipe)
     return Decisions(plan, embeddings, convolutions_for(captured, recipe, target.integer_convolutions))
@@ -127,8 +127,8 @@ def _staying_float(captured: CapturedModel, decisions: Decisions) -> Iterator[st
                 yield name
 
 
-def _check_cache(captured: CapturedModel, recipe: Recipe, attention: str) -> None:
-    """Refuse a recipe that rounds a cache that a decoder reads otherwise than grouped attention does."""
+def _check_cache(captured: CapturedModel, recipe: Recipe, target: Target, attention: str) -> None:
+    """Refuse a recipe that rounds a cache that a decoder reads otherwise than grouped attention of the target does."""
     key = next((method.key for method in recipe.methods if method.needs_grouped_attention), None)
     if key is None or captured.kind != "decoder":
         return
@@ -144,4 +144,9 @@ def _check_cache(captured: CapturedModel, recipe: Recipe, attention: str) -> Non
         raise LoweringError(
             f"a cache of codes takes grouped attention, and it is standard here: {grouping or 'as asked for'}",
             place=key, remedy=remedy,
+        )  # fmt: skip
+    if grouping.biases and not target.codes_beside_bias:
+        raise LoweringError(
+            f"{target.provider} has no kernel for a cache of codes where scores have a bias (ALiBi)", place=key,
+            remedy=remedy,
         )  # fmt: skip

@@ -4,18 +4,21 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from ..capture.graph import CapturedModel
 from ..errors import InputError
+from ..models.heads import reads_text
 from ..models.source import ModelFolder
 from ..plan.linear_plan import Planned
 from ..progress import Progress
-from ..recipe.recipe import Recipe
+from ..recipe.recipe import CalibrationSpec, Recipe
 from .block_activations import Stream, make_stream, module_feeds, stream_of
 from .encoder_inputs import encoder_stream
+from .features import batched, checked_features, drawn_features, makes_none, read_features
 from .own_text import own_text
 from .sources import check_source, load_samples
 
@@ -32,10 +35,12 @@ class Prepared:
     Attributes:
         batches: by public name; every row of them counts.
         described: what they are, for reports.
+        own: chance made them, so that measures say little.
     """
 
     batches: Sequence[Mapping[str, Tensor]]
     described: str
+    own: bool = False
 
 
 def needs_data(recipe: Recipe, plan: Sequence[Planned]) -> bool:
@@ -65,7 +70,12 @@ def check_calibration(folder: ModelFolder, recipe: Recipe, data: Any, asked: boo
     """
     if not asked and not recipe.needs_calibration:
         return
-    if data is None:
+    if not reads_text(folder.config):
+        if data is None and recipe.calibration.source == "self":
+            raise makes_none("input")
+        if data is None and recipe.calibration.source != "random":
+            read_features(recipe.calibration.source, [])
+    elif data is None:
         check_source(recipe.calibration, folder.tokenizer())
     elif isinstance(data, list | tuple):
         check_source(None, folder.tokenizer())
@@ -91,7 +101,8 @@ def calibration_batches(
         InputError: the data cannot be had, do not fit the model, or it cannot write them itself.
     """
     if captured.kind == "module":
-        return _module_batches(captured, data)
+        prepared = module_inputs(captured, recipe.calibration, data, "calibration")
+        return lambda: stream_of(captured, prepared.batches), prepared.described
     spec = recipe.calibration
     encoder = captured.kind == "encoder"
     if encoder:  # a recipe's length is made for decoders
@@ -107,13 +118,37 @@ def calibration_batches(
     return lambda: make(captured, samples, spec.batch_size), samples.described
 
 
-def _module_batches(captured: CapturedModel, data) -> tuple[Callable[[], Stream], str]:
+def module_inputs(captured: CapturedModel, spec: CalibrationSpec, data: Any, place: str) -> Prepared:
+    """What a module is calibrated or compared on.
+
+    Args:
+        spec: what a folder's model reads where there are no data: a safetensors file, or chance.
+        data: inputs of forward calls; of a folder's model with one input also a tensor of rows.
+        place: whose they are, for errors.
+
+    Raises:
+        InputError: there are none, or they do not fit the model.
+    """
     if isinstance(data, Prepared):
-        return lambda: stream_of(captured, data.batches), data.described
-    if not data:
-        raise InputError(
-            "this recipe calibrates, and an nn.Module has no text", place="calibration",
-            remedy="Pass calibration=[(input, ...), ...], one tuple for each batch",
-        )  # fmt: skip
-    feeds = module_feeds(captured, data, "calibration")
-    return lambda: stream_of(captured, feeds), f"{len(feeds)} batches given by the caller"
+        return data
+    if captured.folder is None:
+        if data is None or not len(data):
+            raise InputError(
+                "this recipe calibrates, and an nn.Module has no text", place=place,
+                remedy="Pass calibration=[(input, ...), ...], one tuple for each batch",
+            )  # fmt: skip
+        feeds = module_feeds(captured, data, place)
+        return Prepared(feeds, f"{len(feeds)} batches given by the caller")
+    ports, names = captured.inputs, [port.name for port in captured.inputs]
+    if data is None and spec.source == "random":
+        drawn = drawn_features(ports, spec.samples, spec.seed)
+        described = f"{spec.samples} rows of random numbers (seed {spec.seed})"
+        return Prepared(batched(drawn, spec.samples, spec.batch_size), described, True)
+    if data is not None and not isinstance(data, Tensor):
+        feeds = module_feeds(captured, data, place)
+        return Prepared(feeds, f"{len(feeds)} batches given by the caller")
+    given = read_features(spec.source, names) if data is None else {names[0]: data}
+    found = checked_features(given, ports, place)
+    rows = min(len(found[names[0]]), spec.samples)
+    where = "given by the caller" if data is not None else f"of {Path(spec.source).name}"
+    return Prepared(batched(found, rows, spec.batch_size), f"{rows} rows {where}")

@@ -9,7 +9,7 @@ from .sources import Samples
 
 
 def encoder_batch(captured: CapturedModel, ids: Tensor, mask: Tensor) -> dict[str, Tensor]:
-    """All inputs of an encoder by public name.
+    """All inputs of an encoder by public name; where it chooses one of several texts, all rows are for one choice.
 
     Args:
         ids, mask: int64 [batch, sequence]; padding anywhere.
@@ -19,7 +19,7 @@ def encoder_batch(captured: CapturedModel, ids: Tensor, mask: Tensor) -> dict[st
     padding = getattr(captured.origin.config, "pad_token_id", None) or 0
     ids = torch.where(mask.bool(), ids, padding)
     feeds = {"input_ids": ids, "attention_mask": mask, "token_type_ids": torch.zeros_like(ids)}
-    return {port.name: feeds[port.name] for port in captured.inputs}
+    return {p.name: feeds[p.name] if len(p.dims) == 2 else feeds[p.name][None] for p in captured.inputs}
 
 
 def encoder_stream(captured: CapturedModel, samples: Samples, batch_size: int) -> Stream:
@@ -27,7 +27,7 @@ def encoder_stream(captured: CapturedModel, samples: Samples, batch_size: int) -
     ids = with_last_token(samples.input_ids, captured)  # their rows end with a token
     pairs = zip(ids.split(batch_size), samples.attention_mask.split(batch_size), strict=True)
     feeds = [encoder_batch(captured, *pair) for pair in pairs]
-    return stream_of(captured, feeds, [batch["attention_mask"].bool() for batch in feeds])
+    return stream_of(captured, feeds, [batch["attention_mask"].flatten(0, -2).bool() for batch in feeds])
 
 
 def with_last_token(ids: Tensor, captured: CapturedModel) -> Tensor:

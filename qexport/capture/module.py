@@ -18,7 +18,7 @@ from ..graph.meta import Meta
 from ..graph.translated import without_form
 from ..models.checkpoint import StateDict
 from ..models.quiet import quiet_transformers
-from ..models.witness import ModuleWitness
+from ..models.witness import ModuleWitness, leaves
 from .blocks import cut
 from .decompose import decomposed
 from .dynamic import Axes, DynamicShapes, Hint, dynamic_axes
@@ -93,7 +93,7 @@ def _witness(model: torch.nn.Module, given: Mapping[str, torch.Tensor], axes: Ax
                 result = model.eval()(**feeds)
         finally:
             model.train(training)
-        named = {"output": result} if isinstance(result, torch.Tensor) else dict(_walk(result))
+        named = {"output": result} if isinstance(result, torch.Tensor) else dict(leaves(result))
         return {name: value for name, value in named.items() if isinstance(value, torch.Tensor)}
 
     longer = {name: torch.cat([t, t[:1]]) if 0 in axes[name] else t for name, t in given.items()}
@@ -213,7 +213,7 @@ def _results(exported: ExportedProgram, whole: GraphModule) -> dict[str, Node]:
     result = _pytree.tree_unflatten(flat, exported.call_spec.out_spec)
     if isinstance(result, Node):
         return {"output": result}
-    tensors = [(name, node) for name, node in _walk(result) if isinstance(node, Node)]
+    tensors = [(name, node) for name, node in leaves(result) if isinstance(node, Node)]
     return {name: node for name, node in tensors if isinstance(node.meta["val"], torch.Tensor)}
 
 
@@ -236,18 +236,6 @@ def _known(results: dict[str, Node], absent: Collection[str]) -> dict[str, Node]
             remedy="The config does not belong to these weights, or the download is incomplete",
         )
     return known
-
-
-def _walk(value, path: str = ""):
-    """(name, leaf) of a nested result; places in a tuple are numbers behind the name of the whole."""
-    if isinstance(value, Mapping):
-        for key, item in value.items():
-            yield from _walk(item, f"{path}.{key}" if path else str(key))
-    elif isinstance(value, (tuple, list)):
-        for index, item in enumerate(value):
-            yield from _walk(item, f"{path or 'output'}_{index}")
-    else:
-        yield path or "output", value
 
 
 def _port(name: str, node: Node, called: Callable) -> Port:

@@ -8,6 +8,7 @@ as NaN rather than as something plausible. A model that the operator cannot serv
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch.fx import Graph, Node
@@ -21,6 +22,7 @@ from ..graph.sites import SHAPE_ONLY
 from ..graph.views import CachedAttention, CausalMask, Item, RoundCache, RoundE4M3, operand, size_at
 from .block_io import first_call, hand_on, names_of, producers, prune, read_in
 from .compact_padding import LAST, TOTAL, turn_back, turn_tokens, turned_name
+from .position_bias import Masks
 from .rotary import RotatedHeads, position_table, rotated
 from .why_written_out import why_written_out
 
@@ -44,6 +46,7 @@ class _Site:
         query, key, value: what it reads, before it is rounded for the cache.
         scales, bits: of a cache of codes, for keys and values; None and 0 for one of floats.
         e4m3: codes are E4M3 numbers.
+        bias: as `Masks.bias` finds it; None where the mask is all that is added to the scores.
     """
 
     block: Block
@@ -55,6 +58,7 @@ class _Site:
     scales: tuple[Node, Node] | tuple[None, None]
     bits: int
     e4m3: bool = False
+    bias: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -71,6 +75,15 @@ class GroupedAttention:
     inside: Mapping[Node, tuple[RotatedHeads, RotatedHeads] | None]
     tables: Mapping[str, torch.Tensor]
 
+    @property
+    def biases(self) -> dict[str, torch.Tensor]:
+        """What attentions add to scores, each once, by a name for it."""
+        found: list[torch.Tensor] = []
+        for site in self.sites:
+            if site.bias is not None and not any(torch.equal(site.bias, known) for known in found):
+                found.append(site.bias)
+        return {f"bias.{number}": table for number, table in enumerate(found)}
+
 
 def plan_grouping(
     captured: CapturedModel, read: Callable[[str], torch.Tensor], e4m3: bool = False
@@ -86,7 +99,7 @@ def plan_grouping(
         Unsuited: says why GroupQueryAttention cannot serve the model.
     """
     values = {port.name: port.value for port in captured.inputs}
-    sites = _sites(captured, values, e4m3)
+    sites = _sites(captured, values, Masks(captured, producers(captured), read), e4m3)
     tables = _Tables(captured, values["position_ids"], read)
     inside = {site.node: tables.of(site) for site in sites}
     return GroupedAttention(sites, inside, {name: table for name, table in tables.made.items() if table is not None})
@@ -108,6 +121,7 @@ def group_attention(captured: CapturedModel, grouping: GroupedAttention) -> None
     for block in captured.blocks[1:]:
         block.inputs[:] = [turned.get(name, name) for name in block.inputs]
     graph = first.module.graph
+    _add_biases(captured, grouping, values)
     for name, table in grouping.tables.items():
         with graph.inserting_before(first_call(graph)):
             hand_on(first, add_tensor(graph, f"rotary.{name}", table), f"rotary.{name}")
@@ -115,18 +129,18 @@ def group_attention(captured: CapturedModel, grouping: GroupedAttention) -> None
     for site in grouping.sites:
         names, attention = names_of(site.block), CachedAttention.of(site.node)
         codes |= dict.fromkeys((names[past] for past in (attention.past_key, attention.past_value)), site)
-        _replace(site, grouping.inside[site.node], grouping.tables)
+        _replace(site, grouping.inside[site.node], grouping.tables, grouping.biases)
     _keep_codes(captured, codes)
     turn_back(captured.blocks[-1], captured)
     prune(captured)
 
 
-def _sites(captured: CapturedModel, values: dict[str, str], e4m3: bool) -> list[_Site]:
+def _sites(captured: CapturedModel, values: dict[str, str], masked: Masks, e4m3: bool) -> list[_Site]:
     if not {"input_ids", "attention_mask", "position_ids"} <= values.keys():
         raise Unsuited("it does not read token ids, a mask and positions")
     sites: list[_Site] = []
     masks: set[Node] = set()
-    made = producers(captured)
+    biased: dict[Node, Block] = {}
     if count_attentions(captured) < sum(name.startswith("past_key_values.") for name in values) // 2:
         raise Unsuited(why_written_out(captured))
     first, last = captured.blocks[0], captured.blocks[-1]
@@ -135,10 +149,18 @@ def _sites(captured: CapturedModel, values: dict[str, str], e4m3: bool) -> list[
         for node in block.module.graph.nodes:
             if (attention := CachedAttention.match(node)) is None:
                 continue
-            home, source = made.get(names.get(attention.mask, ""), (block, attention.mask))
-            mask = CausalMask.match(source)
-            if mask is None or home is not first:
+            found = masked.causal(block, attention.mask)
+            if found is None or found[1] is not first:
                 raise Unsuited("its mask is not made of the attention mask alone")
+            source, bias = found[0], None
+            mask, made_of = CausalMask.of(source), masked.sources(block, attention.mask)
+            if masked.made_by(block, attention.mask) is not source:
+                if attention.softcap or attention.sinks is not None:
+                    raise Unsuited("it adds a bias to scores that are capped or have sinks")
+                bias = masked.bias(block, attention.mask)
+                if bias is None:
+                    raise Unsuited("what it adds to the scores is more than a number for a head and the place of a key")
+                biased |= made_of
             if names.get(attention.past_key) not in values.values():
                 raise Unsuited("its cache is changed before attention reads it")
             size = size_at(attention.key, -1)
@@ -147,7 +169,7 @@ def _sites(captured: CapturedModel, values: dict[str, str], e4m3: bool) -> list[
             if size % 8:
                 raise Unsuited(f"heads of {size} features, and ONNX Runtime wants a multiple of 8")
             masks.add(source)
-            sites.append(_site(block, node, attention, mask.window, e4m3))
+            sites.append(replace(_site(block, node, attention, mask.window, e4m3), bias=bias))
     if not sites or first is last or sites[-1].block is last:
         raise Unsuited("the model could not be cut into a beginning, layers and an end")
     pasts = {value for name, value in values.items() if name.startswith("past_key_values.")}
@@ -155,9 +177,32 @@ def _sites(captured: CapturedModel, values: dict[str, str], e4m3: bool) -> list[
         for placeholder, name in names_of(block).items():
             if name in pasts and not all(is_call(user, *_OF_CACHE) for user in placeholder.users):
                 raise Unsuited("layers of it attend to the keys and values of others")
-            if name == values["attention_mask"] and not _ends_in(placeholder, masks):
+            if name == values["attention_mask"] and not _ends_in(placeholder, masks | biased.keys()):
                 raise Unsuited("something other than attention reads the attention mask")
+    if any(not _of_masks(node, biased) for node, home in biased.items()):
+        raise Unsuited("something other than attention reads the attention mask")
     return sites
+
+
+def _of_masks(node: Node, biased: Mapping[Node, Block]) -> bool:
+    """Whether a value is read for nothing but what attention adds to scores; lengths may be read by anything."""
+    if node.op != "call_function" or not isinstance(node.meta[Meta.SPEC], TensorSpec) or not shape_of(node):
+        return True
+    known = (user in biased or user.op == "output" or CachedAttention.match(user) is not None for user in node.users)
+    return all(known)
+
+
+def _add_biases(captured: CapturedModel, grouping: GroupedAttention, values: Mapping[str, str]) -> None:
+    """Let the first block make what is added to scores, and hand it on; layers that add the same share it."""
+    first = captured.blocks[0]
+    graph, by_name = first.module.graph, {name: node for node, name in names_of(first).items()}
+    mask, ids = (by_name[values[name]] for name in ("attention_mask", "input_ids"))
+    for name, table in grouping.biases.items():
+        with graph.inserting_before(first_call(graph)):
+            slopes = add_tensor(graph, f"{name}.table", table)
+            shape = (1, len(table), shape_of(ids)[1], shape_of(mask)[1])
+            bias = call(graph, ops.position_bias.default, (slopes, mask, ids), like=slopes, shape=shape)
+        hand_on(first, bias, name)
 
 
 def _keep_codes(captured: CapturedModel, sites: Mapping[str, _Site]) -> None:
@@ -228,7 +273,10 @@ class _Tables:
         return self.made[name]
 
 
-def _replace(site: _Site, inside: tuple[RotatedHeads, RotatedHeads] | None, tables: Mapping[str, torch.Tensor]) -> None:
+def _replace(
+    site: _Site, inside: tuple[RotatedHeads, RotatedHeads] | None, tables: Mapping[str, torch.Tensor],
+    biases: Mapping[str, torch.Tensor],
+) -> None:  # fmt: skip
     graph, node, names = site.block.module.graph, site.node, names_of(site.block)
     query, key, value = site.query, site.key, site.value
     attention = CachedAttention.of(node)
@@ -242,6 +290,14 @@ def _replace(site: _Site, inside: tuple[RotatedHeads, RotatedHeads] | None, tabl
             read_in(site.block, f"rotary.{names[n]}", TensorSpec(torch.float32, tuple(tables[names[n]].shape)))
             for n in (inside[0].cos, inside[0].sin)
         )
+    optional: list[Any] = [attention.sinks, site.e4m3 or None]
+    if site.bias is not None:
+        name = next(name for name, table in biases.items() if torch.equal(table, site.bias))
+        batch, sequence = shape_of(query)[0], shape_of(query)[2]
+        spec = TensorSpec(torch.float32, (1, len(site.bias), sequence, f"total_of_{batch}"))
+        optional = [None, site.e4m3, read_in(site.block, name, spec)]
+    while optional and optional[-1] is None:
+        optional.pop()
     kept = node.meta[Meta.SPEC]
     if site.bits:
         for past in pasts:
@@ -253,7 +309,7 @@ def _replace(site: _Site, inside: tuple[RotatedHeads, RotatedHeads] | None, tabl
             graph, ops.grouped_attention.default,
             (
                 *flat, *pasts, last, total, cos, sin, *site.scales, site.bits, attention.scale, attention.softcap,
-                site.window, *([attention.sinks, True] if site.e4m3 else [attention.sinks] if attention.sinks else []),
+                site.window, *optional,
             ),
             like=flat[0],
         )  # fmt: skip

@@ -67,7 +67,7 @@ def position_table(
     results = dict(zip(block.outputs, results_of(graph), strict=True))
     if value not in results:
         return None
-    nodes = _ancestors(results[value])
+    nodes = ancestors(results[value])
     if any(node.op == "placeholder" and names[node] != position_ids for node in nodes):
         return None
     width = size_at(results[value], -1)
@@ -93,7 +93,7 @@ def _run(nodes: list[Node], positions: torch.Tensor, read: Callable[[str], torch
     return table
 
 
-def _ancestors(node: Node) -> list[Node]:
+def ancestors(node: Node) -> list[Node]:
     """A node and all that it is made of, in the order of the graph."""
     found, waiting = {node}, [node]
     while waiting:

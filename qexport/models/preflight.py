@@ -10,6 +10,7 @@ from transformers import PretrainedConfig
 from ..artifact.files import read_json, read_text
 from ..artifact.token_ids import check_token_ids
 from ..errors import InputError, reading
+from .heads import reads_text
 
 GENERATION = "generation_config.json"
 # Files of a source model that have to travel with what is made of it.
@@ -21,7 +22,7 @@ def notes_on(folder: Path, config: PretrainedConfig, tokenizer: Any) -> tuple[st
     """A sentence on each file that only helps, and is missing or cannot be used: an export goes on without it."""
     found: list[str] = []
     generation = generation_config(folder, found)
-    if tokenizer is None:
+    if tokenizer is None and reads_text(config):
         found.append("the model has no tokenizer that can be used, so the export will take token ids only")
     if _writes(config):
         # As it is written: transformers' defaults are some model's tokens, and need not be this one's.

@@ -23,7 +23,8 @@ from .quantized import codes_of
 from .tokenizers import load_tokenizer
 
 # Of a repository on the Hub, before its weights: configs, tokenizer, and what a card says of its licence.
-_SMALL = ["*.json", "*.model", "*.txt", "*.jinja", "README.md", "LICENSE*", "LICENCE*", "NOTICE*"]
+_SMALL = ["*.json", "*.model", "*.txt", "*.jinja", "README.md", "LICENSE*", "LICENCE*", "NOTICE*",
+          "*_Dense/model.safetensors"]
 
 
 @dataclass(frozen=True)

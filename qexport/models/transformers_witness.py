@@ -18,7 +18,7 @@ from transformers.cache_utils import EncoderDecoderCache
 from .formula import formula_tensors
 from .layerwise import StoredWeights, open_layerwise
 from .tokens import embedding_rows
-from .witness import Absent, Call, Outline, Testimony, first_line
+from .witness import Absent, Call, Outline, Testimony, first_line, leaves
 
 if TYPE_CHECKING:
     from .source import ModelFolder
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 ROWS, PROMPT, STEPS = 2, 16, 2
 _SMALL = 2e9  # bytes of float32 weights that are held at once, as transformers itself loads them
 _BY_MODULES = ", a module at a time"
-_SHAPES = ((ROWS, PROMPT), (3, 7))  # of the texts that encoders read
 _LAYER = re.compile(r"(?P<container>.+)\.(?P<index>\d+)$")
 
 
@@ -95,7 +94,7 @@ class DecoderWitness:
         watched = _watched(model, outline.blocks)
         if kept:
             _shorten(model, container, kept)
-        ids = _tokens(model, (ROWS, PROMPT + STEPS))
+        ids = random_tokens(model, (ROWS, PROMPT + STEPS))
         calls, start = [], 0
         for end in range(PROMPT, PROMPT + STEPS + 1):
             feeds = {
@@ -112,19 +111,21 @@ class DecoderWitness:
 
 @dataclass(frozen=True)
 class EncoderWitness:
-    """A text encoder with the head that its config names: two batches of texts of other lengths.
+    """A model that reads its input whole, with the head that its config names.
 
     Attributes:
         loader: an auto class of transformers.
         captured: the model that the graph was made from, which runs again where a second one does not fit into memory;
             None where that has no weights.
         absent: weights that no checkpoint has; what depends on them is no output of the graph.
+        inputs: of every call.
     """
 
     folder: "ModelFolder"
     loader: type[Any]
     captured: PreTrainedModel | None
     absent: frozenset[str]
+    inputs: Sequence[Mapping[str, Tensor]]
 
     def __deepcopy__(self, memo):
         return self
@@ -143,13 +144,10 @@ class EncoderWitness:
 
     def _calls(self, model: PreTrainedModel, outline: Outline) -> list[Call]:
         watched, calls = _watched(model, outline.blocks), []
-        for shape in _SHAPES:
-            ids = _tokens(model, shape)
-            feeds = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "token_type_ids": ids % 2}
-            feeds = {name: feeds[name] for name in outline.inputs}
+        for feeds in self.inputs:
             with _watching(watched) as states:
                 made = _run(model, **feeds)
-            calls.append(Call(feeds, {n: made[n] for n in outline.outputs if n in made}, dict(states)))
+            calls.append(Call(feeds, {n: t for n, t in leaves(made) if n in outline.outputs}, dict(states)))
         return calls
 
 
@@ -182,14 +180,14 @@ class PartWitness:
         random = torch.Generator().manual_seed(1)
         return {
             name: torch.randn(like.shape, generator=random) if like.is_floating_point()
-            else torch.ones_like(like) if name == "attention_mask" else _tokens(model, like.shape)
+            else torch.ones_like(like) if name == "attention_mask" else random_tokens(model, like.shape)
             for name, like in self.source.items()
         }  # fmt: skip
 
     def _read(self, model: PreTrainedModel, source: Mapping[str, Tensor]) -> tuple[Any, dict[str, Tensor]]:
         """What the encoder makes, and the keys and values that the decoder's layers make of it."""
         states, cache = _run(model.get_encoder(), **source), _caches()
-        first = _tokens(model, (len(next(iter(source.values()))), 1))
+        first = random_tokens(model, (len(next(iter(source.values()))), 1))
         mask = {name: mask for name, mask in source.items() if name == "attention_mask"}
         _run(model, encoder_outputs=states, decoder_input_ids=first, past_key_values=cache, use_cache=True, **mask)
         return states, {
@@ -208,7 +206,7 @@ class PartWitness:
         cache, calls, start = _caches(), [], 0
         mask = {name: mask for name, mask in source.items() if name == "attention_mask"}
         length = PROMPT // 4  # of what is decoded: some models write a few tokens only
-        ids = _tokens(model, (len(next(iter(source.values()))), length + STEPS))
+        ids = random_tokens(model, (len(next(iter(source.values()))), length + STEPS))
         for end in range(length, length + STEPS + 1):
             made = _run(
                 model, encoder_outputs=states, decoder_input_ids=ids[:, start:end], past_key_values=cache,
@@ -360,7 +358,8 @@ def _watching(modules: Mapping[str, torch.nn.Module]) -> Iterator[dict[str, Tens
             handle.remove()
 
 
-def _tokens(model: PreTrainedModel, shape: Sequence[int]) -> Tensor:
+def random_tokens(model: PreTrainedModel, shape: Sequence[int]) -> Tensor:
+    """Token ids, the same at every call."""
     vocabulary = embedding_rows(model)
     return torch.randint(0, vocabulary, tuple(shape), generator=torch.Generator().manual_seed(0))
 

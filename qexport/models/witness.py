@@ -5,9 +5,9 @@ transformers it is transformers' own model; of an nn.Module the module; of a che
 formula. `validation.reader` runs the graph on a witness's calls and compares.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -134,6 +134,18 @@ class ModuleWitness:
                 continue
             calls.append(Call(given, made))
         return Testimony(self.name, calls, eps=self.eps)
+
+
+def leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """(name, leaf) of a nested result; places in a tuple are numbers behind the name of the whole."""
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from leaves(item, f"{path}.{key}" if path else str(key))
+    elif isinstance(value, (tuple, list)):
+        for index, item in enumerate(value):
+            yield from leaves(item, f"{path or 'output'}_{index}")
+    else:
+        yield path or "output", value
 
 
 def first_line(error: BaseException) -> str:

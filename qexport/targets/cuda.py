@@ -59,6 +59,7 @@ class CudaTarget(Target):
         "MatMulBlockQuantizedFp4Weight", "MatMulBlockQuantizedFp8Weight",
     }  # fmt: skip
     e4m3_cache: ClassVar[bool] = True
+    codes_beside_bias: ClassVar[bool] = False  # "attention_bias with quantized KV cache is not implemented", 1.31
     genai_provider_options: ClassVar[tuple[dict[str, dict[str, str]], ...] | None] = ({"cuda": {}},)
     dtype: torch.dtype = dtypes[0]
 

@@ -35,7 +35,9 @@ def summary_rows(report: Report) -> list[tuple[str, str, str]]:
     if (texts := report.greedy) is not None:
         alike = f"{', '.join(map(str, texts.agreed))} of {texts.new_tokens}"
         rows.append(("greedy tokens alike", alike, "for each prompt, before both models' texts part"))
-    rows += [(f"output {row.name}", decibels(row.sqnr_db, row), "SQNR over all inputs") for row in report.outputs]
+    for row in report.outputs:
+        rows.append((f"output {row.name}", decibels(row.sqnr_db, row), "SQNR over all inputs"))
+        rows += [(f"{what}, {row.name}", value, meaning) for what, value, meaning in decided(row)]
     if report.layers.linears:
         worst = worst_first(report.layers.linears)[0]
         rows.append(
@@ -44,6 +46,22 @@ def summary_rows(report: Report) -> list[tuple[str, str, str]]:
     nodes = ", ".join(f"{n} on {p}" for p, n in report.placement.nodes_per_provider.items())
     rows.append(("kernels", kernels(report.placement), "what became of the quantized linears"))
     rows.append(("nodes", nodes, "where ONNX Runtime runs the graph"))
+    return rows
+
+
+def decided(row: ValueComparison) -> list[tuple[str, str, str]]:
+    """(measure, value, what it means) of what an output decides; empty where that is nothing."""
+    rows = []
+    if row.same_choice is not None:
+        what = "both find the same class likeliest" if row.choice_kl is not None else "both say yes, or both no"
+        rows.append(("same choice", f"{row.same_choice:.1%} of {row.choices}", what))
+    if row.choice_kl is not None:
+        rows.append(("KL mean", number(row.choice_kl), "how far the classes' probabilities move; 0 is equal"))
+    if row.row_cosine is not None:
+        rows.append(("cosine of rows", f"{row.row_cosine:.5f}", "each embedding beside the float one, their mean"))
+    if row.rank_correlation is not None:
+        what = "similarities of all pairs" if row.row_cosine is not None else "scores"
+        rows.append(("rank correlation", f"{row.rank_correlation:.4f}", f"Spearman's, of the {what}; 1: same order"))
     return rows
 
 

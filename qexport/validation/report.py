@@ -40,6 +40,12 @@ class ValueComparison(_Frozen):
         max_abs_error: largest absolute difference; null when the deployed value holds NaN or Inf.
         equal_share: of an output of integers or truth values, the share of its elements that are equal, 0 to 1, in the
             place of the other measures; null of floats.
+        choices: how often an output decides something: rows, tokens or pixels of which both models choose a class, or
+            numbers of which they say yes or no; null of outputs that decide nothing.
+        same_choice: the share of them for which both decide the same, 0 to 1.
+        choice_kl: the mean KL of the deployed classes to the float ones, in nats, over softmaxes of both.
+        row_cosine: of an embedding, the mean cosine of each row to the float one.
+        rank_correlation: Spearman's, of the scores of all rows, or of the similarities of all pairs of embeddings.
         rescaled: smoothing may have divided the output channels of this linear by factors that its reader takes back;
             it is compared up to one factor for each channel, and an error that is such a factor shows in its reader.
         bytes: of a linear, what it takes in the file.
@@ -64,6 +70,11 @@ class ValueComparison(_Frozen):
     cosine: Finite = None
     max_abs_error: Finite = None
     equal_share: Finite = None
+    choices: int | None = None
+    same_choice: Finite = None
+    choice_kl: Finite = None
+    row_cosine: Finite = None
+    rank_correlation: Finite = None
     rescaled: bool = False
     bytes: int | None = None
     bits: Finite = None

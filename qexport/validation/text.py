@@ -14,7 +14,7 @@ from ..progress import StageProgress
 from ..recipe.recipe import CalibrationSpec
 
 # Of text that the model writes: another one than any recipe's, so that nothing is judged on what it was calibrated on.
-_SEED = 0x5EED0F7E57
+OWN_SEED = 0x5EED0F7E57
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ def _own(
     captured: CapturedModel, tokenizer, windows: int, window: int, progress: StageProgress
 ) -> Text:
     spec = CalibrationSpec(
-        source="self", samples=windows, sequence_length=window, seed=_SEED, batch_size=min(windows, 8)
+        source="self", samples=windows, sequence_length=window, seed=OWN_SEED, batch_size=min(windows, 8)
     )
     size = captured.settings["vocab_size"]
     if captured.kind == "encoder":

@@ -114,9 +114,11 @@ def test_what_makes_logits_takes_the_scheme_of_the_output_projection(tmp_path, h
         assert given.pop(name) == asked and set(given.values()) == {"w4a16_g32"}
 
 
-def test_other_heads_are_left_out(tmp_path):
-    save_encoder("bert", tmp_path, loader=AutoModelForMaskedLM)
-    assert [p.name for p in capture_model(tmp_path).outputs] == ["last_hidden_state"]
+def test_a_head_that_fills_masks_and_has_no_weights_is_left_out(tmp_path):
+    strip(save_encoder("bert", tmp_path, loader=AutoModelForMaskedLM), "cls.predictions")
+    captured = capture_model(tmp_path)
+    assert [p.name for p in captured.outputs] == ["last_hidden_state"]
+    assert captured.notes[0].startswith("has no cls.predictions") and "without the head" in captured.notes[0]
 
 
 def test_a_head_without_weights_is_not_made_up(tmp_path):

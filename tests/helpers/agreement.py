@@ -47,7 +47,7 @@ def module_differences(exported, feeds):
 
     def rows(value, name):
         if mask is not None and value.shape[:2] == mask.shape:
-            return value[mask.bool()]
+            return value[mask.bool()].reshape(int(mask.sum()), -1)
         return value.reshape(-1, value.shape[-1])
 
     return block_differences(exported, exported.blocks, feeds, exported.in_onnxruntime_with_blocks()(feeds), rows)
@@ -70,7 +70,7 @@ def block_differences(exported, blocks, feeds, got, rows_of=None):
         twins = {n: got[names[n]] for n in results if n in names} | {handed_on: got[entry.output]}
         for name, twin in twins.items():
             ours, theirs = (rows_of(v, names.get(name, "")) for v in (results[name], twin))
-            rows.append((ours - theirs).abs().amax(-1) / ours.abs().max())
+            rows.append((ours - theirs).abs().amax(-1) / ours.abs().max().clamp_min(1e-30))  # queries begin as zeros
         values |= results | twins
     return torch.cat(rows)
 

@@ -1,6 +1,7 @@
 """Small random models that are no decoders: text encoders as folders, vision models and modules of one's own."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import transformers
@@ -10,12 +11,16 @@ from transformers import AutoConfig, AutoModel, AutoModelForSeq2SeqLM, AutoModel
 from helpers.breadth import quick
 from helpers.random_decoders import LISTS, VOCAB, save_random
 from helpers.runners import padded, tokens
+from qexport.calibrate.encoder_inputs import encoder_batch
+from qexport.calibrate.features import drawn_features
+from qexport.capture.graph import CapturedModel
 
 ENCODERS, REFUSED_ENCODERS, MODULES = (tuple(LISTS[kind]) for kind in ("encoders", "refused_encoders", "modules"))
-SEQ2SEQ = tuple(LISTS["encoder_decoders"])
+SEQ2SEQ, HEADS = tuple(LISTS["encoder_decoders"]), tuple(LISTS["heads"])
 # Of ENCODERS one for every thing that capture or lowering does for such models alone.
 QUICK = ("bert", "roberta", "mpnet", "albert", "modernbert", "deberta")
-SIZES = {"batch": 2, "texts": 2, "images": 3, "length": 7, "written": 5}  # of dynamic dimensions, in examples
+# Of dynamic dimensions, in examples.
+SIZES = {"batch": 2, "num_choices": 3, "texts": 2, "images": 3, "length": 7, "written": 5}
 
 
 def encoders() -> list:
@@ -32,6 +37,25 @@ def save_encoder(family: str, folder: Path, *, seed: int = 0, loader: type = Aut
     """
     given = (LISTS["encoders"] | LISTS["refused_encoders"])[family]
     return save_random(given, folder, loader, seed=seed, **changes)
+
+
+def save_head(name: str, folder: Path, **changes) -> Path:
+    """Save a random model of HEADS with its head; changes: of its config."""
+    given = dict(LISTS["heads"][name])
+    kind = getattr(transformers, given.pop("head"))
+    if kind.main_input_name == "input_ids":
+        return save_random(given, folder, SimpleNamespace(from_config=kind), **changes)
+    model = _random(kind(AutoConfig.for_model(given.pop("model_type"), **given, **changes)))
+    model.save_pretrained(folder)
+    return folder
+
+
+def head_inputs(captured: CapturedModel) -> list[dict[str, torch.Tensor]]:
+    """Two calls of a captured model of HEADS, padded on the right where it reads text."""
+    if captured.kind == "module":
+        return [drawn_features(captured.inputs, rows, seed=rows) for rows in (2, 3)]
+    masks = (padded([7, 2, 5], "right"), torch.ones(2, 9, dtype=torch.int64))
+    return [encoder_batch(captured, tokens(*mask.shape, vocab=VOCAB), mask) for mask in masks]
 
 
 def make_module(family: str) -> nn.Module:

@@ -16,12 +16,11 @@ from qexport.recipe.recipe import CalibrationSpec, Recipe
 from qexport.targets.base import target_for
 
 SCHEMES = ("w4a16_g32", "w8a8_dyn", "w8a8_static")
-# Their files have what others have not: linear biases, a parallel block, turned positions of another order, an unusual
-# norm and head, sinks and experts.
+# Their files have what others have not: biases by position, a parallel block, turned positions of another order, an
+# unusual norm and head, sinks and experts.
 LOWERED = ("bloom", "falcon", "gptj", "cohere", "gpt_oss")
 MASK = padded([9, 4, 6], "left")
 WRITTEN_OUT = {
-    **dict.fromkeys(("bloom", "falcon_alibi", "mpt"), "adds a bias to the scores"),
     **dict.fromkeys(
         ("deepseek_v3", "minicpm3", "youtu", "glm4_moe_lite", "axk1"), "cache holds what keys and values are made of"
     ),
@@ -68,7 +67,7 @@ def test_a_file_without_quantization_is_the_model(captured, tmp_path, family):
 def test_a_cache_of_codes_is_refused_where_attention_is_written_out(captured, tmp_path):
     recipe = Recipe(scheme="w4a16_g32_kv8", weights={"method": "rtn"})
     with pytest.raises(RecipeError, match="written out"):
-        agreement.export(captured("bloom"), recipe, "cpu", tmp_path / "out")
+        agreement.export(captured("diffllama"), recipe, "cpu", tmp_path / "out")
 
 
 @pytest.mark.parametrize("family", quick(LOWERED, among=BREADTH))

@@ -1,7 +1,6 @@
 """What the two parts of an encoder-decoder read: sources, and texts that the float model writes about them."""
 
 import math
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
@@ -9,18 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 
 from ...artifact.manifest import SOURCE_MASK
 from ...calibrate.data import Prepared, writes_none
 from ...calibrate.encoder_inputs import with_last_token
+from ...calibrate.features import batched, checked_features, drawn_features, makes_none, read_features
 from ...calibrate.self_text import continue_text
 from ...calibrate.sources import load_samples
 from ...capture.seq2seq import Parts
 from ...device import CPU, computing
-from ...errors import InputError
 from ...models.tokens import embedding_rows
 from ...recipe.recipe import CalibrationSpec
 from ...runtime.seq2seq import habits_of
@@ -50,11 +48,7 @@ def check_sources(parts: Parts, spec: CalibrationSpec, data: Any) -> None:
         return
     if parts.encoder.inputs[0].name == "input_ids":
         raise writes_none("an encoder-decoder")
-    raise InputError(
-        "the model writes no source to calibrate on", place="calibration",
-        remedy="Pass what its feature extractor makes in a safetensors file: --calibration FILE; random numbers "
-        "(--calibration random) cost accuracy",
-    )  # fmt: skip
+    raise makes_none("source")
 
 
 def load_sources(parts: Parts, spec: CalibrationSpec, data: Any = None) -> Sources:
@@ -105,36 +99,15 @@ def _stacked(rows: Sequence[Tensor], size: int) -> Iterator[Tensor]:
 
 
 def _features(parts: Parts, spec: CalibrationSpec, data: Any, name: str) -> Sources:
-    port = parts.encoder.inputs[0]
+    ports = [parts.encoder.inputs[0]]
     if data is None and spec.source == "random":
-        drawn = torch.randn(spec.samples, *map(int, port.dims[1:]), generator=torch.Generator().manual_seed(spec.seed))
+        drawn = drawn_features(ports, spec.samples, spec.seed)
         described = f"{spec.samples} {name} of random numbers (seed {spec.seed})"
-        return Sources([{name: part} for part in drawn.split(spec.batch_size)], described, True)
-    described = f"{name}, given"
-    if data is None:
-        data, described = _read_features(Path(spec.source).expanduser()), f"{name} of {Path(spec.source).name}"
-    if not isinstance(data, Tensor) or data.dim() != len(port.dims) or tuple(data.shape[1:]) != port.dims[1:]:
-        found = list(data.shape) if isinstance(data, Tensor) else type(data).__name__
-        raise InputError(
-            f"{name} is {found}, not [n, {', '.join(map(str, port.dims[1:]))}]", place="sources",
-            remedy="Give what the model's feature extractor makes",
-        )  # fmt: skip
-    data = data.float()[: spec.samples]
-    return Sources([{name: part} for part in data.split(spec.batch_size)], f"{len(data)} {described}")
-
-
-def _read_features(path: Path) -> Tensor:
-    try:
-        with safe_open(path, "pt") as file:
-            names = list(file.keys())
-            if len(names) != 1:
-                raise InputError(f"holds {len(names)} tensors", place=str(path), remedy="Give a file with one")
-            return file.get_tensor(names[0])
-    except (OSError, SafetensorError) as error:
-        raise InputError(
-            f"cannot be read as safetensors ({error})", place=os.fspath(path),
-            remedy="Save what the model's feature extractor makes with safetensors",
-        ) from None  # fmt: skip
+        return Sources(batched(drawn, spec.samples, spec.batch_size), described, True)
+    described = f"{name}, given" if data is not None else f"{name} of {Path(spec.source).name}"
+    found = checked_features(read_features(spec.source, [name]) if data is None else {name: data}, ports, "sources")
+    rows = min(len(found[name]), spec.samples)
+    return Sources(batched(found, rows, spec.batch_size), f"{rows} {described}")
 
 
 def write_about(parts: Parts, sources: Sources, new_tokens: int, *, seed: int | None = None) -> Prepared:

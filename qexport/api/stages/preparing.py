@@ -16,6 +16,7 @@ from ...capture.graph import CapturedModel
 from ...capture.module import Inputs
 from ...errors import InputError
 from ...models.coded import CodedCheckpoint
+from ...models.heads import in_two_parts
 from ...models.source import ModelFolder, open_model
 from ...recipe.recipe import Recipe
 from ...targets.base import Target, target_for
@@ -108,7 +109,7 @@ class Preparation:
     @property
     def in_two_parts(self) -> bool:
         """Whether it is an encoder-decoder, which becomes two exports in one folder."""
-        return isinstance(self.source, ModelFolder) and bool(self.source.config.is_encoder_decoder)
+        return isinstance(self.source, ModelFolder) and in_two_parts(self.source.config)
 
     def of_part(self, captured: CapturedModel, recipe: Recipe, options: Options) -> "Preparation":
         """The same for a part of the model that is captured already, its time measured apart."""

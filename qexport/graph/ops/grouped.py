@@ -73,6 +73,7 @@ def grouped_attention(
     query: Tensor, key: Tensor, value: Tensor, past_key: Tensor, past_value: Tensor, last: Tensor, total: Tensor,
     cos: Tensor | None, sin: Tensor | None, key_scale: Tensor | None, value_scale: Tensor | None, bits: int,
     scale: float, softcap: float, window: int, sinks: Tensor | None = None, e4m3: bool = False,
+    bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Causal attention of new tokens over a cache that each row fills from its start.
 
@@ -87,6 +88,7 @@ def grouped_attention(
         window: keys further back than window - 1 positions are hidden; 0 for no limit.
         sinks: as `cached_attention`.
         e4m3: codes are E4M3 numbers.
+        bias: [1, heads, sequence, past + sequence], added to the scores, by the place of a key in its row.
 
     Returns:
         output [batch, sequence, heads * head_dim]; present_key and present_value [batch, kv_heads, past + sequence,
@@ -115,6 +117,7 @@ def grouped_attention(
     if window > 0:
         visible = visible & (index > place[..., None] - window)
     mask = torch.where(visible, 0.0, -torch.inf)[:, None]
+    mask = mask if bias is None else mask + bias.float()
     (keys, values), (present_key, present_value) = seen, present
     empty = keys[:, :, :0]
     out, _, _ = _attend(query, keys, values, empty, empty, mask, scale, softcap, sinks)
@@ -124,11 +127,35 @@ def grouped_attention(
 @grouped_attention.register_fake
 def _(
     query, key, value, past_key, past_value, last, total, cos, sin, key_scale, value_scale, bits, scale, softcap,
-    window, sinks=None, e4m3=False,
+    window, sinks=None, e4m3=False, bias=None,
 ):  # fmt: skip
     batch, kv_heads, past, size = past_key.shape
     present = past_key.new_empty((batch, kv_heads, past + query.shape[1], size))
     return torch.empty_like(query), present, torch.empty_like(present)
+
+
+@torch.library.custom_op("qexport::position_bias", mutates_args=())
+def position_bias(table: Tensor, attention_mask: Tensor, input_ids: Tensor) -> Tensor:
+    """What is added to scores by the head and the place of a key in its row.
+
+    Args:
+        table: [heads, 1], slopes by which it grows, 0 at the last place; or [heads, places], what it is at each.
+        attention_mask: [batch, past + new]; input_ids: [batch, new]; only their shapes count.
+
+    Returns:
+        [1, heads, new, past + new].
+    """
+    total, new = attention_mask.shape[1], input_ids.shape[1]
+    if table.shape[1] == 1:
+        row = table * torch.arange(1 - total, 1, device=table.device).to(table.dtype)
+    else:
+        row = table[:, :total]
+    return row[None, :, None].repeat(1, 1, new, 1)
+
+
+@position_bias.register_fake
+def _(table, attention_mask, input_ids):
+    return table.new_empty((1, table.shape[0], input_ids.shape[1], attention_mask.shape[1]))
 
 
 @torch.library.custom_op("qexport::round_cache", mutates_args=())

@@ -4,7 +4,7 @@ import onnx_ir as ir
 import torch
 from torch.fx import Node
 
-from ...graph.edit import is_call, shape_of
+from ...graph.edit import dtype_of, is_call, shape_of
 from ...graph.schema import Arguments, bind
 from ...graph.views import Item, Slice, size_at
 from ..emitter import Attribute, Emitter
@@ -67,12 +67,34 @@ def _grouped_attention(emit: Emitter, node: Node, given: Arguments) -> tuple[ir.
         codes = dict.fromkeys(("k_quant_type", "v_quant_type"), _GRANULARITY[len(shape_of(given.key_scale))])
     return emit.several(
         3, "GroupQueryAttention", *map(emit.get, read), emit.get(given.past_key), emit.get(given.past_value),
-        emit.get(given.last), emit.get(given.total), emit.get(given.cos), emit.get(given.sin), None, None,
-        emit.get(given.sinks), emit.get(given.key_scale), emit.get(given.value_scale), domain="com.microsoft",
-        num_heads=size_at(given.query, -1) // size, kv_num_heads=kv_heads, scale=float(given.scale),
-        softcap=float(given.softcap) or None, do_rotary=int(given.cos is not None),
+        emit.get(given.last), emit.get(given.total), emit.get(given.cos), emit.get(given.sin), None,
+        emit.get(given.bias), emit.get(given.sinks), emit.get(given.key_scale), emit.get(given.value_scale),
+        domain="com.microsoft", num_heads=size_at(given.query, -1) // size, kv_num_heads=kv_heads,
+        scale=float(given.scale), softcap=float(given.softcap) or None, do_rotary=int(given.cos is not None),
         local_window_size=given.window or -1, kv_cache_bit_width=given.bits or None, more=codes,
     )  # fmt: skip
+
+
+@translates(ops.position_bias.default)
+def _position_bias(emit: Emitter, node: Node, given: Arguments) -> ir.Value:
+    """Lengths are sums of ones here too."""
+    dtype, zero, one, front = dtype_of(node), emit.constant(0), emit.constant(1), emit.constant([0])
+    mask, ids = (
+        emit.op("Slice", emit.get(x), front, emit.constant([1]), front)
+        for x in (given.attention_mask, given.input_ids)
+    )
+    ones = emit.op("Clip", mask, one, one)
+    none = emit.cast(emit.op("Clip", ids, zero, zero), dtype)  # of every new token
+    table = emit.get(given.table)
+    if size_at(given.table, 1) == 1:
+        back = emit.op("CumSum", ones, one, exclusive=1, reverse=1)
+        places = emit.cast(emit.op("Neg", back), dtype)
+        bias = emit.op("Mul", emit.op("Unsqueeze", table, front), emit.op("Unsqueeze", places, front))
+    else:
+        places = emit.op("Squeeze", emit.op("CumSum", ones, one, exclusive=1), front)
+        bias = emit.op("Unsqueeze", emit.op("Gather", table, places, axis=1), front)
+    wide = emit.op("Unsqueeze", bias, emit.constant([2]))
+    return emit.op("Add", wide, emit.op("Unsqueeze", none, emit.constant([1, 3])))
 
 
 def _packed(query: Node, key: Node, value: Node) -> Node | None:

@@ -1,0 +1,82 @@
+"""What a folder's model of pictures or sound reads: tensors that its processor made, or chance."""
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from ..capture.graph import Port
+from ..errors import InputError
+
+_REMEDY = "Give what the model's processor makes"
+
+
+def read_features(path: str | os.PathLike[str], names: Sequence[str]) -> dict[str, Tensor]:
+    """The tensors of a safetensors file.
+
+    Args:
+        names: of the inputs that they are for; a file with one tensor may call it as it likes where there is one.
+
+    Raises:
+        InputError: it cannot be read, or lacks one.
+    """
+    path = Path(path).expanduser()
+    try:
+        with safe_open(path, "pt") as file:
+            held = list(file.keys())
+            if len(held) == len(names) == 1:
+                return {names[0]: file.get_tensor(held[0])}
+            if missing := [name for name in names if name not in held]:
+                raise InputError(f"holds {len(held)} tensors, and no {missing[0]}", place=str(path), remedy=_REMEDY)
+            return {name: file.get_tensor(name) for name in names}
+    except (OSError, SafetensorError) as error:
+        raise InputError(
+            f"cannot be read as safetensors ({error})", place=os.fspath(path),
+            remedy="Save what the model's processor or feature extractor makes with safetensors",
+        ) from None  # fmt: skip
+
+
+def makes_none(what: str) -> InputError:
+    """The error for a model that is to calibrate on what it makes itself, and makes none."""
+    return InputError(
+        f"the model writes no {what} to calibrate on", place="calibration",
+        remedy="Pass what its processor or feature extractor makes in a safetensors file: --calibration FILE; random "
+        "numbers (--calibration random) cost accuracy",
+    )  # fmt: skip
+
+
+def drawn_features(ports: Sequence[Port], rows: int, seed: int) -> dict[str, Tensor]:
+    """Random numbers of mean 0 and variance 1, which say little of the model, in the sizes it was traced with."""
+    random = torch.Generator().manual_seed(seed)
+    return {port.name: torch.randn(rows, *port.sizes[1:], generator=random) for port in ports}
+
+
+def checked_features(values: Mapping[str, Tensor], ports: Sequence[Port], place: str) -> dict[str, Tensor]:
+    """Float32 tensors that fit their inputs, as many rows in each.
+
+    Raises:
+        InputError: one does not.
+    """
+    for port in ports:
+        value: Any = values.get(port.name)
+        shape = list(value.shape) if isinstance(value, Tensor) else None
+        fits = shape is not None and len(shape) == len(port.dims) and all(
+            isinstance(wanted, str) or size == wanted for size, wanted in zip(shape, port.dims, strict=True)
+        )  # fmt: skip
+        if not fits or not len(value):
+            sizes = ", ".join(["n", *map(str, port.dims[1:])])
+            found = shape if shape is not None else type(value).__name__
+            raise InputError(f"{port.name} is {found}, not [{sizes}]", place=place, remedy=_REMEDY)
+    if len({len(values[port.name]) for port in ports}) > 1:
+        raise InputError("its tensors have different numbers of rows", place=place, remedy=_REMEDY)
+    return {port.name: values[port.name].float() for port in ports}
+
+
+def batched(values: Mapping[str, Tensor], rows: int, size: int) -> list[dict[str, Tensor]]:
+    """The first rows, at most `size` of them together."""
+    parts = {name: tensor[:rows].split(size) for name, tensor in values.items()}
+    return [dict(zip(parts, group, strict=True)) for group in zip(*parts.values(), strict=True)]

@@ -1,0 +1,98 @@
+"""Models keep the head that their config names, whatever they read, and are compared by what it decides."""
+
+import json
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import save_file
+
+from helpers import exports
+from helpers.breadth import quick
+from helpers.random_decoders import LISTS
+from helpers.random_modules import HEADS, head_inputs, looked_up, save_head
+from helpers.runners import captured_runner, load_weights
+from qexport import validate
+from qexport.api.stages.capturing import capture_model
+from qexport.errors import CaptureError, InputError
+from qexport.models.heads import in_two_parts
+from qexport.recipe.recipe import Recipe
+
+QUICK = ("bert_pretraining", "yolos")
+
+
+@pytest.mark.parametrize("name", quick(QUICK, among=HEADS))
+def test_outputs_are_those_of_the_class_that_the_config_names(tmp_path, name):
+    captured = capture_model(save_head(name, tmp_path))
+    kind = getattr(transformers, LISTS["heads"][name]["head"])
+    model = kind.from_pretrained(tmp_path, attn_implementation="eager").eval()
+    run = captured_runner(load_weights(captured))
+    for feeds in head_inputs(captured):
+        with torch.no_grad():
+            made, got = model(**feeds), run(feeds)
+        mask = feeds.get("attention_mask")
+        for output, value in got.items():
+            want = looked_up(made, output)
+            if mask is not None and value.shape[:2] == mask.shape:
+                value, want = value[mask.bool()], want[mask.bool()]
+            assert (value - want).abs().max() < 2e-5 * want.abs().max(), output
+
+
+def test_a_picture_classifier_goes_through_the_command_line(tmp_path, run):
+    folder, pictures = save_head("vit_image", tmp_path / "model"), tmp_path / "pictures.safetensors"
+    (folder / "preprocessor_config.json").write_text(json.dumps({"size": {"height": 16, "width": 16}}))
+    save_file({"any": torch.randn(12, 3, 16, 16, generator=torch.Generator().manual_seed(3))}, pictures)
+    code, stdout, stderr = run(
+        "export", str(folder), "-r", "w8a8_static", "-o", str(tmp_path / "out"), "--calibration", str(pictures)
+    )
+    assert code == 0 and "12 rows of pictures.safetensors" in stdout and "reads pictures of 16 x 16 pixels" in stderr
+    assert "tokenizer" not in stderr and (tmp_path / "out" / "preprocessor_config.json").is_file()
+    asked = ("--text", str(pictures), "--windows", "10", "--json")
+    code, stdout, _ = run("validate", str(tmp_path / "out"), "--reference", str(folder), *asked)
+    report = json.loads(stdout)
+    (logits,) = report["outputs"]
+    assert code == 0 and not report["problems"] and report["reader"]["difference"] < 1e-4
+    assert logits["choices"] == 10 and 0.5 < logits["same_choice"] <= 1 and 0 < logits["choice_kl"] < 0.5
+
+
+@pytest.mark.slow
+def test_random_numbers_have_to_be_asked_for(tmp_path):
+    folder = save_head("vit_image", tmp_path / "model")
+    with pytest.raises(InputError, match="the model writes no input to calibrate on"):
+        exports.exporting.export(folder, "w8a8_static", out_dir=tmp_path / "out")
+    result = exports.exporting.export(folder, "w8a8_static", out_dir=tmp_path / "out", calibration="random")
+    assert "random numbers" in result.calibration
+    report = validate(result.folder, folder, windows=3)
+    assert report.own_text and "3 rows of random numbers" in report.text and report.outputs[0].choices == 3
+
+
+def test_pictures_of_another_size_and_files_without_any_are_refused(tmp_path):
+    folder = save_head("vit_image", tmp_path / "model")
+    captured, recipe = capture_model(folder), Recipe.load("w8a8_static")
+    with pytest.raises(InputError, match=r"pixel_values is \[4, 3, 8, 8\], not \[n, 3, 16, 16\]"):
+        exports.export(captured, recipe, "cpu", tmp_path / "out", calibration=torch.zeros(4, 3, 8, 8))
+    text = tmp_path / "text.txt"
+    text.write_text("a text")
+    with pytest.raises(InputError, match="cannot be read as safetensors"):
+        exports.exporting.export(folder, "w8a8_static", out_dir=tmp_path / "out", calibration=str(text))
+
+
+def test_one_of_several_texts_is_chosen(tmp_path):
+    folder = save_head("bert_choice", tmp_path / "model")
+    result = exports.exporting.export(folder, "w8a16", out_dir=tmp_path / "out", calibration="random")
+    report = validate(result.folder, folder, windows=6)
+    assert report.outputs[0].choices == 3 and report.outputs[0].same_choice == 1 and not report.problems
+
+
+def test_a_detector_has_a_decoder_and_is_one_file(tmp_path):
+    config = transformers.AutoConfig.for_model("detr", architectures=["DetrForObjectDetection"])
+    assert config.is_encoder_decoder and not in_two_parts(config)
+    assert in_two_parts(transformers.AutoConfig.for_model("bart", architectures=["BartForConditionalGeneration"]))
+
+
+def test_what_reads_other_things_is_refused(tmp_path):
+    folder = save_head("vit_image", tmp_path)
+    config = json.loads((folder / "config.json").read_text()) | {"architectures": ["ViTForPictureBooks"]}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CaptureError, match="names ViTForPictureBooks, which is neither"):
+        capture_model(folder)
