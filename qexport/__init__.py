@@ -39,6 +39,8 @@ if TYPE_CHECKING:
     from .runtime.generate import generate_text as generate  # noqa: F401
     from .runtime.optimized import OptimizedInfo as OptimizedInfo
     from .runtime.optimized import optimize as optimize
+    from .runtime.readers import RunsOn as RunsOn
+    from .runtime.readers import runs_on as runs_on
     from .runtime.transformers_js import Layout as Layout
     from .runtime.transformers_js import layout as layout
     from .sampling_study import study as study
@@ -56,6 +58,7 @@ _WHERE = {
     "OptimizedInfo": ("runtime.optimized", "OptimizedInfo"),
     "QExportError": ("errors", "QExportError"),
     "Recipe": ("recipe.recipe", "Recipe"),
+    "RunsOn": ("runtime.readers", "RunsOn"),
     "Sampling": ("runtime.generate", "Sampling"),
     "SliceResult": ("api.slicing", "SliceResult"),
     "Report": ("validation.report", "Report"),
@@ -69,6 +72,7 @@ _WHERE = {
     "layout": ("runtime.transformers_js", "layout"),
     "optimize": ("runtime.optimized", "optimize"),
     "render": ("report", "render"),
+    "runs_on": ("runtime.readers", "runs_on"),
     "slice_export": ("api.slicing", "slice_export"),
     "study": ("sampling_study", "study"),
     "validate": ("api.validating", "validate"),

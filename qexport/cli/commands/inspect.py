@@ -59,12 +59,24 @@ def inspect(
     seed: Seed = None,
     device: Device = "cpu",
     offload: Offload = False,
+    runs_on: Annotated[
+        str | None,
+        typer.Option(
+            help="Of an exported folder, in the place of a model: nodes that webgpu (or qnn) has no kernel for."
+        ),
+    ] = None,
     trust_remote_code: Remote = False,
     as_json: Json = False,
 ) -> None:
     """Show what an export would do. No weight is read unless it calibrates: --calibrate, or a calibration option."""
     from .. import console
 
+    if runs_on is not None:
+        from ..printers.inspect import print_runs_on
+
+        placed = qexport.runs_on(model, runs_on)
+        console.print_json(placed.as_dict()) if as_json else print_runs_on(placed)
+        return
     given = {"samples": samples, "sequence_length": sequence_length, "seed": seed}
     named = named_recipe(recipe, requantize)
     console.quiet_libraries()

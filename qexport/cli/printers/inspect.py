@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from ...api.compressing import compressed, compressed_sites
 from ...api.inspection import Inspection, Site
 from ...formatting import megabytes
+from ...runtime.readers import RunsOn
 from ..console import print_table
 from .shared import described, print_fast, sizes_by_part
 
@@ -110,3 +111,16 @@ def _span(numbers: Sequence[float]) -> str:
 
 def _kind(fold: str) -> str:
     return "the norm in front" if fold == "norm" else f"the rows of {fold.rpartition('.')[2]}"
+
+
+def print_runs_on(found: RunsOn) -> None:
+    """The kinds of nodes that another runtime has no kernel for."""
+    print(f"{found.title}, by a table of {found.version}\n")
+    if found.missing:
+        rows = [[m.operator, m.count, m.why, m.example] for m in found.missing]
+        print_table(["operator", "nodes", "why not", "for example"], rows)
+        print()
+    count = sum(m.count for m in found.missing)
+    left = f"; the other {count} are {found.otherwise}" if count else ""
+    print(f"It has kernels for {found.nodes - count} of {found.nodes} nodes{left}")
+    print(f"Source: {found.source}")

@@ -1,0 +1,170 @@
+"""Which nodes of an exported file another runtime has no kernel for, by tables of its operators.
+
+A table is a YAML file here with the version it holds for and where it comes from. It knows operators, their versions
+and the type of their first input; a runtime may refuse a node for other reasons, and leaves small integer arithmetic on
+shapes to the CPU on its own account.
+"""
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, Literal
+
+import onnx
+import yaml
+from onnx import TensorProto
+from pydantic import BaseModel, ConfigDict
+
+from ...artifact.manifest import MODEL_FILE
+from ...errors import InputError, reading
+
+_STANDARD = ("", "ai.onnx")
+_CONTRIB = "com.microsoft"
+# What onnxruntime keeps in ONNX's own domain without it being ONNX's: its table has them among the contrib operators.
+_OWN = "SimplifiedLayerNormalization"
+
+
+class ReaderTable(BaseModel):
+    """What a runtime has kernels for.
+
+    Attributes:
+        title: the runtime; version: that the table holds for.
+        source: of `operators`: by name, for each version of the operator the types of its first input, or any.
+        contrib_source: of `contrib`: operators of com.microsoft.
+        otherwise: what becomes of other nodes.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    title: str
+    version: str
+    source: str
+    contrib_source: str
+    otherwise: str
+    contrib: tuple[str, ...]
+    operators: Mapping[str, Literal["any"] | Mapping[int, tuple[str, ...]]]
+
+
+@dataclass(frozen=True)
+class Missing:
+    """Nodes of a kind that the reader has no kernel for.
+
+    Attributes:
+        operator: with its domain where it is not ONNX's own.
+        count: of nodes.
+        why: what the table lacks.
+        example: the name of one.
+    """
+
+    operator: str
+    count: int
+    why: str
+    example: str
+
+
+@dataclass(frozen=True)
+class RunsOn:
+    """What a reader makes of a file.
+
+    Attributes:
+        reader: its name here; title, version, source, otherwise: of its table.
+        nodes: of the file, constants apart; missing: those without a kernel.
+    """
+
+    reader: str
+    title: str
+    version: str
+    source: str
+    otherwise: str
+    nodes: int
+    missing: tuple[Missing, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def names() -> list[str]:
+    """Of the tables there are."""
+    return sorted(path.name.removesuffix(".yaml") for path in files(__name__).iterdir() if path.name.endswith(".yaml"))
+
+
+def table_of(reader: str) -> ReaderTable:
+    """The table of a reader.
+
+    Raises:
+        InputError: there is none.
+    """
+    if reader not in names():
+        raise InputError(
+            f"there is no table of the operators of {reader!r}", place="runs on", remedy=f"Take {' or '.join(names())}"
+        )  # fmt: skip
+    return ReaderTable.model_validate(yaml.safe_load((files(__name__) / f"{reader}.yaml").read_text("utf-8")))
+
+
+def runs_on(folder: str | Path, reader: str) -> RunsOn:
+    """Say which nodes of an export a runtime has no kernel for.
+
+    Args:
+        folder: an exported folder, or an ONNX file.
+        reader: a name of `names`.
+
+    Raises:
+        InputError: there is no such table, or no such file.
+    """
+    table, path = table_of(reader), Path(folder)
+    path = path / MODEL_FILE if path.is_dir() else path
+    if not path.is_file():
+        raise InputError("there is no model", place=str(path), remedy="Export one with qexport export")
+    with reading(path, "cannot be read as ONNX", "Export it again"):
+        model = onnx.load(path, load_external_data=False)
+    opset = next((entry.version for entry in model.opset_import if entry.domain in _STANDARD), 1)
+    types, nodes = _types(model), list(_nodes(model.graph))
+    found: Counter[tuple[str, str]] = Counter()
+    example: dict[tuple[str, str], str] = {}
+    for node in nodes:
+        if why := _why_missing(table, node, opset, types):
+            key = (node.op_type if node.domain in _STANDARD else f"{node.domain}.{node.op_type}", why)
+            found[key] += 1
+            example.setdefault(key, node.name)
+    missing = tuple(Missing(name, count, why, example[name, why]) for (name, why), count in found.most_common())
+    return RunsOn(reader, table.title, table.version, table.source, table.otherwise, len(nodes), missing)
+
+
+def _nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
+    """Nodes of a graph and of the graphs within them, constants apart."""
+    for node in graph.node:
+        if node.op_type != "Constant":
+            yield node
+        for attribute in node.attribute:
+            for inner in (attribute.g, *attribute.graphs):
+                yield from _nodes(inner)
+
+
+def _types(model: onnx.ModelProto) -> dict[str, str]:
+    """Element types of values by name, as far as ONNX can tell them."""
+    try:
+        graph = onnx.shape_inference.infer_shapes(model).graph
+    except onnx.shape_inference.InferenceError:  # of operators that nobody imported: what the file says itself is left
+        graph = model.graph
+    found = {value.name: value.data_type for value in graph.initializer}
+    found |= {v.name: v.type.tensor_type.elem_type for v in (*graph.input, *graph.output, *graph.value_info)}
+    return {name: TensorProto.DataType.Name(kind) for name, kind in found.items() if kind}
+
+
+def _why_missing(table: ReaderTable, node: onnx.NodeProto, opset: int, types: Mapping[str, str]) -> str:
+    """What the table lacks for a node; empty where nothing."""
+    if node.domain not in _STANDARD or node.op_type == _OWN:
+        known = node.domain in (*_STANDARD, _CONTRIB) and node.op_type in table.contrib
+        return "" if known else "no such operator"
+    versions = table.operators.get(node.op_type)
+    if versions is None:
+        return "no such operator"
+    if versions == "any":
+        return ""
+    since = onnx.defs.get_schema(node.op_type, opset, "").since_version
+    if since not in versions:
+        return f"its version {since} is not among {', '.join(map(str, versions))}"
+    kind = types.get(node.input[0]) if node.input else None
+    return "" if kind is None or kind in versions[since] else f"not of {kind.lower()}"
