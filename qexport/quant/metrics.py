@@ -64,9 +64,18 @@ def top_two_margin(logits: Tensor) -> Tensor:
     Args:
         logits: float [tokens, vocabulary].
     """
-    best = logits.double().topk(min(2, logits.shape[-1]), -1).values
-    likely = (best - torch.logsumexp(logits.double(), -1, keepdim=True)).exp_()
-    return likely[:, 0] - (likely[:, 1] if likely.shape[1] > 1 else 0.0)
+    out = torch.empty(logits.shape[0], dtype=torch.float64)
+    for rows in _rows(logits):
+        piece = logits[rows].double()
+        best = piece.topk(min(2, piece.shape[-1]), -1).values
+        likely = (best - torch.logsumexp(piece, -1, keepdim=True)).exp_()
+        out[rows] = likely[:, 0] - (likely[:, 1] if likely.shape[1] > 1 else 0.0)
+    return out
+
+
+def all_finite(logits: Tensor) -> Tensor:
+    """Whether a token's logits are all numbers: bool [tokens] for logits [tokens, vocabulary]."""
+    return torch.cat([torch.isfinite(logits[rows]).all(-1) for rows in _rows(logits)])
 
 
 def separation(values: Tensor, marked: Tensor) -> float | None:

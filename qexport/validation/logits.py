@@ -12,6 +12,7 @@ from ..artifact.manifest import Manifest
 from ..errors import InputError
 from ..progress import StageProgress, no_stage_progress
 from ..quant.metrics import (
+    all_finite,
     by_stretch,
     kl_divergence,
     nll,
@@ -76,7 +77,7 @@ def deployed_logits(
         found = [torch.tensor(logits, dtype=torch.float32)]  # a copy: the next run may write into its memory
         for i in range(prompt, len(ids)):
             found.append(torch.tensor(decoder.run(tokens[:, i : i + 1])[0], dtype=torch.float32))
-        return torch.cat(found)
+        return torch.cat(found) if len(found) > 1 else found[0]
 
     return run
 
@@ -103,7 +104,7 @@ def compare_logits(
         progress("windows", index, len(windows))
         # What follows the last token is not in the text.
         want, got, targets = reference.outputs(index)["logits"][0, :-1], deployed(ids)[:-1], ids[1:]
-        finite = torch.isfinite(got).all(-1)
+        finite = all_finite(got)
         kl.append(kl_divergence(want, got))
         margins.append(top_two_margin(want))
         likeliest.append(torch.stack([want.argmax(-1), got.argmax(-1)], 1))

@@ -155,7 +155,9 @@ def weight_faults(
             x, y = heard[entry.name].x, heard[entry.name].y
             factor = factors[entry.input]
             linear = found[entry.name]
-            weight = captured.load(linear.weight).float() / torch.where(factor != 0, factor, 1.0)
+            weight = captured.load(linear.weight).float()
+            if not factor.eq(1).all():  # an output projection is a GB and more, and hardly ever scaled
+                weight = weight / torch.where(factor != 0, factor, 1.0)
             want = x @ weight.t()
             if linear.bias:
                 want += captured.load(linear.bias).float()

@@ -160,3 +160,15 @@ def test_separation_counts_pairs(given_pairs):
     ]  # fmt: skip
     found = separation(values, marked)
     assert found is None if not below else found == pytest.approx(sum(below) / len(below))
+
+
+def test_margins_and_finiteness_are_found_in_pieces(monkeypatch):
+    logits = torch.randn(37, 50, generator=torch.Generator().manual_seed(0))
+    logits[5, 3] = float("inf")
+    whole = metrics.top_two_margin(logits[6:]), metrics.all_finite(logits)
+    assert whole[1].tolist() == [row != 5 for row in range(37)]
+    best = logits[6:].double().softmax(-1).topk(2, -1).values
+    torch.testing.assert_close(whole[0], best[:, 0] - best[:, 1])
+    monkeypatch.setattr(metrics, "_PIECE", 100)
+    assert torch.equal(metrics.top_two_margin(logits[6:]), whole[0])
+    assert torch.equal(metrics.all_finite(logits), whole[1])
