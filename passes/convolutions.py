@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch.fx import Graph, GraphModule, Node
 
+from .. import ranks
 from ..errors import NumericsError
 from ..graph.convolution_sites import convolutions, zero_padding
 from ..graph.edit import add_tensor, call, finish, get_tensor, is_call, shape_of
@@ -44,6 +45,11 @@ class MinMaxObserver:
             if not math.isfinite(low) or not math.isfinite(high):
                 raise NumericsError("NaN or Inf on the calibration data")
             self.low, self.high = min(self.low, low), max(self.high, high)
+
+    def across(self) -> None:
+        """See `Statistic`."""
+        lows, highs = zip(*ranks.gather((self.low, self.high)), strict=True)
+        self.low, self.high = min(lows), max(highs)
 
     def grid(self) -> tuple[float, int]:
         """(scale, zero point) of uint8 codes that cover it; 0 is a code. Steps of 1 where nothing but 0 was seen."""

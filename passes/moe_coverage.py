@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch.fx import Graph, GraphModule, Node
 
+from .. import ranks
 from ..graph.edit import is_call
 from ..graph.sites import SHAPE_ONLY, Linear, linears
 from ..graph.views import operand
@@ -54,6 +55,11 @@ class _Reached:
         """Take in x, float [tokens, K]."""
         self.tokens += int((x != 0).any(-1).sum())
         self.all += len(x)
+
+    def across(self) -> None:
+        """See `Statistic`."""
+        counts = ranks.gather((self.tokens, self.all))
+        self.tokens, self.all = (sum(column) for column in zip(*counts, strict=True))
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 # From the ground up; a room may import rooms of lines before its own, and itself.
 ROOMS = (
     ("errors", "gc_pause", "log", "progress"),
-    ("device", "formatting", "plugins", "stopping"),
+    ("device", "ranks", "formatting", "plugins", "stopping"),
     ("artifact",),
     ("quant",),
     ("graph",),

@@ -111,7 +111,7 @@ class GPTQ(GraphPass):
         sharing = Counter(statistics[weight] for weight, linear in sites.items() if linear.name not in folded)
         alone = Counter(statistics[weight] for weight, linear in sites.items() if linear.name in folded)
         factors: dict[HessianStatistic, InverseFactor] = {}  # of those whose other readers are still to come
-        unreached: list[SiteRecord] = []
+        missed = [linear.name for weight, linear in sites.items() if not reached[statistics[weight]]]
 
         def factor_of(seen: HessianStatistic) -> InverseFactor:
             sharing[seen] -= 1
@@ -131,13 +131,12 @@ class GPTQ(GraphPass):
                 return fmt.round_to_nearest(w, self.clip_search)
             seen = statistics[linear.weight]
             if not reached[seen]:
-                unreached.append(SiteRecord(linear.name, "rounded to nearest: no calibration token reached it"))
                 return fmt.round_to_nearest(w)
             found = factor_of(seen) if factor is None else own_factor(seen, factor)
             return gptq_quantize(w, found, fmt, clip_search=self.clip_search)
 
         result = quantize_linears(module, self.plan, context.handover, quantize, moves=SteppedFormat)
-        result.skipped += unreached
+        result.skipped += [SiteRecord(name, "rounded to nearest: no calibration token reached it") for name in missed]
         return result
 
 

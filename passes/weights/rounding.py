@@ -5,8 +5,9 @@ from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import torch
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 
+from ... import ranks
 from ...errors import within
 from ...graph.edit import finish, get_tensor
 from ...graph.narrow import widened
@@ -48,6 +49,29 @@ def integer_format(plan: LinearPlan) -> IntegerFormat:
     return fmt
 
 
+def _shared_out(
+    module: GraphModule, plan: Mapping[str, LinearPlan], handover: PassState, quantize: Quantize[_F], moves: type[Any]
+) -> dict[str, QuantizedWeight]:
+    """Codes by weight that several processes have found together, those of one value in one; none of one alone."""
+    if ranks.size() == 1:
+        return {}
+    by_value: dict[Node, list[Linear]] = {}
+    for linear in linears(module.graph):
+        if planned(plan, linear) and isinstance(plan[linear.name].chosen.weight, moves):
+            by_value.setdefault(linear.input, []).append(linear)
+    jobs = list(by_value.values())
+    work = [sum(float(n.shape[0]) * n.shape[1] ** 2 for n in job) + float(job[0].shape[1]) ** 3 for job in jobs]
+    mine: dict[str, QuantizedWeight] = {}
+    for owner, job in zip(ranks.owners(work), jobs, strict=True):
+        for linear in job if owner == ranks.rank() else ():
+            factor, w = handover.folded.get(linear.name), widened(get_tensor(module, linear.weight))
+            fmt = plan[linear.name].chosen.weight
+            if linear.weight not in mine and isinstance(fmt, moves):
+                with within(linear.name):
+                    mine[linear.weight] = quantize(linear, w if factor is None else w / factor, fmt, factor)
+    return {name: codes for part in ranks.gather(mine) for name, codes in part.items()}
+
+
 def quantize_linears(
     module: GraphModule,
     plan: Mapping[str, LinearPlan],
@@ -68,7 +92,8 @@ def quantize_linears(
     result = PassResult()
     sites = linears(module.graph)
     left = Counter(linear.weight for linear in sites)
-    found: dict[str, QuantizedWeight] = {}  # of weights that other linears of this block are still to read
+    # Of weights that other linears of this block are still to read, and of those that other processes have found.
+    found = {} if quantize is None else _shared_out(module, plan, handover, quantize, moves)
     for linear in sites:
         if not planned(plan, linear):
             why = plan[linear.name].reason if linear.name in plan else "not in the plan"

@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from ..artifact.output import claimed
+from .. import ranks
+from ..artifact.output import claimed_by_first
 from ..capture.dynamic import DynamicShapes
 from ..capture.graph import CapturedModel
 from ..capture.module import Inputs
@@ -17,6 +18,7 @@ from ..progress import Progress, no_progress
 from ..recipe.recipe import Recipe
 from .adapters import check_adapters, kept_adapters
 from .options import Options
+from .refusals import check_ranks
 from .result import ExportResult
 from .seq2seq.exporting import export_parts
 from .stages import pipeline
@@ -58,6 +60,9 @@ def export(
     An encoder-decoder becomes a folder with two exports: "encoder" holds the encoder and what the decoder's layers make
     of its result, "decoder" the rest with its cache. Where the recipe calibrates, the encoder reads the calibration
     data, and the decoder texts that the float model writes about them; all of the float model is in memory.
+
+    In processes that torchrun has started, one export is made by all of them: samples and weights are shared out, the
+    first process writes, and the others end with `ranks.PartDone`, a SystemExit of 0. All see the same output folder.
 
     Args:
         model: a Hugging Face id, a folder, a GGUF file, an nn.Module (with example_inputs), or a captured model, which
@@ -106,15 +111,18 @@ def export(
         QExportError: one of its kinds says what is wrong, where, and what to do; CaptureError where the graph and its
             witness differ by more than rounding; InputError where an option means nothing for this kind of model.
     """
-    options = Options(
-        target=target, dtype=dtype, attention=attention, logits=logits, resume=resume, extra_passes=extra_passes,
-        seed=seed, requantize=requantize, trust_remote_code=trust_remote_code, progress=progress,
-        device=device, offload=offload, adapters=kept_adapters(adapters or {}),
-        form=form, opset=opset, max_length=max_length,
-    )  # fmt: skip
-    model = with_adapter(model, adapter, trust_remote_code)
-    request = Request.of(model, recipe, options, calibration, example_inputs, dynamic_shapes)
-    with claimed(Path(out_dir), overwrite, source_path(model)) as work:
-        prepared = prepare(request)
-        check_adapters(prepared)
-        return export_parts(prepared, work) if prepared.in_two_parts else pipeline.run(prepared, work)
+    with ranks.joined():
+        options = Options(
+            target=target, dtype=dtype, attention=attention, logits=logits, resume=resume, extra_passes=extra_passes,
+            seed=seed, requantize=requantize, trust_remote_code=trust_remote_code,
+            progress=progress if ranks.rank() == 0 else no_progress,
+            device=device, offload=offload, adapters=kept_adapters(adapters or {}),
+            form=form, opset=opset, max_length=max_length,
+        )  # fmt: skip
+        model = with_adapter(model, adapter, trust_remote_code)
+        request = Request.of(model, recipe, options, calibration, example_inputs, dynamic_shapes)
+        with claimed_by_first(Path(out_dir), overwrite, source_path(model)) as work:
+            prepared = prepare(request)
+            check_adapters(prepared)
+            check_ranks(prepared)
+            return export_parts(prepared, work) if prepared.in_two_parts else pipeline.run(prepared, work)

@@ -2,9 +2,11 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
+from .. import ranks
 from ..artifact.manifest import SEQ2SEQ
 from ..capture.graph import CapturedModel
 from ..errors import InputError, LoweringError, RecipeError
@@ -38,6 +40,27 @@ class Decisions:
     plan: list[LinearPlan]
     embeddings: list[EmbeddingPlan]
     convolutions: list[ConvolutionPlan]
+
+
+def check_ranks(prepared: Any) -> None:
+    """Refuse what several processes cannot do together.
+
+    Args:
+        prepared: a `stages.preparing.Preparation`.
+
+    Raises:
+        InputError: as said.
+    """
+    if ranks.size() == 1:
+        return
+    recipe = prepared.recipe
+    trains = recipe.tune is not None or recipe.weights.training_passes(recipe.calibration.samples, 1) > 0
+    why = (
+        "an encoder-decoder is exported" if prepared.in_two_parts else f"{recipe.name} trains on all samples" if trains
+        else "passes of your own see all samples" if prepared.options.extra_passes else ""
+    )  # fmt: skip
+    if why:
+        raise InputError(f"{why} by one process alone", place="torchrun", remedy="Export without torchrun")
 
 
 def decide(captured: CapturedModel, recipe: Recipe, target: Target, attention: str) -> Decisions:

@@ -9,6 +9,7 @@ from typing import Any, overload
 import torch
 from torch.fx import GraphModule, Interpreter, Node
 
+from .. import ranks
 from ..capture.blocks import Block
 from ..capture.graph import CapturedModel
 from ..device import HOST, Placement
@@ -42,6 +43,21 @@ class Stream:
         self.device, self._between, self._keep = placement.device, placement.between, keep
         self.batches = [{name: _moved(value, self._between) for name, value in batch.items()} for batch in batches]
         self.masks = [None if mask is None else mask.to(self.device) for mask in masks]
+
+    def shared_out(self) -> "Stream":
+        """Only the batches that are this process's, where several make one export.
+
+        Raises:
+            InputError: there are fewer than processes.
+        """
+        count = len(self.batches)
+        if count < ranks.size():
+            raise InputError(
+                f"{count} batches for {ranks.size()} processes", place="calibration",
+                remedy="Take more samples, a smaller calibration.batch_size, or fewer processes",
+            )  # fmt: skip
+        self.batches, self.masks = self.batches[ranks.share(count)], self.masks[ranks.share(count)]
+        return self
 
     def inputs(self, block: Block, batch: int) -> tuple[torch.Tensor, ...]:
         """What a block reads of a batch, where it is computed."""
@@ -151,6 +167,7 @@ def collect(
             _StatisticsInterpreter(module, statistics, mask).run(
                 *stream.inputs(block, number), initial_env=dict(unneeded)
             )
+    ranks.combine(list(statistics.values()))
     return statistics
 
 
@@ -244,6 +261,7 @@ def sqnr(captured: CapturedModel, block: Block, stream: Stream, reference: Strea
             got, want = got[mask], want[mask]
         signal += want.double().square().sum().item()
         noise += (got - want).double().square().sum().item()
+    signal, noise = (sum(part) for part in zip(*ranks.gather((signal, noise)), strict=True))
     if not math.isfinite(noise):
         raise NumericsError("produces NaN or Inf on the calibration data", place=block.name)
     return round(10 * math.log10(signal / noise), 2) if signal and noise else None

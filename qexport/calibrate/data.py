@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from .. import ranks
 from ..capture.graph import CapturedModel
 from ..errors import InputError
 from ..models.heads import reads_text
@@ -110,7 +111,8 @@ def calibration_batches(
         spec = spec.model_copy(update={"sequence_length": length})
     if data is None and spec.source == "self":
         check_own_text(captured, recipe, data)
-        samples = own_text(captured, spec, partial(progress, "calibrate"), "the model writes its calibration text")
+        told = partial(progress, "calibrate")
+        samples = ranks.first(partial(own_text, captured, spec, told, "the model writes its calibration text"))
     else:
         tokenizer = captured.folder.tokenizer() if captured.folder else None
         samples = load_samples(spec, data, tokenizer=tokenizer, vocab_size=captured.settings["vocab_size"])

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+from .. import ranks
 from ..capture.blocks import Block
 from ..capture.graph import CapturedModel
 from ..device import CPU, computing
@@ -106,7 +107,7 @@ def quantize_blocks(
         passes: each is run on the blocks it works on.
         stream: calibration inputs, advanced through the quantized blocks; None when no pass needs data.
         reference: the same inputs, advanced through the float blocks, for the SQNR of each block.
-        work: folder of shards and journal; made if missing.
+        work: folder of shards and journal; made if missing. Of several processes the first one writes.
         fingerprint: identifies model, recipe and data; a journal with another one is not continued.
         resume: continue after the last finished block found in `work`.
         progress: called with (block name, blocks done, blocks in all).
@@ -115,8 +116,7 @@ def quantize_blocks(
         InputError: `resume` with a folder of another export.
         NumericsError: NaN or Inf in weights or activations.
     """
-    work.mkdir(parents=True, exist_ok=True)
-    run, done = _journal(work, fingerprint, resume)
+    run, done = ranks.first(partial(_journal, work, fingerprint, resume))
     finished = []
     total = len(captured.blocks)
     for index, block in enumerate(captured.blocks):
@@ -129,8 +129,7 @@ def quantize_blocks(
             item = _one(captured, block, passes, stream, reference, finished, total, place, run)
         finished.append(item)
         trim()
-        with (work / JOURNAL).open("a") as journal:
-            journal.write(json.dumps(asdict(item.record)) + "\n")
+        ranks.first(partial(_note, work, item.record))
     progress("", total, total)
     return finished
 
@@ -165,7 +164,7 @@ def _one(
         for name in attributes(block.module.graph)
         if loaded and (name not in loaded or not same_memory(get_tensor(block.module, name), loaded[name]))
     }
-    shards.save_block(place, block, stored, run)
+    ranks.first(partial(shards.save_block, place, block, stored, run))
     unload(block.module)
     for name, result in results.items():
         log_sites(block.name, name, result.changed, result.skipped)
@@ -214,6 +213,7 @@ def _load(captured: CapturedModel, block: Block) -> dict[str, torch.Tensor]:
 
 def _journal(work: Path, fingerprint: str, resume: bool) -> tuple[str, list[BlockRecord]]:
     """The run that wrote the blocks, and what happened to those that are finished; a new run where none is."""
+    work.mkdir(parents=True, exist_ok=True)
     path = work / JOURNAL
     text = path.read_text(encoding="utf-8") if resume and path.exists() else ""
     # A line that a kill or a full disk cut short is no line.
@@ -236,6 +236,12 @@ def _journal(work: Path, fingerprint: str, resume: bool) -> tuple[str, list[Bloc
         )  # fmt: skip
     os.truncate(path, sum(len(line.encode()) for line in lines))
     return run, records
+
+
+def _note(work: Path, record: BlockRecord) -> None:
+    """Write down that a block is finished."""
+    with (work / JOURNAL).open("a") as journal:
+        journal.write(json.dumps(asdict(record)) + "\n")
 
 
 def _continue(

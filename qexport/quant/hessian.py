@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .. import ranks
 from ..errors import NumericsError, RecipeError
 from .triangular import invert_lower_
 
@@ -56,6 +57,14 @@ class HessianStatistic:
         if not bool(torch.isfinite(self._sum.diagonal()).all()):
             raise NumericsError("the input of a linear has NaN or Inf", remedy=_DATA_REMEDY)
         self.tokens += x.shape[0]
+
+    def across(self) -> None:
+        """Add what other processes have summed, see `ranks.combine`."""
+        sizes = [size for size in ranks.gather(None if self._sum is None else len(self._sum)) if size is not None]
+        if sizes:
+            own = torch.zeros(sizes[0], sizes[0]) if self._sum is None else self._sum
+            self._sum, self._whole = ranks.total(own), False
+        self.tokens = sum(ranks.gather(self.tokens))
 
     def unseen(self) -> Tensor:
         """Whether a feature was zero for every token, bool [K]; raises as `value`."""

@@ -6,6 +6,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from .. import ranks
 from ..errors import NumericsError, RecipeError
 from .formats import ActivationFormat
 
@@ -22,6 +23,9 @@ class Statistic(Protocol):
     def update(self, x: Tensor) -> None:
         """Take in x, float [tokens, K]."""
 
+    def across(self) -> None:
+        """Take in what the statistics of this value in other processes have seen, see `ranks.combine`."""
+
 
 class AbsmaxObserver:
     """The largest magnitude seen."""
@@ -36,6 +40,11 @@ class AbsmaxObserver:
             if not math.isfinite(seen):
                 raise _not_finite()
             self._absmax = seen if self._absmax is None else max(seen, self._absmax)
+
+    def across(self) -> None:
+        """See `Statistic`."""
+        seen = [value for value in ranks.gather(self._absmax) if value is not None]
+        self._absmax = max(seen, default=None)
 
     def absmax(self) -> float:
         """Raises NumericsError when nothing was seen."""
@@ -62,6 +71,11 @@ class MagnitudeHistogram:
             bits = piece.float().abs().view(torch.int32).bitwise_right_shift_(_DROPPED_BITS)
             self._counts += torch.bincount(bits, minlength=_BINS).to(self._counts.device)
 
+    def across(self) -> None:
+        """See `Statistic`."""
+        ranks.total(self._counts)
+        self._absmax.across()
+
     def absmax(self) -> float:
         """The largest magnitude seen; raises NumericsError when nothing was seen."""
         return self._absmax.absmax()
@@ -86,6 +100,10 @@ class PercentileObserver:
         """Take in x, float of any shape; raises NumericsError on NaN or Inf."""
         self._histogram.update(x)
 
+    def across(self) -> None:
+        """See `Statistic`."""
+        self._histogram.across()
+
     def absmax(self) -> float:
         """Raises NumericsError when nothing was seen."""
         _, upper, counts = self._histogram.bins()
@@ -106,6 +124,10 @@ class MseObserver:
     def update(self, x: Tensor) -> None:
         """Take in x, float of any shape; raises NumericsError on NaN or Inf."""
         self._histogram.update(x)
+
+    def across(self) -> None:
+        """See `Statistic`."""
+        self._histogram.across()
 
     def absmax(self) -> float:
         """Raises NumericsError when nothing was seen."""
@@ -136,6 +158,11 @@ class ChannelAbsmax:
                 raise _not_finite()
             self._absmax = seen if self._absmax is None else torch.maximum(self._absmax, seen)
 
+    def across(self) -> None:
+        """See `Statistic`."""
+        seen = [value for value in ranks.gather(self._absmax) if value is not None]
+        self._absmax = torch.stack(seen).amax(0) if seen else None
+
     def absmax(self) -> Tensor:
         """float32 [K]; raises NumericsError when nothing was seen."""
         if self._absmax is None:
@@ -162,6 +189,12 @@ class ChannelMeanAbs:
                 raise _not_finite()
             self._sum = seen if self._sum is None else self._sum + seen
             self._tokens += x.shape[0]
+
+    def across(self) -> None:
+        """See `Statistic`."""
+        seen = [(value, tokens) for value, tokens in ranks.gather((self._sum, self._tokens)) if value is not None]
+        if seen:
+            self._sum, self._tokens = torch.stack([value for value, _ in seen]).sum(0), sum(n for _, n in seen)
 
     def mean(self) -> Tensor:
         """float32 [K]; raises NumericsError when nothing was seen."""
@@ -197,6 +230,14 @@ class RowSample:
         self._rows = x[new].clone() if self._rows is None else torch.cat([self._rows[old], x[new]])
         self._keys = keys[chosen]
 
+    def across(self) -> None:
+        """See `Statistic`."""
+        seen = [(keys, rows) for keys, rows in ranks.gather((self._keys, self._rows)) if rows is not None]
+        if seen:
+            keys = torch.cat([keys for keys, _ in seen])
+            chosen = keys.argsort(stable=True)[: self._limit].sort().values
+            self._keys, self._rows = keys[chosen], torch.cat([rows for _, rows in seen])[chosen]
+
     def rows(self) -> Tensor:
         """float [tokens, K]; raises NumericsError when nothing was seen."""
         if self._rows is None or not len(self._rows):
@@ -218,6 +259,10 @@ class CompositeObserver:
         """Show x to every part."""
         for part in self.parts:
             part.update(x)
+
+    def across(self) -> None:
+        """See `Statistic`."""
+        ranks.combine(self.parts)
 
     def unseen(self) -> Tensor:
         """What the first part says; see `ChannelAbsmax.unseen`."""

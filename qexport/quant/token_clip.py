@@ -7,6 +7,7 @@ occur. For 576 normal values and 15 codes the squared error is least at about 0.
 import torch
 from torch import Tensor
 
+from .. import ranks
 from .formats import ActivationFormat
 from .zero_fraction import TokenKernel, token_step
 
@@ -35,6 +36,11 @@ class TokenClip(TokenKernel):
             codes = (x / (step * clip)).round_().clamp_(-self._fmt.qmax, self._fmt.qmax)
             off = codes.mul_(step * clip).sub_(x).square_().sum(-1) / norm
             self._errors[place] += off.double().sum().cpu()
+
+    def across(self) -> None:
+        """See `Statistic`."""
+        super().across()
+        ranks.total(self._errors)
 
     def clip(self) -> float:
         """The best share; 1 where nothing was seen."""

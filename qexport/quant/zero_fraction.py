@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import ranks
 from .formats import ActivationFormat
 from .observers import ChannelAbsmax, MagnitudeHistogram
 
@@ -64,6 +65,11 @@ class TokenKernel:
         self._small += int(((size < half) | (size == 0)).sum())
         self._all += x.numel()
 
+    def across(self) -> None:
+        """See `Statistic`."""
+        counts = ranks.gather((self._small, self._zero, self._all))
+        self._small, self._zero, self._all = (sum(column) for column in zip(*counts, strict=True))
+
     def kernel(self) -> dict[str, float]:
         """The share with and without exact zeros, which ReLU makes and which cost nothing."""
         return _shares(self._small, self._zero, self._all)
@@ -85,6 +91,10 @@ class RangeAndKernel:
         self._channels.update(x)
         if self._chooses is not None:
             self._chooses.update(x)
+
+    def across(self) -> None:
+        """See `Statistic`."""
+        ranks.combine([self._histogram, self._channels, *([] if self._chooses is None else [self._chooses])])
 
     def absmax(self) -> float:
         """Raises NumericsError when nothing was seen."""

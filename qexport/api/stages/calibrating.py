@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from ... import ranks
 from ...calibrate.block_activations import Stream
 from ...calibrate.data import calibration_batches, check_own_text, needs_data
 from ...calibrate.projection import seen_by_projection
@@ -55,7 +56,7 @@ def calibrate(planned: ExportPlan) -> Calibration:
         check_own_text(captured, recipe, planned.data)
     check_range(captured, decisions, planned.target.dtype)
     progress("check", "reading of the model", 0, 1)
-    agreement = check_reader(captured)
+    agreement = ranks.first(partial(check_reader, captured))
     progress("check", "reading of the model", 1, 1)
     batches, described, seen = None, "none needed", None
     if wanted_data:
@@ -65,7 +66,7 @@ def calibrate(planned: ExportPlan) -> Calibration:
     wanted = recipe.weights.table_statistic() is not None
     if wanted and batches is not None and shared and planned.projection is not None:
         seen = seen_by_projection(
-            captured, planned.projection, batches(), recipe.weights, partial(progress, "embedding")
+            captured, planned.projection, batches().shared_out(), recipe.weights, partial(progress, "embedding")
         )  # fmt: skip
     logger.info("%s", agreement.sentence())
     logger.info("calibration data: %s", described)

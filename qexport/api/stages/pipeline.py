@@ -4,6 +4,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from ... import ranks
 from ...artifact.output import WorkFolder
 from ...errors import InputError, QExportError
 from ...progress import announce
@@ -31,13 +32,17 @@ def run(prepared: Preparation, work: WorkFolder) -> ExportResult:
 
     Raises:
         QExportError: of any of the stages.
+        PartDone: another process writes it.
     """
     announce(prepared.options.progress, *stages(prepared.recipe))
     planned = plan(capture(prepared))
     _say_what_it_takes(planned)
     calibrated = settle(calibrate(planned))
     with _forgetting(work):
-        return package(lower(quantize(calibrated, work)), work)
+        quantized = quantize(calibrated, work)
+        if ranks.rank() > 0:
+            raise ranks.PartDone
+        return package(lower(quantized), work)
 
 
 def stages(recipe: Recipe) -> list[str]:
@@ -61,6 +66,6 @@ def _forgetting(work: WorkFolder) -> Iterator[None]:
     try:
         yield
     except QExportError as error:
-        if not isinstance(error, InputError):
+        if not isinstance(error, InputError) and ranks.rank() == 0:
             work.discard()  # neither a bad model nor a bad pass gets better by going on from where it stopped
         raise
