@@ -87,7 +87,8 @@ def cut(module: GraphModule, results: list[str]) -> list[Block]:
 def _layers(graph: Graph) -> list[str]:
     """Module paths of the repeated layers, in order; empty when there is no such container.
 
-    The container that holds most of the weights; a model that is one itself where that leaves smaller blocks.
+    The container that holds most of the weights; a model that is one itself, of items that are no single operators,
+    where that leaves smaller blocks.
     """
     sizes = {tensor_name(n): n.meta["val"].numel() for n in graph.nodes if n.op == "get_attr"}
     held: dict[str, Counter[int]] = {}
@@ -96,15 +97,17 @@ def _layers(graph: Graph) -> list[str]:
             held.setdefault(found[0], Counter())[found[1]] += size
     chosen = max(held, key=lambda container: held[container].total(), default=None)
     own: Counter[int] = Counter()
+    composed: set[int] = set()
     for name, size in sizes.items():
         if found := _place(name, _OF_ITSELF):
             own[found[1]] += size
+            composed |= {found[1]} if name.count(".") > 1 else set()
 
     def largest(items: Counter[int]) -> int:
         """Weights of the largest block; those around the items are at most two."""
         return max(sum(sizes.values()) - items.total(), *items.values())
 
-    if len(own) > 1 and (chosen is None or largest(own) < largest(held[chosen])):
+    if len(composed) > 1 and (chosen is None or largest(own) < largest(held[chosen])):
         return [str(index) for index in sorted(own)]
     return [] if chosen is None else [f"{chosen}.{index}" for index in sorted(held[chosen])]
 

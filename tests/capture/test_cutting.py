@@ -24,7 +24,7 @@ ENDS = nn.Linear(16, 32), nn.Linear(32, 8)
     [
         ([Residual(), Residual()], ["0", "1", "2", "3"]),
         ([nn.Sequential(Residual(), Residual())], ["prologue", "1.0", "1.1", "epilogue"]),
-        ([nn.ReLU()], ["0", "2"]),
+        ([nn.ReLU()], ["prologue"]),  # single operators
     ],
 )
 def test_a_sequential_is_cut_at_its_layers(middle, names):
