@@ -1,5 +1,6 @@
 """onnxruntime-genai loads what `export` writes, as it is, and writes the same greedy text as our own loop."""
 
+import numpy as np
 import pytest
 
 from helpers.tokenizer_files import write_word_tokenizer
@@ -42,3 +43,26 @@ def test_same_greedy_tokens(model_folder, tmp_path, family, recipe):
 def test_same_greedy_tokens_with_a_tied_embedding(model_folder, tmp_path, logits):
     recipe = Recipe(scheme="w4a16_g32", lm_head="w8a16_g32", embedding="tied")
     assert_same(export(model_folder("llama_bias"), recipe, out_dir=tmp_path / "out", logits=logits).folder)
+
+
+def test_requests_of_different_lengths_share_a_batch_of_the_engine(model_folder, tmp_path):
+    og = pytest.importorskip("onnxruntime_genai")
+    folder = export(model_folder("llama"), "w4a16_g32_rtn", out_dir=tmp_path / "out").folder
+    write_word_tokenizer(folder)
+    prompts = [[5, 6, 7, 11, 3], [9, 4], [12, 30, 8, 7, 6, 5, 4, 3]]
+    engine, found = og.Engine(og.Model(str(folder))), []
+    for prompt in prompts:
+        request = engine.create_request()
+        turn = og.TurnOptions(request)
+        turn.set_max_generated_tokens(NEW)
+        turn.set_do_sample(False)
+        request.begin_turn(np.array(prompt, np.int32), turn)
+        found.append((request, list[int]()))
+    events = engine.create_event_buffer(16)
+    for _ in range(4 * NEW):
+        for event in engine.run(events) if engine.has_pending_requests() else ():
+            next(tokens for request, tokens in found if request == event.request).append(event.token)
+    decoder = open_decoder(folder, threads=1)
+    for prompt, (_, tokens) in zip(prompts, found, strict=True):
+        alone = decoder.generate([prompt], max_new_tokens=NEW, eos_token_ids=[2]).tokens[0]
+        assert tuple(tokens[: len(alone)]) == alone

@@ -18,7 +18,8 @@ def real_first(attention_mask: Tensor, input_ids: Tensor) -> tuple[Tensor, Tenso
 
     Args:
         attention_mask: [batch, past + new] integer, 0 for padding. The first tokens may have padding on the left and on
-            the right, later ones none.
+            the right, later ones none. A mask of a single later token may also have ones in front, for all tokens of
+            its row with that one, and zeros behind them: so batches come whose rows have another length each.
         input_ids: [batch, new]; only its shape counts.
 
     Returns:
@@ -29,7 +30,10 @@ def real_first(attention_mask: Tensor, input_ids: Tensor) -> tuple[Tensor, Tenso
     """
     total, new = attention_mask.shape[1], input_ids.shape[1]
     mask = attention_mask != 0
-    real, mask = mask.long().cumsum(1)[:, total - new :], mask[:, total - new :]
+    counted = mask.long().cumsum(1)
+    held = counted[:, -1:].clamp(min=new)
+    in_front = counted.gather(1, held - new) == held  # of several new tokens it cannot be
+    real, mask = counted[:, total - new :], mask[:, total - new :]
     before = real[:, :1] - mask[:, :1].long()
     place = torch.arange(new, device=mask.device)
     lead = (real == 0).sum(1, keepdim=True)
@@ -37,7 +41,7 @@ def real_first(attention_mask: Tensor, input_ids: Tensor) -> tuple[Tensor, Tenso
     many = real[:, -1:] - before
     turned = mask.gather(1, forward)
     valid = (turned == (place < many)).all(1, keepdim=True) & (many > 0) & ((many == new) | (total == new))
-    last = (before[:, 0] + new - 1).to(torch.int32)
+    valid, last = valid | in_front, (held[:, 0] - 1).to(torch.int32)
     return forward, backward, valid[..., None], last, torch.tensor([total], dtype=torch.int32, device=mask.device)
 
 

@@ -30,7 +30,8 @@ def _real_first(emit: Emitter, node: Node, given: Arguments) -> tuple[ir.Value, 
     past = emit.op("Sub", emit.op("ReduceSum", emit.op("Clip", mask, one, one), row), size)
     columns = emit.op("Add", place, past)
     flags = emit.op("Clip", mask, zero, one)
-    counts, new = (emit.op("GatherElements", x, columns, axis=1) for x in (emit.op("CumSum", flags, one), flags))
+    counted = emit.op("CumSum", flags, one)
+    counts, new = (emit.op("GatherElements", x, columns, axis=1) for x in (counted, flags))
     many, everything = (emit.op("ReduceSum", x, row) for x in (new, flags))
     lead = emit.op("ReduceSum", emit.cast(emit.op("Equal", counts, zero), torch.int64), row)
     forward = emit.op("Add", place, emit.op("Sub", lead, size))
@@ -41,7 +42,12 @@ def _real_first(emit: Emitter, node: Node, given: Arguments) -> tuple[ir.Value, 
     together = emit.op("Equal", reached, emit.op("Max", everything, one))
     at_first = emit.op("And", together, emit.op("Equal", past, zero))
     valid = emit.op("Or", at_first, emit.op("Equal", many, size))
-    last = emit.op("Sub", emit.op("Add", emit.op("Sub", everything, many), size), one)
+    held = emit.op("Max", everything, size)
+    # Ones in front for as many tokens as the row has: before its last `size` places there cannot be all of them, unless
+    # that is one place.
+    reached = emit.op("GatherElements", counted, emit.op("Sub", held, size), axis=1)
+    valid = emit.op("Or", valid, emit.op("Equal", reached, held))
+    last = emit.op("Sub", held, one)
     return (
         forward, backward, emit.op("Unsqueeze", valid, row), emit.cast(emit.op("Squeeze", last, row), torch.int32),
         emit.cast(emit.op("Shape", mask, start=1, end=2), torch.int32),

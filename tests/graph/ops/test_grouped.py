@@ -126,7 +126,12 @@ def test_each_row_is_attention_over_its_own_tokens(window, softcap):
         ([0, 0, 0], 3, False),  # nothing
         ([1, 1, 0, 1], 1, True),  # one token more
         ([0, 1, 1, 1], 2, True),
-        ([1, 1, 0], 1, False),  # padding behind the prompt
+        ([1, 1, 0], 1, True),  # the second token is the new one, beside a longer row
+        ([1, 0, 1, 0], 1, False),
+        ([0, 1, 0], 1, False),
+        ([0, 0, 0], 1, False),
+        ([1, 1, 0], 2, False),
+        ([1, 0, 0, 0], 3, False),
         ([1, 1, 0, 1], 2, False),
     ],
 )
@@ -135,7 +140,7 @@ def test_padding_is_taken_only_around_the_first_tokens(mask, new, valid):
     ids = torch.zeros(2, new, dtype=torch.long)
     forward, back, found, last, total = ops.real_first(mask, ids)
     assert found.flatten().tolist() == [valid, True] and total.tolist() == [mask.shape[1]]
-    if valid:
+    if valid and (new > 1 or mask[0, -1]):
         real = mask[:, -new:].bool()
         turned = ops.take_tokens(real.long(), forward)
         assert turned.sort(1, descending=True).values.equal(turned)
