@@ -38,6 +38,12 @@ def by_bitsandbytes(out: Path, ids: Tensor) -> Logits:
     return {"run": logits(model.train(), ids), "as loaded": logits(model.eval(), ids)}
 
 
+def by_auto_round(out: Path, ids: Tensor) -> Logits:
+    """As gptqmodel: loaded in float16, and moved to float32 then."""
+    model = _loaded(out)
+    return {"as loaded": logits(model, ids), "run": logits(model.float(), ids)}
+
+
 def by_gptqmodel(out: Path, ids: Tensor) -> Logits:
     """Its linear for any CPU is loaded in float16 or bfloat16, and computes in the dtype of its scales and input."""
     from gptqmodel import BACKEND, GPTQModel
@@ -61,6 +67,9 @@ ROWS: dict[str, tuple[str, Callable[..., library.Made], Callable[[Path, Tensor],
         "bitsandbytes", partial(library.bitsandbytes, **NF4 | {"bnb_4bit_quant_type": "fp4"}), by_bitsandbytes,
     ),
     "bnb_int8": ("bitsandbytes", partial(library.bitsandbytes, load_in_8bit=True), by_transformers),
+    "auto_round_4": ("auto-round", library.auto_round, by_auto_round),
+    "llm_compressor_w4a16": ("llmcompressor", partial(library.llm_compressor, static=False), by_transformers),
+    "llm_compressor_w8a8": ("llmcompressor", partial(library.llm_compressor, static=True), by_transformers),
     "hqq_4": ("hqq", library.hqq, by_transformers),
     "hqq_2": ("hqq", partial(library.hqq, bits=2, size=16), by_transformers),
     **{

@@ -5,6 +5,8 @@ import io
 import logging
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -54,7 +56,7 @@ def by_the_builder(model: Path, folder: Path, **options) -> Path:
     return folder
 
 
-def by_torch(model: Path, folder: Path) -> Path:
+def by_torch(model: Path, folder: Path, opset: int | None = None) -> Path:
     """What torch.onnx writes of the model without a cache: logits of token ids and a mask."""
     from transformers import AutoModelForCausalLM
 
@@ -73,6 +75,7 @@ def by_torch(model: Path, folder: Path) -> Path:
     torch.onnx.export(
         Logits().eval(), (ids, torch.ones_like(ids)), str(folder / "model.onnx"), dynamo=True, input_names=names,
         output_names=["logits"], dynamic_shapes={name: sizes for name in names}, external_data=False,
+        opset_version=opset,
     )  # fmt: skip
     return folder
 
@@ -97,6 +100,23 @@ def by_olive(float_file: Path, folder: Path) -> Path:
     settings = {"bits": 4, "block_size": 32, "is_symmetric": True}
     made = create_pass_from_dict(OnnxBlockWiseRtnQuantization, settings, disable_search=True)
     made.run(ONNXModelHandler(model_path=str(float_file)), str(folder))
+    return folder
+
+
+def by_modelopt(float_file: Path, folder: Path) -> Path:
+    """ModelOpt's 4-bit weights of a float file, rounded to nearest. Of opset 20, which torch.onnx takes by itself, it
+    writes DequantizeLinear with blocks, which that opset has not, and ONNX Runtime refuses the file."""
+    from modelopt.onnx.quantization.int4 import quantize
+
+    folder.mkdir()
+    made = quantize(str(float_file), calibration_method="rtn_dq", block_size=32)
+    onnx.save(made, folder / "model.onnx")
+    return folder
+
+
+def by_mobius(model: Path, folder: Path) -> Path:
+    """What mobius builds: float, with a cache."""
+    subprocess.run([sys.executable, "-m", "mobius", "build", "--model", model, folder], check=True, capture_output=True)
     return folder
 
 

@@ -204,8 +204,8 @@ def gptqmodel(source: Path, out: Path, bits: int = 4, size: int = 32, **options:
     data = [torch.randint(0, 64, (128,), generator=torch.Generator().manual_seed(seed)) for seed in range(64)]
     model.quantize([{"input_ids": ids[None], "attention_mask": torch.ones(1, 128).long()} for ids in data])
     model.save(str(out))
-    # Its CPU linear takes no float32.
-    back = GPTQModel.load(str(out), backend=BACKEND.TORCH, device="cpu", dtype=torch.float16).model
+    # Its linear for any CPU is loaded in 16 bits, and computes in the dtype that its scales have then.
+    back = GPTQModel.load(str(out), backend=BACKEND.TORCH, device="cpu", dtype=torch.float16).model.float()
     return {
         name: linear.dequantize_weight().t().float() for name, linear in _linears(back).items()
         if hasattr(linear, "qweight")

@@ -51,6 +51,12 @@ MADE = {  # what the checkpoint is called, the scheme of the linear, and how it 
     "modelopt_int8_smoothquant": ("ModelOpt, W8A8_SQ_PER_CHANNEL", "w8a8_static", f"as stored{FACTORS}"),
     "modelopt_fp8_default": ("FP8", "w8a16_fp8", "as stored"),
     "gptq_4": ("GPTQ, 4 bits in groups of 32", "w4a16_g32", "as stored"),
+    "gptq_act_order": (
+        "GPTQ, 4 bits in groups of 32, act-order", "w4a16_g32_asym",
+        "as stored, input features in the order of their groups",
+    ),
+    "gptq_v2": ("GPTQ, 8 bits in groups of 32", "w8a16_g32", "as stored"),
+    "gptq_dynamic": ("GPTQ, 4 bits in groups of 32, settings by module", "w8a16_g64", "as stored"),
     "auto_round_4": ("AutoRound, 4 bits in groups of 32", "w4a16_g32", "as stored"),
     "auto_round_settings": ("AutoRound, 4 bits in groups of 32, settings by module", "w8a16_g64", "as stored"),
     "llm_compressor_w4a16": (
@@ -73,7 +79,7 @@ MADE = {  # what the checkpoint is called, the scheme of the linear, and how it 
     "compressed_mxfp4": ("compressed-tensors, mxfp4-pack-quantized: float4 in groups of 32", "mxfp4", "as stored"),
 }  # fmt: skip
 # Libraries that dequantize into float16 and bfloat16: their rounding.
-_HALF = {"hqq_3": 2e-3, "compressed_nvfp4": 4e-3} | {name: 2e-3 for name in MAKERS if name.startswith(("gptq", "auto"))}
+_HALF = {"hqq_3": 2e-3, "compressed_nvfp4": 4e-3} | {name: 2e-3 for name in MAKERS if name.startswith("auto")}
 
 
 def opened(name):

@@ -344,7 +344,11 @@ def test_kept_codes_table(run, text, tmp_path):
     assert cells[:5] == [
         "coded", "GPTQ, 4 bits in groups of 32, act-order", "14 w4a16_g32_asym", "14 of 14", "14 of 14"
     ]  # fmt: skip
-    assert float(cells[5]) < 1e-9 and cells[7] == "14 MatMulNBits"
+    assert float(cells[5]) < 1e-9 and cells[8] == "14 MatMulNBits"
+    out = qexport.export(folder, out_dir=tmp_path / "out").folder
+    rows = run("act_order_cost.py", out, "--prompt", 16).splitlines()[2:]
+    assert [row.split("|")[2].strip() for row in rows] == ["8", "10"], "q, k with v, o, gate with up; none for down"
+    assert all(0 < float(row.split("|")[3].strip(" %")) < 100 for row in rows)
 
 
 @pytest.mark.slow

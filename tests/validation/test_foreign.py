@@ -125,25 +125,30 @@ def test_good_file_has_every_linear_and_no_problem(llama, built, tmp_path, run):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("tool", ["torch.onnx", "nncf", "olive"])
+@pytest.mark.parametrize("tool", ["torch.onnx", "mobius", "nncf", "olive", "modelopt"])
 def test_files_of_other_tools(llama, captured, tmp_path, tool):
     """Every linear is found by its values, the float file is lossless, and a scale that is off is named first."""
     pytest.importorskip({"torch.onnx": "onnxscript"}.get(tool, tool))
-    made = files.by_torch(llama, tmp_path / "torch")
-    if tool != "torch.onnx":
-        made = {"nncf": files.by_nncf, "olive": files.by_olive}[tool](made / "model.onnx", tmp_path / tool)
+    if tool == "mobius":
+        made = files.by_mobius(llama, tmp_path / "mobius")
+    else:
+        made = files.by_torch(llama, tmp_path / "torch", 21 if tool == "modelopt" else None)
+    if tool not in ("torch.onnx", "mobius"):
+        by = {"nncf": files.by_nncf, "olive": files.by_olive, "modelopt": files.by_modelopt}[tool]
+        made = by(made / "model.onnx", tmp_path / tool)
     report = qexport.validate(made, captured, **OPTIONS)
     assert report.foreign.missing == () and report.foreign.matched == {"values": 22, "names": 0, "order": 0}
     # NNCF keeps the head in 8 bits, one scale for each token, which no kernel takes.
     assert [problem[:17] for problem in report.problems] == (["lm_head not fused"] if tool == "nncf" else [])
-    if tool == "torch.onnx":
+    if tool in ("torch.onnx", "mobius"):
         assert report.logits.kl_mean < 1e-9
         return
     assert 1e-4 < report.logits.kl_mean < 0.5
 
     def off(model):
-        products = [node for node in model.graph.node if node.op_type == "MatMulNBits"]
-        files.edit(model, products[7 + 5].input[2], lambda scales: scales * 1.3)  # q, k, v, o, gate, up, down
+        products = [node for node in model.graph.node if node.op_type in ("MatMulNBits", "DequantizeLinear")]
+        scales = products[7 + 5].input[2 if products[0].op_type == "MatMulNBits" else 1]
+        files.edit(model, scales, lambda scales: scales * np.float32(1.3))  # q, k, v, o, gate, up, down
 
     report = qexport.validate(files.changed(made, tmp_path / "fault", off), captured, **OPTIONS)
     assert "model.layers.1.mlp.up_proj: its weight is 1.3 times the float one" in report.problems[0]
