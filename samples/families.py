@@ -55,7 +55,7 @@ from qexport.recipe.recipe import CalibrationSpec, Recipe  # noqa: E402
 
 SCHEMES = {"w4a16": "w4a16_g32", "w8a8 per token": "w8a8_dyn", "w8a8 static": "w8a8_static"}
 # What computes with lengths.
-LENGTHS = {"Add", "Cast", "Concat", "Gather", "Max", "Mul", "Range", "Squeeze", "Sub", "Unsqueeze"}
+LENGTHS = {"Add", "Cast", "Concat", "Gather", "Max", "Mul", "Neg", "Range", "Squeeze", "Sub", "Unsqueeze"}
 MASKS = (padded([9, 4, 6], "left"), padded([7, 2, 5], "right"))
 KINDS = {
     "decoders": (*FAMILIES, *BREADTH, *REFUSED), "encoder-decoders": random_modules.SEQ2SEQ,

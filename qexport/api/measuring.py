@@ -11,6 +11,7 @@ import torch
 
 from ..artifact import checksums
 from ..artifact import manifest as manifests
+from ..artifact.cache_names import is_present
 from ..artifact.manifest import RECIPE_FILE, Manifest
 from ..artifact.names import public_name
 from ..artifact.output import inside
@@ -418,7 +419,7 @@ def _outputs(subject: Subject, read: Read) -> tuple[ValueComparison, ...]:
     captured, options = subject.captured, subject.options
     feeds = read.feeds if captured.kind == "module" else _text_feeds(captured, read.text.windows)
     # A cache is the decoder's own: smoothing may rescale it and take that back where it is read.
-    names = [port.name for port in captured.outputs if not port.name.startswith("present.")]
+    names = [port.name for port in captured.outputs if not is_present(port.name)]
     decides = captured.settings.get("decides", "")
     reference = FloatOutputs(captured, feeds, names, partial(options.progress, "float model"))
     try:

@@ -36,9 +36,9 @@ QMOE = "QMoE"  # the kernel that computes many linears, the experts of a mixture
 # Settings that are sizes, and the types of others.
 _SIZES = frozenset(
     {"max_position_embeddings", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
-     "hidden_size", "vocab_size", "prompts_from"}
+     "hidden_size", "vocab_size", "prompts_from", "conv_cache_size"}
 )  # fmt: skip
-_KINDS = {"filename": str, "inputs": dict, "attention": str, "logits": str}
+_KINDS = {"filename": str, "inputs": dict, "layer_types": list, "attention": str, "logits": str}
 
 
 class _Frozen(BaseModel):
@@ -159,6 +159,8 @@ class Manifest(_Frozen):
             attention (absent in files of others): "grouped" or "standard"; with grouped attention prompts may be padded
             on the left though there is no position_ids.
             form: "qdq" where the file has the operators of ONNX alone, and its opset; absent in native files.
+            layer_types (absent where all keep keys and values): of each layer "full_attention" or "conv", which keeps
+            the last conv_cache_size inputs of its convolution in past_conv.{i}, zeros in front of a text.
             logits: "last" where they are those of the last token only ([batch, 1, vocab]); absent, of every token.
         bytes: sizes by part; see `lower.sizes.by_part`.
         adapters: names of the adapters that the file can be run with, each in a file of its own, NAME.onnx_adapter.

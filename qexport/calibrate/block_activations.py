@@ -10,6 +10,7 @@ import torch
 from torch.fx import GraphModule, Interpreter, Node
 
 from .. import ranks
+from ..artifact.cache_names import is_past
 from ..capture.blocks import Block
 from ..capture.graph import CapturedModel
 from ..device import HOST, Placement
@@ -113,7 +114,7 @@ def decoder_inputs(captured: CapturedModel, ids: torch.Tensor, mask: torch.Tenso
     """All inputs of a decoder for a prompt [batch, sequence] without a past, by public name."""
     feeds = {"input_ids": ids, "attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp_min(0)}
     for port in captured.inputs:
-        if port.name.startswith("past_key_values"):
+        if is_past(port.name):
             feeds[port.name] = port.empty(ids.shape[0])
     return feeds
 

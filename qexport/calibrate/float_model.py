@@ -6,6 +6,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 import psutil
 import torch
 
+from ..artifact.cache_names import is_past, is_present, is_state, past_of
 from ..capture.blocks import Block
 from ..capture.graph import CapturedModel
 from ..device import HOST, Placement, computing
@@ -134,10 +135,10 @@ def _run(
 ):  # fmt: skip
     """Run all blocks, each inside of the context in which it has its weights."""
     batch, new = ids.shape
-    caches = [port for port in captured.inputs if port.name.startswith("past_key_values")]
+    caches = [port for port in captured.inputs if is_past(port.name)]
     if past is None:
         past = {p.name: p.empty(batch).to(device) for p in caches}
-    length = past[caches[0].name].shape[2]
+    length = next((past[p.name].shape[2] for p in caches if not is_state(p.name)), 0)
     feeds = {
         "input_ids": ids.to(device),
         "attention_mask": torch.ones(batch, length + new, dtype=torch.int64, device=device),
@@ -156,5 +157,5 @@ def _run(
             for name in [name for name in values if read_last.get(name) == index and name not in handed_out]:
                 del values[name]
     results = {port.name: values[port.value] for port in captured.outputs}
-    present = {name.replace("present", "past_key_values"): v for name, v in results.items() if name != "logits"}
+    present = {past_of(name): v for name, v in results.items() if is_present(name)}
     return results["logits"][:, -last:].cpu(), present

@@ -1,10 +1,11 @@
 """Transformers' attention redirected to one graph node, and a cache that is a plain list of tensors."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
@@ -54,24 +55,60 @@ class GraphCacheLayer(DynamicLayer):
         return self.past_key.shape[2] + query_length, 0
 
 
-class _OfKeysAndValues(Cache):
-    """A cache that refuses what models keep besides keys and values."""
+class GraphStateLayer:
+    """The last inputs of a layer's causal convolution, and nothing else.
+
+    The past is zeros in front of a text, which is what such a convolution is padded with: so a prompt and a step are
+    the same graph.
+
+    Attributes:
+        past: [batch, channels, width], as many as the convolution reads in front of its own.
+        present: the same behind the new inputs; None before `update`.
+    """
+
+    record_past = False
+
+    def __init__(self, past: torch.Tensor):
+        self.past = past
+        self.present: list[torch.Tensor] | None = None
+
+    def update(self, new: torch.Tensor) -> torch.Tensor:
+        """Past and new inputs in a row, [batch, channels, width + new]."""
+        if self.present is not None:
+            raise CaptureError("one layer updates its state twice")
+        whole = torch.cat([self.past, new], dim=-1)
+        self.present = [whole[..., -self.past.shape[-1] :]]
+        return whole
+
+
+class _OfKnownStates(Cache):
+    """A cache that refuses what models keep besides keys, values and the inputs of a convolution."""
 
     def _refused(self, *args, **kwargs):
         raise CaptureError(
-            "layers of the model keep states that are not keys and values",
-            remedy="Recurrent and convolutional layers, and indexers of keys, have no lowering",
+            "layers of the model keep states that are not keys and values, nor inputs of a convolution",
+            remedy="Recurrent layers, and indexers of keys, have no lowering",
         )
 
-    get_conv_state = update_conv_state = get_recurrent_state = update_recurrent_state = update_indexer = _refused
+    get_recurrent_state = update_recurrent_state = update_indexer = _refused
+
+    def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> None:
+        """None, as in front of a text: a model with nothing to look up takes the way of a prompt."""
+        if state_idx:
+            self._refused()
 
 
-class GraphCache(_OfKeysAndValues):
-    """The cache handed to a Hugging Face model while it is traced."""
+class GraphCache(_OfKnownStates):
+    """The cache handed to a Hugging Face model while it is traced.
 
-    def __init__(self, past: list[torch.Tensor]):
-        self.own = [GraphCacheLayer(k, v) for k, v in zip(past[::2], past[1::2], strict=True)]
-        super().__init__(layers=list(self.own))
+    Args:
+        past: of each layer, keys and values, or the inputs of a convolution alone.
+    """
+
+    def __init__(self, past: list[list[torch.Tensor]]):
+        self.own = [GraphStateLayer(*kept) if len(kept) == 1 else GraphCacheLayer(*kept) for kept in past]
+        layers: list[Any] = list(self.own)
+        super().__init__(layers=layers)
 
     def present(self) -> list[torch.Tensor]:
         missing = [i for i, layer in enumerate(self.own) if layer.present is None]
@@ -79,12 +116,32 @@ class GraphCache(_OfKeysAndValues):
             raise CaptureError(f"the model never updated the cache of layers {missing}")
         return [tensor for layer in self.own for tensor in layer.present or ()]
 
+    def update_conv_state(self, conv_states, layer_idx, state_idx=0, **kwargs):
+        layer = self.own[layer_idx]
+        if not isinstance(layer, GraphStateLayer) or state_idx:
+            self._refused()
+        return layer.update(conv_states)
 
-class ProbeCache(_OfKeysAndValues):
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return _first_of_keys(self.own, layer_idx).get_seq_length()
+
+    def get_mask_sizes(self, query_length, layer_idx: int = 0) -> tuple[int, int]:
+        return _first_of_keys(self.own, layer_idx).get_mask_sizes(query_length)
+
+
+def _first_of_keys(layers: Sequence[GraphCacheLayer | GraphStateLayer], index: int) -> GraphCacheLayer:
+    """A layer that keeps keys and values: this one, or the first one where it does not."""
+    found = [layer for layer in (layers[index], *layers) if isinstance(layer, GraphCacheLayer)]
+    if not found:
+        raise CaptureError("no layer of the model keeps keys and values, which tell how long its text is")
+    return found[0]
+
+
+class ProbeCache(_OfKnownStates):
     """An empty cache that keeps nothing, and notes what a model puts into it.
 
     Attributes:
-        found: by number of the layer, keys and values.
+        found: by number of the layer, keys and values, or a tensor as large as the inputs that a convolution keeps.
 
     Args:
         depth: layers that the cache has before anything is put into it.
@@ -93,11 +150,17 @@ class ProbeCache(_OfKeysAndValues):
     def __init__(self, depth: int = 0):
         nothing = torch.empty(0, 0, 0, 0)
         super().__init__(layers=[GraphCacheLayer(nothing, nothing) for _ in range(depth)])
-        self.found: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self.found: dict[int, tuple[torch.Tensor, ...]] = {}
 
     def update(self, key_states, value_states, layer_idx, *args, **kwargs):
         self.found[layer_idx] = key_states, value_states
         return key_states, value_states
+
+    def update_conv_state(self, conv_states, layer_idx, state_idx=0, conv_kernel_size=None, **kwargs):
+        if state_idx or layer_idx in self.found or conv_kernel_size is None:
+            self._refused()
+        self.found[layer_idx] = (conv_states.new_zeros((*conv_states.shape[:2], conv_kernel_size - 1)),)
+        return conv_states
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return 0
@@ -154,7 +217,8 @@ def _attention(module, query, key, value, attention_mask, scaling=None, dropout=
         raise CaptureError("attention outside a decoder layer with a cache and a mask", place=type(module).__name__)
     if bias is not None:
         attention_mask = attention_mask + bias
-    layer = next((at for at in cache.layers if at.new and at.keys is key and at.values is value), None)
+    kept = (at for at in cache.layers if isinstance(at, GraphCacheLayer))
+    layer = next((at for at in kept if at.new and at.keys is key and at.values is value), None)
     if layer is None or layer.present[0] is not key:
         return _written_out(query, key, value, attention_mask, scale, softcap, sinks), None
     out, *layer.present = torch.ops.qexport.cached_attention(

@@ -151,6 +151,9 @@ def _assign(graph: Graph, layers: list[str]) -> dict[Node, int]:
         part[node] = own
     if not layers:
         return dict.fromkeys(part, 0)
+    for node in part:  # a size that layers share is no layer's, in whichever it was worked out first
+        if _is_size(node) and any(part.get(user, part[node]) != part[node] for user in node.users):
+            part[node] = max((part[n] for n in node.all_input_nodes if n in part), default=0)
     fixed: set[Node] = set()  # made of weights and constants alone: beside the first who reads it
     for node in graph.nodes:
         if node.op == "get_attr" or (node in part and all(n in fixed for n in node.all_input_nodes)):
@@ -159,6 +162,11 @@ def _assign(graph: Graph, layers: list[str]) -> dict[Node, int]:
         if node in fixed and node in part:
             part[node] = min((part[user] for user in node.users if user in part), default=part[node])
     return part
+
+
+def _is_size(node: Node) -> bool:
+    """Whether a node is arithmetic of sizes."""
+    return isinstance(node.meta.get("val"), torch.SymInt) and not is_call(node, torch.ops.aten.sym_size.int)
 
 
 def _clips_alone(node: Node) -> bool:

@@ -1,11 +1,13 @@
 """Capturing a causal language model of transformers: one graph for prefill and decoding, no weights loaded."""
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from accelerate import init_empty_weights
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from ..artifact.cache_names import present_of
 from ..errors import CaptureError, root_cause
 from ..gc_pause import no_garbage_collection
 from ..graph import ops  # noqa: F401  registers the operators
@@ -18,6 +20,7 @@ from ..models.transformers_witness import DecoderWitness
 from .attention import IMPLEMENTATION
 from .experts import IMPLEMENTATION as EXPERTS
 from .graph import BATCH, CapturedModel, Port
+from .kept import PAST, TOTAL, KeysAndValues, kept_ports, layer_settings
 from .rope import settle_frequencies
 from .stored import aliases_of, codes_in, convert_names, find_weights, note_cache_scales, untie
 from .trace import IDS, Traced, trace_model
@@ -31,7 +34,8 @@ def capture_decoder(folder: ModelFolder) -> CapturedModel:
     """Capture the model of a folder as float32 blocks.
 
     The inputs are input_ids, attention_mask, position_ids and past_key_values.{i}.key/value, the outputs logits and
-    present.{i}.key/value; batch, sequence and past are dynamic, 1 and 0 included.
+    present.{i}.key/value, or past_conv.{i} and present_conv.{i} of a layer that keeps the inputs of a convolution;
+    batch, sequence and past are dynamic, 1 and 0 included.
 
     Raises:
         CaptureError: torch.export cannot follow the model, or the checkpoint does not fit its config.
@@ -105,8 +109,9 @@ def _empty_model(folder: ModelFolder) -> PreTrainedModel:
     return model.eval()
 
 
-def _settings(config, traced: Traced) -> dict[str, int]:
-    stated, first = (getattr(config, name, None) for name in _LONGEST), traced.cache[0]
+def _settings(config, traced: Traced) -> dict[str, Any]:
+    stated = (getattr(config, name, None) for name in _LONGEST)
+    first = next(layer for layer in traced.cache if isinstance(layer, KeysAndValues))
     context = next((length for length in stated if isinstance(length, int)), None)
     return {
         **({"max_position_embeddings": context} if context else {}),
@@ -116,25 +121,19 @@ def _settings(config, traced: Traced) -> dict[str, int]:
         "head_dim": first.key,
         "hidden_size": config.hidden_size,
         "vocab_size": traced.vocab_size,
+        **layer_settings(traced.cache),
     }
 
 
-def _ports(traced: Traced, settings: dict[str, int]) -> tuple[list[Port], list[Port]]:
+def _ports(traced: Traced, settings: dict[str, Any]) -> tuple[list[Port], list[Port]]:
     """The interface of the model, whose order is that of the ONNX file."""
-
-    def cache(prefix: str, names: list[list[str]], length: str) -> list[Port]:
-        return [
-            Port(f"{prefix}.{i}.{part}", name, torch.float32, (BATCH, sizes.heads, length, width))
-            for i, (both, sizes) in enumerate(zip(names, traced.cache, strict=True))
-            for part, name, width in zip(("key", "value"), both, (sizes.key, sizes.value), strict=True)
-        ]
 
     ids = [
         Port(name, value, torch.int64, (BATCH, dim))
         for (name, dim), value in zip(IDS.items(), traced.ids, strict=True)
     ]
     logits = Port("logits", traced.logits, torch.float32, (BATCH, "sequence_length", settings["vocab_size"]))
-    return (
-        [*ids, *cache("past_key_values", traced.pasts, "past_sequence_length")],
-        [logits, *cache("present", traced.presents, "total_sequence_length")],
+    pasts, presents = (
+        kept_ports(names, traced.cache, length) for names, length in ((traced.pasts, PAST), (traced.presents, TOTAL))
     )
+    return [*ids, *pasts], [logits, *(replace(port, name=present_of(port.name)) for port in presents)]

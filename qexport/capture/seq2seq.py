@@ -164,7 +164,8 @@ def _encode(model: PreTrainedModel, source: Mapping[str, Tensor]) -> dict[str, T
 
 
 def _decode(width: int, model: PreTrainedModel, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    own = GraphCache([tensor for name, tensor in given.items() if name.startswith("past_")])
+    past = [tensor for name, tensor in given.items() if name.startswith("past_")]
+    own = GraphCache([past[i : i + 2] for i in range(0, len(past), 2)])
     cross = GivenCache([tensor for name, tensor in given.items() if name.startswith("cross_")])
     like = given["cross_key_values.0.key"]
     # Only its sizes are looked at: keys and values are there already.

@@ -18,9 +18,11 @@ from ..graph.views import results_of, tensor_name
 from ..models.quiet import quiet_transformers
 from .attention import GraphCache, ProbeCache, tracing
 from .blocks import Block, cut
+from .causal_convolutions import fuse_causal_convolutions
 from .decompose import decomposed
 from .expert_copies import copy_experts
 from .experts import tokens_of
+from .kept import Kept, by_layer, kept_in
 from .layer_groups import LayerGroups, find_layers
 from .layer_stamps import stamp
 from .normalize import to_normal_form
@@ -36,7 +38,7 @@ IDS = {
     "input_ids": "sequence_length", "attention_mask": "total_sequence_length", "position_ids": "sequence_length",
 }  # fmt: skip
 
-_Inputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor, list[torch.Tensor]]
+_Inputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor, list[list[torch.Tensor]]]
 
 
 class _Flat(torch.nn.Module):
@@ -59,15 +61,6 @@ class _Flat(torch.nn.Module):
 
 
 @dataclass(frozen=True)
-class CacheShape:
-    """Sizes of what a layer keeps: heads, and features of a head of keys and of values."""
-
-    heads: int
-    key: int
-    value: int
-
-
-@dataclass(frozen=True)
 class Traced:
     """Blocks, and the names of the values that go in and come out; `pasts` and `presents` by layer.
 
@@ -82,7 +75,7 @@ class Traced:
     logits: str
     presents: list[list[str]]
     vocab_size: int
-    cache: list[CacheShape]
+    cache: list[Kept]
     constants: dict[str, torch.Tensor]
     pieces: dict[str, WeightView]
 
@@ -107,7 +100,7 @@ def trace_model(model: PreTrainedModel, aliases: dict[str, tuple[str, ...]], pla
     return _trace_whole(model, aliases, cache, place)
 
 
-def _probe(model: PreTrainedModel, place: str) -> list[CacheShape]:
+def _probe(model: PreTrainedModel, place: str) -> list[Kept]:
     """What each layer keeps in its cache, found by running the model once without data."""
     fake, (*ids, _) = _fake(model, [])
     depth = model.config.num_hidden_layers
@@ -123,14 +116,13 @@ def _probe(model: PreTrainedModel, place: str) -> list[CacheShape]:
     without = [i for i in range(len(cache.found)) if i not in cache.found]
     if without or not cache.found:
         raise CaptureError(
-            f"layers {without or 'of it'} keep no keys and values", place=place,
-            remedy="A state of another kind (of recurrent and convolutional layers) has no lowering",
+            f"layers {without or 'of it'} keep no keys and values, nor inputs of a convolution", place=place,
+            remedy="A state of another kind (of recurrent layers) has no lowering",
         )  # fmt: skip
-    sizes = ((key.shape, value.shape) for _, (key, value) in sorted(cache.found.items()))
-    return [CacheShape(key[1], key[3], value[3]) for key, value in sizes]
+    return [kept_in(found) for _, found in sorted(cache.found.items())]
 
 
-def _trace_whole(model: PreTrainedModel, aliases, cache: list[CacheShape], place: str) -> Traced:
+def _trace_whole(model: PreTrainedModel, aliases, cache: list[Kept], place: str) -> Traced:
     """Trace a model that has as many layers now as it has caches, and cut it into blocks."""
     from .explain import check_sizes  # which imports what is in here
 
@@ -140,11 +132,12 @@ def _trace_whole(model: PreTrainedModel, aliases, cache: list[CacheShape], place
     whole, pieces = _normalized(exported, model, aliases)
     if without_form(whole.graph):
         whole, pieces = _normalized(decomposed(exported), model, aliases)
-    ids, pasts = _by_layer([n.name for n in whole.graph.nodes if n.op == "placeholder"], len(IDS))
+    placeholders = [n.name for n in whole.graph.nodes if n.op == "placeholder"]
+    ids, pasts = placeholders[: len(IDS)], by_layer(placeholders[len(IDS) :], cache)
     results = results_of(whole.graph)
     read = {name: get_tensor(whole, name) for name in attributes(whole.graph)}
     constants = {name: tensor for name, tensor in read.items() if name not in own | pieces}
-    (logits,), presents = _by_layer([n.name for n in results], 1)
+    logits, presents = results[0].name, by_layer([n.name for n in results[1:]], cache)
     blocks = cut(whole, [n.name for n in results])
     return Traced(blocks, ids, pasts, logits, presents, int(results[0].meta["val"].shape[-1]), cache, constants, pieces)
 
@@ -157,17 +150,13 @@ def _normalized(
     pieces = cut_weights(whole, {name for name, _ in model.named_parameters(remove_duplicate=False)})
     to_normal_form(whole)
     fuse_written_attention(whole.graph)
+    fuse_causal_convolutions(whole.graph)
     copy_experts(whole, pieces)
     whole.graph.eliminate_dead_code()
     return whole, pieces
 
 
-def _by_layer(names: list[str], others: int) -> tuple[list[str], list[list[str]]]:
-    """The first names, and the rest in pairs of key and value."""
-    return names[:others], [names[i : i + 2] for i in range(others, len(names), 2)]
-
-
-def _fake(model: PreTrainedModel, cache: list[CacheShape]) -> tuple[FakeTensorMode, _Inputs]:
+def _fake(model: PreTrainedModel, cache: list[Kept]) -> tuple[FakeTensorMode, _Inputs]:
     """Give a model fake weights; returns their mode, and inputs of `_Flat`."""
     fake = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
     fake_parameters(model, fake)
@@ -176,9 +165,7 @@ def _fake(model: PreTrainedModel, cache: list[CacheShape]) -> tuple[FakeTensorMo
         return fake.from_tensor(torch.zeros(shape, dtype=dtype), static_shapes=True)
 
     past = [
-        example(_BATCH, layer.heads, _PAST, width, dtype=torch.float32)
-        for layer in cache
-        for width in (layer.key, layer.value)
+        [example(*shape, dtype=torch.float32) for shape in layer.shapes(_BATCH, _PAST)] for layer in cache
     ]
     return fake, (example(_BATCH, _SEQUENCE), example(_BATCH, _PAST + _SEQUENCE), example(_BATCH, _SEQUENCE), past)
 
@@ -187,16 +174,15 @@ def _named_tensors(model: PreTrainedModel) -> list[tuple[str, torch.Tensor]]:
     return [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
 
 
-def _layers(model: PreTrainedModel, aliases: dict[str, tuple[str, ...]], cache: list[CacheShape]) -> LayerGroups | None:
+def _layers(model: PreTrainedModel, aliases: dict[str, tuple[str, ...]], cache: list[Kept]) -> LayerGroups | None:
     fake, arguments = _fake(model, cache)
-    caches = [arguments[3][i : i + 2] for i in range(0, len(arguments[3]), 2)]
     names = {id(tensor): aliases.get(name, (name,))[0] for name, tensor in _named_tensors(model)}
 
     def run() -> None:
         with fake:
             _Flat(model)(*arguments)
 
-    return find_layers(model, caches, names, run)
+    return find_layers(model, arguments[3], names, run)
 
 
 @contextmanager
@@ -213,11 +199,12 @@ def _shortened(model: PreTrainedModel, layers: LayerGroups):
         setattr(owner, leaf, whole)
 
 
-def _export(model: PreTrainedModel, cache: list[CacheShape], place: str):
+def _export(model: PreTrainedModel, cache: list[Kept], place: str):
     _, arguments = _fake(model, cache)
     dynamic = torch.export.Dim.DYNAMIC
     two = {0: dynamic, 1: dynamic}
-    shapes = {**dict.fromkeys(IDS, two), "past": [{0: dynamic, 2: dynamic} for _ in arguments[3]]}
+    pasts = [[dict.fromkeys(layer.free, dynamic) for _ in layer.names] for layer in cache]
+    shapes = {**dict.fromkeys(IDS, two), "past": pasts}
     try:
         with torch.no_grad(), quiet_transformers():
             return torch.export.export(_Flat(model), arguments, dynamic_shapes=shapes, strict=False)

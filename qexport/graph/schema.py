@@ -17,6 +17,7 @@ _MISSING: Any = object()
 # Functions of Python that a graph may call, which have no schema.
 _PLAIN: dict[Any, Sequence[str]] = {
     operator.getitem: ("source", "index"),
+    operator.neg: ("a",),
     **dict.fromkeys((operator.add, operator.sub, operator.mul, operator.floordiv, operator.mod), ("a", "b")),
     **dict.fromkeys((torch.sym_max, torch.sym_min), ("a", "b")),
 }

@@ -11,17 +11,16 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch.fx import Graph, Node
+from torch.fx import Node
 
 from ..capture.blocks import Block
 from ..capture.graph import CapturedModel
 from ..graph.edit import TensorSpec, add_tensor, call, is_call, shape_of
 from ..graph.meta import Meta
-from ..graph.schema import bind
-from ..graph.sites import SHAPE_ONLY
-from ..graph.views import CachedAttention, CausalMask, Item, RoundCache, RoundE4M3, operand, size_at
+from ..graph.views import CachedAttention, CausalMask, Item, RoundCache, RoundE4M3, size_at
 from .block_io import first_call, hand_on, names_of, producers, prune, read_in
 from .compact_padding import LAST, TOTAL, turn_back, turn_tokens, turned_name
+from .flat_heads import flat_heads, flatten_users
 from .position_bias import Masks
 from .rotary import RotatedHeads, position_table, rotated
 from .why_written_out import why_written_out
@@ -304,7 +303,7 @@ def _replace(
             past.meta[Meta.SPEC] = _codes(past.meta[Meta.SPEC], site)
         kept = (kept[0], *(_codes(spec, site) for spec in kept[1:]))
     with graph.inserting_before(node):
-        flat = [_flat(graph, part) for part in (query, key, value)]
+        flat = [flat_heads(graph, part) for part in (query, key, value)]
         new = call(
             graph, ops.grouped_attention.default,
             (
@@ -323,53 +322,4 @@ def _replace(
         if place := Item.of(user).index:
             user.replace_all_uses_with(results[place])
         else:
-            _flatten_users(graph, user, results[0])
-
-
-def _flat(graph: Graph, node: Node) -> Node:
-    """[batch, heads, sequence, head_dim] as [batch, sequence, heads * head_dim]."""
-    heads, size = size_at(node, 1), size_at(node, 3)
-    if is_call(node, aten.rms_norm.default):  # a norm of every head does not mind
-        norm = bind(node)
-        if (before := _heads_swapped(norm.input)) is not None:
-            arguments = (before, norm.normalized_shape, norm.weight, norm.eps)
-            normalized = call(graph, aten.rms_norm.default, arguments, like=before)
-            node = call(graph, aten.transpose.int, (normalized, 1, 2), like=node)
-    if (before := _heads_swapped(node)) is not None:
-        node = before
-    else:
-        batch, _, sequence, _ = shape_of(node)
-        node = call(graph, aten.transpose.int, (node, 1, 2), like=node, shape=(batch, sequence, heads, size))
-    if is_call(node, *SHAPE_ONLY):
-        flat = operand(node)
-        if len(shape_of(flat)) == 3 and shape_of(flat)[-1] == heads * size:
-            return flat
-    sizes = [call(graph, aten.sym_size.int, (node, i), like=node, dtype=torch.int64, shape=()) for i in (0, 1)]
-    shape = (*shape_of(node)[:2], heads * size)
-    return call(graph, aten.reshape.default, (node, [*sizes, heads * size]), like=node, shape=shape)
-
-
-def _flatten_users(graph: Graph, old: Node, flat: Node) -> None:
-    """Readers of an output [batch, sequence, heads, head_dim]: most flatten it and get it flat at once."""
-    for user in list(old.users):
-        if is_call(user, *SHAPE_ONLY) and shape_of(user)[1:] == shape_of(flat)[1:]:
-            user.replace_all_uses_with(flat)
-    if old.users:
-        with graph.inserting_after(flat):
-            sizes = [call(graph, aten.sym_size.int, (flat, i), like=flat, dtype=torch.int64, shape=()) for i in (0, 1)]
-        with graph.inserting_before(old):
-            shaped = call(graph, aten.view.default, (flat, [*sizes, *shape_of(old)[2:]]), like=old)
-        old.replace_all_uses_with(shaped)
-
-
-def _heads_swapped(node: Node) -> Node | None:
-    """The value whose axes 1 and 2 of four a node exchanges; None where it does something else."""
-    if not is_call(node, aten.transpose.int, aten.permute.default):
-        return None
-    given = bind(node)
-    order = [0, 1, 2, 3]
-    if is_call(node, aten.permute.default):
-        order = list(given.dims)
-    else:
-        order[given.dim0], order[given.dim1] = order[given.dim1], order[given.dim0]
-    return given.self if order == [0, 2, 1, 3] else None
+            flatten_users(graph, user, results[0])

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 import numpy as np
 import onnxruntime as ort
 
+from ..artifact.cache_names import present_of
 from ..artifact.manifest import Manifest
 from .values import ELEMENT_TYPES, array_of
 
@@ -70,7 +71,7 @@ class RecordedStep:
         for name, value in {**self._inputs, **cache, **given}.items():
             self._binding.bind_ortvalue_input(name, value)
         for name, value in cache.items():
-            self._binding.bind_ortvalue_output(name.replace("past_key_values", "present"), value)
+            self._binding.bind_ortvalue_output(present_of(name), value)
         self._binding.bind_ortvalue_output("logits", self._logits)
 
     def run(self, ids: np.ndarray, mask: np.ndarray, positions: np.ndarray) -> np.ndarray:

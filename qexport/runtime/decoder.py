@@ -11,6 +11,7 @@ import onnxruntime as ort
 
 from ..artifact import manifest as manifests
 from ..artifact.adapter_files import adapter_path, read_adapter
+from ..artifact.cache_names import is_past, is_state, present_of
 from ..artifact.manifest import CUDA, Manifest
 from ..errors import InputError, RuntimeProblem
 from . import cuda_graph
@@ -54,8 +55,8 @@ class Decoder:
         settings = settings or {}
         inputs = {value.name: value for value in session.get_inputs()}
         outputs = {value.name for value in session.get_outputs()}
-        self._pasts = [name for name in inputs if name.startswith("past_key_values.")]
-        presents = [name.replace("past_key_values.", "present.") for name in self._pasts]
+        self._pasts = [name for name in inputs if is_past(name)]
+        presents = [present_of(name) for name in self._pasts]
         missing = {"input_ids"} - set(inputs) | {"logits", *presents} - outputs
         if missing or not self._pasts:
             raise InputError(
@@ -73,9 +74,11 @@ class Decoder:
         self._given: dict[str, ort.OrtValue] = dict(factors)
         self._factors = factors
         sizes = {1: settings.get("num_key_value_heads"), 3: settings.get("head_dim")}
+        self._states = {name: inputs[name].shape[1:] for name in self._pasts if is_state(name)}
         self._sizes: dict[str, dict[int, Any]] = {
             name: {i: dim if isinstance(dim := inputs[name].shape[i], int) else sizes[i] for i in sizes}
             for name in self._pasts
+            if name not in self._states
         }
         if any(size is None for dims in self._sizes.values() for size in dims.values()):
             raise InputError("the cache has symbolic shapes, and the settings give no num_key_value_heads and head_dim")
@@ -111,13 +114,22 @@ class Decoder:
         self._mask = np.ones((0, 0), np.int64)
         if not self._share:
             self._cache = []
+        elif self._states:  # which every run reads
+            self._binding = None
+
+    @property
+    def forgets(self) -> bool:
+        """Whether it can forget the last tokens: states of convolutions and recurrences hold what all of them left."""
+        return not self._states
 
     def cut(self, length: int) -> None:
         """Forget the tokens behind the first `length`, padding included, of every row.
 
         Raises:
-            InputError: there are fewer.
+            InputError: there are fewer, or it keeps states that hold them.
         """
+        if not self.forgets:
+            raise InputError("it keeps states of layers, which cannot forget the last tokens", remedy="Call reset()")
         if not 0 < length <= self._past:
             raise InputError(f"{length} of {self._past} tokens cannot stay", remedy="Call reset() to forget all")
         dropped, self._past = self._past - length, length
@@ -281,6 +293,8 @@ class Decoder:
         return binding
 
     def _empty(self, name: str, batch: int) -> ort.OrtValue:
+        if name in self._states:
+            return zeros([batch, *self._states[name]], self._cache_type, self._device)
         sizes = self._sizes[name]
         length = self._max_length if self._share and self._max_length is not None else 0
         return zeros([batch, sizes[1], length, sizes[3]], self._cache_type, self._device)

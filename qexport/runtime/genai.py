@@ -17,6 +17,8 @@ _PLAIN_DECODERS = frozenset(
         "smollm3",
     }
 )  # fmt: skip
+# Those that keep states of convolutions beside keys and values.
+_WITH_STATES = frozenset({"lfm2", "lfm2_moe"})
 # Model types of transformers under the name they have there.
 _RENAMED = {"gpt_oss": "gptoss", "hunyuan_v1_dense": "hunyuandensev1"}
 _UNSTATED = 2048  # tokens, for a model whose config states no longest text: attention by ALiBi knows none
@@ -36,7 +38,7 @@ def model_type(name: str) -> str:
     """The type under which onnxruntime-genai runs a decoder of the transformers type `name`.
 
     It refuses to load types it does not know, and gives some it knows another interface (gpt2: keys and values in one
-    tensor; lfm2: convolution states). All of those become "decoder", the plain one.
+    tensor). All of those become "decoder", the plain one; so does what keeps more than keys and values elsewhere.
     """
     name = _RENAMED.get(name, name)
     return name if name in _PLAIN_DECODERS else "decoder"
@@ -62,6 +64,9 @@ def genai_config(
     """
     if manifest.kind != "decoder":
         raise InputError(f"onnxruntime-genai runs decoders, and this export is a {manifest.kind}")
+    states, kind = manifest.settings.get("layer_types"), _text_config(config).get("model_type", "decoder")
+    if states and kind not in _WITH_STATES:
+        raise InputError(f"onnxruntime-genai knows no states of layers of the type {kind}")
     generation = {key: value for key, value in (generation_config or {}).items() if value is not None}
     text = _text_config(config)
     tokens = {key: generation.get(key, text.get(key)) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
@@ -80,7 +85,7 @@ def genai_config(
     search["top_k"] = min(search["top_k"] or vocabulary, vocabulary)
     return {
         "model": {
-            "type": model_type(text.get("model_type", "decoder")),
+            "type": kind if states else model_type(kind),
             "vocab_size": vocabulary,
             "context_length": context,
             **{key: value for key, value in tokens.items() if value is not None},
@@ -102,12 +107,15 @@ def genai_config(
                     **({"position_ids": "position_ids"} if manifest.settings.get("position_ids", True) else {}),
                     "past_key_names": "past_key_values.%d.key",
                     "past_value_names": "past_key_values.%d.value",
+                    **({"past_conv_names": "past_conv.%d"} if states else {}),
                 },
                 "outputs": {
                     "logits": "logits",
                     "present_key_names": "present.%d.key",
                     "present_value_names": "present.%d.value",
+                    **({"present_conv_names": "present_conv.%d"} if states else {}),
                 },
+                **{key: manifest.settings[key] for key in ("layer_types", "conv_cache_size") if states},
             },
         },
         "search": {

@@ -109,6 +109,11 @@ def _check(folder: Path, manifest: Manifest) -> None:
         )  # fmt: skip
     if not (folder / CONFIG_FILE).is_file():
         raise InputError("has no config.json, by which transformers.js knows a model", place=str(folder))
+    if "layer_types" in manifest.settings:
+        raise InputError(
+            "keeps states of convolutions, which transformers.js keeps in another size", place=str(folder),
+            remedy="Load its model.onnx with onnxruntime-node or onnxruntime-web",
+        )  # fmt: skip
     if manifest.adapters:
         raise InputError(
             "has adapters as inputs, which transformers.js does not feed", place=str(folder),

@@ -44,6 +44,9 @@ class Reader(Protocol):
     @property
     def has_all_logits(self) -> bool: ...
 
+    @property
+    def forgets(self) -> bool: ...
+
     def reset(self) -> None: ...
 
     def cut(self, length: int) -> None: ...
@@ -122,6 +125,10 @@ def write(
         raise InputError(
             "the file computes the logits of the last token alone, and drafts need those of each",
             place="draft", remedy="Export without --logits last",
+        )  # fmt: skip
+    if drafts is not None and not reader.forgets:
+        raise InputError(
+            "it keeps states of layers, which cannot forget a wrong guess", place="draft", remedy="Leave it out"
         )  # fmt: skip
     reader.reset()
     length = max(len(prompt) for prompt in prompts)

@@ -7,6 +7,7 @@ import psutil
 import torch
 from torch import Tensor
 
+from ..artifact.cache_names import is_past, present_of
 from ..calibrate.float_model import float_bytes, weights_of
 from ..capture.blocks import Block
 from ..capture.graph import CapturedModel
@@ -98,8 +99,8 @@ def _past(captured: CapturedModel, feeds: Mapping[str, Tensor], results: Mapping
     rows = len(next(iter(feeds.values())))
     past = {}
     for port in captured.inputs:
-        if port.name.startswith("past_key_values."):
-            made = results.get(port.name.replace("past_key_values", "present", 1))
+        if is_past(port.name):
+            made = results.get(present_of(port.name))
             past[port.name] = port.empty(rows) if made is None else made
     return past
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 from transformers import DynamicCache
 
+from qexport.artifact.cache_names import is_past, past_of, present_of
 from qexport.capture.blocks import Block
 from qexport.capture.graph import CapturedModel, Port
 from qexport.graph.edit import set_tensor
@@ -60,15 +61,15 @@ def prompt_feeds(captured: CapturedModel, ids: torch.Tensor, mask: torch.Tensor,
     """A prompt [batch, sequence] with its attention mask and an empty cache."""
     feeds = {"input_ids": ids, "attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp_min(0)}
     for port in captured.inputs:
-        if port.name.startswith("past_key_values"):
-            feeds[port.name] = torch.zeros(ids.shape[0], port.dims[1], 0, port.dims[3], dtype=dtype)
+        if is_past(port.name):
+            feeds[port.name] = port.empty(ids.shape[0]).to(dtype)
     return feeds
 
 
 def next_feeds(feeds: Feeds, results: Feeds, token: torch.Tensor) -> Feeds:
     """The feeds that append token [batch] to what was run."""
     mask = torch.cat([feeds["attention_mask"], torch.ones_like(token)[:, None]], dim=1)
-    past = {n: results.get(n.replace("past_key_values", "present"), feeds[n]) for n in feeds if n.startswith("past")}
+    past = {n: results.get(present_of(n), feeds[n]) for n in feeds if is_past(n)}
     return {"input_ids": token[:, None], "attention_mask": mask, "position_ids": mask.sum(1, keepdim=True) - 1, **past}
 
 
@@ -115,5 +116,5 @@ def stepwise(
         feeds = {"input_ids": ids, **past, **cross, "encoder_attention_mask": source.get("attention_mask")}
         feeds = {port.name: feeds[port.name] for port in decoder.inputs}
         calls.append((feeds, decode(feeds)))
-        past = {n.replace("present", "past_key_values"): t for n, t in calls[-1][1].items() if n != "logits"}
+        past = {past_of(n): t for n, t in calls[-1][1].items() if n != "logits"}
     return torch.cat([made["logits"] for _, made in calls], 1), calls

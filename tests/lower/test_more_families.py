@@ -24,11 +24,12 @@ WRITTEN_OUT = {
     **dict.fromkeys(
         ("deepseek_v3", "minicpm3", "youtu", "glm4_moe_lite", "axk1"), "cache holds what keys and values are made of"
     ),
+    "lfm2": "something other than attention reads the attention mask",
     "gpt_neo": "a mask of its own", "diffllama": "several attentions read one cache",
 }  # fmt: skip
 OTHERWISE = {"doge", "gemma4_shared"}
 # Arithmetic of lengths; a look-up in a table would be followed by a copy.
-SIZES = {"Add", "Cast", "Concat", "Gather", "Max", "Mul", "Range", "Squeeze", "Sub", "Unsqueeze"}
+SIZES = {"Add", "Cast", "Concat", "Gather", "Max", "Mul", "Neg", "Range", "Squeeze", "Sub", "Unsqueeze"}
 
 
 def recipe_of(scheme):

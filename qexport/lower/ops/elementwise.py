@@ -86,6 +86,7 @@ translates(operator.sub)(_binary("Sub", "a", "b"))
 translates(operator.mul)(_binary("Mul", "a", "b"))
 translates(operator.floordiv)(_binary("Div", "a", "b"))
 translates(operator.mod)(_binary("Mod", "a", "b"))
+translates(operator.neg)(lambda emit, node, given: emit.op("Neg", emit.get(given.a, torch.int64)))
 translates(torch.sym_max)(_binary("Max", "a", "b"))
 translates(torch.sym_min)(_binary("Min", "a", "b"))
 

@@ -1,0 +1,34 @@
+"""What a decoder keeps from call to call, by the names of its inputs and outputs, as transformers.js has them.
+
+Keys and values grow by a row for every token: past_key_values.3.key becomes present.3.key. States of other layers keep
+their size: past_conv.0 becomes present_conv.0.
+"""
+
+KEYS, STATES = "past_key_values.", ("past_conv.",)
+
+
+def is_past(name: str) -> bool:
+    """Whether an input takes what the call before made."""
+    return name.startswith((KEYS, *STATES))
+
+
+def is_state(name: str) -> bool:
+    """Whether an input or output is of a size that does not depend on the length of the text."""
+    return name.startswith(STATES) or past_of(name).startswith(STATES)
+
+
+def present_of(past: str) -> str:
+    """The output whose value an input takes in the next call."""
+    return past.replace("past_key_values" if past.startswith(KEYS) else "past", "present", 1)
+
+
+def past_of(present: str) -> str:
+    """The input that takes an output in the next call; the name itself of an output that none takes."""
+    if present.startswith("present."):
+        return present.replace("present", "past_key_values", 1)
+    return present.replace("present", "past", 1) if present.startswith("present_") else present
+
+
+def is_present(name: str) -> bool:
+    """Whether an output is taken by the next call."""
+    return is_past(past_of(name)) and not is_past(name)
