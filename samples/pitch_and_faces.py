@@ -97,7 +97,7 @@ def compare(name: str, model: nn.Module, made, folder: Path, rounds: int) -> Non
         given = qexport.Recipe.model_validate(recipe) if isinstance(recipe, dict) else recipe
         data = [{"x": made(seed)} for seed in range(4)]
         qexport.export(
-            Named(model), given, out_dir=out, example_inputs={"x": x}, dynamic_shapes={}, calibration=data
+            Named(model).eval(), given, out_dir=out, example_inputs={"x": x}, dynamic_shapes={}, calibration=data
         )  # fmt: skip
         sessions[label] = onnxruntime.InferenceSession(
             out / "model.onnx", session_options(manifests.load(out), threads=1)

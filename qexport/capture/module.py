@@ -1,7 +1,8 @@
 """Capturing any nn.Module with example inputs."""
 
 import inspect
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 
 import sympy
@@ -69,13 +70,9 @@ def capture_module(
     examples = {name: _stretched(tensor, axes[name]) for name, tensor in given.items()}
     if fake is not None:
         examples = {name: fake.from_tensor(tensor, static_shapes=True) for name, tensor in examples.items()}
-    training = model.training
-    try:
-        with torch.no_grad(), quiet_transformers(), explained(model), layers_as_nodes():
-            shapes = {name: dict.fromkeys(axes[name], torch.export.Dim.AUTO) for name in given}
-            exported = torch.export.export(model.eval(), (), examples, dynamic_shapes=shapes, strict=False)
-    finally:
-        model.train(training)
+    with evaluating(model), torch.no_grad(), quiet_transformers(), explained(model), layers_as_nodes():
+        shapes = {name: dict.fromkeys(axes[name], torch.export.Dim.AUTO) for name in given}
+        exported = torch.export.export(model, (), examples, dynamic_shapes=shapes, strict=False)
     exported = functional(exported, model)
     captured = _captured(exported, model, axes, absent)
     if any(without_form(block.module.graph) for block in captured.blocks):
@@ -83,16 +80,24 @@ def capture_module(
     return replace(captured, witness=_witness(model, given, axes))
 
 
+@contextmanager
+def evaluating(model: torch.nn.Module) -> Iterator[None]:
+    """A module in evaluation mode; every part of it is left in the mode that it had, whatever that of the whole is."""
+    modes = [(part, part.training) for part in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for part, mode in modes:
+            part.training = mode
+
+
 def _witness(model: torch.nn.Module, given: Mapping[str, torch.Tensor], axes: Axes) -> ModuleWitness:
     """The module on the example inputs, and on one more row of them where their first dimension is dynamic."""
 
     def run(feeds: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        training = model.training
-        try:
-            with torch.no_grad():
-                result = model.eval()(**feeds)
-        finally:
-            model.train(training)
+        with evaluating(model), torch.no_grad():
+            result = model(**feeds)
         named = {"output": result} if isinstance(result, torch.Tensor) else dict(leaves(result))
         return {name: value for name, value in named.items() if isinstance(value, torch.Tensor)}
 

@@ -178,3 +178,13 @@ def test_the_module_is_left_as_it_was():
     with pytest.raises(CaptureError):
         capture_module(model, (torch.randn(3, 4),))
     assert model.training and model.calls == 0 and not model._forward_hooks
+
+
+def test_every_part_of_the_module_keeps_its_own_mode():
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.BatchNorm1d(4), torch.nn.Dropout()).train()
+    model[1].eval()
+    x = torch.randn(3, 4)
+    captured = capture_module(model, (x,))
+    captured.witness.run(captured.witness.feeds[0])
+    assert [part.training for part in model.modules()] == [True, True, False, True]
+    assert model[1].num_batches_tracked == 0
