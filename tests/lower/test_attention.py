@@ -12,10 +12,12 @@ from helpers.runners import captured_runner, load_weights, padded, tokens
 from qexport.api.exporting import export as export_model
 from qexport.artifact.manifest import MODEL_FILE
 from qexport.errors import InputError
+from qexport.graph.edit import call
 from qexport.recipe.recipe import CalibrationSpec, Override, Recipe
 from qexport.runtime.decoder import Decoder, open_decoder
 from qexport.runtime.session import open_session
 
+aten = torch.ops.aten
 FLOAT = Recipe(
     scheme="w8a8_dyn", overrides=(Override(match="*", scheme="float"),), calibration=CalibrationSpec(source="random")
 )
@@ -102,19 +104,21 @@ def test_standard_attention_on_request(export):
 
 def test_the_reason_is_kept_where_it_cannot_be_grouped(captured, tmp_path):
     model = captured("llama")
-    for block in model.blocks[1:]:  # what another reader of the mask would look like
-        for node in block.module.graph.nodes:
+    for block in model.blocks[1:]:  # nothing in the end, but made of more than the attention mask
+        graph = block.module.graph
+        for node in graph.nodes:
             if node.target is torch.ops.qexport.cached_attention.default:
-                with block.module.graph.inserting_before(node):
-                    mask = block.module.graph.call_function(torch.ops.aten.neg.default, (node.args[5],))
-                    mask.meta = dict(node.args[5].meta)
-                    back = block.module.graph.call_function(torch.ops.aten.neg.default, (mask,))
-                    back.meta = dict(mask.meta)
-                node.replace_input_with(node.args[5], back)
+                query, mask = node.args[0], node.args[5]
+                batch, _, sequence, size = query.meta["spec"].shape
+                with graph.inserting_before(node):
+                    one = call(graph, aten.slice.Tensor, (query, 1, 0, 1), query, shape=(batch, 1, sequence, size))
+                    one = call(graph, aten.slice.Tensor, (one, 3, 0, 1), query, shape=(batch, 1, sequence, 1))
+                    nothing = call(graph, aten.mul.Scalar, (one, 0.0), one)
+                    node.replace_input_with(mask, call(graph, aten.add.Tensor, (mask, nothing), mask))
         block.module.recompile()
     exported = exports.export(model, FLOAT, "cpu", tmp_path / "out")
     assert exported.manifest.settings["attention"] == "standard"
-    assert "mask" in exported.manifest.settings["attention_reason"]
+    assert "adds to the scores" in exported.manifest.settings["attention_reason"]
 
 
 def test_unknown_attention_is_refused(model_folder, tmp_path):
