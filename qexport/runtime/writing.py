@@ -8,7 +8,7 @@ from typing import Protocol
 import numpy as np
 
 from ..errors import InputError
-from .drafts import KINDS, Drafts, Stakes, even_rows
+from .drafts import KINDS, Draft, Drafts, Stakes, even_rows
 from .sampling import Sampling, choose
 
 
@@ -177,7 +177,7 @@ def _guessing(reader: Reader, texts: _Texts, logits: np.ndarray, prompt: Sequenc
         reader.cut(before + 1 + right)
 
 
-def _as_guessed(texts: _Texts, draft, rows: np.ndarray, guesses: Sequence[int]) -> int:
+def _as_guessed(texts: _Texts, draft: Draft, rows: np.ndarray, guesses: Sequence[int]) -> int:
     """Take tokens as long as they are the guessed ones, and the one behind; how many guesses were right."""
     for right, row in enumerate(rows[: len(guesses) + 1]):
         (token,) = texts.take(row[None]).tolist()
