@@ -93,7 +93,7 @@ def _sharing(recipe: Recipe, tables: set[str], weight: str, several_blocks: bool
 
 
 UNDECIDED = "8 bits where 4 cost too much, which an export measures"
-_FOUR, _EIGHT = "w4a16_g64", "w8a16_g32"
+_FOUR, _EIGHT = "w4a16_g64_s8", "w8a16_g32"
 
 
 def with_table(captured: CapturedModel, recipe: Recipe, *, eight: bool = False) -> Recipe:

@@ -61,11 +61,11 @@ def test_a_curve_from_the_command_line(exported, run, monkeypatch, tmp_path):
     assert [point["measured"] for point in points].count(True) == 2 and len(points) == 3
     assert [point["bytes"] for point in points] == sorted(point["bytes"] for point in points)
     first, last = points[0], points[-1]
-    assert set(first["schemes"]) == {"w2a16_g64_asym"} and all(name.startswith("w8") for name in last["schemes"])
+    assert set(first["schemes"]) == {"w2a16_g64_asym_s8"} and all(name.startswith("w8") for name in last["schemes"])
     assert first["kl"] > 10 * last["kl"]
     assert all(len(re.findall(re.escape(point["recipe"]), said)) == 1 for point in points)
     recipes = [Recipe.load(out / point["recipe"]) for point in points]
-    assert recipes[0].scheme == "w2a16_g64_asym" and recipes[0].lm_head == "w2a16_g64_asym"
+    assert recipes[0].scheme == "w2a16_g64_asym_s8" and recipes[0].lm_head == "w2a16_g64_asym_s8"
     # The folder is one of the measured exports, and the page shows where it lies.
     size = sum(file.stat().st_size for file in out.glob("model.onnx*"))
     assert size in [point["bytes"] for point in points if point["measured"]]

@@ -35,9 +35,10 @@ PRESETS = {
     "crossquant_w8a8": ("w8a8_dyn", "gptq", "crossquant"),
     "crossquant_w8a8_paper": ("w8a8_dyn", "rtn", "crossquant"),
     "crossquant_w4a8": ("w4a8_g128_int", "gptq", "crossquant"),
-    "compact": ("w4a16_g128", "gptq", None),
-    "compact_tuned": ("w4a16_g128", "gptq", None),
-    "balanced": ("w4a16_g128", "gptq", None),
+    "compact": ("w4a16_g128_s8", "gptq", None),
+    "compact_tuned": ("w4a16_g128_s8", "gptq", None),
+    "compact_nf4": ("nf4_g16_s8", "gptq", None),
+    "balanced": ("w4a16_g32_s8", "gptq", None),
     "closest": ("w8a16_g32", "rtn", None),
     "server": ("w8a8_dyn", "gptq", "smoothquant"),
     "encoder": ("w8a8_dyn", "rtn", "smoothquant"),
@@ -59,6 +60,13 @@ PRESETS = {
     "w3a16_g64": ("w3a16_g64", "gptq", "lorc"),
     "w2a16_g64": ("w2a16_g64_asym", "gptq", "lorc"),
 }
+
+
+# What else is quantized: the output projection and the table of embeddings.
+TABLES = {
+    "compact": ("w4a16_g64_s8", "tied"), "compact_nf4": ("w4a16_g16_s8", "tied"), "balanced": ("w4a16_g32_s8", "auto"),
+    "closest": ("w8a16_g32", "auto"), "server": ("w8a16_g32", "auto"), "encoder": ("float", "auto"),
+}  # fmt: skip
 
 
 @pytest.fixture
@@ -84,10 +92,7 @@ def test_preset(name):
     sections = [n for n in ("smooth", "crossquant", "fptq", "llm_int8", "lorc") if getattr(recipe, n) is not None]
     assert [recipe.smooth.method if n == "smooth" else n for n in sections] == ([section] if section else [])
     family = name.removesuffix("_tuned")
-    heads = {"compact": "w4a16_g64", "balanced": "w4a16_g64", "closest": "w8a16_g32", "server": "w8a16_g32"}
-    assert recipe.lm_head == heads.get(family, "float")
-    tables = {"compact": "tied"} | dict.fromkeys(("balanced", "closest", "server", "encoder"), "auto")
-    assert recipe.embedding == tables.get(family, "float")
+    assert (recipe.lm_head, recipe.embedding) == TABLES.get(family, ("float", "float"))
 
 
 def test_a_wish_names_its_preset():
