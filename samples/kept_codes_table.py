@@ -14,6 +14,7 @@ import tempfile
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import onnx
 import torch
 from onnx import numpy_helper
@@ -27,6 +28,7 @@ from qexport.cli.console import showing_progress
 from qexport.formatting import megabytes
 from qexport.models.coded import Given
 from qexport.quant.formats import QuantizedWeight
+from qexport.quant.formats.small_floats import SmallFloatFormat
 from qexport.quant.metrics import kl_divergence
 from qexport.recipe.recipe import Recipe
 from qexport.runtime.decoder import open_decoder
@@ -112,6 +114,8 @@ class File:
 
     def weight(self, entry: LinearEntry, like: QuantizedWeight) -> tuple[Tensor, Tensor]:
         """Codes [N, K] and scales of a linear."""
+        if isinstance(like.format, SmallFloatFormat):
+            return self._small_floats(entry, like.format)
         node, rows = self._nodes[entry.node], slice(*(entry.columns or (0, entry.shape[0])))
         n, k = entry.shape
         if node.op_type == "MatMulBnb4":
@@ -128,6 +132,19 @@ class File:
         dequantize = self._makers[node.input[1]]
         codes, scales = self._read(dequantize.input[0]), self._read(dequantize.input[1])
         return codes.t()[rows].to(like.codes.dtype), scales.reshape(-1)[rows].view(n, 1)
+
+    def _small_floats(self, entry: LinearEntry, fmt: SmallFloatFormat) -> tuple[Tensor, Tensor]:
+        """The same of floats of few bits: those of one linear stand by themselves, under its name."""
+        n, k = entry.shape
+        parts = {}
+        for part in ("weight_codes", "weight_scale", "tensor_scale"):
+            names = [name for name in self._tensors if name.startswith(f"{entry.name}.{part}")]
+            parts[part] = numpy_helper.to_array(self._tensors[names[0]]) if names else None
+        codes = torch.from_numpy(parts["weight_codes"].view(np.uint8).copy())
+        if fmt.bits == 4:
+            codes = torch.stack((codes & 15, codes >> 4), -1)
+        whole = None if parts["tensor_scale"] is None else torch.tensor(float(parts["tensor_scale"]))
+        return codes.view(n, k), fmt.read_scale(torch.from_numpy(parts["weight_scale"].copy()), whole, n)
 
     @staticmethod
     def _signed(codes: Tensor, like: QuantizedWeight, middle: int) -> Tensor:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -27,33 +27,55 @@ from helpers import library_checkpoints as library
 Logits = dict[str, Tensor]
 
 
-def by_transformers(out: Path, ids: Tensor) -> Logits:
-    return {"run": logits(_loaded(out), ids)}
+def by_transformers(model: Path, out: Path, ids: Tensor) -> Logits:
+    """Its own classes of linears, as transformers puts them into the model.
+
+    Raises:
+        ValueError: it leaves some weights at random.
+    """
+    options = {"dtype": torch.float32, "device_map": "cpu", "output_loading_info": True}
+    whole, said = AutoModelForCausalLM.from_pretrained(out, **options)
+    if missing := said["missing_keys"]:
+        raise ValueError(f"transformers finds {len(missing)} of its weights nowhere, {min(missing)} first")
+    return {"run": logits(whole.eval(), ids)}
 
 
-def by_bitsandbytes(out: Path, ids: Tensor) -> Logits:
+def by_hqq(model: Path, out: Path, ids: Tensor) -> Logits:
+    """Its own linears in the float model: transformers 5 reads no weights that it saved."""
+    from hqq.core.quantize import HQQLinear
+
+    whole, state = _loaded(model), load_file(out / "model.safetensors")
+    for name in [key.removesuffix(".W_q") for key in state if key.endswith(".W_q")]:
+        linear = HQQLinear(None, None, compute_dtype=torch.float32, device="cpu", initialize=False)
+        linear.load_state_dict({k.removeprefix(f"{name}."): t for k, t in state.items() if k.startswith(f"{name}.")})
+        whole.set_submodule(name, linear)
+    return {"run": logits(whole, ids)}
+
+
+def by_bitsandbytes(model: Path, out: Path, ids: Tensor) -> Logits:
     """In evaluation its linears multiply in bfloat16 on a CPU with AVX512-BF16, whatever the compute dtype says; in
     training they dequantize, and multiply in the compute dtype. This model drops nothing out."""
-    model = _loaded(out)
-    return {"run": logits(model.train(), ids), "as loaded": logits(model.eval(), ids)}
+    whole = _loaded(out)
+    return {"run": logits(whole.train(), ids), "as loaded": logits(whole.eval(), ids)}
 
 
-def by_auto_round(out: Path, ids: Tensor) -> Logits:
+def by_auto_round(model: Path, out: Path, ids: Tensor) -> Logits:
     """As gptqmodel: loaded in float16, and moved to float32 then."""
-    model = _loaded(out)
-    return {"as loaded": logits(model, ids), "run": logits(model.float(), ids)}
+    whole = _loaded(out)
+    return {"as loaded": logits(whole, ids), "run": logits(whole.float(), ids)}
 
 
-def by_gptqmodel(out: Path, ids: Tensor) -> Logits:
+def by_gptqmodel(model: Path, out: Path, ids: Tensor) -> Logits:
     """Its linear for any CPU is loaded in float16 or bfloat16, and computes in the dtype of its scales and input."""
     from gptqmodel import BACKEND, GPTQModel
 
-    model = GPTQModel.load(str(out), backend=BACKEND.TORCH, device="cpu", dtype=torch.float16).model
-    return {"as loaded": logits(model, ids), "run": logits(model.float(), ids)}
+    whole = GPTQModel.load(str(out), backend=BACKEND.TORCH, device="cpu", dtype=torch.float16).model
+    return {"as loaded": logits(whole, ids), "run": logits(whole.float(), ids)}
 
 
 NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.float32}
-ROWS: dict[str, tuple[str, Callable[..., library.Made], Callable[[Path, Tensor], Logits]]] = {
+Run = Callable[[Path, Path, Tensor], Logits]  # of the float model, the checkpoint, and token ids
+ROWS: dict[str, tuple[str, Callable[[Path, Path], library.Made], Run]] = {
     "gptq_4": ("gptqmodel", partial(library.gptqmodel, size=64), by_gptqmodel),
     "gptq_act_order": (
         "gptqmodel", partial(library.gptqmodel, size=64, desc_act=True, act_group_aware=False, sym=False), by_gptqmodel,
@@ -70,8 +92,8 @@ ROWS: dict[str, tuple[str, Callable[..., library.Made], Callable[[Path, Tensor],
     "auto_round_4": ("auto-round", library.auto_round, by_auto_round),
     "llm_compressor_w4a16": ("llmcompressor", partial(library.llm_compressor, static=False), by_transformers),
     "llm_compressor_w8a8": ("llmcompressor", partial(library.llm_compressor, static=True), by_transformers),
-    "hqq_4": ("hqq", library.hqq, by_transformers),
-    "hqq_2": ("hqq", partial(library.hqq, bits=2, size=16), by_transformers),
+    "hqq_4": ("hqq", library.hqq, by_hqq),
+    "hqq_2": ("hqq", partial(library.hqq, bits=2, size=16), by_hqq),
     **{
         f"torchao_{kind}": ("torchao", partial(library.torchao, kind=kind), by_transformers)
         for kind in ("int8", "int8_dyn", "int4", "float8")
@@ -129,16 +151,16 @@ def main() -> None:
         except Exception as error:  # of the library, whose kinds are its own
             print(f"{name}: skipped, {package} does not make it: {_first_line(error)}", flush=True)
             continue
-        found, why = _ran(run, given.out / name, ids)
+        found, why = _ran(run, given.model, given.out / name, ids)
         found["weights"] = logits(with_weights(given.model, made), ids)
         save_file({"ids": ids, **found}, given.out / f"{name}.safetensors", metadata=said | {"why": why})
         print(f"{name}: {json.dumps(said)} {why}", flush=True)
 
 
-def _ran(run: Callable[[Path, Tensor], Logits], folder: Path, ids: Tensor) -> tuple[Logits, str]:
+def _ran(run: Run, model: Path, folder: Path, ids: Tensor) -> tuple[Logits, str]:
     """What a library's own run makes, and why it makes nothing."""
     try:
-        return run(folder, ids), ""
+        return run(model, folder, ids), ""
     except Exception as error:  # of the library, whose kinds are its own
         return {}, _first_line(error)
 

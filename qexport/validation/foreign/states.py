@@ -21,12 +21,16 @@ from .matching import Match
 
 _HOPS = 8  # operators behind the last product of a block at most
 _ALIKE = 0.5  # see `_alike`; layers that broke leave less, and then the form of a value decides
+_ALIKE_ALONE = 0.9  # of modules, whose blocks are unlike: a value in front of an activation is like the one behind it
 _SUMS = {"SkipLayerNormalization": 3, "SkipSimplifiedLayerNormalization": 3}  # the output that holds the sum
 _SUM = "qexport/sum_"
 _POINTWISE = {
     "Add", "Mul", "Div", "Sub", "Cast", "Reshape", "Identity", "Dropout", "LayerNormalization", "RMSNormalization",
     "SimplifiedLayerNormalization", "SkipLayerNormalization", "SkipSimplifiedLayerNormalization", "Pow", "Sqrt",
     "DequantizeLinear", "QuantizeLinear",
+    # What stands between layers of other networks.
+    "Relu", "Clip", "LeakyRelu", "HardSwish", "HardSigmoid", "Sigmoid", "Tanh", "Gelu", "BatchNormalization", "MaxPool",
+    "AveragePool", "GlobalAveragePool", "ReduceMean", "Flatten", "Squeeze", "Transpose",
 }  # fmt: skip
 
 
@@ -79,24 +83,29 @@ def find_states(
         if seen.block.name in candidates:
             want = flat(seen.output)
             scores[seen.block.name] = {
-                found: _alike(want, made[found.value]) for found in candidates[seen.block.name]
+                found: score for found in candidates[seen.block.name]
+                if (score := _alike(want, made[found.value])) is not None
             }  # fmt: skip
-    return tuple(BlockEntry(name=name, output=value) for name, value in _chosen(scores))
+    chosen = _chosen(scores, alone=captured.kind == "module")
+    return tuple(BlockEntry(name=name, output=value) for name, value in chosen)
 
 
-def _alike(want: Tensor, got: list[Tensor]) -> float:
+def _alike(want: Tensor, got: list[Tensor]) -> float | None:
     """1 where two values are equal; of values that differ by a factor less than their cosine: a norm's input and its
-    output have nearly the same direction.
+    output have nearly the same direction. None where they have other sizes.
     """
     value = flat(got)
     if value.shape != want.shape:
-        return -1.0
+        return None
     both = want.square().sum() + value.square().sum()
     return float(2 * (want * value).sum() / both.clamp_min(1e-30))
 
 
-def _chosen(scores: Mapping[str, Mapping[_Candidate, float]]) -> list[tuple[str, str]]:
-    """(block, value): of the form that fits best in most blocks, else the most alike."""
+def _chosen(scores: Mapping[str, Mapping[_Candidate, float]], alone: bool) -> list[tuple[str, str]]:
+    """(block, value): of the form that fits best in most blocks, else the most alike; alone: in each block that one."""
+    if alone:
+        best_of = {name: max(found, key=lambda candidate: found[candidate]) for name, found in scores.items() if found}
+        return [(name, best.value) for name, best in best_of.items() if scores[name][best] > _ALIKE_ALONE]
     forms: dict[tuple, list[float]] = defaultdict(list)
     for found in scores.values():
         for candidate, score in found.items():
