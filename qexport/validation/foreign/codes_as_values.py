@@ -15,12 +15,20 @@ from ...runtime.tensors import tensor_of
 _OWN = "qexport/"
 
 
-def as_quantized_values(graph: GraphProto, folder: Path) -> None:
+# Without it ONNX Runtime makes uint8 of int8 values in some places on x64, and does not put all of them together.
+SESSION = {"session.qdqisint8allowed": "1"}
+
+
+def as_quantized_values(graph: GraphProto, folder: Path) -> bool:
     """Rewrite every such operator whose scales are constants, in place.
 
     Args:
         folder: with the data of tensors.
+
+    Returns:
+        Whether there were any; a session on the graph then takes the entries `SESSION`.
     """
+    found = False
     tensors = {tensor.name: tensor for tensor in graph.initializer}
     nodes: list[NodeProto] = []
     for node in graph.node:
@@ -28,12 +36,14 @@ def as_quantized_values(graph: GraphProto, folder: Path) -> None:
         form = read(node) if read is not None else None
         if form is not None and {form.x[1], form.w[0], form.w[1], form.y[0]} <= tensors.keys():
             nodes += form.nodes(node, graph, tensors, folder)
+            found = True
         else:
             own = NodeProto()
             own.CopyFrom(node)
             nodes.append(own)
     del graph.node[:]
     graph.node.extend(nodes)
+    return found
 
 
 @dataclass(frozen=True)

@@ -26,22 +26,8 @@ def _conv(graph: FileGraph, node: NodeProto) -> Product | None:
     weight = constant_weight(graph, node.input[1], transposed=True)
     if weight is None or graph.constant(node.input[0]):
         return None
-    made = made_by(graph, node, replace(weight, trouble=""))
-    if made.quantized:
-        return replace(made, weight=replace(made.weight, trouble=_why_float(graph, made)))
-    return _with_norm(graph, made)
-
-
-def _why_float(graph: FileGraph, made: Product) -> str:
-    """What ONNX Runtime asks of a convolution between roundings, and does not find."""
-    if not made.activations:
-        return "nothing rounds its input"
-    readers = graph.readers.get(made.node.output[0], [])
-    behind = readers[0] if len(readers) == 1 else None
-    if behind is not None and behind.op_type in ("Relu", "Clip"):
-        readers = graph.readers.get(behind.output[0], [])
-        behind = readers[0] if len(readers) == 1 else None
-    return "" if behind is not None and behind.op_type == "QuantizeLinear" else "nothing rounds its result"
+    made = made_by(graph, node, weight)
+    return made if made.quantized else _with_norm(graph, made)
 
 
 def _with_norm(graph: FileGraph, made: Product) -> Product:

@@ -78,7 +78,7 @@ def describe(
         InputError: it takes or gives other values than the model, or is another model's.
         RuntimeProblem: ONNX Runtime refuses it.
     """
-    model = make_copy(file, folder, captured)
+    model, session = make_copy(file, folder, captured)
     if captured.kind == "decoder" and "logits" not in [value.name for value in model.graph.output]:
         raise InputError("has no logits among its outputs", place=str(file.path))
     shapes = {value.name: _shape(value) for value in model.graph.input}
@@ -89,7 +89,7 @@ def describe(
     provider = provider or file.provider
     outline = Manifest(
         target="cuda" if "CUDA" in provider else "cpu", kind=captured.kind, dtype=_dtype(model), provider=provider,
-        session=file.session, settings=_settings(captured),
+        session=session, settings=_settings(captured),
     )  # fmt: skip
     optimized = optimized_graph(folder, outline)
     few = feeds[0] if captured.kind == "module" else {name: _cut(value) for name, value in feeds[0].items()}

@@ -14,6 +14,7 @@ from ...artifact.manifest import FLOAT
 from ...quant.formats.codebooks import decode_codebook
 from ...quant.packing import unpack_high_first, unpack_rows
 from .constants import BITS, CODES, FileGraph, attribute, filled
+from .fusing import why_float
 
 _ROUNDING = ("QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear")
 _BOOKS = ("fp4", "nf4")  # of MatMulBnb4, by its quant_type
@@ -99,6 +100,8 @@ def made_by(graph: FileGraph, node: NodeProto, weight: Weight, accuracy: int | N
     if scaled is not None:
         (value, made), rounded = scaled, "dynamic"
     output = _with_bias(graph, node, made, weight.shape[0])
+    if weight.bits < 16 and (node.op_type == "Conv" or (node.op_type == "Gemm" and rounded)):
+        weight = replace(weight, trouble=why_float(graph, node, rounded))
     hints = (node.name, *weight.names, *node.output, output)
     return Product(node, graph.order[node.name], value, output, weight, rounded, accuracy, hints)
 
@@ -106,6 +109,9 @@ def made_by(graph: FileGraph, node: NodeProto, weight: Weight, accuracy: int | N
 def _before_rounding(graph: FileGraph, value: str) -> tuple[str, str]:
     kind, rounded = "", value
     while (node := graph.makers.get(value)) is not None and node.op_type in _ROUNDING:
+        source = graph.makers.get(node.input[0])
+        if node.op_type == "DequantizeLinear" and (source is None or source.op_type not in _ROUNDING):
+            return value, kind or "static"  # of codes that another operator on codes made
         if node.op_type != "DequantizeLinear":
             kind = "dynamic" if node.op_type[0] == "D" or not graph.constant(node.input[1]) else "static"
             if kind == "static" and _holds_activation(graph, node):

@@ -13,7 +13,7 @@ from ...artifact.files import link_or_copy
 from ...artifact.manifest import MODEL_FILE
 from ...capture.graph import CapturedModel
 from ...errors import InputError, reading
-from .codes_as_values import as_quantized_values
+from .codes_as_values import SESSION, as_quantized_values
 from .finding import ForeignFile
 from .ports import input_names, is_integer, output_names, paired
 
@@ -22,8 +22,8 @@ _KEPT_INLINE = 1024  # bytes of a tensor that stays in the model
 _OWN = "qexport/"  # in front of names of nodes that were added
 
 
-def make_copy(file: ForeignFile, folder: Path, captured: CapturedModel) -> ModelProto:
-    """Write the copy into `folder`, as model.onnx, and return it without its data.
+def make_copy(file: ForeignFile, folder: Path, captured: CapturedModel) -> tuple[ModelProto, dict[str, str]]:
+    """Write the copy into `folder`, as model.onnx, and return it without its data, and the session entries it takes.
 
     Args:
         captured: the float model, whose names inputs and outputs get.
@@ -39,10 +39,10 @@ def make_copy(file: ForeignFile, folder: Path, captured: CapturedModel) -> Model
     _link_data(model.graph, file.path.parent, folder)
     _name_nodes(model.graph)
     _sort(model.graph)
-    as_quantized_values(model.graph, folder)
+    session = file.session | (SESSION if as_quantized_values(model.graph, folder) else {})
     _rename_ports(model.graph, captured, file.path)
     write(model, folder)
-    return model
+    return model, session
 
 
 def write(model: ModelProto, folder: Path) -> None:
