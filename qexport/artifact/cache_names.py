@@ -1,10 +1,10 @@
 """What a decoder keeps from call to call, by the names of its inputs and outputs, as transformers.js has them.
 
 Keys and values grow by a row for every token: past_key_values.3.key becomes present.3.key. States of other layers keep
-their size: past_conv.0 becomes present_conv.0.
+their size: past_conv.0 becomes present_conv.0, past_recurrent.0 present_recurrent.0.
 """
 
-KEYS, STATES = "past_key_values.", ("past_conv.",)
+KEYS, STATES = "past_key_values.", ("past_conv.", "past_recurrent.")
 
 
 def is_past(name: str) -> bool:

@@ -15,6 +15,7 @@ from transformers.masking_utils import AttentionMaskInterface
 
 from ..errors import CaptureError
 from ..graph.ops.attention import MASKED
+from .states import GraphStateLayer
 
 IMPLEMENTATION = "qexport"
 _PROBE = 12  # positions on which a mask pattern is compared with causal attention
@@ -55,42 +56,16 @@ class GraphCacheLayer(DynamicLayer):
         return self.past_key.shape[2] + query_length, 0
 
 
-class GraphStateLayer:
-    """The last inputs of a layer's causal convolution, and nothing else.
-
-    The past is zeros in front of a text, which is what such a convolution is padded with: so a prompt and a step are
-    the same graph.
-
-    Attributes:
-        past: [batch, channels, width], as many as the convolution reads in front of its own.
-        present: the same behind the new inputs; None before `update`.
-    """
-
-    record_past = False
-
-    def __init__(self, past: torch.Tensor):
-        self.past = past
-        self.present: list[torch.Tensor] | None = None
-
-    def update(self, new: torch.Tensor) -> torch.Tensor:
-        """Past and new inputs in a row, [batch, channels, width + new]."""
-        if self.present is not None:
-            raise CaptureError("one layer updates its state twice")
-        whole = torch.cat([self.past, new], dim=-1)
-        self.present = [whole[..., -self.past.shape[-1] :]]
-        return whole
-
-
 class _OfKnownStates(Cache):
     """A cache that refuses what models keep besides keys, values and the inputs of a convolution."""
 
     def _refused(self, *args, **kwargs):
         raise CaptureError(
-            "layers of the model keep states that are not keys and values, nor inputs of a convolution",
-            remedy="Recurrent layers, and indexers of keys, have no lowering",
+            "layers of the model keep states that are not keys and values, nor those of a convolution or a delta rule",
+            remedy="Other recurrent layers, and indexers of keys, have no lowering",
         )
 
-    get_recurrent_state = update_recurrent_state = update_indexer = _refused
+    update_indexer = _refused
 
     def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> None:
         """None, as in front of a text: a model with nothing to look up takes the way of a prompt."""
@@ -102,11 +77,11 @@ class GraphCache(_OfKnownStates):
     """The cache handed to a Hugging Face model while it is traced.
 
     Args:
-        past: of each layer, keys and values, or the inputs of a convolution alone.
+        past: of each layer, keys and values, or the inputs of a convolution and the state of a recurrence, if any.
     """
 
     def __init__(self, past: list[list[torch.Tensor]]):
-        self.own = [GraphStateLayer(*kept) if len(kept) == 1 else GraphCacheLayer(*kept) for kept in past]
+        self.own = [GraphStateLayer(*kept) if kept[0].dim() == 3 else GraphCacheLayer(*kept) for kept in past]
         layers: list[Any] = list(self.own)
         super().__init__(layers=layers)
 
@@ -121,6 +96,15 @@ class GraphCache(_OfKnownStates):
         if not isinstance(layer, GraphStateLayer) or state_idx:
             self._refused()
         return layer.update(conv_states)
+
+    def get_recurrent_state(self, layer_idx, state_idx=0):
+        return getattr(self.own[layer_idx], "recurrent", None)
+
+    def update_recurrent_state(self, recurrent_states, layer_idx, state_idx=0, **kwargs):
+        layer = self.own[layer_idx]
+        if not isinstance(layer, GraphStateLayer) or state_idx:
+            self._refused()
+        return layer.update_recurrent(recurrent_states)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return _first_of_keys(self.own, layer_idx).get_seq_length()
@@ -141,7 +125,7 @@ class ProbeCache(_OfKnownStates):
     """An empty cache that keeps nothing, and notes what a model puts into it.
 
     Attributes:
-        found: by number of the layer, keys and values, or a tensor as large as the inputs that a convolution keeps.
+        found: by number of the layer, keys and values, or tensors as large as the states that it keeps.
 
     Args:
         depth: layers that the cache has before anything is put into it.
@@ -161,6 +145,15 @@ class ProbeCache(_OfKnownStates):
             self._refused()
         self.found[layer_idx] = (conv_states.new_zeros((*conv_states.shape[:2], conv_kernel_size - 1)),)
         return conv_states
+
+    def get_recurrent_state(self, layer_idx, state_idx=0):
+        return None
+
+    def update_recurrent_state(self, recurrent_states, layer_idx, state_idx=0, **kwargs):
+        if state_idx or len(self.found.get(layer_idx, ())) != 1:
+            self._refused()
+        self.found[layer_idx] = (*self.found[layer_idx], recurrent_states)
+        return recurrent_states
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return 0

@@ -44,6 +44,8 @@ def _at_new_places(convolution: Node) -> Node | None:
     if not _long_as(found[0], operand(convolution)):
         return None
     found = readers(found[0])
+    if len(found) == 1 and is_call(found[0], aten.silu.default):  # of every place, whichever are taken
+        found = readers(found[0])
     return found[0] if len(found) == 1 and _is_end(found[0]) else None
 
 
@@ -85,6 +87,11 @@ def _replace(graph: Graph, inputs: tuple, convolution: Node, result: Node, kept:
         parts = [graph.call_function(operator.getitem, (fused, place)) for place in range(2)]
         for part, value in zip(parts, made, strict=True):
             part.meta = {**convolution.meta, "val": value}
+        activation = operand(result)
+        if is_call(activation, aten.silu.default):
+            active = graph.call_function(aten.silu.default, (parts[0],))
+            active.meta = {**activation.meta, "val": made[0]}
+            parts[0] = active
     result.replace_all_uses_with(parts[0])
     for user in kept:
         user.replace_all_uses_with(parts[1])

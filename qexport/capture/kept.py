@@ -67,20 +67,52 @@ class ConvolutionInputs:
         return (0,)
 
 
-Kept = KeysAndValues | ConvolutionInputs
+@dataclass(frozen=True)
+class DeltaStates:
+    """The inputs of a causal convolution, and what a gated delta rule has learned of the text.
+
+    Attributes:
+        inputs: of the convolution.
+        heads, key, value: heads of the rule, and features of a head of keys and of values.
+    """
+
+    inputs: ConvolutionInputs
+    heads: int
+    key: int
+    value: int
+    names: ClassVar[tuple[str, ...]] = (*ConvolutionInputs.names, "past_recurrent.{}")
+    called: ClassVar[str] = "linear_attention"
+
+    @property
+    def width(self) -> int:
+        return self.inputs.width
+
+    def shapes(self, batch: int, past: int) -> list[tuple[int, ...]]:
+        return [*self.inputs.shapes(batch, past), (batch, self.heads, self.key, self.value)]
+
+    def dims(self, length: str) -> list[tuple[int | str, ...]]:
+        return [*self.inputs.dims(length), (BATCH, self.heads, self.key, self.value)]
+
+    @property
+    def free(self) -> tuple[int, ...]:
+        return (0,)
+
+
+Kept = KeysAndValues | ConvolutionInputs | DeltaStates
 
 
 def kept_in(found: Sequence[torch.Tensor]) -> Kept:
     """The kind of what `ProbeCache` found of a layer."""
-    if len(found) == 1:
-        return ConvolutionInputs(*found[0].shape[1:])
+    if found[0].dim() == 3:
+        inputs = ConvolutionInputs(*found[0].shape[1:])
+        return inputs if len(found) == 1 else DeltaStates(inputs, *found[1].shape[1:])
     key, value = found
     return KeysAndValues(key.shape[1], key.shape[3], value.shape[3])
 
 
 def layer_settings(layers: Sequence[Kept]) -> dict[str, Any]:
     """What a runtime has to know where not every layer keeps keys and values; under the names of onnxruntime-genai."""
-    widths = {layer.width for layer in layers if isinstance(layer, ConvolutionInputs)}
+    widths = {layer.width for layer in layers if not isinstance(layer, KeysAndValues)}
     if not widths:
         return {}
     return {"layer_types": [layer.called for layer in layers], "conv_cache_size": max(widths)}

@@ -26,10 +26,12 @@ from .kept import Kept, by_layer, kept_in
 from .layer_groups import LayerGroups, find_layers
 from .layer_stamps import stamp
 from .normalize import to_normal_form
+from .states import recurrences_as_nodes
 from .streamed import fake_parameters
 from .weight_views import WeightView, cut_weights, moved
 from .written_attention import fuse_written_attention
 
+aten = torch.ops.aten
 # Sizes of the example inputs. torch.export specialises 0 and 1, and two dimensions of one size could be taken for the
 # same one; the graph it makes with these is right for every size, 0 and 1 included.
 _BATCH, _SEQUENCE, _PAST = 2, 3, 5
@@ -53,7 +55,7 @@ class _Flat(torch.nn.Module):
         return (self.run(cache, input_ids, attention_mask, position_ids).logits, *cache.present())
 
     def run(self, cache, input_ids, attention_mask, position_ids):
-        with tracing(cache), tokens_of(input_ids):
+        with tracing(cache), tokens_of(input_ids), recurrences_as_nodes(self.model):
             return self.model(
                 input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids,
                 past_key_values=cache, use_cache=True,
@@ -116,7 +118,7 @@ def _probe(model: PreTrainedModel, place: str) -> list[Kept]:
     without = [i for i in range(len(cache.found)) if i not in cache.found]
     if without or not cache.found:
         raise CaptureError(
-            f"layers {without or 'of it'} keep no keys and values, nor inputs of a convolution", place=place,
+            f"layers {without or 'of it'} keep no keys and values, nor states that are known", place=place,
             remedy="A state of another kind (of recurrent layers) has no lowering",
         )  # fmt: skip
     return [kept_in(found) for _, found in sorted(cache.found.items())]
@@ -131,7 +133,7 @@ def _trace_whole(model: PreTrainedModel, aliases, cache: list[Kept], place: str)
     own = dict(_named_tensors(model))
     whole, pieces = _normalized(exported, model, aliases)
     if without_form(whole.graph):
-        whole, pieces = _normalized(decomposed(exported), model, aliases)
+        whole, pieces = _normalized(decomposed(exported), model, aliases, in_core_aten=True)
     placeholders = [n.name for n in whole.graph.nodes if n.op == "placeholder"]
     ids, pasts = placeholders[: len(IDS)], by_layer(placeholders[len(IDS) :], cache)
     results = results_of(whole.graph)
@@ -143,12 +145,15 @@ def _trace_whole(model: PreTrainedModel, aliases, cache: list[Kept], place: str)
 
 
 def _normalized(
-    exported: ExportedProgram, model: PreTrainedModel, aliases: dict[str, tuple[str, ...]]
+    exported: ExportedProgram, model: PreTrainedModel, aliases: dict[str, tuple[str, ...]], in_core_aten: bool = False
 ) -> tuple[GraphModule, dict[str, WeightView]]:
     whole = exported.module(check_guards=False)
     _rename_weights(whole, aliases)
     pieces = cut_weights(whole, {name for name, _ in model.named_parameters(remove_duplicate=False)})
     to_normal_form(whole)
+    for node in whole.graph.nodes:  # what made the input of such a view contiguous was a no-op and is gone
+        if node.target is aten._unsafe_view.default or (in_core_aten and node.target is aten.view.default):
+            node.target = aten.reshape.default
     fuse_written_attention(whole.graph)
     fuse_causal_convolutions(whole.graph)
     copy_experts(whole, pieces)

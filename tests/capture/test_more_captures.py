@@ -24,7 +24,6 @@ REASONS = {
     "jetmoe": r"size depends on values at .*modeling_jetmoe.py:\d+: input_list = inputs.split\(expert_size",
     "llama4": "mask is neither causal nor a sliding window",
     "mamba": "keep no keys and values",
-    "qwen3_next": "keep states that are not keys and values",
 }
 
 

@@ -24,7 +24,10 @@ WRITTEN_OUT = {
     **dict.fromkeys(
         ("deepseek_v3", "minicpm3", "youtu", "glm4_moe_lite", "axk1"), "cache holds what keys and values are made of"
     ),
-    "lfm2": "something other than attention reads the attention mask",
+    **dict.fromkeys(
+        ("lfm2", "lfm2_moe", "qwen3_next", "qwen3_5", "olmo_hybrid"),
+        "something other than attention reads the attention mask",
+    ),
     "gpt_neo": "a mask of its own", "diffllama": "several attentions read one cache",
 }  # fmt: skip
 OTHERWISE = {"doge", "gemma4_shared"}

@@ -265,9 +265,16 @@ def _select_scatter(emit: Emitter, node: Node, given: Arguments) -> ir.Value:
 @translates(aten.slice_scatter.default)
 def _slice_scatter(emit: Emitter, node: Node, given: Arguments) -> ir.Value:
     """A value in the place of a slice of an axis."""
-    if given.step != 1:
-        raise unsupported(node, f"with a step of {given.step}")
     value = emit.get(given.src, dtype_of(node))
+    if given.step != 1:
+        size = shape_of(given.self)[given.dim]
+        if isinstance(size, str) or isinstance(given.start, Node) or isinstance(given.end, Node):
+            raise unsupported(node, f"with a step of {given.step} on an axis whose size is free")
+        places = list(range(size))
+        for number, place in enumerate(range(*slice(given.start, given.end, given.step).indices(size))):
+            places[place] = size + number
+        both = emit.op("Concat", emit.get(given.self), value, axis=given.dim)
+        return emit.op("Gather", both, emit.constant(places), axis=given.dim)
     return _between(emit, given.self, value, given.dim, given.start, given.end)
 
 
