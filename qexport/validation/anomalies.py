@@ -175,17 +175,19 @@ def _groups(index: int, amount: Tensor, off: Tensor) -> list[_Group]:
 
 
 def with_faults(
-    rows: Sequence[ValueComparison], ranges: Sequence[InputRange], unfused: Mapping[str, str], behind: Mapping[str, str]
-) -> tuple[ValueComparison, ...]:
+    rows: Sequence[ValueComparison], ranges: Sequence[InputRange], unfused: Mapping[str, str],
+    behind: Mapping[str, str], stacked: bool = True,
+) -> tuple[ValueComparison, ...]:  # fmt: skip
     """Rows of linears with what is wrong with them in words, where something is.
 
     Args:
         rows: those whose weights are wrong say so already.
         unfused: by name, the operator there is and the planned one.
         behind: by name, the linear in front whose channels smoothing rescaled, so that its own row cannot show factors.
+        stacked: the model is a stack of layers, in which linears of names alike do the same.
     """
     inputs = {name: found for found in ranges for name in found.linears}
-    alone = {row.name: _alone(row, rows, inputs) for row in rows}
+    alone = {row.name: _alone(row, rows if stacked else [row], inputs) for row in rows}
     wrong = {row.name for row in rows if row.fault or alone[row.name]}
     marked = []
     for row in rows:

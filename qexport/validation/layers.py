@@ -89,7 +89,7 @@ def compare_layers(
             measures = _measures(seen.output, seen.own_output, deployed.values[probe.output.output])
             block_rows.append(ValueComparison(name=probe.block, block=probe.block, **measures))
     progress("", len(captured.blocks), len(captured.blocks))
-    gains = branch_gains(folder)
+    gains, stacked = branch_gains(folder), faults is None or manifest.kind != "module"
     found = [
         placed(linear_rows[entry.name], entry, plain).model_copy(update={"branch_gain_db": gains.get(entry.name)})
         for entry in manifest.readable
@@ -98,7 +98,7 @@ def compare_layers(
         e.name: f"{there or 'nothing'} instead of {expected(e, there)}" for e, there in unfused(plain, manifest.linears)
     }
     return LayerComparison(
-        tokens=rows, linears=with_faults(found, ranges, elsewhere, deployed.behind), blocks=tuple(block_rows),
+        tokens=rows, linears=with_faults(found, ranges, elsewhere, deployed.behind, stacked), blocks=tuple(block_rows),
         sessions=len(deployed.groups), moved=strayed, attentions=tuple(attention_rows), ranges=tuple(ranges),
     )  # fmt: skip
 

@@ -16,6 +16,7 @@ _GAIN_OF_MORE, _GAIN_OF_FLOAT = 0.05, 0.01
 _SHIFT = 0.6  # steps, the mean of a whole weight's errors: a zero point that is one off makes it 1
 # Methods that make up for the errors of other weights move a code by a step and more; by two hardly ever.
 _REACH = 1.5
+_MANY = 32  # numbers in a row from which its errors say something of it; filters of one channel have 9 or 25
 # Input channels carry factors where these explain this much of what looked like error. Rounding they do not explain.
 _EXPLAINED = 0.5
 
@@ -63,7 +64,7 @@ def weight_findings(
         energy = error.square().sum().clamp_min(1e-30)
         unexplained = float(error.square()[error.abs() > _REACH * size].sum() / energy)
     fault = _whole(match, wanted, got, step, smoothed or factors is not None)
-    if not fault and match.product.quantized:
+    if not fault and match.product.quantized and want.shape[1] >= _MANY:
         x = torch.randint(0, 2, (ROWS, want.shape[1]), generator=torch.Generator().manual_seed(0)) * 2.0 - 1
         fault = fault_of_weight(x, wanted, x @ error.t(), Grid(weight.bits, weight.block, weight.zero_points))
     return WeightFindings(sqnr_db(wanted, got), nearest, unexplained, factors, fault)
