@@ -63,6 +63,10 @@ def test_what_writes_no_text_calibrates_on_random_tokens_for_nobody_who_did_not_
     pair = save_seq2seq("t5", tmp_path / "t5")
     with pytest.raises(InputError, match=r"an encoder-decoder writes no text to calibrate on.*--calibration FILE"):
         qexport.export(pair, STATIC, out_dir=tmp_path / "out")
+
+
+@pytest.mark.slow
+def test_nor_does_a_model_of_sound(tmp_path):
     speech = save_seq2seq("whisper", tmp_path / "whisper")
     with pytest.raises(InputError, match=r"the model writes no source to calibrate on.*feature extractor"):
         qexport.export(speech, STATIC, out_dir=tmp_path / "out")

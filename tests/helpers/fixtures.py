@@ -4,6 +4,7 @@ import signal
 import sys
 from functools import cache, partial
 
+import onnxruntime as ort
 import pytest
 import torch
 import transformers
@@ -19,6 +20,18 @@ from qexport.recipe.recipe import Recipe
 
 transformers.logging.disable_progress_bar()
 torch.set_num_threads(1)  # models here are so small that threads cost more than they bring
+_start = ort.InferenceSession.__init__
+
+
+def _on_one_thread(self, path_or_bytes, sess_options=None, *args, **named):
+    """The same of sessions whose options say nothing: threads that wait for work are busy doing so."""
+    options = ort.SessionOptions() if sess_options is None else sess_options
+    if not options.intra_op_num_threads:
+        options.intra_op_num_threads = 1
+    _start(self, path_or_bytes, options, *args, **named)
+
+
+ort.InferenceSession.__init__ = _on_one_thread
 
 
 @pytest.hookimpl(tryfirst=True)  # before those that are not asked for are left out

@@ -27,6 +27,10 @@ _TOGETHER = (
         "tests/validation/test_reader.py",
     ),
     (
+        "tests/lower/test_seq2seq.py",
+        "tests/calibrate/test_own_text.py",
+    ),
+    (
         "tests/lower/test_experts.py",
         "tests/lower/test_kv_cache.py",
     ),
