@@ -8,7 +8,6 @@ from typing import Any
 import torch
 
 from .. import ranks
-from ..artifact.output import claimed_by_first
 from ..capture.dynamic import DynamicShapes
 from ..capture.graph import CapturedModel
 from ..capture.module import Inputs
@@ -17,6 +16,7 @@ from ..passes.base import GraphPass
 from ..progress import Progress, no_progress
 from ..recipe.recipe import Recipe
 from .adapters import check_adapters, kept_adapters
+from .claiming import claimed_by_first
 from .options import Options
 from .refusals import check_ranks
 from .result import ExportResult

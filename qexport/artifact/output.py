@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from .. import ranks
 from ..errors import InputError, QExportError, writing_to
 from . import checksums, owner, scratch, swap
 from .ownership import INSIDE, carry, foreign, is_export
@@ -210,18 +209,6 @@ def claimed(out: Path, overwrite: bool, model: Path | None = None) -> Iterator[W
         with suppress(OSError):
             for parent in made:
                 parent.rmdir()  # if nothing came into it
-
-
-@contextmanager
-def claimed_by_first(out: Path, overwrite: bool, model: Path | None = None) -> Iterator[WorkFolder]:
-    """The same where several processes make one export: the first of them claims the folder, all others see it."""
-    if ranks.rank() > 0:
-        ranks.first(bool)
-        yield WorkFolder(out, overwrite, owner.Lock(work_folder(out), -1, ()))
-        return
-    with claimed(out, overwrite, model) as work:
-        ranks.first(bool)
-        yield work
 
 
 def check_there(out: Path) -> None:
