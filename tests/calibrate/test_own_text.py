@@ -15,7 +15,7 @@ SPEC = CalibrationSpec(source="self", samples=3, sequence_length=12, batch_size=
 STATIC = Recipe(scheme="w8a8_static", calibration=SPEC)
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma3"])
+@pytest.mark.parametrize("family", ["llama", pytest.param("gemma3", marks=pytest.mark.slow)])
 def test_a_model_beyond_the_memory_writes_the_same_text_a_block_at_a_time(family, captured, monkeypatch):
     model = captured(family)
     whole = own_text.own_text(model, SPEC, no_stage_progress, "writes")

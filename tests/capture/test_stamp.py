@@ -64,7 +64,7 @@ def assert_same_blocks(ours, theirs):
 
 
 @pytest.mark.parametrize(("family", "changes", "kinds"), [
-    pytest.param(name, *given, marks=pytest.mark.slow) if name == "gemma3" else (name, *given)
+    pytest.param(name, *given, marks=pytest.mark.slow) if name in ("gemma3", "opt") else (name, *given)
     for name, given in KINDS.items()
 ], ids=KINDS)  # fmt: skip
 def test_stamped_blocks_are_the_traced_ones(tmp_path, monkeypatch, depths, family, changes, kinds):

@@ -39,7 +39,9 @@ def size_of(folder: Path) -> int:
 
 @pytest.mark.parametrize("kind, recipe", [
     ("tied", TIED), pytest.param("untied", RTN, marks=pytest.mark.slow),
-    ("untied", Recipe(scheme="w4a16_g16", lm_head="w4a16_g16", embedding="w4a16_g16")),
+    pytest.param(
+        "untied", Recipe(scheme="w4a16_g16", lm_head="w4a16_g16", embedding="w4a16_g16"), marks=pytest.mark.slow
+    ),
 ])  # fmt: skip
 def test_it_is_closer_than_one_scheme_everywhere_in_no_more_bytes(models, tmp_path, kind, recipe):
     model, out = models[kind], tmp_path / "auto"

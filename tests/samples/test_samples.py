@@ -57,6 +57,7 @@ def test_quickstart(run, model, text):
     assert "14 linears quantized" in out and "perplexity goes from" in out and "The three primary colours are" in out
 
 
+@pytest.mark.slow
 def test_temperature_distance(run, model, tmp_path):
     folders = [tmp_path / "far", tmp_path / "near"]
     for folder, scheme in zip(folders, ("w4a16_g32", "w8a16_g32"), strict=True):
@@ -74,6 +75,7 @@ def test_temperature_distance(run, model, tmp_path):
     assert 0 < near < far < 1
 
 
+@pytest.mark.slow
 def test_every_scheme(run, model, text):
     recipes = ["w4a16_g32_rtn", "w8a8_dyn"]
     lines = run(
@@ -85,6 +87,7 @@ def test_every_scheme(run, model, text):
     assert float(rows["w4a16_g32_rtn"][1]) > float(rows["w8a8_dyn"][1]) > 0
 
 
+@pytest.mark.slow
 def test_experts_speed(run):
     small = [f"--{name}={size}" for name, size in dict(layers=1, hidden=64, inner=64, experts=4, chosen=2).items()]
     lines = run("experts_speed.py", *small, "--repeats", 1).splitlines()
@@ -240,6 +243,7 @@ def test_compare_peers(run, model, text):
     assert lines[-3].startswith("builder int4: load ") and "the model reads 512" in lines[-1]
 
 
+@pytest.mark.slow
 def test_auto_table(run, model, text):
     lines = run(
         "auto_table.py", model, "--calibration", text, "--text", text, "--windows", 1, "--window", 64,
@@ -252,6 +256,7 @@ def test_auto_table(run, model, text):
     assert chosen <= one
 
 
+@pytest.mark.slow
 def test_kv_cache_error(run, model, text):
     lines = run("kv_cache_error.py", model, "--text", text, "--tokens", 48).splitlines()
     rows = {tuple(line.strip("| ").split(" | ")[:3]): float(line.split(" | ")[3].split()[0]) for line in lines[2:]}
@@ -262,6 +267,7 @@ def test_kv_cache_error(run, model, text):
         assert rows[what, "8", "channel"] >= rows[what, "8", "tensor"] - 1
 
 
+@pytest.mark.slow
 def test_learn_rotation(run, model, text, tmp_path):
     other = tmp_path / "other.txt"
     other.write_text(" ".join(f"{n * n} green bottles hanging on the wall" for n in range(200)))
@@ -275,6 +281,7 @@ def test_learn_rotation(run, model, text, tmp_path):
     assert qexport.validate(tmp_path / "out", model, text=text, windows=1, window=64).problems == ()
 
 
+@pytest.mark.slow
 def test_rotation_cost(run):
     out = run("rotation_cost.py", "--width", 48, "--out-features", 32, "--rows", 2, "--repeats", 1).splitlines()
     rows = {line.split("|")[1].strip(): float(line.split("|")[2]) for line in out[2:]}
@@ -306,6 +313,7 @@ def test_vision(run):
     assert abs(float(right.rstrip("%")) - float(as_right.rstrip("%"))) < 3 and float(decibels.split()[0]) > 20
 
 
+@pytest.mark.slow
 def test_families(run):
     lines = run("families.py", "--families", "gpt2", "mamba").splitlines()
     (row,) = (line for line in lines if line.startswith("| gpt2 |"))
