@@ -5,9 +5,11 @@ from collections.abc import Callable, Collection
 from typing import Any, ClassVar, TypeVar
 
 import torch
-from torch.fx import GraphModule, Node
+from torch.fx import Graph, GraphModule, Node
 
 from ...errors import PassError
+from ...graph.edit import add_tensor
+from ...graph.meta import Meta
 from ...quant.formats import QuantizedWeight, WeightFormat
 
 
@@ -92,6 +94,14 @@ _F = TypeVar("_F", bound=type[GraphForm])
 _BY_FORMAT: dict[type[WeightFormat], GraphForm] = {}
 _BY_OPERATOR: dict[Any, GraphForm] = {}
 _BY_KERNEL: dict[Any, GraphForm] = {}
+
+
+def scale_tensor(graph: Graph, name: str, scale: torch.Tensor, fmt: WeightFormat) -> Node:
+    """A tensor of a weight's scales, which says how the file is to keep them."""
+    node = add_tensor(graph, f"{name}.weight_scale", scale)
+    if fmt.has_coarse_scales:
+        node.meta[Meta.COARSE] = True
+    return node
 
 
 def graph_form(fmt: type[Any]) -> Callable[[_F], _F]:

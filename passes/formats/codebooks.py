@@ -8,12 +8,11 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from ...graph.edit import add_tensor, call, is_call
-from ...graph.meta import Meta
 from ...graph.schema import bind
 from ...quant.formats.base import QuantizedWeight, WeightFormat
 from ...quant.formats.codebooks import CodebookFormat, decode_codebook
 from ...quant.packing import stored_block
-from .base import GraphForm, graph_form
+from .base import GraphForm, graph_form, scale_tensor
 
 ops = torch.ops.qexport
 
@@ -92,9 +91,7 @@ class CodebookForm(GraphForm):
         if not isinstance(fmt := weight.format, CodebookFormat):
             raise TypeError(f"{fmt} is no codebook")
         codes = add_tensor(module.graph, f"{name}.weight_codes", weight.codes)
-        scale = add_tensor(module.graph, f"{name}.weight_scale", weight.scale)
-        if fmt.coarse_scales:
-            scale.meta[Meta.COARSE] = True
+        scale = scale_tensor(module.graph, name, weight.scale, fmt)
         rows, columns = weight.shape
         arguments = (codes, scale, fmt.name, fmt.group_size)
         return call(module.graph, self.operator, arguments, like=scale, shape=(columns, rows))

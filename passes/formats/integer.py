@@ -6,12 +6,11 @@ import torch
 from torch.fx import GraphModule, Node
 
 from ...graph.edit import add_tensor, call, shape_of
-from ...graph.meta import Meta
 from ...graph.views import DequantizeLinear, ExpandCodes, size_at
 from ...quant.expand import expanded_scale
-from ...quant.formats import PER_TENSOR, ExpandedFormat, IntegerCodes, IntegerFormat, QuantizedWeight, WeightFormat
+from ...quant.formats import PER_TENSOR, ExpandedFormat, IntegerCodes, QuantizedWeight, WeightFormat
 from ...quant.packing import DEFAULT_BLOCK, stored_block, whole_block
-from .base import GraphForm, graph_form
+from .base import GraphForm, graph_form, scale_tensor
 
 ops = torch.ops.qexport
 OPSET_OF_2_BITS = 25
@@ -107,9 +106,7 @@ def weight_tensors(module: GraphModule, name: str, weight: QuantizedWeight) -> t
         return t.t().contiguous() if size > 0 else t.reshape(-1)
 
     codes = add_tensor(graph, f"{name}.weight_codes", weight.codes.t().contiguous())
-    scale = add_tensor(graph, f"{name}.weight_scale", layout(weight.scale))
-    if isinstance(weight.format, IntegerFormat) and weight.format.coarse_scales:
-        scale.meta[Meta.COARSE] = True
+    scale = scale_tensor(graph, name, layout(weight.scale), weight.format)
     zero_point = None
     if weight.zero_point is not None:
         zero_point = add_tensor(graph, f"{name}.weight_zero_point", layout(weight.zero_point))

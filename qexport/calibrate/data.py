@@ -4,7 +4,6 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -19,7 +18,7 @@ from ..progress import Progress
 from ..recipe.recipe import CalibrationSpec, Recipe
 from .block_activations import Stream, make_stream, module_feeds, stream_of
 from .encoder_inputs import encoder_stream
-from .features import batched, checked_features, drawn_features, makes_none, read_features
+from .features import feature_batches, makes_none, read_features
 from .own_text import own_text
 from .sources import check_source, load_samples
 
@@ -141,16 +140,7 @@ def module_inputs(captured: CapturedModel, spec: CalibrationSpec, data: Any, pla
             )  # fmt: skip
         feeds = module_feeds(captured, data, place)
         return Prepared(feeds, f"{len(feeds)} batches given by the caller")
-    ports, names = captured.inputs, [port.name for port in captured.inputs]
-    if data is None and spec.source == "random":
-        drawn = drawn_features(ports, spec.samples, spec.seed)
-        described = f"{spec.samples} rows of random numbers (seed {spec.seed})"
-        return Prepared(batched(drawn, spec.samples, spec.batch_size), described, True)
     if data is not None and not isinstance(data, Tensor):
         feeds = module_feeds(captured, data, place)
         return Prepared(feeds, f"{len(feeds)} batches given by the caller")
-    given = read_features(spec.source, names) if data is None else {names[0]: data}
-    found = checked_features(given, ports, place)
-    rows = min(len(found[names[0]]), spec.samples)
-    where = "given by the caller" if data is not None else f"of {Path(spec.source).name}"
-    return Prepared(batched(found, rows, spec.batch_size), f"{rows} rows {where}")
+    return Prepared(*feature_batches(captured.inputs, spec, data, place, "rows", "rows given by the caller"))

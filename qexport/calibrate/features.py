@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..capture.graph import Port
 from ..errors import InputError
+from ..recipe.recipe import CalibrationSpec
 
 _REMEDY = "Give what the model's processor makes"
 
@@ -74,6 +75,30 @@ def checked_features(values: Mapping[str, Tensor], ports: Sequence[Port], place:
     if len({len(values[port.name]) for port in ports}) > 1:
         raise InputError("its tensors have different numbers of rows", place=place, remedy=_REMEDY)
     return {port.name: values[port.name].float() for port in ports}
+
+
+def feature_batches(
+    ports: Sequence[Port], spec: CalibrationSpec, data: Any, place: str, what: str, given: str
+) -> tuple[list[dict[str, Tensor]], str, bool]:
+    """Batches of what a recipe names, or of `data`; what they are, for reports; whether chance made them.
+
+    Args:
+        data: rows of the first input; None for what the recipe names, which is no text.
+        place: of `data`, for errors.
+        what, given: what a row is called there, and rows of the caller's.
+
+    Raises:
+        InputError: they cannot be had, or do not fit the inputs.
+    """
+    names = [port.name for port in ports]
+    if data is None and spec.source == "random":
+        drawn = drawn_features(ports, spec.samples, spec.seed)
+        described = f"{spec.samples} {what} of random numbers (seed {spec.seed})"
+        return batched(drawn, spec.samples, spec.batch_size), described, True
+    found = checked_features(read_features(spec.source, names) if data is None else {names[0]: data}, ports, place)
+    rows = min(len(found[names[0]]), spec.samples)
+    described = given if data is not None else f"{what} of {Path(spec.source).name}"
+    return batched(found, rows, spec.batch_size), f"{rows} {described}", False
 
 
 def batched(values: Mapping[str, Tensor], rows: int, size: int) -> list[dict[str, Tensor]]:

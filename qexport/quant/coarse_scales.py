@@ -42,16 +42,19 @@ def coarse_codes(scale: Tensor) -> tuple[Tensor, Tensor]:
     Raises:
         ValueError: one of them is no such number.
     """
-    scale = scale.float()
-    row = _power_below(scale.amax(-1, keepdim=True))
-    mantissa, exponent = torch.frexp(scale / row)  # a division by a power of two
+    scale, rows = scale.float(), coarse_rows(scale)
+    mantissa, exponent = torch.frexp(scale / e8m0_values(rows))  # a division by a power of two
     significant = 2 ** (_SIGNIFICANT - 1)
     codes = (exponent - 2 + _OCTAVES) * significant + (mantissa * 2 * significant - significant)
     byte = codes.clamp(0, 255).to(torch.uint8)
-    rows = (torch.frexp(row).exponent - 1 + 127).to(torch.uint8)
     if not torch.equal(coarse_values(byte, rows), scale):
         raise ValueError("scales that no 8 bits stand for")
     return byte, rows
+
+
+def coarse_rows(scale: Tensor) -> Tensor:
+    """The bytes of the rows alone: uint8 [N, 1]; scale: as of `coarse_codes`."""
+    return (torch.frexp(scale.float().amax(-1, keepdim=True)).exponent - 1 + 127).to(torch.uint8)
 
 
 def coarse_values(codes: Tensor, rows: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from .coarse_scales import coarse
 from .small_floats import E4M3_LARGEST, E4M3_SMALLEST, e4m3_codes, e4m3_values
 
 PER_CHANNEL = 0
@@ -28,6 +29,15 @@ class GroupedCodes:
         """Number of scales along the input features; the last group may be a part of one."""
         return -(-in_features // self.group_size) if self.group_size > 0 else 1
 
+    @property
+    def has_coarse_scales(self) -> bool:
+        """Whether the file keeps scales in 8 bits, see `coarse_scales`."""
+        return False
+
+    def kept_scale(self, scale: Tensor) -> Tensor:
+        """The scales, float32 [N, G], that these are rounded to because the file has no others."""
+        return coarse(scale) if self.has_coarse_scales else scale
+
 
 @dataclass(frozen=True)
 class AffineGrid(GroupedCodes):
@@ -39,10 +49,6 @@ class AffineGrid(GroupedCodes):
     """
 
     symmetric: bool = True
-
-    def kept_scale(self, scale: Tensor) -> Tensor:
-        """The scales, float32 [N, G], that these are rounded to because the file has no others."""
-        return scale
 
     @property
     def qmin(self) -> int:

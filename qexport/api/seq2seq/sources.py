@@ -4,7 +4,6 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,7 +13,7 @@ from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 from ...artifact.manifest import SOURCE_MASK
 from ...calibrate.data import Prepared, writes_none
 from ...calibrate.encoder_inputs import with_last_token
-from ...calibrate.features import batched, checked_features, drawn_features, makes_none, read_features
+from ...calibrate.features import feature_batches, makes_none
 from ...calibrate.self_text import continue_text
 from ...calibrate.sources import load_samples
 from ...capture.seq2seq import Parts
@@ -99,15 +98,7 @@ def _stacked(rows: Sequence[Tensor], size: int) -> Iterator[Tensor]:
 
 
 def _features(parts: Parts, spec: CalibrationSpec, data: Any, name: str) -> Sources:
-    ports = [parts.encoder.inputs[0]]
-    if data is None and spec.source == "random":
-        drawn = drawn_features(ports, spec.samples, spec.seed)
-        described = f"{spec.samples} {name} of random numbers (seed {spec.seed})"
-        return Sources(batched(drawn, spec.samples, spec.batch_size), described, True)
-    described = f"{name}, given" if data is not None else f"{name} of {Path(spec.source).name}"
-    found = checked_features(read_features(spec.source, [name]) if data is None else {name: data}, ports, "sources")
-    rows = min(len(found[name]), spec.samples)
-    return Sources(batched(found, rows, spec.batch_size), f"{rows} {described}")
+    return Sources(*feature_batches([parts.encoder.inputs[0]], spec, data, "sources", name, f"{name}, given"))
 
 
 def write_about(parts: Parts, sources: Sources, new_tokens: int, *, seed: int | None = None) -> Prepared:

@@ -7,9 +7,7 @@ from ...errors import InputError
 from ...recipe.recipe import CalibrationSpec
 from .chat import conversation_ids
 from .samples import Samples, of_rows, spread, whole
-from .text import packed_windows, text_tokens, text_windows
-
-_MORE = "Give more text or a smaller sequence_length"
+from .text import MORE, packed_windows, text_tokens, text_windows
 
 
 def document_ids(tokenizer: Any, document: Any, place: str) -> list[int]:
@@ -30,9 +28,9 @@ def spread_windows(text: str, name: str, spec: CalibrationSpec, tokenizer: Any) 
     """spec.samples windows of one text, spread over it, or all where there are fewer."""
     if spec.packed:  # of one text: it begins once, and not in every window
         ids = text_tokens(text, tokenizer, name)
-        found = packed_windows([ids], tokenizer, spec.sequence_length, place=name, remedy=_MORE)
+        found = packed_windows([ids], tokenizer, spec.sequence_length, place=name, remedy=MORE)
     else:
-        found = text_windows(text, tokenizer, spec.sequence_length, place=name, remedy=_MORE)
+        found = text_windows(text, tokenizer, spec.sequence_length, place=name, remedy=MORE)
     windows = found[spread(len(found), min(spec.samples, len(found)), spec.seed)]
     return whole(windows, f"{len(windows)} windows of {spec.sequence_length} tokens from {name}{_fewer(windows, spec)}")
 
@@ -47,7 +45,7 @@ def rows_of(documents: Iterable[tuple[str, Any]], spec: CalibrationSpec, tokeniz
     found = (document_ids(tokenizer, document, place) for place, document in documents)
     n, length = spec.samples, spec.sequence_length
     if spec.packed:
-        windows = packed_windows(found, tokenizer, length, place=name, remedy=_MORE, enough=n)
+        windows = packed_windows(found, tokenizer, length, place=name, remedy=MORE, enough=n)
         return whole(windows, f"{len(windows)} windows of {length} tokens packed from {name}{_fewer(windows, spec)}")
     rows = [row[:length] for row, _ in zip(found, range(n), strict=False)]
     if not rows:

@@ -14,9 +14,7 @@ from .chat import Conversation
 from .documents import document_ids
 from .registry import Model, needed, source_of
 from .samples import Samples, integers, of_rows, padded_left, whole
-from .text import packed_windows
-
-_MORE = "Give more text or a smaller sequence_length"
+from .text import MORE, packed_windows
 
 
 def load_samples(
@@ -111,7 +109,7 @@ def _from_documents(documents: Sequence[Any], spec: CalibrationSpec, tokenizer: 
         raise InputError("there are no samples", place="calibration texts", remedy="Give at least one")
     rows = [document_ids(tokenizer, item, f"calibration text {index}") for index, item in enumerate(documents)]
     if spec.packed:
-        found = packed_windows(rows, tokenizer, spec.sequence_length, place="calibration texts", remedy=_MORE)
+        found = packed_windows(rows, tokenizer, spec.sequence_length, place="calibration texts", remedy=MORE)
         described = f"{len(found)} windows of {spec.sequence_length} tokens, packed of {len(rows)} texts, given"
         return whole(found, described)
     return of_rows([row[: spec.sequence_length] for row in rows], f"{len(rows)} texts of up to {{}} tokens, given")

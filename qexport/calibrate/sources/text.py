@@ -12,6 +12,7 @@ from ...errors import InputError
 # Characters tokenized at once: some tokenizers take time quadratic in the length of a string, and warn of long ones.
 # A cut at the end of a line changes hardly a token.
 _PIECE = 16384
+MORE = "Give more text or a smaller sequence_length"
 
 
 def text_windows(text: str, tokenizer: Any, length: int, *, place: str, remedy: str) -> Tensor:

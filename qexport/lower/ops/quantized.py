@@ -11,7 +11,7 @@ from ...graph.edit import dtype_of, is_call, shape_of
 from ...graph.meta import Meta
 from ...graph.schema import Arguments
 from ...graph.views import operand, size_at, sizes_of, tensor_name
-from ...quant.coarse_scales import coarse_codes, coarse_table
+from ...quant.coarse_scales import coarse_codes, coarse_rows, coarse_table
 from ...quant.expand import channel_scale, expand_to_int8
 from ...quant.packing import pack_rows, whole_block
 from ...quant.small_floats import e8m0_values
@@ -178,7 +178,7 @@ def coarse_scales(
         spread: from the scales of the graph to those of the blocks.
     """
     codes = emit.derived(scale, "bytes", shape, torch.uint8, lambda t: coarse_codes(spread(t))[0])
-    rows = emit.derived(scale, "row_bytes", [shape[0], 1], torch.uint8, lambda t: coarse_codes(spread(t))[1])
+    rows = emit.derived(scale, "row_bytes", [shape[0], 1], torch.uint8, lambda t: coarse_rows(spread(t)))
     powers = e8m0_values(torch.arange(255, dtype=torch.uint8))
     made = emit.op("Mul", emit.looked_up(codes, coarse_table()), emit.looked_up(rows, powers))
     return made if dtype_of(scale) == torch.float32 else emit.cast(made, dtype_of(scale))

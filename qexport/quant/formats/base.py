@@ -110,7 +110,8 @@ class WeightFormat(GroupedCodes, ABC):
 
     def kept(self, weight: QuantizedWeight) -> QuantizedWeight:
         """A weight of this format with its scales as the file keeps them, whatever made them; the codes stay."""
-        return weight
+        scale = self.kept_scale(weight.scale)
+        return weight if scale is weight.scale else replace(weight, scale=scale)
 
     def multiplied(self, values: Tensor) -> Tensor:
         """The weight [N, K] that enters the product, of what the codes stand for."""

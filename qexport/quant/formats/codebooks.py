@@ -2,14 +2,13 @@
 
 import re
 from abc import abstractmethod
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
 
 from ..affine import row_slices
-from ..coarse_scales import coarse
 from ..grids import ActivationFormat
 from ..packing import stored_block
 from .base import QuantizedWeight, group_size, weight_format
@@ -66,7 +65,7 @@ class CodebookFormat(ScaledFormat):
         """The largest magnitude of each block, 1 where that is zero or subnormal."""
         if self.double_quant:
             return double_quantized(absmax).masked_fill(absmax < _TINY, 1)
-        return coarse(nonzero(absmax)) if self.coarse_scales else nonzero(absmax)
+        return self.kept_scale(nonzero(absmax))
 
     def decode(self, codes: Tensor, scale: Tensor, zero_point: Tensor | None) -> Tensor:
         return decode_codebook(codes, scale, self.name, self.group_size)
@@ -78,8 +77,9 @@ class CodebookFormat(ScaledFormat):
         absmax = self.absmax(w)
         return QuantizedWeight(self.encode(w, nonzero(absmax), None), self.scales_for(absmax), None, self)
 
-    def kept(self, weight: QuantizedWeight) -> QuantizedWeight:
-        return replace(weight, scale=coarse(weight.scale)) if self.coarse_scales else weight
+    @property
+    def has_coarse_scales(self) -> bool:
+        return self.coarse_scales
 
     def family(self, activation: ActivationFormat | None) -> str:
         return self.name

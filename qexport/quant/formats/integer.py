@@ -2,16 +2,15 @@
 
 import re
 from abc import ABC
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from torch import Tensor
 
 from ...errors import RecipeError
 from ..affine import decode, encode, search_clip, weight_scales
-from ..coarse_scales import coarse
 from ..grids import PER_CHANNEL, PER_TENSOR, ActivationFormat, AffineGrid
 from ..packing import stored_block
-from .base import QuantizedWeight, WeightFormat, group_size, weight_format
+from .base import WeightFormat, group_size, weight_format
 from .stepped import SteppedFormat
 
 
@@ -125,11 +124,9 @@ class IntegerFormat(IntegerCodes):
     def clipped_scales(self, w: Tensor, importance: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         return search_clip(w, self, importance)
 
-    def kept_scale(self, scale: Tensor) -> Tensor:
-        return coarse(scale) if self.coarse_scales else scale
-
-    def kept(self, weight: QuantizedWeight) -> QuantizedWeight:
-        return replace(weight, scale=coarse(weight.scale)) if self.coarse_scales else weight
+    @property
+    def has_coarse_scales(self) -> bool:
+        return self.coarse_scales
 
     def _bytes_of_scales(self, blocks: int, scale_bytes: int) -> int:
         return blocks + 1 if self.coarse_scales else blocks * scale_bytes

@@ -1,6 +1,5 @@
-"""The convolutions with a constant weight in a file, in the terms of products: see `products`."""
+"""The convolutions with a constant weight in a file as products, see there: the weight is [filters, numbers in one]."""
 
-from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -9,17 +8,7 @@ from onnx import NodeProto
 from torch import Tensor
 
 from .constants import FileGraph, attribute
-from .products import Product, Weight, constant_weight, made_by, scale_behind
-
-
-def convolutions(graph: FileGraph) -> list[Product]:
-    """All of them, in order; the weight of one is [filters, numbers in one]."""
-    found = []
-    for node in graph.model.graph.node:
-        read = _READERS.get(node.op_type)
-        if read is not None and (made := read(graph, node)) is not None:
-            found.append(made)
-    return found
+from .products import Product, Reader, Weight, constant_weight, made_by, scale_behind
 
 
 def _conv(graph: FileGraph, node: NodeProto) -> Product | None:
@@ -66,4 +55,4 @@ def _conv_integer(graph: FileGraph, node: NodeProto) -> Product | None:
     return made_by(graph, node, weight)
 
 
-_READERS: dict[str, Callable[[FileGraph, NodeProto], Product | None]] = {"Conv": _conv, "ConvInteger": _conv_integer}
+CONVOLUTIONS: dict[str, Reader] = {"Conv": _conv, "ConvInteger": _conv_integer}

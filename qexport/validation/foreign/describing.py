@@ -21,7 +21,7 @@ from ...runtime.session import OptimizedGraph, optimized_graph
 from ..report import Foreign, Unfused, WeightRow
 from . import notes
 from .constants import FileGraph
-from .convolutions import convolutions
+from .convolutions import CONVOLUTIONS
 from .finding import ForeignFile
 from .matching import Match, Matches, match
 from .ports import CACHE, feeds_for
@@ -83,8 +83,7 @@ def describe(
         raise InputError("has no logits among its outputs", place=str(file.path))
     shapes = {value.name: _shape(value) for value in model.graph.input}
     graph = FileGraph(model, folder)
-    there = sorted([*products(graph), *convolutions(graph)], key=lambda product: product.order)
-    matches = match(captured, there, progress)
+    matches = match(captured, products(graph, CONVOLUTIONS), progress)
     _check(file, captured, matches)
     provider = provider or file.provider
     outline = Manifest(

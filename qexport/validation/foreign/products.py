@@ -2,7 +2,7 @@
 what its weight is in float.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -83,11 +83,14 @@ class Product:
         return f"w{self.weight.bits}{kinds[self.activations]}{group}{'_asym' if self.weight.zero_points else ''}"
 
 
-def products(graph: FileGraph) -> list[Product]:
-    """All of them, in order."""
-    found = []
+Reader = Callable[[FileGraph, NodeProto], Product | None]
+
+
+def products(graph: FileGraph, more: Mapping[str, Reader]) -> list[Product]:
+    """All of them, in order; more: readers of further operators, by type."""
+    readers, found = {**_READERS, **more}, []
     for node in graph.model.graph.node:
-        read = _READERS.get(node.op_type)
+        read = readers.get(node.op_type)
         if read is not None and (made := read(graph, node)) is not None:
             found.append(made)
     return found
@@ -370,7 +373,7 @@ def scale_behind(graph: FileGraph, value: str) -> str:
     return ""
 
 
-_READERS: dict[str, Callable[[FileGraph, NodeProto], Product | None]] = {
+_READERS: dict[str, Reader] = {
     "MatMul": _matmul, "Gemm": _matmul, "FusedMatMul": _matmul, "MatMulNBits": _n_bits, "MatMulBnb4": _bnb4,
     "MatMulInteger": _integer_form(-1, 3), "MatMulIntegerToFloat": _integer_form(3, 5),
     "DynamicQuantizeMatMul": _integer_form(2, 3), "QLinearMatMul": _integer_form(4, 5), "QGemm": _integer_form(4, 5),

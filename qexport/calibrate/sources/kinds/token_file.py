@@ -20,6 +20,7 @@ from torch import Tensor
 from ....errors import InputError, reading
 from ..registry import Model, Source, forms, source
 from ..samples import Samples, padded_left, spread
+from ..text import MORE
 
 _REMEDY = "Save token ids as integers [n, S] or [T]: .npy, .safetensors with input_ids, or .bin of int32"
 
@@ -63,7 +64,7 @@ class TokenFile(Source):
             if not count:
                 raise InputError(
                     f"its {table.shape[0]} tokens are less than one sample of {length}", place=str(self.path),
-                    remedy="Give more text or a smaller sequence_length",
+                    remedy=MORE,
                 )  # fmt: skip
             places = [step * at for at in spread(count, min(spec.samples, count), spec.seed).tolist()]
             ids = torch.stack([table.ids(at, at + step).reshape(-1)[:width] for at in places]).long()
