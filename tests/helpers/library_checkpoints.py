@@ -12,6 +12,7 @@ import json
 import sys
 import tempfile
 from collections.abc import Callable, Mapping
+from contextlib import chdir
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -202,7 +203,8 @@ def gptqmodel(source: Path, out: Path, bits: int = 4, size: int = 32, **options:
     config = QuantizeConfig(bits=bits, group_size=size, device="cpu", **options)
     model = GPTQModel.load(str(source), config)
     data = [torch.randint(0, 64, (128,), generator=torch.Generator().manual_seed(seed)) for seed in range(64)]
-    model.quantize([{"input_ids": ids[None], "attention_mask": torch.ones(1, 128).long()} for ids in data])
+    with chdir(out.parent):  # it leaves its log in the working folder
+        model.quantize([{"input_ids": ids[None], "attention_mask": torch.ones(1, 128).long()} for ids in data])
     model.save(str(out))
     # Its linear for any CPU is loaded in 16 bits, and computes in the dtype that its scales have then.
     back = GPTQModel.load(str(out), backend=BACKEND.TORCH, device="cpu", dtype=torch.float16).model.float()

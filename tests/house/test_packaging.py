@@ -2,6 +2,8 @@
 
 import ast
 import inspect
+import shutil
+import subprocess
 import tomllib
 from pathlib import Path
 from unittest.mock import Mock
@@ -22,6 +24,16 @@ def folder(package: str) -> Path:
 def test_every_package_is_named():
     found = {path.parent for top in ("qexport", "passes") for path in (ROOT / top).rglob("__init__.py")}
     assert found == {folder(package) for package in SETUP["packages"]}
+
+
+def test_nothing_lies_at_the_top_that_does_not_belong_there():
+    if not (ROOT / ".git").exists() or not shutil.which("git"):
+        pytest.skip("this is no checkout")
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert {name.split("/")[0] for name in listed.split("\0") if name} == {
+        "pyproject.toml", "README.md", "qexport", "passes", "tests", "samples", "docs", "findings", "tools", "LICENSE",
+        "Makefile", "constraints.txt", "mkdocs.yml", ".ci", ".gitignore",
+    }  # fmt: skip
 
 
 def test_every_file_that_is_no_module_is_named():
