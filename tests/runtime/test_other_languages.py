@@ -1,4 +1,4 @@
-"""Programs in JavaScript and C++ write what Python writes, and files lie where transformers.js looks for them."""
+"""Programs in JavaScript, C++ and C# write what Python writes, and files lie where transformers.js looks for them."""
 
 import json
 import os
@@ -131,6 +131,33 @@ def test_the_loop_of_the_documentation_in_cpp(export_folder, tmp_path, family):
     command += ["-l:libonnxruntime.so.1", f"-Wl,-rpath,{release}/lib"]
     subprocess.run(command, cwd=tmp_path, check=True)
     said = subprocess.run([tmp_path / "loop"], capture_output=True, text=True, check=True).stdout
+    assert list(map(int, said.split())) == names["write"](str(out), [5, 9, 17, 4], 6)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    "QEXPORT_ONNXRUNTIME_CSHARP" not in os.environ or not shutil.which("dotnet"),
+    reason="QEXPORT_ONNXRUNTIME_CSHARP names no folder with ONNX Runtime's assembly, or there is no dotnet",
+)
+@pytest.mark.parametrize("family", ["llama", "opt"])
+def test_the_loop_of_the_documentation_in_csharp(export_folder, tmp_path, family):
+    out, names, binding = export_folder(family, "w8a16"), {}, Path(os.environ["QEXPORT_ONNXRUNTIME_CSHARP"])
+    exec(next(iter(re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL))), names)
+    (loop,) = re.findall(r"```csharp\n(.*?)```", PAGE, re.DOTALL)
+    call = f'Decoder.Write("{out}", new long[] {{ 5, 9, 17, 4 }}, 6)'
+    main = f'static class Program {{ static void Main() => System.Console.WriteLine(string.Join(" ", {call})); }}'
+    (tmp_path / "loop.cs").write_text(f"{loop}\n{main}\n")
+    version = subprocess.run(["dotnet", "--version"], capture_output=True, text=True, check=True).stdout.split(".")
+    framework = f"{'net' if int(version[0]) >= 5 else 'netcoreapp'}{version[0]}.{version[1]}"
+    (tmp_path / "loop.csproj").write_text(f"""<Project Sdk="Microsoft.NET.Sdk">
+      <PropertyGroup><OutputType>Exe</OutputType><TargetFramework>{framework}</TargetFramework></PropertyGroup>
+      <ItemGroup><Reference Include="{binding / "Microsoft.ML.OnnxRuntime.dll"}" /></ItemGroup>
+    </Project>""")
+    done = subprocess.run(["dotnet", "build", "-o", "built"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+    paths = {"LD_LIBRARY_PATH": f"{binding}:{os.environ.get('LD_LIBRARY_PATH', '')}"}
+    command = ["dotnet", tmp_path / "built" / "loop.dll"]
+    said = subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ | paths).stdout
     assert list(map(int, said.split())) == names["write"](str(out), [5, 9, 17, 4], 6)
 
 
