@@ -59,6 +59,7 @@ def test_what_cannot_be_exported_is_refused(tmp_path, family):
         check_translations(block.module.graph for block in capture_model(save_model(family, tmp_path / family)).blocks)
 
 
+@pytest.mark.slow
 def test_layers_of_experts_are_traced_once_and_have_their_own_weights(tmp_path):
     folder = save_model("gpt_oss", tmp_path / "model", num_hidden_layers=4, layer_types=["full_attention"] * 4)
     model = load_weights(capture_model(folder))

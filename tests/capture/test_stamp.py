@@ -63,9 +63,9 @@ def assert_same_blocks(ours, theirs):
     assert (ours.settings, ours.tied, set(ours.constants)) == (theirs.settings, theirs.tied, set(theirs.constants))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("family", "changes", "kinds"), [
-    pytest.param(name, *given, marks=pytest.mark.slow) if name in ("gemma3", "opt") else (name, *given)
-    for name, given in KINDS.items()
+    (name, *given) for name, given in KINDS.items()
 ], ids=KINDS)  # fmt: skip
 def test_stamped_blocks_are_the_traced_ones(tmp_path, monkeypatch, depths, family, changes, kinds):
     folder = save_model(family, tmp_path / "model", num_hidden_layers=len(kinds), **changes)
@@ -100,6 +100,7 @@ def test_exports_of_stamped_and_of_traced_blocks_are_the_same_bytes(tmp_path, mo
     assert files[0] == files[1]
 
 
+@pytest.mark.slow
 def test_layer_that_differs_in_a_number_is_traced(tmp_path, monkeypatch, depths):
     init = LlamaAttention.__init__
 
@@ -112,6 +113,7 @@ def test_layer_that_differs_in_a_number_is_traced(tmp_path, monkeypatch, depths)
     assert depths == [4]
 
 
+@pytest.mark.slow
 def test_layers_that_cannot_be_stamped_are_all_traced(tmp_path, monkeypatch, depths):
     folder = save_model("llama", tmp_path / "model", num_hidden_layers=3)
     stamped = capture_model(folder)

@@ -4,6 +4,9 @@ from collections.abc import Collection, Iterable
 
 import pytest
 
+# Families whose models have nothing that the other's have not: biases of q, k and v, and a sliding window.
+SIBLINGS = {"qwen2": "llama_bias", "mistral": "gemma3"}
+
 
 def quick(names: Collection[str], among: Iterable[str]) -> list:
     """Parameters of a test: those named, and the others marked slow."""
@@ -27,3 +30,17 @@ def mark_combinations(items: list[pytest.Item]) -> None:
         for case, row in zip(cases, given, strict=True):
             if row not in needed:
                 case.add_marker(pytest.mark.slow)
+
+
+def mark_siblings(items: list[pytest.Item]) -> None:
+    """Mark slow what a test does with a family when the same test does it with a sibling of that (see SIBLINGS)."""
+    tests: dict[object, list[tuple[pytest.Item, str]]] = {}
+    for item in items:
+        for value in getattr(getattr(item, "callspec", None), "params", {}).values():
+            if isinstance(value, str) and not item.get_closest_marker("slow"):
+                tests.setdefault(item.function, []).append((item, value))
+    for cases in tests.values():
+        values = {value for _, value in cases}
+        for item, value in cases:
+            if SIBLINGS.get(value) in values:
+                item.add_marker(pytest.mark.slow)

@@ -37,6 +37,7 @@ ort.InferenceSession.__init__ = _on_one_thread
 @pytest.hookimpl(tryfirst=True)  # before those that are not asked for are left out
 def pytest_collection_modifyitems(items):
     breadth.mark_combinations(items)
+    breadth.mark_siblings(items)
 
 
 @pytest.hookimpl(wrapper=True)

@@ -16,17 +16,13 @@ VOCAB, HIDDEN = LISTS["sizes"]["vocab_size"], LISTS["sizes"]["hidden_size"]
 
 # Of BREADTH one for every thing that capture or lowering does for such models alone.
 QUICK = (
-    "opt_350m",
     "bloom",
     "falcon",
-    "falcon_alibi",
-    "gpt2",
     "gptj",
     "longrope",
     "cohere",
     "diffllama",
     "gpt_oss",
-    "mixtral",
 )
 
 

@@ -18,7 +18,7 @@ from qexport.capture.graph import CapturedModel
 ENCODERS, REFUSED_ENCODERS, MODULES = (tuple(LISTS[kind]) for kind in ("encoders", "refused_encoders", "modules"))
 SEQ2SEQ, HEADS = tuple(LISTS["encoder_decoders"]), tuple(LISTS["heads"])
 # Of ENCODERS one for every thing that capture or lowering does for such models alone.
-QUICK = ("bert", "roberta", "mpnet", "albert", "modernbert", "deberta")
+QUICK = ("bert", "roberta", "albert", "modernbert", "deberta")
 # Of dynamic dimensions, in examples.
 SIZES = {"batch": 2, "num_choices": 3, "texts": 2, "images": 3, "length": 7, "written": 5}
 

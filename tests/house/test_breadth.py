@@ -15,7 +15,7 @@ class Case:
         self._marked = marked
 
     def get_closest_marker(self, name):
-        return name if self._marked and name == "each_value_once" else None
+        return name if self._marked and name == "each_value_once" or self.slow and name == "slow" else None
 
     def add_marker(self, mark):
         assert mark == pytest.mark.slow
@@ -36,3 +36,13 @@ def test_what_is_not_quick_is_slow_and_in_its_place():
     found = breadth.quick(("b",), among=("a", "b", "c"))
     assert found[1] == "b" and [p.values for p in (found[0], found[2])] == [("a",), ("c",)]
     assert all([mark.name for mark in p.marks] == ["slow"] for p in (found[0], found[2]))
+
+
+def test_of_two_siblings_one_is_quick_in_every_test_that_has_both():
+    both = [Case("one", False, family=f, mask=m) for f in ("mistral", "gemma3", "llama") for m in ("left", "none")]
+    alone = [Case("two", False, family=f) for f in ("mistral", "llama")]
+    beside_a_slow_one = [Case("three", False, family=f) for f in ("mistral", "gemma3")]
+    beside_a_slow_one[1].slow = True
+    breadth.mark_siblings([*both, *alone, *beside_a_slow_one, SimpleNamespace()])
+    assert [case.slow for case in both] == [True, True, False, False, False, False]
+    assert [case.slow for case in alone] == [False, False] and not beside_a_slow_one[0].slow

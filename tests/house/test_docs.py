@@ -60,7 +60,7 @@ def test_errors_are_quoted_as_they_are():
     assert len(quoted) > 4 and [sentence for sentence in quoted if sentence not in code] == []
 
 
-@pytest.mark.parametrize("family", ["llama", "opt", "bloom"])
+@pytest.mark.parametrize("family", ["llama", "opt", pytest.param("bloom", marks=pytest.mark.slow)])
 def test_the_loop_of_the_documentation_writes_what_one_pass_finds_likeliest(export_folder, family):
     """Positions that the graph counts, positions that are an input, and standard attention."""
     said = (HOME / "docs" / "deploying.md").read_text("utf-8")

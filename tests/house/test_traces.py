@@ -16,7 +16,7 @@ VERBS = {
     "gpt_oss": (save_model, qexport.export),
     "t5": (save_seq2seq, qexport.export),
 }
-FAMILIES = ["llama", "deberta", *(pytest.param(name, marks=pytest.mark.slow) for name in ("gpt_oss", "t5"))]
+FAMILIES = ["llama", *(pytest.param(name, marks=pytest.mark.slow) for name in ("deberta", "gpt_oss", "t5"))]
 
 
 def files(folder):

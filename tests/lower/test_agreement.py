@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from helpers.agreement import ROUNDING, assert_agree, assert_float16_adds_little, logits
+from helpers.breadth import quick
 from helpers.random_decoders import FAMILIES
 from helpers.runners import captured_runner, load_weights, padded
 from qexport.quant.metrics import sqnr_db
@@ -68,7 +69,7 @@ def test_blocks_and_logits_agree(export, scheme, target, mask):
     assert sqnr_db(graph, ran) > sqnr_db(reference, graph) + 15
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("scheme", quick(("w4a16_g32", "w4a16_g64_asym", "w8a8_dyn", "w8a8_static"), among=SCHEMES))
 def test_float16_of_the_cuda_file_adds_what_float16_adds(export, scheme):
     mask = PROMPTS["three rows, padded"]
     half, single = (export("llama", recipe_of(scheme), "cuda", single) for single in (False, True))

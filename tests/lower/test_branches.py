@@ -10,6 +10,7 @@ import torch
 
 from helpers import exports
 from helpers.agreement import assert_agree, assert_float16_adds_little, logits
+from helpers.breadth import quick
 from helpers.cuda_placement.models import PROMPT, assert_decoder_on_cuda
 from helpers.runners import captured_runner, load_weights, padded
 from qexport.graph.sites import by_input, linears
@@ -37,6 +38,7 @@ METHODS = {
     "llm_int8, groups": dict(scheme="w4a8_g32", llm_int8=OUTLIERS),
     "both": dict(scheme="w8a8_static", lorc=SHARED, llm_int8=OUTLIERS),
 }
+QUICK = ("lorc, int8, level 1", "lorc after gptq", "lorc, int8, shared, static", "lorc, expanded", "llm_int8", "both")
 EXACT = ("lorc, level 1", "lorc, int8, level 1")  # nothing in the graph rounds activations
 
 
@@ -77,7 +79,7 @@ def buffers(exported, ending):
     }
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", quick(QUICK, among=METHODS))
 def test_on_the_cpu_it_computes_what_its_graph_says_in_fused_products(export, method):
     fields = METHODS[method]
     exported = export("llama_bias", fields, "cpu")

@@ -25,12 +25,13 @@ ops = torch.ops.qexport
 SCHEMES = ["nf4", "fp4", "nf4_dq", "fp4_g32", "nf4_g16"]
 TARGETS = {"cpu": ("cpu", 4), "cpu, level 1": ("cpu", 1), "cuda": ("cuda", 4)}
 MASK = padded([9, 4, 6], "left")
+CALIBRATION = CalibrationSpec(source="random", samples=4, sequence_length=16)
 
 
 @pytest.fixture
 def export(export):
     def make(scheme, target="cpu", level=4, single=False, family="llama_bias"):
-        recipe = Recipe(scheme=scheme, lm_head=scheme, accuracy_level=level, calibration=CalibrationSpec())
+        recipe = Recipe(scheme=scheme, lm_head=scheme, accuracy_level=level, calibration=CALIBRATION)
         return export(family, recipe, target, single)
 
     return make

@@ -4,6 +4,7 @@ import pytest
 from transformers import AutoModelForSequenceClassification
 
 from helpers import exports
+from helpers.breadth import quick
 from helpers.random_modules import VOCAB, encoders, save_encoder
 from helpers.runners import captured_runner, load_weights, padded, tokens
 from qexport import generate, optimize, validate
@@ -29,7 +30,10 @@ def folder(request, tmp_path_factory):
     return save_encoder(request.param, tmp_path_factory.mktemp(request.param))
 
 
-@pytest.mark.parametrize("folder", ["bert", "roberta", "modernbert"], indirect=True)
+SCHEMES_OF = quick(["bert", "modernbert"], among=["bert", "roberta", "modernbert"])
+
+
+@pytest.mark.parametrize("folder", SCHEMES_OF, indirect=True)
 def test_every_scheme_agrees(folder, tmp_path):
     whole = capture_model(folder)
     feeds = encoder_batch(whole, tokens(*MASK.shape, vocab=VOCAB), MASK)

@@ -83,7 +83,7 @@ def test_onnxruntime_agrees_with_the_graph_in_prefill_and_decoding(export, famil
     assert_agree(exported, MASK, flips=0.02)
 
 
-@pytest.mark.parametrize("normed", [False, True])
+@pytest.mark.parametrize("normed", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_shares_are_those_of_the_model_whether_it_norms_them_or_not(tmp_path, normed):
     """Left to the node they would not be normed on the CPU, whatever its attribute says."""
     captured = capture_model(save_model("qwen3_moe", tmp_path / "model", norm_topk_prob=normed, **WIDTHS))
@@ -295,6 +295,7 @@ def test_gates_are_told_from_the_graph(captured, family, gate):
 
 @pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
 @pytest.mark.parametrize("scheme, kind", [("mxfp4", b"fp4"), ("nvfp4", b"nvfp4")])
+@pytest.mark.each_value_once
 def test_cuda_computes_experts_of_4_bit_floats(wide, cuda_placement, tmp_path, family, scheme, kind):
     exported = agreement.export(wide(family), recipe_of(scheme), "cuda", tmp_path / "out")
     placed = cuda_placement(exported.folder / "model.onnx", exported.manifest.session, dims=PROMPT)

@@ -15,6 +15,7 @@ from torch import nn
 
 from helpers import exports
 from helpers.agreement import ROUNDING, assert_agree
+from helpers.breadth import quick
 from helpers.pass_runs import block_of, collecting
 from helpers.runners import padded, prompt_feeds, tokens
 from qexport.api.stages import lowering
@@ -47,6 +48,7 @@ CASES = {scheme: dict(scheme=scheme) for scheme in PLAIN} | {
     "outliers": dict(scheme="w8a8_dyn", llm_int8=section("llm_int8", threshold=4.0)),
     "two planes": dict(scheme="w8a8_dyn", crossquant=PLANES),
 }
+QUICK = ("w4a16_g32", "w8a8_static", "lorc", "lorc, int8, shared", "outliers", "two planes")
 TOGETHER = ("self_attn.q_proj+k_proj+v_proj", "self_attn.o_proj", "mlp.gate_proj+up_proj", "mlp.down_proj")
 
 
@@ -90,7 +92,7 @@ def assert_equal_results(merged, plain, feeds, flips):
         assert (different > ROUNDING).float().mean() <= flips and different.max() < 0.05
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", quick(QUICK, among=CASES))
 def test_a_merged_file_has_fewer_products_and_the_same_numbers(export, case):
     fields = CASES[case]
     merged = export("llama_bias", fields)

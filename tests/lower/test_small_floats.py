@@ -33,13 +33,14 @@ KERNELS = {  # on the CPU, on CUDA
 }  # fmt: skip
 # Linears that read one value share its scale, which is the first one's.
 INPUT_OWNERS = ("q_proj", "o_proj", "gate_proj", "down_proj", "lm_head")
+CALIBRATION = CalibrationSpec(source="random", samples=4, sequence_length=16)
 schemes = pytest.mark.parametrize("scheme", KERNELS)
 
 
 @pytest.fixture
 def export(export):
     def make(scheme, target="cpu", level=4, single=False, family="llama_bias"):
-        recipe = Recipe(scheme=scheme, lm_head=scheme, accuracy_level=level, calibration=CalibrationSpec())
+        recipe = Recipe(scheme=scheme, lm_head=scheme, accuracy_level=level, calibration=CALIBRATION)
         return export(family, recipe, target, single)
 
     return make
@@ -85,7 +86,7 @@ def test_every_node_is_on_cuda(export, cuda_placement, scheme):
 
 @pytest.mark.parametrize("scheme", ["w8a8_fp8", "nvfp4"])
 def test_bfloat16_is_placed_too(new_export, cuda_placement, scheme):
-    recipe = Recipe(scheme=scheme, lm_head=scheme, calibration=CalibrationSpec())
+    recipe = Recipe(scheme=scheme, lm_head=scheme, calibration=CALIBRATION)
     exported = new_export("llama", recipe, "cuda", dtype="bfloat16")
     placed = cuda_placement(exported.folder / "model.onnx", exported.manifest.session, dims=PROMPT)
     assert placed["memcpy"] == 0 and placed["nodes"][CUDA][KERNELS[scheme][1]] == 15

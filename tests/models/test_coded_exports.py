@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 import qexport
 from helpers import coded_checkpoints as packers
+from helpers.breadth import quick
 from helpers.random_decoders import save_model
 from helpers.random_modules import save_encoder
 from helpers.tokenizer_files import write_word_tokenizer
@@ -151,7 +152,7 @@ def unpacked(packed, bits, count):
     return torch.stack([(flat[:, i * width // 8] >> (i * width % 8)) & ((1 << width) - 1) for i in range(count)], 1)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", quick(("gptq act-order", "gptq 3 bits", "awq"), among=CASES))
 def test_codes_in_the_file(checkpoint, tmp_path, case):
     folder, twin, made = checkpoint(case)
     result = qexport.export(folder, EXACT, out_dir=tmp_path / "out")

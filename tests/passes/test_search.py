@@ -185,14 +185,17 @@ def deployed_error(method, scheme, outlier=20.0):
     [
         (SmoothQuant, "w8a8_dyn"),
         pytest.param(SmoothQuant, "w8a8_static", marks=pytest.mark.slow),
-        (SmoothQuant, "w4a8_g16"),
+        pytest.param(SmoothQuant, "w4a8_g16", marks=pytest.mark.slow),
         (CrossQuant, "w8a8_dyn"),
         pytest.param(CrossQuant, "w4a8_g16_int", marks=pytest.mark.slow),
         pytest.param(
             lambda plan, alpha: CrossQuant(plan, alpha=alpha, paper_rows=True, round_before_fold=True), "w8a8_dyn",
             marks=pytest.mark.slow,
         ),  # fmt: skip
-        (lambda plan, alpha: CrossQuant(plan, alpha=alpha, round_before_fold=True), "w4a8_g16_int"),
+        pytest.param(
+            lambda plan, alpha: CrossQuant(plan, alpha=alpha, round_before_fold=True), "w4a8_g16_int",
+            marks=pytest.mark.slow,
+        ),  # fmt: skip
         (AWQ, "w4a16_g16"),
         pytest.param(AWQ, "nf4_g16", marks=pytest.mark.slow),
     ],

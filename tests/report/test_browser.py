@@ -148,6 +148,7 @@ def test_copying_shows_that_it_was_done(opened):
     ) in ("Copied", "Selected")  # fmt: skip
 
 
+@pytest.mark.each_value_once
 @pytest.mark.parametrize("width", [1400, 390])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_it_fits_and_follows_the_colour_scheme(opened, width, scheme):
@@ -167,6 +168,7 @@ def test_it_fits_and_follows_the_colour_scheme(opened, width, scheme):
     assert faint == [], "text that is hard to read"
 
 
+@pytest.mark.each_value_once
 @pytest.mark.parametrize("width", [1400, 390])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_no_table_of_two_exports_is_cut(browser, page, tmp_path, width, scheme):
