@@ -38,7 +38,7 @@ def check_adapters(prepared: Preparation) -> None:
     """
     if not prepared.options.adapters:
         return
-    if not isinstance(prepared.source, ModelFolder) or prepared.in_two_parts:
+    if not isinstance(prepared.source, ModelFolder) or prepared.in_two_parts or prepared.in_three_parts:
         raise InputError("adapters are kept of decoders on disk alone", place="adapter", remedy="Merge it")
     moving = [m.key for m in prepared.recipe.methods if m.stage in (Stage.MODEL, Stage.EQUALIZE)]
     if moving:

@@ -23,6 +23,7 @@ from .result import ExportResult
 from .seq2seq.exporting import export_parts
 from .stages import pipeline
 from .stages.preparing import Request, prepare
+from .vision_language.exporting import export_pictures
 
 
 def export(
@@ -61,6 +62,10 @@ def export(
     of its result, "decoder" the rest with its cache. Where the recipe calibrates, the encoder reads the calibration
     data, and the decoder texts that the float model writes about them; all of the float model is in memory.
 
+    A model of pictures and text becomes a folder with three: "vision" makes rows of features of pictures, "embedding"
+    puts them where tokens stand for them, "decoder" reads the result with its cache. Where the recipe calibrates, each
+    reads what the float ones before it make of pictures with text. Options of decoders are for the third.
+
     In processes that torchrun has started, one export is made by all of them: samples and weights are shared out, the
     first process writes, and the others end with `ranks.PartDone`, a SystemExit of 0. All see the same output folder.
 
@@ -77,7 +82,9 @@ def export(
             quantized activations nor for weights without groups; for cpu "float32".
         calibration: a text file's path, "self", "random", "datasets:ID:SPLIT:COLUMN", a list of strings, or token ids
             [n, S]; for an nn.Module a list of inputs such as example_inputs; for an encoder-decoder of spectrograms a
-            tensor of them, or the path of a safetensors file with one tensor. None takes what the recipe says. Where no
+            tensor of them, or the path of a safetensors file with one tensor; for a model of pictures and text pairs of
+            a picture and its text, the path of a .jsonl file of such, or a text, whose stretches go with drawn
+            pictures. None takes what the recipe says. Where no
             pass needs it, quantized activations are still measured on it: blocks' SQNR and the quantization kernel.
         example_inputs: of an nn.Module: the tensors of one forward call, in order, or by the names of its parameters.
         dynamic_shapes: of an nn.Module: by input name, the dimensions that may change and their names, such as
@@ -125,4 +132,6 @@ def export(
             prepared = prepare(request)
             check_adapters(prepared)
             check_ranks(prepared)
+            if prepared.in_three_parts:
+                return export_pictures(prepared, work)
             return export_parts(prepared, work) if prepared.in_two_parts else pipeline.run(prepared, work)

@@ -33,7 +33,7 @@ def write_companions(
     if source is None:
         return
     copy_companions(folder, source, _COPIED)
-    if manifest.kind == "decoder":
+    if manifest.kind == "decoder" and not manifests.is_part(manifest):
         _write_genai(folder, manifest, source)
 
 

@@ -16,6 +16,7 @@ from .inspection import Inspection
 from .options import Options
 from .seq2seq.inspecting import inspect_parts
 from .stages.preparing import Request, prepare
+from .vision_language.inspecting import inspect_pictures
 
 
 def inspect(
@@ -78,4 +79,6 @@ def inspect(
     )  # fmt: skip
     prepared = prepare(Request.of(model, recipe, options, calibration, example_inputs, dynamic_shapes))
     calibrate = calibrate or calibration is not None
+    if prepared.in_three_parts:
+        return inspect_pictures(prepared, calibrate)
     return inspect_parts(prepared, calibrate) if prepared.in_two_parts else dry_run(prepared, calibrate)

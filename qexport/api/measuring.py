@@ -85,7 +85,8 @@ class Subject:
     @property
     def stepwise(self) -> bool:
         """Whether the file goes through a text token by token."""
-        return self.captured.kind == "decoder" and (self.described is None or self.described.cached)
+        decoder = self.captured.kind == "decoder" and self.captured.reads_text
+        return decoder and (self.described is None or self.described.cached)
 
     def feeds(self, feeds: Sequence[Feeds]) -> Sequence[Feeds]:
         """Inputs of the float model with what else the file reads."""
@@ -259,7 +260,7 @@ def compared(subject: Subject, read: Read, laps: Laps) -> Report:
             threads=options.threads, provider=options.provider, progress=partial(progress, "restoring"),
         )  # fmt: skip
         laps.lap("restoring")
-    decoder = captured.kind == "decoder"
+    decoder = captured.kind == "decoder" and captured.reads_text
     prompt = read.text.windows[0, :_LAYER_TOKENS] if subject.stepwise else None
     progress("times", "of operators", 0, 1)
     times = measure(
@@ -332,7 +333,7 @@ def _given(inputs: Sequence[Inputs] | Sequence[str] | torch.Tensor | None) -> Se
 
 def read_by(captured: CapturedModel, options: ValidationOptions) -> Read:
     """The text, or what is read instead."""
-    if captured.kind == "module":
+    if not captured.reads_text:
         found = _module_inputs(captured, options)
         rows = sum(next(iter(batch.values())).shape[0] for batch in found.batches)
         return Read(Text(torch.empty(0), found.described, found.own), found.batches, rows)
@@ -417,7 +418,7 @@ def _compared(
 
 def _outputs(subject: Subject, read: Read) -> tuple[ValueComparison, ...]:
     captured, options = subject.captured, subject.options
-    feeds = read.feeds if captured.kind == "module" else _text_feeds(captured, read.text.windows)
+    feeds = read.feeds if not captured.reads_text else _text_feeds(captured, read.text.windows)
     # A cache is the decoder's own: smoothing may rescale it and take that back where it is read.
     names = [port.name for port in captured.outputs if not is_present(port.name)]
     decides = captured.settings.get("decides", "")

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from .. import ranks
-from ..artifact.manifest import SEQ2SEQ
+from ..artifact.manifest import SEQ2SEQ, VISION_LANGUAGE
 from ..capture.graph import CapturedModel
 from ..errors import InputError, LoweringError, RecipeError
 from ..graph.convolution_sites import convolutions
@@ -26,7 +26,10 @@ from ..recipe.recipe import Recipe
 from ..targets.base import Target
 from .options import Options
 
-_KINDS = {"encoder": "an encoder", "module": "a module", SEQ2SEQ: "an encoder-decoder"}
+_KINDS = {
+    "encoder": "an encoder", "module": "a module", SEQ2SEQ: "an encoder-decoder",
+    VISION_LANGUAGE: "a model of pictures and text",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -56,7 +59,9 @@ def check_ranks(prepared: Any) -> None:
     recipe = prepared.recipe
     trains = recipe.tune is not None or recipe.weights.training_passes(recipe.calibration.samples, 1) > 0
     why = (
-        "an encoder-decoder is exported" if prepared.in_two_parts else f"{recipe.name} trains on all samples" if trains
+        "an encoder-decoder is exported" if prepared.in_two_parts
+        else "a model of pictures and text is exported" if prepared.in_three_parts
+        else f"{recipe.name} trains on all samples" if trains
         else "passes of your own see all samples" if prepared.options.extra_passes else ""
     )  # fmt: skip
     if why:
@@ -89,19 +94,19 @@ def check_applicable(kind: str, options: Options, recipe: Recipe) -> None:
     """Refuse what was asked for and means nothing for a kind of model.
 
     Args:
-        kind: see `CapturedModel.kind`, or "encoder-decoder".
+        kind: see `CapturedModel.kind`, or "encoder-decoder" or "vision-language".
 
     Raises:
         InputError, RecipeError: what, and for what kind it is.
     """
     parts = kind == SEQ2SEQ
-    if parts and options.resume:
-        raise InputError("an export of an encoder-decoder is not resumed", place="resume", remedy="Start it again")
+    if kind in (SEQ2SEQ, VISION_LANGUAGE) and options.resume:
+        raise InputError(f"an export of {_KINDS[kind]} is not resumed", place="resume", remedy="Start it again")
     if parts and options.logits != "all":
         raise InputError(
             "an encoder-decoder makes all logits of its texts", place="logits", remedy="Export it with logits all"
         )
-    if kind == "decoder":
+    if kind in ("decoder", VISION_LANGUAGE):  # whose last part is one
         return
     if options.max_length is not None:
         raise InputError(

@@ -78,8 +78,8 @@ def slice_export(
     if bits not in TO_BITS:
         raise InputError(f"{bits} bits are no slice", place="bits", remedy=f"Take {' or '.join(map(str, TO_BITS))}")
     manifest = manifests.load(folder)
-    if manifest.kind == manifests.SEQ2SEQ:
-        raise InputError("is in two parts", place=str(folder), remedy="Slice each of them")
+    if manifest.kind in (manifests.SEQ2SEQ, manifests.VISION_LANGUAGE):
+        raise InputError("is in several parts", place=str(folder), remedy="Slice each of them")
     with claimed(out, overwrite, model=folder) as work, work.appearing() as new:
         model = ir.load(folder / manifests.MODEL_FILE)
         sliced = {found.node: found for found in slice_model(model, bits)}

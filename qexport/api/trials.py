@@ -165,8 +165,9 @@ def _decoder(prepared: Preparation) -> CapturedModel:
         InputError: it is no decoder.
     """
     place = str(prepared.source) if isinstance(prepared.source, ModelFolder) else type(prepared.source).__name__
-    kind = "encoder-decoder" if prepared.in_two_parts else "module"
-    if not prepared.in_two_parts and not isinstance(prepared.source, torch.nn.Module):
+    several = prepared.in_two_parts or prepared.in_three_parts
+    kind = "encoder-decoder" if prepared.in_two_parts else "vision-language" if prepared.in_three_parts else "module"
+    if not several and not isinstance(prepared.source, torch.nn.Module):
         captured = capture_model(prepared.source, placement=prepared.options.placement)
         if captured.kind == "decoder":
             if not isinstance(prepared.source, CapturedModel):

@@ -12,6 +12,7 @@ from ..models.source import ModelFolder, with_adapter
 from ..progress import Progress, no_progress
 from ..runtime.provider import provider_named
 from ..runtime.seq2seq import is_seq2seq
+from ..runtime.vision_language import is_vision_language
 from ..validation.foreign import is_foreign
 from ..validation.gates import Gates
 from ..validation.report import Report
@@ -19,6 +20,7 @@ from .foreign import validate_foreign
 from .measuring import validate_file, validate_with_adapter
 from .options import ValidationOptions
 from .seq2seq.validating import validate_parts
+from .vision_language.validating import validate_pictures
 
 
 def validate(
@@ -54,15 +56,18 @@ def validate(
 
     The parts of an encoder-decoder are compared each alone, on what the float model hands to it, and both together on
     what the float model writes about the sources: the export reads these itself and goes through the texts token by
-    token. The report is of both together; those of the parts are in it, and in their folders.
+    token. The report is of both together; those of the parts are in it, and in their folders. A model of pictures and
+    text is compared in the same way: its three parts, and all of them on prompts with pictures, by the logits of the
+    text that follows these.
 
     Args:
         folder: what `export` wrote; it has to be writable. Or an ONNX file of a language model by another tool, or its
             folder: its linears are found by their weights, and the same is compared.
         reference: the model that was exported: a Hugging Face id, a folder, a GGUF file, an nn.Module, or a captured
             model (whose weights stay unloaded). Of an encoder-decoder an id or a folder.
-        text: a UTF-8 file or a string; of an encoder-decoder of spectrograms a safetensors file of them. None: the
-            float model writes the text (an encoder reads random tokens), and the report says so.
+        text: a UTF-8 file or a string; of an encoder-decoder of spectrograms a safetensors file of them; of a model of
+            pictures and text a text, whose stretches go with drawn pictures, or a .jsonl file of pairs. None: the float
+            model writes the text (an encoder reads random tokens), and the report says so.
         windows: how many stretches of the text, each of which stands alone; of an encoder-decoder, how many sources.
         window: tokens in each; None: 512, and 128 in the sources of an encoder-decoder.
         inputs: for models without text: the tensors of one forward call each, in order or by name. For an
@@ -107,4 +112,6 @@ def validate(
         return validate_with_adapter(place, active, reference, options)
     if is_foreign(place):
         return validate_foreign(place, reference, options)
+    if is_vision_language(place):
+        return validate_pictures(place, reference, options)
     return validate_parts(place, reference, options) if is_seq2seq(place) else validate_file(place, reference, options)

@@ -4,7 +4,13 @@ Keys and values grow by a row for every token: past_key_values.3.key becomes pre
 their size: past_conv.0 becomes present_conv.0, past_recurrent.0 present_recurrent.0.
 """
 
+TOKEN_IDS, EMBEDDINGS = "input_ids", "inputs_embeds"  # what a decoder reads: ids, or embeddings merged with features
 KEYS, STATES = "past_key_values.", ("past_conv.", "past_recurrent.")
+
+
+def is_tokens(name: str) -> bool:
+    """Whether an input of a decoder is what stands for its new tokens."""
+    return name in (TOKEN_IDS, EMBEDDINGS)
 
 
 def is_past(name: str) -> bool:

@@ -23,6 +23,9 @@ GENAI_FILE = "genai_config.json"
 RECIPE_FILE = "recipe.yaml"
 SEQ2SEQ: Final = "encoder-decoder"  # kind of a folder of two exports,
 ENCODER, DECODER = "encoder", "decoder"  # which are in these folders
+VISION_LANGUAGE: Final = "vision-language"  # kind of a folder of three exports, which are in these folders
+VISION, EMBEDDING = "vision", "embedding"
+PICTURE_PARTS = (VISION, EMBEDDING, DECODER)
 SOURCE_MASK = "encoder_attention_mask"  # input of the decoder: the attention mask of the source
 CPU = "CPUExecutionProvider"
 CUDA = "CUDAExecutionProvider"
@@ -145,7 +148,8 @@ class Manifest(_Frozen):
     Attributes:
         target: what the file was lowered for.
         kind: "decoder" (prefill and decode with a key/value cache), "encoder" (text to hidden states) or "module" (any
-            other graph). "encoder-decoder" is never in a file: both parts of one, see `ExportResult`.
+            other graph). "encoder-decoder" and "vision-language" are never in a file: all parts of one, see
+            `ExportResult`.
         dtype: dtype of the activations and of the cache.
         provider: execution provider the file was made for.
         session: session config entries the numbers depend on; every session on the file sets them.
@@ -170,7 +174,7 @@ class Manifest(_Frozen):
     format: Literal[1] = FORMAT
     qexport: str = ""
     target: str = Field(min_length=1)
-    kind: Kind | Literal["encoder-decoder"]
+    kind: Kind | Literal["encoder-decoder", "vision-language"]
     dtype: str = "float32"
     provider: str = CPU
     session: dict[str, str] = Field(default_factory=dict)
@@ -209,6 +213,11 @@ class Manifest(_Frozen):
         return tuple(entry for entry in self.linears if entry.output)
 
 
+def is_part(manifest: Manifest) -> bool:
+    """Whether the file is a part of a model, and runs with the others alone."""
+    return "part" in manifest.settings
+
+
 def save(manifest: Manifest, folder: str | Path) -> Path:
     """Write manifest.json into `folder` and return its path."""
     path = Path(folder) / MANIFEST_FILE
@@ -238,6 +247,12 @@ def load(folder: str | Path) -> Manifest:
             "an encoder-decoder, which is two exports", place=str(folder),
             remedy=f"Export, validate and generate take it whole; for the rest give {folder / ENCODER} or "
             f"{folder / DECODER}",
+        )  # fmt: skip
+    if data.get("kind") == VISION_LANGUAGE:
+        raise InputError(
+            "a model of pictures and text, which is three exports", place=str(folder),
+            remedy="Export, validate and generate take it whole; for the rest give "
+            f"{', '.join(str(folder / part) for part in PICTURE_PARTS)}",
         )  # fmt: skip
     if not (folder / MODEL_FILE).is_file():
         raise InputError(f"an incomplete export: {MODEL_FILE} is missing", place=str(folder), remedy=again)

@@ -18,7 +18,7 @@ from ..errors import InputError, NumericsError, QExportError
 from ..graph.edit import is_call
 from ..graph.execution import Executor, skipping
 from ..passes.base import Batch
-from ..quant.observers import Statistic
+from ..quant.observers import AbsmaxObserver, ChannelAbsmax, CompositeObserver, Statistic
 from .sources import Samples
 
 Feeds = Mapping[str, torch.Tensor]  # the model's inputs by public name
@@ -32,6 +32,8 @@ class Stream:
         masks: for each batch the real tokens, [batch, sequence] bool, or None.
         keep: for each value name the index of the last block that reads it.
         placement: where blocks are computed, and where values wait for them.
+        counted: for each batch which of the real tokens sums and samples are taken of; None for all of them. Extremes
+            are always those of all.
     """
 
     def __init__(
@@ -40,10 +42,13 @@ class Stream:
         masks: Sequence[torch.Tensor | None],
         keep: dict[str, int],
         placement: Placement = HOST,
+        counted: Sequence[torch.Tensor | None] | None = None,
     ):
         self.device, self._between, self._keep = placement.device, placement.between, keep
         self.batches = [{name: _moved(value, self._between) for name, value in batch.items()} for batch in batches]
         self.masks = [None if mask is None else mask.to(self.device) for mask in masks]
+        own = self.masks if counted is None else counted
+        self.counted = [None if mask is None else mask.to(self.device) for mask in own]
 
     def shared_out(self) -> "Stream":
         """Only the batches that are this process's, where several make one export.
@@ -57,7 +62,8 @@ class Stream:
                 f"{count} batches for {ranks.size()} processes", place="calibration",
                 remedy="Take more samples, a smaller calibration.batch_size, or fewer processes",
             )  # fmt: skip
-        self.batches, self.masks = self.batches[ranks.share(count)], self.masks[ranks.share(count)]
+        own = ranks.share(count)
+        self.batches, self.masks, self.counted = self.batches[own], self.masks[own], self.counted[own]
         return self
 
     def inputs(self, block: Block, batch: int) -> tuple[torch.Tensor, ...]:
@@ -91,16 +97,17 @@ def stream_of(
     feeds: Sequence[Feeds],
     masks: Sequence[torch.Tensor | None] | None = None,
     keep_too: Mapping[str, int] = MappingProxyType({}),
+    counted: Sequence[torch.Tensor | None] | None = None,
 ) -> Stream:
     """The values that the first blocks read, for each batch.
 
     Args:
-        feeds: the model's inputs by public name; masks: as `Stream` takes them, None for no padding anywhere.
+        feeds: the model's inputs by public name; masks, counted: as `Stream` takes them, None for no padding anywhere.
         keep_too: values to keep longer than any block reads them, see `Stream`.
     """
     keep = last_readers(captured)
     batches = [{port.value: batch[port.name] for port in captured.inputs if port.value in keep} for batch in feeds]
-    return Stream(batches, masks or [None] * len(batches), keep | dict(keep_too), captured.placement)
+    return Stream(batches, masks or [None] * len(batches), keep | dict(keep_too), captured.placement, counted)
 
 
 def make_stream(captured: CapturedModel, samples: Samples, batch_size: int) -> Stream:
@@ -163,9 +170,9 @@ def collect(
     """
     statistics = {node: factory() for node, factory in wanted.items()}
     unneeded = skipping(module.graph, wanted)
-    for number, mask in enumerate(stream.masks):
+    for number, masks in enumerate(zip(stream.masks, stream.counted, strict=True)):
         with torch.no_grad():
-            _StatisticsInterpreter(module, statistics, mask).run(
+            _StatisticsInterpreter(module, statistics, *masks).run(
                 *stream.inputs(block, number), initial_env=dict(unneeded)
             )
     ranks.combine(list(statistics.values()))
@@ -173,25 +180,43 @@ def collect(
 
 
 class _StatisticsInterpreter(Interpreter):
-    def __init__(self, module: GraphModule, statistics: Mapping[Node, Statistic], mask: torch.Tensor | None):
+    def __init__(
+        self, module: GraphModule, statistics: Mapping[Node, Statistic], mask: torch.Tensor | None,
+        counted: torch.Tensor | None,
+    ):  # fmt: skip
         super().__init__(module)
-        self._statistics, self._mask = statistics, mask
+        self._statistics, self._mask, self._counted = statistics, mask, counted
 
     def run_node(self, node: Node) -> Any:
         value = super().run_node(node)
         if node in self._statistics:
-            rows = value.flatten(0, -2)
-            if self._mask is not None and value.shape[:-1] == self._mask.shape:
-                rows = value[self._mask]
-            elif _is_cached(node):  # [batch, heads, tokens, features]: the features of every head are channels
-                rows = value.transpose(1, 2)
-                rows = (rows.flatten(0, 1) if self._mask is None else rows[self._mask]).flatten(1)
+            rows = _rows(node, value, self._mask).float()
+            counted = rows if self._counted is self._mask else _rows(node, value, self._counted).float()
             try:
-                self._statistics[node].update(rows.float())
+                _show(self._statistics[node], rows, counted)
             except QExportError as error:
                 error.place = error.place or node.name
                 raise
         return value
+
+
+def _rows(node: Node, value: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """The rows of a value that a mask leaves, [rows, channels]."""
+    if mask is not None and value.shape[:-1] == mask.shape:
+        return value[mask]
+    if _is_cached(node):  # [batch, heads, tokens, features]: the features of every head are channels
+        by_token = value.transpose(1, 2)
+        return (by_token.flatten(0, 1) if mask is None else by_token[mask]).flatten(1)
+    return value.flatten(0, -2)
+
+
+def _show(statistic: Statistic, rows: torch.Tensor, counted: torch.Tensor) -> None:
+    """Let a statistic see rows: one of extremes all of them, any other those that are counted."""
+    if isinstance(statistic, CompositeObserver):
+        for part in statistic.parts:
+            _show(part, rows, counted)
+    else:
+        statistic.update(rows if isinstance(statistic, AbsmaxObserver | ChannelAbsmax) else counted)
 
 
 def _is_cached(node: Node) -> bool:

@@ -30,17 +30,19 @@ _PASS_TEXT = (
 
 @dataclass(frozen=True)
 class Prepared:
-    """Calibration inputs of a captured module that are ready.
+    """Calibration inputs of a captured module, or of a decoder of embeddings, that are ready.
 
     Attributes:
-        batches: by public name; every row of them counts.
+        batches: by public name; every row of them is real.
         described: what they are, for reports.
         own: chance made them, so that measures say little.
+        counted: as `Stream` takes it.
     """
 
     batches: Sequence[Mapping[str, Tensor]]
     described: str
     own: bool = False
+    counted: Sequence[Tensor | None] | None = None
 
 
 def needs_data(recipe: Recipe, plan: Sequence[Planned]) -> bool:
@@ -100,9 +102,9 @@ def calibration_batches(
     Raises:
         InputError: the data cannot be had, do not fit the model, or it cannot write them itself.
     """
-    if captured.kind == "module":
+    if captured.kind == "module" or isinstance(data, Prepared):
         prepared = module_inputs(captured, recipe.calibration, data, "calibration")
-        return lambda: stream_of(captured, prepared.batches), prepared.described
+        return lambda: stream_of(captured, prepared.batches, counted=prepared.counted), prepared.described
     spec = recipe.calibration
     encoder = captured.kind == "encoder"
     if encoder:  # a recipe's length is made for decoders

@@ -79,6 +79,8 @@ def fingerprint_of(
         for batch in stream.batches:
             _tensors(add, sorted(batch.items()))
         _tensors(add, ((str(index), mask) for index, mask in enumerate(stream.masks) if mask is not None))
+        apart = ((m, c) for m, c in zip(stream.masks, stream.counted, strict=True) if c is not None and c is not m)
+        _tensors(add, (("counted", counted) for _, counted in apart))
     return digest.hexdigest()
 
 

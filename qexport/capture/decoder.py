@@ -1,5 +1,6 @@
 """Capturing a causal language model of transformers: one graph for prefill and decoding, no weights loaded."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -17,36 +18,48 @@ from ..models.quiet import quiet_transformers
 from ..models.source import ModelFolder
 from ..models.tokens import embedding_rows, tokens_without_rows
 from ..models.transformers_witness import DecoderWitness
+from ..models.witness import Witness
 from .attention import IMPLEMENTATION
 from .experts import IMPLEMENTATION as EXPERTS
 from .graph import BATCH, CapturedModel, Port
 from .kept import PAST, TOTAL, KeysAndValues, kept_ports, layer_settings
 from .rope import settle_frequencies
 from .stored import aliases_of, codes_in, convert_names, find_weights, note_cache_scales, untie
-from .trace import IDS, Traced, trace_model
+from .trace import TOKEN_IDS, Reads, Traced, trace_model
 from .weight_views import WeightViews
 
 _LONGEST = ("max_position_embeddings", "max_seq_len", "seq_length")  # what configs call the longest text
 
 
 @no_garbage_collection()
-def capture_decoder(folder: ModelFolder) -> CapturedModel:
+def capture_decoder(
+    folder: ModelFolder,
+    loader: type[Any] = AutoModelForCausalLM,
+    reads: Callable[[PreTrainedModel], Reads] = lambda model: TOKEN_IDS,
+    witness: Witness | None = None,
+) -> CapturedModel:
     """Capture the model of a folder as float32 blocks.
 
     The inputs are input_ids, attention_mask, position_ids and past_key_values.{i}.key/value, the outputs logits and
     present.{i}.key/value, or past_conv.{i} and present_conv.{i} of a layer that keeps the inputs of a convolution;
     batch, sequence and past are dynamic, 1 and 0 included.
 
+    Args:
+        loader: an auto class of transformers whose models are built.
+        reads: what a model that was built reads in the place of token ids.
+        witness: who else can say what it computes; None: transformers' model on token ids.
+
     Raises:
         CaptureError: torch.export cannot follow the model, or the checkpoint does not fit its config.
     """
     # A damaged file is reported before the slow part.
     checkpoint = Checkpoint(folder.path, folder.stated_weights, folder.codes, folder.adapter)
-    model = _empty_model(folder)
+    model = _empty_model(folder, loader)
+    given_reads = reads(model)
     convert_names(checkpoint, folder, model)
     notes = untie(model, checkpoint)
     aliases = aliases_of(model)
-    traced = trace_model(model, aliases, folder.name)
+    traced = trace_model(model, aliases, folder.name, given_reads)
     used = {n: tuple(get_tensor(b.module, n).shape) for b in traced.blocks for n in b.parameters}
     buffers = {n: b.detach() for n, b in model.named_buffers() if n in used}
     buffers |= {n: t.detach() for n, t in traced.constants.items() if n in used}
@@ -59,8 +72,8 @@ def capture_decoder(folder: ModelFolder) -> CapturedModel:
     stored, left_out = find_weights(checkpoint, folder, model, read, buffers, aliases)
     buffers, parameters = {n: b for n, b in buffers.items() if n not in stored}, [*parameters, *stored]
     given = codes_in(checkpoint, parameters, traced.pieces)
-    settings, rows = _settings(folder.config, traced), embedding_rows(model)
-    inputs, outputs = _ports(traced, settings)
+    settings, rows = _settings(folder.config.get_text_config(), traced), embedding_rows(model)
+    inputs, outputs = _ports(traced, settings, given_reads)
     return CapturedModel(
         kind="decoder",
         blocks=traced.blocks,
@@ -74,14 +87,14 @@ def capture_decoder(folder: ModelFolder) -> CapturedModel:
         notes=[*notes, *checkpoint.notes, *tokens_without_rows(folder.tokenizer(), rows)],
         left_out=left_out,
         given=given,
-        witness=DecoderWitness(folder),
+        witness=witness or DecoderWitness(folder),
     )
 
 
-def _empty_model(folder: ModelFolder) -> PreTrainedModel:
+def _empty_model(folder: ModelFolder, loader: type[Any]) -> PreTrainedModel:
     def build(attention: str) -> PreTrainedModel:
         with init_empty_weights(include_buffers=False), quiet_transformers():
-            return AutoModelForCausalLM.from_config(
+            return loader.from_config(
                 folder.config, attn_implementation=attention, dtype=torch.float32,
                 trust_remote_code=folder.trust_remote_code,
             )  # fmt: skip
@@ -125,13 +138,13 @@ def _settings(config, traced: Traced) -> dict[str, Any]:
     }
 
 
-def _ports(traced: Traced, settings: dict[str, Any]) -> tuple[list[Port], list[Port]]:
+def _ports(traced: Traced, settings: dict[str, Any], reads: Reads) -> tuple[list[Port], list[Port]]:
     """The interface of the model, whose order is that of the ONNX file."""
-
+    named = {**reads.in_front, **reads.others}
     ids = [
-        Port(name, value, torch.int64, (BATCH, dim))
-        for (name, dim), value in zip(IDS.items(), traced.ids, strict=True)
-    ]
+        Port(name, value, dtype, dims)
+        for (name, (dims, dtype)), value in zip(named.items(), traced.ids, strict=True)
+    ]  # fmt: skip
     logits = Port("logits", traced.logits, torch.float32, (BATCH, "sequence_length", settings["vocab_size"]))
     pasts, presents = (
         kept_ports(names, traced.cache, length) for names, length in ((traced.pasts, PAST), (traced.presents, TOTAL))

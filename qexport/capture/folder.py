@@ -4,6 +4,7 @@ from ..errors import CaptureError
 from ..models.heads import HIDDEN_STATES, Head, head_of, in_two_parts, reads_text
 from ..models.pooling import Pooled, read_pooling
 from ..models.source import ModelFolder
+from ..models.vision_language import in_three_parts
 from .decoder import capture_decoder
 from .encoder import capture_encoder
 from .features import capture_features
@@ -22,6 +23,11 @@ def capture_folder(folder: ModelFolder) -> CapturedModel:
             f"{config.model_type} is an encoder-decoder, which becomes two exports in one folder",
             place=folder.name, remedy="Export, inspect, validate and generate take it whole. Its encoder alone exports "
             "as a module: qexport.export(AutoModel.from_pretrained(...).get_encoder(), example_inputs=...)",
+        )  # fmt: skip
+    if in_three_parts(config):
+        raise CaptureError(
+            f"{config.model_type} is a model of pictures and text, which becomes three exports in one folder",
+            place=folder.name, remedy="Export, inspect, validate and generate take it whole",
         )  # fmt: skip
     if not reads_text(config):
         return capture_features(folder, head_of(config, folder.name) or HIDDEN_STATES)

@@ -7,6 +7,7 @@ from typing import Any, Protocol
 import torch
 from torch.fx import Node
 
+from ..artifact.cache_names import TOKEN_IDS
 from ..artifact.manifest import Kind
 from ..device import HOST, Placement
 from ..errors import InputError
@@ -110,6 +111,11 @@ class CapturedModel:
     left_out: list[str] = field(default_factory=list)
     given: Mapping[str, GivenCodes] = field(default_factory=dict)
     placement: Placement = HOST
+
+    @property
+    def reads_text(self) -> bool:
+        """Whether it reads token ids and nothing else that text does not say: not embeddings that another part made."""
+        return self.kind != "module" and any(port.name == TOKEN_IDS for port in self.inputs)
 
     @property
     def origin(self) -> ModelFolder:

@@ -238,7 +238,7 @@ def _rowwise_users(start: Node, lead: Sequence[Any]) -> list[Node] | None:
         for user in node.users:
             if user in inside or user in ends:
                 continue
-            if not isinstance(user.meta["val"], torch.Tensor):
+            if not isinstance(user.meta.get("val"), torch.Tensor):  # sizes, and the output of the graph
                 return None
             shape = user.meta["val"].shape
             if is_call(user, *Shaped.targets):

@@ -18,7 +18,8 @@ def settle_frequencies(model: torch.nn.Module, place: str) -> None:
         for layer, kind in kinds.items() if isinstance(kinds, dict) else [(None, kinds)]:
             with reading(place, "its rope_parameters are incomplete", kind=CaptureError):
                 given = config.rope_parameters if layer is None else config.rope_parameters[layer]
-                _check(kind, given, config.max_position_embeddings, place)
+                # Of an encoder of pictures there is none, and its frequencies are always the same.
+                _check(kind, given, getattr(config, "max_position_embeddings", 0), place)
         # The frequencies of short texts are those it begins with.
         module.__dict__["rope_type"] = dict.fromkeys(kinds, "default") if isinstance(kinds, dict) else "default"
 

@@ -1,7 +1,9 @@
 """Tracing a language model into blocks: through torch.export, one layer of every kind."""
 
+from collections.abc import Callable, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -22,6 +24,7 @@ from .causal_convolutions import fuse_causal_convolutions
 from .decompose import decomposed
 from .expert_copies import copy_experts
 from .experts import tokens_of
+from .graph import BATCH
 from .kept import Kept, by_layer, kept_in
 from .layer_groups import LayerGroups, find_layers
 from .layer_stamps import stamp
@@ -35,30 +38,66 @@ aten = torch.ops.aten
 # Sizes of the example inputs. torch.export specialises 0 and 1, and two dimensions of one size could be taken for the
 # same one; the graph it makes with these is right for every size, 0 and 1 included.
 _BATCH, _SEQUENCE, _PAST = 2, 3, 5
-# And their second dimension.
-IDS = {
-    "input_ids": "sequence_length", "attention_mask": "total_sequence_length", "position_ids": "sequence_length",
-}  # fmt: skip
+_SIZES = {BATCH: _BATCH, "sequence_length": _SEQUENCE, "total_sequence_length": _PAST + _SEQUENCE}
+_Inputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor, list[list[torch.Tensor]], dict[str, torch.Tensor]]
+Dims = tuple[int | str, ...]
 
-_Inputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor, list[list[torch.Tensor]]]
+
+def _call(model: PreTrainedModel, given: Mapping[str, Any]) -> Any:
+    """A model's forward, as it is."""
+    return model(**given)
+
+
+@dataclass(frozen=True)
+class Reads:
+    """What a decoder reads in the place of token ids.
+
+    Attributes:
+        tokens: name and dimensions of what stands for the new tokens, float32 [batch, sequence, features].
+        positions: dimensions of position_ids.
+        others: further inputs, by name dimensions and dtype.
+        call: runs a model on all of them, with past_key_values and use_cache, by name.
+    """
+
+    tokens: tuple[str, Dims]
+    positions: Dims = (BATCH, "sequence_length")
+    others: Mapping[str, tuple[Dims, torch.dtype]] = field(default_factory=dict)
+    call: Callable[[PreTrainedModel, Mapping[str, Any]], Any] = _call
+
+    @property
+    def in_front(self) -> dict[str, tuple[Dims, torch.dtype]]:
+        """Dimensions and dtype of what stands in front of the cache; behind it come `others`."""
+        name, dims = self.tokens
+        return {
+            name: (dims, torch.float32 if len(dims) == 3 else torch.int64),
+            "attention_mask": ((BATCH, "total_sequence_length"), torch.int64),
+            "position_ids": (self.positions, torch.int64),
+        }
+
+
+TOKEN_IDS = Reads(("input_ids", (BATCH, "sequence_length")))
 
 
 class _Flat(torch.nn.Module):
-    """The model with every input and output a plain tensor."""
+    """The model with every input and output a plain tensor; `input_ids` are whatever stands for tokens."""
 
-    def __init__(self, model: PreTrainedModel):
+    def __init__(self, model: PreTrainedModel, reads: Reads):
         super().__init__()
-        self.model = model
+        self.model, self._reads = model, reads
 
-    def forward(self, input_ids, attention_mask, position_ids, past):
+    def forward(self, input_ids, attention_mask, position_ids, past, others):
         cache = GraphCache(past)
-        return (self.run(cache, input_ids, attention_mask, position_ids).logits, *cache.present())
+        return (self.run(cache, input_ids, attention_mask, position_ids, others).logits, *cache.present())
 
-    def run(self, cache, input_ids, attention_mask, position_ids):
-        with tracing(cache), tokens_of(input_ids), recurrences_as_nodes(self.model):
-            return self.model(
-                input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids,
-                past_key_values=cache, use_cache=True,
+    def run(self, cache, tokens, attention_mask, position_ids, others):
+        rows = tokens[..., 0] if tokens.dim() == 3 else tokens
+        with tracing(cache), tokens_of(rows), recurrences_as_nodes(self.model):
+            return self._reads.call(
+                self.model,
+                {
+                    self._reads.tokens[0]: tokens, "attention_mask": attention_mask, "position_ids": position_ids,
+                    **others, "past_key_values": cache, "use_cache": True,
+                },
             )  # fmt: skip
 
 
@@ -82,15 +121,17 @@ class Traced:
     pieces: dict[str, WeightView]
 
 
-def trace_model(model: PreTrainedModel, aliases: dict[str, tuple[str, ...]], place: str) -> Traced:
+def trace_model(
+    model: PreTrainedModel, aliases: dict[str, tuple[str, ...]], place: str, reads: Reads = TOKEN_IDS
+) -> Traced:
     """Trace a model; of layers that do the same only the first is traced."""
-    cache = _probe(model, place)
+    cache = _probe(model, place, reads)
     depth = len(cache)
-    layers = _layers(model, aliases, cache) if depth > 2 else None
+    layers = _layers(model, aliases, cache, reads) if depth > 2 else None
     if layers is not None and layers.needed < depth:
         try:
             with _shortened(model, layers):
-                traced = _trace_whole(model, aliases, cache[: layers.needed], place)
+                traced = _trace_whole(model, aliases, cache[: layers.needed], place, reads)
             tensors, pieces = dict(_named_tensors(model)), dict(traced.pieces)
             for number, first in enumerate(layers.first[layers.needed :], layers.needed):
                 pieces |= moved(traced.pieces, f"{layers.container}.{first}.", f"{layers.container}.{number}.")
@@ -99,17 +140,18 @@ def trace_model(model: PreTrainedModel, aliases: dict[str, tuple[str, ...]], pla
             return replace(traced, blocks=blocks, pasts=pasts, presents=presents, cache=cache, pieces=pieces)
         except CaptureError:
             pass  # not a plain row of layers: what cannot be traced as a whole either is reported then
-    return _trace_whole(model, aliases, cache, place)
+    return _trace_whole(model, aliases, cache, place, reads)
 
 
-def _probe(model: PreTrainedModel, place: str) -> list[Kept]:
+def _probe(model: PreTrainedModel, place: str, reads: Reads) -> list[Kept]:
     """What each layer keeps in its cache, found by running the model once without data."""
-    fake, (*ids, _) = _fake(model, [])
-    depth = model.config.num_hidden_layers
+    fake, (ids, _, positions, _, others) = _fake(model, [], reads)
+    mask = fake.from_tensor(torch.zeros(_BATCH, _SEQUENCE, dtype=torch.int64), static_shapes=True)
+    depth = model.config.get_text_config().num_hidden_layers
     cache = ProbeCache(depth)
     try:
         with fake, torch.no_grad(), quiet_transformers():
-            _Flat(model).run(cache, ids[0], ids[0], ids[2])
+            _Flat(model, reads).run(cache, ids, mask, positions, others)
     except CaptureError as error:
         error.place = error.place or place
         raise
@@ -124,18 +166,19 @@ def _probe(model: PreTrainedModel, place: str) -> list[Kept]:
     return [kept_in(found) for _, found in sorted(cache.found.items())]
 
 
-def _trace_whole(model: PreTrainedModel, aliases, cache: list[Kept], place: str) -> Traced:
+def _trace_whole(model: PreTrainedModel, aliases, cache: list[Kept], place: str, reads: Reads) -> Traced:
     """Trace a model that has as many layers now as it has caches, and cut it into blocks."""
     from .explain import check_sizes  # which imports what is in here
 
-    exported = _export(model, cache, place)
+    exported = _export(model, cache, place, reads)
     check_sizes(exported, model)
     own = dict(_named_tensors(model))
     whole, pieces = _normalized(exported, model, aliases)
     if without_form(whole.graph):
         whole, pieces = _normalized(decomposed(exported), model, aliases, in_core_aten=True)
     placeholders = [n.name for n in whole.graph.nodes if n.op == "placeholder"]
-    ids, pasts = placeholders[: len(IDS)], by_layer(placeholders[len(IDS) :], cache)
+    front, behind = len(reads.in_front), len(placeholders) - len(reads.others)
+    ids, pasts = placeholders[:front] + placeholders[behind:], by_layer(placeholders[front:behind], cache)
     results = results_of(whole.graph)
     read = {name: get_tensor(whole, name) for name in attributes(whole.graph)}
     constants = {name: tensor for name, tensor in read.items() if name not in own | pieces}
@@ -161,31 +204,33 @@ def _normalized(
     return whole, pieces
 
 
-def _fake(model: PreTrainedModel, cache: list[Kept]) -> tuple[FakeTensorMode, _Inputs]:
+def _fake(model: PreTrainedModel, cache: list[Kept], reads: Reads) -> tuple[FakeTensorMode, _Inputs]:
     """Give a model fake weights; returns their mode, and inputs of `_Flat`."""
     fake = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
     fake_parameters(model, fake)
 
-    def example(*shape, dtype=torch.int64):
-        return fake.from_tensor(torch.zeros(shape, dtype=dtype), static_shapes=True)
+    def example(dims: Dims, dtype=torch.float32):
+        sizes = [size if isinstance(size, int) else _SIZES[size] for size in dims]
+        return fake.from_tensor(torch.zeros(sizes, dtype=dtype), static_shapes=True)
 
-    past = [
-        [example(*shape, dtype=torch.float32) for shape in layer.shapes(_BATCH, _PAST)] for layer in cache
-    ]
-    return fake, (example(_BATCH, _SEQUENCE), example(_BATCH, _PAST + _SEQUENCE), example(_BATCH, _SEQUENCE), past)
+    past = [[example(shape) for shape in layer.shapes(_BATCH, _PAST)] for layer in cache]
+    ids, mask, positions = (example(*given) for given in reads.in_front.values())
+    return fake, (ids, mask, positions, past, {name: example(*given) for name, given in reads.others.items()})
 
 
 def _named_tensors(model: PreTrainedModel) -> list[tuple[str, torch.Tensor]]:
     return [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
 
 
-def _layers(model: PreTrainedModel, aliases: dict[str, tuple[str, ...]], cache: list[Kept]) -> LayerGroups | None:
-    fake, arguments = _fake(model, cache)
+def _layers(
+    model: PreTrainedModel, aliases: dict[str, tuple[str, ...]], cache: list[Kept], reads: Reads
+) -> LayerGroups | None:
+    fake, arguments = _fake(model, cache, reads)
     names = {id(tensor): aliases.get(name, (name,))[0] for name, tensor in _named_tensors(model)}
 
     def run() -> None:
         with fake:
-            _Flat(model)(*arguments)
+            _Flat(model, reads)(*arguments)
 
     return find_layers(model, arguments[3], names, run)
 
@@ -204,15 +249,22 @@ def _shortened(model: PreTrainedModel, layers: LayerGroups):
         setattr(owner, leaf, whole)
 
 
-def _export(model: PreTrainedModel, cache: list[Kept], place: str):
-    _, arguments = _fake(model, cache)
+def _export(model: PreTrainedModel, cache: list[Kept], place: str, reads: Reads):
+    _, arguments = _fake(model, cache, reads)
     dynamic = torch.export.Dim.DYNAMIC
-    two = {0: dynamic, 1: dynamic}
+
+    def free(dims: Dims) -> dict[int, Any]:
+        return {axis: dynamic for axis, size in enumerate(dims) if isinstance(size, str)}
+
+    front = zip(("input_ids", "attention_mask", "position_ids"), reads.in_front.values(), strict=True)
     pasts = [[dict.fromkeys(layer.free, dynamic) for _ in layer.names] for layer in cache]
-    shapes = {**dict.fromkeys(IDS, two), "past": pasts}
+    shapes = {
+        **{name: free(dims) for name, (dims, _) in front}, "past": pasts,
+        "others": {name: free(dims) for name, (dims, _) in reads.others.items()},
+    }  # fmt: skip
     try:
         with torch.no_grad(), quiet_transformers():
-            return torch.export.export(_Flat(model), arguments, dynamic_shapes=shapes, strict=False)
+            return torch.export.export(_Flat(model, reads), arguments, dynamic_shapes=shapes, strict=False)
     except CaptureError:
         raise
     except Exception as error:  # torch.export raises almost anything, and hides the reason behind other errors

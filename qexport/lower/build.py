@@ -6,11 +6,13 @@ from dataclasses import dataclass, field
 import onnx_ir as ir
 from torch.fx import Graph
 
+from ..artifact.cache_names import is_tokens
 from ..capture.blocks import handed_on
 from ..capture.graph import Port
 from ..graph.meta import Meta
 from ..graph.views import results_of
 from . import ops as _ops  # noqa: F401  registers the translations
+from .compact_padding import is_turned
 from .emitter import ONNX_DTYPE, VIEW_OF, Emitter, name_of
 from .fuse_norms import fuse_normalizations
 from .kernel_map import KernelMap, LinearLocation, plain
@@ -74,7 +76,7 @@ def build_model(
     for piece in pieces[:first]:
         add(piece, known)
     if first < last:
-        ids = next(known[port.value] for port in inputs if port.name == "input_ids")
+        ids = next(known[port.value] for port in inputs if is_tokens(port.name))
         wanted = {name for piece in pieces[last:] for name in piece.inputs} | {port.value for port in outputs}
         inner = add_branches(emit, pieces[first:last], known, ids, wanted, add, add_for_prompts)
     for piece in pieces[last:]:
@@ -95,6 +97,8 @@ def build_model(
     tensors = {name: _size_in_file(value) for name, value in graph.initializers.items()}
     read_next = [*(piece.inputs for piece in pieces[1:]), ()]
     handed = {piece.name: handed_on(piece.outputs, read) for piece, read in zip(pieces, read_next, strict=True)}
+    # In front of the layers of a decoder of embeddings nothing is made but their order: no value of the float model.
+    handed = {name: value for name, value in handed.items() if not is_turned(value)}
     everything = [product for piece in pieces for product in linear_products(piece.module.graph)]
     lowered = Lowered(
         ir.Model(graph, ir_version=target.operators.ir_version, producer_name="qexport", producer_version=version),

@@ -1,11 +1,12 @@
 """Real tokens first in every row while the layers run, and the caller's order again behind them."""
 
 import operator
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch.fx import Node
 
+from ..artifact.cache_names import TOKEN_IDS, is_past
 from ..capture.blocks import Block
 from ..capture.graph import CapturedModel
 from ..graph.edit import TensorSpec, call, shape_of
@@ -14,8 +15,9 @@ from .block_io import first_call, hand_on, names_of, read_in
 
 aten = torch.ops.aten
 ops = torch.ops.qexport
-LAST, TOTAL = "tokens.last", "tokens.total"  # what attention asks for, see ops.real_first
-_BACK, _VALID = "tokens.back", "tokens.valid"
+_TURNED = "tokens."
+LAST, TOTAL = f"{_TURNED}last", f"{_TURNED}total"  # what attention asks for, see ops.real_first
+_BACK, _VALID = f"{_TURNED}back", f"{_TURNED}valid"
 
 
 def turn_tokens(first: Block, values: dict[str, str], later: Mapping[str, TensorSpec]) -> None:
@@ -26,11 +28,12 @@ def turn_tokens(first: Block, values: dict[str, str], later: Mapping[str, Tensor
         later: what blocks behind it read from outside, by these names in the graph.
     """
     graph = first.module.graph
-    for name in ("input_ids", "position_ids"):
+    for name in turned_inputs(values):
         if (spec := later.get(values[name])) is not None:
             read_in(first, values[name], spec)
     by_name = {name: node for node, name in names_of(first).items()}
-    mask, ids = by_name[values["attention_mask"]], by_name[values["input_ids"]]
+    start = first_call(graph)
+    mask, ids = by_name[values["attention_mask"]], rows_of(first, values)
     order, batch = ids.meta[Meta.SPEC], shape_of(ids)[0]
     valid, last, total = (
         TensorSpec(torch.bool, (batch, 1, 1)),
@@ -38,25 +41,63 @@ def turn_tokens(first: Block, values: dict[str, str], later: Mapping[str, Tensor
         TensorSpec(torch.int32, (1,)),
     )
     specs = (order, order, valid, last, total)
-    with graph.inserting_before(first_call(graph)):
+    with graph.inserting_before(start):
         found = call(graph, ops.real_first.default, (mask, ids), like=ids)
         found.meta[Meta.SPEC] = specs
         parts = [call(graph, operator.getitem, (found, i), like=ids) for i in range(len(specs))]
         for part, spec in zip(parts, specs, strict=True):
             part.meta[Meta.SPEC] = spec
         handed_on = dict(zip((_BACK, _VALID, LAST, TOTAL), parts[1:], strict=True))
-        for name in ("input_ids", "position_ids"):
+        for name in turned_inputs(values):
             if (node := by_name.get(values[name])) is not None:
-                turned = call(graph, ops.take_tokens.default, (node, parts[0]), like=node)
-                _replace(node, turned, but={found, turned})
+                reader, turned = _turned(node, parts[0], of_rows=name == "position_ids")
+                _replace(node, turned, but={found, ids, reader})
                 handed_on[turned_name(name)] = turned
     for name, node in handed_on.items():
         hand_on(first, node, name)
 
 
+def _turned(node: Node, order: Node, *, of_rows: bool) -> tuple[Node, Node]:
+    """A value with its tokens in another order, and the first node that makes it.
+
+    Args:
+        of_rows: its last axes are [batch, sequence]; otherwise its first ones are.
+    """
+    graph, shape = node.graph, shape_of(node)
+    if not of_rows or len(shape) == 2:
+        turned = call(graph, ops.take_tokens.default, (node, order), like=node)
+        return turned, turned
+    first = call(graph, aten.permute.default, (node, [1, 2, 0]), like=node, shape=(*shape[1:], shape[0]))
+    taken = call(graph, ops.take_tokens.default, (first, order), like=first)
+    return first, call(graph, aten.permute.default, (taken, [2, 0, 1]), like=node)
+
+
+def turned_inputs(values: Mapping[str, str]) -> Iterator[str]:
+    """The inputs of a decoder that are read by position, of those in `values`, by their public names."""
+    return (name for name in values if name != "attention_mask" and not is_past(name))
+
+
+def rows_of(first: Block, values: Mapping[str, str]) -> Node:
+    """A value [batch, sequence] of the new tokens, whose shape alone counts: ids or, where it reads none, positions."""
+    by_name = {name: node for node, name in names_of(first).items()}
+    if TOKEN_IDS in values:
+        return by_name[values[TOKEN_IDS]]
+    node = by_name[values["position_ids"]]
+    if len(shape_of(node)) == 2:
+        return node
+    graph = first.module.graph
+    with graph.inserting_before(first_call(graph)):
+        return call(graph, aten.select.int, (node, 0, 0), like=node, shape=shape_of(node)[1:])
+
+
 def turned_name(name: str) -> str:
     """The value that blocks after the first read instead of an input of the model."""
-    return f"tokens.{name}"
+    return f"{_TURNED}{name}"
+
+
+def is_turned(value: str) -> bool:
+    """Whether a value is an input of the model in another order, or what belongs to that order."""
+    return value.startswith(_TURNED)
 
 
 def turn_back(last: Block, captured: CapturedModel) -> None:

@@ -13,13 +13,14 @@ from typing import Any
 import torch
 from torch.fx import Node
 
+from ..artifact.cache_names import is_tokens
 from ..capture.blocks import Block
 from ..capture.graph import CapturedModel
 from ..graph.edit import TensorSpec, add_tensor, call, is_call, shape_of
 from ..graph.meta import Meta
 from ..graph.views import CachedAttention, CausalMask, Item, RoundCache, RoundE4M3, size_at
 from .block_io import first_call, hand_on, names_of, producers, prune, read_in
-from .compact_padding import LAST, TOTAL, turn_back, turn_tokens, turned_name
+from .compact_padding import LAST, TOTAL, rows_of, turn_back, turn_tokens, turned_inputs, turned_name
 from .flat_heads import flat_heads, flatten_users
 from .position_bias import Masks
 from .rotary import RotatedHeads, position_table, rotated
@@ -116,7 +117,7 @@ def group_attention(captured: CapturedModel, grouping: GroupedAttention) -> None
     first = captured.blocks[0]
     behind = [names_of(block) for block in captured.blocks[1:]]
     turn_tokens(first, values, {name: node.meta[Meta.SPEC] for names in behind for node, name in names.items()})
-    turned = {values[name]: turned_name(name) for name in ("input_ids", "position_ids")}
+    turned = {values[name]: turned_name(name) for name in turned_inputs(values)}
     for block in captured.blocks[1:]:
         block.inputs[:] = [turned.get(name, name) for name in block.inputs]
     graph = first.module.graph
@@ -135,8 +136,8 @@ def group_attention(captured: CapturedModel, grouping: GroupedAttention) -> None
 
 
 def _sites(captured: CapturedModel, values: dict[str, str], masked: Masks, e4m3: bool) -> list[_Site]:
-    if not {"input_ids", "attention_mask", "position_ids"} <= values.keys():
-        raise Unsuited("it does not read token ids, a mask and positions")
+    if not {"attention_mask", "position_ids"} <= values.keys() or not any(map(is_tokens, values)):
+        raise Unsuited("it does not read tokens, a mask and positions")
     sites: list[_Site] = []
     masks: set[Node] = set()
     biased: dict[Node, Block] = {}
@@ -195,7 +196,7 @@ def _add_biases(captured: CapturedModel, grouping: GroupedAttention, values: Map
     """Let the first block make what is added to scores, and hand it on; layers that add the same share it."""
     first = captured.blocks[0]
     graph, by_name = first.module.graph, {name: node for node, name in names_of(first).items()}
-    mask, ids = (by_name[values[name]] for name in ("attention_mask", "input_ids"))
+    mask, ids = by_name[values["attention_mask"]], rows_of(first, values)
     for name, table in grouping.biases.items():
         with graph.inserting_before(first_call(graph)):
             slopes = add_tensor(graph, f"{name}.table", table)

@@ -28,7 +28,7 @@ def add_branches(
 
     Args:
         known: values by name; gets those that are read after these blocks.
-        ids: input_ids, [batch, sequence].
+        ids: input_ids [batch, sequence], or their embeddings [batch, sequence, features].
         wanted: names of values that are read after these blocks.
         add, add_for_prompts: translate a block.
 
@@ -90,7 +90,7 @@ def _choose(
     """Add the If.
 
     Args:
-        input_ids: [batch, sequence].
+        input_ids: as `ids` of `add_branches`.
         prompts, steps: nodes of each branch, made within `Emitter.branch`, and the values that leave it.
 
     Returns:

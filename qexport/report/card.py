@@ -7,7 +7,7 @@ from typing import Any
 import yaml
 from markupsafe import Markup, escape
 
-from ..artifact.manifest import GENAI_FILE
+from ..artifact.manifest import GENAI_FILE, is_part
 from ..artifact.ownership import CARD_MARK
 from ..artifact.scratch import write_whole
 from ..artifact.tokenizer import TEMPLATE
@@ -63,7 +63,7 @@ def front_matter(exported: Exported) -> str:
     if known["base_model"]:
         known["base_model_relation"] = "quantized"
     known["library_name"] = "onnxruntime"
-    if exported.manifest.kind == "decoder":
+    if exported.manifest.kind == "decoder" and not is_part(exported.manifest):
         known["pipeline_tag"] = "text-generation"
     schemes = sorted({linear.scheme for linear in exported.manifest.linears})
     known["tags"] = ["onnx", "onnxruntime", "quantized", "qexport", *schemes]

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import yaml
 
-from ..artifact.manifest import RECIPE_FILE
+from ..artifact.manifest import RECIPE_FILE, is_part
 from ..formatting import megabytes
 from ..recipe.sections import only
 from ..validation.formatting import decibels, own, share, with_error, worst_first
@@ -115,7 +115,7 @@ def overrides_yaml(report: Report) -> str:
 def commands(exported: Exported) -> list[str]:
     """The command lines that make this export and this report again; none for a model that is no file."""
     manifest, report = exported.manifest, exported.report
-    if manifest.kind == "module" or report is None:
+    if manifest.kind == "module" or is_part(manifest) or report is None:
         return []
     model = str(report.settings.get("reference") or report.reference)
     make = ["qexport", "export", model, "--out", "out", "--recipe", RECIPE_FILE, "--target", manifest.target]

@@ -10,6 +10,7 @@ from .drafts import Drafts, spare_tokens
 from .generate import TextStream, Turn, decoded, eos_token_ids, limits, open_tokenizer, templated, token_ids
 from .sampling import Sampling
 from .seq2seq import is_seq2seq
+from .vision_language import is_vision_language
 
 _LENGTH = 4096  # tokens of a conversation, where the model's context is longer or unknown
 
@@ -48,6 +49,11 @@ class Chat:
         self._folder = Path(folder)
         if is_seq2seq(self._folder):
             raise InputError("an encoder-decoder does not converse", place=str(folder), remedy="Use qexport generate")
+        if is_vision_language(self._folder):
+            raise InputError(
+                "conversations about pictures are not kept", place=str(folder),
+                remedy="Use qexport generate --chat --image FILE",
+            )  # fmt: skip
         manifest = manifests.load(self._folder)
         self._tokenizer = open_tokenizer(self._folder)
         context, _ = limits(self._folder, manifest)

@@ -11,12 +11,13 @@ import onnxruntime as ort
 
 from ..artifact import manifest as manifests
 from ..artifact.adapter_files import adapter_path, read_adapter
-from ..artifact.cache_names import is_past, is_state, present_of
+from ..artifact.cache_names import TOKEN_IDS, is_past, is_state, present_of
 from ..artifact.manifest import CUDA, Manifest
 from ..errors import InputError, RuntimeProblem
 from . import cuda_graph
 from .cuda_graph import RecordedStep
 from .drafts import Drafts
+from .embeddings import Embeds, reads_embeddings
 from .provider import chosen_provider, device_of
 from .sampling import Sampling
 from .session import open_session
@@ -38,9 +39,11 @@ class Decoder:
         max_length: length of a shared buffer in tokens; with separate past and present it has no effect.
         records: whether steps behind a prompt become a CUDA graph. The session has `cuda_graph.OPTIONS` then.
         factors: of an adapter, by the names of their inputs.
+        embed: makes what a file reads that has no table of tokens.
 
     Raises:
-        InputError: the file does not have the interface, or a shared cache has no max_length.
+        InputError: the file does not have the interface, or a shared cache has no max_length; it reads embeddings, and
+            nothing makes them.
     """
 
     def __init__(
@@ -51,13 +54,20 @@ class Decoder:
         max_length: int | None = None,
         records: bool = False,
         factors: Mapping[str, ort.OrtValue] = MappingProxyType({}),
+        embed: Embeds | None = None,
     ):
         settings = settings or {}
         inputs = {value.name: value for value in session.get_inputs()}
         outputs = {value.name for value in session.get_outputs()}
         self._pasts = [name for name in inputs if is_past(name)]
         presents = [present_of(name) for name in self._pasts]
-        missing = {"input_ids"} - set(inputs) | {"logits", *presents} - outputs
+        if embed is None and reads_embeddings(session):
+            raise InputError(
+                "reads embeddings, which another part of the model makes of tokens and pictures",
+                remedy="Give the folder that holds all its parts",
+            )
+        self._embed, made = embed, {TOKEN_IDS} if embed is None else embed.makes
+        missing = made - set(inputs) | {"logits", *presents} - outputs
         if missing or not self._pasts:
             raise InputError(
                 f"not a decoder: {', '.join(sorted(missing)) or 'past_key_values'} is missing",
@@ -69,8 +79,10 @@ class Decoder:
         self._session, self._outputs = session, ["logits", *presents]
         self._all_logits = next(v.shape[1] for v in session.get_outputs() if v.name == "logits") != 1
         self._has_positions, self._has_mask = "position_ids" in inputs, "attention_mask" in inputs
+        # Of pictures a token has a place in time, height and width, which of text are one.
+        self._axes = inputs["position_ids"].shape[:-2] if self._has_positions else []
         self._takes_padding = self._has_mask and (self._has_positions or settings.get("attention") == "grouped")
-        self._others = set(inputs) - {"input_ids", "attention_mask", "position_ids", *self._pasts}
+        self._others = set(inputs) - {"attention_mask", "position_ids", *made, *self._pasts}
         self._given: dict[str, ort.OrtValue] = dict(factors)
         self._factors = factors
         sizes = {1: settings.get("num_key_value_heads"), 3: settings.get("head_dim")}
@@ -88,7 +100,7 @@ class Decoder:
         self._binding: ort.IOBinding | None = None  # of a shared cache, kept from run to run
         self._run_options = cuda_graph.unrecorded() if records else None
         self._step: RecordedStep | None = None  # of a batch size, as the cache
-        self._records = records and self._share
+        self._records = records and self._share and embed is None
         self._vocab = int(settings["vocab_size"]) if self._records else 0
         self._cache: list[ort.OrtValue] = []
         self.reset()
@@ -175,11 +187,16 @@ class Decoder:
         if self._records and self._past and ids.shape[1] == 1 and len(ids) == self._cache[0].shape()[0]:
             return self._recorded(ids, mask, positions)
         binding = self._bind(len(ids))
-        binding.bind_cpu_input("input_ids", ids)
         if self._has_mask:
             binding.bind_cpu_input("attention_mask", mask)
         if self._has_positions:
-            binding.bind_cpu_input("position_ids", positions)
+            binding.bind_cpu_input("position_ids", np.tile(positions, (*self._axes, 1, 1)))
+        if self._embed is None:
+            binding.bind_cpu_input(TOKEN_IDS, ids)
+        else:  # which may have positions of its own
+            held = self._embed(ids, positions)
+            for name, value in held.items():
+                binding.bind_ortvalue_input(name, value)
         binding.bind_output("logits", "cpu")
         try:
             self._session.run_with_iobinding(binding, self._run_options)
@@ -309,10 +326,12 @@ def open_decoder(
     max_length: int = 2048,
     records: bool | None = None,
     adapter: str | None = None,
+    embed: Embeds | None = None,
 ) -> Decoder:
     """Open a folder for generation; max_length bounds a shared cache only.
 
     Args:
+        embed: see `Decoder`.
         records: whether steps become a CUDA graph; None where the file and its provider can.
         adapter: the name of one of the export's adapters, to run with.
 
@@ -329,7 +348,7 @@ def open_decoder(
         and manifest.settings.get("past_present_share_buffer")
         and cuda_graph.can_record(manifest)
     )
-    if possible and records is not False:
+    if possible and records is not False and embed is None:
         try:
             session = open_session(
                 folder, manifest, threads=threads, provider=provider, provider_options=cuda_graph.OPTIONS
@@ -340,4 +359,4 @@ def open_decoder(
                 raise
             logger.info("%s: its steps are no CUDA graph: %s", folder, error)
     session = open_session(folder, manifest, threads=threads, provider=provider)
-    return Decoder(session, manifest.settings, max_length=max_length)
+    return Decoder(session, manifest.settings, max_length=max_length, embed=embed)

@@ -17,6 +17,7 @@ from ..artifact.dtypes import FLOATS
 from ..artifact.manifest import CPU, MODEL_FILE, Manifest
 from ..errors import RuntimeProblem
 from .decoder import Decoder
+from .embeddings import stand_in
 from .session import session_options, start
 from .values import value_of
 
@@ -67,7 +68,7 @@ def _run(folder: Path, manifest: Manifest, sizes: Mapping[str, Sequence[int]], *
     session = start(folder / MODEL_FILE, options, manifest.provider)
     if manifest.kind == "decoder":
         prompt = manifest.settings.get("prompts_from", _STEPS)
-        decoder = Decoder(session, manifest.settings, max_length=prompt + 1)
+        decoder = Decoder(session, manifest.settings, max_length=prompt + 1, embed=stand_in(session))
         decoder.run(np.zeros((1, prompt), np.int64))
         decoder.run(np.zeros((1, 1), np.int64))
         return

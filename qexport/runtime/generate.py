@@ -1,8 +1,9 @@
-"""Text from an exported decoder, with the tokenizer in its folder."""
+"""Text from an export, with the tokenizer in its folder."""
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -13,6 +14,7 @@ from .drafts import Drafts, spare_tokens
 from .patience import at_most
 from .sampling import Sampling
 from .seq2seq import is_seq2seq, open_seq2seq, texts_as_source
+from .vision_language import is_vision_language, open_processor, open_vision_language, prompt_of
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +43,7 @@ def generate_text(
     on_text: Callable[[int, str], None] | None = None,
     adapter: str | None = None,
     drafts: Drafts | None = None,
+    images: Sequence[Any] = (),
 ) -> list[str]:
     """Continue text with an exported folder and the tokenizer in it; an encoder-decoder writes about it.
 
@@ -62,6 +65,8 @@ def generate_text(
         adapter: the name of an adapter that the export keeps apart, to run with.
         drafts: guess the next tokens of one prompt and read them together, which is faster where a text repeats itself
             or its prompt.
+        images: of a model of pictures and text, what its one prompt is about: paths of pictures, pictures of Pillow or
+            arrays uint8 [height, width, 3]. Those that no token of the prompt stands for come first.
 
     Returns:
         the new text of each prompt, without special tokens.
@@ -73,15 +78,25 @@ def generate_text(
         RuntimeProblem: as `open_session`.
     """
     folder = Path(folder)
-    manifest = None if is_seq2seq(folder) else manifests.load(folder)
+    sees = is_vision_language(folder)
+    manifest = None if is_seq2seq(folder) else manifests.load(folder / manifests.DECODER if sees else folder)
     _check_read(prompt, inputs, start, manifest)
-    tokenizer = open_tokenizer(folder)
     prompts = [prompt] if isinstance(prompt, str) else list(prompt or ())
+    _check_pictures(images, sees, len(prompts), adapter)
+    tokenizer = open_tokenizer(folder)
     if system is not None and not chat:
         raise InputError("a system message is part of a chat", place="system", remedy="Pass --chat too")
-    if chat:
+    processor = open_processor(folder) if images or (chat and sees) else None
+    if chat and processor is not None:
+        prompts = [templated(processor, about_pictures(text, len(images), system), folder) for text in prompts]
+    elif chat:
         prompts = [templated(tokenizer, first_turns(text, system), folder) for text in prompts]
-    ids = token_ids(tokenizer, prompts, folder, special=not chat)  # a template writes its own special tokens
+    pictures: dict[str, np.ndarray] = {}
+    if images:
+        tokens, pictures = prompt_of(processor, prompts[0], images, folder, special=not chat)
+        ids = [tokens]
+    else:
+        ids = token_ids(tokenizer, prompts, folder, special=not chat)  # a template writes its own special tokens
     count = len(ids) if inputs is None else max(map(len, inputs.values()), default=0)
     limit, rows = limits(folder, manifest)
     spare = spare_tokens(drafts)
@@ -108,9 +123,16 @@ def generate_text(
         )  # fmt: skip
     else:
         longest = max((len(row) for row in ids), default=0) + new_tokens + spare
-        decoder = open_decoder(
-            folder, manifest, threads=threads, provider=provider, max_length=longest, adapter=adapter
-        )  # fmt: skip
+        never: tuple[int, ...] = ()
+        if sees:
+            reader, decoder = open_vision_language(folder, threads=threads, provider=provider, max_length=longest)
+            never = (reader.token,)
+            if pictures:
+                reader.read(pictures)
+        else:
+            decoder = open_decoder(
+                folder, manifest, threads=threads, provider=provider, max_length=longest, adapter=adapter
+            )  # fmt: skip
         result = decoder.generate(
             ids,
             max_new_tokens=new_tokens,
@@ -119,6 +141,7 @@ def generate_text(
             sampling=sampling,
             on_token=listener,
             drafts=drafts,
+            never=never,
         )
     if on_text:
         for row, stream in enumerate(streams):
@@ -144,12 +167,29 @@ def _check_read(prompt: object, inputs: object, start: object, manifest: manifes
             raise InputError("only an encoder-decoder takes it", place=name, remedy="Pass a prompt")
 
 
+def _check_pictures(images: Sequence[Any], sees: bool, prompts: int, adapter: str | None) -> None:
+    """Refuse pictures that nothing reads, or that nobody knows the prompt of; and adapters beside pictures."""
+    if sees and adapter is not None:
+        raise InputError("a model of pictures keeps no adapters apart", place="adapter", remedy="Leave it out")
+    if images and not sees:
+        raise InputError("this export reads no pictures", place="images", remedy="Leave them out")
+    if images and prompts != 1:
+        raise InputError(f"pictures belong to one prompt, and there are {prompts}", place="images")
+
+
+def about_pictures(text: str, pictures: int, system: str | None) -> list[dict[str, Any]]:
+    """The same as `first_turns`, of pictures and a text about them, in parts as processors have it."""
+    parts = [*({"type": "image"} for _ in range(pictures)), {"type": "text", "text": text}]
+    first = [] if system is None else [{"role": "system", "content": [{"type": "text", "text": system}]}]
+    return [*first, {"role": "user", "content": parts}]
+
+
 def first_turns(text: str, system: str | None) -> list[Turn]:
     """What a user says first, behind what the system says, if it says anything."""
     return [*([] if system is None else [{"role": "system", "content": system}]), {"role": "user", "content": text}]
 
 
-def templated(tokenizer, turns: Sequence[Turn], folder: Path) -> str:
+def templated(tokenizer, turns: Sequence[Turn] | Sequence[dict[str, Any]], folder: Path) -> str:
     """The turns of a conversation in the chat template of a model, up to where it answers.
 
     Raises:

@@ -21,6 +21,7 @@ from ..artifact.swap import put
 from ..errors import InputError, RuntimeProblem, writing_to
 from . import optimized_cache as cache
 from .decoder import Decoder
+from .embeddings import stand_in
 from .layout import DATA_FILE, SHARED_FILE, lay_out
 from .session import open_session, session_options, start
 
@@ -165,7 +166,7 @@ def _trial(session: ort.InferenceSession, manifest: Manifest) -> list[np.ndarray
     """Outputs on random inputs, many rows at once and then one: kernels differ by that."""
     random = np.random.default_rng(0)
     if manifest.kind == "decoder":
-        decoder = Decoder(session, manifest.settings, max_length=_TRIAL_TOKENS + 1)
+        decoder = Decoder(session, manifest.settings, max_length=_TRIAL_TOKENS + 1, embed=stand_in(session))
         ids = random.integers(0, manifest.settings["vocab_size"], (1, _TRIAL_TOKENS + 1))
         # The logits are memory of the session.
         return [decoder.run(part).copy() for part in (ids[:, :_TRIAL_TOKENS], ids[:, _TRIAL_TOKENS:])]

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -23,7 +23,6 @@ from ..quant.metrics import (
 )
 from ..runtime.decoder import open_decoder
 from .bootstrap import standard_error
-from .reference import FloatOutputs
 from .report import Logits, MarginBin, WindowScores, WorstToken
 
 _STRETCHES = 64  # of a window, at most
@@ -82,8 +81,14 @@ def deployed_logits(
     return run
 
 
+class Outputs(Protocol):
+    """Outputs of the float model by batch, see `FloatOutputs`."""
+
+    def outputs(self, batch: int) -> dict[str, Tensor]: ...
+
+
 def compare_logits(
-    reference: FloatOutputs,
+    reference: Outputs,
     windows: Tensor,
     deployed: Callable[[Tensor], Tensor],
     progress: StageProgress = no_stage_progress,

@@ -13,6 +13,7 @@ from ..artifact.branches import PROMPTS, STEPS
 from ..artifact.manifest import CPU, LinearEntry, Manifest
 from ..artifact.scratch import scratch_folder
 from ..runtime.decoder import Decoder
+from ..runtime.embeddings import stand_in
 from ..runtime.session import open_session
 from .reference import Feeds
 from .report import LayerComparison
@@ -62,7 +63,9 @@ def measure(
         else:
             room = manifest.settings.get("max_position_embeddings", len(prompt) + 1 + _RUNS) - 1 - _RUNS
             ids = prompt[None, : max(room, 1)].numpy()
-            decoder = Decoder(session, manifest.settings, max_length=ids.shape[1] + 1 + _RUNS)
+            decoder = Decoder(
+                session, manifest.settings, max_length=ids.shape[1] + 1 + _RUNS, embed=stand_in(session)
+            )
             for _ in range(1 + _RUNS):
                 decoder.reset()
                 decoder.run(ids)

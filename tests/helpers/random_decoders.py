@@ -1,5 +1,6 @@
 """Small random models of real families, saved as folders that a user could have downloaded."""
 
+import copy
 from pathlib import Path
 
 import torch
@@ -48,7 +49,7 @@ def save_random(given: dict, folder: Path, loader: type, *, seed: int = 0, **cha
         loader: a class of transformers that makes it.
         changes: of its config.
     """
-    given = dict(given)
+    given = copy.deepcopy(given)  # in which configs change parts of others
     config = AutoConfig.for_model(given.pop("model_type"), **given)
     for name, value in changes.items():
         setattr(config, name, value)

@@ -28,7 +28,7 @@ from torch.fx._lazy_graph_module import _use_lazy_graph_module
 from transformers import PretrainedConfig, PreTrainedModel
 
 from qexport.capture import decoder
-from qexport.capture.trace import Traced
+from qexport.capture.trace import TOKEN_IDS, Reads, Traced
 from qexport.graph.edit import tensors_of
 
 _LIBRARIES = ("torch", "transformers", "qexport", "helpers")
@@ -60,13 +60,15 @@ def remembered():
         yield
 
 
-def _trace_once(model: PreTrainedModel, aliases: dict[str, tuple[str, ...]], place: str) -> Traced:
+def _trace_once(
+    model: PreTrainedModel, aliases: dict[str, tuple[str, ...]], place: str, reads: Reads = TOKEN_IDS
+) -> Traced:
     if not _of_libraries(model):
-        return _trace(model, aliases, place)
-    key = _said([model, aliases])
+        return _trace(model, aliases, place, reads)
+    key = _said([model, aliases, reads])
     if key not in _models:
         with _without_lines():
-            traced = _trace(model, aliases, place)
+            traced = _trace(model, aliases, place, reads)
         _models[key] = traced, _held(traced)
     traced, tensors = _models[key]
     assert _held(traced) == tensors, "a capture or what came after it wrote into the tensors of a trace"

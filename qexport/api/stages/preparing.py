@@ -18,6 +18,7 @@ from ...errors import InputError
 from ...models.coded import CodedCheckpoint
 from ...models.heads import in_two_parts
 from ...models.source import ModelFolder, open_model
+from ...models.vision_language import in_three_parts
 from ...recipe.recipe import Recipe
 from ...targets.base import Target, target_for
 from ..options import Options
@@ -111,6 +112,11 @@ class Preparation:
         """Whether it is an encoder-decoder, which becomes two exports in one folder."""
         return isinstance(self.source, ModelFolder) and in_two_parts(self.source.config)
 
+    @property
+    def in_three_parts(self) -> bool:
+        """Whether it is a model of pictures and text, which becomes three exports in one folder."""
+        return isinstance(self.source, ModelFolder) and in_three_parts(self.source.config)
+
     def of_part(self, captured: CapturedModel, recipe: Recipe, options: Options) -> "Preparation":
         """The same for a part of the model that is captured already, its time measured apart."""
         return replace(self, source=captured, recipe=recipe, options=options, seconds={})
@@ -155,7 +161,7 @@ def prepare(request: Request) -> Preparation:
         source=source, recipe=recipe, target=request.target, data=data, asked=asked, options=request.options,
         example_inputs=request.example_inputs, dynamic_shapes=request.dynamic_shapes,
     )  # fmt: skip
-    if isinstance(source, ModelFolder) and not prepared.in_two_parts:
+    if isinstance(source, ModelFolder) and not prepared.in_two_parts and not prepared.in_three_parts:
         check_calibration(source, recipe, data, asked)
     return prepared
 

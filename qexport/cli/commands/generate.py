@@ -1,5 +1,6 @@
 """`qexport generate`: a prompt continued."""
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -37,6 +38,9 @@ def generate(
     adapter: Annotated[str | None, typer.Option(help="Name of an adapter that the export keeps apart.")] = None,
     draft: Draft = None,
     draft_rows: DraftRows = None,
+    image: Annotated[
+        list[Path] | None, typer.Option("--image", "-i", help="A picture that the prompt is about; may be repeated.")
+    ] = None,
     threads: Threads = None,
     provider: Provider = None,
 ) -> None:
@@ -56,7 +60,7 @@ def generate(
     try:
         qexport.generate(
             folder, prompt, max_new_tokens=max_new_tokens, sampling=sampling, chat=chat, system=system, threads=threads,
-            provider=provider, on_text=show, adapter=adapter, drafts=drafts,
+            provider=provider, on_text=show, adapter=adapter, drafts=drafts, images=image or (),
         )  # fmt: skip
     finally:  # what stands there stays readable, whatever comes after it
         if written:

@@ -9,6 +9,7 @@ from typing import Any
 from ...api.auto import AutoResult
 from ...api.compressing import compressed
 from ...api.result import ExportResult
+from ...artifact.manifest import VISION_LANGUAGE
 from ...artifact.tokenizer import TEMPLATE
 from ...formatting import megabytes
 from ...mixed_precision.curve import CurvePoint
@@ -82,11 +83,21 @@ def print_export(result: ExportResult, model: str = "MODEL") -> None:
         model: what was exported, as the arguments of the commands that come next name it.
     """
     for part in result.parts.values():
-        print_export(part, model)
+        _print_file(part)
     if result.parts:
         print_kept(result.kept)
-        _print_next(result, model, " --text FILE", generates=True)
+        pictures = " --image FILE" if result.manifest.kind == VISION_LANGUAGE else ""
+        _print_next(result, model, " --text FILE", generates=True, pictures=pictures)
         return
+    _print_file(result)
+    if result.manifest.kind == "encoder":
+        _print_next(result, model, " --text FILE", generates=False)
+    if result.manifest.kind == "decoder":
+        _print_next(result, model, "", generates=True)
+
+
+def _print_file(result: ExportResult) -> None:
+    """What became of one file."""
     sizes, quantized = result.manifest.bytes, [p for p in result.plan if p.scheme is not None]
     shared = {e.linear for e in result.embeddings}
     weights = 4 * sum(p.shape[0] * p.shape[1] for p in quantized if p.name not in shared and not p.shares)
@@ -113,10 +124,6 @@ def print_export(result: ExportResult, model: str = "MODEL") -> None:
         print(f"  fewer than {FEW_TOKENS} calibration tokens chose the experts of {len(rare)} linears: see report.json")
     print_kept(result.kept)
     print_fast([linear.slow for linear in result.manifest.linears if linear.fast is not None], "  ")
-    if result.manifest.kind == "encoder":
-        _print_next(result, model, " --text FILE", generates=False)
-    if result.manifest.kind == "decoder":
-        _print_next(result, model, "", generates=True)
 
 
 def print_kept(kept: list[str]) -> None:
@@ -125,14 +132,14 @@ def print_kept(kept: list[str]) -> None:
         print(f"  kept, as no export wrote them: {', '.join(kept)}")
 
 
-def _print_next(result: ExportResult, model: str, text: str, *, generates: bool) -> None:
+def _print_next(result: ExportResult, model: str, text: str, *, generates: bool, pictures: str = "") -> None:
     """The commands that go on from here, to be copied."""
     folder = shlex.quote(str(result.folder))
     print(f"Next: qexport validate {folder} --reference {model}{text}")
-    if generates and (result.folder / TEMPLATE).is_file():
+    if generates and (result.folder / TEMPLATE).is_file() and not pictures:
         print(f"      qexport chat {folder}")
     elif generates:
-        print(f'      qexport generate {folder} --prompt "Once upon a time"')
+        print(f'      qexport generate {folder}{pictures} --prompt "Once upon a time"')
 
 
 def _print_exceptions(plan: Sequence[Planned]) -> None:
