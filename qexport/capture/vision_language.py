@@ -5,7 +5,8 @@ decoder reads the result with a cache, in which there is no difference any more 
 text.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -24,6 +25,7 @@ from ..models.transformers_witness import PicturesWitness
 from ..models.vision_language import VisionLanguage, vision_language_of
 from .another_forward import called_by
 from .decoder import capture_decoder
+from .dynamic import Axes
 from .graph import BATCH, CapturedModel
 from .module import capture_module
 from .streamed import Streamed, StreamedWeights, open_streamed
@@ -84,13 +86,41 @@ def capture_vision_language(folder: ModelFolder, placement: Placement = HOST) ->
             remedy="Pass an nn.Module with example inputs",
         )  # fmt: skip
     loaded: Loaded | Streamed = open_streamed(folder, kind.loader) or load_whole(folder, kind.loader)
+    made = _in_front(loaded, kind, folder)
+    if made is None:
+        loaded = load_whole(folder, kind.loader)
+        made = _in_front(loaded, kind, folder)
+    if made is None:
+        raise TypeError("weights that were loaded are no fake ones")
+    vision, embedding = made
+    model = loaded.model if isinstance(loaded, Loaded) else None
+    witness = PicturesWitness(folder, kind, model)
+    own = replace(folder, config=deepcopy(folder.config))  # in which it says how attention is traced
+    decoder = capture_decoder(own, kind.loader, partial(_reads, kind), replace(witness, part=DECODER))
+    parts = {
+        name: replace(
+            part, witness=replace(witness, part=name), placement=placement, folder=folder, left_out=[],
+            settings=part.settings | {"part": name},
+        )
+        for name, part in ((VISION, vision), (EMBEDDING, embedding), (DECODER, decoder))
+    }  # fmt: skip
+    parts[VISION] = replace(parts[VISION], notes=[*loaded.notes, *vision.notes], left_out=loaded.left_out)
+    return VisionParts(kind, **parts, model=model)
+
+
+def _in_front(
+    loaded: Loaded | Streamed, kind: VisionLanguage, folder: ModelFolder
+) -> tuple[CapturedModel, CapturedModel] | None:
+    """The parts in front of the decoder; None where a graph computes with weights alone, and these are not loaded.
+
+    Raises:
+        CaptureError: torch.export cannot follow them, or weights are missing.
+    """
     if loaded.absent:
         raise CaptureError(
             f"{len(loaded.absent)} weights are not in the checkpoint, first {loaded.absent[0]}", place=folder.name,
             remedy="The config does not belong to these weights, or the download is incomplete",
         )  # fmt: skip
-    whole = PicturesWitness(folder, kind, loaded.model if isinstance(loaded, Loaded) else None)
-    decoder = capture_decoder(folder, kind.loader, partial(_reads, kind), replace(whole, part=DECODER))
     config, random = folder.config, torch.Generator().manual_seed(0)
     pictures = kind.example(config, _COUNT, random)
     free = {
@@ -98,25 +128,21 @@ def capture_vision_language(folder: ModelFolder, placement: Placement = HOST) ->
         for name, given in kind.inputs(config).items()
     }
     vision = _captured(loaded, pictures, free, lambda model, given: {FEATURES: kind.features(model, given)})
+    if vision is None:
+        return None
     width = int(vision.outputs[0].dims[-1])
     tokens = {
         "input_ids": torch.zeros(_BATCH, _SEQUENCE, dtype=torch.int64), FEATURES: torch.zeros(_ROWS, width)
     }  # fmt: skip
     axes = {"input_ids": {0: BATCH, 1: "sequence_length"}, FEATURES: {0: ROWS}}
     embedding = _captured(loaded, tokens, axes, partial(_merged, kind))
-    vision, embedding = (
-        replace(part, witness=replace(whole, part=name), placement=placement, folder=folder)
-        for part, name in ((vision, VISION), (embedding, EMBEDDING))
-    )
-    vision = replace(vision, notes=[*loaded.notes, *vision.notes], left_out=loaded.left_out)
-    parts = {VISION: vision, EMBEDDING: embedding, DECODER: replace(decoder, placement=placement, left_out=[])}
-    for name, part in parts.items():
-        part.settings["part"] = name
-    return VisionParts(kind, **parts, model=loaded.model if isinstance(loaded, Loaded) else None)
+    return None if embedding is None else (vision, embedding)
 
 
-def _captured(loaded: Loaded | Streamed, given: Mapping[str, Tensor], axes, run) -> CapturedModel:
-    """A part that is called by `run`."""
+def _captured(
+    loaded: Loaded | Streamed, given: Mapping[str, Tensor], axes: Axes, run: Callable[..., dict[str, Tensor]]
+) -> CapturedModel | None:
+    """A part that is called by `run`; None where it computes with weights that are not loaded."""
     fake = loaded.fake if isinstance(loaded, Streamed) else None
     with called_by(loaded.model, list(given), run):
         captured = capture_module(loaded.model, given, axes, fake=fake)
@@ -125,7 +151,7 @@ def _captured(loaded: Loaded | Streamed, given: Mapping[str, Tensor], axes, run)
     held = {n: b.detach() for n, b in loaded.model.named_buffers(remove_duplicate=False)}
     held |= getattr(captured.weights, "made", {})
     if any(isinstance(tensor, FakeTensor) for tensor in held.values()):
-        raise CaptureError("its graph computes with weights alone, and it is too large to be loaded whole")
+        return None
     return replace(captured, weights=StreamedWeights(loaded.checkpoint, held))
 
 

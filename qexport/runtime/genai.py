@@ -94,7 +94,7 @@ def genai_config(
                 "session_options": {
                     "log_id": "onnxruntime-genai",
                     **manifest.session,
-                    "provider_options": _provider_options(manifest),
+                    "provider_options": provider_options(manifest),
                 },
                 "hidden_size": _need(sizes, "hidden_size"),
                 "head_size": _need(manifest.settings, "head_dim"),
@@ -145,7 +145,12 @@ def context_length(folder: str | Path) -> int | None:
     return found if isinstance(found, int) and found > 0 else None
 
 
-def _provider_options(manifest: Manifest) -> list[dict[str, dict[str, str]]]:
+def provider_options(manifest: Manifest) -> list[dict[str, dict[str, str]]]:
+    """Provider options of onnxruntime-genai for an export.
+
+    Raises:
+        InputError: it does not run the target.
+    """
     if manifest.genai_provider_options is None:
         raise InputError(f"onnxruntime-genai is not configured for the target {manifest.target}")
     return list(manifest.genai_provider_options)

@@ -1,16 +1,21 @@
 """Exporting a model of pictures and text: its three parts, each a folder of its own, in one."""
 
 import json
+import logging
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
-from ...artifact.manifest import FORMAT, MANIFEST_FILE, PICTURE_PARTS, VISION_LANGUAGE
+from ...artifact.files import read_json
+from ...artifact.manifest import FORMAT, GENAI_FILE, MANIFEST_FILE, PICTURE_PARTS, VISION_LANGUAGE, Manifest
 from ...artifact.output import WorkFolder, claimed
 from ...capture.vision_language import VisionParts, capture_vision_language
+from ...errors import InputError
 from ...models.source import ModelFolder
 from ...progress import announce, of_part
+from ...runtime.genai_pictures import PROCESSOR_FILE, pictures_config, pictures_processor
 from ...validation.reader import check_reader
 from ..folder import copy_companions
 from ..parts import recipes_of, whole_result
@@ -22,6 +27,8 @@ from ..stages.capturing import capture
 from ..stages.planning import plan
 from ..stages.preparing import Preparation
 from .sources import calibration_data, check_examples, load_examples
+
+logger = logging.getLogger(__name__)
 
 _CONFIGS = (
     "config.json", "generation_config.json", "preprocessor_config.json", "processor_config.json",
@@ -60,6 +67,9 @@ def export_pictures(prepared: Preparation, work: WorkFolder) -> ExportResult:
             with claimed(temporary / part, overwrite=False) as place:
                 made[part] = pipeline.run(own, place)
         _write_companions(temporary, folder, parts)
+        if parts.kind.genai is not None:
+            written = {part: result.manifest for part, result in made.items()}
+            _write_genai(temporary, folder, parts.kind.genai, written)
     return whole_result(VISION_LANGUAGE, made, work)
 
 
@@ -84,6 +94,24 @@ def folder_of(prepared: Preparation) -> ModelFolder:
     if not isinstance(prepared.source, ModelFolder):
         raise TypeError("a model of pictures and text comes from a folder")
     return prepared.source
+
+
+def _write_genai(out: Path, source: ModelFolder, name: str, parts: Mapping[str, Manifest]) -> None:
+    """What onnxruntime-genai needs to run the export, which is whole without it."""
+    said = {file: read_json(out / file) if (out / file).is_file() else {} for file in _CONFIGS}
+    processor = said["processor_config.json"].get("image_processor") or said["preprocessor_config.json"]
+    tokenizer = source.tokenizer()
+    end = None if tokenizer is None else tokenizer.eos_token_id
+    try:
+        contents = {
+            GENAI_FILE: pictures_config(name, parts, said["config.json"], said["generation_config.json"], end),
+            PROCESSOR_FILE: pictures_processor(processor),
+        }  # fmt: skip
+    except InputError as error:
+        logger.warning("%s is left out: %s", GENAI_FILE, error)
+        return
+    for file, content in contents.items():
+        (out / file).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def _write_companions(out: Path, source: ModelFolder, parts: VisionParts) -> None:

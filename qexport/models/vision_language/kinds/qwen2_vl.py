@@ -16,6 +16,7 @@ class Qwen2VL(GridPictures):
     """Qwen2-VL."""
 
     types = ("qwen2_vl",)
+    genai = "qwen2_5_vl"  # which differs in the encoder alone, and that is a file
 
     def features(self, model: PreTrainedModel, pictures: Mapping[str, Tensor]) -> Tensor:
         encoder, patches = model.model.visual, pictures["pixel_values"]
