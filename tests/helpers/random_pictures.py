@@ -11,7 +11,6 @@ from qexport.calibrate.pictures import drawn_picture
 
 KINDS = tuple(LISTS["vision_language"])
 QUICK = ("llava",)
-CHAINED = ("llava", "qwen2_5_vl")  # with places of tokens in one dimension, and in three
 CHAT = (
     "{{ bos_token }}{% for m in messages %}{% for part in m['content'] %}{% if part['type'] == 'image' %}<image>"
     "{% else %}{{ part['text'] }}{% endif %}{% endfor %}{{ eos_token }}{% endfor %}"

@@ -9,7 +9,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from helpers import exports
 from helpers.breadth import quick
-from helpers.random_pictures import CHAINED, KINDS, QUICK, picture_file, save_pictures_model
+from helpers.random_pictures import KINDS, QUICK, picture_file, save_pictures_model
 from qexport import export, generate, inspect, validate
 from qexport.api.vision_language.sources import calibration_data, decoder_feeds, float_feeds, load_examples
 from qexport.artifact import manifest as manifests
@@ -61,7 +61,8 @@ def eager(folder):
     return AutoModelForImageTextToText.from_pretrained(folder, attn_implementation="eager", dtype=torch.float32).eval()
 
 
-@pytest.mark.parametrize("folder", FAMILIES, indirect=True)
+@pytest.mark.slow  # as every export does it
+@pytest.mark.parametrize("folder", KINDS, indirect=True)
 def test_parts_compute_what_transformers_computes(folder):
     parts = capture_vision_language(open_model(folder))
     for captured in parts.by_name.values():
@@ -115,7 +116,8 @@ def step(parts, feeds, made):
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("folder", quick(CHAINED, among=KINDS), indirect=True)
+@pytest.mark.slow
+@pytest.mark.parametrize("folder", KINDS, indirect=True)
 def test_the_chain_of_files_computes_what_transformers_computes(folder, tmp_path):
     export(folder, Recipe(scheme="float"), out_dir=tmp_path / "out")
     model, kind = eager(folder), vision_language_of(open_model(folder).config)
@@ -203,7 +205,8 @@ def test_bad_pairs_are_named_at_the_start(llava, tmp_path, line, said):
         export(llava, "w8a8_static", out_dir=tmp_path / "out", calibration=pairs)
 
 
-@pytest.mark.parametrize("source", ["self", pytest.param("text", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("source", ["self", "text"])
 def test_drawn_pictures_go_with_text(llava, tmp_path, source):
     if source == "text":
         source = str(tmp_path / "text.txt")
