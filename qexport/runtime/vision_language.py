@@ -89,13 +89,12 @@ class PicturesAndText(Embeds):
         return self._rows
 
     def __call__(self, ids: np.ndarray, positions: np.ndarray) -> Mapping[str, ort.OrtValue]:
-        if not positions.all():  # a prompt
-            stand = int((ids == self.token).sum())
-            if stand != self._rows:
-                raise InputError(
-                    f"{stand} tokens of it stand for pictures, of which the encoder made {self._rows} rows",
-                    place="prompt", remedy="Give its pictures, and tokens as the processor makes them",
-                )  # fmt: skip
+        stand, rows = int((ids == self.token).sum()), 0 if positions.all() else self._rows  # all of them in the prompt
+        if stand != rows:
+            raise InputError(
+                f"{stand} tokens of it stand for pictures, of which the encoder made {rows} rows", place="prompt",
+                remedy="Give its pictures, all in one prompt, and tokens as the processor makes them",
+            )  # fmt: skip
         given = {TOKEN_IDS: value_of(ids, self._types[TOKEN_IDS]), FEATURES: self._features}
         made = _run(self._embedding, given, self._device, "the embedding")
         return {**made, **self._places(ids, positions)}

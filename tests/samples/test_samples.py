@@ -76,6 +76,15 @@ def test_temperature_distance(run, model, tmp_path):
 
 
 @pytest.mark.slow
+def test_vision_language(run, tmp_path):
+    out = run("vision_language.py", "--kinds", "internvl", "-o", tmp_path / "table.md")
+    row = next(line for line in out.splitlines() if line.startswith("| internvl")).split("|")
+    assert row[2].strip() == "4" and float(row[3]) < 1e-5 and float(row[4]) < 1e-4
+    assert all(float(cell) > 25 for cell in row[5:8]) and row[8].strip() == "grouped"
+    assert (tmp_path / "table.md").read_text().startswith("# Models of pictures and text")
+
+
+@pytest.mark.slow
 def test_every_scheme(run, model, text):
     recipes = ["w4a16_g32_rtn", "w8a8_dyn"]
     lines = run(
