@@ -73,8 +73,8 @@ class Inspection:
         warnings: sentences on what a user may not expect of the model's folder.
         adapter: what is merged into the weights; empty where nothing is.
         codes: what becomes of codes that the checkpoint holds; empty where its weights are float or become float.
-        parts: of an encoder-decoder, what an export would do to its "encoder" and "decoder", of which this is the sum;
-            empty for other models.
+        parts: of a model in several parts, see `ExportResult`, what an export would do to each, of which this is the
+            sum; empty for other models.
     """
 
     model: str

@@ -17,8 +17,9 @@ from ..plan.linear_plan import LinearPlan
 class ExportResult:
     """What an export wrote.
 
-    Of an encoder-decoder it says what holds for both parts together: what they list stands one after the other, and the
-    manifest has the linears, sizes and blocks of both; session entries and settings are in those of the parts.
+    Of a model in several parts (an encoder-decoder, a model of pictures and text) it says what holds for all together:
+    what they list stands one after the other, and the manifest has the linears, sizes and blocks of all; session
+    entries and settings are in those of the parts.
 
     Attributes:
         folder: the output folder.
@@ -35,7 +36,8 @@ class ExportResult:
         kept: files that the replaced folder held and no export wrote: they are in the new one, under these names.
         reference: how far the captured float graph is from a witness that reads the model itself.
         codes: what became of codes that the checkpoint holds; empty where its weights are float or became float.
-        parts: of an encoder-decoder, what was written of its "encoder" and "decoder"; empty for other models.
+        parts: what was written of each part, by its name: of an encoder-decoder "encoder" and "decoder", of a model of
+            pictures and text "vision", "embedding" and "decoder"; empty for other models.
     """
 
     folder: Path
