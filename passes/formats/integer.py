@@ -6,6 +6,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from ...graph.edit import add_tensor, call, shape_of
+from ...graph.meta import Meta
 from ...graph.views import DequantizeLinear, ExpandCodes, size_at
 from ...quant.expand import expanded_scale
 from ...quant.formats import PER_TENSOR, ExpandedFormat, IntegerCodes, QuantizedWeight, WeightFormat
@@ -106,6 +107,8 @@ def weight_tensors(module: GraphModule, name: str, weight: QuantizedWeight) -> t
         return t.t().contiguous() if size > 0 else t.reshape(-1)
 
     codes = add_tensor(graph, f"{name}.weight_codes", weight.codes.t().contiguous())
+    if weight.format.in_planes:
+        codes.meta[Meta.PLANES] = weight.format.bits
     scale = scale_tensor(graph, name, layout(weight.scale), weight.format)
     zero_point = None
     if weight.zero_point is not None:

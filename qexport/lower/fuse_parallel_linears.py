@@ -26,6 +26,7 @@ from ..quant.concat_tensor import ConcatTensor
 from .qdq_patterns import linear_products
 
 aten = torch.ops.aten
+_AS_KEPT = (Meta.COARSE, Meta.PLANES)  # how the file keeps a tensor
 
 
 @dataclass
@@ -145,7 +146,7 @@ def _form(node: Node) -> tuple[Any, ...]:
     """What must be equal for weights to stand side by side: everything but values and the number of columns."""
     if node.op == "get_attr":
         spec = node.meta[Meta.SPEC]
-        return spec.dtype, spec.shape[:-1], Meta.COARSE in node.meta
+        return spec.dtype, spec.shape[:-1], *(node.meta.get(key) for key in _AS_KEPT)
     return node.target, *(_form(a) if isinstance(a, Node) else a for a in vars(bind(node)).values())
 
 
@@ -238,7 +239,7 @@ class _Merge:
         first = nodes[0]
         if first.op == "get_attr":
             joined = self._add(tensor_name(first), ConcatTensor(tuple(map(tensor_name, nodes))))
-            joined.meta |= {key: first.meta[key] for key in (Meta.COARSE,) if key in first.meta}
+            joined.meta |= {key: first.meta[key] for key in _AS_KEPT if key in first.meta}
             return joined
         given = [vars(bind(node)) for node in nodes]
         arguments = tuple(

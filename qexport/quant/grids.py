@@ -44,7 +44,7 @@ class AffineGrid(GroupedCodes):
     """Values (code - zero_point) * scale.
 
     Attributes:
-        bits: 2, 3, 4 or 8.
+        bits: 2 to 6, or 8.
         symmetric: signed codes around zero; otherwise unsigned codes with a zero point, zero always representable.
     """
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import onnx_ir as ir
 import torch
@@ -13,9 +14,11 @@ from ...graph.meta import Meta
 from ...graph.schema import Arguments
 from ...graph.views import sizes_of
 from ...quant.packing import pack_rows
+from ...quant.planes import plane_bits, split
 from ..emitter import Attribute, Emitter
 from ..moe_form import FLOATS
 from ..registry import translates
+from .quantized import joined_planes, unsigned_codes
 from .small_floats import halved_scales, integers
 
 ops = torch.ops.qexport
@@ -83,8 +86,22 @@ class _Side:
         def zeros(t: torch.Tensor) -> torch.Tensor:
             return pack_rows(spread(t), bits)
 
+        def plane(few: int, place: int, t: torch.Tensor) -> torch.Tensor:
+            return split(unsigned_codes(rows(t).contiguous(), few), few)[place]
+
+        kept = {node.meta.get(Meta.PLANES) for node in self.codes}
+        few = next(iter(kept)) if len(kept) == 1 else None
+        if few is None:
+            codes = stacked("codes", self.codes, (n, k * bits // 8), torch.uint8, pack)
+        else:
+            planes = [
+                emit.stacked(f"{self.name}.codes.plane{place}", self.codes, (count, n, k * part // 8), torch.uint8,
+                             partial(plane, few, place))
+                for place, part in enumerate(plane_bits(few))
+            ]  # fmt: skip
+            codes = joined_planes(emit, planes, few, bits, not self.zeros, [count, n, k * bits // 8])
         return (
-            stacked("codes", self.codes, (n, k * bits // 8), torch.uint8, pack),
+            codes,
             stacked("scales", self.scales, (n, blocks), dtype_of(self.scales[0]), spread),
             stacked("bias", self.biases, (n,), dtype_of(self.scales[0]), biases),
             stacked("zero_points", self.zeros, (n, -(-blocks * bits // 8)), torch.uint8, zeros),

@@ -1,7 +1,8 @@
 """The quantization operators."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial, reduce
 
 import onnx_ir as ir
 import torch
@@ -14,6 +15,7 @@ from ...graph.views import operand, size_at, sizes_of, tensor_name
 from ...quant.coarse_scales import coarse_codes, coarse_rows, coarse_table
 from ...quant.expand import channel_scale, expand_to_int8
 from ...quant.packing import pack_rows, whole_block
+from ...quant.planes import plane_bits, split, tables
 from ...quant.small_floats import e8m0_values
 from ..emitter import Attribute, Emitter
 from ..registry import translates
@@ -140,13 +142,47 @@ def packed_codes(emit: Emitter, codes: Node, bits: int, suffix: str, shape: list
         shape: [N, ...] bytes; more than K codes need fill up the last block.
     """
     missing = math.prod(shape[1:]) * 8 // bits - sizes_of(codes)[0]
-    offset = 2 ** (bits - 1) if dtype_of(codes) == torch.int8 else 0  # what a kernel takes off without zero points
+    signed = dtype_of(codes) == torch.int8
+    if (few := codes.meta.get(Meta.PLANES)) is not None:
+
+        def plane(place: int, t: torch.Tensor) -> torch.Tensor:
+            raised = unsigned_codes(t.t().contiguous(), few)
+            return split(torch.nn.functional.pad(raised, (0, missing)), few)[place]
+
+        packed = [
+            emit.derived(codes, f"plane{place}", [shape[0], (missing + sizes_of(codes)[0]) * part // 8], torch.uint8,
+                         partial(plane, place))
+            for place, part in enumerate(plane_bits(few))
+        ]  # fmt: skip
+        return joined_planes(emit, packed, few, bits, signed, shape)
+    offset = 2 ** (bits - 1) if signed else 0  # what a kernel takes off without zero points
 
     def pack(t: torch.Tensor) -> torch.Tensor:
         unsigned = t.t().contiguous().view(torch.uint8) + offset  # modulo 256
         return pack_rows(torch.nn.functional.pad(unsigned, (0, missing)), bits).view(shape)
 
     return emit.derived(codes, suffix, shape, torch.uint8, pack)
+
+
+def unsigned_codes(codes: torch.Tensor, bits: int) -> torch.Tensor:
+    """Codes counted from 0: int8 ones are moved up by half of their range."""
+    return codes.view(torch.uint8) + (2 ** (bits - 1) if codes.dtype == torch.int8 else 0)  # modulo 256
+
+
+def joined_planes(
+    emit: Emitter, planes: Sequence[ir.Value], few: int, bits: int, signed: bool, shape: list[int]
+) -> ir.Value:
+    """Bytes of a kernel for codes of `bits`, which ONNX Runtime makes of planes when it loads the file.
+
+    Args:
+        planes: as `quant.planes.split` makes them of codes of `few` bits.
+        shape: of the result.
+    """
+    parts = [
+        emit.op("Reshape", emit.looked_up(plane, table), emit.constant(shape))
+        for plane, table in zip(planes, tables(few, bits, signed), strict=True)
+    ]
+    return reduce(lambda one, other: emit.op("BitwiseOr", one, other), parts)
 
 
 def packed_scales(

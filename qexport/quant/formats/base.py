@@ -125,8 +125,13 @@ class WeightFormat(GroupedCodes, ABC):
 
     @property
     def stored_bits(self) -> int:
-        """Bits of a code in the file."""
+        """Bits of a code as kernels read it, and of one in the file but where it lies there in planes."""
         return self.bits
+
+    @property
+    def in_planes(self) -> bool:
+        """Whether the file has codes of fewer bits than kernels read, see `quant.planes`."""
+        return False
 
     def bytes(self, shape: tuple[int, int], scale_bytes: int) -> int:
         """Bytes in the file: codes, scales and zero points.

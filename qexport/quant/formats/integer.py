@@ -26,8 +26,12 @@ class IntegerCodes(AffineGrid, SteppedFormat, ABC):
 
     @property
     def stored_bits(self) -> int:
-        """3-bit codes are kept in 4 bits, because no kernel reads them denser."""
-        return 4 if self.bits == 3 else self.bits
+        """The next that a kernel reads: 2, 4 or 8."""
+        return next(bits for bits in (2, 4, 8) if bits >= self.bits)
+
+    @property
+    def in_planes(self) -> bool:
+        return self.group_size > 0 and self.bits < self.stored_bits
 
     def bytes(self, shape: tuple[int, int], scale_bytes: int) -> int:
         if self.group_size > 0:
@@ -43,7 +47,8 @@ class IntegerCodes(AffineGrid, SteppedFormat, ABC):
         block = stored_block(bits, self.group_size)
         blocks = -(-k // block)
         zero_points = 0 if self.symmetric else -(-blocks * bits // 8)  # every row begins on a byte of its own
-        return n * (blocks * block * bits // 8 + self._bytes_of_scales(blocks, scale_bytes) + zero_points)
+        codes = blocks * block * (self.bits if self.in_planes else bits) // 8
+        return n * (codes + self._bytes_of_scales(blocks, scale_bytes) + zero_points)
 
     def _bytes_of_scales(self, blocks: int, scale_bytes: int) -> int:
         """Of a row."""
@@ -71,7 +76,7 @@ class IntegerCodes(AffineGrid, SteppedFormat, ABC):
 @weight_format
 @dataclass(frozen=True)
 class IntegerFormat(IntegerCodes):
-    """`w{2|3|4|8}a{16|8|4}[_g{16..1024}|_pc|_pt][_asym][_s8][_dyn|_static][_int]`: (code - zero_point) * scale.
+    """`w{2|3|4|5|6|8}a{16|8|4}[_g{16..1024}|_pc|_pt][_asym][_s8][_dyn|_static][_int]`: (code - zero_point) * scale.
 
     Integer activations need `_dyn` (per token) or `_static` (per tensor); `_dyn` is what plain `w4a8` means. Without a
     group, weights have one scale per output channel. `_s8` keeps the scales of groups in 8 bits, see `coarse_scales`.
@@ -85,7 +90,8 @@ class IntegerFormat(IntegerCodes):
 
     stem = r"w(?P<w>\d+)a(?P<a>\d+)"
     options = r"(?:_(?P<group>g\d+|pc|pt))?(?P<asym>_asym)?(?P<scales>_s8)?(?:_(?P<kind>dyn|static))?(?P<int>_int)?"
-    examples = ("w4a16_g32", "w4a16_g128_asym", "w4a16_g32_s8", "w3a16_g64", "w8a8_dyn", "w8a8_static", "w4a8_g128_int")
+    examples = ("w4a16_g32", "w4a16_g128_asym", "w4a16_g32_s8", "w3a16_g64", "w6a16_g32_s8", "w8a8_dyn",
+                "w8a8_static", "w4a8_g128_int")  # fmt: skip
     # A weight-only scheme without a group is what other tools mean by it: groups, because one scale per channel is too
     # coarse for 4 bits and saves nothing in speed at 8. `_pc` asks for one scale per channel.
     short = {
@@ -100,7 +106,7 @@ class IntegerFormat(IntegerCodes):
     @classmethod
     def parse(cls, match: re.Match[str]) -> tuple[WeightFormat, ActivationFormat | None]:
         name, bits, act, group = match.string, int(match["w"]), int(match["a"]), match["group"]
-        if bits not in (2, 3, 4, 8) or act not in (4, 8, 16):
+        if bits not in (2, 3, 4, 5, 6, 8) or act not in (4, 8, 16):
             raise RecipeError(
                 f"scheme {name!r} asks for {bits}-bit weights and {act}-bit activations",
                 remedy=f"Schemes are {', '.join(cls.examples)} and the like",
@@ -155,6 +161,10 @@ class ExpandedFormat(IntegerFormat):
         zero_points = 0 if self.symmetric else -(-scales * bits // 8)
         return n * k * bits // 8 + (scales + n) * scale_bytes + zero_points
 
+    @property
+    def in_planes(self) -> bool:
+        return False
+
     def takes_part_group(self, in_features: int) -> bool:
         """The groups are spelled out where they are expanded."""
         return False
@@ -192,6 +202,11 @@ def _check(name: str, weight: IntegerFormat, activation: ActivationFormat | None
         raise RecipeError(
             f"scheme {name!r}: codes of 8 bits are finer than scales of 8 bits, which would clip them",
             remedy="Leave out _s8",
+        )
+    if weight.bits in (5, 6) and (whole or activation is not None):
+        raise RecipeError(
+            f"scheme {name!r}: {weight.bits}-bit weights have groups and float activations",
+            remedy=f"Use w{weight.bits}a16_g32_s8",
         )
     if weight.bits == 2 and whole and activation is None:
         raise RecipeError(f"scheme {name!r}: 2-bit weights need groups", remedy="Use w2a16_g64 or w2a16_g128")
