@@ -83,6 +83,10 @@ class GPTQ(GraphPass):
         sites = [n for n in linears(module.graph) if planned(self.plan, n) and not _read_elsewhere(n)]
         return {value: partial(_as_it_is, seen) for value, seen in self._together(sites).items()}
 
+    def grid(self, linear: Linear, w: torch.Tensor, fmt: SteppedFormat, factor: InverseFactor) -> SteppedFormat:
+        """The format of a weight [N, K], of the plan's size at most."""
+        return fmt
+
     def _together(self, sites: Sequence[Linear]) -> dict[Node, HessianStatistic]:
         """By value that these linears read, an empty statistic; the same one where a weight meets several values."""
         found: dict[Node, HessianStatistic] = {}
@@ -133,7 +137,7 @@ class GPTQ(GraphPass):
             if not reached[seen]:
                 return fmt.round_to_nearest(w)
             found = factor_of(seen) if factor is None else own_factor(seen, factor)
-            return gptq_quantize(w, found, fmt, clip_search=self.clip_search)
+            return gptq_quantize(w, found, self.grid(linear, w, fmt, found), clip_search=self.clip_search)
 
         result = quantize_linears(module, self.plan, context.handover, quantize, moves=SteppedFormat)
         result.skipped += [SiteRecord(name, "rounded to nearest: no calibration token reached it") for name in missed]

@@ -15,13 +15,15 @@ from ..graph.meta import Meta
 from ..graph.schema import bind
 from ..graph.sites import norm_bias, norm_gain
 from ..graph.views import DequantizeLinear, Norm, tensor_name
+from ..passes.formats.codebooks import ops
 from ..quant.coarse_scales import coarse
 from ..quant.dequantize_through import dequantize_through
+from ..quant.formats.codebooks import CODEBOOKS
 from ..quant.learned_codes import round_through
 from ..quant.straight_through import Descent, through
 
-ops = torch.ops.qexport
 _LOOKUP = ops.gather_quantized.default
+_TABLE = ops.dequantize_codebook.default
 # Quantizes activations, or the cache: a gradient does not come back through it.
 _STEPS = (
     ops.quantize_linear.default, ops.token_scale.default, ops.matmul_integer.default, ops.round_cache.default,
@@ -112,12 +114,17 @@ def find_tuned(module: GraphModule, rates: Rates, load: Callable[[str], Tensor])
             start = load(name)
             found[name] = Tuned(start, rate, None if whole is None else whole(start), kept)
 
+    def add_scale(scale: Node, groups: int) -> None:
+        add(_name(scale), rates.scales, kept=partial(coarse, dim=groups) if Meta.COARSE in scale.meta else None)
+
     for node in module.graph.nodes:
         codes, scale, zero, bits = _parts(node)
         if scale is not None:
-            add(_name(scale), rates.scales, kept=partial(coarse, dim=0) if Meta.COARSE in scale.meta else None)
+            add_scale(scale, 0)
             add(_name(zero), rates.zeros, partial(_all_of, bits))
             add(_name(codes), rates.codes, _used)
+        elif is_call(node, _TABLE):  # whose codes are no numbers that could move
+            add_scale(bind(node).scale, -1)
         elif is_call(node, *Norm.targets):
             for name in _of_norm(node):
                 add(name, rates.norms)
@@ -187,6 +194,10 @@ class TunedRun(Interpreter):
             (codes, scale, zero, axis, size, _), _ = self.fetch_args_kwargs_from_env(node)
             if codes.dim() == 2:
                 return dequantize_through(codes, scale, zero, axis, size)
+        if is_call(node, _TABLE):
+            (codes, scale, book, size), _ = self.fetch_args_kwargs_from_env(node)
+            values = CODEBOOKS[book].table().to(codes.device)[codes.t().int()]
+            return dequantize_through(values, scale.t(), None, 0, size)
         if is_call(node, _LOOKUP):
             (codes, scale, zero, ids, size, _), _ = self.fetch_args_kwargs_from_env(node)
             flat = ids.reshape(-1)

@@ -65,7 +65,8 @@ class Meta(StrEnum):
     """On a tensor of scales that the file keeps in 8 bits, see `quant.coarse_scales`: True."""
 
     PLANES = "planes"
-    """On a tensor of codes: the bits of a code in the file, fewer than kernels read, see `quant.planes`."""
+    """On a tensor of codes: the bits of a code in the file, fewer than kernels read, see `quant.planes`; a tuple where
+    each group of input features has its own."""
 
     PADDED = "padded"
     """On a value that is its first argument with zeros behind its features: True."""

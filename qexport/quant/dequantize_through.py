@@ -32,7 +32,7 @@ def dequantize_through(codes: Tensor, scale: Tensor, zero: Tensor | None, axis: 
     """What `ops.dequantize_linear` gives of a matrix, in float32.
 
     Args:
-        codes: [K, N], whole numbers of any dtype.
+        codes: [K, N], whole numbers of any dtype, or what codes of a table stand for.
         scale, zero, axis, block_size: as the operator takes them; groups lie along axis 0.
     """
     k, n = codes.shape

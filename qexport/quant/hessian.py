@@ -116,6 +116,14 @@ class InverseFactor:
     reversed: Tensor
     importance: Tensor
 
+    @property
+    def squared_pivots(self) -> Tensor:
+        """Of each input feature the square of its entry on the diagonal of U, float32 [K]: an error of a weight there,
+        over it, is what it costs when the weights still to come have absorbed what they can."""
+        squares = torch.empty_like(self.importance)
+        squares[self.order.flip(0)] = self.reversed.diagonal().square()
+        return squares
+
 
 def factorize(hessian: Tensor, damp: float, act_order: bool) -> InverseFactor:
     """Factorize the inverse of a Hessian; features that were never active get the mean diagonal.

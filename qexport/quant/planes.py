@@ -18,6 +18,13 @@ def plane_bits(bits: int) -> tuple[int, ...]:
     return tuple(part for part in (8, 4, 2, 1) if bits & part)
 
 
+def unsigned(codes: Tensor, bits: int) -> Tensor:
+    """Codes counted from 0, uint8: int8 ones are moved up by half of their range; of one bit they are -1 and 1."""
+    if codes.dtype == torch.uint8:
+        return codes
+    return codes.clamp_min(0).to(torch.uint8) if bits == 1 else codes.view(torch.uint8) + (1 << bits - 1)  # modulo 256
+
+
 def split(codes: Tensor, bits: int) -> list[Tensor]:
     """The planes of codes, packed row by row, the first code in the lowest bits.
 
@@ -39,9 +46,12 @@ def tables(bits: int, wide: int, signed: bool) -> list[Tensor]:
 
     Args:
         wide: bits of the kernel's codes, 4 or 8.
-        signed: codes begin at the least value of their own bits, and the kernel's at the least of `wide`; else both at
-            0, as with zero points.
+        signed: codes are those of `unsigned`, and the kernel's begin at the least of `wide`; else both count from 0,
+            as with zero points.
     """
+    if signed and bits == 1:
+        ends = torch.tensor([(1 << wide - 1) - 1, (1 << wide - 1) + 1], dtype=torch.uint8)
+        return [pack_rows(ends[torch.stack([_BYTES >> place & 1 for place in range(8)], dim=-1)], wide)]
     found, left = [], bits
     above = (1 << wide - 1) - (1 << bits - 1) if signed else 0  # a multiple of the highest plane's unit
     for part in plane_bits(bits):

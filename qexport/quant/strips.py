@@ -5,6 +5,7 @@ strip, because there starting an operator takes longer than it runs.
 """
 
 import logging
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache
@@ -36,7 +37,8 @@ class Grid:
         scale, zero: float32 [groups, N]; zero None: 0.
         groups: int64 [K], the group of every column, in the order of elimination from last to first.
         qmin, qmax: of a code.
-        levels: the values of codes in steps, where these are not the codes themselves; then there is no zero.
+        levels: the values of codes in steps, where these are not the codes themselves; then there is no zero. Of all
+            groups, or of each.
     """
 
     scale: Tensor
@@ -44,7 +46,7 @@ class Grid:
     groups: Tensor
     qmin: int = 0
     qmax: int = 0
-    levels: Levels | None = None
+    levels: Levels | Sequence[Levels] | None = None
 
 
 class StripRounder:
@@ -85,9 +87,10 @@ class StripRounder:
                 torch.addmv(column, errors[j + 1 :].t(), inverse[j + 1 :, j], alpha=-1, out=column)
             torch.div(column, step, out=steps)
             if grid.levels is not None:
-                found = grid.levels.nearest(steps)
+                levels = grid.levels[groups[first + j]] if isinstance(grid.levels, Sequence) else grid.levels
+                found = levels.nearest(steps)
                 self._codes[positions[first + j]] = found
-                steps.copy_(grid.levels.values(found))
+                steps.copy_(levels.values(found))
             elif grid.zero is None:
                 steps.round_()
                 self._codes[positions[first + j]] = steps.clamp_(grid.qmin, grid.qmax)

@@ -4,14 +4,18 @@ import json
 
 import pytest
 import torch
+from torch.fx import Graph, GraphModule
 
 from helpers import exports
 from helpers.exports import session_runner
 from helpers.runners import captured_runner, load_weights, prompt_feeds, tokens
 from qexport.artifact.manifest import load
+from qexport.calibrate.tuned_block import Rates, TunedRun, find_tuned, gradients
 from qexport.calibrate.tuning import kl_and_gradient
 from qexport.errors import InputError, PassError
+from qexport.passes.formats import form_for
 from qexport.quant.dequantize_through import dequantize_through
+from qexport.quant.formats import QuantizedWeight, Scheme
 from qexport.recipe.recipe import CalibrationSpec, Recipe
 from qexport.recipe.registry import section
 from qexport.recipe.sections import TuneSpec
@@ -61,6 +65,24 @@ def test_the_gradient_of_kl_is_that_of_autograd_and_padding_has_none():
     assert found == pytest.approx(float(by_hand.detach()), rel=1e-5)
     assert torch.allclose(gradient, torch.autograd.grad(by_hand, logits)[0], atol=1e-6)
     assert not gradient[0, 2].any()
+
+
+def test_values_of_a_table_become_what_the_operator_makes_of_them_and_scales_have_their_gradient():
+    random = torch.Generator().manual_seed(0)
+    codes = torch.randint(0, 16, (6, 48), generator=random).to(torch.uint8)
+    scale, weights = torch.rand(6, 3, generator=random) + 0.1, torch.randn(48, 6, generator=random)
+    module, fmt = GraphModule({}, Graph()), Scheme.parse("nf4_g16").weight
+    module.graph.output((form_for(fmt).insert(module, "a", QuantizedWeight(codes, scale, None, fmt)),))
+    tuned = find_tuned(module, Rates(0.1, 0, 0, 0.1), module.get_buffer)
+    assert set(tuned) == {"a.weight_scale"}  # codes of a table are no numbers that could move
+    run = TunedRun(module, tuned)
+    (values,) = run.run()
+    assert torch.equal(values, torch.ops.qexport.dequantize_codebook(codes, scale, "nf4", 16))
+    found, _ = gradients(run, [], [(values, weights)])
+    table = fmt.table().double()[codes.int()].view(6, 3, 16)
+    of_scale = (table * weights.t().double().view(6, 3, 16)).sum(-1)
+    # What is trained is the logarithm of the share by which a scale changes.
+    assert torch.allclose(found["a.weight_scale"].double(), of_scale * scale.double(), rtol=1e-4, atol=1e-6)
 
 
 def said(exported):

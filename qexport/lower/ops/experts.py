@@ -14,11 +14,11 @@ from ...graph.meta import Meta
 from ...graph.schema import Arguments
 from ...graph.views import sizes_of
 from ...quant.packing import pack_rows
-from ...quant.planes import plane_bits, split
+from ...quant.planes import plane_bits, split, unsigned
 from ..emitter import Attribute, Emitter
 from ..moe_form import FLOATS
 from ..registry import translates
-from .quantized import joined_planes, unsigned_codes
+from .quantized import joined_planes
 from .small_floats import halved_scales, integers
 
 ops = torch.ops.qexport
@@ -87,11 +87,11 @@ class _Side:
             return pack_rows(spread(t), bits)
 
         def plane(few: int, place: int, t: torch.Tensor) -> torch.Tensor:
-            return split(unsigned_codes(rows(t).contiguous(), few), few)[place]
+            return split(unsigned(rows(t).contiguous(), few), few)[place]
 
         kept = {node.meta.get(Meta.PLANES) for node in self.codes}
         few = next(iter(kept)) if len(kept) == 1 else None
-        if few is None:
+        if not isinstance(few, int):
             codes = stacked("codes", self.codes, (n, k * bits // 8), torch.uint8, pack)
         else:
             planes = [

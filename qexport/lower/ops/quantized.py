@@ -15,7 +15,7 @@ from ...graph.views import operand, size_at, sizes_of, tensor_name
 from ...quant.coarse_scales import coarse_codes, coarse_rows, coarse_table
 from ...quant.expand import channel_scale, expand_to_int8
 from ...quant.packing import pack_rows, whole_block
-from ...quant.planes import plane_bits, split, tables
+from ...quant.planes import plane_bits, split, tables, unsigned
 from ...quant.small_floats import e8m0_values
 from ..emitter import Attribute, Emitter
 from ..registry import translates
@@ -143,18 +143,11 @@ def packed_codes(emit: Emitter, codes: Node, bits: int, suffix: str, shape: list
     """
     missing = math.prod(shape[1:]) * 8 // bits - sizes_of(codes)[0]
     signed = dtype_of(codes) == torch.int8
-    if (few := codes.meta.get(Meta.PLANES)) is not None:
-
-        def plane(place: int, t: torch.Tensor) -> torch.Tensor:
-            raised = unsigned_codes(t.t().contiguous(), few)
-            return split(torch.nn.functional.pad(raised, (0, missing)), few)[place]
-
-        packed = [
-            emit.derived(codes, f"plane{place}", [shape[0], (missing + sizes_of(codes)[0]) * part // 8], torch.uint8,
-                         partial(plane, place))
-            for place, part in enumerate(plane_bits(few))
-        ]  # fmt: skip
-        return joined_planes(emit, packed, few, bits, signed, shape)
+    few = codes.meta.get(Meta.PLANES)
+    if isinstance(few, int):
+        return _from_planes(emit, codes, few, bits, missing, shape)
+    if few is not None:
+        return _from_groups(emit, codes, few, bits, shape)
     offset = 2 ** (bits - 1) if signed else 0  # what a kernel takes off without zero points
 
     def pack(t: torch.Tensor) -> torch.Tensor:
@@ -164,9 +157,43 @@ def packed_codes(emit: Emitter, codes: Node, bits: int, suffix: str, shape: list
     return emit.derived(codes, suffix, shape, torch.uint8, pack)
 
 
-def unsigned_codes(codes: torch.Tensor, bits: int) -> torch.Tensor:
-    """Codes counted from 0: int8 ones are moved up by half of their range."""
-    return codes.view(torch.uint8) + (2 ** (bits - 1) if codes.dtype == torch.int8 else 0)  # modulo 256
+def _from_planes(
+    emit: Emitter, codes: Node, few: int, bits: int, missing: int, shape: list[int],
+    columns: torch.Tensor | None = None,
+) -> ir.Value:  # fmt: skip
+    """The same of codes that the file has in `few` bits.
+
+    Args:
+        missing: how many codes fill up a row.
+        columns: the input features, all in their order without.
+    """
+    count = (sizes_of(codes)[0] if columns is None else len(columns)) + missing
+    which = "plane" if columns is None else f"{few}_bits.plane"
+
+    def plane(place: int, t: torch.Tensor) -> torch.Tensor:
+        rows = (t if columns is None else t[columns]).t().contiguous()
+        return split(torch.nn.functional.pad(unsigned(rows, few), (0, missing)), few)[place]
+
+    planes = [
+        emit.derived(codes, f"{which}{place}", [shape[0], count * part // 8], torch.uint8, partial(plane, place))
+        for place, part in enumerate(plane_bits(few))
+    ]
+    return joined_planes(emit, planes, few, bits, dtype_of(codes) == torch.int8, shape)
+
+
+def _from_groups(emit: Emitter, codes: Node, group_bits: Sequence[int], bits: int, shape: list[int]) -> ir.Value:
+    """The same of groups of different bits: those of as many bits lie together, and are sorted at load."""
+    n, size, every = shape[0], sizes_of(codes)[0] // len(group_bits), torch.tensor(group_bits)
+    parts, order = [], []
+    for few in sorted(set(group_bits)):
+        groups = (every == few).nonzero().squeeze(1)
+        columns = (groups[:, None] * size + torch.arange(size)).reshape(-1)
+        own = [n, len(groups), size * bits // 8]
+        parts.append(_from_planes(emit, codes, few, bits, 0, own, columns))
+        order.append(groups)
+    place = torch.cat(order).argsort()
+    joined = parts[0] if len(parts) == 1 else emit.op("Concat", *parts, axis=1)
+    return emit.op("Reshape", emit.op("Gather", joined, emit.table(place), axis=1), emit.constant(shape))
 
 
 def joined_planes(
