@@ -10,6 +10,7 @@ from ...graph.meta import Meta
 from ...graph.views import DequantizeLinear, ExpandCodes, size_at
 from ...quant.expand import expanded_scale
 from ...quant.formats import PER_TENSOR, ExpandedFormat, IntegerCodes, QuantizedWeight, WeightFormat
+from ...quant.formats.midrise import Midrise
 from ...quant.formats.mixed_bits import MixedBits
 from ...quant.packing import DEFAULT_BLOCK, stored_block, whole_block
 from .base import GraphForm, graph_form, scale_tensor
@@ -111,6 +112,8 @@ def weight_tensors(module: GraphModule, name: str, weight: QuantizedWeight) -> t
     if weight.format.in_planes:
         fmt = weight.format
         codes.meta[Meta.PLANES] = fmt.group_bits if isinstance(fmt, MixedBits) else fmt.bits
+        if isinstance(fmt, MixedBits | Midrise):
+            codes.meta[Meta.ODD] = True
     scale = scale_tensor(graph, name, layout(weight.scale), weight.format)
     zero_point = None
     if weight.zero_point is not None:

@@ -1,8 +1,9 @@
-"""PB-LLM (arXiv 2310.00034): the most salient weights in 8 bits, of all others the sign, times a mean magnitude.
+"""PB-LLM (arXiv 2310.00034): the most salient weights in 8 bits, of all others the sign, times one magnitude a group.
 
 The paper chooses single weights, and marks them in a mask of a bit each. Here it is whole groups of input features, by
 the same salience (the squared weight over the squared diagonal entry of the factor of H^-1, as in SliM-LLM): these need
-no mask, and the kernels of ONNX Runtime read them. Codes are GPTQ's, with the signs' errors on the weights behind.
+no mask, and ONNX Runtime's kernels read them. Codes are GPTQ's, so that the weights still to come absorb what signs
+leave.
 """
 
 from collections.abc import Mapping
@@ -13,15 +14,14 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from ...graph.sites import Linear
 from ...plan.linear_plan import LinearPlan
-from ...quant.affine import grouped
-from ...quant.formats import IntegerFormat, SteppedFormat
+from ...quant.formats import IntegerCodes, SteppedFormat
 from ...quant.formats.mixed_bits import MixedBits
 from ...quant.hessian import InverseFactor
 from ...recipe.registry import method
 from ..base import GraphPass
 from .gptq import GPTQ, GPTQSection
+from .slim_llm import salience
 
 _BITS = 8
 
@@ -31,10 +31,12 @@ class PBSection(GPTQSection):
     """Salient groups in 8 bits, of others the sign (PB-LLM, arXiv 2310.00034).
 
     Attributes:
-        salient: share of the groups in 8 bits, as far as the bits of the scheme reach: (bits - 1) / 7 of 1.
+        salient: share of the groups in 8 bits, as far as the bits of the scheme reach: those of the scheme, less one,
+            over 7.
     """
 
     salient: float = Field(0.1, gt=0, lt=1)
+
     kl_left: ClassVar[float] = 1.0
 
     def passes(self, plan: Mapping[str, LinearPlan]) -> list[GraphPass]:
@@ -51,11 +53,11 @@ class PB(GPTQ):
 
     salient: float = 0.1
 
-    def grid(self, linear: Linear, w: Tensor, fmt: SteppedFormat, factor: InverseFactor) -> SteppedFormat:
-        if not isinstance(fmt, IntegerFormat) or not MixedBits.may_replace(fmt, w.shape[1]):
+    def grid(self, w: Tensor, fmt: SteppedFormat, factor: InverseFactor) -> SteppedFormat:
+        if not isinstance(fmt, IntegerCodes) or not MixedBits.may_replace(fmt, w.shape[1]):
             return fmt
-        salience = grouped((w.square() / factor.squared_pivots).sum(0, keepdim=True), fmt).sum((0, 2))
-        count = int(min(self.salient, (fmt.bits - 1) / (_BITS - 1)) * len(salience))
-        bits = torch.ones(len(salience), dtype=torch.int64)
-        bits[salience.cpu().topk(count).indices] = _BITS
-        return MixedBits(int(bits.max()), fmt.group_size, coarse_scales=fmt.coarse_scales, group_bits=tuple(bits.tolist()))
+        found = salience(w, factor.squared_pivots, fmt)
+        count = int(min(self.salient, (fmt.bits - 1) / (_BITS - 1)) * len(found))
+        bits = torch.ones(len(found), dtype=torch.int64)
+        bits[found.topk(count).indices.cpu()] = _BITS
+        return MixedBits.of(fmt, bits.tolist())

@@ -8,21 +8,22 @@ elements; here that is GPTQ's search, which weighs input features by the diagona
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from ...graph.sites import Linear
 from ...plan.linear_plan import LinearPlan
 from ...quant.affine import grouped
-from ...quant.formats import IntegerFormat, SteppedFormat
+from ...quant.formats import IntegerCodes, SteppedFormat
 from ...quant.formats.mixed_bits import MixedBits
 from ...quant.hessian import InverseFactor
 from ...recipe.registry import method
 from ..base import GraphPass
 from .gptq import GPTQ, GPTQSection
+
+_FEWEST, _MOST = 2, 6  # bits of what is moved up and down
 
 
 @method("weights", "slim_llm")
@@ -39,41 +40,42 @@ class SliMSection(GPTQSection):
 class SliM(GPTQ):
     """GPTQ on groups of three numbers of bits; formats that cannot have them keep theirs."""
 
-    def grid(self, linear: Linear, w: Tensor, fmt: SteppedFormat, factor: InverseFactor) -> SteppedFormat:
-        if not isinstance(fmt, IntegerFormat) or not MixedBits.may_replace(fmt, w.shape[1]):
+    def grid(self, w: Tensor, fmt: SteppedFormat, factor: InverseFactor) -> SteppedFormat:
+        if not isinstance(fmt, IntegerCodes) or not MixedBits.may_replace(fmt, w.shape[1]):
             return fmt
-        return with_bits(fmt, bits_by_salience(w, factor.squared_pivots, fmt))
+        if not _FEWEST <= fmt.bits <= _MOST:
+            return fmt
+        return MixedBits.of(fmt, bits_by_salience(w, factor.squared_pivots, fmt))
 
 
-def with_bits(fmt: IntegerFormat, bits: tuple[int, ...]) -> SteppedFormat:
-    """The format with so many bits for each group."""
-    if len(set(bits)) == 1 and bits[0] > 1:
-        return replace(fmt, bits=bits[0])
-    return MixedBits(max(bits), fmt.group_size, coarse_scales=fmt.coarse_scales, group_bits=bits)
-
-
-def bits_by_salience(w: Tensor, pivots: Tensor, fmt: IntegerFormat) -> tuple[int, ...]:
-    """The bits of every group: as many of `fmt` and one more as one less.
+def bits_by_salience(w: Tensor, pivots: Tensor, fmt: IntegerCodes) -> list[int]:
+    """The bits of every group: those of `fmt`, and as many times one more as one less.
 
     Args:
         w: float32 [N, K]; pivots: float32 [K], see `InverseFactor.squared_pivots`.
     """
-    down, same, up = (_errors(w, pivots, with_bits(fmt, (fmt.bits + more,) * fmt.groups(w.shape[1])))
-                      for more in (-1, 0, 1))  # fmt: skip
-    salience = grouped((w.square() / pivots).sum(0, keepdim=True), fmt).sum((0, 2))
-    order = torch.argsort(salience, stable=True)
-    half = len(order) // 2
+    count = fmt.groups(w.shape[1])
+    down, same, up = (
+        group_errors(w, pivots, MixedBits.of(fmt, [fmt.bits + more] * count)) for more in (-1, 0, 1)
+    )
+    order = torch.argsort(salience(w, pivots, fmt), stable=True)
+    half = count // 2
     lost = (down - same)[order[:half]].cumsum(0)  # of the least salient
     won = (same - up)[order.flip(0)[:half]].cumsum(0)
-    best = torch.cat([lost.new_zeros(1), lost - won]).argmin().item()
-    bits = torch.full_like(order, fmt.bits)
-    bits[order[: int(best)]] -= 1
-    bits[order[len(order) - int(best) :]] += 1
-    return tuple(bits.tolist())
+    moved = int(torch.cat([lost.new_zeros(1), lost - won]).argmin())
+    bits = torch.full((count,), fmt.bits)
+    bits[order[:moved].cpu()] -= 1
+    bits[order[count - moved :].cpu()] += 1
+    return bits.tolist()
 
 
-def _errors(w: Tensor, pivots: Tensor, fmt: SteppedFormat) -> Tensor:
-    """What rounding to nearest costs in each group, float64 [G]."""
+def salience(w: Tensor, pivots: Tensor, fmt: IntegerCodes) -> Tensor:
+    """Of every group, float64 [G]; arguments: as `bits_by_salience` takes them."""
+    return grouped((w.square() / pivots).double().sum(0, keepdim=True), fmt).sum((0, 2))
+
+
+def group_errors(w: Tensor, pivots: Tensor, fmt: SteppedFormat) -> Tensor:
+    """What rounding to nearest costs in each group, float64 [G]; arguments: as `bits_by_salience` takes them."""
     scale, _ = fmt.clipped_scales(w, 1 / pivots)
-    off = (fmt.decode(fmt.encode(w, scale, None), scale, None) - w).square() / pivots
+    off = (fmt.decode(fmt.encode(w, scale, None), scale, None) - w).square_().div_(pivots)
     return grouped(off.double().sum(0, keepdim=True), fmt).sum((0, 2))

@@ -122,7 +122,8 @@ def find_tuned(module: GraphModule, rates: Rates, load: Callable[[str], Tensor])
         if scale is not None:
             add_scale(scale, 0)
             add(_name(zero), rates.zeros, partial(_all_of, bits))
-            add(_name(codes), rates.codes, _used)
+            if codes is not None and Meta.ODD not in codes.meta:  # between odd codes there are none to move over
+                add(_name(codes), rates.codes, _used)
         elif is_call(node, _TABLE):  # whose codes are no numbers that could move
             add_scale(bind(node).scale, -1)
         elif is_call(node, *Norm.targets):

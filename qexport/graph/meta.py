@@ -68,6 +68,9 @@ class Meta(StrEnum):
     """On a tensor of codes: the bits of a code in the file, fewer than kernels read, see `quant.planes`; a tuple where
     each group of input features has its own."""
 
+    ODD = "odd"
+    """Beside PLANES: codes of up to 3 bits are odd numbers, see `quant.formats.midrise`: True."""
+
     PADDED = "padded"
     """On a value that is its first argument with zeros behind its features: True."""
 

@@ -26,7 +26,7 @@ from ..quant.concat_tensor import ConcatTensor
 from .qdq_patterns import linear_products
 
 aten = torch.ops.aten
-_AS_KEPT = (Meta.COARSE, Meta.PLANES)  # how the file keeps a tensor
+_AS_KEPT = (Meta.COARSE, Meta.PLANES, Meta.ODD)  # how the file keeps a tensor
 
 
 @dataclass

@@ -4,7 +4,6 @@ import torch
 from torch import Tensor
 
 from .formats import PER_TENSOR, IntegerCodes, QuantizedWeight, ScaledFormat, SteppedFormat
-from .formats.mixed_bits import MixedBits
 from .hessian import InverseFactor, factorize
 from .strips import WIDTH, Grid, StripRounder
 
@@ -80,9 +79,9 @@ def _eliminate(
 
 
 def _grid(fmt: SteppedFormat, scale: Tensor, zero: Tensor | None, groups: Tensor) -> Grid:
-    if isinstance(fmt, MixedBits):
-        return Grid(scale, None, groups, levels=fmt.levels())
     if isinstance(fmt, IntegerCodes):
+        if (levels := fmt.levels()) is not None:
+            return Grid(scale, None, groups, levels=levels)
         return Grid(scale, zero, groups, fmt.qmin, fmt.qmax)
     if isinstance(fmt, ScaledFormat):
         return Grid(scale, None, groups, levels=fmt)

@@ -18,11 +18,15 @@ def plane_bits(bits: int) -> tuple[int, ...]:
     return tuple(part for part in (8, 4, 2, 1) if bits & part)
 
 
-def unsigned(codes: Tensor, bits: int) -> Tensor:
-    """Codes counted from 0, uint8: int8 ones are moved up by half of their range; of one bit they are -1 and 1."""
+def unsigned(codes: Tensor, bits: int, odd: bool = False) -> Tensor:
+    """Codes counted from 0, uint8: int8 ones begin at the least of their range.
+
+    Args:
+        odd: they are odd numbers, -2^bits + 1 to 2^bits - 1.
+    """
     if codes.dtype == torch.uint8:
         return codes
-    return codes.clamp_min(0).to(torch.uint8) if bits == 1 else codes.view(torch.uint8) + (1 << bits - 1)  # modulo 256
+    return ((codes + ((1 << bits) - 1)) >> 1 if odd else codes + (1 << bits - 1)).view(torch.uint8)
 
 
 def split(codes: Tensor, bits: int) -> list[Tensor]:
@@ -41,23 +45,22 @@ def split(codes: Tensor, bits: int) -> list[Tensor]:
     return packed
 
 
-def tables(bits: int, wide: int, signed: bool) -> list[Tensor]:
+def tables(bits: int, wide: int, signed: bool, odd: bool = False) -> list[Tensor]:
     """What the byte of each plane means to a kernel: uint8 [256, wide / b], as many bytes of the kernel as it covers.
 
     Args:
-        wide: bits of the kernel's codes, 4 or 8.
+        wide: bits of the kernel's codes.
         signed: codes are those of `unsigned`, and the kernel's begin at the least of `wide`; else both count from 0,
             as with zero points.
+        odd: as `unsigned` takes it; then `wide` is more than `bits`.
     """
-    if signed and bits == 1:
-        ends = torch.tensor([(1 << wide - 1) - 1, (1 << wide - 1) + 1], dtype=torch.uint8)
-        return [pack_rows(ends[torch.stack([_BYTES >> place & 1 for place in range(8)], dim=-1)], wide)]
     found, left = [], bits
-    above = (1 << wide - 1) - (1 << bits - 1) if signed else 0  # a multiple of the highest plane's unit
+    least = -(1 << bits) + 1 if odd else -(1 << bits - 1)
+    above = (1 << wide - 1) + least if signed else 0  # but for the lowest bit of odd codes, of the highest plane's unit
     for part in plane_bits(bits):
         left -= part
         fields = torch.stack([_BYTES >> part * place & (1 << part) - 1 for place in range(8 // part)], dim=-1)
-        found.append(pack_rows(((fields << left) + above).to(torch.uint8), wide))
+        found.append(pack_rows(((fields << left + odd) + above).to(torch.uint8), wide))
         above = 0
     return found
 

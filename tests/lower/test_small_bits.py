@@ -21,7 +21,8 @@ ops = torch.ops.qexport
 MASK = padded([9, 4, 6], "left")
 SCHEMES = [
     "w2a16_g16", "w2a16_g16_asym", "w2a16_g32_asym", "w2a16_g64", "w2a16_g128_asym", "w2a16_g256", "w2a16_g512_asym",
-    "w3a16_g32", "w3a16_g512_asym", "w5a16_g32_asym", "w6a16_g32", "w4a16_g512", "w4a16_g1024", "w4a16_g1024_asym", "w8a16_g512", "w4a8_g512_static",
+    "w2a16_g16_mid", "w3a16_g512_mid", "w3a16_g32", "w3a16_g512_asym", "w5a16_g32_asym", "w6a16_g32",
+    "w4a16_g512", "w4a16_g1024", "w4a16_g1024_asym", "w8a16_g512", "w4a8_g512_static",
     "nf4_g1024",
 ]  # fmt: skip
 WRITTEN = ["w2a16_g16", "w2a16_g128_asym", "w4a16_g512", "w4a16_g1024_asym"]  # as MatMulNBits, not as DequantizeLinear
@@ -158,7 +159,7 @@ def test_every_node_is_on_cuda(export, cuda_placement, scheme):
 @pytest.mark.parametrize("target", ["cpu", "cuda"])
 @pytest.mark.parametrize(
     "scheme",
-    ["w2a16_g128_asym", "w3a16_g32", "w5a16_g32_asym", "w6a16_g512_s8", "w4a16_g1024_asym", "nf4_g512", "w8a8_dyn", "w4a8_g512_int", "w3a8_g64_asym_int"],
+    ["w2a16_g128_asym", "w3a16_g32", "w5a16_g32_asym", "w6a16_g512_s8", "w2a16_g32_mid_s8", "w4a16_g1024_asym", "nf4_g512", "w8a8_dyn", "w4a8_g512_int", "w3a8_g64_asym_int"],
 )
 def test_planned_bytes_are_those_of_the_file(export, scheme, target):
     exported = export(scheme, target)

@@ -2,30 +2,37 @@
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qexport.quant.packing import pack_rows
-from qexport.quant.planes import plane_bits, split, tables
+from qexport.quant.planes import plane_bits, split, tables, unsigned
 
-KERNELS = [(3, 4), (3, 8), (5, 8), (6, 8), (4, 4), (2, 4)]
+KERNELS = [
+    (3, 4, "signed"), (3, 4, "counted"), (5, 8, "signed"), (6, 8, "signed"), (6, 8, "counted"), (2, 8, "signed"),
+    (4, 8, "signed"), (8, 8, "signed"), (1, 4, "odd"), (2, 4, "odd"), (3, 4, "odd"), (3, 8, "odd"),
+]  # fmt: skip
 
 
-@pytest.mark.parametrize(("bits", "wide"), KERNELS)
-@given(data=st.data(), signed=st.booleans())
-def test_tables_put_together_what_a_kernel_reads(bits, wide, data, signed):
-    numbers = st.lists(st.integers(0, 2**bits - 1), min_size=16, max_size=16)
-    codes = torch.tensor(data.draw(st.lists(numbers, min_size=1, max_size=3)), dtype=torch.uint8)
-    planes = split(codes, bits)
+@pytest.mark.parametrize(("bits", "wide", "kind"), KERNELS)
+@settings(deadline=None, max_examples=25)
+@given(data=st.data())
+def test_tables_put_together_what_a_kernel_reads(bits, wide, kind, data):
+    least, most = {"counted": (0, 1), "signed": (-0.5, 0.5), "odd": (-1, 1)}[kind]
+    values = range(round(least * 2**bits) + (kind == "odd"), round(most * 2**bits), 2 if kind == "odd" else 1)
+    assert len(values) == 2**bits
+    numbers = st.lists(st.sampled_from(values), min_size=16, max_size=16)
+    dtype = torch.uint8 if kind == "counted" else torch.int8
+    codes = torch.tensor(data.draw(st.lists(numbers, min_size=1, max_size=3)), dtype=dtype)
+    planes = split(unsigned(codes, bits, kind == "odd"), bits)
     assert sum(plane.numel() for plane in planes) * 8 == codes.numel() * bits
     joined = torch.zeros(len(codes), 16 * wide // 8, dtype=torch.uint8)
-    for plane, table in zip(planes, tables(bits, wide, signed), strict=True):
+    for plane, table in zip(planes, tables(bits, wide, kind != "counted", kind == "odd"), strict=True):
         more = table[plane.int()].flatten(1)
         assert not (joined & more).any()
         joined |= more
-    # What stands for -2^(b - 1) of b bits stands for -2^(b - 1) of the kernel's, too.
-    moved = codes.int() - 2 ** (bits - 1) + 2 ** (wide - 1) if signed else codes.int()
-    assert torch.equal(joined, pack_rows(moved.to(torch.uint8), wide))
+    read = codes.int() if kind == "counted" else codes.int() + 2 ** (wide - 1)  # what a kernel takes off
+    assert torch.equal(joined, pack_rows(read.to(torch.uint8), wide))
 
 
 def test_planes_are_the_powers_of_two_of_a_number():

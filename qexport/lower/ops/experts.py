@@ -14,7 +14,7 @@ from ...graph.meta import Meta
 from ...graph.schema import Arguments
 from ...graph.views import sizes_of
 from ...quant.packing import pack_rows
-from ...quant.planes import plane_bits, split, unsigned
+from ...quant.planes import plane_bits, split, tables, unsigned
 from ..emitter import Attribute, Emitter
 from ..moe_form import FLOATS
 from ..registry import translates
@@ -87,10 +87,10 @@ class _Side:
             return pack_rows(spread(t), bits)
 
         def plane(few: int, place: int, t: torch.Tensor) -> torch.Tensor:
-            return split(unsigned(rows(t).contiguous(), few), few)[place]
+            return split(unsigned(rows(t).contiguous(), few, odd), few)[place]
 
-        kept = {node.meta.get(Meta.PLANES) for node in self.codes}
-        few = next(iter(kept)) if len(kept) == 1 else None
+        kept = {(node.meta.get(Meta.PLANES), Meta.ODD in node.meta) for node in self.codes}
+        few, odd = next(iter(kept)) if len(kept) == 1 else (None, False)
         if not isinstance(few, int):
             codes = stacked("codes", self.codes, (n, k * bits // 8), torch.uint8, pack)
         else:
@@ -99,7 +99,9 @@ class _Side:
                              partial(plane, few, place))
                 for place, part in enumerate(plane_bits(few))
             ]  # fmt: skip
-            codes = joined_planes(emit, planes, few, bits, not self.zeros, [count, n, k * bits // 8])
+            codes = joined_planes(
+                emit, planes, [count, n, k * bits // 8], tables(few, bits, not self.zeros, odd)
+            )
         return (
             codes,
             stacked("scales", self.scales, (n, blocks), dtype_of(self.scales[0]), spread),

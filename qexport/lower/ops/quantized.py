@@ -15,6 +15,7 @@ from ...graph.views import operand, size_at, sizes_of, tensor_name
 from ...quant.coarse_scales import coarse_codes, coarse_rows, coarse_table
 from ...quant.expand import channel_scale, expand_to_int8
 from ...quant.packing import pack_rows, whole_block
+from ...quant.formats.midrise import ODD_UP_TO
 from ...quant.planes import plane_bits, split, tables, unsigned
 from ...quant.small_floats import e8m0_values
 from ..emitter import Attribute, Emitter
@@ -169,16 +170,17 @@ def _from_planes(
     """
     count = (sizes_of(codes)[0] if columns is None else len(columns)) + missing
     which = "plane" if columns is None else f"{few}_bits.plane"
+    odd = Meta.ODD in codes.meta and few <= ODD_UP_TO
 
     def plane(place: int, t: torch.Tensor) -> torch.Tensor:
         rows = (t if columns is None else t[columns]).t().contiguous()
-        return split(torch.nn.functional.pad(unsigned(rows, few), (0, missing)), few)[place]
+        return split(torch.nn.functional.pad(unsigned(rows, few, odd), (0, missing)), few)[place]
 
     planes = [
         emit.derived(codes, f"{which}{place}", [shape[0], count * part // 8], torch.uint8, partial(plane, place))
         for place, part in enumerate(plane_bits(few))
     ]
-    return joined_planes(emit, planes, few, bits, dtype_of(codes) == torch.int8, shape)
+    return joined_planes(emit, planes, shape, tables(few, bits, dtype_of(codes) == torch.int8, odd))
 
 
 def _from_groups(emit: Emitter, codes: Node, group_bits: Sequence[int], bits: int, shape: list[int]) -> ir.Value:
@@ -197,17 +199,17 @@ def _from_groups(emit: Emitter, codes: Node, group_bits: Sequence[int], bits: in
 
 
 def joined_planes(
-    emit: Emitter, planes: Sequence[ir.Value], few: int, bits: int, signed: bool, shape: list[int]
+    emit: Emitter, planes: Sequence[ir.Value], shape: list[int], meanings: Sequence[torch.Tensor]
 ) -> ir.Value:
-    """Bytes of a kernel for codes of `bits`, which ONNX Runtime makes of planes when it loads the file.
+    """Bytes of a kernel, which ONNX Runtime makes of planes when it loads the file.
 
     Args:
-        planes: as `quant.planes.split` makes them of codes of `few` bits.
+        planes: as `quant.planes.split` makes them; meanings: as `tables` has them.
         shape: of the result.
     """
     parts = [
         emit.op("Reshape", emit.looked_up(plane, table), emit.constant(shape))
-        for plane, table in zip(planes, tables(few, bits, signed), strict=True)
+        for plane, table in zip(planes, meanings, strict=True)
     ]
     return reduce(lambda one, other: emit.op("BitwiseOr", one, other), parts)
 

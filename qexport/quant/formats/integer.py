@@ -2,6 +2,7 @@
 
 import re
 from abc import ABC
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -10,6 +11,7 @@ from ...errors import RecipeError
 from ..affine import decode, encode, search_clip, weight_scales
 from ..grids import PER_CHANNEL, PER_TENSOR, ActivationFormat, AffineGrid
 from ..packing import stored_block
+from ..strips import Levels
 from .base import WeightFormat, group_size, weight_format
 from .stepped import SteppedFormat
 
@@ -23,6 +25,10 @@ class IntegerCodes(AffineGrid, SteppedFormat, ABC):
 
     def decode(self, codes: Tensor, scale: Tensor, zero_point: Tensor | None) -> Tensor:
         return decode(codes, scale, zero_point, self)
+
+    def levels(self) -> Levels | Sequence[Levels] | None:
+        """The values of codes in steps, of all groups or of each; None where these are all integers of a range."""
+        return None
 
     @property
     def stored_bits(self) -> int:
