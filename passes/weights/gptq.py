@@ -83,7 +83,7 @@ class GPTQ(GraphPass):
         sites = [n for n in linears(module.graph) if planned(self.plan, n) and not _read_elsewhere(n)]
         return {value: partial(_as_it_is, seen) for value, seen in self._together(sites).items()}
 
-    def grid(self, w: torch.Tensor, fmt: SteppedFormat, factor: InverseFactor) -> SteppedFormat:
+    def grid(self, linear: Linear, w: torch.Tensor, fmt: SteppedFormat, factor: InverseFactor) -> SteppedFormat:
         """The format of a weight [N, K], of the plan's size at most."""
         return fmt
 
@@ -137,7 +137,7 @@ class GPTQ(GraphPass):
             if not reached[seen]:
                 return fmt.round_to_nearest(w)
             found = factor_of(seen) if factor is None else own_factor(seen, factor)
-            return gptq_quantize(w, found, self.grid(w, fmt, found), clip_search=self.clip_search)
+            return gptq_quantize(w, found, self.grid(linear, w, fmt, found), clip_search=self.clip_search)
 
         result = quantize_linears(module, self.plan, context.handover, quantize, moves=SteppedFormat)
         result.skipped += [SiteRecord(name, "rounded to nearest: no calibration token reached it") for name in missed]

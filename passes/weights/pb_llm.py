@@ -14,6 +14,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from ...graph.sites import Linear
 from ...plan.linear_plan import LinearPlan
 from ...quant.formats import IntegerCodes, SteppedFormat
 from ...quant.formats.mixed_bits import MixedBits
@@ -53,7 +54,7 @@ class PB(GPTQ):
 
     salient: float = 0.1
 
-    def grid(self, w: Tensor, fmt: SteppedFormat, factor: InverseFactor) -> SteppedFormat:
+    def grid(self, linear: Linear, w: Tensor, fmt: SteppedFormat, factor: InverseFactor) -> SteppedFormat:
         if not isinstance(fmt, IntegerCodes) or not MixedBits.may_replace(fmt, w.shape[1]):
             return fmt
         found = salience(w, factor.squared_pivots, fmt)

@@ -14,6 +14,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from ...graph.sites import Linear
 from ...plan.linear_plan import LinearPlan
 from ...quant.affine import grouped
 from ...quant.formats import IntegerCodes, SteppedFormat
@@ -40,7 +41,7 @@ class SliMSection(GPTQSection):
 class SliM(GPTQ):
     """GPTQ on groups of three numbers of bits; formats that cannot have them keep theirs."""
 
-    def grid(self, w: Tensor, fmt: SteppedFormat, factor: InverseFactor) -> SteppedFormat:
+    def grid(self, linear: Linear, w: Tensor, fmt: SteppedFormat, factor: InverseFactor) -> SteppedFormat:
         if not isinstance(fmt, IntegerCodes) or not MixedBits.may_replace(fmt, w.shape[1]):
             return fmt
         if not _FEWEST <= fmt.bits <= _MOST:

@@ -133,13 +133,28 @@ def checkpoint(tmp_path_factory):
     return make
 
 
+# Of codes in planes.
+OPERATORS = {
+    "Cast": lambda x: x, "Gather": lambda x, index: x[index], "Reshape": lambda x, shape: x.reshape(shape),
+    "BitwiseOr": lambda x, y: x | y,
+}  # fmt: skip
+
+
+def made_at_load(graph, name):
+    """A tensor, or what ONNX Runtime makes of others when it loads the file."""
+    found = next((t for t in graph.initializer if t.name == name), None)
+    if found is not None:
+        return numpy_helper.to_array(found)
+    node = next(node for node in graph.node if name in node.output)
+    return OPERATORS[node.op_type](*(made_at_load(graph, part) for part in node.input))
+
+
 def rows_in_file(folder, entry):
     """The packed codes, scales and zero points of a linear in MatMulNBits: uint8 [N, blocks, bytes], float [N, blocks],
     uint8 [N, bytes] or None."""
     model = onnx.load(folder / "model.onnx")
     node = next(n for n in model.graph.node if n.name == entry.node)
-    tensors = {t.name: t for t in model.graph.initializer}
-    packed, scales, *zeros = [torch.from_numpy(numpy_helper.to_array(tensors[n]).copy()) for n in node.input[1:] if n]
+    packed, scales, *zeros = [torch.from_numpy(made_at_load(model.graph, n).copy()) for n in node.input[1:] if n]
     rows = slice(*(entry.columns or (0, entry.shape[0])))
     scales = scales.view(len(packed), -1)
     return packed[rows], scales[rows], zeros[0].view(len(packed), -1)[rows] if zeros else None

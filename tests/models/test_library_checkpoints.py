@@ -22,7 +22,7 @@ FACTORS = ", and its input multiplied by the factors of the checkpoint"
 MADE = {  # what the checkpoint is called, the scheme of the linear, and how it is kept
     "hqq_8": ("HQQ, 8 bits in groups of 128 with float zero points", "w8a16_pc", f"as stored{OFFSETS}"),
     "hqq_4": ("HQQ, 4 bits in groups of 64 with float zero points", "w4a16_g64", f"as stored{OFFSETS}"),
-    "hqq_3": ("HQQ, 3 bits in groups of 32 with float zero points", "w3a16_g32", f"codes of 3 bits in 4{OFFSETS}"),
+    "hqq_3": ("HQQ, 3 bits in groups of 32 with float zero points", "w3a16_g32", f"as stored{OFFSETS}"),
     "hqq_2": ("HQQ, 2 bits in groups of 16 with float zero points", "w2a16_g16", f"as stored{OFFSETS}"),
     "hqq_1": ("HQQ, 1 bits in groups of 32 with float zero points", "w2a16_g32", f"codes of 1 bits in 2{OFFSETS}"),
     "hqq_columns": (
@@ -32,7 +32,7 @@ MADE = {  # what the checkpoint is called, the scheme of the linear, and how it 
     "torchao_int8": ("torchao, Int8WeightOnly", "w8a16_pc", "as stored"),
     "torchao_int8_dyn": ("torchao, Int8DynamicActivationInt8Weight", "w8a8_dyn", "as stored"),
     "torchao_int4": ("torchao, IntxWeightOnly", "w4a16_g32", "as stored"),
-    "torchao_int3_asym": ("torchao, IntxWeightOnly", "w3a16_g32_asym", "codes of 3 bits in 4"),
+    "torchao_int3_asym": ("torchao, IntxWeightOnly", "w3a16_g32_asym", "as stored"),
     "torchao_a8w4": ("torchao, Int8DynamicActivationIntxWeight", "w4a16_g32", f"as stored{FLOAT_INPUTS}"),
     "torchao_float8": ("torchao, Float8WeightOnly", "w8a16_fp8", "as stored"),
     "torchao_mxfp8": ("torchao, MXFP8", "mxfp8", "as stored"),

@@ -90,13 +90,14 @@ class StoredGrid:
         return scheme, self._kept(bits, scheme.weight.group_size)
 
     def _kept(self, bits: int, size: int) -> str:
-        changed = [f"codes of {self.bits} bits in {max(bits, 4) if bits == 3 else bits}"] if self._widened(bits) else []
+        changed = [f"codes of {self.bits} bits in {4 if bits == 3 else bits}"] if self._widened(bits) else []
         if self.group != size:
             changed.append(f"groups of {self.group} as groups of {size} with the same scale")
         return ", ".join(changed) or "as stored"
 
     def _widened(self, bits: int) -> bool:
-        return bits == 3 or bits != self.bits
+        """Groups of 3 bits have no more in the file, see `quant.planes`."""
+        return bits != self.bits or bits == 3 and self.groups == 1
 
     def weight(self, codes: Tensor, scale: Tensor, zero_point: Tensor | None, scheme: Scheme) -> QuantizedWeight:
         """The weight in the format of its container.
