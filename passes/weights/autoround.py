@@ -32,16 +32,19 @@ class AutoRoundSection(TrainedBlocks):
         rate: of the rounding, in steps between codes; None for 1 over the number of steps, which lets a weight go half
             a step at most.
         clip_rate: of the share of its range that a group uses; None for the same.
+        clip_search: begin with the share that leaves the least squared error of the weights. Training from whole ranges
+            comes to half of them at most, and symmetric codes of 2 bits want less than that from the start.
     """
 
     rate: float | None = Field(None, gt=0, le=1)
     clip_rate: float | None = Field(None, ge=0, le=1)
+    clip_search: bool = False
     kl_left: ClassVar[float] = 0.3
 
     def passes(self, plan: Mapping[str, LinearPlan]) -> list[GraphPass]:
         rate = 1 / self.steps if self.rate is None else self.rate
         clip_rate = 1 / self.steps if self.clip_rate is None else self.clip_rate
-        return [AutoRound(plan, self.steps, self.batches, self.token_norm_power, rate, clip_rate)]
+        return [AutoRound(plan, self.steps, self.batches, self.token_norm_power, rate, clip_rate, self.clip_search)]
 
 
 class Rounding(GridWeight):
@@ -49,14 +52,21 @@ class Rounding(GridWeight):
 
     Args:
         reach: how many steps the offset of a weight covers.
+        clip_search: begin with the clipping that leaves the least squared error.
     """
 
-    def __init__(self, w: Tensor, fmt: IntegerFormat, factor: Tensor | None, reach: int = 1) -> None:
+    def __init__(
+        self, w: Tensor, fmt: IntegerFormat, factor: Tensor | None, reach: int = 1, clip_search: bool = False
+    ) -> None:
         self._reach = reach
         super().__init__(w, fmt, factor)
         self._low, self._high = range_of(w, fmt)
         self.offsets = torch.zeros_like(self.groups).requires_grad_()
-        self.low_share, self.high_share = (torch.ones_like(self._low).requires_grad_() for _ in range(2))
+        share = torch.ones_like(self._low)
+        if clip_search:
+            whole, _ = grid_of(self._low, self._high, fmt)
+            share = (fmt.clipped_scales(w)[0] / whole).clamp_max(1)
+        self.low_share, self.high_share = (share.clone().requires_grad_() for _ in range(2))
 
     @property
     def parameters(self) -> list[Tensor]:
@@ -73,13 +83,15 @@ class AutoRound(TrainedCodes):
 
     Attributes:
         rate, clip_rate: length of the first step of an offset, in steps between codes, and of a share of a range.
+        clip_search: as the section has it.
     """
 
     rate: float = 0.01
     clip_rate: float = 0.01
+    clip_search: bool = False
 
     def latent(self, w: Tensor, fmt: IntegerFormat, factor: Tensor | None) -> LatentCodes:
-        return Rounding(w, fmt, factor)
+        return Rounding(w, fmt, factor, clip_search=self.clip_search)
 
     def updates(self, latents: Sequence[LatentCodes], shared: Shared) -> Update:
         parameters = [tensor for latent in latents for tensor in latent.parameters]

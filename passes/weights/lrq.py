@@ -18,7 +18,7 @@ from torch import Tensor
 from ...plan.linear_plan import LinearPlan
 from ...quant.affine import grouped
 from ...quant.formats import IntegerFormat
-from ...quant.learned_codes import grid_of, range_of
+from ...quant.learned_codes import grid_of, kept_through, range_of
 from ...recipe.registry import method
 from ..base import GraphPass
 from .block_training import GridWeight, LatentCodes, Shared, TrainedCodes, Update, adam
@@ -65,7 +65,7 @@ class _Divided(GridWeight):
         return [self._scale, self._left, self._right, self._rows, self._columns]
 
     def grid(self) -> tuple[Tensor, Tensor, Tensor | None]:
-        scale = self._start * self._scale.exp()
+        scale = kept_through(self._start * self._scale.exp(), self.format)
         divisors = (self._left @ self._right + self._rows + self._columns).exp()
         return self.groups / (scale[..., None] * grouped(divisors, self.format).clamp_min(1e-6)), scale, self._zero
 

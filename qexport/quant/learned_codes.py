@@ -35,10 +35,15 @@ def grid_of(low: Tensor, high: Tensor, fmt: IntegerFormat) -> tuple[Tensor, Tens
     """
     spread = torch.maximum(high, -low) if fmt.symmetric else high - low
     scale = spread / fmt.qmax
-    scale = torch.where(scale < _TINY, torch.ones_like(scale), scale)
+    scale = kept_through(torch.where(scale < _TINY, torch.ones_like(scale), scale), fmt)
     if fmt.symmetric:
         return scale, None
     return scale, round_through(-low / scale).clamp(0, fmt.qmax)
+
+
+def kept_through(scale: Tensor, fmt: IntegerFormat) -> Tensor:
+    """Scales as the file keeps them; the gradient is the identity."""
+    return through(scale, fmt.kept_scale(scale.detach())) if fmt.has_coarse_scales else scale
 
 
 def codes_through(steps: Tensor, zero: Tensor | None, fmt: IntegerFormat) -> Tensor:

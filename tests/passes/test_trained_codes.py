@@ -28,8 +28,8 @@ from qexport.recipe.registry import section
 IDS, MASK = tokens(8, 24), padded([24, 9, 24, 17, 24, 24, 5, 24], "left")
 SLOW = pytest.mark.slow
 METHODS = {
-    "autoround": lambda plan, steps=30, clip_rate=None: AutoRound(
-        plan, steps, 1, 0.0, 1 / steps, 1 / steps if clip_rate is None else clip_rate
+    "autoround": lambda plan, steps=30, clip_rate=None, clip_search=False: AutoRound(
+        plan, steps, 1, 0.0, 1 / steps, 1 / steps if clip_rate is None else clip_rate, clip_search
     ),
     "omniquant": lambda plan, steps=30, equalize=True: OmniQuant(plan, steps, 1, 0.0, 0.1, equalize, 0.02),
     "lrq": lambda plan, steps=30: LRQ(plan, steps, 1, 0.0, 8, 0.02),
@@ -121,7 +121,13 @@ def test_offsets_alone_move_codes_by_one_at_most():
     assert int(moved.count_nonzero()) > 0 and int(moved.abs().max()) == 1
 
 
-@pytest.mark.parametrize("name", ["w4a16_g16", "w4a16_g16_asym", "w4a16_g128", "w4a8", "w8a16_pc"])
+def test_symmetric_2_bits_begin_with_ranges_that_are_searched():
+    """From whole ranges, most weights are nothing: training cannot make up for that in as many steps as it has."""
+    found = {clip: trained("autoround", "w2a16_g16", clip_search=clip)[0][0] for clip in (False, True)}
+    assert found[True] < 0.8 * found[False]
+
+
+@pytest.mark.parametrize("name", ["w4a16_g16", "w4a16_g16_asym", "w3a16_g16_s8", "w4a16_g128", "w4a8", "w8a16_pc"])
 def test_learned_codes_begin_as_the_nearest_ones(name):
     fmt, w = Scheme.parse(name).weight, torch.randn(6, 160, generator=torch.Generator().manual_seed(1))
     scale, zero = grid_of(*range_of(w, fmt), fmt)
