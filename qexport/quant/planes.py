@@ -1,4 +1,4 @@
-"""Codes of 3, 5 and 6 bits without a bit to spare: planes of 4, 2 and 1 bits, from which kernels' codes are put together.
+"""Codes of 3, 5 and 6 bits without a bit to spare: planes of 4, 2 and 1 bits, which become those of kernels.
 
 ONNX Runtime's kernels read codes of 2, 4 and 8 bits. A code of 5 bits is its upper 4 and its lowest one; each plane is
 packed as such codes are. The bytes that a kernel reads are the planes' entries of one table each, by the byte of the

@@ -1,4 +1,4 @@
-"""SliM-LLM, PB-LLM and DiffQ: which groups get how many bits, and the file computes what the graph says in as many bytes."""
+"""SliM-LLM, PB-LLM and DiffQ: which groups get how many bits; files compute what graphs say, in the scheme's bytes."""
 
 import pytest
 import torch
@@ -71,8 +71,9 @@ def test_a_tenth_of_the_groups_has_8_bits_and_others_have_a_sign():
     ("scheme", "method"), [("w3a16_g16_s8", "slim_llm"), ("w2a16_g16_mid", "pb_llm"), ("w3a16_g16_s8", "diffq")]
 )
 def test_the_file_computes_what_the_graph_says_in_the_bytes_of_the_scheme(captured, tmp_path, scheme, method):
+    weights = section("weights", method=method, clip_search=True, **KEYS.get(method, {}))
     recipe = Recipe(
-        scheme=scheme, lm_head=scheme, accuracy_level=1, weights=section("weights", method=method, clip_search=True, **KEYS.get(method, {})),
+        scheme=scheme, lm_head=scheme, accuracy_level=1, weights=weights,
         calibration=CalibrationSpec(source="random", samples=2, sequence_length=16),
     )  # fmt: skip
     exported = export(captured("llama"), recipe, "cpu", tmp_path / "out")

@@ -69,7 +69,8 @@ def test_groups_of_different_bits_are_those_of_formats_of_one(clip, coarse_scale
         else:
             assert torch.equal(found.scale[:, group : group + 1], alone.scale)
             assert torch.equal(found.codes[:, 16 * group : 16 * group + 16], alone.codes)
-    assert mixed.bytes((6, 96), 4) == 6 * (16 * sum(BITS) // 8 + (7 if coarse_scales else 24)) and mixed.stored_bits == 8
+    assert mixed.bytes((6, 96), 4) == 6 * (16 * sum(BITS) // 8 + (7 if coarse_scales else 24))
+    assert mixed.stored_bits == 8
 
 
 def test_gptq_on_an_identity_rounds_every_group_to_its_own_values():

@@ -14,8 +14,8 @@ from ...graph.schema import Arguments
 from ...graph.views import operand, size_at, sizes_of, tensor_name
 from ...quant.coarse_scales import coarse_codes, coarse_rows, coarse_table
 from ...quant.expand import channel_scale, expand_to_int8
-from ...quant.packing import pack_rows, whole_block
 from ...quant.formats.midrise import ODD_UP_TO
+from ...quant.packing import pack_rows, whole_block
 from ...quant.planes import plane_bits, split, tables, unsigned
 from ...quant.small_floats import e8m0_values
 from ..emitter import Attribute, Emitter
