@@ -50,7 +50,7 @@ class MatQuantSection(TrainedBlocks):
 
     def passes(self, plan: Mapping[str, LinearPlan]) -> list[GraphPass]:
         rate = 1 / self.steps
-        return [MatQuant(plan, self.steps, self.batches, self.token_norm_power, rate, rate, self.slices)]
+        return [MatQuant(plan, self.steps, self.batches, self.token_norm_power, rate, rate, slices=self.slices)]
 
 
 class _Nested(Rounding):

@@ -69,4 +69,5 @@ def _packed(codes: Tensor, part: int) -> Tensor:
     if part > 1:
         return pack_rows(codes, part)
     units = torch.tensor([1 << place for place in range(8)], dtype=torch.uint8)
-    return (codes.unflatten(-1, (-1, 8)) * units).sum(-1, dtype=torch.uint8)
+    packed: Tensor = (codes.unflatten(-1, (-1, 8)) * units).sum(-1, dtype=torch.uint8)
+    return packed

@@ -79,7 +79,7 @@ def test_float_activations_agree_to_rounding(export, scheme):
     assert_agree(export(scheme, "cpu", 1), MASK, flips=0)
 
 
-@pytest.mark.parametrize("scheme", ["w2a16_g64", "w2a16_g128_asym", "w4a16_g1024_asym"])
+@pytest.mark.parametrize("scheme", ["w2a16_g64", "w2a16_g128_asym", "w6a16_g64", "w4a16_g1024_asym"])
 def test_the_cuda_file_computes_what_its_graph_says(export, scheme):
     assert_agree(export(scheme, "cuda", single=True), MASK, flips=0)
 
@@ -151,7 +151,7 @@ def test_biases_of_written_kernels(captured, tmp_path):
     assert graph.op_counts()["MatMulNBits"] == 8 and len(exported.manifest.linears) == 14
 
 
-@pytest.mark.parametrize("scheme", ["w2a16_g64", "w2a16_g128_asym", "w4a16_g512"])
+@pytest.mark.parametrize("scheme", ["w2a16_g64", "w2a16_g128_asym", "w3a16_g32", "w4a16_g512"])
 def test_every_node_is_on_cuda(export, cuda_placement, scheme):
     exported = export(scheme, "cuda")
     placed = cuda_placement(exported.folder / "model.onnx", exported.manifest.session, dims=PROMPT)

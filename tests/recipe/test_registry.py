@@ -105,7 +105,7 @@ def test_a_recipe_with_keys_of_all_methods_names_those_that_do_not_belong(tmp_pa
     [
         (
             {"weights": {"damp": 1}},
-            r"^weights\.damp: damp is not a key of rtn, but of gptq\. Remove it, or take another",
+            r"^weights\.damp: damp is not a key of rtn, but of diffq, gptq, pb_llm and slim_llm\. Remove it",
         ),
         (
             {"smooth": {"method": "lae", "alpha": 1}},
