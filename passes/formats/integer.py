@@ -113,7 +113,7 @@ def weight_tensors(module: GraphModule, name: str, weight: QuantizedWeight) -> t
         fmt = weight.format
         codes.meta[Meta.PLANES] = fmt.group_bits if isinstance(fmt, MixedBits) else fmt.bits
         if isinstance(fmt, MixedBits | Midrise):
-            codes.meta[Meta.ODD] = True
+            codes.meta[Meta.ODD] = fmt.odd_up_to
     scale = scale_tensor(graph, name, layout(weight.scale), weight.format)
     zero_point = None
     if weight.zero_point is not None:

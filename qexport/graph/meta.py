@@ -69,7 +69,7 @@ class Meta(StrEnum):
     each group of input features has its own."""
 
     ODD = "odd"
-    """Beside PLANES: codes of up to 3 bits are odd numbers, see `quant.formats.midrise`: True."""
+    """Beside PLANES: codes of up to so many bits are odd numbers, see `quant.formats.midrise`."""
 
     PADDED = "padded"
     """On a value that is its first argument with zeros behind its features: True."""

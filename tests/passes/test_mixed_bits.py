@@ -39,7 +39,7 @@ def slowly(w, factor):
         part, own = w[:, 16 * group : 16 * group + 16], upper[16 * group : 16 * group + 16]
         salient.append(float((part.double().square() / own).sum()))
         for bits in (2, 3, 4):
-            fmt = Midrise(bits, 16) if bits <= 3 else IntegerFormat(bits, 16)
+            fmt = Midrise(bits, 16) if bits <= 2 else IntegerFormat(bits, 16)
             scale, _ = fmt.clipped_scales(part, (1 / own).float())
             off = fmt.decode(fmt.encode(part, scale, None), scale, None).double() - part
             errors[group, bits] = float((off.square() / own).sum())

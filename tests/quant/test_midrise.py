@@ -61,7 +61,7 @@ def test_groups_of_different_bits_are_those_of_formats_of_one(clip, coarse_scale
     mixed = MixedBits.of(IntegerFormat(3, 16, coarse_scales=coarse_scales), BITS)
     found = mixed.round_to_nearest(W, clip)
     for group, bits in enumerate(BITS):
-        own = (Midrise if bits <= 3 else IntegerFormat)(bits, 16)
+        own = (Midrise if bits <= 2 else IntegerFormat)(bits, 16)
         part = W[:, 16 * group : 16 * group + 16]
         alone = own.round_to_nearest(part, clip)
         if coarse_scales:

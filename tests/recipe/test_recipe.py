@@ -38,6 +38,8 @@ PRESETS = {
     "compact": ("w4a16_g128_s8", "gptq", None),
     "compact_tuned": ("w4a16_g128_s8", "gptq", None),
     "compact_nf4": ("nf4_g16_s8", "gptq", None),
+    "compact_5bit": ("w5a16_g32_s8", "gptq", None),
+    "compact_6bit": ("w6a16_g64_s8", "gptq", None),
     "balanced": ("w4a16_g32_s8", "gptq", None),
     "closest": ("w8a16_g32", "rtn", None),
     "server": ("w8a8_dyn", "gptq", "smoothquant"),
@@ -64,7 +66,9 @@ PRESETS = {
 
 # What else is quantized: the output projection and the table of embeddings.
 TABLES = {
-    "compact": ("w4a16_g64_s8", "tied"), "compact_nf4": ("w4a16_g16_s8", "tied"), "balanced": ("w4a16_g32_s8", "auto"),
+    "compact": ("w4a16_g64_s8", "tied"), "compact_nf4": ("w4a16_g16_s8", "tied"),
+    "compact_5bit": ("w5a16_g32_s8", "tied"), "compact_6bit": ("w5a16_g16_s8", "tied"),
+    "balanced": ("w4a16_g32_s8", "auto"),
     "closest": ("w8a16_g32", "auto"), "server": ("w8a16_g32", "auto"), "encoder": ("float", "auto"),
 }  # fmt: skip
 

@@ -89,7 +89,7 @@ class _Side:
         def plane(few: int, place: int, t: torch.Tensor) -> torch.Tensor:
             return split(unsigned(rows(t).contiguous(), few, odd), few)[place]
 
-        kept = {(node.meta.get(Meta.PLANES), Meta.ODD in node.meta) for node in self.codes}
+        kept = {(node.meta.get(Meta.PLANES), node.meta.get(Meta.ODD, 0) > 0) for node in self.codes}
         few, odd = next(iter(kept)) if len(kept) == 1 else (None, False)
         if not isinstance(few, int):
             codes = stacked("codes", self.codes, (n, k * bits // 8), torch.uint8, pack)

@@ -14,7 +14,6 @@ from ...graph.schema import Arguments
 from ...graph.views import operand, size_at, sizes_of, tensor_name
 from ...quant.coarse_scales import coarse_codes, coarse_rows, coarse_table
 from ...quant.expand import channel_scale, expand_to_int8
-from ...quant.formats.midrise import ODD_UP_TO
 from ...quant.packing import pack_rows, whole_block
 from ...quant.planes import plane_bits, split, tables, unsigned
 from ...quant.small_floats import e8m0_values
@@ -170,7 +169,7 @@ def _from_planes(
     """
     count = (sizes_of(codes)[0] if columns is None else len(columns)) + missing
     which = "plane" if columns is None else f"{few}_bits.plane"
-    odd = Meta.ODD in codes.meta and few <= ODD_UP_TO
+    odd = few <= codes.meta.get(Meta.ODD, 0)
 
     def plane(place: int, t: torch.Tensor) -> torch.Tensor:
         rows = (t if columns is None else t[columns]).t().contiguous()

@@ -6,6 +6,7 @@ Few codes with a zero in the middle leave one side a level short. ParetoQ (arXiv
 
 import re
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -17,7 +18,6 @@ from .base import group_size, weight_format
 from .integer import IntegerCodes
 from .stepped import nonzero
 
-ODD_UP_TO = 3  # bits
 # Of the range of a group; of one bit the mean magnitude is sought, of normal weights a third of the largest.
 _RATIOS = tuple(1 - i / 32 for i in range(25))
 
@@ -48,6 +48,7 @@ class Midrise(IntegerCodes):
     """
 
     coarse_scales: bool = False
+    odd_up_to: ClassVar[int] = 3  # bits
     stem = r"w(?P<bits>[123])a16"
     options = r"_g(?P<group>\d+)_mid(?P<scales>_s8)?"
     examples = ("w2a16_g32_mid", "w2a16_g16_mid_s8")

@@ -2,20 +2,21 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from ..strips import Levels
 from .integer import IntegerCodes, IntegerFormat
-from .midrise import ODD_UP_TO, Midrise, OddLevels
+from .midrise import Midrise, OddLevels
 
 _LONGEST_GROUP = 128  # is one block of every kernel
 
 
 @dataclass(frozen=True)
 class MixedBits(IntegerFormat):
-    """Signed codes without zero points, odd ones where a group has 3 bits or less; no name asks for it.
+    """Signed codes without zero points, odd ones where a group has 2 bits or 1; no name asks for it.
 
     Attributes:
         bits: the most that a group has.
@@ -23,6 +24,7 @@ class MixedBits(IntegerFormat):
     """
 
     group_bits: tuple[int, ...] = ()
+    odd_up_to: ClassVar[int] = 2  # bits: with 3 there are enough for a zero in the middle
 
     @classmethod
     def of(cls, fmt: IntegerCodes, group_bits: Sequence[int]) -> "MixedBits":
@@ -46,7 +48,7 @@ class MixedBits(IntegerFormat):
         return True
 
     def levels(self) -> list[Levels]:
-        return [OddLevels(bits) if bits <= ODD_UP_TO else IntegerLevels(bits) for bits in self.group_bits]
+        return [OddLevels(bits) if bits <= self.odd_up_to else IntegerLevels(bits) for bits in self.group_bits]
 
     def scales(self, w: Tensor) -> tuple[Tensor, None]:
         return self._scales(w, None, clip=False), None
@@ -77,7 +79,7 @@ class MixedBits(IntegerFormat):
         for few in sorted(set(self.group_bits)):
             groups = (bits == few).nonzero().squeeze(1)
             columns = groups[:, None] * self.group_size + torch.arange(self.group_size, device=device)
-            kind = Midrise if few <= ODD_UP_TO else IntegerFormat
+            kind = Midrise if few <= self.odd_up_to else IntegerFormat
             yield kind(few, self.group_size, coarse_scales=self.coarse_scales), groups, columns.reshape(-1)
 
 
