@@ -333,7 +333,8 @@ def test_unknown_names(name, message):
 
 
 def test_python_gets_the_same_errors():
-    with pytest.raises(RecipeError, match=r"^weights\.dampp: unknown key\. Did you mean damp, a key of diffq, gptq, pb_llm and slim_llm\?$"):
+    said = r"^weights\.dampp: unknown key\. Did you mean damp, a key of diffq, gptq, pb_llm and slim_llm\?$"
+    with pytest.raises(RecipeError, match=said):
         Recipe(scheme="w4a16_g32", weights={"dampp": 1})
     with pytest.raises(RecipeError, match=r"^weights\.actorder: unknown key\. Did you mean act_order\?$"):
         section("weights", method="gptq", actorder=True)
