@@ -5,7 +5,7 @@ import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -134,6 +134,7 @@ def trials(prepared: Preparation, judge: Judge, folder: Path, most: int | None =
         InputError: the model is no decoder, there is no text, or so few bytes are not enough.
         RecipeError: the recipe quantizes activations, or nothing.
     """
+    prepared = replace(prepared, shared={})
     options, progress = prepared.options, prepared.options.progress
     original = _decoder(prepared)
     captured = capture(prepared.of_part(original, prepared.recipe, options)).captured

@@ -7,11 +7,13 @@ import qexport
 from helpers.random_decoders import save_model
 from helpers.tokenizer_files import write_word_tokenizer
 from qexport.api.exporting import export
+from qexport.api.stages import calibrating
 from qexport.api.stages.capturing import capture_model
 from qexport.api.validating import validate
 from qexport.artifact.manifest import CPU
 from qexport.errors import InputError, RecipeError
 from qexport.recipe.recipe import Override, Recipe
+from qexport.recipe.registry import section
 from qexport.targets.cpu import CpuTarget
 
 TEXT = " ".join(f"w{i * i % 97}" for i in range(600))
@@ -79,8 +81,13 @@ def test_a_captured_model_stays_as_it_is_and_gives_the_same(models, tmp_path):
         assert (tmp_path / "captured" / name).read_bytes() == (tmp_path / "folder" / name).read_bytes()
 
 
-def test_the_folder_says_how_to_get_the_same_again(models, tmp_path):
-    found = qexport.export_auto(models["tied"], TIED, out_dir=tmp_path / "auto", max_kl=0.05, **MEASURED)
+def test_the_folder_says_how_to_get_the_same_again(models, tmp_path, monkeypatch):
+    """Though what the output projection reads was seen once for all of its exports."""
+    seen, find = [], calibrating.seen_by_projection
+    monkeypatch.setattr(calibrating, "seen_by_projection", lambda *given: seen.append(given) or find(*given))
+    recipe = TIED.model_copy(update={"weights": section("weights", method="gptq")})
+    found = qexport.export_auto(models["tied"], recipe, out_dir=tmp_path / "auto", max_bytes=210_000, **MEASURED)
+    assert found.exports > 1 and len(seen) == 1
     again = export(models["tied"], tmp_path / "auto" / "recipe.yaml", out_dir=tmp_path / "again")
     assert {entry.name: entry.scheme for entry in again.manifest.linears}.items() <= found.schemes.items()
     first, second = (folder / "model.onnx.data" for folder in (tmp_path / "auto", tmp_path / "again"))

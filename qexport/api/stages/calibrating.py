@@ -20,6 +20,8 @@ from .preparing import timed
 
 logger = logging.getLogger(__name__)
 
+_SEEN = "what the output projection reads"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Calibration(ExportPlan):
@@ -65,9 +67,12 @@ def calibrate(planned: ExportPlan) -> Calibration:
     shared = any(table.linear for table in decisions.embeddings)
     wanted = recipe.weights.table_statistic() is not None
     if wanted and batches is not None and shared and planned.projection is not None:
-        seen = seen_by_projection(
-            captured, planned.projection, batches().shared_out(), recipe.weights, partial(progress, "embedding")
-        )  # fmt: skip
+        found = {} if planned.shared is None else planned.shared
+        if _SEEN not in found:
+            found[_SEEN] = seen_by_projection(
+                captured, planned.projection, batches().shared_out(), recipe.weights, partial(progress, "embedding")
+            )
+        seen = found[_SEEN]
     logger.info("%s", agreement.sentence())
     logger.info("calibration data: %s", described)
     return Calibration(**vars(planned), agreement=agreement, batches=batches, described=described, seen=seen)

@@ -95,6 +95,8 @@ class Preparation:
         dynamic_shapes: of an nn.Module.
         options: all else.
         seconds: by stage, what it took; filled on the way.
+        shared: what exports of one model with the same data and ways of finding weights need not find anew, by what it
+            is; None where there is one export.
     """
 
     source: Source
@@ -106,6 +108,7 @@ class Preparation:
     dynamic_shapes: DynamicShapes | None = None
     options: Options = Options()
     seconds: dict[str, float] = field(default_factory=dict)
+    shared: dict[str, Any] | None = None
 
     @property
     def in_two_parts(self) -> bool:
