@@ -73,7 +73,8 @@ def reasons(exported):
 
 @pytest.mark.parametrize(
     ("family", "scheme"),
-    [("mixtral", "w4a16_g32"), ("mixtral", "w8a16_g32"), ("mixtral", "w4a16_g32_asym"), ("qwen3_moe", "w4a16_g32"),
+    [("mixtral", "w4a16_g32"), ("mixtral", "w3a16_g32"), ("mixtral", "w8a16_g32"), ("mixtral", "w4a16_g32_asym"),
+     ("qwen3_moe", "w4a16_g32"),
      ("gpt_oss", "w4a16_g32"), slow("qwen3_moe", "w8a16_g32"), slow("gpt_oss", "w8a16_g32"),
      slow("gpt_oss", "w4a16_g32_asym")],
 )  # fmt: skip
