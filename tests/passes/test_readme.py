@@ -40,7 +40,7 @@ def test_the_method_of_the_readme_makes_what_it_says(up):
 def test_its_section_is_read_as_it_says():
     for wrong, message in (
         ({"up": "maybe"}, r"^weights\.up: input should be a valid bool"),
-        ({"damp": 0.1}, "of gptq"),
+        ({"damp": 0.1}, "of diffq, gptq"),
     ):
         with pytest.raises(RecipeError, match=message):
             Recipe(scheme="w4a16_g32", weights={"method": "powers_of_two", **wrong})
