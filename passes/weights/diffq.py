@@ -153,7 +153,7 @@ def whole_bits(bits: Tensor, mean: int) -> list[int]:
     """
     low = bits.floor()
     left = max(mean * len(bits) - int(low.sum()), 0)
-    more = (bits - low).argsort(descending=True, stable=True)
+    more = (bits - low).masked_fill(low >= _MOST, -1).argsort(descending=True, stable=True)
     found = low.int()
     found[more[: min(left, int((bits < _MOST).sum()))]] += 1
     while int(found.sum()) > mean * len(bits):  # clamped ones have raised the mean

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
@@ -17,6 +17,7 @@ FMT = Scheme.parse("w3a16_g16").weight
 
 
 @settings(deadline=None, max_examples=50)
+@example([8.0, 1.0], 5)
 @given(st.lists(st.floats(1, 8), min_size=1, max_size=12), st.integers(1, 6))
 def test_whole_bits_have_the_sum_of_the_scheme(bits, mean):
     given_bits = torch.tensor(bits)
