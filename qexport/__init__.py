@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from .runtime.doctor import diagnose as diagnose
     from .runtime.drafts import Drafts as Drafts
     from .runtime.generate import Sampling as Sampling
+    from .runtime.generate import Speech as Speech
     from .runtime.generate import generate_text as generate  # noqa: F401
     from .runtime.optimized import OptimizedInfo as OptimizedInfo
     from .runtime.optimized import optimize as optimize
@@ -60,6 +61,7 @@ _WHERE = {
     "Recipe": ("recipe.recipe", "Recipe"),
     "RunsOn": ("runtime.readers", "RunsOn"),
     "Sampling": ("runtime.generate", "Sampling"),
+    "Speech": ("runtime.speech", "Speech"),
     "SliceResult": ("api.slicing", "SliceResult"),
     "Report": ("validation.report", "Report"),
     "bench": ("runtime.benchmark", "bench"),

@@ -90,7 +90,7 @@ def export(
         dynamic_shapes: of an nn.Module: by input name, the dimensions that may change and their names, such as
             {"x": {0: "batch", 1: "length"}}, or as torch.export takes them; None: the first dimension of every input.
         overwrite: replace an earlier export.
-        resume: go on with an interrupted export of the same model, recipe and calibration; not of an encoder-decoder.
+        resume: go on with an interrupted export of the same model, recipe and calibration.
         logits: "all", or "last" for those of the last token of a sequence only: all that generation reads, and less
             work for a prompt; such a file cannot be validated.
         seed: of everything random, in the place of the recipe's; None leaves that.

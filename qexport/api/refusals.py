@@ -100,7 +100,7 @@ def check_applicable(kind: str, options: Options, recipe: Recipe) -> None:
         InputError, RecipeError: what, and for what kind it is.
     """
     parts = kind == SEQ2SEQ
-    if kind in (SEQ2SEQ, VISION_LANGUAGE) and options.resume:
+    if kind == VISION_LANGUAGE and options.resume:
         raise InputError(f"an export of {_KINDS[kind]} is not resumed", place="resume", remedy="Start it again")
     if parts and options.logits != "all":
         raise InputError(

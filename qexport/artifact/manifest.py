@@ -27,6 +27,8 @@ VISION_LANGUAGE: Final = "vision-language"  # kind of a folder of three exports,
 VISION, EMBEDDING = "vision", "embedding"
 PICTURE_PARTS = (VISION, EMBEDDING, DECODER)
 SOURCE_MASK = "encoder_attention_mask"  # input of the decoder: the attention mask of the source
+SPECTRA = "input_features"  # input of an encoder of spectrograms
+STATES = "encoder_hidden_states"  # and what such an encoder hands out besides, for onnxruntime-genai
 CPU = "CPUExecutionProvider"
 CUDA = "CUDAExecutionProvider"
 # By the name that onnxruntime-genai has for it, the provider that a folder of its builder runs on; the CPU for others.

@@ -159,7 +159,7 @@ class WorkFolder:
         owner.remove(self.blocks)
 
     def _finish(self, error: BaseException | None) -> None:
-        done = len(list(self.blocks.glob("*.safetensors"))) if error is not None else 0
+        done = len(list(self.blocks.rglob("*.safetensors"))) if error is not None else 0
         if not done:
             self._remove()
             return
@@ -167,6 +167,26 @@ class WorkFolder:
         if error is None or isinstance(error, QExportError):
             return  # which says itself what helps
         error.add_note(f"{done} finished blocks are kept in {self.folder}: the same export with --resume goes on there")
+
+
+class PartFolder(WorkFolder):
+    """A part of an export that has several: a folder in the new one, its finished blocks beside those of the others.
+
+    Args:
+        whole: the export; new: its folder in the making, see `WorkFolder.appearing`.
+        name: of the part's folder.
+    """
+
+    def __init__(self, whole: WorkFolder, new: Path, name: str):
+        self.given = self.out = new / name
+        self.folder, self.blocks, self.kept = whole.folder, whole.blocks / name, []
+
+    @contextmanager
+    def appearing(self) -> Iterator[Path]:
+        with explained(self.out):
+            self.out.mkdir()
+            yield self.out
+            checksums.write(self.out)
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from transformers.cache_utils import EncoderDecoderCache
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.models.auto import modeling_auto
 
-from ..artifact.manifest import DECODER, ENCODER, SOURCE_MASK
+from ..artifact.manifest import DECODER, ENCODER, SOURCE_MASK, SPECTRA, STATES
 from ..device import HOST, Placement
 from ..errors import CaptureError, root_cause
 from ..models.loading import load_whole
@@ -41,7 +41,7 @@ class Parts:
 
     Attributes:
         encoder: from the source to cross_key_values.{i}.key/value, [batch, heads, source, width] for every layer of
-            the decoder.
+            the decoder; of spectrograms also encoder_hidden_states, which onnxruntime-genai binds.
         decoder: from input_ids, past_key_values.{i}.key/value, cross_key_values.{i}.key/value and, where the source is
             text, encoder_attention_mask to logits and present.{i}.key/value.
         model: the float model of transformers, for the texts that it writes.
@@ -117,7 +117,7 @@ def _example(model: PreTrainedModel, folder: ModelFolder) -> dict[str, Tensor]:
 
 
 def _axes(name: str) -> dict[int, str]:
-    if name == "input_features":
+    if name == SPECTRA:
         return {0: BATCH}
     if name.startswith("past_"):
         return {0: BATCH, 2: "past_sequence_length"}
@@ -146,21 +146,22 @@ def _call(model: PreTrainedModel, cache: EncoderDecoderCache, **inputs):
     return type(model).forward(model, **inputs, past_key_values=cache, use_cache=True)
 
 
-def _first_step(model: PreTrainedModel, source: Mapping[str, Tensor]) -> tuple[ProbeCache, ProbeCache]:
-    """What a first token puts into the decoder's two caches."""
+def _first_step(model: PreTrainedModel, source: Mapping[str, Tensor]) -> tuple[ProbeCache, ProbeCache, Tensor]:
+    """What a first token puts into the decoder's two caches, and what the encoder makes."""
     own, cross = ProbeCache(), ProbeCache()
     token = torch.zeros(next(iter(source.values())).shape[0], 1, dtype=torch.int64)
-    _call(model, EncoderDecoderCache(own, cross), **source, decoder_input_ids=token)
-    return own, cross
+    made = _call(model, EncoderDecoderCache(own, cross), **source, decoder_input_ids=token)
+    return own, cross, made.encoder_last_hidden_state
 
 
 def _encode(model: PreTrainedModel, source: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    _, cross = _first_step(model, source)
-    return {
+    _, cross, states = _first_step(model, source)
+    found = {
         f"cross_key_values.{i}.{part}": tensor
         for i, both in sorted(cross.found.items())
         for part, tensor in zip(_CACHE, both, strict=True)
     }
+    return found | ({STATES: states} if SPECTRA in source else {})
 
 
 def _decode(width: int, model: PreTrainedModel, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -184,11 +185,10 @@ def _layers(model: PreTrainedModel, source: Mapping[str, Tensor]) -> tuple[list[
     """Keys and values of the cache and of the source for every layer of the decoder, of one token; features that the
     encoder makes."""
     with torch.no_grad(), quiet_transformers():
-        width = model.get_encoder()(**source).last_hidden_state.shape[-1]
-        own, cross = _first_step(model, source)
+        own, cross, states = _first_step(model, source)
     if not own.found or own.found.keys() != cross.found.keys():
         raise CaptureError("not every layer of its decoder keeps keys and values of its own and of the source")
-    return [(*own.found[i], *cross.found[i]) for i in sorted(own.found)], width
+    return [(*own.found[i], *cross.found[i]) for i in sorted(own.found)], states.shape[-1]
 
 
 def _tokens(

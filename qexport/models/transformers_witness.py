@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import EncoderDecoderCache
 
+from ..artifact.manifest import STATES
 from .formula import formula_tensors
 from .layerwise import StoredWeights, open_layerwise
 from .tokens import embedding_rows
@@ -200,7 +201,8 @@ class PartWitness:
 
     def _encoded(self, model: PreTrainedModel) -> list[Call]:
         source = self._sources(model)
-        return [Call(source, self._read(model, source)[1])]
+        states, cross = self._read(model, source)
+        return [Call(source, cross | {STATES: states.last_hidden_state})]
 
     def _decoded(self, model: PreTrainedModel) -> list[Call]:
         source = self._sources(model)

@@ -21,7 +21,7 @@ from .embeddings import Embeds, reads_embeddings
 from .provider import chosen_provider, device_of
 from .sampling import Sampling
 from .session import open_session
-from .values import ELEMENT_TYPES, array_of, shortened, zeros
+from .values import ELEMENT_TYPES, array_of, picked, shortened, zeros
 from .writing import Choice, Generation, write
 
 logger = logging.getLogger(__name__)
@@ -148,6 +148,21 @@ class Decoder:
         self._real = self._real - dropped
         if dropped and not self._share:  # of a shared cache no run reads beyond its mask
             self._cache = [shortened(value, length, self._cache_type, self._device) for value in self._cache]
+
+    def pick(self, rows: Sequence[int]) -> None:
+        """Let every row of the batch go on from another one, as beams do.
+
+        Args:
+            rows: of the batch, for each row the one whose tokens it takes over.
+
+        Raises:
+            InputError: its cache is a shared buffer.
+        """
+        if self._share:
+            raise InputError("rows of a shared cache stay where they are", remedy="Export with --attention standard")
+        self._cache = [picked(value, rows, self._cache_type, self._device) for value in self._cache]
+        self._real = self._real[list(rows)]
+        self._mask = self._mask[list(rows)]
 
     def give(self, values: Mapping[str, ort.OrtValue]) -> None:
         """Set the inputs that stay the same from run to run: what a decoder of an encoder-decoder reads of its source.

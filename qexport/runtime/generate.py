@@ -13,7 +13,8 @@ from .decoder import Decoder, Generation, open_decoder
 from .drafts import Drafts, spare_tokens
 from .patience import at_most
 from .sampling import Sampling
-from .seq2seq import is_seq2seq, open_seq2seq, texts_as_source
+from .seq2seq import is_seq2seq, longest_text, open_seq2seq, texts_as_source
+from .speech import Speech
 from .vision_language import is_vision_language, open_processor, open_vision_language, prompt_of
 
 logger = logging.getLogger(__name__)
@@ -44,6 +45,8 @@ def generate_text(
     adapter: str | None = None,
     drafts: Drafts | None = None,
     images: Sequence[Any] = (),
+    beams: int | None = None,
+    speech: Speech | None = None,
 ) -> list[str]:
     """Continue text with an exported folder and the tokenizer in it; an encoder-decoder writes about it.
 
@@ -52,8 +55,7 @@ def generate_text(
         prompt: one prompt or a batch.
         inputs: what an encoder-decoder of spectrograms reads instead, by name: {"input_features": [batch, bins,
             frames]}, as its feature extractor makes them.
-        start: token ids that the texts of an encoder-decoder begin with, in the place of those that its configs name:
-            for Whisper language and task, say.
+        start: token ids that the texts of an encoder-decoder begin with, in the place of those that its configs name.
         max_new_tokens: new tokens a prompt gets at most; fewer where the model's context ends before, and a warning
             says so.
         sampling: how to draw; None takes the likeliest token.
@@ -67,6 +69,9 @@ def generate_text(
             or its prompt.
         images: of a model of pictures and text, what its one prompt is about: paths of pictures, pictures of Pillow or
             arrays uint8 [height, width, 3]. Those that no token of the prompt stands for come first.
+        beams: of an encoder-decoder, texts that are followed at once, of which the likeliest is written; None: as many
+            as its generation config says, whose other rules hold too.
+        speech: of a model of speech, in which language, for which task, and whether with times.
 
     Returns:
         the new text of each prompt, without special tokens.
@@ -80,7 +85,7 @@ def generate_text(
     folder = Path(folder)
     sees = is_vision_language(folder)
     manifest = None if is_seq2seq(folder) else manifests.load(folder / manifests.DECODER if sees else folder)
-    _check_read(prompt, inputs, start, manifest)
+    _check_read(prompt, inputs, {"start": start, "beams": beams, "speech": speech}, manifest)
     prompts = [prompt] if isinstance(prompt, str) else list(prompt or ())
     _check_pictures(images, sees, len(prompts), adapter)
     tokenizer = open_tokenizer(folder)
@@ -109,7 +114,8 @@ def generate_text(
         if piece and on_text:
             on_text(row, piece)
 
-    listener = on_token if on_text else None
+    timed = speech is not None and speech.timestamps
+    listener = on_token if on_text and not timed else None
     if manifest is None:
         if adapter is not None:
             raise InputError("an encoder-decoder keeps no adapters apart", place="adapter", remedy="Leave it out")
@@ -119,8 +125,10 @@ def generate_text(
         source = texts_as_source(pair, ids) if inputs is None else inputs
         begin = None if start is None else [start] * count
         result = pair.write(
-            source, max_new_tokens=new_tokens, prompts=begin, sampling=sampling, on_token=listener
+            source, max_new_tokens=new_tokens, prompts=begin, sampling=sampling, on_token=listener, beams=beams,
+            speech=speech,
         )  # fmt: skip
+        known = pair.habits.speech
     else:
         longest = max((len(row) for row in ids), default=0) + new_tokens + spare
         never: tuple[int, ...] = ()
@@ -143,13 +151,23 @@ def generate_text(
             drafts=drafts,
             never=never,
         )
-    if on_text:
+        known = None
+    if listener and on_text:
         for row, stream in enumerate(streams):
             if rest := stream.finish():
                 on_text(row, rest)
-    if new_tokens < max_new_tokens and not all(result.finished):
-        logger.warning("stopped after %d new tokens, where the model's context of %d tokens ends", new_tokens, limit)
-    return [decoded(tokenizer, row, folder) for row in result.tokens]
+    written = max(map(len, result.tokens))
+    if written < max_new_tokens and not all(result.finished):
+        logger.warning("stopped after %d new tokens, where the model's context of %s tokens ends", written, limit)
+
+    def text_of(tokens: Sequence[int]) -> str:
+        return decoded(tokenizer, tokens, folder)
+
+    texts = [known.timed(row, text_of) if timed and known else text_of(row) for row in result.tokens]
+    if timed and on_text:  # times are known when a text is whole
+        for row, text in enumerate(texts):
+            on_text(row, text)
+    return texts
 
 
 def eos_token_ids(folder: str | Path, default: int | None = None) -> tuple[int, ...]:
@@ -158,11 +176,13 @@ def eos_token_ids(folder: str | Path, default: int | None = None) -> tuple[int, 
     return tuple(value) if isinstance(value, list | tuple) else (value,)
 
 
-def _check_read(prompt: object, inputs: object, start: object, manifest: manifests.Manifest | None) -> None:
-    """Refuse what this kind of model does not read."""
+def _check_read(
+    prompt: object, inputs: object, alone: Mapping[str, object], manifest: manifests.Manifest | None
+) -> None:
+    """Refuse what this kind of model does not read; alone: what encoder-decoders alone take."""
     if (prompt is None) == (inputs is None):
         raise InputError("there is nothing to go on from, or two things", place="prompt, inputs", remedy="Give one")
-    for name, given in (("inputs", inputs), ("start", start)):
+    for name, given in (("inputs", inputs), *alone.items()):
         if given is not None and manifest is not None:
             raise InputError("only an encoder-decoder takes it", place=name, remedy="Pass a prompt")
 
@@ -216,11 +236,8 @@ def token_ids(tokenizer, texts: Sequence[str], folder: Path, *, special: bool) -
 def limits(folder: Path, manifest: manifests.Manifest | None) -> tuple[int | None, int | None]:
     """The most tokens that the model reads, and how many it knows; None where nothing says so."""
     said = manifests.stated(folder) if manifest is None else manifest.settings
-    longest, rows = (
-        size if isinstance(size, int) and size > 0 else None
-        for size in (said.get("max_position_embeddings"), said.get("vocab_size"))
-    )
-    return longest, rows
+    rows = said.get("vocab_size")
+    return longest_text(said), rows if isinstance(rows, int) and rows > 0 else None
 
 
 def _room(ids: Sequence[Sequence[int]], limit: int | None, rows: int | None, *, apart: bool) -> int | None:

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime as ort
@@ -16,7 +17,8 @@ from .decoder import Decoder, Generation
 from .provider import device_of
 from .sampling import Sampling
 from .session import open_session
-from .values import value_of
+from .speech import Speech, SpeechTokens, speech_tokens
+from .values import picked, value_of
 
 
 def is_seq2seq(folder: str | Path) -> bool:
@@ -26,6 +28,14 @@ def is_seq2seq(folder: str | Path) -> bool:
     return path.is_file() and read_json(path).get("kind") == SEQ2SEQ
 
 
+# What a generation config may say besides of what is written, and what says nothing.
+_RULES = {
+    "repetition_penalty": 1.0, "encoder_repetition_penalty": 1.0, "no_repeat_ngram_size": 0,
+    "encoder_no_repeat_ngram_size": 0, "min_length": 0, "min_new_tokens": 0, "forced_bos_token_id": None,
+    "forced_eos_token_id": None, "bad_words_ids": None, "sequence_bias": None, "exponential_decay_length_penalty": None,
+}  # fmt: skip
+
+
 @dataclass(frozen=True)
 class GenerationDefaults:
     """How an encoder-decoder writes, by the configs in its folder.
@@ -33,6 +43,10 @@ class GenerationDefaults:
     Attributes:
         start: tokens that every text begins with; ends: any of these ends one; pad: fills up behind the end.
         never: tokens that are never written; never_first: nor these as the first new one.
+        longest: tokens of a text with what it begins with at most; None where nothing says so.
+        beams: texts that are followed at once.
+        rules: names of further rules that the config has for what is written.
+        speech: of models of speech, the tokens that say language, task and times.
     """
 
     start: tuple[int, ...]
@@ -40,6 +54,16 @@ class GenerationDefaults:
     pad: int = 0
     never: tuple[int, ...] = ()
     never_first: tuple[int, ...] = ()
+    longest: int | None = None
+    beams: int = 1
+    rules: tuple[str, ...] = ()
+    speech: SpeechTokens | None = None
+
+
+def longest_text(said: Mapping[str, Any]) -> int | None:
+    """Tokens that a decoder reads at most, by what its configs say; None where they do not."""
+    sizes = (said.get(name) for name in ("max_target_positions", "max_position_embeddings"))
+    return next((size for size in sizes if isinstance(size, int) and size > 0), None)
 
 
 def habits_of(folder: str | Path) -> GenerationDefaults:
@@ -55,9 +79,14 @@ def habits_of(folder: str | Path) -> GenerationDefaults:
     forced = found.get("forced_decoder_ids") or []  # pairs of position and token, some of them open
     start = (first, *(token for _, token in sorted(forced) if token is not None))
     ends, pad = found.get("eos_token_id", ()), found.get("pad_token_id", 0)
+    path = Path(folder) / "generation_config.json"
+    own = {key: value for key, value in read_json(path).items() if value is not None} if path.is_file() else found
+    beams = own.get("num_beams", 1)
     return GenerationDefaults(
         start, tuple(ends) if isinstance(ends, list | tuple) else (ends,), pad,
         tuple(found.get("suppress_tokens", ())), tuple(found.get("begin_suppress_tokens", ())),
+        longest_text(found), beams if isinstance(beams, int) and beams > 0 else 1,
+        tuple(key for key, without in _RULES.items() if own.get(key, without) != without), speech_tokens(found),
     )  # fmt: skip
 
 
@@ -70,14 +99,16 @@ class EncoderDecoder:
         decoder: writes, once a source was read.
 
     Args:
+        folder: of the export, with the configs.
         encoder: session on the first part; decoder: on the second.
     """
 
-    def __init__(self, encoder: ort.InferenceSession, decoder: ort.InferenceSession, habits: GenerationDefaults):
-        self._encoder, self.habits = encoder, habits
+    def __init__(self, folder: Path, encoder: ort.InferenceSession, decoder: ort.InferenceSession):
+        self._folder, self._encoder, self.habits = folder, encoder, habits_of(folder)
         self._device = device_of(encoder)
         self.inputs = {value.name: value.type for value in encoder.get_inputs()}
         self.decoder = Decoder(decoder)
+        self._read: Mapping[str, ort.OrtValue] = {}
 
     def read(self, source: Mapping[str, np.ndarray]) -> None:
         """Read a batch of sources; what the decoder writes from now on is about them.
@@ -105,7 +136,15 @@ class EncoderDecoder:
         given = dict(zip(names, binding.get_outputs(), strict=True))
         if "attention_mask" in source:
             given[SOURCE_MASK] = values["attention_mask"]
+        self._read = given
         self.decoder.give(given)
+
+    def _spread(self, beams: int) -> None:
+        """Let the decoder have several rows for each source, one after another."""
+        rows = [row for row in range(next(iter(self._read.values())).shape()[0]) for _ in range(beams)]
+        self.decoder.give({
+            name: picked(value, rows, value.element_type(), self._device) for name, value in self._read.items()
+        })  # fmt: skip
 
     def write(
         self,
@@ -115,24 +154,72 @@ class EncoderDecoder:
         prompts: Sequence[Sequence[int]] | None = None,
         sampling: Sampling | None = None,
         on_token: Callable[[int, int], None] | None = None,
+        beams: int | None = None,
+        speech: Speech | None = None,
     ) -> Generation:
         """Write about a batch of sources, as the model's configs say that it writes.
 
         Args:
             source: see `read`.
             prompts: token ids that the texts begin with, one list a row, all of one length, in the place of those that
-                the configs name: for Whisper language and task, say.
+                the configs name.
             max_new_tokens, sampling, on_token: see `Decoder.generate`.
+            beams: texts that are followed at once for each source, of which the likeliest is written; None: as many as
+                the configs say. Tokens are known when a text is whole.
+            speech: of a model of speech, how it is to be written down.
 
-        Raises: as `read` and `Decoder.generate`.
+        Raises:
+            InputError: as `read` and `Decoder.generate`; beams that are drawn, or none; speech, and another kind of
+                model, or a language that it does not have.
+            RuntimeProblem: as `read`.
         """
+        habits, rows = self.habits, len(next(iter(source.values())))
+        if beams is not None and (beams < 1 or (beams > 1 and sampling is not None)):
+            raise InputError(
+                "beams look for the likeliest text, and draw none" if sampling else f"{beams} beams follow no text",
+                place="beams", remedy="Leave out the sampling" if sampling else "Take 1 or more",
+            )  # fmt: skip
+        if speech is not None and habits.speech is None:
+            raise InputError("the model knows no languages and times of speech", place="speech", remedy="Leave it out")
+        beams = beams or (habits.beams if sampling is None else 1)
+        timed = speech is not None and speech.timestamps
+        if timed and sampling is not None:
+            raise InputError("times are not drawn", place="timestamps", remedy="Leave out the sampling")
         self.read(source)
-        rows = len(next(iter(source.values())))
+        if prompts is None and habits.speech is not None:
+            prompts = habits.speech.beginnings(speech or Speech(), habits.start[0], rows, self._hears)
+        prompts = [habits.start] * rows if prompts is None else prompts
+        if habits.longest is not None:
+            max_new_tokens = min(max_new_tokens, habits.longest - len(prompts[0]))
+        if sampling is None and (beams > 1 or timed or habits.rules):
+            return self._search(source, prompts, beams, max_new_tokens, timed, on_token)
         return self.decoder.generate(
-            [self.habits.start] * rows if prompts is None else prompts, max_new_tokens=max_new_tokens,
-            eos_token_ids=self.habits.ends, pad_token_id=self.habits.pad, sampling=sampling, on_token=on_token,
-            never=self.habits.never, never_first=self.habits.never_first,
+            prompts, max_new_tokens=max_new_tokens, eos_token_ids=habits.ends, pad_token_id=habits.pad,
+            sampling=sampling, on_token=on_token, never=habits.never, never_first=habits.never_first,
         )  # fmt: skip
+
+    def _hears(self, prompts: Sequence[Sequence[int]]) -> np.ndarray:
+        """Logits behind prompts of one length."""
+        self.decoder.reset()
+        return self.decoder.run(np.array(prompts))[:, -1]
+
+    def _search(
+        self, source: Mapping[str, np.ndarray], prompts: Sequence[Sequence[int]], beams: int, most: int, timed: bool,
+        on_token: Callable[[int, int], None] | None,
+    ) -> Generation:  # fmt: skip
+        """Write by all rules of the configs."""
+        from .search import search  # which takes torch: imported where it is needed, and nowhere else
+
+        self._spread(beams)
+        found = search(
+            self.decoder, self._folder, prompts, source=source.get("input_ids"), beams=beams, max_new_tokens=most,
+            timestamps=timed,
+        )  # fmt: skip
+        if on_token:
+            for row, text in enumerate(found.tokens):
+                for token in text:
+                    on_token(row, token)
+        return found
 
 
 def open_seq2seq(folder: str | Path, *, threads: int | None = None, provider: str | None = None) -> EncoderDecoder:
@@ -148,7 +235,7 @@ def open_seq2seq(folder: str | Path, *, threads: int | None = None, provider: st
         open_session(part, manifests.load(part), threads=threads, provider=provider)
         for part in (folder / ENCODER, folder / DECODER)
     )
-    return EncoderDecoder(encoder, decoder, habits_of(folder))
+    return EncoderDecoder(folder, encoder, decoder)
 
 
 def texts_as_source(pair: EncoderDecoder, rows: Sequence[Sequence[int]]) -> dict[str, np.ndarray]:

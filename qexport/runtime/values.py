@@ -59,6 +59,21 @@ def shortened(value: ort.OrtValue, length: int, kind: int, device: str) -> ort.O
     return short
 
 
+def picked(value: ort.OrtValue, rows: Sequence[int], kind: int, device: str) -> ort.OrtValue:
+    """Rows of a tensor [batch, ...], in any order and any of them several times; kind and device: as for `zeros`."""
+    shape = [len(rows), *value.shape()[1:]]
+    if device != "cpu":
+        host = zeros(value.shape(), kind, "cpu")
+        host.update_inplace(value)
+        found = ort.OrtValue.ortvalue_from_shape_and_type(shape, kind, device, 0)
+        found.update_inplace(picked(host, rows, kind, "cpu"))
+        return found
+    found = ort.OrtValue.ortvalue_from_shape_and_type(shape, kind)
+    if found.tensor_size_in_bytes():
+        _bytes_of(found, len(rows), 1)[:] = _bytes_of(value, value.shape()[0], 1)[np.asarray(rows)]
+    return found
+
+
 def _bytes_of(value: ort.OrtValue, rows: int, tokens: int) -> np.ndarray:
     """The memory of a tensor on the CPU, whatever its type: uint8 [rows, tokens, bytes]."""
     memory = (ctypes.c_uint8 * value.tensor_size_in_bytes()).from_address(value.data_ptr())

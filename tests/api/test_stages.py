@@ -91,7 +91,6 @@ def test_quantize_lower_and_package(calibrated, tmp_path):
         ("encoder", {"attention": "standard"}, "w8a8_static", "only decoders have a choice of attention"),
         ("module", {"attention": "standard"}, "w8a8_static", "only decoders have a choice of attention"),
         ("encoder", {}, "compact_kv8", "kv_cache is for decoders alone, and this is an encoder"),
-        ("encoder-decoder", {"resume": True}, "w8a8_static", "not resumed"),
         ("encoder-decoder", {"logits": "last"}, "w8a8_static", "makes all logits"),
         ("encoder-decoder", {}, "compact_kv8", "kv_cache is for decoders alone"),
     ],

@@ -70,7 +70,6 @@ def test_results_as_json(model, qexport, tmp_path):
 @pytest.mark.parametrize(
     "arguments, said",
     [
-        (("export", "MODEL", "-o", "out", "--resume"), "encoder-decoder is not resumed"),
         (("export", "MODEL", "-o", "out", "--max-kl", "0.1"), "its kind is encoder-decoder"),
         (("inspect", "MODEL", "--calibrate"), "by its export only"),
         (("export", "MODEL", "-o", "out", "-r", "compact_kv8"), "kv_cache"),

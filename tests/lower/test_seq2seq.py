@@ -18,6 +18,7 @@ from qexport import export, generate, inspect, optimize, validate
 from qexport.api.seq2seq.sources import load_sources, write_about
 from qexport.artifact import checksums
 from qexport.artifact import manifest as manifests
+from qexport.calibrate import loop
 from qexport.capture.folder import capture_folder
 from qexport.capture.seq2seq import capture_seq2seq
 from qexport.errors import CaptureError, InputError, RecipeError
@@ -228,6 +229,29 @@ def test_overrides_match_in_either_part_and_must_match(t5, tmp_path):
     assert [p.name for p in found.parts["encoder"].linears] == [p.name for p in result.parts["encoder"].plan]
     with pytest.raises(RecipeError, match="matches no linear.*nowhere"):
         export(t5, recipe_of("w4a16_g32", overrides=[{"match": "nowhere", "scheme": "float"}]), out_dir="x")
+
+
+def test_an_interrupted_export_goes_on_where_it_was(exported, t5, tmp_path, monkeypatch):
+    out, quantized = tmp_path / "out", []
+
+    def progress(stage, what, done, total):
+        if stage.startswith("decoder: quantize") and done == 1:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(loop, "_one", lambda *args, one=loop._one: (quantized.append(args[1].name), one(*args))[1])
+    with pytest.raises(KeyboardInterrupt):
+        export(t5, recipe_of("w8a8_dyn"), out_dir=out, progress=progress)
+    before = list(quantized)
+    with pytest.raises(InputError, match="another model, recipe"):
+        export(t5, recipe_of("w4a16_g32"), out_dir=out, resume=True)
+    export(t5, recipe_of("w8a8_dyn"), out_dir=out, resume=True)
+    parts = capture_seq2seq(open_model(t5))
+    assert len(before) == len(parts.encoder.blocks) + 1  # the first of the decoder's, too
+    assert quantized == [block.name for block in (*parts.encoder.blocks, *parts.decoder.blocks)]
+    for part in ("encoder", "decoder"):
+        same = [(folder / part / "model.onnx.data").read_bytes() for folder in (out, exported)]
+        assert same[0] == same[1]
+    assert not list(tmp_path.glob(".*"))
 
 
 def test_features_come_from_a_tensor_or_a_file(tmp_path):

@@ -1,17 +1,19 @@
 """Exporting an encoder-decoder: its two parts, each a folder of its own, in one."""
 
 import json
+import logging
 from collections.abc import Mapping
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 
-from ...artifact.manifest import DECODER, ENCODER, FORMAT, MANIFEST_FILE, SEQ2SEQ, Manifest
-from ...artifact.output import WorkFolder, claimed
+from ...artifact.files import read_json
+from ...artifact.manifest import DECODER, ENCODER, FORMAT, GENAI_FILE, MANIFEST_FILE, SEQ2SEQ, Manifest, stated
+from ...artifact.output import PartFolder, WorkFolder
 from ...calibrate.data import Prepared
 from ...capture.graph import CapturedModel
 from ...capture.seq2seq import Parts, capture_seq2seq
-from ...errors import RecipeError
+from ...errors import InputError, RecipeError
 from ...graph.convolution_sites import convolutions
 from ...graph.sites import linears
 from ...models.agreement import together
@@ -19,6 +21,7 @@ from ...models.source import ModelFolder
 from ...progress import announce, of_part
 from ...recipe.recipe import Recipe
 from ...recipe.sections import FLOAT
+from ...runtime import genai_speech
 from ...validation.reader import check_reader
 from ..folder import copy_companions
 from ..refusals import check_applicable
@@ -29,6 +32,8 @@ from ..stages.capturing import capture
 from ..stages.planning import plan
 from ..stages.preparing import Preparation
 from .sources import check_sources, load_sources, write_about
+
+logger = logging.getLogger(__name__)
 
 WRITTEN = 64  # tokens of a text that calibrates the decoder
 _CONFIGS = ("config.json", "generation_config.json", "preprocessor_config.json", "processor_config.json")
@@ -61,9 +66,8 @@ def export_parts(prepared: Preparation, work: WorkFolder) -> ExportResult:
     made: dict[str, ExportResult] = {}
     with work.appearing() as temporary:
         for part, own in asked.items():
-            with claimed(temporary / part, overwrite=False) as place:
-                made[part] = pipeline.run(own, place)
-        _write_companions(temporary, folder)
+            made[part] = pipeline.run(own, PartFolder(work, temporary, part))
+        _write_companions(temporary, folder, {part: result.manifest for part, result in made.items()})
     found = {part: replace(result, folder=work.given / part) for part, result in made.items()}
     return _whole(found, work)
 
@@ -133,11 +137,21 @@ def _names(captured: CapturedModel) -> list[str]:
     return [*found, *(name for graph in graphs for name in convolutions(graph))]
 
 
-def _write_companions(out: Path, source: ModelFolder) -> None:
-    """What belongs to both parts: configs, tokenizer, licence, and a manifest that says what this is."""
+def _write_companions(out: Path, source: ModelFolder, parts: Mapping[str, Manifest]) -> None:
+    """What belongs to both parts: configs, tokenizer, licence, a manifest that says what this is, and genai's files."""
     about = {"format": FORMAT, "qexport": version("qexport"), "kind": SEQ2SEQ, "parts": [ENCODER, DECODER]}
     (out / MANIFEST_FILE).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
     copy_companions(out, source, _CONFIGS)
+    if source.config.model_type not in genai_speech.KINDS:
+        return
+    config, sound = (read_json(out / n) if (out / n).is_file() else {} for n in ("config.json", _CONFIGS[2]))
+    try:
+        found = genai_speech.genai_config(parts, config, stated(out))
+    except InputError as error:
+        logger.warning("%s is left out: %s", GENAI_FILE, error)
+        return
+    for name, contents in ((GENAI_FILE, found), (genai_speech.AUDIO_FILE, genai_speech.audio_config(sound))):
+        (out / name).write_text(json.dumps(contents, indent=2) + "\n", encoding="utf-8")
 
 
 def _whole(parts: Mapping[str, ExportResult], work: WorkFolder) -> ExportResult:

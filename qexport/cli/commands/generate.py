@@ -7,6 +7,7 @@ import typer
 
 import qexport
 
+from ...artifact.arrays import read_arrays
 from ..app import RUN, command
 from ..options import (
     Draft,
@@ -23,11 +24,16 @@ from ..options import (
     sampling_of,
 )
 
+PAIR = "Encoder-decoders"
+
 
 @command(RUN)
 def generate(
     folder: Folder,
-    prompt: Annotated[str, typer.Option("--prompt", "-p", help="Text to continue.")],
+    prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="Text to continue, or to write about.")] = None,
+    inputs: Annotated[
+        Path | None, typer.Option(help="What an encoder-decoder of spectrograms reads instead, a safetensors file.")
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
     temperature: Temperature = None,
     top_k: TopK = None,
@@ -36,6 +42,19 @@ def generate(
     chat: Annotated[bool, typer.Option("--chat", help="Put the prompt into the chat template of the model.")] = False,
     system: Annotated[str | None, typer.Option(help="With --chat: what the system says before the prompt.")] = None,
     adapter: Annotated[str | None, typer.Option(help="Name of an adapter that the export keeps apart.")] = None,
+    beams: Annotated[
+        int | None,
+        typer.Option(help="Texts that are followed at once; by default as its config says.", rich_help_panel=PAIR),
+    ] = None,
+    language: Annotated[
+        str | None, typer.Option(help="Of speech, such as en; by default the model hears it.", rich_help_panel=PAIR)
+    ] = None,
+    task: Annotated[
+        str | None, typer.Option(help="With speech: transcribe or translate.", rich_help_panel=PAIR)
+    ] = None,
+    timestamps: Annotated[
+        bool, typer.Option("--timestamps", help="Write when things are said, too.", rich_help_panel=PAIR)
+    ] = False,
     draft: Draft = None,
     draft_rows: DraftRows = None,
     image: Annotated[
@@ -47,6 +66,7 @@ def generate(
     """Continue a prompt with ONNX Runtime, printing while it grows."""
     from .. import console
 
+    speech = qexport.Speech(language, task, timestamps) if language or task or timestamps else None
     sampling, drafts = sampling_of(temperature, top_k, top_p, seed), drafts_of(draft, draft_rows)
     console.quiet_libraries()
     imported()
@@ -60,7 +80,8 @@ def generate(
     try:
         qexport.generate(
             folder, prompt, max_new_tokens=max_new_tokens, sampling=sampling, chat=chat, system=system, threads=threads,
-            provider=provider, on_text=show, adapter=adapter, drafts=drafts, images=image or (),
+            provider=provider, on_text=show, adapter=adapter, drafts=drafts, images=image or (), beams=beams,
+            speech=speech, inputs=None if inputs is None else read_arrays(inputs),
         )  # fmt: skip
     finally:  # what stands there stays readable, whatever comes after it
         if written:
