@@ -176,7 +176,7 @@ def _decoder(prepared: Preparation) -> CapturedModel:
                     logger.warning("%s", note)
             return captured
         kind = captured.kind
-    raise InputError(f"schemes are chosen for decoders, and its kind is {kind}", place=place)
+    raise InputError(f"schemes are chosen by what they cost a decoder's logits, and its kind is {kind}", place=place)
 
 
 def schemes_of(made: ExportResult) -> dict[str, str]:

@@ -247,7 +247,7 @@ def load(folder: str | Path) -> Manifest:
     if data.get("kind") == SEQ2SEQ:
         raise InputError(
             "an encoder-decoder, which is two exports", place=str(folder),
-            remedy=f"Export, validate and generate take it whole; for the rest give {folder / ENCODER} or "
+            remedy=f"Export, validate, generate and bench take it whole; for the rest give {folder / ENCODER} or "
             f"{folder / DECODER}",
         )  # fmt: skip
     if data.get("kind") == VISION_LANGUAGE:

@@ -13,6 +13,7 @@ from ..capture.graph import CapturedModel
 from ..errors import InputError
 from ..models.heads import reads_text
 from ..models.source import ModelFolder
+from ..models.witness import module_of
 from ..plan.linear_plan import Planned
 from ..progress import Progress
 from ..recipe.recipe import CalibrationSpec, Recipe
@@ -20,7 +21,7 @@ from .block_activations import Stream, make_stream, module_feeds, stream_of
 from .encoder_inputs import encoder_stream
 from .features import feature_batches, makes_none, read_features
 from .own_text import own_text
-from .sources import check_source, load_samples
+from .sources import check_source, load_samples, source_of
 
 _PASS_TEXT = (
     "Pass a text to calibrate on: --calibration FILE, or datasets:NAME:SPLIT:COLUMN; random tokens (--calibration "
@@ -75,7 +76,8 @@ def check_calibration(folder: ModelFolder, recipe: Recipe, data: Any, asked: boo
     if not reads_text(folder.config):
         if data is None and recipe.calibration.source == "self":
             raise makes_none("input")
-        if data is None and recipe.calibration.source != "random":
+        made = recipe.calibration.source == "random" or source_of(recipe.calibration).makes_features
+        if data is None and not made:
             read_features(recipe.calibration.source, [])
     elif data is None:
         check_source(recipe.calibration, folder.tokenizer())
@@ -134,15 +136,18 @@ def module_inputs(captured: CapturedModel, spec: CalibrationSpec, data: Any, pla
     """
     if isinstance(data, Prepared):
         return data
-    if captured.folder is None:
+    made = data is None and source_of(spec).makes_features
+    if captured.folder is None and not made:
         if data is None or not len(data):
             raise InputError(
                 "this recipe calibrates, and an nn.Module has no text", place=place,
-                remedy="Pass calibration=[(input, ...), ...], one tuple for each batch",
+                remedy="Pass calibration=[(input, ...), ...], one tuple for each batch, or \"norms\" where it has some",
             )  # fmt: skip
         feeds = module_feeds(captured, data, place)
         return Prepared(feeds, f"{len(feeds)} batches given by the caller")
     if data is not None and not isinstance(data, Tensor):
         feeds = module_feeds(captured, data, place)
         return Prepared(feeds, f"{len(feeds)} batches given by the caller")
-    return Prepared(*feature_batches(captured.inputs, spec, data, place, "rows", "rows given by the caller"))
+    return Prepared(*feature_batches(
+        captured.inputs, spec, data, place, "rows", "rows given by the caller", module_of(captured.witness)
+    ))  # fmt: skip

@@ -12,6 +12,7 @@ from torch import Tensor
 from ..capture.graph import Port
 from ..errors import InputError
 from ..recipe.recipe import CalibrationSpec
+from .sources import source_of
 
 _REMEDY = "Give what the model's processor makes"
 
@@ -45,8 +46,8 @@ def makes_none(what: str) -> InputError:
     """The error for a model that is to calibrate on what it makes itself, and makes none."""
     return InputError(
         f"the model writes no {what} to calibrate on", place="calibration",
-        remedy="Pass what its processor or feature extractor makes in a safetensors file: --calibration FILE; random "
-        "numbers (--calibration random) cost accuracy",
+        remedy="Pass what its processor or feature extractor makes in a safetensors file: --calibration FILE; where "
+        "it has batch norms, --calibration norms makes some; random numbers (--calibration random) cost accuracy",
     )  # fmt: skip
 
 
@@ -78,7 +79,8 @@ def checked_features(values: Mapping[str, Tensor], ports: Sequence[Port], place:
 
 
 def feature_batches(
-    ports: Sequence[Port], spec: CalibrationSpec, data: Any, place: str, what: str, given: str
+    ports: Sequence[Port], spec: CalibrationSpec, data: Any, place: str, what: str, given: str,
+    module: torch.nn.Module | None = None,
 ) -> tuple[list[dict[str, Tensor]], str, bool]:
     """Batches of what a recipe names, or of `data`; what they are, for reports; whether chance made them.
 
@@ -86,6 +88,7 @@ def feature_batches(
         data: rows of the first input; None for what the recipe names, which is no text.
         place: of `data`, for errors.
         what, given: what a row is called there, and rows of the caller's.
+        module: the model, for sources that take it; None where it is not in memory as a whole.
 
     Raises:
         InputError: they cannot be had, or do not fit the inputs.
@@ -95,6 +98,11 @@ def feature_batches(
         drawn = drawn_features(ports, spec.samples, spec.seed)
         described = f"{spec.samples} {what} of random numbers (seed {spec.seed})"
         return batched(drawn, spec.samples, spec.batch_size), described, True
+    if data is None and (source := source_of(spec)).makes_features:
+        if floats := [port.name for port in ports if not port.dtype.is_floating_point]:
+            raise InputError(f"{spec.source} makes floating point inputs alone", place=floats[0], remedy=_REMEDY)
+        made, described = source.features(module, drawn_features(ports, spec.samples, spec.seed))
+        return batched(made, spec.samples, spec.batch_size), f"{spec.samples} {what} {described}", False
     found = checked_features(read_features(spec.source, names) if data is None else {names[0]: data}, ports, place)
     rows = min(len(found[names[0]]), spec.samples)
     described = given if data is not None else f"{what} of {Path(spec.source).name}"

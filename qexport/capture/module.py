@@ -105,7 +105,7 @@ def _witness(model: torch.nn.Module, given: Mapping[str, torch.Tensor], axes: Ax
     calls = [given] if all(longer[name] is t for name, t in given.items()) else [given, longer]
     dtypes = [p.dtype for p in model.parameters() if p.is_floating_point()]
     eps = max(torch.finfo(dtype).eps for dtype in [torch.float32, *dtypes])
-    return ModuleWitness(f"the module's own forward, {type(model).__name__}", run, calls, eps)
+    return ModuleWitness(model, f"the module's own forward, {type(model).__name__}", run, calls, eps)
 
 
 def _captured(exported: ExportedProgram, model: torch.nn.Module, axes: Axes, absent: Collection[str]) -> CapturedModel:

@@ -130,6 +130,11 @@ class EncoderWitness:
     absent: frozenset[str]
     inputs: Sequence[Mapping[str, Tensor]]
 
+    @property
+    def module(self) -> PreTrainedModel | None:
+        """See `module_of`."""
+        return self.captured
+
     def __deepcopy__(self, memo):
         return self
 

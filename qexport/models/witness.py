@@ -103,17 +103,24 @@ class Witness(Protocol):
         ...
 
 
+def module_of(witness: Witness | None) -> torch.nn.Module | None:
+    """The module that a witness runs, where that is in memory as a whole, and takes the graph's inputs by name."""
+    return getattr(witness, "module", None)
+
+
 @dataclass(frozen=True)
 class ModuleWitness:
     """A module's own forward.
 
     Attributes:
+        module: itself.
         name: of its class.
         run: from inputs by name to outputs by name, in evaluation mode.
         feeds: inputs of each call.
         eps: unit roundoff of what it computes in.
     """
 
+    module: torch.nn.Module
     name: str
     run: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]
     feeds: Sequence[Mapping[str, Tensor]]

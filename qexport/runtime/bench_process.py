@@ -15,6 +15,7 @@ import psutil
 from ..artifact.manifest import Manifest
 from ..errors import RuntimeProblem
 from .decoder import Decoder, open_decoder
+from .seq2seq import EncoderDecoder, is_seq2seq, open_seq2seq
 
 _CHILD = "from qexport.runtime.bench_process import _serve; _serve()"
 
@@ -108,12 +109,17 @@ class _Subject:
     def __init__(self, setup: dict[str, Any]):
         self._setup, self._plan = setup, Manifest.model_validate(setup["manifest"])
         self._decoder: Decoder | None = None
+        self._pair: EncoderDecoder | None = None
         self._before = psutil.Process().memory_info().rss
         _forget_peak()
 
     def load(self) -> float:
-        self._decoder = None
+        self._decoder = self._pair = None
         start = perf_counter()
+        if is_seq2seq(self._setup["folder"]):
+            options = {name: self._setup[name] for name in ("threads", "provider")}
+            self._pair = open_seq2seq(self._setup["folder"], **options)
+            return perf_counter() - start
         self._decoder = open_decoder(
             self._setup["folder"],
             self._plan,
@@ -124,6 +130,8 @@ class _Subject:
         return perf_counter() - start
 
     def run(self, tokens: int, steps: int, batch: int) -> tuple[float, float | None]:
+        if self._pair is not None:
+            return _about_a_source(self._pair, self._plan.settings["vocab_size"], tokens, steps, batch)
         ids = np.random.default_rng(0).integers(0, self._plan.settings["vocab_size"], (batch, tokens + steps))
         if (decoder := self._decoder) is None:
             raise RuntimeProblem("nothing is loaded yet")
@@ -134,6 +142,19 @@ class _Subject:
 
     def memory(self) -> int:
         return max(_peak() - self._before, 0)
+
+
+def _about_a_source(
+    pair: EncoderDecoder, vocabulary: int, tokens: int, steps: int, batch: int
+) -> tuple[float, float | None]:
+    """The same of an encoder-decoder: seconds to read sources up to the first token, and of the steps after it."""
+    source, first = pair.any_source(batch, tokens, vocabulary), np.full((batch, 1), pair.habits.start[0])
+    start = perf_counter()
+    pair.read(source)
+    pair.decoder.run(first)
+    read = perf_counter() - start
+    times = [_seconds(pair.decoder, first) for _ in range(steps)]
+    return read, median(times) if times else None
 
 
 def _seconds(decoder: Decoder, ids: np.ndarray) -> float:

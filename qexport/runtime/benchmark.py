@@ -1,4 +1,4 @@
-"""How fast and how large exported decoders are, measured in turns so that they can be compared."""
+"""How fast and how large exported decoders and encoder-decoders are, measured in turns so that they can be compared."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -8,12 +8,13 @@ from typing import Any
 import numpy as np
 
 from ..artifact import manifest as manifests
-from ..artifact.manifest import Manifest
+from ..artifact.manifest import DECODER, ENCODER, SPECTRA, Manifest
 from ..errors import InputError
 from ..progress import Progress, no_progress
 from .bench_process import BenchProcess
 from .genai import context_length
 from .provider import provider_named
+from .seq2seq import is_seq2seq
 
 PROMPT_LENGTHS = (128, 512, 2048)
 DECODE_PASTS = (128, 2048)
@@ -81,7 +82,10 @@ def bench(
     provider: str | None = None,
     progress: Progress = no_progress,
 ) -> BenchResult:
-    """Measure a decoder folder of qexport or of onnxruntime-genai's model builder.
+    """Measure a folder of a decoder, of qexport or of onnxruntime-genai's model builder, or of an encoder-decoder.
+
+    Of an encoder-decoder prompts are sources that are read up to the first token about them, and decoding is what
+    follows; those of spectrograms are measured at the one length that they have.
 
     Args:
         folder: what is measured.
@@ -175,6 +179,10 @@ def ratios(first: Measurement, second: Measurement) -> dict[str, float]:
 
 
 def _describe(folder: Path) -> Manifest:
+    if is_seq2seq(folder):
+        decoder = manifests.load(folder / DECODER)
+        size = manifests.stated(folder).get("vocab_size")
+        return decoder.model_copy(update={"settings": decoder.settings | {"vocab_size": size or 1}})
     plan = manifests.load_any(folder)
     if plan.kind != "decoder":
         raise InputError(f"this export is a {plan.kind}, and bench measures decoders", place=str(folder))
@@ -189,6 +197,14 @@ def _fitting(
         ((length, str(path)) for path in folders if (length := context_length(path)) is not None),
         default=(None, ""),
     )
+    pairs = _pairs(folders)
+    if (frames := _frames(folders)) is not None:
+        if prompt_lengths or decode_pasts:
+            raise InputError(
+                f"it reads spectrograms of {frames} frames, and no others", place=str(folders[0]),
+                remedy="Leave out the lengths",
+            )  # fmt: skip
+        return [frames], [frames], ("prompts are spectrograms of so many frames, up to the first token",)
     room = {"a prompt of": context, f"decoding {DECODE_STEPS} tokens after": context and context - DECODE_STEPS}
     kept, notes = [], []
     for (what, limit), given, default in zip(
@@ -204,7 +220,39 @@ def _fitting(
             lengths = sorted({min(n, limit) for n in lengths if limit > 0})
             notes.append(f"{what} {over[0]} tokens became {limit}: the model reads {context}")
         kept.append(lengths)
+    if pairs:
+        notes.append("prompts are sources, up to the first token about them; decoding is about such sources")
     return kept[0], kept[1], tuple(notes)
+
+
+def _pairs(folders: Sequence[Path]) -> bool:
+    """Whether all are encoder-decoders.
+
+    Raises:
+        InputError: some are, which do something else than the others.
+    """
+    kinds = [is_seq2seq(path) for path in folders]
+    if any(kinds) and not all(kinds):
+        raise InputError(
+            "an encoder-decoder is measured beside others", place=str(folders[kinds.index(False)]),
+            remedy="Compare exports of one kind",
+        )  # fmt: skip
+    return any(kinds)
+
+
+def _frames(folders: Sequence[Path]) -> int | None:
+    """Frames of the sources of encoder-decoders of spectrograms; None of anything else.
+
+    Raises:
+        InputError: they differ.
+    """
+    found = set()
+    for folder in filter(is_seq2seq, folders):
+        dims = manifests.load(folder / ENCODER).settings.get("inputs", {}).get(SPECTRA)
+        found.add(None if dims is None else int(dims[-1]))
+    if len(found) > 1:
+        raise InputError("they read sources of different kinds", place=str(folders[0]), remedy="Measure them apart")
+    return found.pop() if found else None
 
 
 def _named(job: _Job) -> str:
@@ -250,7 +298,11 @@ def _summarize(folder: Path, plan: Manifest, samples: dict[str, list[float]], me
         decode={n: 1 / seconds for n, seconds in times("decode").items()},
         batched=batched,
         memory_bytes=memory,
-        model_bytes=sum(path.stat().st_size for path in folder.glob(f"{name}*") if path.is_file()),
+        model_bytes=sum(
+            path.stat().st_size
+            for place in ((folder / ENCODER, folder / DECODER) if is_seq2seq(folder) else (folder,))
+            for path in place.glob(f"{name}*") if path.is_file()
+        ),
         samples=samples,
         spread={key: float(high - low) / middle[key] for key, (low, high) in quartiles.items()},
     )

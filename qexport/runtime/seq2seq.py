@@ -10,7 +10,7 @@ import onnxruntime as ort
 
 from ..artifact import manifest as manifests
 from ..artifact.files import read_json
-from ..artifact.manifest import DECODER, ENCODER, MANIFEST_FILE, SEQ2SEQ, SOURCE_MASK, stated
+from ..artifact.manifest import DECODER, ENCODER, MANIFEST_FILE, SEQ2SEQ, SOURCE_MASK, SPECTRA, stated
 from ..artifact.output import restore
 from ..errors import InputError, RuntimeProblem
 from .decoder import Decoder, Generation
@@ -107,6 +107,7 @@ class EncoderDecoder:
         self._folder, self._encoder, self.habits = folder, encoder, habits_of(folder)
         self._device = device_of(encoder)
         self.inputs = {value.name: value.type for value in encoder.get_inputs()}
+        self._sizes = {value.name: value.shape for value in encoder.get_inputs()}
         self.decoder = Decoder(decoder)
         self._read: Mapping[str, ort.OrtValue] = {}
 
@@ -197,6 +198,17 @@ class EncoderDecoder:
             prompts, max_new_tokens=max_new_tokens, eos_token_ids=habits.ends, pad_token_id=habits.pad,
             sampling=sampling, on_token=on_token, never=habits.never, never_first=habits.never_first,
         )  # fmt: skip
+
+    def any_source(self, rows: int, length: int, vocabulary: int) -> dict[str, np.ndarray]:
+        """Sources without a meaning, to measure speed with.
+
+        Args:
+            length: tokens of each, where they are texts of a vocabulary.
+        """
+        random = np.random.default_rng(0)
+        if SPECTRA in self._sizes:
+            return {SPECTRA: random.standard_normal((rows, *self._sizes[SPECTRA][1:])).astype(np.float32)}
+        return texts_as_source(self, random.integers(0, vocabulary, (rows, length)).tolist())
 
     def _hears(self, prompts: Sequence[Sequence[int]]) -> np.ndarray:
         """Logits behind prompts of one length."""

@@ -16,6 +16,7 @@ from ..errors import InputError
 from ..formatting import megabytes
 from ..runtime.genai import context_length
 from ..runtime.generate import eos_token_ids
+from ..runtime.seq2seq import is_seq2seq
 from ..validation.account import transforms
 from ..validation.reference import check_same_model
 
@@ -54,6 +55,11 @@ def open_subjects(folders: Sequence[str | os.PathLike]) -> list[Subject]:
     counts = Counter(path.resolve().name for path in paths)
     found = []
     for path in paths:
+        if is_seq2seq(path):
+            raise InputError(
+                "an encoder-decoder writes about sources, and a study lets models continue prompts", place=str(path),
+                remedy="Give exports of a causal language model",
+            )  # fmt: skip
         plan, name = manifests.load(path), path.resolve().name
         if plan.kind != "decoder":
             raise InputError(

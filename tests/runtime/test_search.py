@@ -10,10 +10,11 @@ from safetensors.torch import save_file
 from transformers import AutoModelForSeq2SeqLM, WhisperForConditionalGeneration
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 
+from helpers.onnx_decoder import write_tiny_decoder
 from helpers.random_modules import VOCAB, save_seq2seq
 from helpers.runners import padded, tokens
 from helpers.tokenizer_files import write_word_tokenizer
-from qexport import Sampling, Speech, export, generate
+from qexport import Sampling, Speech, bench, export, generate
 from qexport.errors import InputError
 from qexport.recipe.recipe import Recipe
 from qexport.runtime.seq2seq import open_seq2seq
@@ -149,3 +150,23 @@ def test_who_has_no_speech_or_draws_says_so(t5):
         pair.write(source, max_new_tokens=2, speech=Speech("en"))
     with pytest.raises(InputError, match="draw none"):
         pair.write(source, max_new_tokens=2, beams=2, sampling=Sampling())
+
+
+def test_sources_and_what_follows_are_measured(t5, whisper, tmp_path):
+    found = bench(t5[1], prompt_lengths=[6], decode_pasts=[6], repeats=1, threads=1)
+    assert set(found.first.samples) == {"load", "prefill:6", "decode:6"} and "prompts are sources" in found.notes[0]
+    parts = [t5[1] / part / f"model.onnx{end}" for part in ("encoder", "decoder") for end in ("", ".data")]
+    assert found.first.model_bytes == sum(file.stat().st_size for file in parts)
+    with pytest.raises(InputError, match="spectrograms of 32 frames, and no others"):
+        bench(whisper[1], prompt_lengths=[6])
+    with pytest.raises(InputError, match="sources of different kinds"):
+        bench(whisper[1], t5[1])
+    write_tiny_decoder(tmp_path / "decoder")
+    with pytest.raises(InputError, match="measured beside others"):
+        bench(t5[1], tmp_path / "decoder")
+
+
+@pytest.mark.slow
+def test_spectrograms_are_measured_at_their_length(whisper):
+    found = bench(whisper[1], repeats=1, threads=1)
+    assert set(found.first.samples) == {"load", "prefill:32", "decode:32"}

@@ -98,7 +98,8 @@ def _stacked(rows: Sequence[Tensor], size: int) -> Iterator[Tensor]:
 
 
 def _features(parts: Parts, spec: CalibrationSpec, data: Any, name: str) -> Sources:
-    return Sources(*feature_batches([parts.encoder.inputs[0]], spec, data, "sources", name, f"{name}, given"))
+    module = parts.model.get_encoder()
+    return Sources(*feature_batches([parts.encoder.inputs[0]], spec, data, "sources", name, f"{name}, given", module))
 
 
 def write_about(parts: Parts, sources: Sources, new_tokens: int, *, seed: int | None = None) -> Prepared:

@@ -39,6 +39,10 @@ from .sources import Sources, batches_of, load_sources, write_about
 
 _SEED = 0x5EED0F7E57  # of sources that nobody gave: others than any recipe's
 _LAYER_BATCHES = 4  # sources on which values inside the parts are compared
+_NOT_OF_TWO = {
+    "references": "other forms of the float model are compared with one file",
+    "sensitivity": "what linears cost in KL is found by gradients within one file",
+}
 _WINDOW = 128  # tokens of a source, where nobody says how many
 
 
@@ -52,9 +56,9 @@ def validate_parts(folder: Path, reference: FloatModel, options: ValidationOptio
 
 def _check(options: ValidationOptions, folder: Path) -> None:
     """Refuse what means nothing for an encoder-decoder."""
-    for name in ("references", "sensitivity"):
+    for name, why in _NOT_OF_TWO.items():
         if getattr(options, name):
-            raise InputError(f"{name} are not measured of an encoder-decoder", place=str(folder), remedy="Leave it out")
+            raise InputError(f"{why}, and an encoder-decoder has two", place=name, remedy="Leave it out")
     if options.greedy < 2:
         raise InputError(f"{options.greedy} new tokens tell nothing", place="greedy", remedy="Take 2 or more")
     if options.text is not None and options.inputs is not None:

@@ -1,9 +1,13 @@
 """The kinds of sources that a recipe's calibration may name, each a class that declares itself."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
+
+import torch
+from torch import Tensor
 
 from ...errors import InputError
 from ...plugins import import_folder, import_plugins
@@ -39,11 +43,13 @@ class Source(ABC):
         form: how a recipe writes it, for errors.
         tokenizes: it is text, which needs a tokenizer.
         last: it takes every name that no other kind takes.
+        makes_features: it is no text: what models of pictures and sound read, made with the model itself.
     """
 
     form: ClassVar[str]
     tokenizes: ClassVar[bool] = True
     last: ClassVar[bool] = False
+    makes_features: ClassVar[bool] = False
 
     def __init__(self, spec: CalibrationSpec):
         self.spec = spec
@@ -72,6 +78,18 @@ class Source(ABC):
         Raises:
             InputError: it cannot be had, or holds no samples.
         """
+
+    def features(self, module: torch.nn.Module | None, drawn: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], str]:
+        """What a model that reads no text is calibrated on, and what it is, for reports.
+
+        Args:
+            module: the model; None where it is not in memory as a whole.
+            drawn: random numbers in the sizes of its inputs, by their names.
+
+        Raises:
+            InputError: it cannot be had of this model.
+        """
+        raise InputError(f"{self.name} is for models that read text", place="calibration")
 
     def asked_for(self, found: int) -> str:
         """The end of a description where there are fewer samples than the recipe asks for."""
