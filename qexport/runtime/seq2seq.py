@@ -191,6 +191,11 @@ class EncoderDecoder:
             prompts = habits.speech.beginnings(speech or Speech(), habits.start[0], rows, self._hears)
         prompts = [habits.start] * rows if prompts is None else prompts
         if habits.longest is not None:
+            if habits.longest <= len(prompts[0]):
+                raise InputError(
+                    f"its {len(prompts[0])} tokens leave no room: the model reads at most {habits.longest}",
+                    place="start", remedy="Give fewer",
+                )  # fmt: skip
             max_new_tokens = min(max_new_tokens, habits.longest - len(prompts[0]))
         if sampling is None and (beams > 1 or timed or habits.rules):
             return self._search(source, prompts, beams, max_new_tokens, timed, on_token)

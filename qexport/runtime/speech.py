@@ -65,8 +65,13 @@ class SpeechTokens:
         if language is not None:
             spoken = [self._named(language)] * rows
         elif self.languages and usual[:1] in ((), (None,)):
-            known = np.array(sorted(self.languages.values()))
-            spoken = known[hears([[start]] * rows)[:, known].argmax(-1)].tolist()
+            known, logits = np.array(sorted(self.languages.values())), hears([[start]] * rows)
+            if known[-1] >= logits.shape[-1]:
+                raise InputError(
+                    f"language {known[-1]} is outside of a vocabulary of {logits.shape[-1]}", place="lang_to_id",
+                    remedy="Correct generation_config.json",
+                )  # fmt: skip
+            spoken = known[logits[:, known].argmax(-1)].tolist()
         rest = usual[1:]
         if task is not None or (language is not None and self.tasks):  # a language that is heard says nothing of a task
             rest = (self._task(task or _TASK),)
@@ -109,7 +114,8 @@ def speech_tokens(stated: Mapping[str, Any]) -> SpeechTokens | None:
     both = (stated.get("lang_to_id") or {}, stated.get("task_to_id") or {})
     languages, tasks = ({str(name): int(token) for name, token in of.items()} for of in both)
     usual = tuple(token for _, token in sorted(stated.get("forced_decoder_ids") or []))
-    return SpeechTokens(untimed, languages, tasks, usual, (stated.get("language"), stated.get("task")))
+    asked = [name if isinstance(name := stated.get(key), str) else None for key in ("language", "task")]
+    return SpeechTokens(untimed, languages, tasks, usual, (asked[0], asked[1]))
 
 
 def _choice(names: Mapping[str, int]) -> str:

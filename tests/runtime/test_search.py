@@ -17,7 +17,7 @@ from helpers.tokenizer_files import write_word_tokenizer
 from qexport import Sampling, Speech, bench, export, generate
 from qexport.errors import InputError
 from qexport.recipe.recipe import Recipe
-from qexport.runtime.seq2seq import open_seq2seq
+from qexport.runtime.seq2seq import habits_of, open_seq2seq
 from qexport.runtime.speech import speech_tokens
 
 FLOAT = Recipe(scheme="w8a8_static", overrides=[{"match": "*", "scheme": "float"}], embedding="float")
@@ -141,6 +141,17 @@ def test_what_begins_texts_of_speech():
     assert speech_tokens({}) is None
     with pytest.raises(InputError, match="no other language or task"):
         begun(Speech("en"), lang_to_id=None)
+    with pytest.raises(InputError, match="language 128 is outside of a vocabulary of 128"):
+        begun(Speech(), lang_to_id={"en": 128})
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"lang_to_id": [90]}, {"task_to_id": {"transcribe": "x"}}, {"no_timestamps_token_id": 1.5}]
+)
+def test_damaged_tokens_of_speech_are_named(wrong, tmp_path):
+    (tmp_path / "generation_config.json").write_text(json.dumps(HEARD | wrong))
+    with pytest.raises(InputError, match=f"{next(iter(wrong))} is no token id"):
+        habits_of(tmp_path)
 
 
 def test_who_has_no_speech_or_draws_says_so(t5):
@@ -150,6 +161,14 @@ def test_who_has_no_speech_or_draws_says_so(t5):
         pair.write(source, max_new_tokens=2, speech=Speech("en"))
     with pytest.raises(InputError, match="draw none"):
         pair.write(source, max_new_tokens=2, beams=2, sampling=Sampling())
+
+
+def test_a_beginning_that_fills_the_context_is_refused(whisper):
+    source = {"input_features": SPECTRA[:1].numpy()}
+    pair = open_seq2seq(whisper[1])
+    assert len(pair.write(source, max_new_tokens=9, prompts=[[1] * 60]).tokens[0]) == 4
+    with pytest.raises(InputError, match="64 tokens leave no room: the model reads at most 64"):
+        pair.write(source, max_new_tokens=9, prompts=[[1] * 64])
 
 
 def test_sources_and_what_follows_are_measured(t5, whisper, tmp_path):
