@@ -108,7 +108,7 @@ def seconds_of_speech(folder: Path) -> torch.Tensor:
 
 
 def normalized(waves: torch.Tensor) -> torch.Tensor:
-    return (waves - waves.mean(1, keepdim=True)) / waves.std(1, keepdim=True)
+    return (waves - waves.mean(1, keepdim=True)) / waves.std(1, keepdim=True).clamp_min(1e-5)
 
 
 def frames(waves: torch.Tensor) -> torch.Tensor:

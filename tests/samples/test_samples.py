@@ -387,3 +387,20 @@ def test_lines_of_recurrent_networks(tmp_path):
     files = {line.split("|")[2].strip(): line for line in sample["table"](case, tmp_path)}
     assert list(files) == ["float32", "w8a8_dyn", "w4a16_g32", "quantize_dynamic", "quantize_dynamic, per channel"]
     assert all(float(line.split("|")[4].split(",")[1]) > 0.99 for line in files.values())
+
+
+@pytest.mark.slow
+def test_lines_of_speech_without_data(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(SAMPLES)
+    lines = sample("speech_without_data.py")
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(
+        torch.nn.Conv1d(1, 16, 5), torch.nn.BatchNorm1d(16), torch.nn.ReLU(), torch.nn.Conv1d(16, 16, 3),
+        torch.nn.BatchNorm1d(16), torch.nn.ReLU(), torch.nn.AdaptiveAvgPool1d(4), torch.nn.Flatten(),
+        torch.nn.Linear(64, 8),
+    )  # fmt: skip
+    case = lines["Case"]("quiet", model, lambda waves: waves[:, None])
+    quiet = 0.05 * torch.randn(40, 400)
+    name, *cells = lines["measured"](case, quiet, tmp_path)
+    noise, norms, heard = (float(cell.removesuffix(" dB")) for cell in cells)
+    assert name == "quiet" and norms > noise + 6 and norms > heard - 6
