@@ -60,7 +60,7 @@ def export(
 
     An encoder-decoder becomes a folder with two exports: "encoder" holds the encoder and what the decoder's layers make
     of its result, "decoder" the rest with its cache. Where the recipe calibrates, the encoder reads the calibration
-    data, and the decoder texts that the float model writes about them; all of the float model is in memory.
+    data, and the decoder texts that the float model writes about them.
 
     A model of pictures and text becomes a folder with three: "vision" makes rows of features of pictures, "embedding"
     puts them where tokens stand for them, "decoder" reads the result with its cache. Where the recipe calibrates, each

@@ -6,14 +6,16 @@ the decoder, with a cache of its own tokens.
 """
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+import psutil
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from transformers import AutoModelForSeq2SeqLM, AutoModelForSpeechSeq2Seq, PreTrainedModel
 from transformers.cache_utils import EncoderDecoderCache
 from transformers.modeling_outputs import BaseModelOutput
@@ -22,13 +24,16 @@ from transformers.models.auto import modeling_auto
 from ..artifact.manifest import DECODER, ENCODER, SOURCE_MASK, SPECTRA, STATES
 from ..device import HOST, Placement
 from ..errors import CaptureError, root_cause
-from ..models.loading import load_whole
+from ..models.checkpoint import StateDict
+from ..models.layerwise import open_layerwise
+from ..models.loading import Loaded, load_whole
 from ..models.quiet import quiet_transformers
 from ..models.source import ModelFolder
 from ..models.transformers_witness import PartWitness
 from .attention import IMPLEMENTATION, GivenCache, GraphCache, ProbeCache, tracing
 from .graph import BATCH, CapturedModel, Port
 from .module import capture_module
+from .streamed import Streamed, StreamedWeights, open_streamed
 
 # Sizes of the example inputs; see `trace`.
 _BATCH, _SOURCE, _SEQUENCE, _PAST = 2, 7, 3, 5
@@ -44,16 +49,36 @@ class Parts:
             the decoder; of spectrograms also encoder_hidden_states, which onnxruntime-genai binds.
         decoder: from input_ids, past_key_values.{i}.key/value, cross_key_values.{i}.key/value and, where the source is
             text, encoder_attention_mask to logits and present.{i}.key/value.
-        model: the float model of transformers, for the texts that it writes.
+        model: transformers' model; of a large one without its weights, see `whole`.
+        loader: an auto class of transformers that loads it.
+        streamed: its weights are read from the checkpoint when they are wanted.
     """
 
     encoder: CapturedModel
     decoder: CapturedModel
     model: PreTrainedModel
+    loader: type[Any]
+    streamed: bool = False
+
+    @contextmanager
+    def whole(self) -> Iterator[PreTrainedModel]:
+        """The float model to run, for the texts that it writes; what the blocks are calibrated on needs no other.
+
+        A large one is in memory inside the `with` where it takes half of what is free, and reads the weights of one
+        module at a time elsewhere.
+        """
+        if not self.streamed:
+            yield self.model
+            return
+        size = 4 * sum(parameter.numel() for parameter in self.model.parameters())
+        if size <= psutil.virtual_memory().available // 2:
+            yield load_whole(self.encoder.origin, self.loader).model
+        else:
+            yield open_layerwise(self.loader, self.encoder.origin)[0]
 
 
 def capture_seq2seq(folder: ModelFolder, placement: Placement = HOST) -> Parts:
-    """Capture the encoder-decoder of a folder; its weights are in memory as a whole.
+    """Capture the encoder-decoder of a folder; the weights of a large one stay in its checkpoint.
 
     Args:
         placement: where blocks of both are to be computed.
@@ -63,29 +88,51 @@ def capture_seq2seq(folder: ModelFolder, placement: Placement = HOST) -> Parts:
             fit its config.
     """
     loader = _loader(folder)
-    loaded = load_whole(folder, loader)
-    model = loaded.model
+    streamed = open_streamed(folder, loader)
+    if streamed is not None and not streamed.absent:
+        found = _captured(folder, loader, streamed, placement)
+        made = [_made(part) for part in (found.encoder, found.decoder)]
+        held = {n: b.detach() for n, b in streamed.model.named_buffers(remove_duplicate=False)}
+        if not any(isinstance(tensor, FakeTensor) for tensors in (held, *made) for tensor in tensors.values()):
+            encoder, decoder = (
+                replace(part, weights=StreamedWeights(streamed.checkpoint, held | tensors))
+                for part, tensors in zip((found.encoder, found.decoder), made, strict=True)
+            )
+            return replace(found, encoder=encoder, decoder=decoder, streamed=True)
+    return _captured(folder, loader, load_whole(folder, loader), placement)
+
+
+def _made(captured: CapturedModel) -> dict[str, Tensor]:
+    """Weights that the graph has and the model has not: computed of others when it was captured."""
+    return dict(captured.weights.made) if isinstance(captured.weights, StateDict) else {}
+
+
+def _captured(folder: ModelFolder, loader: type[Any], loaded: Loaded | Streamed, placement: Placement) -> Parts:
+    model, fake = loaded.model, loaded.fake if isinstance(loaded, Streamed) else None
     source = _example(model, folder)
-    layers, width = _layers(model, source)
+    layers, width = _layers(model, source, fake)
     own = model.config._attn_implementation
     with _called_by(model, list(source), _encode):
-        encoder = capture_module(model, source, {name: _axes(name) for name in source})
+        encoder = capture_module(model, source, {name: _axes(name) for name in source}, fake=fake)
     tokens, names = _tokens(source, layers)
     try:
         model.set_attn_implementation(IMPLEMENTATION)
         with _called_by(model, list(tokens), partial(_decode, width)):
-            decoder = capture_module(model, tokens, {name: _axes(name) for name in tokens})
+            decoder = capture_module(model, tokens, {name: _axes(name) for name in tokens}, fake=fake)
     except ValueError as error:
         why = f"attention of a form that has no lowering: {root_cause(error)}"
         raise CaptureError(why, place=folder.name) from error
     finally:
         model.set_attn_implementation(own)
     encoder, decoder = (
-        replace(part, witness=PartWitness(folder, loader, model, source, decodes=part is decoder), placement=placement)
+        replace(
+            part, placement=placement,
+            witness=PartWitness(folder, loader, None if fake else model, source, decodes=part is decoder),
+        )
         for part in (encoder, decoder)
     )
     encoder = replace(encoder, notes=[*loaded.notes], left_out=loaded.left_out)
-    return Parts(_part(encoder, ENCODER, folder, {}), _part(decoder, DECODER, folder, names), model)
+    return Parts(_part(encoder, ENCODER, folder, {}), _part(decoder, DECODER, folder, names), model, loader)
 
 
 def _loader(folder: ModelFolder) -> type[Any]:
@@ -181,10 +228,14 @@ def _decode(width: int, model: PreTrainedModel, given: Mapping[str, Tensor]) -> 
     return {"logits": result.logits, **dict(zip(names, own.present(), strict=True))}
 
 
-def _layers(model: PreTrainedModel, source: Mapping[str, Tensor]) -> tuple[list[tuple[Tensor, ...]], int]:
+def _layers(
+    model: PreTrainedModel, source: Mapping[str, Tensor], fake: FakeTensorMode | None
+) -> tuple[list[tuple[Tensor, ...]], int]:
     """Keys and values of the cache and of the source for every layer of the decoder, of one token; features that the
-    encoder makes."""
-    with torch.no_grad(), quiet_transformers():
+    encoder makes. Only their sizes mean something where the model's parameters are fake."""
+    if fake is not None:
+        source = {name: fake.from_tensor(tensor, static_shapes=True) for name, tensor in source.items()}
+    with torch.no_grad(), quiet_transformers(), fake or nullcontext():
         own, cross, states = _first_step(model, source)
     if not own.found or own.found.keys() != cross.found.keys():
         raise CaptureError("not every layer of its decoder keeps keys and values of its own and of the source")

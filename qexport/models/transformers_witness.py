@@ -172,7 +172,7 @@ class PartWitness:
 
     folder: "ModelFolder"
     loader: type[Any]
-    captured: PreTrainedModel
+    captured: PreTrainedModel | None
     source: Mapping[str, Tensor]
     decodes: bool
 
@@ -180,9 +180,16 @@ class PartWitness:
         return self
 
     def testify(self, outline: Outline) -> Testimony:
+        run = self._decoded if self.decodes else self._encoded
         with _quiet():
+            if self.captured is None:
+                with suppress(Absent):
+                    bare, weights = _a_module_at_a_time(self.loader, self.folder)
+                    return replace(_said(bare, run(bare), note=_BY_MODULES), weight=weights.read)
             model = _loaded(self.loader, self.folder) if outline.fits else self.captured
-            return _said(model, (self._decoded if self.decodes else self._encoded)(model), again=model is self.captured)
+            if model is None:
+                raise Absent("its float32 weights do not fit into memory")
+            return _said(model, run(model), again=model is self.captured)
 
     def _sources(self, model: PreTrainedModel) -> dict[str, Tensor]:
         random = torch.Generator().manual_seed(1)

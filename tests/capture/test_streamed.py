@@ -1,21 +1,25 @@
 """Large encoders are captured without their weights, and compute the same as those that are loaded whole."""
 
 import json
+from types import SimpleNamespace
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 import qexport
 from helpers.breadth import quick
-from helpers.random_modules import LISTS, save_encoder
+from helpers.random_modules import LISTS, save_encoder, save_seq2seq
 from helpers.runners import captured_runner, load_weights, tokens
 from qexport.api.stages.capturing import capture_model
 from qexport.artifact.manifest import MODEL_FILE
 from qexport.calibrate.encoder_inputs import encoder_batch
-from qexport.capture import encoder, streamed
+from qexport.capture import encoder, seq2seq, streamed
 from qexport.capture.streamed import StreamedWeights
 from qexport.errors import CaptureError
+from qexport.models.source import open_model
+from qexport.recipe.recipe import CalibrationSpec, Recipe
 
 QUICK = ("bert",)
 
@@ -52,6 +56,24 @@ def test_its_export_has_the_same_bytes_and_a_witness(tmp_path, large, monkeypatc
     qexport.export(folder, "w8a8_dyn", out_dir=tmp_path / "small", calibration="random")
     for name in (MODEL_FILE, "model.onnx.data"):
         assert (tmp_path / "large" / name).read_bytes() == (tmp_path / "small" / name).read_bytes()
+
+
+@pytest.mark.parametrize("family", quick(["t5"], among=["t5", "whisper", "bart", "m2m_100"]))
+def test_a_large_encoder_decoder_is_read_by_blocks(family, tmp_path, large, monkeypatch):
+    folder = save_seq2seq(family, tmp_path / "model", gain=2.0)
+    spec = CalibrationSpec(source="random", samples=2, sequence_length=8, batch_size=2)
+    recipe = Recipe(scheme="w8a8_static", calibration=spec)
+    parts = seq2seq.capture_seq2seq(open_model(folder))
+    assert parts.streamed and all(isinstance(part.weights, StreamedWeights) for part in (parts.encoder, parts.decoder))
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=1))
+    made = qexport.export(folder, recipe, out_dir=tmp_path / "large")  # what calibrates is written module by module
+    assert "a module at a time" in made.parts["decoder"].reference.sentence()
+    monkeypatch.undo()
+    qexport.export(folder, recipe, out_dir=tmp_path / "small")
+    for part in ("encoder", "decoder"):
+        for name in (MODEL_FILE, "model.onnx.data"):
+            first, second = ((tmp_path / size / part / name).read_bytes() for size in ("large", "small"))
+            assert first == second
 
 
 def test_tensors_that_do_not_fit_are_refused(tmp_path, large):

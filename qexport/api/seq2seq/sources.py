@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 
 from ...artifact.manifest import SOURCE_MASK
@@ -98,7 +99,7 @@ def _stacked(rows: Sequence[Tensor], size: int) -> Iterator[Tensor]:
 
 
 def _features(parts: Parts, spec: CalibrationSpec, data: Any, name: str) -> Sources:
-    module = parts.model.get_encoder()
+    module = None if parts.streamed else parts.model.get_encoder()
     return Sources(*feature_batches([parts.encoder.inputs[0]], spec, data, "sources", name, f"{name}, given", module))
 
 
@@ -113,26 +114,41 @@ def write_about(parts: Parts, sources: Sources, new_tokens: int, *, seed: int | 
     Returns:
         all that the decoder reads for them, the cache empty, on the CPU.
     """
-    config, placement = parts.model.config, parts.decoder.placement
+    config = parts.model.config
     start = torch.tensor([habits_of(parts.encoder.origin.path).start])
     limits = (getattr(config, name, None) for name in ("max_target_positions", "max_position_embeddings"))
     new_tokens = min([new_tokens, *(limit - start.shape[1] for limit in limits if isinstance(limit, int))])
-    names, texts = [port.name for port in parts.decoder.inputs], 0
+    with parts.whole() as model:
+        batches = _written(parts, model, sources, start, new_tokens, seed)
+    texts = sum(len(batch["input_ids"]) for batch in batches)
+    how = "likeliest" if seed is None else "sampled"
+    described = f"{texts} texts of {new_tokens} {how} tokens that the model writes about {sources.described}"
+    return Prepared(batches, described)
+
+
+def _written(
+    parts: Parts, whole: PreTrainedModel, sources: Sources, start: Tensor, new_tokens: int, seed: int | None
+) -> list[Feeds]:
+    """What the decoder reads for each batch of sources, as far as there is room."""
+    placement, names = parts.decoder.placement, [port.name for port in parts.decoder.inputs]
+    # One that reads its weights while it runs reads them to the CPU.
+    device = CPU if any(parameter.is_meta for parameter in whole.parameters()) else placement.device
     batches: list[Feeds] = []
     generator = torch.Generator().manual_seed(seed or 0)
     room = _CROSS_BYTES
     with computing("the whole float model", placement):
-        model: Any = parts.model if placement.device == CPU else deepcopy(parts.model)
-        model.to(placement.device)
+        model: Any = whole if device == CPU else deepcopy(whole)
+        if device != CPU:
+            model.to(device)
     for source in sources.batches:
         rows = len(next(iter(source.values())))
         with torch.no_grad(), computing("the whole float model", placement):
-            there = {name: tensor.to(placement.device) for name, tensor in source.items()}
+            there = {name: tensor.to(device) for name, tensor in source.items()}
             states = model.get_encoder()(**there)
             cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
             ids = continue_text(
-                _stepper(parts, model, there, states, cache), start.to(placement.device).expand(rows, -1), new_tokens,
-                generator, greedy=new_tokens if seed is None else 4,
+                _stepper(parts, model, there, states, cache), start.to(device).expand(rows, -1), new_tokens, generator,
+                greedy=new_tokens if seed is None else 4,
             )  # fmt: skip
         feeds = {"input_ids": ids.to(CPU), **_cross(cache), **_empty(parts, rows)}
         if "attention_mask" in source:
@@ -141,10 +157,7 @@ def write_about(parts: Parts, sources: Sources, new_tokens: int, *, seed: int | 
         if room < 0 and batches:
             break
         batches.append({name: feeds[name] for name in names})
-        texts += rows
-    how = "likeliest" if seed is None else "sampled"
-    described = f"{texts} texts of {new_tokens} {how} tokens that the model writes about {sources.described}"
-    return Prepared(batches, described)
+    return batches
 
 
 def _stepper(parts: Parts, model: Any, source: Feeds, states: Any, cache: EncoderDecoderCache):
