@@ -174,7 +174,9 @@ class EncoderDecoder:
                 model, or a language that it does not have.
             RuntimeProblem: as `read`.
         """
-        habits, rows = self.habits, len(next(iter(source.values())))
+        habits, rows = self.habits, len(next(iter(source.values()), ()))
+        if not rows:
+            raise InputError("there is nothing to write about", place="source", remedy="Give at least one source")
         if beams is not None and (beams < 1 or (beams > 1 and sampling is not None)):
             raise InputError(
                 "beams look for the likeliest text, and draw none" if sampling else f"{beams} beams follow no text",

@@ -157,6 +157,8 @@ def test_damaged_tokens_of_speech_are_named(wrong, tmp_path):
 def test_who_has_no_speech_or_draws_says_so(t5):
     pair = open_seq2seq(t5[1])
     source = {"input_ids": tokens(1, 4, vocab=VOCAB).numpy(), "attention_mask": np.ones((1, 4), np.int64)}
+    with pytest.raises(InputError, match="nothing to write about"):
+        pair.write({name: array[:0] for name, array in source.items()}, max_new_tokens=2)
     with pytest.raises(InputError, match="knows no languages and times"):
         pair.write(source, max_new_tokens=2, speech=Speech("en"))
     with pytest.raises(InputError, match="draw none"):
