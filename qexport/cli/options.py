@@ -46,7 +46,7 @@ Adapters = Annotated[
 Calibration = Annotated[
     str | None,
     typer.Option(
-        help="A text file, token ids (.npy, .bin, .safetensors), conversations (.jsonl), self, random, or "
+        help="A text file, token ids (.npy, .bin, .safetensors), conversations (.jsonl), self, norms, random, or "
         "datasets:NAME:SPLIT:COLUMN; by default what the recipe says."
     ),
 ]

@@ -31,8 +31,8 @@ HEARD = {
 SPECTRA = torch.randn(3, 16, 32, generator=torch.Generator().manual_seed(2))
 
 
-def exported(family, place, **config):
-    folder = save_seq2seq(family, place / "model", gain=2.0)
+def exported(family, place, gain, **config):
+    folder = save_seq2seq(family, place / "model", gain=gain)
     if config:
         (folder / "generation_config.json").write_text(json.dumps(config))
     write_word_tokenizer(folder, VOCAB)
@@ -42,12 +42,12 @@ def exported(family, place, **config):
 
 @pytest.fixture(scope="module")
 def t5(tmp_path_factory):
-    return exported("t5", tmp_path_factory.mktemp("t5"))
+    return exported("t5", tmp_path_factory.mktemp("t5"), 2.0)
 
 
 @pytest.fixture(scope="module")
 def whisper(tmp_path_factory):
-    return exported("whisper", tmp_path_factory.mktemp("whisper"), **HEARD)
+    return exported("whisper", tmp_path_factory.mktemp("whisper"), 1.0, **HEARD)
 
 
 @pytest.mark.each_value_once
