@@ -25,8 +25,6 @@ import torch
 from pitch_and_faces import pitch_tracker
 from torch import nn
 from transformers import (
-    ParakeetEncoder,
-    ParakeetEncoderConfig,
     Wav2Vec2Config,
     Wav2Vec2ConformerConfig,
     Wav2Vec2ConformerModel,
@@ -142,10 +140,6 @@ def cases(folder: Path) -> list[Case]:
     return [
         Case("CREPE, its own weights", pitch_tracker(folder, "tiny"), frames, lambda pitch: pitch.argmax(1)),
         Case("Wav2Vec2-Conformer", First(Wav2Vec2ConformerModel(Wav2Vec2ConformerConfig(**sound))), halves),
-        Case(
-            "Parakeet's encoder", First(ParakeetEncoder(ParakeetEncoderConfig(**sizes))),
-            lambda waves: spectra(waves).transpose(1, 2).contiguous(),
-        ),
         Case("Wav2Vec2", First(Wav2Vec2Model(Wav2Vec2Config(**sound))), halves),
         Case("Whisper's encoder", First(WhisperModel(whisper).encoder), spectra),
     ]  # fmt: skip
