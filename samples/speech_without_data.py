@@ -140,7 +140,7 @@ def cases(folder: Path) -> list[Case]:
     return [
         Case("CREPE, its own weights", pitch_tracker(folder, "tiny"), frames, lambda pitch: pitch.argmax(1)),
         Case("Wav2Vec2-Conformer", First(Wav2Vec2ConformerModel(Wav2Vec2ConformerConfig(**sound))), halves),
-        Case("Wav2Vec2", First(Wav2Vec2Model(Wav2Vec2Config(**sound))), halves),
+        Case("Wav2Vec2 of layer norms", First(Wav2Vec2Model(Wav2Vec2Config(**sound))), halves),
         Case("Whisper's encoder", First(WhisperModel(whisper).encoder), spectra),
     ]  # fmt: skip
 
