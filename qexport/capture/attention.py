@@ -1,6 +1,6 @@
 """Transformers' attention redirected to one graph node, and a cache that is a plain list of tensors."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -15,7 +15,8 @@ from transformers.masking_utils import AttentionMaskInterface
 
 from ..errors import CaptureError
 from ..graph.ops.attention import MASKED
-from .states import GraphStateLayer
+from .kept import CONV, KEY, RECURRENT, VALUE
+from .states import Asked, GraphStateLayer, asked
 
 IMPLEMENTATION = "qexport"
 _PROBE = 12  # positions on which a mask pattern is compared with causal attention
@@ -57,12 +58,12 @@ class GraphCacheLayer(DynamicLayer):
 
 
 class _OfKnownStates(Cache):
-    """A cache that refuses what models keep besides keys, values and the inputs of a convolution."""
+    """A cache that refuses what models keep besides keys, values, inputs of a convolution and state of a recurrence."""
 
     def _refused(self, *args, **kwargs):
         raise CaptureError(
-            "layers of the model keep states that are not keys and values, nor those of a convolution or a delta rule",
-            remedy="Other recurrent layers, and indexers of keys, have no lowering",
+            "layers of the model keep states that are not keys and values, nor those of a convolution or a recurrence",
+            remedy="Other states, and indexers of keys, have no lowering",
         )
 
     update_indexer = _refused
@@ -77,55 +78,58 @@ class GraphCache(_OfKnownStates):
     """The cache handed to a Hugging Face model while it is traced.
 
     Args:
-        past: of each layer, keys and values, or the inputs of a convolution and the state of a recurrence, if any.
+        past: of each layer what it keeps, by role (see `kept`).
     """
 
-    def __init__(self, past: list[list[torch.Tensor]]):
-        self.own = [GraphStateLayer(*kept) if kept[0].dim() == 3 else GraphCacheLayer(*kept) for kept in past]
-        layers: list[Any] = list(self.own)
+    def __init__(self, past: Sequence[Mapping[str, torch.Tensor]]):
+        self.attended = [GraphCacheLayer(of[KEY], of[VALUE]) if KEY in of else None for of in past]
+        self.states = [GraphStateLayer(of.get(CONV), of.get(RECURRENT)) for of in past]
+        layers: list[Any] = [keys or state for keys, state in zip(self.attended, self.states, strict=True)]
         super().__init__(layers=layers)
 
     def present(self) -> list[torch.Tensor]:
-        missing = [i for i, layer in enumerate(self.own) if layer.present is None]
-        if missing:
-            raise CaptureError(f"the model never updated the cache of layers {missing}")
-        return [tensor for layer in self.own for tensor in layer.present or ()]
+        found: list[torch.Tensor] = []
+        for number, (keys, states) in enumerate(zip(self.attended, self.states, strict=True)):
+            for made in ([] if keys is None else keys.present, states.present):
+                if made is None:
+                    raise CaptureError(f"the model never updated the cache of layer {number}")
+                found += made
+        return found
 
     def update_conv_state(self, conv_states, layer_idx, state_idx=0, **kwargs):
-        layer = self.own[layer_idx]
-        if not isinstance(layer, GraphStateLayer) or state_idx:
+        if state_idx:
             self._refused()
-        return layer.update(conv_states)
+        return self.states[layer_idx].update_conv(conv_states)
 
     def get_recurrent_state(self, layer_idx, state_idx=0):
-        return getattr(self.own[layer_idx], "recurrent", None)
+        state = self.states[layer_idx].recurrent
+        asked.set(Asked(state))
+        return state
 
     def update_recurrent_state(self, recurrent_states, layer_idx, state_idx=0, **kwargs):
-        layer = self.own[layer_idx]
-        if not isinstance(layer, GraphStateLayer) or state_idx:
+        if state_idx:
             self._refused()
-        return layer.update_recurrent(recurrent_states)
+        return self.states[layer_idx].update_recurrent(recurrent_states)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        return _first_of_keys(self.own, layer_idx).get_seq_length()
+        return self._first_of_keys(layer_idx).get_seq_length()
 
     def get_mask_sizes(self, query_length, layer_idx: int = 0) -> tuple[int, int]:
-        return _first_of_keys(self.own, layer_idx).get_mask_sizes(query_length)
+        return self._first_of_keys(layer_idx).get_mask_sizes(query_length)
 
-
-def _first_of_keys(layers: Sequence[GraphCacheLayer | GraphStateLayer], index: int) -> GraphCacheLayer:
-    """A layer that keeps keys and values: this one, or the first one where it does not."""
-    found = [layer for layer in (layers[index], *layers) if isinstance(layer, GraphCacheLayer)]
-    if not found:
-        raise CaptureError("no layer of the model keeps keys and values, which tell how long its text is")
-    return found[0]
+    def _first_of_keys(self, index: int) -> GraphCacheLayer:
+        """A layer that keeps keys and values: this one, or the first one where it does not."""
+        found = [layer for layer in (self.attended[index], *self.attended) if layer is not None]
+        if not found:
+            raise CaptureError("no layer of the model keeps keys and values, which tell how long its text is")
+        return found[0]
 
 
 class ProbeCache(_OfKnownStates):
     """An empty cache that keeps nothing, and notes what a model puts into it.
 
     Attributes:
-        found: by number of the layer, keys and values, or tensors as large as the states that it keeps.
+        found: by number of the layer an example of every tensor that it keeps, by role.
 
     Args:
         depth: layers that the cache has before anything is put into it.
@@ -134,25 +138,28 @@ class ProbeCache(_OfKnownStates):
     def __init__(self, depth: int = 0):
         nothing = torch.empty(0, 0, 0, 0)
         super().__init__(layers=[GraphCacheLayer(nothing, nothing) for _ in range(depth)])
-        self.found: dict[int, tuple[torch.Tensor, ...]] = {}
+        self.found: dict[int, dict[str, torch.Tensor]] = {}
+
+    def _note(self, layer_idx: int, **tensors: torch.Tensor) -> None:
+        self.found.setdefault(layer_idx, {}).update(tensors)
 
     def update(self, key_states, value_states, layer_idx, *args, **kwargs):
-        self.found[layer_idx] = key_states, value_states
+        self._note(layer_idx, key=key_states, value=value_states)
         return key_states, value_states
 
     def update_conv_state(self, conv_states, layer_idx, state_idx=0, conv_kernel_size=None, **kwargs):
-        if state_idx or layer_idx in self.found or conv_kernel_size is None:
+        if state_idx or CONV in self.found.get(layer_idx, ()) or conv_kernel_size is None:
             self._refused()
-        self.found[layer_idx] = (conv_states.new_zeros((*conv_states.shape[:2], conv_kernel_size - 1)),)
+        self._note(layer_idx, conv=conv_states.new_zeros((*conv_states.shape[:2], conv_kernel_size - 1)))
         return conv_states
 
     def get_recurrent_state(self, layer_idx, state_idx=0):
-        return None
+        asked.set(Asked(None))
 
     def update_recurrent_state(self, recurrent_states, layer_idx, state_idx=0, **kwargs):
-        if state_idx or len(self.found.get(layer_idx, ())) != 1:
+        if state_idx or RECURRENT in self.found.get(layer_idx, ()):
             self._refused()
-        self.found[layer_idx] = (*self.found[layer_idx], recurrent_states)
+        self._note(layer_idx, recurrent=recurrent_states)
         return recurrent_states
 
     def get_seq_length(self, layer_idx: int = 0) -> int:

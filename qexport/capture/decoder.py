@@ -16,13 +16,14 @@ from ..graph.edit import get_tensor
 from ..models.checkpoint import Checkpoint
 from ..models.quiet import quiet_transformers
 from ..models.source import ModelFolder
+from ..models.steps import without_rescaling
 from ..models.tokens import embedding_rows, tokens_without_rows
 from ..models.transformers_witness import DecoderWitness
 from ..models.witness import Witness
 from .attention import IMPLEMENTATION
 from .experts import IMPLEMENTATION as EXPERTS
 from .graph import BATCH, CapturedModel, Port
-from .kept import PAST, TOTAL, KeysAndValues, kept_ports, layer_settings
+from .kept import PAST, TOTAL, first_keys, kept_ports, layer_settings
 from .rope import settle_frequencies
 from .stored import aliases_of, codes_in, convert_names, find_weights, note_cache_scales, untie
 from .trace import TOKEN_IDS, Reads, Traced, trace_model
@@ -40,9 +41,10 @@ def capture_decoder(
 ) -> CapturedModel:
     """Capture the model of a folder as float32 blocks.
 
-    The inputs are input_ids, attention_mask, position_ids and past_key_values.{i}.key/value, the outputs logits and
-    present.{i}.key/value, or past_conv.{i} and present_conv.{i} of a layer that keeps the inputs of a convolution;
-    batch, sequence and past are dynamic, 1 and 0 included.
+    The inputs are input_ids, attention_mask, position_ids and what layers keep: past_key_values.{i}.key/value, the
+    inputs of a convolution (past_conv.{i}) and the state of a recurrence (past_recurrent.{i}); the outputs logits and
+    the same behind the new tokens (present.{i}.key/value, present_conv.{i}, present_recurrent.{i}). Batch, sequence and
+    past are dynamic, 1 and 0 included.
 
     Args:
         loader: an auto class of transformers whose models are built.
@@ -117,6 +119,7 @@ def _empty_model(folder: ModelFolder, loader: type[Any]) -> PreTrainedModel:
         config: Any = getattr(module, "config", None)
         if hasattr(config, "_experts_implementation"):
             config._experts_implementation = EXPERTS
+    without_rescaling(model)
     settle_frequencies(model, folder.name)
     model.tie_weights()
     return model.eval()
@@ -124,14 +127,16 @@ def _empty_model(folder: ModelFolder, loader: type[Any]) -> PreTrainedModel:
 
 def _settings(config, traced: Traced) -> dict[str, Any]:
     stated = (getattr(config, name, None) for name in _LONGEST)
-    first = next(layer for layer in traced.cache if isinstance(layer, KeysAndValues))
+    attention = {}
+    if (keys := first_keys(traced.cache)) is not None:
+        heads, width = keys
+        attention["num_attention_heads"] = getattr(config, "num_attention_heads", heads)
+        attention |= {"num_key_value_heads": heads, "head_dim": width}
     context = next((length for length in stated if isinstance(length, int)), None)
     return {
         **({"max_position_embeddings": context} if context else {}),
         "num_hidden_layers": config.num_hidden_layers,
-        "num_attention_heads": getattr(config, "num_attention_heads", first.heads),
-        "num_key_value_heads": first.heads,
-        "head_dim": first.key,
+        **attention,
         "hidden_size": config.hidden_size,
         "vocab_size": traced.vocab_size,
         **layer_settings(traced.cache),
@@ -139,12 +144,16 @@ def _settings(config, traced: Traced) -> dict[str, Any]:
 
 
 def _ports(traced: Traced, settings: dict[str, Any], reads: Reads) -> tuple[list[Port], list[Port]]:
-    """The interface of the model, whose order is that of the ONNX file."""
-    named = {**reads.in_front, **reads.others}
+    """The interface of the model, whose order is that of the ONNX file.
+
+    A mask that nothing reads is none of its inputs, as padding would be read as text.
+    """
+    named, read = {**reads.in_front, **reads.others}, {name for block in traced.blocks for name in block.inputs}
     ids = [
         Port(name, value, dtype, dims)
         for (name, (dims, dtype)), value in zip(named.items(), traced.ids, strict=True)
-    ]  # fmt: skip
+        if name != "attention_mask" or value in read
+    ]
     logits = Port("logits", traced.logits, torch.float32, (BATCH, "sequence_length", settings["vocab_size"]))
     pasts, presents = (
         kept_ports(names, traced.cache, length) for names, length in ((traced.pasts, PAST), (traced.presents, TOTAL))

@@ -1,133 +1,100 @@
-"""What the layers of a decoder keep from call to call: a class for each kind, from tracing to the file's interface.
+"""What the layers of a decoder keep from call to call, from tracing to the file's interface.
 
-Attributes of all of them: names, of the file's inputs, with a place for the number of the layer; called, the kind of
-layer as configs say it.
+A layer may keep keys and values, which grow by a row for every token, the last inputs of a causal convolution, and the
+state of a recurrence, both of which are zeros in front of a text: any of these together, or nothing.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 
 from .graph import BATCH, Port
 
 PAST, TOTAL = "past_sequence_length", "total_sequence_length"
+KEY, VALUE, CONV, RECURRENT = "key", "value", "conv", "recurrent"
+# Names of the file's inputs, with a place for the number of the layer, in their order.
+_INPUTS = {
+    KEY: "past_key_values.{}.key", VALUE: "past_key_values.{}.value",
+    CONV: "past_conv.{}", RECURRENT: "past_recurrent.{}",
+}  # fmt: skip
+# Kinds of layers as configs of transformers say them, by what they keep.
+_CALLED = {
+    frozenset(): "none", frozenset({KEY, VALUE}): "full_attention", frozenset({CONV}): "conv",
+    frozenset({CONV, RECURRENT}): "linear_attention", frozenset(_INPUTS): "hybrid",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
-class KeysAndValues:
-    """Of attention.
+class Kept:
+    """One tensor that a layer keeps.
 
     Attributes:
-        heads, key, value: heads, and features of a head of keys and of values.
+        role: "key", "value", "conv" or "recurrent".
+        dims: sizes behind the batch; None where the number of tokens stands.
     """
 
-    heads: int
-    key: int
-    value: int
-    names: ClassVar[tuple[str, ...]] = ("past_key_values.{}.key", "past_key_values.{}.value")
-    called: ClassVar[str] = "full_attention"
+    role: str
+    dims: tuple[int | None, ...]
 
-    def shapes(self, batch: int, past: int) -> list[tuple[int, ...]]:
-        """Of examples to trace with."""
-        return [(batch, self.heads, past, width) for width in (self.key, self.value)]
-
-    def dims(self, length: str) -> list[tuple[int | str, ...]]:
-        """Of inputs and outputs; length: what the number of tokens is called."""
-        return [(BATCH, self.heads, length, width) for width in (self.key, self.value)]
+    def shape(self, batch: int, past: int) -> tuple[int, ...]:
+        """Of an example to trace with."""
+        return (batch, *(past if size is None else size for size in self.dims))
 
     @property
     def free(self) -> tuple[int, ...]:
         """Axes whose sizes are free."""
-        return 0, 2
+        return (0, *(axis for axis, size in enumerate(self.dims, 1) if size is None))
+
+    def port(self, number: int, value: str, length: str) -> Port:
+        """The file's input for layer `number`.
+
+        Args:
+            value: its name in the graph; length: what the number of tokens is called.
+        """
+        dims = (BATCH, *(length if size is None else size for size in self.dims))
+        return Port(_INPUTS[self.role].format(number), value, torch.float32, dims)
 
 
-@dataclass(frozen=True)
-class ConvolutionInputs:
-    """The last inputs of a causal convolution, zeros in front of a text.
-
-    Attributes:
-        channels: of the convolution; width: inputs that are kept.
-    """
-
-    channels: int
-    width: int
-    names: ClassVar[tuple[str, ...]] = ("past_conv.{}",)
-    called: ClassVar[str] = "conv"
-
-    def shapes(self, batch: int, past: int) -> list[tuple[int, ...]]:
-        return [(batch, self.channels, self.width)]
-
-    def dims(self, length: str) -> list[tuple[int | str, ...]]:
-        return [(BATCH, self.channels, self.width)]
-
-    @property
-    def free(self) -> tuple[int, ...]:
-        return (0,)
+Layer = tuple[Kept, ...]
 
 
-@dataclass(frozen=True)
-class DeltaStates:
-    """The inputs of a causal convolution, and what a gated delta rule has learned of the text.
+def kept_in(found: Mapping[str, torch.Tensor]) -> Layer:
+    """What a layer keeps, by an example of each tensor as `ProbeCache` found it."""
 
-    Attributes:
-        inputs: of the convolution.
-        heads, key, value: heads of the rule, and features of a head of keys and of values.
-    """
+    def dims(role: str) -> tuple[int | None, ...]:
+        sizes = found[role].shape[1:]
+        return (sizes[0], None, sizes[2]) if role in (KEY, VALUE) else tuple(sizes)
 
-    inputs: ConvolutionInputs
-    heads: int
-    key: int
-    value: int
-    names: ClassVar[tuple[str, ...]] = (*ConvolutionInputs.names, "past_recurrent.{}")
-    called: ClassVar[str] = "linear_attention"
-
-    @property
-    def width(self) -> int:
-        return self.inputs.width
-
-    def shapes(self, batch: int, past: int) -> list[tuple[int, ...]]:
-        return [*self.inputs.shapes(batch, past), (batch, self.heads, self.key, self.value)]
-
-    def dims(self, length: str) -> list[tuple[int | str, ...]]:
-        return [*self.inputs.dims(length), (BATCH, self.heads, self.key, self.value)]
-
-    @property
-    def free(self) -> tuple[int, ...]:
-        return (0,)
+    return tuple(Kept(role, dims(role)) for role in _INPUTS if role in found)
 
 
-Kept = KeysAndValues | ConvolutionInputs | DeltaStates
+def first_keys(layers: Sequence[Layer]) -> tuple[int, int] | None:
+    """Heads, and features of a head of keys, of the first layer that keeps keys; None where none does."""
+    dims = (kept.dims for layer in layers for kept in layer if kept.role == KEY)
+    return next(((heads, width) for heads, _, width in dims if heads is not None and width is not None), None)
 
 
-def kept_in(found: Sequence[torch.Tensor]) -> Kept:
-    """The kind of what `ProbeCache` found of a layer."""
-    if found[0].dim() == 3:
-        inputs = ConvolutionInputs(*found[0].shape[1:])
-        return inputs if len(found) == 1 else DeltaStates(inputs, *found[1].shape[1:])
-    key, value = found
-    return KeysAndValues(key.shape[1], key.shape[3], value.shape[3])
-
-
-def layer_settings(layers: Sequence[Kept]) -> dict[str, Any]:
+def layer_settings(layers: Sequence[Layer]) -> dict[str, Any]:
     """What a runtime has to know where not every layer keeps keys and values; under the names of onnxruntime-genai."""
-    widths = {layer.width for layer in layers if not isinstance(layer, KeysAndValues)}
-    if not widths:
+    called = [_CALLED[frozenset(kept.role for kept in layer)] for layer in layers]
+    if set(called) == {_CALLED[frozenset({KEY, VALUE})]}:
         return {}
-    return {"layer_types": [layer.called for layer in layers], "conv_cache_size": max(widths)}
+    widths = [width for layer in layers for kept in layer if kept.role == CONV and (width := kept.dims[-1])]
+    return {"layer_types": called, **({"conv_cache_size": max(widths)} if widths else {})}
 
 
-def by_layer(values: Sequence, layers: Sequence[Kept]) -> list[list]:
+def by_layer(values: Sequence, layers: Sequence[Layer]) -> list[list]:
     """Values of all layers in a row, a list for each layer."""
     waiting = iter(values)
-    return [[next(waiting) for _ in layer.names] for layer in layers]
+    return [[next(waiting) for _ in layer] for layer in layers]
 
 
-def kept_ports(names: Sequence[Sequence[str]], layers: Sequence[Kept], length: str) -> list[Port]:
+def kept_ports(names: Sequence[Sequence[str]], layers: Sequence[Layer], length: str) -> list[Port]:
     """Inputs by the names of values in the graph, by layer."""
     return [
-        Port(public.format(number), value, torch.float32, dims)
+        kept.port(number, value, length)
         for number, (values, layer) in enumerate(zip(names, layers, strict=True))
-        for public, value, dims in zip(layer.names, values, layer.dims(length), strict=True)
+        for value, kept in zip(values, layer, strict=True)
     ]

@@ -21,7 +21,9 @@ from ..graph.schema import bind
 from ..graph.views import END, Add, Cat, Gather, Index, Mul, Operand, Repeat, Reshape, Shaped, Slice, Unsqueeze, operand
 from .clips import spell_clips
 from .copies_to_concat import join_parts
+from .left_products import turn_left_products
 from .positions import slice_tables
+from .token_shifts import join_shifts
 
 aten = torch.ops.aten
 _IN_MEMORY = frozenset({"layout", "memory_format", "pin_memory"})
@@ -56,8 +58,10 @@ def to_normal_form(module: GraphModule) -> GraphModule:
     _leave_inputs_alone(graph)
     _compute_in_float32(graph)
     _drop_identities(graph)
+    join_shifts(graph)
     spell_clips(module)
     _fuse_lookups(graph)
+    turn_left_products(graph)
     _drop_round_trips(graph)
     _keep_rows_apart(graph)
     slice_tables(graph)

@@ -206,14 +206,14 @@ def _encode(model: PreTrainedModel, source: Mapping[str, Tensor]) -> dict[str, T
     found = {
         f"cross_key_values.{i}.{part}": tensor
         for i, both in sorted(cross.found.items())
-        for part, tensor in zip(_CACHE, both, strict=True)
+        for part, tensor in both.items()
     }
     return found | ({STATES: states} if SPECTRA in source else {})
 
 
 def _decode(width: int, model: PreTrainedModel, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
     past = [tensor for name, tensor in given.items() if name.startswith("past_")]
-    own = GraphCache([past[i : i + 2] for i in range(0, len(past), 2)])
+    own = GraphCache([dict(zip(_CACHE, past[i : i + 2], strict=True)) for i in range(0, len(past), 2)])
     cross = GivenCache([tensor for name, tensor in given.items() if name.startswith("cross_")])
     like = given["cross_key_values.0.key"]
     # Only its sizes are looked at: keys and values are there already.
@@ -239,7 +239,7 @@ def _layers(
         own, cross, states = _first_step(model, source)
     if not own.found or own.found.keys() != cross.found.keys():
         raise CaptureError("not every layer of its decoder keeps keys and values of its own and of the source")
-    return [(*own.found[i], *cross.found[i]) for i in sorted(own.found)], states.shape[-1]
+    return [(*own.found[i].values(), *cross.found[i].values()) for i in sorted(own.found)], states.shape[-1]
 
 
 def _tokens(

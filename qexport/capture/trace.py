@@ -18,6 +18,7 @@ from ..graph.meta import Meta
 from ..graph.translated import without_form
 from ..graph.views import results_of, tensor_name
 from ..models.quiet import quiet_transformers
+from ..models.steps import LISTED, cache_name, step_arguments
 from .attention import GraphCache, ProbeCache, tracing
 from .blocks import Block, cut
 from .causal_convolutions import fuse_causal_convolutions
@@ -25,11 +26,12 @@ from .decompose import decomposed
 from .expert_copies import copy_experts
 from .experts import tokens_of
 from .graph import BATCH
-from .kept import Kept, by_layer, kept_in
+from .kept import KEY, Layer, by_layer, kept_in
 from .layer_groups import LayerGroups, find_layers
 from .layer_stamps import stamp
 from .normalize import to_normal_form
-from .states import recurrences_as_nodes
+from .recurrences import recurrences_as_nodes
+from .recurrences.wkv import ListedStates, kept_by_layer
 from .streamed import fake_parameters
 from .weight_views import WeightView, cut_weights, moved
 from .written_attention import fuse_written_attention
@@ -44,8 +46,12 @@ Dims = tuple[int | str, ...]
 
 
 def _call(model: PreTrainedModel, given: Mapping[str, Any]) -> Any:
-    """A model's forward, as it is."""
-    return model(**given)
+    """A model's forward, its cache as it takes it; in front of a text that may be nothing."""
+    read = {name: value for name, value in given.items() if name not in ("past_key_values", "use_cache")}
+    cache = given["past_key_values"]
+    if cache_name(model) == LISTED:
+        cache = ListedStates(cache) if isinstance(cache, GraphCache) else None
+    return model(**step_arguments(model, read, cache))
 
 
 @dataclass(frozen=True)
@@ -79,14 +85,19 @@ TOKEN_IDS = Reads(("input_ids", (BATCH, "sequence_length")))
 
 
 class _Flat(torch.nn.Module):
-    """The model with every input and output a plain tensor; `input_ids` are whatever stands for tokens."""
+    """The model with every input and output a plain tensor; `input_ids` are whatever stands for tokens.
 
-    def __init__(self, model: PreTrainedModel, reads: Reads):
+    Args:
+        layers: what each layer keeps, in the order of its part of `past`.
+    """
+
+    def __init__(self, model: PreTrainedModel, reads: Reads, layers: list[Layer]):
         super().__init__()
-        self.model, self._reads = model, reads
+        self.model, self._reads, self._layers = model, reads, layers
 
     def forward(self, input_ids, attention_mask, position_ids, past, others):
-        cache = GraphCache(past)
+        roles = ([kept.role for kept in layer] for layer in self._layers)
+        cache = GraphCache([dict(zip(*pair, strict=True)) for pair in zip(roles, past, strict=True)])
         return (self.run(cache, input_ids, attention_mask, position_ids, others).logits, *cache.present())
 
     def run(self, cache, tokens, attention_mask, position_ids, others):
@@ -116,7 +127,7 @@ class Traced:
     logits: str
     presents: list[list[str]]
     vocab_size: int
-    cache: list[Kept]
+    cache: list[Layer]
     constants: dict[str, torch.Tensor]
     pieces: dict[str, WeightView]
 
@@ -143,30 +154,43 @@ def trace_model(
     return _trace_whole(model, aliases, cache, place, reads)
 
 
-def _probe(model: PreTrainedModel, place: str, reads: Reads) -> list[Kept]:
+def _probe(model: PreTrainedModel, place: str, reads: Reads) -> list[Layer]:
     """What each layer keeps in its cache, found by running the model once without data."""
     fake, (ids, _, positions, _, others) = _fake(model, [], reads)
     mask = fake.from_tensor(torch.zeros(_BATCH, _SEQUENCE, dtype=torch.int64), static_shapes=True)
     depth = model.config.get_text_config().num_hidden_layers
-    cache = ProbeCache(depth)
+    cache, before = ProbeCache(depth), _held(model)
     try:
         with fake, torch.no_grad(), quiet_transformers():
-            _Flat(model, reads).run(cache, ids, mask, positions, others)
+            made = _Flat(model, reads, []).run(cache, ids, mask, positions, others)
+            if (listed := getattr(made, LISTED, None)) is not None:
+                cache.found = dict(enumerate(kept_by_layer(listed)))
     except CaptureError as error:
         error.place = error.place or place
         raise
     except Exception as error:
         raise CaptureError(f"cannot be run without data: {root_cause(error)}", place=place) from error
-    without = [i for i in range(len(cache.found)) if i not in cache.found]
-    if without or not cache.found:
+    elsewhere = sorted(_held(model) - before)
+    if elsewhere or not cache.found:
+        what = f"{elsewhere[0]} is a state that it keeps in a module" if elsewhere else "it puts nothing into its cache"
         raise CaptureError(
-            f"layers {without or 'of it'} keep no keys and values, nor states that are known", place=place,
-            remedy="A state of another kind (of recurrent layers) has no lowering",
+            f"{what}: only keys and values, and states of convolutions and recurrences in the cache, are known",
+            place=place, remedy="A state of another kind has no lowering",
         )  # fmt: skip
-    return [kept_in(found) for _, found in sorted(cache.found.items())]
+    if all(KEY in found for found in cache.found.values()):
+        depth = len(cache.found)  # others, if any, read the keys and values of these
+    return [kept_in(cache.found.get(number, {})) for number in range(depth)]
 
 
-def _trace_whole(model: PreTrainedModel, aliases, cache: list[Kept], place: str, reads: Reads) -> Traced:
+def _held(model: PreTrainedModel) -> set[str]:
+    """Names of tensors that are plain attributes of modules, which is where some keep a state instead of in a cache."""
+    return {
+        f"{path}.{name}" for path, module in model.named_modules() for name, value in vars(module).items()
+        if isinstance(value, torch.Tensor)
+    }  # fmt: skip
+
+
+def _trace_whole(model: PreTrainedModel, aliases, cache: list[Layer], place: str, reads: Reads) -> Traced:
     """Trace a model that has as many layers now as it has caches, and cut it into blocks."""
     from .explain import check_sizes  # which imports what is in here
 
@@ -204,7 +228,7 @@ def _normalized(
     return whole, pieces
 
 
-def _fake(model: PreTrainedModel, cache: list[Kept], reads: Reads) -> tuple[FakeTensorMode, _Inputs]:
+def _fake(model: PreTrainedModel, cache: list[Layer], reads: Reads) -> tuple[FakeTensorMode, _Inputs]:
     """Give a model fake weights; returns their mode, and inputs of `_Flat`."""
     fake = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
     fake_parameters(model, fake)
@@ -213,7 +237,7 @@ def _fake(model: PreTrainedModel, cache: list[Kept], reads: Reads) -> tuple[Fake
         sizes = [size if isinstance(size, int) else _SIZES[size] for size in dims]
         return fake.from_tensor(torch.zeros(sizes, dtype=dtype), static_shapes=True)
 
-    past = [[example(shape) for shape in layer.shapes(_BATCH, _PAST)] for layer in cache]
+    past = [[example(kept.shape(_BATCH, _PAST)) for kept in layer] for layer in cache]
     ids, mask, positions = (example(*given) for given in reads.in_front.values())
     return fake, (ids, mask, positions, past, {name: example(*given) for name, given in reads.others.items()})
 
@@ -223,14 +247,14 @@ def _named_tensors(model: PreTrainedModel) -> list[tuple[str, torch.Tensor]]:
 
 
 def _layers(
-    model: PreTrainedModel, aliases: dict[str, tuple[str, ...]], cache: list[Kept], reads: Reads
+    model: PreTrainedModel, aliases: dict[str, tuple[str, ...]], cache: list[Layer], reads: Reads
 ) -> LayerGroups | None:
     fake, arguments = _fake(model, cache, reads)
     names = {id(tensor): aliases.get(name, (name,))[0] for name, tensor in _named_tensors(model)}
 
     def run() -> None:
-        with fake:
-            _Flat(model, reads)(*arguments)
+        with fake, quiet_transformers():
+            _Flat(model, reads, cache)(*arguments)
 
     return find_layers(model, arguments[3], names, run)
 
@@ -249,7 +273,7 @@ def _shortened(model: PreTrainedModel, layers: LayerGroups):
         setattr(owner, leaf, whole)
 
 
-def _export(model: PreTrainedModel, cache: list[Kept], place: str, reads: Reads):
+def _export(model: PreTrainedModel, cache: list[Layer], place: str, reads: Reads):
     _, arguments = _fake(model, cache, reads)
     dynamic = torch.export.Dim.DYNAMIC
 
@@ -257,14 +281,14 @@ def _export(model: PreTrainedModel, cache: list[Kept], place: str, reads: Reads)
         return {axis: dynamic for axis, size in enumerate(dims) if isinstance(size, str)}
 
     front = zip(("input_ids", "attention_mask", "position_ids"), reads.in_front.values(), strict=True)
-    pasts = [[dict.fromkeys(layer.free, dynamic) for _ in layer.names] for layer in cache]
+    pasts = [[dict.fromkeys(kept.free, dynamic) for kept in layer] for layer in cache]
     shapes = {
         **{name: free(dims) for name, (dims, _) in front}, "past": pasts,
         "others": {name: free(dims) for name, (dims, _) in reads.others.items()},
     }  # fmt: skip
     try:
         with torch.no_grad(), quiet_transformers():
-            return torch.export.export(_Flat(model, reads), arguments, dynamic_shapes=shapes, strict=False)
+            return torch.export.export(_Flat(model, reads, cache), arguments, dynamic_shapes=shapes, strict=False)
     except CaptureError:
         raise
     except Exception as error:  # torch.export raises almost anything, and hides the reason behind other errors

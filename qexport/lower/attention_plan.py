@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from ..artifact.cache_names import is_past, is_state
 from ..capture.graph import CapturedModel
 from ..errors import InputError, LoweringError
 from ..graph.edit import is_call
@@ -31,6 +32,8 @@ def plan_attention(
     """
     if attention == "standard" or captured.kind != "decoder":
         return None
+    if all(is_state(port.name) for port in captured.inputs if is_past(port.name)):
+        return "none of its layers keeps keys and values"
     try:
         return plan_grouping(captured, read, e4m3)
     except Unsuited as why:

@@ -77,6 +77,10 @@ class Emitter:
         """What a node or value of this name is called where nodes are added now."""
         return self._prefix + name
 
+    def fresh(self, name: str) -> str:
+        """The same, of what several blocks have one of."""
+        return self._unique(self.named(name))
+
     def op(
         self,
         op_type: str,

@@ -18,6 +18,7 @@ from transformers.cache_utils import EncoderDecoderCache
 from ..artifact.manifest import STATES
 from .formula import formula_tensors
 from .layerwise import StoredWeights, open_layerwise
+from .steps import Steps
 from .tokens import embedding_rows
 from .vision_language.prompts import Prompt, random_prompt
 from .witness import Absent, Call, Outline, Testimony, first_line, leaves
@@ -93,7 +94,7 @@ class DecoderWitness:
     def _calls(
         self, model: PreTrainedModel, outline: Outline, container: str = "", kept: Sequence[int] = ()
     ) -> list[Call]:
-        cache = DynamicCache(config=model.config)
+        steps = Steps(model)
         watched = _watched(model, outline.blocks)
         if kept:
             _shorten(model, container, kept)
@@ -106,7 +107,7 @@ class DecoderWitness:
                 "position_ids": torch.arange(start, end).expand(ROWS, -1),
             }
             with _watching(watched) as states:
-                made = _run(model, **feeds, past_key_values=cache, use_cache=True)
+                made = _run(steps, **feeds)
             calls.append(Call(feeds, {"logits": made.logits}, dict(states)))
             start = end
         return calls
@@ -477,7 +478,7 @@ def _caches() -> EncoderDecoderCache:
     return EncoderDecoderCache(DynamicCache(), DynamicCache())
 
 
-def _run(model: PreTrainedModel, **feeds):
+def _run(model: Callable, **feeds):
     try:
         with torch.no_grad():
             return model(**feeds)

@@ -283,8 +283,9 @@ class Decoder:
             if self._past or (np.diff(mask, axis=1) < 0).any() or not mask[:, -1].all():
                 raise InputError("padding belongs on the left of the first tokens")
             if not self._takes_padding:
+                why = "computes positions itself" if self._has_mask else "has no attention mask"
                 raise InputError(
-                    "this file computes positions itself, so it cannot take padding",
+                    f"this file {why}, so it cannot take padding",
                     remedy="Run prompts of different length one by one",
                 )
         if self._share and self._past + ids.shape[1] > self._max_length:

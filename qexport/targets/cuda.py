@@ -25,6 +25,7 @@ from ..lower.qdq_patterns import (
     linear_products,
 )
 from ..lower.routing_weights import sum_of
+from ..lower.scan_as_attention import scans_as_attention
 from ..plan.linear_plan import LinearPlan
 from ..quant.formats import Scheme
 from ..quant.packing import DEFAULT_BLOCK
@@ -124,6 +125,8 @@ class CudaTarget(Target):
                 _integer(module, product, rounding)
             else:
                 as_own_kernel(module, product, self.weight_kernels)
+        if self.operators.contrib:
+            scans_as_attention(module.graph)
         for mixture in moe_form.mixtures(module.graph):
             _by_scores(module.graph, mixture)
         for node in module.graph.nodes:

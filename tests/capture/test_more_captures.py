@@ -23,7 +23,7 @@ REASONS = {
     "long_longrope": r"length of the text decides .*longrope.* up to 32 tokens set max_position_embeddings to 32 .* 4",
     "jetmoe": r"size depends on values at .*modeling_jetmoe.py:\d+: input_list = inputs.split\(expert_size",
     "llama4": "mask is neither causal nor a sliding window",
-    "mamba": "keep no keys and values",
+    "recurrent_gemma": "is a state that it keeps in a module",
 }
 
 

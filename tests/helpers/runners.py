@@ -6,12 +6,12 @@ A runner maps feeds (public input names to tensors) to results (public output na
 from collections.abc import Callable, Sequence
 
 import torch
-from transformers import DynamicCache
 
 from qexport.artifact.cache_names import is_past, past_of, present_of
 from qexport.capture.blocks import Block
 from qexport.capture.graph import CapturedModel, Port
 from qexport.graph.edit import set_tensor
+from qexport.models.steps import Steps
 
 Feeds = dict[str, torch.Tensor]
 Runner = Callable[[Feeds], Feeds]
@@ -44,15 +44,13 @@ def captured_runner(captured: CapturedModel) -> Runner:
 
 def transformers_runner(model: torch.nn.Module) -> Runner:
     """A model of transformers with its own cache; past_key_values are what it keeps itself, present is not given."""
-    cache: list[DynamicCache] = []
+    steps: list[Steps] = []
 
     def run(feeds: Feeds) -> Feeds:
         if feeds["input_ids"].shape[1] == feeds["attention_mask"].shape[1]:
-            cache[:] = [DynamicCache(config=model.config)]
+            steps[:] = [Steps(model)]
         names = ("input_ids", "attention_mask", "position_ids")
-        with torch.no_grad():
-            out = model(**{n: feeds[n] for n in names}, past_key_values=cache[0], use_cache=True)
-        return {"logits": out.logits}
+        return {"logits": steps[0](**{n: feeds[n] for n in names}).logits}
 
     return run
 

@@ -22,12 +22,17 @@ LOWERED = ("bloom", "falcon", "gptj", "cohere", "gpt_oss")
 MASK = padded([9, 4, 6], "left")
 WRITTEN_OUT = {
     **dict.fromkeys(
-        ("deepseek_v3", "minicpm3", "youtu", "glm4_moe_lite", "axk1"), "cache holds what keys and values are made of"
+        ("deepseek_v2", "deepseek_v3", "minicpm3", "youtu", "glm4_moe_lite", "axk1"),
+        "cache holds what keys and values are made of",
     ),
     **dict.fromkeys(
-        ("lfm2", "lfm2_moe", "qwen3_next", "qwen3_5", "olmo_hybrid"),
+        (
+            "lfm2", "lfm2_moe", "qwen3_next", "qwen3_5", "olmo_hybrid", "bamba", "granitemoehybrid", "falcon_h1",
+            "nemotron_h", "zamba2", "jamba", "zamba",
+        ),
         "something other than attention reads the attention mask",
     ),
+    **dict.fromkeys(("mamba2", "mamba", "falcon_mamba", "rwkv"), "none of its layers keeps keys and values"),
     "gpt_neo": "a mask of its own", "diffllama": "several attentions read one cache",
 }  # fmt: skip
 OTHERWISE = {"doge", "gemma4_shared"}

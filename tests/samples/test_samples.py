@@ -324,10 +324,10 @@ def test_vision(run):
 
 @pytest.mark.slow
 def test_families(run):
-    lines = run("families.py", "--families", "gpt2", "mamba").splitlines()
+    lines = run("families.py", "--families", "gpt2", "recurrent_gemma").splitlines()
     (row,) = (line for line in lines if line.startswith("| gpt2 |"))
     assert "| grouped |  | 9 | none |" in row and len(row.split("|")) == 12
-    assert any(line.startswith("- `mamba`: ") and "keep no keys and values" in line for line in lines)
+    assert any(line.startswith("- `recurrent_gemma`: ") and "state that it keeps in a module" in line for line in lines)
 
 
 @pytest.mark.slow

@@ -16,9 +16,19 @@ from ..registry import Translation, translates_complex
 aten = torch.ops.aten
 
 
-@translates_complex(
-    aten.view_as_real.default, aten.view_as_complex.default, aten.resolve_conj.default, aten.resolve_neg.default
-)
+@translates_complex(aten.view_as_real.default, aten.view_as_complex.default)
+def _viewed(emit: Emitter, node: Node, given: Arguments) -> ir.Value:
+    """Pairs are float32 in a file of smaller floats, too."""
+    x, now, then = emit.get(given.self), _of_parts(given.self), _of_parts(node)
+    return x if now == then else emit.cast(x, then)
+
+
+def _of_parts(node: Node) -> torch.dtype:
+    """The type of a value's numbers, or of the parts of complex ones."""
+    return dtype_of(node).to_real()
+
+
+@translates_complex(aten.resolve_conj.default, aten.resolve_neg.default)
 def _same(emit: Emitter, node: Node, given: Arguments) -> ir.Value:
     x: ir.Value = emit.get(given.self)
     return x
