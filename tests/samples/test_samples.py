@@ -323,6 +323,14 @@ def test_vision(run):
 
 
 @pytest.mark.slow
+def test_recurrent_decoders(run):
+    lines = run("recurrent_decoders.py", "mamba", "--layers", 1, "--prompt", 16, "--turns", 1).splitlines()
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
+    assert [row[1] for row in rows] == ["transformers", "float32", "w4a16_g32", "w8a8_dyn"]
+    assert rows[0][3] == rows[0][5] == "1.00" and all(float(row[2]) > 0 for row in rows)
+
+
+@pytest.mark.slow
 def test_families(run):
     lines = run("families.py", "--families", "gpt2", "recurrent_gemma").splitlines()
     (row,) = (line for line in lines if line.startswith("| gpt2 |"))
