@@ -231,6 +231,14 @@ def test_inspect_sums_its_parts(llava):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("folder", ["smolvlm", "llava"], indirect=True)
+def test_a_shared_table_has_codes_in_both_files(folder):
+    found = inspect(folder, Recipe(scheme="w4a16_g32", lm_head="w8a16_g32", embedding="tied"))
+    schemes = [table.scheme and table.scheme.name for table in found.embeddings]
+    assert schemes == (["w8a16_g32"] if folder.name.startswith("smolvlm") else [None])
+
+
+@pytest.mark.slow
 def test_parts_are_placed_on_cuda(llava, tmp_path, cuda_placement):
     from helpers.cuda_placement.models import PROMPT, assert_decoder_on_cuda
 

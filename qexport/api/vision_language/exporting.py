@@ -9,12 +9,13 @@ from importlib.metadata import version
 from pathlib import Path
 
 from ...artifact.files import read_json
-from ...artifact.manifest import FORMAT, GENAI_FILE, MANIFEST_FILE, PICTURE_PARTS, VISION_LANGUAGE, Manifest
+from ...artifact.manifest import EMBEDDING, FORMAT, GENAI_FILE, MANIFEST_FILE, PICTURE_PARTS, VISION_LANGUAGE, Manifest
 from ...artifact.output import WorkFolder, claimed
 from ...capture.vision_language import VisionParts, capture_vision_language
 from ...errors import InputError
 from ...models.source import ModelFolder
 from ...progress import announce, of_part
+from ...recipe.sections import TIED
 from ...runtime.genai_pictures import PROCESSOR_FILE, pictures_config, pictures_processor
 from ...validation.reader import check_reader
 from ..folder import copy_companions
@@ -76,6 +77,9 @@ def export_pictures(prepared: Preparation, work: WorkFolder) -> ExportResult:
 def preparations(prepared: Preparation, parts: VisionParts) -> dict[str, Preparation]:
     """By its name, what an export of each part works with."""
     recipes = recipes_of(parts.by_name, prepared.recipe)
+    if prepared.recipe.embedding == TIED and _shares_table(parts):
+        # Which are in two files, each with the codes that one of them would have for both.
+        recipes[EMBEDDING] = recipes[EMBEDDING].model_copy(update={"embedding": prepared.recipe.lm_head})
     found = {}
     for part, captured in parts.by_name.items():
         own = replace(prepared.options, progress=of_part(prepared.options.progress, part))
@@ -83,6 +87,13 @@ def preparations(prepared: Preparation, parts: VisionParts) -> dict[str, Prepara
             own = replace(own, attention="grouped", logits="all", max_length=None)
         found[part] = prepared.of_part(captured, recipes[part], own)
     return found
+
+
+def _shares_table(parts: VisionParts) -> bool:
+    """Whether the output projection is the table of embeddings."""
+    read = {name for block in parts.decoder.blocks for name in block.parameters}
+    read |= {alias for name in read for alias in parts.decoder.tied.get(name, ())}
+    return any(name in read for block in parts.embedding.blocks for name in block.parameters)
 
 
 def folder_of(prepared: Preparation) -> ModelFolder:
