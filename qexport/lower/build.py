@@ -59,7 +59,7 @@ def build_model(
     Raises:
         LoweringError: an operator has no ONNX form.
     """
-    emit, book = Emitter(target.operators), KernelMap(target.kernel)
+    emit, book = Emitter(target.operators, target.prompts_in_floats), KernelMap(target.kernel)
 
     def add(piece: LoweredBlock, known: dict[str, ir.Value]) -> None:
         made = _translate(emit, piece, known)

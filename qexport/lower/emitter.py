@@ -32,7 +32,7 @@ _FEW_BITS = {
 }  # fmt: skip
 
 Number = int | float | bool
-Attribute = int | float | str | Sequence[int] | Sequence[str] | ir.DataType | ir.TensorProtocol | None
+Attribute = int | float | str | Sequence[int] | Sequence[str] | ir.DataType | ir.TensorProtocol | ir.Graph | None
 
 
 class Emitter:
@@ -40,22 +40,24 @@ class Emitter:
 
     Args:
         operators: those that it may be made of.
+        prompts_in_floats: as `Target.prompts_in_floats`.
 
     Attributes:
-        operators: the same.
+        operators, prompts_in_floats: the same.
         values: the ONNX value of every fx node translated so far that has one.
         results: the ONNX values of every fx node translated so far that has several.
         nodes: ONNX nodes in order.
         initializers: by name.
     """
 
-    def __init__(self, operators: OperatorSet = NATIVE) -> None:
-        self.operators = operators
+    def __init__(self, operators: OperatorSet = NATIVE, prompts_in_floats: bool = False) -> None:
+        self.operators, self.prompts_in_floats = operators, prompts_in_floats
         self.values: dict[Node, ir.Value] = {}
         self.results: dict[Node, tuple[ir.Value, ...]] = {}
         self.nodes: list[ir.Node] = []
         self.initializers: dict[str, ir.Value] = {}
         self._constants: dict[tuple[Any, ...], ir.Value] = {}
+        self._shared: dict[tuple[str, str], ir.Value] = {}  # by prefix and name
         self._scope, self._prefix = "", ""
         self._taken: dict[str, int] = {}
         self._read: Callable[[str], torch.Tensor]  # from the first block on
@@ -67,11 +69,19 @@ class Emitter:
     @contextmanager
     def branch(self, prefix: str) -> Iterator[list[ir.Node]]:
         """Nodes added within go to the list this gives, the names of all they make beginning with `prefix`."""
-        outer, self.nodes, self._prefix = self.nodes, [], prefix
+        nodes, outer = self.nodes, self._prefix
+        self.nodes, self._prefix = [], outer + prefix
         try:
             yield self.nodes
         finally:
-            self.nodes, self._prefix = outer, ""
+            self.nodes, self._prefix = nodes, outer
+
+    def shared(self, name: str, make: Callable[[], ir.Value]) -> ir.Value:
+        """What `make` adds the first time that this is asked for, and the same from then on."""
+        key = self._prefix, name
+        if key not in self._shared:
+            self._shared[key] = make()
+        return self._shared[key]
 
     def named(self, name: str) -> str:
         """What a node or value of this name is called where nodes are added now."""

@@ -21,6 +21,10 @@ class LoweringTarget(Protocol):
     def operators(self) -> OperatorSet:
         """What its files are made of."""
 
+    @property
+    def prompts_in_floats(self) -> bool:
+        """Whether attention over a cache of 8-bit integers is slow for many new tokens at once."""
+
     def why_dense(self, form: MoeForm) -> str:
         """Why a mixture of experts computes every one for every token; empty where it does not."""
 

@@ -50,6 +50,8 @@ class Target(ABC):
         candidates: schemes that mixed precision chooses from, weights in groups, from the smallest to the closest.
         weight_kernels: ONNX operators that it has for products with weights of few bits.
         e4m3_cache: whether attention keeps a cache of E4M3 numbers; else they are rounded, and kept as floats.
+        prompts_in_floats: whether attention over a cache of 8-bit integers is slow for many new tokens at once, so that
+            it is one over floats there (see lower/prompt_attention.py).
         codes_beside_bias: whether attention that adds a bias to scores (ALiBi) can keep a cache of codes.
         integer_convolutions: whether a convolution of int8 inputs and weights has a kernel.
         least_recurrent: the fewest states of a recurrent layer whose steps run faster with codes than in float; None
@@ -67,6 +69,7 @@ class Target(ABC):
     candidates: ClassVar[tuple[str, ...]]
     weight_kernels: ClassVar[frozenset[str]] = WEIGHT_KERNELS
     e4m3_cache: ClassVar[bool] = False
+    prompts_in_floats: ClassVar[bool] = False
     codes_beside_bias: ClassVar[bool] = True
     integer_convolutions: ClassVar[bool] = False
     least_recurrent: ClassVar[int | None] = None

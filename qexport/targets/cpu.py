@@ -52,6 +52,7 @@ class CpuTarget(Target):
         "w4a16_g16_asym_s8", "w5a16_g64_s8", "w5a16_g32_s8", "w5a16_g16_s8", "w6a16_g64_s8", "w6a16_g32_s8",
         "w6a16_g16_s8", "w8a16_g128", "w8a16_g64", "w8a16_g32",
     )  # fmt: skip
+    prompts_in_floats: ClassVar[bool] = True
     integer_convolutions: ClassVar[bool] = True
     # Of one row a step of 128 states takes 8 us as a Scan over codes and 5 us in the LSTM of floats, one of 256 takes
     # 17 and 19, one of 1024 takes 280 and 910 (one thread of an AVX512-VNNI machine).

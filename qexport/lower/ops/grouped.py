@@ -8,6 +8,7 @@ from ...graph.edit import dtype_of, is_call, shape_of
 from ...graph.schema import Arguments, bind
 from ...graph.views import Item, Slice, size_at
 from ..emitter import Attribute, Emitter
+from ..prompt_attention import Read, Sizes, attend
 from ..registry import translates
 
 aten = torch.ops.aten
@@ -66,19 +67,27 @@ def _take_tokens(emit: Emitter, node: Node, given: Arguments) -> ir.Value:
 def _grouped_attention(emit: Emitter, node: Node, given: Arguments) -> tuple[ir.Value, ...]:
     kv_heads = size_at(given.past_key, 1)
     size = size_at(given.key, -1) // kv_heads
-    packed = _packed(given.query, given.key, given.value)
-    read = (given.query, given.key, given.value) if packed is None else (packed, None, None)
+    heads = size_at(given.query, -1) // size
+    query, key, value = given.query, given.key, given.value
+    if (packed := _packed(query, key, value)) is not None:
+        query, key, value = packed, None, None
     codes: dict[str, Attribute] = {}
     if given.bits:
         codes = dict.fromkeys(("k_quant_type", "v_quant_type"), _GRANULARITY[len(shape_of(given.key_scale))])
-    return emit.several(
-        3, "GroupQueryAttention", *map(emit.get, read), emit.get(given.past_key), emit.get(given.past_value),
-        emit.get(given.last), emit.get(given.total), emit.get(given.cos), emit.get(given.sin), None,
-        emit.get(given.bias), emit.get(given.sinks), emit.get(given.key_scale), emit.get(given.value_scale),
-        domain="com.microsoft", num_heads=size_at(given.query, -1) // size, kv_num_heads=kv_heads,
-        scale=float(given.scale), softcap=float(given.softcap) or None, do_rotary=int(given.cos is not None),
-        local_window_size=given.window or -1, kv_cache_bit_width=given.bits or None, more=codes,
+    read = Read(
+        emit.get(query), emit.get(key), emit.get(value), emit.get(given.past_key), emit.get(given.past_value),
+        emit.get(given.last), emit.get(given.total), emit.get(given.cos), emit.get(given.sin), emit.get(given.bias),
+        emit.get(given.sinks), emit.get(given.key_scale), emit.get(given.value_scale),
     )  # fmt: skip
+    attributes: dict[str, Attribute] = {
+        "num_heads": heads, "kv_num_heads": kv_heads, "scale": float(given.scale),
+        "softcap": float(given.softcap) or None, "do_rotary": int(given.cos is not None),
+        "local_window_size": given.window or -1, "kv_cache_bit_width": given.bits or None, **codes,
+    }  # fmt: skip
+    if given.bits == 8 and not given.e4m3 and emit.prompts_in_floats:
+        rotated = 0 if given.cos is None else 2 * size_at(given.cos, 1)
+        return attend(emit, read, attributes, Sizes(heads, kv_heads, size, rotated))
+    return emit.several(3, "GroupQueryAttention", *read.in_order(), domain="com.microsoft", more=attributes)
 
 
 @translates(ops.position_bias.default)
