@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from .runtime.doctor import diagnose as diagnose
     from .runtime.drafts import Drafts as Drafts
     from .runtime.generate import Sampling as Sampling
-    from .runtime.generate import Speech as Speech
+    from .runtime.speech import Speech as Speech
     from .runtime.generate import generate_text as generate  # noqa: F401
     from .runtime.optimized import OptimizedInfo as OptimizedInfo
     from .runtime.optimized import optimize as optimize

@@ -101,7 +101,7 @@ def rounded_table(weights: WeightMethod, seen: Any, table: torch.Tensor, fmt: We
     """
     if not weights.rounds_tables or not isinstance(fmt, IntegerFormat):
         return fmt.round_to_nearest(table)
-    return weights.round_table(table, fmt, seen)
+    return fmt.kept(weights.round_table(table, fmt, seen))
 
 
 def _as_prompt(linear: LinearPlan) -> LinearPlan:

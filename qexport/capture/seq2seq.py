@@ -5,7 +5,6 @@ encoder, and the projections of its result to keys and values for every layer of
 the decoder, with a cache of its own tokens.
 """
 
-import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -30,6 +29,7 @@ from ..models.loading import Loaded, load_whole
 from ..models.quiet import quiet_transformers
 from ..models.source import ModelFolder
 from ..models.transformers_witness import PartWitness
+from .another_forward import called_by
 from .attention import IMPLEMENTATION, GivenCache, GraphCache, ProbeCache, tracing
 from .graph import BATCH, CapturedModel, Port
 from .module import capture_module
@@ -173,20 +173,11 @@ def _axes(name: str) -> dict[int, str]:
     return {0: BATCH, 1: "sequence_length" if name == "decoder_input_ids" else "encoder_sequence_length"}
 
 
-@contextmanager
 def _called_by(model: PreTrainedModel, names: Sequence[str], run: Callable):
-    """Give a model another forward, of keyword arguments of these names; names of modules stay what they are."""
-
-    def forward(**given):
-        return run(model, {name.replace("__", "."): tensor for name, tensor in given.items()})
-
-    named = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in names]
-    forward.__signature__ = inspect.Signature(named)  # type: ignore[attr-defined]  # what inspect reads
-    model.forward = forward
-    try:
-        yield
-    finally:
-        del model.forward
+    """See `called_by`; names have two underscores for the dots that those of `run` have."""
+    return called_by(
+        model, names, lambda model, given: run(model, {name.replace("__", "."): t for name, t in given.items()})
+    )
 
 
 def _call(model: PreTrainedModel, cache: EncoderDecoderCache, **inputs):

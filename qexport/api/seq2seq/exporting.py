@@ -13,17 +13,13 @@ from ...artifact.output import PartFolder, WorkFolder
 from ...calibrate.data import Prepared
 from ...capture.graph import CapturedModel
 from ...capture.seq2seq import Parts, capture_seq2seq
-from ...errors import InputError, RecipeError
-from ...graph.convolution_sites import convolutions
-from ...graph.sites import linears
-from ...models.agreement import together
+from ...errors import InputError
 from ...models.source import ModelFolder
 from ...progress import announce, of_part
-from ...recipe.recipe import Recipe
-from ...recipe.sections import FLOAT
 from ...runtime import genai_speech
 from ...validation.reader import check_reader
 from ..folder import copy_companions
+from ..parts import recipes_of, whole_result
 from ..refusals import check_applicable
 from ..result import ExportResult
 from ..stages import pipeline
@@ -68,13 +64,12 @@ def export_parts(prepared: Preparation, work: WorkFolder) -> ExportResult:
         for part, own in asked.items():
             made[part] = pipeline.run(own, PartFolder(work, temporary, part))
         _write_companions(temporary, folder, {part: result.manifest for part, result in made.items()})
-    found = {part: replace(result, folder=work.given / part) for part, result in made.items()}
-    return _whole(found, work)
+    return whole_result(SEQ2SEQ, made, work)
 
 
 def preparations(prepared: Preparation, parts: Parts) -> dict[str, Preparation]:
     """By its name, what an export of each part works with."""
-    recipes = part_recipes(parts, prepared.recipe)
+    recipes = recipes_of(by_name(parts), prepared.recipe)
     return {
         part: prepared.of_part(
             captured, recipes[part],
@@ -82,26 +77,6 @@ def preparations(prepared: Preparation, parts: Parts) -> dict[str, Preparation]:
         )
         for part, captured in by_name(parts).items()
     }  # fmt: skip
-
-
-def part_recipes(parts: Parts, recipe: Recipe) -> dict[str, Recipe]:
-    """The recipe for each part: overrides that match in it, and no embedding where it reads no tokens.
-
-    Raises:
-        RecipeError: an override matches no linear of either.
-    """
-    names = {part: _names(captured) for part, captured in by_name(parts).items()}
-    idle = recipe.unmatched_overrides([*names[ENCODER], *names[DECODER]])
-    if idle:
-        raise RecipeError(f"matches no linear or convolution of the model: {idle[0]!r}", place="overrides")
-    found = {}
-    for part, captured in by_name(parts).items():
-        elsewhere = set(recipe.unmatched_overrides(names[part]))
-        overrides = tuple(override for override in recipe.overrides if override.match not in elsewhere)
-        reads = any(port.name == "input_ids" for port in captured.inputs)
-        embedding = {} if reads else {"embedding": FLOAT}
-        found[part] = recipe.model_copy(update={"overrides": overrides, **embedding})
-    return found
 
 
 def by_name(parts: Parts) -> dict[str, CapturedModel]:
@@ -131,12 +106,6 @@ def _with_data(asked: Mapping[str, Preparation], parts: Parts, prepared: Prepara
     return {part: replace(own, data=read[part], asked=True) for part, own in asked.items()}
 
 
-def _names(captured: CapturedModel) -> list[str]:
-    graphs = [block.module.graph for block in captured.blocks]
-    found = [linear.name for graph in graphs for linear in linears(graph)]
-    return [*found, *(name for graph in graphs for name in convolutions(graph))]
-
-
 def _write_companions(out: Path, source: ModelFolder, parts: Mapping[str, Manifest]) -> None:
     """What belongs to both parts: configs, tokenizer, licence, a manifest that says what this is, and genai's files."""
     about = {"format": FORMAT, "qexport": version("qexport"), "kind": SEQ2SEQ, "parts": [ENCODER, DECODER]}
@@ -152,33 +121,3 @@ def _write_companions(out: Path, source: ModelFolder, parts: Mapping[str, Manife
         return
     for name, contents in ((GENAI_FILE, found), (genai_speech.AUDIO_FILE, genai_speech.audio_config(sound))):
         (out / name).write_text(json.dumps(contents, indent=2) + "\n", encoding="utf-8")
-
-
-def _whole(parts: Mapping[str, ExportResult], work: WorkFolder) -> ExportResult:
-    """What was written, of both parts together."""
-    results = list(parts.values())
-    return ExportResult(
-        folder=work.given, manifest=_manifest([result.manifest for result in results]),
-        plan=[p for result in results for p in result.plan],
-        seconds={f"{part}: {stage}": took for part, result in parts.items() for stage, took in result.seconds.items()},
-        calibration="; ".join(f"{part}: {result.calibration}" for part, result in parts.items()),
-        embeddings=[e for result in results for e in result.embeddings],
-        convolutions=[c for result in results for c in result.convolutions],
-        dense={name: why for result in results for name, why in result.dense.items()},
-        rarely_chosen={name: what for result in results for name, what in result.rarely_chosen.items()},
-        unseen={name: share for result in results for name, share in result.unseen.items()},
-        warnings=tuple(dict.fromkeys(sentence for result in results for sentence in result.warnings)), kept=work.kept,
-        reference=together({part: result.reference for part, result in parts.items()}), parts=parts,
-    )  # fmt: skip
-
-
-def _manifest(parts: list[Manifest]) -> Manifest:
-    """What is in both files together."""
-    first, sizes = parts[0], [part.bytes for part in parts]
-    return Manifest(
-        qexport=first.qexport, target=first.target, kind="encoder-decoder", dtype=first.dtype, provider=first.provider,
-        numerics=first.numerics, linears=tuple(entry for part in parts for entry in part.linears),
-        convolutions=tuple(entry for part in parts for entry in part.convolutions),
-        blocks=tuple(entry for part in parts for entry in part.blocks),
-        bytes={name: sum(size[name] for size in sizes) for name in sizes[0]},
-    )  # fmt: skip

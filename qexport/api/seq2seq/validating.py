@@ -1,8 +1,7 @@
 """Comparing an exported encoder-decoder with the float model: part by part, and what it writes about whole sources."""
 
 import os
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -29,12 +28,13 @@ from ...validation.gates import Gates
 from ...validation.greedy import alike
 from ...validation.logits import compare_logits
 from ...validation.reference import FloatOutputs
-from ...validation.report import Greedy, LayerComparison, Logits, Placement, Report, ValueComparison
+from ...validation.report import Greedy, Logits, Report
 from ...validation.report_store import KEY, keep
 from ...validation.text import choose_text
 from ...validation.verdict import concluded
 from ..measuring import FloatModel, check_writable, settings_of, stages, validate_file
 from ..options import ValidationOptions
+from ..parts import whole_layers, whole_placement
 from .sources import Sources, batches_of, load_sources, write_about
 
 _SEED = 0x5EED0F7E57  # of sources that nobody gave: others than any recipe's
@@ -112,7 +112,8 @@ def _report(folder: Path, model: ModelFolder, reference: FloatModel, options: Va
     readers = {part: report.reader for part, report in reports.items() if report.reader is not None}
     report = Report(
         reference=reports[ENCODER].reference, reader=together(readers) if readers else None, text=sources.described,
-        own_text=sources.own, layers=_layers(reports), logits=logits, placement=_placement(reports), greedy=greedy,
+        own_text=sources.own, layers=whole_layers(reports), logits=logits, placement=whole_placement(reports),
+        greedy=greedy,
         outputs=tuple(row for part in reports.values() for row in part.outputs),
         activations=tuple(row for part in reports.values() for row in part.activations),
         warnings=tuple(dict.fromkeys(sentence for part in reports.values() for sentence in part.warnings)),
@@ -136,45 +137,6 @@ def _sources(parts: Parts, options: ValidationOptions) -> Sources:
         seed=_SEED, batch_size=1,
     )  # fmt: skip
     return load_sources(parts, spec, options.inputs)
-
-
-def _layers(reports: Mapping[str, Report]) -> LayerComparison:
-    """Values inside both parts, blocks called by their part too: both have a prologue."""
-
-    def of(part: str, rows: Sequence[ValueComparison], *, named: bool = False) -> list[ValueComparison]:
-        moved = [row.model_copy(update={"block": f"{part}/{row.block}"}) if row.block else row for row in rows]
-        return [row.model_copy(update={"name": f"{part}/{row.name}"}) for row in moved] if named else moved
-
-    found = {part: report.layers for part, report in reports.items()}
-    return LayerComparison(
-        tokens=sum(layers.tokens for layers in found.values()),
-        linears=tuple(row for part, layers in found.items() for row in of(part, layers.linears)),
-        blocks=tuple(row for part, layers in found.items() for row in of(part, layers.blocks, named=True)),
-        attentions=tuple(row for part, layers in found.items() for row in of(part, layers.attentions)),
-        ranges=tuple(
-            row.model_copy(update={"block": f"{part}/{row.block}"}) for part, layers in found.items()
-            for row in layers.ranges
-        ),
-        sessions=sum(layers.sessions for layers in found.values()),
-        moved=tuple(row for layers in found.values() for row in layers.moved),
-    )  # fmt: skip
-
-
-def _placement(reports: Mapping[str, Report]) -> Placement:
-    """What became of both files."""
-    found = [report.placement for report in reports.values()]
-
-    def summed(name: str) -> dict[str, int]:
-        counts: Counter[str] = Counter()
-        for placement in found:
-            counts.update(getattr(placement, name))
-        return dict(counts)
-
-    return Placement(
-        provider=found[0].provider, nodes_per_provider=summed("nodes_per_provider"), op_counts=summed("op_counts"),
-        kernels=summed("kernels"), unfused=tuple(row for placement in found for row in placement.unfused),
-        convolutions=sum(placement.convolutions for placement in found),
-    )  # fmt: skip
 
 
 def _logits(
