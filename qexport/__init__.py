@@ -36,12 +36,12 @@ if TYPE_CHECKING:
     from .runtime.doctor import diagnose as diagnose
     from .runtime.drafts import Drafts as Drafts
     from .runtime.generate import Sampling as Sampling
-    from .runtime.speech import Speech as Speech
     from .runtime.generate import generate_text as generate  # noqa: F401
     from .runtime.optimized import OptimizedInfo as OptimizedInfo
     from .runtime.optimized import optimize as optimize
     from .runtime.readers import RunsOn as RunsOn
     from .runtime.readers import runs_on as runs_on
+    from .runtime.speech import Speech as Speech
     from .runtime.transformers_js import Layout as Layout
     from .runtime.transformers_js import layout as layout
     from .sampling_study import study as study

@@ -3,6 +3,8 @@
 import json
 from types import SimpleNamespace
 
+import numpy as np
+import onnx
 import psutil
 import pytest
 import torch
@@ -85,9 +87,16 @@ def test_its_export_is_that_of_one_in_memory(family, tmp_path, large, monkeypatc
     monkeypatch.undo()
     qexport.export(folder, recipe, out_dir=tmp_path / "small")
     for part in ("encoder", "decoder"):
-        for name in (MODEL_FILE, "model.onnx.data"):
-            first, second = ((tmp_path / size / part / name).read_bytes() for size in ("large", "small"))
-            assert first == second
+        first, second = (tensors_of(tmp_path / size / part / MODEL_FILE) for size in ("large", "small"))
+        assert first.keys() == second.keys()
+        for name, wanted in second.items():
+            # Texts are written and read by another order of sums, which ranges show in their last bit.
+            rounding = 1e-6 if name.endswith("_scale") else 0
+            np.testing.assert_allclose(first[name], wanted, rtol=rounding, atol=0, err_msg=name)
+
+
+def tensors_of(path) -> dict[str, np.ndarray]:
+    return {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in onnx.load(path).graph.initializer}
 
 
 def test_tensors_that_do_not_fit_are_refused(tmp_path, large):
