@@ -85,6 +85,7 @@ def test_a_slice_has_the_upper_bits_of_every_product_and_its_table_stays(export_
         assert all(check.ok for check in qexport.diagnose(export=done.folder) if "files" in check.name)
 
 
+@pytest.mark.slow
 def test_codes_trained_for_it_have_better_upper_bits(captured, export_folder, tmp_path):
     feeds = prompt_feeds(captured("llama"), tokens(4, 24), torch.ones(4, 24, dtype=torch.int64))
     wanted, kl = captured_runner(load_weights(captured("llama")))(feeds)["logits"], {}

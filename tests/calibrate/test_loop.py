@@ -83,6 +83,7 @@ def test_the_same_input_gives_the_same_bytes(run):
     assert scores[0] == scores[1] and all(score > 10 for score in scores[0][1:3])
 
 
+@pytest.mark.each_value_once
 @pytest.mark.parametrize("error", [Stop, KeyboardInterrupt])
 @pytest.mark.parametrize("block", [1, 2, 3])
 def test_an_interrupted_export_goes_on_where_it_stopped(run, tmp_path, block, error):

@@ -60,6 +60,10 @@ def test_what_writes_no_text_calibrates_on_random_tokens_for_nobody_who_did_not_
     encoder = save_encoder("bert", tmp_path / "bert")
     with pytest.raises(InputError, match=r"an encoder writes no text to calibrate on.*--calibration FILE.*random"):
         qexport.export(encoder, STATIC, out_dir=tmp_path / "out")
+
+
+@pytest.mark.slow
+def test_an_encoder_decoder_does_not_either(tmp_path):
     pair = save_seq2seq("t5", tmp_path / "t5")
     with pytest.raises(InputError, match=r"an encoder-decoder writes no text to calibrate on.*--calibration FILE"):
         qexport.export(pair, STATIC, out_dir=tmp_path / "out")

@@ -121,6 +121,7 @@ class Mobile(nn.Module):
         return self.head(x.mean((2, 3)))
 
 
+@pytest.mark.slow
 def test_static_ranges_end_where_any_clip_ends(tmp_path):
     """Taken in front of it, the range of values up to 60 would leave a tenth of the codes to what is up to 6."""
     x, decibels = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 20, {}

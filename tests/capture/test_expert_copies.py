@@ -47,6 +47,7 @@ def test_copies_are_what_tracing_gives(family, tmp_path, monkeypatch):
     torch.testing.assert_close(outputs(copied), outputs(traced), rtol=0, atol=2e-6)
 
 
+@pytest.mark.slow
 def test_an_expert_that_is_read_otherwise_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(expert_copies, "_is_share", lambda *_: False)
     with pytest.raises(CaptureError, match="reads 2 weights and 0 shares by its number") as refused:

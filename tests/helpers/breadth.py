@@ -4,8 +4,9 @@ from collections.abc import Collection, Iterable
 
 import pytest
 
-# Families whose models have nothing that the other's have not: biases of q, k and v, and a sliding window.
-SIBLINGS = {"qwen2": "llama_bias", "mistral": "gemma3"}
+# Families whose models have nothing that the other's have not: biases of q, k and v, a sliding window, norms of
+# q and k.
+SIBLINGS = {"qwen2": "llama_bias", "mistral": "gemma3", "qwen3": "gemma3"}
 
 
 def quick(names: Collection[str], among: Iterable[str]) -> list:

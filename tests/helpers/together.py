@@ -30,10 +30,16 @@ _TOGETHER = (
         "tests/lower/test_seq2seq.py",
         "tests/calibrate/test_own_text.py",
         "tests/runtime/test_search.py",
+        "tests/runtime/test_search.py",
     ),
     (
         "tests/lower/test_experts.py",
         "tests/lower/test_kv_cache.py",
+        "tests/lower/test_prompt_attention.py",
+    ),
+    (
+        "tests/lower/test_vision_language.py",
+        "tests/cli/test_cli_vision_language.py",
     ),
     (  # these start commands, and a process has one server that imports for them
         "tests/cli/test_cli.py",

@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 import qexport
 from helpers import coded_checkpoints as packers
 from helpers.adapters import low_rank, save_adapter
+from helpers.breadth import quick
 from helpers.random_decoders import save_model
 from helpers.tokenizer_files import write_word_tokenizer
 from qexport.artifact import manifest as manifests
@@ -210,7 +211,7 @@ def test_float_linears_take_them_too(made, tmp_path):
     assert all(off < 1e-4 for _, off in alone(out, base, adapters, tmp_path))
 
 
-@pytest.mark.parametrize("form", ["act-order", "nf4", "factors"])
+@pytest.mark.parametrize("form", quick(("act-order", "nf4"), among=["act-order", "nf4", "factors"]))
 def test_a_base_of_codes_takes_them(made, tmp_path, form):
     """QLoRA on its own nf4 base, and linears that read their input in another order or multiplied: A reads the value
     that the linear of the float model reads."""

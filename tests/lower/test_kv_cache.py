@@ -44,6 +44,7 @@ def steps(run, feeds, count=4):
     return torch.cat(found)
 
 
+@pytest.mark.each_value_once
 @pytest.mark.parametrize("scales", ["channel", "tensor"])
 @pytest.mark.parametrize("bits, least", [(8, 30), (4, 8)])
 @pytest.mark.parametrize("family", ["llama", "gpt_neox", "gpt_oss"])  # rotated inside of attention, before it; sinks

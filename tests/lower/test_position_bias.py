@@ -40,6 +40,7 @@ def test_a_file_of_floats_is_transformers_model(tmp_path, family):
         assert (got - want).abs().max() < 1e-6 * want.abs().max()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", quick(["falcon_alibi"], among=FAMILIES))
 def test_a_cache_of_codes_stays_near(captured, tmp_path, family):
     calibration = CalibrationSpec(source="random", samples=8, sequence_length=32)

@@ -12,6 +12,7 @@ import torch
 
 from helpers import agreement
 from helpers.agreement import ROUNDING, STEP
+from helpers.breadth import quick
 from helpers.exports import session_runner
 from helpers.pass_runs import block_of
 from helpers.runners import block_runner, next_feeds, padded, prompt_feeds, tokens
@@ -31,6 +32,7 @@ from qexport.runtime.decoder import open_decoder
 from qexport.runtime.session import open_session, optimized_graph, unfused
 
 PROMPT_MASK, STEP_MASK = padded([12, 9, 10], "left"), padded([7, 4, 6], "left")
+QUICK = ("zero points", "level 1", "2 bits", "biases, tied embedding", "branch", "mixed")
 CASES = {
     "groups": ("llama", dict(scheme="w4a16_g32")),
     "zero points": ("llama", dict(scheme="w4a16_g32_asym", lm_head="w4a16_g32")),
@@ -87,7 +89,7 @@ def block_differences(exported, blocks, prefix, mask):
     return agreement.block_differences(exported, blocks, feeds, branch_runner(exported, prefix)(feeds))
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", quick(QUICK, among=CASES))
 def test_each_branch_computes_what_its_graph_says_in_its_kernels(export, case):
     family, fields = CASES[case]
     exported = export(family, **fields)

@@ -28,7 +28,7 @@ from qexport.recipe.recipe import CalibrationSpec, Recipe
 from qexport.runtime.seq2seq import open_seq2seq
 from qexport.validation.placement import examine
 
-QUICK = ("t5", "bart", "whisper")
+QUICK = ("t5", "whisper")
 REFUSED = {
     "led": "control flow depends on the value",
     "prophetnet": "decoder_input_ids. of length 1",

@@ -104,6 +104,7 @@ def sample(*sizes):
     return torch.randn(*sizes, WIDTH, generator=torch.Generator().manual_seed(3))
 
 
+@pytest.mark.each_value_once
 @pytest.mark.parametrize("scheme", KERNELS)
 @pytest.mark.parametrize("kind, uses", [(Loop, 7), (Between, 9)])
 def test_a_loop_of_ones_own(kind, uses, scheme, tmp_path):

@@ -313,7 +313,9 @@ def test_layouts_of_one_kernel_are_refused(checkpoint, tmp_path):
         qexport.inspect(folder)
 
 
-@pytest.mark.parametrize(("kind", "numbers"), [("float", "e4m3"), ("int", "int")])
+@pytest.mark.parametrize(
+    ("kind", "numbers"), [("float", "e4m3"), pytest.param("int", "int", marks=pytest.mark.slow)]
+)
 def test_scales_of_a_cache_come_along(tmp_path, run, kind, numbers):
     """Keys and values are rounded with the scales of the checkpoint, and nothing is calibrated."""
     said = packers.compressed_said("pack-quantized", 4, True, 32)

@@ -40,6 +40,7 @@ def folders(tmp_path_factory):
     return folder, twin
 
 
+@pytest.mark.slow
 def test_every_expert_is_what_transformers_makes_of_it(folders):
     folder, twin = folders
     captured, want = capture_model(folder), load_file(twin / "model.safetensors")

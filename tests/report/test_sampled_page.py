@@ -117,6 +117,7 @@ def test_hostile_names_stay_text(exported):
     assert "<img" not in page and page.count("</script>") == 1
 
 
+@pytest.mark.slow
 def test_plots_have_the_curves(exported, tmp_path):
     pytest.importorskip("matplotlib")
     a_study(("mine", "$x_{")).save(tmp_path / "study.json")

@@ -45,6 +45,7 @@ def with_more_scales(monkeypatch, operator: str, place: int) -> list[str]:
     ],
 )
 @pytest.mark.parametrize("large", [False, True])
+@pytest.mark.each_value_once
 def test_a_wrong_number_of_scales_is_found_before_the_folder_appears(
     model_folder, tmp_path, monkeypatch, recipe, operator, place, large
 ):

@@ -33,7 +33,10 @@ def assert_same(folder):
 
 @pytest.mark.parametrize(
     ("family", "recipe"),
-    [("llama", "w4a16_g32_rtn"), ("llama", "w8a8_dyn"), ("qwen2", "w4a8_g128"), ("mistral", "w8a8_static")],
+    [
+        ("llama", "w4a16_g32_rtn"), pytest.param("llama", "w8a8_dyn", marks=pytest.mark.slow),
+        pytest.param("qwen2", "w4a8_g128", marks=pytest.mark.slow), ("mistral", "w8a8_static"),
+    ],  # fmt: skip
 )
 def test_same_greedy_tokens(model_folder, tmp_path, family, recipe):
     assert_same(export(model_folder(family), recipe, out_dir=tmp_path / "out", calibration="random").folder)

@@ -298,6 +298,7 @@ def test_rotation_cost(run):
     assert len(rows) == 7 and all(share > 0 for share in rows.values())
 
 
+@pytest.mark.slow
 def test_encoder(run, tmp_path):
     from transformers import BertTokenizerFast
 
@@ -354,6 +355,7 @@ def test_numbers_in_words():
     ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_kept_codes_table(run, text, tmp_path):
     folder = save_model("llama", tmp_path / "coded", vocab_size=VOCAB, max_position_embeddings=2 * WINDOW)
     write_word_tokenizer(folder, VOCAB)

@@ -139,6 +139,7 @@ def test_the_document_comes_back_whole(result, tmp_path):
         result.save(tmp_path / "nowhere" / "study.json")
 
 
+@pytest.mark.slow
 def test_the_command(run, model, folders, tmp_path):
     pytest.importorskip("matplotlib")
     (tmp_path / "prompts.txt").write_text("abc\n\nOnce upon\n")

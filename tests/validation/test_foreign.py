@@ -176,6 +176,7 @@ def test_linear_that_reads_another_value_is_named_first(tmp_path):
     assert report.problems[0].startswith("lm_head: it does not read what the float model reads")
 
 
+@pytest.mark.slow
 def test_smoothed_integer_products_are_told_from_faults(llama, captured, tmp_path):
     """Weights with factors of smoothing, inputs rounded by token with a scale that is multiplied back behind."""
     made = qexport.export(llama, "w8a8_dyn", out_dir=tmp_path / "made").folder
