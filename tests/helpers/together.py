@@ -30,7 +30,6 @@ _TOGETHER = (
         "tests/lower/test_seq2seq.py",
         "tests/calibrate/test_own_text.py",
         "tests/runtime/test_search.py",
-        "tests/runtime/test_search.py",
     ),
     (
         "tests/lower/test_experts.py",
