@@ -13,11 +13,26 @@ from ..errors import RecipeError
 from ..graph.convolution_sites import convolutions
 from ..graph.sites import linears
 from ..models.agreement import together
+from ..models.source import ModelFolder
 from ..recipe.recipe import Recipe
 from ..recipe.sections import FLOAT
-from ..validation.report import LayerComparison, Placement, Report, ValueComparison
+from ..validation.environment import versions
+from ..validation.gates import Gates
+from ..validation.report import Greedy, LayerComparison, Logits, Placement, Report, ValueComparison
 from .inspection import Inspection
 from .result import ExportResult
+from .stages.preparing import Preparation
+
+
+def folder_of(prepared: Preparation) -> ModelFolder:
+    """The folder of a model of several parts.
+
+    Raises:
+        TypeError: the model comes from elsewhere, so it is none.
+    """
+    if not isinstance(prepared.source, ModelFolder):
+        raise TypeError("a model of several parts comes from a folder")
+    return prepared.source
 
 
 def recipes_of(parts: Mapping[str, CapturedModel], recipe: Recipe) -> dict[str, Recipe]:
@@ -107,7 +122,7 @@ def whole_inspection(name: str, parts: Mapping[str, Inspection], attention: str 
     )  # fmt: skip
 
 
-def whole_layers(reports: Mapping[str, Report]) -> LayerComparison:
+def _layers(reports: Mapping[str, Report]) -> LayerComparison:
     """Values inside all parts, blocks called by their part too: each has a prologue."""
 
     def of(part: str, rows: Sequence[ValueComparison], *, named: bool = False) -> list[ValueComparison]:
@@ -129,7 +144,7 @@ def whole_layers(reports: Mapping[str, Report]) -> LayerComparison:
     )  # fmt: skip
 
 
-def whole_placement(reports: Mapping[str, Report]) -> Placement:
+def _placement(reports: Mapping[str, Report]) -> Placement:
     """What became of all files."""
     found = [report.placement for report in reports.values()]
 
@@ -144,3 +159,28 @@ def whole_placement(reports: Mapping[str, Report]) -> Placement:
         kernels=summed("kernels"), unfused=tuple(row for placement in found for row in placement.unfused),
         convolutions=sum(placement.convolutions for placement in found),
     )  # fmt: skip
+
+
+def whole_report(
+    reports: Mapping[str, Report], *, text: str, own_text: bool, logits: Logits, greedy: Greedy | None, gates: Gates,
+    settings: dict[str, Any],
+) -> tuple[Report, tuple[str, ...]]:  # fmt: skip
+    """What was found in all parts and in their chain, and the problems of the parts.
+
+    Args:
+        text, own_text, logits, greedy, settings: see `Report`, of the chain.
+        gates: limits that the logits of the chain are held to.
+    """
+    found = list(reports.values())
+    readers = {part: report.reader for part, report in reports.items() if report.reader is not None}
+    whole = Report(
+        reference=found[0].reference, reader=together(readers) if readers else None, text=text, own_text=own_text,
+        layers=_layers(reports), logits=logits, placement=_placement(reports), greedy=greedy,
+        outputs=tuple(row for report in found for row in report.outputs),
+        activations=tuple(row for report in found for row in report.activations),
+        warnings=tuple(dict.fromkeys(sentence for report in found for sentence in report.warnings)),
+        gates=gates.of(logits),
+        seconds={f"{part}: {stage}": s for part, report in reports.items() for stage, s in report.seconds.items()},
+        settings=settings, versions=versions(), parts=dict(reports),
+    )  # fmt: skip
+    return whole, tuple(f"{part}: {sentence}" for part, report in reports.items() for sentence in report.problems)

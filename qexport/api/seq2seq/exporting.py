@@ -19,7 +19,7 @@ from ...progress import announce, of_part
 from ...runtime import genai_speech
 from ...validation.reader import check_reader
 from ..folder import copy_companions
-from ..parts import recipes_of, whole_result
+from ..parts import folder_of, recipes_of, whole_result
 from ..refusals import check_applicable
 from ..result import ExportResult
 from ..stages import pipeline
@@ -82,17 +82,6 @@ def preparations(prepared: Preparation, parts: Parts) -> dict[str, Preparation]:
 def by_name(parts: Parts) -> dict[str, CapturedModel]:
     """Both parts, by the names of their folders."""
     return {ENCODER: parts.encoder, DECODER: parts.decoder}
-
-
-def folder_of(prepared: Preparation) -> ModelFolder:
-    """The folder of an encoder-decoder.
-
-    Raises:
-        TypeError: the model comes from elsewhere, so it is none.
-    """
-    if not isinstance(prepared.source, ModelFolder):
-        raise TypeError("an encoder-decoder comes from a folder")
-    return prepared.source
 
 
 def _with_data(asked: Mapping[str, Preparation], parts: Parts, prepared: Preparation) -> dict[str, Preparation]:

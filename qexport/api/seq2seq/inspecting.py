@@ -6,10 +6,10 @@ from ...capture.seq2seq import capture_seq2seq
 from ...errors import InputError
 from ..dry_run import dry_run
 from ..inspection import Inspection
-from ..parts import whole_inspection
+from ..parts import folder_of, whole_inspection
 from ..refusals import check_applicable
 from ..stages.preparing import Preparation
-from .exporting import folder_of, preparations
+from .exporting import preparations
 
 
 def inspect_parts(prepared: Preparation, calibrate: bool) -> Inspection:

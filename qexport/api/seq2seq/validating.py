@@ -17,12 +17,10 @@ from ...calibrate.encoder_inputs import with_last_token
 from ...capture.graph import CapturedModel
 from ...capture.seq2seq import Parts, capture_seq2seq
 from ...errors import InputError
-from ...models.agreement import together
 from ...models.source import ModelFolder, open_model
 from ...progress import StageProgress, announce, of_part
 from ...recipe.recipe import CalibrationSpec
 from ...runtime.seq2seq import EncoderDecoder, open_seq2seq
-from ...validation.environment import versions
 from ...validation.formatting import number
 from ...validation.gates import Gates
 from ...validation.greedy import alike
@@ -34,7 +32,7 @@ from ...validation.text import choose_text
 from ...validation.verdict import concluded
 from ..measuring import FloatModel, check_writable, settings_of, stages, validate_file
 from ..options import ValidationOptions
-from ..parts import whole_layers, whole_placement
+from ..parts import whole_report
 from .sources import Sources, batches_of, load_sources, write_about
 
 _SEED = 0x5EED0F7E57  # of sources that nobody gave: others than any recipe's
@@ -108,18 +106,9 @@ def _report(folder: Path, model: ModelFolder, reference: FloatModel, options: Va
     pair = open_seq2seq(folder, threads=options.threads, provider=options.provider)
     logits = _logits(parts, pair, read, written, partial(progress, "logits"))
     greedy = _greedy(parts, pair, read, written, partial(progress, "greedy"))
-    problems = tuple(f"{part}: {sentence}" for part, report in reports.items() for sentence in report.problems)
-    readers = {part: report.reader for part, report in reports.items() if report.reader is not None}
-    report = Report(
-        reference=reports[ENCODER].reference, reader=together(readers) if readers else None, text=sources.described,
-        own_text=sources.own, layers=whole_layers(reports), logits=logits, placement=whole_placement(reports),
-        greedy=greedy,
-        outputs=tuple(row for part in reports.values() for row in part.outputs),
-        activations=tuple(row for part in reports.values() for row in part.activations),
-        warnings=tuple(dict.fromkeys(sentence for part in reports.values() for sentence in part.warnings)),
-        gates=options.gates.of(logits),
-        seconds={f"{name}: {stage}": s for name, part in reports.items() for stage, s in part.seconds.items()},
-        settings=settings_of(reference, options, _WINDOW), versions=versions(), parts=reports,
+    report, problems = whole_report(
+        reports, text=sources.described, own_text=sources.own,
+        logits=logits, greedy=greedy, gates=options.gates, settings=settings_of(reference, options, _WINDOW),
     )  # fmt: skip
     report = concluded(report, problems, _sentences(sources, logits, greedy))
     keep(folder, KEY, report.model_dump(mode="json", exclude={"parts"}))  # which are in their folders

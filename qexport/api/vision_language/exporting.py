@@ -19,7 +19,7 @@ from ...recipe.sections import TIED
 from ...runtime.genai_pictures import PROCESSOR_FILE, pictures_config, pictures_processor
 from ...validation.reader import check_reader
 from ..folder import copy_companions
-from ..parts import recipes_of, whole_result
+from ..parts import folder_of, recipes_of, whole_result
 from ..refusals import check_applicable
 from ..result import ExportResult
 from ..stages import pipeline
@@ -94,17 +94,6 @@ def _shares_table(parts: VisionParts) -> bool:
     read = {name for block in parts.decoder.blocks for name in block.parameters}
     read |= {alias for name in read for alias in parts.decoder.tied.get(name, ())}
     return any(name in read for block in parts.embedding.blocks for name in block.parameters)
-
-
-def folder_of(prepared: Preparation) -> ModelFolder:
-    """The folder of a model of pictures and text.
-
-    Raises:
-        TypeError: the model comes from elsewhere, so it is none.
-    """
-    if not isinstance(prepared.source, ModelFolder):
-        raise TypeError("a model of pictures and text comes from a folder")
-    return prepared.source
 
 
 def _write_genai(out: Path, source: ModelFolder, name: str, parts: Mapping[str, Manifest]) -> None:

@@ -5,10 +5,10 @@ from ...capture.vision_language import capture_vision_language
 from ...errors import InputError
 from ..dry_run import dry_run
 from ..inspection import Inspection
-from ..parts import whole_inspection
+from ..parts import folder_of, whole_inspection
 from ..refusals import check_applicable
 from ..stages.preparing import Preparation
-from .exporting import folder_of, preparations
+from .exporting import preparations
 
 
 def inspect_pictures(prepared: Preparation, calibrate: bool) -> Inspection:

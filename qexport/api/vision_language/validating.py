@@ -10,19 +10,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...artifact.manifest import DECODER, EMBEDDING, PICTURE_PARTS, VISION
+from ...artifact.manifest import DECODER, EMBEDDING, PICTURE_PARTS
 from ...artifact.output import inside
 from ...capture.graph import CapturedModel
 from ...capture.vision_language import FEATURES, VisionParts, capture_vision_language
 from ...errors import InputError
-from ...models.agreement import together
 from ...models.source import ModelFolder, open_model
 from ...models.vision_language import in_three_parts
 from ...progress import StageProgress, announce, of_part
 from ...recipe.recipe import CalibrationSpec
 from ...runtime.decoder import Decoder
 from ...runtime.vision_language import PicturesAndText, open_vision_language
-from ...validation.environment import versions
 from ...validation.formatting import number
 from ...validation.gates import Gates
 from ...validation.greedy import alike
@@ -33,7 +31,7 @@ from ...validation.report_store import KEY, keep
 from ...validation.verdict import concluded
 from ..measuring import FloatModel, check_writable, settings_of, stages, validate_file
 from ..options import ValidationOptions
-from ..parts import whole_layers, whole_placement
+from ..parts import whole_report
 from .sources import Example, Examples, decoder_feeds, float_feeds, float_outputs, load_examples
 
 _SEED = 0x5EED0F7E57  # of pictures and texts that nobody gave: others than any recipe's
@@ -104,18 +102,9 @@ def _report(folder: Path, model: ModelFolder, reference: FloatModel, options: Va
     greedy = None
     if options.greedy:
         greedy = _greedy(parts, chain, examples.batches, feeds, options.greedy, partial(progress, "greedy"))
-    problems = tuple(f"{part}: {sentence}" for part, report in reports.items() for sentence in report.problems)
-    readers = {part: report.reader for part, report in reports.items() if report.reader is not None}
-    report = Report(
-        reference=reports[VISION].reference, reader=together(readers) if readers else None, text=examples.described,
-        own_text=examples.own or options.text is None and options.inputs is None, layers=whole_layers(reports),
-        logits=logits, placement=whole_placement(reports), greedy=greedy,
-        outputs=tuple(row for part in reports.values() for row in part.outputs),
-        activations=tuple(row for part in reports.values() for row in part.activations),
-        warnings=tuple(dict.fromkeys(sentence for part in reports.values() for sentence in part.warnings)),
-        gates=options.gates.of(logits),
-        seconds={f"{name}: {stage}": s for name, part in reports.items() for stage, s in part.seconds.items()},
-        settings=settings_of(reference, options, _WINDOW), versions=versions(), parts=reports,
+    report, problems = whole_report(
+        reports, text=examples.described, own_text=examples.own or options.text is None and options.inputs is None,
+        logits=logits, greedy=greedy, gates=options.gates, settings=settings_of(reference, options, _WINDOW),
     )  # fmt: skip
     report = concluded(report, problems, _sentences(examples, logits, greedy))
     keep(folder, KEY, report.model_dump(mode="json", exclude={"parts"}))  # which are in their folders
