@@ -89,6 +89,25 @@ def computing(place: str, placement: Placement) -> Iterator[None]:
 
 
 @contextmanager
+def products_in(kind: str) -> Iterator[None]:
+    """What float32 matrices are multiplied as.
+
+    Args:
+        kind: "float32", which changes nothing, or "bfloat16": factors are rounded to 8 significant bits and sums stay
+            float32 where the processor has instructions for that, TF32 (11 bits) on a GPU, float32 anywhere else.
+    """
+    if kind == "float32":
+        yield
+        return
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+@contextmanager
 def _float32() -> Iterator[None]:
     """No TF32, which keeps 11 bits of 24: PyTorch takes it for convolutions unasked, and for matrices where told to."""
     convolutions, matrices = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32

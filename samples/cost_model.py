@@ -4,9 +4,8 @@
     python samples/cost_model.py --check 1b --threads 1
 
 The first prints hours for the default way of calibrating (GPTQ in groups of 32, 32 x 256 tokens and 512 x 2048) on
-stated devices. Several devices are what they would take were samples and linears spread over them: qexport computes on
-one. The second exports random layers of a real shape and compares processor seconds, which do not grow with what else
-the machine does.
+stated devices; several of them share samples and linears out, as with torchrun. The second exports random layers of a
+real shape and compares processor seconds, which do not grow with what else the machine does.
 """
 
 import argparse

@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, overload
+from typing import Any, Self, overload
 
 import torch
 from torch.fx import GraphModule, Interpreter, Node
@@ -13,7 +13,7 @@ from .. import ranks
 from ..artifact.cache_names import is_past
 from ..capture.blocks import Block
 from ..capture.graph import CapturedModel
-from ..device import HOST, Placement
+from ..device import HOST, Placement, products_in
 from ..errors import InputError, NumericsError, QExportError
 from ..graph.edit import is_call
 from ..graph.execution import Executor, skipping
@@ -34,6 +34,9 @@ class Stream:
         placement: where blocks are computed, and where values wait for them.
         counted: for each batch which of the real tokens sums and samples are taken of; None for all of them. Extremes
             are always those of all.
+
+    Attributes:
+        products: what matrices are multiplied as while blocks run, see `device.products_in`.
     """
 
     def __init__(
@@ -49,8 +52,14 @@ class Stream:
         self.masks = [None if mask is None else mask.to(self.device) for mask in masks]
         own = self.masks if counted is None else counted
         self.counted = [None if mask is None else mask.to(self.device) for mask in own]
+        self.products = "float32"
 
-    def shared_out(self) -> "Stream":
+    def multiplied_in(self, products: str) -> Self:
+        """This one, with other `products`."""
+        self.products = products
+        return self
+
+    def shared_out(self) -> Self:
         """Only the batches that are this process's, where several make one export.
 
         Raises:
@@ -74,7 +83,8 @@ class Stream:
         """Run a block on every batch, keep its outputs and drop what no later block reads."""
         run = Executor(block.module)
         for number, values in enumerate(self.batches):
-            results = run(*self.inputs(block, number))
+            with products_in(self.products):
+                results = run(*self.inputs(block, number))
             for name, result in zip(block.outputs, results, strict=True):
                 if self._keep.get(name, -1) > index:
                     values[name] = _moved(result, self._between)
@@ -171,7 +181,7 @@ def collect(
     statistics = {node: factory() for node, factory in wanted.items()}
     unneeded = skipping(module.graph, wanted)
     for number, masks in enumerate(zip(stream.masks, stream.counted, strict=True)):
-        with torch.no_grad():
+        with torch.no_grad(), products_in(stream.products):
             _StatisticsInterpreter(module, statistics, *masks).run(
                 *stream.inputs(block, number), initial_env=dict(unneeded)
             )

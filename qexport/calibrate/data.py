@@ -106,7 +106,12 @@ def calibration_batches(
     """
     if captured.kind == "module" or isinstance(data, Prepared):
         prepared = module_inputs(captured, recipe.calibration, data, "calibration")
-        return lambda: stream_of(captured, prepared.batches, counted=prepared.counted), prepared.described
+        products = recipe.calibration.products
+
+        def prepared_stream() -> Stream:
+            return stream_of(captured, prepared.batches, counted=prepared.counted).multiplied_in(products)
+
+        return prepared_stream, prepared.described
     spec = recipe.calibration
     encoder = captured.kind == "encoder"
     if encoder:  # a recipe's length is made for decoders
@@ -120,7 +125,7 @@ def calibration_batches(
         tokenizer = captured.folder.tokenizer() if captured.folder else None
         samples = load_samples(spec, data, tokenizer=tokenizer, vocab_size=captured.settings["vocab_size"])
     make = encoder_stream if encoder else make_stream
-    return lambda: make(captured, samples, spec.batch_size), samples.described
+    return lambda: make(captured, samples, spec.batch_size).multiplied_in(spec.products), samples.described
 
 
 def module_inputs(captured: CapturedModel, spec: CalibrationSpec, data: Any, place: str) -> Prepared:

@@ -156,6 +156,8 @@ class CalibrationSpec(Section):
         seed: of everything random.
         batch_size: sequences in a forward pass.
         packed: join texts, the tokenizer's end of a text between, and cut them into full sequences.
+        products: what blocks multiply matrices as while data pass through them, and Hessians: "float32", or "bfloat16"
+            where the device has it (see `device.products_in`). Weights are rounded in float32 either way.
     """
 
     source: str = Field("self", min_length=1)
@@ -164,3 +166,4 @@ class CalibrationSpec(Section):
     seed: int = Field(0, ge=0, lt=2**63)
     batch_size: int = Field(4, ge=1, le=4_096)
     packed: bool = False
+    products: Literal["float32", "bfloat16"] = "float32"
