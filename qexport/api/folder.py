@@ -3,8 +3,10 @@
 import json
 import logging
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
+from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 from ..artifact import manifest as manifests
 from ..artifact.files import read_json
@@ -34,20 +36,47 @@ def write_companions(
         return
     copy_companions(folder, source, _COPIED)
     if manifest.kind == "decoder" and not manifests.is_part(manifest):
-        _write_genai(folder, manifest, source)
+        said, end = configs_in(folder, _READ), end_of_text(source)
+        write_genai(folder, lambda: {manifests.GENAI_FILE: genai_config(manifest, *said.values(), end)})
 
 
-def _write_genai(folder: Path, manifest: Manifest, source: ModelFolder) -> None:
-    """What onnxruntime-genai needs to run the export, which is whole without it."""
-    config, generation = (read_json(folder / n) if (folder / n).exists() else {} for n in _READ)
-    tokenizer = source.tokenizer()
-    end = None if tokenizer is None else tokenizer.eos_token_id
+def write_companions_of_parts(
+    folder: Path, source: ModelFolder, kind: str, parts: Iterable[str], names: Iterable[str], **more: Any
+) -> None:
+    """What belongs to all parts of an export: configs, tokenizer, licence, and a manifest that says what this is.
+
+    Args:
+        kind: of the whole; parts: names of their folders; names: of the configs; more: goes into the manifest.
+    """
+    about = {"format": manifests.FORMAT, "qexport": version("qexport"), "kind": kind, "parts": list(parts), **more}
+    (folder / manifests.MANIFEST_FILE).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+    copy_companions(folder, source, names)
+
+
+def write_genai(folder: Path, contents: Callable[[], Mapping[str, Any]]) -> None:
+    """What onnxruntime-genai needs to run an export, which is whole without it.
+
+    Args:
+        contents: makes what is in each file, by its name; its InputError says why there is none.
+    """
     try:
-        contents = genai_config(manifest, config, generation, end)
+        made = contents()
     except InputError as error:
         logger.warning("%s is left out: %s", manifests.GENAI_FILE, error)
-    else:
-        (folder / manifests.GENAI_FILE).write_text(json.dumps(contents, indent=2) + "\n")
+        return
+    for name, content in made.items():
+        (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def configs_in(folder: Path, names: Iterable[str]) -> dict[str, Any]:
+    """Configs by file name; those that are not there are empty."""
+    return {name: read_json(folder / name) if (folder / name).is_file() else {} for name in names}
+
+
+def end_of_text(source: ModelFolder) -> int | None:
+    """The token that the tokenizer of a model ends texts with; None without one."""
+    tokenizer = source.tokenizer()
+    return None if tokenizer is None else tokenizer.eos_token_id
 
 
 def _copy(source: ModelFolder, name: str, folder: Path) -> None:

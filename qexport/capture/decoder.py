@@ -18,7 +18,7 @@ from ..models.quiet import quiet_transformers
 from ..models.source import ModelFolder
 from ..models.steps import without_rescaling
 from ..models.tokens import embedding_rows, tokens_without_rows
-from ..models.transformers_witness import DecoderWitness
+from ..models.transformers_witness.decoder import DecoderWitness
 from ..models.witness import Witness
 from .attention import IMPLEMENTATION
 from .experts import IMPLEMENTATION as EXPERTS

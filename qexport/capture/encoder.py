@@ -18,7 +18,8 @@ from ..models.loading import Loaded, load_known
 from ..models.pooling import Pooled
 from ..models.source import ModelFolder
 from ..models.tokens import embedding_rows, tokens_without_rows
-from ..models.transformers_witness import EncoderWitness, random_tokens
+from ..models.transformers_witness.encoder import EncoderWitness
+from ..models.transformers_witness.running import random_tokens
 from .graph import BATCH, CapturedModel
 from .module import capture_module
 from .streamed import Streamed, StreamedWeights, open_streamed

@@ -12,7 +12,7 @@ from ..errors import CaptureError
 from ..models.heads import Head, decision_of
 from ..models.loading import load_whole
 from ..models.source import ModelFolder
-from ..models.transformers_witness import EncoderWitness
+from ..models.transformers_witness.encoder import EncoderWitness
 from .dynamic import Axes
 from .graph import BATCH, CapturedModel
 from .module import capture_module

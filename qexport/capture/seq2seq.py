@@ -28,7 +28,7 @@ from ..models.layerwise import open_layerwise
 from ..models.loading import Loaded, load_whole
 from ..models.quiet import quiet_transformers
 from ..models.source import ModelFolder
-from ..models.transformers_witness import PartWitness
+from ..models.transformers_witness.encoder_decoder import PartWitness
 from .another_forward import called_by
 from .attention import IMPLEMENTATION, GivenCache, GraphCache, ProbeCache, tracing
 from .graph import BATCH, CapturedModel, Port

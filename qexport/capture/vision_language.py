@@ -21,7 +21,7 @@ from ..errors import CaptureError
 from ..models.loading import Loaded, load_whole
 from ..models.source import ModelFolder
 from ..models.tokens import embedding_rows
-from ..models.transformers_witness import PicturesWitness
+from ..models.transformers_witness.pictures import PicturesWitness
 from ..models.vision_language import VisionLanguage, vision_language_of
 from .another_forward import called_by
 from .decoder import capture_decoder

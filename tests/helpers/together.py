@@ -42,6 +42,7 @@ _TOGETHER = (
     ),
     (  # these start commands, and a process has one server that imports for them
         "tests/cli/test_cli.py",
+        "tests/cli/test_cli_refusals.py",
         "tests/cli/test_verbosity.py",
         "tests/artifact/test_wholeness.py",
         "tests/fuzz/test_fuzz.py",

@@ -9,7 +9,6 @@ from helpers.breadth import quick
 from helpers.random_decoders import reference_model, save_model
 from helpers.runners import padded, transformers_runner
 from qexport.api.stages.capturing import capture_model
-from qexport.errors import LoweringError
 from qexport.recipe.recipe import Override, Recipe
 
 FLOAT = {"scheme": "w8a8_dyn", "overrides": (Override(match="*", scheme="float"),)}
@@ -53,10 +52,3 @@ def test_a_file_of_floats_is_transformers_model(tmp_path, family):
         runs = (exported.in_onnxruntime(), transformers_runner(reference_model(folder)))
         got, want = agreement.logits(mask, *((run, exported.captured, torch.float32) for run in runs))
         assert (got - want).abs().max() < 2e-5 * want.abs().max()
-
-
-@pytest.mark.slow
-def test_it_has_no_form_in_standard_operators(tmp_path):
-    folder = save_model("qwen3_5", tmp_path / "model")
-    with pytest.raises(LoweringError, match="in operators of ONNX alone"):
-        exports.exporting.export(folder, Recipe(**FLOAT), out_dir=tmp_path / "out", form="qdq")

@@ -13,7 +13,6 @@ from helpers.random_decoders import reference_model, save_model
 from helpers.runners import captured_runner, load_weights, next_feeds, padded, prompt_feeds, tokens, transformers_runner
 from qexport.api.stages.capturing import capture_model
 from qexport.artifact.cache_names import is_past, present_of
-from qexport.errors import LoweringError
 from qexport.recipe.recipe import Override, Recipe
 from qexport.runtime.decoder import open_decoder
 
@@ -132,23 +131,3 @@ def test_on_cuda_a_scan_is_one_kernel(captured, cuda_placement, tmp_path, family
     placed = cuda_placement(exported.folder / "model.onnx", exported.manifest.session, dims=PROMPT)
     assert placed["memcpy"] == 0 and placed["optimized_ops"]["LinearAttention"] == 2
     assert "Scan" not in placed["optimized_ops"] and "LinearAttention" not in placed["nodes"].get(CPU, {})
-
-
-@pytest.mark.slow
-def test_mamba_in_standard_operators_computes_the_same(tmp_path):
-    folder = save_model("mamba", tmp_path / "model")
-    result = exports.exporting.export(folder, Recipe(**FLOAT), out_dir=tmp_path / "out", form="qdq")
-    graph = onnx.load(result.folder / "model.onnx", load_external_data=False).graph
-    assert {node.domain for node in graph.node} <= {"", "ai.onnx"}
-    ids = tokens(1, 9)
-    got = open_decoder(result.folder).run(ids.numpy())
-    with torch.no_grad():
-        want = reference_model(folder)(ids).logits
-    assert (torch.from_numpy(got.copy()) - want).abs().max() < 1e-5 * want.abs().max()
-
-
-@pytest.mark.slow
-def test_it_has_no_form_in_standard_operators(tmp_path):
-    folder = save_model("mamba2", tmp_path / "model")
-    with pytest.raises(LoweringError, match="in operators of ONNX alone"):
-        exports.exporting.export(folder, Recipe(**FLOAT), out_dir=tmp_path / "out", form="qdq")

@@ -11,13 +11,17 @@ from onnx.reference import ReferenceEvaluator
 from helpers import exports
 from helpers.agreement import ROUNDING, assert_agree, logits, module_differences
 from helpers.cuda_placement.models import CUDA, PROMPT
+from helpers.random_decoders import reference_model
 from helpers.random_modules import VOCAB, save_encoder
 from helpers.runners import padded, prompt_feeds, tokens
 from qexport.artifact.manifest import MODEL_FILE
 from qexport.calibrate.encoder_inputs import encoder_batch
-from qexport.recipe.recipe import CalibrationSpec, Recipe
+from qexport.errors import LoweringError
+from qexport.recipe.recipe import CalibrationSpec, Override, Recipe
+from qexport.runtime.decoder import open_decoder
 from qexport.runtime.session import optimized_graph, unfused
 
+FLOAT = Recipe(scheme="w8a8_dyn", overrides=(Override(match="*", scheme="float"),))
 RANDOM = CalibrationSpec(source="random", samples=2, sequence_length=8)
 MASK = padded([9, 4, 6], "left")
 INTEGER = "MatMulIntegerToFloat"
@@ -198,3 +202,22 @@ def test_openvino_computes_the_same(export, scheme, opset):
     difference = (ran - ours)[real].abs().amax(-1) / ours[real].abs().max()
     assert (difference > 1e-4).float().mean() <= (0.1 if "a8" in scheme else 0)
     assert difference.max() < 0.05
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["lfm2", "mamba"])
+def test_states_of_a_convolution_or_a_scan(model_folder, tmp_path, family):
+    exported = exports.exporting.export(model_folder(family), FLOAT, out_dir=tmp_path / "out", form="qdq").folder
+    assert_standard(exported, 23)
+    ids = tokens(1, 9)
+    with torch.no_grad():
+        want = reference_model(model_folder(family))(ids).logits
+    got = torch.from_numpy(open_decoder(exported).run(ids.numpy()).copy())
+    assert (got - want).abs().max() < 1e-5 * want.abs().max()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["mamba2", "qwen3_5"])
+def test_linear_attention_has_none(model_folder, tmp_path, family):
+    with pytest.raises(LoweringError, match="in operators of ONNX alone"):
+        exports.exporting.export(model_folder(family), FLOAT, out_dir=tmp_path / "out", form="qdq")

@@ -5,9 +5,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from qexport.capture.folder import capture_folder
-from qexport.models import transformers_witness
 from qexport.models.layerwise import StoredWeights, open_layerwise
 from qexport.models.source import open_model
+from qexport.models.transformers_witness import decoder, loading
 from qexport.validation.reader import check_reader
 
 
@@ -16,7 +16,7 @@ from qexport.validation.reader import check_reader
 )])  # fmt: skip
 def test_it_says_the_same(model_folder, monkeypatch, family):
     whole = check_reader(capture_folder(open_model(model_folder(family))))
-    monkeypatch.setattr(transformers_witness, "_SMALL", 0)
+    monkeypatch.setattr(decoder, "SMALL", 0)
     found = check_reader(capture_folder(open_model(model_folder(family))))
     assert found.why_not == "" and "a module at a time" in found.sentence()
     assert found.weights == whole.weights > 0
@@ -37,7 +37,7 @@ def test_no_more_than_a_module_is_held(model_folder, monkeypatch):
 
 
 def test_where_it_cannot_be_read_so_the_model_is_loaded(model_folder, monkeypatch):
-    monkeypatch.setattr(transformers_witness, "_SMALL", 0)
-    monkeypatch.setattr(transformers_witness, "open_layerwise", lambda *_: {}["no such weight"])
+    monkeypatch.setattr(decoder, "SMALL", 0)
+    monkeypatch.setattr(loading, "open_layerwise", lambda *_: {}["no such weight"])
     found = check_reader(capture_folder(open_model(model_folder("llama_bias"))))
     assert found.why_not == "" and "a module at a time" not in found.sentence()

@@ -1,24 +1,20 @@
 """Exporting an encoder-decoder: its two parts, each a folder of its own, in one."""
 
-import json
-import logging
 from collections.abc import Mapping
 from dataclasses import replace
-from importlib.metadata import version
+from functools import partial
 from pathlib import Path
+from typing import Any
 
-from ...artifact.files import read_json
-from ...artifact.manifest import DECODER, ENCODER, FORMAT, GENAI_FILE, MANIFEST_FILE, SEQ2SEQ, Manifest, stated
+from ...artifact.manifest import DECODER, ENCODER, GENAI_FILE, SEQ2SEQ, Manifest, stated
 from ...artifact.output import PartFolder, WorkFolder
-from ...calibrate.data import Prepared
+from ...calibrate.data import Prepared, check_own_text
 from ...capture.graph import CapturedModel
 from ...capture.seq2seq import Parts, capture_seq2seq
-from ...errors import InputError
-from ...models.source import ModelFolder
 from ...progress import announce, of_part
 from ...runtime import genai_speech
 from ...validation.reader import check_reader
-from ..folder import copy_companions
+from ..folder import configs_in, write_companions_of_parts, write_genai
 from ..parts import folder_of, recipes_of, whole_result
 from ..refusals import check_applicable
 from ..result import ExportResult
@@ -27,9 +23,7 @@ from ..stages.calibrating import wants_data
 from ..stages.capturing import capture
 from ..stages.planning import plan
 from ..stages.preparing import Preparation
-from .sources import check_sources, load_sources, write_about
-
-logger = logging.getLogger(__name__)
+from .sources import load_sources, write_about
 
 WRITTEN = 64  # tokens of a text that calibrates the decoder
 _CONFIGS = ("config.json", "generation_config.json", "preprocessor_config.json", "processor_config.json")
@@ -54,7 +48,7 @@ def export_parts(prepared: Preparation, work: WorkFolder) -> ExportResult:
     planned = [plan(capture(part)) for part in asked.values()]
     wanted_data = prepared.asked or any(wants_data(part) for part in planned)
     if wanted_data:
-        check_sources(parts, prepared.recipe.calibration, prepared.data)
+        check_own_text(folder, prepared.recipe, prepared.data, True)  # passes of the caller's may want some
     for captured in by_name(parts).values():
         check_reader(captured)
     if wanted_data:
@@ -63,7 +57,9 @@ def export_parts(prepared: Preparation, work: WorkFolder) -> ExportResult:
     with work.appearing() as temporary:
         for part, own in asked.items():
             made[part] = pipeline.run(own, PartFolder(work, temporary, part))
-        _write_companions(temporary, folder, {part: result.manifest for part, result in made.items()})
+        write_companions_of_parts(temporary, folder, SEQ2SEQ, made, _CONFIGS)
+        if folder.config.model_type in genai_speech.KINDS:
+            write_genai(temporary, partial(_of_genai, temporary, {part: r.manifest for part, r in made.items()}))
     return whole_result(SEQ2SEQ, made, work)
 
 
@@ -95,18 +91,9 @@ def _with_data(asked: Mapping[str, Preparation], parts: Parts, prepared: Prepara
     return {part: replace(own, data=read[part], asked=True) for part, own in asked.items()}
 
 
-def _write_companions(out: Path, source: ModelFolder, parts: Mapping[str, Manifest]) -> None:
-    """What belongs to both parts: configs, tokenizer, licence, a manifest that says what this is, and genai's files."""
-    about = {"format": FORMAT, "qexport": version("qexport"), "kind": SEQ2SEQ, "parts": [ENCODER, DECODER]}
-    (out / MANIFEST_FILE).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
-    copy_companions(out, source, _CONFIGS)
-    if source.config.model_type not in genai_speech.KINDS:
-        return
-    config, sound = (read_json(out / n) if (out / n).is_file() else {} for n in ("config.json", _CONFIGS[2]))
-    try:
-        found = genai_speech.genai_config(parts, config, stated(out))
-    except InputError as error:
-        logger.warning("%s is left out: %s", GENAI_FILE, error)
-        return
-    for name, contents in ((GENAI_FILE, found), (genai_speech.AUDIO_FILE, genai_speech.audio_config(sound))):
-        (out / name).write_text(json.dumps(contents, indent=2) + "\n", encoding="utf-8")
+def _of_genai(out: Path, parts: Mapping[str, Manifest]) -> dict[str, Any]:
+    said = configs_in(out, _CONFIGS)
+    return {
+        GENAI_FILE: genai_speech.genai_config(parts, said["config.json"], stated(out)),
+        genai_speech.AUDIO_FILE: genai_speech.audio_config(said["preprocessor_config.json"]),
+    }

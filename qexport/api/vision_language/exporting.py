@@ -1,24 +1,20 @@
 """Exporting a model of pictures and text: its three parts, each a folder of its own, in one."""
 
-import json
-import logging
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
-from ...artifact.files import read_json
-from ...artifact.manifest import EMBEDDING, FORMAT, GENAI_FILE, MANIFEST_FILE, PICTURE_PARTS, VISION_LANGUAGE, Manifest
+from ...artifact.manifest import EMBEDDING, GENAI_FILE, PICTURE_PARTS, VISION_LANGUAGE, Manifest
 from ...artifact.output import WorkFolder, claimed
 from ...capture.vision_language import VisionParts, capture_vision_language
-from ...errors import InputError
 from ...models.source import ModelFolder
 from ...progress import announce, of_part
 from ...recipe.sections import TIED
 from ...runtime.genai_pictures import PROCESSOR_FILE, pictures_config, pictures_processor
 from ...validation.reader import check_reader
-from ..folder import copy_companions
+from ..folder import configs_in, end_of_text, write_companions_of_parts, write_genai
 from ..parts import folder_of, recipes_of, whole_result
 from ..refusals import check_applicable
 from ..result import ExportResult
@@ -28,8 +24,6 @@ from ..stages.capturing import capture
 from ..stages.planning import plan
 from ..stages.preparing import Preparation
 from .sources import calibration_data, check_examples, load_examples
-
-logger = logging.getLogger(__name__)
 
 _CONFIGS = (
     "config.json", "generation_config.json", "preprocessor_config.json", "processor_config.json",
@@ -67,10 +61,13 @@ def export_pictures(prepared: Preparation, work: WorkFolder) -> ExportResult:
         for part, own in asked.items():
             with claimed(temporary / part, overwrite=False) as place:
                 made[part] = pipeline.run(own, place)
-        _write_companions(temporary, folder, parts)
+        write_companions_of_parts(
+            temporary, folder, VISION_LANGUAGE, parts.by_name, _CONFIGS,
+            image_token_id=parts.kind.token(parts.config), **parts.kind.settings(parts.config),
+        )  # fmt: skip
         if parts.kind.genai is not None:
             written = {part: result.manifest for part, result in made.items()}
-            _write_genai(temporary, folder, parts.kind.genai, written)
+            write_genai(temporary, partial(_of_genai, temporary, folder, parts.kind.genai, written))
     return whole_result(VISION_LANGUAGE, made, work)
 
 
@@ -96,29 +93,10 @@ def _shares_table(parts: VisionParts) -> bool:
     return any(name in read for block in parts.embedding.blocks for name in block.parameters)
 
 
-def _write_genai(out: Path, source: ModelFolder, name: str, parts: Mapping[str, Manifest]) -> None:
-    """What onnxruntime-genai needs to run the export, which is whole without it."""
-    said = {file: read_json(out / file) if (out / file).is_file() else {} for file in _CONFIGS}
+def _of_genai(out: Path, source: ModelFolder, name: str, parts: Mapping[str, Manifest]) -> dict[str, Any]:
+    said, end = configs_in(out, _CONFIGS), end_of_text(source)
     processor = said["processor_config.json"].get("image_processor") or said["preprocessor_config.json"]
-    tokenizer = source.tokenizer()
-    end = None if tokenizer is None else tokenizer.eos_token_id
-    try:
-        contents = {
-            GENAI_FILE: pictures_config(name, parts, said["config.json"], said["generation_config.json"], end),
-            PROCESSOR_FILE: pictures_processor(processor),
-        }  # fmt: skip
-    except InputError as error:
-        logger.warning("%s is left out: %s", GENAI_FILE, error)
-        return
-    for file, content in contents.items():
-        (out / file).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-
-
-def _write_companions(out: Path, source: ModelFolder, parts: VisionParts) -> None:
-    """What belongs to all parts: configs, tokenizer, licence, and a manifest that says what this is."""
-    about = {
-        "format": FORMAT, "qexport": version("qexport"), "kind": VISION_LANGUAGE, "parts": list(parts.by_name),
-        "image_token_id": parts.kind.token(parts.config), **parts.kind.settings(parts.config),
-    }  # fmt: skip
-    (out / MANIFEST_FILE).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
-    copy_companions(out, source, _CONFIGS)
+    return {
+        GENAI_FILE: pictures_config(name, parts, said["config.json"], said["generation_config.json"], end),
+        PROCESSOR_FILE: pictures_processor(processor),
+    }

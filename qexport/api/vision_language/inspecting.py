@@ -2,11 +2,10 @@
 
 from ...artifact.manifest import DECODER, VISION_LANGUAGE
 from ...capture.vision_language import capture_vision_language
-from ...errors import InputError
 from ..dry_run import dry_run
 from ..inspection import Inspection
 from ..parts import folder_of, whole_inspection
-from ..refusals import check_applicable
+from ..refusals import check_applicable, check_measurable
 from ..stages.preparing import Preparation
 from .exporting import preparations
 
@@ -19,11 +18,7 @@ def inspect_pictures(prepared: Preparation, calibrate: bool) -> Inspection:
         QExportError: as `dry_run`; or an option that such models do not have.
     """
     folder = folder_of(prepared)
-    if calibrate:
-        raise InputError(
-            "ranges of a model of pictures and text are measured by its export only", place=folder.name,
-            remedy="Inspect it without calibration",
-        )  # fmt: skip
+    check_measurable(VISION_LANGUAGE, calibrate)
     check_applicable(VISION_LANGUAGE, prepared.options, prepared.recipe)
     parts = preparations(prepared, capture_vision_language(folder))
     found = {name: dry_run(part, False) for name, part in parts.items()}
