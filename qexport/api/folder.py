@@ -36,8 +36,8 @@ def write_companions(
         return
     copy_companions(folder, source, _COPIED)
     if manifest.kind == "decoder" and not manifests.is_part(manifest):
-        said, end = configs_in(folder, _READ), end_of_text(source)
-        write_genai(folder, lambda: {manifests.GENAI_FILE: genai_config(manifest, *said.values(), end)})
+        (config, generation), end = configs_in(folder, _READ).values(), end_of_text(source)
+        write_genai(folder, lambda: {manifests.GENAI_FILE: genai_config(manifest, config, generation, end)})
 
 
 def write_companions_of_parts(
