@@ -60,14 +60,15 @@ def assert_alike(on_device, on_host) -> None:
 
 @pytest.fixture
 def on_both(tmp_path):
-    """on_both(model, recipe, **options): an export on the stand-in device is like the one on the CPU."""
+    """on_both(model, recipe, offload=(False,), **options): exports on the stand-in are like the one on the CPU."""
 
-    def check(model, recipe, *, offload=False, **options):
+    def check(model, recipe, *, offload=(False,), **options):
         host, there = (tmp_path / side for side in ("host", "there"))
         qexport.export(model, recipe, out_dir=host, **options)
-        with stand_in_device() as device:
-            qexport.export(model, recipe, out_dir=there, device=device, offload=offload, **options)
-        assert_alike(there, host)
+        for waits in offload:
+            with stand_in_device() as device:
+                qexport.export(model, recipe, out_dir=there / str(waits), device=device, offload=waits, **options)
+            assert_alike(there / str(waits), host)
 
     return check
 
@@ -87,7 +88,7 @@ def test_the_stand_in_refuses_tensors_of_the_host():
 
 @pytest.mark.parametrize("recipe", presets())
 def test_every_preset(on_both, model_folder, recipe):
-    on_both(model_folder("llama"), small(recipe))
+    on_both(model_folder("llama"), small(recipe), offload=(False, True) if recipe in QUICK else (False,))
 
 
 @pytest.mark.parametrize(
@@ -103,9 +104,10 @@ def test_families_and_what_presets_leave_out(on_both, model_folder, family, reci
     on_both(model_folder(family), small(recipe))
 
 
-@pytest.mark.parametrize("recipe", ["w4a16_g32", pytest.param("w4a16_g64_zq_global", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", ["w4a16_g32", "w4a16_g64_zq_global"])
 def test_activations_may_wait_on_the_host(on_both, model_folder, recipe):
-    on_both(model_folder("llama"), small(recipe), offload=True)
+    on_both(model_folder("llama"), small(recipe), offload=(True,))
 
 
 @pytest.mark.slow

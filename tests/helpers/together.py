@@ -11,8 +11,6 @@ _TOGETHER = (
     (
         "tests/capture/test_families.py",
         "tests/passes/test_sites.py",
-    ),
-    (
         "tests/capture/test_more_captures.py",
         "tests/capture/test_quantized_checkpoints.py",
         "tests/lower/test_agreement.py",
@@ -50,6 +48,7 @@ _TOGETHER = (
 )  # fmt: skip
 # Few tests that take long: begun last, they would leave one process waiting for the other.
 _LONG = (
+    "tests/capture/test_families.py",
     "tests/samples/test_samples.py",
     "tests/cli/test_cli.py",
     "tests/mixed_precision/test_exporting.py",

@@ -28,14 +28,14 @@ for work, shape in json.loads(sys.argv[1]):
         os._exit(0)
     os.wait()
 """
-_WEIGHT = 4 * 4096**2  # bytes of the float32 weight
+_WEIGHT = 4 * 4096 * 2048  # bytes of the float32 weight
 
 
 # What is done to a tensor of which shape, and the most bytes beside it.
 _LIMITS = {
     # Codes are a quarter of the float weight; scales of groups of 32 and the ranges they come from, an eighth.
-    "IntegerFormat(4, 32).round_to_nearest": ((4096, 4096), _WEIGHT // 2 + (16 << 20)),
-    "lambda w: search_clip(w, IntegerFormat(4, 32, False))": ((4096, 4096), _WEIGHT // 2 + (16 << 20)),
+    "IntegerFormat(4, 32).round_to_nearest": ((4096, 2048), _WEIGHT // 2 + (16 << 20)),
+    "lambda w: search_clip(w, IntegerFormat(4, 32, False))": ((4096, 2048), _WEIGHT // 2 + (16 << 20)),
     "lambda logits: kl_divergence(logits, logits)": ((256, 100_000), 64 << 20),
 }
 
