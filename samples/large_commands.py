@@ -50,7 +50,8 @@ def main() -> None:
         print(f"{given.shape}, {given.layers} layers, {parameters / 1e9:.2f}e9 parameters, {given.recipe}\n")
         print_row(["command", "wall s", "CPU s", "peak RSS, GB", "anonymous, GB"])
         print_row(["---"] * 5)
-        text = ["--text", str(given.text), "--windows", str(given.windows)]
+        measured = ["--text", str(given.text)]
+        text = [*measured, "--windows", str(given.windows)]
         run("export", ["export", model, "-o", out, "--recipe", given.recipe, "--calibration", given.text])
         size = sum(file.stat().st_size for file in out.glob("model.onnx*"))
         most = str(size) if given.max_bytes == "100%" else given.max_bytes
@@ -60,7 +61,7 @@ def main() -> None:
             "validate --sensitivity": ["validate", out, "--reference", model, *text, "--sensitivity"],
             "bench": ["bench", out, "--threads", "1", "--prompt-length", "128", "--past", "128", "--repeats", "1"],
             "report": ["report", out],
-            "export --auto": [*auto, *text, "--recipe", given.recipe],
+            "export --auto": [*auto, *measured, "--recipe", given.recipe],
         }
         for name, command in rows.items():
             if not given.commands or any(name == wanted for wanted in given.commands):

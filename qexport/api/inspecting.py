@@ -14,7 +14,6 @@ from ..recipe.recipe import Recipe
 from .dry_run import dry_run
 from .inspection import Inspection
 from .options import Options
-from .refusals import check_data
 from .seq2seq.inspecting import inspect_parts
 from .stages.preparing import Request, prepare
 from .vision_language.inspecting import inspect_pictures
@@ -80,8 +79,6 @@ def inspect(
     )  # fmt: skip
     prepared = prepare(Request.of(model, recipe, options, calibration, example_inputs, dynamic_shapes))
     calibrate = calibrate or calibration is not None
-    if calibrate:
-        check_data(prepared)
     if prepared.in_three_parts:
         return inspect_pictures(prepared, calibrate)
     return inspect_parts(prepared, calibrate) if prepared.in_two_parts else dry_run(prepared, calibrate)

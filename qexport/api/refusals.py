@@ -8,7 +8,6 @@ import torch
 
 from .. import ranks
 from ..artifact.manifest import SEQ2SEQ, VISION_LANGUAGE
-from ..calibrate.data import check_own_text
 from ..capture.graph import CapturedModel
 from ..errors import InputError, LoweringError, RecipeError
 from ..graph.convolution_sites import convolutions
@@ -18,7 +17,6 @@ from ..graph.views import Convolution, tensor_name
 from ..lower.attention_plan import plan_attention
 from ..lower.check import check_forms, check_translations
 from ..lower.gqa import GroupedAttention, count_attentions
-from ..models.source import ModelFolder
 from ..plan.convolution_plan import ConvolutionPlan
 from ..plan.embedding_plan import EmbeddingPlan
 from ..plan.linear_plan import LinearPlan
@@ -68,19 +66,6 @@ def check_ranks(prepared: Any) -> None:
     )  # fmt: skip
     if why:
         raise InputError(f"{why} by one process alone", place="torchrun", remedy="Export without torchrun")
-
-
-def check_data(prepared: Any) -> None:
-    """Refuse a model that is to calibrate on what it writes, and writes nothing.
-
-    Args:
-        prepared: as above.
-
-    Raises:
-        InputError: as said.
-    """
-    if isinstance(prepared.source, ModelFolder) and not prepared.in_three_parts:  # which has a check of its own
-        check_own_text(prepared.source, prepared.recipe, prepared.data, prepared.asked)
 
 
 def decide(captured: CapturedModel, recipe: Recipe, target: Target, attention: str) -> Decisions:

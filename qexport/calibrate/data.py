@@ -11,8 +11,7 @@ from torch import Tensor
 from .. import ranks
 from ..capture.graph import CapturedModel
 from ..errors import InputError
-from ..models.heads import head_of, in_two_parts, reads_text
-from ..models.pooling import read_pooling
+from ..models.heads import reads_text
 from ..models.source import ModelFolder
 from ..models.witness import module_of
 from ..plan.linear_plan import Planned
@@ -75,8 +74,10 @@ def check_calibration(folder: ModelFolder, recipe: Recipe, data: Any, asked: boo
     if not asked and not recipe.needs_calibration:
         return
     if not reads_text(folder.config):
+        if data is None and recipe.calibration.source == "self":
+            raise makes_none("input")
         made = recipe.calibration.source == "random" or source_of(recipe.calibration).makes_features
-        if data is None and not made and recipe.calibration.source != "self":
+        if data is None and not made:
             read_features(recipe.calibration.source, [])
     elif data is None:
         check_source(recipe.calibration, folder.tokenizer())
@@ -84,27 +85,13 @@ def check_calibration(folder: ModelFolder, recipe: Recipe, data: Any, asked: boo
         check_source(None, folder.tokenizer())
 
 
-def check_own_text(folder: ModelFolder, recipe: Recipe, data: Any, asked: bool) -> None:
-    """Find out before the work begins that a model is to calibrate on what it writes, and writes nothing.
-
-    Args:
-        asked: as above.
-
-    Raises:
-        InputError: as said.
-    """
-    if data is not None or recipe.calibration.source != "self" or not (asked or recipe.needs_calibration):
-        return
-    apart = in_two_parts(folder.config)
-    if not reads_text(folder.config):
-        raise makes_none("source" if apart else "input")
-    if apart:
-        raise _writes_none("an encoder-decoder")
-    if read_pooling(folder.path) is not None or head_of(folder.config, folder.name) is not None:
-        raise _writes_none("an encoder")
+def check_own_text(captured: CapturedModel, recipe: Recipe, data: Any) -> None:
+    """Raises InputError, before the work begins, where a model that writes no text is to calibrate on its own."""
+    if data is None and recipe.calibration.source == "self" and captured.kind == "encoder":
+        raise writes_none("an encoder")
 
 
-def _writes_none(what: str) -> InputError:
+def writes_none(what: str) -> InputError:
     """The error for a model that is to calibrate on text of its own, and cannot write any."""
     return InputError(f"{what} writes no text to calibrate on", place="calibration", remedy=_PASS_TEXT)
 
@@ -117,29 +104,28 @@ def calibration_batches(
     Raises:
         InputError: the data cannot be had, do not fit the model, or it cannot write them itself.
     """
+    make, described = _batches(captured, recipe, data, progress)
+    return lambda: make().multiplied_in(recipe.calibration.products), described
+
+
+def _batches(captured: CapturedModel, recipe: Recipe, data, progress: Progress) -> tuple[Callable[[], Stream], str]:
     if captured.kind == "module" or isinstance(data, Prepared):
         prepared = module_inputs(captured, recipe.calibration, data, "calibration")
-        products = recipe.calibration.products
-
-        def prepared_stream() -> Stream:
-            return stream_of(captured, prepared.batches, counted=prepared.counted).multiplied_in(products)
-
-        return prepared_stream, prepared.described
+        return partial(stream_of, captured, prepared.batches, counted=prepared.counted), prepared.described
     spec = recipe.calibration
     encoder = captured.kind == "encoder"
     if encoder:  # a recipe's length is made for decoders
         length = min(spec.sequence_length, captured.settings.get("max_position_embeddings", spec.sequence_length))
         spec = spec.model_copy(update={"sequence_length": length})
     if data is None and spec.source == "self":
-        if encoder:
-            raise _writes_none("an encoder")
+        check_own_text(captured, recipe, data)
         told = partial(progress, "calibrate")
         samples = ranks.first(partial(own_text, captured, spec, told, "the model writes its calibration text"))
     else:
         tokenizer = captured.folder.tokenizer() if captured.folder else None
         samples = load_samples(spec, data, tokenizer=tokenizer, vocab_size=captured.settings["vocab_size"])
     make = encoder_stream if encoder else make_stream
-    return lambda: make(captured, samples, spec.batch_size).multiplied_in(spec.products), samples.described
+    return partial(make, captured, samples, spec.batch_size), samples.described
 
 
 def module_inputs(captured: CapturedModel, spec: CalibrationSpec, data: Any, place: str) -> Prepared:

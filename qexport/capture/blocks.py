@@ -15,7 +15,7 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 
 from ..errors import CaptureError
-from ..graph.edit import copy_of, get_tensor, is_call, module_of, spec_of, tensors_of, without_data
+from ..graph.edit import copy_of, get_tensor, is_call, module_of, spec_of, tensors_of
 from ..graph.meta import Meta
 from ..graph.sites import note_uses
 from ..graph.views import operand, tensor_name
@@ -46,7 +46,7 @@ class Block:
     def copy(self) -> "Block":
         """The same block once more, its weights not loaded."""
         held = tensors_of(self.module)
-        twins = {name: without_data(tensor) if name in self.parameters else tensor for name, tensor in held.items()}
+        twins = {name: tensor.to("meta") if name in self.parameters else tensor for name, tensor in held.items()}
         return Block(
             self.name, copy_of(self.module, twins), list(self.inputs), list(self.outputs), list(self.parameters)
         )

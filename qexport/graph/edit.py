@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from typing import Any, TypeGuard, cast
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Graph, GraphModule, Node
 from torch.fx._lazy_graph_module import _LazyGraphModule
 
@@ -76,33 +75,22 @@ def owner_of(tensor: str) -> str:
 
 def get_tensor(module: torch.nn.Module, name: str) -> torch.Tensor:
     """The tensor at a dotted name."""
-    *path, leaf = name.split(".")
-    for step in path:  # nearly all are modules and buffers, and whatever else is found is found slowly
-        module = module._modules.get(step) or getattr(module, step)
-    found = module._buffers.get(leaf)
-    return cast(torch.Tensor, getattr(module, leaf) if found is None else found)
+    found: Any = module
+    for step in name.split("."):
+        found = getattr(found, step)
+    return cast(torch.Tensor, found)
 
 
 def set_tensor(module: torch.nn.Module, name: str, tensor: torch.Tensor) -> None:
     """Make `tensor` the buffer `name` (dotted) of `module`, creating the modules on the way."""
     *path, leaf = name.split(".")
     for step in path:
-        if step not in module._modules:
+        if not hasattr(module, step):
             module.add_module(step, torch.nn.Module())
-        module = cast(torch.nn.Module, module._modules[step])
-    if leaf in module._buffers:
-        module._buffers[leaf] = tensor.detach()
-        return
-    for place in (module._parameters, module.__dict__):
+        module = getattr(module, step)
+    for place in (module._parameters, module._buffers, module.__dict__):
         place.pop(leaf, None)
     module.register_buffer(leaf, tensor.detach())
-
-
-def without_data(tensor: torch.Tensor) -> torch.Tensor:
-    """Shape and dtype of a tensor, as one on the meta device."""
-    if type(tensor) in (torch.Tensor, torch.nn.Parameter, FakeTensor):  # of which the copy is slow
-        return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
-    return tensor.to("meta")
 
 
 def delete_tensor(module: torch.nn.Module, name: str) -> None:

@@ -7,7 +7,7 @@ from torch.fx import GraphModule
 from torch.fx.node import map_aggregate
 
 from ..device import CPU
-from .edit import attributes, get_tensor, set_tensor, without_data
+from .edit import attributes, get_tensor, set_tensor
 
 
 def move(module: GraphModule, device: torch.device) -> None:
@@ -31,8 +31,7 @@ def make_on(module: GraphModule, device: torch.device) -> None:
         return device
 
     for node in module.graph.nodes:
-        if any(isinstance(value, torch.device) for value in (*node.args, *node.kwargs.values())):
-            node.args, node.kwargs = map_aggregate(node.args, placed), map_aggregate(node.kwargs, placed)
+        node.args, node.kwargs = map_aggregate(node.args, placed), map_aggregate(node.kwargs, placed)
     if changed:
         module.recompile()
 
@@ -40,5 +39,5 @@ def make_on(module: GraphModule, device: torch.device) -> None:
 def unload(module: GraphModule) -> None:
     """Drop the data of every tensor that a graph reads; shapes and dtypes stay, and the graph is one for the CPU."""
     for name in attributes(module.graph):
-        set_tensor(module, name, without_data(get_tensor(module, name)))
+        set_tensor(module, name, get_tensor(module, name).to("meta"))
     make_on(module, CPU)

@@ -56,6 +56,6 @@ def test_lengths_that_mean_nothing_are_refused(model_folder, tmp_path, length, w
 
 def test_only_decoders_have_a_longest_text(tmp_path, run):
     folder = save_encoder("bert", tmp_path / "bert")
-    code, _, stderr = run("export", folder, "-o", tmp_path / "out", "-r", "w4a16_g32_rtn", "--max-length", "32")
+    code, _, stderr = run("export", folder, "-o", tmp_path / "out", "-r", "w8a8_dyn", "--max-length", "32")
     assert code == 2
     assert "only decoders have a longest text, and this is an encoder" in stderr

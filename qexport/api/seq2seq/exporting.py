@@ -8,7 +8,7 @@ from typing import Any
 
 from ...artifact.manifest import DECODER, ENCODER, GENAI_FILE, SEQ2SEQ, Manifest, stated
 from ...artifact.output import PartFolder, WorkFolder
-from ...calibrate.data import Prepared, check_own_text
+from ...calibrate.data import Prepared
 from ...capture.graph import CapturedModel
 from ...capture.seq2seq import Parts, capture_seq2seq
 from ...progress import announce, of_part
@@ -23,7 +23,7 @@ from ..stages.calibrating import wants_data
 from ..stages.capturing import capture
 from ..stages.planning import plan
 from ..stages.preparing import Preparation
-from .sources import load_sources, write_about
+from .sources import check_sources, load_sources, write_about
 
 WRITTEN = 64  # tokens of a text that calibrates the decoder
 _CONFIGS = ("config.json", "generation_config.json", "preprocessor_config.json", "processor_config.json")
@@ -48,7 +48,7 @@ def export_parts(prepared: Preparation, work: WorkFolder) -> ExportResult:
     planned = [plan(capture(part)) for part in asked.values()]
     wanted_data = prepared.asked or any(wants_data(part) for part in planned)
     if wanted_data:
-        check_own_text(folder, prepared.recipe, prepared.data, True)  # passes of the caller's may want some
+        check_sources(parts, prepared.recipe.calibration, prepared.data)
     for captured in by_name(parts).values():
         check_reader(captured)
     if wanted_data:

@@ -8,7 +8,7 @@ from typing import Any
 
 from ... import ranks
 from ...calibrate.block_activations import Stream
-from ...calibrate.data import calibration_batches, needs_data
+from ...calibrate.data import calibration_batches, check_own_text, needs_data
 from ...calibrate.projection import seen_by_projection
 from ...capture.graph import CapturedModel
 from ...models.agreement import ReaderAgreement
@@ -54,6 +54,8 @@ def calibrate(planned: ExportPlan) -> Calibration:
     decisions = planned.decisions
     quantizes_inputs = any(p.activation is not None for p in decisions.plan)
     wanted_data = wants_data(planned) or (planned.asked and quantizes_inputs)
+    if wanted_data:
+        check_own_text(captured, recipe, planned.data)
     check_range(captured, decisions, planned.target.dtype)
     progress("check", "reading of the model", 0, 1)
     agreement = ranks.first(partial(check_reader, captured))
