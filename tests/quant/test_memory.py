@@ -11,6 +11,7 @@ _SCRIPT = """
 import json, os, resource, sys, torch
 from qexport.quant.formats import IntegerFormat
 from qexport.quant.affine import search_clip
+from qexport.quant.hessian import finite
 from qexport.quant.metrics import kl_divergence
 
 def peak():
@@ -36,6 +37,8 @@ _LIMITS = {
     # Codes are a quarter of the float weight; scales of groups of 32 and the ranges they come from, an eighth.
     "IntegerFormat(4, 32).round_to_nearest": ((4096, 2048), _WEIGHT // 2 + (16 << 20)),
     "lambda w: search_clip(w, IntegerFormat(4, 32, False))": ((4096, 2048), _WEIGHT // 2 + (16 << 20)),
+    # A few rows in float64: a Hessian may be gigabytes.
+    "finite": ((4096, 2048), _WEIGHT),
     "lambda logits: kl_divergence(logits, logits)": ((256, 100_000), 64 << 20),
 }
 
