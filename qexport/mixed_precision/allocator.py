@@ -13,7 +13,7 @@ from ..lower.attention_plan import plan_attention
 from ..lower.sizes import planned_bytes
 from ..plan.embedding_plan import EmbeddingPlan
 from ..plan.linear_plan import LinearPlan
-from ..plan.model_plan import output_projection, plan_for
+from ..plan.model_plan import for_width, output_projection, plan_for
 from ..progress import StageProgress
 from ..quant.formats import IntegerFormat, Scheme, offered
 from ..recipe.recipe import Recipe
@@ -47,6 +47,7 @@ class SchemeAllocator:
         self, captured: CapturedModel, recipe: Recipe, candidates: Sequence[str], float_itemsize: int, attention: str,
         feeds: Sequence[Feeds], progress: StageProgress,
     ):  # fmt: skip
+        recipe = for_width(captured, recipe)
         self._recipe, self._plan, self._embeddings = recipe, *plan_for(captured, recipe, float_itemsize)
         self._check()
         self.left = recipe.weights.kl_left

@@ -1,6 +1,7 @@
 """What a recipe means for a captured model, told from shapes alone."""
 
 import operator
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -44,7 +45,7 @@ def plan_for(
     Raises:
         RecipeError: an override matches no linear, or there is no embedding to quantize.
     """
-    auto, recipe = recipe.embedding == AUTO, with_table(captured, recipe)
+    auto, recipe = recipe.embedding == AUTO, with_table(captured, for_width(captured, recipe))
     heads = output_projections(captured)
     plan = make_plan(
         [(b.name, b.module.graph) for b in captured.blocks], lambda name: recipe.scheme_for(name, name in heads),
@@ -90,6 +91,12 @@ def _sharing(recipe: Recipe, tables: set[str], weight: str, several_blocks: bool
         return False, f"and {why_not} finds what suits one of them"
     blind = several_blocks and recipe.weights.calibrates
     return True, f"rounded to nearest without {recipe.weights.method}: several blocks read its weight" if blind else ""
+
+
+def for_width(captured: CapturedModel, recipe: Recipe) -> Recipe:
+    """The recipe with its scheme for the width that most linears of a model have, see `Recipe.wide`."""
+    widths = Counter(linear.shape[1] for block in captured.blocks for linear in linears(block.module.graph))
+    return recipe.at_width(widths.most_common(1)[0][0]) if widths else recipe.at_width(0)
 
 
 UNDECIDED = "8 bits where 4 cost too much, which an export measures"

@@ -223,6 +223,18 @@ def test_the_output_projection_stays_float_unless_named(name):
     assert Recipe(scheme="w4a16_g32", overrides=[override]).scheme_for(name).name == "w8a16_g32"
 
 
+def test_models_of_wide_layers_take_another_scheme():
+    wide = {"features": 2048, "scheme": "w4a16_g64_s8"}
+    recipe = Recipe(scheme="w4a16_g32_s8", wide=wide, lm_head="w4a16_g32_s8", overrides=({"match": "a", "scheme": "nf4"},))
+    assert [scheme.name for scheme in recipe.schemes] == ["w4a16_g32_s8", "w4a16_g64_s8", "w4a16_g32_s8", "nf4"]
+    for features, taken in ((2047, "w4a16_g32_s8"), (2048, "w4a16_g64_s8")):
+        found = recipe.at_width(features)
+        assert found.scheme == taken and found.wide is None and found.at_width(9999) == found
+        assert found.model_copy(update={"scheme": recipe.scheme, "wide": recipe.wide}) == recipe
+    with pytest.raises(RecipeError, match="matquant has 8-bit codes"):
+        Recipe(scheme="w8a16_g64", weights={"method": "matquant"}, wide={"features": 1, "scheme": "w4a16_g64"})
+
+
 def test_overrides_that_decide_nothing():
     patterns = ["*.q_proj", "*.gate", "*_proj", "*.0.v_proj"]
     recipe = Recipe(scheme="w4a16_g32", overrides=[{"match": match, "scheme": "float"} for match in patterns])
@@ -344,7 +356,8 @@ def test_python_gets_the_same_errors():
 
 def test_to_yaml_is_plain_yaml_in_the_order_of_the_fields():
     data = yaml.safe_load(Recipe.load("w8a8_static").to_yaml())
-    assert list(data) == [*FIELDS[:7], "smooth", *FIELDS[7:]]
+    behind = FIELDS.index("weights") + 1
+    assert list(data) == [*FIELDS[:behind], "smooth", *FIELDS[behind:]]
     assert data["weights"] == {"method": "rtn", "clip_search": False}, "and no key of another method"
     assert data["smooth"] == {"method": "smoothquant", "alpha": 0.8, "explicit": False}
     assert data["activations"] == {
