@@ -67,7 +67,8 @@ class _Counted(DynamicCache):
     """A cache that knows how many tokens it has where its first layer keeps none: masks are made by that."""
 
     def _counting(self, layer_idx: int) -> int:
-        lengths = [layer.get_seq_length() for layer in self.layers]
+        counted = (getattr(layer, "get_seq_length", None) for layer in self.layers)
+        lengths = [count() if count else 0 for count in counted]
         return layer_idx if not lengths or lengths[layer_idx] else lengths.index(max(lengths))
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
