@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import partial
+from types import CellType, FunctionType
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from .kept import CONV, KEY, RECURRENT, VALUE
 from .states import Asked, GraphStateLayer, asked
 
 IMPLEMENTATION = "qexport"
-_PROBE = 12  # positions on which a mask pattern is compared with causal attention
+_PROBE = 12  # positions in a row on which a mask pattern is compared with a known one
 
 
 class GraphCacheLayer(DynamicLayer):
@@ -202,6 +203,11 @@ def tracing(cache: Cache, given: Cache | None = None):
         _given.reset(tokens[1])
 
 
+def current_cache() -> Any:
+    """The cache of the call that is traced, for code that is not handed it."""
+    return _cache.get()
+
+
 def _attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, softcap=None, **kwargs):
     cache, given = _cache.get(), _given.get()
     if isinstance(attention_mask, _Refused):
@@ -287,12 +293,14 @@ def _mask(
         if attention_mask is None:
             return _Unhidden(None)
         return _Unhidden(torch.where(attention_mask.bool()[:, None, None, :], 0.0, MASKED))
-    window = _window_of(mask_function, local_size)
+    window, chunk = _window_of(mask_function, local_size), 0
+    if window is None and local_size and _is_chunked(mask_function, local_size):
+        window, chunk = 0, local_size
     if window is None:
-        return _Refused("the attention mask is neither causal nor a sliding window")
+        return _Refused("the attention mask is neither causal nor a sliding window nor in chunks")
     if attention_mask is None:
         attention_mask = torch.ones(batch_size, q_offset + q_length, dtype=torch.int64)
-    return torch.ops.qexport.causal_mask(attention_mask, q_offset, window)
+    return torch.ops.qexport.causal_mask(attention_mask, q_offset, window, chunk)
 
 
 @dataclass(frozen=True)
@@ -307,7 +315,7 @@ class _Refused:
         raise next(arg for arg in args if isinstance(arg, cls)).error()
 
     def error(self) -> CaptureError:
-        return CaptureError(self.why, remedy="Chunked, prefix and two-sided masks have no lowering in decoders")
+        return CaptureError(self.why, remedy="Prefix and two-sided masks have no lowering in decoders")
 
 
 @dataclass(frozen=True)
@@ -319,20 +327,49 @@ class _Unhidden:
 
 def _window_of(mask_function, local_size: int | None) -> int | None:
     """The sliding window of a causal mask function of transformers, 0 for no limit; None for any other function."""
-    causal = (window for window in (0, local_size or 0) if _is_pattern(mask_function, partial(_causal, window)))
+    causal = (size for size in (0, local_size or 0) if _is_pattern(mask_function, partial(_causal, size), size))
     return next(causal, None)
 
 
-def _is_pattern(mask_function, pattern: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> bool:
-    """Whether a mask function of transformers shows the same keys as a pattern, found on a few positions."""
+def _is_pattern(mask_function, pattern: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], *edges: int) -> bool:
+    """Whether a mask function of transformers shows the same keys as a pattern.
+
+    They are compared on a few positions from 0 on, and on a few around each of the edges.
+    """
     with _disable_current_modes():
-        wide = _PROBE + (pattern.args[0] if isinstance(pattern, partial) else 0)
-        query, key = torch.arange(wide)[:, None], torch.arange(wide)[None, :]
+        places = torch.arange(_PROBE)
+        places = torch.cat([places, *(places + edge - _PROBE // 2 for edge in edges)]).clamp(min=0).unique()
+        query, key = places[:, None], places[None, :]
         try:
             got = mask_function(torch.tensor(0), torch.tensor(0), query, key)
-            return torch.equal(torch.as_tensor(got).expand(wide, wide), pattern(query, key))
+            return torch.equal(torch.as_tensor(got).expand(len(places), len(places)), pattern(query, key))
         except Exception:  # it reads more than positions: a tensor of the model, or sizes of its inputs
             return False
+
+
+def _is_chunked(mask_function, size: int) -> bool:
+    """Whether it is causal attention in chunks that are counted from the number of padding tokens that it holds."""
+
+    def pattern(lead: int, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+        return (key <= query) & ((key - lead) // size == (query - lead) // size)
+
+    with _disable_current_modes():
+        held = [(lead, _holding(mask_function, lead)) for lead in (0, 3)]
+    return all(_is_pattern(mask, partial(pattern, lead), size, size + lead, 2 * size) for lead, mask in held)
+
+
+def _holding(function: Callable, value: int) -> Callable:
+    """A function whose closures hold this number in the place of tensors, which have no values while it is traced."""
+
+    def held(content: Any) -> Any:
+        if isinstance(content, torch.Tensor):
+            return torch.tensor([value])
+        if isinstance(content, tuple):
+            return tuple(map(held, content))
+        return _holding(content, value) if isinstance(content, FunctionType) else content
+
+    cells = tuple(CellType(held(cell.cell_contents)) for cell in function.__closure__ or ())
+    return FunctionType(function.__code__, function.__globals__, function.__name__, function.__defaults__, cells)
 
 
 def _everything(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:

@@ -24,7 +24,7 @@ from .attention import IMPLEMENTATION
 from .experts import IMPLEMENTATION as EXPERTS
 from .graph import BATCH, CapturedModel, Port
 from .kept import PAST, TOTAL, first_keys, kept_ports, layer_settings
-from .rope import settle_frequencies
+from .rope import longest_text, settle_frequencies
 from .stored import aliases_of, codes_in, convert_names, find_weights, note_cache_scales, untie
 from .trace import TOKEN_IDS, Reads, Traced, trace_model
 from .weight_views import WeightViews
@@ -132,7 +132,7 @@ def _settings(config, traced: Traced) -> dict[str, Any]:
         heads, width = keys
         attention["num_attention_heads"] = getattr(config, "num_attention_heads", heads)
         attention |= {"num_key_value_heads": heads, "head_dim": width}
-    context = next((length for length in stated if isinstance(length, int)), None)
+    context = longest_text(config) or next((length for length in stated if isinstance(length, int)), None)
     return {
         **({"max_position_embeddings": context} if context else {}),
         "num_hidden_layers": config.num_hidden_layers,

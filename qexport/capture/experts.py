@@ -5,8 +5,10 @@ token's share of an expert that it did not choose is zero, so the sum over all e
 like any others; lower/fuse_moe.py puts the whole into one kernel where it can.
 """
 
+from collections.abc import Callable
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import partial
 
 import torch
 from torch.nn.functional import linear
@@ -14,6 +16,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from ..errors import CaptureError
 from ..graph.ops import experts as _ops  # noqa: F401  registers the operator
+from .recurrences.registry import stands_for_forward
 
 IMPLEMENTATION = "qexport"
 _TRACED = 4  # of the experts of a layer; see expert_copies.py
@@ -42,15 +45,19 @@ def _dense(experts, hidden_states, top_k_index, top_k_weights):
         raise CaptureError("experts of a form that has no lowering", place=type(experts).__name__)
     x = hidden_states.view(*rows, hidden_states.shape[-1])
     shares = torch.ops.qexport.expert_shares(top_k_index, top_k_weights, experts.num_experts)
-    shares = shares.view(*rows, experts.num_experts)
-    traced = min(experts.num_experts, _TRACED)
-    parts = [_expert(experts, number, x, shares[..., number : number + 1]) for number in range(traced)]
+    total = _sum(partial(_expert, experts), x, shares.view(*rows, experts.num_experts))
+    return total.view(-1, hidden_states.shape[-1])
+
+
+def _sum(expert: Callable[..., torch.Tensor], x: torch.Tensor, shares: torch.Tensor) -> torch.Tensor:
+    """What all experts make of x [batch, sequence, hidden]; each is called with its number, x and its share."""
+    count = shares.shape[-1]
+    traced = min(count, _TRACED)
+    parts = [expert(number, x, shares[..., number : number + 1]) for number in range(traced)]
     total = parts[0]
     for part in parts[1:]:
         total = total + part
-    if traced < experts.num_experts:
-        total = torch.ops.qexport.more_experts(total, parts[-1], traced, experts.num_experts)
-    return total.view(-1, hidden_states.shape[-1])
+    return total if traced == count else torch.ops.qexport.more_experts(total, parts[-1], traced, count)
 
 
 def _expert(experts, number: int, x: torch.Tensor, share: torch.Tensor) -> torch.Tensor:
@@ -70,4 +77,21 @@ def _expert(experts, number: int, x: torch.Tensor, share: torch.Tensor) -> torch
     return project("down_proj", inner * share)
 
 
+def _scaled_in_front(mixture, path, hidden_states):
+    """What takes the place of the forward of Llama 4's mixture, whose experts read tokens times their share.
+
+    An expert makes nothing of nothing, so all of them on all tokens are the same sum.
+    """
+    experts, flat = mixture.experts, hidden_states.reshape(-1, hidden_states.shape[-1])
+    shares, logits = mixture.router(flat)
+
+    def expert(number: int, x: torch.Tensor, share: torch.Tensor) -> torch.Tensor:
+        gate, up = linear(x * share, experts.gate_up_proj[number].t()).chunk(2, dim=-1)
+        return linear(up * experts.act_fn(gate), experts.down_proj[number].t())
+
+    total = _sum(expert, hidden_states, shares.view(*hidden_states.shape[:-1], -1))
+    return (mixture.shared_expert(hidden_states) + total).view(flat.shape), logits
+
+
 ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, _dense)
+stands_for_forward("Llama4TextMoe")(_scaled_in_front)

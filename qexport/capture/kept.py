@@ -22,7 +22,8 @@ _INPUTS = {
 # Kinds of layers as configs of transformers say them, by what they keep.
 _CALLED = {
     frozenset(): "none", frozenset({KEY, VALUE}): "full_attention", frozenset({CONV}): "conv",
-    frozenset({CONV, RECURRENT}): "linear_attention", frozenset(_INPUTS): "hybrid",
+    frozenset({CONV, RECURRENT}): "linear_attention", frozenset({RECURRENT}): "linear_attention",
+    frozenset(_INPUTS): "hybrid",
 }  # fmt: skip
 
 

@@ -22,6 +22,7 @@ from ..models.steps import LISTED, cache_name, step_arguments
 from .attention import GraphCache, ProbeCache, tracing
 from .blocks import Block, cut
 from .causal_convolutions import fuse_causal_convolutions
+from .constants import fold_constants
 from .decompose import decomposed
 from .expert_copies import copy_experts
 from .experts import tokens_of
@@ -218,6 +219,7 @@ def _normalized(
     _rename_weights(whole, aliases)
     pieces = cut_weights(whole, {name for name, _ in model.named_parameters(remove_duplicate=False)})
     to_normal_form(whole)
+    fold_constants(whole, {*dict(_named_tensors(model)), *pieces})
     for node in whole.graph.nodes:  # what made the input of such a view contiguous was a no-op and is gone
         if node.target is aten._unsafe_view.default or (in_core_aten and node.target is aten.view.default):
             node.target = aten.reshape.default

@@ -203,6 +203,7 @@ class CausalMask(_View):
     attention_mask: Node
     past_length: Operand
     window: int
+    chunk: int
 
 
 @dataclass(frozen=True)

@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from ..artifact.cache_names import is_tokens
+from ..artifact.cache_names import is_state, is_tokens
 from ..capture.blocks import Block
 from ..capture.graph import CapturedModel
 from ..graph.edit import TensorSpec, add_tensor, call, is_call, shape_of
 from ..graph.meta import Meta
-from ..graph.views import CachedAttention, CausalMask, Item, RoundCache, RoundE4M3, size_at
+from ..graph.views import END, CachedAttention, CausalMask, Item, RoundCache, RoundE4M3, size_at
 from .block_io import first_call, hand_on, names_of, producers, prune, read_in
 from .compact_padding import LAST, TOTAL, rows_of, turn_back, turn_tokens, turned_inputs, turned_name
 from .flat_heads import flat_heads, flatten_users
@@ -154,6 +154,8 @@ def _sites(captured: CapturedModel, values: dict[str, str], masked: Masks, e4m3:
                 raise Unsuited("its mask is not made of the attention mask alone")
             source, bias = found[0], None
             mask, made_of = CausalMask.of(source), masked.sources(block, attention.mask)
+            if mask.chunk and mask.chunk < captured.settings.get("max_position_embeddings", END):
+                raise Unsuited("layers of it attend in chunks, which GroupQueryAttention does not know")
             if masked.made_by(block, attention.mask) is not source:
                 if attention.softcap or attention.sinks is not None:
                     raise Unsuited("it adds a bias to scores that are capped or have sinks")
@@ -181,6 +183,8 @@ def _sites(captured: CapturedModel, values: dict[str, str], masked: Masks, e4m3:
                 raise Unsuited("something other than attention reads the attention mask")
     if any(not _of_masks(node, biased) for node, home in biased.items()):
         raise Unsuited("something other than attention reads the attention mask")
+    if any(map(is_state, values)):
+        raise Unsuited("layers of it keep states, which would read the padding that is put behind a text")
     return sites
 
 

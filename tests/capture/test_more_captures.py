@@ -11,6 +11,8 @@ from helpers.breadth import quick
 from helpers.random_decoders import QUICK, REFUSED, VOCAB, breadth, reference_model, save_model
 from helpers.runners import captured_runner, load_weights, next_feeds, padded, prompt_feeds, tokens, transformers_runner
 from qexport.api.stages.capturing import capture_model
+from qexport.capture.constants import fold_constants
+from qexport.capture.normalize import to_normal_form
 from qexport.capture.weight_views import WeightViews
 from qexport.errors import CaptureError, LoweringError
 from qexport.graph.sites import linears
@@ -19,11 +21,9 @@ from qexport.lower.check import check_translations
 PROMPTS = (padded([3, 7, 1], "left"), padded([7, 2, 5], "right"))
 STEPS = 3
 REASONS = {
-    "dynamic_rope": r"length of the text decides .*rope_type dynamic.* up to 128 tokens set rope_type to \"default\"",
-    "long_longrope": r"length of the text decides .*longrope.* up to 32 tokens set max_position_embeddings to 32 .* 4",
     "jetmoe": r"size depends on values at .*modeling_jetmoe.py:\d+: input_list = inputs.split\(expert_size",
-    "llama4": "mask is neither causal nor a sliding window",
-    "recurrent_gemma": "is a state that it keeps in a module",
+    "glm_moe_dsa": "keep states that are not keys and values",
+    "openai_gpt": "takes no cache of transformers",
 }
 
 
@@ -110,6 +110,27 @@ def test_short_factors_are_those_of_the_whole_model(model_folder, tmp_path):
     config["rope_parameters"]["factor"] = 4.0
     (short / "config.json").write_text(json.dumps(config))
     assert_computes_what_transformers_computes(load_weights(capture_model(short)), reference)
+
+
+def test_what_constants_alone_decide_is_computed_once():
+    """By functions that no file has: Gemma 3n cuts gates off at a share of a normal distribution."""
+
+    class Cut(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.tensor(0.3))
+
+        def forward(self, x):
+            return x * torch.erfinv(2 * torch.tensor(0.7) - 1) + torch.erfinv(self.weight)
+
+    x = torch.randn(3)
+    whole = torch.export.export(Cut(), (x,)).module(check_guards=False)
+    want = whole(x)
+    fold_constants(to_normal_form(whole), {"weight"})
+    whole.recompile()
+    called = [node.target for node in whole.graph.nodes]
+    assert called.count(torch.ops.aten.erfinv.default) == 1  # of the weight, which is not known yet
+    assert torch.equal(whole(x), want)
 
 
 def test_quick_families_are_there():

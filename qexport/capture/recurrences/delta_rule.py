@@ -1,4 +1,7 @@
-"""The gated delta rule, in chunks and token by token: Qwen3-Next, Qwen3.5, OLMo Hybrid."""
+"""The gated delta rule, in chunks and token by token: Qwen3-Next, Qwen3.5, OLMo Hybrid.
+
+Kimi's delta attention is the same with a decay for each feature of a key: Kimi Linear, Ling's hybrids.
+"""
 
 import torch
 
@@ -7,7 +10,10 @@ from .registry import stands_for
 ops = torch.ops.qexport
 
 
-@stands_for("torch_chunk_gated_delta_rule", "torch_recurrent_gated_delta_rule")
+@stands_for(
+    "torch_chunk_gated_delta_rule", "torch_recurrent_gated_delta_rule", "chunk_kimi_delta_attention",
+    "recurrent_kimi_delta_attention",
+)  # fmt: skip
 def delta_rule(
     query, key, value, g, beta, initial_state=None, output_final_state=False, use_qk_l2norm_in_kernel=False, **kwargs
 ):

@@ -8,6 +8,8 @@ from . import (  # noqa: F401
     experts,
     grouped,
     linear_attention,
+    linear_recurrence,
+    matrix_lstm,
     quant,
     recurrent,
     selective_scan,

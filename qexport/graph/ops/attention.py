@@ -16,13 +16,15 @@ MASKED = -30000.0
 
 
 @torch.library.custom_op("qexport::causal_mask", mutates_args=())
-def causal_mask(attention_mask: Tensor, past_length: int, window: int) -> Tensor:
+def causal_mask(attention_mask: Tensor, past_length: int, window: int, chunk: int = 0) -> Tensor:
     """The additive mask of causal attention over a cache.
 
     Args:
         attention_mask: [batch, past + new] bool or integer, 0 for padding.
         past_length: cached tokens; query i sits at position past_length + i.
         window: keys further back than window - 1 positions are hidden; 0 for no limit.
+        chunk: of a row's tokens, counted behind the padding in front, only those of the same so many are visible; 0 for
+            no limit.
 
     Returns:
         [batch, 1, new, past + new] float32, 0 for a visible key and MASKED for a hidden one.
@@ -33,11 +35,15 @@ def causal_mask(attention_mask: Tensor, past_length: int, window: int) -> Tensor
     if window > 0:
         visible = visible & (key > query - window)
     visible = visible & attention_mask.bool()[:, None, None, :]
+    if chunk > 0:
+        leads = (attention_mask.bool().cumsum(-1) == 0).sum(-1, keepdim=True)
+        number = torch.div(key - leads, chunk, rounding_mode="floor")[:, None, None]
+        visible = visible & (number == number[..., past_length:].transpose(2, 3))
     return torch.where(visible, 0.0, MASKED)
 
 
 @causal_mask.register_fake
-def _(attention_mask, past_length, window):
+def _(attention_mask, past_length, window, chunk=0):
     batch, total = attention_mask.shape
     return attention_mask.new_empty((batch, 1, total - past_length, total), dtype=torch.float32)
 

@@ -18,7 +18,8 @@ def gated_delta_rule(
 
     Args:
         query, key: [batch, tokens, heads, d]; value: [batch, tokens, heads, v].
-        decay: log a, at most 0; beta: b; [batch, tokens, heads].
+        decay: log a, at most 0, [batch, tokens, heads], or [batch, tokens, heads, d] with one for each row; beta: b,
+            [batch, tokens, heads].
         past: the state in front, [batch, heads, d, v]; zeros in front of a text.
         scale: of outputs.
 
@@ -31,7 +32,7 @@ def gated_delta_rule(
 def _delta_rule(query, key, value, decay, beta, past, scale) -> tuple[Tensor, Tensor]:
     state, made = past.float() * 1.0, []
     for q, k, v, a, b in zip(*(t.float().unbind(1) for t in (query, key, value, decay, beta)), strict=True):
-        state = state * a.exp()[..., None, None]
+        state = state * a.exp().reshape(*a.shape[:2], -1, 1)
         wrong = v - (state * k[..., None]).sum(2)
         state = state + k[..., None] * (b[..., None] * wrong)[:, :, None]
         made.append(scale * (state * q[..., None]).sum(2))

@@ -153,7 +153,24 @@ def _causal_mask(emit: Emitter, node: Node, given: Arguments) -> ir.Value:
         near = emit.op("Greater", key, emit.op("Sub", query, emit.constant(given.window)))
         visible = emit.op("And", visible, near)
     visible = emit.op("And", visible, emit.op("Unsqueeze", real, emit.constant([1, 2])))
+    if given.chunk:
+        visible = emit.op("And", visible, _same_chunk(emit, given, real, ones))
     return emit.op("Where", visible, emit.constant(0.0, dtype_of(node)), emit.constant(MASKED, dtype_of(node)))
+
+
+def _same_chunk(emit: Emitter, given: Arguments, real: ir.Value, ones: ir.Value) -> ir.Value:
+    """Whether a query [batch, 1, new, 1] and a key [batch, 1, 1, all] lie in the same chunk of their row.
+
+    Padding in front counts as of the first one: division goes towards zero, and it is hidden anyway.
+    """
+    counted = emit.op("CumSum", emit.op("Cast", real, to=ONNX_DTYPE[torch.int64]), emit.constant(1))
+    lead = emit.op("Cast", emit.op("Equal", counted, emit.constant(0)), to=ONNX_DTYPE[torch.int64])
+    leads = emit.op("ReduceSum", lead, emit.constant([1]), keepdims=1)
+    places = emit.op("Sub", emit.op("Sub", emit.op("CumSum", ones, emit.constant(1)), emit.constant(1)), leads)
+    number = emit.op("Div", places, emit.constant(given.chunk))
+    query = emit.op("Slice", number, emit.shape([given.past_length]), emit.constant([END]), emit.constant([1]))
+    key = emit.op("Unsqueeze", number, emit.constant([1, 2]))
+    return emit.op("Equal", emit.op("Unsqueeze", query, emit.constant([1, 3])), key)
 
 
 @translates(ops.cached_attention.default)
