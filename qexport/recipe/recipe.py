@@ -270,7 +270,8 @@ class Recipe(MethodKeys):
     @property
     def schemes(self) -> list[Scheme]:
         """All that are named for linears; those of linears that stay float are not among them."""
-        names = [self.scheme, *([] if self.wide is None else [self.wide.scheme]), self.lm_head, *(override.scheme for override in self.overrides)]
+        wide = [] if self.wide is None else [self.wide.scheme]
+        names = [self.scheme, *wide, self.lm_head, *(override.scheme for override in self.overrides)]
         return [Scheme.parse(name) for name in names if name != FLOAT]
 
     def takes(self, scheme: str) -> bool:

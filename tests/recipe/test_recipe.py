@@ -225,7 +225,8 @@ def test_the_output_projection_stays_float_unless_named(name):
 
 def test_models_of_wide_layers_take_another_scheme():
     wide = {"features": 2048, "scheme": "w4a16_g64_s8"}
-    recipe = Recipe(scheme="w4a16_g32_s8", wide=wide, lm_head="w4a16_g32_s8", overrides=({"match": "a", "scheme": "nf4"},))
+    other = ({"match": "a", "scheme": "nf4"},)
+    recipe = Recipe(scheme="w4a16_g32_s8", wide=wide, lm_head="w4a16_g32_s8", overrides=other)
     assert [scheme.name for scheme in recipe.schemes] == ["w4a16_g32_s8", "w4a16_g64_s8", "w4a16_g32_s8", "nf4"]
     for features, taken in ((2047, "w4a16_g32_s8"), (2048, "w4a16_g64_s8")):
         found = recipe.at_width(features)
