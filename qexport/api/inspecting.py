@@ -14,6 +14,7 @@ from ..recipe.recipe import Recipe
 from .dry_run import dry_run
 from .inspection import Inspection
 from .options import Options
+from .refusals import check_own_text
 from .seq2seq.inspecting import inspect_parts
 from .stages.preparing import Request, prepare
 from .vision_language.inspecting import inspect_pictures
@@ -81,4 +82,8 @@ def inspect(
     calibrate = calibrate or calibration is not None
     if prepared.in_three_parts:
         return inspect_pictures(prepared, calibrate)
-    return inspect_parts(prepared, calibrate) if prepared.in_two_parts else dry_run(prepared, calibrate)
+    if prepared.in_two_parts:
+        return inspect_parts(prepared, calibrate)
+    if calibrate:
+        check_own_text(prepared)
+    return dry_run(prepared, calibrate)

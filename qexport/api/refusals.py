@@ -8,6 +8,8 @@ import torch
 
 from .. import ranks
 from ..artifact.manifest import SEQ2SEQ, VISION_LANGUAGE
+from ..calibrate.data import writes_none
+from ..calibrate.features import makes_none
 from ..capture.graph import CapturedModel
 from ..errors import InputError, LoweringError, RecipeError
 from ..graph.convolution_sites import convolutions
@@ -17,6 +19,9 @@ from ..graph.views import Convolution, tensor_name
 from ..lower.attention_plan import plan_attention
 from ..lower.check import check_forms, check_translations
 from ..lower.gqa import GroupedAttention, count_attentions
+from ..models.heads import head_of, reads_text
+from ..models.pooling import read_pooling
+from ..models.source import ModelFolder
 from ..plan.convolution_plan import ConvolutionPlan
 from ..plan.embedding_plan import EmbeddingPlan
 from ..plan.linear_plan import LinearPlan
@@ -66,6 +71,32 @@ def check_ranks(prepared: Any) -> None:
     )  # fmt: skip
     if why:
         raise InputError(f"{why} by one process alone", place="torchrun", remedy="Export without torchrun")
+
+
+def check_own_text(prepared: Any) -> None:
+    """Refuse a model that would have to write its own calibration text and writes none, without capturing it.
+
+    What overrides keep in float needs no data, and only the captured model says what they match: with overrides the
+    same is refused after capture.
+
+    Args:
+        prepared: as above.
+
+    Raises:
+        InputError: as said.
+        QExportError: an option that such a model does not have either, see `check_applicable`.
+    """
+    folder, recipe = prepared.source, prepared.recipe
+    if prepared.data is not None or recipe.calibration.source != "self" or not isinstance(folder, ModelFolder):
+        return
+    if not recipe.always_calibrates or prepared.in_three_parts:  # the latter say it themselves
+        return
+    if prepared.in_two_parts:
+        check_applicable(SEQ2SEQ, prepared.options, recipe)  # whatever text is passed, these stay wrong
+        raise writes_none("an encoder-decoder") if reads_text(folder.config) else makes_none("source")
+    if read_pooling(folder.path) is not None or head_of(folder.config, folder.name) is not None:
+        check_applicable("encoder", prepared.options, recipe)
+        raise writes_none("an encoder")
 
 
 def decide(captured: CapturedModel, recipe: Recipe, target: Target, attention: str) -> Decisions:

@@ -251,6 +251,11 @@ class Recipe(MethodKeys):
         return asked or any(method.needs_calibration for method in self.methods)
 
     @property
+    def always_calibrates(self) -> bool:
+        """Whether statistics are needed whatever the model is, as nothing keeps linears in float by their names."""
+        return self.needs_calibration and self.scheme != FLOAT and not self.overrides
+
+    @property
     def schemes(self) -> list[Scheme]:
         """All that are named for linears; those of linears that stay float are not among them."""
         names = [self.scheme, self.lm_head, *(override.scheme for override in self.overrides)]

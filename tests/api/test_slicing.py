@@ -62,6 +62,7 @@ def weights(folder):
     return found
 
 
+@pytest.mark.by_default("w8a16_g32")
 @pytest.mark.parametrize("scheme", ["w8a16_g32", "w8a16_g32_asym"])
 def test_a_slice_has_the_upper_bits_of_every_product_and_its_table_stays(export_folder, tmp_path, scheme):
     whole = export_folder("llama", recipe(scheme, lm_head="w8a16_g32", embedding="tied"))

@@ -118,6 +118,7 @@ def test_encoders_modules_and_encoder_decoders(on_both, tmp_path):
     on_both(make_module("whisper_encoder"), small("w8a8_static"), **options)
 
 
+@pytest.mark.slow
 def test_the_float_reference_of_a_validation(model_folder, export_folder):
     folder = export_folder("llama", "w8a8_dyn")
     asked = {"windows": 1, "window": 24, "greedy": 0, "sensitivity": True}

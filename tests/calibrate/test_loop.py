@@ -83,6 +83,7 @@ def test_the_same_input_gives_the_same_bytes(run):
     assert scores[0] == scores[1] and all(score > 10 for score in scores[0][1:3])
 
 
+@pytest.mark.by_default("2-*")
 @pytest.mark.each_value_once
 @pytest.mark.parametrize("error", [Stop, KeyboardInterrupt])
 @pytest.mark.parametrize("block", [1, 2, 3])
@@ -111,6 +112,7 @@ def test_resume_with_nothing_to_go_on_with_starts(run):
     assert run.worked == BLOCKS
 
 
+@pytest.mark.by_default("recipe")
 @pytest.mark.parametrize(
     "other",
     [

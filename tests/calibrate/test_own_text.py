@@ -1,5 +1,7 @@
 """Text that the float model writes: the same whatever is in memory, and random tokens for nobody who did not ask."""
 
+from unittest.mock import patch
+
 import pytest
 import torch
 
@@ -9,7 +11,7 @@ from qexport.calibrate import float_model, own_text
 from qexport.calibrate.own_text import _together
 from qexport.errors import InputError
 from qexport.progress import no_stage_progress
-from qexport.recipe.recipe import CalibrationSpec, Recipe
+from qexport.recipe.recipe import CalibrationSpec, Override, Recipe
 
 SPEC = CalibrationSpec(source="self", samples=3, sequence_length=12, batch_size=2)
 STATIC = Recipe(scheme="w8a8_static", calibration=SPEC)
@@ -46,6 +48,7 @@ def test_how_many_texts_are_written_together_is_no_matter_of_the_memory(captured
     assert _together(model, many) == 16
 
 
+@pytest.mark.slow
 def test_validation_without_a_text_needs_no_more_than_a_block(model_folder, export_folder, tmp_path, monkeypatch):
     exported = export_folder("llama", "w8a8_dyn")
     found = []
@@ -56,21 +59,35 @@ def test_validation_without_a_text_needs_no_more_than_a_block(model_folder, expo
     assert found[0].logits.float_perplexity == found[1].logits.float_perplexity
 
 
-def test_what_writes_no_text_calibrates_on_random_tokens_for_nobody_who_did_not_ask(tmp_path):
-    encoder = save_encoder("bert", tmp_path / "bert")
-    with pytest.raises(InputError, match=r"an encoder writes no text to calibrate on.*--calibration FILE.*random"):
-        qexport.export(encoder, STATIC, out_dir=tmp_path / "out")
+REFUSED = {
+    "bert": r"an encoder writes no text to calibrate on.*--calibration FILE.*random",
+    "t5": r"an encoder-decoder writes no text to calibrate on.*--calibration FILE",
+    "whisper": r"the model writes no source to calibrate on.*feature extractor",
+}
+
+
+def saved(family, folder):
+    return (save_encoder if family == "bert" else save_seq2seq)(family, folder / family)
+
+
+@pytest.mark.parametrize("family", REFUSED)
+def test_what_writes_no_text_is_refused_before_it_is_captured(family, tmp_path):
+    """Random tokens are for nobody who did not ask."""
+    folder = saved(family, tmp_path)
+    with patch("torch.export.export", side_effect=AssertionError("captured")):
+        with pytest.raises(InputError, match=REFUSED[family]):
+            qexport.export(folder, STATIC, out_dir=tmp_path / "out")
+        if family == "bert":
+            with pytest.raises(InputError, match=REFUSED[family]):
+                qexport.inspect(folder, STATIC, calibrate=True)
 
 
 @pytest.mark.slow
-def test_an_encoder_decoder_does_not_either(tmp_path):
-    pair = save_seq2seq("t5", tmp_path / "t5")
-    with pytest.raises(InputError, match=r"an encoder-decoder writes no text to calibrate on.*--calibration FILE"):
-        qexport.export(pair, STATIC, out_dir=tmp_path / "out")
-
-
-@pytest.mark.slow
-def test_nor_does_a_model_of_sound(tmp_path):
-    speech = save_seq2seq("whisper", tmp_path / "whisper")
-    with pytest.raises(InputError, match=r"the model writes no source to calibrate on.*feature extractor"):
-        qexport.export(speech, STATIC, out_dir=tmp_path / "out")
+@pytest.mark.parametrize("family", REFUSED)
+def test_where_overrides_may_keep_every_layer_in_float_the_layers_decide(family, tmp_path):
+    folder = saved(family, tmp_path)
+    one = STATIC.model_copy(update={"overrides": (Override(match="*.0.*", scheme="float"),)})
+    with pytest.raises(InputError, match=REFUSED[family]):
+        qexport.export(folder, one, out_dir=tmp_path / "out")
+    everything = STATIC.model_copy(update={"overrides": (Override(match="*", scheme="float"),)})
+    qexport.export(folder, everything, out_dir=tmp_path / "out")

@@ -113,6 +113,7 @@ def test_a_window_with_no_room_for_text(with_bos, english):
         load_samples(spec(english, sequence_length=1), tokenizer=with_bos, vocab_size=VOCAB)
 
 
+@pytest.mark.by_default("text1")
 @pytest.mark.parametrize("text", ["word " * 200_000, "x" * 1_000_000, "\n".join(["a line of text"] * 70_000)])
 def test_a_megabyte_takes_seconds(text, tokenizer, tmp_path):
     (tmp_path / "big.txt").write_text(text)

@@ -115,6 +115,7 @@ def test_a_tuned_model_is_closer_to_the_float_one_and_what_was_trained_is_deploy
         check_same_model(captured("llama"), tuned.manifest, tuned.folder, transformed=False)
 
 
+@pytest.mark.slow
 def test_what_was_interrupted_is_tuned_again_to_the_same_bytes(captured, tmp_path):
     class Stop(Exception):
         pass

@@ -82,6 +82,7 @@ def check(model, found) -> list:
     return [(n.target, tuple(n.args[1:])) for n in calls[1:]]
 
 
+@pytest.mark.by_default("in place", "minimum, maximum", "clamp by tensors", "nn.ReLU6")
 @pytest.mark.parametrize("name", ZERO_TO_SIX)
 def test_every_spelling_of_relu6_is_one_clamp(name):
     assert check(*captured(ZERO_TO_SIX[name])) == [(aten.clamp.default, (0.0, 6.0))]

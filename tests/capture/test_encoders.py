@@ -35,6 +35,7 @@ def pair(request, tmp_path_factory):
     return load_weights(capture_model(folder)), AutoModel.from_pretrained(folder, attn_implementation="eager").eval()
 
 
+@pytest.mark.by_default("modernbert", "roberta")
 @pytest.mark.parametrize("pair", encoders(), indirect=True)
 def test_blocks_compute_what_transformers_computes(pair):
     captured, model = pair
@@ -84,6 +85,7 @@ HEADS = {
 }  # fmt: skip
 
 
+@pytest.mark.by_default("modernbert-tokens", "bert-sequence")
 @pytest.mark.each_value_once
 @pytest.mark.parametrize("head", HEADS)
 @pytest.mark.parametrize("family", ["bert", "modernbert"])
@@ -104,6 +106,7 @@ def test_a_head_that_the_config_names_is_kept(tmp_path, family, head):
             assert (rows[0] - rows[1]).abs().max() < 1e-5 * rows[1].abs().max()
 
 
+@pytest.mark.by_default("tokens")
 @pytest.mark.parametrize("head", HEADS)
 def test_what_makes_logits_takes_the_scheme_of_the_output_projection(tmp_path, head):
     captured = capture_model(save_encoder("bert", tmp_path, loader=HEADS[head][0]))
@@ -114,6 +117,7 @@ def test_what_makes_logits_takes_the_scheme_of_the_output_projection(tmp_path, h
         assert given.pop(name) == asked and set(given.values()) == {"w4a16_g32"}
 
 
+@pytest.mark.slow
 def test_a_head_that_fills_masks_and_has_no_weights_is_left_out(tmp_path):
     strip(save_encoder("bert", tmp_path, loader=AutoModelForMaskedLM), "cls.predictions")
     captured = capture_model(tmp_path)
@@ -141,6 +145,7 @@ def test_what_a_model_reads_at_most_counts_its_padding_row(tmp_path):
     assert longest == {"bert": 64, "roberta": 62}
 
 
+@pytest.mark.by_default("fnet")
 @pytest.mark.parametrize("family", REFUSED_ENCODERS)
 def test_what_cannot_be_exported_is_refused(tmp_path, family):
     why = {"fnet": "reads no attention_mask", "longformer": "control flow depends on the value of a tensor"}
@@ -153,6 +158,7 @@ def strip(folder, part):
     save_file({n: t for n, t in load_file(file).items() if part not in n}, file, metadata={"format": "pt"})
 
 
+@pytest.mark.slow
 def test_a_pooler_without_weights_is_left_out(tmp_path):
     strip(save_encoder("bert", tmp_path), "pooler")
     captured = capture_model(tmp_path)
@@ -160,12 +166,14 @@ def test_a_pooler_without_weights_is_left_out(tmp_path):
     assert not any("pooler" in name for b in captured.blocks for name in b.parameters)
 
 
+@pytest.mark.slow
 def test_a_weight_that_is_not_there_is_not_made_up(tmp_path):
     strip(save_encoder("bert", tmp_path), "layer.0.attention.self.key.weight")
     with pytest.raises(CaptureError, match=r"1 weights are not in the checkpoint, first encoder.layer.0.attention"):
         capture_model(tmp_path)
 
 
+@pytest.mark.by_default("bert")
 @pytest.mark.parametrize("pair", ["bert", "distilbert"], indirect=True)
 def test_factors_pass_from_the_values_of_attention_to_what_reads_its_output(pair):
     sites = [site for block in pair[0].blocks for site in fold_sites(block.module.graph)]

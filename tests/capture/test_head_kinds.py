@@ -21,6 +21,7 @@ from qexport.recipe.recipe import Recipe
 QUICK = ("bert_pretraining", "yolos")
 
 
+@pytest.mark.by_default("bert_pretraining")
 @pytest.mark.parametrize("name", quick(QUICK, among=HEADS))
 def test_outputs_are_those_of_the_class_that_the_config_names(tmp_path, name):
     captured = capture_model(save_head(name, tmp_path))
@@ -77,6 +78,7 @@ def test_pictures_of_another_size_and_files_without_any_are_refused(tmp_path):
         exports.exporting.export(folder, "w8a8_static", out_dir=tmp_path / "out", calibration=str(text))
 
 
+@pytest.mark.slow
 def test_one_of_several_texts_is_chosen(tmp_path):
     folder = save_head("bert_choice", tmp_path / "model")
     result = exports.exporting.export(folder, "w8a16", out_dir=tmp_path / "out", calibration="random")

@@ -35,6 +35,7 @@ def close(got, want):
     return (got - want).abs().max() < 2e-5 * want.abs().max()
 
 
+@pytest.mark.by_default("llama")
 @pytest.mark.parametrize("family", ["qwen3", "llama"])
 def test_a_score_is_that_of_the_last_token_on_either_side_of_padding(tmp_path, family):
     folder = save(tmp_path / "model", AutoModelForSequenceClassification, family, num_labels=1)

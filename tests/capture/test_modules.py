@@ -162,6 +162,7 @@ REFUSED = {
 }
 
 
+@pytest.mark.by_default("Input", "Buffer")
 @pytest.mark.parametrize("kind", REFUSED, ids=lambda kind: kind.__name__)
 def test_what_no_graph_can_hold_is_refused_with_the_line_that_does_it(kind, capfd):
     why, line, remedy = REFUSED[kind]

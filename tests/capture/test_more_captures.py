@@ -39,6 +39,7 @@ def assert_computes_what_transformers_computes(captured, model):
             feeds = next_feeds(feeds, got, want[:, -1].argmax(-1))
 
 
+@pytest.mark.by_default("gpt_oss", "bloom", "cohere", "longrope")
 @pytest.mark.parametrize("family", breadth())
 def test_blocks_compute_what_transformers_computes(captured, model_folder, family):
     model = load_weights(captured(family))
@@ -79,6 +80,7 @@ def test_a_piece_is_read_without_the_rest(model_folder, monkeypatch):
     assert torch.equal(part, whole[3].t()) and read[0].shape == whole.shape[1:]
 
 
+@pytest.mark.slow
 def test_what_a_router_adds_to_its_scores_comes_from_the_checkpoint(tmp_path):
     """It is a buffer and no parameter, and trained all the same."""
     folder = save_model("glm4_moe", tmp_path / "model")
@@ -97,6 +99,7 @@ def test_transposed_weights_are_turned_when_they_are_loaded(model_folder):
     assert found[name.removesuffix(".weight")] == (192, 64)
 
 
+@pytest.mark.slow
 def test_short_factors_are_those_of_the_whole_model(model_folder, tmp_path):
     """What the refusal of longrope says to do gives the numbers of the unchanged model, for texts that are short."""
     folder = save_model("long_longrope", tmp_path / "long")

@@ -90,6 +90,7 @@ def test_stamped_model_computes_what_transformers_computes(tmp_path, depths):
     assert depths == [2]
 
 
+@pytest.mark.slow
 def test_exports_of_stamped_and_of_traced_blocks_are_the_same_bytes(tmp_path, monkeypatch):
     folder, ids = save_model("llama", tmp_path / "model", num_hidden_layers=4), tokens(2, 16, vocab=VOCAB)
     files = []

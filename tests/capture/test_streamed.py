@@ -34,6 +34,7 @@ def large(monkeypatch):
     monkeypatch.setattr(streamed, "LARGE", 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", quick(QUICK, among=LISTS["encoders"]))
 def test_a_large_encoder_computes_what_a_small_one_does(family, tmp_path, large, monkeypatch):
     folder = save_encoder(family, tmp_path / "model")

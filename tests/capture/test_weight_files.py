@@ -143,6 +143,7 @@ def test_a_name_that_no_file_can_have_is_missing(tmp_path, name):
         weight_files(tmp_path)
 
 
+@pytest.mark.slow
 def test_a_weight_that_transformers_reads_under_another_name_is_no_leftover(tmp_path):
     folder = save_model("granitemoe", tmp_path / "model")
     names = Checkpoint(folder).names()

@@ -30,6 +30,7 @@ def test_what_16_bits_do_not_hold_stays():
     assert narrowed_exactly(whole) is whole
 
 
+@pytest.mark.by_default("gptq")
 @pytest.mark.parametrize(
     "method", ["rtn", "gptq", *(pytest.param(m, marks=pytest.mark.slow) for m in ("hqq", "zq_local"))]
 )

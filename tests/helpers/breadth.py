@@ -1,6 +1,7 @@
 """Which cases of a test run by default, and which only among the slow tests."""
 
 from collections.abc import Collection, Iterable
+from fnmatch import fnmatchcase
 
 import pytest
 
@@ -31,6 +32,33 @@ def mark_combinations(items: list[pytest.Item]) -> None:
         for case, row in zip(cases, given, strict=True):
             if row not in needed:
                 case.add_marker(pytest.mark.slow)
+
+
+def mark_by_default(items: list[pytest.Item], whole: bool = True) -> None:
+    """Of a test marked `by_default(*patterns)`, mark slow the cases whose id matches none of the patterns.
+
+    Args:
+        whole: every test has all its cases here, so that a pattern without a case is a mistake.
+
+    Raises:
+        pytest.UsageError: a pattern matches no case.
+    """
+    tests: dict[object, list[pytest.Item]] = {}
+    for item in items:
+        if item.get_closest_marker("by_default"):
+            tests.setdefault(item.function, []).append(item)
+    for cases in tests.values():
+        patterns = cases[0].get_closest_marker("by_default").args
+        matching = {pattern: [case for case in cases if _matches(case, pattern)] for pattern in patterns}
+        if whole and (stale := [pattern for pattern, found in matching.items() if not found]):
+            raise pytest.UsageError(f"{cases[0].nodeid.partition('[')[0]} has no case {stale[0]!r}")
+        for case in cases:
+            if not any(case in found for found in matching.values()):
+                case.add_marker(pytest.mark.slow)
+
+
+def _matches(case: pytest.Item, pattern: str) -> bool:
+    return fnmatchcase(case.callspec.id, pattern)
 
 
 def mark_siblings(items: list[pytest.Item]) -> None:

@@ -35,7 +35,8 @@ ort.InferenceSession.__init__ = _on_one_thread
 
 
 @pytest.hookimpl(tryfirst=True)  # before those that are not asked for are left out
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
+    breadth.mark_by_default(items, whole=not any("::" in argument for argument in config.args))
     breadth.mark_combinations(items)
     breadth.mark_siblings(items)
 

@@ -8,6 +8,7 @@ import pytest
 arrows = runpy.run_path(str(Path(__file__).parents[2] / "tools" / "arrows.py"))
 
 
+@pytest.mark.slow
 def test_no_room_imports_one_above_it():
     assert arrows["upward"](arrows["arrows"]()) == {}
 

@@ -151,6 +151,7 @@ def test_shorter_groups_where_long_ones_do_not_fit():
     assert scheme == Scheme.parse("pot4_g32") and "groups of 32" in why
 
 
+@pytest.mark.by_default("cpu")
 @pytest.mark.parametrize("target", ["cpu", "cuda"])
 def test_onnxruntime_computes_what_the_graph_does(captured, tmp_path, target):
     recipe = Recipe(scheme="pot4_g32", lm_head="pot4_g32")

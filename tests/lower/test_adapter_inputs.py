@@ -205,12 +205,14 @@ def alone(out, base, adapters, tmp_path):
         yield name, float((moved - want).norm() / want.norm())
 
 
+@pytest.mark.slow
 def test_float_linears_take_them_too(made, tmp_path):
     base, adapters, _ = made
     out = qexport.export(base, qexport.Recipe(scheme="float"), out_dir=tmp_path / "out", adapters=adapters).folder
     assert all(off < 1e-4 for _, off in alone(out, base, adapters, tmp_path))
 
 
+@pytest.mark.by_default("act-order")
 @pytest.mark.parametrize("form", quick(("act-order", "nf4"), among=["act-order", "nf4", "factors"]))
 def test_a_base_of_codes_takes_them(made, tmp_path, form):
     """QLoRA on its own nf4 base, and linears that read their input in another order or multiplied: A reads the value
@@ -225,6 +227,7 @@ def test_a_base_of_codes_takes_them(made, tmp_path, form):
     assert all(off < 1e-4 for _, off in alone(out, twin, adapters, tmp_path))
 
 
+@pytest.mark.slow
 def test_branches_of_lorc_go_with_them(made, tmp_path):
     """The error that is left is of the codes: an adapter moves the file with branches as it moves it without."""
     base, adapters, _ = made

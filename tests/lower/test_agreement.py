@@ -40,6 +40,9 @@ def rounds_activations(scheme, level):
     return "a8" in scheme or level == 4
 
 
+@pytest.mark.by_default(
+    "w4a16_g32-*", "w4a16_g64_asym-*", "w8a8_dyn-*", "w8a8_static-*", "w4a8_g32_static-*", "w4a16_pc-*"
+)  # fmt: skip
 @pytest.mark.each_value_once
 @pytest.mark.parametrize("mask", PROMPTS.values(), ids=PROMPTS)
 @pytest.mark.parametrize("target", TARGETS.values(), ids=TARGETS)
@@ -69,6 +72,7 @@ def test_blocks_and_logits_agree(export, scheme, target, mask):
     assert sqnr_db(graph, ran) > sqnr_db(reference, graph) + 15
 
 
+@pytest.mark.by_default("w4a16_g32", "w8a8_static")
 @pytest.mark.parametrize("scheme", quick(("w4a16_g32", "w4a16_g64_asym", "w8a8_dyn", "w8a8_static"), among=SCHEMES))
 def test_float16_of_the_cuda_file_adds_what_float16_adds(export, scheme):
     mask = PROMPTS["three rows, padded"]
@@ -86,6 +90,7 @@ def test_every_family_agrees_exactly_with_float_activations(export, family, targ
         assert_agree(exported, mask, flips=0)
 
 
+@pytest.mark.by_default("gemma3-*", "opt-*")
 @pytest.mark.each_value_once
 @pytest.mark.parametrize("scheme", ["w8a8_dyn", "w4a8_g32_static"])
 @pytest.mark.parametrize("family", ["llama_bias", "opt", "gpt_neox", "gemma3"])

@@ -81,6 +81,7 @@ def as_torch(tensor):
 # ---- placement and contents -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.by_default("w4a16_g64_asym", "nf4", "lorc", "kv8", "tied")
 @pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
 def test_every_node_is_on_cuda_and_every_float_a_bfloat16(export, cuda_placement, recipe):
     exported = export(recipe)
@@ -155,6 +156,7 @@ def test_operators_without_a_bfloat16_kernel_compute_in_float32(cuda_placement, 
 # ---- numbers --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.by_default("w4a16_g64_asym", "nf4", "lorc")
 @pytest.mark.parametrize("name", ["w4a16_g64_asym", "w2a16_g32", "nf4", "lorc", "tied"])
 def test_the_file_is_as_near_to_float32_as_its_graph(export, captured, on_the_cpu, tmp_path, name):
     half = export(RECIPES[name])
@@ -163,6 +165,7 @@ def test_the_file_is_as_near_to_float32_as_its_graph(export, captured, on_the_cp
     assert_float16_adds_little(half, single, MASK)
 
 
+@pytest.mark.by_default("kv8")
 @pytest.mark.parametrize("name", ["w8a16_g32", "kv8"])
 def test_decoder_generates_with_a_shared_buffer_what_it_does_in_float16(captured, tmp_path, name):
     logits, caches = {}, {}

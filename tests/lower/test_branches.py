@@ -79,6 +79,7 @@ def buffers(exported, ending):
     }
 
 
+@pytest.mark.by_default("lorc, int8, level 1", "lorc, int8, shared, static", "both")
 @pytest.mark.parametrize("method", quick(QUICK, among=METHODS))
 def test_on_the_cpu_it_computes_what_its_graph_says_in_fused_products(export, method):
     fields = METHODS[method]
@@ -99,6 +100,7 @@ def test_on_the_cpu_it_computes_what_its_graph_says_in_fused_products(export, me
     assert not {"Gemm", "FusedMatMul"} & set(counts)
 
 
+@pytest.mark.by_default("lorc, int8, shared", "both")
 @pytest.mark.parametrize("method", ["lorc", "lorc, int8, shared", "lorc, w8a8", "llm_int8, static", "both"])
 def test_the_cuda_graph_computes_what_it_says(export, method):
     fields = METHODS[method]
@@ -106,6 +108,7 @@ def test_the_cuda_graph_computes_what_it_says(export, method):
     assert_agree(exported, MASK, flips=0.05 if "a8" in fields["scheme"] else 0, step=0.03)
 
 
+@pytest.mark.by_default("lorc, int8, shared", "both")
 @pytest.mark.parametrize("method", ["lorc", "lorc, int8, shared", "lorc, int8, shared, static", "llm_int8", "both"])
 def test_every_node_is_on_cuda(export, cuda_placement, method):
     fields = METHODS[method]
@@ -119,6 +122,7 @@ def test_every_node_is_on_cuda(export, cuda_placement, method):
     assert ops["QuantizeLinear"] == (values_of(exported) if "a8" in fields["scheme"] else 0)
 
 
+@pytest.mark.by_default("lorc")
 @pytest.mark.parametrize("method", ["lorc", "both"])
 def test_float16_of_the_cuda_file_adds_what_float16_adds(export, method):
     half, single = (export("llama", METHODS[method], "cuda", single) for single in (False, True))

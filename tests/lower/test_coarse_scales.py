@@ -40,6 +40,7 @@ def assert_fused(exported):
     assert unfused(graph, exported.manifest.linears) == [] and graph.op_counts()["Gather"] <= 2
 
 
+@pytest.mark.by_default("w4a16_g32_s8-*", "w4a16_g512_s8-*", "w3a16_g64_asym_s8-*", "nf4_g32_s8-*", "w4a8_g32_s8-*")
 @pytest.mark.each_value_once
 @pytest.mark.parametrize("form", ["native", "qdq"])
 @pytest.mark.parametrize("target", ["cpu", "cuda"])
@@ -51,6 +52,7 @@ def test_the_file_computes_what_its_graph_says(export, scheme, target, form):
     assert_agree(export("llama", recipe(scheme), target, single=target == "cuda", **options), MASK, flips=0)
 
 
+@pytest.mark.by_default("w4a8_g32_s8", "nf4_g512_s8", "w3a16_g64_asym_s8", "w4a16_g16_asym_s8")
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_a_weight_takes_the_bytes_that_were_planned_and_runs_in_the_kernel(export, scheme):
     exported = export("llama", recipe(scheme))
@@ -63,6 +65,7 @@ def test_a_weight_takes_the_bytes_that_were_planned_and_runs_in_the_kernel(expor
     assert_fused(exported)
 
 
+@pytest.mark.by_default("w4a16_g32_s8")
 @pytest.mark.parametrize("scheme", TIED)
 def test_a_tied_table_has_its_bytes_once(export, scheme):
     exported = export("llama_bias", tied(scheme))

@@ -37,6 +37,7 @@ def export(export):
     return make
 
 
+@pytest.mark.by_default("nf4-*", "fp4_g32-*", "nf4_dq-*")
 @pytest.mark.each_value_once
 @pytest.mark.parametrize("target", TARGETS.values(), ids=TARGETS)
 @pytest.mark.parametrize("scheme", SCHEMES)
@@ -78,6 +79,7 @@ SLOW = {
 }  # fmt: skip
 
 
+@pytest.mark.by_default("*'w8a16_g32'*", "*'w8a16_pc'*")
 @pytest.mark.parametrize("asked", SLOW, ids=str)
 def test_what_is_slower_than_float_is_said(captured, export, asked):
     scheme, level = asked

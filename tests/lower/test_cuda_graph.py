@@ -35,6 +35,7 @@ def exported(model_folder, tmp_path):
     return make
 
 
+@pytest.mark.by_default("w4a16_g32-bfloat16")
 @pytest.mark.parametrize(
     ("scheme", "dtype"), [("w4a16_g32", "float16"), ("w4a16_g32", "bfloat16"), ("w8a8_dyn", "float16")]
 )

@@ -57,6 +57,7 @@ def region(tensor):
     return found["location"], int(found["offset"]), int(found["length"])
 
 
+@pytest.mark.by_default("w2a16_g16-*", "w3a16_g64-*", "w4a16_g32-*", "w8a16_g64_asym-*")
 @pytest.mark.each_value_once
 @pytest.mark.parametrize("target", ["cpu", "cuda"])
 @pytest.mark.parametrize("scheme", SCHEMES)
@@ -79,6 +80,7 @@ def test_float16_of_the_cuda_file_adds_what_float16_adds(export):
     assert_float16_adds_little(half, single, MASK)
 
 
+@pytest.mark.by_default("gemma3-*", "opt-*")
 @pytest.mark.each_value_once
 @pytest.mark.parametrize("embedding", ["w8a16_g32", "w4a16_g64_asym"])
 @pytest.mark.parametrize("family", ["llama", "gemma3", "opt", "gpt_neox"])
@@ -92,6 +94,7 @@ def test_an_embedding_with_codes_of_its_own(export, family, embedding):
         assert_agree(exported, MASK, flips=0)
 
 
+@pytest.mark.slow
 def test_groups_longer_than_the_kernels_blocks(tmp_path):
     changes = dict(hidden_size=1024, head_dim=64, intermediate_size=64, num_hidden_layers=1)
     wide = exports.capture(save_model("llama_bias", tmp_path / "wide", **changes))
@@ -168,6 +171,7 @@ METHODS = {
 }
 
 
+@pytest.mark.by_default("gptq", "awq")
 @pytest.mark.parametrize("method", METHODS)
 def test_no_method_moves_the_shared_codes(export, method):
     exported = export(tied("w4a16_g32", accuracy_level=1, **METHODS[method]))

@@ -33,6 +33,7 @@ def folder(request, tmp_path_factory):
 SCHEMES_OF = quick(["bert", "modernbert"], among=["bert", "roberta", "modernbert"])
 
 
+@pytest.mark.by_default("modernbert")
 @pytest.mark.parametrize("folder", SCHEMES_OF, indirect=True)
 def test_every_scheme_agrees(folder, tmp_path):
     whole = capture_model(folder)
@@ -52,6 +53,7 @@ def test_every_scheme_agrees(folder, tmp_path):
             assert sqnr_db(ours, got) > sqnr_db(want, ours) + 10
 
 
+@pytest.mark.by_default("bert", "roberta")
 @pytest.mark.parametrize("folder", encoders(), indirect=True)
 def test_float_encoders_agree_to_rounding(folder, tmp_path):
     recipe = Recipe(scheme="w4a16_g32", overrides=[{"match": "*", "scheme": "float"}])
@@ -63,6 +65,7 @@ def test_float_encoders_agree_to_rounding(folder, tmp_path):
         assert (got - ours).abs().max() < 1e-5 * ours.abs().max()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("folder", ["roberta"], indirect=True)
 def test_recipes_for_longer_texts_than_the_model_reads(folder, tmp_path):
     """A preset calibrates on 256 tokens and validate reads 512; this model reads 62."""

@@ -71,6 +71,7 @@ def reasons(exported):
     return {entry["linear"]: entry["reason"] for entry in listed}
 
 
+@pytest.mark.by_default("mixtral-w4a16_g32", "gpt_oss-w4a16_g32")
 @pytest.mark.parametrize(
     ("family", "scheme"),
     [("mixtral", "w4a16_g32"), ("mixtral", "w3a16_g32"), ("qwen3_moe", "w4a16_g32"), ("gpt_oss", "w4a16_g32"),
@@ -83,7 +84,8 @@ def test_onnxruntime_agrees_with_the_graph_in_prefill_and_decoding(export, famil
     assert_agree(exported, MASK, flips=0.02)
 
 
-@pytest.mark.parametrize("normed", [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.slow
+@pytest.mark.parametrize("normed", [False, True])
 def test_shares_are_those_of_the_model_whether_it_norms_them_or_not(tmp_path, normed):
     """Left to the node they would not be normed on the CPU, whatever its attribute says."""
     captured = capture_model(save_model("qwen3_moe", tmp_path / "model", norm_topk_prob=normed, **WIDTHS))
@@ -180,6 +182,7 @@ def test_prompts_and_steps_share_the_weights_of_experts(export):
 # ---- CUDA -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.by_default("mixtral-w4a16_g32-float16")
 @pytest.mark.parametrize(
     ("family", "scheme", "dtype"),
     [("mixtral", "w4a16_g32", "float16"), ("mixtral", "w4a16_g32", "bfloat16"), slow("mixtral", "w8a16_g64", "float16"),
@@ -203,6 +206,7 @@ def test_what_is_foretold_of_cuda_is_what_the_manifest_says(wide, tmp_path, sche
     assert any("experts" in name for name in foretold) == (scheme == "w4a16_g16")
 
 
+@pytest.mark.by_default("changes0-*")
 @pytest.mark.parametrize(
     ("changes", "scheme", "reason"),
     [({}, "w4a16_g16", "takes groups of 32, 64, 128, not of 16"), (dict(intermediate_size=96), "w4a16_g32", "of 64")],
@@ -254,6 +258,7 @@ def shares_of(model):
     return next(node for node in nodes if "expert_shares" in str(node.target))
 
 
+@pytest.mark.by_default("mixtral-1.0", "gpt_oss-1.0")
 @pytest.mark.parametrize(
     ("family", "total"),
     [("mixtral", 1.0), ("gpt_oss", 1.0), ("olmoe", None), slow("granitemoe", 1.0), ("phimoe", None),
@@ -341,6 +346,7 @@ def as_the_schema_says(codes, scales, whole):
     return values * steps.repeat(size, -1) * onnx.numpy_helper.to_array(whole).astype(float)[:, None, None]
 
 
+@pytest.mark.by_default("nvfp4-gpt_oss", "mxfp4-mixtral")
 @pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
 @pytest.mark.parametrize("scheme", ["mxfp4", "nvfp4"])
 def test_the_cpu_computes_experts_of_4_bit_floats_as_integers(export, family, scheme):

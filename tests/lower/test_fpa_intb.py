@@ -148,6 +148,7 @@ def export(model_folder, recipe, tmp_path, dtype=None):
     return qexport.export(model_folder, recipe, out_dir=tmp_path / "out", target="cuda", dtype=dtype)
 
 
+@pytest.mark.by_default("w4a16_g32-None")
 @pytest.mark.parametrize(
     ("scheme", "dtype"),
     [("w4a16_g32", None), ("w8a16_g32", "bfloat16"), *(

@@ -60,6 +60,7 @@ def assert_on_cuda(exported, place, kernel):
     return ops
 
 
+@pytest.mark.by_default("*w4a16_g16_asym", "*w4a16_pc", "*w8a8_dyn", "*w8a8_static", "*w4a8_g32_static")
 @pytest.mark.each_value_once
 @pytest.mark.parametrize("scheme", KERNELS)
 @pytest.mark.parametrize("family", ["llama", "llama_bias"])
@@ -78,6 +79,7 @@ def test_every_family_is_fused_on_the_cpu(export, family, scheme):
     assert_fused(exported, KERNELS[scheme][0])
 
 
+@pytest.mark.by_default("w4a16_g16_asym", "w4a16_pc", "w8a8_dyn", "w8a8_static", "w4a8_g32_static")
 @pytest.mark.parametrize("scheme", KERNELS)
 def test_every_scheme_runs_on_cuda_without_a_node_on_the_cpu(export, cuda_placement, scheme):
     exported = export("llama_bias", scheme, "cuda")

@@ -11,6 +11,7 @@ from qexport.artifact.branches import PROMPTS, STEPS, only
 ROUNDING = {"QuantizeLinear", "DequantizeLinear", "Div", "Clip"}
 
 
+@pytest.mark.by_default("w4a16_g32_rtn-*", "crossquant_w4a4-*")
 @pytest.mark.each_value_once
 @pytest.mark.parametrize("target", ["cpu", "cuda"])
 @pytest.mark.parametrize(
@@ -28,6 +29,7 @@ def test_inputs_are_in_the_file_and_not_rounded(model_folder, tmp_path, recipe, 
         assert kind.endswith("LayerNormalization") or entry.name.endswith((".dense", "4h_to_h")), entry.name
 
 
+@pytest.mark.slow
 def test_both_branches_call_inputs_alike(model_folder, tmp_path):
     for side in (PROMPTS, STEPS):
         for entry, makers in _inputs(

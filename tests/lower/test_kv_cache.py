@@ -124,6 +124,7 @@ def e4m3_recipe(scales="channel"):
     return Recipe(**FLOAT, kv_cache=section("kv_cache", numbers="e4m3", scales=scales))
 
 
+@pytest.mark.by_default("llama-tensor", "gpt_oss-channel")
 @pytest.mark.parametrize("scales", ["channel", "tensor"])
 @pytest.mark.parametrize("family", ["llama", "gpt_oss"])
 def test_8_bit_floats_are_rounded_to_and_kept_as_floats_on_the_cpu(captured, tmp_path, family, scales):

@@ -55,6 +55,7 @@ def prompt_and_next(exported, ids):
     return first["logits"], second["logits"]
 
 
+@pytest.mark.by_default("branch-*", "tied-*", "crossquant-*", "static-*")
 @pytest.mark.each_value_once
 @pytest.mark.parametrize("target", ["cpu", "cuda"])
 @pytest.mark.parametrize("head", HEADS)
@@ -72,6 +73,7 @@ def test_they_are_the_last_row_of_all(captured, tmp_path, head, target):
     }
 
 
+@pytest.mark.by_default("gemma2", "opt")
 @pytest.mark.parametrize("family", ["gemma2", "gemma3", "opt", "gpt_neox", "phi3"])
 def test_families(captured, tmp_path, family):
     """Gemma 2 caps its logits."""

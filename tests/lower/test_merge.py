@@ -92,6 +92,7 @@ def assert_equal_results(merged, plain, feeds, flips):
         assert (different > ROUNDING).float().mean() <= flips and different.max() < 0.05
 
 
+@pytest.mark.by_default("w4a16_g32", "outliers", "lorc, int8, shared")
 @pytest.mark.parametrize("case", quick(QUICK, among=CASES))
 def test_a_merged_file_has_fewer_products_and_the_same_numbers(export, case):
     fields = CASES[case]
@@ -123,6 +124,7 @@ def test_a_merged_file_has_fewer_products_and_the_same_numbers(export, case):
     assert merged.manifest.bytes["quantized_linears"] == plain.manifest.bytes["quantized_linears"]
 
 
+@pytest.mark.by_default("w4a16_g32_asym-*", "w8a8_static-*", "lorc, int8-*")
 @pytest.mark.each_value_once
 @pytest.mark.parametrize("target", ["cpu", "cuda"])
 @pytest.mark.parametrize("case", ["w4a16_g32_asym", "w8a8_static", "w8a16_pc", "lorc, int8", "lorc, shared"])

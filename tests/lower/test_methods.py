@@ -50,6 +50,10 @@ def export(export):
     return lambda family, fields, target, single=False: export(family, recipe_of(**fields), target, single)
 
 
+@pytest.mark.by_default(
+    "crossquant, paper rows-*", "crossquant, two planes-*", "crossquant, expanded-*", "expanded, zero points-*",
+    "expanded, static-*", "w4a4-*"
+)  # fmt: skip
 @pytest.mark.each_value_once
 @pytest.mark.parametrize("target", KERNEL)
 @pytest.mark.parametrize("method", METHODS)
@@ -61,6 +65,7 @@ def test_the_file_computes_what_its_graph_says(export, method, target):
     assert_agree(exported, MASK, flips=0.03, step=step)
 
 
+@pytest.mark.by_default("crossquant, paper rows", "crossquant, expanded", "expanded, static", "w4a4")
 @pytest.mark.parametrize("method", METHODS)
 def test_every_product_is_one_integer_matmul(export, method):
     exported = export("llama_bias", METHODS[method], "cpu")
@@ -73,6 +78,7 @@ def test_every_product_is_one_integer_matmul(export, method):
     assert "Round" not in graph.op_counts()
 
 
+@pytest.mark.by_default("crossquant, paper rows", "crossquant, expanded")
 @pytest.mark.parametrize("method", ["crossquant, paper rows", "crossquant, two planes", "crossquant, expanded", "w4a4"])
 def test_every_node_is_on_cuda(export, cuda_placement, method):
     exported = export("llama_bias", METHODS[method], "cuda")
@@ -81,12 +87,14 @@ def test_every_node_is_on_cuda(export, cuda_placement, method):
     assert Counter(placed["optimized_ops"])["MatMulInteger"] == products_of(method)
 
 
+@pytest.mark.by_default("cpu")
 @pytest.mark.parametrize("target", KERNEL)
 def test_crossquant_as_published(export, target):
     fields = dict(scheme="w8a8_dyn", crossquant=section("crossquant", row_scale="dynamic"), accuracy_level=1)
     assert_agree(export("llama", fields, target, single=target == "cuda"), MASK, flips=0.03)
 
 
+@pytest.mark.by_default("w8a8_static")
 @pytest.mark.parametrize("scheme", ["w8a8_dyn", "w8a8_static"])
 def test_the_kernel_ablation_only_makes_zeros(export, scheme):
     fields = dict(scheme=scheme, activations=ActivationSpec(only_kernel=True), accuracy_level=1)

@@ -44,6 +44,7 @@ def eager(model, inputs):
     return {"output": made} if isinstance(made, torch.Tensor) else made
 
 
+@pytest.mark.by_default("cnn", "clip")
 def test_float_models_agree(case, tmp_path):
     _, model, inputs, dynamic = case
     made = exports.export(capture_module(model, inputs[0], dynamic), FLOAT, "cpu", tmp_path / "out")
@@ -73,6 +74,7 @@ def test_further_models_agree(name, tmp_path):
             assert got.shape == wanted.shape and (got - wanted).abs().max() < 5e-5 * wanted.abs().max()
 
 
+@pytest.mark.by_default("cnn", "clip")
 def test_schemes_agree_and_fuse(case, tmp_path):
     name, model, (inputs, _), dynamic = case
     for scheme, kernel in (("w8a8_static", "MatMulIntegerToFloat"), ("w4a16_g32", "MatMulNBits")):

@@ -138,6 +138,7 @@ def test_kernels_that_are_padded_unequally(tmp_path):
     assert (made.in_onnxruntime()({"input": x})["output"] - want).abs().max() < 1e-5
 
 
+@pytest.mark.slow
 def test_what_a_block_hands_on_is_no_mask():
     """The layers of this model read a mask of bools before their hidden states."""
     captured = capture_module(make_module("beit"), example_inputs("beit"))

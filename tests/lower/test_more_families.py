@@ -45,6 +45,7 @@ def recipe_of(scheme):
     return Recipe(scheme=scheme, lm_head=scheme, weights={"method": "rtn"}, calibration=calibration)
 
 
+@pytest.mark.by_default("gpt_oss", "bloom", "cohere")
 @pytest.mark.parametrize("family", quick(LOWERED, among=BREADTH))
 def test_onnxruntime_agrees_with_the_graph(captured, tmp_path, family):
     model = captured(family)
@@ -58,6 +59,7 @@ def test_onnxruntime_agrees_with_the_graph(captured, tmp_path, family):
 
 
 # One whose caches are shared by layers.
+@pytest.mark.slow
 @pytest.mark.parametrize("family", quick(["gemma4_shared"], among=BREADTH))
 def test_a_file_without_quantization_is_the_model(captured, tmp_path, family):
     """Whatever becomes of its attention and its cache.
@@ -88,6 +90,7 @@ def test_every_linear_is_planned_but_routers_and_shared_ones(captured, family):
     assert len(left) <= 3 and len(plan) > 7
 
 
+@pytest.mark.by_default("gpt_oss", "bloom", "cohere")
 @pytest.mark.parametrize("family", quick(LOWERED, among=BREADTH))
 def test_nothing_falls_back_to_the_cpu_on_cuda(captured, cuda_placement, tmp_path, family):
     exported = agreement.export(captured(family), recipe_of("w4a16_g32"), "cuda", tmp_path / "out")

@@ -89,6 +89,7 @@ def block_differences(exported, blocks, prefix, mask):
     return agreement.block_differences(exported, blocks, feeds, branch_runner(exported, prefix)(feeds))
 
 
+@pytest.mark.by_default("zero points", "biases, tied embedding", "branch", "mixed")
 @pytest.mark.parametrize("case", quick(QUICK, among=CASES))
 def test_each_branch_computes_what_its_graph_says_in_its_kernels(export, case):
     family, fields = CASES[case]

@@ -33,6 +33,7 @@ class Streams(nn.Module):
         return (out, *states) if isinstance(states, tuple) else (out, states, cell * 1)
 
 
+@pytest.mark.by_default("lstm both ways", "lstm without biases", "gru", "rnn of relus")
 @pytest.mark.parametrize("name", KINDS)
 def test_onnxruntime_computes_what_the_network_computes(tmp_path, name):
     model = Streams(**KINDS[name]).eval()
@@ -78,6 +79,7 @@ class Wide(Streams):
         self.linear, self.net = nn.Linear(6, 32), kind(32, 256, **options)
 
 
+@pytest.mark.by_default("LSTM-options2-*", "GRU-options1-*")
 @pytest.mark.parametrize(
     ("kind", "options", "scheme", "close"),
     [
@@ -140,6 +142,7 @@ class Cells(nn.Module):
         return state
 
 
+@pytest.mark.slow
 def test_cells_have_one_set_of_codes_for_all_steps(tmp_path):
     model, fed = Cells().eval(), {"x": torch.randn(4, 3, 8)}
     made, graph, file = quantized(tmp_path, model, fed, {"x": {0: "batch"}}, Recipe(scheme="w8a8_dyn"))
@@ -167,6 +170,7 @@ class Packed(nn.Module):
         return (out, *states) if isinstance(states, tuple) else (out, states)
 
 
+@pytest.mark.by_default("False-LSTM-options0-float")
 @pytest.mark.parametrize(
     ("kind", "options", "scheme"),
     [

@@ -75,6 +75,7 @@ def eager(folder, source):
         return kind.from_pretrained(folder).eval()(**source, decoder_input_ids=TEXT).logits
 
 
+@pytest.mark.by_default("t5")
 @pytest.mark.parametrize("folder", FAMILIES, indirect=True)
 def test_parts_compute_what_transformers_computes(folder):
     parts = capture_seq2seq(open_model(folder))
@@ -305,6 +306,7 @@ def test_what_takes_one_file_says_which(exported, t5, tmp_path):
     assert (part / "optimized").is_dir() and not (tmp_path / "out").exists()
 
 
+@pytest.mark.by_default("t5")
 @pytest.mark.parametrize("folder", FAMILIES, indirect=True)
 def test_nothing_but_sizes_falls_back_to_the_cpu_on_cuda(folder, cuda_placement, tmp_path):
     parts = capture_seq2seq(open_model(folder))

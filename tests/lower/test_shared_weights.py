@@ -83,6 +83,7 @@ def agrees(made, feeds, scheme, rows=slice(None)):
         assert sqnr_db(ours, got) > sqnr_db(wanted, ours) + 10
 
 
+@pytest.mark.by_default("w8a8_static")
 @pytest.mark.parametrize("scheme", KERNELS)
 def test_a_layer_that_is_called_again(scheme, tmp_path):
     folder = save_encoder("albert", tmp_path / "model")
@@ -104,6 +105,7 @@ def sample(*sizes):
     return torch.randn(*sizes, WIDTH, generator=torch.Generator().manual_seed(3))
 
 
+@pytest.mark.by_default("Between-9-*", "Loop-7-w4a16_g32")
 @pytest.mark.each_value_once
 @pytest.mark.parametrize("scheme", KERNELS)
 @pytest.mark.parametrize("kind, uses", [(Loop, 7), (Between, 9)])
@@ -217,6 +219,7 @@ def test_two_modules_of_one_weight(tmp_path):
     assert "asks for different schemes" in plan[names[0]].reason
 
 
+@pytest.mark.by_default("smoothquant")
 @pytest.mark.parametrize("smooth", ["smoothquant", "awq"])
 def test_factors_leave_shared_weights_alone(smooth, tmp_path):
     """A factor in one use would be in all of them: what the file computes stays the model's."""

@@ -62,12 +62,17 @@ def written_nodes(exported):
     }
 
 
+@pytest.mark.by_default(
+    "w2a16_g16", "w2a16_g128_asym", "w2a16_g16_mid", "w3a16_g32", "w3a16_g512_asym", "w5a16_g32_asym", "w6a16_g32",
+    "w4a16_g1024_asym", "nf4_g1024", "w4a8_g512_static"
+)  # fmt: skip
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_the_file_computes_what_its_graph_says(export, scheme):
     rounded = export(scheme)
     assert_agree(rounded, MASK, flips=0.03)
 
 
+@pytest.mark.by_default("w2a16_g512_asym", "w3a16_g32", "w6a16_g64_asym", "w8a16_g512")
 @pytest.mark.parametrize(
     "scheme",
     [
@@ -160,6 +165,10 @@ def test_every_node_is_on_cuda(export, cuda_placement, scheme):
     assert found["MatMulNBits"] == 5 and not {"MatMul", "Gemm"} & set(found)
 
 
+@pytest.mark.by_default(
+    "w2a16_g128_asym-cuda", "w2a16_g32_mid_s8-cpu", "w5a16_g32_asym-cuda", "nf4_g512-cpu", "w4a8_g512_int-cuda",
+    "w3a8_g64_asym_int-cpu"
+)  # fmt: skip
 @pytest.mark.parametrize("target", ["cpu", "cuda"])
 @pytest.mark.parametrize(
     "scheme",

@@ -46,6 +46,7 @@ def export(export):
     return make
 
 
+@pytest.mark.by_default("*w8a16_fp8_b128", "*w8a8_fp8", "*mxfp8", "*nvfp4", "*ternary_g32")
 @schemes
 @pytest.mark.parametrize("level", [1, 4])
 @pytest.mark.each_value_once
@@ -60,6 +61,7 @@ def test_the_file_computes_what_its_graph_says(export, scheme, level):
     assert 1 < sqnr_db(reference, graph) < 50  # it is quantized
 
 
+@pytest.mark.by_default("w8a8_fp8", "mxfp4", "ternary_g32", "mxfp8")
 @schemes
 def test_every_linear_is_its_kernel_on_the_cpu(export, scheme):
     """A weight that has no kernel of its own is unpacked when the file is loaded: nothing of that is left to a run."""
@@ -73,6 +75,7 @@ def test_every_linear_is_its_kernel_on_the_cpu(export, scheme):
     assert "DequantizeLinear" not in found or scheme == "w8a8_fp8"  # of its inputs
 
 
+@pytest.mark.by_default("w8a16_fp8_b128", "w8a8_fp8", "nvfp4", "ternary_g32")
 @schemes
 def test_every_node_is_on_cuda(export, cuda_placement, scheme):
     exported = export(scheme, "cuda")
@@ -84,6 +87,7 @@ def test_every_node_is_on_cuda(export, cuda_placement, scheme):
     assert not {"MatMul", "Gemm", "DequantizeLinear", "Expand"} & set(found)
 
 
+@pytest.mark.by_default("nvfp4")
 @pytest.mark.parametrize("scheme", ["w8a8_fp8", "nvfp4"])
 def test_bfloat16_is_placed_too(new_export, cuda_placement, scheme):
     recipe = Recipe(scheme=scheme, lm_head=scheme, calibration=CALIBRATION)
@@ -92,6 +96,7 @@ def test_bfloat16_is_placed_too(new_export, cuda_placement, scheme):
     assert placed["memcpy"] == 0 and placed["nodes"][CUDA][KERNELS[scheme][1]] == 15
 
 
+@pytest.mark.by_default("*w8a8_fp8*", "*w8a16_fp8_b128*", "*mxfp4*", "*ternary_g32*")
 @schemes
 @pytest.mark.parametrize("target", ["cpu", "cuda"])
 @pytest.mark.each_value_once
@@ -163,6 +168,7 @@ def fp8_weight(attributes, weight, scale, input_scale=None):
     return values * scale.numpy().astype(float).repeat(attributes["block_size"], 1)[:, : values.shape[1]]
 
 
+@pytest.mark.by_default("w8a16_fp8_b128", "w8a8_fp8", "nvfp4")
 @pytest.mark.parametrize("scheme", [name for name, (_, kernel) in KERNELS.items() if kernel in (FP4, FP8)])
 def test_cudas_kernels_read_the_weight_of_the_graph(export, scheme):
     """Nothing computes here: what the kernels read is decoded by the words of their schemas."""

@@ -71,6 +71,7 @@ def in_reference(exported):
     return torch.from_numpy(np.asarray(found)), exported.in_onnxruntime()(feeds)["logits"]
 
 
+@pytest.mark.by_default("w8a8_static-*", "w4a8-*", "w4a8_g32_int-*", "w4a16_pc-*", "w4a16_g16_asym-*", "w3a16_g64-*")
 @pytest.mark.parametrize("opset", [21, 23, 25])
 @pytest.mark.parametrize("scheme", quick(KERNELS.keys() - {"w8a16_g32", "w4a8_g32", "w4a4"}, among=KERNELS))
 @pytest.mark.each_value_once
@@ -103,6 +104,7 @@ def test_reference_evaluator_computes_the_same(export, scheme, opset):
     assert (reference - ran)[real].abs().max() < 1e-4 * ran[real].abs().max()
 
 
+@pytest.mark.by_default("w4a16_g16_asym", "w2a16_g16")
 @pytest.mark.parametrize("scheme", ["w4a16_g32", "w4a16_g16_asym", "w8a16_g32", "w2a16_g16"])
 def test_table_of_codes_is_in_the_file_once_and_read_alike(export, scheme):
     opset = 25 if scheme == "w2a16_g16" else 21
@@ -136,6 +138,7 @@ def test_other_families(export, family, opset):
     assert_agree(exported, MASK, flips=0)
 
 
+@pytest.mark.slow
 def test_mixture_of_experts_is_computed_by_every_expert(export):
     exported = export("qwen2_moe", recipe_of("w4a16_g32"), form="qdq")
     assert "QMoE" not in {entry.kernel for entry in exported.manifest.linears}
@@ -143,6 +146,7 @@ def test_mixture_of_experts_is_computed_by_every_expert(export):
     assert_agree(exported, MASK, flips=0)
 
 
+@pytest.mark.by_default("23-w4a8_g32_static", "23-w8a8_static", "21-w8a8_dyn", "21-w4a16_g16_asym")
 @pytest.mark.parametrize("scheme", quick(QUICK_ON_CUDA, among=KERNELS))
 @pytest.mark.parametrize("opset", [21, 23])
 @pytest.mark.each_value_once

@@ -60,6 +60,7 @@ def test_it_is_closer_than_one_scheme_everywhere_in_no_more_bytes(models, tmp_pa
     assert sorted(p.name for p in tmp_path.iterdir()) == ["auto", "plain"]
 
 
+@pytest.mark.slow
 def test_a_recipes_own_formats_are_among_the_choices(models, tmp_path, monkeypatch):
     monkeypatch.setattr(CpuTarget, "candidates", ("w4a16_g64", "w8a16_g64"))
     recipe = Recipe(scheme="nvfp4", lm_head="w8a16_fp8", overrides=[{"match": "*.0.*", "scheme": "ternary_g32"}])
@@ -69,6 +70,7 @@ def test_a_recipes_own_formats_are_among_the_choices(models, tmp_path, monkeypat
     assert validate(tmp_path / "auto", models["untied"], text=TEXT, windows=4, window=64).problems == ()
 
 
+@pytest.mark.slow
 def test_a_captured_model_stays_as_it_is_and_gives_the_same(models, tmp_path):
     captured = capture_model(models["untied"])
     before = [list(block.inputs) for block in captured.blocks]
@@ -94,6 +96,7 @@ def test_the_folder_says_how_to_get_the_same_again(models, tmp_path, monkeypatch
     assert first.read_bytes() == second.read_bytes()
 
 
+@pytest.mark.slow
 def test_what_the_recipe_keeps_in_float_stays_float(models, tmp_path):
     recipe = RTN.model_copy(update={"overrides": (Override(match="*o_proj", scheme="float"),)})
     size = size_of(export(models["untied"], recipe, out_dir=tmp_path / "plain").folder)
@@ -102,7 +105,8 @@ def test_what_the_recipe_keeps_in_float_stays_float(models, tmp_path):
     assert not [name for name in found.schemes if name.endswith("o_proj")]
 
 
-@pytest.mark.parametrize("most", [0.2, pytest.param(0.02, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("most", [0.2, 0.02])
 def test_a_kl_asked_for_is_met_with_fewer_bytes_than_the_closest(models, tmp_path, most):
     found = qexport.export_auto(models["tied"], TIED, out_dir=tmp_path / "auto", max_kl=most, **MEASURED)
     assert found.logits.kl_mean <= most
@@ -133,6 +137,7 @@ def test_schemes_without_a_ladder_are_refused(models, tmp_path, recipe):
         qexport.export_auto(models["untied"], recipe, out_dir=tmp_path / "auto", max_bytes=10**6, **MEASURED)
 
 
+@pytest.mark.slow
 def test_for_cuda_it_takes_what_the_fast_kernels_take(models, tmp_path):
     found = qexport.export_auto(
         models["untied"], RTN, out_dir=tmp_path / "auto", max_bytes=175_000, target="cuda", provider=CPU,

@@ -92,7 +92,8 @@ def test_paretoq(bits, scheme, codes):
     torch.testing.assert_close(found.dequantize().double(), want, rtol=2e-7, atol=0)
 
 
-@pytest.mark.parametrize("bits", [0, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("bits", [0, 2])
 def test_an_export_of_paretoq(bits, tmp_path):
     """Whose config has no section on quantization."""
     folder = save_model("llama", tmp_path / "model")

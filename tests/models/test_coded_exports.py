@@ -167,6 +167,7 @@ def unpacked(packed, bits, count):
     return torch.stack([(flat[:, i * width // 8] >> (i * width % 8)) & ((1 << width) - 1) for i in range(count)], 1)
 
 
+@pytest.mark.by_default("gptq act-order")
 @pytest.mark.parametrize("case", quick(("gptq act-order", "gptq 3 bits", "awq"), among=CASES))
 def test_codes_in_the_file(checkpoint, tmp_path, case):
     folder, twin, made = checkpoint(case)
@@ -198,6 +199,7 @@ def test_codes_in_the_file(checkpoint, tmp_path, case):
     assert report.layers is None or all(row.sqnr_db > 90 for row in report.layers.linears)
 
 
+@pytest.mark.by_default("static")
 @pytest.mark.parametrize("case", INTEGER)
 def test_integer_products(checkpoint, tmp_path, case):
     """Codes of weights and the scale of a static input are those of the checkpoint; nothing is calibrated."""
@@ -313,6 +315,7 @@ def test_layouts_of_one_kernel_are_refused(checkpoint, tmp_path):
         qexport.inspect(folder)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "numbers"), [("float", "e4m3"), pytest.param("int", "int", marks=pytest.mark.slow)]
 )

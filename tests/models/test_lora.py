@@ -101,6 +101,7 @@ def test_saved_modules_take_the_place_of_the_base(llama, weights, tmp_path):
     assert same(captured.load("model.embed_tokens.weight"), weights["model.embed_tokens.weight"])
 
 
+@pytest.mark.slow
 def test_conv1d_is_changed_as_it_lies(tmp_path):
     base = save_model("gpt2", tmp_path / "gpt2")
     stored = load_file(base / "model.safetensors")

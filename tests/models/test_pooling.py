@@ -45,6 +45,7 @@ def by_hand(states, mask, mode):
     return torch.stack(made[mode])
 
 
+@pytest.mark.by_default("modes0")
 @pytest.mark.parametrize(
     "modes",
     [
@@ -63,6 +64,7 @@ def test_pooling_of_an_encoder(tmp_path, modes):
     assert (got - want).abs().max() < 2e-5 * want.abs().max()
 
 
+@pytest.mark.slow
 def test_an_embedding_of_the_last_token_of_a_decoder(tmp_path):
     given = LISTS["families"]["qwen3"] | {"num_hidden_layers": 1}
     folder = save_random(given, tmp_path / "model", transformers.AutoModelForCausalLM)  # as Qwen3-Embedding is named

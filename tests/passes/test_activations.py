@@ -38,6 +38,7 @@ def calls(block, target):
     return [node for node in block.module.graph.nodes if is_call(node, target)]
 
 
+@pytest.mark.by_default("llama-*", "gpt_neox-*", "gemma3-*")
 @pytest.mark.parametrize("scheme, kind", [("w8a8_static", "static per-tensor"), ("w4a8_g32", "dynamic per-token")])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_value_is_quantized_once_for_all_linears_that_read_it(captured, family, scheme, kind):
@@ -74,6 +75,7 @@ def test_a_static_scale_is_the_largest_real_activation(captured):
     assert scale.item() == pytest.approx(absmax / 127, rel=1e-6)
 
 
+@pytest.mark.by_default("mse")
 @pytest.mark.parametrize("observer", ["percentile", "mse"])
 def test_other_observers_clip(captured, observer):
     def scales(**options):

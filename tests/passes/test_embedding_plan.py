@@ -135,6 +135,7 @@ def test_codes_that_no_block_has_made(captured):
 # ---- what the loop does ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.by_default("gptq", "hqq")
 @pytest.mark.parametrize("method", ["rtn", "rtn, clipped", "hqq", "gptq"])
 def test_how_the_codes_are_found(captured, model_folder, tmp_path, method):
     """GPTQ looks at what the float model hands to the output projection, which transformers tells."""
@@ -180,6 +181,7 @@ def test_layers_are_calibrated_on_the_rounded_embedding(captured, tmp_path):
     assert blocks["w2a16_g32"][1]["sqnr_db"] < blocks["float"][1]["sqnr_db"] - 5
 
 
+@pytest.mark.slow
 def test_going_on_after_the_embedding(model_folder, tmp_path):
     """The codes come out of the finished block on disk."""
     folder, recipe = model_folder("llama_bias"), Recipe(**TIED, weights=GPTQ)
@@ -199,6 +201,9 @@ def test_going_on_after_the_embedding(model_folder, tmp_path):
 # ---- what a user sees -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.by_default(
+    "*fields0-cpu", "*fields1-cuda", "*fields2-cuda", "*fields4-cpu", "*fields5-cuda", "*fields6-cpu"
+)  # fmt: skip
 @pytest.mark.parametrize("target", ["cpu", "cuda"])
 @pytest.mark.parametrize(
     "family, fields",

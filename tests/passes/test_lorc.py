@@ -89,6 +89,7 @@ ROUNDING = {
 }
 
 
+@pytest.mark.by_default("gptq-*", "two planes-*", "channels-*")
 @pytest.mark.each_value_once
 @pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("scheme, rounding", ROUNDING.values(), ids=ROUNDING)
@@ -103,6 +104,7 @@ def test_full_rank_gives_the_float_model_back(captured, scheme, rounding, shared
     assert all(note.data["error removed"] > 1 - 1e-9 for note in changed(results).values())
 
 
+@pytest.mark.by_default("GPTQ")
 @pytest.mark.parametrize("rounding", [RoundToNearest, GPTQ])
 def test_more_rank_comes_closer(captured, rounding):
     want, found = logits(load_weights(captured("llama_bias"))), []

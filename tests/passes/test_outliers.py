@@ -159,6 +159,7 @@ def test_all_features_may_be_outliers(place):
         assert torch.allclose(ours, theirs, rtol=1e-5, atol=1e-4)
 
 
+@pytest.mark.by_default("False-False", "True-True")
 @pytest.mark.parametrize("int8", [False, True])
 @pytest.mark.parametrize("shared", [False, True])
 def test_a_correction_of_the_rounded_weight_leaves_the_float_columns_alone(shared, int8):
@@ -207,6 +208,7 @@ def test_what_was_decided_for_the_value_holds_for_what_is_left_of_it():
     assert handover.formats[left] is static and handover.row_scales[left] is row
 
 
+@pytest.mark.by_default("w8a8_static-before*", "w8a8_dyn-*")
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("scheme", ["w8a8_dyn", "w8a8_static"])
 def test_a_model_with_outliers_comes_closer_to_float(captured, scheme, place):

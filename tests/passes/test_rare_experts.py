@@ -90,6 +90,7 @@ def test_gptq_rounds_what_no_token_reached_to_nearest_and_says_so(lopsided):
     assert notes == {NEVER: "rounded to nearest: no calibration token reached it"}
 
 
+@pytest.mark.by_default("w4a16_g32-gptq")
 @pytest.mark.parametrize("scheme, method", [("w4a16_g32", "gptq"), ("w8a8_static", "rtn"), ("w4a16_g32", "zq_local")])
 def test_an_expert_that_nobody_chooses_does_not_stop_an_export(lopsided, tmp_path, scheme, method):
     calibration = CalibrationSpec(source="random", samples=4, sequence_length=24)

@@ -53,6 +53,7 @@ def errors(module, hessians, originals, plan):
 # ---- ZQ-Local --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.by_default("w3a16_g16_asym", "w4a8")
 @pytest.mark.parametrize("scheme", ["w4a16_g32", "w3a16_g16_asym", "w4a8"])
 def test_every_linear_has_less_error_than_rounding_and_says_how_much(captured, scheme):
     model = load_weights(captured("llama"))
@@ -74,6 +75,7 @@ def test_every_linear_has_less_error_than_rounding_and_says_how_much(captured, s
         assert re.fullmatch(r"error 0\.\d{3} of rounding's, learning rate 0\.\d+, \d+ steps", note.what)
 
 
+@pytest.mark.by_default("gemma2")
 @pytest.mark.parametrize("family", ["opt", "gemma2", "gpt_neox"])  # biases and ReLU, soft caps, one linear for q, k, v
 def test_whole_models_are_trained_and_rounded(captured, family):
     model = load_weights(captured(family))
@@ -216,6 +218,7 @@ def decibels(captured, scheme, extra, family="llama"):
     return found[1:], results
 
 
+@pytest.mark.by_default("w3a16_g16_asym")
 @pytest.mark.parametrize(
     "scheme",
     quick(("w3a16_g16_asym", "w4a8"), among=["w4a16_g32", "w3a16_g16_asym", "w4a8", "w4a4", "w4a8_g32_int"]),
@@ -231,6 +234,7 @@ def test_the_output_of_every_block_comes_closer(captured, scheme):
     assert note.what.startswith("error of the block 0.") and note.site.count("_proj") == 7
 
 
+@pytest.mark.slow
 def test_dynamic_inputs_are_rounded_while_weights_are_trained(captured):
     """Four bits for inputs and eight for weights: the weights learn to make up for rounded inputs."""
     plans = {}
@@ -244,6 +248,7 @@ def test_dynamic_inputs_are_rounded_while_weights_are_trained(captured):
     assert seeing[0] > without[0] + 0.5
 
 
+@pytest.mark.slow
 def test_static_inputs_stay_in_float_while_weights_are_trained(captured):
     before, _ = decibels(captured, "w4a8_static", lambda plan: [])
     after, results = decibels(captured, "w4a8_static", lambda plan: [ZQGlobal(plan, steps=20, token_norm_power=0)])
@@ -252,6 +257,7 @@ def test_static_inputs_stay_in_float_while_weights_are_trained(captured):
     assert results["model.layers.0"]["ZQGlobal"].changed == others["model.layers.0"]["ZQGlobal"].changed
 
 
+@pytest.mark.slow
 def test_crossquants_row_scale_and_factor_are_trained_for(captured):
     def cross(plan):
         return CrossQuant(plan, alpha=0.15, paper_rows=True, round_before_fold=True)
@@ -289,6 +295,7 @@ def test_a_block_without_a_known_output_is_left_alone(captured):
     assert len(alone.skipped) == 7 and not alone.changed
 
 
+@pytest.mark.by_default("ZQLocal")
 @pytest.mark.parametrize("method", [ZQLocal, ZQGlobal])
 def test_the_same_input_gives_the_same_weights(captured, method):
     found = []
@@ -313,6 +320,7 @@ def stop(stage, what, done, total):
         raise Stop
 
 
+@pytest.mark.by_default("zq_local")
 @pytest.mark.parametrize("method", ["zq_local", "zq_global"])
 def test_an_export_runs_and_resumes(captured, tmp_path, method):
     recipe = Recipe(

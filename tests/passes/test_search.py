@@ -180,6 +180,7 @@ def deployed_error(method, scheme, outlier=20.0):
     return error, (results[step.name].changed or results[step.name].skipped)[0]
 
 
+@pytest.mark.by_default("CrossQuant-*")
 @pytest.mark.parametrize(
     "method, scheme",
     [

@@ -66,6 +66,7 @@ def trained(method, scheme="w3a16_g16", folded=None, **options):
     return found[method], found["rtn"]
 
 
+@pytest.mark.by_default("w2a16_g16_asym-omniquant", "w4a8_g16_int-lrq")
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize(
     "scheme",

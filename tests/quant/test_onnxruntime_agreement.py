@@ -100,6 +100,7 @@ def test_accuracy_level_4_breaks_ties_to_even_in_tails_too(bits, symmetric, bloc
     assert distance(matmul_nbits(x, q, features), blockwise_fake_quantize(x, block).double() @ w.t()) < TOLERANCE
 
 
+@pytest.mark.by_default("*4-True", "*8-False")
 @x86_only
 @grids
 def test_accuracy_level_4_multiplies_by_127_over_absmax(bits, symmetric):

@@ -8,6 +8,7 @@ from qexport.report import render
 from qexport.report.png import write_plots
 
 
+@pytest.mark.slow
 def test_every_figure_becomes_a_file(tmp_path):
     pytest.importorskip("matplotlib")
     from matplotlib.image import imread

@@ -60,6 +60,7 @@ def test_folders_are_measured_there_and_back_and_the_first_turn_is_not_counted(t
     assert all(len(values) == 2 for m in found for values in m.samples.values())
 
 
+@pytest.mark.slow
 def test_batches_are_measured_besides_one_prompt_alone(tmp_path):
     write_tiny_decoder(tmp_path, shared_cache=True)
     result = bench(tmp_path, tmp_path, **QUICK, batches=[3])
@@ -70,6 +71,7 @@ def test_batches_are_measured_besides_one_prompt_alone(tmp_path):
     assert first.batched["decode:4x3"] == pytest.approx(3 / np.median(first.samples["decode:4x3"]))
 
 
+@pytest.mark.slow
 def test_defaults_stop_where_the_context_of_a_model_does(tmp_path):
     write_tiny_decoder(tmp_path / "long", layers=1, max_length=300)
     write_tiny_decoder(tmp_path / "short", layers=1, max_length=140, shared_cache=True)
@@ -90,6 +92,7 @@ def test_folder_that_computes_the_last_logits_alone_and_takes_no_positions_is_me
     assert bench(tmp_path, **QUICK).first.decode[4] > 0
 
 
+@pytest.mark.slow
 def test_bench_of_one_folder_has_no_ratios(tmp_path):
     write_tiny_decoder(tmp_path, shared_cache=True)
     result = bench(tmp_path, **QUICK | {"prompt_lengths": (8,), "repeats": 1})

@@ -26,6 +26,7 @@ def run(code: str, names: dict) -> tuple[int, ...]:
     return tuple(map(int, names["generator"].get_sequence(0)))
 
 
+@pytest.mark.by_default("True-bytes", "False-spaces")
 @pytest.mark.parametrize("kind", ["bytes", "spaces"])
 @pytest.mark.parametrize("adds_bos", [True, False])
 def test_the_code_for_genai_reads_and_writes_the_right_tokens(model, tmp_path, monkeypatch, kind, adds_bos):

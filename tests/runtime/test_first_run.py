@@ -36,6 +36,7 @@ def with_more_scales(monkeypatch, operator: str, place: int) -> list[str]:
     return planted
 
 
+@pytest.mark.by_default("True-recipe1-*", "False-w4a16_g32_rtn-*")
 @pytest.mark.parametrize(
     ("recipe", "operator", "place"),
     [
@@ -76,6 +77,7 @@ def test_a_file_for_cuda_is_not_run_where_there_is_no_gpu(model_folder, tmp_path
     assert ran(folder) == "not run: no NVIDIA driver on this machine"
 
 
+@pytest.mark.by_default("True")
 @pytest.mark.parametrize("large", [False, True])
 def test_a_module_is_run_with_the_sizes_of_its_example(tmp_path, monkeypatch, large):
     class Picks(torch.nn.Module):

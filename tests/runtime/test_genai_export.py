@@ -31,6 +31,7 @@ def assert_same(folder):
     assert found == tuple(expected)[: len(found)] and len(found) >= 1
 
 
+@pytest.mark.by_default("llama-*")
 @pytest.mark.parametrize(
     ("family", "recipe"),
     [
@@ -42,6 +43,7 @@ def test_same_greedy_tokens(model_folder, tmp_path, family, recipe):
     assert_same(export(model_folder(family), recipe, out_dir=tmp_path / "out", calibration="random").folder)
 
 
+@pytest.mark.by_default("last")
 @pytest.mark.parametrize("logits", ["all", "last"])
 def test_same_greedy_tokens_with_a_tied_embedding(model_folder, tmp_path, logits):
     recipe = Recipe(scheme="w4a16_g32", lm_head="w8a16_g32", embedding="tied")

@@ -74,6 +74,7 @@ def test_same_bits_in_prefill_and_decode(tmp_path, shared_cache):
         np.testing.assert_array_equal(found, expected)
 
 
+@pytest.mark.by_default("w4a16_g32_rtn")
 @pytest.mark.parametrize("recipe", ["w4a16_g32_rtn", "w8a8_dyn", "w2a16_g64_asym"])
 def test_schemes(model_folder, tmp_path, recipe):
     out = export(model_folder("llama"), recipe, out_dir=tmp_path / "out", calibration="random").folder

@@ -156,6 +156,7 @@ def test_a_pass_that_breaks_its_promise_is_caught(model, text, tmp_path):
         )
 
 
+@pytest.mark.slow
 def test_a_tied_weight_that_a_pass_changes_is_stored_twice(text, tmp_path):
     tied = save_model("llama", tmp_path / "tied", vocab_size=VOCAB, tie_word_embeddings=True)
     write_word_tokenizer(tied, VOCAB)

@@ -21,6 +21,7 @@ class Claims(GraphPass):
         return PassResult([SiteRecord("site", "claimed")])
 
 
+@pytest.mark.by_default("cache", "own")
 @pytest.mark.parametrize(
     ("recipe", "extra", "moves"),
     [

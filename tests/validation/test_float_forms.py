@@ -70,6 +70,7 @@ def test_the_copy_in_float16_leaves_the_model_as_it_is(llama):
     assert torch.equal(reference.outputs(0)["logits"], before) and before.dtype == torch.float32
 
 
+@pytest.mark.by_default("gpt_neox-grouped")
 @pytest.mark.parametrize("family, attention", [("llama", "standard"), ("gpt_neox", "grouped")])
 def test_the_float_file_is_the_float_model_to_rounding(tmp_path, family, attention):
     model = save_model(family, tmp_path / "models" / family)

@@ -95,6 +95,7 @@ FAULTS = {
 }  # fmt: skip
 
 
+@pytest.mark.by_default("rows", "zero point")
 @pytest.mark.parametrize("kind", quick(("rows", "nameless", "zero point", "gain"), among=FAULTS))
 def test_planted_fault_is_named_first(kind, captured, built, tmp_path):
     plant, said = FAULTS[kind]
@@ -169,6 +170,7 @@ def test_other_names_of_nodes_and_ports_change_nothing(captured, built, tmp_path
     ]
 
 
+@pytest.mark.slow
 def test_linear_that_reads_another_value_is_named_first(tmp_path):
     """With as many features as tokens the builder takes the wrong value for the logits' input."""
     model = files.float_model(tmp_path / "float", inner=128)

@@ -87,6 +87,7 @@ KERNELS = {  # the operators that convolutions and linears become, and the least
 }  # fmt: skip
 
 
+@pytest.mark.by_default("qdq", "operators")
 @pytest.mark.parametrize("form", KERNELS)
 def test_good_files_have_no_problem(net, made, tmp_path, form):
     kernels, least = KERNELS[form]
@@ -134,6 +135,7 @@ FAULTS = {
 }
 
 
+@pytest.mark.by_default("qdq", "operators")
 @pytest.mark.parametrize("form", FAULTS)
 def test_planted_fault_is_named_first(net, made, tmp_path, form):
     plant, said = FAULTS[form]

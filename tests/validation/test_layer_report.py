@@ -78,17 +78,20 @@ def test_attention_is_what_the_linear_behind_it_reads(checked, llama, ids):
     assert row.own_sqnr_db > 90, "given the deployed q, k and v, the float attention makes the same"
 
 
+@pytest.mark.slow
 def test_a_cache_of_codes_shows_in_attentions_alone(checked):
     _, report = checked(Recipe(scheme="w8a16_g32", kv_cache=section("kv_cache", bits=8)), calibration="random")
     assert all(25 < row.own_sqnr_db < 60 for row in report.layers.attentions)
     assert any("of its own errors model.layers" in sentence for sentence in report.verdict) and not report.problems
 
 
+@pytest.mark.slow
 def test_smoothing_is_not_an_error_of_attention(static):
     _, report = static
     assert all(row.rescaled and row.own_sqnr_db > 90 for row in report.layers.attentions)
 
 
+@pytest.mark.slow
 def test_ranges_and_clipping_are_those_of_the_values(static, llama, ids):
     folder, report = static
     entries = {entry.name: entry for entry in manifests.load(folder).linears}
@@ -109,6 +112,7 @@ def test_ranges_and_clipping_are_those_of_the_values(static, llama, ids):
     assert smoothed.float_spread > smoothed.spread, "these models have outliers, which smoothing moves"
 
 
+@pytest.mark.slow
 def test_few_bits_have_their_range_too(checked):
     folder, report = checked("fptq", calibration="random")
     assert any(found.clipped is not None for found in report.layers.ranges) and static_limits(folder)
@@ -124,6 +128,7 @@ def test_sizes_kernels_and_gains(checked):
     assert len(rows) == 3 and all(isinstance(cell, str) and cell for row in rows for cell in row)
 
 
+@pytest.mark.by_default("w4a16_g32_rtn")
 @pytest.mark.parametrize("recipe", ["w4a16_g32_rtn", "w4a16_g32_int8_prompts"])
 def test_time_is_shared_out(checked, recipe):
     folder, report = checked(recipe, calibration="random")

@@ -101,6 +101,7 @@ def names_it(report: Report, kind: str, name: str) -> None:
     assert not others and len(report.problems) == 1, "nothing else is wrong"
 
 
+@pytest.mark.by_default("scale-*", "clipped-*", "unfused-*")
 @pytest.mark.parametrize(("kind", "name"), CASES)
 def test_a_planted_fault_is_named_first(good, llama, tmp_path, kind, name):
     plant(good(FAULTS[kind][1]), tmp_path / "out", kind, name)
@@ -111,6 +112,7 @@ SCHEMES = ("w4a16_g32", "w4a16_g32_asym", "w8a8_static", "w2a16_g32", "nf4", "w4
 
 
 # Those of which faulty exports are made above, and the coarsest.
+@pytest.mark.by_default("w8a8_static")
 @pytest.mark.parametrize("scheme", quick(("w4a16_g32", "w8a8_static"), among=SCHEMES))
 def test_rounding_is_no_fault(good, llama, scheme):
     report = validate(good(scheme), llama, text=TEXT, windows=1, window=64)

@@ -88,6 +88,7 @@ FAULTS = {
 }  # fmt: skip
 
 
+@pytest.mark.by_default("permuted_projection", "dropped_scale")
 @pytest.mark.parametrize("plant", FAULTS, ids=lambda plant: plant.__name__)
 def test_a_fault_of_the_reader_stops_the_export(monkeypatch, llama, tmp_path, plant):
     planted = llama()
@@ -98,6 +99,7 @@ def test_a_fault_of_the_reader_stops_the_export(monkeypatch, llama, tmp_path, pl
     assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".out*"))
 
 
+@pytest.mark.by_default("permuted_projection", "dropped_scale")
 @pytest.mark.parametrize("plant", FAULTS, ids=lambda plant: plant.__name__)
 def test_what_is_computed_shows_the_fault_too(monkeypatch, llama, plant):
     found = llama()
@@ -153,6 +155,7 @@ def test_good_decoders_agree(captured, family):
     assert found.compared == "the whole model, 2 rows of 16 tokens and 2 cached steps"
 
 
+@pytest.mark.by_default("modernbert")
 @pytest.mark.parametrize("family", quick(["bert", "modernbert"], among=["bert", "roberta", "modernbert"]))
 def test_good_encoders_agree(monkeypatch, tmp_path, family):
     folder = save_encoder(family, tmp_path)

@@ -33,6 +33,7 @@ def costs(captured, model_folder, tmp_path):
     return measured
 
 
+@pytest.mark.by_default("*o_proj", "*down_proj")
 @pytest.mark.parametrize("name", ["q_proj", "v_proj", "o_proj", "down_proj"])
 def test_the_only_quantized_linear_costs_everything(costs, name):
     whole, falls = costs(only(f"model.layers.1.*.{name}"))

@@ -56,6 +56,7 @@ def test_an_embedding_is_measured_too(validated):
     assert "prologue" in validated[0].sensitivity.measured
 
 
+@pytest.mark.slow
 def test_a_suggested_override_does_what_it_promises(model, validated, tmp_path):
     report, out = validated
     better = next(b for b in report.sensitivity.overrides if b.match == WORST)

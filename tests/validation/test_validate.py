@@ -162,6 +162,7 @@ def test_errors_of_earlier_blocks_are_left_out_of_own_sqnr(report):
     assert all(17 < row.own_sqnr_db < 25 for row in report.layers.linears if row.scheme.startswith("w4"))
 
 
+@pytest.mark.by_default("*up_proj")
 @pytest.mark.parametrize("name", ["model.layers.0.self_attn.k_proj", "model.layers.1.mlp.up_proj"])
 def test_a_planted_fault_is_named_first(copy, llama, report, name):
     """One wrong scale, in the middle of the model, although everything behind it goes wrong too."""
@@ -213,6 +214,7 @@ def test_an_unfused_linear_is_a_problem(llama, tmp_path):
     assert not any(sentence.startswith("all ") for sentence in found.verdict)
 
 
+@pytest.mark.slow
 def test_smoothed_linears_are_compared_up_to_a_factor(llama, tmp_path):
     export(llama, "w8a8_static", out_dir=tmp_path / "out", calibration=tokens())
     found = validate(tmp_path / "out", llama, text=TEXT, windows=1, window=WINDOW)

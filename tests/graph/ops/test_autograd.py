@@ -21,6 +21,7 @@ def attention_inputs(past, padded=True):
     return [draw(*shape, seed=i).requires_grad_() for i, shape in enumerate(shapes)] + [mask]
 
 
+@pytest.mark.by_default("2-2.0")
 @pytest.mark.parametrize("softcap", [0.0, 2.0])
 @pytest.mark.parametrize("past", [0, 2])
 def test_attention_has_the_derivative_of_finite_differences(past, softcap):

@@ -21,6 +21,7 @@ def rotated(scheme, **more):
     return Recipe(scheme=scheme, rotation={}, calibration=calibration, **more)
 
 
+@pytest.mark.by_default("w4a16_g32")
 @pytest.mark.parametrize("scheme", ["w8a8_dyn", "w4a16_g32"])
 def test_an_export_in_another_basis_is_proved_like_any_other(llama, scheme, tmp_path):
     result = export(llama, rotated(scheme, weights={"method": "rtn"}), out_dir=tmp_path / "out")
@@ -32,6 +33,7 @@ def test_an_export_in_another_basis_is_proved_like_any_other(llama, scheme, tmp_
     assert "RotateResidual" in kept["model_passes"]
 
 
+@pytest.mark.slow
 def test_all_rotations_with_a_cache_in_four_bits(llama, tmp_path):
     everything = {"values": True, "keys": True, "inputs": True}
     recipe = rotated("w8a8_dyn", weights={"method": "rtn"}, kv_cache={"bits": 4}).model_copy(

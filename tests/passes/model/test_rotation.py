@@ -59,6 +59,7 @@ def test_a_head_that_is_the_embedding_is_turned_the_other_way_by_a_tensor_of_its
     assert (logits(captured) - want).abs().max() <= 1e-4 * want.abs().max()
 
 
+@pytest.mark.by_default("bloom-*", "gemma2-*")
 @pytest.mark.parametrize(
     ("family", "why"),
     [
@@ -75,6 +76,7 @@ def test_a_norm_whose_gain_no_linear_can_take_is_a_reason_to_refuse(family, why,
     assert captured.weights is weights
 
 
+@pytest.mark.by_default("96", "1536", "13")
 @pytest.mark.parametrize("size", [96, 1536, 11008, 13])
 def test_two_small_factors_turn_all_channels(size):
     first, second = factored_rotation(size, 2)
@@ -100,6 +102,7 @@ def test_factors_of_an_mlp_cost_little():
 WITHIN = {"values": RotateValues(), "keys": RotateKeys(), "inputs": RotateInputs()}
 
 
+@pytest.mark.by_default("llama-*", "qwen3-*")
 @pytest.mark.parametrize(
     ("family", "steps"),
     [
