@@ -212,20 +212,31 @@ class OwnForCausalLM(LlamaForCausalLM):
 """
 
 
-def test_code_of_the_model_runs_only_when_asked_to(copy, tmp_path, run):
+@pytest.fixture
+def with_own_code(copy):
     config = json.loads((copy / "config.json").read_text())
     config |= {"model_type": "own_llama", "architectures": ["OwnForCausalLM"]}
     config["auto_map"] = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnForCausalLM"}
     (copy / "config.json").write_text(json.dumps(config))
     (copy / "own.py").write_text(_OWN_CODE)
+    return copy
+
+
+def test_code_of_the_model_runs_only_when_asked_to(with_own_code, tmp_path, run):
+    refused(run("inspect", with_own_code, "-r", "w4a16_g32_rtn"), "no config that transformers understands")
+    assert run("inspect", with_own_code, "-r", "w4a16_g32_rtn", "--trust-remote-code")[0] == 0
+
+
+@pytest.mark.slow
+def test_each_command_asks_for_that_by_itself(with_own_code, tmp_path, run):
     out = tmp_path / "out"
-    assert run("export", copy, "-o", out, "-r", "w4a16_g32_rtn", "--trust-remote-code")[0] == 0
+    assert run("export", with_own_code, "-o", out, "-r", "w4a16_g32_rtn", "--trust-remote-code")[0] == 0
     few = ("--windows", 1, "--window", 8, "--greedy", 0)
-    refused(run("validate", out, "--reference", copy, *few), "no config that transformers understands")
-    assert run("validate", out, "--reference", copy, *few, "--trust-remote-code")[0] == 0
+    refused(run("validate", out, "--reference", with_own_code, *few), "no config that transformers understands")
+    assert run("validate", out, "--reference", with_own_code, *few, "--trust-remote-code")[0] == 0
     short = ("--max-new-tokens", 2, "--temperature", 0, "--seed", 0)
-    refused(run("study", out, "--reference", copy, *short), "no config that transformers understands")
-    assert run("study", out, "--reference", copy, *short, "--trust-remote-code")[0] == 0
+    refused(run("study", out, "--reference", with_own_code, *short), "no config that transformers understands")
+    assert run("study", out, "--reference", with_own_code, *short, "--trust-remote-code")[0] == 0
 
 
 def test_the_schema_of_a_report(run):
