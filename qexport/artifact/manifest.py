@@ -202,7 +202,7 @@ class Manifest(_Frozen):
     def _plausible(cls, settings: dict[str, Any]) -> dict[str, Any]:
         for key in _SIZES.intersection(settings):
             if isinstance(settings[key], bool) or not isinstance(settings[key], int) or settings[key] < 1:
-                raise ValueError(f"{key} is no size: {str(settings[key])[:40]!r}")
+                raise ValueError(f"{key} is not a size: {str(settings[key])[:40]!r}")
         for key, kind in _KINDS.items():
             if not isinstance(settings.get(key, kind()), kind):
                 raise ValueError(f"{key} is {str(settings[key])[:40]!r}")

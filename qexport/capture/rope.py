@@ -38,5 +38,5 @@ def _check(kind: str, given: dict, longest: int, place: str) -> None:
     else:
         return
     raise CaptureError(
-        f"the length of the text decides on its rotary frequencies (rope_type {kind})", place=place, remedy=remedy
+        f"its rotary frequencies depend on the length of the text (rope_type {kind})", place=place, remedy=remedy
     )

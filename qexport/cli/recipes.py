@@ -20,7 +20,7 @@ def named_recipe(recipe: str | None, requantize: str | None) -> "qexport.Recipe 
         RecipeError: there is no such recipe.
     """
     if recipe is not None and requantize is not None:
-        raise InputError("--requantize names a recipe, as --recipe does", remedy="Give one of them")
+        raise InputError("--requantize and --recipe both name a recipe", remedy="Give one of them")
     name = recipe or requantize
     return None if name is None else qexport.Recipe.load(name)
 

@@ -168,7 +168,7 @@ class SchemeAllocator:
             name, scheme = others[0]
             raise RecipeError(
                 f"schemes are chosen among weights in groups, and {name} would be {scheme.name}",
-                place=self._recipe.name, remedy="Take compact or another recipe that leaves activations alone",
+                place=self._recipe.name, remedy="Use compact or another recipe that leaves activations alone",
             )  # fmt: skip
 
 

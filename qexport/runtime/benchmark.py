@@ -185,7 +185,7 @@ def _describe(folder: Path) -> Manifest:
         return decoder.model_copy(update={"settings": decoder.settings | {"vocab_size": size or 1}})
     plan = manifests.load_any(folder)
     if plan.kind != "decoder":
-        raise InputError(f"this export is a {plan.kind}, and bench measures decoders", place=str(folder))
+        raise InputError(f"this export is a {plan.kind}, but bench measures decoders", place=str(folder))
     return plan
 
 

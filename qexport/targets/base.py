@@ -127,13 +127,13 @@ class Target(ABC):
     def _lacks_words(self, scheme: Scheme) -> tuple[str, str]:
         """What the operators of ONNX do not say of a scheme, and what to do; empty where they say it."""
         why = form_for(scheme.weight).why_not_standard(scheme.weight, self.operators.opset)
-        return why, "Take form native, or a scheme such as w4a16_g32"
+        return why, "Use form native, or a scheme such as w4a16_g32"
 
     def lacks(self, scheme: Scheme, recipe: Recipe) -> tuple[str, str]:
         """The kernel that a quantized linear would need and that is missing, and what to do; empty where none is.
 
         Returns:
-            such as ("no bfloat16 kernel: inputs are quantized", "Take dtype float16").
+            such as ("no bfloat16 kernel: inputs are quantized", "Use dtype float16").
         """
         return "", ""
 

@@ -84,7 +84,7 @@ def test_a_short_text_gives_fewer_windows_and_says_so(tokenizer, tmp_path):
     [
         (b"", "a.txt: there is no text in it"),
         (b" \n\t ", "a.txt: there is no text in it"),
-        (b"fifteen letters", r"a.txt: its 15 tokens are less than one sample of 16\. Give more text or a smaller"),
+        (b"fifteen letters", r"a.txt: its 15 tokens are fewer than one sample of 16\. Give more text or a smaller"),
         ("grün".encode("latin-1"), r"a\.txt: byte 2 is not UTF-8"),
     ],
 )
@@ -406,7 +406,7 @@ def test_the_same_seed_writes_the_same_text():
 @pytest.mark.parametrize(
     ("n", "length", "more", "message"),
     [
-        (0, 8, {}, "0 samples are none"),
+        (0, 8, {}, "0 samples are too few"),
         (1, 2, {}, "2 tokens leave no room after the 2 that begin every text"),
         (1, 8, {"temperature": 0.0}, r"temperature 0\.0"),
         (1, 8, {"top_k": 0}, "top_k 0"),

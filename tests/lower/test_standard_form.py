@@ -175,7 +175,7 @@ def test_encoder(tmp_path, opset):
 REFUSED = {
     ("nf4", "--form", "qdq"): "a table of values",
     ("w2a16_g64", "--form", "qdq"): "2-bit codes, which ONNX has from opset 25 on",
-    ("w4a16_g32_kv8", "--form", "qdq"): "a cache of codes takes grouped attention",
+    ("w4a16_g32_kv8", "--form", "qdq"): "a cache of codes needs grouped attention",
     ("w4a16_g32_int8_prompts", "--form", "qdq"): "second copy of the weights",
     ("w4a16_g32", "--form", "qdq", "--opset", "20"): "is not one of 21 to 25",
     ("w4a16_g32", "--opset", "21"): "the native form has one opset",

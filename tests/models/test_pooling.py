@@ -112,5 +112,5 @@ def test_other_ways_of_pooling_are_refused(tmp_path):
         with pytest.raises(InputError, match=why):
             read_pooling(describe(tmp_path / str(number), pooling))
     (tmp_path / "modules.json").write_text(json.dumps([{"type": "Transformer", "path": "../../etc"}]))
-    with pytest.raises(InputError, match="names a folder outside of its own"):
+    with pytest.raises(InputError, match="names a folder outside its own"):
         read_pooling(tmp_path)

@@ -176,7 +176,7 @@ def test_what_drafts_cannot_do_is_an_input_error(decoder, tmp_path):
         decoder.generate([[5], [6]], max_new_tokens=2, drafts=Drafts())
     with pytest.raises(InputError, match="no draft is called 'oracle'"):
         Drafts("oracle")
-    with pytest.raises(InputError, match="no even number"):
+    with pytest.raises(InputError, match="not an even number"):
         Drafts(rows=3)
     write_tiny_decoder(tmp_path, layers=1, last_logits=True)
     with pytest.raises(InputError, match="the last token alone"):

@@ -288,7 +288,7 @@ def test_a_folder_that_is_no_export_is_refused(llama):
     ("text", "window", "message"),
     [
         ("   \n ", 16, "there is no text in it"),
-        ("one small text", 64, "its 14 tokens are less than one sample of 63"),
+        ("one small text", 64, "its 14 tokens are fewer than one sample of 63"),
         ("missing.txt", 16, "no such file"),
         (TEXT, 257, "longer than the 256"),
         (TEXT, 1, "predict nothing"),

@@ -175,5 +175,5 @@ def test_a_module_without_inputs_is_refused(module):
 
 
 def test_a_module_has_no_references(module):
-    with pytest.raises(InputError, match="references are for language models"):
+    with pytest.raises(InputError, match="references are only for language models"):
         validate(module[1], module[0], inputs=[(torch.zeros(1, 5, 64),)], references=True)

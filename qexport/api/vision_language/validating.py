@@ -44,10 +44,10 @@ def validate_pictures(folder: Path, reference: FloatModel, options: ValidationOp
     for name in ("references", "sensitivity"):
         if getattr(options, name):
             raise InputError(
-                f"{name} are not measured of a model of pictures and text", place=str(folder), remedy="Leave it out"
+                f"{name} cannot be measured for a model of pictures and text", place=str(folder), remedy="Leave it out"
             )
     if options.text is not None and options.inputs is not None:
-        raise InputError("both are texts", place="text, inputs", remedy="Give one of them")
+        raise InputError("both give the text", place="text, inputs", remedy="Give one of them")
     model = _opened(reference, options)
     check_writable(folder)
     with inside(folder, "validating"):
@@ -67,7 +67,7 @@ def _opened(reference: FloatModel, options: ValidationOptions) -> ModelFolder:
         )
     model = open_model(reference, trust_remote_code=options.trust_remote_code)
     if not in_three_parts(model.config):
-        raise InputError("is no model of pictures and text", place=model.name, remedy=remedy)
+        raise InputError("is not a model of pictures and text", place=model.name, remedy=remedy)
     return model
 
 

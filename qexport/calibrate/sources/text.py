@@ -97,7 +97,7 @@ def _tokens(text: str, tokenizer: Any, place: str) -> np.ndarray:
 def _cut(ids: np.ndarray, body: int, place: str, remedy: str) -> Tensor:
     count = len(ids) // body
     if not count:
-        raise InputError(f"its {len(ids)} tokens are less than one sample of {body}", place=place, remedy=remedy)
+        raise InputError(f"its {len(ids)} tokens are fewer than one sample of {body}", place=place, remedy=remedy)
     return torch.from_numpy(ids[: count * body].reshape(count, body))
 
 
