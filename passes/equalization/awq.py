@@ -59,7 +59,7 @@ class AWQ(Equalize):
     def factors(self, module: GraphModule, site: FoldSite, seen: Any) -> tuple[torch.Tensor | None, dict[str, Any]]:
         if self.alpha is not None:
             if self.alpha == 0:
-                return None, {"alpha": 0.0, "why": "alpha 0 is no factor"}
+                return None, {"alpha": 0.0, "why": "alpha 0 makes no factors"}
             return awq_factors(_producer_mean(site, seen.mean()), self.alpha), {"alpha": self.alpha}
         channels, rows = seen.parts
         mean = _producer_mean(site, channels.mean())

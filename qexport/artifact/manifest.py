@@ -100,7 +100,7 @@ class LinearEntry(_Frozen):
     @classmethod
     def _some(cls, columns: tuple[int, int] | None) -> tuple[int, int] | None:
         if columns is not None and not 0 <= columns[0] < columns[1] < 2**31:
-            raise ValueError("not the first column and the one behind the last")
+            raise ValueError("not the first column and the one after the last")
         return columns
 
     @model_validator(mode="after")

@@ -143,7 +143,7 @@ def _loader(folder: ModelFolder) -> type[Any]:
     if kind in modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES:
         return AutoModelForSeq2SeqLM
     raise CaptureError(
-        f"transformers knows no encoder-decoder of type {kind} that writes text", place=folder.name,
+        f"transformers has no encoder-decoder of type {kind} that writes text", place=folder.name,
         remedy="For other kinds of model pass an nn.Module and example inputs",
     )  # fmt: skip
 

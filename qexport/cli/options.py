@@ -39,8 +39,8 @@ Adapter = Annotated[
 Adapters = Annotated[
     list[str] | None,
     typer.Option(
-        "--adapter", help="Folder with a LoRA adapter, merged into the weights before anything else; as NAME=DIR, as "
-        "often as there are adapters, it stays apart and is switched while the file runs."
+        "--adapter", help="Folder with a LoRA adapter, merged into the weights before anything else. With NAME=DIR, "
+        "once per adapter, it is kept apart and can be switched at run time."
     ),
 ]
 Calibration = Annotated[

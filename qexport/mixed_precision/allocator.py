@@ -56,7 +56,7 @@ class SchemeAllocator:
         self._shares = [1.0] * len(self._costs.items)
         for item in self._costs.items:
             costs = ", ".join(f"{choice.scheme} {choice.kl:.3g}" for choice in item.choices)
-            logger.debug("%s: foretold KL of each scheme: %s", item.linear or "the embedding", costs)
+            logger.debug("%s: predicted KL of each scheme: %s", item.linear or "the embedding", costs)
         self._guessed = _GRAPH_BYTES * len(self._plan)  # of the rest, until an export is measured
         self._rest = _rest(captured, self._plan, self._embeddings, float_itemsize, attention) + self._guessed
         projection = output_projection(captured)

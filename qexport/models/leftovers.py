@@ -64,7 +64,7 @@ def check_leftovers(
     for bias in biases:
         if not is_zero(bias):
             raise CaptureError(
-                "is in the checkpoint beside a weight that the model reads, but config.json knows no such bias",
+                "is in the checkpoint beside a weight that the model reads, but config.json has no such bias",
                 place=bias, remedy="The config does not belong to these weights",
             )  # fmt: skip
     return sorted(unread)

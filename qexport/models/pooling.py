@@ -114,7 +114,7 @@ def read_pooling(folder: Path) -> Pooling | None:
     modes: tuple[str, ...] = ()
     dense: list[Dense] = []
     normalized = False
-    with reading(path, "is no list of modules of sentence-transformers"):
+    with reading(path, "is not a list of modules of sentence-transformers"):
         steps = [(str(step["type"]).rpartition(".")[2], folder / step["path"]) for step in _listed(path)]
     for place, (kind, own) in enumerate(steps):
         if kind == "Transformer" and place == 0 and own.resolve() == folder.resolve():
@@ -157,7 +157,7 @@ def _modes(path: Path) -> tuple[str, ...]:
 def _dense(folder: Path) -> Dense:
     path = folder / "config.json"
     said = read_json(path)
-    with reading(path, "is no config of a Dense step"):
+    with reading(path, "is not the config of a Dense step"):
         activation = str(said.get("activation_function", "torch.nn.modules.activation.Tanh")).rpartition(".")[2]
         found = Dense(folder, (int(said["in_features"]), int(said["out_features"])), bool(said["bias"]), activation)
     if not isinstance(getattr(nn, activation, None), type):

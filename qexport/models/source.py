@@ -151,7 +151,7 @@ def _download(name: str) -> Path:
         raise InputError("is neither a local path nor a Hugging Face id", place=name) from error
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise InputError(
-            f"is no local folder and could not be downloaded ({_first_line(error)})", place=name,
+            f"is not a local folder and could not be downloaded ({_first_line(error)})", place=name,
             remedy="Check the spelling and the network, or download the model and pass its folder",
         ) from error  # fmt: skip
 

@@ -373,6 +373,6 @@ def open_decoder(
         except RuntimeProblem as error:  # a node of this file runs on the CPU; without a graph it does no harm
             if records:
                 raise
-            logger.info("%s: its steps are no CUDA graph: %s", folder, error)
+            logger.info("%s: its steps run without a CUDA graph: %s", folder, error)
     session = open_session(folder, manifest, threads=threads, provider=provider)
     return Decoder(session, manifest.settings, max_length=max_length, embed=embed)

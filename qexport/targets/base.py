@@ -87,8 +87,8 @@ class Target(ABC):
             if getattr(recipe, key) is not None and key not in options:
                 able = " and ".join(name for name, other in targets().items() if key in other.options())
                 raise RecipeError(
-                    f"{key}: {getattr(recipe, key)} has no form for the target {cls.name}", place=key,
-                    remedy=f"Remove it; {able} has it" if able else "Remove it",
+                    f"{key}: {getattr(recipe, key)} is not supported by the target {cls.name}", place=key,
+                    remedy=f"Remove it; {able} supports it" if able else "Remove it",
                 )  # fmt: skip
         return cls(dtype=dtype, **{key: getattr(recipe, key) for key in options})
 

@@ -28,7 +28,7 @@ def test_inspect_export_validate_generate(model, run, tmp_path):
     text.write_text("words and more words, " * 20)
     given = ("--reference", model, "--text", text, "--windows", 2, "--window", 16, "--greedy", 4)
     code, shown, _ = run("validate", out, *given)
-    assert code == 0 and "a token of text behind pictures" in shown
+    assert code == 0 and "a token of the text after pictures" in shown
     assert all((out / part / "report.html").is_file() for part in ("vision", "embedding", "decoder"))
     code, _, said = run("chat", out)
     assert code == 2 and "--image FILE" in said

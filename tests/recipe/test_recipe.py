@@ -359,7 +359,7 @@ def test_to_yaml_is_plain_yaml_in_the_order_of_the_fields():
         ({"scheme": "w4a16_g32", "crossquant": {}}, "crossquant makes activations easier"),
         ({"scheme": "w4a16_g32", "fptq": {}}, "fptq makes activations easier"),
         ({"scheme": "w4a16_g32", "llm_int8": {}}, "llm_int8 makes activations easier"),
-        ({"scheme": "w4a8_g32", "crossquant": {"round_weights": "before_fold"}}, "no form for w4a8_g32"),
+        ({"scheme": "w4a8_g32", "crossquant": {"round_weights": "before_fold"}}, "does not work with w4a8_g32"),
         ({"scheme": "w8a8_dyn", "crossquant": {"alpha": "search", "row_scale": "dynamic"}}, "dynamic folds nothing"),
         ({"scheme": "w8a8_dyn", "fptq": {"static_up_to": 9, "dynamic_from": 3}}, "dynamic_from is below"),
         ({"scheme": "w8a8_dyn", "crossquant": {"alpha": "best"}}, "not a number from 0 to 1"),

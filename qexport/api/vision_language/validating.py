@@ -206,7 +206,7 @@ def _sentences(examples: Examples, logits: Logits, greedy: Greedy | None) -> lis
         f"Both write the same about a picture for {np.mean(greedy.agreed):.1f} of {greedy.new_tokens} tokens on average"
     ]  # fmt: skip
     return [
-        f"KL {number(logits.kl_mean)} a token of text behind pictures from the float model, and the same token "
+        f"KL {number(logits.kl_mean)} a token of the text after pictures, and the same token "
         f"likeliest for {100 * logits.top1_agreement:.1f} % of {logits.tokens}",
         *written, *chance,
     ]

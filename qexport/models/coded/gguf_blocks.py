@@ -237,7 +237,7 @@ class GGUFBlocks(CodedCheckpoint):
         if not self.others:
             return ()
         return (
-            f"linears in {', '.join(self.others)} become float, as codes are kept of {', '.join(BLOCKS)} alone",
+            f"linears in {', '.join(self.others)} become float, because codes are only kept for {', '.join(BLOCKS)}",
         )  # fmt: skip
 
     def find(self, tensors: Mapping[str, Header], read: Read) -> list[CodedWeight]:

@@ -43,7 +43,7 @@ class Conversations(Source):
                     begins.append((number, at))
                 at += len(line)
             if not begins:
-                raise InputError("there are no conversations in it", place=str(self.path))
+                raise InputError("it holds no conversations", place=str(self.path))
             spec = self.spec
             chosen = spread(len(begins), min(spec.samples, len(begins)), spec.seed)
             if spec.packed:

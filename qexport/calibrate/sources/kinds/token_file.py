@@ -80,14 +80,14 @@ class TokenFile(Source):
         if not path.is_file():
             raise InputError("there is no such file", place=str(path), remedy=forms())
         if not os.path.getsize(path):
-            raise InputError("there are no tokens in it", place=str(path), remedy=_REMEDY)
+            raise InputError("it holds no tokens", place=str(path), remedy=_REMEDY)
         with ExitStack() as stack:
             with reading(path, "cannot be read as token ids", _REMEDY):
                 table = stack.enter_context(_READERS[path.suffix.lower()](path))
             if len(table.shape) not in (1, 2):
                 raise InputError(f"its ids are {list(table.shape)}", place=str(path), remedy=_REMEDY)
             if 0 in table.shape:
-                raise InputError("there are no tokens in it", place=str(path), remedy=_REMEDY)
+                raise InputError("it holds no tokens", place=str(path), remedy=_REMEDY)
             yield table
 
 
