@@ -216,7 +216,7 @@ def test_a_data_set_of_conversations(tmp_path, tokenizer, monkeypatch):
     ("line", "message"),
     [
         ("", "it holds no conversations"),
-        ("{", r"line 1 is no JSON \(.*\)\. A line is"),
+        ("{", r"line 1 is not JSON \(.*\)\. A line is"),
         ('{"text": "a"}', r"line 1 has no messages\. .*datasets:FILE:train:COLUMN"),
         ('{"messages": []}', r"a\.jsonl, line 1: holds no messages"),
         ('{"messages": [{"content": "a"}]}', "a message has no role"),

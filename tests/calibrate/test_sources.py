@@ -97,7 +97,7 @@ def test_unusable_text(content, message, tokenizer, tmp_path):
 def test_missing_files_and_tokenizers(tokenizer, tmp_path, english):
     with pytest.raises(InputError, match=r"gone\.txt: cannot read .*: No such file or directory\. Sources are"):
         load_samples(spec(tmp_path / "gone.txt"), tokenizer=tokenizer, vocab_size=VOCAB)
-    with pytest.raises(InputError, match="is no file"):
+    with pytest.raises(InputError, match="is not a file"):
         load_samples(spec(tmp_path), tokenizer=tokenizer, vocab_size=VOCAB)
     with pytest.raises(InputError, match="text needs a tokenizer"):
         load_samples(spec(english), vocab_size=VOCAB)

@@ -297,7 +297,7 @@ def test_what_takes_one_file_says_which(exported, t5, tmp_path):
         study([exported], t5)
     with pytest.raises(InputError, match="cost a decoder's logits, and its kind is encoder-decoder"):
         export_auto(t5, out_dir=tmp_path / "out", max_kl=1.0)
-    with pytest.raises(InputError, match="go on from"):
+    with pytest.raises(InputError, match="nothing to continue, or too much"):
         generate(exported)
     with pytest.raises(RecipeError, match="kv_cache"):
         export(t5, recipe_of("w4a16_g32", kv_cache="int8"), out_dir=tmp_path / "out")

@@ -314,7 +314,7 @@ def test_unreadable_files(tmp_path):
         Recipe.load(tmp_path / "latin.yaml")
     with pytest.raises(RecipeError, match=r"none\.yaml: cannot be read: No such file"):
         Recipe.load("none.yaml")
-    with pytest.raises(RecipeError, match="is no file"):
+    with pytest.raises(RecipeError, match="is not a file"):
         Recipe.load(tmp_path)
 
 

@@ -151,7 +151,7 @@ def test_what_begins_texts_of_speech():
 )
 def test_damaged_tokens_of_speech_are_named(wrong, tmp_path):
     (tmp_path / "generation_config.json").write_text(json.dumps(HEARD | wrong))
-    with pytest.raises(InputError, match=f"{next(iter(wrong))} is no token id"):
+    with pytest.raises(InputError, match=f"{next(iter(wrong))} is not a token id"):
         habits_of(tmp_path)
 
 

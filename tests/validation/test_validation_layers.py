@@ -158,7 +158,7 @@ def test_a_module_is_compared_on_tensors(module):
 @pytest.mark.parametrize(
     ("inputs", "message"),
     [
-        ([(torch.zeros(1, 5, 64), torch.zeros(1))], "2 tensors, and the model takes 1"),
+        ([(torch.zeros(1, 5, 64), torch.zeros(1))], "2 tensors, but the model takes 1"),
         ([(torch.zeros(1, 5, 32),)], r"is torch.float32 \[1, 5, 32\], not torch.float32"),
         ([(torch.zeros(1, 5, 64, dtype=torch.int64),)], "is torch.int64"),
     ],
