@@ -91,7 +91,7 @@ def test_work_is_shared_out_evenly(monkeypatch):
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        ({"calibration": CALIBRATION | {"batch_size": 8}, "weights": {"method": "gptq"}}, "1 batches are too few for 2 processes"),
+        ({"calibration": CALIBRATION | {"batch_size": 8}, "weights": {"method": "gptq"}}, "1 batches are too few for"),
         ({"weights": {"method": "autoround"}}, "shared trains on all samples by one process only"),
     ],
 )

@@ -19,8 +19,8 @@ from qexport.lower.check import check_translations
 PROMPTS = (padded([3, 7, 1], "left"), padded([7, 2, 5], "right"))
 STEPS = 3
 REASONS = {
-    "dynamic_rope": r"depend on the length of the text .*rope_type dynamic.* up to 128 tokens set rope_type to \"default\"",
-    "long_longrope": r"depend on the length of the text .*longrope.* up to 32 tokens set max_position_embeddings to 32 .* 4",
+    "dynamic_rope": r"on the length of the text .*rope_type dynamic.* up to 128 tokens set rope_type to \"default\"",
+    "long_longrope": r"on the length of the text .*longrope.* up to 32 tokens set max_position_embeddings to 32 .* 4",
     "jetmoe": r"size depends on values at .*modeling_jetmoe.py:\d+: input_list = inputs.split\(expert_size",
     "llama4": "mask is neither causal nor a sliding window",
     "recurrent_gemma": "is a state that it keeps in a module",
