@@ -55,7 +55,7 @@ def placement_of(device: str, offload: bool = False) -> Placement:
     except (AssertionError, RuntimeError) as error:  # a build without CUDA says it by an assertion
         raise InputError(
             f"PyTorch {torch.__version__} cannot compute there ({in_a_line(error).split('. ')[0]})", place=device,
-            remedy="Take another device, such as cpu, or install a build of PyTorch for this one",
+            remedy="Use another device, such as cpu, or install a build of PyTorch for this one",
         ) from None  # fmt: skip
     return Placement(found, offload)
 

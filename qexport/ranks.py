@@ -137,7 +137,7 @@ def combine(statistics: Sequence[Any]) -> None:
     for statistic in {id(s): s for s in statistics}.values():
         if not hasattr(statistic, "across"):
             raise InputError(
-                f"{type(statistic).__name__} is gathered by one process alone", place="torchrun",
+                f"{type(statistic).__name__} can only be gathered by one process", place="torchrun",
                 remedy="Export without torchrun, or with another method",
             )  # fmt: skip
         statistic.across()

@@ -120,7 +120,7 @@ def _stored(node: Node, place: str) -> tuple[torch.Tensor, torch.Tensor]:
     """The scales of keys and values, float32 [1] each."""
     found = node.meta.get(Meta.CACHE_SCALES)
     if found is None:
-        raise PassError("the checkpoint has no such scale", place=place, remedy="Take scales: tensor, or no kv_cache")
+        raise PassError("the checkpoint has no such scale", place=place, remedy="Use scales: tensor, or no kv_cache")
     return torch.tensor(found[:1]), torch.tensor(found[1:])
 
 

@@ -59,7 +59,7 @@ class AWQ(Equalize):
     def factors(self, module: GraphModule, site: FoldSite, seen: Any) -> tuple[torch.Tensor | None, dict[str, Any]]:
         if self.alpha is not None:
             if self.alpha == 0:
-                return None, {"alpha": 0.0, "why": "alpha 0 is no factor"}
+                return None, {"alpha": 0.0, "why": "alpha 0 makes no factors"}
             return awq_factors(_producer_mean(site, seen.mean()), self.alpha), {"alpha": self.alpha}
         channels, rows = seen.parts
         mean = _producer_mean(site, channels.mean())
@@ -84,7 +84,7 @@ def awq_factors(activation_mean: torch.Tensor, alpha: float) -> torch.Tensor:
         RecipeError: alpha is outside [0, 1].
     """
     if not 0 <= alpha <= 1:
-        raise RecipeError(f"AWQ with alpha {alpha}", remedy="Use a number from 0 to 1")
+        raise RecipeError(f"AWQ with alpha {alpha} is out of range", remedy="Use a number from 0 to 1")
     mean = activation_mean.double()
     if not bool(torch.isfinite(mean).all()):
         raise NumericsError("an activation has NaN or Inf", remedy="Check the checkpoint and the data")

@@ -59,7 +59,7 @@ class CrossQuantSection(Equalization):
         for scheme in recipe.schemes if self.round_weights == "before_fold" else ():
             if scheme.activation and not scheme.weight.folds_columns and scheme.weight.bits != 8:
                 raise ValueError(
-                    f"round_weights: before_fold has no form for {scheme.name}",
+                    f"round_weights: before_fold does not work with {scheme.name}",
                     "Take w8a8_dyn, or groups with _int: w4a8_g128_int",
                 )
 

@@ -82,7 +82,7 @@ class FPTQ(LogEqualize, InputPolicy):
         if not 0 <= self.static_up_to <= self.dynamic_from:
             raise PassError(
                 f"static up to {self.static_up_to:g} and dynamic from {self.dynamic_from:g}",
-                remedy="Take bounds that are not negative and in this order",
+                remedy="Use bounds that are not negative and in this order",
             )
 
     def statistics(self, module: GraphModule) -> dict[Node, Callable[[], Any]]:

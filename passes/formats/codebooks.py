@@ -89,7 +89,7 @@ class CodebookForm(GraphForm):
 
     def insert(self, module: GraphModule, name: str, weight: QuantizedWeight, factor: Tensor | None = None) -> Node:
         if not isinstance(fmt := weight.format, CodebookFormat):
-            raise TypeError(f"{fmt} is no codebook")
+            raise TypeError(f"{fmt} is not a codebook")
         codes = add_tensor(module.graph, f"{name}.weight_codes", weight.codes)
         scale = scale_tensor(module.graph, name, weight.scale, fmt)
         rows, columns = weight.shape

@@ -43,7 +43,7 @@ class MatQuantSection(TrainedBlocks):
     def check(self, recipe: "Recipe") -> None:
         grids = [scheme.weight for scheme in recipe.schemes]
         if not all(isinstance(grid, IntegerFormat) and grid.bits == 8 and grid.group_size > 0 for grid in grids):
-            raise ValueError("matquant has 8-bit codes in groups, whose upper bits are sliced", "Take w8a16_g64")
+            raise ValueError("matquant has 8-bit codes in groups, whose upper bits are sliced", "Use w8a16_g64")
 
     def training_passes(self, samples: int, batch_size: int) -> float:
         return (1 + len(self.slices)) * super().training_passes(samples, batch_size)

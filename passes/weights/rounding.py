@@ -34,7 +34,7 @@ def why_not_integer(plan: Mapping[str, LinearPlan], linear: Linear) -> str:
     scheme = plan[linear.name].scheme
     if scheme is None:
         return plan[linear.name].reason
-    return "" if isinstance(scheme.weight, IntegerFormat) else f"{scheme.name} is no grid of integers"
+    return "" if isinstance(scheme.weight, IntegerFormat) else f"{scheme.name} is not an integer format"
 
 
 def integer_format(plan: LinearPlan) -> IntegerFormat:
@@ -45,7 +45,7 @@ def integer_format(plan: LinearPlan) -> IntegerFormat:
     """
     fmt = plan.chosen.weight
     if not isinstance(fmt, IntegerFormat):
-        raise TypeError(f"{plan.name} is {plan.chosen.name}, which is no grid of integers")
+        raise TypeError(f"{plan.name} is {plan.chosen.name}, which is not an integer format")
     return fmt
 
 
@@ -117,7 +117,7 @@ def quantize_linears(
             found[linear.weight] = quantized
         insert_weight(module, linear, quantized, factor, decided.shares)
         nearest = quantize is not None and not isinstance(fmt, moves)
-        what = f"{scheme.name}, rounded to nearest: it is no grid of integers" if nearest else scheme.name
+        what = f"{scheme.name}, rounded to nearest: it is not an integer format" if nearest else scheme.name
         result.changed.append(SiteRecord(linear.name, what))
     finish(module)
     return result

@@ -24,7 +24,7 @@ def kept_adapters(named: Mapping[str, str | os.PathLike[str]]) -> dict[str, Adap
     for name, place in named.items():
         if not _NAME.fullmatch(name):
             raise InputError(f"{name!r} cannot be the name of an adapter", place="adapter",
-                             remedy="Take letters, digits, dots, dashes and underscores")  # fmt: skip
+                             remedy="Use letters, digits, dots, dashes and underscores")  # fmt: skip
         found[name] = open_adapter(os.fspath(place))
         check_kept(found[name])
     return found
@@ -39,10 +39,10 @@ def check_adapters(prepared: Preparation) -> None:
     if not prepared.options.adapters:
         return
     if not isinstance(prepared.source, ModelFolder) or prepared.in_two_parts or prepared.in_three_parts:
-        raise InputError("adapters are kept of decoders on disk alone", place="adapter", remedy="Merge it")
+        raise InputError("adapters can only be kept apart for decoders on disk", place="adapter", remedy="Merge it")
     moving = [m.key for m in prepared.recipe.methods if m.stage in (Stage.MODEL, Stage.EQUALIZE)]
     if moving:
         raise InputError(
-            f"{prepared.recipe.name} has {moving[0]}, which moves factors between values and weights, and an adapter "
-            "beside them would read others", place="adapter", remedy="Take a recipe without, or merge the adapter",
+            f"{prepared.recipe.name} has {moving[0]}, which moves factors between values and weights; an adapter "
+            "beside them would read other values", place="adapter", remedy="Use a recipe without, or merge the adapter",
         )  # fmt: skip

@@ -127,7 +127,7 @@ def export_auto(
     if len(asked) > 1 or not (asked or curve):
         raise InputError("give either the most bytes or the largest KL", place="max_bytes, max_kl")
     if max_kl is not None and max_kl <= 0:
-        raise InputError(f"a KL of {max_kl:g} takes the float model", place="max_kl", remedy="Give a number above 0")
+        raise InputError(f"only the float model has a KL of {max_kl:g}", place="max_kl", remedy="Give a number above 0")
     options = Options(
         target=target, dtype=dtype, attention=attention, seed=seed, requantize=requantize,
         trust_remote_code=trust_remote_code, progress=progress, device=device, offload=offload,

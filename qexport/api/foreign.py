@@ -48,9 +48,9 @@ def validate_foreign(place: Path, reference: FloatModel, options: ValidationOpti
 def _check(reference: FloatModel, options: ValidationOptions) -> None:
     asked = {"references": options.references, "sensitivity": options.sensitivity}
     if wrong := [name for name, value in asked.items() if value]:
-        raise InputError("is for exports of qexport alone", place=wrong[0], remedy="Leave it out")
+        raise InputError("is only for exports of qexport", place=wrong[0], remedy="Leave it out")
     if isinstance(reference, torch.nn.Module) and options.gates.asked:
-        raise InputError("limits are for language models, and this has no next token", place="gates")
+        raise InputError("limits are for language models, and this model predicts no next token", place="gates")
 
 
 def _report(

@@ -175,7 +175,8 @@ def check_writable(folder: Path) -> None:
     """
     if not os.access(folder, os.W_OK):
         raise InputError(
-            "cannot be written, and the report goes there", place=str(folder), remedy="Copy it to a folder you own"
+            "cannot be written to, and the report belongs there", place=str(folder),
+            remedy="Copy it to a folder you own"
         )
 
 
@@ -198,9 +199,9 @@ def _report(folder: Path, manifest: Manifest, reference: FloatModel, options: Va
     if options.out is not None:
         raise InputError("the report of an export goes into its folder", place="out", remedy="Leave it out")
     if options.references and manifest.kind != "decoder":
-        raise InputError("references are for language models", place="references", remedy="Leave them out")
+        raise InputError("references are only for language models", place="references", remedy="Leave them out")
     if options.gates.asked and manifest.kind != "decoder":
-        raise InputError("limits are for language models, and this has no next token", place="gates")
+        raise InputError("limits are for language models, and this model predicts no next token", place="gates")
     check_all_logits(manifest, folder)
     announce(options.progress, *stages(manifest.kind, options))
     captured = captured_for(reference, manifest, options)

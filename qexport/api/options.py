@@ -72,7 +72,7 @@ class Options:
         if self.logits not in LOGITS:
             raise InputError(f"unknown logits {self.logits!r}", remedy=f"Logits are {' or '.join(LOGITS)}")
         if self.max_length is not None and self.max_length < 1:
-            raise InputError(f"a text of {self.max_length} tokens", place="max_length", remedy="Take 1 or more")
+            raise InputError(f"a text cannot have {self.max_length} tokens", place="max_length", remedy="Use 1 or more")
 
     @property
     def deployed_attention(self) -> str:
@@ -124,5 +124,5 @@ class ValidationOptions:
         object.__setattr__(self, "placement", placement_of(self.device))
         if self.greedy < 0:
             raise InputError(
-                f"{self.greedy} new tokens cannot be written", place="greedy", remedy="Take 0 for none"
+                f"{self.greedy} new tokens cannot be written", place="greedy", remedy="Use 0 for none"
             )

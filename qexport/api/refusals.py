@@ -70,7 +70,33 @@ def check_ranks(prepared: Any) -> None:
         else "passes of your own see all samples" if prepared.options.extra_passes else ""
     )  # fmt: skip
     if why:
-        raise InputError(f"{why} by one process alone", place="torchrun", remedy="Export without torchrun")
+        raise InputError(f"{why} by one process only", place="torchrun", remedy="Export without torchrun")
+
+
+def check_own_text(prepared: Any) -> None:
+    """Refuse a model that would have to write its own calibration text and writes none, without capturing it.
+
+    What overrides keep in float needs no data, and only the captured model says what they match: with overrides the
+    same is refused after capture.
+
+    Args:
+        prepared: as above.
+
+    Raises:
+        InputError: as said.
+        QExportError: an option that such a model does not have either, see `check_applicable`.
+    """
+    folder, recipe = prepared.source, prepared.recipe
+    if prepared.data is not None or recipe.calibration.source != "self" or not isinstance(folder, ModelFolder):
+        return
+    if not recipe.always_calibrates or prepared.in_three_parts:  # the latter say it themselves
+        return
+    if prepared.in_two_parts:
+        check_applicable(SEQ2SEQ, prepared.options, recipe)  # whatever text is passed, these stay wrong
+        raise writes_none("an encoder-decoder") if reads_text(folder.config) else makes_none("source")
+    if read_pooling(folder.path) is not None or head_of(folder.config, folder.name) is not None:
+        check_applicable("encoder", prepared.options, recipe)
+        raise writes_none("an encoder")
 
 
 def check_own_text(prepared: Any) -> None:
@@ -132,16 +158,17 @@ def check_applicable(kind: str, options: Options, recipe: Recipe) -> None:
     """
     parts = kind == SEQ2SEQ
     if kind == VISION_LANGUAGE and options.resume:
-        raise InputError(f"an export of {_KINDS[kind]} is not resumed", place="resume", remedy="Start it again")
+        raise InputError(f"an export of {_KINDS[kind]} cannot be resumed", place="resume", remedy="Start it again")
     if parts and options.logits != "all":
         raise InputError(
-            "an encoder-decoder makes all logits of its texts", place="logits", remedy="Export it with logits all"
+            "an encoder-decoder always makes the logits of all tokens", place="logits",
+            remedy="Export it with logits all"
         )
     if kind in ("decoder", VISION_LANGUAGE):  # whose last part is one
         return
     if options.max_length is not None:
         raise InputError(
-            f"only decoders have a longest text, and this is {_KINDS[kind]}", place="max_length",
+            f"only decoders have a maximum length, and this is {_KINDS[kind]}", place="max_length",
             remedy="Leave it out",
         )  # fmt: skip
     if options.attention != "grouped":
@@ -153,7 +180,7 @@ def check_applicable(kind: str, options: Options, recipe: Recipe) -> None:
     alone += ["prefill"] if recipe.prefill is not None else []
     if alone:
         raise RecipeError(
-            f"{alone[0]} is for decoders alone, and this is {_KINDS[kind]}", place=alone[0], remedy="Remove it"
+            f"{alone[0]} is only for decoders, and this is {_KINDS[kind]}", place=alone[0], remedy="Remove it"
         )
 
 
@@ -165,7 +192,7 @@ def check_measurable(kind: str, calibrate: bool) -> None:
     """
     if calibrate:
         raise InputError(
-            f"ranges of {_KINDS[kind]} are measured by its export only", place="calibrate",
+            f"the ranges of {_KINDS[kind]} are only measured when it is exported", place="calibrate",
             remedy="Inspect it without calibration",
         )  # fmt: skip
 
@@ -208,13 +235,13 @@ def _check_cache(captured: CapturedModel, recipe: Recipe, target: Target, attent
     caches = sum(port.name.startswith("past_key_values.") for port in captured.inputs) // 2
     if count_attentions(captured) < caches:
         raise RecipeError(
-            "its attention is written out, and a cache of codes takes grouped attention", place=key,
+            "its attention is written out, and a cache of codes needs grouped attention", place=key,
             remedy=remedy,
         )  # fmt: skip
     grouping = plan_attention(captured, attention, captured.load)
     if not isinstance(grouping, GroupedAttention):
         raise LoweringError(
-            f"a cache of codes takes grouped attention, and it is standard here: {grouping or 'as asked for'}",
+            f"a cache of codes needs grouped attention, but it is standard here: {grouping or 'as asked for'}",
             place=key, remedy=remedy,
         )  # fmt: skip
     if grouping.biases and not target.codes_beside_bias:

@@ -76,10 +76,12 @@ def slice_export(
     """
     folder, out = Path(folder), Path(out_dir)
     if bits not in TO_BITS:
-        raise InputError(f"{bits} bits are no slice", place="bits", remedy=f"Take {' or '.join(map(str, TO_BITS))}")
+        raise InputError(
+            f"a slice cannot have {bits} bits", place="bits", remedy=f"Use {' or '.join(map(str, TO_BITS))}"
+        )
     manifest = manifests.load(folder)
     if manifest.kind in (manifests.SEQ2SEQ, manifests.VISION_LANGUAGE):
-        raise InputError("is in several parts", place=str(folder), remedy="Slice each of them")
+        raise InputError("has several parts", place=str(folder), remedy="Slice each of them")
     with claimed(out, overwrite, model=folder) as work, work.appearing() as new:
         model = ir.load(folder / manifests.MODEL_FILE)
         sliced = {found.node: found for found in slice_model(model, bits)}

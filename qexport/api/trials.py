@@ -108,7 +108,7 @@ class Trials:
         if logits.kl_mean is None:
             raise InputError("NaN or Inf comes out of the export", remedy="See `qexport validate` of a plain export")
         size, schemes = made.manifest.bytes["model"], Counter(schemes_of(made).values())
-        logger.info("tried %s: %d bytes, KL %.4g (foretold %.4g)", dict(schemes), size, logits.kl_mean, foretold)
+        logger.info("tried %s: %d bytes, KL %.4g (predicted %.4g)", dict(schemes), size, logits.kl_mean, foretold)
         self.all.append(Trial(allocation, foretold, made, logits, logits.kl_mean))
         self.chooser.wrong_by(self.all[-1].bytes - self.chooser.bytes(allocation))
         return self.all[-1]

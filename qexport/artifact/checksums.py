@@ -82,7 +82,7 @@ def changed(folder: Path) -> dict[str, str]:
     noted = read(folder)
     if noted is None:
         raise InputError(
-            f"has no {FILE}, so it does not know its own bytes", place=str(folder), remedy="Export the model again"
+            f"has no {FILE}, so its files cannot be checked", place=str(folder), remedy="Export the model again"
         )
     found = {name: _difference(entry, folder / name) for name, entry in noted.files.items()}
     return {name: what for name, what in found.items() if what}

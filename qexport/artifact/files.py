@@ -33,7 +33,8 @@ def read_text(path: Path, most: int, remedy: str | None = None) -> str:
     """
     try:
         if path.exists() and not path.is_file():
-            raise InputError("is no file", place=str(path), remedy=remedy)  # a pipe or a device would be read for ever
+            # A pipe or a device would be read for ever.
+            raise InputError("is not a file", place=str(path), remedy=remedy)
         if path.stat().st_size > most:
             raise InputError(f"is larger than {most:,} bytes", place=str(path), remedy=remedy)
         return path.read_bytes().decode("utf-8-sig")

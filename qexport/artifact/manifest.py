@@ -100,7 +100,7 @@ class LinearEntry(_Frozen):
     @classmethod
     def _some(cls, columns: tuple[int, int] | None) -> tuple[int, int] | None:
         if columns is not None and not 0 <= columns[0] < columns[1] < 2**31:
-            raise ValueError("not the first column and the one behind the last")
+            raise ValueError("not the first column and the one after the last")
         return columns
 
     @model_validator(mode="after")
@@ -202,7 +202,7 @@ class Manifest(_Frozen):
     def _plausible(cls, settings: dict[str, Any]) -> dict[str, Any]:
         for key in _SIZES.intersection(settings):
             if isinstance(settings[key], bool) or not isinstance(settings[key], int) or settings[key] < 1:
-                raise ValueError(f"{key} is no size: {str(settings[key])[:40]!r}")
+                raise ValueError(f"{key} is not a size: {str(settings[key])[:40]!r}")
         for key, kind in _KINDS.items():
             if not isinstance(settings.get(key, kind()), kind):
                 raise ValueError(f"{key} is {str(settings[key])[:40]!r}")

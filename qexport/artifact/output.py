@@ -55,7 +55,7 @@ def _check(out: Path, overwrite: bool, model: Path | None) -> None:
 
 def _check_replaceable(whole: Path, place: str, overwrite: bool, model: Path | None) -> None:
     if not whole.is_dir():
-        raise InputError("exists already and is no folder", place=place, remedy=_ELSEWHERE)
+        raise InputError("exists already and is not a folder", place=place, remedy=_ELSEWHERE)
     here = Path.cwd().resolve()
     if whole in (here, *here.parents):
         raise InputError("is the current folder, or one above it", place=place, remedy="Name a folder in it")
@@ -71,7 +71,7 @@ def _check_replaceable(whole: Path, place: str, overwrite: bool, model: Path | N
         raise InputError("cannot be written", place=place, remedy="Choose a folder you own")
     info, above = whole.stat(), whole.parent.stat()
     if above.st_mode & stat.S_ISVTX and os.geteuid() not in (0, info.st_uid, above.st_uid):
-        raise InputError("belongs to somebody else", place=place, remedy="Choose a folder you own")
+        raise InputError("belongs to another user", place=place, remedy="Choose a folder you own")
     if any(whole.iterdir()) and not is_export(whole):
         raise InputError(
             f"is not an export (or one without {checksums.FILE}), so it will not be replaced", place=place,

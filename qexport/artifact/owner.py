@@ -82,7 +82,8 @@ def take(folder: Path, what: str) -> Lock:
                 found = tuple(sorted(name for name in os.listdir(folder) if name != OWNER_FILE))
                 if found and not (folder / OWNER_FILE).is_file():
                     raise InputError(
-                        "is in the way: qexport keeps unfinished work there, and this is none", place=str(folder),
+                        "is in the way: qexport keeps unfinished work there, and this is something else",
+                        place=str(folder),
                         remedy="Move it away",
                     )  # fmt: skip
                 handle = os.open(folder / OWNER_FILE, os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o600)

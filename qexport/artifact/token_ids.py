@@ -28,7 +28,7 @@ def check_token_ids(said: Mapping[str, Any], path: Path) -> None:
         else:
             wrong = not isinstance(value, list) or not all(map(_is_id, value))
         if wrong:
-            raise InputError(f"{key} is no token id: {str(value)[:40]!r}", place=str(path), remedy="Correct it")
+            raise InputError(f"{key} is not a token id: {str(value)[:40]!r}", place=str(path), remedy="Correct it")
 
 
 def _is_id(value: Any) -> bool:

@@ -69,8 +69,8 @@ class Stream:
         count = len(self.batches)
         if count < ranks.size():
             raise InputError(
-                f"{count} batches for {ranks.size()} processes", place="calibration",
-                remedy="Take more samples, a smaller calibration.batch_size, or fewer processes",
+                f"{count} batches are too few for {ranks.size()} processes", place="calibration",
+                remedy="Use more samples, a smaller calibration.batch_size, or fewer processes",
             )  # fmt: skip
         own = ranks.share(count)
         self.batches, self.masks, self.counted = self.batches[own], self.masks[own], self.counted[own]
@@ -169,9 +169,9 @@ def module_feeds(
             given = (given,)
         if isinstance(given, Mapping):
             if set(given) != set(names):
-                raise InputError(f"has {', '.join(given)}, and the model takes {', '.join(names)}", place=where)
+                raise InputError(f"has {', '.join(given)}, but the model takes {', '.join(names)}", place=where)
         elif len(given) != len(names):
-            raise InputError(f"{len(given)} tensors, and the model takes {len(names)}", place=where)
+            raise InputError(f"{len(given)} tensors, but the model takes {len(names)}", place=where)
         else:
             given = dict(zip(names, given, strict=True))
         for port in captured.inputs:

@@ -93,7 +93,7 @@ def check_own_text(captured: CapturedModel, recipe: Recipe, data: Any) -> None:
 
 def writes_none(what: str) -> InputError:
     """The error for a model that is to calibrate on text of its own, and cannot write any."""
-    return InputError(f"{what} writes no text to calibrate on", place="calibration", remedy=_PASS_TEXT)
+    return InputError(f"{what} cannot write its own calibration text", place="calibration", remedy=_PASS_TEXT)
 
 
 def calibration_batches(
@@ -145,7 +145,7 @@ def module_inputs(captured: CapturedModel, spec: CalibrationSpec, data: Any, pla
     if captured.folder is None and not made:
         if data is None or not len(data):
             raise InputError(
-                "this recipe calibrates, and an nn.Module has no text", place=place,
+                "this recipe calibrates, but an nn.Module has no text", place=place,
                 remedy="Pass calibration=[(input, ...), ...], one tuple for each batch, or \"norms\" where it has some",
             )  # fmt: skip
         feeds = module_feeds(captured, data, place)

@@ -33,7 +33,7 @@ def read_features(path: str | os.PathLike[str], names: Sequence[str]) -> dict[st
             if len(held) == len(names) == 1:
                 return {names[0]: file.get_tensor(held[0])}
             if missing := [name for name in names if name not in held]:
-                raise InputError(f"holds {len(held)} tensors, and no {missing[0]}", place=str(path), remedy=_REMEDY)
+                raise InputError(f"holds {len(held)} tensors, but no {missing[0]}", place=str(path), remedy=_REMEDY)
             return {name: file.get_tensor(name) for name in names}
     except (OSError, SafetensorError) as error:
         raise InputError(
@@ -45,7 +45,7 @@ def read_features(path: str | os.PathLike[str], names: Sequence[str]) -> dict[st
 def makes_none(what: str) -> InputError:
     """The error for a model that is to calibrate on what it makes itself, and makes none."""
     return InputError(
-        f"the model writes no {what} to calibrate on", place="calibration",
+        f"the model cannot make its own {what} to calibrate on", place="calibration",
         remedy="Pass what its processor or feature extractor makes in a safetensors file: --calibration FILE; where "
         "it has batch norms, --calibration norms makes some; random numbers (--calibration random) cost accuracy",
     )  # fmt: skip
@@ -100,7 +100,7 @@ def feature_batches(
         return batched(drawn, spec.samples, spec.batch_size), described, True
     if data is None and (source := source_of(spec)).makes_features:
         if floats := [port.name for port in ports if not port.dtype.is_floating_point]:
-            raise InputError(f"{spec.source} makes floating point inputs alone", place=floats[0], remedy=_REMEDY)
+            raise InputError(f"{spec.source} makes floating-point inputs only", place=floats[0], remedy=_REMEDY)
         made, described = source.features(module, drawn_features(ports, spec.samples, spec.seed))
         return batched(made, spec.samples, spec.batch_size), f"{spec.samples} {what} {described}", False
     found = checked_features(read_features(spec.source, names) if data is None else {names[0]: data}, ports, place)

@@ -47,7 +47,7 @@ def seen_by_projection(
         NumericsError: NaN or Inf in weights or activations.
     """
     if (made := captured.output_node("logits")) is None:
-        raise InputError("makes no logits, so that it has no output projection", place=captured.kind)
+        raise InputError("makes no logits, so it has no output projection", place=captured.kind)
     block, _ = made
     wanted = {block.name: {projection.input: weights.table_statistic}}
 

@@ -84,7 +84,7 @@ def write_text(
         InputError: n < 1, length too short for the prompt, or generate returned another shape or changed the prompt.
     """
     if n < 1:
-        raise InputError(f"{n} samples are none", remedy="Ask for at least 1")
+        raise InputError(f"{n} samples are too few", remedy="Ask for at least 1")
     if length <= len(bos_ids):
         raise InputError(f"{length} tokens leave no room after the {len(bos_ids)} that begin every text")
     generator = torch.Generator().manual_seed(seed)

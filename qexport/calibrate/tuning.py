@@ -64,7 +64,7 @@ class FloatLogits:
         made = captured.output_node("logits")
         if made is None or made[0] is not captured.blocks[-1]:
             raise InputError(
-                "does not make logits in its last block, and tune compares these", place=captured.kind,
+                "does not make logits in its last block, and tune compares logits", place=captured.kind,
                 remedy="Leave out tune",
             )  # fmt: skip
         self._block, self._captured = captured.blocks[-1], captured
@@ -247,7 +247,7 @@ def tune(
     count = len(stream.masks)
     if count < 2:
         raise InputError(
-            f"has {count} batch, and tune keeps one apart", place="calibration",
+            f"has {count} batch, but tune sets one aside", place="calibration",
             remedy="Give more samples or a smaller batch_size",
         )  # fmt: skip
     held = list(range(0, count, _HELD)) if count >= _HELD else [0]

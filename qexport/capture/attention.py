@@ -64,7 +64,7 @@ class _OfKnownStates(Cache):
     def _refused(self, *args, **kwargs):
         raise CaptureError(
             "layers of the model keep states that are not keys and values, nor those of a convolution or a recurrence",
-            remedy="Other states, and indexers of keys, have no lowering",
+            remedy="Other states, and indexers of keys, cannot be lowered",
         )
 
     update_indexer = _refused
@@ -218,7 +218,7 @@ def _attention(module, query, key, value, attention_mask, scaling=None, dropout=
         padding = attention_mask.padding if isinstance(attention_mask, _Unhidden) else attention_mask
         return _across(query, key, value, padding, bias, scale, softcap, sinks), None
     if isinstance(attention_mask, _Unhidden):
-        raise CaptureError("its tokens see the ones behind them, so it cannot write with a cache")
+        raise CaptureError("its tokens attend to later ones, so it cannot generate with a cache")
     if cache is None or attention_mask is None:
         raise CaptureError("attention outside a decoder layer with a cache and a mask", place=type(module).__name__)
     if bias is not None:
@@ -315,7 +315,7 @@ class _Refused:
         raise next(arg for arg in args if isinstance(arg, cls)).error()
 
     def error(self) -> CaptureError:
-        return CaptureError(self.why, remedy="Prefix and two-sided masks have no lowering in decoders")
+        return CaptureError(self.why, remedy="Prefix and two-sided masks cannot be lowered in decoders")
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,7 @@ def by_rules(exported: ExportedProgram, rules: Mapping[Any, Callable[..., Any]])
         except Exception as error:  # as torch.export does, it raises almost anything
             raise CaptureError(
                 f"torch.export cannot decompose it to core ATen: {root_cause(error)}",
-                remedy="Rewrite the part of the model that is no plain function of tensors",
+                remedy="Rewrite the part of the model that is not a plain function of tensors",
             ) from error
 
 

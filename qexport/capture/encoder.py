@@ -78,7 +78,7 @@ def _captured(loaded: Loaded | Streamed, folder: ModelFolder, head: Head) -> Cap
     names = ["input_ids", "attention_mask"]
     taken = inspect.signature(model.forward).parameters
     if "attention_mask" not in taken:
-        raise CaptureError("reads no attention_mask, so that padding changes what it says of a text", place=folder.name)
+        raise CaptureError("reads no attention_mask, so padding changes its results", place=folder.name)
     if "token_type_ids" in taken and getattr(config, "type_vocab_size", 0) > 1:
         names.append("token_type_ids")
     choices = head.task == "multiple-choice"
@@ -115,7 +115,7 @@ def _check_padding(model: PreTrainedModel, folder: ModelFolder) -> None:
     scores = type(model).__name__.endswith("ForSequenceClassification") and hasattr(model, "score")
     if scores and model.config.get_text_config().pad_token_id is None:
         raise CaptureError(
-            "scores the last token of a text, and its config has no pad_token_id to tell that from padding",
+            "scores the last token of a text, but its config has no pad_token_id to tell that from padding",
             place=folder.name, remedy="Set pad_token_id in config.json to the tokenizer's",
         )  # fmt: skip
 

@@ -67,7 +67,7 @@ def _own(part: Node, index: int, count: int, owner: str, pieces: dict[str, Weigh
             own[node] = None
     if weights < 2 or shares != 1:
         raise CaptureError(
-            f"an expert reads {weights} weights and {shares} shares by its number, and is not followed",
+            f"an expert reads {weights} weights and {shares} shares by its number, which cannot be followed",
             place=owner,
         )  # fmt: skip
     return list(own)

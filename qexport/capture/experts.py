@@ -42,7 +42,7 @@ def _dense(experts, hidden_states, top_k_index, top_k_weights):
     """
     rows = _rows.get()
     if rows is None or hidden_states.dim() != 2 or top_k_index.shape != top_k_weights.shape:
-        raise CaptureError("experts of a form that has no lowering", place=type(experts).__name__)
+        raise CaptureError("experts of a form that cannot be lowered", place=type(experts).__name__)
     x = hidden_states.view(*rows, hidden_states.shape[-1])
     shares = torch.ops.qexport.expert_shares(top_k_index, top_k_weights, experts.num_experts)
     total = _sum(partial(_expert, experts), x, shares.view(*rows, experts.num_experts))

@@ -77,7 +77,7 @@ def _reading(model: PreTrainedModel, name: str, folder: ModelFolder) -> Reading:
     if name == "input_features" and (width := getattr(config, "feature_projection_input_dim", None)):
         return Reading((BATCH, "sequence_length", width), (_BATCH, 50, width), note)
     raise CaptureError(
-        f"reads {name}, whose sizes are not known of {type(model).__name__}", place=folder.name,
+        f"reads {name}, whose sizes are not known for {type(model).__name__}", place=folder.name,
         remedy="Pass it as an nn.Module with example inputs",
     )  # fmt: skip
 

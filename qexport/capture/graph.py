@@ -125,7 +125,7 @@ class CapturedModel:
             InputError: it was captured from none.
         """
         if self.folder is None:
-            raise InputError("was captured from no folder, whose config and tokenizer this needs", place=self.kind)
+            raise InputError("was not captured from a folder, and this needs its config and tokenizer", place=self.kind)
         return self.folder
 
     def copy(self) -> "CapturedModel":

@@ -156,7 +156,7 @@ def named_inputs(model: torch.nn.Module, inputs: Inputs) -> dict[str, torch.Tens
         plain = [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
         if len(inputs) > len(plain):
             raise InputError(
-                f"{len(inputs)} inputs, and forward has {len(plain)} parameters with a name of their own",
+                f"{len(inputs)} inputs, but forward has {len(plain)} named parameters",
                 place="example_inputs", remedy="Give forward a named parameter for every tensor",
             )  # fmt: skip
         inputs = dict(zip(plain, inputs, strict=False))

@@ -104,7 +104,7 @@ def _forward(kind: type[torch.nn.RNNBase]) -> Callable[..., Any]:
     def forward(self, input, hx=None):
         if isinstance(input, utils.PackedSequence):
             raise CaptureError(
-                "a recurrent layer reads a packed sequence, which is no tensor that a file could take",
+                "a recurrent layer reads a packed sequence, which cannot be the input of a file",
                 remedy="Pack it in forward, from padded tensors",
             )
         if not isinstance(input, _Padded):
@@ -139,7 +139,7 @@ def _of_one_state(kind: str):
 def _check(kind: str, params, has_biases: bool, num_layers: int, bidirectional: bool) -> None:
     if len(params) != num_layers * (2 if bidirectional else 1) * (4 if has_biases else 2):
         raise CaptureError(
-            "an LSTM has projections, which ONNX's does not have", remedy="Export it without proj_size, and a linear"
+            "an LSTM has projections, which ONNX's LSTM lacks", remedy="Replace proj_size by a linear"
         )
 
 

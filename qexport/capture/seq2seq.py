@@ -143,7 +143,7 @@ def _loader(folder: ModelFolder) -> type[Any]:
     if kind in modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES:
         return AutoModelForSeq2SeqLM
     raise CaptureError(
-        f"transformers knows no encoder-decoder of type {kind} that writes text", place=folder.name,
+        f"transformers has no encoder-decoder of type {kind} that writes text", place=folder.name,
         remedy="For other kinds of model pass an nn.Module and example inputs",
     )  # fmt: skip
 
@@ -156,7 +156,7 @@ def _example(model: PreTrainedModel, folder: ModelFolder) -> dict[str, Tensor]:
     bins, positions = (getattr(config, name, None) for name in ("num_mel_bins", "max_source_positions"))
     if not bins or not positions:
         raise CaptureError(
-            f"its source is {model.main_input_name}, of a size that its config does not say", place=folder.name,
+            f"its source is {model.main_input_name}, whose size its config does not state", place=folder.name,
             remedy="Models of text and of spectrograms of one length, such as Whisper's, are supported",
         )  # fmt: skip
     stride = 2  # of the second of the two convolutions in front

@@ -138,7 +138,7 @@ def codes_in(
         found[name] = checkpoint.given(piece.source, piece.index) if piece.transposed else None
         if found[name] is None and checkpoint.coded(piece.source):
             raise CaptureError(
-                "is of codes, and the model reads it transposed or in parts, which is done with float weights alone",
+                "is stored as codes, but the model reads it transposed or in parts, which takes float weights",
                 place=name, remedy=FLOAT_MODEL,
             )  # fmt: skip
     return {name: codes for name, codes in found.items() if codes is not None}
@@ -147,13 +147,13 @@ def codes_in(
 def _missing(missing: list[str], folder: ModelFolder) -> QExportError:
     if folder.adapter is not None:
         return InputError(
-            f"belongs to weights under other names than the model's ({missing[0]} is not there)",
+            f"is for weights with names that the model does not have, such as {missing[0]}",
             place=folder.adapter.name, remedy="Merge it with peft (merge_and_unload) and export the result",
         )  # fmt: skip
     if folder.codes is not None:
         return CaptureError(
-            f"its weights are codes ({folder.codes.described}), which are read of decoders under transformers' names "
-            "alone", place=folder.name, remedy=FLOAT_MODEL,
+            f"its weights are codes ({folder.codes.described}), which are only supported for decoders "
+            "with transformers' names", place=folder.name, remedy=FLOAT_MODEL,
         )  # fmt: skip
     return CaptureError(
         f"{len(missing)} weights are not in the checkpoint, first {missing[0]}", place=folder.name,

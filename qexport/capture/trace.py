@@ -176,7 +176,7 @@ def _probe(model: PreTrainedModel, place: str, reads: Reads) -> list[Layer]:
         what = f"{elsewhere[0]} is a state that it keeps in a module" if elsewhere else "it puts nothing into its cache"
         raise CaptureError(
             f"{what}: only keys and values, and states of convolutions and recurrences in the cache, are known",
-            place=place, remedy="A state of another kind has no lowering",
+            place=place, remedy="A state of another kind cannot be lowered",
         )  # fmt: skip
     if all(KEY in found for found in cache.found.values()):
         depth = len(cache.found)  # others, if any, read the keys and values of these

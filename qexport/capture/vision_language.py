@@ -82,7 +82,7 @@ def capture_vision_language(folder: ModelFolder, placement: Placement = HOST) ->
     kind = vision_language_of(folder.config)
     if kind is None:
         raise CaptureError(
-            f"{folder.config.model_type} is no model of pictures and text of a known architecture", place=folder.name,
+            f"{folder.config.model_type} is not a known architecture for pictures and text", place=folder.name,
             remedy="Pass an nn.Module with example inputs",
         )  # fmt: skip
     loaded: Loaded | Streamed = open_streamed(folder, kind.loader) or load_whole(folder, kind.loader)

@@ -16,12 +16,12 @@ Model = Annotated[str, typer.Argument(help="Hugging Face id, folder with safeten
 Folder = Annotated[Path, typer.Argument(help="Folder that `qexport export` wrote.")]
 Requantize = Annotated[
     str | None,
-    typer.Option(help="Of a model that is quantized already: give its codes up for those of this recipe."),
+    typer.Option(help="For a model that is already quantized: replace its codes by those of this recipe."),
 ]
 Target = Annotated[str, typer.Option(help=f"What the export is made for: {' or '.join(BUILT_IN)}.")]
 Dtype = Annotated[
     str | None,
-    typer.Option(help="Of what stays float, one that the target has, such as bfloat16 for cuda; by default its first."),
+    typer.Option(help="Dtype of what stays float, such as bfloat16 for cuda. Default: the target's first."),
 ]
 Attention = Annotated[
     str, typer.Option(help="grouped (GroupQueryAttention, a shared cache) or standard (ONNX Attention, portable).")
@@ -29,18 +29,18 @@ Attention = Annotated[
 Form = Annotated[
     str, typer.Option(help="native (kernels of ONNX Runtime) or qdq (operators of ONNX alone, for other readers too).")
 ]
-Opset = Annotated[int | None, typer.Option(help="Of the form qdq, 21 to 25; by default 23.")]
+Opset = Annotated[int | None, typer.Option(help="Opset of the form qdq, 21 to 25. Default: 23.")]
 Remote = Annotated[bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
-Threads = Annotated[int | None, typer.Option(help="Threads of ONNX Runtime; by default all physical cores.")]
+Threads = Annotated[int | None, typer.Option(help="Threads for ONNX Runtime. Default: all physical cores.")]
 Adapter = Annotated[
     Path | None, typer.Option(help="Folder with a LoRA adapter, merged into the weights before anything else.")
 ]
 Adapters = Annotated[
     list[str] | None,
     typer.Option(
-        "--adapter", help="Folder with a LoRA adapter, merged into the weights before anything else; as NAME=DIR, as "
-        "often as there are adapters, it stays apart and is switched while the file runs."
+        "--adapter", help="Folder with a LoRA adapter, merged into the weights before anything else. With NAME=DIR, "
+        "once per adapter, it is kept apart and can be switched at run time."
     ),
 ]
 Calibration = Annotated[
@@ -53,26 +53,26 @@ Calibration = Annotated[
 CalibrationSamples = Annotated[int | None, typer.Option(help="Calibration sequences.")]
 CalibrationLength = Annotated[int | None, typer.Option(help="Tokens in a calibration sequence.")]
 Seed = Annotated[int | None, typer.Option(help="Seed of everything random.")]
-Device = Annotated[str, typer.Option(help="Where PyTorch computes: cpu, cuda, cuda:1; whatever the target is.")]
+Device = Annotated[str, typer.Option(help="Device that PyTorch computes on, whatever the target: cpu, cuda, cuda:1.")]
 Offload = Annotated[
-    bool, typer.Option("--offload", help="With --device: activations between blocks wait in the host's memory.")
+    bool, typer.Option("--offload", help="With --device: keep activations between blocks in the host's memory.")
 ]
 Provider = Annotated[
     str | None,
     typer.Option(help="Execution provider, instead of the one the export was made for: cpu, cuda, or its full name."),
 ]
 Temperature = Annotated[
-    float | None, typer.Option(help="Sample instead of taking the likeliest token; 0 does not.")
+    float | None, typer.Option(help="Temperature of sampling; 0 takes the likeliest token.")
 ]
 TopK = Annotated[int | None, typer.Option(help="Sample from the k likeliest tokens.")]
 TopP = Annotated[float | None, typer.Option(help="Sample from the likeliest tokens that add up to p.")]
 Draft = Annotated[
     str | None,
-    typer.Option(help="Guess tokens and read them together: lookup (what stood behind the last tokens before)."),
+    typer.Option(help="Guess tokens and check them together: lookup (what followed the last tokens earlier)."),
 ]
 DraftRows = Annotated[
     int | None,
-    typer.Option(help="With --draft: read so many tokens in every call, so that no guess touches a bit of the text."),
+    typer.Option(help="With --draft: read this many tokens in every call, so that no guess changes the text."),
 ]
 SamplingSeed = Annotated[int | None, typer.Option(help="Seed of sampling.")]
 
@@ -95,7 +95,7 @@ def drafts_of(kind: str | None, rows: int | None) -> "qexport.Drafts | None":
     """What guesses tokens; None where nothing was asked for."""
     if kind is None:
         if rows is not None:
-            raise InputError("rows belong to a draft", place="draft rows", remedy="Pass --draft lookup too")
+            raise InputError("rows only go with a draft", place="draft rows", remedy="Pass --draft lookup too")
         return None
     return qexport.Drafts(kind, rows)
 

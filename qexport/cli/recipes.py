@@ -20,7 +20,7 @@ def named_recipe(recipe: str | None, requantize: str | None) -> "qexport.Recipe 
         RecipeError: there is no such recipe.
     """
     if recipe is not None and requantize is not None:
-        raise InputError("--requantize names a recipe, as --recipe does", remedy="Give one of them")
+        raise InputError("--requantize and --recipe both name a recipe", remedy="Give one of them")
     name = recipe or requantize
     return None if name is None else qexport.Recipe.load(name)
 
@@ -35,7 +35,7 @@ def adapters_of(given: Sequence[str]) -> tuple[Path | None, dict[str, str]]:
     alone = [entry for entry in given if "=" not in entry or Path(entry).is_dir()]
     kept = dict(named)
     if len(alone) > 1 or len(kept) < len(named):
-        raise InputError("one adapter can be merged, and those that stay apart have names of their own",
+        raise InputError("one adapter can be merged; those that are kept apart need names",
                          place="--adapter", remedy="Give NAME=DIR for each")  # fmt: skip
     return (Path(alone[0]) if alone else None), kept
 

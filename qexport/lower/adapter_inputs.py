@@ -60,7 +60,7 @@ def check_kept(adapter: Adapter) -> None:
         if not change.low or change.magnitude or change.embedding or change.instead:
             what = "a DoRA" if change.magnitude else "more than a low-rank product"
             raise InputError(
-                f"{change.module} has {what}, and only products of linears are kept apart", place=adapter.name,
+                f"{change.module} has {what}, and only changes of linears can be kept apart", place=adapter.name,
                 remedy=_REMEDY,
             )  # fmt: skip
 
@@ -75,7 +75,7 @@ def keep_adapters(folder: Path, manifest: Manifest, adapters: Mapping[str, Adapt
         InputError: an adapter changes what is no linear with a value of its own.
     """
     if manifest.settings.get("prompts_from"):
-        raise InputError("a file with a branch for prompts takes no adapters", place="adapter", remedy=_REMEDY)
+        raise InputError("a file with a branch for prompts cannot take adapters", place="adapter", remedy=_REMEDY)
     changes = {name: {c.module: c for c in found.changes.values()} for name, found in adapters.items()}
     model, changed = onnx.load(folder / MODEL_FILE, load_external_data=False), set().union(*changes.values())
     found = [*_branches(manifest), *_float_branches(model.graph, changed)]
@@ -83,7 +83,7 @@ def keep_adapters(folder: Path, manifest: Manifest, adapters: Mapping[str, Adapt
     for name, of in changes.items():
         if other := [module for module in of if module not in modules]:
             raise InputError(
-                f"changes {other[0]}, which is no linear of the file with a value of its own",
+                f"changes {other[0]}, which is not a linear with an input of its own in the file",
                 place=adapters[name].name, remedy=_REMEDY,
             )  # fmt: skip
     branches = [b for b in found if any(module_of_call(e.name) in changed for e in b.linears)]

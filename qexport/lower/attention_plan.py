@@ -46,8 +46,8 @@ def deploy_attention(captured: CapturedModel, grouping: GroupedAttention | str |
         nodes = (node for block in captured.blocks for node in block.module.graph.nodes)
         if any(is_call(node, torch.ops.qexport.round_cache.default) for node in nodes):
             raise LoweringError(
-                f"a cache of codes takes grouped attention, and it is standard here: {grouping or 'as asked for'}",
-                place="attention", remedy="Take grouped attention, or leave the cache in float",
+                f"a cache of codes needs grouped attention, but it is standard here: {grouping or 'as asked for'}",
+                place="attention", remedy="Use grouped attention, or leave the cache in float",
             )  # fmt: skip
         return {"attention": "standard", **({"attention_reason": grouping} if grouping else {})}
     group_attention(captured, grouping)

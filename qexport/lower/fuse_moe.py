@@ -117,7 +117,7 @@ class _Gathering:
         up = self._maker(inner)
         gate = gate_of(inner, up.result)
         if gate is None:
-            raise StaysDense("what stands between its linears is no gate that QMoE has")
+            raise StaysDense("QMoE has no gate like the one between its linears")
         if any(input_of(linear.product) is not linear.input for linear in (up, down)):
             raise StaysDense("what its linears read is rounded or split on the way")
         return _Expert(up, gate, down, part)
@@ -202,7 +202,7 @@ def _weights(linear: QuantizedLinear) -> ExpertWeights:
         return ExpertWeights(fmt.bits, fmt.group_size, False, fmt.name)
     weight = DequantizeLinear.match(linear.weight)
     if weight is None or weight.codes.op != "get_attr" or weight.block_size == 0:
-        raise StaysDense("its weights are no codes in groups")
+        raise StaysDense("its weights are not codes in groups")
     return ExpertWeights(weight.bits, weight.block_size, weight.zero_point is not None)
 
 

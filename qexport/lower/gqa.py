@@ -151,7 +151,7 @@ def _sites(captured: CapturedModel, values: dict[str, str], masked: Masks, e4m3:
                 continue
             found = masked.causal(block, attention.mask)
             if found is None or found[1] is not first:
-                raise Unsuited("its mask is not made of the attention mask alone")
+                raise Unsuited("its mask is made of more than the attention mask")
             source, bias = found[0], None
             mask, made_of = CausalMask.of(source), masked.sources(block, attention.mask)
             if mask.chunk and mask.chunk < captured.settings.get("max_position_embeddings", END):

@@ -97,6 +97,6 @@ def untranslated(node: Node) -> LoweringError:
 
 def _why_not(node: Node) -> str:
     if node.target in TRANSLATED:
-        return "of complex numbers has no ONNX translation" if _has_complex(node) else "takes complex numbers alone"
+        return "of complex numbers has no ONNX translation" if _has_complex(node) else "takes complex numbers"
     reason = reason_of(node.target)
     return "has no ONNX translation" + (f", because {reason}" if reason else "")

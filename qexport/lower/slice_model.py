@@ -94,7 +94,7 @@ def _slice(node: ir.Node, bits: int) -> Sliced:
 def _read(node: ir.Node, place: int) -> Tensor:
     value = node.inputs[place]
     if value is None or value.const_value is None:
-        raise LoweringError("has a weight that is no tensor of the file", place=name_of(node))
+        raise LoweringError("has a weight that is not a tensor of the file", place=name_of(node))
     return torch.from_numpy(np.array(value.const_value.numpy()))
 
 

@@ -63,7 +63,7 @@ class SchemeAllocator:
         self._shares = [1.0] * len(self._costs.items)
         for item in self._costs.items:
             costs = ", ".join(f"{choice.scheme} {choice.kl:.3g}" for choice in item.choices)
-            logger.debug("%s: foretold KL of each scheme: %s", item.linear or "the embedding", costs)
+            logger.debug("%s: predicted KL of each scheme: %s", item.linear or "the embedding", costs)
         self._guessed = _GRAPH_BYTES * len(self._plan)  # of the rest, until an export is measured
         self._rest = _rest(captured, self._plan, self._embeddings, float_itemsize, attention) + self._guessed
         projection = output_projection(captured)
@@ -175,7 +175,7 @@ class SchemeAllocator:
             name, scheme = others[0]
             raise RecipeError(
                 f"schemes are chosen among weights in groups, and {name} would be {scheme.name}",
-                place=self._recipe.name, remedy="Take compact or another recipe that leaves activations alone",
+                place=self._recipe.name, remedy="Use compact or another recipe that leaves activations alone",
             )  # fmt: skip
 
 

@@ -187,8 +187,8 @@ class Checkpoint:
         ]  # fmt: skip
         if len(found) != 1:
             raise InputError(
-                "changes the embedding or the head of a base that has one tensor for both, and which it is cannot be "
-                "told", place=adapter.name, remedy="Merge it with peft and export the result",
+                "changes the embedding or the head of a base that has one tensor for both, and it cannot be told "
+                "which", place=adapter.name, remedy="Merge it with peft and export the result",
             )  # fmt: skip
         return found[0]
 

@@ -102,7 +102,7 @@ def read_config(folder: Path, name: str, *, trust_remote_code: bool = False) -> 
     said = read_json(path, "Download it again")
     key = next(filter(None, (not_finite({k: v}) for k, v in said.items() if not k.endswith("_limit"))), None)
     if key is not None:
-        raise InputError("is no finite number", place=f"{path}, {_dotted(key)}", remedy="Correct it")
+        raise InputError("is not a finite number", place=f"{path}, {_dotted(key)}", remedy="Correct it")
     _check_sizes(said, folder, path)
     with reading(name, "has no config that transformers understands", known):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
@@ -145,7 +145,7 @@ def _check_sizes(said: Mapping[str, Any], folder: Path, path: Path) -> None:
 
 def _too_much(path: Path, key: tuple, value: int, held: str) -> InputError:
     return InputError(
-        f"is {value:,}, and the checkpoint has {held}", place=f"{path}, {_dotted(key)}",
+        f"is {value:,}, but the checkpoint has {held}", place=f"{path}, {_dotted(key)}",
         remedy="The config does not belong to these weights",
     )  # fmt: skip
 

@@ -72,7 +72,7 @@ class Rule:
             return made.convert(self.target, model=self.model, config=self.model.config)
         except Exception as error:  # whatever tensors of strange shapes make of a rule
             raise CaptureError(
-                f"cannot be made of {next(iter(self.parts.values()))[0]} and others like it ({root_cause(error)})",
+                f"cannot be built from {next(iter(self.parts.values()))[0]} and others like it ({root_cause(error)})",
                 place=self.target, remedy="The config does not belong to these weights, or the download is incomplete",
             ) from error  # fmt: skip
 

@@ -145,7 +145,7 @@ def _check_complete(model: torch.nn.Module, contents: _Contents, file: Path) -> 
     strange = Counter(contents.sizes.values()) - Counter(parameters.values())
     names = [name for name, size in contents.sizes.items() if size in strange]
     raise InputError(
-        f"holds {stored} weights of which the model that transformers makes of it has {made}"
+        f"holds {stored} weights, but the model that transformers builds from it has {made}"
         f"{f'; it seems to read no {names[0]}' if names else ''}", place=str(file), remedy=_MADE_AGAIN[1],
     )  # fmt: skip
 

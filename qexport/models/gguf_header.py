@@ -67,7 +67,8 @@ def check_gguf(path: Path) -> None:
             _check(_Head(file, path.stat().st_size))
     except (OSError, ValueError) as error:
         raise InputError(
-            f"is no whole GGUF file ({error})", place=str(path), remedy="It is damaged or cut off: download it again"
+            f"is not a complete GGUF file ({error})", place=str(path),
+            remedy="It is damaged or cut off: download it again"
         ) from None
 
 
@@ -76,7 +77,7 @@ def _check(head: _Head) -> None:
         raise ValueError("it does not begin with GGUF")
     version, tensors, pairs = head.number("<I"), head.number("<Q"), head.number("<Q")
     if version not in (2, 3):
-        raise ValueError(f"version {version}, of which 2 and 3 are known")
+        raise ValueError(f"version {version}, but only 2 and 3 are known")
     head.room(pairs * 13 + tensors * 24)  # of the shortest there are
     keys = set()
     for _ in range(pairs):

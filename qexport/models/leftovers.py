@@ -64,7 +64,7 @@ def check_leftovers(
     for bias in biases:
         if not is_zero(bias):
             raise CaptureError(
-                "is in the checkpoint beside a weight that the model reads, but config.json knows no such bias",
+                "is in the checkpoint beside a weight that the model reads, but config.json has no such bias",
                 place=bias, remedy="The config does not belong to these weights",
             )  # fmt: skip
     return sorted(unread)
@@ -81,7 +81,7 @@ def refusal(names: Collection[str]) -> CaptureError:
     what = next((method for end, method in _TELL if any(name.endswith(end) for name in names)), None)
     like = f", nor {len(others)} tensors like it" if others else ""
     return CaptureError(
-        f"belongs to a weight of the model, and nothing reads it{like}{f': quantized with {what}' if what else ''}",
+        f"belongs to a weight of the model, but nothing reads it{like}{f': quantized with {what}' if what else ''}",
         place=first, remedy=FLOAT_MODEL if what else
         "Export the float model, with adapters merged; or the config does not belong to these weights",
     )  # fmt: skip

@@ -42,12 +42,12 @@ def load_known(folder: ModelFolder, loader: type[Any]) -> Loaded:
     """
     if folder.codes is not None:
         raise CaptureError(
-            f"its weights are codes ({folder.codes.described}), which are read of decoders under transformers' names "
-            "alone", place=folder.name, remedy=FLOAT_MODEL,
+            f"its weights are codes ({folder.codes.described}), which are only supported for decoders "
+            "with transformers' names", place=folder.name, remedy=FLOAT_MODEL,
         )  # fmt: skip
     if folder.adapter is not None:
         raise InputError(
-            "adapters are merged into decoders that write text alone", place=folder.adapter.name,
+            "adapters can only be merged into decoders that write text", place=folder.adapter.name,
             remedy="Merge it with peft (merge_and_unload) and export the result",
         )  # fmt: skip
     checkpoint = Checkpoint(folder.path, folder.stated_weights)  # a damaged file is reported before the slow part

@@ -134,7 +134,7 @@ class Adapter:
             name = find(change.name)
             if name is None:
                 raise InputError(
-                    f"changes {change.module}, and the base has no {change.name}", place=self.name,
+                    f"changes {change.module}, but the base has no {change.name}", place=self.name,
                     remedy="Give the model that the adapter was trained on",
                 )  # fmt: skip
             self._check(change, shape(name))
@@ -151,7 +151,7 @@ class Adapter:
             fits, found = shapes[change.instead] == base, f"{list(shapes[change.instead])}"
         if not fits:
             raise InputError(
-                f"has {found} for {change.module}, and the base's tensor is {list(base)}", place=self.name,
+                f"has {found} for {change.module}, but the base's tensor is {list(base)}", place=self.name,
                 remedy="Give the model that the adapter was trained on",
             )  # fmt: skip
 
@@ -193,7 +193,7 @@ def _config(folder: Path, name: str) -> dict[str, Any]:
     if not isinstance(said, dict) or said.get("peft_type") != "LORA":
         kind = said.get("peft_type") if isinstance(said, dict) else None
         raise InputError(
-            f"is no LoRA but {kind}", place=name,
+            f"is not a LoRA but {kind}", place=name,
             remedy="Merge it with peft (merge_and_unload) and export the result",
         )  # fmt: skip
     odd = [what for key, what in _OTHERS.items() if said.get(key)]
@@ -202,7 +202,7 @@ def _config(folder: Path, name: str) -> dict[str, Any]:
         odd.append(f"init_lora_weights is {begun}, which changes the base")
     if odd:
         raise InputError(
-            f"is a LoRA of another kind ({odd[0]})", place=name,
+            f"is a kind of LoRA that is not supported ({odd[0]})", place=name,
             remedy="Merge it with peft (merge_and_unload) and export the result",
         )  # fmt: skip
     return said
@@ -244,7 +244,7 @@ def _changes(config: Mapping[str, Any], names: Iterable[str], ranks: Mapping[str
             name = name.replace(".base_layer.", ".")
         if "lora_" in name or "token_adapter" in name:
             raise InputError(
-                f"holds {name}, which is not known", place=place, remedy="Merge it with peft and export the result"
+                f"holds {name}, which is unknown", place=place, remedy="Merge it with peft and export the result"
             )
         found.append(Change(name, name.rpartition(".")[0], instead=full))
     return found

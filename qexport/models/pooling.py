@@ -114,7 +114,7 @@ def read_pooling(folder: Path) -> Pooling | None:
     modes: tuple[str, ...] = ()
     dense: list[Dense] = []
     normalized = False
-    with reading(path, "is no list of modules of sentence-transformers"):
+    with reading(path, "is not a list of modules of sentence-transformers"):
         steps = [(str(step["type"]).rpartition(".")[2], folder / step["path"]) for step in _listed(path)]
     for place, (kind, own) in enumerate(steps):
         if kind == "Transformer" and place == 0 and own.resolve() == folder.resolve():
@@ -127,7 +127,7 @@ def read_pooling(folder: Path) -> Pooling | None:
             normalized = True
         elif kind != "Dropout":
             raise InputError(
-                f"step {place} is {kind}, which has no form here", place=str(path),
+                f"step {place} is {kind}, which is not supported", place=str(path),
                 remedy=f"Remove {MODULES} for hidden states, or export it as an nn.Module",
             )  # fmt: skip
     return Pooling(modes, tuple(dense), normalized) if modes else None
@@ -136,28 +136,28 @@ def read_pooling(folder: Path) -> Pooling | None:
 def _listed(path: Path) -> list[dict[str, Any]]:
     listed = json.loads(read_text(path, _MOST))
     if any(Path(step["path"]).name != step["path"] for step in listed):
-        raise ValueError("it names a folder outside of its own")
+        raise ValueError("it names a folder outside its own")
     return listed
 
 
 def _modes(path: Path) -> tuple[str, ...]:
     said = read_json(path)
     if said.get("include_prompt") is False:
-        raise InputError("leaves prompts out of the mean (include_prompt), which takes their lengths", place=str(path))
+        raise InputError("leaves prompts out of the mean (include_prompt), which needs their lengths", place=str(path))
     if "pooling_mode" in said:
         named = said["pooling_mode"]
         asked = [_SHORT.get(name, str(name)) for name in ([named] if isinstance(named, str) else named)]
     else:
         asked = [key.removeprefix("pooling_mode_") for key, on in said.items() if on is True and "pooling_mode" in key]
     if not asked or not set(asked) <= _POOLS.keys():
-        raise InputError(f"pools by {', '.join(asked) or 'nothing'}, which is not known", place=str(path))
+        raise InputError(f"pools by {', '.join(asked) or 'nothing'}, which is unknown", place=str(path))
     return tuple(name for name in _POOLS if name in asked)
 
 
 def _dense(folder: Path) -> Dense:
     path = folder / "config.json"
     said = read_json(path)
-    with reading(path, "is no config of a Dense step"):
+    with reading(path, "is not the config of a Dense step"):
         activation = str(said.get("activation_function", "torch.nn.modules.activation.Tanh")).rpartition(".")[2]
         found = Dense(folder, (int(said["in_features"]), int(said["out_features"])), bool(said["bias"]), activation)
     if not isinstance(getattr(nn, activation, None), type):

@@ -33,7 +33,7 @@ def notes_on(folder: Path, config: PretrainedConfig, tokenizer: Any) -> tuple[st
         front_matter(folder / "README.md")
     except InputError as error:
         found.append(f"the licence that README.md may state is not carried over: {error}")
-    found += [f"{name} is no file and is left out" for name in LEGAL_FILES if (folder / name).is_dir()]
+    found += [f"{name} is not a file and is left out" for name in LEGAL_FILES if (folder / name).is_dir()]
     return tuple(found)
 
 
@@ -80,6 +80,6 @@ def front_matter(card: Path) -> Mapping[str, Any]:
     if not lines or lines[0].strip() != "---":
         return {}
     end = next((i for i, line in enumerate(lines[1:], 1) if line.strip() == "---"), 0)
-    with reading(card, "its front matter is no YAML"):
+    with reading(card, "its front matter is not YAML"):
         found = yaml.safe_load("\n".join(lines[1:end]))
     return found if isinstance(found, dict) else {}

@@ -75,7 +75,9 @@ def open_model(
     """
     if isinstance(model, ModelFolder):
         if adapter is not None:
-            raise InputError("goes with a model that is opened already", place=str(adapter), remedy="Open both at once")
+            raise InputError(
+                "cannot be added to a model that is already open", place=str(adapter), remedy="Open both together"
+            )
         return model
     path, name = Path(model), str(model)
     if path.suffix == ".gguf" and path.is_file():
@@ -119,7 +121,9 @@ def with_adapter(model: Any, adapter: str | os.PathLike | None, trust_remote_cod
     if adapter is None:
         return model
     if not isinstance(model, (str, os.PathLike, ModelFolder)):
-        raise InputError("goes with a model on disk alone", place=str(adapter), remedy="Merge it into the module")
+        raise InputError(
+            "can only be merged into a model on disk", place=str(adapter), remedy="Merge it into the module"
+        )
     return open_model(model, trust_remote_code=trust_remote_code, adapter=adapter)
 
 
@@ -147,7 +151,7 @@ def _download(name: str) -> Path:
         raise InputError("is neither a local path nor a Hugging Face id", place=name) from error
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise InputError(
-            f"is no local folder and could not be downloaded ({_first_line(error)})", place=name,
+            f"is not a local folder and could not be downloaded ({_first_line(error)})", place=name,
             remedy="Check the spelling and the network, or download the model and pass its folder",
         ) from error  # fmt: skip
 

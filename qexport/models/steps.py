@@ -26,7 +26,7 @@ def cache_name(model: PreTrainedModel) -> str:
     name = next((name for name in _CACHES if name in known), None)
     if name is None:
         raise CaptureError(
-            f"{type(model).__name__} takes no cache of transformers", place="forward",
+            f"{type(model).__name__} does not take a transformers cache", place="forward",
             remedy="Models that write a text token by token need one: export it as an nn.Module with example inputs",
         )  # fmt: skip
     return name

@@ -32,7 +32,7 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False):
     """
     if not any((folder / name).exists() for name in TOKENIZER_FILES):
         return None  # transformers would make one without a vocabulary
-    remedy = "Download it again, or remove the tokenizer's files to go on without text"
+    remedy = "Download it again, or remove the tokenizer's files to continue without text"
     for name in ("tokenizer.json", "tokenizer_config.json"):
         if (folder / name).exists():
             read_json(folder / name, remedy)

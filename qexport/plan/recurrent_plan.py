@@ -76,7 +76,7 @@ def float_steps(least_states: int | None) -> Callable[[Linear, Scheme], str]:
             return "recurrent layers are float on this target"
         steps = RecurrentSteps.of(node)
         if steps.weight.op != "get_attr":
-            return "the weight of the states is no constant"
+            return "the weight of the states is not a constant"
         same = [user for user in steps.weight.users if RecurrentSteps.match(user)]
         if len(same) > 1 or len(linear.node.users) > 1:
             return f"{tensor_name(steps.weight)} is used several times"

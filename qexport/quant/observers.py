@@ -93,7 +93,9 @@ class PercentileObserver:
 
     def __init__(self, percentile: float = 99.99):
         if not 0 < percentile <= 100:
-            raise RecipeError(f"a percentile of {percentile}", remedy="Use a number above 0 and up to 100")
+            raise RecipeError(
+                f"a percentile of {percentile} is out of range", remedy="Use a number above 0 and up to 100"
+            )
         self._percentile, self._histogram = percentile, MagnitudeHistogram()
 
     def update(self, x: Tensor) -> None:

@@ -25,7 +25,7 @@ def smoothquant_factors(activation_absmax: Tensor, weights: list[Tensor], alpha:
         RecipeError: alpha is outside [0, 1].
     """
     if not 0 <= alpha <= 1:
-        raise RecipeError(f"SmoothQuant with alpha {alpha}", remedy="Use a number from 0 to 1")
+        raise RecipeError(f"SmoothQuant with alpha {alpha} is out of range", remedy="Use a number from 0 to 1")
     activation = activation_absmax.double()
     weight = torch.stack([torch.maximum(w.amax(0), -w.amin(0)).double() for w in weights]).amax(0)
     if not bool(torch.isfinite(activation + weight).all()):
@@ -48,7 +48,7 @@ def crossquant_factors(activation_absmax: Tensor, alpha: float) -> Tensor:
         RecipeError: alpha is outside [0, 1].
     """
     if not 0 <= alpha <= 1:
-        raise RecipeError(f"CrossQuant with alpha {alpha}", remedy="Use a number from 0 to 1")
+        raise RecipeError(f"CrossQuant with alpha {alpha} is out of range", remedy="Use a number from 0 to 1")
     activation = activation_absmax.double()
     if not bool(torch.isfinite(activation).all()):
         raise NumericsError("an activation has NaN or Inf", remedy="Check the checkpoint and the data")

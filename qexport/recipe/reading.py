@@ -39,7 +39,7 @@ def _check_events(text: str, place: str) -> None:
     depth = 0
     for event in yaml.parse(text, Loader=yaml.SafeLoader):
         if isinstance(event, yaml.AliasEvent):
-            raise RecipeError("a recipe has no YAML aliases", place=place, remedy="Write the value out")
+            raise RecipeError("a recipe cannot use YAML aliases", place=place, remedy="Write the value out")
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
         if depth > _DEEPEST:
             line = event.start_mark.line + 1

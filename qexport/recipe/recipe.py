@@ -292,9 +292,9 @@ class Recipe(MethodKeys):
                 "prefill: int8 is for weight-only linears in groups", "Remove it, or take a scheme such as w4a16_g32"
             )
         if single := [s for s in plain if s.weight.group_size <= 0]:
-            raise ValueError(f"{single[0].name} has no form beside prefill: int8", "Take a scheme with groups")
+            raise ValueError(f"{single[0].name} does not go with prefill: int8", "Use a scheme with groups")
         if other := next((m.ungrouped for m in self.methods if m.ungrouped), None):
-            raise ValueError(f"{other[0]}, which has no form beside prefill: int8", f"Remove prefill, or {other[1]}")
+            raise ValueError(f"{other[0]}, which does not go with prefill: int8", f"Remove prefill, or {other[1]}")
 
 
 def _shortened(name: str) -> tuple[str, Method] | None:

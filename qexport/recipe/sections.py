@@ -36,7 +36,8 @@ def scheme_of_embedding(name: str) -> str:
     known = known_scheme(name)
     if not Scheme.parse(known).table:
         raise ValueError(
-            f"{known} is no scheme for an embedding: rows are looked up in integer codes in groups, by no activation",
+            f"{known} is not a scheme for an embedding: its rows are integer codes in groups, and no activation "
+            "multiplies them",
             "Use w4a16_g32, w8a16_g32 and the like, tied, auto, or float",
         )
     return known

@@ -172,7 +172,7 @@ def _measures(first: Exported, second: Exported) -> list[Measure]:
             found.append(Measure(name, one, other, (said, also), _better(one, other, good)))
     for name in dict.fromkeys(row.name for r in reports for row in r.outputs):
         add(f"output {name}, SQNR", partial(_of_output, name), _decibels, good=HIGH, always=True)
-    add("SQNR behind all blocks", _behind_all, _decibels, good=HIGH)
+    add("SQNR after all blocks", _behind_all, _decibels, good=HIGH)
     add("lowest own SQNR of a linear", _lowest, _decibels, good=HIGH)
     for part in dict.fromkeys([*first.manifest.bytes, *second.manifest.bytes]):
         one, other = first.manifest.bytes.get(part), second.manifest.bytes.get(part)

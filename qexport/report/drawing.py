@@ -136,7 +136,7 @@ def depth(layers: LayerComparison) -> list[Lines]:
 
     series = (
         line("all errors so far", lambda row: row.sqnr_db, False),
-        line("of this block alone", lambda row: row.own_sqnr_db, True),
+        line("of this block only", lambda row: row.own_sqnr_db, True),
     )
     return with_numbers(Lines(
         "depth", "Error along the model", (

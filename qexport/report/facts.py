@@ -36,7 +36,7 @@ def key_figures(exported: Exported) -> list[Key]:
         found.append(Key("Lowest own SQNR of a linear", decibels(own(worst), worst), worst.name))
     if report.layers.blocks:
         last = report.layers.blocks[-1]
-        found.append(Key("SQNR behind all blocks", decibels(last.sqnr_db, last), "with all errors so far"))
+        found.append(Key("SQNR after all blocks", decibels(last.sqnr_db, last), "with all errors so far"))
     sizes = exported.manifest.bytes
     if "model" in sizes:
         parts = [f"{name} {megabytes(sizes[key])}" for key, name in _PARTS if sizes.get(key)]

@@ -73,13 +73,13 @@ def read_study(path: str | os.PathLike) -> Study:
         first = error.errors()[0]
         at = ".".join(str(part) for part in first["loc"])
         raise InputError(
-            f"no study, damaged, or of another version of qexport ({at}: {first['msg']})",
+            f"not a study, damaged, or of another version of qexport ({at}: {first['msg']})",
             place=str(path),
             remedy=remedy,
         ) from None
     if not study.rows or not all(math.isfinite(row.temperature) for row in study.rows):
         raise InputError(
-            "a study without rows, or with a temperature that is no number", place=str(path), remedy=remedy
+            "a study without rows, or with a temperature that is not a number", place=str(path), remedy=remedy
         )
     return study
 

@@ -48,7 +48,7 @@ def _megabytes(row: ValueComparison) -> float | None:
 
 # The first three decide where to look, so they stand beside the name.
 _NUMBERS: tuple[tuple[str, str, str, Callable[[ValueComparison], float | None]], ...] = (
-    ("own SQNR", "{:.1f}", "dB, of the errors made here alone", lambda r: r.own_sqnr_db),
+    ("own SQNR", "{:.1f}", "dB, of the errors made here only", lambda r: r.own_sqnr_db),
     ("SQNR", "{:.1f}", "dB, with the errors of everything in front", lambda r: r.sqnr_db),
     ("KL cost", "{:.5f}", "estimate of what the error made here adds to the mean KL", lambda r: r.kl_cost),
     ("cosine", "{:.5f}", "of the angle between both values", lambda r: r.cosine),

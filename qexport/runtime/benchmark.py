@@ -185,7 +185,7 @@ def _describe(folder: Path) -> Manifest:
         return decoder.model_copy(update={"settings": decoder.settings | {"vocab_size": size or 1}})
     plan = manifests.load_any(folder)
     if plan.kind != "decoder":
-        raise InputError(f"this export is a {plan.kind}, and bench measures decoders", place=str(folder))
+        raise InputError(f"this export is a {plan.kind}, but bench measures decoders", place=str(folder))
     return plan
 
 
@@ -204,7 +204,7 @@ def _fitting(
                 f"it reads spectrograms of {frames} frames, and no others", place=str(folders[0]),
                 remedy="Leave out the lengths",
             )  # fmt: skip
-        return [frames], [frames], ("prompts are spectrograms of so many frames, up to the first token",)
+        return [frames], [frames], ("prompts are spectrograms of this many frames, up to the first token",)
     room = {"a prompt of": context, f"decoding {DECODE_STEPS} tokens after": context and context - DECODE_STEPS}
     kept, notes = [], []
     for (what, limit), given, default in zip(
@@ -215,7 +215,7 @@ def _fitting(
             if given is not None:
                 raise InputError(
                     f"{what} {over[0]} tokens does not fit: the model reads {context}", place=place,
-                    remedy=f"Ask for {limit} or fewer" if limit > 0 else "Ask for a prompt alone",
+                    remedy=f"Ask for {limit} or fewer" if limit > 0 else "Ask for a prompt only",
                 )  # fmt: skip
             lengths = sorted({min(n, limit) for n in lengths if limit > 0})
             notes.append(f"{what} {over[0]} tokens became {limit}: the model reads {context}")
@@ -251,7 +251,9 @@ def _frames(folders: Sequence[Path]) -> int | None:
         dims = manifests.load(folder / ENCODER).settings.get("inputs", {}).get(SPECTRA)
         found.add(None if dims is None else int(dims[-1]))
     if len(found) > 1:
-        raise InputError("they read sources of different kinds", place=str(folders[0]), remedy="Measure them apart")
+        raise InputError(
+            "they read sources of different kinds", place=str(folders[0]), remedy="Measure them separately"
+        )
     return found.pop() if found else None
 
 

@@ -48,10 +48,12 @@ class Chat:
     ):
         self._folder = Path(folder)
         if is_seq2seq(self._folder):
-            raise InputError("an encoder-decoder does not converse", place=str(folder), remedy="Use qexport generate")
+            raise InputError(
+                "an encoder-decoder cannot hold a conversation", place=str(folder), remedy="Use qexport generate"
+            )
         if is_vision_language(self._folder):
             raise InputError(
-                "conversations about pictures are not kept", place=str(folder),
+                "conversations about pictures are not supported", place=str(folder),
                 remedy="Use qexport generate --chat --image FILE",
             )  # fmt: skip
         manifest = manifests.load(self._folder)

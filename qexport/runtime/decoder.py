@@ -143,7 +143,7 @@ class Decoder:
         if not self.forgets:
             raise InputError("it keeps states of layers, which cannot forget the last tokens", remedy="Call reset()")
         if not 0 < length <= self._past:
-            raise InputError(f"{length} of {self._past} tokens cannot stay", remedy="Call reset() to forget all")
+            raise InputError(f"{length} of {self._past} tokens cannot be kept", remedy="Call reset() to forget all")
         dropped, self._past = self._past - length, length
         self._real = self._real - dropped
         if dropped and not self._share:  # of a shared cache no run reads beyond its mask
@@ -159,7 +159,7 @@ class Decoder:
             InputError: its cache is a shared buffer.
         """
         if self._share:
-            raise InputError("rows of a shared cache stay where they are", remedy="Export with --attention standard")
+            raise InputError("rows of a shared cache cannot be reordered", remedy="Export with --attention standard")
         self._cache = [picked(value, rows, self._cache_type, self._device) for value in self._cache]
         self._real = self._real[list(rows)]
         self._mask = self._mask[list(rows)]
@@ -373,6 +373,6 @@ def open_decoder(
         except RuntimeProblem as error:  # a node of this file runs on the CPU; without a graph it does no harm
             if records:
                 raise
-            logger.info("%s: its steps are no CUDA graph: %s", folder, error)
+            logger.info("%s: its steps run without a CUDA graph: %s", folder, error)
     session = open_session(folder, manifest, threads=threads, provider=provider)
     return Decoder(session, manifest.settings, max_length=max_length, embed=embed)

@@ -46,10 +46,14 @@ class Drafts:
 
     def __post_init__(self):
         if self.kind not in KINDS:
-            raise InputError(f"no draft is called {self.kind!r}", place="draft", remedy=f"Take {' or '.join(KINDS)}")
+            raise InputError(
+                f"there is no draft called {self.kind!r}", place="draft", remedy=f"Use {' or '.join(KINDS)}"
+            )
         # A row without a neighbour is another kernel's, whose last bits differ.
         if self.rows is not None and (self.rows < 2 or self.rows % 2):
-            raise InputError(f"{self.rows} rows are no even number", place="draft rows", remedy="Take 2, 4, 6 or 8")
+            raise InputError(
+                f"{self.rows} is not an even number of rows", place="draft rows", remedy="Use 2, 4, 6 or 8"
+            )
 
 
 class Draft(ABC):

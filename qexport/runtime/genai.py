@@ -66,7 +66,7 @@ def genai_config(
         raise InputError(f"onnxruntime-genai runs decoders, and this export is a {manifest.kind}")
     states, kind = manifest.settings.get("layer_types"), _text_config(config).get("model_type", "decoder")
     if states and kind not in _WITH_STATES:
-        raise InputError(f"onnxruntime-genai knows no states of layers of the type {kind}")
+        raise InputError(f"onnxruntime-genai does not know states of layers of the type {kind}")
     generation = {key: value for key, value in (generation_config or {}).items() if value is not None}
     text = _text_config(config)
     tokens = {key: generation.get(key, text.get(key)) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}

@@ -118,9 +118,9 @@ def generate_text(
     listener = on_token if on_text and not timed else None
     if manifest is None:
         if adapter is not None:
-            raise InputError("an encoder-decoder keeps no adapters apart", place="adapter", remedy="Leave it out")
+            raise InputError("an encoder-decoder cannot keep adapters apart", place="adapter", remedy="Leave it out")
         if drafts is not None:
-            raise InputError("an encoder-decoder takes no drafts", place="draft", remedy="Leave it out")
+            raise InputError("an encoder-decoder does not take drafts", place="draft", remedy="Leave it out")
         pair = open_seq2seq(folder, threads=threads, provider=provider)
         source = texts_as_source(pair, ids) if inputs is None else inputs
         begin = None if start is None else [start] * count
@@ -181,7 +181,7 @@ def _check_read(
 ) -> None:
     """Refuse what this kind of model does not read; alone: what encoder-decoders alone take."""
     if (prompt is None) == (inputs is None):
-        raise InputError("there is nothing to go on from, or two things", place="prompt, inputs", remedy="Give one")
+        raise InputError("there is nothing to continue, or too much", place="prompt, inputs", remedy="Give one")
     for name, given in (("inputs", inputs), *alone.items()):
         if given is not None and manifest is not None:
             raise InputError("only an encoder-decoder takes it", place=name, remedy="Pass a prompt")
@@ -190,11 +190,11 @@ def _check_read(
 def _check_pictures(images: Sequence[Any], sees: bool, prompts: int, adapter: str | None) -> None:
     """Refuse pictures that nothing reads, or that nobody knows the prompt of; and adapters beside pictures."""
     if sees and adapter is not None:
-        raise InputError("a model of pictures keeps no adapters apart", place="adapter", remedy="Leave it out")
+        raise InputError("a model of pictures cannot keep adapters apart", place="adapter", remedy="Leave it out")
     if images and not sees:
-        raise InputError("this export reads no pictures", place="images", remedy="Leave them out")
+        raise InputError("this export does not read pictures", place="images", remedy="Leave them out")
     if images and prompts != 1:
-        raise InputError(f"pictures belong to one prompt, and there are {prompts}", place="images")
+        raise InputError(f"pictures belong to one prompt, but there are {prompts}", place="images")
 
 
 def about_pictures(text: str, pictures: int, system: str | None) -> list[dict[str, Any]]:
@@ -226,7 +226,7 @@ def templated(tokenizer, turns: Sequence[Turn] | Sequence[dict[str, Any]], folde
 def token_ids(tokenizer, texts: Sequence[str], folder: Path, *, special: bool) -> list[list[int]]:
     """Token ids of each text; of an empty one what begins texts, where something does."""
     if (longest := max(map(len, texts), default=0)) > _MOST_CHARACTERS:
-        raise InputError(f"of {longest:,} characters, more than any model reads", place="prompt", remedy="Shorten it")
+        raise InputError(f"has {longest:,} characters, more than any model reads", place="prompt", remedy="Shorten it")
     with reading(folder, "its tokenizer cannot read the prompt", _DAMAGED):
         ids = [list(tokenizer(text, add_special_tokens=special)["input_ids"]) for text in texts]
     start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
@@ -252,8 +252,8 @@ def _room(ids: Sequence[Sequence[int]], limit: int | None, rows: int | None, *, 
     unknown = next((token for row in ids for token in row if rows is not None and token >= rows), None)
     if unknown is not None:
         raise InputError(
-            f"the tokenizer gives token {unknown}, and the model knows {rows} tokens", place="prompt",
-            remedy="Take the tokenizer that belongs to the model",
+            f"the tokenizer gives token {unknown}, but the model knows {rows} tokens", place="prompt",
+            remedy="Use the tokenizer that belongs to the model",
         )  # fmt: skip
     longest = max((len(row) for row in ids), default=0)
     if limit is None:

@@ -107,7 +107,7 @@ def build(folder: Path, manifest: Manifest) -> int:
     place = folder / cache.FOLDER
     if manifest.provider != CPU:
         raise InputError(
-            f"made for {manifest.provider}, and only graphs for the CPU are kept",
+            f"made for {manifest.provider}, and only graphs for the CPU can be kept",
             place=str(folder),
             remedy="Export with --target cpu",
         )
@@ -133,10 +133,12 @@ def _check_replaceable(place: Path) -> None:
         return
     ours = copied(place)
     if not ours:
-        raise InputError("is no optimized copy, so it will not be replaced", place=str(place), remedy="Move it away")
+        raise InputError(
+            "is not an optimized copy, so it will not be replaced", place=str(place), remedy="Move it away"
+        )
     if others := sorted(path.name for path in place.iterdir() if path.name not in ours):
         raise InputError(
-            f"holds {others[0]}, which is none of the copy's files, so it will not be replaced", place=str(place),
+            f"holds {others[0]}, which is not one of the copy's files, so it will not be replaced", place=str(place),
             remedy="Move that file away",
         )  # fmt: skip
 

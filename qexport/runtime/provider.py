@@ -19,7 +19,9 @@ def provider_named(name: str) -> str:
     found = known.get(name.lower().removesuffix(_SUFFIX.lower()))
     if found is None:
         short = [full.removesuffix(_SUFFIX).lower() for full in ort.get_available_providers()]
-        raise InputError(f"no execution provider is called {name!r}", remedy=f"Here are {', '.join(sorted(short))}")
+        raise InputError(
+            f"there is no execution provider called {name!r}", remedy=f"Available: {', '.join(sorted(short))}"
+        )
     return found
 
 

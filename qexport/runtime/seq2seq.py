@@ -123,7 +123,7 @@ class EncoderDecoder:
             RuntimeProblem: ONNX Runtime fails.
         """
         if self.inputs.keys() != source.keys():
-            raise InputError(f"the source has {', '.join(source)}, and the encoder reads {', '.join(self.inputs)}")
+            raise InputError(f"the source has {', '.join(source)}, but the encoder reads {', '.join(self.inputs)}")
         binding, names = self._encoder.io_binding(), [value.name for value in self._encoder.get_outputs()]
         values = {name: value_of(array, self.inputs[name]) for name, array in source.items()}
         for name, value in values.items():
@@ -176,18 +176,20 @@ class EncoderDecoder:
         """
         habits, rows = self.habits, len(next(iter(source.values()), ()))
         if not rows:
-            raise InputError("there is nothing to write about", place="source", remedy="Give at least one source")
+            raise InputError("there is no source to write about", place="source", remedy="Give at least one source")
         if beams is not None and (beams < 1 or (beams > 1 and sampling is not None)):
             raise InputError(
-                "beams look for the likeliest text, and draw none" if sampling else f"{beams} beams follow no text",
+                "beams search for the likeliest text and cannot sample" if sampling else f"{beams} beams are too few",
                 place="beams", remedy="Leave out the sampling" if sampling else "Take 1 or more",
             )  # fmt: skip
         if speech is not None and habits.speech is None:
-            raise InputError("the model knows no languages and times of speech", place="speech", remedy="Leave it out")
+            raise InputError(
+                "the model has no languages or timestamps of speech", place="speech", remedy="Leave it out"
+            )
         beams = beams or (habits.beams if sampling is None else 1)
         timed = speech is not None and speech.timestamps
         if timed and sampling is not None:
-            raise InputError("times are not drawn", place="timestamps", remedy="Leave out the sampling")
+            raise InputError("timestamps cannot be sampled", place="timestamps", remedy="Leave out the sampling")
         self.read(source)
         if prompts is None and habits.speech is not None:
             prompts = habits.speech.beginnings(speech or Speech(), habits.start[0], rows, self._hears)
@@ -249,7 +251,7 @@ def open_seq2seq(folder: str | Path, *, threads: int | None = None, provider: st
     """
     folder = Path(folder)
     if not is_seq2seq(folder):
-        raise InputError("is no export of an encoder-decoder", place=str(folder))
+        raise InputError("is not an export of an encoder-decoder", place=str(folder))
     encoder, decoder = (
         open_session(part, manifests.load(part), threads=threads, provider=provider)
         for part in (folder / ENCODER, folder / DECODER)

@@ -59,7 +59,7 @@ class SpeechTokens:
         """
         language, task = speech.language or self.asked[0], speech.task or self.asked[1]
         if (speech.language or speech.task) and not self.languages:
-            raise InputError("the model knows no other language or task", place="language, task", remedy="Leave it out")
+            raise InputError("the model has no other language or task", place="language, task", remedy="Leave it out")
         usual = self.usual if language is None and task is None else ()
         spoken: Sequence[int | None] = usual[:1] * rows
         if language is not None:
@@ -85,12 +85,12 @@ class SpeechTokens:
         name = language.lower()
         found = self.languages.get(name, self.languages.get(f"<|{name}|>"))
         if found is None:
-            raise InputError(f"no language is called {name!r}", place="language", remedy=_choice(self.languages))
+            raise InputError(f"there is no language called {name!r}", place="language", remedy=_choice(self.languages))
         return found
 
     def _task(self, name: str) -> int:
         if name not in self.tasks:
-            raise InputError(f"no task is called {name!r}", place="task", remedy=_choice(self.tasks))
+            raise InputError(f"there is no task called {name!r}", place="task", remedy=_choice(self.tasks))
         return self.tasks[name]
 
     def timed(self, tokens: Sequence[int], decode: Callable[[Sequence[int]], str]) -> str:

@@ -65,7 +65,7 @@ def layout(folder: str | Path, out: str | Path) -> Layout:
     if out.exists() or out.is_symlink():
         raise InputError("exists already", place=str(out), remedy="Choose another folder, or move that one away")
     if not out.parent.is_dir():
-        raise InputError("is no folder", place=str(out.parent), remedy="Make it, or choose another place")
+        raise InputError("is not a folder", place=str(out.parent), remedy="Make it, or choose another place")
     kind = dtype_of(manifest)
     with scratch_folder(out.parent) as scratch:
         new = scratch / "new"
@@ -99,7 +99,8 @@ def dtype_of(manifest: Manifest) -> str:
 def _check(folder: Path, manifest: Manifest) -> None:
     if manifest.kind not in ("decoder", "encoder"):
         raise InputError(
-            f"is a {manifest.kind}, and transformers.js finds decoders and encoders by these names", place=str(folder),
+            f"is a {manifest.kind}, but transformers.js finds only decoders and encoders by these names",
+            place=str(folder),
             remedy="Load its model.onnx with onnxruntime-node or onnxruntime-web",
         )  # fmt: skip
     if manifest.provider != CPU or manifest.dtype != "float32":

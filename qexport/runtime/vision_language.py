@@ -78,7 +78,7 @@ class PicturesAndText(Embeds):
         """
         if self.inputs.keys() != pictures.keys():
             raise InputError(
-                f"the pictures have {', '.join(pictures)}, and the encoder reads {', '.join(self.inputs)}",
+                f"the pictures have {', '.join(pictures)}, but the encoder reads {', '.join(self.inputs)}",
                 place="images", remedy="Give what the model's processor makes",
             )  # fmt: skip
         given = {name: value_of(array, self.inputs[name]) for name, array in pictures.items()}
@@ -92,7 +92,7 @@ class PicturesAndText(Embeds):
         stand, rows = int((ids == self.token).sum()), 0 if positions.all() else self._rows  # all of them in the prompt
         if stand != rows:
             raise InputError(
-                f"{stand} tokens of it stand for pictures, of which the encoder made {rows} rows", place="prompt",
+                f"{stand} of its tokens stand for pictures, but the encoder made {rows} rows", place="prompt",
                 remedy="Give its pictures, all in one prompt, and tokens as the processor makes them",
             )  # fmt: skip
         given = {TOKEN_IDS: value_of(ids, self._types[TOKEN_IDS]), FEATURES: self._features}
@@ -142,7 +142,7 @@ def open_vision_language(
     """
     folder = Path(folder)
     if not is_vision_language(folder):
-        raise InputError("is no export of a model of pictures and text", place=str(folder))
+        raise InputError("is not an export of a model of pictures and text", place=str(folder))
     about = read_json(folder / MANIFEST_FILE)
     vision, embedding = (
         open_session(part, manifests.load(part), threads=threads, provider=provider)
@@ -165,7 +165,7 @@ def stated_token(about: Mapping[str, Any], folder: Path) -> int:
     """
     token = about.get("image_token_id")
     if not isinstance(token, int) or isinstance(token, bool) or token < 0:
-        raise InputError("says no image_token_id", place=str(folder / MANIFEST_FILE), remedy="Export the model again")
+        raise InputError("names no image_token_id", place=str(folder / MANIFEST_FILE), remedy="Export the model again")
     return token
 
 
@@ -194,7 +194,7 @@ def opened_pictures(images: Sequence[Any]) -> list[Any]:
     try:
         from PIL import Image
     except ImportError:
-        raise InputError("pictures are read with Pillow", place="images", remedy="pip install pillow") from None
+        raise InputError("reading pictures needs Pillow", place="images", remedy="pip install pillow") from None
     found = []
     for image in images:
         if isinstance(image, (str, Path)):
@@ -228,7 +228,7 @@ def prompt_of(
     missing = len(pictures) - prompt.count(stand)
     if missing < 0:
         raise InputError(
-            f"{prompt.count(stand)} places for pictures, and {len(pictures)} pictures", place="prompt",
+            f"{prompt.count(stand)} places for pictures, but {len(pictures)} pictures", place="prompt",
             remedy="Give a picture for each",
         )  # fmt: skip
     with reading(folder, "its processor cannot read the prompt and its pictures", "Look at what the model expects"):
@@ -261,7 +261,7 @@ def whole_tiles(pictures: Mapping[str, np.ndarray], mask: np.ndarray, folder: Pa
     there, whole = tiles.any(axis=(1, 2)), tiles.all(axis=(1, 2))
     if (there != whole).any():
         raise InputError(
-            "its processor pads a picture, and the encoder reads whole ones", place=str(folder),
+            "its processor pads a picture, but the encoder reads whole ones", place=str(folder),
             remedy="Let it cut pictures into tiles (do_image_splitting), or give a square one",
         )  # fmt: skip
     return {name: array[there] for name, array in pictures.items()}

@@ -120,10 +120,10 @@ def write(
     if not prompts or not all(len(prompt) for prompt in prompts):
         raise InputError("there is nothing to continue: a prompt without tokens", remedy="Give at least one token")
     if drafts is not None and len(prompts) > 1:
-        raise InputError(f"drafts are for one text, and these are {len(prompts)}", remedy="Write them one by one")
+        raise InputError(f"drafts are for one text, but there are {len(prompts)}", remedy="Write them one by one")
     if drafts is not None and not reader.has_all_logits:
         raise InputError(
-            "the file computes the logits of the last token alone, and drafts need those of each",
+            "the file computes only the logits of the last token, but drafts need those of every token",
             place="draft", remedy="Export without --logits last",
         )  # fmt: skip
     if drafts is not None and not reader.forgets:

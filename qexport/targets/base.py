@@ -87,8 +87,8 @@ class Target(ABC):
             if getattr(recipe, key) is not None and key not in options:
                 able = " and ".join(name for name, other in targets().items() if key in other.options())
                 raise RecipeError(
-                    f"{key}: {getattr(recipe, key)} has no form for the target {cls.name}", place=key,
-                    remedy=f"Remove it; {able} has it" if able else "Remove it",
+                    f"{key}: {getattr(recipe, key)} is not supported by the target {cls.name}", place=key,
+                    remedy=f"Remove it; {able} supports it" if able else "Remove it",
                 )  # fmt: skip
         return cls(dtype=dtype, **{key: getattr(recipe, key) for key in options})
 
@@ -127,13 +127,13 @@ class Target(ABC):
     def _lacks_words(self, scheme: Scheme) -> tuple[str, str]:
         """What the operators of ONNX do not say of a scheme, and what to do; empty where they say it."""
         why = form_for(scheme.weight).why_not_standard(scheme.weight, self.operators.opset)
-        return why, "Take form native, or a scheme such as w4a16_g32"
+        return why, "Use form native, or a scheme such as w4a16_g32"
 
     def lacks(self, scheme: Scheme, recipe: Recipe) -> tuple[str, str]:
         """The kernel that a quantized linear would need and that is missing, and what to do; empty where none is.
 
         Returns:
-            such as ("no bfloat16 kernel: inputs are quantized", "Take dtype float16").
+            such as ("no bfloat16 kernel: inputs are quantized", "Use dtype float16").
         """
         return "", ""
 

@@ -28,10 +28,10 @@ class Gates:
         for name in ("max_kl", "max_ppl_rise"):
             value = getattr(self, name)
             if value is not None and not 0 <= value < float("inf"):
-                raise InputError(f"{value:g} is no limit", place=name, remedy="Give a number from 0 up")
+                raise InputError(f"{value:g} is not a limit", place=name, remedy="Give a number from 0 up")
         if self.min_top1 is not None and not 0 <= self.min_top1 <= 1:
             raise InputError(
-                f"{self.min_top1:g} is no share of tokens", place="min_top1", remedy="Give a number from 0 to 1"
+                f"{self.min_top1:g} is not a share of tokens", place="min_top1", remedy="Give a number from 0 to 1"
             )
 
     @property

@@ -52,7 +52,7 @@ def choose_text(
     """
     if windows < 1 or window < 2:
         raise InputError(
-            f"{windows} windows of {window} tokens predict nothing", remedy="Take 1 window of 2 tokens or more"
+            f"{windows} windows of {window} tokens predict nothing", remedy="Use 1 window of 2 tokens or more"
         )
     tokenizer = captured.folder.tokenizer() if captured.folder else None
     longest = getattr(captured.folder.config, "max_position_embeddings", None) if captured.folder else None

@@ -160,7 +160,7 @@ def _foreign_facts(foreign: Foreign) -> list[str]:
     if scaled := [row.name for row in foreign.weights if row.factors]:
         facts.append(f"the weights of {_listed(scaled, 3)} carry factors that something in front of them divides by")
     if foreign.others:
-        facts.append(f"{len(foreign.others)} products with codes are no linear of the float model: "
+        facts.append(f"{len(foreign.others)} products with codes belong to no linear of the float model: "
                      f"{_listed(list(foreign.others), 3)}")  # fmt: skip
     return [*facts, *foreign.notes]
 
@@ -251,7 +251,7 @@ def _facts(report: Report) -> list[str]:
     facts += _values(report)
     if report.layers.blocks:
         last = report.layers.blocks[-1]
-        facts.append(f"behind all blocks the SQNR is {decibels(last.sqnr_db, last)}")
+        facts.append(f"after all blocks the SQNR is {decibels(last.sqnr_db, last)}")
     if report.activations:
         counts = Counter(a.what for a in report.activations).most_common()
         facts.append("quantized activations: " + ", ".join(f"{n} {what}" for what, n in counts))
@@ -278,7 +278,7 @@ def _facts(report: Report) -> list[str]:
         facts += _beside_half(kl, report.references)
         if (far := scores.farthest) is not None and far.kl:
             facts.append(
-                f"the largest KL, {number(far.kl)}, is at token {far.token} of window {far.window}, behind "
+                f"the largest KL, {number(far.kl)}, is at token {far.token} of window {far.window}, after "
                 f"{far.context[-40:]!r}: float finds {far.float_likeliest!r} likeliest, quantized {far.likeliest!r}"
             )
     if report.greedy is not None:

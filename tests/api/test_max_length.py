@@ -58,4 +58,4 @@ def test_only_decoders_have_a_longest_text(tmp_path, run):
     folder = save_encoder("bert", tmp_path / "bert")
     code, _, stderr = run("export", folder, "-o", tmp_path / "out", "-r", "w8a8_dyn", "--max-length", "32")
     assert code == 2
-    assert "only decoders have a longest text, and this is an encoder" in stderr
+    assert "only decoders have a maximum length, and this is an encoder" in stderr

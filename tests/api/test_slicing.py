@@ -109,7 +109,7 @@ def test_the_command_line(export_folder, run, tmp_path):
     code, out, _ = run("slice", whole, "-o", tmp_path / "two", "--bits", "2", "--json")
     assert code == 0 and json.loads(out)["bits"] == 2
     code, _, err = run("slice", whole, "--bits", "3", "-o", tmp_path / "three")
-    assert code == 2 and "3 bits are no slice" in err and not (tmp_path / "three").exists()
+    assert code == 2 and "a slice cannot have 3 bits" in err and not (tmp_path / "three").exists()
     code, _, err = run("slice", whole, "--bits", "4", "-o", tmp_path / "four")
     assert code == 2 and "--overwrite" in err
     code, _, err = run("slice", tmp_path / "four", "--bits", "2", "-o", tmp_path / "again")

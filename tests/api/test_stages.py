@@ -90,9 +90,9 @@ def test_quantize_lower_and_package(calibrated, tmp_path):
     [
         ("encoder", {"attention": "standard"}, "w8a8_static", "only decoders have a choice of attention"),
         ("module", {"attention": "standard"}, "w8a8_static", "only decoders have a choice of attention"),
-        ("encoder", {}, "compact_kv8", "kv_cache is for decoders alone, and this is an encoder"),
-        ("encoder-decoder", {"logits": "last"}, "w8a8_static", "makes all logits"),
-        ("encoder-decoder", {}, "compact_kv8", "kv_cache is for decoders alone"),
+        ("encoder", {}, "compact_kv8", "kv_cache is only for decoders, and this is an encoder"),
+        ("encoder-decoder", {"logits": "last"}, "w8a8_static", "makes the logits of all tokens"),
+        ("encoder-decoder", {}, "compact_kv8", "kv_cache is only for decoders"),
     ],
 )
 def test_an_option_that_means_nothing_is_refused(kind, options, recipe, said):

@@ -150,7 +150,7 @@ def test_places_that_no_export_can_take(out, tmp_path, monkeypatch):
     (tmp_path / "link").symlink_to(out)
     refused(tmp_path / "link", "is a link to .*out. Give that path itself")
     (tmp_path / "file").write_text("")
-    refused(tmp_path / "file", "exists already and is no folder")
+    refused(tmp_path / "file", "exists already and is not a folder")
     refused(tmp_path / "file" / "out", "file: is not a folder")
     refused(tmp_path / ("x" * 250), "cannot be a folder .*[Nn]ame too long")
     refused("a\0b", "cannot be a folder .*null")

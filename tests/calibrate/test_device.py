@@ -143,7 +143,7 @@ def test_a_dry_run(model_folder):
         ("gpu", "gpu: there is no device of this name. Devices are cpu, cuda"),
         ("meta", "meta: nothing can be computed there"),
         pytest.param(
-            "cuda:63", "cuda:63: PyTorch .* cannot compute there .*Take another device, such as cpu",
+            "cuda:63", "cuda:63: PyTorch .* cannot compute there .*Use another device, such as cpu",
         ),
     ],
 )  # fmt: skip

@@ -60,9 +60,9 @@ def test_validation_without_a_text_needs_no_more_than_a_block(model_folder, expo
 
 
 REFUSED = {
-    "bert": r"an encoder writes no text to calibrate on.*--calibration FILE.*random",
-    "t5": r"an encoder-decoder writes no text to calibrate on.*--calibration FILE",
-    "whisper": r"the model writes no source to calibrate on.*feature extractor",
+    "bert": r"an encoder cannot write its own calibration text.*--calibration FILE.*random",
+    "t5": r"an encoder-decoder cannot write its own calibration text.*--calibration FILE",
+    "whisper": r"the model cannot make its own source to calibrate on.*feature extractor",
 }
 
 

@@ -106,19 +106,19 @@ def test_no_more_of_a_large_file_is_read_than_is_taken(tmp_path, monkeypatch):
     [
         ("a.npy", np.zeros((4, 16), np.float32), r"a\.npy: it holds float32, not integers\. Save token"),
         ("a.npy", np.zeros((2, 2, 2), np.int32), r"its ids are \[2, 2, 2\]"),
-        ("a.npy", np.zeros((0, 16), np.int32), "there are no tokens in it"),
-        ("a.npy", np.zeros(15, np.int32), "its 15 tokens are less than one sample of 16"),
+        ("a.npy", np.zeros((0, 16), np.int32), "it holds no tokens"),
+        ("a.npy", np.zeros(15, np.int32), "its 15 tokens are fewer than one sample of 16"),
         ("a.npy", np.full((4, 16), VOCAB), f"tokens from a.npy .*: token id {VOCAB} is outside the"),
-        ("a.npy", b"", "there are no tokens in it"),
+        ("a.npy", b"", "it holds no tokens"),
         ("a.npy", b"no numbers", "cannot be read as token ids"),
         ("a.npy", np.array([{}]), "cannot be read as token ids"),
-        ("a.bin", b"\0" * 70, "70 bytes are no int32"),
-        ("a.bin", b"", "there are no tokens in it"),
+        ("a.bin", b"\0" * 70, "70 bytes are not a whole number of int32"),
+        ("a.bin", b"", "it holds no tokens"),
         ("a.bin", np.arange(64, dtype=np.uint16).tobytes(), r"token id \d{5,} is outside"),
-        ("a.safetensors", b"", "there are no tokens in it"),
+        ("a.safetensors", b"", "it holds no tokens"),
         ("a.safetensors", b"no tensors", "cannot be read as token ids"),
         ("a.safetensors", {"x": torch.zeros(4, 16)}, "it holds F32, not integers"),
-        ("a.safetensors", {"x": torch.zeros(4), "y": torch.zeros(4)}, "holds 2 tensors and no input_ids"),
+        ("a.safetensors", {"x": torch.zeros(4), "y": torch.zeros(4)}, "holds 2 tensors, but no input_ids"),
         ("a.safetensors", {}, "holds no tensors"),
         ("a.safetensors", {"input_ids": torch.ones(2, 3).int(), "attention_mask": torch.ones(2)}, "another shape"),
     ],
@@ -215,8 +215,8 @@ def test_a_data_set_of_conversations(tmp_path, tokenizer, monkeypatch):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("", "there are no conversations in it"),
-        ("{", r"line 1 is no JSON \(.*\)\. A line is"),
+        ("", "it holds no conversations"),
+        ("{", r"line 1 is not JSON \(.*\)\. A line is"),
         ('{"text": "a"}', r"line 1 has no messages\. .*datasets:FILE:train:COLUMN"),
         ('{"messages": []}', r"a\.jsonl, line 1: holds no messages"),
         ('{"messages": [{"content": "a"}]}', "a message has no role"),
@@ -241,7 +241,7 @@ def test_what_conversations_and_packing_need(tmp_path, tokenizer):
     without.chat_template = TEMPLATE
     with pytest.raises(InputError, match=r"no token for the end of a text\. Set packed: false"):
         load(path, tokenizer=without, packed=True)
-    with pytest.raises(InputError, match="are not packed again"):
+    with pytest.raises(InputError, match="cannot be packed again"):
         load(write_ids(tmp_path / "a.npy", np.zeros(64, np.int32)), packed=True)
     with pytest.raises(InputError, match="cannot read the calibration text: No such file"):
         check_source(spec(tmp_path / "gone.jsonl"), SimpleNamespace())

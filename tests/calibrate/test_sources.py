@@ -82,9 +82,9 @@ def test_a_short_text_gives_fewer_windows_and_says_so(tokenizer, tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"", "a.txt: there is no text in it"),
-        (b" \n\t ", "a.txt: there is no text in it"),
-        (b"fifteen letters", r"a.txt: its 15 tokens are less than one sample of 16\. Give more text or a smaller"),
+        (b"", "a.txt: it holds no text"),
+        (b" \n\t ", "a.txt: it holds no text"),
+        (b"fifteen letters", r"a.txt: its 15 tokens are fewer than one sample of 16\. Give more text or a smaller"),
         ("grün".encode("latin-1"), r"a\.txt: byte 2 is not UTF-8"),
     ],
 )
@@ -97,7 +97,7 @@ def test_unusable_text(content, message, tokenizer, tmp_path):
 def test_missing_files_and_tokenizers(tokenizer, tmp_path, english):
     with pytest.raises(InputError, match=r"gone\.txt: cannot read .*: No such file or directory\. Sources are"):
         load_samples(spec(tmp_path / "gone.txt"), tokenizer=tokenizer, vocab_size=VOCAB)
-    with pytest.raises(InputError, match="is no file"):
+    with pytest.raises(InputError, match="is not a file"):
         load_samples(spec(tmp_path), tokenizer=tokenizer, vocab_size=VOCAB)
     with pytest.raises(InputError, match="text needs a tokenizer"):
         load_samples(spec(english), vocab_size=VOCAB)
@@ -188,7 +188,7 @@ def test_padding_ids_may_lie_outside_the_vocabulary():
     ("data", "message"),
     [
         ([], "calibration texts: there are no samples"),
-        (["abc", ""], "calibration text 1: there is no text in it"),
+        (["abc", ""], "calibration text 1: it holds no text"),
         ("a single string", "str is not calibration data"),
         ([[1, 2]], "list is not calibration data"),
         (7, "int is not calibration data"),
@@ -262,7 +262,7 @@ def test_a_text_file_through_datasets(tokenizer, english, datasets):
     [
         ("datasets:{}:train:words", r"there is no column 'words'\. Columns are text, n, note"),
         ("datasets:{}:train:n", "column 'n' holds int, not text"),
-        ("datasets:{}:train:note", "there is no text in it"),
+        ("datasets:{}:train:note", "it holds no text"),
         ("datasets:{}:test:text", "the data set cannot be read: .*test"),
         ("datasets:{}x.json:train:text", "there is no such file"),
         ("datasets:{}", r"does not name a data set's column\. Write datasets:ID:SPLIT:COLUMN or"),
@@ -406,7 +406,7 @@ def test_the_same_seed_writes_the_same_text():
 @pytest.mark.parametrize(
     ("n", "length", "more", "message"),
     [
-        (0, 8, {}, "0 samples are none"),
+        (0, 8, {}, "0 samples are too few"),
         (1, 2, {}, "2 tokens leave no room after the 2 that begin every text"),
         (1, 8, {"temperature": 0.0}, r"temperature 0\.0"),
         (1, 8, {"top_k": 0}, "top_k 0"),

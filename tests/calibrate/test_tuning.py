@@ -138,7 +138,7 @@ def test_what_cannot_be_tuned_says_why(captured, tmp_path):
         exports.export(captured("llama"), recipe("w8a8_dyn"), "cpu", tmp_path / "a")
     assert caught.value.place.startswith("model.layers.0") and "Leave out tune" in caught.value.remedy
     few = recipe().with_calibration(samples=2)
-    with pytest.raises(InputError, match="has 1 batch, and tune keeps one apart"):
+    with pytest.raises(InputError, match="has 1 batch, but tune sets one aside"):
         exports.export(captured("llama"), few, "cpu", tmp_path / "b")
 
 

@@ -76,7 +76,7 @@ def test_torchscript_is_refused_in_one_sentence(tmp_path):
     scripted = torch.jit.script(nn.Linear(4, 4))
     with pytest.raises(InputError, match="is a TorchScript module"):
         qexport.export(scripted, out_dir=tmp_path / "out", example_inputs=(torch.ones(1, 4),))
-    with pytest.raises(InputError, match="a ScriptFunction is no model"):
+    with pytest.raises(InputError, match="a ScriptFunction is not a model"):
         traced = torch.jit.trace(lambda x: x + 1, torch.ones(1, 4))
         qexport.export(traced, out_dir=tmp_path / "out", example_inputs=(torch.ones(1, 4),))
 

@@ -59,7 +59,7 @@ def test_a_picture_classifier_goes_through_the_command_line(tmp_path, run):
 @pytest.mark.slow
 def test_random_numbers_have_to_be_asked_for(tmp_path):
     folder = save_head("vit_image", tmp_path / "model")
-    with pytest.raises(InputError, match="the model writes no input to calibrate on"):
+    with pytest.raises(InputError, match="the model cannot make its own input to calibrate on"):
         exports.exporting.export(folder, "w8a8_static", out_dir=tmp_path / "out")
     result = exports.exporting.export(folder, "w8a8_static", out_dir=tmp_path / "out", calibration="random")
     assert "random numbers" in result.calibration

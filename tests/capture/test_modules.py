@@ -65,7 +65,7 @@ def test_shared_weights_stay_one_tensor():
         ({"x": torch.zeros(2, 8), "y": torch.zeros(2)}, {"z": {0: "batch"}}, "no input is called z"),
         ({"x": torch.zeros(2, 8)}, {"x": {2: "batch"}}, "x has no dimension 2"),
         ({"x": torch.zeros(2, 8)}, {"x": {0: 5}}, "'5' is no name for dimension 0 of x"),
-        ((torch.zeros(2, 8), torch.zeros(2)), None, "2 inputs, and forward has 1"),
+        ((torch.zeros(2, 8), torch.zeros(2)), None, "2 inputs, but forward has 1"),
         ((3,), None, "is not a tensor"),
         ((), None, "there are none"),
     ],

@@ -77,7 +77,7 @@ def test_methods_that_are_read(tmp_path, files, described):
 
 
 @pytest.mark.parametrize(("said", "named"), [
-    ({"quant_method": "gptq", "bits": 4, "checkpoint_format": "marlin"}, "the layout marlin of one GPU kernel"),
+    ({"quant_method": "gptq", "bits": 4, "checkpoint_format": "marlin"}, "the layout marlin of a GPU kernel"),
     ({"quant_method": "gptq", "bits": 5}, "GPTQ with 5 bits"),
     ({"quant_method": "gptq", "bits": 4, "pack_dtype": "int64"}, "packed in int64"),
     ({"quant_method": "awq", "bits": 4, "version": "gemv"}, "in the layout gemv"),
@@ -86,7 +86,7 @@ def test_methods_that_are_read(tmp_path, files, described):
      r"asks for sparse tensors \(sparse-24-bitmask\)"),
     ({"quant_method": "auto-round", "data_type": "mx_fp", "bits": 4}, "of mx_fp with 16-bit inputs"),
     ({"quant_method": "auto-round", "bits": 4, "rotation_config": {"a": 1}}, "are with rotation_config"),
-    ({"quant_method": "fp8", "weight_block_size": 128}, "FP8 in blocks of 128, which are none"),
+    ({"quant_method": "fp8", "weight_block_size": 128}, "FP8 in blocks of 128, which is not a block size"),
 ], ids=["marlin", "bits", "words", "gemv", "transform", "sparse", "floats", "rotated", "fp8"])  # fmt: skip
 def test_forms_that_are_not_read(tmp_path, said, named):
     with pytest.raises(InputError, match=named):

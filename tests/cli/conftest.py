@@ -6,17 +6,11 @@ from pathlib import Path
 import pytest
 
 import qexport
-from helpers.random_decoders import save_model
-from helpers.tokenizer_files import write_word_tokenizer
-
-VOCAB = 98
 
 
 @pytest.fixture(scope="session")
-def model(tmp_path_factory) -> Path:
-    folder = save_model("llama", tmp_path_factory.mktemp("model") / "tiny", vocab_size=VOCAB)
-    write_word_tokenizer(folder, VOCAB)
-    return folder
+def model(model_with_tokenizer) -> Path:
+    return model_with_tokenizer
 
 
 @pytest.fixture(scope="session")

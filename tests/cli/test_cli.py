@@ -54,8 +54,8 @@ def test_export_auto_keeps_the_size_and_says_what_it_chose(model, tmp_path, run)
     [
         (["--auto"], "either the most bytes or the largest KL"),
         (["--max-bytes", "90 parsecs"], "not a size: '90 parsecs'"),
-        (["--max-bytes", "1MB", "--resume"], "none of --resume, --logits last and --max-length"),
-        (["--max-kl", "0"], "takes the float model"),
+        (["--max-bytes", "1MB", "--resume"], "does not go with --resume, --logits last or --max-length"),
+        (["--max-kl", "0"], "only the float model has a KL of 0"),
         (["--max-bytes", "1kB", "-r", "w4a16_g32_rtn", "--calibration", "random", "--samples", "2"], "are too few"),
     ],
 )

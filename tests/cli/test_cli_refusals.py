@@ -90,7 +90,7 @@ def test_calibration_text(run, model, tmp_path):
     refused(run("export", model, "-o", out, "--calibration", tmp_path / "empty.txt"), "empty.txt", "no text")
     refused(
         run("export", model, "-o", out, "--calibration", tmp_path / "short.txt"),
-        "9 tokens are less than one sample",
+        "9 tokens are fewer than one sample",
         "sequence_length",
     )
     refused(run("export", model, "-o", out, "--calibration", tmp_path / "none.txt"), "none.txt", "No such file")

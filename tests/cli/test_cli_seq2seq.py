@@ -71,7 +71,7 @@ def test_results_as_json(model, qexport, tmp_path):
     "arguments, said",
     [
         (("export", "MODEL", "-o", "out", "--max-kl", "0.1"), "its kind is encoder-decoder"),
-        (("inspect", "MODEL", "--calibrate"), "by its export only"),
+        (("inspect", "MODEL", "--calibrate"), "only measured when it is exported"),
         (("export", "MODEL", "-o", "out", "-r", "compact_kv8"), "kv_cache"),
     ],
 )

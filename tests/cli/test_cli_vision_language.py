@@ -28,7 +28,7 @@ def test_inspect_export_validate_generate(model, run, tmp_path):
     text.write_text("words and more words, " * 20)
     given = ("--reference", model, "--text", text, "--windows", 2, "--window", 16, "--greedy", 4)
     code, shown, _ = run("validate", out, *given)
-    assert code == 0 and "a token of text behind pictures" in shown
+    assert code == 0 and "a token of the text after pictures" in shown
     assert all((out / part / "report.html").is_file() for part in ("vision", "embedding", "decoder"))
     code, _, said = run("chat", out)
     assert code == 2 and "--image FILE" in said
@@ -37,10 +37,10 @@ def test_inspect_export_validate_generate(model, run, tmp_path):
 @pytest.mark.parametrize(
     "arguments, said",
     [
-        (("export", "MODEL", "-o", "out", "--resume"), "pictures and text is not resumed"),
+        (("export", "MODEL", "-o", "out", "--resume"), "pictures and text cannot be resumed"),
         (("export", "MODEL", "-o", "out", "--max-kl", "0.1"), "its kind is vision-language"),
         (("export", "MODEL", "-o", "out", "-r", "w8a8_static", "--calibration", "no.jsonl"), "no.jsonl: cannot"),
-        (("inspect", "MODEL", "--calibrate"), "by its export only"),
+        (("inspect", "MODEL", "--calibrate"), "only measured when it is exported"),
     ],
 )
 def test_what_it_does_not_take(model, run, tmp_path, monkeypatch, arguments, said):
@@ -52,4 +52,4 @@ def test_what_it_does_not_take(model, run, tmp_path, monkeypatch, arguments, sai
 def test_models_of_text_read_no_pictures(export_folder, run, tmp_path):
     out = export_folder("llama", "w4a16_g32_rtn")
     code, _, shown = run("generate", out, "-p", "a", "--image", picture_file(tmp_path))
-    assert code == 2 and "reads no pictures" in shown
+    assert code == 2 and "does not read pictures" in shown

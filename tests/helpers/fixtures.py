@@ -14,6 +14,7 @@ from helpers import breadth, exports, traces
 from helpers.cuda_placement.build import CannotBuild, build_stand_ins
 from helpers.cuda_placement.probe import placement
 from helpers.random_decoders import save_model
+from helpers.tokenizer_files import LETTERS, write_word_tokenizer
 from qexport import cli
 from qexport.artifact import checksums
 from qexport.recipe.recipe import Recipe
@@ -52,6 +53,14 @@ def pytest_runtest_protocol(item):
 def model_folder(tmp_path_factory):
     """model_folder(family): the folder of a small random model, made once; not to be written to."""
     return cache(lambda family: save_model(family, tmp_path_factory.mktemp(family)))
+
+
+@pytest.fixture(scope="session")
+def model_with_tokenizer(tmp_path_factory):
+    """The folder of a small random Llama with a tokenizer; not to be written to."""
+    folder = save_model("llama", tmp_path_factory.mktemp("model") / "tiny", vocab_size=LETTERS)
+    write_word_tokenizer(folder, LETTERS)
+    return folder
 
 
 @pytest.fixture(scope="session")

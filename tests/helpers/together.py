@@ -49,12 +49,14 @@ _TOGETHER = (
 # Few tests that take long: begun last, they would leave one process waiting for the other.
 _LONG = (
     "tests/capture/test_families.py",
-    "tests/samples/test_samples.py",
+    "tests/capture/test_encoders.py",
     "tests/cli/test_cli.py",
-    "tests/mixed_precision/test_exporting.py",
-    "tests/capture/test_stamp.py",
     "tests/lower/test_seq2seq.py",
-    "tests/calibrate/test_device.py",
+    "tests/lower/test_experts.py",
+    "tests/samples/test_samples.py",
+    "tests/validation/test_validate.py",
+    "tests/validation/test_planted_faults.py",
+    "tests/validation/test_foreign.py",
     "tests/quant/test_memory.py",
 )
 _FIRST = {file: group[0] for group in _TOGETHER for file in group}

@@ -7,6 +7,7 @@ from transformers import PreTrainedTokenizerFast
 
 BOS, EOS = "<s>", "</s>"
 BYTE_BOS = 256  # of `byte_tokenizer`
+LETTERS = 98  # all ids of `write_word_tokenizer`
 TEXT = "The moon has phases because the sun lights one half of it, and we see it from the side. Hello you 1 2 3 45"
 CHAT = (
     "{{ bos_token }}{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}{{ eos_token }}{% endfor %}"

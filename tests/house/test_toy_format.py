@@ -172,7 +172,7 @@ def test_methods_that_move_codes_on_a_grid_say_that_it_has_none(captured, tmp_pa
     recipe = Recipe(scheme="pot4_g32", weights={"method": "hqq"})
     qexport.export(captured("llama"), recipe, out_dir=tmp_path / "out")
     report = (tmp_path / "out" / "report.json").read_text()
-    assert report.count('"pot4_g32, rounded to nearest: it is no grid of integers"') == 14
+    assert report.count('"pot4_g32, rounded to nearest: it is not an integer format"') == 14
 
 
 def test_an_export_is_valid(folder, tmp_path):

@@ -155,11 +155,11 @@ def test_text_about_a_picture_is_that_of_transformers(llava, float_files, tmp_pa
 @pytest.mark.parametrize(
     "given, said",
     [
-        (dict(prompt="<image><image>", images=["P"]), "2 places for pictures, and 1"),
+        (dict(prompt="<image><image>", images=["P"]), "2 places for pictures, but 1"),
         (dict(prompt=["a", "b"], images=["P"]), "belong to one prompt"),
         (dict(prompt="a", images=["nowhere.png"]), "cannot be read as a picture"),
-        (dict(prompt="a", adapter="x"), "keeps no adapters apart"),
-        (dict(prompt="<image>"), "of which the encoder made 0 rows"),
+        (dict(prompt="a", adapter="x"), "cannot keep adapters apart"),
+        (dict(prompt="<image>"), "but the encoder made 0 rows"),
     ],
 )
 def test_what_generate_does_not_take(float_files, tmp_path, given, said):
@@ -226,7 +226,7 @@ def test_inspect_sums_its_parts(llava):
     found = inspect(llava, "balanced")
     assert set(found.parts) == {VISION, EMBEDDING, DECODER} and found.attention == "grouped"
     assert found.bytes["total"] == sum(part.bytes["total"] for part in found.parts.values())
-    with pytest.raises(InputError, match="by its export only"):
+    with pytest.raises(InputError, match="only measured when it is exported"):
         inspect(llava, "w8a8_static", calibrate=True)
 
 

@@ -120,7 +120,7 @@ def test_a_kl_asked_for_is_met_with_fewer_bytes_than_the_closest(models, tmp_pat
     [
         ({}, "either the most bytes or the largest KL"),
         ({"max_bytes": 10**6, "max_kl": 0.1}, "either the most bytes or the largest KL"),
-        ({"max_kl": 0}, "takes the float model"),
+        ({"max_kl": 0}, "only the float model has a KL of 0"),
         ({"max_bytes": 1000}, "too few: with the smallest schemes the file takes about"),
         ({"max_kl": 1e-9}, "not met"),
     ],

@@ -47,7 +47,7 @@ def test_codes(bitnet, kind):
     assert torch.equal(found.weight.codes.double(), want)
     torch.testing.assert_close(codes.formula(), want / scale if kind == "bitlinear" else want * scale)
     tensors["a.weight"][0, 0] = 255
-    with pytest.raises(CaptureError, match="codes that are no -1, 0 or 1"):
+    with pytest.raises(CaptureError, match="codes other than -1, 0 and 1"):
         codes.decode()
 
 

@@ -54,7 +54,7 @@ def test_a_missing_expert(folder):
     with pytest.raises(CaptureError) as refused:
         capture_folder(open_model(folder))
     assert refused.value.place == f"{KIND}.gate_up_proj"
-    assert "cannot be made of" in refused.value.message
+    assert "cannot be built from" in refused.value.message
 
 
 def test_all_experts_missing(folder):

@@ -123,7 +123,7 @@ def test_all_files_are_tested():
 @pytest.mark.parametrize(("said", "named"), [
     ({"quant_method": "modelopt", "quant_algo": "W4A8_AWQ"}, r"ModelOpt \(W4A8_AWQ\)"),
     ({"quant_method": "hqq", "quant_config": {"scale_quant_params": {"nbits": 8}}}, "its HQQ scales or zero points"),
-    ({"quant_method": "quark", "export": {"weight_format": "fake_quantized"}}, "its weights, of Quark, are fake"),
+    ({"quant_method": "quark", "export": {"weight_format": "fake_quantized"}}, "its Quark weights are fake"),
 ], ids=["modelopt", "hqq", "quark"])  # fmt: skip
 def test_forms_that_are_not_read(tmp_path, said, named):
     (tmp_path / "config.json").write_text(json.dumps({"quantization_config": said}))

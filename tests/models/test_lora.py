@@ -139,7 +139,7 @@ def test_command_line_merges_and_tells(llama, weights, tmp_path, run):
 @pytest.mark.parametrize(
     ("change", "said"),
     (
-        ({"peft_type": "IA3"}, "is no LoRA but IA3"),
+        ({"peft_type": "IA3"}, "is not a LoRA but IA3"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights is pissa, which changes the base"),
         ({"trainable_token_indices": [1]}, "single tokens are trained"),
     ),
@@ -157,8 +157,8 @@ def test_adapters_of_other_models_and_broken_ones_are_refused(llama, weights, tm
     bare.mkdir()
     (bare / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA"}))
     for adapter, said in (
-        (other, "changes model.layers.9.self_attn.q_proj, and the base has no"),
-        (wide, f"for {Q}, and the base's tensor is"),
+        (other, "changes model.layers.9.self_attn.q_proj, but the base has no"),
+        (wide, f"for {Q}, but the base's tensor is"),
         (half, "has no A or no B"),
         (bare, "cannot be read"),
         (tmp_path / "none", "has no adapter_config.json"),

@@ -95,7 +95,7 @@ def test_an_embedding_of_the_last_token_of_a_decoder(tmp_path):
         ([("WeightedLayerPooling", {})], "step 2 is WeightedLayerPooling, which has no form here"),
         ([("Dense", {"in_features": 64, "out_features": 8, "bias": True, "activation_function": "a.b.Wave"})],
          "has the activation Wave, which torch.nn does not have"),
-        ([("Dense", {"in_features": 64})], "is no config of a Dense step"),
+        ([("Dense", {"in_features": 64})], "is not the config of a Dense step"),
     ],
 )  # fmt: skip
 def test_steps_that_are_not_known_are_refused(tmp_path, steps, why):
@@ -112,5 +112,5 @@ def test_other_ways_of_pooling_are_refused(tmp_path):
         with pytest.raises(InputError, match=why):
             read_pooling(describe(tmp_path / str(number), pooling))
     (tmp_path / "modules.json").write_text(json.dumps([{"type": "Transformer", "path": "../../etc"}]))
-    with pytest.raises(InputError, match="names a folder outside of its own"):
+    with pytest.raises(InputError, match="names a folder outside its own"):
         read_pooling(tmp_path)

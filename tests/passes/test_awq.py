@@ -108,7 +108,7 @@ def test_a_salient_channel_is_protected(scheme):
 
 def test_where_all_channels_are_alike_and_where_alpha_is_zero_nothing_is_folded():
     for make, what in (
-        (lambda plan: AWQ(plan, alpha=0.0), "alpha 0 is no factor"),
+        (lambda plan: AWQ(plan, alpha=0.0), "alpha 0 makes no factors"),
         (AWQ, "no factor is better than none"),
     ):
         gains = torch.zeros(K)

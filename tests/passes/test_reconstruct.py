@@ -164,7 +164,7 @@ def test_what_cannot_be_trained_says_why(captured, method):
     results = run_passes(model, [method(plan, steps=5)], stream, reference)
     skipped = {n.site.rpartition(".")[2]: n.what for n in results[model.blocks[1].name][method.__name__].skipped}
     assert skipped == {
-        "q_proj": "nf4_g32 is no grid of integers", "up_proj": "kept in float by the recipe",
+        "q_proj": "nf4_g32 is not an integer format", "up_proj": "kept in float by the recipe",
         "o_proj": "not in the plan",
     }  # fmt: skip
     for name, w in weights(model.blocks[1].module).items():

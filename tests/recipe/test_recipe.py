@@ -291,13 +291,13 @@ def test_a_recipe_does_not_change():
         ("scheme: w4a16_g32\naccuracy_level: 2\n", 2, "accuracy_level: input should be 1 or 4, not 2"),
         ("scheme: w4a16_g32\nscheme: w8a16\n", 2, "scheme is already given in line 1"),
         ("scheme: w4a16_g32\nweights: [a\n", 3, "this is not YAML: "),
-        ("scheme: *here\n", 0, "no YAML aliases"),
+        ("scheme: *here\n", 0, "cannot use YAML aliases"),
         ("- scheme\n", 0, "not a mapping"),
         ("", 0, "not a mapping"),
         ("name: x\n", 0, "scheme: this key is missing"),
-        ("scheme: w4a16_g32\nembedding: w8a8_dyn\n", 2, r"embedding: w8a8_dyn is no scheme for an embedding"),
-        ("scheme: w4a16_g32\nembedding: w4a16_pc\n", 2, r"w4a16_pc is no scheme .*Use w4a16_.*tied, auto, or float"),
-        ("scheme: w4a16_g32\nembedding: nf4\n", 2, r"embedding: nf4 is no scheme for an embedding"),
+        ("scheme: w4a16_g32\nembedding: w8a8_dyn\n", 2, r"embedding: w8a8_dyn is not a scheme for an embedding"),
+        ("scheme: w4a16_g32\nembedding: w4a16_pc\n", 2, r"w4a16_pc is not a scheme .*Use w4a16_.*tied, auto, or float"),
+        ("scheme: w4a16_g32\nembedding: nf4\n", 2, r"embedding: nf4 is not a scheme for an embedding"),
         ("scheme: w4a16_g32\nembedding: tide\n", 2, r"embedding: unknown scheme 'tide'"),
         (
             "scheme: w4a16_g32\nembedding: tied\n",
@@ -327,7 +327,7 @@ def test_unreadable_files(tmp_path):
         Recipe.load(tmp_path / "latin.yaml")
     with pytest.raises(RecipeError, match=r"none\.yaml: cannot be read: No such file"):
         Recipe.load("none.yaml")
-    with pytest.raises(RecipeError, match="is no file"):
+    with pytest.raises(RecipeError, match="is not a file"):
         Recipe.load(tmp_path)
 
 
@@ -373,7 +373,7 @@ def test_to_yaml_is_plain_yaml_in_the_order_of_the_fields():
         ({"scheme": "w4a16_g32", "crossquant": {}}, "crossquant makes activations easier"),
         ({"scheme": "w4a16_g32", "fptq": {}}, "fptq makes activations easier"),
         ({"scheme": "w4a16_g32", "llm_int8": {}}, "llm_int8 makes activations easier"),
-        ({"scheme": "w4a8_g32", "crossquant": {"round_weights": "before_fold"}}, "no form for w4a8_g32"),
+        ({"scheme": "w4a8_g32", "crossquant": {"round_weights": "before_fold"}}, "does not work with w4a8_g32"),
         ({"scheme": "w8a8_dyn", "crossquant": {"alpha": "search", "row_scale": "dynamic"}}, "dynamic folds nothing"),
         ({"scheme": "w8a8_dyn", "fptq": {"static_up_to": 9, "dynamic_from": 3}}, "dynamic_from is below"),
         ({"scheme": "w8a8_dyn", "crossquant": {"alpha": "best"}}, "not a number from 0 to 1"),

@@ -133,10 +133,10 @@ def test_bad_files_give_one_clear_error(exported, tmp_path):
         (None, "no such file.*qexport study -o"),
         ("{", "no JSON|unreadable"),
         ("[]", "not a JSON object"),
-        (json.dumps({"validation": {}}), r"no study, damaged, or of another version of qexport \(reference"),
+        (json.dumps({"validation": {}}), r"not a study, damaged, or of another version of qexport \(reference"),
         (json.dumps(good | {"format": 2}), r"another version of qexport \(format"),
         (json.dumps(good | {"rows": []}), "without rows"),
-        (json.dumps(good | {"rows": [row | {"temperature": float("nan")}]}), "temperature that is no number"),
+        (json.dumps(good | {"rows": [row | {"temperature": float("nan")}]}), "temperature that is not a number"),
         (json.dumps(good | {"rows": [row | {"distance": "far"}]}), r"rows\.0\.distance"),
     ):  # fmt: skip
         if text is not None:

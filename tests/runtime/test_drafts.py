@@ -174,12 +174,12 @@ def test_stakes_lose_less_than_three_hundredths_and_win_where_guesses_are_right(
 def test_what_drafts_cannot_do_is_an_input_error(decoder, tmp_path):
     with pytest.raises(InputError, match="drafts are for one text"):
         decoder.generate([[5], [6]], max_new_tokens=2, drafts=Drafts())
-    with pytest.raises(InputError, match="no draft is called 'oracle'"):
+    with pytest.raises(InputError, match="there is no draft called 'oracle'"):
         Drafts("oracle")
-    with pytest.raises(InputError, match="no even number"):
+    with pytest.raises(InputError, match="not an even number"):
         Drafts(rows=3)
     write_tiny_decoder(tmp_path, layers=1, last_logits=True)
-    with pytest.raises(InputError, match="the last token alone"):
+    with pytest.raises(InputError, match="only the logits of the last token"):
         open_decoder(tmp_path, threads=1).generate([[5]], max_new_tokens=2, drafts=Drafts())
 
 

@@ -17,7 +17,7 @@ from qexport.runtime.genai import genai_config
 SENTENCES = {
     "generation": "generation_config.json is left out",
     "card": "the licence that README.md may state is not carried over",
-    "licence": "LICENSE is no file and is left out",
+    "licence": "LICENSE is not a file and is left out",
 }
 
 
@@ -57,7 +57,7 @@ def test_side_files_that_cannot_be_used_are_left_out(folder, tmp_path, caplog):
 def test_front_matter_of_a_card_that_is_no_yaml(folder, front):
     (folder / "README.md").write_text(f"---\n{front}\n---\n")
     (note,) = open_model(folder).notes
-    assert "its front matter is no YAML" in note
+    assert "its front matter is not YAML" in note
 
 
 def test_the_end_of_texts_is_the_tokenizers_where_no_config_names_it(folder, tmp_path, caplog):

@@ -116,9 +116,9 @@ def test_times_stand_in_the_text(whisper, run, tmp_path):
     code, shown, _ = run(*command, "--language", "de", "--beams", 2)
     assert code == 0 and shown.strip()
     for wrong, said in (
-        (("--language", "tlh"), "no language is called 'tlh'. Those it has are en, de"),
+        (("--language", "tlh"), "there is no language called 'tlh'. Those it has are en, de"),
         (("--task", "sing"), "Those it has are transcribe, translate"),
-        (("--beams", 2, "--temperature", 1), "draw none"),
+        (("--beams", 2, "--temperature", 1), "cannot sample"),
         (("--beams", 0), "0 beams"),
     ):
         code, shown, err = run(*command, *wrong)
@@ -151,18 +151,18 @@ def test_what_begins_texts_of_speech():
 )
 def test_damaged_tokens_of_speech_are_named(wrong, tmp_path):
     (tmp_path / "generation_config.json").write_text(json.dumps(HEARD | wrong))
-    with pytest.raises(InputError, match=f"{next(iter(wrong))} is no token id"):
+    with pytest.raises(InputError, match=f"{next(iter(wrong))} is not a token id"):
         habits_of(tmp_path)
 
 
 def test_who_has_no_speech_or_draws_says_so(t5):
     pair = open_seq2seq(t5[1])
     source = {"input_ids": tokens(1, 4, vocab=VOCAB).numpy(), "attention_mask": np.ones((1, 4), np.int64)}
-    with pytest.raises(InputError, match="nothing to write about"):
+    with pytest.raises(InputError, match="no source to write about"):
         pair.write({name: array[:0] for name, array in source.items()}, max_new_tokens=2)
-    with pytest.raises(InputError, match="knows no languages and times"):
+    with pytest.raises(InputError, match="has no languages or timestamps"):
         pair.write(source, max_new_tokens=2, speech=Speech("en"))
-    with pytest.raises(InputError, match="draw none"):
+    with pytest.raises(InputError, match="cannot sample"):
         pair.write(source, max_new_tokens=2, beams=2, sampling=Sampling())
 
 

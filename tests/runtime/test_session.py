@@ -61,7 +61,7 @@ def test_file_made_for_cuda_runs_on_the_cpu_when_asked_to(export):
 
 
 def test_unknown_provider_is_an_error(export):
-    with pytest.raises(InputError, match="no execution provider is called 'abacus'. Here are .*cpu"):
+    with pytest.raises(InputError, match="there is no execution provider called 'abacus'. Available: .*cpu"):
         open_session(export[0], provider="abacus")
 
 

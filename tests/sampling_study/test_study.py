@@ -10,21 +10,18 @@ import torch
 
 import qexport
 from helpers.random_decoders import reference_model, save_model
-from helpers.tokenizer_files import write_word_tokenizer
+from helpers.tokenizer_files import LETTERS, write_word_tokenizer
 from qexport.errors import InputError
 from qexport.sampling_study.result import Study
 
-VOCAB = 98
 FLOAT = qexport.Recipe(scheme="w8a16", overrides=[{"match": "*", "scheme": "float"}])
 PROMPTS = ("abc", "Once upon", "x = 1")
 GRID = qexport.Grid(temperatures=(0, 1.0), top_ks=(0, 5), max_new_tokens=(6, 12), seeds=(0, 1))
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory) -> Path:
-    folder = save_model("llama", tmp_path_factory.mktemp("model") / "tiny", vocab_size=VOCAB)
-    write_word_tokenizer(folder, VOCAB)
-    return folder
+def model(model_with_tokenizer) -> Path:
+    return model_with_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -175,11 +172,11 @@ def test_a_folder_that_cannot_be_studied(run, model, folders, tmp_path):
 
 def test_another_model_among_the_folders(run, model, folders, tmp_path):
     larger = changed(
-        folders["w2"], tmp_path / "larger", lambda m: m | {"settings": m["settings"] | {"vocab_size": VOCAB + 2}}
+        folders["w2"], tmp_path / "larger", lambda m: m | {"settings": m["settings"] | {"vocab_size": LETTERS + 2}}
     )
     refused(run("study", folders["w2"], larger, "--reference", model), "its vocab_size is 98, not 100")
-    same_sizes = save_model("llama", tmp_path / "twin", vocab_size=VOCAB, seed=1)
-    write_word_tokenizer(same_sizes, VOCAB)
+    same_sizes = save_model("llama", tmp_path / "twin", vocab_size=LETTERS, seed=1)
+    write_word_tokenizer(same_sizes, LETTERS)
     refused(run("study", folders["w2"], "--reference", same_sizes), "has other values")
 
 

@@ -258,5 +258,5 @@ def test_bad_input_is_one_sentence(llama, built, tmp_path, run):
             "validate", place, "--reference", reference, "--windows", 1, "--window", 16, "--out", tmp_path
         )
         assert code == 2 and said in err.replace("\n", " ") and "Traceback" not in err
-    with pytest.raises(InputError, match="exports of qexport alone"):
+    with pytest.raises(InputError, match="only for exports of qexport"):
         qexport.validate(built, llama, sensitivity=True, out=tmp_path)

@@ -287,8 +287,8 @@ def test_a_folder_that_is_no_export_is_refused(llama):
 @pytest.mark.parametrize(
     ("text", "window", "message"),
     [
-        ("   \n ", 16, "there is no text in it"),
-        ("one small text", 64, "its 14 tokens are less than one sample of 63"),
+        ("   \n ", 16, "it holds no text"),
+        ("one small text", 64, "its 14 tokens are fewer than one sample of 63"),
         ("missing.txt", 16, "no such file"),
         (TEXT, 257, "longer than the 256"),
         (TEXT, 1, "predict nothing"),

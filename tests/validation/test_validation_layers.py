@@ -158,7 +158,7 @@ def test_a_module_is_compared_on_tensors(module):
 @pytest.mark.parametrize(
     ("inputs", "message"),
     [
-        ([(torch.zeros(1, 5, 64), torch.zeros(1))], "2 tensors, and the model takes 1"),
+        ([(torch.zeros(1, 5, 64), torch.zeros(1))], "2 tensors, but the model takes 1"),
         ([(torch.zeros(1, 5, 32),)], r"is torch.float32 \[1, 5, 32\], not torch.float32"),
         ([(torch.zeros(1, 5, 64, dtype=torch.int64),)], "is torch.int64"),
     ],
@@ -175,5 +175,5 @@ def test_a_module_without_inputs_is_refused(module):
 
 
 def test_a_module_has_no_references(module):
-    with pytest.raises(InputError, match="references are for language models"):
+    with pytest.raises(InputError, match="references are only for language models"):
         validate(module[1], module[0], inputs=[(torch.zeros(1, 5, 64),)], references=True)

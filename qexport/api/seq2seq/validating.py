@@ -58,9 +58,9 @@ def _check(options: ValidationOptions, folder: Path) -> None:
         if getattr(options, name):
             raise InputError(f"{why}, and an encoder-decoder has two", place=name, remedy="Leave it out")
     if options.greedy < 2:
-        raise InputError(f"{options.greedy} new tokens tell nothing", place="greedy", remedy="Take 2 or more")
+        raise InputError(f"{options.greedy} new tokens are too few to compare", place="greedy", remedy="Use 2 or more")
     if options.text is not None and options.inputs is not None:
-        raise InputError("both are sources", place="text, inputs", remedy="Give one of them")
+        raise InputError("both give the sources", place="text, inputs", remedy="Give one of them")
 
 
 def _opened(reference: FloatModel, options: ValidationOptions) -> ModelFolder:
@@ -76,7 +76,7 @@ def _opened(reference: FloatModel, options: ValidationOptions) -> ModelFolder:
         )
     model = open_model(reference, trust_remote_code=options.trust_remote_code)
     if not model.config.is_encoder_decoder:
-        raise InputError("is no encoder-decoder", place=model.name, remedy=remedy)
+        raise InputError("is not an encoder-decoder", place=model.name, remedy=remedy)
     return model
 
 

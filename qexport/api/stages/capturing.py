@@ -70,7 +70,7 @@ def _shorten(captured: CapturedModel, longest: int | None) -> None:
     context = captured.settings.get("max_position_embeddings", longest)
     if longest > context:
         raise InputError(
-            f"the model reads {context} tokens, not {longest}", place="max_length", remedy="Take a smaller one"
+            f"the model reads at most {context} tokens, not {longest}", place="max_length", remedy="Use a smaller one"
         )
     captured.settings["max_position_embeddings"] = longest
 

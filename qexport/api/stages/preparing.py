@@ -194,7 +194,7 @@ def _check_codes(source: Source, recipe: Recipe, options: Options) -> None:
     """
     codes, requantize = _codes_of(source), options.requantize
     if codes is None and requantize:
-        raise InputError("its weights are float", place="requantize", remedy="Pass the recipe without it")
+        raise InputError("its weights are not quantized", place="requantize", remedy="Pass the recipe without it")
     if codes is not None and not requantize and not recipe.weights.keeps_codes:
         raise InputError(
             f"its weights are codes already ({codes.described}), which {recipe.name} would replace", place=str(source),
@@ -202,7 +202,7 @@ def _check_codes(source: Source, recipe: Recipe, options: Options) -> None:
         )  # fmt: skip
     if codes is not None and recipe.weights.keeps_codes and options.extra_passes:
         raise InputError(
-            f"{recipe.name} keeps codes whatever passes make of the float weights", place="extra_passes",
+            f"{recipe.name} keeps the stored codes, whatever passes do to the float weights", place="extra_passes",
             remedy="Leave them out, or requantize",
         )  # fmt: skip
     if codes is not None and requantize and recipe.weights.keeps_codes:
@@ -215,7 +215,8 @@ def opened(model: Model, *, trust_remote_code: bool = False) -> Source:
         return model
     if not isinstance(model, str | os.PathLike | ModelFolder):
         raise InputError(
-            f"a {type(model).__name__} is no model", remedy="Pass a folder, a Hugging Face id or the nn.Module itself"
+            f"a {type(model).__name__} is not a model",
+            remedy="Pass a folder, a Hugging Face id or the nn.Module itself"
         )
     folder = open_model(model, trust_remote_code=trust_remote_code)
     if folder is not model:  # otherwise they were said when it was opened

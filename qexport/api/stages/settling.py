@@ -42,7 +42,7 @@ def settle(found: Calibration) -> Calibration:
         return replace(found, recipe=with_table(captured, asked), decisions=_explained(found.decisions, ""))
     cost = _cost(found, table)
     eight = cost is None or not cost <= MOST
-    why = "what 4 bits cost is measured of calibrated decoders alone"
+    why = "what 4 bits cost is only measured for calibrated decoders"
     if cost is not None:
         why = f"4 bits cost KL {number(cost)} by themselves, and {number(MOST)} is the most"
     logger.info("%s: %s", table.name, why)

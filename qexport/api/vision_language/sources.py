@@ -206,7 +206,7 @@ def _read_pairs(path: Path) -> list[tuple[list[Any], str]]:
         except (ValueError, KeyError, TypeError):
             images, text = None, None
         if not isinstance(images, list) or not images or not isinstance(text, str):
-            raise InputError("is no picture with its text", place=f"{path}:{number}", remedy=_REMEDY)
+            raise InputError("is not a picture with its text", place=f"{path}:{number}", remedy=_REMEDY)
         found.append(([path.parent / str(image) for image in images], text))
     if not found:
         raise InputError("holds no pictures", place=str(path), remedy=_REMEDY)
@@ -261,7 +261,7 @@ def _given(parts: VisionParts, data: Sequence[Any], size: int) -> Examples:
             made.append(_processed(parts, images, entry[1]))
         else:
             raise InputError(
-                f"{type(entry).__name__} is no picture with its text", place="calibration",
+                f"{type(entry).__name__} is not a picture with its text", place="calibration",
                 remedy="Pass pairs of a picture and its text, or what the model's processor makes of them",
             )  # fmt: skip
     if not made:

@@ -44,10 +44,10 @@ def validate_pictures(folder: Path, reference: FloatModel, options: ValidationOp
     for name in ("references", "sensitivity"):
         if getattr(options, name):
             raise InputError(
-                f"{name} are not measured of a model of pictures and text", place=str(folder), remedy="Leave it out"
+                f"{name} cannot be measured for a model of pictures and text", place=str(folder), remedy="Leave it out"
             )
     if options.text is not None and options.inputs is not None:
-        raise InputError("both are texts", place="text, inputs", remedy="Give one of them")
+        raise InputError("both give the text", place="text, inputs", remedy="Give one of them")
     model = _opened(reference, options)
     check_writable(folder)
     with inside(folder, "validating"):
@@ -67,7 +67,7 @@ def _opened(reference: FloatModel, options: ValidationOptions) -> ModelFolder:
         )
     model = open_model(reference, trust_remote_code=options.trust_remote_code)
     if not in_three_parts(model.config):
-        raise InputError("is no model of pictures and text", place=model.name, remedy=remedy)
+        raise InputError("is not a model of pictures and text", place=model.name, remedy=remedy)
     return model
 
 
@@ -206,7 +206,7 @@ def _sentences(examples: Examples, logits: Logits, greedy: Greedy | None) -> lis
         f"Both write the same about a picture for {np.mean(greedy.agreed):.1f} of {greedy.new_tokens} tokens on average"
     ]  # fmt: skip
     return [
-        f"KL {number(logits.kl_mean)} a token of text behind pictures from the float model, and the same token "
+        f"KL {number(logits.kl_mean)} a token of the text after pictures, and the same token "
         f"likeliest for {100 * logits.top1_agreement:.1f} % of {logits.tokens}",
         *written, *chance,
     ]

@@ -14,13 +14,13 @@ def document_ids(tokenizer: Any, document: Any, place: str) -> list[int]:
     """The ids of a text, with the special tokens that the tokenizer gives it, or of a conversation.
 
     Raises:
-        InputError: there is no text in it, or the chat template refuses it.
+        InputError: it holds no text, or the chat template refuses it.
     """
     if not isinstance(document, str):
         return conversation_ids(tokenizer, document, place)
     ids = list(tokenizer(document, verbose=False)["input_ids"])
     if not ids or not document.strip():
-        raise InputError("there is no text in it", place=place)
+        raise InputError("it holds no text", place=place)
     return ids
 
 
@@ -49,7 +49,7 @@ def rows_of(documents: Iterable[tuple[str, Any]], spec: CalibrationSpec, tokeniz
         return whole(windows, f"{len(windows)} windows of {length} tokens packed from {name}{_fewer(windows, spec)}")
     rows = [row[:length] for row, _ in zip(found, range(n), strict=False)]
     if not rows:
-        raise InputError("there are no samples in it", place=name)
+        raise InputError("it holds no samples", place=name)
     return of_rows(rows, f"{len(rows)} conversations of up to {{}} tokens from {name}{_fewer(rows, spec)}")
 
 

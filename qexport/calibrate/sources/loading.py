@@ -61,7 +61,7 @@ def load_samples(
         raise InputError(
             f"token id {int(outside[0])} is outside the model's vocabulary of {vocab_size}",
             place=samples.described,
-            remedy="Take the tokenizer that belongs to the model",
+            remedy="Use the tokenizer that belongs to the model",
         )
     return samples
 

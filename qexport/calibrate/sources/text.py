@@ -89,7 +89,7 @@ def start_ids(tokenizer: Any) -> list[int]:
 
 def _tokens(text: str, tokenizer: Any, place: str) -> np.ndarray:
     if not text.strip():
-        raise InputError("there is no text in it", place=place)
+        raise InputError("it holds no text", place=place)
     found = tokenizer(_pieces(text), add_special_tokens=False, verbose=False)["input_ids"]
     return np.concatenate([np.asarray(piece, dtype=np.int64) for piece in found])
 
@@ -97,7 +97,7 @@ def _tokens(text: str, tokenizer: Any, place: str) -> np.ndarray:
 def _cut(ids: np.ndarray, body: int, place: str, remedy: str) -> Tensor:
     count = len(ids) // body
     if not count:
-        raise InputError(f"its {len(ids)} tokens are less than one sample of {body}", place=place, remedy=remedy)
+        raise InputError(f"its {len(ids)} tokens are fewer than one sample of {body}", place=place, remedy=remedy)
     return torch.from_numpy(ids[: count * body].reshape(count, body))
 
 

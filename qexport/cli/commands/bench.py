@@ -16,15 +16,16 @@ def bench(
     folder: Folder,
     against: Annotated[Path | None, typer.Option(help="Another folder, measured in turns with the first.")] = None,
     prompt_length: Annotated[
-        list[int] | None, typer.Option(help="Prompt tokens, several times too; by default 128, 512 and 2048.")
+        list[int] | None, typer.Option(help="Tokens in a prompt; may be repeated. Default: 128, 512 and 2048.")
     ] = None,
     past: Annotated[
-        list[int] | None, typer.Option(help="Tokens in the cache when decoding; by default 128 and 2048.")
+        list[int] | None,
+        typer.Option(help="Tokens in the cache when decoding; may be repeated. Default: 128 and 2048.")
     ] = None,
     batch: Annotated[
-        list[int] | None, typer.Option(help="Prompts read and continued at once, several times too, besides 1.")
+        list[int] | None, typer.Option(help="Batch size to measure besides 1; may be repeated.")
     ] = None,
-    repeats: Annotated[int, typer.Option(help="Measurements of everything; the median counts.")] = 5,
+    repeats: Annotated[int, typer.Option(help="How often everything is measured; the median is reported.")] = 5,
     threads: Threads = None,
     provider: Provider = None,
     as_json: Json = False,

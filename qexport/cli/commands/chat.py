@@ -29,8 +29,8 @@ from ..options import (
 @command(RUN)
 def chat(
     folder: Folder,
-    system: Annotated[str | None, typer.Option(help="What the system says before the conversation.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Of an answer.")] = 512,
+    system: Annotated[str | None, typer.Option(help="System message before the conversation.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Most new tokens in an answer.")] = 512,
     temperature: Temperature = None,
     top_k: TopK = None,
     top_p: TopP = None,

@@ -11,14 +11,14 @@ from ..app import COMPARE, command
 from ..options import Json, imported
 
 Page = Annotated[
-    Path | None, typer.Option("--html", help="Page to write; by default comparison.html in the second folder.")
+    Path | None, typer.Option("--html", help="Page to write. Default: comparison.html in the second folder.")
 ]
 
 
 @command(COMPARE)
 def compare(
-    first: Annotated[Path, typer.Argument(help="Folder that `qexport validate` looked at.")],
-    second: Annotated[Path, typer.Argument(help="Another one, to compare with.")],
+    first: Annotated[Path, typer.Argument(help="Folder that `qexport validate` has checked.")],
+    second: Annotated[Path, typer.Argument(help="A second one to compare it with.")],
     html: Page = None,
     as_json: Json = False,
 ) -> None:

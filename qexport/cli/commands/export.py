@@ -39,12 +39,12 @@ AUTO = "Schemes chosen by their cost (--auto)"
 @command(MAKE)
 def export(
     model: Model,
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder to make.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder to create.")],
     recipe: Annotated[
         str | None,
         typer.Option(
-            "--recipe", "-r", help="Preset, scheme, or YAML file; balanced if not given, compact with --auto, and "
-            "as_stored for a model that is quantized already.", autocompletion=recipes_beginning,
+            "--recipe", "-r", help="Preset, scheme or YAML file. Default: balanced; compact with --auto; "
+            "as_stored for a model that is already quantized.", autocompletion=recipes_beginning,
         ),
     ] = None,
     requantize: Requantize = None,
@@ -65,7 +65,7 @@ def export(
         ),
     ] = False,
     max_bytes: Annotated[
-        str | None, typer.Option(help="The most bytes, such as 90MB.", rich_help_panel=AUTO)
+        str | None, typer.Option(help="Largest size of the export, such as 90MB.", rich_help_panel=AUTO)
     ] = None,
     max_kl: Annotated[
         float | None, typer.Option(help="The largest mean KL from the float model.", rich_help_panel=AUTO)
@@ -73,12 +73,13 @@ def export(
     curve: Annotated[
         bool,
         typer.Option(
-            "--curve", help="Choose for sizes from 2 bits to 8, measure some: KL against bytes.", rich_help_panel=AUTO
+            "--curve", help="Choose for sizes from 2 to 8 bits and measure some: KL against bytes.",
+            rich_help_panel=AUTO
         ),
     ] = False,
     text: Annotated[
         Path | None,
-        typer.Option(help="UTF-8 text to measure KL on; by default the model writes it.", rich_help_panel=AUTO),
+        typer.Option(help="UTF-8 text to measure KL on. By default the model writes its own.", rich_help_panel=AUTO),
     ] = None,
     provider: Annotated[
         str | None, typer.Option(help="Execution provider to measure KL on.", rich_help_panel=AUTO)
@@ -86,10 +87,10 @@ def export(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier export.")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted export.")] = False,
     logits: Annotated[
-        str, typer.Option(help="all, or last: of the last token only, which is all that generation reads.")
+        str, typer.Option(help="Logits in the file: all, or last (of the last token, all that generation needs).")
     ] = "all",
     max_length: Annotated[
-        int | None, typer.Option(help="Most tokens of a text: tables of positions have as many rows.")
+        int | None, typer.Option(help="Longest text, in tokens; tables of positions get as many rows.")
     ] = None,
     device: Device = "cpu",
     offload: Offload = False,
@@ -114,10 +115,10 @@ def export(
         if form != "native":
             raise InputError("--auto measures native files", place="form", remedy="Export its recipe.yaml as qdq")
         if kept:
-            raise InputError("--auto merges adapters, it keeps none apart", place="adapter", remedy="Give one DIR")
+            raise InputError("--auto merges adapters and keeps none apart", place="adapter", remedy="Give one DIR")
         if resume or logits != "all" or max_length is not None:
             raise InputError(
-                "--auto measures what it exports: it takes none of --resume, --logits last and --max-length"
+                "--auto measures what it exports, and does not go with --resume, --logits last or --max-length"
             )
         most = None if max_bytes is None else parsed_bytes(max_bytes)
         from ...models.source import ModelFolder

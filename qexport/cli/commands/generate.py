@@ -32,7 +32,7 @@ def generate(
     folder: Folder,
     prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="Text to continue, or to write about.")] = None,
     inputs: Annotated[
-        Path | None, typer.Option(help="What an encoder-decoder of spectrograms reads instead, a safetensors file.")
+        Path | None, typer.Option(help="Safetensors file with spectrograms, for an encoder-decoder that reads them.")
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
     temperature: Temperature = None,
@@ -40,20 +40,21 @@ def generate(
     top_p: TopP = None,
     seed: SamplingSeed = None,
     chat: Annotated[bool, typer.Option("--chat", help="Put the prompt into the chat template of the model.")] = False,
-    system: Annotated[str | None, typer.Option(help="With --chat: what the system says before the prompt.")] = None,
+    system: Annotated[str | None, typer.Option(help="With --chat: system message before the prompt.")] = None,
     adapter: Annotated[str | None, typer.Option(help="Name of an adapter that the export keeps apart.")] = None,
     beams: Annotated[
         int | None,
-        typer.Option(help="Texts that are followed at once; by default as its config says.", rich_help_panel=PAIR),
+        typer.Option(help="Number of beams. Default: what the model's config says.", rich_help_panel=PAIR),
     ] = None,
     language: Annotated[
-        str | None, typer.Option(help="Of speech, such as en; by default the model hears it.", rich_help_panel=PAIR)
+        str | None,
+        typer.Option(help="Language of the speech, such as en. By default the model detects it.", rich_help_panel=PAIR)
     ] = None,
     task: Annotated[
-        str | None, typer.Option(help="With speech: transcribe or translate.", rich_help_panel=PAIR)
+        str | None, typer.Option(help="What to do with speech: transcribe or translate.", rich_help_panel=PAIR)
     ] = None,
     timestamps: Annotated[
-        bool, typer.Option("--timestamps", help="Write when things are said, too.", rich_help_panel=PAIR)
+        bool, typer.Option("--timestamps", help="Also write timestamps.", rich_help_panel=PAIR)
     ] = False,
     draft: Draft = None,
     draft_rows: DraftRows = None,

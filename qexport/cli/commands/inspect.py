@@ -36,8 +36,8 @@ def inspect(
     recipe: Annotated[
         str | None,
         typer.Option(
-            "--recipe", "-r", help="Preset, scheme, or YAML file; balanced if not given, and as_stored for a model "
-            "that is quantized already.", autocompletion=recipes_beginning,
+            "--recipe", "-r", help="Preset, scheme or YAML file. Default: balanced; as_stored for a model "
+            "that is already quantized.", autocompletion=recipes_beginning,
         ),
     ] = None,
     requantize: Requantize = None,
@@ -48,10 +48,11 @@ def inspect(
     form: Form = "native",
     opset: Opset = None,
     all_layers: Annotated[
-        bool, typer.Option("--all", help="One line for every linear, also where layers are alike.")
+        bool, typer.Option("--all", help="One line per linear, even where layers are alike.")
     ] = False,
     calibrate: Annotated[
-        bool, typer.Option("--calibrate", help="Run the float model for ranges of activations and what they decide.")
+        bool,
+        typer.Option("--calibrate", help="Run the float model to measure ranges of activations and what they decide.")
     ] = False,
     calibration: Calibration = None,
     samples: CalibrationSamples = None,
@@ -62,7 +63,7 @@ def inspect(
     runs_on: Annotated[
         str | None,
         typer.Option(
-            help="Of an exported folder, in the place of a model: nodes that webgpu (or qnn) has no kernel for."
+            help="For an export instead of a model: the nodes that webgpu (or qnn) has no kernel for."
         ),
     ] = None,
     trust_remote_code: Remote = False,

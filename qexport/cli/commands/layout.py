@@ -13,7 +13,7 @@ from ..options import Folder, Json
 
 @command(RUN)
 def layout(
-    folder: Folder, out: Annotated[Path, typer.Option("--out", "-o", help="Folder to make.")], as_json: Json = False
+    folder: Folder, out: Annotated[Path, typer.Option("--out", "-o", help="Folder to create.")], as_json: Json = False
 ) -> None:
     """Write an export as transformers.js reads it, in Node.js and in browsers."""
     from .. import console

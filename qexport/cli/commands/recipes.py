@@ -34,6 +34,6 @@ def list_recipes(as_json: Json = False) -> None:
 
 
 @recipes("show")
-def show_recipe(name: Annotated[str, typer.Argument(help="Preset, scheme, or YAML file.")]) -> None:
+def show_recipe(name: Annotated[str, typer.Argument(help="Preset, scheme or YAML file.")]) -> None:
     """A recipe with every key written out, as YAML to copy and change."""
     print(qexport.Recipe.load(name).to_yaml(), end="")

@@ -14,8 +14,8 @@ from ..options import Folder, Json
 @command(MAKE)
 def slice(  # noqa: A001  the command's name
     folder: Folder,
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder to make.")],
-    bits: Annotated[int, typer.Option(help="Bits to leave: 4 or 2.")] = 4,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder to create.")],
+    bits: Annotated[int, typer.Option(help="Bits to keep: 4 or 2.")] = 4,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier export.")] = False,
     as_json: Json = False,
 ) -> None:

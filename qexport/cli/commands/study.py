@@ -17,17 +17,18 @@ def study(
     reference: Annotated[str, typer.Option(help="The model that was exported: id, folder or GGUF file.")],
     temperature: Annotated[
         list[float] | None,
-        typer.Option(help="0 takes the likeliest token; several times too; by default 0, 0.5, 0.8 and 1."),
+        typer.Option(help="Temperature; 0: the likeliest token. May be repeated. Default: 0, 0.5, 0.8, 1."),
     ] = None,
     top_k: Annotated[
-        list[int] | None, typer.Option(help="Sample from the k likeliest tokens, 0 from all; by default 0 and 50.")
+        list[int] | None, typer.Option(help="Sample from the k likeliest tokens; 0: from all. Default: 0 and 50.")
     ] = None,
     max_new_tokens: Annotated[
-        list[int] | None, typer.Option(help="Length of texts; a shorter one is the start of the longest; 32 and 128.")
+        list[int] | None,
+        typer.Option(help="New tokens; shorter texts are the start of the longest. Default: 32 and 128.")
     ] = None,
-    seed: Annotated[list[int] | None, typer.Option(help="Seed of sampling, several times too; 0 and 1.")] = None,
+    seed: Annotated[list[int] | None, typer.Option(help="Seed of sampling; may be repeated. Default: 0 and 1.")] = None,
     prompts: Annotated[
-        Path | None, typer.Option(help="UTF-8 file with a prompt a line; by default a few that come with qexport.")
+        Path | None, typer.Option(help="UTF-8 file with one prompt per line. Default: a few that come with qexport.")
     ] = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Write everything to this file as JSON.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw curves over temperature into this PNG (matplotlib).")] = None,

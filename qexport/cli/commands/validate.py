@@ -20,41 +20,42 @@ GATES = "Limits for CI"
 @command(COMPARE)
 def validate(
     folder: Annotated[
-        Path, typer.Argument(help="Folder that `qexport export` wrote, or an ONNX file of another tool or its folder.")
+        Path,
+        typer.Argument(help="Folder that `qexport export` wrote, or an ONNX file from another tool, or its folder.")
     ],
     reference: Annotated[str, typer.Option(help="The model that was exported: id, folder or GGUF file.")],
     text: Annotated[
-        Path | None, typer.Option(help="UTF-8 text to measure on; by default text the model writes.")
+        Path | None, typer.Option(help="UTF-8 text to measure on. By default the model writes its own.")
     ] = None,
-    windows: Annotated[int, typer.Option(help="How many windows of the text.")] = 8,
+    windows: Annotated[int, typer.Option(help="Number of windows of the text to measure.")] = 8,
     window: Annotated[
-        int | None, typer.Option(help="Tokens in a window; by default 512, and 128 for encoder-decoders.")
+        int | None, typer.Option(help="Tokens in a window. Default: 512; 128 for encoder-decoders.")
     ] = None,
     references: Annotated[
         bool,
         typer.Option("--references", help="Also measure float16 in PyTorch and the float model in ONNX Runtime."),
     ] = False,
     greedy: Annotated[
-        int, typer.Option(min=0, help="New tokens that both models write greedily, to see where they part; 0: none.")
+        int, typer.Option(min=0, help="New tokens that both models write greedily, to see where they diverge; 0: none.")
     ] = 32,
     sensitivity: Annotated[
-        bool, typer.Option("--sensitivity", help="Also what each linear costs in KL, and overrides that buy it back.")
+        bool, typer.Option("--sensitivity", help="Also measure what each linear costs in KL, and suggest overrides.")
     ] = False,
     max_kl: Annotated[
-        float | None, typer.Option(help="Exit with 1 where the mean KL is larger.", rich_help_panel=GATES)
+        float | None, typer.Option(help="Exit with 1 if the mean KL is larger.", rich_help_panel=GATES)
     ] = None,
     max_ppl_rise: Annotated[
         str | None,
-        typer.Option(help="Exit with 1 where perplexity rises by more, such as 5%.", rich_help_panel=GATES),
+        typer.Option(help="Exit with 1 if perplexity rises by more, such as 5%.", rich_help_panel=GATES),
     ] = None,
     min_top1: Annotated[
         str | None,
         typer.Option(
-            help="Exit with 1 where the likeliest token is the same for fewer, such as 90%.", rich_help_panel=GATES
+            help="Exit with 1 if the likeliest token is the same less often, such as 90%.", rich_help_panel=GATES
         ),
     ] = None,
     out: Annotated[
-        Path | None, typer.Option(help="Folder for the report on a file of another tool; by default beside it.")
+        Path | None, typer.Option(help="Folder for the report on a file from another tool. Default: beside it.")
     ] = None,
     adapter: Adapters = None,
     threads: Threads = None,

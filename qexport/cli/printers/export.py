@@ -62,7 +62,7 @@ def print_auto(found: AutoResult, model: str = "MODEL") -> None:
     counts = ", ".join(f"{n} {scheme}" for scheme, n in sorted(chosen["schemes"].items(), key=lambda s: -s[1]))
     print(f"  chosen: {counts}, in {found.exports} exports" if found.exports > 1 else f"  chosen: {counts}")
     print(
-        f"  KL {number(scores.kl_mean)} a token (foretold {number(found.predicted_kl)}), perplexity"
+        f"  KL {number(scores.kl_mean)} a token (predicted {number(found.predicted_kl)}), perplexity"
         f" {number(scores.float_perplexity)} -> {number(scores.perplexity)}, on {found.text}"
     )
     if found.curve is not None:

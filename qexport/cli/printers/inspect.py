@@ -76,7 +76,7 @@ def print_inspection(found: Inspection, all_layers: bool) -> None:
     if found.calibration:
         print(f"Calibration here: {found.calibration}")
     if any(s.range is not None for s in found.sites):
-        print("Ranges are the float model's; an export sees every block behind quantized ones, and may find others")
+        print("Ranges are the float model's. An export runs every block after quantized ones and may find others")
 
 
 def _print_convolutions(found: Inspection, all_layers: bool) -> None:

@@ -42,7 +42,7 @@ def print_comparison(found: Comparison) -> None:
             print(f"and {len(found.linears) - _MOST_LINEARS} more; --json has all")
     for names, which in zip(found.only, ("first", "second"), strict=True):
         if names:
-            print(f"Quantized in the {which} alone: {len(names)} linears, {names[0]} the first of them")
+            print(f"Quantized only in the {which}: {len(names)} linears, {names[0]} the first of them")
     for sentence in (*found.verdict, *found.notes):
         print(f"- {sentence}")
 

@@ -26,7 +26,7 @@ def _gated_delta_rule(emit: Emitter, node: Node, given: Arguments) -> tuple[ir.V
 def _linear_attention(emit: Emitter, node: Node, given: Arguments, rule: str, *more: Node) -> tuple[ir.Value, ...]:
     """Heads lie side by side in what the kernel reads and makes, and are an axis of their own here."""
     if not emit.operators.contrib:
-        raise unsupported(node, "in operators of ONNX alone")
+        raise unsupported(node, "in ONNX's own operators")
     dtype, heads = dtype_of(given.value), size_at(given.value, 2)
     rows = emit.constant([0, 0, -1])
     parts = ((x, emit.get(x, dtype)) for x in (given.query, given.key, given.value, given.decay))

@@ -19,7 +19,7 @@ has_no_form(
 )  # fmt: skip
 has_no_form("it takes a number out of a tensor", aten._local_scalar_dense, aten.item)
 has_no_form(
-    "it is of training alone",
+    "it is only for training",
     aten._adaptive_avg_pool2d_backward, aten._adaptive_avg_pool3d_backward, aten.avg_pool2d_backward,
     aten.convolution_backward, aten.embedding_dense_backward, aten.max_pool2d_with_indices_backward,
     aten.native_group_norm_backward, aten.native_layer_norm_backward,

@@ -35,7 +35,7 @@ class AutoRound(CodedCheckpoint):
         inputs = said.get("act_bits") or 16
         if kind != "int" or inputs < 16 or rotated or not form.startswith("auto_round") or "fp" in form:
             what = f"with {rotated}" if rotated else f"of {kind} with {inputs}-bit inputs in the layout {form}"
-            raise CaptureError(f"its codes, of AutoRound, are {what}, and integers with float inputs are read")
+            raise CaptureError(f"its AutoRound codes are {what}; only integers with float inputs are supported")
         sizes = {key: said[key] for key in ("bits", "group_size", "sym") if key in said}
         layout: GPTQ | AWQ | None
         if "awq" in form:

@@ -58,8 +58,9 @@ class AWQ(CodedCheckpoint):
         size = said.get("group_size", said.get("q_group_size", 128))
         if version != "gemm" or bits != 4 or not isinstance(size, int):
             raise CaptureError(
-                f"its AWQ codes are of {bits} bits in groups of {size} in the layout {version}, and of AWQ 4 bits in "
-                "the layout gemm are read", remedy="Save them so, or export the float model that it was made from",
+                f"its AWQ codes have {bits} bits in groups of {size} in the layout {version}; only 4 bits in "
+                "the layout gemm are supported",
+                remedy="Save them that way, or export the float model that they were made from",
             )  # fmt: skip
         return cls(size)
 
@@ -73,7 +74,7 @@ class AWQ(CodedCheckpoint):
 
     def _at(self, path: str, qweight: str, tensors: Mapping[str, Header]) -> "AWQWeight":
         if tensors[qweight].dtype != "I32" or len(tensors[qweight].shape) != 2:
-            raise CaptureError("is no matrix of int32 words of 4-bit codes", place=qweight, remedy=REQUANTIZE)
+            raise CaptureError("is not a matrix of int32 words that hold 4-bit codes", place=qweight, remedy=REQUANTIZE)
         k, words = tensors[qweight].shape
         grid = StoredGrid(4, self.group_size if 0 < self.group_size < k else k, False, k)
         qzeros = expect(tensors, f"{path}.qzeros", (grid.groups, words))

@@ -270,7 +270,9 @@ def present(tensors: Mapping[str, Header], name: str) -> str:
         CaptureError: it is not.
     """
     if name not in tensors:
-        raise CaptureError("is not in the checkpoint, beside the other parts of a quantized weight", place=name)
+        raise CaptureError(
+            "is missing from the checkpoint, which has the other parts of this quantized weight", place=name
+        )
     return name
 
 
@@ -283,7 +285,7 @@ def expect(tensors: Mapping[str, Header], name: str, shape: tuple[int, ...]) -> 
     present(tensors, name)
     if tensors[name].shape != shape:
         raise CaptureError(
-            f"has shape {list(tensors[name].shape)}, and by the config and the tensors beside it {list(shape)}",
+            f"has shape {list(tensors[name].shape)}, but the config and the tensors beside it imply {list(shape)}",
             place=name, remedy="The config does not belong to these weights",
         )  # fmt: skip
     return name

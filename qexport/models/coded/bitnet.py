@@ -34,9 +34,11 @@ class BitNet(CodedCheckpoint):
         if said.get("quant_method") != "bitnet":
             return None
         if said.get("quantization_mode", "offline") != "offline":
-            raise CaptureError("its BitNet weights are float, and are rounded whenever the model runs")
+            raise CaptureError(
+                "its BitNet weights are stored in float and rounded on every run, which is not supported"
+            )
         if said.get("use_rms_norm"):
-            raise CaptureError("its BitNet linears normalize their inputs, which is not read")
+            raise CaptureError("its BitNet linears normalize their inputs, which is not supported")
         return cls(said.get("linear_class", "bitlinear") == "bitlinear")
 
     @property
@@ -56,7 +58,7 @@ class BitNet(CodedCheckpoint):
     def _at(self, path: str, scale: str, tensors: Mapping[str, Header]) -> "TernaryWeight":
         name = f"{path}.weight"
         if name not in tensors or tensors[name].dtype != "U8" or len(tensors[name].shape) != 2:
-            raise CaptureError("is no matrix of bytes of four ternary codes", place=name)
+            raise CaptureError("is not a matrix of bytes that hold four ternary codes each", place=name)
         quarter, k = tensors[name].shape
         expect(tensors, scale, (1,))
         grid = StoredGrid(2, k, symmetric=True, columns=k)
@@ -80,7 +82,7 @@ class TernaryWeight(CodedWeight):
         packed, scale = read(self.parts[0]), read(self.parts[1]).float()
         codes = torch.cat([(packed >> shift) & 3 for shift in (0, 2, 4, 6)])
         if bool((codes == 3).any()):
-            raise CaptureError("has codes that are no -1, 0 or 1", place=self.parts[0])
+            raise CaptureError("has codes other than -1, 0 and 1", place=self.parts[0])
         scale = (1 / scale if self.divides else scale).expand(self.shape[0], 1)
         if self.scheme is None:
             return (codes.float() - 1) * scale

@@ -79,7 +79,7 @@ class BitsAndBytes(CodedCheckpoint):
             said = json.loads(bytes(read(state).tolist()).decode("utf-8"))
             (n, k), block = said["shape"], int(said["blocksize"])
         except (ValueError, KeyError, TypeError) as error:
-            raise CaptureError(f"says nothing of a weight that could be read ({error})", place=state) from None
+            raise CaptureError(f"does not describe a weight that can be read ({error})", place=state) from None
         size = math.gcd(block, k)
         scheme, kept = _scheme(kind, size, block)
         parts = (f"{path}.weight", expect(tensors, f"{path}.weight.absmax", (-(-n * k // block),)),
@@ -130,7 +130,7 @@ class TableWeight(CodedWeight):
         if not isinstance(fmt, CodebookFormat):
             return table[codes.long()] * absmax.repeat_interleave(self.block)[: n * k].view(n, k)
         if not torch.allclose(fmt.table(), table, rtol=0, atol=1e-7):
-            raise CaptureError(f"is another table than that of {fmt.name}", place=self.parts[2])
+            raise CaptureError(f"is not the table of {fmt.name}", place=self.parts[2])
         scale = absmax.repeat_interleave(self.block // self.size)[: n * k // self.size].view(n, -1).contiguous()
         return Given(QuantizedWeight(codes, scale, None, fmt))
 
@@ -160,7 +160,7 @@ class TableWeight(CodedWeight):
 def _int8(path: str, scales: str, tensors: Mapping[str, Header]) -> "RowWeight":
     name = f"{path}.weight"
     if name not in tensors or tensors[name].dtype != "I8" or len(tensors[name].shape) != 2:
-        raise CaptureError("is no matrix of int8 codes", place=name, remedy=REQUANTIZE)
+        raise CaptureError("is not a matrix of int8 codes", place=name, remedy=REQUANTIZE)
     n, k = tensors[name].shape
     expect(tensors, scales, (n,))
     grid = StoredGrid(8, k, True, k)

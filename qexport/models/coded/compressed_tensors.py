@@ -75,7 +75,7 @@ class CompressedTensors(CodedCheckpoint):
             else ""
         )  # fmt: skip
         if other:
-            raise CaptureError(f"its config, of compressed-tensors, asks for {other}, which is not read")
+            raise CaptureError(f"its compressed-tensors config asks for {other}, which is not supported")
         return cls(
             tuple(said["config_groups"].values()), str(said.get("format", "")), said.get("kv_cache_scheme") or {}
         )
@@ -115,7 +115,9 @@ class CompressedTensors(CodedCheckpoint):
             return self._four_bit_floats(path, name, group, tensors)
         bits = group["weights"].get("num_bits", 8)
         if tensors[name].dtype != "I32" or group["weights"].get("type", "int") != "int" or bits not in range(2, 9):
-            raise CaptureError(f"is no matrix of int32 words of {bits}-bit integers", place=name, remedy=REQUANTIZE)
+            raise CaptureError(
+                f"is not a matrix of int32 words that hold {bits}-bit integers", place=name, remedy=REQUANTIZE
+            )
         n, k = (int(size) for size in read(expect(tensors, f"{path}.weight_shape", (2,))))
         expect(tensors, name, (n, -(-k * bits // 32)))
         more = (f"{path}.weight_shape", *((f"{path}.weight_g_idx",) if f"{path}.weight_g_idx" in tensors else ()))
@@ -125,7 +127,7 @@ class CompressedTensors(CodedCheckpoint):
         group, header = self._group(path), tensors[name]
         bits = group["weights"].get("num_bits", 8)
         if header.dtype != "I8" or len(header.shape) != 2 or bits not in range(2, 9):
-            raise CaptureError(f"is no matrix of int8 codes of {bits} bits", place=name, remedy=REQUANTIZE)
+            raise CaptureError(f"is not a matrix of int8 codes of {bits} bits", place=name, remedy=REQUANTIZE)
         n, k = header.shape
         return self._integer(path, name, (n, k), bits, group, tensors, ())
 
@@ -146,7 +148,7 @@ class CompressedTensors(CodedCheckpoint):
         if not grid.symmetric:
             rows = -(-n * bits // 32) if name.endswith("_packed") else -(-n // high)
             if high > 1 and name.endswith("_packed"):
-                raise CaptureError("has packed zero points of blocks, which are not read", place=name)
+                raise CaptureError("has packed zero points for blocks, which are not supported", place=name)
             zero = (f"{path}.weight_zero_point",)
             if not one:
                 expect(tensors, zero[0], (rows, grid.groups))
@@ -191,7 +193,7 @@ class CompressedTensors(CodedCheckpoint):
                 if target == "Linear":
                     by_class = by_class or group
         if by_class is None or not isinstance(by_class.get("weights"), dict):
-            raise CaptureError("is quantized, and no group of the config says how", place=f"{path}.weight")
+            raise CaptureError("is quantized, but no group in the config says how", place=f"{path}.weight")
         return by_class
 
 

@@ -62,7 +62,7 @@ class FourBitFloats(CodedWeight):
             CaptureError: they do not belong together.
         """
         if tensors[packed].dtype != "U8" or len(tensors[packed].shape) != 2:
-            raise CaptureError("is no matrix of bytes of two 4-bit floats", place=packed)
+            raise CaptureError("is not a matrix of bytes that hold two 4-bit floats each", place=packed)
         (n, half), of_scale = tensors[packed].shape, tensors[scale]
         k, groups = 2 * half, of_scale.shape[-1] if of_scale.shape else 0
         if of_scale.shape != (n, groups) or not groups or k % groups or of_scale.dtype not in (*EXPONENTS, E4M3):

@@ -43,7 +43,7 @@ class FP8(CodedCheckpoint):
             return None
         block = said.get("weight_block_size")
         if block is not None and not (isinstance(block, list) and len(block) == 2 and all(b > 0 for b in block)):
-            raise CaptureError(f"its config says FP8 in blocks of {block}, which are none")
+            raise CaptureError(f"its config asks for FP8 in blocks of {block}, which is not a block size")
         cache = "e4m3" if said.get("kv_cache_quant_algo") == "FP8" else ""
         return cls(None if block is None else (block[0], block[1]), cache)
 

@@ -102,7 +102,7 @@ def _q3_k(blocks: Tensor) -> Parts:
 def _tq2_0(blocks: Tensor) -> Parts:
     codes = _quarters(blocks[:, :64])
     if bool((codes == 3).any()):
-        raise CaptureError("has codes that are no -1, 0 or 1", place="a block of TQ2_0")
+        raise CaptureError("has codes other than -1, 0 and 1", place="a block of TQ2_0")
     return codes + 1, _float16(blocks[:, 64:]), None
 
 
@@ -237,7 +237,7 @@ class GGUFBlocks(CodedCheckpoint):
         if not self.others:
             return ()
         return (
-            f"linears in {', '.join(self.others)} become float, as codes are kept of {', '.join(BLOCKS)} alone",
+            f"linears in {', '.join(self.others)} become float, because codes are only kept for {', '.join(BLOCKS)}",
         )  # fmt: skip
 
     def find(self, tensors: Mapping[str, Header], read: Read) -> list[CodedWeight]:
@@ -250,7 +250,7 @@ class GGUFBlocks(CodedCheckpoint):
 def _at(name: str, part: str, header: Header, kind: str) -> "BlocksWeight":
     block = BLOCKS[kind]
     if header.dtype != "U8" or len(header.shape) != 2 or header.shape[1] % block.width:
-        raise CaptureError(f"is no matrix of {kind} blocks of {block.width} bytes", place=part)
+        raise CaptureError(f"is not a matrix of {kind} blocks of {block.width} bytes", place=part)
     n, k = header.shape[0], header.shape[1] // block.width * block.size
     grid = StoredGrid(block.bits, block.group, symmetric=True, columns=k)
     scheme, kept = grid.container()

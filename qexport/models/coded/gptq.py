@@ -65,14 +65,14 @@ class GPTQ(CodedCheckpoint):
         form = said.get("checkpoint_format") or said.get("format") or "gptq"
         if said.get("is_marlin_format") or form not in ("gptq", "gptq_v2"):
             raise CaptureError(
-                f"its GPTQ codes are in the layout {form if form != 'gptq' else 'marlin'} of one GPU kernel, which is "
-                "not read", remedy="Save them in the format gptq or gptq_v2, or export the float model",
+                f"its GPTQ codes are in the layout {form if form != 'gptq' else 'marlin'} of a GPU kernel, which is "
+                "not supported", remedy="Save them in the format gptq or gptq_v2, or export the float model",
             )  # fmt: skip
         if said.get("pack_dtype", "int32") not in ("int32", "torch.int32"):
-            raise CaptureError(f"its GPTQ codes are packed in {said['pack_dtype']}, and only int32 is read")
+            raise CaptureError(f"its GPTQ codes are packed in {said['pack_dtype']}; only int32 is supported")
         bits, size = said.get("bits"), said.get("group_size", -1)
         if bits not in _BITS or not isinstance(size, int):
-            raise CaptureError(f"its config says GPTQ with {bits} bits in groups of {size}, which no checkpoint has")
+            raise CaptureError(f"its config asks for GPTQ with {bits} bits in groups of {size}, which does not exist")
         dynamic = said.get("dynamic")
         return cls(
             bits, size, bool(said.get("sym", True)), bool(said.get("desc_act", False)), form == "gptq",
@@ -94,7 +94,9 @@ class GPTQ(CodedCheckpoint):
             said.get("bits", self.bits), said.get("group_size", self.group_size), said.get("sym", self.symmetric)
         )  # fmt: skip
         if bits not in _BITS or tensors[qweight].dtype != "I32" or len(tensors[qweight].shape) != 2:
-            raise CaptureError(f"is no matrix of int32 words of {bits}-bit codes", place=qweight, remedy=REQUANTIZE)
+            raise CaptureError(
+                f"is not a matrix of int32 words that hold {bits}-bit codes", place=qweight, remedy=REQUANTIZE
+            )
         rows, n = tensors[qweight].shape
         k = rows * 32 // bits
         grid = StoredGrid(bits, size if 0 < size < k else k, bool(symmetric), k)
@@ -139,7 +141,7 @@ class GPTQWeight(CodedWeight):
         order = self._order(read)
         if self.grid.symmetric and bool((zeros != 1 << (self.grid.bits - 1)).any()):
             raise CaptureError(
-                f"has other zero points than {1 << (self.grid.bits - 1)}, and by the config all codes are symmetric",
+                f"has zero points other than {1 << (self.grid.bits - 1)}, but the config says all codes are symmetric",
                 place=self.parts[1], remedy='Set "sym" to false in the config, or "checkpoint_format" to what it is',
             )  # fmt: skip
         if order is not None:

@@ -69,7 +69,7 @@ class StoredGrid:
         features = torch.argsort(group_of, stable=True)
         if not torch.equal(group_of[features], in_order):
             raise CaptureError(
-                f"has groups of other sizes than {self.group}, which no kernel takes", place=place,
+                f"has groups of sizes other than {self.group}, which no kernel supports", place=place,
                 remedy="Export the float model that it was made from",
             )  # fmt: skip
         return Order(features)

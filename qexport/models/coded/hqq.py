@@ -63,7 +63,7 @@ class HQQ(CodedCheckpoint):
         inner: Any = said.get("quant_config") or {}
         of_weights = inner.get("weight_quant_params") or {}
         if inner.get("scale_quant_params") or inner.get("zero_quant_params"):
-            raise CaptureError("its HQQ scales or zero points are codes themselves, which are not read")
+            raise CaptureError("its HQQ scales or zero points are quantized themselves, which is not supported")
         return cls(of_weights.get("nbits"), of_weights.get("group_size"))
 
     @property
@@ -78,11 +78,13 @@ class HQQ(CodedCheckpoint):
     def _at(self, path: str, packed: str, tensors: Mapping[str, Header], read: Read) -> "FloatZeros":
         said = {key: f"{path}.{key}" for key in ("nbits", "group_size", "axis", "shape", "view_as_float")}
         if missing := [name for name in said.values() if name not in tensors]:
-            raise CaptureError("is not in the checkpoint, beside the codes of its weight", place=missing[0])
+            raise CaptureError("is missing from the checkpoint, which has the codes of its weight", place=missing[0])
         bits, size, axis = (int(read(said[key])) for key in ("nbits", "group_size", "axis"))
         n, k = (int(length) for length in read(said["shape"]))
         if bits not in _PARTS or int(read(said["view_as_float"])) or axis not in (0, 1) or n * k % size:
-            raise CaptureError(f"is packed in a form that is not read ({bits} bits)", place=packed, remedy=REQUANTIZE)
+            raise CaptureError(
+                f"is packed in a form that is not supported ({bits} bits)", place=packed, remedy=REQUANTIZE
+            )
         rows, columns = (n * k // size, size) if axis else (size, n * k // size)
         expect(tensors, packed, (-(-rows // _PARTS[bits]), columns))
         shape = (rows, 1) if axis else (1, columns)

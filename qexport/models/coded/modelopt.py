@@ -88,7 +88,7 @@ class ModelOpt(CodedCheckpoint):
                 name, name, scale, tensors, second, others=others, note=FLOAT_INPUTS * bool(others)
             )  # fmt: skip
         if header.dtype not in ("U8", "I8") or len(header.shape) != 2 or whole != (header.dtype == "I8"):
-            raise CaptureError(f"is in a form of {self.form} that is not read", place=name, remedy=REQUANTIZE)
+            raise CaptureError(f"is in a form of {self.form} that is not supported", place=name, remedy=REQUANTIZE)
         return self._integers(path, scale, others, tensors)
 
     def _integers(
@@ -100,7 +100,7 @@ class ModelOpt(CodedCheckpoint):
         n, of_scale = rows * 8 // bits, tensors[scale].shape
         groups = of_scale[1] if len(of_scale) == 2 else 1
         if of_scale not in ((n,), (n, groups)) or k % groups:
-            raise CaptureError(f"has shape {list(of_scale)}, beside a weight {n} x {k}", place=scale)
+            raise CaptureError(f"has shape {list(of_scale)}, which does not fit a weight of {n} x {k}", place=scale)
         grid = StoredGrid(bits, k // groups, symmetric=True, columns=k)
         static = bits == 8 and bool(others)
         scheme, kept = grid.container("static" if static else "")

@@ -40,7 +40,7 @@ class MXFP4(CodedCheckpoint):
 def _at(path: str, blocks: str, tensors: Mapping[str, Header]) -> CodedStack:
     shape = tensors[blocks].shape
     if len(shape) != 4 or shape[3] * 2 != _GROUP:
-        raise CaptureError("is no tensor of blocks of 32 4-bit floats of experts", place=blocks)
+        raise CaptureError("is not a tensor of experts in blocks of 32 4-bit floats", place=blocks)
     count, n, groups, _ = shape
     scales = expect(tensors, f"{path}_scales", (count, n, groups))
     one = {

@@ -56,7 +56,7 @@ class ParetoQ(CodedCheckpoint):
             return None
         bits = said.get("w_bits")
         if not isinstance(bits, int) or bits not in range(5):
-            raise CaptureError(f"its config says ParetoQ with {bits} bits, which no checkpoint has")
+            raise CaptureError(f"its config asks for ParetoQ with {bits} bits, which does not exist")
         return cls(bits)
 
     @property
@@ -69,7 +69,7 @@ class ParetoQ(CodedCheckpoint):
     def _at(self, path: str, clip: str, tensors: Mapping[str, Header]) -> "ClippedWeight":
         name = f"{path}.weight"
         if name not in tensors or len(tensors[name].shape) != 2:
-            raise CaptureError("is no matrix beside its clip values", place=name)
+            raise CaptureError("is not a matrix, although it has clip values", place=name)
         n, k = tensors[name].shape
         expect(tensors, clip, (n, 1))
         grid = StoredGrid(max(self.bits, 2), k, symmetric=True, columns=k)

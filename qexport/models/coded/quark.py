@@ -71,7 +71,7 @@ class Quark(CodedCheckpoint):
             return None
         form = said.get("export") or {}
         if form.get("weight_format", "real_quantized") != "real_quantized":
-            raise CaptureError(f"its weights, of Quark, are {form['weight_format']}, which is not read")
+            raise CaptureError(f"its Quark weights are {form['weight_format']}, which is not supported")
         return cls(
             said.get("global_quant_config") or {}, said.get("layer_quant_config") or {},
             form.get("pack_method", "reorder") == "reorder", bool(said.get("kv_cache_quant_config")),
@@ -105,7 +105,7 @@ class Quark(CodedCheckpoint):
         kind, scheme = _INTEGER.match(str(of.get("dtype"))), of.get("qscheme")
         if kind is None or scheme not in ("per_group", "per_channel", "per_tensor") or len(header.shape) != 2:
             raise CaptureError(
-                f"is of {of.get('dtype')} {scheme}, which is not read of Quark", place=name, remedy=REQUANTIZE
+                f"is {of.get('dtype')} {scheme}, which is not supported for Quark", place=name, remedy=REQUANTIZE
             )  # fmt: skip
         return self._integers(path, scale, said, int(kind[2]), not kind[1], tensors)
 
@@ -183,7 +183,7 @@ class QuarkWeight(CodedWeight):
         middle = 1 << (self.grid.bits - 1)
         if self.grid.symmetric and zeros is not None and bool((zeros != middle).any()):
             raise CaptureError(
-                "has zero points, and by the config all codes are symmetric", place=self._zero,
+                "has zero points, but the config says that all codes are symmetric", place=self._zero,
                 remedy="The config does not belong to these weights",
             )  # fmt: skip
         if self.scheme is None:

@@ -80,7 +80,7 @@ class TorchAO(CodedCheckpoint):
                 kind, data = said["_type"], said["_data"]
             except (KeyError, ValueError, TypeError):
                 raise CaptureError(
-                    "is part of a tensor of torchao, of which the header of its file says nothing", place=name
+                    "is part of a torchao tensor that the header of its file does not describe", place=name
                 ) from None  # fmt: skip
             found.append(self._at(path, name, kind, data, tensors))
         return found
@@ -91,7 +91,7 @@ class TorchAO(CodedCheckpoint):
         weight, scale = f"{path}.weight", f"{path}._weight_scale"
         own = {n for n in tensors if n.startswith(f"{path}._weight_")} - {name, scale}
         if data.get("is_swizzled_scales"):
-            raise CaptureError("has its scales in the order of one GPU kernel, which is not read", place=scale)
+            raise CaptureError("has its scales in the order of a GPU kernel, which is not supported", place=scale)
         if kind == "Float8Tensor" or (kind == "MXTensor" and tensors[name].dtype in FLOAT8):
             size = data.get("block_size")
             block = (1, size) if isinstance(size, int) else (size[0], size[1]) if isinstance(size, list) else None
@@ -103,7 +103,7 @@ class TorchAO(CodedCheckpoint):
         if kind == "Int4Tensor":
             return self._int4(path, name, data, tensors)
         if kind not in ("Int8Tensor", "IntxUnpackedToInt8Tensor"):
-            raise CaptureError(f"is a {kind} of torchao, which is not read", place=name, remedy=REQUANTIZE)
+            raise CaptureError(f"is a torchao {kind}, which is not supported", place=name, remedy=REQUANTIZE)
         return self._integers(path, name, kind, data, tensors)
 
     def _integers(
@@ -112,7 +112,7 @@ class TorchAO(CodedCheckpoint):
         of = _INT.search(str((data.get("target_dtype") or {}).get("_data", "int8")))
         block = data.get("block_size")
         if tensors[name].dtype != "I8" or len(tensors[name].shape) != 2 or of is None or not _rows(block):
-            raise CaptureError(f"is a {kind} of torchao in blocks of {block}, which is not read", place=name)
+            raise CaptureError(f"is a torchao {kind} in blocks of {block}, which is not supported", place=name)
         bits, (n, k), size = int(of[1]), tensors[name].shape, int(block[1])
         symmetric = kind == "Int8Tensor" or self.symmetric
         grid = StoredGrid(bits, size if size < k else k, symmetric, k)
@@ -128,7 +128,7 @@ class TorchAO(CodedCheckpoint):
     def _int4(self, path: str, name: str, data: Mapping[str, Any], tensors: Mapping[str, Header]) -> "Int4Weight":
         block = data.get("block_size")
         if tensors[name].dtype not in ("I8", "U8") or len(tensors[name].shape) != 2 or not _rows(block):
-            raise CaptureError(f"is an Int4Tensor of torchao in blocks of {block}, which is not read", place=name)
+            raise CaptureError(f"is a torchao Int4Tensor in blocks of {block}, which is not supported", place=name)
         n, k = tensors[name].shape[0], 2 * tensors[name].shape[1]
         grid = StoredGrid(4, int(block[1]), symmetric=True, columns=k)
         scale, zero = (expect(tensors, f"{path}._weight_{part}", (grid.groups, n)) for part in ("scale", "zero_point"))
@@ -181,7 +181,7 @@ class UnpackedWeight(CodedWeight):
         zeros = read(self.parts[2]).to(torch.int16) if len(self.parts) > 2 else torch.zeros_like(scale).to(torch.int16)
         if self.grid.symmetric and bool(zeros.any()):
             raise CaptureError(
-                "has zero points, and by the config codes lie around 0", place=self.parts[2],
+                "has zero points, but by the config codes are symmetric around 0", place=self.parts[2],
                 remedy="The config does not belong to these weights",
             )  # fmt: skip
         if self.scheme is None:

@@ -62,7 +62,7 @@ class DecoderWitness:
         """The model without the layers between the second and the last one; without that too if it needs the others."""
         container, depth = row_of_layers(outline.blocks)
         if depth < 3:
-            raise Absent("its float32 weights do not fit into memory, and it is no row of layers")
+            raise Absent("its float32 weights do not fit into memory, and it is not a plain row of layers")
         for kept in ((0, 1, depth - 1), (0, 1)):
             model = loaded(self.loader, self.folder, container=container, kept=kept)
             tensors = tensors_by_name(model)  # by the layers' own numbers

@@ -122,7 +122,7 @@ class IntegerFormat(IntegerCodes):
             size = group_size(match, group[1:])
         if act == 16 and (match["kind"] or match["int"]):
             what = match["kind"] or "int"
-            raise RecipeError(f"scheme {name!r} quantizes no activations, so {what.strip('_')} means nothing")
+            raise RecipeError(f"scheme {name!r} quantizes no activations, so {what.strip('_')} has no meaning")
         kind = {"dyn": "dynamic", "static": "static", None: "dynamic"}[match["kind"]]
         activation = None if act == 16 else ActivationFormat(kind, act)
         kind_of_weight = ExpandedFormat if match["int"] else IntegerFormat

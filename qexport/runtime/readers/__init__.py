@@ -98,7 +98,7 @@ def table_of(reader: str) -> ReaderTable:
     """
     if reader not in names():
         raise InputError(
-            f"there is no table of the operators of {reader!r}", place="runs on", remedy=f"Take {' or '.join(names())}"
+            f"there is no table of the operators of {reader!r}", place="runs on", remedy=f"Use {' or '.join(names())}"
         )  # fmt: skip
     return ReaderTable.model_validate(yaml.safe_load((files(__name__) / f"{reader}.yaml").read_text("utf-8")))
 

@@ -25,4 +25,4 @@ def lacks_bfloat16(scheme: Scheme, ungrouped: Sequence[tuple[str, str]]) -> tupl
         why, remedy = ungrouped[0]
     else:
         return "", ""
-    return f"no bfloat16 kernel in ONNX Runtime: {why}", f"Take dtype float16, or {remedy}"
+    return f"no bfloat16 kernel in ONNX Runtime: {why}", f"Use dtype float16, or {remedy}"

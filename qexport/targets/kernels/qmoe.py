@@ -18,7 +18,7 @@ def why_dense_on_cpu(form: MoeForm, accuracy_level: int) -> str:
 def why_dense_on_cuda(form: MoeForm) -> str:
     """Why the CUDA provider cannot run a mixture; empty where it can."""
     if form.hidden % _INTERLEAVE or form.inner % _INTERLEAVE:
-        return f"{form.hidden} and {form.inner} input features are no multiples of {_INTERLEAVE}"
+        return f"{form.hidden} and {form.inner} input features are not multiples of {_INTERLEAVE}"
     if not form.up.floats and form.block_size not in _CUDA_BLOCKS:
         return f"CUDA's QMoE takes groups of {', '.join(map(str, _CUDA_BLOCKS))}, not of {form.block_size}"
     if form.gate.activation not in _CUDA_GATES:

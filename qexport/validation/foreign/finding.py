@@ -54,7 +54,7 @@ def find_file(place: Path) -> ForeignFile:
     with reading(path, "no ONNX model", remedy="Give the .onnx file or its folder"):
         model = onnx.load(path, load_external_data=False)
     if not model.graph.node:
-        raise InputError("is no ONNX model, or an empty one", place=str(path), remedy="Give another file")
+        raise InputError("is not an ONNX model, or is empty", place=str(path), remedy="Give another file")
     tool = " ".join(part for part in (model.producer_name, model.producer_version) if part)
     return ForeignFile(path, tool or "a tool that does not say its name", session, provider)
 

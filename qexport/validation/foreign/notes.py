@@ -60,7 +60,7 @@ def speed(
     said = []
     direct = [(name, p) for name, p in products if p.node.op_type == "MatMulNBits"]
     if graph.op_counts()["GatherBlockQuantized"]:
-        said.append("its embedding is a table of codes (GatherBlockQuantized), whose cost shows behind the first block")
+        said.append("its embedding is a table of codes (GatherBlockQuantized), whose cost shows after the first block")
     if unset := [name for name, p in direct if not p.accuracy and p.weight.bits <= 8]:
         said.append(
             f"accuracy_level is not set for {_some(unset)}: their inputs stay float, which is the slow way on a CPU (4 "

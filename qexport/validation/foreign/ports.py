@@ -34,7 +34,7 @@ def input_names(inputs: Iterable[ValueInfoProto], place: str) -> dict[str, str]:
     for value in inputs:
         found = cached(value.name, CACHE) if _rank(value) == 4 else _plain(value.name)
         if found is None:
-            raise InputError(f"has an input {value.name}, and known are {_KNOWN}", place=place)
+            raise InputError(f"has an input {value.name}, but only {_KNOWN} are known", place=place)
         if found in names.values():
             raise InputError(f"has two inputs for {found}", place=place)
         names[value.name] = found
@@ -127,6 +127,6 @@ def feeds_for(feeds: Feeds, shapes: Mapping[str, Sequence[int | str | None]]) ->
             continue
         heads, size = dims[1], dims[3]
         if not isinstance(heads, int) or not isinstance(size, int):
-            raise InputError(f"says nothing of the sizes of {name}, and the float model has no such cache")
+            raise InputError(f"does not state the sizes of {name}, and the float model has no such cache")
         whole[name] = torch.zeros(len(ids), heads, 0, size)
     return whole

@@ -248,7 +248,7 @@ def _trouble(graph: FileGraph, value: str, dequantize: NodeProto | None, transpo
         return "it is a Gemm whose weight is [N, K]"
     block = int(attribute(dequantize, "block_size", 0))
     if block & (block - 1) or (block and block < 16):
-        return f"its blocks of {block} are no power of two from 16 on"
+        return f"its blocks of {block} are not a power of two of at least 16"
     if block and attribute(dequantize, "axis", 1) != 0:
         return "its blocks are not along the input features"
     if any(name not in graph.tensors for name in dequantize.input if name):

@@ -43,7 +43,7 @@ class Conversations(Source):
                     begins.append((number, at))
                 at += len(line)
             if not begins:
-                raise InputError("there are no conversations in it", place=str(self.path))
+                raise InputError("it holds no conversations", place=str(self.path))
             spec = self.spec
             chosen = spread(len(begins), min(spec.samples, len(begins)), spec.seed)
             if spec.packed:
@@ -57,7 +57,7 @@ class Conversations(Source):
         try:
             row = json.loads(line)
         except ValueError as error:
-            raise InputError(f"{where} is no JSON ({error})", place=str(self.path), remedy=remedy) from None
+            raise InputError(f"{where} is not JSON ({error})", place=str(self.path), remedy=remedy) from None
         if not isinstance(row, dict) or "messages" not in row:
             raise InputError(f"{where} has no messages", place=str(self.path), remedy=remedy)
         return row["messages"]

@@ -33,7 +33,7 @@ class Norms(Source):
 
     def samples(self, model: Model) -> Samples:
         raise InputError(
-            "norms of models that read text keep no statistics of it", place="calibration",
+            "norms of models that read text keep no statistics", place="calibration",
             remedy='Give a text, or source "self", which the model writes',
         )  # fmt: skip
 

@@ -40,7 +40,7 @@ def opened(wanted: Source, what: str) -> Iterator[BinaryIO]:
     path = wanted.path
     try:
         if path.exists() and not path.is_file():
-            raise InputError("the calibration text is no file", place=str(path), remedy=f"Name a {what}")
+            raise InputError("the calibration text is not a file", place=str(path), remedy=f"Name a {what}")
         with path.open("rb") as file:
             yield file
     except OSError as error:

@@ -55,7 +55,7 @@ class TokenFile(Source):
     def samples(self, model: Model) -> Samples:
         spec, length = self.spec, self.spec.sequence_length
         if spec.packed:
-            raise InputError("token ids are not packed again", place=str(self.path), remedy="Set packed: false")
+            raise InputError("token ids cannot be packed again", place=str(self.path), remedy="Set packed: false")
         with self._open() as table:
             if len(table.shape) == 1:
                 count, step, width = table.shape[0] // length, length, length
@@ -63,7 +63,7 @@ class TokenFile(Source):
                 count, step, width = table.shape[0], 1, min(table.shape[1], length)
             if not count:
                 raise InputError(
-                    f"its {table.shape[0]} tokens are less than one sample of {length}", place=str(self.path),
+                    f"its {table.shape[0]} tokens are fewer than one sample of {length}", place=str(self.path),
                     remedy=MORE,
                 )  # fmt: skip
             places = [step * at for at in spread(count, min(spec.samples, count), spec.seed).tolist()]
@@ -80,14 +80,14 @@ class TokenFile(Source):
         if not path.is_file():
             raise InputError("there is no such file", place=str(path), remedy=forms())
         if not os.path.getsize(path):
-            raise InputError("there are no tokens in it", place=str(path), remedy=_REMEDY)
+            raise InputError("it holds no tokens", place=str(path), remedy=_REMEDY)
         with ExitStack() as stack:
             with reading(path, "cannot be read as token ids", _REMEDY):
                 table = stack.enter_context(_READERS[path.suffix.lower()](path))
             if len(table.shape) not in (1, 2):
                 raise InputError(f"its ids are {list(table.shape)}", place=str(path), remedy=_REMEDY)
             if 0 in table.shape:
-                raise InputError("there are no tokens in it", place=str(path), remedy=_REMEDY)
+                raise InputError("it holds no tokens", place=str(path), remedy=_REMEDY)
             yield table
 
 
@@ -105,7 +105,9 @@ def _npy(path: Path) -> Iterator[_Table]:
 @contextmanager
 def _bin(path: Path) -> Iterator[_Table]:
     if os.path.getsize(path) % 4:
-        raise InputError(f"{os.path.getsize(path):,} bytes are no int32", place=str(path), remedy=_REMEDY)
+        raise InputError(
+            f"{os.path.getsize(path):,} bytes are not a whole number of int32", place=str(path), remedy=_REMEDY
+        )
     yield _mapped(np.memmap(path, dtype="<i4", mode="r"), path)
 
 
@@ -116,7 +118,7 @@ def _safetensors(path: Path) -> Iterator[_Table]:
             raise InputError("holds no tensors", place=str(path), remedy=_REMEDY)
         name = "input_ids" if "input_ids" in names else next(iter(names), "")
         if len(names - {name, "attention_mask"}):
-            raise InputError(f"holds {len(names)} tensors and no input_ids", place=str(path), remedy=_REMEDY)
+            raise InputError(f"holds {len(names)} tensors, but no input_ids", place=str(path), remedy=_REMEDY)
         ids, mask = file.get_slice(name), None
         if not ids.get_dtype().startswith(("I", "U")):
             raise InputError(f"it holds {ids.get_dtype()}, not integers", place=str(path), remedy=_REMEDY)
