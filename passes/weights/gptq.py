@@ -10,16 +10,21 @@ import torch
 from pydantic import Field
 from torch.fx import GraphModule, Node
 
+from ...graph.edit import get_tensor
 from ...graph.meta import Meta
+from ...graph.narrow import widened
 from ...graph.sites import Linear, linears
 from ...plan.linear_plan import LinearPlan
 from ...quant.formats import IntegerFormat, QuantizedWeight, SteppedFormat
-from ...quant.gptq import gptq_quantize
+from ...quant.gptq import gptq_quantize, gptq_together
 from ...quant.hessian import HessianStatistic, InverseFactor, factorize
 from ...recipe.methods import WeightMethod
 from ...recipe.registry import method
 from ..base import Context, GraphPass, PassResult, SiteRecord
 from .rounding import planned, quantize_linears
+
+
+_TOGETHER = 1 << 23  # numbers of weights that are rounded together: of more the single columns are long enough
 
 
 @method("weights", "gptq")
@@ -105,6 +110,12 @@ class GPTQ(GraphPass):
         scheme = self.plan[linear.name].scheme if planned(self.plan, linear) else None
         return scheme is not None and isinstance(scheme.weight, SteppedFormat)
 
+    def _steps(self, linear: Linear) -> SteppedFormat:
+        """The format of a linear that `_compensates`."""
+        fmt = self.plan[linear.name].chosen.weight
+        assert isinstance(fmt, SteppedFormat)
+        return fmt
+
     def call(self, module: GraphModule, context: Context) -> PassResult:
         folded = context.handover.folded
         sites = {n.weight: n for n in linears(module.graph) if self._compensates(n) and not _read_elsewhere(n)}
@@ -116,6 +127,8 @@ class GPTQ(GraphPass):
         alone = Counter(statistics[weight] for weight, linear in sites.items() if linear.name in folded)
         factors: dict[HessianStatistic, InverseFactor] = {}  # of those whose other readers are still to come
         missed = [linear.name for weight, linear in sites.items() if not reached[statistics[weight]]]
+        groups = _groups({w: (statistics[w], linear) for w, linear in sites.items() if linear.name not in folded})
+        ready: dict[str, QuantizedWeight] = {}  # of groups of which one has been asked for
 
         def factor_of(seen: HessianStatistic) -> InverseFactor:
             sharing[seen] -= 1
@@ -136,12 +149,38 @@ class GPTQ(GraphPass):
             seen = statistics[linear.weight]
             if not reached[seen]:
                 return fmt.round_to_nearest(w)
-            found = factor_of(seen) if factor is None else own_factor(seen, factor)
-            return gptq_quantize(w, found, self.grid(linear, w, fmt, found), clip_search=self.clip_search)
+            if factor is not None:
+                found = own_factor(seen, factor)
+                return gptq_quantize(w, found, self.grid(linear, w, fmt, found), clip_search=self.clip_search)
+            if linear.weight not in ready:
+                beside = [sites[weight] for weight in groups[linear.weight]]
+                found = [factor_of(seen) for _ in beside][-1]
+                weights = [widened(get_tensor(module, other.weight)) for other in beside]
+                formats = [
+                    self.grid(other, weight, self._steps(other), found)
+                    for other, weight in zip(beside, weights, strict=True)
+                ]
+                codes = gptq_together(weights, found, formats, clip_search=self.clip_search)
+                ready.update(zip(groups[linear.weight], codes, strict=True))
+            return ready.pop(linear.weight)
 
         result = quantize_linears(module, self.plan, context.handover, quantize, moves=SteppedFormat)
         result.skipped += [SiteRecord(name, "rounded to nearest: no calibration token reached it") for name in missed]
         return result
+
+
+def _groups(sites: Mapping[str, tuple[HessianStatistic, Linear]]) -> dict[str, list[str]]:
+    """By weight those that are rounded together: of one Hessian, and no more than are fast that way."""
+    groups: dict[str, list[str]] = {}
+    open_groups: dict[HessianStatistic, tuple[list[str], int]] = {}
+    for weight, (seen, linear) in sites.items():
+        size = linear.shape[0] * linear.shape[1]
+        names, before = open_groups.get(seen, ([], 0))
+        if before + size > _TOGETHER:
+            names, before = [], 0
+        names.append(weight)
+        open_groups[seen], groups[weight] = (names, before + size), names
+    return groups
 
 
 def _as_it_is(seen: HessianStatistic) -> HessianStatistic:

@@ -15,6 +15,7 @@ import torch
 from ..artifact.output import claimed
 from ..calibrate.block_activations import Feeds, decoder_inputs
 from ..calibrate.data import calibration_batches
+from ..calibrate.projection import FloatFindings
 from ..capture.graph import CapturedModel
 from ..device import CPU
 from ..errors import InputError
@@ -134,7 +135,6 @@ def trials(prepared: Preparation, judge: Judge, folder: Path, most: int | None =
         InputError: the model is no decoder, there is no text, or so few bytes are not enough.
         RecipeError: the recipe quantizes activations, or nothing.
     """
-    prepared = replace(prepared, shared={})
     options, progress = prepared.options, prepared.options.progress
     original = _decoder(prepared)
     captured = capture(prepared.of_part(original, prepared.recipe, options)).captured
@@ -151,10 +151,12 @@ def trials(prepared: Preparation, judge: Judge, folder: Path, most: int | None =
     held = original.copy()  # as it is, whose last block stays loaded
     reference = FloatOutputs(held, decoder_feeds(held, judged.windows), ("logits",), partial(progress, "float model"))
     try:
-        yield Trials(
-            chooser, judged.described, _prepared=prepared, _original=original, _captured=captured,
-            _windows=judged.windows, _reference=reference, _feeds=feeds, _folder=folder, _provider=judge.provider,
-        )  # fmt: skip
+        with FloatFindings() as found:
+            yield Trials(
+                chooser, judged.described, _prepared=replace(prepared, findings=found), _original=original,
+                _captured=captured, _windows=judged.windows, _reference=reference, _feeds=feeds, _folder=folder,
+                _provider=judge.provider,
+            )  # fmt: skip
     finally:
         reference.close()
 

@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, Self, overload
+from typing import Any, Protocol, Self, overload
 
 import torch
 from torch.fx import GraphModule, Interpreter, Node
@@ -90,6 +90,19 @@ class Stream:
                     values[name] = _moved(result, self._between)
             for name in [n for n in values if self._keep.get(n, -1) <= index]:
                 del values[name]
+
+
+class Reference(Protocol):
+    """Values of the float model, which go on from block to block: a `Stream`, or what was kept of one.
+
+    Attributes:
+        batches: for each batch, by name; among them is what the block before hands on.
+    """
+
+    batches: list[dict[str, torch.Tensor]]
+
+    def advance(self, block: Block, index: int) -> None:
+        """Go on to what is there behind a block."""
 
 
 def _moved(value: Any, device: torch.device) -> Any:
@@ -242,7 +255,7 @@ class _Batches(Sequence[Batch]):
 
     block: Block
     stream: Stream
-    reference: Stream | None
+    reference: Reference | None
     compared: str | None
 
     def __len__(self) -> int:
@@ -263,7 +276,7 @@ class _Batches(Sequence[Batch]):
         return Batch(self.stream.inputs(self.block, index), target, output, mask if fits else None)
 
 
-def batches(captured: CapturedModel, block: Block, stream: Stream | None, reference: Stream | None) -> Sequence[Batch]:
+def batches(captured: CapturedModel, block: Block, stream: Stream | None, reference: Reference | None) -> Sequence[Batch]:
     """The calibration batches of a block that `reference` has passed and `stream` has not."""
     if stream is None:
         return []
@@ -271,14 +284,14 @@ def batches(captured: CapturedModel, block: Block, stream: Stream | None, refere
     return _Batches(block, stream, reference, name)
 
 
-def _compared(captured: CapturedModel, block: Block, reference: Stream) -> str | None:
+def _compared(captured: CapturedModel, block: Block, reference: Reference) -> str | None:
     """The value that a block hands on, where `reference` has it and it is of floating point."""
     name = captured.handed_on(block)
     value = reference.batches[0].get(name)
     return name if isinstance(value, torch.Tensor) and value.is_floating_point() else None
 
 
-def sqnr(captured: CapturedModel, block: Block, stream: Stream, reference: Stream) -> float | None:
+def sqnr(captured: CapturedModel, block: Block, stream: Stream, reference: Reference) -> float | None:
     """SQNR in dB of the value that a block hands on, over the real tokens of all batches.
 
     Returns:

@@ -27,7 +27,7 @@ from ..passes.base import GraphPass, Pipeline, log_sites
 from ..progress import StageProgress, no_stage_progress
 from ..quant.narrowing import narrowed
 from . import shards
-from .block_activations import Stream, batches, sqnr
+from .block_activations import Reference, Stream, batches, sqnr
 from .coverage import Coverage
 from .float_model import load_block
 from .memory import trim
@@ -93,7 +93,7 @@ def quantize_blocks(
     captured: CapturedModel,
     passes: Sequence[GraphPass],
     stream: Stream | None,
-    reference: Stream | None,
+    reference: Reference | None,
     work: Path,
     fingerprint: str,
     *,
@@ -106,7 +106,7 @@ def quantize_blocks(
         captured: the model; its blocks' graphs are changed in place.
         passes: each is run on the blocks it works on.
         stream: calibration inputs, advanced through the quantized blocks; None when no pass needs data.
-        reference: the same inputs, advanced through the float blocks, for the SQNR of each block.
+        reference: of the same inputs what the float blocks hand on, for the SQNR of each block.
         work: folder of shards and journal; made if missing. Of several processes the first one writes.
         fingerprint: identifies model, recipe and data; a journal with another one is not continued.
         resume: continue after the last finished block found in `work`.

@@ -34,6 +34,7 @@ def float_statistics(
     stream: Stream,
     wanted: Mapping[str, Mapping[Node, Callable[[], Any]]],
     progress: StageProgress = no_stage_progress,
+    passed: Callable[[int], None] = lambda index: None,
 ) -> dict[str, dict[Node, Any]]:
     """Show values of the float model to statistics, the real tokens of all batches.
 
@@ -43,6 +44,7 @@ def float_statistics(
         wanted: by block name and value, a factory of an object with `update(x)`. Blocks behind the last of them are not
             run.
         progress: called with (block name, blocks done, blocks in all).
+        passed: called with the place of every block that the stream has passed.
 
     Returns:
         by block name and value, the object.
@@ -59,6 +61,7 @@ def float_statistics(
                 found[block.name] = collect(block, stream, block.module, asked)
             if index < last:
                 stream.advance(block, index)
+                passed(index)
         trim()
     progress("", last + 1, last + 1)
     return found

@@ -1,5 +1,7 @@
 """GPTQ (arXiv 2210.17323): round a weight column by column and let the columns still to come absorb the error."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -41,48 +43,71 @@ def gptq_quantize(
         NumericsError: NaN or Inf, an all-zero Hessian, or one that cannot be factorized.
     """
     factor = hessian if isinstance(hessian, InverseFactor) else factorize(hessian, damp, act_order)
-    fmt = fmt.for_weight(w)
-    scale, zero_point = fmt.clipped_scales(w, factor.importance) if clip_search else fmt.scales(w)
-    codes = _eliminate(w, factor, fmt, scale, zero_point, block_size)
-    return QuantizedWeight(codes, scale, zero_point, fmt)
+    return gptq_together([w], factor, [fmt], clip_search=clip_search, block_size=block_size)[0]
+
+
+def gptq_together(
+    weights: Sequence[Tensor], factor: InverseFactor, formats: Sequence[SteppedFormat], *, clip_search: bool = False,
+    block_size: int = _BLOCK,
+) -> list[QuantizedWeight]:  # fmt: skip
+    """`gptq_quantize` of weights [N_i, K] whose linears read one value: the codes that each gets alone, in less time.
+
+    Args:
+        formats: of each.
+    """
+    formats = [fmt.for_weight(w) for w, fmt in zip(weights, formats, strict=True)]
+    scales = [
+        fmt.clipped_scales(w, factor.importance) if clip_search else fmt.scales(w)
+        for w, fmt in zip(weights, formats, strict=True)
+    ]
+    order = factor.order.flip(0)
+    grids = [
+        _grid(fmt, scale, zero_point, order, w.shape)
+        for w, fmt, (scale, zero_point) in zip(weights, formats, scales, strict=True)
+    ]
+    codes = _eliminate(weights, factor, grids, block_size)
+    return [
+        QuantizedWeight(found, scale, zero_point, fmt)
+        for found, (scale, zero_point), fmt in zip(codes, scales, formats, strict=True)
+    ]
 
 
 def _eliminate(
-    w: Tensor, factor: InverseFactor, fmt: SteppedFormat, scale: Tensor, zero_point: Tensor | None, block_size: int
-) -> Tensor:
-    """Codes [N, K]; columns lie in the order of the factor, so they are eliminated from the last to the first.
+    weights: Sequence[Tensor], factor: InverseFactor, grids: Sequence[Grid], block_size: int
+) -> list[Tensor]:
+    """Codes [N_i, K]; columns lie in the order of the factor, so they are eliminated from the last to the first.
 
     An error reaches the other columns of its strip when they are rounded, the rest of its block at the end of the strip
     and all others at the end of the block: what is done for single columns stays in the processor's cache.
     """
-    n, k = w.shape
     order, inverse = factor.order.flip(0), factor.reversed
     # Columns of w become rows: every step below then reads and writes contiguous memory.
-    columns = w.t()[order].float()
-    signed = isinstance(fmt, IntegerCodes) and fmt.symmetric
-    codes = torch.empty(k, n, dtype=torch.int8 if signed else torch.uint8, device=w.device)
-    groups = torch.div(order, k if fmt.group_size <= 0 else fmt.group_size, rounding_mode="floor")
-    scale_of = scale.t().expand(-1, n if fmt.group_size == PER_TENSOR else -1).contiguous()
-    zero_of = None if zero_point is None else zero_point.t().float().expand(-1, scale_of.shape[1]).contiguous()
-    strips = StripRounder(_grid(fmt, scale_of, zero_of, groups), codes, order)
-
+    columns = torch.cat([w.t()[order].float() for w in weights], dim=1)
+    strips, k = StripRounder(grids, order), len(order)
     for stop in range(k, 0, -block_size):
         start = max(stop - block_size, 0)
-        errors = torch.empty(stop - start, n, device=w.device)
+        errors = torch.empty(stop - start, columns.shape[1], device=columns.device)
         block, rest = inverse[start:stop, start:stop], columns[start:stop]
         for high in range(stop - start, 0, -WIDTH):
             low = max(high - WIDTH, 0)
             strips.round(start + low, rest[low:high], block[low:high, low:high], errors[low:high])
             rest[:low].addmm_(block[low:high, :low].t(), errors[low:high], alpha=-1)
         columns[:start].addmm_(inverse[start:stop, :start].t(), errors, alpha=-1)
-    return codes.t().contiguous()
+    return [codes.t().contiguous() for codes in strips.codes]
 
 
-def _grid(fmt: SteppedFormat, scale: Tensor, zero: Tensor | None, groups: Tensor) -> Grid:
+def _grid(
+    fmt: SteppedFormat, scale: Tensor, zero_point: Tensor | None, order: Tensor, shape: Sequence[int]
+) -> Grid:
+    """The codes of a weight [N, K] whose columns are rounded in this order, from the last to the first."""
+    n, k = shape
+    groups = torch.div(order, k if fmt.group_size <= 0 else fmt.group_size, rounding_mode="floor")
+    scale = scale.t().expand(-1, n if fmt.group_size == PER_TENSOR else -1).contiguous()
+    zero = None if zero_point is None else zero_point.t().float().expand(-1, scale.shape[1]).contiguous()
     if isinstance(fmt, IntegerCodes):
         if (levels := fmt.levels()) is not None:
-            return Grid(scale, None, groups, levels=levels)
-        return Grid(scale, zero, groups, fmt.qmin, fmt.qmax)
+            return Grid(scale, None, groups, levels=levels, signed=fmt.symmetric)
+        return Grid(scale, zero, groups, fmt.qmin, fmt.qmax, signed=fmt.symmetric)
     if isinstance(fmt, ScaledFormat):
         return Grid(scale, None, groups, levels=fmt)
     raise TypeError(f"the steps of {type(fmt).__name__} are not known")

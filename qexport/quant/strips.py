@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache
+from itertools import accumulate, groupby
 from typing import Any, Protocol
 
 import torch
@@ -39,6 +40,7 @@ class Grid:
         qmin, qmax: of a code.
         levels: the values of codes in steps, where these are not the codes themselves; then there is no zero. Of all
             groups, or of each.
+        signed: whether codes are.
     """
 
     scale: Tensor
@@ -47,59 +49,122 @@ class Grid:
     qmin: int = 0
     qmax: int = 0
     levels: Levels | Sequence[Levels] | None = None
+    signed: bool = False
+
+    @property
+    def rows(self) -> int:
+        """N."""
+        return self.scale.shape[1]
 
 
 class StripRounder:
-    """Rounds strips of one weight.
+    """Rounds strips of weights whose columns lie side by side, each with its grid.
 
     Args:
-        codes: int8 or uint8 [K, N], gets the codes.
-        positions: int64 [K], where in it the codes of a column belong.
+        grids: of each weight.
+        positions: int64 [K], where among its codes those of a column belong.
+
+    Attributes:
+        codes: int8 or uint8 [K, N] of each weight.
     """
 
-    def __init__(self, grid: Grid, codes: Tensor, positions: Tensor):
-        self._grid, self._codes, self._positions = grid, codes, positions
-        self._kernel = compiled(codes.device) if codes.is_cuda and grid.levels is None else None
+    def __init__(self, grids: Sequence[Grid], positions: Tensor):
+        self._grids, self._positions, device = grids, positions, positions.device
+        ends = list(accumulate(grid.rows for grid in grids))
+        self._parts = [slice(end - grid.rows, end) for grid, end in zip(grids, ends, strict=True)]
+        self.codes = [
+            torch.empty(len(positions), grid.rows, dtype=torch.int8 if grid.signed else torch.uint8, device=device)
+            for grid in grids
+        ]
+        integers = all(grid.levels is None for grid in grids)
+        self._kernel = compiled(device) if device.type == "cuda" and integers else None
         if self._kernel is None:
-            self._numbers = grid.groups.tolist(), positions.tolist()
-            self._steps = torch.empty(codes.shape[1], device=codes.device)
+            self._steps = torch.empty(WIDTH, ends[-1], device=device)
 
     def round(self, first: int, columns: Tensor, inverse: Tensor, errors: Tensor) -> None:
         """Round columns from the last to the first.
 
         Args:
             first: number of the first column in the order of elimination.
-            columns: float32 [n, N], n at most `WIDTH`; changed.
+            columns: float32 [n, sum of N], n at most `WIDTH`; changed.
             inverse: float32 [n, n], lower triangular: what an error of a column takes from those before it.
-            errors: float32 [n, N], gets the errors over the diagonal of `inverse`.
+            errors: float32 [n, sum of N], gets the errors over the diagonal of `inverse`.
         """
         if self._kernel is None:
-            self._in_operators(first, columns, inverse, errors)
-        else:
-            launch(self._kernel, self._grid, self._codes, self._positions, first, columns, inverse, errors)
+            self._in_operators(slice(first, first + len(columns)), columns, inverse, errors)
+            return
+        for part, grid, codes in zip(self._parts, self._grids, self.codes, strict=True):
+            launch(self._kernel, grid, codes, self._positions, first, columns[:, part], inverse, errors[:, part])
 
-    def _in_operators(self, first: int, columns: Tensor, inverse: Tensor, errors: Tensor) -> None:
-        (groups, positions), grid, steps = self._numbers, self._grid, self._steps
-        pivots, count = inverse.diagonal().tolist(), len(columns)
-        for j in range(count - 1, -1, -1):
-            column, step = columns[j], grid.scale[groups[first + j]]
+    def _in_operators(self, strip: slice, columns: Tensor, inverse: Tensor, errors: Tensor) -> None:
+        # Everything that a column needs is cut out for all at once: a view costs as much as its arithmetic.
+        count, steps, passed = len(columns), self._steps[: len(columns)], errors.t()
+        scale = torch.cat([grid.scale[grid.groups[strip]] for grid in self._grids], dim=1)
+        runs = self._runs(strip)
+        rows = zip(columns, errors, scale, steps, inverse.t(), inverse.diagonal().tolist(), strict=True)
+        for j, (column, error, step, rounded, takes, pivot) in reversed(list(enumerate(rows))):
             if j + 1 < count:
-                torch.addmv(column, errors[j + 1 :].t(), inverse[j + 1 :, j], alpha=-1, out=column)
-            torch.div(column, step, out=steps)
-            if grid.levels is not None:
-                levels = grid.levels[groups[first + j]] if isinstance(grid.levels, Sequence) else grid.levels
-                found = levels.nearest(steps)
-                self._codes[positions[first + j]] = found
-                steps.copy_(levels.values(found))
-            elif grid.zero is None:
-                steps.round_()
-                self._codes[positions[first + j]] = steps.clamp_(grid.qmin, grid.qmax)
-            else:
-                steps.round_()
-                zero = grid.zero[groups[first + j]]
-                self._codes[positions[first + j]] = steps.add_(zero).clamp_(grid.qmin, grid.qmax)
-                steps.sub_(zero)
-            torch.addcmul(column, steps, step, value=-1, out=errors[j]).div_(pivots[j])
+                torch.addmv(column, passed[:, j + 1 :], takes[j + 1 :], alpha=-1, out=column)
+            torch.div(column, step, out=rounded)
+            for run in runs:
+                run.round(j, rounded)
+            torch.addcmul(column, rounded, step, value=-1, out=error).div_(pivot)
+        positions = self._positions[strip]
+        found = [codes for run in runs for codes in run.codes(steps)]
+        for codes, new in zip(self.codes, found, strict=True):
+            codes[positions] = new.to(codes.dtype)
+
+    def _runs(self, strip: slice) -> "list[_Integers | _Table]":
+        """Neighbours with the same values are rounded in one go."""
+        pairs = groupby(zip(self._parts, self._grids, strict=True), key=lambda pair: pair[1].levels)
+        return [(_Integers if levels is None else _Table)(list(run), strip) for levels, run in pairs]
+
+
+class _Integers:
+    """Rounding to integers of a range, in a strip of neighbouring weights."""
+
+    def __init__(self, members: Sequence[tuple[slice, Grid]], strip: slice):
+        grids = [grid for _, grid in members]
+        self._part, self._sizes = slice(members[0][0].start, members[-1][0].stop), [grid.rows for grid in grids]
+        self._zero: Tensor | None = None
+        if len({(grid.qmin, grid.qmax, grid.zero is None) for grid in grids}) == 1 and grids[0].zero is None:
+            self._low, self._high = [grids[0].qmin] * WIDTH, [grids[0].qmax] * WIDTH
+            return
+        scales = [grid.scale[grid.groups[strip]] for grid in grids]
+        zeros = [torch.zeros_like(s) if g.zero is None else g.zero[g.groups[strip]] for g, s in zip(grids, scales, strict=True)]
+        self._zero = torch.cat(zeros, dim=1)
+        self._low = torch.cat([grid.qmin - zero for grid, zero in zip(grids, zeros, strict=True)], dim=1).unbind()
+        self._high = torch.cat([grid.qmax - zero for grid, zero in zip(grids, zeros, strict=True)], dim=1).unbind()
+
+    def round(self, j: int, steps: Tensor) -> None:
+        """Column number j of the strip, in place."""
+        steps[self._part].round_().clamp_(self._low[j], self._high[j])
+
+    def codes(self, steps: Tensor) -> Sequence[Tensor]:
+        """Of each weight, in numbers of any kind."""
+        found = steps[:, self._part]
+        return (found if self._zero is None else found + self._zero).split(self._sizes, dim=1)
+
+
+class _Table:
+    """Rounding to other values, in a strip of neighbouring weights that share them."""
+
+    def __init__(self, members: Sequence[tuple[slice, Grid]], strip: slice):
+        self._part, self._sizes = slice(members[0][0].start, members[-1][0].stop), [grid.rows for _, grid in members]
+        grid = members[0][1]
+        several = isinstance(grid.levels, Sequence)
+        self._levels = [grid.levels[i] for i in grid.groups[strip].tolist()] if several else [grid.levels] * WIDTH
+        self._found: dict[int, Tensor] = {}
+
+    def round(self, j: int, steps: Tensor) -> None:
+        """Column number j of the strip, in place."""
+        part, levels = steps[self._part], self._levels[j]
+        self._found[j] = levels.nearest(part)
+        part.copy_(levels.values(self._found[j]))
+
+    def codes(self, steps: Tensor) -> Sequence[Tensor]:
+        """Of each weight."""
+        return torch.stack([self._found[j] for j in range(len(steps))]).split(self._sizes, dim=1)
 
 
 def launch(

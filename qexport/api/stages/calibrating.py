@@ -20,8 +20,6 @@ from .preparing import timed
 
 logger = logging.getLogger(__name__)
 
-_SEEN = "what the output projection reads"
-
 
 @dataclass(frozen=True, kw_only=True)
 class Calibration(ExportPlan):
@@ -67,12 +65,16 @@ def calibrate(planned: ExportPlan) -> Calibration:
     shared = any(table.linear for table in decisions.embeddings)
     wanted = recipe.weights.table_statistic() is not None
     if wanted and batches is not None and shared and planned.projection is not None:
-        found = {} if planned.shared is None else planned.shared
-        if _SEEN not in found:
-            found[_SEEN] = seen_by_projection(
-                captured, planned.projection, batches().shared_out(), recipe.weights, partial(progress, "embedding")
-            )
-        seen = found[_SEEN]
+        found = planned.findings
+        if found is not None and found.seen is not None:
+            seen = found.seen
+        else:
+            seen = seen_by_projection(
+                captured, planned.projection, batches().shared_out(), recipe.weights,
+                None if found is None else found.handed_on, partial(progress, "embedding"),
+            )  # fmt: skip
+            if found is not None:
+                found.seen = seen
     logger.info("%s", agreement.sentence())
     logger.info("calibration data: %s", described)
     return Calibration(**vars(planned), agreement=agreement, batches=batches, described=described, seen=seen)

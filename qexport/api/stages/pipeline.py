@@ -2,10 +2,12 @@
 
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 
 from ... import ranks
 from ...artifact.output import WorkFolder
+from ...calibrate.projection import FloatFindings
 from ...errors import InputError, QExportError
 from ...progress import announce
 from ...recipe.recipe import Recipe
@@ -37,12 +39,19 @@ def run(prepared: Preparation, work: WorkFolder) -> ExportResult:
     announce(prepared.options.progress, *stages(prepared.recipe))
     planned = plan(capture(prepared))
     _say_what_it_takes(planned)
-    calibrated = settle(calibrate(planned))
+    with _findings(planned) as found:
+        calibrated = settle(calibrate(replace(planned, findings=found)))
+        with _forgetting(work):
+            quantized = quantize(calibrated, work)
+    if ranks.rank() > 0:
+        raise ranks.PartDone
     with _forgetting(work):
-        quantized = quantize(calibrated, work)
-        if ranks.rank() > 0:
-            raise ranks.PartDone
         return package(lower(quantized), work)
+
+
+def _findings(planned: ExportPlan) -> AbstractContextManager[FloatFindings]:
+    """Those of the exports that this one belongs to, or its own."""
+    return FloatFindings() if planned.findings is None else nullcontext(planned.findings)
 
 
 def stages(recipe: Recipe) -> list[str]:

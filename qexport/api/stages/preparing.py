@@ -11,6 +11,7 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 import torch
 
 from ...calibrate.data import check_calibration, recipe_and_data
+from ...calibrate.projection import FloatFindings
 from ...capture.dynamic import DynamicShapes
 from ...capture.graph import CapturedModel
 from ...capture.module import Inputs
@@ -95,8 +96,8 @@ class Preparation:
         dynamic_shapes: of an nn.Module.
         options: all else.
         seconds: by stage, what it took; filled on the way.
-        shared: what exports of one model with the same data and ways of finding weights need not find anew, by what it
-            is; None where there is one export.
+        findings: of the float model on the calibration data, what exports with the same data and ways of finding weights
+            share; an export that is alone makes its own.
     """
 
     source: Source
@@ -108,7 +109,7 @@ class Preparation:
     dynamic_shapes: DynamicShapes | None = None
     options: Options = Options()
     seconds: dict[str, float] = field(default_factory=dict)
-    shared: dict[str, Any] | None = None
+    findings: FloatFindings | None = None
 
     @property
     def in_two_parts(self) -> bool:

@@ -51,7 +51,9 @@ def quantize(calibrated: Calibration, work: WorkFolder) -> Quantization:
             recipe, {p.name: p for p in decisions.plan}, options.extra_passes, batches is not None,
             decisions.embeddings, calibrated.seen, decisions.convolutions,
         )  # fmt: skip
-        stream, reference = (batches().shared_out(), batches().shared_out()) if batches else (None, None)
+        stream = batches().shared_out() if batches else None
+        kept = calibrated.findings.handed_on.stream(captured) if calibrated.findings else None
+        reference = kept or (batches().shared_out() if batches else None)
         before = captured.copy() if recipe.tune is not None and batches else None
         blocks = quantize_blocks(
             captured, passes, stream, reference, work.blocks, fingerprint, resume=options.resume,
