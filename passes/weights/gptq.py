@@ -23,7 +23,6 @@ from ...recipe.registry import method
 from ..base import Context, GraphPass, PassResult, SiteRecord
 from .rounding import planned, quantize_linears
 
-
 _TOGETHER = 1 << 23  # numbers of weights that are rounded together: of more the single columns are long enough
 
 

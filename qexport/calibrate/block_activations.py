@@ -276,7 +276,9 @@ class _Batches(Sequence[Batch]):
         return Batch(self.stream.inputs(self.block, index), target, output, mask if fits else None)
 
 
-def batches(captured: CapturedModel, block: Block, stream: Stream | None, reference: Reference | None) -> Sequence[Batch]:
+def batches(
+    captured: CapturedModel, block: Block, stream: Stream | None, reference: Reference | None
+) -> Sequence[Batch]:
     """The calibration batches of a block that `reference` has passed and `stream` has not."""
     if stream is None:
         return []

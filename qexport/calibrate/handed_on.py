@@ -1,4 +1,4 @@
-"""What the float model's blocks hand on, on disk: where it has run over the calibration data it need not do so again."""
+"""What the blocks of the float model hand on, on disk: having run on the calibration data once, it need not again."""
 
 import shutil
 from collections.abc import Sequence
@@ -35,9 +35,9 @@ class HandedOn:
         name = captured.handed_on(captured.blocks[index])
         values = {str(number): batch[name] for number, batch in enumerate(stream.batches) if name in batch}
         size = sum(value.nbytes for value in values.values()) * len(captured.blocks)
-        if len(values) < len(stream.batches) or index == 0 and not 0 < size <= min(_MOST, _free() // 2):
-            return
         try:
+            if len(values) < len(stream.batches) or index == 0 and not 0 < size <= min(_MOST, _free() // 2):
+                return
             self._scratch = self._scratch or Scratch()
             save_file({number: value.to(CPU).contiguous() for number, value in values.items()}, self._place(index))
         except (OSError, SafetensorError, InputError):  # no room, and it can be done without

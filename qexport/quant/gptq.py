@@ -96,9 +96,7 @@ def _eliminate(
     return [codes.t().contiguous() for codes in strips.codes]
 
 
-def _grid(
-    fmt: SteppedFormat, scale: Tensor, zero_point: Tensor | None, order: Tensor, shape: Sequence[int]
-) -> Grid:
+def _grid(fmt: SteppedFormat, scale: Tensor, zero_point: Tensor | None, order: Tensor, shape: Sequence[int]) -> Grid:
     """The codes of a weight [N, K] whose columns are rounded in this order, from the last to the first."""
     n, k = shape
     groups = torch.div(order, k if fmt.group_size <= 0 else fmt.group_size, rounding_mode="floor")

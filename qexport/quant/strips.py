@@ -56,6 +56,15 @@ class Grid:
         """N."""
         return self.scale.shape[1]
 
+    def levels_of(self, strip: slice) -> "list[Levels] | None":
+        """Those of columns, in the order of elimination."""
+        groups = self.groups[strip]
+        if self.levels is None:
+            return None
+        if isinstance(self.levels, Sequence):
+            return [self.levels[group] for group in groups.tolist()]
+        return [self.levels] * len(groups)
+
 
 class StripRounder:
     """Rounds strips of weights whose columns lie side by side, each with its grid.
@@ -116,8 +125,12 @@ class StripRounder:
 
     def _runs(self, strip: slice) -> "list[_Integers | _Table]":
         """Neighbours with the same values are rounded in one go."""
-        pairs = groupby(zip(self._parts, self._grids, strict=True), key=lambda pair: pair[1].levels)
-        return [(_Integers if levels is None else _Table)(list(run), strip) for levels, run in pairs]
+        runs: list[_Integers | _Table] = []
+        for _, found in groupby(zip(self._parts, self._grids, strict=True), key=lambda pair: pair[1].levels):
+            members = list(found)
+            levels = members[0][1].levels_of(strip)
+            runs.append(_Integers(members, strip) if levels is None else _Table(members, levels))
+        return runs
 
 
 class _Integers:
@@ -127,33 +140,42 @@ class _Integers:
         grids = [grid for _, grid in members]
         self._part, self._sizes = slice(members[0][0].start, members[-1][0].stop), [grid.rows for grid in grids]
         self._zero: Tensor | None = None
-        if len({(grid.qmin, grid.qmax, grid.zero is None) for grid in grids}) == 1 and grids[0].zero is None:
-            self._low, self._high = [grids[0].qmin] * WIDTH, [grids[0].qmax] * WIDTH
+        self._bounds: Sequence[tuple[Any, Any]] = [(grids[0].qmin, grids[0].qmax)] * WIDTH
+        if all(grid.zero is None for grid in grids) and len({(grid.qmin, grid.qmax) for grid in grids}) == 1:
             return
         scales = [grid.scale[grid.groups[strip]] for grid in grids]
-        zeros = [torch.zeros_like(s) if g.zero is None else g.zero[g.groups[strip]] for g, s in zip(grids, scales, strict=True)]
+        zeros = [
+            torch.zeros_like(scale) if grid.zero is None else grid.zero[grid.groups[strip]]
+            for grid, scale in zip(grids, scales, strict=True)
+        ]
         self._zero = torch.cat(zeros, dim=1)
-        self._low = torch.cat([grid.qmin - zero for grid, zero in zip(grids, zeros, strict=True)], dim=1).unbind()
-        self._high = torch.cat([grid.qmax - zero for grid, zero in zip(grids, zeros, strict=True)], dim=1).unbind()
+        low, high = (
+            torch.cat([bound - zero for bound, zero in zip(bounds, zeros, strict=True)], dim=1)
+            for bounds in ([grid.qmin for grid in grids], [grid.qmax for grid in grids])
+        )
+        self._bounds = list(zip(low, high, strict=True))
 
     def round(self, j: int, steps: Tensor) -> None:
         """Column number j of the strip, in place."""
-        steps[self._part].round_().clamp_(self._low[j], self._high[j])
+        low, high = self._bounds[j]
+        steps[self._part].round_().clamp_(low, high)
 
     def codes(self, steps: Tensor) -> Sequence[Tensor]:
         """Of each weight, in numbers of any kind."""
         found = steps[:, self._part]
-        return (found if self._zero is None else found + self._zero).split(self._sizes, dim=1)
+        return torch.split(found if self._zero is None else found + self._zero, self._sizes, dim=1)
 
 
 class _Table:
-    """Rounding to other values, in a strip of neighbouring weights that share them."""
+    """Rounding to other values, in a strip of neighbouring weights that share them.
 
-    def __init__(self, members: Sequence[tuple[slice, Grid]], strip: slice):
+    Args:
+        levels: of each column.
+    """
+
+    def __init__(self, members: Sequence[tuple[slice, Grid]], levels: Sequence[Levels]):
         self._part, self._sizes = slice(members[0][0].start, members[-1][0].stop), [grid.rows for _, grid in members]
-        grid = members[0][1]
-        several = isinstance(grid.levels, Sequence)
-        self._levels = [grid.levels[i] for i in grid.groups[strip].tolist()] if several else [grid.levels] * WIDTH
+        self._levels = levels
         self._found: dict[int, Tensor] = {}
 
     def round(self, j: int, steps: Tensor) -> None:
@@ -164,7 +186,7 @@ class _Table:
 
     def codes(self, steps: Tensor) -> Sequence[Tensor]:
         """Of each weight."""
-        return torch.stack([self._found[j] for j in range(len(steps))]).split(self._sizes, dim=1)
+        return torch.split(torch.stack([self._found[j] for j in range(len(steps))]), self._sizes, dim=1)
 
 
 def launch(

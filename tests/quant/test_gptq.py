@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from qexport.errors import NumericsError, RecipeError
 from qexport.quant.affine import search_clip, weight_scales
-from qexport.quant.formats import PER_CHANNEL, PER_TENSOR, IntegerFormat
-from qexport.quant.gptq import gptq_quantize
+from qexport.quant.formats import PER_CHANNEL, PER_TENSOR, IntegerFormat, Scheme
+from qexport.quant.gptq import gptq_quantize, gptq_together
 from qexport.quant.hessian import HessianStatistic, factorize
 
 INT4 = IntegerFormat(4, 16)
@@ -73,6 +73,20 @@ def test_linears_that_read_one_input_share_a_factor(act_order):
         alone = gptq_quantize(weight, hessian, INT4, damp=0.02, act_order=act_order, clip_search=True)
         shared = gptq_quantize(weight, factor, INT4, clip_search=True)
         assert torch.equal(alone.codes, shared.codes) and torch.equal(alone.scale, shared.scale)
+
+
+def test_weights_of_one_factor_get_together_what_each_gets_alone():
+    """Whatever their formats: integers of other ranges, zero points and groups, tables, and tables of their own."""
+    names = ("w4a16_g32_s8", "w4a16_g32_asym", "w8a16_pc", "nf4_g16", "nf4_g16", "nvfp4", "w2a16_g16_mid", "w4a16_pt")
+    formats = [Scheme.parse(name).weight for name in names]
+    _, hessian = correlated(k=96)
+    weights = [correlated(8 + i, 96, seed=i)[0] for i in range(len(names))]
+    factor = factorize(hessian, 0.01, True)
+    together = gptq_together(weights, factor, formats, clip_search=True)
+    for w, fmt, found in zip(weights, formats, together, strict=True):
+        alone = gptq_quantize(w, factor, fmt, clip_search=True)
+        assert torch.equal(alone.codes, found.codes) and alone.codes.dtype == found.codes.dtype
+        assert torch.equal(alone.scale, found.scale) and alone.format == found.format
 
 
 def test_the_factor_is_that_of_the_damped_inverse():

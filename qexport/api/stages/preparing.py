@@ -96,8 +96,8 @@ class Preparation:
         dynamic_shapes: of an nn.Module.
         options: all else.
         seconds: by stage, what it took; filled on the way.
-        findings: of the float model on the calibration data, what exports with the same data and ways of finding weights
-            share; an export that is alone makes its own.
+        findings: of the float model on the calibration data; exports with the same data and ways of finding weights
+            share them, and one that is alone makes its own.
     """
 
     source: Source
