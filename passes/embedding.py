@@ -22,10 +22,10 @@ from .insert_qdq import insert_weight
 
 aten = torch.ops.aten
 ops = torch.ops.qexport
-Rounding = Callable[[torch.Tensor, WeightFormat], QuantizedWeight]
+Rounding = Callable[[str, torch.Tensor, WeightFormat], QuantizedWeight]
 
 
-def _nearest(table: torch.Tensor, fmt: WeightFormat) -> QuantizedWeight:
+def _nearest(name: str, table: torch.Tensor, fmt: WeightFormat) -> QuantizedWeight:
     return fmt.round_to_nearest(table)
 
 
@@ -35,7 +35,7 @@ class QuantizeEmbedding(GraphPass):
 
     Attributes:
         plan: by name of the table's tensor; tables without a scheme stay as they are.
-        rounding: from a table [V, K] and its format to codes and scales.
+        rounding: from the name of a table's tensor, the table [V, K] and its format to codes and scales.
     """
 
     plan: Mapping[str, EmbeddingPlan]
@@ -54,7 +54,7 @@ class QuantizeEmbedding(GraphPass):
             fmt = plan.chosen.weight
             with graph.inserting_before(node):
                 if plan.weight not in tables:
-                    table = self.rounding(get_tensor(module, plan.weight), fmt)
+                    table = self.rounding(plan.weight, get_tensor(module, plan.weight), fmt)
                     tables[plan.weight] = weight_tensors(module, plan.name, table)
                     what = f"{plan.chosen.name}, shared with {plan.linear}" if plan.linear else plan.chosen.name
                     result.changed.append(SiteRecord(plan.name, what))

@@ -107,6 +107,12 @@ def products_in(kind: str) -> Iterator[None]:
         torch.set_float32_matmul_precision(before)
 
 
+def has_bfloat16_products(device: torch.device) -> bool:
+    """Whether float32 matrices are multiplied as bfloat16 there just now, by instructions for that."""
+    asked = torch.get_float32_matmul_precision() == "medium"
+    return asked and device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
+
+
 @contextmanager
 def _float32() -> Iterator[None]:
     """No TF32, which keeps 11 bits of 24: PyTorch takes it for convolutions unasked, and for matrices where told to."""

@@ -196,11 +196,10 @@ def _feeds(captured: CapturedModel, recipe: Recipe, data: Any, progress: Progres
     feeds: list[Feeds] = []
     left, stream = _TOKENS, batches()
     for batch, mask in zip(stream.batches, stream.masks, strict=True):
-        if mask is None:
-            raise TypeError("texts come with their masks")
-        for ids, real in zip(batch[ids_name], mask, strict=True):
+        for row, ids in enumerate(batch[ids_name]):
             if left > 0:
-                ids = ids.to(CPU)[real.to(CPU)][: min(left, longest)]
+                real = slice(None) if mask is None else mask[row].to(CPU)
+                ids = ids.to(CPU)[real][: min(left, longest)]
                 feeds.append(decoder_inputs(captured, ids[None], torch.ones_like(ids)[None]))
                 left -= len(ids)
     return feeds

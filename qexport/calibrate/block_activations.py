@@ -29,7 +29,8 @@ class Stream:
 
     Args:
         batches: for each batch, the model's inputs by value name.
-        masks: for each batch the real tokens, [batch, sequence] bool, or None.
+        masks: for each batch the real tokens, [batch, sequence] bool, or None for no padding; afterwards None too where
+            every token is real, because picking rows out of values costs as much as some products.
         keep: for each value name the index of the last block that reads it.
         placement: where blocks are computed, and where values wait for them.
         counted: for each batch which of the real tokens sums and samples are taken of; None for all of them. Extremes
@@ -49,9 +50,9 @@ class Stream:
     ):
         self.device, self._between, self._keep = placement.device, placement.between, keep
         self.batches = [{name: _moved(value, self._between) for name, value in batch.items()} for batch in batches]
-        self.masks = [None if mask is None else mask.to(self.device) for mask in masks]
+        self.masks = [_where_padded(mask, self.device) for mask in masks]
         own = self.masks if counted is None else counted
-        self.counted = [None if mask is None else mask.to(self.device) for mask in own]
+        self.counted = [_where_padded(mask, self.device) for mask in own]
         self.products = "float32"
 
     def multiplied_in(self, products: str) -> Self:
@@ -103,6 +104,10 @@ class Reference(Protocol):
 
     def advance(self, block: Block, index: int) -> None:
         """Go on to what is there behind a block."""
+
+
+def _where_padded(mask: torch.Tensor | None, device: torch.device) -> torch.Tensor | None:
+    return None if mask is None or bool(mask.all()) else mask.to(device)
 
 
 def _moved(value: Any, device: torch.device) -> Any:

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -10,7 +9,7 @@ import torch
 from ..passes.activations.quantize import QuantizeActivations
 from ..passes.base import GraphPass
 from ..passes.convolutions import QuantizeConvolutions
-from ..passes.embedding import QuantizeEmbedding, ShareEmbedding
+from ..passes.embedding import QuantizeEmbedding, Rounding, ShareEmbedding
 from ..passes.moe_coverage import CountChoices
 from ..passes.recurrent import QuantizeStates
 from ..plan.convolution_plan import ConvolutionPlan
@@ -30,7 +29,7 @@ def passes_for(
     extra: Sequence[GraphPass] = (),
     calibrated: bool = True,
     embeddings: Sequence[EmbeddingPlan] = (),
-    seen: Any = None,
+    tables: Rounding | None = None,
     convolutions: Sequence[ConvolutionPlan] = (),
 ) -> list[GraphPass]:
     """Exact transformations first, then weights, their branches, and activations: ranges are those of what is deployed.
@@ -41,12 +40,11 @@ def passes_for(
             whose codes an embedding has decided already.
         calibrated: whether there is calibration data.
         embeddings: the decisions for the tables of token embeddings.
-        seen: what the output projection that shares a table reads, as the weight method's `table_statistic` saw it;
-            None where it saw nothing.
+        tables: how tables of embeddings are rounded; None as the recipe's way of finding weights does without data.
         convolutions: the decisions for convolutions.
     """
     methods = [method for method in recipe.methods if isinstance(method, BlockMethod)]
-    passes = [*_tables(recipe.weights, embeddings, seen), *extra]
+    passes = [*_tables(tables or TableRounding(recipe.weights), embeddings), *extra]
     for method in methods:
         if method.stage == Stage.ROUND and calibrated and (method.needs_calibration or _static(plan)):
             passes.append(CountChoices(plan))
@@ -82,26 +80,43 @@ def _static(plan: Plans) -> bool:
     return any(p.activation is not None and p.activation.kind == "static" for p in plan.values())
 
 
-def _tables(weights: WeightMethod, embeddings: Sequence[EmbeddingPlan], seen: Any) -> list[GraphPass]:
+def _tables(rounding: Rounding, embeddings: Sequence[EmbeddingPlan]) -> list[GraphPass]:
     """Embeddings as codes, and what reads these codes."""
     quantized = [e for e in embeddings if e.scheme is not None]
     if not quantized:
         return []
 
     shared = {e.linear: e for e in quantized if e.linear}
-    first = QuantizeEmbedding({e.weight: e for e in quantized}, partial(rounded_table, weights, seen))
+    first = QuantizeEmbedding({e.weight: e for e in quantized}, rounding)
     return [first, ShareEmbedding(shared)] if shared else [first]
 
 
-def rounded_table(weights: WeightMethod, seen: Any, table: torch.Tensor, fmt: WeightFormat) -> QuantizedWeight:
-    """The codes of a table of embeddings [V, K] as a recipe's way of finding weights makes them.
+class TableRounding:
+    """The codes of tables of embeddings as a recipe's way of finding weights makes them.
 
     Args:
-        seen: as `passes_for` takes it.
+        seen: what the output projection that shares a table reads, as the weight method's `table_statistic` saw it;
+            None where it saw nothing.
     """
-    if not weights.rounds_tables or not isinstance(fmt, IntegerFormat):
-        return fmt.round_to_nearest(table)
-    return fmt.kept(weights.round_table(table, fmt, seen))
+
+    def __init__(self, weights: WeightMethod, seen: Any = None):
+        self._weights, self._seen = weights, seen
+        self._tried: tuple[str, WeightFormat, QuantizedWeight] | None = None
+
+    def __call__(self, name: str, table: torch.Tensor, fmt: WeightFormat) -> QuantizedWeight:
+        """The codes of a table [V, K]; those that were tried are handed out once and then forgotten."""
+        tried, self._tried = self._tried, None
+        if tried is not None and tried[:2] == (name, fmt):
+            return tried[2]
+        if not self._weights.rounds_tables or not isinstance(fmt, IntegerFormat):
+            return fmt.round_to_nearest(table)
+        return fmt.kept(self._weights.round_table(table, fmt, self._seen))
+
+    def attempt(self, name: str, table: torch.Tensor, fmt: WeightFormat) -> QuantizedWeight:
+        """The codes, which are kept for whoever asks next: nothing but the table decides them."""
+        found = self(name, table, fmt)
+        self._tried = name, fmt, found
+        return found
 
 
 def _as_prompt(linear: LinearPlan) -> LinearPlan:

@@ -75,6 +75,7 @@ def search_clip(
     """
     lo, hi = _ranges(w, fmt)
     ratios = [1 - 0.5 * i / steps for i in range(steps + 1)]
+    clips = torch.tensor(ratios, device=w.device)[:, None, None]
     if importance is not None:
         if not bool((torch.isfinite(importance) & (importance >= 0)).all()):
             raise NumericsError("the importance of an input feature is negative, NaN or Inf")
@@ -84,9 +85,10 @@ def search_clip(
     for rows, chunk in row_chunks(w, fmt):
         low, high = _rows_of(lo, rows), _rows_of(hi, rows)
         least = torch.full(chunk.shape[:2], torch.inf, device=w.device)
+        # Of all ratios at once: they are few numbers, and every step of making them costs a call.
+        scales, zero_points = _scales(low[..., 0], high[..., 0], fmt, clips)
         for i, ratio in enumerate(ratios):
-            scale, zero_point = _scales(low[..., 0], high[..., 0], fmt, ratio)
-            error = _rounding_error(chunk, scale, zero_point, fmt, importance)
+            error = _rounding_error(chunk, scales[i], None if zero_points is None else zero_points[i], fmt, importance)
             if fmt.group_size == PER_TENSOR:
                 errors[i] += error.sum(dtype=torch.float64)
             else:

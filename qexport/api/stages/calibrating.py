@@ -10,6 +10,7 @@ from ... import ranks
 from ...calibrate.block_activations import Stream
 from ...calibrate.data import calibration_batches, check_own_text, needs_data
 from ...calibrate.projection import seen_by_projection
+from ...calibrate.recipe_passes import TableRounding
 from ...capture.graph import CapturedModel
 from ...models.agreement import ReaderAgreement
 from ...passes.base import GraphPass
@@ -31,12 +32,14 @@ class Calibration(ExportPlan):
         described: what they are, for people.
         seen: the weight method's statistic of what the output projection reads in the float model, where it finds
             the codes that it shares with an embedding by one; else None.
+        tables: rounds tables of embeddings.
     """
 
     agreement: ReaderAgreement
     batches: Callable[[], Stream] | None
     described: str
     seen: Any
+    tables: TableRounding
 
 
 @timed
@@ -77,7 +80,10 @@ def calibrate(planned: ExportPlan) -> Calibration:
                 found.seen = seen
     logger.info("%s", agreement.sentence())
     logger.info("calibration data: %s", described)
-    return Calibration(**vars(planned), agreement=agreement, batches=batches, described=described, seen=seen)
+    return Calibration(
+        **vars(planned), agreement=agreement, batches=batches, described=described, seen=seen,
+        tables=TableRounding(recipe.weights, seen),
+    )  # fmt: skip
 
 
 def wants_data(planned: ExportPlan) -> bool:

@@ -49,7 +49,7 @@ def quantize(calibrated: Calibration, work: WorkFolder) -> Quantization:
     with explained(work.blocks):
         passes = passes_for(
             recipe, {p.name: p for p in decisions.plan}, options.extra_passes, batches is not None,
-            decisions.embeddings, calibrated.seen, decisions.convolutions,
+            decisions.embeddings, calibrated.tables, decisions.convolutions,
         )  # fmt: skip
         stream = batches().shared_out() if batches else None
         kept = calibrated.findings.handed_on.stream(captured) if calibrated.findings else None

@@ -10,7 +10,6 @@ from functools import partial
 from typing import Any
 
 from ...calibrate.block_activations import Feeds, Stream
-from ...calibrate.recipe_passes import rounded_table
 from ...plan.embedding_plan import EmbeddingPlan
 from ...plan.model_plan import with_table
 from ...recipe.sections import AUTO
@@ -61,7 +60,7 @@ def _cost(found: Calibration, table: EmbeddingPlan) -> float | None:
     """What the codes that would be deployed cost; None of other models than decoders, and without calibration text."""
     if found.batches is None or found.captured.kind != "decoder":
         return None
-    codes = rounded_table(found.recipe.weights, found.seen, found.captured.load(table.weight), table.chosen.weight)
+    codes = found.tables.attempt(table.weight, found.captured.load(table.weight), table.chosen.weight)
     feeds, real = _few(found.captured, found.batches())
     progress = partial(found.options.progress, "embedding")
     return table_cost(found.captured, table.weight, codes.dequantize(), [feeds], [real], progress)

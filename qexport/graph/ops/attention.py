@@ -7,6 +7,7 @@ Attention and rotary embedding have derivatives too: plain functions that are ru
 import torch
 from torch import Tensor
 
+from ...device import has_bfloat16_products
 from .derivatives import differentiate
 
 # Added to the score of a hidden key. Finite, so that a query that sees no key at all (a padded position) stays finite
@@ -70,9 +71,13 @@ def _attend(
     present_key, present_value = torch.cat([past_key, key], dim=2), torch.cat([past_value, value], dim=2)
     mask = mask.to(query.dtype)
     if softcap == 0.0 and sinks is None:
+        read: tuple[Tensor, ...] = (query, present_key, present_value, mask)
+        if query.dtype == torch.float32 and has_bfloat16_products(query.device):
+            # PyTorch's own way would round factors tile by tile, which takes longer than products of float32.
+            read = tuple(part.bfloat16() for part in read)
         out = torch.nn.functional.scaled_dot_product_attention(
-            query, present_key, present_value, attn_mask=mask, scale=scale, enable_gqa=query.shape[1] != key.shape[1]
-        )
+            *read[:3], attn_mask=read[3], scale=scale, enable_gqa=query.shape[1] != key.shape[1]
+        ).to(query.dtype)
     else:
         repeat = query.shape[1] // key.shape[1]
         keys, values = (t.repeat_interleave(repeat, dim=1) for t in (present_key, present_value))
