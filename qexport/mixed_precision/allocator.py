@@ -19,12 +19,13 @@ from ..quant.formats import IntegerFormat, Scheme, offered
 from ..recipe.recipe import Recipe
 from ..recipe.sections import AUTO, FLOAT, TIED, Override, only
 from .allocate import Allocation, SchemeChoice, within_bytes, within_kl
-from .costs import scheme_costs
+from .costs import PricedItem, scheme_costs
 
 logger = logging.getLogger(__name__)
 
 _LEAST_SHARE, _MOST_SHARE = 0.05, 1.5  # of the same, by linear: beyond are errors of measurement
 _GRAPH_BYTES = 1400  # of model.onnx for each linear and what surrounds it, at most
+_JOINING_BYTES = 1500  # of the same, where codes lie in planes that are joined when the file is loaded
 
 
 class SchemeAllocator:
@@ -52,7 +53,12 @@ class SchemeAllocator:
         self.left = recipe.weights.kl_left
         own = [s.name for s in recipe.schemes if s.interchangeable and not isinstance(s.weight, IntegerFormat)]
         schemes = [scheme for scheme in offered([*candidates, *own]) if recipe.takes(scheme.name)]
-        self._costs = scheme_costs(captured, self._plan, self._embeddings, schemes, feeds, float_itemsize, progress)
+        priced = scheme_costs(
+            captured, self._plan, self._embeddings, schemes, feeds, float_itemsize, progress,
+            clipped=recipe.weights.clips,
+        )  # fmt: skip
+        planes = {scheme.name for scheme in schemes if scheme.weight.in_planes}
+        self._costs = replace(priced, items=tuple(_with_joining(item, planes) for item in priced.items))
         self._shares = [1.0] * len(self._costs.items)
         for item in self._costs.items:
             costs = ", ".join(f"{choice.scheme} {choice.kl:.3g}" for choice in item.choices)
@@ -170,6 +176,13 @@ class SchemeAllocator:
                 f"schemes are chosen among weights in groups, and {name} would be {scheme.name}",
                 place=self._recipe.name, remedy="Take compact or another recipe that leaves activations alone",
             )  # fmt: skip
+
+
+def _with_joining(item: PricedItem, planes: set[str]) -> PricedItem:
+    """With the bytes of the graph that joins the planes of codes."""
+    more = _JOINING_BYTES * max(len(item.linears), 1)
+    choices = tuple(replace(c, bytes=c.bytes + more) if c.scheme in planes else c for c in item.choices)
+    return replace(item, choices=choices)
 
 
 def _rest(

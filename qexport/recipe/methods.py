@@ -74,6 +74,11 @@ class WeightMethod(BlockMethod):
     keeps_codes: ClassVar[bool] = False
 
     @property
+    def clips(self) -> bool:
+        """Whether it narrows the range of a group where that makes its error smaller (the key `clip_search`)."""
+        return bool(getattr(self, "clip_search", False))
+
+    @property
     def rounds_tables(self) -> bool:
         """Whether it finds the codes of tables of embeddings too; else they are rounded to nearest."""
         return type(self).round_table is not WeightMethod.round_table

@@ -8,6 +8,10 @@ from qexport.calibrate.float_model import running
 from qexport.device import HOST
 from qexport.graph.edit import get_tensor
 from qexport.graph.sites import linears
+from qexport.mixed_precision.costs import scheme_costs
+from qexport.plan.model_plan import plan_for
+from qexport.quant.formats import Scheme
+from qexport.recipe.recipe import Recipe
 from qexport.validation.reference import FloatOutputs, decoder_feeds
 
 FAMILIES = ("llama", "gemma2", "opt", "gpt_neox")
@@ -80,6 +84,26 @@ def test_the_cost_of_a_weight_is_the_mean_over_independent_errors():
     signs = [torch.randint(0, 2, (8, 16), generator=random) * 2 - 1 for _ in range(600)]
     mean = sum(importance.kl(x @ (size * sign).T) for sign in signs) / len(signs)
     assert importance.kl_of_weight(x, size) == pytest.approx(mean, rel=0.05)
+
+
+def test_the_price_of_a_scheme_is_of_the_ranges_that_it_will_have(captured):
+    model = captured("llama")
+    schemes = [Scheme.parse(name) for name in ("w3a16_g16_s8", "w4a16_g16_asym_s8")]
+    plan, _ = plan_for(model, Recipe(scheme="w4a16_g16"), 4)
+    plain, clipped = (
+        scheme_costs(model, plan, [], schemes, decoder_feeds(model, windows(1, 8)), clipped=how).kl
+        for how in (False, True)
+    )
+    weights = {linear.name: model.load(linear.weight) for block in model.blocks for linear in linears(block.module.graph)}
+    for name in plain:
+        w, shares = weights[name], []
+        for scheme in schemes:
+            errors = [
+                (scheme.weight.round_to_nearest(w, how).dequantize() - w).square().sum() for how in (False, True)
+            ]
+            shares.append(clipped[name][scheme.name] / plain[name][scheme.name])
+            assert shares[-1] == pytest.approx(float(errors[1] / errors[0]), rel=0.1)
+        assert shares[0] < shares[1] < 1  # narrower ranges gain most where a range has a side too many
 
 
 @pytest.mark.parametrize("family", ("llama", "gemma2"))

@@ -71,13 +71,12 @@ def _attend(
     present_key, present_value = torch.cat([past_key, key], dim=2), torch.cat([past_value, value], dim=2)
     mask = mask.to(query.dtype)
     if softcap == 0.0 and sinks is None:
-        read: tuple[Tensor, ...] = (query, present_key, present_value, mask)
-        if query.dtype == torch.float32 and has_bfloat16_products(query.device):
-            # PyTorch's own way would round factors tile by tile, which takes longer than products of float32.
-            read = tuple(part.bfloat16() for part in read)
+        kind = torch.bfloat16 if query.dtype == torch.float32 and has_bfloat16_products(query.device) else query.dtype
+        # As bfloat16 in one go: PyTorch's own way rounds factors tile by tile, and takes longer than float32 does.
         out = torch.nn.functional.scaled_dot_product_attention(
-            *read[:3], attn_mask=read[3], scale=scale, enable_gqa=query.shape[1] != key.shape[1]
-        ).to(query.dtype)
+            query.to(kind), present_key.to(kind), present_value.to(kind), attn_mask=mask.to(kind), scale=scale,
+            enable_gqa=query.shape[1] != key.shape[1],
+        ).to(query.dtype)  # fmt: skip
     else:
         repeat = query.shape[1] // key.shape[1]
         keys, values = (t.repeat_interleave(repeat, dim=1) for t in (present_key, present_value))
