@@ -94,13 +94,12 @@ def test_the_price_of_a_scheme_is_of_the_ranges_that_it_will_have(captured):
         scheme_costs(model, plan, [], schemes, decoder_feeds(model, windows(1, 8)), clipped=how).kl
         for how in (False, True)
     )
-    weights = {linear.name: model.load(linear.weight) for block in model.blocks for linear in linears(block.module.graph)}
+    sites = [linear for block in model.blocks for linear in linears(block.module.graph)]
+    weights = {linear.name: model.load(linear.weight) for linear in sites}
     for name in plain:
         w, shares = weights[name], []
         for scheme in schemes:
-            errors = [
-                (scheme.weight.round_to_nearest(w, how).dequantize() - w).square().sum() for how in (False, True)
-            ]
+            errors = [(scheme.weight.round_to_nearest(w, how).dequantize() - w).square().sum() for how in (False, True)]
             shares.append(clipped[name][scheme.name] / plain[name][scheme.name])
             assert shares[-1] == pytest.approx(float(errors[1] / errors[0]), rel=0.1)
         assert shares[0] < shares[1] < 1  # narrower ranges gain most where a range has a side too many
