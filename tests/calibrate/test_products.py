@@ -42,6 +42,18 @@ def test_factors_keep_eight_bits_and_sums_more():
     assert (rounded - of_factors).abs().max() < 1e-4
 
 
+@pytest.mark.skipif(not torch.cpu._is_avx512_bf16_supported(), reason="the processor has no products of bfloat16")
+def test_attention_reads_bfloat16_only_there():
+    random = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, heads, 16, 8, generator=random) for heads in (4, 2, 2))
+    past, mask = torch.zeros(2, 2, 0, 8), torch.ops.qexport.causal_mask(torch.ones(2, 16), 0, 0)
+    plain, *present = torch.ops.qexport.cached_attention(q, k, v, past, past, mask, 0.35, 0.0)
+    with products_in("bfloat16"):
+        rounded, *kept = torch.ops.qexport.cached_attention(q, k, v, past, past, mask, 0.35, 0.0)
+    assert 1e-4 < (rounded - plain).abs().max() < 3e-2 and rounded.dtype == torch.float32
+    assert all(torch.equal(a, b) for a, b in zip(present, kept, strict=True))
+
+
 def test_blocks_and_hessians_take_it_and_rounding_does_not(captured, model_folder, tmp_path, monkeypatch):
     seen = {}
 
