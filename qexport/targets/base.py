@@ -50,7 +50,7 @@ class Target(ABC):
         candidates: schemes that mixed precision chooses from, weights in groups, from the smallest to the closest.
         weight_kernels: ONNX operators that it has for products with weights of few bits.
         e4m3_cache: whether attention keeps a cache of E4M3 numbers; else they are rounded, and kept as floats.
-        prompts_in_floats: whether attention over a cache of 8-bit integers is slow for many new tokens at once, so that
+        prompts_in_floats: whether attention over a cache of integers is slow for many new tokens at once, so that
             it is one over floats there (see lower/prompt_attention.py).
         codes_beside_bias: whether attention that adds a bias to scores (ALiBi) can keep a cache of codes.
         integer_convolutions: whether a convolution of int8 inputs and weights has a kernel.

@@ -84,9 +84,9 @@ def _grouped_attention(emit: Emitter, node: Node, given: Arguments) -> tuple[ir.
         "softcap": float(given.softcap) or None, "do_rotary": int(given.cos is not None),
         "local_window_size": given.window or -1, "kv_cache_bit_width": given.bits or None, **codes,
     }  # fmt: skip
-    if given.bits == 8 and not given.e4m3 and emit.prompts_in_floats:
+    if given.bits and not given.e4m3 and emit.prompts_in_floats:
         rotated = 0 if given.cos is None else 2 * size_at(given.cos, 1)
-        return attend(emit, read, attributes, Sizes(heads, kv_heads, size, rotated))
+        return attend(emit, read, attributes, Sizes(heads, kv_heads, size, rotated, given.bits))
     return emit.several(3, "GroupQueryAttention", *read.in_order(), domain="com.microsoft", more=attributes)
 
 
