@@ -62,7 +62,8 @@ def inspect(
     runs_on: Annotated[
         str | None,
         typer.Option(
-            help="Of an exported folder, in the place of a model: nodes that webgpu (or qnn) has no kernel for."
+            help="Of an exported folder, in the place of a model: nodes that webgpu (coreml, directml, openvino, "
+            "qnn) has no kernel for."
         ),
     ] = None,
     trust_remote_code: Remote = False,
