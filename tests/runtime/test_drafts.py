@@ -175,12 +175,12 @@ def test_stakes_lose_less_than_three_hundredths_and_win_where_guesses_are_right(
 def test_stakes_learn_from_what_was_not_given():
     stakes = Stakes()
     for _ in range(40):
-        stakes.learn(3, False, read=1)
-    assert stakes.guesses(3) == 0
-    for _ in range(6):
-        stakes.note(3, 0, 0)
-        stakes.learn(3, True)
-    assert stakes.guesses(3) == 1
+        stakes.learn(2, False, read=1)
+    assert stakes.guesses(2) == stakes.guesses(5) == 0
+    for _ in range(3):
+        stakes.note(5, 0, 0)
+        stakes.learn(5, True)
+    assert stakes.guesses(5) == 1 and stakes.guesses(2) == 0
 
 
 def test_what_drafts_cannot_do_is_an_input_error(decoder, tmp_path):
