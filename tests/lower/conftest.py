@@ -1,13 +1,6 @@
 import pytest
 
 from helpers import agreement
-from qexport.targets import cpu
-
-
-@pytest.fixture
-def all_convolutions(monkeypatch):
-    """Convolutions become integers though they are small, and slower than float."""
-    monkeypatch.setattr(cpu, "slower_than_float", lambda shape, groups: "")
 
 
 @pytest.fixture(scope="module")
