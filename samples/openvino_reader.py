@@ -2,18 +2,23 @@
 
     pip install openvino
     python samples/openvino_reader.py out [other_export ...] --text text.txt
+    python samples/openvino_reader.py --table operators.json
 
-Prints a line of JSON for every folder: the share of tokens whose likeliest successor is the same, the mean KL from ONNX
-Runtime's distribution to OpenVINO's, and the medians of both over the turns.
+The table has the operators of which OpenVINO compiles a model alone, with their versions and types of the first input:
+models of one node from onnx.backend.test. Of exports it prints a line of JSON for every folder: the share of tokens
+whose likeliest successor is the same, the mean KL from ONNX Runtime's distribution to OpenVINO's, and the medians of
+both over the turns.
 """
 
 import argparse
+import collections
 import json
 import statistics
 import time
 from pathlib import Path
 
 import numpy as np
+from webgpu_reader import variants
 
 from qexport.runtime.generate import open_tokenizer
 from qexport.runtime.session import open_session
@@ -60,14 +65,44 @@ def compare(folder: Path, ids: np.ndarray, threads: int, turns: int) -> dict[str
     }  # fmt: skip
 
 
+def table() -> dict[str, dict[int, list[str]]]:
+    """What OpenVINO compiles, by operator, version and type of the first input."""
+    import openvino
+    from onnx.backend.test.case.node import collect_testcases
+
+    core, found = openvino.Core(), collections.defaultdict(lambda: collections.defaultdict(set))
+    for case in collect_testcases(None):
+        model = case.model
+        alone = model is not None and len(model.graph.node) == 1 and not model.functions and model.graph.input
+        if not alone or model.graph.node[0].domain or not model.graph.input[0].type.tensor_type.elem_type:
+            continue
+        name = model.graph.node[0].op_type
+        for made, since, kind in variants(model):
+            if since and kind not in found[name][since]:
+                try:
+                    core.compile_model(core.read_model(made.SerializeToString()), "CPU")
+                except Exception:  # noqa: S112 - it is not there, or the model is none
+                    continue
+                found[name][since].add(kind)
+    kept = {name: {s: sorted(kinds) for s, kinds in of.items() if kinds} for name, of in sorted(found.items())}
+    return {name: of for name, of in kept.items() if of}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folders", nargs="+", type=Path)
-    parser.add_argument("--text", type=Path, required=True)
+    parser.add_argument("folders", nargs="*", type=Path)
+    parser.add_argument("--text", type=Path)
+    parser.add_argument("--table", type=Path, help="write the operators here")
     parser.add_argument("--tokens", type=int, default=512)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--turns", type=int, default=7)
     given = parser.parse_args()
+    if given.table:
+        given.table.write_text(json.dumps(table(), indent=1))
+    if not given.folders:
+        return
+    if given.text is None:
+        parser.error("--text is missing")
     text = given.text.read_text(encoding="utf-8")[: 20 * given.tokens]
     ids = np.array(open_tokenizer(given.folders[0])(text)["input_ids"][: given.tokens])[None]
     for folder in given.folders:

@@ -144,7 +144,7 @@ def decide(captured: CapturedModel, recipe: Recipe, target: Target, attention: s
     _check_cache(captured, recipe, target, attention)
     plan, embeddings = plan_for(captured, recipe, target.dtype.itemsize, target.least_states)
     target.check(plan, recipe)
-    return Decisions(plan, embeddings, convolutions_for(captured, recipe, target.integer_convolutions))
+    return Decisions(plan, embeddings, convolutions_for(captured, recipe, target.no_convolution))
 
 
 def check_applicable(kind: str, options: Options, recipe: Recipe) -> None:

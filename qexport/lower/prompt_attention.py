@@ -17,7 +17,7 @@ from ..artifact.branches import PROMPTS, STEPS
 from .emitter import Attribute, Emitter
 
 # New tokens of a call from which the other kernel is faster.
-MANY = 256
+MANY = 64
 _CONTRIB = "com.microsoft"
 _OF_CODES = ("kv_cache_bit_width", "k_quant_type", "v_quant_type")
 

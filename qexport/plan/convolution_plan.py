@@ -31,36 +31,38 @@ class ConvolutionPlan(Planned):
 
 
 def plan_convolutions(
-    graphs: Sequence[tuple[str, Graph]], scheme_for: Callable[[str], Scheme | None], integer: bool
+    graphs: Sequence[tuple[str, Graph]],
+    scheme_for: Callable[[str], Scheme | None],
+    none_for: Callable[[Sequence[int], int], str],
 ) -> list[ConvolutionPlan]:
     """Decide for every convolution of the blocks.
 
     Args:
         graphs: (block name, graph) in order.
         scheme_for: the scheme asked for by name; None for float.
-        integer: whether the target has an integer convolution.
+        none_for: why the target leaves one in float, by the shape of its weight and its groups; empty where it does
+            not.
     """
     found = [Convolution.match(node) for _, graph in graphs for node in graph.nodes]
     weights = [conv.weight.target for conv in found if conv is not None]
     plans = []
     for block, graph in graphs:
         for name, node in convolutions(graph).items():
-            scheme, weight = scheme_for(name), Convolution.of(node).weight
-            reason = _reason(scheme, weights.count(weight.target) > 1 or len(weight.users) > 1, integer)
+            scheme, convolution = scheme_for(name), Convolution.of(node)
+            weight = convolution.weight
+            shape, shared = sizes_of(weight), weights.count(weight.target) > 1 or len(weight.users) > 1
+            reason = _reason(scheme, shared) or none_for(shape, convolution.groups)
             scheme = None if reason else scheme
-            shape = sizes_of(weight)
             size = math.prod(shape) * (1 if scheme else 4)
             plans.append(ConvolutionPlan(name, block, shape, scheme, reason, size))
     return plans
 
 
-def _reason(scheme: Scheme | None, shared: bool, integer: bool) -> str:
+def _reason(scheme: Scheme | None, shared: bool) -> str:
     if scheme is None:
         return "kept in float by the recipe"
     activation = scheme.activation
     fits = scheme.weight == IntegerFormat(8)
     if not fits or activation is None or activation.kind != "static" or activation.bits != 8:
         return f"{scheme.name} has no convolution: w8a8_static has one"
-    if not integer:
-        return "this target has no integer convolution"
     return "its weight is used several times" if shared else ""

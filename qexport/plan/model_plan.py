@@ -2,7 +2,7 @@
 
 import operator
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -129,14 +129,16 @@ def _tables(captured: CapturedModel) -> set[str]:
     return {tensor_name(Embedding.of(node).table) for graph, ids in graphs for node in token_embeddings(graph, ids)}
 
 
-def convolutions_for(captured: CapturedModel, recipe: Recipe, integer: bool) -> list[ConvolutionPlan]:
+def convolutions_for(
+    captured: CapturedModel, recipe: Recipe, none_for: Callable[[Sequence[int], int], str]
+) -> list[ConvolutionPlan]:
     """The decision for every convolution.
 
     Args:
-        integer: whether the target has an integer convolution.
+        none_for: as `plan_convolutions`.
     """
     graphs = [(b.name, b.module.graph) for b in captured.blocks]
-    return plan_convolutions(graphs, recipe.scheme_for, integer)
+    return plan_convolutions(graphs, recipe.scheme_for, none_for)
 
 
 def output_projection(captured: CapturedModel) -> Linear | None:

@@ -14,14 +14,15 @@ A kind of draft is a class that `draft` names; `Drafts(kind=…)` and the comman
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 from ..errors import InputError
 
 ROW_COST = 0.34
 """What each token more in a call costs, in calls of a single token: MatMulNBits on a CPU, the dearest kernel known."""
 _MOST_ROWS = 12  # in a call, where it may choose
-_FIRST_LOSS = 0.4  # calls that wrong guesses may cost before anything was won: one token
-_LOSS = 0.02  # and in addition for every token written
+_FIRST_LOSS = ROW_COST  # calls that wrong guesses may cost before anything was won: one token
+_LOSS = 0.01  # and in addition for every token written
 _HOPE = 0.75  # share of right guesses before there were any
 _REMEMBERED = 0.98  # of what guesses came to, a token later: texts change
 _MOST_KEPT = _MOST_ROWS * ROW_COST  # of what was won: enough for the longest call
@@ -57,7 +58,13 @@ class Drafts:
 
 
 class Draft(ABC):
-    """Guesses for one text."""
+    """Guesses for one text.
+
+    Attributes:
+        cheap: a guess costs next to nothing, so that some are made of tokens that are known: of the prompt.
+    """
+
+    cheap: ClassVar[bool] = False
 
     @abstractmethod
     def extend(self, tokens: Sequence[int]) -> None:
@@ -92,6 +99,7 @@ class Lookup(Draft):
     """
 
     shortest, longest = 2, 5
+    cheap = True
 
     def __init__(self) -> None:
         self._tokens: list[int] = []
@@ -120,8 +128,9 @@ class Stakes:
 
     A call with r guesses costs 1 + r · `ROW_COST` and writes one token more than are right in a row. With a share a of
     right guesses the i-th one pays where a^i is above `ROW_COST`. What all calls together cost more than they won stays
-    below a few hundredths of the tokens written, whatever the records say: text that does not repeat itself is written
-    without guesses.
+    below one guess and a hundredth of the tokens written, whatever the records say: text that does not repeat itself is
+    written without guesses. What a guess would have been is recorded where none is given, too, so that it costs nothing
+    to find out that a text has begun to repeat itself.
 
     Counted in calls and not in seconds: the same text is written however busy the machine is.
     """
@@ -147,13 +156,23 @@ class Stakes:
     def note(self, sort: int, given: int, right: int) -> None:
         """What came of a call with so many guesses."""
         self._written += right + 1
-        for record in self._records.values():
-            record[:] = [count * _REMEMBERED ** (right + 1) for count in record]
-        if not given:
-            return
-        for record in (self._records[0], self._records.setdefault(sort, [0.0, 0.0])):
-            record[:] = [record[0] + right, record[1] + min(right + 1, given)]
+        self._record(sort, right, min(right + 1, given), right + 1)
         self._lost = max(self._lost + given * ROW_COST - right, -_MOST_KEPT)
+
+    def learn(self, sort: int, right: bool, read: int = 0) -> None:
+        """What a guess would have been that no call was spent on.
+
+        Args:
+            read: tokens since the last one, where `note` did not say it: 1 in a prompt.
+        """
+        self._record(sort, int(right), 1 if sort else 0, read)
+
+    def _record(self, sort: int, right: int, seen: int, tokens: int) -> None:
+        for record in self._records.values():
+            record[:] = [count * _REMEMBERED**tokens for count in record]
+        if seen:
+            for record in (self._records[0], self._records.setdefault(sort, [0.0, 0.0])):
+                record[:] = [record[0] + right, record[1] + seen]
 
 
 def even_rows(guesses: int) -> int:

@@ -161,11 +161,15 @@ def _one_by_one(reader: Reader, texts: _Texts, logits: np.ndarray, pad: int) -> 
 def _guessing(reader: Reader, texts: _Texts, logits: np.ndarray, prompt: Sequence[int], drafts: Drafts) -> None:
     """One text, its next tokens guessed and read together."""
     draft, stakes = KINDS[drafts.kind](), Stakes()
-    draft.extend(prompt)
+    if draft.cheap:
+        _learn(draft, stakes, prompt)
+    else:
+        draft.extend(prompt)
     if texts.left:
         draft.extend(texts.take(logits).tolist())
     while texts.left:
         sort, guesses = draft.guess(stakes.most if drafts.rows is None else drafts.rows - 1)
+        first = guesses[:1]
         if drafts.rows is None:
             guesses = guesses[: even_rows(min(stakes.guesses(sort), texts.left - 1))]
         last, before = texts.tokens[0][-1], reader.past
@@ -173,8 +177,18 @@ def _guessing(reader: Reader, texts: _Texts, logits: np.ndarray, prompt: Sequenc
         rows = reader.run(np.array([[last, *guesses, *filler]]))[0]
         right = _as_guessed(texts, draft, rows, guesses)
         stakes.note(sort, len(guesses), right)
+        if first and not guesses:
+            stakes.learn(sort, first == [texts.tokens[0][-1]])
         texts.calls, texts.guessed, texts.right = texts.calls + 1, texts.guessed + len(guesses), texts.right + right
         reader.cut(before + 1 + right)
+
+
+def _learn(draft: Draft, stakes: Stakes, prompt: Sequence[int]) -> None:
+    """Read a prompt, and record how it would have been guessed."""
+    for token in prompt:
+        sort, guess = draft.guess(1)
+        stakes.learn(sort, guess == [token], read=1)
+        draft.extend([token])
 
 
 def _as_guessed(texts: _Texts, draft: Draft, rows: np.ndarray, guesses: Sequence[int]) -> int:

@@ -53,7 +53,6 @@ class Target(ABC):
         prompts_in_floats: whether attention over a cache of integers is slow for many new tokens at once, so that
             it is one over floats there (see lower/prompt_attention.py).
         codes_beside_bias: whether attention that adds a bias to scores (ALiBi) can keep a cache of codes.
-        integer_convolutions: whether a convolution of int8 inputs and weights has a kernel.
         least_recurrent: the fewest states of a recurrent layer whose steps run faster with codes than in float; None
             where they have no kernel.
         genai_provider_options: of onnxruntime-genai; None where it is not configured for this target.
@@ -71,7 +70,6 @@ class Target(ABC):
     e4m3_cache: ClassVar[bool] = False
     prompts_in_floats: ClassVar[bool] = False
     codes_beside_bias: ClassVar[bool] = True
-    integer_convolutions: ClassVar[bool] = False
     least_recurrent: ClassVar[int | None] = None
     genai_provider_options: ClassVar[tuple[dict[str, dict[str, str]], ...] | None] = None
 
@@ -101,6 +99,14 @@ class Target(ABC):
     def least_states(self) -> int | None:
         """`least_recurrent`, of these operators."""
         return self.least_recurrent if self.operators.contrib else None
+
+    def no_convolution(self, shape: Sequence[int], groups: int) -> str:
+        """Why a convolution of int8 inputs and weights stays in float; empty where it has a kernel worth taking.
+
+        Args:
+            shape: of the weight, [outputs, inputs of a group, kernel ...].
+        """
+        return "this target has no integer convolution"
 
     @classmethod
     def options(cls) -> tuple[str, ...]:

@@ -28,6 +28,7 @@ from ..plan.linear_plan import LinearPlan
 from ..quant.packing import DEFAULT_BLOCK
 from .base import Target, register
 from .kernels import qmoe
+from .kernels.convolutions import slower_than_float
 
 ops = torch.ops.qexport
 aten = torch.ops.aten
@@ -53,7 +54,6 @@ class CpuTarget(Target):
         "w6a16_g16_s8", "w8a16_g128", "w8a16_g64", "w8a16_g32",
     )  # fmt: skip
     prompts_in_floats: ClassVar[bool] = True
-    integer_convolutions: ClassVar[bool] = True
     # Of one row a step of 128 states takes 8 us as a Scan over codes and 5 us in the LSTM of floats, one of 256 takes
     # 17 and 19, one of 1024 takes 280 and 910 (one thread of an AVX512-VNNI machine).
     least_recurrent: ClassVar[int | None] = 256
@@ -66,6 +66,10 @@ class CpuTarget(Target):
     def exact(cls, dtype: torch.dtype) -> Self:
         """Accuracy level 1, which keeps float inputs as they are."""
         return cls(dtype=dtype, accuracy_level=1)
+
+    def no_convolution(self, shape: Sequence[int], groups: int) -> str:
+        """Where it is slower than float; in a file of standard operators, which others read, all have one."""
+        return slower_than_float(shape, groups) if self.operators.contrib else ""
 
     def session(self, products: Sequence[Node] = ()) -> dict[str, str]:
         """Session entries without which the file computes something else."""

@@ -123,7 +123,7 @@ class Mobile(nn.Module):
 
 
 @pytest.mark.slow
-def test_static_ranges_end_where_any_clip_ends(tmp_path):
+def test_static_ranges_end_where_any_clip_ends(all_convolutions, tmp_path):
     """Taken in front of it, the range of values up to 60 would leave a tenth of the codes to what is up to 6."""
     x, decibels = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 20, {}
     for name in ("relu6", "nn.ReLU6", "minimum, maximum", "min, max of filled"):

@@ -62,7 +62,7 @@ def test_a_hint_may_turn_out_fixed_and_a_name_may_not():
     [(nn.Linear(32, 16), torch.randn(2, 32)), (nn.Conv1d(4, 8, 3), torch.randn(2, 4, 16))],
     ids=["linear", "convolution"],
 )
-def test_the_module_itself_may_be_the_layer(module, example, tmp_path):
+def test_the_module_itself_may_be_the_layer(all_convolutions, module, example, tmp_path):
     inputs = [(example,)]
     made = qexport.export(
         module, "w8a8_static", out_dir=tmp_path / "out", example_inputs=(example,), calibration=inputs

@@ -18,6 +18,7 @@ from helpers.tokenizer_files import LETTERS, write_word_tokenizer
 from qexport import cli
 from qexport.artifact import checksums
 from qexport.recipe.recipe import Recipe
+from qexport.targets import cpu
 
 transformers.logging.disable_progress_bar()
 torch.set_num_threads(1)  # models here are so small that threads cost more than they bring
@@ -123,3 +124,9 @@ def run(monkeypatch, capsys):
         return code, done.out, done.err
 
     return run_command
+
+
+@pytest.fixture
+def all_convolutions(monkeypatch):
+    """Convolutions become integers though they are small, and slower than float."""
+    monkeypatch.setattr(cpu, "slower_than_float", lambda shape, groups: "")

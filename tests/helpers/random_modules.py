@@ -127,7 +127,7 @@ class Residual(nn.Module):
 class SmallCNN(nn.Module):
     """Images of any size to 10 numbers."""
 
-    def __init__(self, channels: int = 16):
+    def __init__(self, channels: int = 32):
         super().__init__()
         self.stem = nn.Conv2d(3, channels, 3, stride=2, padding=1)
         self.norm = nn.BatchNorm2d(channels)

@@ -61,7 +61,7 @@ def operators(found) -> list[str]:
 
 
 @pytest.mark.parametrize("name", FOLDED)
-def test_zeros_become_the_padding_of_an_integer_convolution(tmp_path, name):
+def test_zeros_become_the_padding_of_an_integer_convolution(all_convolutions, tmp_path, name):
     found, feeds, want = made(FOLDED[name], "w8a8_static", tmp_path)
     assert "Pad" not in operators(found)
     graph = optimized_graph(found.folder, found.manifest)
@@ -87,7 +87,7 @@ def test_causal_padding_in_one_dimension(tmp_path):
 
 @pytest.mark.parametrize("name", KEPT)
 @pytest.mark.parametrize("recipe", [FLOAT, "w8a8_static"], ids=["float", "w8a8_static"])
-def test_other_padding_stays(tmp_path, name, recipe):
+def test_other_padding_stays(all_convolutions, tmp_path, name, recipe):
     found, feeds, want = made(KEPT[name], recipe, tmp_path)
     assert "Pad" in operators(found)
     limit = 1e-5 if recipe is FLOAT else 0.05

@@ -13,6 +13,7 @@ from qexport.capture.module import capture_module
 from qexport.cli.printers.inspect import print_inspection
 from qexport.quant.metrics import sqnr_db
 from qexport.recipe.recipe import Recipe
+from qexport.targets.kernels.convolutions import slower_than_float
 from qexport.validation.placement import examine
 
 FLOAT = Recipe(scheme="w4a16_g32", overrides=[{"match": "*", "scheme": "float"}])
@@ -75,7 +76,7 @@ def test_further_models_agree(name, tmp_path):
 
 
 @pytest.mark.by_default("cnn", "clip")
-def test_schemes_agree_and_fuse(case, tmp_path):
+def test_schemes_agree_and_fuse(all_convolutions, case, tmp_path):
     name, model, (inputs, _), dynamic = case
     for scheme, kernel in (("w8a8_static", "MatMulIntegerToFloat"), ("w4a16_g32", "MatMulNBits")):
         made = exports.export(
@@ -124,13 +125,25 @@ def test_a_cnn_is_validated_on_images(tmp_path):
     )  # fmt: skip
     report = validate(result.folder, model, inputs=[{"image": images(2, 3, 24, 16)}])
     assert not report.problems and report.outputs[0].sqnr_db > 20
-    assert "6 quantized convolutions run as QLinearConv" in report.verdict[1]
+    assert "5 quantized convolutions run as QLinearConv" in report.verdict[1]
     manifest = result.manifest
     broken = manifest.model_copy(
         update={"convolutions": (manifest.convolutions[0].model_copy(update={"kernel": "ConvInteger"}),)}
     )
     placed, _ = examine(result.folder, broken, broken.provider)
-    assert [(u.name, u.found) for u in placed.unfused] == [("stem", "QLinearConv")]
+    assert [(u.name, u.found) for u in placed.unfused] == [("layers.0.wide", "QLinearConv")]
+
+
+@pytest.mark.parametrize(
+    ("shape", "groups", "slow"),
+    [
+        ((10, 3, 3, 3), 1, True), ((64, 3, 7, 7), 1, False), ((16, 10, 3, 3), 1, True), ((16, 10, 5, 5), 1, False),
+        ((32, 16, 3, 3), 1, False), ((32, 16, 1, 1), 1, False), ((4, 32, 1, 1), 1, True), ((32, 16, 3), 1, False),
+        ((16, 1, 3, 3), 16, True), ((32, 1, 3, 3), 32, False), ((64, 1, 7, 7), 64, True), ((8, 4, 3, 3), 2, False),
+    ],
+)  # fmt: skip
+def test_convolutions_that_are_slower_as_integers(shape, groups, slow):
+    assert bool(slower_than_float(shape, groups)) == slow
 
 
 def test_an_inspection_lists_convolutions(tmp_path, capsys):
@@ -141,16 +154,18 @@ def test_an_inspection_lists_convolutions(tmp_path, capsys):
         cnn(), recipe, out_dir=tmp_path / "out", example_inputs=(x,), calibration=[(x,)]
     )
     assert list(found.convolutions) == exported.convolutions
-    # The last convolution and the biases take four bytes a number, the other weights one.
+    # The first and the last convolution and the biases take four bytes a number, the other weights one.
     kept = [p for p in found.convolutions if p.scheme is None]
-    assert [p.name for p in kept] == ["last"]
+    assert [p.name for p in kept] == ["stem", "last"]
+    everything = inspect(cnn(), recipe, example_inputs=(x,), form="qdq")
+    assert [p.name for p in everything.convolutions if p.scheme is None] == ["last"]
     plain = inspect(cnn(), "w8a8_dyn", example_inputs=(x,))
     assert plain.bytes["rest"] - found.bytes["rest"] == 3 * sum(p.bytes for p in found.convolutions if p.scheme)
     print_inspection(found, all_layers=False)
     shown = capsys.readouterr().out
-    assert "layers.[0-1].wide" in shown and "1 of 1 linears and 5 of 6 convolutions quantized" in shown
+    assert "layers.[0-1].wide" in shown and "1 of 1 linears and 4 of 6 convolutions quantized" in shown
     listed = found.as_dict()["convolutions"]
     assert listed[0] == {
-        "name": "stem", "block": "prologue", "shape": [16, 3, 3, 3], "bytes": 432, "reason": "",
-        "scheme": "w8a8_static",
+        "name": "stem", "block": "prologue", "shape": [32, 3, 3, 3], "bytes": 3456,
+        "reason": "an integer convolution of 3 channels with a kernel of 3x3 is slower than float", "scheme": "float",
     }  # fmt: skip

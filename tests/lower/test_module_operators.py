@@ -115,7 +115,7 @@ class Sounds(nn.Module):
         return self.normed(self.valid(self.same(x)))
 
 
-def test_convolutions_of_any_spelling_are_quantized(tmp_path):
+def test_convolutions_of_any_spelling_are_quantized(all_convolutions, tmp_path):
     model, x = Sounds().eval(), torch.randn(2, 4, 20, generator=torch.Generator().manual_seed(0))
     captured = capture_module(model, {"x": x}, {"x": {0: "batch", 2: "length"}})
     names = [name for block in captured.blocks for name in convolutions(block.module.graph)]

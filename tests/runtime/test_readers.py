@@ -24,7 +24,8 @@ def test_tables_know_operators_that_there_are():
     for schema in onnx.defs.get_all_schemas_with_history():
         history.setdefault(schema.name, set()).add(schema.since_version)
     tables = [readers.table_of(name) for name in readers.names()]
-    assert all(table.version and table.source and table.otherwise for table in tables)
+    assert all(table.version and table.source and table.otherwise and table.take for table in tables)
+    assert all({*table.conditions, *table.notes} <= {*table.operators, *table.contrib} for table in tables)
     for operator, versions in (entry for table in tables for entry in table.operators.items()):
         known = history.get(operator, set())
         if versions == "any":  # Inverse is a contrib operator that the source of the table does not tell apart
@@ -32,6 +33,35 @@ def test_tables_know_operators_that_there_are():
         else:
             assert versions.keys() <= known
             assert all(TensorProto.DataType.Value(kind) for kinds in versions.values() for kind in kinds)
+
+
+@pytest.mark.parametrize(
+    ("reader", "node", "inputs", "attributes", "why"),
+    [
+        ("directml", "MatMulNBits", "x w s", {"bits": 4}, ""),
+        ("directml", "MatMulNBits", "x w s", {"bits": 2}, "not with bits 2"),
+        ("directml", "MatMulNBits", ["x", "w", "s", "", "", "b"], {"bits": 4}, "not with its input 5"),
+        ("directml", "GroupQueryAttention", ["x", "", "", "p", "q"], {}, "not without its input 1"),
+        ("directml", "GroupQueryAttention", "x k v p q", {"do_rotary": 1}, "not with do_rotary 1"),
+        ("openvino", "GroupQueryAttention", "x k v p q", {"kv_cache_bit_width": 8}, "not with kv_cache_bit_width 8"),
+        ("coreml", "Gemm", "x w", {}, ""),
+        ("coreml", "Gemm", "x v", {}, "its input 1 is not constant"),
+    ],
+)
+def test_a_node_is_missing_by_attributes_or_inputs(tmp_path, reader, node, inputs, attributes, why):
+    domain = "" if node == "Gemm" else "com.microsoft"
+    given = inputs.split() if isinstance(inputs, str) else inputs
+    path = write(tmp_path / "m.onnx", [helper.make_node(node, given, ["y"], domain=domain, **attributes)])
+    model = onnx.load(path)
+    model.graph.initializer.append(helper.make_tensor("w", TensorProto.FLOAT, [1], [0.0]))
+    onnx.save(model, path)
+    assert [m.why for m in readers.runs_on(path, reader).missing] == ([why] if why else [])
+
+
+def test_what_no_table_can_check_is_said_of_operators_that_there_are(tmp_path):
+    made = helper.make_node("Gather", ["x", "x"], ["y"])
+    found = readers.runs_on(write(tmp_path / "m.onnx", [made]), "qnn")
+    assert found.notes == {"Gather": "of indices that are not negative"} and not found.varying
 
 
 @pytest.mark.parametrize(
@@ -74,7 +104,9 @@ def test_the_command_line_says_it(run, tmp_path):
     code, out, _ = run("inspect", tmp_path, "--runs-on", "qnn", "--json")
     found = json.loads(out)
     assert code == 0 and found["nodes"] > 20 and {m["operator"] for m in found["missing"]} >= {"Attention"}
-    for folder, reader, words in ((tmp_path, "abacus", "qnn or webgpu"), (tmp_path / "x", "qnn", "no model")):
+    assert found["varying"][:1] == ["input_ids"] and "fixed" in found["take"]
+    names = "coreml or directml or openvino or qnn or webgpu"
+    for folder, reader, words in ((tmp_path, "abacus", names), (tmp_path / "x", "qnn", "no model")):
         code, _, err = run("inspect", folder, "--runs-on", reader)
         assert code == 2 and words in err
 

@@ -401,7 +401,7 @@ def test_lines_of_recurrent_networks(tmp_path):
 
 
 @pytest.mark.slow
-def test_lines_of_speech_without_data(tmp_path, monkeypatch):
+def test_lines_of_speech_without_data(all_convolutions, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(SAMPLES)
     lines = sample("speech_without_data.py")
     torch.manual_seed(0)

@@ -63,7 +63,8 @@ def inspect(
     runs_on: Annotated[
         str | None,
         typer.Option(
-            help="For an export instead of a model: the nodes that webgpu (or qnn) has no kernel for."
+            help="For an export instead of a model: nodes that webgpu (coreml, directml, openvino, "
+            "qnn) has no kernel for."
         ),
     ] = None,
     trust_remote_code: Remote = False,

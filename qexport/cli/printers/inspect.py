@@ -123,4 +123,10 @@ def print_runs_on(found: RunsOn) -> None:
     count = sum(m.count for m in found.missing)
     left = f"; the other {count} are {found.otherwise}" if count else ""
     print(f"It has kernels for {found.nodes - count} of {found.nodes} nodes{left}")
+    for operator, note in found.notes.items():
+        print(f"{operator}: {note}")
+    if found.varying:
+        print(f"It wants fixed shapes, and those of {', '.join(found.varying[:3])} vary")
+    if found.missing or found.varying:
+        print(f"Take {found.take}")
     print(f"Source: {found.source}")
