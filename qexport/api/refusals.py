@@ -99,32 +99,6 @@ def check_own_text(prepared: Any) -> None:
         raise writes_none("an encoder")
 
 
-def check_own_text(prepared: Any) -> None:
-    """Refuse a model that would have to write its own calibration text and writes none, without capturing it.
-
-    What overrides keep in float needs no data, and only the captured model says what they match: with overrides the
-    same is refused after capture.
-
-    Args:
-        prepared: as above.
-
-    Raises:
-        InputError: as said.
-        QExportError: an option that such a model does not have either, see `check_applicable`.
-    """
-    folder, recipe = prepared.source, prepared.recipe
-    if prepared.data is not None or recipe.calibration.source != "self" or not isinstance(folder, ModelFolder):
-        return
-    if not recipe.always_calibrates or prepared.in_three_parts:  # the latter say it themselves
-        return
-    if prepared.in_two_parts:
-        check_applicable(SEQ2SEQ, prepared.options, recipe)  # whatever text is passed, these stay wrong
-        raise writes_none("an encoder-decoder") if reads_text(folder.config) else makes_none("source")
-    if read_pooling(folder.path) is not None or head_of(folder.config, folder.name) is not None:
-        check_applicable("encoder", prepared.options, recipe)
-        raise writes_none("an encoder")
-
-
 def decide(captured: CapturedModel, recipe: Recipe, target: Target, attention: str) -> Decisions:
     """Decide for every layer from shapes alone, and refuse what cannot become a file.
 

@@ -23,7 +23,7 @@ STEPS = 3
 REASONS = {
     "jetmoe": r"size depends on values at .*modeling_jetmoe.py:\d+: input_list = inputs.split\(expert_size",
     "glm_moe_dsa": "keep states that are not keys and values",
-    "openai_gpt": "takes no cache of transformers",
+    "openai_gpt": "does not take a transformers cache",
 }
 
 
