@@ -199,7 +199,7 @@ def test_report(model, exported, tmp_path, run):
     a_study((exported.name,)).save(study := tmp_path / "study.json")
     code, _, err = run("report", exported, "--study", study)
     assert code == 0 and err == "" and "Under sampling" in page.read_text()
-    refused(run("report", exported, "--study", exported / "report.json"), "no study", "qexport study -o")
+    refused(run("report", exported, "--study", exported / "report.json"), "not a study", "qexport study -o")
     refused(run("report", exported, exported, "--study", study), "--study", "one folder")
 
 
