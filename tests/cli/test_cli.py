@@ -45,7 +45,7 @@ def test_export_auto_keeps_the_size_and_says_what_it_chose(model, tmp_path, run)
     code, said, err = run("export", model, "-o", out, "--auto", "--max-bytes", "140kB", "-r", "w4a16_g32_rtn", *given)
     assert code == 0, err
     assert sum((out / n).stat().st_size for n in ("model.onnx", "model.onnx.data")) <= 140_000
-    assert "chosen: " in said and "KL " in said and "foretold" in said
+    assert "chosen: " in said and "KL " in said and "predicted" in said
     assert leftovers(tmp_path) == ["out"]
 
 
@@ -166,7 +166,7 @@ def test_a_missed_limit_exits_with_1_and_says_which(model, exported, run):
     assert f'<li class="missed">{missed}</li>' in (exported / "report.html").read_text()
     assert run(*asked, "--max-kl", 100)[0] == 0
     refused(run(*asked, "--max-ppl-rise", 5), "not a share: '5'", "--max-ppl-rise", "such as 5%")
-    refused(run(*asked, "--max-kl", -1), "max_kl", "no limit")
+    refused(run(*asked, "--max-kl", -1), "max_kl", "not a limit")
 
 
 def test_report(model, exported, tmp_path, run):
@@ -199,7 +199,7 @@ def test_report(model, exported, tmp_path, run):
     a_study((exported.name,)).save(study := tmp_path / "study.json")
     code, _, err = run("report", exported, "--study", study)
     assert code == 0 and err == "" and "Under sampling" in page.read_text()
-    refused(run("report", exported, "--study", exported / "report.json"), "no study", "qexport study -o")
+    refused(run("report", exported, "--study", exported / "report.json"), "not a study", "qexport study -o")
     refused(run("report", exported, exported, "--study", study), "--study", "one folder")
 
 

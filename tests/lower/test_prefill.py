@@ -211,7 +211,7 @@ def test_refusals(captured, tmp_path, model_folder):
     ("text", "said"),
     [
         ("scheme: w8a8_dyn\nprefill: int8\n", "weight-only linears in groups"),
-        ("scheme: w4a16_g32\nlm_head: w8a16_pc\nprefill: int8\n", "w8a16_pc has no form"),
+        ("scheme: w4a16_g32\nlm_head: w8a16_pc\nprefill: int8\n", "w8a16_pc does not go with"),
         ("scheme: w4a16_g32\nlorc: {rank: 4, factors: int8}\nprefill: int8\n", "factors: float"),
         ("scheme: w4a16_g32\nprefill: int4\n", "prefill"),
     ],

@@ -92,7 +92,7 @@ def test_an_embedding_of_the_last_token_of_a_decoder(tmp_path):
 @pytest.mark.parametrize(
     ("steps", "why"),
     [
-        ([("WeightedLayerPooling", {})], "step 2 is WeightedLayerPooling, which has no form here"),
+        ([("WeightedLayerPooling", {})], "step 2 is WeightedLayerPooling, which is not supported"),
         ([("Dense", {"in_features": 64, "out_features": 8, "bias": True, "activation_function": "a.b.Wave"})],
          "has the activation Wave, which torch.nn does not have"),
         ([("Dense", {"in_features": 64})], "is not the config of a Dense step"),

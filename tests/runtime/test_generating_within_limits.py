@@ -64,7 +64,7 @@ def test_a_token_without_a_row_is_refused(folder, tmp_path):
     for file in folder.iterdir():
         (tmp_path / file.name).symlink_to(file) if "token" not in file.name else None
     tokenizer.save_pretrained(tmp_path)
-    with pytest.raises(InputError, match="the tokenizer gives token 97, and the model knows 97 tokens"):
+    with pytest.raises(InputError, match="the tokenizer gives token 97, but the model knows 97 tokens"):
         generate_text(tmp_path, "b<new>")
 
 
