@@ -85,15 +85,17 @@ def test_one_budget_is_spent_on_both_parts(tmp_path, monkeypatch):
     # Wider than elsewhere: the graph of a small model is a large part of its files.
     monkeypatch.setitem(LISTS["encoder_decoders"], "t5", LISTS["encoder_decoders"]["t5"] | {"d_ff": 512})
     model, rows = save_seq2seq("t5", tmp_path / "model"), tokens(8, 24)
-    recipe = Recipe(scheme="w4a16_g16", lm_head="w4a16_g16", weights={"method": "rtn"})
+    recipe = Recipe(scheme="w4a16_g16", lm_head="w4a16_g16", embedding="w4a16_g16", weights={"method": "rtn"})
     qexport.export(model, recipe, out_dir=tmp_path / "plain", calibration=rows)
     size = size_of(tmp_path / "plain")
     judged = {"windows": 4, "window": 24}
-    found = qexport.export_auto(model, recipe, out_dir=tmp_path / "auto", max_bytes=size, calibration=rows, **judged)
+    chosen = recipe.model_copy(update={"embedding": "auto"})  # both parts keep a table, whatever else is chosen
+    found = qexport.export_auto(model, chosen, out_dir=tmp_path / "auto", max_bytes=size, calibration=rows, **judged)
     assert size_of(tmp_path / "auto") <= size and found.export.manifest.bytes["model"] == size_of(tmp_path / "auto")
     halves = {half: {s for n, s in found.schemes.items() if n.startswith(half)} for half in ("encoder", "decoder")}
     assert all(halves.values()) and len(set.union(*halves.values())) > 1
     assert found.export.parts["encoder"].folder == tmp_path / "auto" / "encoder"
+    assert all(table.scheme is not None for table in found.export.embeddings)
     reports = {name: qexport.validate(tmp_path / name, model, greedy=64, **judged) for name in ("plain", "auto")}
     assert found.predicted_kl == pytest.approx(found.logits.kl_mean, rel=0.5)
     assert found.logits.kl_mean < 0.7 * reports["plain"].logits.kl_mean
