@@ -53,7 +53,6 @@ class PricedModel:
         recipe = for_width(captured, recipe)
         recipe = recipe if carried is None else with_table(captured, recipe)
         self.recipe = recipe
-        self.recipe = recipe
         self._plan, found = plan_for(captured, recipe, float_itemsize)
         self._check()
         self._embeddings = found if carried is None else [table for table in found if table.linear]

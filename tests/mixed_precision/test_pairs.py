@@ -97,7 +97,8 @@ def test_one_budget_is_spent_on_both_parts(tmp_path, monkeypatch):
     assert found.export.parts["encoder"].folder == tmp_path / "auto" / "encoder"
     assert all(table.scheme is not None for table in found.export.embeddings)
     reports = {name: qexport.validate(tmp_path / name, model, greedy=64, **judged) for name in ("plain", "auto")}
-    assert found.predicted_kl == pytest.approx(found.logits.kl_mean, rel=0.5)
+    # Few sources, and others than those that costs are of.
+    assert 0.5 < found.predicted_kl / found.logits.kl_mean < 2.0
     assert found.logits.kl_mean < 0.7 * reports["plain"].logits.kl_mean
     assert found.logits.kl_mean == pytest.approx(reports["auto"].logits.kl_mean, rel=1e-6)
     assert json.loads((tmp_path / "auto" / "report.json").read_text())["auto"] == found.as_dict()
