@@ -107,7 +107,7 @@ def trials_of_parts(prepared: Preparation, judge: Judge, folder: Path, most: int
     sources = load_sources(parts, recipe.calibration, prepared.data)
     written = write_about(parts, sources, WRITTEN, seed=recipe.calibration.seed)
     read = {ENCODER: Prepared(sources.batches[: len(written.batches)], sources.described), DECODER: written}
-    asked = {part: replace(own, data=read[part], asked=True, shared={}) for part, own in asked.items()}
+    asked = {part: replace(own, data=read[part], asked=True) for part, own in asked.items()}
     feeds = _feeds(sources, written)
     carried = Carried(
         frozenset(port.name for port in parts.encoder.outputs), sum(b["input_ids"].numel() for b in feeds[DECODER])
