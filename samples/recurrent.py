@@ -1,11 +1,14 @@
 """Recurrent networks in 8 bits, beside what onnxruntime.quantization.quantize_dynamic makes of their float files.
 
     python samples/recurrent.py [-o samples/results/recurrent.md]
+    python samples/recurrent.py --kernels
 
 Real networks and real speech come out of packages that pip fetches into a temporary folder: the speaker encoder of
 Resemblyzer, the voice detector of Silero, utterances that pocketsphinx tests itself with. Calibration and comparison
 take different utterances. A text reader (convolutions, LSTMs both ways, CTC) and a GRU have random weights, and their
 rows tell speed and agreement only. Runs of all files take turns in one process, on one thread.
+
+--kernels fetches nothing: it times one layer of the speaker encoder alone, as the operators that files are made of.
 """
 
 import argparse
@@ -24,6 +27,7 @@ import torch
 from torch import nn
 
 import qexport  # isort: skip  before ONNX Runtime, whose telemetry it turns off
+import onnx
 import onnxruntime
 from onnxruntime.quantization import quantize_dynamic
 
@@ -270,6 +274,54 @@ def _alike(wanted: list[torch.Tensor], got: list[torch.Tensor]) -> str:
     return f"{torch.stack(each).mean():.4f}, {min(each):.4f}"
 
 
+def layer(op_type: str, features: int, states: int) -> tuple[onnxruntime.InferenceSession, dict[str, np.ndarray]]:
+    """A layer of random weights, one row and 160 steps, as an operator."""
+    random, gates, eight = np.random.default_rng(0), 4 * states, op_type != "LSTM"
+
+    def weight(rows: int) -> np.ndarray:
+        drawn = random.normal(size=(1, gates, rows)).astype(np.float32)
+        return (40 * drawn).clip(-127, 127).astype(np.int8).transpose(0, 2, 1).copy() if eight else drawn / 16
+
+    held = {"w": weight(features), "r": weight(states), "b": np.zeros((1, 2 * gates), np.float32)}
+    if eight:
+        held |= {"ws": np.full((1, gates), 1e-3, np.float32), "wz": np.zeros((1, gates), np.int8)}
+        held |= {"rs": held["ws"], "rz": held["wz"]}
+    inputs = ["x", "w", "r", "b", *(["", "", "", "", "ws", "wz", "rs", "rz"] if eight else [])]
+    node = onnx.helper.make_node(op_type, inputs, ["y"], hidden_size=states, domain="com.microsoft" if eight else "")
+    value = onnx.helper.make_tensor_value_info
+    graph = onnx.helper.make_graph(
+        [node], "layer", [value("x", onnx.TensorProto.FLOAT, [160, 1, features])],
+        [value("y", onnx.TensorProto.FLOAT, None)],
+        [onnx.numpy_helper.from_array(array, name) for name, array in held.items()],
+    )  # fmt: skip
+    opsets = [onnx.helper.make_opsetid("", 17), onnx.helper.make_opsetid("com.microsoft", 1)]
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    made = onnx.helper.make_model(graph, opset_imports=opsets, ir_version=9).SerializeToString()
+    session = onnxruntime.InferenceSession(made, options, providers=["CPUExecutionProvider"])
+    return session, {"x": random.normal(size=(160, 1, features)).astype(np.float32)}
+
+
+def kernels() -> None:
+    """Print what a layer takes as each operator, the least of runs in turns, of what quantize_dynamic makes of it."""
+    made = {
+        "40 features, quantize_dynamic": layer("DynamicQuantizeLSTM", 40, 256),
+        "40 features, w8a8_static": layer("DynamicQuantizeLSTM", 42, 258),  # two more hold the ranges
+        "40 features, float": layer("LSTM", 40, 256),
+        "256 features, quantize_dynamic": layer("DynamicQuantizeLSTM", 256, 256),
+        "256 features, w8a8_static": layer("DynamicQuantizeLSTM", 258, 258),
+    }
+    least = dict.fromkeys(made, float("inf"))
+    for _ in range(4 * ROUNDS):
+        for name, (session, fed) in made.items():
+            begin = time.perf_counter()
+            session.run(None, fed)
+            least[name] = min(least[name], time.perf_counter() - begin)
+    for name, seconds in least.items():
+        beside = least[f"{name.split(',')[0]}, quantize_dynamic"]
+        print(f"{name}: {1e3 * seconds:.2f} ms, {seconds / beside:.2f} of quantize_dynamic")
+
+
 HEAD = """# Recurrent networks
 
 Made by `python samples/recurrent.py`. Cosine is that to the float model, its mean and the least of all inputs; time is
@@ -283,7 +335,11 @@ the least of {rounds} runs in turns on one thread, with one input, and "faster" 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("-o", "--out", type=Path, help="write the table there")
+    parser.add_argument("--kernels", action="store_true", help="time a layer as each operator, and nothing else")
     given = parser.parse_args()
+    if given.kernels:
+        kernels()
+        return
     torch.manual_seed(0)
     random = torch.Generator().manual_seed(0)
     with tempfile.TemporaryDirectory() as name:

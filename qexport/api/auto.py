@@ -20,6 +20,7 @@ from ..validation.report_store import keep
 from .curve import trace
 from .options import Options
 from .result import ExportResult
+from .seq2seq.trials import trials_of_parts
 from .stages.preparing import Preparation, Request, prepare
 from .trials import Judge, Trial, Trials, schemes_of, trials
 
@@ -90,7 +91,8 @@ def export_auto(
     """Quantize a language model with the schemes that keep it closest to the float one in a file of a given size.
 
     What each scheme would cost in each linear is found by one pass forward and one back through the float model, on the
-    calibration data.
+    calibration data. Of an encoder-decoder both files have one budget: gradients of what the decoder writes about the
+    calibration's sources go on through the encoder.
 
     Args:
         model: a Hugging Face id, a folder, a GGUF file, or a captured model, which stays as it is.
@@ -143,7 +145,13 @@ def _search(
 ) -> AutoResult:
     """Export with schemes for one bound, "max_bytes" or "max_kl", and again with what was learnt from that."""
     most = asked.get("max_bytes")
-    with trials(prepared, judge, work.folder / "trials", None if most is None else int(most)) as tried:
+    if prepared.in_two_parts and curve:
+        raise InputError(
+            "each part of an encoder-decoder has a recipe of its own, and a point of a curve is one", place="curve",
+            remedy="Give max_bytes or max_kl",
+        )  # fmt: skip
+    ready = trials_of_parts if prepared.in_two_parts else trials
+    with ready(prepared, judge, work.folder / "trials", None if most is None else int(most)) as tried:
         best: Trial | None = None
         if most is not None:
             best = _for_bytes(tried, int(most))
@@ -152,8 +160,11 @@ def _search(
         drawn = trace(tried) if curve else None
         if best is None:
             best = tried.all[knee([(trial.bytes, trial.kl) for trial in tried.all])]
+        made = replace(best.made, folder=work.given, parts={
+            part: replace(own, folder=work.given / part) for part, own in best.made.parts.items()
+        })  # fmt: skip
         result = AutoResult(
-            replace(best.made, folder=work.given), asked, schemes_of(best.made), best.foretold,
+            made, asked, schemes_of(best.made), best.foretold,
             best.logits, tried.described, len(tried.all), None if drawn is None else drawn.curve,
         )  # fmt: skip
         keep(best.made.folder, "auto", result.as_dict())

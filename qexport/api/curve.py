@@ -58,7 +58,7 @@ def trace(tried: Trials) -> TracedCurve:
         guess = chooser.bytes(allocation), estimated(chooser.of_rounding(allocation), known)
         size, kl = real.get(schemes, guess)
         counts = dict(Counter(chooser.schemes(allocation).values()))
-        found.append((CurvePoint(size, kl, schemes in real, counts), chooser.recipe(allocation)))
+        found.append((CurvePoint(size, kl, schemes in real, counts), chooser.recipes(allocation)[0]))
     found.sort(key=lambda pair: pair[0].bytes)
     named = [
         replace(point, recipe=f"{FOLDER}/{i:02}_{megabytes(point.bytes).replace(' ', '')}.yaml")

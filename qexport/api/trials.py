@@ -3,24 +3,25 @@
 import logging
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
-from ..artifact.output import claimed
+from ..artifact.output import WorkFolder, claimed
 from ..calibrate.block_activations import Feeds, decoder_inputs
 from ..calibrate.data import calibration_batches
+from ..calibrate.fisher import Importance
 from ..calibrate.projection import FloatFindings
 from ..capture.graph import CapturedModel
 from ..device import CPU
 from ..errors import InputError
 from ..mixed_precision.allocate import Allocation
-from ..mixed_precision.allocator import SchemeAllocator
+from ..mixed_precision.allocator import PricedModel, SchemeAllocator
 from ..models.source import ModelFolder
 from ..progress import Progress
 from ..recipe.recipe import Recipe
@@ -38,7 +39,7 @@ from .stages.preparing import Preparation
 
 logger = logging.getLogger(__name__)
 
-_TOKENS, _LENGTH = 1024, 512  # on which costs are measured, and tokens of a sequence at most
+TOKENS, _LENGTH = 1024, 512  # on which costs are measured, and tokens of a sequence at most
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,20 @@ class Trial:
         return self.made.manifest.bytes["model"]
 
 
+class Judged(Protocol):
+    """A model whose exports are made and measured, in one file or in several."""
+
+    def export(self, recipes: Sequence[Recipe], work: WorkFolder) -> ExportResult: ...
+
+    def logits(self, made: ExportResult) -> Logits:
+        """Of an export, beside the float model's."""
+        ...
+
+    def costs(self, made: ExportResult, importance: Mapping[str, Importance]) -> dict[str, float]:
+        """What linears of an export cost, see `deployed_costs`."""
+        ...
+
+
 @dataclass
 class Trials:
     """Exports of one model with schemes that are chosen, each in a folder of its own.
@@ -79,18 +94,8 @@ class Trials:
     chooser: SchemeAllocator
     described: str
     all: list[Trial] = field(default_factory=list)
-    _prepared: Preparation = field(kw_only=True)
-    _original: CapturedModel = field(kw_only=True)
-    _captured: CapturedModel = field(kw_only=True)
-    _windows: torch.Tensor = field(kw_only=True)
-    _reference: FloatOutputs = field(kw_only=True)
-    _feeds: Sequence[Feeds] = field(kw_only=True)
+    _model: Judged = field(kw_only=True)
     _folder: Path = field(kw_only=True)
-    _provider: str | None = field(kw_only=True)
-
-    @property
-    def progress(self) -> Progress:
-        return self._prepared.options.progress
 
     def attempt(self, allocation: Allocation) -> Trial:
         """Export with a choice, and measure its KL.
@@ -101,10 +106,8 @@ class Trials:
         """
         trial, foretold = self._folder / str(len(self.all)), self.chooser.left * allocation.kl
         with claimed(trial, overwrite=False) as place:
-            part = self._prepared.of_part(self._original, self.chooser.recipe(allocation), self._prepared.options)
-            made = pipeline.run(part, place)
-        run = deployed_logits(trial, made.manifest, self._windows.shape[1], provider=self._provider)
-        logits = compare_logits(self._reference, self._windows, run, partial(self.progress, "logits"))
+            made = self._model.export(self.chooser.recipes(allocation), place)
+        logits = self._model.logits(made)
         if logits.kl_mean is None:
             raise InputError("NaN or Inf comes out of the export", remedy="See `qexport validate` of a plain export")
         size, schemes = made.manifest.bytes["model"], Counter(schemes_of(made).values())
@@ -115,12 +118,34 @@ class Trials:
 
     def learn(self, trial: Trial) -> None:
         """Let the chooser know what the recipe's method left of the costs that it had foretold."""
-        folder = trial.made.folder
-        real = deployed_costs(
-            folder, trial.made.manifest, self._captured, self._feeds, self.chooser.importance,
-            transformed=transforms(folder), provider=self._provider, progress=partial(self.progress, "costs"),
-        )  # fmt: skip
+        real = self._model.costs(trial.made, self.chooser.importance)
         self.chooser.learn(trial.allocation, real, trial.kl)
+
+
+@dataclass(frozen=True)
+class _Decoder:
+    """A decoder: as it is, with the passes over the whole model behind it, and what it is measured on."""
+
+    prepared: Preparation
+    original: CapturedModel
+    captured: CapturedModel
+    windows: torch.Tensor
+    reference: FloatOutputs
+    feeds: Sequence[Feeds]
+    provider: str | None
+
+    def export(self, recipes: Sequence[Recipe], work: WorkFolder) -> ExportResult:
+        return pipeline.run(self.prepared.of_part(self.original, recipes[0], self.prepared.options), work)
+
+    def logits(self, made: ExportResult) -> Logits:
+        run = deployed_logits(made.folder, made.manifest, self.windows.shape[1], provider=self.provider)
+        return compare_logits(self.reference, self.windows, run, partial(self.prepared.options.progress, "logits"))
+
+    def costs(self, made: ExportResult, importance: Mapping[str, Importance]) -> dict[str, float]:
+        return deployed_costs(
+            made.folder, made.manifest, self.captured, self.feeds, importance, transformed=transforms(made.folder),
+            provider=self.provider, progress=partial(self.prepared.options.progress, "costs"),
+        )  # fmt: skip
 
 
 @contextmanager
@@ -140,10 +165,10 @@ def trials(prepared: Preparation, judge: Judge, folder: Path, most: int | None =
     captured = capture(prepared.of_part(original, prepared.recipe, options)).captured
     original.reader = check_reader(captured)  # not again for every export
     feeds = _feeds(captured, prepared.recipe, prepared.data, progress)
-    chooser = SchemeAllocator(
+    chooser = SchemeAllocator([PricedModel(
         captured, prepared.recipe, prepared.target.candidates, prepared.target.dtype.itemsize, options.attention, feeds,
         partial(progress, "costs"),
-    )  # fmt: skip
+    )])  # fmt: skip
     window = min(judge.window, captured.settings.get("max_position_embeddings") or judge.window)
     judged = choose_text(captured, judge.text, judge.windows, window, partial(progress, "text"))
     if most is not None:
@@ -152,11 +177,9 @@ def trials(prepared: Preparation, judge: Judge, folder: Path, most: int | None =
     reference = FloatOutputs(held, decoder_feeds(held, judged.windows), ("logits",), partial(progress, "float model"))
     try:
         with FloatFindings() as found:
-            yield Trials(
-                chooser, judged.described, _prepared=replace(prepared, findings=found), _original=original,
-                _captured=captured, _windows=judged.windows, _reference=reference, _feeds=feeds, _folder=folder,
-                _provider=judge.provider,
-            )  # fmt: skip
+            prepared = replace(prepared, findings=found)
+            model = _Decoder(prepared, original, captured, judged.windows, reference, feeds, judge.provider)
+            yield Trials(chooser, judged.described, _model=model, _folder=folder)
     finally:
         reference.close()
 
@@ -168,9 +191,8 @@ def _decoder(prepared: Preparation) -> CapturedModel:
         InputError: it is no decoder.
     """
     place = str(prepared.source) if isinstance(prepared.source, ModelFolder) else type(prepared.source).__name__
-    several = prepared.in_two_parts or prepared.in_three_parts
-    kind = "encoder-decoder" if prepared.in_two_parts else "vision-language" if prepared.in_three_parts else "module"
-    if not several and not isinstance(prepared.source, torch.nn.Module):
+    kind = "vision-language" if prepared.in_three_parts else "module"
+    if not prepared.in_three_parts and not isinstance(prepared.source, torch.nn.Module):
         captured = capture_model(prepared.source, placement=prepared.options.placement)
         if captured.kind == "decoder":
             if not isinstance(prepared.source, CapturedModel):
@@ -194,7 +216,7 @@ def _feeds(captured: CapturedModel, recipe: Recipe, data: Any, progress: Progres
     ids_name = next(port.value for port in captured.inputs if port.name == "input_ids")
     longest = min(_LENGTH, captured.settings.get("max_position_embeddings") or _LENGTH)
     feeds: list[Feeds] = []
-    left, stream = _TOKENS, batches()
+    left, stream = TOKENS, batches()
     for batch, mask in zip(stream.batches, stream.masks, strict=True):
         for row, ids in enumerate(batch[ids_name]):
             if left > 0:

@@ -10,7 +10,7 @@ One block's weights are in memory; what blocks read lies in a temporary folder b
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -81,19 +81,37 @@ class BlockGradients:
     handed: int
 
 
+@dataclass
+class Carried:
+    """Gradients on their way from one part of a model to the one whose results it reads.
+
+    Attributes:
+        names: public names of the values that pass from part to part.
+        tokens: whose likelihood they are of, over all batches.
+        batches: the gradients by name for each batch, once the part that reads them was run.
+    """
+
+    names: frozenset[str]
+    tokens: int
+    batches: list[dict[str, Tensor]] = field(default_factory=list)
+
+
 def felt(
-    captured: CapturedModel, feeds: Sequence[Feeds], progress: StageProgress = no_stage_progress
-) -> Iterator[BlockGradients]:
+    captured: CapturedModel, feeds: Sequence[Feeds], progress: StageProgress = no_stage_progress,
+    carried: Carried | None = None,
+) -> Iterator[BlockGradients]:  # fmt: skip
     """Every block, last first, with the importance of the values in it.
 
     Args:
-        captured: a decoder.
+        captured: what makes logits, or a part in front of that.
         feeds: its inputs by public name, one dict for each batch.
+        carried: of a part in front the gradients of what it makes; of the part that makes logits it gets those of what
+            that reads, once all blocks are through. Importance is by token in both, however many rows a part has.
     """
     with scratch_folder() as folder:
         places = [folder / f"{index}.safetensors" for index in range(len(captured.blocks))]
         _there(captured, feeds, places, progress)
-        yield from _back(captured, len(feeds), places, progress)
+        yield from _back(captured, len(feeds), places, progress, carried)
 
 
 def _there(captured: CapturedModel, feeds: Sequence[Feeds], places: Sequence[Path], progress: StageProgress) -> None:
@@ -101,7 +119,7 @@ def _there(captured: CapturedModel, feeds: Sequence[Feeds], places: Sequence[Pat
     for index, (block, place) in enumerate(zip(captured.blocks, places, strict=True)):
         progress(block.name, index, 2 * len(places))
         given = {
-            f"{batch} {name}": value.to(CPU).contiguous().clone()
+            f"{batch} {name}": value.to(CPU).contiguous().clone() if isinstance(value, Tensor) else torch.tensor(value)
             for batch in range(len(feeds))
             for name, value in zip(block.inputs, stream.inputs(block, batch), strict=True)
         }
@@ -112,11 +130,16 @@ def _there(captured: CapturedModel, feeds: Sequence[Feeds], places: Sequence[Pat
 
 
 def _back(
-    captured: CapturedModel, count: int, places: Sequence[Path], progress: StageProgress
+    captured: CapturedModel, count: int, places: Sequence[Path], progress: StageProgress, carried: Carried | None
 ) -> Iterator[BlockGradients]:
-    made = {name for block in captured.blocks for name in block.outputs}
-    logits = next(port.value for port in captured.outputs if port.name == "logits")
+    names = carried.names if carried else frozenset()
+    read = {port.value: port.name for port in captured.inputs if port.name in names}
+    made = {name for block in captured.blocks for name in block.outputs} | read.keys()
+    called = {port.name: port.value for port in captured.outputs}
+    logits = called.get("logits", "")
     gradients: list[dict[str, Tensor]] = [{} for _ in range(count)]
+    if carried and not logits:
+        gradients = [{called[name]: gradient for name, gradient in batch.items()} for batch in carried.batches]
     draws = torch.Generator().manual_seed(_SEED)
     for index in reversed(range(len(places))):
         block = captured.blocks[index]
@@ -124,31 +147,40 @@ def _back(
         given = load_file(places[index])
         places[index].unlink()
         sites = linears(block.module.graph)
-        sums, handed = _Sums(len(sites)), captured.handed_on(block)
+        sums, handed = _Sums(len(sites), carried.tokens if carried else 0), captured.handed_on(block)
         device = captured.placement.device
         inputs = [
-            tuple(given.pop(f"{batch} {name}").to(device) for name in block.inputs) for batch in range(count)
+            tuple(_read(given.pop(f"{batch} {name}"), device) for name in block.inputs) for batch in range(count)
         ]
         with weights_of(captured, block):
             for batch in range(count):
                 sums.add(_one(block, sites, inputs[batch], made, logits, gradients[batch], draws, handed))
             yield BlockGradients(block, inputs, sums.linears(sites), sums.output(), block.outputs.index(handed))
+    if carried and logits:
+        carried.batches = [{read[n]: g.to(CPU) for n, g in batch.items() if n in read} for batch in gradients]
     progress("", 2 * len(places), 2 * len(places))
 
 
+def _read(value: Tensor, device: torch.device) -> Any:
+    """A value of a block on a device; a size that passes between blocks is a number again."""
+    return value.to(device) if value.dim() or value.is_floating_point() else int(value)
+
+
 def _one(
-    block: Block, sites: Sequence[Linear], inputs: Sequence[Tensor], made: set[str], logits: str,
+    block: Block, sites: Sequence[Linear], inputs: Sequence[Any], made: set[str], logits: str,
     gradients: dict[str, Tensor], draws: torch.Generator, handed: str,
 ) -> tuple[list[tuple[Tensor, Tensor]], Tensor | None]:  # fmt: skip
     """One batch through one block and back: (input, gradient of the result) of each linear, and that of the output.
 
     Args:
-        made: values that blocks make: only these have gradients to pass on.
+        made: values that blocks or parts in front make: only these have gradients to pass on.
         gradients: those of values that later blocks read, by name; gets those of what this block reads.
         handed: name of the value whose gradient is wanted too.
     """
     inputs = [
         value.detach().requires_grad_(name in made and value.is_floating_point())
+        if isinstance(value, Tensor)
+        else value
         for name, value in zip(block.inputs, inputs, strict=True)
     ]
     watch = _GradientInterpreter(block.module, {linear.node for linear in sites}, {linear.input for linear in sites})
@@ -156,10 +188,10 @@ def _one(
     if logits in results:
         gradients[logits] = _drawn(results[logits].detach(), draws)
     known = {name: gradients.pop(name) for name in results if name in gradients}
-    ends = [name for name in known if results[name].requires_grad]
+    ends = [name for name in known if _learns(results[name])]
     starts = [watch.seen[linear.node] for linear in sites]
-    names = [name for name, value in zip(block.inputs, inputs, strict=True) if value.requires_grad]
-    starts += [value for value in inputs if value.requires_grad]
+    names = [name for name, value in zip(block.inputs, inputs, strict=True) if _learns(value)]
+    starts += [value for value in inputs if _learns(value)]
     found: Sequence[Tensor | None] = [None] * len(starts)
     if ends and starts:
         found = torch.autograd.grad(
@@ -174,6 +206,10 @@ def _one(
         gradient = torch.zeros_like(watch.seen[linear.node]) if gradient is None else gradient
         pairs.append((x.reshape(-1, x.shape[-1]), gradient.reshape(-1, gradient.shape[-1])))
     return pairs, None if logits in results else known.get(handed)
+
+
+def _learns(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.requires_grad
 
 
 def _drawn(logits: Tensor, draws: torch.Generator) -> Tensor:
@@ -203,9 +239,14 @@ class _GradientInterpreter(Interpreter):
 
 
 class _Sums:
-    """What is kept of gradients over batches."""
+    """What is kept of gradients over batches.
 
-    def __init__(self, count: int):
+    Args:
+        count: of linears; tokens: that rows belong to, 0 where each has one.
+    """
+
+    def __init__(self, count: int, tokens: int):
+        self._tokens = tokens
         self._inputs: list[list[Tensor]] = [[] for _ in range(count)]
         self._rows: list[list[Tensor]] = [[] for _ in range(count + 1)]
         self._columns: list[Tensor | None] = [None] * (count + 1)
@@ -236,4 +277,6 @@ class _Sums:
     def _importance(self, place: int) -> Importance:
         if (columns := self._columns[place]) is None:
             raise NumericsError("no gradient reached a value whose errors are to be priced")
-        return Importance(torch.cat(self._rows[place]), columns / columns.sum().clamp_min(1e-30))
+        rows = torch.cat(self._rows[place])
+        by_token = len(rows) / self._tokens if self._tokens else 1.0
+        return Importance(rows * by_token, columns / columns.sum().clamp_min(1e-30))

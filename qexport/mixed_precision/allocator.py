@@ -2,18 +2,16 @@
 
 import logging
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from ..calibrate.block_activations import Feeds
-from ..calibrate.fisher import Importance
+from ..calibrate.fisher import Carried, Importance
 from ..capture.graph import CapturedModel
 from ..errors import InputError, RecipeError
 from ..lower.attention_plan import plan_attention
 from ..lower.sizes import planned_bytes
-from ..plan.embedding_plan import EmbeddingPlan
-from ..plan.linear_plan import LinearPlan
-from ..plan.model_plan import for_width, output_projection, plan_for
+from ..plan.model_plan import for_width, output_projection, plan_for, with_table
 from ..progress import StageProgress
 from ..quant.formats import IntegerFormat, Scheme, offered
 from ..recipe.recipe import Recipe
@@ -28,49 +26,143 @@ _GRAPH_BYTES = 1400  # of model.onnx for each linear and what surrounds it, at m
 _JOINING_BYTES = 1500  # of the same, where codes lie in planes that are joined when the file is loaded
 
 
-class SchemeAllocator:
-    """Chooses schemes for what a recipe quantizes.
+class PricedModel:
+    """What schemes cost in a model, or in a part of one that is a file of its own.
 
     Args:
         candidates: the schemes to choose from, of the target, besides the recipe's own that are no integers: which
             integers its kernels are fast with, the target knows.
         float_itemsize: bytes of a number that stays float.
         feeds: what costs are measured on.
+        carried: of a part that hands on to another, or reads of one, see `calibrate.fisher.felt`. Tables of embeddings
+            that are no output projection stay as the recipe says there: both parts may have one of their own.
+
+    Attributes:
+        recipe: the one that it was priced with.
+        costs: of every scheme.
+        rest: bytes of everything that is not chosen for; guessed: those of them that an export has not measured.
+
+    Raises:
+        RecipeError: the recipe quantizes activations.
+    """
+
+    def __init__(
+        self, captured: CapturedModel, recipe: Recipe, candidates: Sequence[str], float_itemsize: int, attention: str,
+        feeds: Sequence[Feeds], progress: StageProgress, carried: Carried | None = None,
+    ):  # fmt: skip
+        recipe = for_width(captured, recipe)
+        recipe = recipe if carried is None else with_table(captured, recipe)
+        self.recipe = recipe
+        self._plan, found = plan_for(captured, recipe, float_itemsize)
+        self._check()
+        self._embeddings = found if carried is None else [table for table in found if table.linear]
+        own = [s.name for s in recipe.schemes if s.interchangeable and not isinstance(s.weight, IntegerFormat)]
+        schemes = [scheme for scheme in offered([*candidates, *own]) if recipe.takes(scheme.name)]
+        priced = scheme_costs(
+            captured, self._plan, self._embeddings, schemes, feeds, float_itemsize, progress, carried,
+            clipped=recipe.weights.clips,
+        )  # fmt: skip
+        planes = {scheme.name for scheme in schemes if scheme.weight.in_planes}
+        self.costs = replace(priced, items=tuple(_with_joining(item, planes) for item in priced.items))
+        self._shares = [1.0] * len(self.costs.items)
+        for item in self.costs.items:
+            costs = ", ".join(f"{choice.scheme} {choice.kl:.3g}" for choice in item.choices)
+            logger.debug("%s: predicted KL of each scheme: %s", item.linear or "the embedding", costs)
+        self.guessed = _GRAPH_BYTES * len(self._plan)  # of the rest, until an export is measured
+        attention_plan = plan_attention(captured, attention, captured.load)
+        sizes = planned_bytes(captured, self._plan, found, float_itemsize, attention_plan)
+        self.rest = sizes["total"] - self._chosen_for() + self.guessed
+        projection = output_projection(captured)
+        self._projection = projection.name if projection else ""
+
+    @property
+    def quantizes(self) -> bool:
+        """Whether there is anything to choose for."""
+        return any(p.scheme is not None for p in self._plan)
+
+    @property
+    def choices(self) -> list[tuple[SchemeChoice, ...]]:
+        """The choices of every item, their costs with what the recipe's method is known to leave of them."""
+        pairs = zip(self.costs.items, self._shares, strict=True)
+        return [tuple(replace(c, kl=c.kl * share) for c in item.choices) for item, share in pairs]
+
+    def learn(self, chosen: Sequence[SchemeChoice], real: Mapping[str, float]) -> None:
+        """Learn what the recipe's method leaves of the costs of rounding to nearest.
+
+        Args:
+            chosen: for every item, what was exported; real: cost of each linear in it, where it is known.
+        """
+        for place, (item, choice) in enumerate(zip(self.costs.items, chosen, strict=True)):
+            known = [name for name in item.linears if name in real]
+            if known and (expected := sum(self.costs.kl[name][choice.scheme] for name in known)) > 0:
+                share = sum(real[name] for name in known) / expected
+                self._shares[place] = min(max(share, _LEAST_SHARE), _MOST_SHARE)
+
+    def schemes(self, chosen: Sequence[SchemeChoice]) -> dict[str, str]:
+        """The scheme asked for, of every linear that is chosen for, and of a table of embeddings."""
+        table = next((e.name for e in self._embeddings if e.scheme is not None), "")
+        pairs = zip(self.costs.items, chosen, strict=True)
+        return {name: choice.scheme for item, choice in pairs for name in item.linears or (table,)}
+
+    def chosen_recipe(self, choices: Sequence[SchemeChoice]) -> Recipe:
+        """The recipe with this choice: the commonest scheme for all, and an override for each other linear."""
+        chosen = self.schemes(choices)
+        table = next((e for e in self._embeddings if e.scheme is not None), None)
+        embedding = self.recipe.embedding
+        if table is not None and not table.linear:
+            embedding = chosen.pop(table.name)
+        elif embedding == AUTO:
+            embedding = TIED if table is not None else FLOAT
+        layers = Counter(scheme for name, scheme in chosen.items() if name != self._projection)
+        head = chosen.get(self._projection, self.recipe.lm_head)
+        made = self.recipe.model_copy(update={
+            "name": f"{self.recipe.name}_auto", "description": f"{self.recipe.name}, schemes chosen by their cost",
+            "scheme": layers.most_common(1)[0][0] if layers else head, "lm_head": head, "embedding": embedding,
+            "overrides": (),
+        })  # fmt: skip
+        wanted = {p.name: chosen.get(p.name, FLOAT) for p in self._plan}
+        others = {
+            n: scheme for n, scheme in wanted.items() if scheme != _name(made.scheme_for(n, n == self._projection))
+        }
+        overrides = tuple(Override(match=only(name), scheme=scheme) for name, scheme in others.items())
+        return made.model_copy(update={"overrides": overrides})
+
+    def _chosen_for(self) -> int:
+        """Bytes of what is chosen for, as the recipe has it."""
+        quantized = sum(p.bytes for p in self._plan if p.scheme is not None)
+        return quantized + sum(e.bytes for e in self._embeddings if e.scheme is not None)
+
+    def _check(self) -> None:
+        quantized = [(p.name, p.scheme) for p in self._plan if p.scheme is not None]
+        if others := [(name, scheme) for name, scheme in quantized if not scheme.interchangeable]:
+            name, scheme = others[0]
+            raise RecipeError(
+                f"schemes are chosen among weights in groups, and {name} would be {scheme.name}",
+                place=self.recipe.name, remedy="Use compact or another recipe that leaves activations alone",
+            )  # fmt: skip
+
+
+class SchemeAllocator:
+    """Chooses schemes for what recipes quantize: one budget for all files of a model.
+
+    Args:
+        parts: what schemes cost in each of them.
 
     Attributes:
         left: share of the KL that costs add up to which an export is expected to have.
 
     Raises:
-        RecipeError: the recipe quantizes activations, or nothing.
+        RecipeError: there is nothing to choose for.
     """
 
-    def __init__(
-        self, captured: CapturedModel, recipe: Recipe, candidates: Sequence[str], float_itemsize: int, attention: str,
-        feeds: Sequence[Feeds], progress: StageProgress,
-    ):  # fmt: skip
-        recipe = for_width(captured, recipe)
-        self._recipe, self._plan, self._embeddings = recipe, *plan_for(captured, recipe, float_itemsize)
-        self._check()
-        self.left = recipe.weights.kl_left
-        own = [s.name for s in recipe.schemes if s.interchangeable and not isinstance(s.weight, IntegerFormat)]
-        schemes = [scheme for scheme in offered([*candidates, *own]) if recipe.takes(scheme.name)]
-        priced = scheme_costs(
-            captured, self._plan, self._embeddings, schemes, feeds, float_itemsize, progress,
-            clipped=recipe.weights.clips,
-        )  # fmt: skip
-        planes = {scheme.name for scheme in schemes if scheme.weight.in_planes}
-        self._costs = replace(priced, items=tuple(_with_joining(item, planes) for item in priced.items))
-        self._shares = [1.0] * len(self._costs.items)
-        for item in self._costs.items:
-            costs = ", ".join(f"{choice.scheme} {choice.kl:.3g}" for choice in item.choices)
-            logger.debug("%s: predicted KL of each scheme: %s", item.linear or "the embedding", costs)
-        self._guessed = _GRAPH_BYTES * len(self._plan)  # of the rest, until an export is measured
-        self._rest = _rest(captured, self._plan, self._embeddings, float_itemsize, attention) + self._guessed
-        projection = output_projection(captured)
-        self._projection = projection.name if projection else ""
+    def __init__(self, parts: Sequence[PricedModel]):
+        self._parts = parts
+        if not any(part.quantizes for part in parts):
+            raise RecipeError("quantizes nothing, so there is nothing to choose", place=parts[0].recipe.name)
+        self.left = parts[0].recipe.weights.kl_left
 
     def within_bytes(self, most: int) -> Allocation:
-        """The least KL in a file of at most so many bytes.
+        """The least KL in files of at most so many bytes.
 
         Raises:
             InputError: the smallest choices take more.
@@ -79,7 +171,7 @@ class SchemeAllocator:
         if found is None:
             smallest = self.smallest()
             least = self.bytes(smallest)
-            if most >= least - self._guessed:  # an export will tell
+            if most >= least - sum(part.guessed for part in self._parts):  # an export will tell
                 return smallest
             raise InputError(
                 f"{most:,} bytes are too few: with the smallest schemes the file takes about {least:,}",
@@ -101,21 +193,23 @@ class SchemeAllocator:
 
     def of_rounding(self, allocation: Allocation) -> float:
         """The KL that costs foretell if weights are rounded to nearest, whatever was learnt of the recipe's method."""
-        chosen = zip(self._costs.items, allocation.choices, strict=True)
+        chosen = zip((item for part in self._parts for item in part.costs.items), allocation.choices, strict=True)
         return sum(next(c.kl for c in item.choices if c.scheme == choice.scheme) for item, choice in chosen)
 
     def bytes(self, allocation: Allocation) -> int:
-        """About the size of the file."""
+        """About the size of the files."""
         return allocation.bytes + self._rest
 
     def wrong_by(self, more: int) -> None:
-        """Learn from an export that its file was so many bytes larger than foretold."""
-        self._rest, self._guessed = self._rest + more, 0
+        """Learn from an export that its files were so many bytes larger than foretold."""
+        self._parts[0].rest += more
+        for part in self._parts:
+            part.guessed = 0
 
     @property
     def importance(self) -> Mapping[str, Importance]:
         """Of the result of every linear that is chosen for, by name."""
-        return self._costs.importance
+        return {name: found for part in self._parts for name, found in part.costs.importance.items()}
 
     def learn(self, allocation: Allocation, real: Mapping[str, float], kl: float) -> None:
         """Learn from an export what the recipe's method leaves of the costs of rounding to nearest.
@@ -123,60 +217,34 @@ class SchemeAllocator:
         Args:
             allocation: what was exported; real: cost of each linear in it, where it is known; kl: its mean KL.
         """
-        for place, (item, choice) in enumerate(zip(self._costs.items, allocation.choices, strict=True)):
-            known = [name for name in item.linears if name in real]
-            if known and (expected := sum(self._costs.kl[name][choice.scheme] for name in known)) > 0:
-                share = sum(real[name] for name in known) / expected
-                self._shares[place] = min(max(share, _LEAST_SHARE), _MOST_SHARE)
+        for part, chosen in self._of_parts(allocation):
+            part.learn(chosen, real)
         by_name = [{choice.scheme: choice.kl for choice in choices} for choices in self._choices]
         now = sum(known[choice.scheme] for known, choice in zip(by_name, allocation.choices, strict=True))
         self.left = kl / max(now, 1e-12)
 
     def schemes(self, allocation: Allocation) -> dict[str, str]:
         """The scheme asked for, of every linear that is chosen for, and of a table of embeddings."""
-        table = next((e.name for e in self._embeddings if e.scheme is not None), "")
-        pairs = zip(self._costs.items, allocation.choices, strict=True)
-        return {name: choice.scheme for item, choice in pairs for name in item.linears or (table,)}
+        return {n: scheme for part, chosen in self._of_parts(allocation) for n, scheme in part.schemes(chosen).items()}
 
-    def recipe(self, allocation: Allocation) -> Recipe:
-        """The recipe with this choice: the commonest scheme for all, and an override for each other linear."""
-        chosen = self.schemes(allocation)
-        table = next((e for e in self._embeddings if e.scheme is not None), None)
-        embedding = self._recipe.embedding
-        if table is not None and not table.linear:
-            embedding = chosen.pop(table.name)
-        elif embedding == AUTO:
-            embedding = TIED if table is not None else FLOAT
-        layers = Counter(scheme for name, scheme in chosen.items() if name != self._projection)
-        head = chosen.get(self._projection, self._recipe.lm_head)
-        made = self._recipe.model_copy(update={
-            "name": f"{self._recipe.name}_auto", "description": f"{self._recipe.name}, schemes chosen by their cost",
-            "scheme": layers.most_common(1)[0][0] if layers else head, "lm_head": head, "embedding": embedding,
-            "overrides": (),
-        })  # fmt: skip
-        wanted = {p.name: chosen.get(p.name, FLOAT) for p in self._plan}
-        others = {
-            n: scheme for n, scheme in wanted.items() if scheme != _name(made.scheme_for(n, n == self._projection))
-        }
-        overrides = tuple(Override(match=only(name), scheme=scheme) for name, scheme in others.items())
-        return made.model_copy(update={"overrides": overrides})
+    def recipes(self, allocation: Allocation) -> list[Recipe]:
+        """The recipe of each part with this choice."""
+        return [part.chosen_recipe(chosen) for part, chosen in self._of_parts(allocation)]
+
+    def _of_parts(self, allocation: Allocation) -> Iterator[tuple[PricedModel, Sequence[SchemeChoice]]]:
+        start = 0
+        for part in self._parts:
+            stop = start + len(part.costs.items)
+            yield part, allocation.choices[start:stop]
+            start = stop
 
     @property
     def _choices(self) -> list[tuple[SchemeChoice, ...]]:
-        """The choices of every item, their costs with what the recipe's method is known to leave of them."""
-        pairs = zip(self._costs.items, self._shares, strict=True)
-        return [tuple(replace(c, kl=c.kl * share) for c in item.choices) for item, share in pairs]
+        return [choices for part in self._parts for choices in part.choices]
 
-    def _check(self) -> None:
-        quantized = [(p.name, p.scheme) for p in self._plan if p.scheme is not None]
-        if not quantized:
-            raise RecipeError("quantizes nothing, so there is nothing to choose", place=self._recipe.name)
-        if others := [(name, scheme) for name, scheme in quantized if not scheme.interchangeable]:
-            name, scheme = others[0]
-            raise RecipeError(
-                f"schemes are chosen among weights in groups, and {name} would be {scheme.name}",
-                place=self._recipe.name, remedy="Use compact or another recipe that leaves activations alone",
-            )  # fmt: skip
+    @property
+    def _rest(self) -> int:
+        return sum(part.rest for part in self._parts)
 
 
 def _with_joining(item: PricedItem, planes: set[str]) -> PricedItem:
@@ -184,22 +252,6 @@ def _with_joining(item: PricedItem, planes: set[str]) -> PricedItem:
     more = _JOINING_BYTES * max(len(item.linears), 1)
     choices = tuple(replace(c, bytes=c.bytes + more) if c.scheme in planes else c for c in item.choices)
     return replace(item, choices=choices)
-
-
-def _rest(
-    captured: CapturedModel,
-    plan: Sequence[LinearPlan],
-    embeddings: Sequence[EmbeddingPlan],
-    float_itemsize: int,
-    attention: str,
-) -> int:
-    """Bytes of everything that is not chosen for, without the graph: what stays float, tables of positions."""
-    sizes = planned_bytes(
-        captured, plan, embeddings, float_itemsize, plan_attention(captured, attention, captured.load)
-    )
-    quantized = sum(p.bytes for p in plan if p.scheme is not None)
-    tables = sum(e.bytes for e in embeddings if e.scheme is not None)
-    return sizes["total"] - quantized - tables
 
 
 def _name(scheme: Scheme | None) -> str:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ..calibrate.block_activations import Feeds
-from ..calibrate.fisher import BlockGradients, Importance, felt
+from ..calibrate.fisher import BlockGradients, Carried, Importance, felt
 from ..capture.graph import CapturedModel
 from ..device import CPU
 from ..graph.edit import get_tensor, set_tensor
@@ -60,24 +60,25 @@ class Costs:
 
 def scheme_costs(
     captured: CapturedModel, plan: Sequence[LinearPlan], embeddings: Sequence[EmbeddingPlan], schemes: Sequence[Scheme],
-    feeds: Sequence[Feeds], float_itemsize: int = 4, progress: StageProgress = no_stage_progress, *,
-    clipped: bool = False,
+    feeds: Sequence[Feeds], float_itemsize: int = 4, progress: StageProgress = no_stage_progress,
+    carried: Carried | None = None, *, clipped: bool = False,
 ) -> Costs:  # fmt: skip
     """Cost of rounding to nearest with each scheme, for everything that a plan quantizes.
 
     Args:
-        captured: a decoder.
+        captured: what makes logits, or a part in front of that.
         plan, embeddings: say what is quantized, and what shares a table.
         schemes: weight-only ones, in groups.
         feeds: inputs of the decoder by public name, one dict for each batch.
         float_itemsize: bytes of a number that stays float.
+        carried: of a model of several parts, see `felt`.
         clipped: ranges of groups are to be narrowed where that makes their errors smaller.
     """
     quantized = {p.name: p for p in plan if p.scheme is not None}
     table = next((e for e in embeddings if e.scheme is not None), None)
     kl: dict[str, dict[str, float]] = {}
     importance: dict[str, Importance] = {}
-    for found in felt(captured, feeds, progress):
+    for found in felt(captured, feeds, progress, carried):
         for linear, inputs, felt_there in found.linears:
             if linear.name in quantized:
                 weight = get_tensor(found.block.module, linear.weight)

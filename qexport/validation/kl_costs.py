@@ -8,7 +8,7 @@ from ..calibrate.fisher import Importance
 from ..capture.graph import CapturedModel
 from ..progress import StageProgress
 from .probes import DeployedValues
-from .reference import Feeds, watch
+from .reference import Feeds, rows_of, watch
 
 
 def deployed_costs(
@@ -23,7 +23,7 @@ def deployed_costs(
         feeds: those that the importance was found on.
         transformed: see `ValueComparison.rescaled`.
     """
-    rows, costs = sum(batch["input_ids"].numel() for batch in feeds), {}
+    rows, costs = rows_of(feeds), {}
     deployed = DeployedValues(folder, manifest, captured, feeds, rows=rows, transformed=transformed, provider=provider)
     for index, seen in enumerate(watch(captured, feeds, set(importance), deployed.forced)):
         progress(seen.block.name, index, len(captured.blocks))

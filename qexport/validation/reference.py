@@ -35,6 +35,14 @@ def decoder_feeds(captured: CapturedModel, windows: Tensor) -> list[Feeds]:
     return [decoder_inputs(captured, ids[None], torch.ones_like(ids[None])) for ids in windows]
 
 
+def rows_of(feeds: Sequence[Feeds]) -> int:
+    """About how many rows values inside have: tokens, or of what is no text the frames of all entries."""
+    return sum(
+        batch["input_ids"].numel() if "input_ids" in batch else max(t.numel() // t.shape[1] for t in batch.values())
+        for batch in feeds
+    )
+
+
 def check_same_model(captured: CapturedModel, manifest: Manifest, folder: Path, *, transformed: bool) -> None:
     """Refuse a reference that is not the model that was exported, as far as can be told.
 

@@ -70,7 +70,7 @@ def test_results_as_json(model, qexport, tmp_path):
 @pytest.mark.parametrize(
     "arguments, said",
     [
-        (("export", "MODEL", "-o", "out", "--max-kl", "0.1"), "its kind is encoder-decoder"),
+        (("export", "MODEL", "-o", "out", "--curve"), "point of a curve is one"),
         (("inspect", "MODEL", "--calibrate"), "only measured when it is exported"),
         (("export", "MODEL", "-o", "out", "-r", "compact_kv8"), "kv_cache"),
     ],

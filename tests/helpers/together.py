@@ -28,6 +28,7 @@ _TOGETHER = (
         "tests/lower/test_seq2seq.py",
         "tests/calibrate/test_own_text.py",
         "tests/runtime/test_search.py",
+        "tests/mixed_precision/test_pairs.py",
     ),
     (
         "tests/lower/test_experts.py",

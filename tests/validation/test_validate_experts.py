@@ -7,7 +7,7 @@ import qexport
 from helpers.random_decoders import save_model
 from helpers.tokenizer_files import write_word_tokenizer
 from qexport.artifact import manifest as manifests
-from qexport.mixed_precision.allocator import SchemeAllocator
+from qexport.mixed_precision.allocator import PricedModel, SchemeAllocator
 from qexport.recipe.recipe import Recipe
 from qexport.targets.cpu import CpuTarget
 from qexport.validation.kl_costs import deployed_costs
@@ -75,7 +75,7 @@ def test_probes_ask_for_no_value_of_an_expert(captured, exported):
 def test_costs_of_a_file_leave_experts_out_and_choosing_goes_on_without(captured, exported):
     model, manifest = captured("mixtral"), manifests.load(exported)
     feeds = decoder_feeds(model, torch.randint(3, 128, (1, 16), generator=torch.Generator().manual_seed(0)))
-    chooser = SchemeAllocator(model, RTN, CpuTarget.candidates, 4, "grouped", feeds, lambda *_: None)
+    chooser = SchemeAllocator([PricedModel(model, RTN, CpuTarget.candidates, 4, "grouped", feeds, lambda *_: None)])
     silent = dict(transformed=False, progress=lambda *_: None)
     costs = deployed_costs(exported, manifest, model, feeds, chooser.importance, **silent)
     assert len(costs) == 9 < len(chooser.importance) and not any(".experts." in name for name in costs)

@@ -11,6 +11,7 @@ from ...artifact.output import PartFolder, WorkFolder
 from ...calibrate.data import Prepared
 from ...capture.graph import CapturedModel
 from ...capture.seq2seq import Parts, capture_seq2seq
+from ...models.source import ModelFolder
 from ...progress import announce, of_part
 from ...runtime import genai_speech
 from ...validation.reader import check_reader
@@ -52,7 +53,16 @@ def export_parts(prepared: Preparation, work: WorkFolder) -> ExportResult:
     for captured in by_name(parts).values():
         check_reader(captured)
     if wanted_data:
-        asked = _with_data(asked, parts, prepared)
+        asked = with_data(asked, parts, prepared)
+    return write_parts(asked, folder, work)
+
+
+def write_parts(asked: Mapping[str, Preparation], folder: ModelFolder, work: WorkFolder) -> ExportResult:
+    """Export both parts, each by what it works with, and write what belongs to the whole.
+
+    Raises:
+        QExportError: as `pipeline.run`.
+    """
     made: dict[str, ExportResult] = {}
     with work.appearing() as temporary:
         for part, own in asked.items():
@@ -80,7 +90,7 @@ def by_name(parts: Parts) -> dict[str, CapturedModel]:
     return {ENCODER: parts.encoder, DECODER: parts.decoder}
 
 
-def _with_data(asked: Mapping[str, Preparation], parts: Parts, prepared: Preparation) -> dict[str, Preparation]:
+def with_data(asked: Mapping[str, Preparation], parts: Parts, prepared: Preparation) -> dict[str, Preparation]:
     """The same with sources for the encoder, and texts about them for the decoder, that the float model writes."""
     recipe, progress = prepared.recipe, prepared.options.progress
     sources = load_sources(parts, recipe.calibration, prepared.data)

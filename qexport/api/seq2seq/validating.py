@@ -89,7 +89,7 @@ def _report(folder: Path, model: ModelFolder, reference: FloatModel, options: Va
     progress("capture", model.name, 0, 1)
     parts = capture_seq2seq(model, options.placement)
     progress("capture", model.name, 1, 1)
-    sources = _sources(parts, options)
+    sources = sources_of(parts, options)
     progress("text", "the float model writes about the sources", 0, 1)
     written = write_about(parts, sources, options.greedy)
     progress("text", "the float model writes about the sources", 1, 1)
@@ -104,7 +104,7 @@ def _report(folder: Path, model: ModelFolder, reference: FloatModel, options: Va
         for part, captured, batches in ((ENCODER, parts.encoder, read), (DECODER, parts.decoder, written.batches))
     }  # fmt: skip
     pair = open_seq2seq(folder, threads=options.threads, provider=options.provider)
-    logits = _logits(parts, pair, read, written, partial(progress, "logits"))
+    logits = logits_of(parts, pair, read, written, partial(progress, "logits"))
     greedy = _greedy(parts, pair, read, written, partial(progress, "greedy"))
     report, problems = whole_report(
         reports, text=sources.described, own_text=sources.own,
@@ -115,7 +115,8 @@ def _report(folder: Path, model: ModelFolder, reference: FloatModel, options: Va
     return report
 
 
-def _sources(parts: Parts, options: ValidationOptions) -> Sources:
+def sources_of(parts: Parts, options: ValidationOptions) -> Sources:
+    """What both models read to be compared: the options' inputs or texts, else what chance makes."""
     text, window = options.text, options.window or _WINDOW
     if options.inputs is None and text is not None and parts.encoder.inputs[0].name == "input_ids":
         chosen = choose_text(parts.encoder, text, options.windows, window, partial(options.progress, "text"))
@@ -128,7 +129,7 @@ def _sources(parts: Parts, options: ValidationOptions) -> Sources:
     return load_sources(parts, spec, options.inputs)
 
 
-def _logits(
+def logits_of(
     parts: Parts, pair: EncoderDecoder, sources: Sequence[dict[str, Tensor]], written: Prepared, progress: StageProgress
 ) -> Logits:
     """Both models on the float model's texts; the export takes them token by token."""
