@@ -47,7 +47,7 @@ def test_both_kinds_of_tables_are_there_once_and_as_long_as_asked(model_folder, 
 
 
 @pytest.mark.parametrize(
-    ("length", "why"), [(0, "a text of 0 tokens"), (1 << 20, "the model reads .* tokens, not 1048576")]
+    ("length", "why"), [(0, "a text cannot have 0 tokens"), (1 << 20, "the model reads .* tokens, not 1048576")]
 )
 def test_lengths_that_mean_nothing_are_refused(model_folder, tmp_path, length, why):
     with pytest.raises(InputError, match=why):
