@@ -245,7 +245,7 @@ def test_requantized(checkpoint, run, tmp_path):
     code, _, err = run("export", folder, "-o", tmp_path / "out", "--recipe", "w8a16_g32")
     assert code == 2 and "its weights are codes already (GPTQ, 4 bits in groups of 32)" in err
     code, _, err = run("export", twin, "-o", tmp_path / "out", "--requantize", "w8a16_g32")
-    assert code == 2 and "its weights are float" in err
+    assert code == 2 and "its weights are not quantized" in err
     code, _, err = run("export", folder, "-o", tmp_path / "out", "--requantize", "as_stored")
     assert code == 2 and "as_stored keeps the codes" in err
     code, _, err = run("export", folder, "-o", tmp_path / "out", "--requantize", "w8a16_g32", "-r", "w4a16_g32")
