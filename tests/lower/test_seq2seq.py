@@ -295,7 +295,7 @@ def test_what_takes_one_file_says_which(exported, t5, tmp_path):
             validate(exported, t5, **given)
     with pytest.raises(InputError, match="writes about sources, and a study"):
         study([exported], t5)
-    with pytest.raises(InputError, match="cost a decoder's logits, and its kind is encoder-decoder"):
+    with pytest.raises(InputError, match="cannot write its own calibration text"):
         export_auto(t5, out_dir=tmp_path / "out", max_kl=1.0)
     with pytest.raises(InputError, match="nothing to continue, or too much"):
         generate(exported)
