@@ -11,14 +11,13 @@ both over the turns.
 """
 
 import argparse
-import collections
 import json
 import statistics
 import time
 from pathlib import Path
 
 import numpy as np
-from webgpu_reader import variants
+from webgpu_reader import compiling
 
 from qexport.runtime.generate import open_tokenizer
 from qexport.runtime.session import open_session
@@ -68,24 +67,13 @@ def compare(folder: Path, ids: np.ndarray, threads: int, turns: int) -> dict[str
 def table() -> dict[str, dict[int, list[str]]]:
     """What OpenVINO compiles, by operator, version and type of the first input."""
     import openvino
-    from onnx.backend.test.case.node import collect_testcases
 
-    core, found = openvino.Core(), collections.defaultdict(lambda: collections.defaultdict(set))
-    for case in collect_testcases(None):
-        model = case.model
-        alone = model is not None and len(model.graph.node) == 1 and not model.functions and model.graph.input
-        if not alone or model.graph.node[0].domain or not model.graph.input[0].type.tensor_type.elem_type:
-            continue
-        name = model.graph.node[0].op_type
-        for made, since, kind in variants(model):
-            if since and kind not in found[name][since]:
-                try:
-                    core.compile_model(core.read_model(made.SerializeToString()), "CPU")
-                except Exception:  # noqa: S112 - it is not there, or the model is none
-                    continue
-                found[name][since].add(kind)
-    kept = {name: {s: sorted(kinds) for s, kinds in of.items() if kinds} for name, of in sorted(found.items())}
-    return {name: of for name, of in kept.items() if of}
+    core = openvino.Core()
+
+    def compile_model(model: bytes) -> None:
+        core.compile_model(core.read_model(model), "CPU")
+
+    return compiling(compile_model)
 
 
 def main() -> None:

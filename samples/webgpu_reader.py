@@ -17,6 +17,7 @@ import json
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -51,12 +52,10 @@ def variants(model: onnx.ModelProto):
             yield made, since, TensorProto.DataType.Name(other)
 
 
-def table(ort) -> dict[str, dict[int, list[str]]]:
+def compiling(compile_model: Callable[[bytes], object]) -> dict[str, dict[int, list[str]]]:
+    """By operator and version the types of the first input with which the ONNX tests of one node can be compiled."""
     from onnx.backend.test.case.node import collect_testcases
 
-    options = ort.SessionOptions()
-    options.log_severity_level = 4
-    options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
     found = collections.defaultdict(lambda: collections.defaultdict(set))
     for case in collect_testcases(None):
         model = case.model
@@ -68,12 +67,19 @@ def table(ort) -> dict[str, dict[int, list[str]]]:
             if kind in found[name][since]:
                 continue
             try:
-                ort.InferenceSession(made.SerializeToString(), options, providers=[WEBGPU])
+                compile_model(made.SerializeToString())
             except Exception:  # noqa: S112 - it is not there, or the model is none
                 continue
             found[name][since].add(kind)
     kept = {name: {s: sorted(kinds) for s, kinds in of.items() if kinds} for name, of in sorted(found.items())}
     return {name: of for name, of in kept.items() if of}
+
+
+def table(ort) -> dict[str, dict[int, list[str]]]:
+    options = ort.SessionOptions()
+    options.log_severity_level = 4
+    options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
+    return compiling(lambda model: ort.InferenceSession(model, options, providers=[WEBGPU]))
 
 
 def session_of(ort, folder: Path, provider: str, severity: int = 3):

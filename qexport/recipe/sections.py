@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from ..errors import RecipeError
 from ..quant.formats import Scheme, full_name
@@ -28,6 +28,9 @@ def known_scheme(name: str) -> str:
 
 def scheme_or_float(name: str) -> str:
     return FLOAT if name.lower() == FLOAT else known_scheme(name)
+
+
+SchemeOrFloat = Annotated[str, AfterValidator(scheme_or_float)]
 
 
 def scheme_of_embedding(name: str) -> str:
@@ -101,12 +104,7 @@ class Override(Section):
     """A scheme, or "float", for the linears whose dotted name matches a shell pattern (`*` also crosses dots)."""
 
     match: str = Field(min_length=1)
-    scheme: str
-
-    @field_validator("scheme")
-    @classmethod
-    def _known(cls, name: str) -> str:
-        return scheme_or_float(name)
+    scheme: SchemeOrFloat
 
 
 class WideModels(Section):
@@ -118,12 +116,7 @@ class WideModels(Section):
     """
 
     features: int = Field(ge=1)
-    scheme: str
-
-    @field_validator("scheme")
-    @classmethod
-    def _known(cls, name: str) -> str:
-        return scheme_or_float(name)
+    scheme: SchemeOrFloat
 
 
 def only(name: str) -> str:

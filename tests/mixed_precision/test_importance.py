@@ -3,6 +3,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from helpers.noise import Noisy
 from qexport.calibrate.fisher import _SEED, Importance, felt
 from qexport.calibrate.float_model import running
 from qexport.device import HOST
@@ -31,7 +32,7 @@ def gradients(captured, feeds):
                 given = dict(
                     zip([n for n in block.module.graph.nodes if n.op == "placeholder"], block.inputs, strict=True)
                 )
-                results = _Noisy(block.module, noise).run(*(values[given[n]] for n in given))
+                results = Noisy(block.module, noise).run(*(values[given[n]] for n in given))
                 values |= dict(zip(block.outputs, results, strict=True))
             logits = values[next(port.value for port in captured.outputs if port.name == "logits")]
             likely = torch.log_softmax(logits.flatten(0, 1), -1)
@@ -40,19 +41,6 @@ def gradients(captured, feeds):
         for name, zeros in noise.items():
             found.setdefault(name, []).append(zeros.grad.flatten(0, -2).square())
     return {name: torch.cat(squares) for name, squares in found.items()}
-
-
-class _Noisy(torch.fx.Interpreter):
-    def __init__(self, module, noise):
-        super().__init__(module)
-        self._names, self._noise = {linear.node: linear.name for linear in linears(module.graph)}, noise
-
-    def run_node(self, node):
-        value = super().run_node(node)
-        if node not in self._names:
-            return value
-        zeros = self._noise[self._names[node]] = torch.zeros_like(value, requires_grad=True)
-        return value + zeros
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -8,6 +8,7 @@ import torch
 
 import qexport
 from helpers.breadth import quick
+from helpers.noise import Noisy
 from helpers.random_decoders import LISTS
 from helpers.random_modules import save_seq2seq
 from helpers.runners import tokens
@@ -17,31 +18,17 @@ from qexport.calibrate.float_model import running
 from qexport.capture.seq2seq import capture_seq2seq
 from qexport.device import HOST
 from qexport.errors import InputError
-from qexport.graph.sites import linears
 from qexport.models.source import open_model
 from qexport.recipe.recipe import Recipe
 
 FAMILIES = ("t5", "bart")
 
 
-class _Noisy(torch.fx.Interpreter):
-    def __init__(self, module, noise):
-        super().__init__(module)
-        self._names, self._noise = {linear.node: linear.name for linear in linears(module.graph)}, noise
-
-    def run_node(self, node):
-        value = super().run_node(node)
-        if node not in self._names:
-            return value
-        self._noise[self._names[node]] = zeros = torch.zeros_like(value, requires_grad=True)
-        return value + zeros
-
-
 def run(captured, given, noise):
     """All outputs by public name, in one graph with zeros added to every linear."""
     values = {port.value: given[port.name] for port in captured.inputs}
     for block in captured.blocks:
-        results = _Noisy(block.module, noise).run(*(values[name] for name in block.inputs))
+        results = Noisy(block.module, noise).run(*(values[name] for name in block.inputs))
         values |= dict(zip(block.outputs, results, strict=True))
     return {port.name: values[port.value] for port in captured.outputs}
 
