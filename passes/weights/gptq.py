@@ -121,12 +121,12 @@ class GPTQ(GraphPass):
         # Looked up now: what a linear reads becomes another node where it is the result of one that is rounded before.
         statistics = {weight: context.statistics[linear.input] for weight, linear in sites.items()}
         reached = {seen: not seen.unseen().all() for seen in statistics.values()}
-        # Linears that read one value share its factor, and those with factors of their own need the Hessian itself.
-        sharing = Counter(statistics[weight] for weight, linear in sites.items() if linear.name not in folded)
-        alone = Counter(statistics[weight] for weight, linear in sites.items() if linear.name in folded)
-        factors: dict[HessianStatistic, InverseFactor] = {}  # of those whose other readers are still to come
-        missed = [linear.name for weight, linear in sites.items() if not reached[statistics[weight]]]
         groups = _groups({w: (statistics[w], linear) for w, linear in sites.items() if linear.name not in folded})
+        # Groups of one Hessian share its factor, and linears with factors of their own need the Hessian itself.
+        sharing = Counter(statistics[weight] for weight, group in groups.items() if weight == group[0])
+        alone = Counter(statistics[weight] for weight, linear in sites.items() if linear.name in folded)
+        factors: dict[HessianStatistic, InverseFactor] = {}  # of those whose other groups are still to come
+        missed = [linear.name for weight, linear in sites.items() if not reached[statistics[weight]]]
         ready: dict[str, QuantizedWeight] = {}  # of groups of which one has been asked for
 
         def factor_of(seen: HessianStatistic) -> InverseFactor:
@@ -153,7 +153,7 @@ class GPTQ(GraphPass):
                 return gptq_quantize(w, found, self.grid(linear, w, fmt, found), clip_search=self.clip_search)
             if linear.weight not in ready:
                 beside = [sites[weight] for weight in groups[linear.weight]]
-                found = [factor_of(seen) for _ in beside][-1]
+                found = factor_of(seen)
                 weights = [widened(get_tensor(module, other.weight)) for other in beside]
                 formats = [
                     self.grid(other, weight, self._steps(other), found)

@@ -18,7 +18,7 @@ from ..recipe.recipe import Recipe
 from .adapters import check_adapters, kept_adapters
 from .claiming import claimed_by_first
 from .options import Options
-from .refusals import check_own_text, check_ranks
+from .refusals import check_folder_writes, check_ranks
 from .result import ExportResult
 from .seq2seq.exporting import export_parts
 from .stages import pipeline
@@ -132,7 +132,7 @@ def export(
             prepared = prepare(request)
             check_adapters(prepared)
             check_ranks(prepared)
-            check_own_text(prepared)
+            check_folder_writes(prepared)
             if prepared.in_three_parts:
                 return export_pictures(prepared, work)
             return export_parts(prepared, work) if prepared.in_two_parts else pipeline.run(prepared, work)

@@ -14,7 +14,7 @@ from ..recipe.recipe import Recipe
 from .dry_run import dry_run
 from .inspection import Inspection
 from .options import Options
-from .refusals import check_own_text
+from .refusals import check_folder_writes
 from .seq2seq.inspecting import inspect_parts
 from .stages.preparing import Request, prepare
 from .vision_language.inspecting import inspect_pictures
@@ -85,5 +85,5 @@ def inspect(
     if prepared.in_two_parts:
         return inspect_parts(prepared, calibrate)
     if calibrate:
-        check_own_text(prepared)
+        check_folder_writes(prepared)
     return dry_run(prepared, calibrate)

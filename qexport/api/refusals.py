@@ -8,8 +8,7 @@ import torch
 
 from .. import ranks
 from ..artifact.manifest import SEQ2SEQ, VISION_LANGUAGE
-from ..calibrate.data import writes_none
-from ..calibrate.features import makes_none
+from ..calibrate.data import writes_no_source, writes_none
 from ..capture.graph import CapturedModel
 from ..errors import InputError, LoweringError, RecipeError
 from ..graph.convolution_sites import convolutions
@@ -73,7 +72,7 @@ def check_ranks(prepared: Any) -> None:
         raise InputError(f"{why} by one process only", place="torchrun", remedy="Export without torchrun")
 
 
-def check_own_text(prepared: Any) -> None:
+def check_folder_writes(prepared: Any) -> None:
     """Refuse a model that would have to write its own calibration text and writes none, without capturing it.
 
     What overrides keep in float needs no data, and only the captured model says what they match: with overrides the
@@ -93,7 +92,7 @@ def check_own_text(prepared: Any) -> None:
         return
     if prepared.in_two_parts:
         check_applicable(SEQ2SEQ, prepared.options, recipe)  # whatever text is passed, these stay wrong
-        raise writes_none("an encoder-decoder") if reads_text(folder.config) else makes_none("source")
+        raise writes_no_source(reads_text(folder.config))
     if read_pooling(folder.path) is not None or head_of(folder.config, folder.name) is not None:
         check_applicable("encoder", prepared.options, recipe)
         raise writes_none("an encoder")

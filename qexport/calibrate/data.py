@@ -96,6 +96,11 @@ def writes_none(what: str) -> InputError:
     return InputError(f"{what} cannot write its own calibration text", place="calibration", remedy=_PASS_TEXT)
 
 
+def writes_no_source(text: bool) -> InputError:
+    """The error for an encoder-decoder that is to calibrate on sources of its own; text: it reads some."""
+    return writes_none("an encoder-decoder") if text else makes_none("source")
+
+
 def calibration_batches(
     captured: CapturedModel, recipe: Recipe, data, progress: Progress
 ) -> tuple[Callable[[], Stream], str]:

@@ -76,6 +76,7 @@ def scheme_costs(
     """
     quantized = {p.name: p for p in plan if p.scheme is not None}
     table = next((e for e in embeddings if e.scheme is not None), None)
+    left = _left_by_clipping if clipped else _all_left
     kl: dict[str, dict[str, float]] = {}
     importance: dict[str, Importance] = {}
     for found in felt(captured, feeds, progress, carried):
@@ -84,16 +85,14 @@ def scheme_costs(
                 weight = get_tensor(found.block.module, linear.weight)
                 importance[linear.name] = felt_there.to(CPU)
                 kl[linear.name] = {
-                    name: felt_there.kl_of_weight(inputs, _difference(weight, fitted))
-                    * (_left_by_clipping(weight, fitted) if clipped else 1.0)
+                    name: felt_there.kl_of_weight(inputs, _difference(weight, fitted)) * left(weight, fitted)
                     for name, fitted in _fitting(schemes, linear.shape[1]).items()
                 }
         if table is not None and found.block.name == table.block and found.output is not None:
             fitting = _of_tables(schemes, table)
             numbers = get_tensor(found.block.module, table.weight)
             kl[""] = {
-                name: found.output.kl(_moved(found, table.weight, fitted))
-                * (_left_by_clipping(numbers, fitted) if clipped else 1.0)
+                name: found.output.kl(_moved(found, table.weight, fitted)) * left(numbers, fitted)
                 for name, fitted in fitting.items()
             }
     owners = [linear for linear in quantized.values() if not linear.shares]
@@ -185,6 +184,10 @@ def _left_by_clipping(weight: Tensor, scheme: Scheme) -> float:
     whole = _difference(rows, scheme).square().sum()
     left = scheme.weight.round_to_nearest(rows, clip_search=True).dequantize().sub_(rows).square().sum()
     return float(left / whole) if whole > 0 else 1.0
+
+
+def _all_left(weight: Tensor, scheme: Scheme) -> float:
+    return 1.0
 
 
 def _moved(found: BlockGradients, weight: str, scheme: Scheme) -> Tensor:

@@ -20,11 +20,7 @@ def mark_combinations(items: list[pytest.Item]) -> None:
 
     The n-th case has the n-th value of every parameter, those of a shorter list from their beginning again.
     """
-    tests: dict[object, list[pytest.Item]] = {}
-    for item in items:
-        if item.get_closest_marker("each_value_once"):
-            tests.setdefault(item.function, []).append(item)
-    for cases in tests.values():
+    for cases in _marked(items, "each_value_once"):
         given = [{name: id(value) for name, value in case.callspec.params.items()} for case in cases]
         values = {name: list(dict.fromkeys(row[name] for row in given)) for name in given[0]}
         longest = max(map(len, values.values()))
@@ -43,11 +39,7 @@ def mark_by_default(items: list[pytest.Item], whole: bool = True) -> None:
     Raises:
         pytest.UsageError: a pattern matches no case.
     """
-    tests: dict[object, list[pytest.Item]] = {}
-    for item in items:
-        if item.get_closest_marker("by_default"):
-            tests.setdefault(item.function, []).append(item)
-    for cases in tests.values():
+    for cases in _marked(items, "by_default"):
         patterns = cases[0].get_closest_marker("by_default").args
         matching = {pattern: [case for case in cases if _matches(case, pattern)] for pattern in patterns}
         if whole and (stale := [pattern for pattern, found in matching.items() if not found]):
@@ -55,6 +47,15 @@ def mark_by_default(items: list[pytest.Item], whole: bool = True) -> None:
         for case in cases:
             if not any(case in found for found in matching.values()):
                 case.add_marker(pytest.mark.slow)
+
+
+def _marked(items: list[pytest.Item], mark: str) -> Collection[list[pytest.Item]]:
+    """The cases of each test that is marked so."""
+    tests: dict[object, list[pytest.Item]] = {}
+    for item in items:
+        if item.get_closest_marker(mark):
+            tests.setdefault(item.function, []).append(item)
+    return tests.values()
 
 
 def _matches(case: pytest.Item, pattern: str) -> bool:

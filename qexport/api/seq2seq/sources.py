@@ -12,9 +12,9 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 
 from ...artifact.manifest import SOURCE_MASK
-from ...calibrate.data import Prepared, writes_none
+from ...calibrate.data import Prepared, writes_no_source
 from ...calibrate.encoder_inputs import with_last_token
-from ...calibrate.features import feature_batches, makes_none
+from ...calibrate.features import feature_batches
 from ...calibrate.self_text import continue_text
 from ...calibrate.sources import load_samples
 from ...capture.seq2seq import Parts
@@ -46,9 +46,7 @@ def check_sources(parts: Parts, spec: CalibrationSpec, data: Any) -> None:
     """Raises InputError, before the work begins, where the model is to write the sources, which it cannot."""
     if data is not None or spec.source != "self":
         return
-    if parts.encoder.inputs[0].name == "input_ids":
-        raise writes_none("an encoder-decoder")
-    raise makes_none("source")
+    raise writes_no_source(parts.encoder.inputs[0].name == "input_ids")
 
 
 def load_sources(parts: Parts, spec: CalibrationSpec, data: Any = None) -> Sources:
