@@ -3,7 +3,7 @@
 A random Llama of few layers, each of the real shape, is exported in processes of its own, in turns:
 
     python samples/calibration_speed.py --shape 1b
-    python samples/calibration_speed.py --shape 8b --layers 1 --against v0.1.0 --runs 3
+    python samples/calibration_speed.py --shape 8b --layers 1 --against v0.1.0 --products bfloat16 --runs 3
     python samples/calibration_speed.py --shape 8b --layers 3 --device cuda --cpu-too --out speed.md
 
 `--against` names a commit of this clone, whose code runs from a temporary work tree. Medians over runs and layers, but
@@ -49,7 +49,9 @@ def progress(stage, what, done, total):
     if stage == "quantize":
         marks.append((what, time.process_time(), time.perf_counter()))
 recipe = Recipe.load(options["recipe"])
-recipe = recipe.with_calibration(source="random", samples=options["samples"], sequence_length=options["tokens"])
+given = {"products": options["products"]} if options.get("products") else {}
+given |= {"source": "random", "samples": options["samples"], "sequence_length": options["tokens"]}
+recipe = recipe.with_calibration(**given)
 device = {} if options["device"] == "cpu" else {"device": options["device"], "offload": options["offload"]}
 export(options["model"], recipe, out_dir=options["out"], progress=progress, **device)
 layers = [(b[1] - a[1], b[2] - a[2]) for a, b in zip(marks, marks[1:]) if ".layers." in a[0]]
@@ -221,6 +223,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=256, help="in a sample")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--against", help="a commit of this clone")
+    parser.add_argument("--products", choices=("float32", "bfloat16"), help="of this clone's code; else the recipe's")
     parser.add_argument("--runs", type=int, default=1)
     parser.add_argument("--device", default="cpu", help="such as cuda")
     parser.add_argument("--offload", action="store_true", help="activations wait on the host")
@@ -236,9 +239,10 @@ def main() -> None:
     if given.against:
         sides.append((given.against, given.against, "cpu"))
     results, total = Results(given.out), given.samples * given.tokens
+    how = f" with {given.products} products here" if given.products else ""
     name = f"{torch.cuda.get_device_name(device)}, " if cuda else ""
     results.add(
-        f"{given.recipe}, a layer of {given.shape}'s shape, {given.samples} x {given.tokens} tokens; {name}"
+        f"{given.recipe}{how}, a layer of {given.shape}'s shape, {given.samples} x {given.tokens} tokens; {name}"
         f"{given.threads} threads, PyTorch {torch.__version__}", "",
     )  # fmt: skip
     rates = {where: product_rate(torch.device(where)) for where in dict.fromkeys(side[2] for side in sides)}
@@ -259,6 +263,7 @@ def main() -> None:
                 with tree_of(commit) as tree:
                     out = made[label] / str(run)
                     asked = {"model": str(model), "out": str(out), "device": where}
+                    asked["products"] = given.products if commit is None else None
                     found[label].append(measured(tree, options | asked))
                 print(f"run {run + 1} of {given.runs}, {label}: {found[label][-1]['wall']:.1f} s", file=sys.stderr)
                 if run + 1 == given.runs:

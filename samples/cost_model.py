@@ -1,7 +1,7 @@
 """Hours that the calibration of large models takes, by the cost model, and the model beside what is measured here.
 
     python samples/cost_model.py
-    python samples/cost_model.py --check 1b --threads 1
+    python samples/cost_model.py --check 1b --threads 1 [--products bfloat16]
 
 The first prints hours for the default way of calibrating (GPTQ in groups of 32, 32 x 256 tokens and 512 x 2048) on
 stated devices; several of them share samples and linears out, as with torchrun. The second exports random layers of a
@@ -18,7 +18,7 @@ import torch
 from calibration_speed import SHAPES, linears, measured, write_model
 
 from qexport.cost.estimate import estimated
-from qexport.cost.machine import Machine, seconds
+from qexport.cost.machine import Machine, seconds, share_reached
 from qexport.cost.machine import measured as machine_of
 from qexport.cost.work import Data, Effort, Reading, block_work
 from qexport.formatting import duration
@@ -30,7 +30,7 @@ DEVICES = {
     "a CPU of 64 cores": (3e12, 3e11, 1e10), "an A100": (19.5e12, 2.0e12, 3e11), "an H200": (50e12, 4.8e12, 4.5e11),
 }  # fmt: skip
 WORK = {"32 x 256": (32, 256), "512 x 2048": (512, 2048)}
-EFFORT = Effort(passes=3, hessians=True)
+EFFORT = Effort(passes=2, hessians=True)
 
 
 def readings(shape: str) -> list[Reading]:
@@ -43,10 +43,11 @@ def table() -> None:
     for shape, layers in LAYERS.items():
         blocks = {str(layer): readings(shape) for layer in range(layers)}
         for device, (flops, bandwidth, link) in DEVICES.items():
+            reached = share_reached(64) if "CPU" in device else Machine.reached
             for name, (samples, length) in WORK.items():
                 data = Data(samples, length, 4, SHAPES[shape][0])
                 taken = [
-                    estimated(blocks, data, EFFORT, Machine(flops, bandwidth, count, link), 0).seconds / 3600
+                    estimated(blocks, data, EFFORT, Machine(flops, bandwidth, count, link, reached), 0).seconds / 3600
                     for count in (1, 8, 64)
                 ]
                 print(f"| {shape} | {device} | {name} | {' | '.join(f'{hours:.2f}' for hours in taken)} |")
@@ -55,16 +56,20 @@ def table() -> None:
 def check(given: argparse.Namespace) -> None:
     """Processor seconds of a layer, predicted and measured."""
     torch.set_num_threads(given.threads)
-    machine = machine_of(torch.device("cpu"), time.process_time)
+    machine = machine_of(torch.device("cpu"), time.process_time, given.products)
     data = Data(given.samples, given.tokens, 4, SHAPES[given.check][0])
     predicted = seconds(block_work(readings(given.check), data, EFFORT), machine)
-    options = {"recipe": "w4a16_g32", "samples": given.samples, "tokens": given.tokens, "threads": given.threads}
+    options = {
+        "recipe": "w4a16_g32", "products": given.products, "samples": given.samples, "tokens": given.tokens,
+        "threads": given.threads,
+    }  # fmt: skip
     with tempfile.TemporaryDirectory(prefix="qexport-") as folder:
         write_model(Path(folder) / "model", given.check, 2)
         options |= {"model": f"{folder}/model", "out": f"{folder}/out", "device": "cpu", "offload": False}
         found = measured(Path(__file__).parents[1], options)["cpu"]
     print(
-        f"{machine.flops / 1e9:.0f} GFLOP and {machine.bandwidth / 1e9:.1f} GB a processor second; a layer of "
+        f"{machine.flops / 1e9:.0f} GFLOP ({machine.streamed / 1e9:.0f} as {given.products}) and "
+        f"{machine.bandwidth / 1e9:.1f} GB a processor second; a layer of "
         f"{given.check}'s shape, {given.samples} x {given.tokens} tokens: predicted {duration(predicted)}, measured "
         f"{duration(found)}, {predicted / found:.2f} of it"
     )
@@ -76,6 +81,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=32)
     parser.add_argument("--tokens", type=int, default=256)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--products", choices=("float32", "bfloat16"), default="float32")
     given = parser.parse_args()
     SHAPES.update(WIDER)
     check(given) if given.check else table()

@@ -39,7 +39,8 @@ def estimate(planned: ExportPlan) -> Estimate:
     first = estimated(blocks, data, effort, None, file)
     if first.work.flops < SHORT:
         return first
-    return estimated(blocks, data, effort, measured(planned.options.placement.device), file)
+    machine = measured(planned.options.placement.device, products=calibration.products)
+    return estimated(blocks, data, effort, machine, file)
 
 
 def _readings(module: GraphModule, by_name: Mapping[str, LinearPlan]) -> list[Reading]:

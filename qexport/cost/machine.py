@@ -8,6 +8,7 @@ from statistics import median
 
 import torch
 
+from ..device import products_in
 from .work import FLOAT, Data, Reading, Work
 
 
@@ -20,9 +21,10 @@ class Machine:
         bandwidth: bytes a second through the memory of a device.
         devices: how many share the work.
         link: bytes a second between two of them.
-        reached: the share of `flops` that products reach between all else, on a CPU of 16 cores about a half.
+        reached: the share of those speeds that products reach between all else (`share_reached`).
         host: seconds for which the host is busy with one weight beside all products: reading, casting, packing and
             writing it. The value is what a layer of 1B's shape took on an H200, where all else is little.
+        streamed: as `flops`, of products while data pass through blocks (`calibration.products`); 0: the same.
     """
 
     flops: float
@@ -31,6 +33,13 @@ class Machine:
     link: float = 0.0
     reached: float = 0.5
     host: float = 2e-8
+    streamed: float = 0.0
+
+
+def share_reached(threads: int) -> float:
+    """Machine.reached for a CPU: what a layer of 1B's shape took on one thread, and on 16. All between products, such
+    as the columns of GPTQ, gains less from threads than they do."""
+    return 0.67 / (1 + 0.06 * (threads - 1))
 
 
 def seconds(work: Work, machine: Machine, readings: tuple[Reading, ...] = (), data: Data | None = None) -> float:
@@ -42,9 +51,10 @@ def seconds(work: Work, machine: Machine, readings: tuple[Reading, ...] = (), da
     Args:
         readings, data: of the block, for what several devices exchange.
     """
-    rate, n = machine.flops * machine.reached, machine.devices
-    alone = max((work.factors + work.rounding) / n, work.largest)
-    taken = ((work.forward + work.sums) / n + alone) / rate + work.moved / n / machine.bandwidth
+    n = machine.devices
+    alone = max((work.factors + work.rounding) / n, work.largest) / machine.flops
+    products = (work.forward + work.sums) / n / (machine.streamed or machine.flops)
+    taken = (products + alone) / machine.reached + work.moved / n / machine.bandwidth
     taken += work.weights / n * machine.host
     if n > 1 and data is not None:
         sums = FLOAT * sum(r.inputs**2 for r in readings if r.quantized and work.sums)
@@ -54,11 +64,14 @@ def seconds(work: Work, machine: Machine, readings: tuple[Reading, ...] = (), da
 
 
 @cache
-def measured(device: torch.device, clock: Callable[[], float] = time.perf_counter) -> Machine:
-    """The machine that this process runs on as busy as it is, from a product and a copy of a few milliseconds.
+def measured(
+    device: torch.device, clock: Callable[[], float] = time.perf_counter, products: str = "float32"
+) -> Machine:
+    """The machine that this process runs on as busy as it is, from two products and a copy of a few milliseconds.
 
     Args:
         clock: time.process_time for processor seconds, which do not grow with what else the machine does.
+        products: `calibration.products`.
     """
     size = 4096 if device.type == "cuda" else 1024
     a, out = torch.randn(size, size, device=device), torch.empty(size, size, device=device)
@@ -73,5 +86,11 @@ def measured(device: torch.device, clock: Callable[[], float] = time.perf_counte
             taken.append(clock() - started)
         return median(taken[1:])
 
-    product, copied = timed(lambda: torch.mm(a, a, out=out)), timed(lambda: copy.copy_(long))
-    return Machine(2 * size**3 / product, 2 * FLOAT * len(long) / copied)
+    def product() -> float:
+        return 2 * size**3 / timed(lambda: torch.mm(a, a, out=out))
+
+    flops, bandwidth = product(), 2 * FLOAT * len(long) / timed(lambda: copy.copy_(long))
+    with products_in(products):
+        streamed = flops if products == "float32" else product()
+    reached = share_reached(torch.get_num_threads()) if device.type == "cpu" else Machine.reached
+    return Machine(flops, bandwidth, reached=reached, streamed=streamed)

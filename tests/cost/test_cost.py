@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from qexport.cost.estimate import both, estimated
-from qexport.cost.machine import Machine, measured, seconds
+from qexport.cost.machine import Machine, measured, seconds, share_reached
 from qexport.cost.work import Data, Effort, Reading, Work, block_memory, block_work
 from qexport.formatting import duration
 
@@ -36,6 +36,8 @@ def test_memory_holds_weights_activations_and_two_hessians():
 def test_devices_share_all_but_the_largest_value():
     work = Work(forward=60.0, sums=20.0, factors=30.0, rounding=10.0, largest=25.0, moved=8.0, weights=6)
     assert seconds(work, Machine(10, 4, reached=0.5, host=0.5)) == pytest.approx(120 / 5 + 2 + 3)
+    streamed = seconds(work, Machine(10, 4, reached=0.5, host=0, streamed=40))
+    assert streamed == pytest.approx((80 / 40 + 40 / 10) / 0.5 + 2)
     many = seconds(work, Machine(10, 4, devices=4, link=2, reached=0.5, host=0), READS, DATA)
     exchanged = (2 * 4 * 8**2 + 8 * 6) * 3 / 4 / 2
     assert many == pytest.approx((80 / 4 + 25) / 5 + 8 / 4 / 4 + exchanged)
@@ -55,6 +57,9 @@ def test_an_estimate_adds_blocks_and_takes_the_largest_memory():
 def test_a_machine_is_measured_once():
     found = measured(torch.device("cpu"))
     assert found.flops > 1e8 and found.bandwidth > 1e7 and measured(torch.device("cpu")) is found
+    assert found.streamed == found.flops and found.reached == share_reached(torch.get_num_threads())
+    assert measured(torch.device("cpu"), products="bfloat16").streamed > 1e8
+    assert torch.get_float32_matmul_precision() == "highest"
 
 
 @pytest.mark.parametrize(
