@@ -106,13 +106,13 @@ def _run(func, args, kwargs, mode: TorchDispatchMode | None = None):
     everything, _ = tree_flatten((args, kwargs))
     tensors = [a for a in everything if isinstance(a, torch.Tensor)]
     there = any(isinstance(t, StandInTensor) for t in tensors)
-    asked = kwargs.get("device")
+    asked = next((a for a in everything if isinstance(a, torch.device)), None)  # `to` has it by position too
     if not there and (asked is None or asked.type != NAME):
         return func(*args, **kwargs)
     _check(func, tensors, there, everything)
     own = {} if func.namespace != "qexport" else _bodies()
     if there and str(func.name()) in own and mode is not None:
-        with mode:  # what it calls is looked at too
+        with mode, _TensorsOfNumbers():  # what it calls is looked at too
             return own[str(func.name())](*args, **kwargs)
     wrappers = {id(t.held): t for t in tensors if isinstance(t, StandInTensor)}
     args, kwargs = tree_map(_plain, (args, kwargs))

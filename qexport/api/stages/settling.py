@@ -60,7 +60,8 @@ def _cost(found: Calibration, table: EmbeddingPlan) -> float | None:
     """What the codes that would be deployed cost; None of other models than decoders, and without calibration text."""
     if found.batches is None or found.captured.kind != "decoder":
         return None
-    codes = found.tables.attempt(table.weight, found.captured.load(table.weight), table.chosen.weight)
+    values = found.captured.load(table.weight).to(found.captured.placement.device)
+    codes = found.tables.attempt(table.weight, values, table.chosen.weight)
     feeds, real = _few(found.captured, found.batches())
     progress = partial(found.options.progress, "embedding")
     return table_cost(found.captured, table.weight, codes.dequantize(), [feeds], [real], progress)
