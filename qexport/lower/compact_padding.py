@@ -1,7 +1,7 @@
 """Real tokens first in every row while the layers run, and the caller's order again behind them."""
 
 import operator
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 
 import torch
 from torch.fx import Node
@@ -12,6 +12,7 @@ from ..capture.graph import CapturedModel
 from ..graph.edit import TensorSpec, call, shape_of
 from ..graph.meta import Meta
 from .block_io import first_call, hand_on, names_of, read_in
+from .row_places import Read, turn_places
 
 aten = torch.ops.aten
 ops = torch.ops.qexport
@@ -20,12 +21,15 @@ LAST, TOTAL = f"{_TURNED}last", f"{_TURNED}total"  # what attention asks for, se
 _BACK, _VALID = f"{_TURNED}back", f"{_TURNED}valid"
 
 
-def turn_tokens(first: Block, values: dict[str, str], later: Mapping[str, TensorSpec]) -> None:
+def turn_tokens(
+    first: Block, values: dict[str, str], later: Mapping[str, TensorSpec], placed: Collection[Read]
+) -> None:
     """Real tokens first in everything that the first block reads by position, and what later blocks need for it.
 
     Args:
         values: the names of the model's inputs in the graph, by their public names.
         later: what blocks behind it read from outside, by these names in the graph.
+        placed: what it reads by place in the row.
     """
     graph = first.module.graph
     for name in turned_inputs(values):
@@ -53,6 +57,7 @@ def turn_tokens(first: Block, values: dict[str, str], later: Mapping[str, Tensor
                 reader, turned = _turned(node, parts[0], of_rows=name == "position_ids")
                 _replace(node, turned, but={found, ids, reader})
                 handed_on[turned_name(name)] = turned
+    turn_places(placed, ids, parts[0])
     for name, node in handed_on.items():
         hand_on(first, node, name)
 

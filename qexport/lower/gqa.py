@@ -24,6 +24,7 @@ from .compact_padding import LAST, TOTAL, rows_of, turn_back, turn_tokens, turne
 from .flat_heads import flat_heads, flatten_users
 from .position_bias import Masks
 from .rotary import RotatedHeads, position_table, rotated
+from .row_places import Read, can_be_turned, read_by_place
 from .why_written_out import why_written_out
 
 aten = torch.ops.aten
@@ -69,11 +70,13 @@ class GroupedAttention:
         sites: every attention.
         inside: by attention, how query and key are rotated, where the operator can do it itself.
         tables: [positions, n], the cosines and sines for that, by the name of the value they are a table of.
+        placed: what the first block reads by place in the row.
     """
 
     sites: Sequence[_Site]
     inside: Mapping[Node, tuple[RotatedHeads, RotatedHeads] | None]
     tables: Mapping[str, torch.Tensor]
+    placed: Sequence[Read]
 
     @property
     def biases(self) -> dict[str, torch.Tensor]:
@@ -99,10 +102,13 @@ def plan_grouping(
         Unsuited: says why GroupQueryAttention cannot serve the model.
     """
     values = {port.name: port.value for port in captured.inputs}
-    sites = _sites(captured, values, Masks(captured, producers(captured), read), e4m3)
+    masks = Masks(captured, producers(captured), read)
+    sites = _sites(captured, values, masks, e4m3)
+    placed = _placed(captured, sites, masks)
     tables = _Tables(captured, values["position_ids"], read)
     inside = {site.node: tables.of(site) for site in sites}
-    return GroupedAttention(sites, inside, {name: table for name, table in tables.made.items() if table is not None})
+    found = {name: table for name, table in tables.made.items() if table is not None}
+    return GroupedAttention(sites, inside, found, placed)
 
 
 def count_attentions(captured: CapturedModel) -> int:
@@ -116,7 +122,8 @@ def group_attention(captured: CapturedModel, grouping: GroupedAttention) -> None
     values = {port.name: port.value for port in captured.inputs}
     first = captured.blocks[0]
     behind = [names_of(block) for block in captured.blocks[1:]]
-    turn_tokens(first, values, {name: node.meta[Meta.SPEC] for names in behind for node, name in names.items()})
+    later = {name: node.meta[Meta.SPEC] for names in behind for node, name in names.items()}
+    turn_tokens(first, values, later, grouping.placed)
     turned = {values[name]: turned_name(name) for name in turned_inputs(values)}
     for block in captured.blocks[1:]:
         block.inputs[:] = [turned.get(name, name) for name in block.inputs]
@@ -186,6 +193,18 @@ def _sites(captured: CapturedModel, values: dict[str, str], masked: Masks, e4m3:
     if any(map(is_state, values)):
         raise Unsuited("layers of it keep states, which would read the padding that is put behind a text")
     return sites
+
+
+def _placed(captured: CapturedModel, sites: Sequence[_Site], masked: Masks) -> list[Read]:
+    """What the first block reads by place in the row."""
+    made_of: set[Node] = set()
+    for site in sites:
+        made_of |= masked.sources(site.block, CachedAttention.of(site.node).mask).keys()
+    tokens = shape_of(sites[0].query)[2]
+    first, *others = (read_by_place(block, tokens, made_of) for block in captured.blocks)
+    if any(others) or not can_be_turned(first, tokens):
+        raise Unsuited("layers of it count the places of tokens in their row, padding included")
+    return first
 
 
 def _of_masks(node: Node, biased: Mapping[Node, Block]) -> bool:

@@ -16,18 +16,21 @@ from qexport.capture.normalize import to_normal_form
 from qexport.capture.weight_views import WeightViews
 from qexport.errors import CaptureError, LoweringError
 from qexport.graph.sites import linears
+from qexport.graph.views import CachedAttention
 from qexport.lower.check import check_translations
 
 PROMPTS = (padded([3, 7, 1], "left"), padded([7, 2, 5], "right"))
 STEPS = 3
+# Of the largest logit. transformers sums a delta rule in pieces of 64 tokens, and its rounding reaches experts' gates.
+CLOSE, LOOSER = 1e-5, {"qwen3_5_moe": 3e-5}
 REASONS = {
-    "jetmoe": r"size depends on values at .*modeling_jetmoe.py:\d+: input_list = inputs.split\(expert_size",
+    "jetmoe": "makes a tensor whose size depends on values",
     "glm_moe_dsa": "keep states that are not keys and values",
     "openai_gpt": "does not take a transformers cache",
 }
 
 
-def assert_computes_what_transformers_computes(captured, model):
+def assert_computes_what_transformers_computes(captured, model, close=CLOSE):
     ours, theirs = captured_runner(captured), transformers_runner(model)
     for mask in PROMPTS:
         feeds = prompt_feeds(captured, tokens(*mask.shape, vocab=VOCAB), mask)
@@ -35,7 +38,7 @@ def assert_computes_what_transformers_computes(captured, model):
             got, want = ours(feeds), theirs(feeds)["logits"]
             real = feeds["attention_mask"][:, -want.shape[1] :].bool()
             assert want[real].isfinite().all()
-            assert (got["logits"] - want)[real].abs().max() < 1e-5 * want[real].abs().max()
+            assert (got["logits"] - want)[real].abs().max() < close * want[real].abs().max()
             feeds = next_feeds(feeds, got, want[:, -1].argmax(-1))
 
 
@@ -43,7 +46,8 @@ def assert_computes_what_transformers_computes(captured, model):
 @pytest.mark.parametrize("family", breadth())
 def test_blocks_compute_what_transformers_computes(captured, model_folder, family):
     model = load_weights(captured(family))
-    assert_computes_what_transformers_computes(model, reference_model(model_folder(family)))
+    close = LOOSER.get(family, CLOSE)
+    assert_computes_what_transformers_computes(model, reference_model(model_folder(family)), close)
     assert model.reader.difference < 1e-4  # by the comparison that every export makes
     check_translations(block.module.graph for block in model.blocks)
     # Weights are read by linears and by nothing else that multiplies: none is left out of the plan.
@@ -51,7 +55,8 @@ def test_blocks_compute_what_transformers_computes(captured, model_folder, famil
         for node in block.module.graph.nodes:
             if node.target in (torch.ops.aten.matmul.default, torch.ops.aten.addmm.default, torch.ops.aten.mm.default):
                 assert not any(a.op == "get_attr" and a.target not in model.constants for a in node.all_input_nodes)
-    assert all(len(linears(block.module.graph)) >= 4 for block in model.blocks[1:-1])
+        attends = any(CachedAttention.match(node) for node in block.module.graph.nodes)
+        assert len(linears(block.module.graph)) >= (4 if attends else 2) or block in (model.blocks[0], model.blocks[-1])
 
 
 @pytest.mark.parametrize("family", quick(REASONS.keys() - {"jetmoe"}, among=[n for n in REFUSED if n in REASONS]))

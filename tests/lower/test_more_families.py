@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from helpers import agreement
-from helpers.agreement import assert_agree
+from helpers.agreement import STEP, assert_agree
 from helpers.breadth import quick
 from helpers.cuda_placement.models import CPU, PROMPT
 from helpers.random_decoders import BREADTH
@@ -22,18 +22,22 @@ LOWERED = ("bloom", "falcon", "gptj", "cohere", "gpt_oss")
 MASK = padded([9, 4, 6], "left")
 WRITTEN_OUT = {
     **dict.fromkeys(
-        ("deepseek_v2", "deepseek_v3", "minicpm3", "youtu", "glm4_moe_lite", "axk1"),
+        (
+            "deepseek_v2", "deepseek_v3", "minicpm3", "youtu", "glm4_moe_lite", "axk1", "bailing_hybrid", "kimi_linear",
+        ),
         "cache holds what keys and values are made of",
     ),
     **dict.fromkeys(
         (
             "lfm2", "lfm2_moe", "qwen3_next", "qwen3_5", "olmo_hybrid", "bamba", "granitemoehybrid", "falcon_h1",
-            "nemotron_h", "zamba2", "jamba", "zamba",
+            "nemotron_h", "zamba2", "jamba", "zamba", "lfm3", "minimax", "qwen3_5_moe",
         ),
         "something other than attention reads the attention mask",
     ),
-    **dict.fromkeys(("mamba2", "mamba", "falcon_mamba", "rwkv"), "none of its layers keeps keys and values"),
-    "gpt_neo": "a mask of its own", "diffllama": "several attentions read one cache",
+    **dict.fromkeys(("mamba2", "mamba", "falcon_mamba", "rwkv", "xlstm"), "none of its layers keeps keys and values"),
+    "gpt_neo": "a mask of its own", "diffllama": "several attentions read one cache", "llama4": "attend in chunks",
+    "gemma3n": "the keys and values of others", "recurrent_gemma": "layers of it keep states",
+    "roformer_decoder": "count the places of tokens in their row",
 }  # fmt: skip
 OTHERWISE = {"doge", "gemma4_shared"}
 # Arithmetic of lengths; a look-up in a table would be followed by a copy.
@@ -52,15 +56,15 @@ def test_onnxruntime_agrees_with_the_graph(captured, tmp_path, family):
     for scheme in SCHEMES:
         exported = agreement.export(model, recipe_of(scheme), "cpu", tmp_path / scheme)
         # A token flips where an activation lies on the border of two codes: one in a hundred at most.
-        assert_agree(exported, MASK, flips=0.02)
+        # Of an expert of few features it is more of the largest element.
+        assert_agree(exported, MASK, flips=0.02, step=0.03 if family == "flex_olmo" else STEP)
     settings = exported.manifest.settings
     assert settings["attention"] == ("standard" if family in {*WRITTEN_OUT, *OTHERWISE} else "grouped")
     assert WRITTEN_OUT.get(family, "") in settings.get("attention_reason", "")
 
 
-# One whose caches are shared by layers.
-@pytest.mark.slow
-@pytest.mark.parametrize("family", quick(["gemma4_shared"], among=BREADTH))
+# One whose caches are shared by layers, and one that counts the places of tokens in a padded row.
+@pytest.mark.parametrize("family", quick(["gemma4_shared", "bart_decoder"], among=BREADTH))
 def test_a_file_without_quantization_is_the_model(captured, tmp_path, family):
     """Whatever becomes of its attention and its cache.
 
@@ -83,11 +87,11 @@ def test_a_cache_of_codes_is_refused_where_attention_is_written_out(captured, tm
 
 @pytest.mark.parametrize("family", quick(LOWERED, among=BREADTH))
 def test_every_linear_is_planned_but_routers_and_shared_ones(captured, family):
-    recipe = recipe_of("w8a8_dyn")
-    plan, _ = plan_for(captured(family), recipe, target_for("cpu", recipe).dtype.itemsize)
+    model, recipe = captured(family), recipe_of("w8a8_dyn")
+    plan, _ = plan_for(model, recipe, target_for("cpu", recipe).dtype.itemsize)
     left = {p.name: p.reason for p in plan if p.scheme is None}
     assert all("router" in why or "shared" in why for why in left.values()), left
-    assert len(left) <= 3 and len(plan) > 7
+    assert len(left) <= len(model.blocks) < len(plan)
 
 
 @pytest.mark.by_default("gpt_oss", "bloom", "cohere")
