@@ -137,7 +137,7 @@ DENSE = {
         dict(overrides=(Override(match="*.down_proj", scheme="w8a16_g32"),)), "weights of 4 bits .* and of 8 bits",
     ),
     "two bits": (dict(scheme="w2a16_g32"), "have 2 bits"),
-    "a table": (dict(scheme="nf4_g32"), "no codes in groups"),
+    "a table": (dict(scheme="nf4_g32"), "weights are not codes in groups"),
     "float input kept for 8 bits": (dict(scheme="w8a16_g32", accuracy_level=1), "accuracy level 1 keeps it float"),
     "rounded inputs": (dict(scheme="w8a8_dyn"), "rounded"),
     "rounded inputs in groups": (dict(scheme="w4a8_g32"), "rounded"),

@@ -319,8 +319,9 @@ def test_encoder(run, tmp_path):
 def test_vision(run):
     lines = run("vision.py", "--steps", 20, "--repeats", 1).splitlines()
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:4]]
-    (_, size, none, right, _, _), (_, small, ten, as_right, decibels, _) = rows
-    assert (none, ten) == ("0", "10") and int(small) < 0.35 * int(size)
+    (_, size, none, right, _, _), (_, small, nine, as_right, decibels, _) = rows
+    # The stem reads one channel, which integers are too slow for.
+    assert (none, nine) == ("0", "9") and int(small) < 0.35 * int(size)
     assert abs(float(right.rstrip("%")) - float(as_right.rstrip("%"))) < 3 and float(decibels.split()[0]) > 20
 
 
@@ -334,10 +335,10 @@ def test_recurrent_decoders(run):
 
 @pytest.mark.slow
 def test_families(run):
-    lines = run("families.py", "--families", "gpt2", "recurrent_gemma").splitlines()
+    lines = run("families.py", "--families", "gpt2", "openai_gpt").splitlines()
     (row,) = (line for line in lines if line.startswith("| gpt2 |"))
     assert "| grouped |  | 9 | none |" in row and len(row.split("|")) == 12
-    assert any(line.startswith("- `recurrent_gemma`: ") and "state that it keeps in a module" in line for line in lines)
+    assert any(line.startswith("- `openai_gpt`: ") and "does not take a transformers cache" in line for line in lines)
 
 
 @pytest.mark.slow

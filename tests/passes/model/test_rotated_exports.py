@@ -21,6 +21,14 @@ def rotated(scheme, **more):
     return Recipe(scheme=scheme, rotation={}, calibration=calibration, **more)
 
 
+def every_node(graph):
+    """Nodes of a graph and of its branches."""
+    for node in graph.node:
+        yield node
+        for attribute in node.attribute:
+            yield from every_node(attribute.g)
+
+
 @pytest.mark.by_default("w4a16_g32")
 @pytest.mark.parametrize("scheme", ["w8a8_dyn", "w4a16_g32"])
 def test_an_export_in_another_basis_is_proved_like_any_other(llama, scheme, tmp_path):
@@ -45,7 +53,7 @@ def test_all_rotations_with_a_cache_in_four_bits(llama, tmp_path):
     kept = json.loads((tmp_path / "out" / "report.json").read_text())["export"]
     assert list(kept["model_passes"]) == ["RotateResidual", "RotateValues", "RotateKeys", "RotateInputs"]
     model = onnx.load(tmp_path / "out" / "model.onnx", load_external_data=False)
-    attentions = [node for node in model.graph.node if node.op_type == "GroupQueryAttention"]
+    attentions = [node for node in every_node(model.graph) if node.op_type == "GroupQueryAttention"]
     assert attentions and not any(a.i for node in attentions for a in node.attribute if a.name == "do_rotary")
 
 
