@@ -4,7 +4,7 @@ Learned positions of decoders like BART's are rows of a table from the number of
 put first, the values of their places go with them: what a token gets is what it gets in the caller's order.
 """
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 
 import torch
 from torch.fx import Node
@@ -35,9 +35,8 @@ def read_by_place(block: Block, tokens: int | str, masks: Collection[Node]) -> l
             if said.intersection(inputs):
                 said.add(node)
                 found += [(n, node) for n in inputs if n in by_place and node not in masks]
-            elif is_call(node, *_COUNTS) or by_place.intersection(inputs):
-                if isinstance(node.meta[Meta.SPEC], TensorSpec) and tokens in shape_of(node):
-                    by_place.add(node)
+            elif (is_call(node, *_COUNTS) or by_place.intersection(inputs)) and _has(node, tokens):
+                by_place.add(node)
         elif node.op == "output":
             found += [(n, node) for n in node.all_input_nodes if n in by_place and n not in masks]
     return found
@@ -72,6 +71,10 @@ def turn_places(found: Collection[Read], ids: Node, order: Node) -> None:
             with graph.inserting_after(each):
                 turned[value] = call(graph, ops.take_tokens.default, (each, order), like=each)
         reader.replace_input_with(value, turned[value])
+
+
+def _has(node: Node, tokens: int | str) -> bool:
+    return isinstance(node.meta.get(Meta.SPEC), TensorSpec) and tokens in shape_of(node)
 
 
 def _rows(shape: tuple[int | str, ...], tokens: int | str) -> bool:

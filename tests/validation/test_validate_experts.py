@@ -94,5 +94,5 @@ def test_schemes_are_chosen_though_experts_cannot_be_measured(model, exported, t
     assert found.logits.kl_mean > 0 and len(found.schemes) == 9 + INSIDE
     assert not found.export.dense  # all experts of a layer have one scheme
     for layer in range(2):
-        assert len({s for n, s in found.schemes.items() if f".{layer}." in n and ".experts." in n}) == 1
+        assert len({s for n, s in found.schemes.items() if f"layers.{layer}.mlp.experts." in n}) == 1
     assert found.export.manifest.bytes["model"] <= size
