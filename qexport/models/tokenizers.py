@@ -1,7 +1,7 @@
 """The tokenizer in a model's folder."""
 
 import logging
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
@@ -26,10 +26,18 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False):
     """The tokenizer of a folder; None where it has none, or one that takes code or packages that are not to be had.
 
     One that is code of its own, which is not trusted, is made of its tokenizer.json where there is one, with a warning.
+    Every stage of an export asks for it and reading takes half a second, so the last one is kept: leave it as it is.
 
     Raises:
         InputError: its files are damaged.
     """
+    stats = [file.stat() for file in sorted(Path(folder).glob("*")) if file.is_file()]
+    return _loaded(Path(folder), trust_remote_code, tuple((s.st_ino, s.st_size, s.st_mtime_ns) for s in stats))
+
+
+@lru_cache(maxsize=1)
+def _loaded(folder: Path, trust_remote_code: bool, stamp: tuple):
+    """As `load_tokenizer`; stamp: of the folder's files, which may change."""
     if not any((folder / name).exists() for name in TOKENIZER_FILES):
         return None  # transformers would make one without a vocabulary
     remedy = "Download it again, or remove the tokenizer's files to continue without text"
