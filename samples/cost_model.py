@@ -4,7 +4,8 @@
     python samples/cost_model.py --check 1b --threads 1 [--products bfloat16]
 
 The first prints hours for the default way of calibrating (GPTQ in groups of 32, 32 x 256 tokens and 512 x 2048) on
-stated devices; several of them share samples and linears out, as with torchrun. The second exports random layers of a
+stated devices; several of them share samples and linears out, as with torchrun. Behind it stands what was measured
+beside a GPU. The second exports random layers of a
 real shape and compares processor seconds, which do not grow with what else the machine does.
 """
 
@@ -29,6 +30,11 @@ WIDER = {"405b": (16384, 53248, 128, 8)}
 DEVICES = {
     "a CPU of 64 cores": (3e12, 3e11, 1e10), "an A100": (19.5e12, 2.0e12, 3e11), "an H200": (50e12, 4.8e12, 4.5e11),
 }  # fmt: skip
+# A layer of 1B's shape, 32 x 256 tokens (samples/results/gpu.md), and the seconds that it took.
+MEASURED = {
+    "an H200": (Machine(50.6e12, 4.8e12), 1.33),
+    "the CPU beside it, 16 threads": (Machine(1.23e12, 2e11, reached=share_reached(16)), 9.09),
+}
 WORK = {"32 x 256": (32, 256), "512 x 2048": (512, 2048)}
 EFFORT = Effort(passes=2, hessians=True)
 
@@ -51,6 +57,14 @@ def table() -> None:
                     for count in (1, 8, 64)
                 ]
                 print(f"| {shape} | {device} | {name} | {' | '.join(f'{hours:.2f}' for hours in taken)} |")
+
+
+def beside_gpu() -> None:
+    """The rows that numbers of the model come from."""
+    print("\n| machine | FLOP/s of a product | predicted, s | measured, s |\n| --- | --- | --- | --- |")
+    work = block_work(readings("1b"), Data(32, 256, 4, SHAPES["1b"][0]), EFFORT)
+    for name, (machine, found) in MEASURED.items():
+        print(f"| {name} | {machine.flops / 1e12:.3g}e12 | {seconds(work, machine):.2f} | {found} |")
 
 
 def check(given: argparse.Namespace) -> None:
@@ -84,7 +98,11 @@ def main() -> None:
     parser.add_argument("--products", choices=("float32", "bfloat16"), default="float32")
     given = parser.parse_args()
     SHAPES.update(WIDER)
-    check(given) if given.check else table()
+    if given.check:
+        check(given)
+    else:
+        table()
+        beside_gpu()
 
 
 if __name__ == "__main__":
