@@ -45,7 +45,7 @@ def test_the_command_says_it(model_folder, run):
 def test_a_long_export_says_it_first(model_folder, tmp_path, monkeypatch):
     slow, told = machine.Machine(1e6, 1e6), []
     monkeypatch.setattr(estimating, "SHORT", 0)
-    monkeypatch.setattr(estimating, "measured", lambda device: slow if device == torch.device("cpu") else None)
+    monkeypatch.setattr(estimating, "measured", lambda device, **_: slow if device == torch.device("cpu") else None)
     recipe = qexport.Recipe.load("w4a16_g32").with_calibration(**RECIPE)
     for limit in (1e9, 1.0):
         monkeypatch.setattr(pipeline, "LONG", limit)
