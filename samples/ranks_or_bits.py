@@ -6,9 +6,9 @@ By the Fisher metric of the float model (`calibrate.fisher`) an error E of a wei
 1/2 mean over tokens of f_t sum over c of g_c (x_t E_c)^2 to the KL. Weights of every few blocks get 4 bits in groups of
 32 by each method. What GPTQ leaves is then corrected by the best matrix of each rank there is for exactly this sum: the
 SVD of its error, weighted from both sides. Codes and factors are found on the first half of the text's tokens, and
-priced on the other. A branch of rank r has r (K + N) factors, of 16 bits here. Printed are sums over linears of a kind:
-the KL foretold of each method, and for each rank the bits a weight that its factors take, the share of GPTQ's KL that it
-leaves, and what as many bits in codes leave, on a straight line through 4 and 5 bits of log KL.
+priced on the other. A branch of rank r has r (K + N) factors, of 16 bits here. Printed are sums over linears of a
+kind: the KL foretold of each method, and for each rank the bits a weight that its factors take, the share of GPTQ's KL
+that it leaves, and what as many bits in codes leave, on a straight line through 4 and 5 bits of log KL.
 """
 
 import argparse

@@ -134,8 +134,8 @@ def export(
         with console.showing_progress() as progress:
             found = qexport.export_auto(
                 opened, chosen, out_dir=out, max_bytes=most, max_kl=max_kl, curve=curve, context=context,
-                target=target, dtype=dtype, calibration=calibration, text=text, overwrite=overwrite, attention=attention,
-                provider=provider,
+                target=target, dtype=dtype, calibration=calibration, text=text, overwrite=overwrite,
+                attention=attention, provider=provider,
                 requantize=requantize is not None, trust_remote_code=trust_remote_code, progress=progress,
                 device=device, offload=offload,
             )  # fmt: skip
