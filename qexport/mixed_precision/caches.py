@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from ..artifact.cache_names import is_past, is_state
 from ..capture.graph import CapturedModel
 from ..recipe.methods import CacheMethod
+from ..recipe.recipe import Recipe
+from ..targets.base import Target
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,13 @@ class CountedCache:
             for m, cost in zip(self.methods, kl, strict=True)
         )
         return (floats, *coded) if self.floats else tuple(coded)
+
+
+def cache_of(captured: CapturedModel, recipe: Recipe, target: Target) -> CacheChoice | None:
+    """What one token takes in the cache of a decoder that is exported by a recipe; None where nothing is kept."""
+    own = [method for method in recipe.methods if isinstance(method, CacheMethod)]
+    counted = CountedCache(1, own, not own, 8 * target.dtype.itemsize, target.e4m3_cache)
+    return counted.choices(captured, [0.0] * len(own))[0] if numbers_a_token(captured) else None
 
 
 def numbers_a_token(captured: CapturedModel) -> int:

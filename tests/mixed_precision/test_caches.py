@@ -1,5 +1,7 @@
 import json
+import math
 
+import onnx
 import pytest
 import torch
 
@@ -120,7 +122,15 @@ def test_the_command_counts_a_cache_and_chooses_its_bits(model, tmp_path, run):
     assert manifest.settings["kv_cache_bits"] == bits
     assert Recipe.load(tmp_path / "auto" / "recipe.yaml").given["kv_cache"] == section("kv_cache", bits=bits)
     assert kept["bytes"] + kept["cache"]["bytes"] <= 240_000 and kept["asked"]["context"] == 128
+    graph = onnx.load(tmp_path / "auto" / "model.onnx", load_external_data=False).graph
+    pasts = [value.type.tensor_type for value in graph.input if value.name.startswith("past_key_values.")]
+    assert {past.elem_type for past in pasts} <= {onnx.TensorProto.INT8, onnx.TensorProto.UINT8}
+    a_token = sum(math.prod(dim.dim_value or 1 for dim in past.shape.dim) for past in pasts)
+    assert kept["cache"]["bytes"] == 128 * a_token
     assert f"cache of 128 tokens: {megabytes(kept['cache']['bytes'])} in int{bits}" in said
+    code, said, problem = run("inspect", model, "-r", f"w4a16_g16_kv{bits}")
+    assert code == 0, problem
+    assert f"Keys and values take {a_token:,} bytes a token, in int{bits}" in said
 
 
 @pytest.mark.parametrize("context, says", [(0, "0 tokens"), (10**6, "1,000,000 tokens")])
