@@ -100,7 +100,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=2, help="texts of a step")
     parser.add_argument("--texts", type=int, default=32)
     parser.add_argument("--length", type=int, default=256, help="tokens of a text")
-    parser.add_argument("--rate", type=float, default=0.02, help="first step of weights, in clip values")
+    parser.add_argument("--rate", type=float, default=0.003, help="first step of weights, in clip values")
     parser.add_argument("--clip-rate", type=float, default=0.002, help="first step of clip values, as a share")
     parser.add_argument("--text", type=Path, help="UTF-8 text instead of what the model writes")
     given = parser.parse_args()
@@ -113,6 +113,7 @@ def main() -> None:
     trained = [text for text in range(len(ids)) if text not in held]
     rounding = round_linears(model, given.bits)
     before = kl(model, wanted, ids, held)
+    print(f"rounded to nearest: KL {before:.4f}", flush=True)
     after, at = train(model, rounding, wanted, ids, trained, held, given)
     save(model, rounding, given.out / "checkpoint", given)
     del model, rounding, wanted

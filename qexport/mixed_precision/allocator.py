@@ -24,6 +24,7 @@ logger = logging.getLogger(__name__)
 
 _LEAST_SHARE, _MOST_SHARE = 0.05, 1.5  # of the same, by linear: beyond are errors of measurement
 _GRAPH_BYTES = 1400  # of model.onnx for each linear and what surrounds it, at most
+_SPREAD_BYTES = 100  # by which the same differ from one choice to the next, for each linear
 _JOINING_BYTES = 1500  # of the same, where codes lie in planes that are joined when the file is loaded
 
 
@@ -168,6 +169,7 @@ class SchemeAllocator:
             raise RecipeError("quantizes nothing, so there is nothing to choose", place=parts[0].recipe.name)
         self.left = parts[0].recipe.weights.kl_left
         self._caches = parts[0].caches
+        self._spread = 0
 
     def foretold(self, allocation: Allocation) -> float:
         """The KL that an export is expected to have."""
@@ -183,7 +185,7 @@ class SchemeAllocator:
         found = [
             replace(allocation, cache=cache)
             for cache in self._caches
-            if (allocation := within_bytes(choices, most - self._rest - cache.bytes)) is not None
+            if (allocation := within_bytes(choices, most - self._rest - self._spread - cache.bytes)) is not None
         ]
         if not found:
             smallest = self.smallest()
@@ -231,6 +233,7 @@ class SchemeAllocator:
         self._parts[0].rest += more
         for part in self._parts:
             part.guessed = 0
+        self._spread = _SPREAD_BYTES * sum(len(part.costs.items) for part in self._parts)
 
     @property
     def importance(self) -> Mapping[str, Importance]:

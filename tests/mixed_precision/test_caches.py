@@ -138,3 +138,11 @@ def test_a_text_that_the_model_does_not_read_is_refused(model, tmp_path, context
     with pytest.raises(InputError, match=says):
         export_auto(model, RTN, out_dir=tmp_path / "auto", max_bytes=10**6, context=context, calibration="random")
     assert not list(tmp_path.iterdir())
+
+
+def test_once_a_graph_was_measured_others_may_be_a_little_larger():
+    chooser = SchemeAllocator([Priced()])
+    assert chooser.within_bytes(1200).cache.numbers == "floats"
+    chooser.wrong_by(0)
+    assert chooser.within_bytes(1200 + 199).cache.numbers == "int8"  # of two linears
+    assert chooser.within_bytes(1200 + 200).cache.numbers == "floats"
