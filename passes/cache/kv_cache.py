@@ -4,11 +4,12 @@ They are rounded as the cache holds them, keys behind their rotation, for the ne
 them from the cache.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Self
 
 import torch
+from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from ...errors import PassError
@@ -17,7 +18,7 @@ from ...graph.meta import Meta
 from ...graph.schema import rebind
 from ...graph.views import CachedAttention, size_at
 from ...plan.linear_plan import LinearPlan
-from ...quant.kv_cache import cache_scale, code_range
+from ...quant.kv_cache import cache_scale, code_range, read_cache, stored_cache
 from ...quant.observers import ChannelAbsmax
 from ...quant.small_floats import E4M3_LARGEST
 from ...recipe.methods import CacheMethod
@@ -53,6 +54,22 @@ class KVCacheSection(CacheMethod):
     def check(self, recipe: Recipe) -> None:
         if self.numbers == "e4m3" and self.bits != 8:
             raise ValueError("e4m3 numbers have 8 bits", "Leave out bits")
+
+    @classmethod
+    def candidates(cls) -> Sequence[Self]:
+        return cls(bits=8), cls(bits=4)
+
+    @property
+    def called_numbers(self) -> str:
+        return _numbers(self.bits, self.numbers == "e4m3")
+
+    def bits_kept(self, float_bits: int, e4m3: bool) -> int:
+        return float_bits if self.numbers == "e4m3" and not e4m3 else self.bits
+
+    def rounded(self, x: Tensor) -> Tensor:
+        absmax, e4m3 = x.abs().amax((0, 2)), self.numbers == "e4m3"
+        scale = cache_scale(_of_scales(absmax, self.scales == "channel"), self.bits, e4m3)
+        return read_cache(stored_cache(x, scale, self.bits, e4m3), scale, self.bits, e4m3)
 
     @property
     def needs_calibration(self) -> bool:
@@ -98,9 +115,7 @@ class QuantizeCache(GraphPass):
                     largest = E4M3_LARGEST if self.e4m3 else code_range(self.bits)[1]
                     absmax = steps * largest
                 else:
-                    absmax = context.statistics[value].absmax()
-                    shape = (heads, 1, size) if self.per_channel else (1,)
-                    absmax = absmax.view(shape) if self.per_channel else absmax.max().view(shape)
+                    absmax = _of_scales(context.statistics[value].absmax().view(heads, size), self.per_channel)
                     steps = cache_scale(absmax, self.bits, self.e4m3)
                 with graph.inserting_before(node):
                     scale = add_tensor(graph, place, steps)
@@ -110,13 +125,21 @@ class QuantizeCache(GraphPass):
                         rounded = call(graph, ops.round_cache.default, (value, scale, self.bits), like=value)
                 rebind(node, **{name: rounded})
                 data = {"range": round(float(absmax.max()), 4)}
-                numbers = "e4m3" if self.e4m3 else f"int{self.bits}"
-                result.changed.append(SiteRecord(place.removesuffix("_scale"), numbers, data))
+                result.changed.append(SiteRecord(place.removesuffix("_scale"), _numbers(self.bits, self.e4m3), data))
         finish(module)
         return result
 
 
-def _stored(node: Node, place: str) -> tuple[torch.Tensor, torch.Tensor]:
+def _numbers(bits: int, e4m3: bool) -> str:
+    return "e4m3" if e4m3 else f"int{bits}"
+
+
+def _of_scales(absmax: Tensor, per_channel: bool) -> Tensor:
+    """Of magnitudes [kv_heads, head_dim] the largest for each scale: [kv_heads, 1, head_dim] or [1]."""
+    return absmax[:, None] if per_channel else absmax.max().view(1)
+
+
+def _stored(node: Node, place: str) -> tuple[Tensor, Tensor]:
     """The scales of keys and values, float32 [1] each."""
     found = node.meta.get(Meta.CACHE_SCALES)
     if found is None:

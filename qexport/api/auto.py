@@ -10,6 +10,7 @@ from typing import Any
 from ..artifact.output import WorkFolder, claimed
 from ..capture.graph import CapturedModel
 from ..errors import InputError
+from ..mixed_precision.caches import UNCOUNTED, CacheChoice
 from ..mixed_precision.curve import Curve, knee
 from ..models.source import ModelFolder, source_path
 from ..progress import Progress, no_progress
@@ -34,13 +35,15 @@ class AutoResult:
 
     Attributes:
         export: the export, as `export` returns it.
-        asked: "max_bytes" or "max_kl", and its number; empty where only a curve was asked for.
+        asked: "max_bytes" or "max_kl", and its number; empty where only a curve was asked for. "context": the tokens
+            of a text whose keys and values are counted.
         schemes: of every quantized linear, and of a quantized table of embeddings, by name.
         predicted_kl: by the costs, corrected by what earlier exports measured.
         logits: as measured.
         text: what that was measured on.
         exports: how many it took.
         curve: KL against bytes, where it was asked for.
+        cache: how keys and values are kept, where the budget counts those of a text.
     """
 
     export: ExportResult
@@ -51,11 +54,13 @@ class AutoResult:
     text: str
     exports: int
     curve: Curve | None = None
+    cache: CacheChoice = UNCOUNTED
 
     def as_dict(self) -> dict[str, Any]:
         """The choice in plain types, as report.json keeps it under "auto"; "schemes": how many have each."""
-        scores = self.logits
+        scores, cache = self.logits, self.cache
         return {
+            **({"cache": {"numbers": cache.numbers, "bytes": cache.bytes}} if cache.numbers else {}),
             "asked": dict(self.asked), "windows": scores.windows, "window": scores.window,
             "top1_agreement": scores.top1_agreement, "choices": dict(self.schemes),
             "predicted_kl": self.predicted_kl, "kl": scores.kl_mean, "perplexity": scores.perplexity,
@@ -72,6 +77,7 @@ def export_auto(
     max_bytes: int | None = None,
     max_kl: float | None = None,
     curve: bool = False,
+    context: int | None = None,
     target: str = "cpu",
     calibration: Any = None,
     text: str | os.PathLike[str] | None = None,
@@ -103,6 +109,8 @@ def export_auto(
         curve: also choose for sizes from the smallest schemes to the closest, and measure some of these exports. The
             folder gets what was found in report.json, and a recipe for each size. Without a bound it is the export
             behind which bytes gain little.
+        context: tokens of a text whose keys and values the bytes are of too, beside the model's files. Whether they
+            are kept in floats, in 8 or in 4 bits is then chosen with the schemes, by what each costs.
         target: as `export` takes it.
         calibration: as `export` takes it.
         text: as `validate` takes it; the KL of the result is measured on it.
@@ -121,7 +129,7 @@ def export_auto(
 
     Raises:
         InputError: neither bound, or both; a size that no choice meets, or a KL that the best choices miss; a model
-            without text.
+            without text, or a context that it does not have.
         RecipeError: the recipe quantizes activations.
         QExportError: as `export`.
     """
@@ -137,12 +145,13 @@ def export_auto(
     request = Request.of(model, recipe, options, calibration)
     judge = Judge(text, windows, window, None if provider is None else provider_named(provider))
     with claimed(Path(out_dir), overwrite, source_path(model)) as work:
-        return _search(work, prepare(request), asked, judge, curve)
+        return _search(work, prepare(request), asked, judge, curve, context)
 
 
 def _search(
-    work: WorkFolder, prepared: Preparation, asked: Mapping[str, float], judge: Judge, curve: bool
-) -> AutoResult:
+    work: WorkFolder, prepared: Preparation, asked: Mapping[str, float], judge: Judge, curve: bool,
+    context: int | None,
+) -> AutoResult:  # fmt: skip
     """Export with schemes for one bound, "max_bytes" or "max_kl", and again with what was learnt from that."""
     most = asked.get("max_bytes")
     if prepared.in_two_parts and curve:
@@ -150,8 +159,11 @@ def _search(
             "each part of an encoder-decoder has a recipe of its own, and a point of a curve is one", place="curve",
             remedy="Give max_bytes or max_kl",
         )  # fmt: skip
-    ready = trials_of_parts if prepared.in_two_parts else trials
-    with ready(prepared, judge, work.folder / "trials", None if most is None else int(most)) as tried:
+    if prepared.in_two_parts and context is not None:
+        raise InputError("the cache of an encoder-decoder stays in floats", place="context", remedy="Leave it out")
+    places = judge, work.folder / "trials", None if most is None else int(most)
+    ready = trials_of_parts(prepared, *places) if prepared.in_two_parts else trials(prepared, *places, context)
+    with ready as tried:
         best: Trial | None = None
         if most is not None:
             best = _for_bytes(tried, int(most))
@@ -164,8 +176,9 @@ def _search(
             part: replace(own, folder=work.given / part) for part, own in best.made.parts.items()
         })  # fmt: skip
         result = AutoResult(
-            made, asked, schemes_of(best.made), best.foretold,
+            made, asked if context is None else {**asked, "context": context}, schemes_of(best.made), best.foretold,
             best.logits, tried.described, len(tried.all), None if drawn is None else drawn.curve,
+            best.allocation.cache,
         )  # fmt: skip
         keep(best.made.folder, "auto", result.as_dict())
         if drawn is not None:
@@ -184,7 +197,7 @@ def _for_bytes(tried: Trials, most: int) -> Trial:
         if trial is not None:
             tried.learn(trial)
         allocation = tried.chooser.within_bytes(most)
-        if small and small[-1].allocation.schemes == allocation.schemes:
+        if small and small[-1].allocation.picked == allocation.picked:
             break
         trial = tried.attempt(allocation)
         if trial.bytes <= most:
@@ -203,7 +216,7 @@ def _for_kl(tried: Trials, most: float) -> Trial:
         if tried.all:
             tried.learn(tried.all[-1])
         allocation = tried.chooser.within_kl(most * (1 - _CLOSE / 2)) or tried.chooser.best()
-        if any(trial.allocation.schemes == allocation.schemes for trial in tried.all):
+        if any(trial.allocation.picked == allocation.picked for trial in tried.all):
             break  # there is nothing else to try
         trial = tried.attempt(allocation)
         if trial.kl <= most:

@@ -39,26 +39,26 @@ def trace(tried: Trials) -> TracedCurve:
         QExportError: as `Trials.attempt`.
     """
     chooser = tried.chooser
-    before = {trial.allocation.schemes for trial in tried.all}
-    chosen: dict[tuple[str, ...], Allocation] = {trial.allocation.schemes: trial.allocation for trial in tried.all}
+    before = {trial.allocation.picked for trial in tried.all}
+    chosen: dict[tuple[str, ...], Allocation] = {trial.allocation.picked: trial.allocation for trial in tried.all}
     measured = spread_over(_SIZES, _MEASURED)
     for place in range(_SIZES):
         least, most = chooser.bytes(chooser.smallest()), chooser.bytes(chooser.best())
         allocation = chooser.within_bytes(sizes_between(least, most, _SIZES)[place])
-        chosen.setdefault(allocation.schemes, allocation)
-        if place in measured and allocation.schemes not in before:
-            before.add(allocation.schemes)
+        chosen.setdefault(allocation.picked, allocation)
+        if place in measured and allocation.picked not in before:
+            before.add(allocation.picked)
             trial = tried.attempt(allocation)
             if place < _SIZES - 1:
                 tried.learn(trial)
     known = [(chooser.of_rounding(trial.allocation), trial.kl) for trial in tried.all]
-    real = {trial.allocation.schemes: (trial.bytes, trial.kl) for trial in tried.all}
+    real = {trial.allocation.picked: (trial.bytes, trial.kl) for trial in tried.all}
     found = []
-    for schemes, allocation in chosen.items():
+    for picked, allocation in chosen.items():
         guess = chooser.bytes(allocation), estimated(chooser.of_rounding(allocation), known)
-        size, kl = real.get(schemes, guess)
+        size, kl = real.get(picked, guess)
         counts = dict(Counter(chooser.schemes(allocation).values()))
-        found.append((CurvePoint(size, kl, schemes in real, counts), chooser.recipes(allocation)[0]))
+        found.append((CurvePoint(size, kl, picked in real, counts), chooser.recipes(allocation)[0]))
     found.sort(key=lambda pair: pair[0].bytes)
     named = [
         replace(point, recipe=f"{FOLDER}/{i:02}_{megabytes(point.bytes).replace(' ', '')}.yaml")

@@ -18,6 +18,7 @@ from ..graph.sites import FoldSite, fold_sites, linear_at
 from ..lower.attention_plan import plan_attention
 from ..lower.gqa import GroupedAttention
 from ..lower.sizes import planned_bytes
+from ..mixed_precision.caches import cache_of
 from ..passes.equalization.input_policy import InputPolicy
 from ..plan.linear_plan import LinearPlan
 from ..plan.model_plan import weight_sizes
@@ -59,6 +60,7 @@ def dry_run(prepared: Preparation, calibrate: bool) -> Inspection:
     parts = planned_bytes(
         captured, decisions.plan, decisions.embeddings, float_itemsize, grouping, decisions.convolutions
     )  # fmt: skip
+    kept = cache_of(captured, recipe, planned.target)
     slower = planned.target.slower_than_float(decisions.plan)
     return Inspection(
         model=_called(prepared.source), recipe=recipe.name, target=planned.target.name,
@@ -68,6 +70,7 @@ def dry_run(prepared: Preparation, calibrate: bool) -> Inspection:
         slow=planned.target.predict_slow([b.module.graph for b in captured.blocks], by_name),
         attention=_attention(captured, grouping), parameters=sum(sizes.values()),
         bytes={"float": float_itemsize * sum(sizes.values()), **parts},
+        cache={} if kept is None else {"numbers": kept.numbers, "bytes_a_token": kept.bytes},
         estimate=estimate(planned), embeddings=tuple(decisions.embeddings),
         convolutions=tuple(decisions.convolutions), warnings=(*captured.notes, *([slower] if slower else [])),
         codes=described_codes(captured, decisions, planned.target), adapter=described_adapter(captured),

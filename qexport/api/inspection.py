@@ -63,6 +63,7 @@ class Inspection:
             product; empty where it does. Other linears are not in it.
         sites: where factors can go, in order, with ranges and what a policy decides by them.
         attention: of a decoder, "grouped" or "standard" and why; empty for other models.
+        cache: of a decoder that keeps keys and values, what: "numbers", and "bytes_a_token"; empty for other models.
         parameters: number of weights, tied ones counted once.
         bytes: of the float model in the target's dtype ("float"), and of the export: "quantized" linears, the
             "embedding" with what an output projection reads of it too, the output projection ("lm_head") and the "rest"
@@ -91,6 +92,7 @@ class Inspection:
     parameters: int
     bytes: dict[str, int]
     estimate: Estimate
+    cache: Mapping[str, Any] = field(default_factory=dict)
     embeddings: tuple[EmbeddingPlan, ...] = ()
     convolutions: tuple[ConvolutionPlan, ...] = ()
     warnings: tuple[str, ...] = ()

@@ -114,7 +114,7 @@ def decide(captured: CapturedModel, recipe: Recipe, target: Target, attention: s
         check_translations(graphs)
     else:
         check_forms(graphs, target.operators)
-    _check_cache(captured, recipe, target, attention)
+    check_cache(captured, recipe, target, attention)
     plan, embeddings = plan_for(captured, recipe, target.dtype.itemsize, target.least_states)
     target.check(plan, recipe)
     return Decisions(plan, embeddings, convolutions_for(captured, recipe, target.no_convolution))
@@ -199,7 +199,7 @@ def _staying_float(captured: CapturedModel, decisions: Decisions) -> Iterator[st
                 yield name
 
 
-def _check_cache(captured: CapturedModel, recipe: Recipe, target: Target, attention: str) -> None:
+def check_cache(captured: CapturedModel, recipe: Recipe, target: Target, attention: str) -> None:
     """Refuse a recipe that rounds a cache that a decoder reads otherwise than grouped attention of the target does."""
     key = next((method.key for method in recipe.methods if method.needs_grouped_attention), None)
     if key is None or captured.kind != "decoder":

@@ -19,12 +19,16 @@ from ..calibrate.fisher import Importance
 from ..calibrate.projection import FloatFindings
 from ..capture.graph import CapturedModel
 from ..device import CPU
-from ..errors import InputError
+from ..errors import InputError, QExportError
 from ..mixed_precision.allocate import Allocation
 from ..mixed_precision.allocator import PricedModel, SchemeAllocator
+from ..mixed_precision.caches import CountedCache, numbers_a_token
 from ..models.source import ModelFolder
 from ..progress import Progress
+from ..recipe.methods import CacheMethod
 from ..recipe.recipe import Recipe
+from ..recipe.registry import methods
+from ..targets.base import Target
 from ..validation.account import transforms
 from ..validation.kl_costs import deployed_costs
 from ..validation.logits import compare_logits, deployed_logits
@@ -32,6 +36,7 @@ from ..validation.reader import check_reader
 from ..validation.reference import FloatOutputs, decoder_feeds
 from ..validation.report import Logits
 from ..validation.text import choose_text
+from .refusals import check_cache
 from .result import ExportResult
 from .stages import pipeline
 from .stages.capturing import capture, capture_model
@@ -54,7 +59,7 @@ class Judge:
 
 @dataclass(frozen=True)
 class Trial:
-    """An export, the KL that was expected of it, and what it has."""
+    """An export, the KL that was expected of it, and what it has; bytes: of it and of the cache that is counted."""
 
     allocation: Allocation
     foretold: float
@@ -64,7 +69,7 @@ class Trial:
 
     @property
     def bytes(self) -> int:
-        return self.made.manifest.bytes["model"]
+        return self.made.manifest.bytes["model"] + self.allocation.cache.bytes
 
 
 class Judged(Protocol):
@@ -104,7 +109,7 @@ class Trials:
             InputError: NaN or Inf comes out.
             QExportError: as `export`.
         """
-        trial, foretold = self._folder / str(len(self.all)), self.chooser.left * allocation.kl
+        trial, foretold = self._folder / str(len(self.all)), self.chooser.foretold(allocation)
         with claimed(trial, overwrite=False) as place:
             made = self._model.export(self.chooser.recipes(allocation), place)
         logits = self._model.logits(made)
@@ -149,12 +154,15 @@ class _Decoder:
 
 
 @contextmanager
-def trials(prepared: Preparation, judge: Judge, folder: Path, most: int | None = None) -> Iterator[Trials]:
+def trials(
+    prepared: Preparation, judge: Judge, folder: Path, most: int | None = None, context: int | None = None
+) -> Iterator[Trials]:
     """Measure what schemes cost in every linear of a decoder, and get ready to try some.
 
     Args:
         folder: where exports are made.
         most: bytes of a file that is to be found; that there is none is said before the work begins.
+        context: tokens whose keys and values the bytes are of too.
 
     Raises:
         InputError: the model is no decoder, there is no text, or so few bytes are not enough.
@@ -167,7 +175,7 @@ def trials(prepared: Preparation, judge: Judge, folder: Path, most: int | None =
     feeds = _feeds(captured, prepared.recipe, prepared.data, progress)
     chooser = SchemeAllocator([PricedModel(
         captured, prepared.recipe, prepared.target.candidates, prepared.target.dtype.itemsize, options.attention, feeds,
-        partial(progress, "costs"),
+        partial(progress, "costs"), counted=None if context is None else counted_cache(captured, prepared, context),
     )])  # fmt: skip
     window = min(judge.window, captured.settings.get("max_position_embeddings") or judge.window)
     judged = choose_text(captured, judge.text, judge.windows, window, partial(progress, "text"))
@@ -182,6 +190,34 @@ def trials(prepared: Preparation, judge: Judge, folder: Path, most: int | None =
             yield Trials(chooser, judged.described, _model=model, _folder=folder)
     finally:
         reference.close()
+
+
+def counted_cache(captured: CapturedModel, prepared: Preparation, tokens: int) -> CountedCache:
+    """The ways to keep keys and values among which mixed precision chooses.
+
+    Raises:
+        InputError: the model keeps none, or reads no text of so many tokens.
+    """
+    longest = captured.settings.get("max_position_embeddings")
+    if tokens < 1 or (longest is not None and tokens > longest):
+        most = "" if longest is None else f" to {longest:,}, which is what the model reads"
+        raise InputError(f"{tokens:,} tokens", place="context", remedy=f"Give from 1{most}")
+    if not numbers_a_token(captured):
+        raise InputError("the model keeps no keys and values", place="context", remedy="Leave it out")
+    target, recipe = prepared.target, prepared.recipe
+    own = [method for method in recipe.methods if isinstance(method, CacheMethod)]
+    offered = [method for kind in methods() if issubclass(kind, CacheMethod) for method in kind.candidates()]
+    usable = own or [m for m in offered if _takes_cache(captured, recipe, m, target, prepared.options.attention)]
+    return CountedCache(tokens, usable, not own, 8 * target.dtype.itemsize, target.e4m3_cache)
+
+
+def _takes_cache(captured: CapturedModel, recipe: Recipe, method: CacheMethod, target: Target, attention: str) -> bool:
+    try:
+        check_cache(captured, recipe.model_copy(update={method.key: method}), target, attention)
+    except QExportError as error:
+        logger.info("keys and values stay in floats: %s", error)
+        return False
+    return True
 
 
 def _decoder(prepared: Preparation) -> CapturedModel:

@@ -24,7 +24,9 @@ from ..capture.blocks import Block
 from ..capture.graph import CapturedModel
 from ..device import CPU
 from ..errors import NumericsError
+from ..graph.edit import is_call
 from ..graph.sites import Linear, linears
+from ..graph.views import CachedAttention, size_at
 from ..progress import StageProgress, no_stage_progress
 from .block_activations import Feeds, stream_of
 from .float_model import weights_of
@@ -65,6 +67,29 @@ class Importance:
 
 
 @dataclass(frozen=True)
+class KeptRows:
+    """Keys or values that an attention puts into its cache.
+
+    Attributes:
+        rows: float32 [rows, kv_heads * head_dim]; heads: how many.
+        importance: of them.
+    """
+
+    rows: Tensor
+    heads: int
+    importance: Importance
+
+    @property
+    def by_head(self) -> Tensor:
+        """The same as attention has them: [1, kv_heads, rows, head_dim]."""
+        return self.rows.unflatten(1, (self.heads, -1)).transpose(0, 1)[None]
+
+    def kl(self, rounded: Tensor) -> float:
+        """What it adds to the mean KL of a token, in nats, to keep other numbers [1, kv_heads, rows, head_dim]."""
+        return self.importance.kl(_rows_of_heads(rounded) - self.rows)
+
+
+@dataclass(frozen=True)
 class BlockGradients:
     """A block on the way back, its weights loaded.
 
@@ -72,6 +97,7 @@ class BlockGradients:
         linears: (linear, input float32 [rows, in_features], importance of its result) for every linear.
         output: importance of what the block hands on, which is its result number `handed`; None for the last block.
         inputs: of the block, for each batch.
+        kept: keys and values that its attentions cache, where that was asked for.
     """
 
     block: Block
@@ -79,6 +105,7 @@ class BlockGradients:
     linears: list[tuple[Linear, Tensor, Importance]]
     output: Importance | None
     handed: int
+    kept: list[KeptRows] = field(default_factory=list)
 
 
 @dataclass
@@ -98,7 +125,7 @@ class Carried:
 
 def felt(
     captured: CapturedModel, feeds: Sequence[Feeds], progress: StageProgress = no_stage_progress,
-    carried: Carried | None = None,
+    carried: Carried | None = None, *, caches: bool = False,
 ) -> Iterator[BlockGradients]:  # fmt: skip
     """Every block, last first, with the importance of the values in it.
 
@@ -107,11 +134,12 @@ def felt(
         feeds: its inputs by public name, one dict for each batch.
         carried: of a part in front the gradients of what it makes; of the part that makes logits it gets those of what
             that reads, once all blocks are through. Importance is by token in both, however many rows a part has.
+        caches: whether keys and values are wanted too.
     """
     with scratch_folder() as folder:
         places = [folder / f"{index}.safetensors" for index in range(len(captured.blocks))]
         _there(captured, feeds, places, progress)
-        yield from _back(captured, len(feeds), places, progress, carried)
+        yield from _back(captured, len(feeds), places, progress, carried, caches)
 
 
 def _there(captured: CapturedModel, feeds: Sequence[Feeds], places: Sequence[Path], progress: StageProgress) -> None:
@@ -130,8 +158,9 @@ def _there(captured: CapturedModel, feeds: Sequence[Feeds], places: Sequence[Pat
 
 
 def _back(
-    captured: CapturedModel, count: int, places: Sequence[Path], progress: StageProgress, carried: Carried | None
-) -> Iterator[BlockGradients]:
+    captured: CapturedModel, count: int, places: Sequence[Path], progress: StageProgress, carried: Carried | None,
+    caches: bool,
+) -> Iterator[BlockGradients]:  # fmt: skip
     names = carried.names if carried else frozenset()
     read = {port.value: port.name for port in captured.inputs if port.name in names}
     made = {name for block in captured.blocks for name in block.outputs} | read.keys()
@@ -147,15 +176,18 @@ def _back(
         given = load_file(places[index])
         places[index].unlink()
         sites = linears(block.module.graph)
-        sums, handed = _Sums(len(sites), carried.tokens if carried else 0), captured.handed_on(block)
+        kept = _kept(block.module) if caches else []
+        sums, handed = _Sums(len(sites) + len(kept), carried.tokens if carried else 0), captured.handed_on(block)
         device = captured.placement.device
         inputs = [
             tuple(_read(given.pop(f"{batch} {name}"), device) for name in block.inputs) for batch in range(count)
         ]
         with weights_of(captured, block):
             for batch in range(count):
-                sums.add(_one(block, sites, inputs[batch], made, logits, gradients[batch], draws, handed))
-            yield BlockGradients(block, inputs, sums.linears(sites), sums.output(), block.outputs.index(handed))
+                sums.add(_one(block, sites, kept, inputs[batch], made, logits, gradients[batch], draws, handed))
+            yield BlockGradients(
+                block, inputs, sums.linears(sites), sums.output(), block.outputs.index(handed), sums.kept(kept)
+            )
     if carried and logits:
         carried.batches = [{read[n]: g.to(CPU) for n, g in batch.items() if n in read} for batch in gradients]
     progress("", 2 * len(places), 2 * len(places))
@@ -167,10 +199,11 @@ def _read(value: Tensor, device: torch.device) -> Any:
 
 
 def _one(
-    block: Block, sites: Sequence[Linear], inputs: Sequence[Any], made: set[str], logits: str,
+    block: Block, sites: Sequence[Linear], kept: Sequence[Node], inputs: Sequence[Any], made: set[str], logits: str,
     gradients: dict[str, Tensor], draws: torch.Generator, handed: str,
 ) -> tuple[list[tuple[Tensor, Tensor]], Tensor | None]:  # fmt: skip
-    """One batch through one block and back: (input, gradient of the result) of each linear, and that of the output.
+    """One batch through one block and back: (input, gradient of the result) of each linear, then each of the keys and
+    values that are kept with its gradient, and the gradient of the output.
 
     Args:
         made: values that blocks or parts in front make: only these have gradients to pass on.
@@ -183,13 +216,14 @@ def _one(
         else value
         for name, value in zip(block.inputs, inputs, strict=True)
     ]
-    watch = _GradientInterpreter(block.module, {linear.node for linear in sites}, {linear.input for linear in sites})
+    wanted = {*(linear.node for linear in sites), *kept}
+    watch = _GradientInterpreter(block.module, wanted, {linear.input for linear in sites})
     results = dict(zip(block.outputs, watch.run(*inputs), strict=True))
     if logits in results:
         gradients[logits] = _drawn(results[logits].detach(), draws)
     known = {name: gradients.pop(name) for name in results if name in gradients}
     ends = [name for name in known if _learns(results[name])]
-    starts = [watch.seen[linear.node] for linear in sites]
+    starts = [watch.seen[node] for node in (*(linear.node for linear in sites), *kept)]
     names = [name for name, value in zip(block.inputs, inputs, strict=True) if _learns(value)]
     starts += [value for value in inputs if _learns(value)]
     found: Sequence[Tensor | None] = [None] * len(starts)
@@ -197,7 +231,7 @@ def _one(
         found = torch.autograd.grad(
             [results[name] for name in ends], starts, [known[name] for name in ends], allow_unused=True
         )
-    for name, gradient in zip(names, found[len(sites) :], strict=True):
+    for name, gradient in zip(names, found[len(sites) + len(kept) :], strict=True):
         if gradient is not None:
             gradients[name] = gradients[name] + gradient if name in gradients else gradient
     pairs = []
@@ -205,7 +239,23 @@ def _one(
         x = watch.seen[linear.input].detach()
         gradient = torch.zeros_like(watch.seen[linear.node]) if gradient is None else gradient
         pairs.append((x.reshape(-1, x.shape[-1]), gradient.reshape(-1, gradient.shape[-1])))
+    for node, gradient in zip(kept, found[len(sites) :], strict=False):
+        x = watch.seen[node].detach()
+        pairs.append((_rows_of_heads(x), _rows_of_heads(torch.zeros_like(x) if gradient is None else gradient)))
     return pairs, None if logits in results else known.get(handed)
+
+
+def _kept(module: GraphModule) -> list[Node]:
+    """The keys and values that attentions of a block put into their caches, each once."""
+    nodes = (node for node in module.graph.nodes if is_call(node, torch.ops.qexport.cached_attention.default))
+    pairs = (CachedAttention.of(node) for node in nodes)
+    found = dict.fromkeys(value for pair in pairs for value in (pair.key, pair.value))
+    return [value for value in found if value.op != "placeholder"]
+
+
+def _rows_of_heads(x: Tensor) -> Tensor:
+    """[batch, heads, tokens, head_dim] as [batch * tokens, heads * head_dim]."""
+    return x.transpose(1, 2).flatten(2).flatten(0, 1)
 
 
 def _learns(value: Any) -> bool:
@@ -242,7 +292,7 @@ class _Sums:
     """What is kept of gradients over batches.
 
     Args:
-        count: of linears; tokens: that rows belong to, 0 where each has one.
+        count: of linears and of what is kept; tokens: that rows belong to, 0 where each has one.
     """
 
     def __init__(self, count: int, tokens: int):
@@ -262,7 +312,14 @@ class _Sums:
     def linears(self, sites: Sequence[Linear]) -> list[tuple[Linear, Tensor, Importance]]:
         return [
             (linear, torch.cat(x), self._importance(place))
-            for place, (linear, x) in enumerate(zip(sites, self._inputs, strict=True))
+            for place, (linear, x) in enumerate(zip(sites, self._inputs, strict=False))
+        ]
+
+    def kept(self, nodes: Sequence[Node]) -> list[KeptRows]:
+        places = range(len(self._inputs) - len(nodes), len(self._inputs))
+        return [
+            KeptRows(torch.cat(self._inputs[place]), size_at(node, 1), self._importance(place))
+            for place, node in zip(places, nodes, strict=True)
         ]
 
     def output(self) -> Importance | None:

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
+from .caches import UNCOUNTED, CacheChoice
+
 
 @dataclass(frozen=True)
 class SchemeChoice:
@@ -22,13 +24,19 @@ class SchemeChoice:
 
 @dataclass(frozen=True)
 class Allocation:
-    """One choice for every item, in order, and their sums."""
+    """One choice for every item, in order, and their sums; and how the cache is kept, where that is counted."""
 
     choices: tuple[SchemeChoice, ...]
+    cache: CacheChoice = UNCOUNTED
 
     @property
     def schemes(self) -> tuple[str, ...]:
         return tuple(choice.scheme for choice in self.choices)
+
+    @property
+    def picked(self) -> tuple[str, ...]:
+        """What tells it from other allocations of the same items."""
+        return (*self.schemes, self.cache.numbers)
 
     @property
     def bytes(self) -> int:

@@ -17,12 +17,14 @@ from ..quant.formats import IntegerFormat, Scheme, offered
 from ..recipe.recipe import Recipe
 from ..recipe.sections import AUTO, FLOAT, TIED, Override, only
 from .allocate import Allocation, SchemeChoice, within_bytes, within_kl
+from .caches import UNCOUNTED, CacheChoice, CountedCache
 from .costs import PricedItem, scheme_costs
 
 logger = logging.getLogger(__name__)
 
 _LEAST_SHARE, _MOST_SHARE = 0.05, 1.5  # of the same, by linear: beyond are errors of measurement
 _GRAPH_BYTES = 1400  # of model.onnx for each linear and what surrounds it, at most
+_SPREAD_BYTES = 100  # by which the same differ from one choice to the next, for each linear
 _JOINING_BYTES = 1500  # of the same, where codes lie in planes that are joined when the file is loaded
 
 
@@ -36,10 +38,12 @@ class PricedModel:
         feeds: what costs are measured on.
         carried: of a part that hands on to another, or reads of one, see `calibrate.fisher.felt`. Tables of embeddings
             that are no output projection stay as the recipe says there: both parts may have one of their own.
+        counted: the cache that the budget counts; None where it counts none.
 
     Attributes:
         recipe: the one that it was priced with.
         costs: of every scheme.
+        caches: how keys and values can be kept.
         rest: bytes of everything that is not chosen for; guessed: those of them that an export has not measured.
 
     Raises:
@@ -49,6 +53,7 @@ class PricedModel:
     def __init__(
         self, captured: CapturedModel, recipe: Recipe, candidates: Sequence[str], float_itemsize: int, attention: str,
         feeds: Sequence[Feeds], progress: StageProgress, carried: Carried | None = None,
+        counted: CountedCache | None = None,
     ):  # fmt: skip
         recipe = for_width(captured, recipe)
         recipe = recipe if carried is None else with_table(captured, recipe)
@@ -60,8 +65,11 @@ class PricedModel:
         schemes = [scheme for scheme in offered([*candidates, *own]) if recipe.takes(scheme.name)]
         priced = scheme_costs(
             captured, self._plan, self._embeddings, schemes, feeds, float_itemsize, progress, carried,
-            clipped=recipe.weights.clips,
+            clipped=recipe.weights.clips, caches=counted.methods if counted else (),
         )  # fmt: skip
+        self.caches = counted.choices(captured, priced.caches) if counted else (UNCOUNTED,)
+        for cache in self.caches if counted else ():
+            logger.debug("a cache of %s: %d bytes, predicted KL %.3g", cache.numbers, cache.bytes, cache.kl)
         planes = {scheme.name for scheme in schemes if scheme.weight.in_planes}
         self.costs = replace(priced, items=tuple(_with_joining(item, planes) for item in priced.items))
         self._shares = [1.0] * len(self.costs.items)
@@ -104,7 +112,7 @@ class PricedModel:
         pairs = zip(self.costs.items, chosen, strict=True)
         return {name: choice.scheme for item, choice in pairs for name in item.linears or (table,)}
 
-    def chosen_recipe(self, choices: Sequence[SchemeChoice]) -> Recipe:
+    def chosen_recipe(self, choices: Sequence[SchemeChoice], cache: CacheChoice) -> Recipe:
         """The recipe with this choice: the commonest scheme for all, and an override for each other linear."""
         chosen = self.schemes(choices)
         table = next((e for e in self._embeddings if e.scheme is not None), None)
@@ -118,7 +126,7 @@ class PricedModel:
         made = self.recipe.model_copy(update={
             "name": f"{self.recipe.name}_auto", "description": f"{self.recipe.name}, schemes chosen by their cost",
             "scheme": layers.most_common(1)[0][0] if layers else head, "lm_head": head, "embedding": embedding,
-            "overrides": (),
+            "overrides": (), **({} if cache.method is None else {cache.method.key: cache.method}),
         })  # fmt: skip
         wanted = {p.name: chosen.get(p.name, FLOAT) for p in self._plan}
         others = {
@@ -149,7 +157,7 @@ class SchemeAllocator:
         parts: what schemes cost in each of them.
 
     Attributes:
-        left: share of the KL that costs add up to which an export is expected to have.
+        left: share of the KL that costs of weights add up to which an export is expected to have.
 
     Raises:
         RecipeError: there is nothing to choose for.
@@ -160,51 +168,72 @@ class SchemeAllocator:
         if not any(part.quantizes for part in parts):
             raise RecipeError("quantizes nothing, so there is nothing to choose", place=parts[0].recipe.name)
         self.left = parts[0].recipe.weights.kl_left
+        self._caches = parts[0].caches
+        self._spread = 0
+
+    def foretold(self, allocation: Allocation) -> float:
+        """The KL that an export is expected to have."""
+        return self.left * allocation.kl + allocation.cache.kl
 
     def within_bytes(self, most: int) -> Allocation:
-        """The least KL in files of at most so many bytes.
+        """The least KL in at most so many bytes, of files and of the cache where that is counted.
 
         Raises:
             InputError: the smallest choices take more.
         """
-        found = within_bytes(self._choices, most - self._rest)
-        if found is None:
+        choices = self._choices
+        found = [
+            replace(allocation, cache=cache)
+            for cache in self._caches
+            if (allocation := within_bytes(choices, most - self._rest - self._spread - cache.bytes)) is not None
+        ]
+        if not found:
             smallest = self.smallest()
             least = self.bytes(smallest)
             if most >= least - sum(part.guessed for part in self._parts):  # an export will tell
                 return smallest
             raise InputError(
-                f"{most:,} bytes are too few: with the smallest schemes the file takes about {least:,}",
-                place="max_bytes", remedy="Give more, or quantize what the recipe keeps in float",
+                f"{most:,} bytes are too few: with the smallest schemes the file{_with(smallest.cache)} takes about"
+                f" {least:,}", place="max_bytes", remedy="Give more, or quantize what the recipe keeps in float",
             )  # fmt: skip
-        return found
+        return min(found, key=self.foretold)
 
     def within_kl(self, most: float) -> Allocation | None:
         """The fewest bytes for at most so much KL, by what exports have measured; None where the best is not enough."""
-        return within_kl(self._choices, most / self.left)
+        choices = self._choices
+        found = [
+            replace(allocation, cache=cache)
+            for cache in self._caches
+            if (allocation := within_kl(choices, (most - cache.kl) / self.left)) is not None
+        ]
+        return min(found, key=self.bytes) if found else None
 
     def smallest(self) -> Allocation:
         """The fewest bytes, at any KL."""
-        return Allocation(tuple(min(choices, key=lambda c: (c.bytes, c.kl)) for choices in self._choices))
+        smallest = min(self._caches, key=lambda cache: cache.bytes)
+        return Allocation(tuple(min(choices, key=lambda c: (c.bytes, c.kl)) for choices in self._choices), smallest)
 
     def best(self) -> Allocation:
         """The least KL, at any size."""
-        return Allocation(tuple(min(choices, key=lambda c: (c.kl, c.bytes)) for choices in self._choices))
+        best = min(self._caches, key=lambda cache: cache.kl)
+        return Allocation(tuple(min(choices, key=lambda c: (c.kl, c.bytes)) for choices in self._choices), best)
 
     def of_rounding(self, allocation: Allocation) -> float:
         """The KL that costs foretell if weights are rounded to nearest, whatever was learnt of the recipe's method."""
         chosen = zip((item for part in self._parts for item in part.costs.items), allocation.choices, strict=True)
-        return sum(next(c.kl for c in item.choices if c.scheme == choice.scheme) for item, choice in chosen)
+        weights = sum(next(c.kl for c in item.choices if c.scheme == choice.scheme) for item, choice in chosen)
+        return weights + allocation.cache.kl
 
     def bytes(self, allocation: Allocation) -> int:
-        """About the size of the files."""
-        return allocation.bytes + self._rest
+        """About the size of the files, and of the cache where that is counted."""
+        return allocation.bytes + allocation.cache.bytes + self._rest
 
     def wrong_by(self, more: int) -> None:
         """Learn from an export that its files were so many bytes larger than foretold."""
         self._parts[0].rest += more
         for part in self._parts:
             part.guessed = 0
+        self._spread = _SPREAD_BYTES * sum(len(part.costs.items) for part in self._parts)
 
     @property
     def importance(self) -> Mapping[str, Importance]:
@@ -221,7 +250,8 @@ class SchemeAllocator:
             part.learn(chosen, real)
         by_name = [{choice.scheme: choice.kl for choice in choices} for choices in self._choices]
         now = sum(known[choice.scheme] for known, choice in zip(by_name, allocation.choices, strict=True))
-        self.left = kl / max(now, 1e-12)
+        of_weights = max(kl - allocation.cache.kl, _LEAST_SHARE * kl)
+        self.left = of_weights / max(now, 1e-12)
 
     def schemes(self, allocation: Allocation) -> dict[str, str]:
         """The scheme asked for, of every linear that is chosen for, and of a table of embeddings."""
@@ -229,7 +259,7 @@ class SchemeAllocator:
 
     def recipes(self, allocation: Allocation) -> list[Recipe]:
         """The recipe of each part with this choice."""
-        return [part.chosen_recipe(chosen) for part, chosen in self._of_parts(allocation)]
+        return [part.chosen_recipe(chosen, allocation.cache) for part, chosen in self._of_parts(allocation)]
 
     def _of_parts(self, allocation: Allocation) -> Iterator[tuple[PricedModel, Sequence[SchemeChoice]]]:
         start = 0
@@ -252,6 +282,10 @@ def _with_joining(item: PricedItem, planes: set[str]) -> PricedItem:
     more = _JOINING_BYTES * max(len(item.linears), 1)
     choices = tuple(replace(c, bytes=c.bytes + more) if c.scheme in planes else c for c in item.choices)
     return replace(item, choices=choices)
+
+
+def _with(cache: CacheChoice) -> str:
+    return f" with a cache of {cache.bytes:,} bytes" if cache.numbers else ""
 
 
 def _name(scheme: Scheme | None) -> str:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from ..plan.embedding_plan import EmbeddingPlan
 from ..plan.linear_plan import LinearPlan
 from ..progress import StageProgress, no_stage_progress
 from ..quant.formats import Scheme
+from ..recipe.methods import CacheMethod
 from .allocate import SchemeChoice
 
 _ROWS = 24  # of a weight, that say what clipping leaves
@@ -51,17 +53,19 @@ class Costs:
         items: everything that the recipe quantizes.
         importance: of the result of each of those linears, by name.
         kl: of each linear by itself, by name and scheme; "" is the table of embeddings.
+        caches: of a cache kept by each method that was asked about, in their order.
     """
 
     items: tuple[PricedItem, ...]
     importance: Mapping[str, Importance]
     kl: Mapping[str, Mapping[str, float]]
+    caches: tuple[float, ...] = ()
 
 
 def scheme_costs(
     captured: CapturedModel, plan: Sequence[LinearPlan], embeddings: Sequence[EmbeddingPlan], schemes: Sequence[Scheme],
     feeds: Sequence[Feeds], float_itemsize: int = 4, progress: StageProgress = no_stage_progress,
-    carried: Carried | None = None, *, clipped: bool = False,
+    carried: Carried | None = None, *, clipped: bool = False, caches: Sequence[CacheMethod] = (),
 ) -> Costs:  # fmt: skip
     """Cost of rounding to nearest with each scheme, for everything that a plan quantizes.
 
@@ -73,13 +77,17 @@ def scheme_costs(
         float_itemsize: bytes of a number that stays float.
         carried: of a model of several parts, see `felt`.
         clipped: ranges of groups are to be narrowed where that makes their errors smaller.
+        caches: ways to keep keys and values.
     """
     quantized = {p.name: p for p in plan if p.scheme is not None}
     table = next((e for e in embeddings if e.scheme is not None), None)
     left = _left_by_clipping if clipped else _all_left
     kl: dict[str, dict[str, float]] = {}
     importance: dict[str, Importance] = {}
-    for found in felt(captured, feeds, progress, carried):
+    of_caches = [0.0] * len(caches)
+    for found in felt(captured, feeds, progress, carried, caches=bool(caches)):
+        for kept, (place, method) in product(found.kept, enumerate(caches)):
+            of_caches[place] += kept.kl(method.rounded(kept.by_head))
         for linear, inputs, felt_there in found.linears:
             if linear.name in quantized:
                 weight = get_tensor(found.block.module, linear.weight)
@@ -108,7 +116,7 @@ def scheme_costs(
         ]
         choices = tuple(SchemeChoice(name, size, kl[""][name]) for name, size in sizes)
         items.append(PricedItem("", choices, table.bytes))
-    return Costs(tuple(items), importance, kl)
+    return Costs(tuple(items), importance, kl, tuple(of_caches))
 
 
 def _of_all_uses(

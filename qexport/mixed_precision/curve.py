@@ -18,7 +18,7 @@ class CurvePoint:
     """A file of some size.
 
     Attributes:
-        bytes: of the model's files, about so many where they were not written.
+        bytes: of the model's files, and of the cache where that is counted; about so many where they were not written.
         kl: mean KL from the float model, in nats a token.
         measured: it was exported and measured; else both are estimates.
         schemes: how many linears, and tables of embeddings, have each scheme.

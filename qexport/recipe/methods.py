@@ -4,8 +4,8 @@ Passes lie above recipes, so their types are named here for readers and type che
 """
 
 from abc import abstractmethod
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, ClassVar
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from .registry import Method, Stage
 
@@ -116,3 +116,29 @@ class CacheMethod(BlockMethod):
     calibrates: ClassVar[bool] = True
     of_linears: ClassVar[bool] = False
     alone: ClassVar[str] = "decide how keys and values are kept"
+
+    @classmethod
+    def candidates(cls) -> Sequence[Self]:
+        """What mixed precision chooses from, besides a cache of floats."""
+        return ()
+
+    @property
+    @abstractmethod
+    def called_numbers(self) -> str:
+        """What the cache holds, such as "int8"."""
+
+    @abstractmethod
+    def bits_kept(self, float_bits: int, e4m3: bool) -> int:
+        """Bits of a number in the cache.
+
+        Args:
+            float_bits: of a number that stays float; e4m3: whether the target keeps E4M3 numbers.
+        """
+
+    @abstractmethod
+    def rounded(self, x: "Tensor") -> "Tensor":
+        """Keys or values as the cache gives them back, with scales for their own ranges.
+
+        Args:
+            x: float32 [batch, kv_heads, tokens, head_dim].
+        """

@@ -14,6 +14,8 @@ from helpers.random_decoders import save_model
 from helpers.random_modules import save_encoder
 from helpers.tokenizer_files import write_word_tokenizer
 from qexport.errors import PassError
+from qexport.models.coded.grids import StoredGrid
+from qexport.models.coded.paretoq import ClippedWeight
 
 SAMPLES = Path(__file__).parents[2] / "samples"
 VOCAB, WINDOW = 98, 256
@@ -416,3 +418,31 @@ def test_lines_of_speech_without_data(all_convolutions, tmp_path, monkeypatch):
     name, *cells = lines["measured"](case, quiet, tmp_path)
     noise, norms, heard = (float(cell.removesuffix(" dB")) for cell in cells)
     assert name == "quiet" and norms > noise + 6 and norms > heard - 6
+
+
+@pytest.mark.parametrize("bits", [0, 1, 2, 3, 4])
+def test_training_rounds_as_the_checkpoint_it_writes(bits):
+    """Forward to the formula of a checkpoint's weights; back to weights inside of the grid, and to clip values."""
+    made = sample("train_few_bits.py")
+    weight = torch.randn(6, 32, generator=torch.Generator().manual_seed(bits)).requires_grad_()
+    clip = made["closest_clip"](weight.detach(), bits).requires_grad_()
+    stored = ClippedWeight("a", (6, 32), ("w", "c"), None, "", "F32", StoredGrid(max(bits, 2), 32, True, 32), bits)
+    found = made["rounded"](weight, clip, bits)
+    wanted = stored.formula({"w": weight.detach(), "c": clip.detach()}.__getitem__)
+    torch.testing.assert_close(found.detach().double(), wanted, rtol=1e-6, atol=0)
+    found.sum().backward()
+    codes, inside = found.detach() / clip.detach(), weight.detach() / clip.detach()
+    half, near = 2.0 ** (bits - 1), inside.round() if bits > 2 else inside
+    low, high = {0: (-0.99, 0.99), 1: (-1, 1), 2: (-0.99, 0.99)}.get(bits, (-half, half - 1))
+    within = near.clamp(low, high) == near
+    torch.testing.assert_close(weight.grad, within.float())
+    # A wider clip moves a code out, and a weight inside of the grid towards lower codes.
+    torch.testing.assert_close(clip.grad, (codes - inside * within).sum(1, keepdim=True), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_train_few_bits(run, model, tmp_path):
+    out = run("train_few_bits.py", model, "-o", tmp_path / "trained", "--steps", 10, "--texts", 16, "--length", 32)
+    row = out.splitlines()[-1].strip("| ").split(" | ")
+    before, after, exported = map(float, row[2:5])
+    assert after < before and exported == pytest.approx(after, rel=0.05)

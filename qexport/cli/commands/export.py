@@ -77,6 +77,13 @@ def export(
             rich_help_panel=AUTO
         ),
     ] = False,
+    context: Annotated[
+        int | None,
+        typer.Option(
+            help="Bytes are those of keys and values of so many tokens too, whose bits are chosen with the schemes.",
+            rich_help_panel=AUTO
+        ),
+    ] = None,
     text: Annotated[
         Path | None,
         typer.Option(help="UTF-8 text to measure KL on. By default the model writes its own.", rich_help_panel=AUTO),
@@ -100,7 +107,7 @@ def export(
     """Quantize a model and write it as a folder that ONNX Runtime runs."""
     from .. import console
 
-    auto = auto or curve or max_bytes is not None or max_kl is not None
+    auto = auto or curve or any(asked is not None for asked in (max_bytes, max_kl, context))
     named = named_recipe(recipe or ("compact" if auto and requantize is None else None), requantize)
     console.quiet_libraries()
     from ..printers.export import auto_summary, export_summary, print_auto, print_export
@@ -126,9 +133,9 @@ def export(
         opened = source if merged and isinstance(source, ModelFolder) else model
         with console.showing_progress() as progress:
             found = qexport.export_auto(
-                opened, chosen, out_dir=out, max_bytes=most, max_kl=max_kl, curve=curve, target=target,
-                dtype=dtype, calibration=calibration, text=text, overwrite=overwrite, attention=attention,
-                provider=provider,
+                opened, chosen, out_dir=out, max_bytes=most, max_kl=max_kl, curve=curve, context=context,
+                target=target, dtype=dtype, calibration=calibration, text=text, overwrite=overwrite,
+                attention=attention, provider=provider,
                 requantize=requantize is not None, trust_remote_code=trust_remote_code, progress=progress,
                 device=device, offload=offload,
             )  # fmt: skip

@@ -61,6 +61,9 @@ def print_auto(found: AutoResult, model: str = "MODEL") -> None:
     chosen, scores = found.as_dict(), found.logits
     counts = ", ".join(f"{n} {scheme}" for scheme, n in sorted(chosen["schemes"].items(), key=lambda s: -s[1]))
     print(f"  chosen: {counts}, in {found.exports} exports" if found.exports > 1 else f"  chosen: {counts}")
+    if found.cache.numbers:
+        size = megabytes(found.cache.bytes)
+        print(f"  cache of {found.asked['context']:,.0f} tokens: {size} in {found.cache.numbers}")
     print(
         f"  KL {number(scores.kl_mean)} a token (predicted {number(found.predicted_kl)}), perplexity"
         f" {number(scores.float_perplexity)} -> {number(scores.perplexity)}, on {found.text}"

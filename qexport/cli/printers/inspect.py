@@ -71,6 +71,8 @@ def print_inspection(found: Inspection, all_layers: bool) -> None:
     )
     if found.attention:
         print(f"Attention is {found.attention}")
+    if found.cache:
+        print(f"Keys and values take {found.cache['bytes_a_token']:,} bytes a token, in {found.cache['numbers']}")
     print(f"Its blocks take {found.estimate.sentence()}")
     print("The export calibrates" if found.calibrates else "The export needs no calibration data")
     if found.calibration:
