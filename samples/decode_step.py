@@ -109,7 +109,7 @@ def print_table(folders: list[Path], profiles: list[Profile], threads: int) -> N
         print(f"| {name} | {' | '.join(cells)} |")
 
 
-def prompts_in_turns(decoders: list[Decoder], ids: np.ndarray, length: int, threads: int, turns: int = 8) -> None:
+def prompts_in_turns(decoders: list[Decoder], ids: np.ndarray, length: int, threads: int, turns: int) -> None:
     now = clock(threads)
     took: list[list[float]] = [[] for _ in decoders]
     for turn in range(turns):
@@ -146,6 +146,7 @@ def main() -> None:
     parser.add_argument("folders", type=Path, nargs="+")
     parser.add_argument("--past", type=int, default=PAST, help="tokens in the cache")
     parser.add_argument("--prompts", type=int, nargs="*", default=(), help="lengths to compare as well")
+    parser.add_argument("--turns", type=int, default=8, help="of prompts")
     parser.add_argument("--threads", type=int, nargs="+", default=[1], help="of an operator")
     given = parser.parse_args()
     length = max(given.past + 384, *given.prompts)
@@ -160,7 +161,7 @@ def main() -> None:
             ]
             in_turns(given.folders, decoders, ids, given.past, threads)
             for count in given.prompts:
-                prompts_in_turns(decoders, ids, count, threads)
+                prompts_in_turns(decoders, ids, count, threads, given.turns)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """What a draft out of a model's own weights could bring: the model without some of its layers, or with fewer bits.
 
-    python samples/skipped_layers.py MODEL --text text.txt [--texts 4] [--row-cost 0.34]
+    python samples/skipped_layers.py MODEL --text text.txt [--texts 3] [--row-cost 0.34]
 
 The float model writes the likeliest tokens behind paragraphs of the text ("greedy") and behind paragraphs that stand in
 the prompt twice ("copied"). From every place of what it wrote the draft goes on by up to eight tokens, on the keys and
@@ -25,7 +25,7 @@ import transformers
 from drafts import prompts
 
 NEW, MOST, CHAINS = 96, 8, 16  # tokens written, longest draft, drafts at a time
-SKIPPED = (3, 6, 9, 15, 20)
+SKIPPED = (2, 4, 8, 15)
 
 
 @dataclass
@@ -165,7 +165,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
     parser.add_argument("--text", type=Path, required=True)
-    parser.add_argument("--texts", type=int, default=4)
+    parser.add_argument("--texts", type=int, default=3)
     parser.add_argument("--row-cost", type=float, nargs="+", default=[0.34, 0.0])
     given = parser.parse_args()
     torch.set_num_threads(1)

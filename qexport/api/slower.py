@@ -14,8 +14,8 @@ def slower_than_float(recipe: Recipe, plan: Sequence[LinearPlan], target: Target
     rounded = sum(p.activation is not None for p in plan)
     methods = [m for m in recipe.methods if isinstance(m, Equalization)] if rounded else []
     said += [
-        f"{rounded} of {len(plan)} linears are slower than in float32, for their numerics only: {why}, so that a product of "
-        "floats is left, with the roundings of its inputs in front"
+        f"{rounded} of {len(plan)} linears are slower than in float32 and serve numerics only: {why}, "
+        "so that the product stays that of floats"
         for method in methods
         if (why := method.why_float_products())
     ]
