@@ -149,7 +149,7 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=8, help="of prompts")
     parser.add_argument("--threads", type=int, nargs="+", default=[1], help="of an operator")
     given = parser.parse_args()
-    length = max(given.past + 384, *given.prompts)
+    length = max([given.past + 384, *given.prompts])
     ids = np.random.default_rng(0).integers(0, 1000, (1, length))
     for threads in given.threads:
         with tempfile.TemporaryDirectory() as place:
