@@ -92,8 +92,11 @@ def main() -> None:
     parser.add_argument("--text", type=Path, required=True)
     parser.add_argument("--texts", type=int, default=6)
     parser.add_argument("--turns", type=int, default=2)
+    parser.add_argument("--kinds", nargs="+", default=["copied", "greedy", "drawn"])
+    parser.add_argument("--no-rows", action="store_true", help="no calls of a fixed number of tokens")
     given = parser.parse_args()
     kinds = prompts(given.folder, given.text.read_text(encoding="utf-8"), given.texts)
+    kinds = {kind: rows for kind, rows in kinds.items() if kind in given.kinds}
     longest = max(len(row) for rows in kinds.values() for row in rows) + NEW + ROWS
     decoder = open_decoder(given.folder, manifests.load(given.folder), threads=1, max_length=longest)
     print("| texts | plain time / drafted | calls a token | guesses right | same text as plain |")
@@ -101,6 +104,8 @@ def main() -> None:
     for kind, rows in kinds.items():
         sampling = Sampling(temperature=1.0, seed=1) if kind == "drawn" else None
         print(f"| {kind} | {compare(decoder, rows, sampling, given.turns)} |", flush=True)
+    if given.no_rows:
+        return
     equal = plain = count = 0
     for kind, rows in kinds.items():
         sampling = Sampling(temperature=1.0, seed=1) if kind == "drawn" else None

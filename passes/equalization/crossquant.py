@@ -72,6 +72,11 @@ class CrossQuantSection(Equalization):
     def quantizer_options(self) -> Mapping[str, Any]:
         return {"cross_alpha": self.alpha} if self.row_scale == "dynamic" else {}
 
+    def why_float_products(self) -> str:
+        if self.row_scale != "dynamic":
+            return ""
+        return "crossquant with row_scale: dynamic gives every element of an input a step of its own"
+
 
 @dataclass(frozen=True)
 class CrossQuant(Equalize):

@@ -16,6 +16,7 @@ from ..plan.model_plan import described_embedding
 from ..recipe.recipe import Recipe
 from ..targets.base import Target
 from .refusals import Decisions
+from .slower import slower_than_float
 from .stages.lowering import Lowering
 
 
@@ -39,7 +40,7 @@ def manifest_of(made: Lowering, sizes: Mapping[str, int]) -> Manifest:
                 fast=None if found.slow is None else not found.slow, slow=found.slow or "",
             ))  # fmt: skip
     numerics = target.numerics(made.settings.get("kv_cache_bits"))
-    if slower := target.slower_than_float(made.decisions.plan):
+    if slower := slower_than_float(made.recipe, made.decisions.plan, target):
         numerics |= {"slower_than_float": slower}
     return Manifest(
         qexport=version("qexport"), target=target.name, kind=made.captured.kind, provider=target.provider,

@@ -29,6 +29,7 @@ from .describing import described_adapter, described_codes
 from .estimating import estimate
 from .inspection import Inspection, Site
 from .refusals import check_range
+from .slower import slower_than_float
 from .stages.capturing import capture
 from .stages.planning import ExportPlan, plan
 from .stages.preparing import Preparation, Source
@@ -61,7 +62,7 @@ def dry_run(prepared: Preparation, calibrate: bool) -> Inspection:
         captured, decisions.plan, decisions.embeddings, float_itemsize, grouping, decisions.convolutions
     )  # fmt: skip
     kept = cache_of(captured, recipe, planned.target)
-    slower = planned.target.slower_than_float(decisions.plan)
+    slower = slower_than_float(recipe, decisions.plan, planned.target)
     return Inspection(
         model=_called(prepared.source), recipe=recipe.name, target=planned.target.name,
         calibrates=needs_data(recipe, [*decisions.plan, *decisions.convolutions]), calibration=described,

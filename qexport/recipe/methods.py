@@ -57,6 +57,10 @@ class Equalization(BlockMethod):
         """What it asks of the pass that quantizes activations, by the names of that pass's attributes."""
         return {}
 
+    def why_float_products(self) -> str:
+        """Why linears with quantized inputs keep products of floats; empty where they do not."""
+        return ""
+
 
 class WeightMethod(BlockMethod):
     """Finds the codes of weights.

@@ -19,6 +19,7 @@ from .cuda_graph import RecordedStep
 from .drafts import Drafts
 from .embeddings import Embeds, reads_embeddings
 from .provider import chosen_provider, device_of
+from .row_cost import UNKNOWN, RowCost, row_cost
 from .sampling import Sampling
 from .session import open_session
 from .values import ELEMENT_TYPES, array_of, picked, shortened, zeros
@@ -40,6 +41,7 @@ class Decoder:
         records: whether steps behind a prompt become a CUDA graph. The session has `cuda_graph.OPTIONS` then.
         factors: of an adapter, by the names of their inputs.
         embed: makes what a file reads that has no table of tokens.
+        row_cost: what several tokens in a call cost.
 
     Raises:
         InputError: the file does not have the interface, or a shared cache has no max_length; it reads embeddings, and
@@ -55,8 +57,9 @@ class Decoder:
         records: bool = False,
         factors: Mapping[str, ort.OrtValue] = MappingProxyType({}),
         embed: Embeds | None = None,
+        row_cost: RowCost = UNKNOWN,
     ):
-        settings = settings or {}
+        settings, self.row_cost = settings or {}, row_cost
         inputs = {value.name: value for value in session.get_inputs()}
         outputs = {value.name for value in session.get_outputs()}
         self._pasts = [name for name in inputs if is_past(name)]
@@ -354,11 +357,12 @@ def open_decoder(
     Raises: as `open_session` and `Decoder`; InputError: there is no such adapter.
     """
     manifest = manifest or manifests.load(folder)
+    cost = row_cost(manifest)
     if adapter is not None:
         # Not by RunOptions, which a run with bound inputs does not ask.
         factors = read_adapter(adapter_path(Path(folder), adapter, manifest.adapters))
         session = open_session(folder, manifest, threads=threads, provider=provider)
-        return Decoder(session, manifest.settings, max_length=max_length, factors=factors)
+        return Decoder(session, manifest.settings, max_length=max_length, factors=factors, row_cost=cost)
     possible = (
         chosen_provider(provider, manifest) == CUDA
         and manifest.settings.get("past_present_share_buffer")
@@ -369,10 +373,10 @@ def open_decoder(
             session = open_session(
                 folder, manifest, threads=threads, provider=provider, provider_options=cuda_graph.OPTIONS
             )
-            return Decoder(session, manifest.settings, max_length=max_length, records=True)
+            return Decoder(session, manifest.settings, max_length=max_length, records=True, row_cost=cost)
         except RuntimeProblem as error:  # a node of this file runs on the CPU; without a graph it does no harm
             if records:
                 raise
             logger.info("%s: its steps run without a CUDA graph: %s", folder, error)
     session = open_session(folder, manifest, threads=threads, provider=provider)
-    return Decoder(session, manifest.settings, max_length=max_length, embed=embed)
+    return Decoder(session, manifest.settings, max_length=max_length, embed=embed, row_cost=cost)

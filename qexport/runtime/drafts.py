@@ -17,15 +17,12 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from ..errors import InputError
+from .row_cost import UNKNOWN, RowCost
 
-ROW_COST = 0.34
-"""What each token more in a call costs, in calls of a single token: MatMulNBits on a CPU, the dearest kernel known."""
 _MOST_ROWS = 12  # in a call, where it may choose
-_FIRST_LOSS = ROW_COST  # calls that wrong guesses may cost before anything was won: one token
-_LOSS = 0.01  # and in addition for every token written
+_LOSS = 0.01  # calls that wrong guesses may cost for every token written, besides one guess
 _HOPE = 0.75  # share of right guesses before there were any
 _REMEMBERED = 0.98  # of what guesses came to, a token later: texts change
-_MOST_KEPT = _MOST_ROWS * ROW_COST  # of what was won: enough for the longest call
 
 
 @dataclass(frozen=True)
@@ -126,17 +123,23 @@ class Lookup(Draft):
 class Stakes:
     """How many tokens to guess: by what guesses of each sort were worth, and by what was lost so far.
 
-    A call with r guesses costs 1 + r · `ROW_COST` and writes one token more than are right in a row. With a share a of
-    right guesses the i-th one pays where a^i is above `ROW_COST`. What all calls together cost more than they won stays
-    below one guess and a hundredth of the tokens written, whatever the records say: text that does not repeat itself is
-    written without guesses. What a guess would have been is recorded where none is given, too, so that it costs nothing
-    to find out that a text has begun to repeat itself.
+    A call with guesses writes one token more than are right in a row. With a share a of right guesses the i-th one
+    pays where a^i is above what it costs, and all of them where they win more than they cost. What all calls together
+    cost more than they won stays below one guess and a hundredth of the tokens written, whatever the records say: text
+    that does not repeat itself is written without guesses. What a guess would have been is recorded where none is
+    given, too, so that it costs nothing to find out that a text has begun to repeat itself.
 
     Counted in calls and not in seconds: the same text is written however busy the machine is.
+
+    Args:
+        cost: of tokens more in a call, in calls of a single token.
+        most: guesses of a call.
     """
 
-    def __init__(self, most: int = _MOST_ROWS - 1):
-        self.most, self._written, self._lost = most, 0, 0.0
+    def __init__(self, cost: RowCost = UNKNOWN, most: int = _MOST_ROWS - 1):
+        self.most, self._cost, self._written, self._lost = most, cost, 0, 0.0
+        # A kernel for several rows may cost so much that one guess never pays.
+        self._first_loss = next(cost.of(n) for n in range(1, most + 1, 2) if cost.of(n) < n)
         self._records: dict[int, list[float]] = {0: [0.0, 0.0]}  # of a sort: how often right, and looked at; 0: of all
 
     def guesses(self, sort: int) -> int:
@@ -147,17 +150,19 @@ class Stakes:
         share = _HOPE
         for right, seen in (self._records[0], self._records.get(sort, (0.0, 0.0))):
             share = (right + 2 * share) / (seen + 2)
-        count, chance = 0, 1.0
-        while count < self.most and (chance := chance * share) > ROW_COST:
+        lose = self._first_loss + _LOSS * self._written - self._lost
+        count = 0
+        while count < self.most and share ** (count + 1) > self._cost.each and self._cost.of(count + 1) <= lose:
             count += 1
-        affordable = int((_FIRST_LOSS + _LOSS * self._written - self._lost) / ROW_COST)
-        return even_rows(min(count, affordable))
+        count = even_rows(count)
+        return count if sum(share**i for i in range(1, count + 1)) > self._cost.of(count) else 0
 
     def note(self, sort: int, given: int, right: int) -> None:
         """What came of a call with so many guesses."""
         self._written += right + 1
         self._record(sort, right, min(right + 1, given), right + 1)
-        self._lost = max(self._lost + given * ROW_COST - right, -_MOST_KEPT)
+        # Of what was won enough for the longest call is kept.
+        self._lost = max(self._lost + self._cost.of(given) - right, -self._cost.of(_MOST_ROWS))
 
     def learn(self, sort: int, right: bool, read: int = 0) -> None:
         """What a guess would have been that no call was spent on.

@@ -9,6 +9,7 @@ import numpy as np
 
 from ..errors import InputError
 from .drafts import KINDS, Draft, Drafts, Stakes, even_rows
+from .row_cost import RowCost
 from .sampling import Sampling, choose
 
 
@@ -46,6 +47,9 @@ class Reader(Protocol):
 
     @property
     def forgets(self) -> bool: ...
+
+    @property
+    def row_cost(self) -> RowCost: ...
 
     def reset(self) -> None: ...
 
@@ -160,7 +164,7 @@ def _one_by_one(reader: Reader, texts: _Texts, logits: np.ndarray, pad: int) -> 
 
 def _guessing(reader: Reader, texts: _Texts, logits: np.ndarray, prompt: Sequence[int], drafts: Drafts) -> None:
     """One text, its next tokens guessed and read together."""
-    draft, stakes = KINDS[drafts.kind](), Stakes()
+    draft, stakes = KINDS[drafts.kind](), Stakes(reader.row_cost)
     if draft.cheap:
         _learn(draft, stakes, prompt)
     else:

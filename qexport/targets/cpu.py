@@ -29,6 +29,7 @@ from ..quant.packing import DEFAULT_BLOCK
 from .base import Target, register
 from .kernels import qmoe
 from .kernels.convolutions import slower_than_float
+from .kernels.linears import slow_integers
 
 ops = torch.ops.qexport
 aten = torch.ops.aten
@@ -82,6 +83,10 @@ class CpuTarget(Target):
 
     def slower_than_float(self, plan: Sequence[LinearPlan]) -> str:
         """At accuracy level 1 all but 4-bit integers, by a factor of 4 and more (samples/linear_speed.py)."""
+        said = (self._slow_groups(plan), slow_integers(plan))
+        return "; ".join(sentence for sentence in said if sentence)
+
+    def _slow_groups(self, plan: Sequence[LinearPlan]) -> str:
         if self.accuracy_level == 4:
             return ""
         schemes = [p.scheme for p in plan if p.scheme is not None and not p.scheme.integer]

@@ -20,6 +20,7 @@ from qexport.quant.formats.codebooks import decode_codebook
 from qexport.quant.metrics import sqnr_db
 from qexport.recipe.recipe import CalibrationSpec, Recipe
 from qexport.runtime.session import optimized_graph, unfused
+from qexport.targets.cpu import CpuTarget
 
 ops = torch.ops.qexport
 SCHEMES = ["nf4", "fp4", "nf4_dq", "fp4_g32", "nf4_g16"]
@@ -87,6 +88,20 @@ def test_what_is_slower_than_float_is_said(captured, export, asked):
     (warned,) = [w for w in inspect(captured("llama_bias"), recipe).warnings if "slower" in w] or [""]
     assert warned.startswith(SLOW[asked]) and bool(warned) == bool(SLOW[asked])
     assert export(scheme, level=level).manifest.numerics.get("slower_than_float", "") == warned
+
+
+def test_products_of_few_outputs_with_8_bit_inputs_are_said_to_be_slow():
+    def plan(*linears):
+        return [LinearPlan(name, "", shape, scheme and Scheme.parse(scheme)) for name, shape, scheme in linears]
+
+    head, wide = ("head", (16, 512), "w8a8_static"), ("wide", (17, 512), "w8a8_static")
+    others = ("bytes", (2, 512), "w4a16_g32"), ("kept", (2, 512), None)
+    said = CpuTarget().slower_than_float(plan(head, wide, *others))
+    assert said.startswith("1 of 4 linears are slower than in float32") and "at most 16 outputs (head);" in said
+    assert "(head, …)" in CpuTarget().slower_than_float(plan(head, ("gate", (1, 8), "w8a8_dyn")))
+    assert CpuTarget().slower_than_float(plan(wide)) == ""
+    both = CpuTarget(accuracy_level=1).slower_than_float(plan(head, ("table", (64, 64), "nf4")))
+    assert both.count("slower than in float32") == 2 and "; 1 of 2" in both
 
 
 def test_integers_of_a_table_cost_next_to_nothing(export):

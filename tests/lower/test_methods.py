@@ -11,6 +11,7 @@ import torch
 from helpers.agreement import assert_agree
 from helpers.cuda_placement.models import PROMPT, assert_decoder_on_cuda
 from helpers.runners import padded
+from qexport import inspect
 from qexport.recipe.recipe import ActivationSpec, CalibrationSpec, Recipe
 from qexport.recipe.registry import section
 from qexport.runtime.session import optimized_graph, unfused
@@ -89,9 +90,13 @@ def test_every_node_is_on_cuda(export, cuda_placement, method):
 
 @pytest.mark.by_default("cpu")
 @pytest.mark.parametrize("target", KERNEL)
-def test_crossquant_as_published(export, target):
+def test_crossquant_as_published(export, captured, target):
     fields = dict(scheme="w8a8_dyn", crossquant=section("crossquant", row_scale="dynamic"), accuracy_level=1)
-    assert_agree(export("llama", fields, target, single=target == "cuda"), MASK, flips=0.03)
+    exported = export("llama", fields, target, single=target == "cuda")
+    assert_agree(exported, MASK, flips=0.03)
+    said = exported.manifest.numerics["slower_than_float"]
+    assert said.startswith("14 of 15 linears are slower than in float32 and serve numerics only: crossquant with")
+    assert said in inspect(captured("llama"), Recipe(**fields), target=target).warnings
 
 
 @pytest.mark.by_default("w8a8_static")

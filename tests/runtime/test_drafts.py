@@ -9,10 +9,12 @@ from hypothesis import strategies as st
 
 import qexport
 from helpers.onnx_decoder import write_talking_decoder, write_tiny_decoder
+from qexport.artifact.manifest import LinearEntry, Manifest
 from qexport.errors import InputError
 from qexport.runtime import drafts
 from qexport.runtime.decoder import open_decoder
-from qexport.runtime.drafts import ROW_COST, Draft, Drafts, Lookup, Stakes
+from qexport.runtime.drafts import Draft, Drafts, Lookup, Stakes
+from qexport.runtime.row_cost import EXACT_NBITS, FLOAT, NBITS, OF_KERNEL, UNKNOWN, RowCost, row_cost
 from qexport.runtime.sampling import Sampling, probabilities
 
 PROMPT = [5, 6, 7, 8, 9, 5, 6, 7, 8, 9, 5, 6]
@@ -158,18 +160,21 @@ def test_lookup_goes_on_beyond_the_end_of_a_text_that_repeats_itself():
     assert lookup.guess(7) == (5, [3, 1, 2, 3, 1, 2, 3])
 
 
+@pytest.mark.parametrize("row", [RowCost(0.0, 0.34), RowCost(0.0, 0.15), RowCost(1.1, 0.1)], ids=str)
 @pytest.mark.parametrize("share", [0.0, 0.2, 0.5, 0.9])
-def test_stakes_lose_less_than_three_hundredths_and_win_where_guesses_are_right(share):
-    stakes, random, cost, written = Stakes(), np.random.default_rng(0), 0.0, 0
+def test_stakes_lose_less_than_three_hundredths_and_win_where_guesses_are_right(share, row):
+    stakes, random, cost, written = Stakes(row), np.random.default_rng(0), 0.0, 0
+    first = row.of(3) if row.first else row.of(1)
     while written < 400:
         count = stakes.guesses(3)
         right = int(np.cumprod(random.random(count) < share).sum())
         stakes.note(3, count, right)
-        cost, written = cost + 1 + count * ROW_COST, written + right + 1
+        cost, written = cost + 1 + row.of(count), written + right + 1
         assert count == 0 or count % 2
-        assert cost <= 1.01 * written + ROW_COST
-        assert written < 12 or written / cost >= 0.97
-    assert written / cost > {0.0: 0.97, 0.2: 0.97, 0.5: 1.02, 0.9: 1.4}[share]
+        assert cost <= 1.01 * written + first
+        assert written < (70 if row.first else 12) or written / cost >= 0.97
+    pays = 0.9 if row.first else 0.5  # a share of 0.5 wins less than one token, however many are guessed
+    assert written / cost > (0.97 if share < pays else 1.02 if share == 0.5 else 1.4)
 
 
 def test_stakes_learn_from_what_was_not_given():
@@ -206,3 +211,32 @@ def test_command_line_and_conversation_take_drafts(run, tmp_path):
     assert code == 2 and "Pass --draft lookup too" in err
     answers = [qexport.Chat(folder, drafts=kind).say("abcabcab") for kind in (None, Drafts(), Drafts(rows=4))]
     assert answers[0][: len(answers[2])] == answers[2] and answers[0] == answers[1]
+
+
+def entry(name, kernel, size, output="x", **more):
+    return LinearEntry(name=name, scheme="s", output=output, node=name, kernel=kernel, shape=(8, 8), bytes=size, **more)
+
+
+def row_cost_of(*entries, level="4", sizes=(("embedding", 100), ("lm_head", 0), ("rest", 0)), **more):
+    session = {"session.qdq_matmulnbits_accuracy_level": level}
+    return row_cost(
+        Manifest(target="cpu", kind="decoder", linears=entries, session=session, bytes=dict(sizes), **more)
+    )
+
+
+def test_what_a_row_costs_follows_from_the_bytes_of_each_kernel():
+    nbits, int8, floats = (OF_KERNEL[kernel].each for kernel in (NBITS, "MatMulIntegerToFloat", FLOAT))
+    down, head = entry("down", NBITS, 60), entry("lm_head", NBITS, 0, "logits")
+    assert row_cost_of(down, head) == RowCost(0.0, pytest.approx(nbits))
+    tied = row_cost_of(down)  # the head is in float and reads the table of embeddings
+    assert tied == RowCost(0.0, pytest.approx((60 * nbits + 100 * floats) / 160))
+    untied = (("embedding", 100), ("lm_head", 40), ("rest", 10))
+    found = row_cost_of(entry("down", "MatMulIntegerToFloat", 60), sizes=untied)
+    assert found == RowCost(0.0, pytest.approx((60 * int8 + 50 * floats) / 110))
+    exact = row_cost_of(down, level="1")
+    share = 60 * EXACT_NBITS.time / (60 * EXACT_NBITS.time + 100)
+    assert exact.first == pytest.approx(share * EXACT_NBITS.first)
+    assert exact.each == pytest.approx(share * EXACT_NBITS.each + (1 - share) * floats)
+    assert row_cost_of(entry("e", "QMoE", 9)) == row_cost_of(down, sizes=()) == UNKNOWN
+    assert row_cost_of(entry("down", NBITS, 60, prompt_kernel="MatMulIntegerToFloat")) == UNKNOWN
+    assert row_cost_of(down, provider="CUDAExecutionProvider") == UNKNOWN

@@ -70,8 +70,12 @@ def test_padded_logits_are_those_without_padding(decoder):
     decoder.reset()
     alone = decoder.run(np.array([[5, 6, 7]])).copy()
     decoder.reset()
-    padded = decoder.run(np.array([[0, 0, 5, 6, 7], [1, 2, 3, 4, 5]]), np.array([[0, 0, 1, 1, 1], [1] * 5]))
+    ids, mask = np.array([[0, 0, 5, 6, 7], [1, 2, 3, 4, 5]]), np.array([[0, 0, 1, 1, 1], [1] * 5])
+    padded = decoder.run(ids, mask).copy()
     np.testing.assert_allclose(padded[0, 2:], alone[0], **CLOSE)
+    decoder.reset()  # in pieces, the padding within the first
+    pieces = [decoder.run(ids[:, :3], mask[:, :3]).copy(), decoder.run(ids[:, 3:]).copy()]
+    np.testing.assert_allclose(np.concatenate(pieces, axis=1)[mask > 0], padded[mask > 0], **CLOSE)
 
 
 def test_row_ends_at_its_end_of_sequence_token_and_the_others_go_on(decoder):

@@ -293,6 +293,18 @@ def test_learn_rotation(run, model, text, tmp_path):
     assert qexport.validate(tmp_path / "out", model, text=text, windows=1, window=64).problems == ()
 
 
+def test_drafts_of_a_whole_model_are_right_and_those_of_another_are_not(model, monkeypatch):
+    monkeypatch.syspath_prepend(str(SAMPLES))
+    skipped = sample("skipped_layers.py")
+    causal = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+    written, most = skipped["write"](causal, [5, 6, 7, 8]), skipped["MOST"]
+    assert skipped["right"](causal, written) == [most] * (skipped["NEW"] - most + 1)
+    assert skipped["calls"]([3, 3, 1, 0, 9], 2) == (7, 3)
+    with skipped["without"](causal, {1}):
+        assert min(skipped["right"](causal, written)) < most
+    assert skipped["cost_of"](causal, {1}) == pytest.approx(1 - (1 - skipped["cost_of"](causal, {0, 1})) / 2)
+
+
 @pytest.mark.slow
 def test_rotation_cost(run):
     out = run("rotation_cost.py", "--width", 48, "--out-features", 32, "--rows", 2, "--repeats", 1).splitlines()
