@@ -337,8 +337,8 @@ the least of {rounds} runs in turns on one thread, with one input, and "faster" 
 KERNELS = """
 ## A layer of the speaker encoder
 
-Made by `python samples/recurrent.py --kernels`: 256 states, 160 steps of one row, the least of {rounds} runs in turns on
-one thread; "beside" is the time over that of the operator as `quantize_dynamic` makes it.
+Made by `python samples/recurrent.py --kernels`: 256 states, 160 steps of one row, the least of {rounds} runs in turns
+on one thread; "beside" is the time over that of the operator as `quantize_dynamic` makes it.
 
 | layer | ms | beside |
 | --- | --- | --- |

@@ -19,6 +19,7 @@ from ..graph.translated import without_form
 from ..graph.views import results_of, tensor_name
 from ..models.quiet import quiet_transformers
 from ..models.steps import LISTED, cache_name, step_arguments
+from . import expert_forms as _expert_forms  # noqa: F401  declares them
 from .attention import GraphCache, ProbeCache, tracing
 from .blocks import Block, cut
 from .causal_convolutions import fuse_causal_convolutions
