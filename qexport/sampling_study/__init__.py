@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from importlib.metadata import version
+from pathlib import Path
 
 import numpy as np
 import onnxruntime
@@ -78,7 +79,7 @@ def study(
     """
     begin, grid, texts = time.perf_counter(), grid or Grid(), read_prompts(prompts)
     provider = None if provider is None else provider_named(provider)
-    ready = pairs if any(is_seq2seq(folder) for folder in folders) else decoders
+    ready = pairs if any(is_seq2seq(Path(folder)) for folder in folders) else decoders
     asked = Asked(folders, reference, texts, grid.longest, threads, provider, trust_remote_code, progress)
     with ready(asked) as models:
         on_estimate(estimate(models.own, models.exports, models.prompts[0], grid, len(models.prompts)))

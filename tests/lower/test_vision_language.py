@@ -93,7 +93,7 @@ def test_files_agree_with_their_graphs(folder, scheme, tmp_path):
         made = exports.export(captured, recipe, "cpu", tmp_path / name, calibration=read[name])
         placed, _ = examine(tmp_path / name, made.manifest, manifests.CPU)
         assert not placed.unfused and set(placed.nodes_per_provider) == {manifests.CPU}
-        assert {entry.kernel for entry in made.manifest.linears} <= {KERNELS[scheme]}
+        assert {entry.kernel for entry in made.manifest.linears} <= {KERNELS[scheme], "QMoE"}  # of experts
         file, graph, feeds = made.in_onnxruntime(), made.in_pytorch(), dict(read[name].batches[0])
         for _ in range(3 if name == DECODER else 1):
             got, want = file(feeds), graph(feeds)
@@ -251,9 +251,10 @@ def test_a_conversation_about_pictures_is_read_whole_every_time(llava, float_fil
     text = processor.apply_chat_template(said, tokenize=False, add_generation_prompt=True)
     made = processor(text=[text], images=[[Image.open(picture)]], add_special_tokens=False, return_tensors="pt")
     with torch.no_grad():
-        want = model.generate(**made, max_new_tokens=5, do_sample=False)[0, made["input_ids"].shape[1] :]
+        want = model.generate(**made, max_new_tokens=5, do_sample=False, suppress_tokens=[127])
     assert text.count("<image>") == 1
-    assert talk.say("and now") == processor.tokenizer.decode(want, skip_special_tokens=True)
+    want = processor.tokenizer.decode(want[0, made["input_ids"].shape[1] :], skip_special_tokens=True)
+    assert talk.say("and now") == want
     talk.forget()
     assert not talk.turns and talk.say("no picture") is not None
 
