@@ -60,7 +60,6 @@ def test_blocks_compute_what_transformers_computes(captured, model_folder, famil
         assert len(linears(block.module.graph)) >= (4 if attends else 2) or block in (model.blocks[0], model.blocks[-1])
 
 
-@pytest.mark.traced_anew  # which names lines of transformers
 @pytest.mark.parametrize("family", quick(REASONS.keys() - {"jetmoe"}, among=[n for n in REFUSED if n in REASONS]))
 def test_what_cannot_be_exported_is_refused(tmp_path, family):
     with pytest.raises((CaptureError, LoweringError), match=REASONS[family]):
