@@ -22,7 +22,7 @@ def t5(tmp_path_factory):
     return folder
 
 
-def test_a_study_of_pairs(t5, tmp_path):
+def test_a_study_of_pairs(t5, export_folder, tmp_path):
     for name, recipe in (("exact", FLOAT), ("w4", "w4a16_g32_rtn")):
         qexport.export(t5, recipe, out_dir=tmp_path / name)
     grid = qexport.Grid(temperatures=(0, 0.9), top_ks=(0,), max_new_tokens=(8,), seeds=(4,))
@@ -46,13 +46,13 @@ def test_a_study_of_pairs(t5, tmp_path):
             ).logits[0]  # fmt: skip
         costs.append(float(torch.nn.functional.cross_entropy(logits, torch.tensor(text))))
     assert rows["w4", 0].perplexity == pytest.approx(np.exp(np.mean(costs)), rel=1e-4)
-
-
-def test_what_does_not_fit_is_refused(t5, export_folder, tmp_path):
-    qexport.export(t5, "w4a16_g32_rtn", out_dir=tmp_path / "pair")
     decoder = export_folder("llama", qexport.Recipe(scheme="w8a16_g32"))
     with pytest.raises(InputError, match="no encoder-decoder, as others of these are"):
-        qexport.study([tmp_path / "pair", decoder], t5)
+        qexport.study([tmp_path / "w4", decoder], t5)
+
+
+@pytest.mark.slow
+def test_models_of_speech_are_refused(t5, tmp_path):
     whisper = save_seq2seq("whisper", tmp_path / "whisper")
     given = torch.randn(2, 16, 32, generator=torch.Generator().manual_seed(1))
     qexport.export(whisper, "w8a8_dyn", out_dir=tmp_path / "speech", calibration=given)
