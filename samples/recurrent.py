@@ -302,8 +302,8 @@ def layer(op_type: str, features: int, states: int) -> tuple[onnxruntime.Inferen
     return session, {"x": random.normal(size=(160, 1, features)).astype(np.float32)}
 
 
-def kernels() -> None:
-    """Print what a layer takes as each operator, the least of runs in turns, of what quantize_dynamic makes of it."""
+def kernels() -> list[str]:
+    """Rows of what a layer takes as each operator, the least of runs in turns, beside what quantize_dynamic makes."""
     made = {
         "40 features, quantize_dynamic": layer("DynamicQuantizeLSTM", 40, 256),
         "40 features, w8a8_static": layer("DynamicQuantizeLSTM", 42, 258),  # two more hold the ranges
@@ -317,9 +317,12 @@ def kernels() -> None:
             begin = time.perf_counter()
             session.run(None, fed)
             least[name] = min(least[name], time.perf_counter() - begin)
+    lines = []
     for name, seconds in least.items():
         beside = least[f"{name.split(',')[0]}, quantize_dynamic"]
-        print(f"{name}: {1e3 * seconds:.2f} ms, {seconds / beside:.2f} of quantize_dynamic")
+        lines.append(f"| {name} | {1e3 * seconds:.2f} | {seconds / beside:.2f} |")
+        print(lines[-1])
+    return lines
 
 
 HEAD = """# Recurrent networks
@@ -329,6 +332,16 @@ the least of {rounds} runs in turns on one thread, with one input, and "faster" 
 
 | network | file | MB | cosine | ms | faster |
 | --- | --- | --- | --- | --- | --- |
+"""
+
+KERNELS = """
+## A layer of the speaker encoder
+
+Made by `python samples/recurrent.py --kernels`: 256 states, 160 steps of one row, the least of {rounds} runs in turns
+on one thread; "beside" is the time over that of the operator as `quantize_dynamic` makes it.
+
+| layer | ms | beside |
+| --- | --- | --- |
 """
 
 
@@ -352,7 +365,8 @@ def main() -> None:
         ]  # fmt: skip
         lines = [line for make in makers for line in table(make(), folder)]
     if given.out:
-        given.out.write_text(HEAD.format(rounds=ROUNDS) + "\n".join(lines) + "\n")
+        made = HEAD.format(rounds=ROUNDS) + "\n".join(lines) + "\n"
+        given.out.write_text(made + KERNELS.format(rounds=4 * ROUNDS) + "\n".join(kernels()) + "\n")
 
 
 if __name__ == "__main__":

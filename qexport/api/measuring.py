@@ -25,7 +25,7 @@ from ..capture.module import Inputs, axes_of
 from ..errors import InputError, writing_to
 from ..lower.adapter_inputs import with_adapter_inside
 from ..mixed_precision.costs import Costs
-from ..mixed_precision.sensitivity import costs_of, restore
+from ..mixed_precision.sensitivity import InChain, costs_of, restore
 from ..models.agreement import ReaderAgreement
 from ..models.heads import Decision
 from ..models.source import ModelFolder
@@ -73,6 +73,7 @@ class Subject:
         transformed: see `validation.account.transforms`.
         options: how they are compared.
         described: what the file is, where qexport did not write it; its working copy is in `folder`.
+        chain: of a part of a model whose sensitivity is measured.
     """
 
     folder: Path
@@ -81,6 +82,7 @@ class Subject:
     transformed: bool
     options: ValidationOptions
     described: Described | None = None
+    chain: InChain | None = None
 
     @property
     def stepwise(self) -> bool:
@@ -120,13 +122,19 @@ class Laps:
         self.seconds[stage], self._started = round(now - self._started, 2), now
 
 
-def validate_file(folder: Path, reference: FloatModel, options: ValidationOptions) -> Report:
-    """Compare an export that is one file with the float model; see `validate`, for its errors too."""
+def validate_file(
+    folder: Path, reference: FloatModel, options: ValidationOptions, chain: InChain | None = None
+) -> Report:
+    """Compare an export that is one file with the float model; see `validate`, for its errors too.
+
+    Args:
+        chain: of a part of a model whose sensitivity is measured.
+    """
     manifest = manifests.load(folder)
     check_writable(folder)
     with inside(folder, "validating"):
         checksums.check(folder)
-        report = _report(folder, manifest, reference, options)
+        report = _report(folder, manifest, reference, options, chain)
         save(report, folder)
         exported = read_validated(folder)
         write_html(exported)
@@ -194,7 +202,9 @@ def stages(kind: str, options: ValidationOptions, foreign: bool = False) -> list
     return [stage for stage in order if there.get(stage, True)]
 
 
-def _report(folder: Path, manifest: Manifest, reference: FloatModel, options: ValidationOptions) -> Report:
+def _report(
+    folder: Path, manifest: Manifest, reference: FloatModel, options: ValidationOptions, chain: InChain | None = None
+) -> Report:
     laps = Laps()
     if options.out is not None:
         raise InputError("the report of an export goes into its folder", place="out", remedy="Leave it out")
@@ -207,7 +217,7 @@ def _report(folder: Path, manifest: Manifest, reference: FloatModel, options: Va
     captured = captured_for(reference, manifest, options)
     if (folder / RECIPE_FILE).is_file():  # values are compared in the basis in which the export has them
         change_model(captured, Recipe.load(folder / RECIPE_FILE))
-    subject = Subject(folder, manifest, captured, transforms(folder), options)
+    subject = Subject(folder, manifest, captured, transforms(folder), options, chain=chain)
     check_same_model(captured, manifest, folder, transformed=subject.transformed)
     if _LONGEST in manifest.settings:  # an export may read shorter texts than its model
         captured.settings[_LONGEST] = manifest.settings[_LONGEST]
@@ -246,7 +256,7 @@ def compared(subject: Subject, read: Read, laps: Laps) -> Report:
     feeds = subject.feeds(read.feeds)
     costs: Costs | None = None
     if options.sensitivity:
-        costs = costs_of(folder, manifest, captured, feeds, partial(progress, "costs"))
+        costs = costs_of(folder, manifest, captured, feeds, partial(progress, "costs"), subject.chain)
         laps.lap("costs")
     layers = compare_layers(
         folder, manifest, captured, feeds, plain, rows=read.rows, transformed=subject.transformed,
@@ -259,6 +269,7 @@ def compared(subject: Subject, read: Read, laps: Laps) -> Report:
         restored = restore(
             folder, manifest, captured, feeds, layers.linears, costs, transformed=subject.transformed,
             threads=options.threads, provider=options.provider, progress=partial(progress, "restoring"),
+            chain=subject.chain,
         )  # fmt: skip
         laps.lap("restoring")
     decoder = captured.kind == "decoder" and captured.reads_text

@@ -12,13 +12,14 @@ from ..cost.estimate import both
 from ..errors import RecipeError
 from ..graph.convolution_sites import convolutions
 from ..graph.sites import linears
+from ..mixed_precision.sensitivity import of_all_parts
 from ..models.agreement import together
 from ..models.source import ModelFolder
 from ..recipe.recipe import Recipe
 from ..recipe.sections import FLOAT
 from ..validation.environment import versions
 from ..validation.gates import Gates
-from ..validation.report import Greedy, LayerComparison, Logits, Placement, Report, ValueComparison
+from ..validation.report import Greedy, LayerComparison, Logits, Placement, Report, Sensitivity, ValueComparison
 from .inspection import Inspection
 from .result import ExportResult
 from .stages.preparing import Preparation
@@ -161,6 +162,12 @@ def _placement(reports: Mapping[str, Report]) -> Placement:
     )  # fmt: skip
 
 
+def _sensitivity(reports: Mapping[str, Report]) -> Sensitivity | None:
+    found = {part: report.sensitivity for part, report in reports.items() if report.sensitivity is not None}
+    names = {part: [row.name for row in report.layers.linears] for part, report in reports.items()}
+    return of_all_parts(found, names) if found else None
+
+
 def whole_report(
     reports: Mapping[str, Report], *, text: str, own_text: bool, logits: Logits, greedy: Greedy | None, gates: Gates,
     settings: dict[str, Any],
@@ -179,7 +186,7 @@ def whole_report(
         outputs=tuple(row for report in found for row in report.outputs),
         activations=tuple(row for report in found for row in report.activations),
         warnings=tuple(dict.fromkeys(sentence for report in found for sentence in report.warnings)),
-        gates=gates.of(logits),
+        gates=gates.of(logits), sensitivity=_sensitivity(reports),
         seconds={f"{part}: {stage}": s for part, report in reports.items() for stage, s in report.seconds.items()},
         settings=settings, versions=versions(), parts=dict(reports),
     )  # fmt: skip

@@ -130,8 +130,6 @@ def check_applicable(kind: str, options: Options, recipe: Recipe) -> None:
         InputError, RecipeError: what, and for what kind it is.
     """
     parts = kind == SEQ2SEQ
-    if kind == VISION_LANGUAGE and options.resume:
-        raise InputError(f"an export of {_KINDS[kind]} cannot be resumed", place="resume", remedy="Start it again")
     if parts and options.logits != "all":
         raise InputError(
             "an encoder-decoder always makes the logits of all tokens", place="logits",

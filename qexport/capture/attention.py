@@ -6,7 +6,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import partial
 from types import CellType, FunctionType
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
@@ -58,16 +58,22 @@ class GraphCacheLayer(DynamicLayer):
         return self.past_key.shape[2] + query_length, 0
 
 
+def unknown_state(what: str) -> CaptureError:
+    """A layer of the model keeps something that has no place in a file's interface."""
+    return CaptureError(
+        f"a layer keeps {what}: only keys and values, and a state of a convolution and of a recurrence, are known",
+        remedy="A state of another kind cannot be lowered",
+    )
+
+
 class _OfKnownStates(Cache):
     """A cache that refuses what models keep besides keys, values, inputs of a convolution and state of a recurrence."""
 
-    def _refused(self, *args, **kwargs):
-        raise CaptureError(
-            "layers of the model keep states that are not keys and values, nor those of a convolution or a recurrence",
-            remedy="Other states, and indexers of keys, cannot be lowered",
-        )
+    def _refused(self) -> NoReturn:
+        raise unknown_state("several states of convolutions or recurrences")
 
-    update_indexer = _refused
+    def update_indexer(self, *args, **kwargs) -> NoReturn:
+        raise unknown_state("a key of an indexer for every token, which chooses what attention reads")
 
     def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> None:
         """None, as in front of a text: a model with nothing to look up takes the way of a prompt."""

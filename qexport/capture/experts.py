@@ -16,7 +16,6 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from ..errors import CaptureError
 from ..graph.ops import experts as _ops  # noqa: F401  registers the operator
-from .recurrences.registry import stands_for_forward
 
 IMPLEMENTATION = "qexport"
 _TRACED = 4  # of the experts of a layer; see expert_copies.py
@@ -45,11 +44,11 @@ def _dense(experts, hidden_states, top_k_index, top_k_weights):
         raise CaptureError("experts of a form that cannot be lowered", place=type(experts).__name__)
     x = hidden_states.view(*rows, hidden_states.shape[-1])
     shares = torch.ops.qexport.expert_shares(top_k_index, top_k_weights, experts.num_experts)
-    total = _sum(partial(_expert, experts), x, shares.view(*rows, experts.num_experts))
+    total = sum_of_experts(partial(_expert, experts), x, shares.view(*rows, experts.num_experts))
     return total.view(-1, hidden_states.shape[-1])
 
 
-def _sum(expert: Callable[..., torch.Tensor], x: torch.Tensor, shares: torch.Tensor) -> torch.Tensor:
+def sum_of_experts(expert: Callable[..., torch.Tensor], x: torch.Tensor, shares: torch.Tensor) -> torch.Tensor:
     """What all experts make of x [batch, sequence, hidden]; each is called with its number, x and its share."""
     count = shares.shape[-1]
     traced = min(count, _TRACED)
@@ -77,21 +76,4 @@ def _expert(experts, number: int, x: torch.Tensor, share: torch.Tensor) -> torch
     return project("down_proj", inner * share)
 
 
-def _scaled_in_front(mixture, path, hidden_states):
-    """What takes the place of the forward of Llama 4's mixture, whose experts read tokens times their share.
-
-    An expert makes nothing of nothing, so all of them on all tokens are the same sum.
-    """
-    experts, flat = mixture.experts, hidden_states.reshape(-1, hidden_states.shape[-1])
-    shares, logits = mixture.router(flat)
-
-    def expert(number: int, x: torch.Tensor, share: torch.Tensor) -> torch.Tensor:
-        gate, up = linear(x * share, experts.gate_up_proj[number].t()).chunk(2, dim=-1)
-        return linear(up * experts.act_fn(gate), experts.down_proj[number].t())
-
-    total = _sum(expert, hidden_states, shares.view(*hidden_states.shape[:-1], -1))
-    return (mixture.shared_expert(hidden_states) + total).view(flat.shape), logits
-
-
 ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, _dense)
-stands_for_forward("Llama4TextMoe")(_scaled_in_front)

@@ -19,6 +19,7 @@ from .module import capture_module
 
 PROCESSOR = "preprocessor_config.json"
 _BATCH, _SIDE, _SECOND = 2, 224, 16000  # rows; pixels where nothing says how many; numbers of a second of sound
+_FRAMES = 98  # of a second in spectrograms of any length
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,8 @@ def _reading(model: PreTrainedModel, name: str, folder: ModelFolder) -> Reading:
         return Reading((BATCH, "sequence_length"), second, f"{note}; it reads sound as its extractor makes it")
     if name == "input_features" and (width := getattr(config, "feature_projection_input_dim", None)):
         return Reading((BATCH, "sequence_length", width), (_BATCH, 50, width), note)
+    if name == "input_features" and (width := getattr(getattr(config, "encoder_config", None), "num_mel_bins", None)):
+        return Reading((BATCH, "sequence_length", width), (_BATCH, _FRAMES, width), note)
     raise CaptureError(
         f"reads {name}, whose sizes are not known for {type(model).__name__}", place=folder.name,
         remedy="Pass it as an nn.Module with example inputs",

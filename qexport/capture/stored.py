@@ -135,7 +135,7 @@ def codes_in(
     """
     found = {name: checkpoint.given(name) for name in parameters if name not in pieces}
     for name, piece in pieces.items():
-        found[name] = checkpoint.given(piece.source, piece.index) if piece.transposed else None
+        found[name] = checkpoint.given(piece.source, piece.index) if piece.transposed and not piece.stacked else None
         if found[name] is None and checkpoint.coded(piece.source):
             raise CaptureError(
                 "is stored as codes, but the model reads it transposed or in parts, which takes float weights",

@@ -19,7 +19,8 @@ from ..graph.translated import without_form
 from ..graph.views import results_of, tensor_name
 from ..models.quiet import quiet_transformers
 from ..models.steps import LISTED, cache_name, step_arguments
-from .attention import GraphCache, ProbeCache, tracing
+from . import expert_forms as _expert_forms  # noqa: F401  declares them
+from .attention import GraphCache, GraphCacheLayer, ProbeCache, tracing, unknown_state
 from .blocks import Block, cut
 from .causal_convolutions import fuse_causal_convolutions
 from .constants import fold_constants
@@ -170,6 +171,10 @@ def _probe(model: PreTrainedModel, place: str, reads: Reads) -> list[Layer]:
         error.place = error.place or place
         raise
     except Exception as error:
+        if isinstance(error, AttributeError) and isinstance(error.obj, GraphCacheLayer):
+            refused = unknown_state(f"{error.name} in its cache")
+            refused.place = place
+            raise refused from error
         raise CaptureError(f"cannot be run without data: {root_cause(error)}", place=place) from error
     elsewhere = sorted(_held(model) - before)
     if elsewhere or not cache.found:

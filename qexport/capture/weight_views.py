@@ -14,7 +14,7 @@ from torch.fx import GraphModule, Node
 from ..graph.edit import get_tensor, is_call, set_tensor
 from ..graph.meta import Meta
 from ..graph.schema import bind
-from ..graph.views import Matmul, Permute, Select, Transpose, tensor_name
+from ..graph.views import Matmul, Permute, Reshape, Select, Transpose, tensor_name
 from ..models.checkpoint import Checkpoint
 
 aten = torch.ops.aten
@@ -28,15 +28,25 @@ class WeightView:
         source: name of the weight.
         index: along its first axis; None for all of it.
         transposed: the last two axes exchanged.
+        stacked: how many matrices lie one below another in it, of which `index` is one; 0: it has an axis of them.
     """
 
     source: str
     index: int | None = None
     transposed: bool = False
+    stacked: int = 0
 
     def of(self, tensor: torch.Tensor) -> torch.Tensor:
-        part = tensor if self.index is None else tensor[self.index]
+        at = self.at(len(tensor))
+        part = tensor if at is None else tensor[at]
         return part.t() if self.transposed else part
+
+    def at(self, rows: int) -> int | slice | None:
+        """Where it is along the first axis of its weight, which has so many rows."""
+        if not self.stacked or self.index is None:
+            return self.index
+        height = rows // self.stacked
+        return slice(self.index * height, (self.index + 1) * height)
 
     def name(self, dim: int) -> str:
         """What it is called; dim: axes that it has."""
@@ -58,7 +68,7 @@ class WeightViews:
         piece = self.table.get(name)
         if piece is None:
             return self.checkpoint.load(name)
-        part = self.checkpoint.load(piece.source, piece.index)
+        part = self.checkpoint.load(piece.source, piece.at(self.checkpoint.shape(piece.source)[0]))
         return part.t().contiguous() if piece.transposed else part
 
 
@@ -98,6 +108,15 @@ def _follow(module: GraphModule, node: Node, piece: WeightView, table: dict[str,
         taken = Select.match(user)
         if taken is not None and taken.dim == 0 and isinstance(taken.index, int) and _is_stack(node):
             part = _read(module, user, replace(piece, index=taken.index), table)
+        elif (count := _stacked(node, user)) and piece == WeightView(piece.source):
+            for each in list(user.users):
+                number = bind(each).index
+                part = _read(module, each, replace(piece, index=number, stacked=count), table)
+                each.replace_all_uses_with(part)
+                module.graph.erase_node(each)
+                _follow(module, part, table[tensor_name(part)], table)
+            module.graph.erase_node(user)
+            continue
         elif _transposes(user) and len(node.users) == 1:
             part = _read(module, user, replace(piece, transposed=not piece.transposed), table)
         else:
@@ -111,6 +130,15 @@ def _is_stack(node: Node) -> bool:
     """A tensor of matrices, or of biases, of which every reader takes one."""
     taken = [Select.match(user) for user in node.users]
     return all(part is not None and isinstance(part.index, int) for part in taken)
+
+
+def _stacked(node: Node, user: Node) -> int:
+    """How many matrices, one below another, a reader makes of a weight, of which every reader takes one; else 0."""
+    if Reshape.match(user) is None or not _is_stack(user):
+        return 0
+    whole, parts = node.meta["val"].shape, user.meta["val"].shape
+    alike = len(parts) == len(whole) + 1 and parts[0] * parts[1] == whole[0] and parts[2:] == whole[1:]
+    return int(parts[0]) if alike else 0
 
 
 def _transposes(node: Node) -> bool:

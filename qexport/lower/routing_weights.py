@@ -11,7 +11,10 @@ from ..graph.sites import SHAPE_ONLY, readers
 from ..graph.views import Add, Cat, Div, Mul, Slice, size_at
 
 aten = torch.ops.aten
-_NEVER_BELOW_ZERO = (aten.softmax.int, aten.sigmoid.default, aten.softplus.default, aten.relu.default, aten.exp.default)
+_NEVER_BELOW_ZERO = (
+    aten.softmax.int, aten.sigmoid.default, aten.softplus.default, aten.relu.default, aten.exp.default,
+    aten.linalg_vector_norm.default,
+)  # fmt: skip
 _OF_ONE_TENSOR = (
     *SHAPE_ONLY, aten.gather.default, aten.topk.default, aten.sort.default, aten.max.dim, operator.getitem,
     aten.slice.Tensor, aten.unsqueeze.default, aten.expand.default, aten.sum.dim_IntList, aten.sqrt.default,

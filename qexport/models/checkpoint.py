@@ -192,25 +192,25 @@ class Checkpoint:
             )  # fmt: skip
         return found[0]
 
-    def _raw(self, name: str, index: int | None = None) -> torch.Tensor:
+    def _raw(self, name: str, index: int | slice | None = None) -> torch.Tensor:
         change = self._changes.get(self._aliases.get(name, name))
         if change is None or self._adapter is None:
             return self._base(name, index)
         merged = change.apply(self._base(name).float(), self._adapter.read)
         return merged if index is None else merged[index]
 
-    def _base(self, name: str, index: int | None = None) -> torch.Tensor:
+    def _base(self, name: str, index: int | slice | None = None) -> torch.Tensor:
         """A tensor without an adapter."""
         stored = self._stored_as(name)
         if (weight := self._coded.get(stored)) is not None:
-            if isinstance(weight, CodedStack) and index is not None:
+            if isinstance(weight, CodedStack) and isinstance(index, int):
                 found = weight.each.decode(partial(self._part, index=index))
                 return (found.dequantize() if isinstance(found, Given) else found).t()
             found = weight.decode(self._part)
             whole = found.dequantize() if isinstance(found, Given) else found
             return whole if index is None else whole[index]
         if (made := self._made.get(stored)) is not None:
-            return made.load(self._part, index)
+            return made.load(self._part)[index] if isinstance(index, slice) else made.load(self._part, index)
         return self._part(stored, index)
 
     def _stored_as(self, name: str) -> str:
@@ -218,16 +218,16 @@ class Checkpoint:
         found = self._aliases.get(name, name)
         return self._table if self._table and found == HEAD else found
 
-    def _part(self, name: str, index: int | None = None) -> torch.Tensor:
+    def _part(self, name: str, index: int | slice | None = None) -> torch.Tensor:
         """A tensor of the files, by its name in there."""
         with safe_open(self.folder / self._files[name], framework="pt") as handle:
             return handle.get_tensor(name) if index is None else handle.get_slice(name)[index]
 
-    def load(self, name: str, index: int | None = None) -> torch.Tensor:
+    def load(self, name: str, index: int | slice | None = None) -> torch.Tensor:
         """A tensor as stored, floating point ones as float32.
 
         Args:
-            index: along its first axis, for that part of it alone.
+            index: along its first axis, for that part of it alone, or for some rows.
 
         Raises:
             NumericsError: the tensor holds NaN or Inf.

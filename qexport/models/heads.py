@@ -39,6 +39,8 @@ _NAMES = {
     Head("text-classification", transformers.AutoModelForSequenceClassification): "SEQUENCE_CLASSIFICATION",
     Head("token-classification", transformers.AutoModelForTokenClassification): "TOKEN_CLASSIFICATION",
     Head("question-answering", transformers.AutoModelForQuestionAnswering): "QUESTION_ANSWERING",
+    Head("table-question-answering", transformers.AutoModelForTableQuestionAnswering, "yes or no"):
+        "TABLE_QUESTION_ANSWERING",
     Head("multiple-choice", transformers.AutoModelForMultipleChoice): "MULTIPLE_CHOICE",
     Head("next-sentence", transformers.AutoModelForNextSentencePrediction): "NEXT_SENTENCE_PREDICTION",
     Head("fill-mask", transformers.AutoModelForMaskedLM, optional=True): "MASKED_LM",
@@ -47,8 +49,13 @@ _NAMES = {
     Head("image-segmentation", transformers.AutoModelForSemanticSegmentation, "class of a pixel"):
         "SEMANTIC_SEGMENTATION",
     Head("instance-segmentation", transformers.AutoModelForUniversalSegmentation): "UNIVERSAL_SEGMENTATION",
+    Head("image-segmentation", transformers.AutoModelForImageSegmentation): "IMAGE_SEGMENTATION",
     Head("object-detection", transformers.AutoModelForObjectDetection): "OBJECT_DETECTION",
     Head("depth-estimation", transformers.AutoModelForDepthEstimation, ""): "DEPTH_ESTIMATION",
+    Head("normal-estimation", transformers.AutoModelForNormalEstimation, ""): "NORMAL_ESTIMATION",
+    Head("pose-estimation", transformers.AutoModelForPoseEstimation, ""): "POSE_ESTIMATION",
+    Head("keypoint-detection", transformers.AutoModelForKeypointDetection, ""): "KEYPOINT_DETECTION",
+    Head("image-matting", transformers.AutoModelForImageMatting, ""): "IMAGE_MATTING",
     Head("image-to-image", transformers.AutoModelForImageToImage, ""): "IMAGE_TO_IMAGE",
     Head("automatic-speech-recognition", transformers.AutoModelForCTC): "CTC",
     Head("audio-classification", transformers.AutoModelForAudioClassification): "AUDIO_CLASSIFICATION",

@@ -12,10 +12,11 @@ from typing import Any
 import numpy as np
 import psutil
 
-from ..artifact.manifest import Manifest
+from ..artifact.manifest import DECODER, Manifest
 from ..errors import RuntimeProblem
 from .decoder import Decoder, open_decoder
 from .seq2seq import EncoderDecoder, is_seq2seq, open_seq2seq
+from .vision_language import PicturesAndText, is_vision_language, open_reader
 
 _CHILD = "from qexport.runtime.bench_process import _serve; _serve()"
 
@@ -110,16 +111,26 @@ class _Subject:
         self._setup, self._plan = setup, Manifest.model_validate(setup["manifest"])
         self._decoder: Decoder | None = None
         self._pair: EncoderDecoder | None = None
+        self._reader: PicturesAndText | None = None
         self._before = psutil.Process().memory_info().rss
         _forget_peak()
 
     def load(self) -> float:
-        self._decoder = self._pair = None
+        self._decoder = self._pair = self._reader = None
+        folder, options = self._setup["folder"], {name: self._setup[name] for name in ("threads", "provider")}
         start = perf_counter()
-        if is_seq2seq(self._setup["folder"]):
-            options = {name: self._setup[name] for name in ("threads", "provider")}
-            self._pair = open_seq2seq(self._setup["folder"], **options)
+        if is_seq2seq(folder):
+            self._pair = open_seq2seq(folder, **options)
             return perf_counter() - start
+        if is_vision_language(folder):
+            self._reader = open_reader(folder, **options)
+            read = perf_counter()
+            longest = self._setup["max_length"] + self._rows(self._reader)
+            begin = perf_counter()
+            self._decoder = open_decoder(
+                Path(folder) / DECODER, self._plan, max_length=longest, embed=self._reader, **options
+            )  # fmt: skip
+            return perf_counter() - begin + read - start
         self._decoder = open_decoder(
             self._setup["folder"],
             self._plan,
@@ -132,6 +143,10 @@ class _Subject:
     def run(self, tokens: int, steps: int, batch: int) -> tuple[float, float | None]:
         if self._pair is not None:
             return _about_a_source(self._pair, self._plan.settings["vocab_size"], tokens, steps, batch)
+        if self._reader is not None and self._decoder is not None:
+            return _about_pictures(
+                self._reader, self._decoder, self._plan.settings["vocab_size"], tokens, steps, batch
+            )  # fmt: skip
         ids = np.random.default_rng(0).integers(0, self._plan.settings["vocab_size"], (batch, tokens + steps))
         if (decoder := self._decoder) is None:
             raise RuntimeProblem("nothing is loaded yet")
@@ -139,6 +154,17 @@ class _Subject:
         times = [_seconds(decoder, ids[:, :tokens])]
         times += [_seconds(decoder, ids[:, i : i + 1]) for i in range(tokens, tokens + steps)]
         return times[0], median(times[1:]) if steps else None
+
+    def _rows(self, reader: PicturesAndText) -> int:
+        """Tokens that stand for a picture; so many more have to fit behind which a text goes on."""
+        rows, longest = reader.read(reader.any_pictures(1)), self._setup["max_length"]
+        context = self._plan.settings.get("max_position_embeddings")
+        if context is not None and rows + longest > context:
+            raise RuntimeProblem(
+                f"{longest} tokens behind the {rows} of a picture do not fit: the model reads {context}",
+                place=str(self._setup["folder"]), remedy="Ask for shorter prompts",
+            )  # fmt: skip
+        return rows
 
     def memory(self) -> int:
         return max(_peak() - self._before, 0)
@@ -154,6 +180,22 @@ def _about_a_source(
     pair.decoder.run(first)
     read = perf_counter() - start
     times = [_seconds(pair.decoder, first) for _ in range(steps)]
+    return read, median(times) if times else None
+
+
+def _about_pictures(
+    reader: PicturesAndText, decoder: Decoder, vocabulary: int, tokens: int, steps: int, batch: int
+) -> tuple[float, float | None]:
+    """The same of a model of pictures and text: seconds to read a picture with a text behind it, and of the steps."""
+    pictures = reader.any_pictures(batch)
+    ids = np.random.default_rng(0).integers(0, vocabulary, (batch, tokens + steps))
+    ids = np.where(ids == reader.token, (ids + 1) % vocabulary, ids)
+    decoder.reset()
+    start = perf_counter()
+    rows = reader.read(pictures) // batch
+    decoder.run(np.concatenate([np.full((batch, rows), reader.token), ids[:, :tokens]], axis=1))
+    read = perf_counter() - start
+    times = [_seconds(decoder, ids[:, i : i + 1]) for i in range(tokens, tokens + steps)]
     return read, median(times) if times else None
 
 

@@ -1,6 +1,6 @@
-"""How fast and how large exported decoders and encoder-decoders are, measured in turns so that they can be compared."""
+"""How fast and how large exported decoders are, alone or behind encoders, measured in turns to be compared."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -8,13 +8,14 @@ from typing import Any
 import numpy as np
 
 from ..artifact import manifest as manifests
-from ..artifact.manifest import DECODER, ENCODER, SPECTRA, Manifest
+from ..artifact.manifest import DECODER, ENCODER, PICTURE_PARTS, SPECTRA, Manifest
 from ..errors import InputError
 from ..progress import Progress, no_progress
 from .bench_process import BenchProcess
 from .genai import context_length
 from .provider import provider_named
 from .seq2seq import is_seq2seq
+from .vision_language import is_vision_language
 
 PROMPT_LENGTHS = (128, 512, 2048)
 DECODE_PASTS = (128, 2048)
@@ -82,10 +83,11 @@ def bench(
     provider: str | None = None,
     progress: Progress = no_progress,
 ) -> BenchResult:
-    """Measure a folder of a decoder, of qexport or of onnxruntime-genai's model builder, or of an encoder-decoder.
+    """Measure a folder of a decoder, of qexport or of onnxruntime-genai's model builder, or one that has several parts.
 
     Of an encoder-decoder prompts are sources that are read up to the first token about them, and decoding is what
-    follows; those of spectrograms are measured at the one length that they have.
+    follows; those of spectrograms are measured at the one length that they have. Of a model of pictures and text every
+    prompt is a picture with so many tokens of text behind it.
 
     Args:
         folder: what is measured.
@@ -183,6 +185,8 @@ def _describe(folder: Path) -> Manifest:
         decoder = manifests.load(folder / DECODER)
         size = manifests.stated(folder).get("vocab_size")
         return decoder.model_copy(update={"settings": decoder.settings | {"vocab_size": size or 1}})
+    if is_vision_language(folder):
+        return manifests.load(folder / DECODER)
     plan = manifests.load_any(folder)
     if plan.kind != "decoder":
         raise InputError(f"this export is a {plan.kind}, but bench measures decoders", place=str(folder))
@@ -197,7 +201,8 @@ def _fitting(
         ((length, str(path)) for path in folders if (length := context_length(path)) is not None),
         default=(None, ""),
     )
-    pairs = _pairs(folders)
+    pairs = _of_one_kind(folders, is_seq2seq, "an encoder-decoder")
+    sees = _of_one_kind(folders, is_vision_language, "a model of pictures and text")
     if (frames := _frames(folders)) is not None:
         if prompt_lengths or decode_pasts:
             raise InputError(
@@ -220,21 +225,23 @@ def _fitting(
             lengths = sorted({min(n, limit) for n in lengths if limit > 0})
             notes.append(f"{what} {over[0]} tokens became {limit}: the model reads {context}")
         kept.append(lengths)
+    if sees:
+        notes.append("every prompt is a picture and so many tokens of text behind it, of which the speed is")
     if pairs:
         notes.append("prompts are sources, up to the first token about them; decoding is about such sources")
     return kept[0], kept[1], tuple(notes)
 
 
-def _pairs(folders: Sequence[Path]) -> bool:
-    """Whether all are encoder-decoders.
+def _of_one_kind(folders: Sequence[Path], is_one: Callable[[Path], bool], what: str) -> bool:
+    """Whether all are of a kind.
 
     Raises:
         InputError: some are, which do something else than the others.
     """
-    kinds = [is_seq2seq(path) for path in folders]
+    kinds = [is_one(path) for path in folders]
     if any(kinds) and not all(kinds):
         raise InputError(
-            "an encoder-decoder is measured beside others", place=str(folders[kinds.index(False)]),
+            f"{what} is measured beside others", place=str(folders[kinds.index(False)]),
             remedy="Compare exports of one kind",
         )  # fmt: skip
     return any(kinds)
@@ -255,6 +262,13 @@ def _frames(folders: Sequence[Path]) -> int | None:
             "they read sources of different kinds", place=str(folders[0]), remedy="Measure them separately"
         )
     return found.pop() if found else None
+
+
+def _places(folder: Path) -> tuple[Path, ...]:
+    """Where the files of an export are."""
+    if is_seq2seq(folder):
+        return (folder / ENCODER, folder / DECODER)
+    return tuple(folder / part for part in PICTURE_PARTS) if is_vision_language(folder) else (folder,)
 
 
 def _named(job: _Job) -> str:
@@ -302,7 +316,7 @@ def _summarize(folder: Path, plan: Manifest, samples: dict[str, list[float]], me
         memory_bytes=memory,
         model_bytes=sum(
             path.stat().st_size
-            for place in ((folder / ENCODER, folder / DECODER) if is_seq2seq(folder) else (folder,))
+            for place in _places(folder)
             for path in place.glob(f"{name}*") if path.is_file()
         ),
         samples=samples,

@@ -52,6 +52,7 @@ class PicturesAndText(Embeds):
         self._grid, self._merged = grid, merged
         self._device = device_of(vision)
         self.inputs = {value.name: value.type for value in vision.get_inputs()}
+        self._sizes = {value.name: value.shape for value in vision.get_inputs()}
         self._types = {value.name: value.type for value in embedding.get_inputs()}
         self._width = int(next(value.shape[-1] for value in embedding.get_inputs() if value.name == FEATURES))
         self.makes = frozenset(value.name for value in embedding.get_outputs())
@@ -87,6 +88,18 @@ class PicturesAndText(Embeds):
         if self._grid is not None:
             self._grids = np.asarray(pictures[self._grid])
         return self._rows
+
+    def any_pictures(self, count: int) -> dict[str, np.ndarray]:
+        """Pictures of random numbers, to measure speed with; of those of any size, of 16 tokens along each side."""
+        random, side = np.random.default_rng(0), 16 * self._merged
+        found = {}
+        for name, dims in self._sizes.items():
+            if name == self._grid:
+                found[name] = np.array([[1, side, side]] * count, np.int64)
+            else:
+                rows = count if self._grid is None else count * side * side
+                found[name] = random.standard_normal((rows, *dims[1:])).astype(np.float32)
+        return found
 
     def __call__(self, ids: np.ndarray, positions: np.ndarray) -> Mapping[str, ort.OrtValue]:
         stand, rows = int((ids == self.token).sum()), 0 if positions.all() else self._rows  # all of them in the prompt
@@ -140,6 +153,20 @@ def open_vision_language(
     Raises:
         InputError: it is none. Otherwise as `open_session`.
     """
+    reader = open_reader(folder, threads=threads, provider=provider)
+    decoder = open_decoder(
+        Path(folder) / DECODER, threads=threads, provider=provider, max_length=max_length, embed=reader
+    )  # fmt: skip
+    return reader, decoder
+
+
+def open_reader(
+    folder: str | Path, *, threads: int | None = None, provider: str | None = None
+) -> PicturesAndText:  # fmt: skip
+    """Open what reads alone.
+
+    Raises: as `open_vision_language`.
+    """
     folder = Path(folder)
     if not is_vision_language(folder):
         raise InputError("is not an export of a model of pictures and text", place=str(folder))
@@ -148,13 +175,9 @@ def open_vision_language(
         open_session(part, manifests.load(part), threads=threads, provider=provider)
         for part in (folder / VISION, folder / EMBEDDING)
     )
-    reader = PicturesAndText(
+    return PicturesAndText(
         vision, embedding, stated_token(about, folder), about.get("grid"), about.get("spatial_merge_size", 1)
     )  # fmt: skip
-    decoder = open_decoder(
-        folder / DECODER, threads=threads, provider=provider, max_length=max_length, embed=reader
-    )  # fmt: skip
-    return reader, decoder
 
 
 def stated_token(about: Mapping[str, Any], folder: Path) -> int:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from time import perf_counter
 from typing import Protocol
 
@@ -63,18 +64,18 @@ class Choice:
 
     Args:
         rows: of the batch.
-        never: tokens that are not chosen; never_first: nor these as the first.
+        never: tokens that are not chosen, nor guessed; never_first: nor these as the first.
     """
 
     def __init__(
         self, sampling: Sampling | None, rows: int, never: tuple[int, ...] = (), never_first: tuple[int, ...] = ()
     ):
-        self._sampling, self._never, self._never_first = sampling, never, never_first
+        self._sampling, self.never, self._never_first = sampling, never, never_first
         self._draws = None if sampling is None else [np.random.default_rng([sampling.seed, i]) for i in range(rows)]
 
     def __call__(self, logits: np.ndarray, step: int) -> np.ndarray:
         """Token number `step` of each row: int64 [batch] for logits [batch, vocab]."""
-        if without := [*self._never, *(() if step else self._never_first)]:
+        if without := [*self.never, *(() if step else self._never_first)]:
             logits = logits.copy()  # which is memory of the session
             logits[:, without] = -np.inf
         return choose(logits, self._sampling, self._draws)
@@ -147,7 +148,7 @@ def write(
     if drafts is None:
         _one_by_one(reader, texts, logits, pad)
     else:
-        _guessing(reader, texts, logits, prompts[0], drafts)
+        _guessing(reader, texts, logits, prompts[0], drafts, set(choice.never))
     return Generation(
         tuple(map(tuple, texts.tokens)), tuple(map(bool, texts.finished)), prefill, perf_counter() - start - prefill,
         texts.calls, texts.guessed, texts.right,
@@ -162,7 +163,9 @@ def _one_by_one(reader: Reader, texts: _Texts, logits: np.ndarray, pad: int) -> 
             texts.calls += 1
 
 
-def _guessing(reader: Reader, texts: _Texts, logits: np.ndarray, prompt: Sequence[int], drafts: Drafts) -> None:
+def _guessing(
+    reader: Reader, texts: _Texts, logits: np.ndarray, prompt: Sequence[int], drafts: Drafts, never: set[int]
+) -> None:
     """One text, its next tokens guessed and read together."""
     draft, stakes = KINDS[drafts.kind](), Stakes(reader.row_cost)
     if draft.cheap:
@@ -173,6 +176,7 @@ def _guessing(reader: Reader, texts: _Texts, logits: np.ndarray, prompt: Sequenc
         draft.extend(texts.take(logits).tolist())
     while texts.left:
         sort, guesses = draft.guess(stakes.most if drafts.rows is None else drafts.rows - 1)
+        guesses = list(takewhile(lambda token: token not in never, guesses))  # a picture's token stands for a row
         first = guesses[:1]
         if drafts.rows is None:
             guesses = guesses[: even_rows(min(stakes.guesses(sort), texts.left - 1))]

@@ -5,26 +5,25 @@ import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from importlib.metadata import version
+from pathlib import Path
 
 import numpy as np
 import onnxruntime
 
 from ..artifact.names import public_name
-from ..calibrate.float_model import float_bytes, running
-from ..capture.decoder import capture_decoder
 from ..capture.graph import CapturedModel
-from ..models.source import open_model
 from ..progress import Progress, no_progress
-from ..runtime.decoder import open_decoder
 from ..runtime.provider import provider_named
+from ..runtime.seq2seq import is_seq2seq
 from .conclusions import choices, conclude
 from .grid import Draw, Grid, read_prompts
+from .loaded import Asked, decoders
+from .pairs import pairs
 from .plot import check_plot, plot_study
 from .result import BestFormat, ComparedModel, Study, StudyRow, check_place
-from .subjects import FLOAT, check_subjects, open_subjects, prompt_tokens
+from .subjects import FLOAT
 from .summary import TextMeasures, rows
 from .texts import Estimate, Sample, estimate, write_all
-from .writers import ExportWriter, FloatWriter
 
 __all__ = [
     "BestFormat",
@@ -55,12 +54,15 @@ def study(
 ) -> Study:
     """Let exports of one model and the float model continue prompts under many sampling settings, and compare texts.
 
+    Prompts are the sources of encoder-decoders, and what these write about them is compared.
+
     The float model runs in PyTorch in float32, exports run in ONNX Runtime; all are in memory at once and take turns
     text by text. Every format draws with the same random numbers for the same seed and prompt.
 
     Args:
         folders: what `export` wrote, all from one model; a format is called by its folder's name.
-        reference: that model: a Hugging Face id, a folder, a GGUF file, or the captured model.
+        reference: that model: a Hugging Face id, a folder, a GGUF file, or the captured model; of encoder-decoders an
+            id or a folder.
         grid: what to vary; None takes the defaults of `Grid`.
         prompts: a UTF-8 file with one a line, or a sequence of texts; None takes those of `grid.PROMPTS`.
         threads: threads within an ONNX Runtime operator.
@@ -70,34 +72,23 @@ def study(
         progress: called with (stage, what, done, total).
 
     Raises:
-        InputError: a folder is no decoder or was made from another model, the reference has no tokenizer, a prompt does
-            not fit, a setting is out of range, or the models do not fit into memory together.
+        InputError: a folder is no decoder or was made from another model, the reference has no tokenizer or reads no
+            text, a prompt does not fit, a setting is out of range, or the models do not fit into memory together.
         NumericsError: NaN in the logits of a format.
         RuntimeProblem: ONNX Runtime refuses a model or does not have the provider.
     """
     begin, grid, texts = time.perf_counter(), grid or Grid(), read_prompts(prompts)
     provider = None if provider is None else provider_named(provider)
-    subjects = open_subjects(folders)
-    captured = reference if isinstance(reference, CapturedModel) else capture_decoder(
-        open_model(reference, trust_remote_code=trust_remote_code)
-    )  # fmt: skip
-    check_subjects(subjects, captured)
-    ids, eos = prompt_tokens(captured, texts, grid.longest)
-    room = max(map(len, ids)) + grid.longest
-    with running(captured) as run:
-        own, exports = FloatWriter(FLOAT, run), []
-        for done, subject in enumerate(subjects):
-            progress("load", subject.name, done, len(subjects))
-            decoder = open_decoder(
-                subject.folder, subject.manifest, threads=threads, provider=provider, max_length=room
-            )
-            exports.append(ExportWriter(subject.name, decoder, subject.piece))
-        progress("load", "", len(subjects), len(subjects))
-        on_estimate(estimate(own, exports, ids[0], grid, len(ids)))
-        samples = write_all(own, exports, ids, grid, eos, partial(progress, "texts"))
+    ready = pairs if any(is_seq2seq(Path(folder)) for folder in folders) else decoders
+    asked = Asked(folders, reference, texts, grid.longest, threads, provider, trust_remote_code, progress)
+    with ready(asked) as models:
+        on_estimate(estimate(models.own, models.exports, models.prompts[0], grid, len(models.prompts)))
+        samples = write_all(
+            models.own, models.exports, models.prompts, grid, models.ends, partial(progress, "texts")
+        )  # fmt: skip
     formats = [
         ComparedModel(
-            name=FLOAT, folder="", runtime="PyTorch", model_bytes=float_bytes(captured),
+            name=FLOAT, folder="", runtime="PyTorch", model_bytes=models.float_bytes,
             tokens_per_second=_speed(samples, FLOAT),
         ),
         *(
@@ -105,15 +96,15 @@ def study(
                 name=subject.name, folder=str(subject.folder), runtime="ONNX Runtime", model_bytes=subject.model_bytes,
                 tokens_per_second=_speed(samples, subject.name),
             )
-            for subject in subjects
+            for subject in models.subjects
         ),
     ]  # fmt: skip
-    sizes = {subject.name: subject.model_bytes for subject in subjects}
+    sizes = {subject.name: subject.model_bytes for subject in models.subjects}
     measured = {length: TextMeasures(samples, FLOAT, length) for length in grid.max_new_tokens}
     table = rows(measured, [format.name for format in formats])
     chosen = [choice for length, found in measured.items() for choice in choices(found, sizes, length)]
     return Study(
-        reference=public_name(captured.origin.name), prompts=texts, seeds=grid.seeds, temperatures=grid.temperatures,
+        reference=public_name(models.reference), prompts=texts, seeds=grid.seeds, temperatures=grid.temperatures,
         top_ks=grid.top_ks, max_new_tokens=grid.max_new_tokens, threads=threads, provider=provider or "",
         formats=tuple(formats), rows=tuple(table), choices=tuple(chosen),
         conclusions=tuple(conclude(chosen, table, measured[grid.longest], sizes, grid.longest)),

@@ -10,13 +10,11 @@ import psutil
 
 from ..artifact import manifest as manifests
 from ..artifact.manifest import MODEL_FILE, Manifest
-from ..calibrate.float_model import float_bytes
 from ..capture.graph import CapturedModel
 from ..errors import InputError
 from ..formatting import megabytes
 from ..runtime.genai import context_length
 from ..runtime.generate import eos_token_ids
-from ..runtime.seq2seq import is_seq2seq
 from ..validation.account import transforms
 from ..validation.reference import check_same_model
 
@@ -25,7 +23,7 @@ FLOAT = "float"
 
 @dataclass(frozen=True)
 class Subject:
-    """One export.
+    """One export; of an encoder-decoder `manifest` is its decoder's.
 
     Attributes:
         name: of its format.
@@ -40,11 +38,11 @@ class Subject:
     model_bytes: int
 
 
-def open_subjects(folders: Sequence[str | os.PathLike]) -> list[Subject]:
-    """The exports, named by their folders, or by the whole path where names are not enough.
+def named_folders(folders: Sequence[str | os.PathLike]) -> list[tuple[str, Path]]:
+    """Folders of exports with their names, the whole path where names are not enough.
 
     Raises:
-        InputError: none is given, one is given twice, or a folder is no exported decoder.
+        InputError: none is given, or one is given twice.
     """
     if not folders:
         raise InputError("no export to study", remedy="Give at least one folder that `qexport export` wrote")
@@ -53,34 +51,52 @@ def open_subjects(folders: Sequence[str | os.PathLike]) -> list[Subject]:
     if repeated:
         raise InputError("the same folder twice", place=str(repeated[0]), remedy="Give it once")
     counts = Counter(path.resolve().name for path in paths)
+    names = (path.resolve().name for path in paths)
+    return [
+        (name if counts[name] == 1 and name != FLOAT else str(path.resolve()), path)
+        for name, path in zip(names, paths, strict=True)
+    ]
+
+
+def open_subjects(folders: Sequence[str | os.PathLike]) -> list[Subject]:
+    """The exported decoders.
+
+    Raises:
+        InputError: a folder is none, or as `named_folders`.
+    """
     found = []
-    for path in paths:
-        if is_seq2seq(path):
-            raise InputError(
-                "an encoder-decoder writes about sources, and a study lets models continue prompts", place=str(path),
-                remedy="Give exports of a causal language model",
-            )  # fmt: skip
-        plan, name = manifests.load(path), path.resolve().name
+    for name, path in named_folders(folders):
+        plan = manifests.load(path)
         if plan.kind != "decoder":
             raise InputError(
                 f"this export is a {plan.kind}, and a study lets decoders write", place=str(path),
                 remedy="Give exports of a causal language model",
             )  # fmt: skip
-        unique = counts[name] == 1 and name != FLOAT
         size = sum(file.stat().st_size for file in path.glob(f"{MODEL_FILE}*") if file.is_file())
-        found.append(Subject(name if unique else str(path.resolve()), path, plan, _piece(plan), size))
+        found.append(Subject(name, path, plan, _piece(plan), size))
     return found
 
 
 def check_subjects(subjects: Sequence[Subject], captured: CapturedModel) -> None:
-    """Refuse exports of another model than the reference, and more models than memory holds.
+    """Refuse exports of another model than the reference.
 
     Raises:
         InputError: as said.
     """
     for subject in subjects:
         check_same_model(captured, subject.manifest, subject.folder, transformed=transforms(subject.folder))
-    needed = float_bytes(captured) + sum(subject.model_bytes for subject in subjects)
+
+
+def check_memory(size: int, subjects: Sequence[Subject]) -> None:
+    """Refuse more models than memory holds.
+
+    Args:
+        size: bytes of the float model.
+
+    Raises:
+        InputError: as said.
+    """
+    needed = size + sum(subject.model_bytes for subject in subjects)
     free = psutil.virtual_memory().available
     if needed > free:
         raise InputError(

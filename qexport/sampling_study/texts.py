@@ -11,7 +11,7 @@ from ..progress import StageProgress
 from ..quant.metrics import nll
 from .grid import Draw, Grid
 from .measures import total_variation
-from .writers import FloatWriter, Writer, write
+from .writers import Writer, write
 
 _TRIED = 8
 
@@ -50,7 +50,7 @@ class Estimate:
 
 
 def estimate(
-    reference: FloatWriter, exports: Sequence[Writer], prompt: Sequence[int], grid: Grid, prompts: int
+    reference: Writer, exports: Sequence[Writer], prompt: Sequence[int], grid: Grid, prompts: int
 ) -> Estimate:
     """Let every format write a few tokens, which warms it up, and foretell the whole by it.
 
@@ -72,7 +72,7 @@ def estimate(
 
 
 def write_all(
-    reference: FloatWriter,
+    reference: Writer,
     exports: Sequence[Writer],
     prompts: Sequence[Sequence[int]],
     grid: Grid,

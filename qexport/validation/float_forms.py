@@ -82,13 +82,13 @@ def half_logits(
     Raises:
         InputError: PyTorch has no float16 kernel for one of the model's operators on the CPU.
     """
-    with _kernels():
+    with float16_kernels():
         half = half_model(captured)
         outputs = FloatOutputs(half, decoder_feeds(half, windows), ("logits",), progress)
     numbers = iter(range(len(windows)))
 
     def run(ids: Tensor) -> Tensor:
-        with _kernels():
+        with float16_kernels():
             return outputs.outputs(next(numbers))["logits"][0].float()
 
     try:
@@ -98,7 +98,12 @@ def half_logits(
 
 
 @contextmanager
-def _kernels():
+def float16_kernels() -> Iterator[None]:
+    """Say in a sentence what PyTorch cannot run in float16.
+
+    Raises:
+        InputError: an operator has no such kernel on the CPU.
+    """
     try:
         yield
     except RuntimeError as error:  # NotImplementedError is one

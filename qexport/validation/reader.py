@@ -143,10 +143,11 @@ def _same_weights(captured: CapturedModel, block: Block, said: Testimony) -> int
         if changed is not None and name in changed.added:
             continue
         piece = table.get(name, WeightView(name))
-        if name in captured.constants or (whole := said.weight(piece.source, piece.index)) is None:
+        row = None if piece.stacked else piece.index
+        if name in captured.constants or (whole := said.weight(piece.source, row)) is None:
             continue
         own = changed is not None and name in changed.made  # which is compared as it was read
-        want = replace(piece, index=None).of(whole).float()
+        want = (piece if piece.stacked else replace(piece, index=None)).of(whole).float()
         got = (read.load(name) if own else get_tensor(block.module, name)).float()
         known += 1
         if want.shape == got.shape and torch.equal(want, got):

@@ -5,7 +5,8 @@ the difference between what the float linear makes of the deployed input and wha
 session serves for all, with the deployed weights; of the float model one block is in memory.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import onnx
@@ -19,25 +20,43 @@ from ..capture.graph import CapturedModel
 from ..progress import StageProgress, no_stage_progress
 from ..runtime.session import ModelInFolder, open_session
 from .probes import DeployedValues
-from .reference import Feeds, FloatOutputs, channel_factors, flat, watch
+from .reference import Feeds, FloatOutputs, channel_factors, flat, rows_of, watch
 from .running import run_session
 
 _PREFIX = "correction of "
 
 
+@dataclass(frozen=True)
+class Judged:
+    """How outputs of a part of a model become the logits that tell what an error in it costs.
+
+    Attributes:
+        wanted: logits of the float model, [rows, vocabulary] for each batch.
+        outputs: public names of what the part makes, a float first.
+        logits: called with the number of a batch and these outputs of the deployed part; the deployed logits of the
+            same shape.
+    """
+
+    wanted: Sequence[Tensor]
+    outputs: Sequence[str] = ("logits",)
+    logits: Callable[[int, Feeds], Tensor] = lambda batch, made: made["logits"].flatten(0, 1)
+
+
 def kl_costs(
     folder: Path, manifest: Manifest, captured: CapturedModel, feeds: Sequence[Feeds], *, transformed: bool,
     names: Collection[str] | None = None, threads: int | None = None, provider: str | None = None,
-    progress: StageProgress = no_stage_progress,
+    progress: StageProgress = no_stage_progress, judged: Judged | None = None,
 ) -> tuple[float, dict[str, float]]:  # fmt: skip
     """The mean KL of the deployed model, and by how much it falls when one linear's value is the float one.
 
     A fall is measured among the errors of all other linears, so it may be below zero for one that costs little.
 
     Args:
-        feeds: the decoder's inputs by public name, one dict for each batch.
+        feeds: the inputs by public name, one dict for each batch; of a part of a model what the deployed parts in front
+            of it make.
         names: of the linears to restore; None for all.
         transformed: the export folded factors into linears; their values are restored up to one factor a channel.
+        judged: of a part of a model; None for a decoder in one file.
 
     Returns:
         (KL over the tokens of all batches, falls by name of the linear; the first block's name where it quantizes the
@@ -46,15 +65,17 @@ def kl_costs(
     Raises:
         InputError, RuntimeProblem: as `compare_layers`.
     """
-    rows = sum(batch["input_ids"].numel() for batch in feeds)
+    judged = judged or Judged(float_logits(captured, feeds))
+    rows = rows_of(feeds)
     deployed = DeployedValues(
         folder, manifest, captured, feeds, rows=rows, transformed=transformed, threads=threads, provider=provider,
     )  # fmt: skip
     table = _embedding(folder, captured, manifest)
     entries = {entry.name: entry for entry in manifest.readable if names is None or entry.name in names}
     values = [entry.output for entry in entries.values()] + ([table] if table else [])
-    session = open_session(_correctable(folder, values), manifest, threads=threads, provider=provider)
-    corrected = _Corrected(session, feeds, _float_logits(captured, feeds))
+    model = _correctable(folder, values, judged.outputs[0])
+    session = open_session(model, manifest, threads=threads, provider=provider)
+    corrected = _Corrected(session, feeds, judged)
     whole, falls = corrected.kl(), {}
     for seen in watch(captured, feeds, {entry.name for entry in manifest.readable}, deployed.forced):
         probe = deployed.probe
@@ -95,8 +116,8 @@ def _embedding(folder: Path, captured: CapturedModel, manifest: Manifest) -> str
     return output if output is not None and output in gathered else ""
 
 
-def _correctable(folder: Path, values: Collection[str]) -> ModelInFolder:
-    """The model of a folder in which every named value gets an addend from outside."""
+def _correctable(folder: Path, values: Collection[str], output: str) -> ModelInFolder:
+    """The model of a folder in which every named value gets an addend from outside, in the type of an output."""
     model = only(onnx.load(folder / MODEL_FILE, load_external_data=False), PROMPTS)
     graph = model.graph
     wanted, nodes = set(values), []
@@ -106,14 +127,15 @@ def _correctable(folder: Path, values: Collection[str]) -> ModelInFolder:
             if name in wanted:
                 node.output[place] = f"{name} before"
                 nodes.append(onnx.helper.make_node("Add", [node.output[place], _PREFIX + name], [name]))
-    element = next(value.type.tensor_type.elem_type for value in graph.output if value.name == "logits")
+    element = next(value.type.tensor_type.elem_type for value in graph.output if value.name == output)
     graph.input.extend(onnx.helper.make_tensor_value_info(_PREFIX + name, element, None) for name in wanted)
     del graph.node[:]
     graph.node.extend(nodes)
     return ModelInFolder(folder, model.SerializeToString())
 
 
-def _float_logits(captured: CapturedModel, feeds: Sequence[Feeds]) -> list[Tensor]:
+def float_logits(captured: CapturedModel, feeds: Sequence[Feeds]) -> list[Tensor]:
+    """Logits of the float model, [rows, vocabulary] for each batch."""
     reference = FloatOutputs(captured, feeds, ("logits",))
     try:
         return [reference.outputs(batch)["logits"].flatten(0, 1) for batch in range(len(feeds))]
@@ -122,15 +144,15 @@ def _float_logits(captured: CapturedModel, feeds: Sequence[Feeds]) -> list[Tenso
 
 
 class _Corrected:
-    """The deployed model with corrections, judged by the float model's logits, [rows, vocabulary] for each batch."""
+    """The deployed model with corrections, judged by the float model's logits."""
 
-    def __init__(self, session: ort.InferenceSession, feeds: Sequence[Feeds], logits: Sequence[Tensor]):
-        self._session = session
+    def __init__(self, session: ort.InferenceSession, feeds: Sequence[Feeds], judged: Judged):
+        self._session, self._judged = session, judged
         zeros = {value.name: torch.zeros(1) for value in session.get_inputs() if value.name.startswith(_PREFIX)}
         self._feeds = [{**batch, **zeros} for batch in feeds]
         # KL is the sum of p log p - p q, plus log sum exp q: of the float model only two terms are kept.
-        self._likely = [torch.softmax(value, -1) for value in logits]
-        pairs = zip(self._likely, logits, strict=True)
+        self._likely = [torch.softmax(value, -1) for value in judged.wanted]
+        pairs = zip(self._likely, judged.wanted, strict=True)
         self._entropy = [(likely * torch.log_softmax(value, -1)).sum(-1) for likely, value in pairs]
 
     def kl(self, value: str = "", corrections: Sequence[Tensor] = ()) -> float:
@@ -138,7 +160,8 @@ class _Corrected:
         found = []
         for batch, feeds in enumerate(self._feeds):
             given = feeds | ({_PREFIX + value: corrections[batch]} if value else {})
-            logits = run_session(self._session, given, ["logits"])["logits"].float().flatten(0, 1)
+            made = run_session(self._session, given, self._judged.outputs)
+            logits = self._judged.logits(batch, made).float()
             cross = torch.einsum("tv,tv->t", self._likely[batch], logits)
             found.append(self._entropy[batch] - cross + torch.logsumexp(logits, -1))
         return float(torch.cat(found).double().mean())

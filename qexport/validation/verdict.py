@@ -181,7 +181,7 @@ def _time(report: Report) -> list[str]:
     return [f"quantized linears take {' and '.join(parts)}"] if parts else []
 
 
-def _sensitive(report: Report) -> list[str]:
+def costliest(report: Report) -> list[str]:
     """Which linears cost the most, and what overrides promise."""
     found = report.sensitivity
     costly = [row for row in report.layers.linears if row.kl_cost is not None]
@@ -275,7 +275,7 @@ def _facts(report: Report) -> list[str]:
         kl = report.logits.kl_mean
         if scores.perplexity is not None and scores.float_perplexity is not None:
             facts.append(_degradation(scores.perplexity / scores.float_perplexity - 1, kl))
-        facts += _beside_half(kl, report.references)
+        facts += beside_half(kl, report.references)
         if (far := scores.farthest) is not None and far.kl:
             facts.append(
                 f"the largest KL, {number(far.kl)}, is at token {far.token} of window {far.window}, after "
@@ -286,7 +286,7 @@ def _facts(report: Report) -> list[str]:
     if report.reader is not None:
         facts.append(f"the reference: {report.reader.sentence()}")
     facts += report.left_out
-    facts += _sensitive(report)
+    facts += costliest(report)
     facts += [f"output {row.name} has {decibels(row.sqnr_db, row)}" for row in report.outputs]
     return facts
 
@@ -303,7 +303,8 @@ def _by_margin(scores: Logits) -> list[str]:
     ]
 
 
-def _beside_half(kl: float, references: Sequence[Reference]) -> list[str]:
+def beside_half(kl: float, references: Sequence[Reference]) -> list[str]:
+    """What a KL means beside that of the model in float16, if that was measured."""
     half = next((r.logits for r in references if r.name == HALF), None)
     if half is None:
         return []

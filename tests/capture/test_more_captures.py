@@ -13,11 +13,12 @@ from helpers.runners import captured_runner, load_weights, next_feeds, padded, p
 from qexport.api.stages.capturing import capture_model
 from qexport.capture.constants import fold_constants
 from qexport.capture.normalize import to_normal_form
-from qexport.capture.weight_views import WeightViews
+from qexport.capture.weight_views import WeightView, WeightViews, cut_weights
 from qexport.errors import CaptureError, LoweringError
 from qexport.graph.sites import linears
 from qexport.graph.views import CachedAttention
 from qexport.lower.check import check_translations
+from qexport.models.checkpoint import Checkpoint
 
 PROMPTS = (padded([3, 7, 1], "left"), padded([7, 2, 5], "right"))
 STEPS = 3
@@ -25,7 +26,7 @@ STEPS = 3
 CLOSE, LOOSER = 1e-5, {"qwen3_5_moe": 3e-5}
 REASONS = {
     "jetmoe": "makes a tensor whose size depends on values",
-    "glm_moe_dsa": "keep states that are not keys and values",
+    "glm_moe_dsa": "a layer keeps a key of an indexer for every token",
     "openai_gpt": "does not take a transformers cache",
 }
 
@@ -140,3 +141,30 @@ def test_what_constants_alone_decide_is_computed_once():
 
 def test_quick_families_are_there():
     assert set(QUICK) <= {p if isinstance(p, str) else p.values[0] for p in breadth()}
+
+
+def test_matrices_one_below_another_are_weights_of_their_own(tmp_path):
+    class Stacked(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up, self.down = (torch.nn.Linear(4, 6, bias=False) for _ in range(2))
+
+        def forward(self, x):
+            ups, downs = (part.weight.view(3, 2, 4) for part in (self.up, self.down))
+            linear = torch.nn.functional.linear
+            return sum(linear(linear(x, ups[i]), downs[i].t()) for i in range(3))
+
+    x, module = torch.randn(5, 4), Stacked()
+    whole = torch.export.export(module, (x,)).module(check_guards=False)
+    want, weights = whole(x), {f"{part}.weight": getattr(module, part).weight.detach() for part in ("up", "down")}
+    table = cut_weights(whole, set(weights))
+    whole.recompile()
+    assert torch.equal(whole(x), want)
+    assert table == {
+        f"{part}.{i}.weight": WeightView(f"{part}.weight", i, part == "down", 3)
+        for part in ("up", "down") for i in range(3)
+    }  # fmt: skip
+    save_file(weights, tmp_path / "model.safetensors")
+    views = WeightViews(Checkpoint(tmp_path), table)
+    for name, piece in table.items():
+        assert torch.equal(views.load(name), piece.of(weights[piece.source])), "only its rows are read"

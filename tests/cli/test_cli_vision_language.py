@@ -1,5 +1,6 @@
 """Models of pictures and text on the command line."""
 
+import io
 import json
 
 import pytest
@@ -13,7 +14,7 @@ def model(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_inspect_export_validate_generate(model, run, tmp_path):
+def test_inspect_export_validate_generate_chat(model, run, tmp_path, monkeypatch):
     code, shown, _ = run("inspect", model, "-r", "w8a8_dyn")
     assert code == 0 and all(f"{part}: w8a8_dyn" in shown for part in ("vision", "decoder"))
     out, picture = tmp_path / "out", picture_file(tmp_path)
@@ -24,20 +25,21 @@ def test_inspect_export_validate_generate(model, run, tmp_path):
     assert code == 0 and f"qexport generate {out} --image FILE --prompt" in shown
     code, shown, _ = run("generate", out, "-p", "what is it", "--image", picture, "--max-new-tokens", 4)
     assert code == 0 and shown.strip()
+    monkeypatch.setattr("sys.stdin", io.StringIO(f"/image {picture}\nwhat is it\n"))
+    code, talked, _ = run("chat", out, "--max-new-tokens", 4, "--quiet")
+    code_, shown, _ = run("generate", out, "--chat", "-p", "what is it", "--image", picture, "--max-new-tokens", 4)
+    assert code == code_ == 0 and talked.strip() == shown.strip()
     text = tmp_path / "text.txt"
     text.write_text("words and more words, " * 20)
     given = ("--reference", model, "--text", text, "--windows", 2, "--window", 16, "--greedy", 4)
     code, shown, _ = run("validate", out, *given)
     assert code == 0 and "a token of the text after pictures" in shown
     assert all((out / part / "report.html").is_file() for part in ("vision", "embedding", "decoder"))
-    code, _, said = run("chat", out)
-    assert code == 2 and "--image FILE" in said
 
 
 @pytest.mark.parametrize(
     "arguments, said",
     [
-        (("export", "MODEL", "-o", "out", "--resume"), "pictures and text cannot be resumed"),
         (("export", "MODEL", "-o", "out", "--max-kl", "0.1"), "its kind is vision-language"),
         (("export", "MODEL", "-o", "out", "-r", "w8a8_static", "--calibration", "no.jsonl"), "no.jsonl: cannot"),
         (("inspect", "MODEL", "--calibrate"), "only measured when it is exported"),

@@ -67,7 +67,7 @@ def randomize(model: torch.nn.Module, seed: int) -> None:
     random = torch.Generator().manual_seed(seed)
 
     def draw(*shape):
-        return torch.randn(*shape, generator=random)
+        return torch.randn(shape, generator=random)
 
     embedding = model.get_input_embeddings().weight
     for name, parameter in model.named_parameters():

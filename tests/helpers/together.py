@@ -29,6 +29,8 @@ _TOGETHER = (
         "tests/calibrate/test_own_text.py",
         "tests/runtime/test_search.py",
         "tests/mixed_precision/test_pairs.py",
+        "tests/api/test_pair_validation.py",
+        "tests/sampling_study/test_study_pairs.py",
     ),
     (
         "tests/lower/test_experts.py",

@@ -10,20 +10,22 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from helpers import exports
 from helpers.breadth import quick
 from helpers.random_pictures import KINDS, QUICK, picture_file, save_pictures_model
-from qexport import export, generate, inspect, validate
+from qexport import Chat, Drafts, bench, export, generate, inspect, validate
 from qexport.api.vision_language.sources import calibration_data, decoder_feeds, float_feeds, load_examples
 from qexport.artifact import manifest as manifests
 from qexport.artifact.cache_names import is_past, present_of
 from qexport.artifact.manifest import DECODER, EMBEDDING, VISION
+from qexport.calibrate import loop
 from qexport.capture import streamed
 from qexport.capture.vision_language import capture_vision_language
-from qexport.errors import InputError
+from qexport.errors import InputError, RuntimeProblem
 from qexport.models.source import open_model
 from qexport.models.vision_language import vision_language_of
 from qexport.models.vision_language.prompts import random_prompt
 from qexport.progress import no_stage_progress
 from qexport.quant.metrics import sqnr_db
 from qexport.recipe.recipe import CalibrationSpec, Recipe
+from qexport.runtime.bench_process import _Subject
 from qexport.runtime.vision_language import open_vision_language
 from qexport.validation.placement import examine
 from qexport.validation.reader import check_reader
@@ -91,7 +93,7 @@ def test_files_agree_with_their_graphs(folder, scheme, tmp_path):
         made = exports.export(captured, recipe, "cpu", tmp_path / name, calibration=read[name])
         placed, _ = examine(tmp_path / name, made.manifest, manifests.CPU)
         assert not placed.unfused and set(placed.nodes_per_provider) == {manifests.CPU}
-        assert {entry.kernel for entry in made.manifest.linears} <= {KERNELS[scheme]}
+        assert {entry.kernel for entry in made.manifest.linears} <= {KERNELS[scheme], "QMoE"}  # of experts
         file, graph, feeds = made.in_onnxruntime(), made.in_pytorch(), dict(read[name].batches[0])
         for _ in range(3 if name == DECODER else 1):
             got, want = file(feeds), graph(feeds)
@@ -238,15 +240,81 @@ def test_a_shared_table_has_codes_in_both_files(folder):
     assert schemes == (["w8a16_g32"] if folder.name.startswith("smolvlm") else [None])
 
 
+def test_a_conversation_about_pictures_is_read_whole_every_time(llava, float_files, tmp_path):
+    from PIL import Image
+
+    model, processor, picture = eager(llava), AutoProcessor.from_pretrained(llava), picture_file(tmp_path)
+    talk = Chat(float_files, max_new_tokens=5)
+    first = talk.say("what is it", images=[picture])
+    assert first == generate(float_files, "what is it", images=[picture], chat=True, max_new_tokens=5)[0]
+    said = [*talk.turns, {"role": "user", "content": [{"type": "text", "text": "and now"}]}]
+    text = processor.apply_chat_template(said, tokenize=False, add_generation_prompt=True)
+    made = processor(text=[text], images=[[Image.open(picture)]], add_special_tokens=False, return_tensors="pt")
+    with torch.no_grad():
+        want = model.generate(**made, max_new_tokens=5, do_sample=False, suppress_tokens=[127])
+    assert text.count("<image>") == 1
+    want = processor.tokenizer.decode(want[0, made["input_ids"].shape[1] :], skip_special_tokens=True)
+    assert talk.say("and now") == want
+    talk.forget()
+    assert not talk.turns and talk.say("no picture") is not None
+
+
+def test_guesses_leave_out_tokens_that_stand_for_pictures(float_files, tmp_path):
+    given = {"images": [picture_file(tmp_path)], "max_new_tokens": 12}
+    prompt = "a<image>a"  # behind which a lookup finds the picture's tokens
+    wanted = generate(float_files, prompt, **given)
+    assert generate(float_files, prompt, **given, drafts=Drafts("lookup", rows=4)) == wanted
+
+
+def test_speed_is_that_of_text_behind_a_picture(float_files):
+    plan = manifests.load(float_files / DECODER)
+    given = {"manifest": plan.model_dump(mode="json"), "threads": 1, "provider": None, "max_length": 16}
+    subject = _Subject({**given, "folder": str(float_files)})
+    assert subject.load() > 0
+    read, step = subject.run(8, 2, 2)
+    assert step > 0 and read > 0
+    subject = _Subject({**given, "folder": str(float_files), "max_length": 4000})
+    with pytest.raises(RuntimeProblem, match="4000 tokens behind the 16 of a picture do not fit"):
+        subject.load()
+
+
+@pytest.mark.slow
+def test_bench_has_all_files(float_files):
+    found = bench(float_files, prompt_lengths=[4], decode_pasts=[4], repeats=1, threads=1)
+    assert found.first.model_bytes == sum(path.stat().st_size for path in float_files.glob("*/model.onnx*"))
+    assert found.notes == ("every prompt is a picture and so many tokens of text behind it, of which the speed is",)
+
+
+@pytest.mark.slow
+def test_an_interrupted_export_goes_on_where_it_was(llava, tmp_path, monkeypatch):
+    quantized = []
+
+    def progress(stage, what, done, total):
+        if stage.startswith("decoder: quantize") and done == 1:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(loop, "_one", lambda *args, one=loop._one: (quantized.append(args[1].name), one(*args))[1])
+    export(llava, recipe_of("w8a8_static"), out_dir=tmp_path / "whole")
+    blocks = list(quantized)
+    quantized.clear()
+    with pytest.raises(KeyboardInterrupt):
+        export(llava, recipe_of("w8a8_static"), out_dir=tmp_path / "out", progress=progress)
+    export(llava, recipe_of("w8a8_static"), out_dir=tmp_path / "out", resume=True)
+    assert quantized == blocks  # none of them twice
+    for part in (VISION, EMBEDDING, DECODER):
+        same = [(tmp_path / name / part / "model.onnx.data").read_bytes() for name in ("out", "whole")]
+        assert same[0] == same[1]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "whole"]
+
+
 @pytest.mark.slow
 def test_parts_are_placed_on_cuda(llava, tmp_path, cuda_placement):
     from helpers.cuda_placement.models import PROMPT, assert_decoder_on_cuda
 
     made = export(llava, "w4a16_g32_rtn", out_dir=tmp_path / "out", target="cuda")
     for name, part in made.parts.items():
-        if name == VISION:
-            continue  # whose convolution the stand-ins for CUDA's libraries cannot run
-        dims = {"num_image_tokens": 8, **PROMPT}
+        # The stand-ins have no convolution to run.
+        dims = None if name == VISION else {"num_image_tokens": 8, **PROMPT}
         placed = cuda_placement(part.folder / "model.onnx", part.manifest.session, dims=dims)
         if name == DECODER:
             assert_decoder_on_cuda(placed)

@@ -35,8 +35,9 @@ from ..stages.capturing import capture
 from ..stages.preparing import Preparation
 from ..trials import TOKENS, Judge, Trials
 from .exporting import WRITTEN, by_name, preparations, write_parts
+from .logits import logits_of
 from .sources import Sources, check_sources, load_sources, write_about
-from .validating import logits_of, sources_of
+from .validating import sources_of
 
 
 @dataclass(frozen=True)

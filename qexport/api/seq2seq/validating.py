@@ -1,7 +1,7 @@
 """Comparing an exported encoder-decoder with the float model: part by part, and what it writes about whole sources."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -17,6 +17,7 @@ from ...calibrate.encoder_inputs import with_last_token
 from ...capture.graph import CapturedModel
 from ...capture.seq2seq import Parts, capture_seq2seq
 from ...errors import InputError
+from ...mixed_precision.sensitivity import InChain
 from ...models.source import ModelFolder, open_model
 from ...progress import StageProgress, announce, of_part
 from ...recipe.recipe import CalibrationSpec
@@ -24,39 +25,36 @@ from ...runtime.seq2seq import EncoderDecoder, open_seq2seq
 from ...validation.formatting import number
 from ...validation.gates import Gates
 from ...validation.greedy import alike
-from ...validation.logits import compare_logits
 from ...validation.reference import FloatOutputs
-from ...validation.report import Greedy, Logits, Report
+from ...validation.report import Greedy, Logits, Reference, Report
 from ...validation.report_store import KEY, keep
 from ...validation.text import choose_text
-from ...validation.verdict import concluded
+from ...validation.verdict import beside_half, concluded, costliest, reference_problems
 from ..measuring import FloatModel, check_writable, settings_of, stages, validate_file
 from ..options import ValidationOptions
 from ..parts import whole_report
+from .chain import chains_of
+from .exporting import by_name
+from .logits import logits_of
+from .references import compare_forms_of_parts
 from .sources import Sources, batches_of, load_sources, write_about
 
 _SEED = 0x5EED0F7E57  # of sources that nobody gave: others than any recipe's
 _LAYER_BATCHES = 4  # sources on which values inside the parts are compared
-_NOT_OF_TWO = {
-    "references": "other forms of the float model are compared with one file",
-    "sensitivity": "what linears cost in KL is found by gradients within one file",
-}
+_ORDER = (DECODER, ENCODER)  # gradients go back
 _WINDOW = 128  # tokens of a source, where nobody says how many
 
 
 def validate_parts(folder: Path, reference: FloatModel, options: ValidationOptions) -> Report:
     """Compare an export of an encoder-decoder with the float model; see `validate`, for its errors too."""
-    _check(options, folder)
+    _check(options)
     check_writable(folder)
     with inside(folder, "validating"):
         return _report(folder, _opened(reference, options), reference, options)
 
 
-def _check(options: ValidationOptions, folder: Path) -> None:
+def _check(options: ValidationOptions) -> None:
     """Refuse what means nothing for an encoder-decoder."""
-    for name, why in _NOT_OF_TWO.items():
-        if getattr(options, name):
-            raise InputError(f"{why}, and an encoder-decoder has two", place=name, remedy="Leave it out")
     if options.greedy < 2:
         raise InputError(f"{options.greedy} new tokens are too few to compare", place="greedy", remedy="Use 2 or more")
     if options.text is not None and options.inputs is not None:
@@ -83,9 +81,9 @@ def _opened(reference: FloatModel, options: ValidationOptions) -> ModelFolder:
 def _report(folder: Path, model: ModelFolder, reference: FloatModel, options: ValidationOptions) -> Report:
     progress = options.progress
     announce(progress, "capture", "text")
-    for part in (ENCODER, DECODER):
+    for part in _ORDER:
         announce(of_part(progress, part), *stages("module", options))
-    announce(progress, "logits", "greedy")
+    announce(progress, "logits", *(["references"] if options.references else []), "greedy")
     progress("capture", model.name, 0, 1)
     parts = capture_seq2seq(model, options.placement)
     progress("capture", model.name, 1, 1)
@@ -94,25 +92,43 @@ def _report(folder: Path, model: ModelFolder, reference: FloatModel, options: Va
     written = write_about(parts, sources, options.greedy)
     progress("text", "the float model writes about the sources", 1, 1)
     read = sources.batches[: len(written.batches)]
-    reports = {
-        part: validate_file(
-            folder / part, captured,
-            replace(
-                options, text=None, inputs=batches[:_LAYER_BATCHES], progress=of_part(progress, part), gates=Gates()
-            ),
-        )
-        for part, captured, batches in ((ENCODER, parts.encoder, read), (DECODER, parts.decoder, written.batches))
-    }  # fmt: skip
+    reports = _reports(parts, folder, read[:_LAYER_BATCHES], written.batches[:_LAYER_BATCHES], options)
     pair = open_seq2seq(folder, threads=options.threads, provider=options.provider)
     logits = logits_of(parts, pair, read, written, partial(progress, "logits"))
+    others, left_out = list[Reference](), list[str]()
+    if options.references:
+        others, left_out = compare_forms_of_parts(
+            parts, folder, read, written.batches, threads=options.threads, provider=options.provider,
+            progress=partial(progress, "references"),
+        )  # fmt: skip
     greedy = _greedy(parts, pair, read, written, partial(progress, "greedy"))
     report, problems = whole_report(
         reports, text=sources.described, own_text=sources.own,
         logits=logits, greedy=greedy, gates=options.gates, settings=settings_of(reference, options, _WINDOW),
     )  # fmt: skip
-    report = concluded(report, problems, _sentences(sources, logits, greedy))
+    report = report.model_copy(update={"references": tuple(others), "left_out": tuple(left_out)})
+    facts = [*_sentences(sources, logits, greedy), *beside_half(logits.kl_mean or 0.0, others), *left_out]
+    report = concluded(report, (*problems, *reference_problems(others)), [*facts, *costliest(report)])
     keep(folder, KEY, report.model_dump(mode="json", exclude={"parts"}))  # which are in their folders
     return report
+
+
+def _reports(
+    parts: Parts, folder: Path, read: Sequence[dict[str, Tensor]], written: Sequence[Mapping[str, Tensor]],
+    options: ValidationOptions,
+) -> dict[str, Report]:  # fmt: skip
+    """Both parts, each alone on what the float model hands to it."""
+    chains: Mapping[str, InChain] = {}
+    if options.sensitivity:
+        chains = chains_of(parts, folder, read, written, threads=options.threads, provider=options.provider)
+    batches, captured, found = {ENCODER: read, DECODER: written}, by_name(parts), {}
+    for part in _ORDER:
+        own = replace(
+            options, text=None, inputs=batches[part], progress=of_part(options.progress, part), gates=Gates(),
+            references=False,
+        )  # fmt: skip
+        found[part] = validate_file(folder / part, captured[part], own, chains.get(part))
+    return {part: found[part] for part in captured}
 
 
 def sources_of(parts: Parts, options: ValidationOptions) -> Sources:
@@ -127,27 +143,6 @@ def sources_of(parts: Parts, options: ValidationOptions) -> Sources:
         seed=_SEED, batch_size=1,
     )  # fmt: skip
     return load_sources(parts, spec, options.inputs)
-
-
-def logits_of(
-    parts: Parts, pair: EncoderDecoder, sources: Sequence[dict[str, Tensor]], written: Prepared, progress: StageProgress
-) -> Logits:
-    """Both models on the float model's texts; the export takes them token by token."""
-    texts = torch.cat([batch["input_ids"] for batch in written.batches])
-    start, waiting = len(pair.habits.start), iter(sources)
-
-    def deployed(ids: Tensor) -> Tensor:
-        pair.read({name: tensor.numpy() for name, tensor in next(waiting).items()})
-        tokens = ids[None].numpy()
-        steps = [tokens[:, :start], *(tokens[:, i : i + 1] for i in range(start, tokens.shape[1]))]
-        return torch.cat([torch.tensor(pair.decoder.run(step)[0], dtype=torch.float32) for step in steps])
-
-    reference = FloatOutputs(parts.decoder, written.batches, ("logits",), progress)
-    tokenizer = parts.encoder.folder.tokenizer() if parts.encoder.folder else None
-    try:
-        return compare_logits(reference, texts, deployed, progress, decode=tokenizer and tokenizer.decode)
-    finally:
-        reference.close()
 
 
 def _greedy(

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ...artifact.manifest import EMBEDDING, GENAI_FILE, PICTURE_PARTS, VISION_LANGUAGE, Manifest
-from ...artifact.output import WorkFolder, claimed
+from ...artifact.output import PartFolder, WorkFolder
 from ...capture.vision_language import VisionParts, capture_vision_language
 from ...models.source import ModelFolder
 from ...progress import announce, of_part
@@ -59,8 +59,7 @@ def export_pictures(prepared: Preparation, work: WorkFolder) -> ExportResult:
     made: dict[str, ExportResult] = {}
     with work.appearing() as temporary:
         for part, own in asked.items():
-            with claimed(temporary / part, overwrite=False) as place:
-                made[part] = pipeline.run(own, place)
+            made[part] = pipeline.run(own, PartFolder(work, temporary, part))
         write_companions_of_parts(
             temporary, folder, VISION_LANGUAGE, parts.by_name, _CONFIGS,
             image_token_id=parts.kind.token(parts.config), **parts.kind.settings(parts.config),

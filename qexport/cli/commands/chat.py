@@ -42,7 +42,8 @@ def chat(
 ) -> None:
     """Talk with a model; it remembers what was said.
 
-    Ctrl-C stops an answer, Ctrl-D ends; /forget begins anew.
+    Ctrl-C stops an answer, Ctrl-D ends; /forget begins anew, and /image FILE puts a picture in front of what is said
+    next to a model of pictures and text.
     """
     from .. import console
 
@@ -54,11 +55,15 @@ def chat(
         drafts=drafts,
     )  # fmt: skip
     console.note("Ctrl-C stops an answer, Ctrl-D ends, /forget begins anew")
+    images: list[str] = []
     while (text := _read()) is not None:
         if text == "/forget":
             talk.forget()
+        elif text.startswith("/image "):
+            images.append(text.removeprefix("/image ").strip())
         elif text:
-            _answer(talk, text)
+            _answer(talk, text, images)
+            images = []
 
 
 def _read() -> str | None:
@@ -69,10 +74,10 @@ def _read() -> str | None:
         return None
 
 
-def _answer(talk: "qexport.Chat", text: str) -> None:
+def _answer(talk: "qexport.Chat", text: str, images: list[str]) -> None:
     """The answer while it grows; Ctrl-C ends it and nothing else."""
     try:
-        talk.say(text, lambda piece: print(piece, end="", flush=True))
+        talk.say(text, lambda piece: print(piece, end="", flush=True), images)
     except Stopped as stop:
         if stop.number != signal.SIGINT:
             raise

@@ -16,9 +16,9 @@ DEEP = "deepstack_embeds"  # what is added behind the first layers, one after an
 
 @architecture
 class Qwen3VL(GridPictures):
-    """Qwen3-VL without experts."""
+    """Qwen3-VL, with and without experts in the decoder."""
 
-    types = ("qwen3_vl",)
+    types = ("qwen3_vl", "qwen3_vl_moe")
 
     def stated(self, model: PreTrainedModel, pictures: Mapping[str, Tensor]) -> Tensor:
         made = model.model.get_image_features(**pictures)
