@@ -127,6 +127,7 @@ def _bytes(manifest: Manifest, entries: tuple[LinearEntry, ...], size: int) -> d
 def _write_report(folder: Path, new: Path, bits: int) -> None:
     """What is known of the export it was made of, without what was measured of that."""
     path = folder / REPORT_FILE
-    export = read_json(path).get("export", {}) if path.is_file() else {}
-    text = json.dumps({"export": export | {"sliced": {"from": FROM_BITS, "to": bits}}}, indent=2)
+    export = read_json(path).get("export") if path.is_file() else None
+    known = export if isinstance(export, dict) else {}
+    text = json.dumps({"export": known | {"sliced": {"from": FROM_BITS, "to": bits}}}, indent=2)
     (new / REPORT_FILE).write_text(text + "\n", encoding="utf-8")

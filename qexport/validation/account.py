@@ -18,5 +18,5 @@ def transforms(folder: Path) -> bool:
             return True
         promises = {step["name"]: step["keeps_values"] for step in export["passes"]}
         return not all(promises[name] for block in export["blocks"] for name in block["changed"])
-    except (InputError, KeyError, TypeError):
+    except (InputError, KeyError, TypeError, AttributeError):
         return True

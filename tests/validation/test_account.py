@@ -44,3 +44,9 @@ def test_only_passes_that_do_not_keep_values_make_a_comparison_lenient(recipe, e
     del kept["export"]["passes"]
     (out / "report.json").write_text(json.dumps(kept))
     assert transforms(out)  # nothing is known of promises
+
+
+@pytest.mark.parametrize("export", ["a model", ["a", "list"], None, {"passes": "none", "blocks": []}, {"tuned": "yes"}])
+def test_of_a_damaged_account_nothing_is_known(tmp_path, export):
+    (tmp_path / "report.json").write_text(json.dumps({"export": export}))
+    assert transforms(tmp_path)
