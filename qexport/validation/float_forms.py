@@ -2,7 +2,7 @@
 
 import dataclasses
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -23,7 +23,7 @@ from ..lower.saving import write_model
 from ..progress import StageProgress, no_stage_progress
 from ..targets.base import target_named
 from .logits import compare_logits, deployed_logits
-from .reference import FloatOutputs, decoder_feeds
+from .reference import Feeds, FloatOutputs, decoder_feeds
 from .report import HALF, Reference
 
 _STEPS = 8
@@ -82,12 +82,29 @@ def half_logits(
     Raises:
         InputError: PyTorch has no float16 kernel for one of the model's operators on the CPU.
     """
-    with float16_kernels():
-        half = half_model(captured)
-        outputs = FloatOutputs(half, decoder_feeds(half, windows), ("logits",), progress)
-    numbers = iter(range(len(windows)))
+    half = half_model(captured)
+    with half_outputs(half, decoder_feeds(half, windows), progress) as run:
+        yield run
 
-    def run(ids: Tensor) -> Tensor:
+
+@contextmanager
+def half_outputs(
+    half: CapturedModel, feeds: Sequence[Feeds], progress: StageProgress
+) -> Iterator[Callable[[Tensor], Tensor]]:
+    """Logits of a decoder in float16 for feeds of one text each.
+
+    Yields:
+        a function from token ids, which it does not read, to logits, float32 [S, vocabulary]: those of one text after
+            another.
+
+    Raises:
+        InputError: as `half_logits`.
+    """
+    with float16_kernels():
+        outputs = FloatOutputs(half, feeds, ("logits",), progress)
+    numbers = iter(range(len(feeds)))
+
+    def run(_: Tensor) -> Tensor:
         with float16_kernels():
             return outputs.outputs(next(numbers))["logits"][0].float()
 

@@ -17,7 +17,7 @@ from ...errors import writing_to
 from ...progress import StageProgress, no_stage_progress
 from ...runtime.seq2seq import EncoderDecoder
 from ...runtime.session import open_session
-from ...validation.float_forms import export_float, float16_kernels, half_model
+from ...validation.float_forms import export_float, float16_kernels, half_model, half_outputs
 from ...validation.logits import compare_logits
 from ...validation.reference import FloatOutputs
 from ...validation.report import HALF, Reference
@@ -78,17 +78,8 @@ def half_logits(
             feeds = [{**_halved(text), **made.outputs(batch)} for batch, text in enumerate(texts)]
         finally:
             made.close()
-        outputs = FloatOutputs(decoder, feeds, ("logits",), progress)
-    numbers = iter(range(len(texts)))
-
-    def run(_: Tensor) -> Tensor:
-        with float16_kernels():
-            return outputs.outputs(next(numbers))["logits"][0].float()
-
-    try:
+    with half_outputs(decoder, feeds, progress) as run:
         yield run
-    finally:
-        outputs.close()
 
 
 @contextmanager
