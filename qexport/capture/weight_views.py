@@ -5,7 +5,7 @@ with a weight [out, in] of their own, so the graph reads such weights under name
 them from the checkpoint's tensors when they are loaded.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -37,15 +37,15 @@ class WeightView:
     stacked: int = 0
 
     def of(self, tensor: torch.Tensor) -> torch.Tensor:
-        at = self.at(len(tensor))
+        at = self.at(tensor.shape)
         part = tensor if at is None else tensor[at]
         return part.t() if self.transposed else part
 
-    def at(self, rows: int) -> int | slice | None:
-        """Where it is along the first axis of its weight, which has so many rows."""
+    def at(self, shape: Sequence[int]) -> int | slice | None:
+        """Where it is along the first axis of its weight of this shape; None for all of it."""
         if not self.stacked or self.index is None:
             return self.index
-        height = rows // self.stacked
+        height = shape[0] // self.stacked
         return slice(self.index * height, (self.index + 1) * height)
 
     def name(self, dim: int) -> str:
@@ -68,7 +68,7 @@ class WeightViews:
         piece = self.table.get(name)
         if piece is None:
             return self.checkpoint.load(name)
-        part = self.checkpoint.load(piece.source, piece.at(self.checkpoint.shape(piece.source)[0]))
+        part = self.checkpoint.load(piece.source, piece.at(self.checkpoint.shape(piece.source)))
         return part.t().contiguous() if piece.transposed else part
 
 

@@ -200,9 +200,9 @@ def _placed(captured: CapturedModel, sites: Sequence[_Site], masked: Masks) -> l
     made_of: set[Node] = set()
     for site in sites:
         made_of |= masked.sources(site.block, CachedAttention.of(site.node).mask).keys()
-    tokens = shape_of(sites[0].query)[2]
+    batch, _, tokens, _ = shape_of(sites[0].query)
     first, *others = (read_by_place(block, tokens, made_of) for block in captured.blocks)
-    if any(others) or not can_be_turned(first, tokens):
+    if any(others) or not can_be_turned(first, batch, tokens):
         raise Unsuited("layers of it count the places of tokens in their row, padding included")
     return first
 

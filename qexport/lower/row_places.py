@@ -42,9 +42,9 @@ def read_by_place(block: Block, tokens: int | str, masks: Collection[Node]) -> l
     return found
 
 
-def can_be_turned(found: Collection[Read], tokens: int | str) -> bool:
+def can_be_turned(found: Collection[Read], batch: int | str, tokens: int | str) -> bool:
     """Whether values by place are such as `turn_places` knows."""
-    return all(reader.op == "call_function" and _rows(shape_of(value), tokens) for value, reader in found)
+    return all(reader.op == "call_function" and _rows(shape_of(value), batch, tokens) for value, reader in found)
 
 
 def turn_places(found: Collection[Read], ids: Node, order: Node) -> None:
@@ -62,7 +62,7 @@ def turn_places(found: Collection[Read], ids: Node, order: Node) -> None:
             with graph.inserting_after(max(value, order)):
                 size = call(graph, aten.sym_size.int, (ids, 0), like=ids, dtype=torch.int64, shape=())
             rows, shape = value, shape_of(value)
-            if shape[0] == tokens:
+            if shape[1] != tokens:
                 with graph.inserting_after(size):
                     rows = call(graph, aten.unsqueeze.default, (value, 0), like=value, shape=(1, *shape))
             with graph.inserting_after(max(rows, size)):
@@ -77,6 +77,6 @@ def _has(node: Node, tokens: int | str) -> bool:
     return isinstance(node.meta.get(Meta.SPEC), TensorSpec) and tokens in shape_of(node)
 
 
-def _rows(shape: tuple[int | str, ...], tokens: int | str) -> bool:
-    """[tokens, features], [1, tokens] or [1, tokens, features], which adds to what has a row for each text."""
-    return shape[:1] == (tokens,) and len(shape) == 2 or shape[:2] == (1, tokens) and len(shape) <= 3
+def _rows(shape: tuple[int | str, ...], batch: int | str, tokens: int | str) -> bool:
+    """[tokens, features], [1 or batch, tokens] or [1 or batch, tokens, features]."""
+    return shape[:2] in ((1, tokens), (batch, tokens)) and len(shape) <= 3 or shape[:1] == (tokens,) and len(shape) == 2

@@ -32,6 +32,8 @@ _PRODUCTS = {_aten.mm.default, _aten.addmm.default, _aten.bmm.default, _aten.bad
 
 # As soon as this is imported: autograd counts devices once, when it is first used.
 _setup_privateuseone_for_python_backend(NAME)
+# Autocast asks every known backend, also for models on the CPU.
+getattr(torch, NAME).get_amp_supported_dtype = lambda: [torch.float16, torch.bfloat16]
 
 
 class MixedDevices(RuntimeError):

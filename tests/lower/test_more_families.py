@@ -24,6 +24,7 @@ WRITTEN_OUT = {
     **dict.fromkeys(
         (
             "deepseek_v2", "deepseek_v3", "minicpm3", "youtu", "glm4_moe_lite", "axk1", "bailing_hybrid", "kimi_linear",
+            "longcat_flash",
         ),
         "cache holds what keys and values are made of",
     ),

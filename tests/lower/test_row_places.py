@@ -30,20 +30,21 @@ def test_what_follows_from_sizes_alone_is_found_where_it_meets_tokens():
     block = Block(add_positions, x=("b", "s"), arange_default=("s",), unsqueeze_default=(1, "s"), ones_default=(1, 4))
     (found,) = read_by_place(block, "s", ())
     assert [node.name for node in found] == ["unsqueeze_default", "mul_tensor"]
-    assert can_be_turned([found], "s")
+    assert can_be_turned([found], "b", "s")
     masks = [node for node in block.module.graph.nodes if node.name == "mul_tensor"]
     assert read_by_place(block, "s", masks) == []
 
 
 @pytest.mark.parametrize(
-    ("shape", "can"), [(("s", 8), True), ((1, "s", 8), True), ((1, 1, "s", 8), False), (("s",), False)]
+    ("shape", "can"),
+    [(("s", 8), True), ((1, "s", 8), True), (("b", "s", 8), True), ((1, 1, "s", 8), False), (("s",), False)],
 )
 def test_values_with_a_row_for_each_place_can_be_turned(shape, can):
     def add_positions(x):
         return aten.add.Tensor(x, aten.arange.default(aten.sym_size.int(x, 1)))
 
     block = Block(add_positions, x=("b", "s", 8), arange_default=shape)
-    assert can_be_turned(read_by_place(block, "s", ()), "s") is can
+    assert can_be_turned(read_by_place(block, "s", ()), "b", "s") is can
 
 
 def test_places_that_every_layer_reads_keep_standard_attention(captured):
