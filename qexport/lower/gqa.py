@@ -103,8 +103,8 @@ def plan_grouping(
     """
     values = {port.name: port.value for port in captured.inputs}
     masks = Masks(captured, producers(captured), read)
-    sites = _sites(captured, values, masks, e4m3)
-    placed = _placed(captured, sites, masks)
+    sites, made_of = _sites(captured, values, masks, e4m3)
+    placed = _placed(captured, sites, made_of)
     tables = _Tables(captured, values["position_ids"], read)
     inside = {site.node: tables.of(site) for site in sites}
     found = {name: table for name, table in tables.made.items() if table is not None}
@@ -142,11 +142,15 @@ def group_attention(captured: CapturedModel, grouping: GroupedAttention) -> None
     prune(captured)
 
 
-def _sites(captured: CapturedModel, values: dict[str, str], masked: Masks, e4m3: bool) -> list[_Site]:
+def _sites(
+    captured: CapturedModel, values: dict[str, str], masked: Masks, e4m3: bool
+) -> tuple[list[_Site], set[Node]]:
+    """Every attention, and all that their masks are made of."""
     if not {"attention_mask", "position_ids"} <= values.keys() or not any(map(is_tokens, values)):
         raise Unsuited("it does not read tokens, a mask and positions")
     sites: list[_Site] = []
     masks: set[Node] = set()
+    of_all: set[Node] = set()
     biased: dict[Node, Block] = {}
     if count_attentions(captured) < sum(name.startswith("past_key_values.") for name in values) // 2:
         raise Unsuited(why_written_out(captured))
@@ -161,6 +165,7 @@ def _sites(captured: CapturedModel, values: dict[str, str], masked: Masks, e4m3:
                 raise Unsuited("its mask is made of more than the attention mask")
             source, bias = found[0], None
             mask, made_of = CausalMask.of(source), masked.sources(block, attention.mask)
+            of_all |= made_of.keys()
             if mask.chunk and mask.chunk < captured.settings.get("max_position_embeddings", END):
                 raise Unsuited("layers of it attend in chunks, which GroupQueryAttention does not know")
             if masked.made_by(block, attention.mask) is not source:
@@ -192,14 +197,11 @@ def _sites(captured: CapturedModel, values: dict[str, str], masked: Masks, e4m3:
         raise Unsuited("something other than attention reads the attention mask")
     if any(map(is_state, values)):
         raise Unsuited("layers of it keep states, which would read the padding that is put behind a text")
-    return sites
+    return sites, of_all
 
 
-def _placed(captured: CapturedModel, sites: Sequence[_Site], masked: Masks) -> list[Read]:
-    """What the first block reads by place in the row."""
-    made_of: set[Node] = set()
-    for site in sites:
-        made_of |= masked.sources(site.block, CachedAttention.of(site.node).mask).keys()
+def _placed(captured: CapturedModel, sites: Sequence[_Site], made_of: set[Node]) -> list[Read]:
+    """What the first block reads by place in the row; made_of: what masks are made of."""
     batch, _, tokens, _ = shape_of(sites[0].query)
     first, *others = (read_by_place(block, tokens, made_of) for block in captured.blocks)
     if any(others) or not can_be_turned(first, batch, tokens):

@@ -31,8 +31,8 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False):
     Raises:
         InputError: its files are damaged.
     """
-    stats = [file.stat() for file in sorted(Path(folder).glob("*")) if file.is_file()]
-    return _loaded(Path(folder), trust_remote_code, tuple((s.st_ino, s.st_size, s.st_mtime_ns) for s in stats))
+    stats = [file.stat() for file in sorted(folder.glob("*")) if file.is_file()]
+    return _loaded(folder, trust_remote_code, tuple((s.st_ino, s.st_size, s.st_mtime_ns) for s in stats))
 
 
 @lru_cache(maxsize=1)

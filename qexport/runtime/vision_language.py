@@ -160,9 +160,7 @@ def open_vision_language(
     return reader, decoder
 
 
-def open_reader(
-    folder: str | Path, *, threads: int | None = None, provider: str | None = None
-) -> PicturesAndText:  # fmt: skip
+def open_reader(folder: str | Path, *, threads: int | None = None, provider: str | None = None) -> PicturesAndText:
     """Open what reads alone.
 
     Raises: as `open_vision_language`.

@@ -1,5 +1,6 @@
 """The models of a study that are encoder-decoders: prompts are sources, and what is compared is written about them."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -22,46 +23,12 @@ from .loaded import Asked, Loaded
 from .subjects import FLOAT, Subject, check_memory, named_folders
 
 
-class PairWriter:
-    """An export in ONNX Runtime; a prompt is a source."""
+class _AboutSource(ABC):
+    """What writes about a source, which a prompt is here."""
 
-    def __init__(self, name: str, pair: EncoderDecoder, start: Sequence[int]):
-        self.name, self._pair, self._start = name, pair, list(start)
+    def __init__(self, name: str, start: Sequence[int]):
+        self.name, self._start = name, list(start)
         self._source: Sequence[int] = ()
-
-    def start(self, prompt: Sequence[int]) -> np.ndarray:
-        self._begin(prompt)
-        return self._append(self._start)[-1]
-
-    def step(self, token: int) -> np.ndarray:
-        return self._append([token])[-1]
-
-    def forced(self, prompt: Sequence[int], tokens: Sequence[int]) -> Tensor:
-        self._begin(prompt)
-        return torch.from_numpy(self._append([*self._start, *tokens[:-1]])[-len(tokens) :])
-
-    def _begin(self, prompt: Sequence[int]) -> None:
-        if prompt != self._source:
-            self._pair.read(texts_as_source(self._pair, [prompt]))
-            self._source = prompt
-        self._pair.decoder.reset()
-
-    def _append(self, tokens: Sequence[int]) -> np.ndarray:
-        return self._pair.decoder.run(np.array([tokens], np.int64))[0].astype(np.float32)
-
-
-class FloatPairWriter:
-    """transformers' model in PyTorch; a prompt is a source.
-
-    Args:
-        names: of what its encoder reads of a text.
-    """
-
-    def __init__(self, name: str, model: Any, start: Sequence[int], names: Sequence[str]):
-        self.name, self._model, self._start, self._names = name, model, list(start), names
-        self._source: Sequence[int] = ()
-        self._heard: Mapping[str, Any] = {}
-        self._cache: Any = None
 
     def start(self, prompt: Sequence[int]) -> np.ndarray:
         self._begin(prompt)
@@ -75,15 +42,63 @@ class FloatPairWriter:
         return self._append([*self._start, *tokens[:-1]])[-len(tokens) :]
 
     def _begin(self, prompt: Sequence[int]) -> None:
+        if prompt != self._source:
+            self._read(prompt)
+            self._source = prompt
+        self._forget()
+
+    @abstractmethod
+    def _forget(self) -> None:
+        """Drop what was written."""
+
+    @abstractmethod
+    def _read(self, prompt: Sequence[int]) -> None:
+        """Let the encoder read a source."""
+
+    @abstractmethod
+    def _append(self, tokens: Sequence[int]) -> Tensor:
+        """The logits behind each token, float32 [tokens, vocabulary]."""
+
+
+class PairWriter(_AboutSource):
+    """An export in ONNX Runtime."""
+
+    def __init__(self, name: str, pair: EncoderDecoder, start: Sequence[int]):
+        super().__init__(name, start)
+        self._pair = pair
+
+    def _forget(self) -> None:
+        self._pair.decoder.reset()
+
+    def _read(self, prompt: Sequence[int]) -> None:
+        self._pair.read(texts_as_source(self._pair, [prompt]))
+
+    def _append(self, tokens: Sequence[int]) -> Tensor:
+        return torch.from_numpy(self._pair.decoder.run(np.array([tokens], np.int64))[0].astype(np.float32))
+
+
+class FloatPairWriter(_AboutSource):
+    """transformers' model in PyTorch.
+
+    Args:
+        names: of what its encoder reads of a text.
+    """
+
+    def __init__(self, name: str, model: Any, start: Sequence[int], names: Sequence[str]):
+        super().__init__(name, start)
+        self._model, self._names = model, names
+        self._heard: Mapping[str, Any] = {}
+        self._cache: Any = None
+
+    def _forget(self) -> None:
         self._cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
-        if prompt == self._source:
-            return
+
+    def _read(self, prompt: Sequence[int]) -> None:
         ids = torch.tensor([list(prompt)])
         whole = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         given = {name: whole[name] for name in self._names}
         with torch.no_grad():
             states = self._model.get_encoder()(**given)
-        self._source = prompt
         self._heard = {"encoder_outputs": states} | {n: t for n, t in given.items() if n == "attention_mask"}
 
     def _append(self, tokens: Sequence[int]) -> Tensor:
