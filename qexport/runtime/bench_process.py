@@ -59,13 +59,15 @@ class BenchProcess:
         seconds: float = self._ask("load")
         return seconds
 
-    def run(self, tokens: int, steps: int, batch: int) -> tuple[float, float | None]:
-        """Seconds of `batch` prompts of `tokens`, and the median of the `steps` single tokens of each after them.
+    def prefill(self, tokens: int, batch: int) -> float:
+        """Seconds of `batch` prompts of `tokens`."""
+        seconds: float = self._ask("prefill", tokens, batch)
+        return seconds
 
-        That is None without any.
-        """
-        prefill, step = self._ask("run", tokens, steps, batch)
-        return prefill, step
+    def decode(self, steps: int) -> float:
+        """The median of the seconds of so many single tokens more of each prompt that was read last."""
+        seconds: float = self._ask("decode", steps)
+        return seconds
 
     def memory(self) -> int:
         """Bytes by which the process grew at most over its size before the first load."""
@@ -112,6 +114,7 @@ class _Subject:
         self._decoder: Decoder | None = None
         self._pair: EncoderDecoder | None = None
         self._reader: PicturesAndText | None = None
+        self._random, self._batch, self._first = np.random.default_rng(0), 1, np.zeros((1, 1), np.int64)
         self._before = psutil.Process().memory_info().rss
         _forget_peak()
 
@@ -140,20 +143,42 @@ class _Subject:
         )
         return perf_counter() - start
 
-    def run(self, tokens: int, steps: int, batch: int) -> tuple[float, float | None]:
+    def prefill(self, tokens: int, batch: int) -> float:
+        self._random = np.random.default_rng(0)
         if self._pair is not None:
-            return _about_a_source(self._pair, self._plan.settings["vocab_size"], tokens, steps, batch)
-        if self._reader is not None and self._decoder is not None:
-            return _about_pictures(
-                self._reader, self._decoder, self._plan.settings["vocab_size"], tokens, steps, batch
-            )  # fmt: skip
-        ids = np.random.default_rng(0).integers(0, self._plan.settings["vocab_size"], (batch, tokens + steps))
-        if (decoder := self._decoder) is None:
-            raise RuntimeProblem("nothing is loaded yet")
+            self._first = np.full((batch, 1), self._pair.habits.start[0])
+            source = self._pair.any_source(batch, tokens, self._plan.settings["vocab_size"])
+            start = perf_counter()
+            self._pair.read(source)
+            self._pair.decoder.run(self._first)
+            return perf_counter() - start
+        ids, self._batch = self._ids(batch, tokens), batch
+        decoder = self._loaded()
         decoder.reset()
-        times = [_seconds(decoder, ids[:, :tokens])]
-        times += [_seconds(decoder, ids[:, i : i + 1]) for i in range(tokens, tokens + steps)]
-        return times[0], median(times[1:]) if steps else None
+        if self._reader is None:
+            return _seconds(decoder, ids)
+        pictures = self._reader.any_pictures(batch)
+        start = perf_counter()
+        rows = self._reader.read(pictures) // batch
+        decoder.run(np.concatenate([np.full((batch, rows), self._reader.token), ids], axis=1))
+        return perf_counter() - start
+
+    def decode(self, steps: int) -> float:
+        if self._pair is not None:
+            return median(_seconds(self._pair.decoder, self._first) for _ in range(steps))
+        decoder = self._loaded()
+        return median(_seconds(decoder, self._ids(self._batch, 1)) for _ in range(steps))
+
+    def _ids(self, batch: int, tokens: int) -> np.ndarray:
+        """Tokens at random, none of which stands for a picture."""
+        vocabulary = self._plan.settings["vocab_size"]
+        ids = self._random.integers(0, vocabulary, (batch, tokens))
+        return ids if self._reader is None else np.where(ids == self._reader.token, (ids + 1) % vocabulary, ids)
+
+    def _loaded(self) -> Decoder:
+        if self._decoder is None:
+            raise RuntimeProblem("nothing is loaded yet")
+        return self._decoder
 
     def _rows(self, reader: PicturesAndText) -> int:
         """Tokens that stand for a picture; so many more have to fit behind which a text goes on."""
@@ -168,35 +193,6 @@ class _Subject:
 
     def memory(self) -> int:
         return max(_peak() - self._before, 0)
-
-
-def _about_a_source(
-    pair: EncoderDecoder, vocabulary: int, tokens: int, steps: int, batch: int
-) -> tuple[float, float | None]:
-    """The same of an encoder-decoder: seconds to read sources up to the first token, and of the steps after it."""
-    source, first = pair.any_source(batch, tokens, vocabulary), np.full((batch, 1), pair.habits.start[0])
-    start = perf_counter()
-    pair.read(source)
-    pair.decoder.run(first)
-    read = perf_counter() - start
-    times = [_seconds(pair.decoder, first) for _ in range(steps)]
-    return read, median(times) if times else None
-
-
-def _about_pictures(
-    reader: PicturesAndText, decoder: Decoder, vocabulary: int, tokens: int, steps: int, batch: int
-) -> tuple[float, float | None]:
-    """The same of a model of pictures and text: seconds to read a picture with a text behind it, and of the steps."""
-    pictures = reader.any_pictures(batch)
-    ids = np.random.default_rng(0).integers(0, vocabulary, (batch, tokens + steps))
-    ids = np.where(ids == reader.token, (ids + 1) % vocabulary, ids)
-    decoder.reset()
-    start = perf_counter()
-    rows = reader.read(pictures) // batch
-    decoder.run(np.concatenate([np.full((batch, rows), reader.token), ids[:, :tokens]], axis=1))
-    read = perf_counter() - start
-    times = [_seconds(decoder, ids[:, i : i + 1]) for i in range(tokens, tokens + steps)]
-    return read, median(times) if times else None
 
 
 def _seconds(decoder: Decoder, ids: np.ndarray) -> float:

@@ -19,7 +19,9 @@ from .vision_language import is_vision_language
 
 PROMPT_LENGTHS = (128, 512, 2048)
 DECODE_PASTS = (128, 2048)
-DECODE_STEPS = 16
+# Steps go in turns of their own: a prompt takes seconds, in which the speed of a machine changes.
+DECODE_TURNS, STEPS_IN_A_TURN = 4, 8
+DECODE_STEPS = DECODE_TURNS * STEPS_IN_A_TURN
 
 _Job = tuple[int, int] | None  # rows and tokens to run; None: to load
 
@@ -35,8 +37,8 @@ class Measurement:
         decode: tokens already in the cache → new tokens a second, batch 1.
         memory_bytes: largest growth of the process over its size before the first load.
         model_bytes: size of the ONNX file and its data.
-        samples: seconds of every repeat: "load", "prefill:{length}", "decode:{past}" (the median of its steps), and
-            with "x{rows}" at the end those of batches.
+        samples: seconds of every repeat: "load", "prefill:{length}", "decode:{past}" (of each repeat several, medians
+            of the steps of a turn), and with "x{rows}" at the end those of batches.
         spread: for each key of `samples` the interquartile range of the seconds over their median.
         batched: tokens a second of all rows of larger batches together, by keys of `samples`.
     """
@@ -125,8 +127,8 @@ def measure(
     """Measure any number of folders in one run; see `bench`.
 
     Each folder has a process of its own, so that memory and load time are its own; the repeats go through the folders
-    there and back (A B B A), so that a change in the machine's speed meets all of them alike. Tokens are random,
-    sampling is not timed.
+    there and back (A B B A), so that a change in the machine's speed meets all of them alike, and so do the steps
+    behind the prompts of one repeat, some at a time. Tokens are random, sampling is not timed.
 
     Returns:
         a measurement for each folder, and notes on what was not measured as asked.
@@ -155,12 +157,11 @@ def measure(
         turns = [(job, turn) for job in jobs for turn in range(repeats + 1)]
         for done, (job, turn) in enumerate(turns):
             progress("measure", _named(job), done, len(turns))
-            order = list(zip(processes, samples, strict=True))
-            for process, kept in order if turn % 2 else reversed(order):
-                found = _once(process, job, prompts, pasts)
-                if turn:  # the first turn warms caches and memory up
-                    for key, seconds in found.items():
-                        kept.setdefault(key, []).append(seconds)
+            found = _turn(processes if turn % 2 else processes[::-1], job, prompts, pasts)
+            if turn:  # the first turn warms caches and memory up
+                for process, kept in zip(processes, samples, strict=True):
+                    for key, seconds in found[process].items():
+                        kept.setdefault(key, []).extend(seconds)
         progress("measure", "", len(turns), len(turns))
         memory = [process.memory() for process in processes]
     finally:
@@ -278,15 +279,20 @@ def _named(job: _Job) -> str:
     return f"{tokens} tokens" if rows == 1 else f"{rows} x {tokens} tokens"
 
 
-def _once(process: BenchProcess, job: _Job, prompts: Sequence[int], pasts: Sequence[int]) -> dict[str, float]:
-    """Seconds of one turn of a job, by key of `Measurement.samples`."""
+def _turn(
+    processes: Sequence[BenchProcess], job: _Job, prompts: Sequence[int], pasts: Sequence[int]
+) -> dict[BenchProcess, dict[str, list[float]]]:
+    """Seconds of one turn of a job, of every process by key of `Measurement.samples`."""
     if job is None:
-        return {"load": process.load()}
+        return {process: {"load": [process.load()]} for process in processes}
     rows, tokens = job
-    prefill, step = process.run(tokens, DECODE_STEPS if tokens in pasts else 0, rows)
     key = str(tokens) if rows == 1 else f"{tokens}x{rows}"
-    found = {f"prefill:{key}": prefill} if tokens in prompts else {}
-    return found if step is None else found | {f"decode:{key}": step}
+    read = {process: process.prefill(tokens, rows) for process in processes}
+    found = {process: {f"prefill:{key}": [read[process]]} if tokens in prompts else {} for process in processes}
+    for turn in range(DECODE_TURNS if tokens in pasts else 0):
+        for process in processes if turn % 2 else processes[::-1]:
+            found[process].setdefault(f"decode:{key}", []).append(process.decode(STEPS_IN_A_TURN))
+    return found
 
 
 def _tokens(key: str) -> int:

@@ -7,7 +7,7 @@ import pytest
 from helpers.onnx_decoder import write_tiny_decoder
 from qexport.errors import InputError, RuntimeProblem
 from qexport.runtime.bench_process import BenchProcess
-from qexport.runtime.benchmark import bench, measure
+from qexport.runtime.benchmark import DECODE_TURNS, bench, measure
 from qexport.runtime.genai import genai_config
 
 QUICK = {"prompt_lengths": (8, 16), "decode_pasts": (4,), "repeats": 2, "threads": 1}
@@ -25,8 +25,10 @@ def test_bench_compares_an_export_with_a_folder_of_the_model_builder(tmp_path):
 
     first, second = result.first, result.second
     assert set(first.prefill) == {8, 16} and set(first.decode) == {4}
-    assert set(first.samples) == {"load", "prefill:8", "prefill:16", "decode:4"}
-    assert all(len(values) == 2 and min(values) > 0 for values in first.samples.values())
+    assert {key: len(values) for key, values in first.samples.items()} == {
+        "load": 2, "prefill:8": 2, "prefill:16": 2, "decode:4": 2 * DECODE_TURNS
+    }  # fmt: skip
+    assert min(map(min, first.samples.values())) > 0
     sizes = [(tmp_path / "large" / name).stat().st_size for name in ("model.onnx", "model.onnx.data")]
     assert first.model_bytes == sum(sizes)
     assert first.memory_bytes > second.memory_bytes > 0
@@ -39,16 +41,20 @@ def test_bench_compares_an_export_with_a_folder_of_the_model_builder(tmp_path):
 
 
 def test_folders_are_measured_there_and_back_and_the_first_turn_is_not_counted(tmp_path, monkeypatch):
-    calls = []
+    calls, steps_taken = [], []
 
     class Recorded(BenchProcess):
         def load(self):
             calls.append(("load", self._folder.name))
             return super().load()
 
-        def run(self, tokens, steps, batch):
+        def prefill(self, tokens, batch):
             calls.append((tokens, self._folder.name))
-            return super().run(tokens, steps, batch)
+            return super().prefill(tokens, batch)
+
+        def decode(self, steps):
+            steps_taken.append(self._folder.name)
+            return super().decode(steps)
 
     monkeypatch.setattr("qexport.runtime.benchmark.BenchProcess", Recorded)
     for name in "abc":
@@ -56,8 +62,11 @@ def test_folders_are_measured_there_and_back_and_the_first_turn_is_not_counted(t
     found, _ = measure([tmp_path / name for name in "abc"], **QUICK)
     assert "".join(name for _, name in calls) == 4 * "cbaabccba"
     assert [what for what, _ in calls] == [what for what in ("load", 4, 8, 16) for _ in range(9)]
+    # The steps behind the prompts of one repeat go back and there as well.
+    there, back = (turns * (DECODE_TURNS // 2) for turns in ("abccba", "cbaabc"))
+    assert "".join(steps_taken) == there + back + there
     assert [Path(m.folder).name for m in found] == list("abc")
-    assert all(len(values) == 2 for m in found for values in m.samples.values())
+    assert all(len(m.samples["prefill:8"]) == 2 for m in found)
 
 
 @pytest.mark.slow
@@ -76,15 +85,15 @@ def test_defaults_stop_where_the_context_of_a_model_does(tmp_path):
     write_tiny_decoder(tmp_path / "long", layers=1, max_length=300)
     write_tiny_decoder(tmp_path / "short", layers=1, max_length=140, shared_cache=True)
     result = bench(tmp_path / "long", tmp_path / "short", repeats=1, threads=1)
-    assert list(result.first.prefill) == [128, 140] and list(result.first.decode) == [124]
+    assert list(result.first.prefill) == [128, 140] and list(result.first.decode) == [108]
     assert result.notes == (
         "a prompt of 512 tokens became 140: the model reads 140",
-        "decoding 16 tokens after 128 tokens became 124: the model reads 140",
+        "decoding 32 tokens after 128 tokens became 108: the model reads 140",
     )
     with pytest.raises(InputError, match="short: .*141 tokens does not fit.*140"):
         bench(tmp_path / "long", tmp_path / "short", prompt_lengths=[141])
-    with pytest.raises(InputError, match="after 125 tokens does not fit.*Ask for 124"):
-        bench(tmp_path / "long", tmp_path / "short", decode_pasts=[125])
+    with pytest.raises(InputError, match="after 109 tokens does not fit.*Ask for 108"):
+        bench(tmp_path / "long", tmp_path / "short", decode_pasts=[109])
 
 
 def test_folder_that_computes_the_last_logits_alone_and_takes_no_positions_is_measured(tmp_path):
