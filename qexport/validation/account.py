@@ -2,9 +2,8 @@
 
 from pathlib import Path
 
-from ..artifact.files import read_json
 from ..errors import InputError
-from .report_store import REPORT_FILE
+from .report_store import account
 
 
 def transforms(folder: Path) -> bool:
@@ -13,10 +12,10 @@ def transforms(folder: Path) -> bool:
     So does training of the whole model, which moves norms.
     """
     try:
-        export = read_json(folder / REPORT_FILE)["export"]
-        if export.get("tuned", {}).get("step"):
-            return True
-        promises = {step["name"]: step["keeps_values"] for step in export["passes"]}
-        return not all(promises[name] for block in export["blocks"] for name in block["changed"])
-    except (InputError, KeyError, TypeError, AttributeError):
+        export = account(folder)
+    except InputError:
         return True
+    if export.passes is None or export.tuned.get("step"):
+        return True
+    kept = {step.name for step in export.passes if step.keeps_values}
+    return any(name not in kept for block in export.blocks for name in block.changed)

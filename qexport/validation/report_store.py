@@ -47,7 +47,7 @@ def load(folder: str | Path) -> Report | None:
 def exported_activations(folder: Path) -> tuple[Activation, ...]:
     """The quantized activations in a folder's report.json, by the account of the export; none without one."""
     found = []
-    for block in _account(folder).blocks:
+    for block in account(folder).blocks:
         for _, what, data in block.changed.get("QuantizeActivations", ()):
             known = {key: data[key] for key in ("linears", "bits", "kernel", "kernel_without_zeros") if key in data}
             found.append(checked(Activation, {"block": block.name, "what": what, **known}, folder / REPORT_FILE))
@@ -56,13 +56,13 @@ def exported_activations(folder: Path) -> tuple[Activation, ...]:
 
 def exported_warnings(folder: Path) -> tuple[str, ...]:
     """What the export warned of."""
-    return _account(folder).warnings
+    return account(folder).warnings
 
 
 def branch_gains(folder: Path) -> dict[str, float]:
     """By how many dB the low-rank branch of a linear lowers the error of its weight, by the account of the export."""
     gains = {}
-    for block in _account(folder).blocks:
+    for block in account(folder).blocks:
         for name, _, data in chain.from_iterable(block.changed.values()):
             removed = data.get("error removed")
             if isinstance(removed, int | float):
@@ -77,15 +77,37 @@ class _Block(BaseModel):
     changed: dict[str, tuple[tuple[str, str, dict[str, Any]], ...]] = {}
 
 
-class _Account(BaseModel):
+class _Step(BaseModel):
+    """A pass of the recipe, and whether it promised that what the model computes stays."""
+
+    name: str
+    keeps_values: bool
+
+
+class Account(BaseModel):
+    """What an export says of itself, as far as it is read again.
+
+    Attributes:
+        blocks: what passes did to each.
+        warnings: what it warned of.
+        passes: what ran; None where that is not known.
+        tuned: what training of the whole model did; empty without.
+    """
+
     blocks: tuple[_Block, ...] = ()
     warnings: tuple[str, ...] = ()
+    passes: tuple[_Step, ...] | None = None
+    tuned: dict[str, Any] = {}
 
 
-def _account(folder: Path) -> _Account:
-    """What report.json keeps of the export, as far as it is read again."""
+def account(folder: Path) -> Account:
+    """What report.json keeps of the export.
+
+    Raises:
+        InputError: it is damaged.
+    """
     path = folder / REPORT_FILE
-    return checked(_Account, _read(path).get("export", {}), path)
+    return checked(Account, _read(path).get("export", {}), path)
 
 
 def checked(kind: type[Model], data: Any, path: Path) -> Model:
