@@ -11,7 +11,7 @@ from ..capture.graph import CapturedModel
 from ..errors import InputError, RecipeError
 from ..lower.attention_plan import plan_attention
 from ..lower.sizes import planned_bytes
-from ..plan.model_plan import for_width, output_projection, plan_for, with_table
+from ..plan.model_plan import output_projection, plan_for, with_table
 from ..progress import StageProgress
 from ..quant.formats import IntegerFormat, Scheme, offered
 from ..recipe.recipe import Recipe
@@ -55,7 +55,6 @@ class PricedModel:
         feeds: Sequence[Feeds], progress: StageProgress, carried: Carried | None = None,
         counted: CountedCache | None = None,
     ):  # fmt: skip
-        recipe = for_width(captured, recipe)
         recipe = recipe if carried is None else with_table(captured, recipe)
         self.recipe = recipe
         self._plan, found = plan_for(captured, recipe, float_itemsize)

@@ -1,7 +1,6 @@
 """What a recipe means for a captured model, told from shapes alone."""
 
 import operator
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -45,7 +44,7 @@ def plan_for(
     Raises:
         RecipeError: an override matches no linear, or there is no embedding to quantize.
     """
-    auto, recipe = recipe.embedding == AUTO, with_table(captured, for_width(captured, recipe))
+    auto, recipe = recipe.embedding == AUTO, with_table(captured, recipe)
     heads = output_projections(captured)
     plan = make_plan(
         [(b.name, b.module.graph) for b in captured.blocks], lambda name: recipe.scheme_for(name, name in heads),
@@ -93,14 +92,8 @@ def _sharing(recipe: Recipe, tables: set[str], weight: str, several_blocks: bool
     return True, f"rounded to nearest without {recipe.weights.method}: several blocks read its weight" if blind else ""
 
 
-def for_width(captured: CapturedModel, recipe: Recipe) -> Recipe:
-    """The recipe with its scheme for the width that most linears of a model have, see `Recipe.wide`."""
-    widths = Counter(linear.shape[1] for block in captured.blocks for linear in linears(block.module.graph))
-    return recipe.at_width(widths.most_common(1)[0][0]) if widths else recipe.at_width(0)
-
-
 UNDECIDED = "8 bits where 4 cost too much, which an export measures"
-_FOUR, _EIGHT = "w4a16_g64_s8", "w8a16_g32"
+_FOUR, _EIGHT = "w4a16_g64_asym_s8", "w8a16_g32"
 
 
 def with_table(captured: CapturedModel, recipe: Recipe, *, eight: bool = False) -> Recipe:

@@ -25,7 +25,6 @@ from .sections import (
     CalibrationSpec,
     Override,
     TuneSpec,
-    WideModels,
     scheme_of_embedding,
     scheme_or_float,
 )
@@ -49,7 +48,6 @@ class Recipe(MethodKeys):
             model little KL by themselves, and else in 8 bits; the recipe of an export says which.
         whole_groups: where the last group of a weight would be padded and smaller groups that fill it take fewer bytes,
             take these.
-        wide: another scheme for models of wide layers; None for none. The recipe of an export has the one that it took.
         weights: how codes of weights are found; its key `method` says by what.
         activations: how scales of static activations are found.
         tune: how the quantized model is trained end to end; None for not at all.
@@ -67,7 +65,6 @@ class Recipe(MethodKeys):
     lm_head: str = FLOAT
     embedding: str = FLOAT
     whole_groups: bool = False
-    wide: WideModels | None = None
     weights: SerializeAsAny[WeightMethod]
     activations: ActivationSpec = ActivationSpec()
     tune: TuneSpec | None = None
@@ -123,8 +120,6 @@ class Recipe(MethodKeys):
                     f"Remove {method.key}, or take a scheme with a8",
                 )
             method.check(self)
-            if self.wide is not None:
-                method.check(self.at_width(self.wide.features))
         if self.prefill is not None:
             self._check_prefill()
         return self
@@ -223,13 +218,6 @@ class Recipe(MethodKeys):
         given = {key: value for key, value in values.items() if value is not None}
         return self.model_copy(update={"calibration": CalibrationSpec(**{**self.calibration.model_dump(), **given})})
 
-    def at_width(self, features: int) -> Self:
-        """The recipe for a model most of whose linears have so many input features."""
-        if self.wide is None:
-            return self
-        taken = self.wide.scheme if features >= self.wide.features else self.scheme
-        return self.model_copy(update={"scheme": taken, "wide": None})
-
     def scheme_for(self, linear_name: str, projection: bool = False) -> Scheme | None:
         """The scheme of a linear by its dotted name, None when it stays float.
 
@@ -270,8 +258,7 @@ class Recipe(MethodKeys):
     @property
     def schemes(self) -> list[Scheme]:
         """All that are named for linears; those of linears that stay float are not among them."""
-        wide = [] if self.wide is None else [self.wide.scheme]
-        names = [self.scheme, *wide, self.lm_head, *(override.scheme for override in self.overrides)]
+        names = [self.scheme, self.lm_head, *(override.scheme for override in self.overrides)]
         return [Scheme.parse(name) for name in names if name != FLOAT]
 
     def takes(self, scheme: str) -> bool:

@@ -107,18 +107,6 @@ class Override(Section):
     scheme: SchemeOrFloat
 
 
-class WideModels(Section):
-    """A scheme for models of wide layers, which lose less to the same rounding.
-
-    Attributes:
-        features: input features that most linears of such a model have at least.
-        scheme: of its linears, in place of the recipe's.
-    """
-
-    features: int = Field(ge=1)
-    scheme: SchemeOrFloat
-
-
 def only(name: str) -> str:
     """The pattern that matches this name and no other."""
     return "".join(f"[{c}]" if c in "*?[" else c for c in name)

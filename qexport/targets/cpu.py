@@ -50,9 +50,9 @@ class CpuTarget(Target):
     dtypes: ClassVar[tuple[torch.dtype, ...]] = (torch.float32,)
     candidates: ClassVar[tuple[str, ...]] = (
         "w2a16_g64_asym_s8", "w2a16_g32_asym_s8", "w3a16_g64_s8", "w3a16_g32_s8", "w3a16_g16_s8", "w3a16_g32_asym_s8",
-        "w4a16_g128_s8", "w4a16_g64_s8", "w4a16_g32_s8", "w4a16_g16_s8", "w4a16_g64_asym_s8", "w4a16_g32_asym_s8",
-        "w4a16_g16_asym_s8", "w5a16_g64_s8", "w5a16_g32_s8", "w5a16_g16_s8", "w6a16_g64_s8", "w6a16_g32_s8",
-        "w6a16_g16_s8", "w8a16_g128", "w8a16_g64", "w8a16_g32",
+        "w4a16_g128_s8", "w4a16_g64_s8", "w4a16_g32_s8", "w4a16_g16_s8", "w4a16_g128_asym_s8", "w4a16_g64_asym_s8",
+        "w4a16_g32_asym_s8", "w4a16_g16_asym_s8", "w5a16_g64_s8", "w5a16_g32_s8", "w5a16_g16_s8", "w6a16_g64_s8",
+        "w6a16_g32_s8", "w6a16_g16_s8", "w8a16_g128", "w8a16_g64", "w8a16_g32",
     )  # fmt: skip
     prompts_in_floats: ClassVar[bool] = True
     # Of one row a step of 128 states takes 8 us as a Scan over codes and 5 us in the LSTM of floats, one of 256 takes

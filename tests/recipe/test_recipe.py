@@ -35,12 +35,12 @@ PRESETS = {
     "crossquant_w8a8": ("w8a8_dyn", "gptq", "crossquant"),
     "crossquant_w8a8_paper": ("w8a8_dyn", "rtn", "crossquant"),
     "crossquant_w4a8": ("w4a8_g128_int", "gptq", "crossquant"),
-    "compact": ("w4a16_g128_s8", "gptq", None),
-    "compact_tuned": ("w4a16_g128_s8", "gptq", None),
+    "compact": ("w4a16_g128_asym_s8", "gptq", None),
+    "compact_tuned": ("w4a16_g128_asym_s8", "gptq", None),
     "compact_nf4": ("nf4_g16_s8", "gptq", None),
     "compact_5bit": ("w5a16_g32_s8", "gptq", None),
     "compact_6bit": ("w6a16_g64_s8", "gptq", None),
-    "balanced": ("w4a16_g32_s8", "gptq", None),
+    "balanced": ("w4a16_g64_asym_s8", "gptq", None),
     "closest": ("w8a16_g32", "rtn", None),
     "server": ("w8a8_dyn", "gptq", "smoothquant"),
     "encoder": ("w8a8_dyn", "rtn", "smoothquant"),
@@ -66,9 +66,9 @@ PRESETS = {
 
 # What else is quantized: the output projection and the table of embeddings.
 TABLES = {
-    "compact": ("w4a16_g64_s8", "tied"), "compact_nf4": ("w4a16_g16_s8", "tied"),
+    "compact": ("w4a16_g64_asym_s8", "tied"), "compact_nf4": ("w4a16_g16_s8", "tied"),
     "compact_5bit": ("w5a16_g32_s8", "tied"), "compact_6bit": ("w5a16_g16_s8", "tied"),
-    "balanced": ("w4a16_g32_s8", "auto"),
+    "balanced": ("w4a16_g64_asym_s8", "auto"),
     "closest": ("w8a16_g32", "auto"), "server": ("w8a16_g32", "auto"), "encoder": ("float", "auto"),
 }  # fmt: skip
 
@@ -221,19 +221,6 @@ def test_the_output_projection_stays_float_unless_named(name):
     assert Recipe(scheme="w4a16_g32").scheme_for(name) is None
     override = {"match": name, "scheme": "w8a16"}
     assert Recipe(scheme="w4a16_g32", overrides=[override]).scheme_for(name).name == "w8a16_g32"
-
-
-def test_models_of_wide_layers_take_another_scheme():
-    wide = {"features": 2048, "scheme": "w4a16_g64_s8"}
-    other = ({"match": "a", "scheme": "nf4"},)
-    recipe = Recipe(scheme="w4a16_g32_s8", wide=wide, lm_head="w4a16_g32_s8", overrides=other)
-    assert [scheme.name for scheme in recipe.schemes] == ["w4a16_g32_s8", "w4a16_g64_s8", "w4a16_g32_s8", "nf4"]
-    for features, taken in ((2047, "w4a16_g32_s8"), (2048, "w4a16_g64_s8")):
-        found = recipe.at_width(features)
-        assert found.scheme == taken and found.wide is None and found.at_width(9999) == found
-        assert found.model_copy(update={"scheme": recipe.scheme, "wide": recipe.wide}) == recipe
-    with pytest.raises(RecipeError, match="matquant has 8-bit codes"):
-        Recipe(scheme="w8a16_g64", weights={"method": "matquant"}, wide={"features": 1, "scheme": "w4a16_g64"})
 
 
 def test_overrides_that_decide_nothing():

@@ -1,11 +1,11 @@
 """Third stage: what becomes of every layer, told from shapes alone."""
 
 import logging
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from ...graph.sites import Linear
 from ...lower.last_token import read_by_projection
-from ...plan.model_plan import for_width, output_projection
+from ...plan.model_plan import output_projection
 from ..refusals import Decisions, check_applicable, decide
 from .capturing import Capture
 from .preparing import timed
@@ -37,7 +37,6 @@ def plan(found: Capture) -> ExportPlan:
     """
     captured, options = found.captured, found.options
     check_applicable(captured.kind, options, found.recipe)
-    found = replace(found, recipe=for_width(captured, found.recipe))
     decisions = decide(captured, found.recipe, found.target, options.deployed_attention)
     _log(decisions)
     return ExportPlan(
