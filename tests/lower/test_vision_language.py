@@ -271,8 +271,7 @@ def test_speed_is_that_of_text_behind_a_picture(float_files):
     given = {"manifest": plan.model_dump(mode="json"), "threads": 1, "provider": None, "max_length": 16}
     subject = _Subject({**given, "folder": str(float_files)})
     assert subject.load() > 0
-    read, step = subject.run(8, 2, 2)
-    assert step > 0 and read > 0
+    assert subject.prefill(8, 2) > 0 and subject.decode(2) > 0
     subject = _Subject({**given, "folder": str(float_files), "max_length": 4000})
     with pytest.raises(RuntimeProblem, match="4000 tokens behind the 16 of a picture do not fit"):
         subject.load()
