@@ -44,6 +44,7 @@ class GPTQSection(WeightMethod):
     clip_search: bool = False
     calibrates: ClassVar[bool] = True
     kl_left: ClassVar[float] = 0.35
+    clips_by_inputs: ClassVar[bool] = True
     takes_shared: ClassVar[bool] = True
 
     def passes(self, plan: Mapping[str, LinearPlan]) -> list[GraphPass]:

@@ -55,14 +55,21 @@ class Importance:
         squares = error.float().square().nan_to_num(posinf=torch.finfo(torch.float32).max) @ self.columns
         return float((squares.double() * self.rows.double()).mean() / 2)
 
-    def kl_of_weight(self, inputs: Tensor, difference: Tensor) -> float:
-        """The same for a rounded weight, whose errors are as good as independent of each other.
+    def of_features(self, inputs: Tensor) -> Tensor:
+        """How much the squared error of a weight counts by the input feature that it multiplies, float32 [in_features].
 
         Args:
             inputs: float32 [rows, in_features], what the linear reads.
+        """
+        return self.rows @ inputs.square() / (2 * len(self.rows))
+
+    def kl_of_weight(self, features: Tensor, difference: Tensor) -> float:
+        """What a rounded weight adds, whose errors are as good as independent of each other.
+
+        Args:
+            features: see `of_features`.
             difference: float32 [channels, in_features], rounded weight minus float weight.
         """
-        features = self.rows @ inputs.square() / (2 * len(self.rows))
         return float((difference.square() @ features).double() @ self.columns.double())
 
 

@@ -64,7 +64,7 @@ class PricedModel:
         schemes = [scheme for scheme in offered([*candidates, *own]) if recipe.takes(scheme.name)]
         priced = scheme_costs(
             captured, self._plan, self._embeddings, schemes, feeds, float_itemsize, progress, carried,
-            clipped=recipe.weights.clips, caches=counted.methods if counted else (),
+            method=recipe.weights, caches=counted.methods if counted else (),
         )  # fmt: skip
         self.caches = counted.choices(captured, priced.caches) if counted else (UNCOUNTED,)
         for cache in self.caches if counted else ():

@@ -16,11 +16,11 @@ from ..passes.moe_coverage import of_experts
 from ..plan.embedding_plan import EmbeddingPlan
 from ..plan.linear_plan import LinearPlan
 from ..progress import StageProgress, no_stage_progress
-from ..quant.formats import Scheme
-from ..recipe.methods import CacheMethod
+from ..quant.formats import Scheme, SteppedFormat
+from ..recipe.methods import CacheMethod, WeightMethod
 from .allocate import SchemeChoice
 
-_ROWS = 24  # of a weight, that say what clipping leaves
+_ROWS = 24  # of a weight, that say what narrowed ranges leave
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class Costs:
 def scheme_costs(
     captured: CapturedModel, plan: Sequence[LinearPlan], embeddings: Sequence[EmbeddingPlan], schemes: Sequence[Scheme],
     feeds: Sequence[Feeds], float_itemsize: int = 4, progress: StageProgress = no_stage_progress,
-    carried: Carried | None = None, *, clipped: bool = False, caches: Sequence[CacheMethod] = (),
+    carried: Carried | None = None, *, method: WeightMethod | None = None, caches: Sequence[CacheMethod] = (),
 ) -> Costs:  # fmt: skip
     """Cost of rounding to nearest with each scheme, for everything that a plan quantizes.
 
@@ -76,31 +76,37 @@ def scheme_costs(
         feeds: inputs of the decoder by public name, one dict for each batch.
         float_itemsize: bytes of a number that stays float.
         carried: of a model of several parts, see `felt`.
-        clipped: ranges of groups are to be narrowed where that makes their errors smaller.
+        method: finds the weights, in ranges that it narrows where that makes errors smaller, or in whole ones; None:
+            in whole ones.
         caches: ways to keep keys and values.
     """
     quantized = {p.name: p for p in plan if p.scheme is not None}
     table = next((e for e in embeddings if e.scheme is not None), None)
-    left = _left_by_clipping if clipped else _all_left
+    clips, by_inputs = (method.clips, method.clips_by_inputs) if method else (False, False)
     kl: dict[str, dict[str, float]] = {}
     importance: dict[str, Importance] = {}
     of_caches = [0.0] * len(caches)
     for found in felt(captured, feeds, progress, carried, caches=bool(caches)):
-        for kept, (place, method) in product(found.kept, enumerate(caches)):
-            of_caches[place] += kept.kl(method.rounded(kept.by_head))
+        for kept, (place, way) in product(found.kept, enumerate(caches)):
+            of_caches[place] += kept.kl(way.rounded(kept.by_head))
         for linear, inputs, felt_there in found.linears:
             if linear.name in quantized:
                 weight = get_tensor(found.block.module, linear.weight)
                 importance[linear.name] = felt_there.to(CPU)
+                features = felt_there.of_features(inputs)
+                rows = weight[_drawn_rows(felt_there.columns)]
                 kl[linear.name] = {
-                    name: felt_there.kl_of_weight(inputs, _difference(weight, fitted)) * left(weight, fitted)
+                    name: felt_there.kl_of_weight(features, _difference(weight, fitted))
+                    * (_left_by_narrowing(rows, fitted, features, by_inputs) if clips else 1.0)
                     for name, fitted in _fitting(schemes, linear.shape[1]).items()
                 }
         if table is not None and found.block.name == table.block and found.output is not None:
             fitting = _of_tables(schemes, table)
             numbers = get_tensor(found.block.module, table.weight)
+            rows, alike = numbers[:: max(len(numbers) // _ROWS, 1)], numbers.new_ones(numbers.shape[1])
             kl[""] = {
-                name: found.output.kl(_moved(found, table.weight, fitted)) * left(numbers, fitted)
+                name: found.output.kl(_moved(found, table.weight, fitted))
+                * (_left_by_narrowing(rows, fitted, alike, False) if clips else 1.0)
                 for name, fitted in fitting.items()
             }
     owners = [linear for linear in quantized.values() if not linear.shares]
@@ -181,21 +187,35 @@ def _difference(weight: Tensor, scheme: Scheme) -> Tensor:
     return scheme.weight.rounded(weight).sub_(weight)
 
 
-def _left_by_clipping(weight: Tensor, scheme: Scheme) -> float:
-    """The share of the squared error of a whole weight that is left where its groups have the best ranges.
+def _drawn_rows(columns: Tensor) -> Tensor:
+    """Numbers of rows of a weight, each as often as its channel counts, so that all that are drawn count the same.
 
-    It hardly differs between rows, while it does between schemes (of 3 bits in groups of 64 .56 where they are
-    symmetric, .81 with zero points), and to look for the ranges of all takes longer than everything else: some rows
-    say it.
+    Args:
+        columns: of the importance of its channels.
     """
-    rows = weight[:: max(len(weight) // _ROWS, 1)]
-    whole = _difference(rows, scheme).square().sum()
-    left = scheme.weight.round_to_nearest(rows, clip_search=True).dequantize().sub_(rows).square().sum()
-    return float(left / whole) if whole > 0 else 1.0
+    places = (torch.arange(_ROWS, device=columns.device) + 0.5) / _ROWS
+    return torch.searchsorted(columns.double().cumsum(0), places.double()).clamp_max_(len(columns) - 1)
 
 
-def _all_left(weight: Tensor, scheme: Scheme) -> float:
-    return 1.0
+def _left_by_narrowing(rows: Tensor, scheme: Scheme, features: Tensor, by_inputs: bool) -> float:
+    """The share of what rounding a weight costs that is left where its groups have the best ranges.
+
+    It differs between schemes (of 3 bits in groups of 64 .56 of the squared error is left where they are symmetric, .81
+    with zero points), and to look for the ranges of all rows takes longer than everything else: some rows say it.
+
+    Args:
+        rows: of the weight, see `_drawn_rows`.
+        features: how much errors count by input feature, float32 [in_features].
+        by_inputs: whether the search weighs them too.
+    """
+    fmt = scheme.weight
+    if not isinstance(fmt, SteppedFormat):
+        return 1.0
+    whole = float((_difference(rows, scheme).square() @ features).sum())
+    fmt = fmt.for_weight(rows)
+    scale, zero_point = fmt.clipped_scales(rows, features if by_inputs else None)
+    narrowed = fmt.decode(fmt.encode(rows, scale, zero_point), scale, zero_point).sub_(rows)
+    return float((narrowed.square() @ features).sum()) / whole if whole > 0 else 1.0
 
 
 def _moved(found: BlockGradients, weight: str, scheme: Scheme) -> Tensor:
