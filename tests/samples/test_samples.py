@@ -3,6 +3,7 @@
 import runpy
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -266,6 +267,39 @@ def test_auto_table(run, model, text):
     assert all(float(row[2]) > 0 for row in rows[2:])
     one, chosen = (float(row[0].split()[0]) for row in rows[2:])
     assert chosen <= one
+
+
+@pytest.mark.slow
+def test_kl_on_texts(run, model, text, tmp_path):
+    other = tmp_path / "other.txt"
+    other.write_text(" ".join(f"{n * n} green bottles hanging on the wall" for n in range(200)))
+    given = ("--calibration", text, "--text", text, other, "--windows", 2, "--window", 64, "--folder", tmp_path)
+    first = run("kl_on_texts.py", model, "w4a16_g32_rtn", "w8a16_g32", *given).splitlines()
+    rows = {cells[0]: cells for cells in ([cell.strip() for cell in line.strip("|").split("|")] for line in first)}
+    coarse, fine = ([float(cell.split()[0]) for cell in rows[name][2:4]] for name in ("w4a16_g32_rtn", "w8a16_g32"))
+    assert all(0 < few < many for few, many in zip(fine, coarse, strict=True))
+    assert rows["pairs in the order of the first"][2:4] == ["1 of 1", "1 of 1"]
+    kept = [f"coarse={tmp_path / 'w4a16_g32_rtn'}", f"fine={tmp_path / 'w8a16_g32'}"]
+    again = run("kl_on_texts.py", model, *kept, *given).splitlines()
+    assert [line.split("|")[2:] for line in again] == [line.split("|")[2:] for line in first]
+
+
+def test_pairs_of_exports_in_the_order_of_the_first_text():
+    def scores(**kl):
+        return {name: SimpleNamespace(kl_mean=value) for name, value in kl.items()}
+
+    in_order = sample("kl_on_texts.py")["in_order"]
+    assert in_order(scores(a=1, b=2, c=3), scores(a=10, b=30, c=20)) == "2 of 3"
+
+
+@pytest.mark.slow
+def test_foretold_prices(run, model, text):
+    given = ("--calibration", text, "--text", text, "--scheme", "w4a16_g16_s8", "--windows", 1, "--window", 64)
+    lines = run("foretold_prices.py", model, *given).splitlines()
+    rows = {line.split("|")[1].strip(): [float(cell) for cell in line.split("|")[2:-1]] for line in lines[2:]}
+    assert {"lm_head", "q_proj", "down_proj"} <= rows.keys()
+    for foretold, measured, *_ in rows.values():
+        assert measured > 0 and 1 / 3 < foretold / measured < 3
 
 
 @pytest.mark.slow
