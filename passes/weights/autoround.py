@@ -40,6 +40,7 @@ class AutoRoundSection(TrainedBlocks):
     clip_rate: float | None = Field(None, ge=0, le=1)
     clip_search: bool = False
     kl_left: ClassVar[float] = 0.3
+    kl_left_narrowed: ClassVar[float] = 0.35
 
     def passes(self, plan: Mapping[str, LinearPlan]) -> list[GraphPass]:
         rate = 1 / self.steps if self.rate is None else self.rate

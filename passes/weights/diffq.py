@@ -46,6 +46,7 @@ class DiffQSection(GPTQSection):
     rate: float = Field(0.1, gt=0, le=1)
 
     kl_left: ClassVar[float] = 0.3
+    kl_left_narrowed: ClassVar[float] = 0.5
 
     def passes(self, plan: Mapping[str, LinearPlan]) -> list[GraphPass]:
         options = (self.damp, self.act_order, self.token_norm_power, self.clip_search)

@@ -44,6 +44,7 @@ class GPTQSection(WeightMethod):
     clip_search: bool = False
     calibrates: ClassVar[bool] = True
     kl_left: ClassVar[float] = 0.35
+    kl_left_narrowed: ClassVar[float] = 0.6
     clips_by_inputs: ClassVar[bool] = True
     takes_shared: ClassVar[bool] = True
 

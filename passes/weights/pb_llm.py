@@ -39,6 +39,7 @@ class PBSection(GPTQSection):
     salient: float = Field(0.1, gt=0, lt=1)
 
     kl_left: ClassVar[float] = 1.0
+    kl_left_narrowed: ClassVar[float] = 1.0
 
     def passes(self, plan: Mapping[str, LinearPlan]) -> list[GraphPass]:
         return [PB(plan, self.damp, self.act_order, self.token_norm_power, self.clip_search, self.salient)]

@@ -32,6 +32,7 @@ class SliMSection(GPTQSection):
     """GPTQ with a bit more for salient groups and a bit less for others (SliM-LLM, arXiv 2405.14917)."""
 
     kl_left: ClassVar[float] = 0.3
+    kl_left_narrowed: ClassVar[float] = 0.5
 
     def passes(self, plan: Mapping[str, LinearPlan]) -> list[GraphPass]:
         return [SliM(plan, self.damp, self.act_order, self.token_norm_power, self.clip_search)]

@@ -166,7 +166,8 @@ class SchemeAllocator:
         self._parts = parts
         if not any(part.quantizes for part in parts):
             raise RecipeError("quantizes nothing, so there is nothing to choose", place=parts[0].recipe.name)
-        self.left = parts[0].recipe.weights.kl_left
+        weights = parts[0].recipe.weights
+        self.left = weights.kl_left_narrowed if weights.clips else weights.kl_left
         self._caches = parts[0].caches
         self._spread = 0
 

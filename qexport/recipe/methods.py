@@ -68,6 +68,7 @@ class WeightMethod(BlockMethod):
     Attributes:
         kl_left: the share of the KL of rounding to nearest that it is expected to leave; mixed precision prices schemes
             with it until an export has been measured.
+        kl_left_narrowed: the same, of rounding in ranges that are narrowed as it does it, where it does.
         clips_by_inputs: where it narrows ranges, it weighs the errors of a weight by the squares of its inputs.
         keeps_codes: weights that are codes in the checkpoint keep these.
     """
@@ -76,6 +77,7 @@ class WeightMethod(BlockMethod):
     stage: ClassVar[Stage] = Stage.ROUND
     shared_key: ClassVar[str] = "weights"
     kl_left: ClassVar[float] = 1.0
+    kl_left_narrowed: ClassVar[float] = 1.0
     clips_by_inputs: ClassVar[bool] = False
     keeps_codes: ClassVar[bool] = False
 
