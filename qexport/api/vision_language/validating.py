@@ -122,11 +122,9 @@ class _Behind:
         return {name: value[:, start : start + self._length] for name, value in self._made.outputs(batch).items()}
 
 
-def _starts(parts: VisionParts, examples: Sequence[Example]) -> list[int]:
-    """Where the text behind the pictures begins, by prompt: the last token in front of it is the first that counts."""
-    stands = parts.kind.token(parts.config)
-    found = (torch.nonzero(example.input_ids[0] == stands) for example in examples)
-    return [int(places.max()) if len(places) else 0 for places in found]
+def _starts(examples: Sequence[Example]) -> list[int]:
+    """Where the text about the pictures begins, by prompt: the last token in front of it is the first that counts."""
+    return [max(int((~example.written[0]).sum()) - 1, 0) for example in examples]
 
 
 def _logits(
@@ -135,7 +133,7 @@ def _logits(
 ) -> Logits:  # fmt: skip
     """Both models on the same prompts; the export reads the pictures itself."""
     reader, decoder = chain
-    starts = _starts(parts, examples)
+    starts = _starts(examples)
     length = min(example.input_ids.shape[1] - start for example, start in zip(examples, starts, strict=True))
     if length < 2:
         raise InputError("no text follows a picture", place="text", remedy="Give texts about the pictures")
@@ -146,8 +144,9 @@ def _logits(
         example, start = next(waiting)
         decoder.reset()
         reader.read({name: tensor.numpy() for name, tensor in example.pictures.items()})
-        made = decoder.run(example.input_ids[:, : start + length].numpy())[0]
-        return torch.tensor(made[start:], dtype=torch.float32)
+        read = example.input_ids[:, : start + length].numpy()
+        prompt, text = decoder.run(read[:, : start + 1])[0], decoder.run(read[:, start + 1 :])[0]
+        return torch.tensor(np.concatenate([prompt[-1:], text]), dtype=torch.float32)
 
     made = FloatOutputs(parts.decoder, feeds[DECODER], ("logits",), progress)
     tokenizer = parts.decoder.origin.tokenizer()
@@ -165,8 +164,8 @@ def _greedy(
     """Where the float model would part from what the export writes about each picture, behind the first of its text."""
     reader, decoder = chain
     prompts = [
-        replace(example, input_ids=example.input_ids[:, : start + 2])
-        for example, start in zip(examples, _starts(parts, examples), strict=True)
+        replace(e, input_ids=e.input_ids[:, : start + 2], written=torch.zeros(1, start + 2, dtype=torch.bool))
+        for e, start in zip(examples, _starts(examples), strict=True)
     ]
     texts = []
     for index, prompt in enumerate(prompts):
@@ -175,7 +174,10 @@ def _greedy(
         made = decoder.generate(prompt.input_ids.tolist(), max_new_tokens=count, never=(reader.token,))
         texts.append(torch.tensor(made.tokens))
     whole = [
-        replace(prompt, input_ids=torch.cat([prompt.input_ids, text[:, :-1]], 1))
+        replace(
+            prompt, input_ids=torch.cat([prompt.input_ids, text[:, :-1]], 1),
+            written=torch.cat([prompt.written, torch.ones_like(text[:, :-1], dtype=torch.bool)], 1),
+        )
         for prompt, text in zip(prompts, texts, strict=True)
     ]
     read = [
