@@ -173,11 +173,20 @@ def open_reader(folder: str | Path, *, threads: int | None = None, provider: str
     folder = Path(folder)
     if not is_vision_language(folder):
         raise InputError("is not an export of a model of pictures and text", place=str(folder))
-    about = read_json(folder / MANIFEST_FILE)
     vision, embedding = (
         open_session(part, manifests.load(part), threads=threads, provider=provider)
         for part in (folder / VISION, folder / EMBEDDING)
     )
+    return reader_of(folder, vision, embedding)
+
+
+def reader_of(folder: Path, vision: ort.InferenceSession, embedding: ort.InferenceSession) -> PicturesAndText:
+    """What reads, of sessions on the first two parts and what an export says of its tokens.
+
+    Raises:
+        InputError: it does not say them.
+    """
+    about = read_json(folder / MANIFEST_FILE)
     return PicturesAndText(
         vision, embedding, stated_token(about, folder), about.get("grid"), about.get("spatial_merge_size", 1),
         about.get("prefix"),

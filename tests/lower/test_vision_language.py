@@ -141,6 +141,19 @@ def test_the_chain_of_files_computes_what_transformers_computes(folder, tmp_path
         assert (got - want).abs().max() < 1e-4 * want.abs().max()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("folder", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"], indirect=True)
+def test_encoders_read_frames_of_films_as_transformers_does(folder):
+    model = eager(folder)
+    kind, grid = vision_language_of(model.config), torch.tensor([[3, 4, 6], [2, 6, 4]])
+    numbers = kind.inputs(model.config)["pixel_values"].dims[1]
+    patches = torch.randn(int(grid.prod(1).sum()), numbers, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        got = kind.features(model, {"pixel_values": patches, "image_grid_thw": grid})
+        want = torch.cat(list(model.model.get_video_features(patches, grid).pooler_output))
+    assert (got[:, : want.shape[1]] - want).abs().max() < 1e-5 * want.abs().max()  # behind them those of first layers
+
+
 def test_text_about_a_picture_is_that_of_transformers(llava, float_files, tmp_path):
     model, processor, picture = eager(llava), AutoProcessor.from_pretrained(llava), picture_file(tmp_path)
     from PIL import Image

@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -289,12 +290,17 @@ def _counts(parts: VisionParts, pictures: Sequence[Feeds]) -> list[list[int]]:
 
 
 def _together(parts: VisionParts, pictures: Sequence[Feeds], words: Any, size: int) -> list[Example]:
-    """Pictures with tokens behind them, a text for each; those of one length in batches."""
-    made = []
+    """Pictures with tokens behind them, a text for each, as long as the model reads; those of one length in batches."""
+    made, longest = [], _longest(parts)
     for given, text, counts in zip(pictures, words, _counts(parts, pictures), strict=False):
-        ids = with_pictures(text, [parts.kind.placeholder(parts.config, count) for count in counts])
+        ids = with_pictures(text, [parts.kind.placeholder(parts.config, count) for count in counts])[:longest]
         made.append(Example(ids[None], given, parts.kind.written(parts.config, ids[None])))
     return _batched(made, size)
+
+
+def _longest(parts: VisionParts) -> int:
+    """Tokens that the decoder reads at most, those of pictures too."""
+    return int(parts.decoder.settings.get("max_position_embeddings") or sys.maxsize)
 
 
 def _batched(made: Sequence[Example], size: int) -> list[Example]:
@@ -345,7 +351,8 @@ def _written(
                 logits = model(input_ids=ids, past_key_values=cache, use_cache=True, **first, **beside).logits[:, -1]
             return logits.index_fill(-1, torch.tensor([t for t in never if t < logits.shape[-1]]), -math.inf), cache
 
-        ids = continue_text(step, prompt.input_ids, length - 1, random)
+        left = _longest(parts) - prompt.input_ids.shape[1]
+        ids = continue_text(step, prompt.input_ids, min(length - 1, left), random)
         made.append(Example(ids, prompt.pictures, parts.kind.written(parts.config, ids)))
     described = f"{len(pictures)} texts of {length} tokens that the model writes about drawn pictures"
     return Examples(made, described)
