@@ -118,10 +118,10 @@ def chain(folder: Path, parts: VisionParts, place: Path) -> tuple[float, int, st
     rows = reader.read({name: tensor.numpy() for name, tensor in prompt.pictures.items()})
     calls = (ids[:, :-3], ids[:, -3:-1], ids[:, -1:])
     got = torch.cat([torch.tensor(decoder.run(part.numpy())) for part in calls], dim=1)
+    behind = torch.arange(ids.shape[1])[None] >= calls[0].shape[1]  # a prompt is what the first call reads
+    beside = {**parts.kind.beside(model.config, ids), **parts.kind.told(model.config, behind)}
     with torch.no_grad():
-        want = model(
-            input_ids=ids, **parts.kind.given(prompt.pictures, 1), **parts.kind.beside(model.config, ids)
-        ).logits  # fmt: skip
+        want = model(input_ids=ids, **parts.kind.given(prompt.pictures, 1), **beside).logits
     far = float((got - want).abs().max() / want.abs().max())
     return far, rows // 2, made.parts[DECODER].manifest.settings["attention"]
 

@@ -24,6 +24,7 @@ from .result import ExportResult
 from .seq2seq.trials import trials_of_parts
 from .stages.preparing import Preparation, Request, prepare
 from .trials import Judge, Trial, Trials, schemes_of, trials
+from .vision_language.trials import trials_of_pictures
 
 # A file within this share below the KL asked for is not made smaller again.
 _CLOSE, _ENOUGH_EXPORTS, _MOST_EXPORTS = 0.1, 2, 5
@@ -98,7 +99,8 @@ def export_auto(
 
     What each scheme would cost in each linear is found by one pass forward and one back through the float model, on the
     calibration data. Of an encoder-decoder both files have one budget: gradients of what the decoder writes about the
-    calibration's sources go on through the encoder.
+    calibration's sources go on through the encoder. So have the three of a model of pictures and text, by gradients of
+    texts about pictures.
 
     Args:
         model: a Hugging Face id, a folder, a GGUF file, or a captured model, which stays as it is.
@@ -154,15 +156,18 @@ def _search(
 ) -> AutoResult:  # fmt: skip
     """Export with schemes for one bound, "max_bytes" or "max_kl", and again with what was learnt from that."""
     most = asked.get("max_bytes")
-    if prepared.in_two_parts and curve:
+    of_parts = trials_of_parts if prepared.in_two_parts else trials_of_pictures if prepared.in_three_parts else None
+    if of_parts is not None and curve:
         raise InputError(
-            "each part of an encoder-decoder has a recipe of its own, and a point of a curve is one", place="curve",
+            "each part of the model has a recipe of its own, and a point of a curve is one", place="curve",
             remedy="Give max_bytes or max_kl",
         )  # fmt: skip
-    if prepared.in_two_parts and context is not None:
-        raise InputError("the cache of an encoder-decoder stays in floats", place="context", remedy="Leave it out")
+    if of_parts is not None and context is not None:
+        raise InputError(
+            "the cache of a model in several files is not counted", place="context", remedy="Leave it out"
+        )
     places = judge, work.folder / "trials", None if most is None else int(most)
-    ready = trials_of_parts(prepared, *places) if prepared.in_two_parts else trials(prepared, *places, context)
+    ready = trials(prepared, *places, context) if of_parts is None else of_parts(prepared, *places)
     with ready as tried:
         best: Trial | None = None
         if most is not None:

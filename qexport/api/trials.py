@@ -227,8 +227,8 @@ def _decoder(prepared: Preparation) -> CapturedModel:
         InputError: it is no decoder.
     """
     place = str(prepared.source) if isinstance(prepared.source, ModelFolder) else type(prepared.source).__name__
-    kind = "vision-language" if prepared.in_three_parts else "module"
-    if not prepared.in_three_parts and not isinstance(prepared.source, torch.nn.Module):
+    kind = "module"
+    if not isinstance(prepared.source, torch.nn.Module):
         captured = capture_model(prepared.source, placement=prepared.options.placement)
         if captured.kind == "decoder":
             if not isinstance(prepared.source, CapturedModel):

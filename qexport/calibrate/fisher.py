@@ -122,11 +122,13 @@ class Carried:
     Attributes:
         names: public names of the values that pass from part to part.
         tokens: whose likelihood they are of, over all batches.
+        counted: for each batch, which rows of the logits are of these tokens, bool [batch, sequence]; None for all.
         batches: the gradients by name for each batch, once the part that reads them was run.
     """
 
     names: frozenset[str]
     tokens: int
+    counted: Sequence[Tensor] | None = None
     batches: list[dict[str, Tensor]] = field(default_factory=list)
 
 
@@ -139,8 +141,8 @@ def felt(
     Args:
         captured: what makes logits, or a part in front of that.
         feeds: its inputs by public name, one dict for each batch.
-        carried: of a part in front the gradients of what it makes; of the part that makes logits it gets those of what
-            that reads, once all blocks are through. Importance is by token in both, however many rows a part has.
+        carried: of a part in front the gradients of what it makes; of one that reads what others make it gets those of
+            what that reads, once all blocks are through. Importance is by token in both, however many rows a part has.
         caches: whether keys and values are wanted too.
     """
     with scratch_folder() as folder:
@@ -191,11 +193,14 @@ def _back(
         ]
         with weights_of(captured, block):
             for batch in range(count):
-                sums.add(_one(block, sites, kept, inputs[batch], made, logits, gradients[batch], draws, handed))
+                counted = carried.counted[batch] if carried and carried.counted else None
+                sums.add(
+                    _one(block, sites, kept, inputs[batch], made, logits, gradients[batch], draws, handed, counted)
+                )
             yield BlockGradients(
                 block, inputs, sums.linears(sites), sums.output(), block.outputs.index(handed), sums.kept(kept)
             )
-    if carried and logits:
+    if carried and read:
         carried.batches = [{read[n]: g.to(CPU) for n, g in batch.items() if n in read} for batch in gradients]
     progress("", 2 * len(places), 2 * len(places))
 
@@ -207,7 +212,7 @@ def _read(value: Tensor, device: torch.device) -> Any:
 
 def _one(
     block: Block, sites: Sequence[Linear], kept: Sequence[Node], inputs: Sequence[Any], made: set[str], logits: str,
-    gradients: dict[str, Tensor], draws: torch.Generator, handed: str,
+    gradients: dict[str, Tensor], draws: torch.Generator, handed: str, counted: Tensor | None,
 ) -> tuple[list[tuple[Tensor, Tensor]], Tensor | None]:  # fmt: skip
     """One batch through one block and back: (input, gradient of the result) of each linear, then each of the keys and
     values that are kept with its gradient, and the gradient of the output.
@@ -216,6 +221,7 @@ def _one(
         made: values that blocks or parts in front make: only these have gradients to pass on.
         gradients: those of values that later blocks read, by name; gets those of what this block reads.
         handed: name of the value whose gradient is wanted too.
+        counted: see `Carried`.
     """
     inputs = [
         value.detach().requires_grad_(name in made and value.is_floating_point())
@@ -227,7 +233,8 @@ def _one(
     watch = _GradientInterpreter(block.module, wanted, {linear.input for linear in sites})
     results = dict(zip(block.outputs, watch.run(*inputs), strict=True))
     if logits in results:
-        gradients[logits] = _drawn(results[logits].detach(), draws)
+        drawn = _drawn(results[logits].detach(), draws)
+        gradients[logits] = drawn if counted is None else drawn * counted.to(drawn.device)[..., None]
     known = {name: gradients.pop(name) for name in results if name in gradients}
     ends = [name for name in known if _learns(results[name])]
     starts = [watch.seen[node] for node in (*(linear.node for linear in sites), *kept)]

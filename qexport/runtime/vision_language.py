@@ -42,20 +42,23 @@ class PicturesAndText(Embeds):
         token: see above.
         grid: of a model whose tokens of pictures have places in height and width, the name of the encoder's input that
             says how many patches there are; merged: patches of one such token along each side.
+        prefix: of a model that reads prompts in both directions, the name of the decoder's input that says which tokens
+            are no prompt. A prompt is what a call on an empty cache reads.
     """
 
     def __init__(
         self, vision: ort.InferenceSession, embedding: ort.InferenceSession, token: int, grid: str | None = None,
-        merged: int = 1,
+        merged: int = 1, prefix: str | None = None,
     ):  # fmt: skip
-        self._vision, self._embedding, self.token = vision, embedding, token
+        self._vision, self._embedding, self.token, self._prefix = vision, embedding, token, prefix
         self._grid, self._merged = grid, merged
         self._device = device_of(vision)
         self.inputs = {value.name: value.type for value in vision.get_inputs()}
         self._sizes = {value.name: value.shape for value in vision.get_inputs()}
         self._types = {value.name: value.type for value in embedding.get_inputs()}
         self._width = int(next(value.shape[-1] for value in embedding.get_inputs() if value.name == FEATURES))
-        self.makes = frozenset(value.name for value in embedding.get_outputs())
+        told = [] if prefix is None else [prefix]
+        self.makes = frozenset([*told, *(value.name for value in embedding.get_outputs())])
         self.forget()
 
     def forget(self) -> None:
@@ -110,6 +113,8 @@ class PicturesAndText(Embeds):
             )  # fmt: skip
         given = {TOKEN_IDS: value_of(ids, self._types[TOKEN_IDS]), FEATURES: self._features}
         made = _run(self._embedding, given, self._device, "the embedding")
+        if self._prefix is not None:
+            made[self._prefix] = value_of(np.full(ids.shape, int(positions.all()), np.int64), "tensor(int64)")
         return {**made, **self._places(ids, positions)}
 
     def _places(self, ids: np.ndarray, positions: np.ndarray) -> dict[str, ort.OrtValue]:
@@ -168,13 +173,23 @@ def open_reader(folder: str | Path, *, threads: int | None = None, provider: str
     folder = Path(folder)
     if not is_vision_language(folder):
         raise InputError("is not an export of a model of pictures and text", place=str(folder))
-    about = read_json(folder / MANIFEST_FILE)
     vision, embedding = (
         open_session(part, manifests.load(part), threads=threads, provider=provider)
         for part in (folder / VISION, folder / EMBEDDING)
     )
+    return reader_of(folder, vision, embedding)
+
+
+def reader_of(folder: Path, vision: ort.InferenceSession, embedding: ort.InferenceSession) -> PicturesAndText:
+    """What reads, of sessions on the first two parts and what an export says of its tokens.
+
+    Raises:
+        InputError: it does not say them.
+    """
+    about = read_json(folder / MANIFEST_FILE)
     return PicturesAndText(
-        vision, embedding, stated_token(about, folder), about.get("grid"), about.get("spatial_merge_size", 1)
+        vision, embedding, stated_token(about, folder), about.get("grid"), about.get("spatial_merge_size", 1),
+        about.get("prefix"),
     )  # fmt: skip
 
 

@@ -40,7 +40,8 @@ def test_inspect_export_validate_generate_chat(model, run, tmp_path, monkeypatch
 @pytest.mark.parametrize(
     "arguments, said",
     [
-        (("export", "MODEL", "-o", "out", "--max-kl", "0.1"), "its kind is vision-language"),
+        (("export", "MODEL", "-o", "out", "--curve"), "point of a curve is one"),
+        (("export", "MODEL", "-o", "out", "--max-kl", "0.1", "--context", "64"), "in several files is not counted"),
         (("export", "MODEL", "-o", "out", "-r", "w8a8_static", "--calibration", "no.jsonl"), "no.jsonl: cannot"),
         (("inspect", "MODEL", "--calibrate"), "only measured when it is exported"),
     ],

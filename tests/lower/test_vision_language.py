@@ -133,11 +133,25 @@ def test_the_chain_of_files_computes_what_transformers_computes(folder, tmp_path
         decoder.reset()
         reader.read({n: t.numpy() for n, t in pictures.items()}) if pictures else reader.forget()
         beside = {**kind.given(pictures, len(ids)), **kind.beside(model.config, ids)} if pictures else {}
-        with torch.no_grad():
-            want = model(input_ids=ids, **beside).logits
         parts = [ids[:, :-3], ids[:, -3:-1], ids[:, -1:]] if len(ids) == 1 else [ids[:, :-1], ids[:, -1:]]
+        behind = torch.arange(ids.shape[1]).expand_as(ids) >= parts[0].shape[1]  # a prompt is what the first call reads
+        with torch.no_grad():
+            want = model(input_ids=ids, **{**beside, **kind.told(model.config, behind)}).logits
         got = torch.cat([torch.tensor(decoder.run(part.numpy())) for part in parts], dim=1)
         assert (got - want).abs().max() < 1e-4 * want.abs().max()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("folder", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"], indirect=True)
+def test_encoders_read_frames_of_films_as_transformers_does(folder):
+    model = eager(folder)
+    kind, grid = vision_language_of(model.config), torch.tensor([[3, 4, 6], [2, 6, 4]])
+    numbers = kind.inputs(model.config)["pixel_values"].dims[1]
+    patches = torch.randn(int(grid.prod(1).sum()), numbers, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        got = kind.features(model, {"pixel_values": patches, "image_grid_thw": grid})
+        want = torch.cat(list(model.model.get_video_features(patches, grid).pooler_output))
+    assert (got[:, : want.shape[1]] - want).abs().max() < 1e-5 * want.abs().max()  # behind them those of first layers
 
 
 def test_text_about_a_picture_is_that_of_transformers(llava, float_files, tmp_path):

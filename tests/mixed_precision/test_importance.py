@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from helpers.noise import Noisy
-from qexport.calibrate.fisher import _SEED, Importance, felt
+from qexport.calibrate.fisher import _SEED, Carried, Importance, felt
 from qexport.calibrate.float_model import running
 from qexport.device import HOST
 from qexport.graph.edit import get_tensor
@@ -121,3 +121,17 @@ def test_costs_foretell_the_kl_that_small_errors_make(captured, family):
     p, q = (torch.log_softmax(torch.cat(logits).double(), -1) for logits in (want, got))
     measured = float((p.exp() * (p - q)).sum(-1).mean())
     assert foretold == pytest.approx(measured, rel=0.35)
+
+
+def test_only_tokens_that_count_have_costs(captured):
+    model = captured("llama")
+    feeds = decoder_feeds(model, windows(2, 9))
+    counts = torch.arange(9)[None] < 5  # what is behind reads these, and is not judged
+    given = {"all": None, "some": [counts] * 2, "none": [counts & False] * 2}
+    found = {}
+    for name, counted in given.items():
+        blocks = felt(model, feeds, carried=Carried(frozenset(), 10, counted))
+        found[name] = {linear.name: sums.rows.view(2, 9) for block in blocks for linear, _, sums in block.linears}
+    for name, rows in found["some"].items():
+        assert rows[:, 1:5].min() > 0 and not rows[:, 5:].any() and not found["none"][name].any()
+    assert all(rows[:, 5:].any() for rows in found["all"].values())

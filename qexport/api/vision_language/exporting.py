@@ -56,7 +56,16 @@ def export_pictures(prepared: Preparation, work: WorkFolder) -> ExportResult:
         examples = load_examples(parts, prepared.recipe.calibration, prepared.data, told)
         read = calibration_data(parts, examples, told)
         asked = {part: replace(own, data=read[part], asked=True) for part, own in asked.items()}
-    made: dict[str, ExportResult] = {}
+    return write_parts(asked, parts, work)
+
+
+def write_parts(asked: Mapping[str, Preparation], parts: VisionParts, work: WorkFolder) -> ExportResult:
+    """Export all parts, each by what it works with, and write what belongs to the whole.
+
+    Raises:
+        QExportError: as `pipeline.run`.
+    """
+    made, folder = dict[str, ExportResult](), parts.decoder.origin
     with work.appearing() as temporary:
         for part, own in asked.items():
             made[part] = pipeline.run(own, PartFolder(work, temporary, part))

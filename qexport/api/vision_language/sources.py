@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,10 +42,12 @@ class Example:
     Attributes:
         input_ids: int64 [batch, sequence], without padding.
         pictures: what the encoder reads, by name, those of the first row first.
+        written: bool [batch, sequence], tokens that are written about pictures, and no prompt.
     """
 
     input_ids: Tensor
     pictures: Feeds
+    written: Tensor
 
 
 @dataclass(frozen=True)
@@ -136,7 +139,8 @@ def decoder_feeds(parts: VisionParts, example: Example, merged: Feeds) -> Feeds:
     """
     ids = example.input_ids
     places = parts.kind.places(parts.config, ids, example.pictures)
-    feeds = {**merged, "attention_mask": torch.ones_like(ids), "position_ids": places}
+    told = parts.kind.told(parts.config, example.written)
+    feeds = {**merged, "attention_mask": torch.ones_like(ids), "position_ids": places, **told}
     empty = {port.name: port.empty(len(ids)) for port in parts.decoder.inputs if is_past(port.name)}
     return feeds | empty
 
@@ -223,9 +227,8 @@ def _processed(parts: VisionParts, images: Sequence[Any], text: str) -> Example:
     stand = str(processor.image_token)
     pictures = opened_pictures(images)
     try:
-        made = processor(
-            text=[stand * (len(pictures) - text.count(stand)) + text], images=[pictures], return_tensors="pt"
-        )  # fmt: skip
+        read = parts.kind.texts(stand * (len(pictures) - text.count(stand)) + text, stand)
+        made = processor(images=[pictures], return_tensors="pt", **read)
     except QExportError:
         raise
     except Exception as error:  # of transformers' code, on what people bring
@@ -248,7 +251,8 @@ def _checked(parts: VisionParts, made: Mapping[str, Any]) -> Example:
     for port in ports:
         value = torch.as_tensor(np.asarray(made[port.name])).to(port.dtype)
         pictures[port.name] = value.reshape(-1, *value.shape[value.dim() - len(port.dims) + 1 :])
-    return Example(ids.reshape(1, -1) if ids.dim() == 1 else ids, pictures)
+    ids = ids.reshape(1, -1) if ids.dim() == 1 else ids
+    return Example(ids, pictures, parts.kind.written(parts.config, ids, made))
 
 
 def _given(parts: VisionParts, data: Sequence[Any], size: int) -> Examples:
@@ -286,12 +290,17 @@ def _counts(parts: VisionParts, pictures: Sequence[Feeds]) -> list[list[int]]:
 
 
 def _together(parts: VisionParts, pictures: Sequence[Feeds], words: Any, size: int) -> list[Example]:
-    """Pictures with tokens behind them, a text for each; those of one length in batches."""
-    made = []
+    """Pictures with tokens behind them, a text for each, as long as the model reads; those of one length in batches."""
+    made, longest = [], _longest(parts)
     for given, text, counts in zip(pictures, words, _counts(parts, pictures), strict=False):
-        ids = with_pictures(text, [parts.kind.placeholder(parts.config, count) for count in counts])
-        made.append(Example(ids[None], given))
+        ids = with_pictures(text, [parts.kind.placeholder(parts.config, count) for count in counts])[:longest]
+        made.append(Example(ids[None], given, parts.kind.written(parts.config, ids[None])))
     return _batched(made, size)
+
+
+def _longest(parts: VisionParts) -> int:
+    """Tokens that the decoder reads at most, those of pictures too."""
+    return int(parts.decoder.settings.get("max_position_embeddings") or sys.maxsize)
 
 
 def _batched(made: Sequence[Example], size: int) -> list[Example]:
@@ -312,7 +321,8 @@ def _groups(made: Sequence[Example], size: int) -> Iterator[list[Example]]:
 
 def _stacked(group: Sequence[Example]) -> Example:
     pictures = {name: torch.cat([example.pictures[name] for example in group]) for name in group[0].pictures}
-    return Example(torch.cat([example.input_ids for example in group]), pictures)
+    ids, written = (torch.cat([getattr(e, name) for e in group]) for name in ("input_ids", "written"))
+    return Example(ids, pictures, written)
 
 
 def _written(
@@ -341,6 +351,8 @@ def _written(
                 logits = model(input_ids=ids, past_key_values=cache, use_cache=True, **first, **beside).logits[:, -1]
             return logits.index_fill(-1, torch.tensor([t for t in never if t < logits.shape[-1]]), -math.inf), cache
 
-        made.append(Example(continue_text(step, prompt.input_ids, length - 1, random), prompt.pictures))
+        left = _longest(parts) - prompt.input_ids.shape[1]
+        ids = continue_text(step, prompt.input_ids, min(length - 1, left), random)
+        made.append(Example(ids, prompt.pictures, parts.kind.written(parts.config, ids)))
     described = f"{len(pictures)} texts of {length} tokens that the model writes about drawn pictures"
     return Examples(made, described)

@@ -1,7 +1,7 @@
 """Comparing an exported model of pictures and text with the float model: part by part, and all files in a chain."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -10,11 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...artifact.manifest import DECODER, EMBEDDING, PICTURE_PARTS
+from ...artifact.manifest import DECODER, EMBEDDING, PICTURE_PARTS, VISION
 from ...artifact.output import inside
 from ...capture.graph import CapturedModel
 from ...capture.vision_language import FEATURES, VisionParts, capture_vision_language
 from ...errors import InputError
+from ...mixed_precision.sensitivity import InChain
 from ...models.source import ModelFolder, open_model
 from ...models.vision_language import in_three_parts
 from ...progress import StageProgress, announce, of_part
@@ -24,14 +25,16 @@ from ...runtime.vision_language import PicturesAndText, open_vision_language
 from ...validation.formatting import number
 from ...validation.gates import Gates
 from ...validation.greedy import alike
-from ...validation.logits import compare_logits
 from ...validation.reference import FloatOutputs
-from ...validation.report import Greedy, Logits, Report
+from ...validation.report import Greedy, Logits, Reference, Report
 from ...validation.report_store import KEY, keep
-from ...validation.verdict import concluded
+from ...validation.verdict import beside_half, concluded, costliest, reference_problems
 from ..measuring import FloatModel, check_writable, settings_of, stages, validate_file
 from ..options import ValidationOptions
 from ..parts import whole_report
+from .chain import carry_through, chains_of
+from .logits import about_pictures, logits_of, starts_of
+from .references import compare_forms_of_pictures
 from .sources import Example, Examples, decoder_feeds, float_feeds, float_outputs, load_examples
 
 _SEED = 0x5EED0F7E57  # of pictures and texts that nobody gave: others than any recipe's
@@ -41,11 +44,6 @@ _WINDOW = 128  # tokens of a text, where nobody says how many
 
 def validate_pictures(folder: Path, reference: FloatModel, options: ValidationOptions) -> Report:
     """Compare an export of a model of pictures and text with the float model; see `validate`, for its errors too."""
-    for name in ("references", "sensitivity"):
-        if getattr(options, name):
-            raise InputError(
-                f"{name} cannot be measured for a model of pictures and text", place=str(folder), remedy="Leave it out"
-            )
     if options.text is not None and options.inputs is not None:
         raise InputError("both give the text", place="text, inputs", remedy="Give one of them")
     model = _opened(reference, options)
@@ -76,29 +74,25 @@ def _report(folder: Path, model: ModelFolder, reference: FloatModel, options: Va
     announce(progress, "capture", "text")
     for part in PICTURE_PARTS:
         announce(of_part(progress, part), *stages("module", options))
-    announce(progress, "logits", *(["greedy"] if options.greedy else []))
+    later = {"references": options.references, "greedy": options.greedy}
+    announce(progress, "logits", *(stage for stage, wanted in later.items() if wanted))
     progress("capture", model.name, 0, 1)
     parts = capture_vision_language(model, options.placement)
     progress("capture", model.name, 1, 1)
     told = partial(progress, "text")
-    spec = CalibrationSpec(
-        source="self" if options.text is None else os.fspath(options.text), samples=options.windows,
-        sequence_length=options.window or _WINDOW, seed=_SEED, batch_size=1,
-    )  # fmt: skip
-    examples = load_examples(parts, spec, options.inputs, told)
+    examples = judged_examples(parts, options, told)
     feeds = float_feeds(parts, examples.batches, told)
-    reports = {
-        part: validate_file(
-            folder / part, captured,
-            replace(
-                options, text=None, inputs=feeds[part][:_LAYER_BATCHES], progress=of_part(progress, part), gates=Gates()
-            ),
-        )
-        for part, captured in parts.by_name.items()
-    }  # fmt: skip
+    reports = _reports(parts, folder, examples.batches, feeds, options)
+    about = about_pictures(examples.batches)
     longest = max(example.input_ids.shape[1] for example in examples.batches) + options.greedy
     chain = open_vision_language(folder, threads=options.threads, provider=options.provider, max_length=longest)
-    logits = _logits(parts, chain, examples.batches, feeds, partial(progress, "logits"))
+    logits = logits_of(parts, chain, about, feeds[DECODER], partial(progress, "logits"))
+    others, left_out = list[Reference](), list[str]()
+    if options.references:
+        others, left_out = compare_forms_of_pictures(
+            parts, folder, about, feeds, longest, threads=options.threads, provider=options.provider,
+            progress=partial(progress, "references"),
+        )  # fmt: skip
     greedy = None
     if options.greedy:
         greedy = _greedy(parts, chain, examples.batches, feeds, options.greedy, partial(progress, "greedy"))
@@ -106,56 +100,43 @@ def _report(folder: Path, model: ModelFolder, reference: FloatModel, options: Va
         reports, text=examples.described, own_text=examples.own or options.text is None and options.inputs is None,
         logits=logits, greedy=greedy, gates=options.gates, settings=settings_of(reference, options, _WINDOW),
     )  # fmt: skip
-    report = concluded(report, problems, _sentences(examples, logits, greedy))
+    report = report.model_copy(update={"references": tuple(others), "left_out": tuple(left_out)})
+    facts = [*_sentences(examples, logits, greedy), *beside_half(logits.kl_mean or 0.0, others), *left_out]
+    report = concluded(report, (*problems, *reference_problems(others)), [*facts, *costliest(report)])
     keep(folder, KEY, report.model_dump(mode="json", exclude={"parts"}))  # which are in their folders
     return report
 
 
-class _Behind:
-    """Logits of the float model behind the pictures of each prompt: in front of them there is no text to foretell."""
-
-    def __init__(self, made: FloatOutputs, starts: Sequence[int], length: int):
-        self._made, self._starts, self._length = made, starts, length
-
-    def outputs(self, batch: int) -> dict[str, Tensor]:
-        start = self._starts[batch]
-        return {name: value[:, start : start + self._length] for name, value in self._made.outputs(batch).items()}
+def judged_examples(parts: VisionParts, options: ValidationOptions, progress: StageProgress) -> Examples:
+    """What both models read to be compared: the options' inputs or texts, else what the float one writes."""
+    spec = CalibrationSpec(
+        source="self" if options.text is None else os.fspath(options.text), samples=options.windows,
+        sequence_length=options.window or _WINDOW, seed=_SEED, batch_size=1,
+    )  # fmt: skip
+    return load_examples(parts, spec, options.inputs, progress)
 
 
-def _starts(parts: VisionParts, examples: Sequence[Example]) -> list[int]:
-    """Where the text behind the pictures begins, by prompt: the last token in front of it is the first that counts."""
-    stands = parts.kind.token(parts.config)
-    found = (torch.nonzero(example.input_ids[0] == stands) for example in examples)
-    return [int(places.max()) if len(places) else 0 for places in found]
-
-
-def _logits(
-    parts: VisionParts, chain: tuple[PicturesAndText, Decoder], examples: Sequence[Example],
-    feeds: dict[str, list[dict[str, Tensor]]], progress: StageProgress,
-) -> Logits:  # fmt: skip
-    """Both models on the same prompts; the export reads the pictures itself."""
-    reader, decoder = chain
-    starts = _starts(parts, examples)
-    length = min(example.input_ids.shape[1] - start for example, start in zip(examples, starts, strict=True))
-    if length < 2:
-        raise InputError("no text follows a picture", place="text", remedy="Give texts about the pictures")
-    windows = torch.stack([e.input_ids[0, s : s + length] for e, s in zip(examples, starts, strict=True)])
-    waiting = iter(zip(examples, starts, strict=True))
-
-    def deployed(ids: Tensor) -> Tensor:
-        example, start = next(waiting)
-        decoder.reset()
-        reader.read({name: tensor.numpy() for name, tensor in example.pictures.items()})
-        made = decoder.run(example.input_ids[:, : start + length].numpy())[0]
-        return torch.tensor(made[start:], dtype=torch.float32)
-
-    made = FloatOutputs(parts.decoder, feeds[DECODER], ("logits",), progress)
-    tokenizer = parts.decoder.origin.tokenizer()
-    try:
-        reference = _Behind(made, starts, length)
-        return compare_logits(reference, windows, deployed, progress, decode=tokenizer and tokenizer.decode)
-    finally:
-        made.close()
+def _reports(
+    parts: VisionParts, folder: Path, examples: Sequence[Example], feeds: Mapping[str, Sequence[dict[str, Tensor]]],
+    options: ValidationOptions,
+) -> dict[str, Report]:  # fmt: skip
+    """All parts, each alone on what the float model hands to it."""
+    read = {part: own[:_LAYER_BATCHES] for part, own in feeds.items()}
+    chains: Mapping[str, InChain] = {}
+    if options.sensitivity:
+        chains = chains_of(
+            parts, folder, examples[:_LAYER_BATCHES], read, threads=options.threads, provider=options.provider
+        )  # fmt: skip
+    found = {}
+    for part in (DECODER, EMBEDDING, VISION):  # gradients go back
+        own = replace(
+            options, text=None, inputs=read[part], progress=of_part(options.progress, part), gates=Gates(),
+            references=False, sensitivity=part in chains,
+        )  # fmt: skip
+        found[part] = validate_file(folder / part, parts.by_name[part], own, chains.get(part))
+        if part == DECODER and chains:  # the embedding has no linears, but gradients pass through it
+            carry_through(parts.embedding, read[EMBEDDING], chains[DECODER].carried)
+    return {part: found[part] for part in PICTURE_PARTS}
 
 
 def _greedy(
@@ -165,8 +146,8 @@ def _greedy(
     """Where the float model would part from what the export writes about each picture, behind the first of its text."""
     reader, decoder = chain
     prompts = [
-        replace(example, input_ids=example.input_ids[:, : start + 2])
-        for example, start in zip(examples, _starts(parts, examples), strict=True)
+        replace(e, input_ids=e.input_ids[:, : start + 2], written=torch.zeros(1, start + 2, dtype=torch.bool))
+        for e, start in zip(examples, starts_of(examples), strict=True)
     ]
     texts = []
     for index, prompt in enumerate(prompts):
@@ -175,7 +156,10 @@ def _greedy(
         made = decoder.generate(prompt.input_ids.tolist(), max_new_tokens=count, never=(reader.token,))
         texts.append(torch.tensor(made.tokens))
     whole = [
-        replace(prompt, input_ids=torch.cat([prompt.input_ids, text[:, :-1]], 1))
+        replace(
+            prompt, input_ids=torch.cat([prompt.input_ids, text[:, :-1]], 1),
+            written=torch.cat([prompt.written, torch.ones_like(text[:, :-1], dtype=torch.bool)], 1),
+        )
         for prompt, text in zip(prompts, texts, strict=True)
     ]
     read = [

@@ -59,7 +59,9 @@ class PicturesWitness:
         features = self._try(lambda: self.kind.stated(model, prompt.pictures))
         feeds, _ = self._step(model, DynamicCache(config=model.config), prompt.input_ids, prompt.pictures, 0)
         given = {"input_ids": prompt.input_ids, "image_features": features}
-        made = ("inputs_embeds", *self.kind.others(model.config))
+        config = model.config
+        told = self.kind.told(config, self.kind.written(config, prompt.input_ids))
+        made = ("inputs_embeds", *(name for name in self.kind.others(config) if name not in told))
         return [Call(given, {name: feeds[name] for name in made})]
 
     def _decoder(self, model: PreTrainedModel, prompt: Prompt) -> list[Call]:

@@ -128,6 +128,34 @@ class VisionLanguage(ABC):
         """
         return {}
 
+    def written(self, config: PretrainedConfig, ids: Tensor, made: Mapping[str, Any] | None = None) -> Tensor:
+        """Which tokens are written about pictures, and no prompt: those behind the last of a picture.
+
+        Args:
+            ids: [batch, sequence].
+            made: what the model's processor made with them, by name.
+
+        Returns:
+            bool [batch, sequence].
+        """
+        return (ids == self.token(config)).flip(1).cumsum(1).flip(1) == 0
+
+    def told(self, config: PretrainedConfig, written: Tensor) -> dict[str, Tensor]:
+        """Those of `others` that only who runs the decoder can say.
+
+        Args:
+            written: bool [batch, sequence], tokens that are written, and no prompt.
+        """
+        return {}
+
+    def texts(self, text: str, stand: str) -> dict[str, list[str]]:
+        """What the model's processor is to read of a text about pictures, by the names of its arguments.
+
+        Args:
+            stand: what stands in it for a picture.
+        """
+        return {"text": [text]}
+
     def settings(self, config: PretrainedConfig) -> dict[str, Any]:
         """What a runtime has to know of it besides the token, as plain types."""
         return {}
