@@ -5,9 +5,7 @@ import torch
 
 from qexport.capture.module import capture_module
 from qexport.plan.linear_plan import LinearPlan, fit, make_plan, weight_bytes
-from qexport.plan.model_plan import plan_for
 from qexport.quant.formats import Scheme
-from qexport.recipe.recipe import Recipe
 
 
 @pytest.mark.parametrize(
@@ -77,11 +75,3 @@ def test_whole_groups_are_taken_where_they_are_smaller(scheme, width, found):
     )
     assert better.chosen.name == found and asked.chosen.name == scheme
     assert (weight_bytes(better) < weight_bytes(asked)) == (found != scheme) == ("fewer bytes" in better.reason)
-
-
-@pytest.mark.parametrize("features, found", [(64, "w4a16_g64"), (65, "w4a16_g32")])
-def test_the_width_of_most_linears_decides_for_all(features, found):
-    model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.Linear(64, 128), torch.nn.Linear(128, 8))
-    recipe = Recipe(scheme="w4a16_g32", wide={"features": features, "scheme": "w4a16_g64"})
-    plan, _ = plan_for(capture_module(model, (torch.zeros(2, 64),)), recipe)
-    assert [p.chosen.name for p in plan] == [found] * 3
