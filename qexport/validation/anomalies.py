@@ -28,6 +28,9 @@ _GAIN = 0.9
 _GAIN_OF_FEW_BITS = 2.0
 # Offset of a group in steps: 0.38 there, where it makes a fifth of the errors of its channel. One code off makes it 1.
 _OFFSET = 0.7
+# GPTQ leaves 0.9 in linears of 64 features and fewer that read what a norm has centred: there the sum of an input is
+# zero, so that an offset changes nothing that they make. Wider ones of the same kinds stay below 0.7.
+_NARROW, _OFFSET_OF_NARROW = 128, 1.5
 # Shares of the errors of a channel that a gain or an offset explains. Over 256 rows chance alone comes to 0.12.
 _SHARE_OF_GAIN, _SHARE_OF_OFFSET = 0.15, 0.2
 # How far a linear lies below the median of its kind: 6.0 dB there, or 13.7 median deviations of 0.3 dB; never both. The
@@ -98,6 +101,7 @@ def fault_of_weight(x: Tensor, weight: Tensor, error: Tensor, fmt: Grid) -> str:
     gains: list[_Group] = []
     offsets: list[_Group] = []
     explained, shifted = torch.zeros_like(energy), torch.zeros_like(energy)
+    bar = _OFFSET if weight.shape[1] >= _NARROW else _OFFSET_OF_NARROW
     for index, (part, columns) in enumerate(zip(x.split(size, 1), weight.split(size, 1), strict=True)):
         gain, share = _along(error, part @ columns.t(), energy)
         explained += share
@@ -108,7 +112,7 @@ def fault_of_weight(x: Tensor, weight: Tensor, error: Tensor, fmt: Grid) -> str:
         step = (columns.amax(1) - columns.amin(1)).clamp_min(1e-30) / (2**fmt.bits - 1)
         offset, share = _along(error, part.sum(1, keepdim=True), energy)
         shifted += share
-        offsets += _groups(index, offset / step, ((offset / step).abs() > _OFFSET) & (share > _SHARE_OF_OFFSET))
+        offsets += _groups(index, offset / step, ((offset / step).abs() > bar) & (share > _SHARE_OF_OFFSET))
     coarse = fmt.bits < 4 or fmt.group_size == PER_TENSOR
     if not coarse and (lost := _lost_channels(x, weight, energy * (1 - explained - shifted))):
         return lost

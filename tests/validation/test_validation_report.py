@@ -244,6 +244,18 @@ def test_a_factor_on_one_input_channel_is_told_from_rounding():
     assert said == "1 of 192 input channels of its weight are off, channel 17 by a factor of 4"
 
 
+@pytest.mark.parametrize(("features", "steps", "told"), [(128, 0.9, True), (64, 0.9, False), (64, 2.0, True)])
+def test_an_offset_of_a_narrow_weight_is_a_fault_from_more_than_a_code_on(features, steps, told):
+    torch.manual_seed(0)
+    x, weight = torch.randn(256, features), torch.randn(32, features)
+    step = (weight[7].amax() - weight[7].amin()) / 15
+    error = (torch.rand(32, features) - 0.5) * (weight.amax(1) - weight.amin(1))[:, None] / 15
+    error[7] += steps * step
+    said = fault_of_weight(x, weight, x @ error.t(), grid_of("w4a16_g128_asym"))
+    assert ("off in zero point, channel 7" in said) is told and bool(said) is told
+
+
+
 def test_an_output_that_is_mostly_error_is_poor_and_no_fault_of_the_file():
     good, bad = (
         ValueComparison(name="logits", sqnr_db=15.8, max_abs_error=1.0),
