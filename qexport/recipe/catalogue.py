@@ -30,8 +30,8 @@ _OWN_TEXT = "text of yours, or the model writes some"
 
 # Measured by samples/results/presets.md; of encoders and CNNs by encoder.md and samples/vision.py.
 WISHES = (
-    Wish("smallest", "compact", "0.27", "1.2, 4.9", _OWN_TEXT),
-    Wish("balanced", "balanced", "0.27 to 0.34", "1.1, 3.4", _OWN_TEXT),
+    Wish("smallest", "compact", "0.27", "0.8 to 1.2, 3 to 4.9", _OWN_TEXT),
+    Wish("balanced", "balanced", "0.27 to 0.34", "0.8 to 1.1, 3 to 3.4", _OWN_TEXT),
     Wish("closest", "closest", "0.57", "1.3, 3.2", "none"),
     Wish("server", "server", "0.52", "1.6, 2.7", _OWN_TEXT),
     Wish("encoder", "encoder", "0.55", "2.0", "text of yours"),
