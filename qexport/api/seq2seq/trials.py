@@ -18,13 +18,10 @@ from ...calibrate.data import Prepared
 from ...calibrate.fisher import Carried, Importance
 from ...capture.graph import CapturedModel
 from ...capture.seq2seq import Parts, capture_seq2seq
-from ...mixed_precision.allocator import PricedModel, SchemeAllocator
 from ...models.source import ModelFolder
 from ...progress import Progress
 from ...recipe.recipe import Recipe
 from ...runtime.seq2seq import open_seq2seq
-from ...validation.account import transforms
-from ...validation.kl_costs import deployed_costs
 from ...validation.reader import check_reader
 from ...validation.report import Logits
 from ..options import ValidationOptions
@@ -33,6 +30,7 @@ from ..refusals import check_applicable
 from ..result import ExportResult
 from ..stages.capturing import capture
 from ..stages.preparing import Preparation
+from ..trial_parts import chooser_of_parts, costs_of_parts
 from ..trials import TOKENS, Judge, Trials
 from .exporting import WRITTEN, by_name, preparations, write_parts
 from .logits import logits_of
@@ -71,14 +69,7 @@ class _Pair:
         return logits_of(self.parts, pair, self.read, self.written, partial(self.progress, "logits"))
 
     def costs(self, made: ExportResult, importance: Mapping[str, Importance]) -> dict[str, float]:
-        found: dict[str, float] = {}
-        for part, result in made.parts.items():
-            own = {entry.name: importance[entry.name] for entry in result.manifest.readable if entry.name in importance}
-            found |= deployed_costs(
-                result.folder, result.manifest, self.captured[part], self.feeds[part], own,
-                transformed=transforms(result.folder), provider=self.provider, progress=partial(self.progress, "costs"),
-            )  # fmt: skip
-        return found
+        return costs_of_parts(made, self.captured, self.feeds, importance, self.provider, self.progress)
 
 
 _ORDER = (DECODER, ENCODER)  # gradients go back
@@ -113,15 +104,7 @@ def trials_of_parts(prepared: Preparation, judge: Judge, folder: Path, most: int
     carried = Carried(
         frozenset(port.name for port in parts.encoder.outputs), sum(b["input_ids"].numel() for b in feeds[DECODER])
     )
-    chooser = SchemeAllocator([
-        PricedModel(
-            captured[part], asked[part].recipe, prepared.target.candidates, prepared.target.dtype.itemsize,
-            options.attention, feeds[part], partial(progress, "costs"), carried,
-        )
-        for part in _ORDER
-    ])  # fmt: skip
-    if most is not None:
-        chooser.within_bytes(most)
+    chooser = chooser_of_parts(prepared, asked, captured, feeds, carried, _ORDER, most)
     judged = sources_of(parts, ValidationOptions(text=judge.text, windows=judge.windows, window=judge.window))
     about = write_about(parts, judged, WRITTEN)
     model = _Pair(

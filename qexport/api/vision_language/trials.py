@@ -17,12 +17,9 @@ from ...artifact.output import WorkFolder
 from ...calibrate.fisher import Importance
 from ...capture.graph import CapturedModel
 from ...capture.vision_language import VisionParts, capture_vision_language
-from ...mixed_precision.allocator import PricedModel, SchemeAllocator
 from ...progress import Progress
 from ...recipe.recipe import Recipe
 from ...runtime.vision_language import open_vision_language
-from ...validation.account import transforms
-from ...validation.kl_costs import deployed_costs
 from ...validation.reader import check_reader
 from ...validation.report import Logits
 from ..options import ValidationOptions
@@ -31,6 +28,7 @@ from ..refusals import check_applicable
 from ..result import ExportResult
 from ..stages.capturing import capture
 from ..stages.preparing import Preparation
+from ..trial_parts import chooser_of_parts, costs_of_parts
 from ..trials import TOKENS, Judge, Trials
 from .chain import carried_of, counted
 from .exporting import preparations, write_parts
@@ -72,16 +70,7 @@ class _Pictures:
         return logits_of(self.parts, chain, self.about, self.read, partial(self.progress, "logits"))
 
     def costs(self, made: ExportResult, importance: Mapping[str, Importance]) -> dict[str, float]:
-        found: dict[str, float] = {}
-        for part, result in made.parts.items():
-            own = {entry.name: importance[entry.name] for entry in result.manifest.readable if entry.name in importance}
-            if own:
-                found |= deployed_costs(
-                    result.folder, result.manifest, self.captured[part], self.feeds[part], own,
-                    transformed=transforms(result.folder), provider=self.provider,
-                    progress=partial(self.progress, "costs"),
-                )  # fmt: skip
-        return found
+        return costs_of_parts(made, self.captured, self.feeds, importance, self.provider, self.progress)
 
 
 _ORDER = (DECODER, EMBEDDING, VISION)  # gradients go back; the embedding has a table alone, which stays as it is asked
@@ -114,15 +103,7 @@ def trials_of_pictures(prepared: Preparation, judge: Judge, folder: Path, most: 
     first = _first(examples.batches)
     feeds = {part: list(data.batches[: len(first)]) for part, data in read.items()}
     carried = carried_of(parts, first)
-    chooser = SchemeAllocator([
-        PricedModel(
-            captured[part], asked[part].recipe, prepared.target.candidates, prepared.target.dtype.itemsize,
-            options.attention, feeds[part], partial(progress, "costs"), carried,
-        )
-        for part in _ORDER
-    ])  # fmt: skip
-    if most is not None:
-        chooser.within_bytes(most)
+    chooser = chooser_of_parts(prepared, asked, captured, feeds, carried, _ORDER, most)
     judged = judged_examples(
         parts, ValidationOptions(text=judge.text, windows=judge.windows, window=judge.window), told
     )
