@@ -2,14 +2,16 @@
 
 import dataclasses
 import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from importlib.metadata import version
 from pathlib import Path
 
+import onnxruntime as ort
 import torch
 from torch import Tensor
 
+from ..artifact import manifest as manifests
 from ..artifact.manifest import Manifest
 from ..artifact.scratch import scratch_folder
 from ..calibrate.float_model import fits_in_memory
@@ -21,8 +23,9 @@ from ..lower.blocks import lower_blocks
 from ..lower.precision import to_half
 from ..lower.saving import write_model
 from ..progress import StageProgress, no_stage_progress
+from ..runtime.session import open_session
 from ..targets.base import target_named
-from .logits import compare_logits, deployed_logits
+from .logits import Outputs, compare_logits, deployed_logits
 from .reference import Feeds, FloatOutputs, decoder_feeds
 from .report import HALF, Reference
 
@@ -50,18 +53,43 @@ def compare_forms(
         InputError: PyTorch has no float16 kernel for an operator on the CPU, or the disk is full.
         RuntimeProblem: ONNX Runtime refuses the float file or does not have the provider.
     """
-    found, left_out = [], []
-    with half_logits(captured, windows, progress) as run:
-        found.append(Reference(name=HALF, logits=compare_logits(reference, windows, run, progress)))
-    name = f"{manifest.dtype} in ONNX Runtime"
-    if not fits_in_memory(captured):
-        left_out.append(f"{name} was left out: the float model takes more than half of the memory that is free")
-        return found, left_out
-    with float_file_logits(
-        captured, manifest, folder, windows.shape[1], threads=threads, provider=provider, progress=progress
-    ) as run:
-        found.append(Reference(name=name, logits=compare_logits(reference, windows, run, progress)))
-    return found, left_out
+
+    @contextmanager
+    def deployed() -> Iterator[Callable[[Tensor], Tensor] | None]:
+        if not fits_in_memory(captured):
+            yield None
+            return
+        with float_file_logits(
+            captured, manifest, folder, windows.shape[1], threads=threads, provider=provider, progress=progress
+        ) as run:
+            yield run
+
+    half = half_logits(captured, windows, progress)
+    return compare_both_forms(reference, windows, half, deployed(), manifest.dtype, progress)
+
+
+def compare_both_forms(
+    reference: Outputs, windows: Tensor, half: AbstractContextManager[Callable[[Tensor], Tensor]],
+    deployed: AbstractContextManager[Callable[[Tensor], Tensor] | None], dtype: str, progress: StageProgress,
+) -> tuple[list[Reference], list[str]]:  # fmt: skip
+    """Compare a float model in float16 in PyTorch, and in ONNX Runtime, with float32 in PyTorch.
+
+    Args:
+        reference, windows: as `compare_logits` takes them.
+        half: opens what computes logits in float16.
+        deployed: opens what computes them in ONNX Runtime; None where the model takes too much memory for that.
+        dtype: of the file.
+
+    Returns:
+        what was compared, and in words what was left out and why.
+    """
+    with half as run:
+        found = [Reference(name=HALF, logits=compare_logits(reference, windows, run, progress))]
+    name = f"{dtype} in ONNX Runtime"
+    with deployed as run_file:
+        if run_file is None:
+            return found, [f"{name} was left out: the float model takes more than half of the memory that is free"]
+        return [*found, Reference(name=name, logits=compare_logits(reference, windows, run_file, progress))], []
 
 
 @contextmanager
@@ -132,6 +160,11 @@ def float16_kernels() -> Iterator[None]:
         ) from error  # fmt: skip
 
 
+def halved(feeds: Feeds) -> dict[str, Tensor]:
+    """What a model in float16 reads for feeds in float32."""
+    return {name: value.half() if value.is_floating_point() else value for name, value in feeds.items()}
+
+
 def half_model(captured: CapturedModel) -> CapturedModel:
     """A copy of a float32 model, weights not loaded, that computes in float16."""
     twin = captured.copy()
@@ -188,6 +221,38 @@ def float_file_logits(
         with writing_to(folder, "Free as much as the float model takes, or validate without references"):
             made = export_float(captured, manifest, folder, progress)
         yield deployed_logits(folder, made, length, steps=_STEPS, threads=threads, provider=provider)
+
+
+@contextmanager
+def float_files(
+    parts: Mapping[str, CapturedModel], folder: Path, progress: StageProgress, *, threads: int | None,
+    provider: str | None,
+) -> Iterator[dict[str, tuple[ort.InferenceSession, Manifest]] | None]:  # fmt: skip
+    """The float model of an export in several parts, exported like it; it takes its disk while this is open.
+
+    Args:
+        parts: by the names of their folders.
+        folder: of the export, whose target and dtype the float files get.
+
+    Yields:
+        by part a session and what it runs; None where the float model takes more than half of the memory that is free.
+
+    Raises:
+        InputError: the disk is full.
+        RuntimeProblem: ONNX Runtime refuses a file or does not have the provider.
+    """
+    if not all(fits_in_memory(part) for part in parts.values()):
+        yield None
+        return
+    beside = folder.parent if os.access(folder.parent, os.W_OK) else None
+    with scratch_folder(beside) as place:
+        opened = {}
+        for part, captured in parts.items():
+            (place / part).mkdir()
+            with writing_to(place, "Free as much as the float model takes, or validate without references"):
+                made = export_float(captured, manifests.load(folder / part), place / part, progress)
+            opened[part] = open_session(place / part, made, threads=threads, provider=provider), made
+        yield opened
 
 
 def export_float(captured: CapturedModel, like: Manifest, folder: Path, progress: StageProgress) -> Manifest:

@@ -1,6 +1,5 @@
 """Other forms of a float encoder-decoder beside float32 in PyTorch, both parts of each form together."""
 
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,17 +9,19 @@ from torch import Tensor
 
 from ...artifact import manifest as manifests
 from ...artifact.manifest import DECODER, ENCODER
-from ...artifact.scratch import scratch_folder
-from ...calibrate.float_model import fits_in_memory
 from ...capture.seq2seq import Parts
-from ...errors import writing_to
 from ...progress import StageProgress, no_stage_progress
 from ...runtime.seq2seq import EncoderDecoder
-from ...runtime.session import open_session
-from ...validation.float_forms import export_float, float16_kernels, half_model, half_outputs
-from ...validation.logits import compare_logits
+from ...validation.float_forms import (
+    compare_both_forms,
+    float16_kernels,
+    float_files,
+    half_model,
+    half_outputs,
+    halved,
+)
 from ...validation.reference import FloatOutputs
-from ...validation.report import HALF, Reference
+from ...validation.report import Reference
 from .exporting import by_name
 from .logits import deployed_by
 
@@ -41,17 +42,13 @@ def compare_forms_of_parts(
         InputError: PyTorch has no float16 kernel for an operator on the CPU, or the disk is full.
         RuntimeProblem: ONNX Runtime refuses a float file or does not have the provider.
     """
-    ids, name = torch.cat([text["input_ids"] for text in texts]), manifests.load(folder / DECODER).dtype
-    name = f"{name} in ONNX Runtime"
     reference = FloatOutputs(parts.decoder, texts, ("logits",), progress)
     try:
-        with half_logits(parts, sources, texts, progress) as run:
-            found = [Reference(name=HALF, logits=compare_logits(reference, ids, run, progress))]
-        with float_files(parts, folder, progress, threads=threads, provider=provider) as pair:
-            if pair is None:
-                return found, [f"{name} was left out: the float model takes more than half of the memory that is free"]
-            logits = compare_logits(reference, ids, deployed_by(pair, sources), progress)
-            return [*found, Reference(name=name, logits=logits)], []
+        return compare_both_forms(
+            reference, torch.cat([text["input_ids"] for text in texts]), half_logits(parts, sources, texts, progress),
+            _deployed(parts, folder, sources, progress, threads, provider), manifests.load(folder / DECODER).dtype,
+            progress,
+        )  # fmt: skip
     finally:
         reference.close()
 
@@ -73,9 +70,9 @@ def half_logits(
     """
     encoder, decoder = half_model(parts.encoder), half_model(parts.decoder)
     with float16_kernels():
-        made = FloatOutputs(encoder, [_halved(source) for source in sources], _read(parts, texts), progress)
+        made = FloatOutputs(encoder, [halved(source) for source in sources], _read(parts, texts), progress)
         try:
-            feeds = [{**_halved(text), **made.outputs(batch)} for batch, text in enumerate(texts)]
+            feeds = [{**halved(text), **made.outputs(batch)} for batch, text in enumerate(texts)]
         finally:
             made.close()
     with half_outputs(decoder, feeds, progress) as run:
@@ -83,39 +80,19 @@ def half_logits(
 
 
 @contextmanager
-def float_files(
-    parts: Parts, folder: Path, progress: StageProgress, *, threads: int | None, provider: str | None
-) -> Iterator[EncoderDecoder | None]:
-    """The float model exported like an export, both parts of it; it takes its disk while this is open.
-
-    Args:
-        folder: of the export, whose target and dtype the float files get.
-
-    Yields:
-        None where the float model takes more than half of the memory that is free.
-
-    Raises:
-        InputError: the disk is full.
-        RuntimeProblem: ONNX Runtime refuses a file or does not have the provider.
-    """
-    if not all(fits_in_memory(part) for part in (parts.encoder, parts.decoder)):
-        yield None
-        return
-    beside = folder.parent if os.access(folder.parent, os.W_OK) else None
-    with scratch_folder(beside) as place:
-        sessions = {}
-        for part, captured in by_name(parts).items():
-            (place / part).mkdir()
-            with writing_to(place, "Free as much as the float model takes, or validate without references"):
-                made = export_float(captured, manifests.load(folder / part), place / part, progress)
-            sessions[part] = open_session(place / part, made, threads=threads, provider=provider)
-        yield EncoderDecoder(folder, sessions[ENCODER], sessions[DECODER])
+def _deployed(
+    parts: Parts, folder: Path, sources: Sequence[Feeds], progress: StageProgress, threads: int | None,
+    provider: str | None,
+) -> Iterator[Callable[[Tensor], Tensor] | None]:  # fmt: skip
+    """The same of both parts as float files, in ONNX Runtime; None where they take too much memory."""
+    with float_files(by_name(parts), folder, progress, threads=threads, provider=provider) as files:
+        if files is None:
+            yield None
+            return
+        (encoder, _), (decoder, _) = files[ENCODER], files[DECODER]
+        yield deployed_by(EncoderDecoder(folder, encoder, decoder), sources)
 
 
 def _read(parts: Parts, texts: Sequence[Feeds]) -> list[str]:
     """What the decoder reads of what the encoder makes."""
     return [port.name for port in parts.encoder.outputs if port.name in texts[0]]
-
-
-def _halved(feeds: Feeds) -> Feeds:
-    return {name: value.half() if value.is_floating_point() else value for name, value in feeds.items()}
