@@ -1,14 +1,15 @@
 """Encoders that read the patches of pictures of any size, one behind another, and how many of them each has."""
 
-from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import pad, scaled_dot_product_attention
 from transformers import PretrainedConfig, PreTrainedModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ...artifact.picture_positions import picture_positions
 from .base import COUNT, Pictures, VisionLanguage
@@ -21,7 +22,7 @@ class Places:
     """Where patches are, int64 [patches] each.
 
     Attributes:
-        frame: number of the picture, or of the frame of a film.
+        frame: the first patch of the picture, or of the frame of a film.
         row, column: in it; height, width: of it.
     """
 
@@ -52,8 +53,7 @@ def places_of(grid: Tensor, count: int, merged: int) -> Places:
     square = inside % band
     row = inside // band * merged + square % (merged * merged) // merged
     column = square // (merged * merged) * merged + square % merged
-    # Frames of all pictures are counted together: a frame begins where the number of patches in front is its own.
-    return Places(before + local // area, row, column, height, width)
+    return Places(before + local // area * area, row, column, height, width)
 
 
 def alike(*numbers: Tensor) -> Tensor:
@@ -80,10 +80,82 @@ def attend(attention: Any, x: Tensor, turned: tuple[Tensor, Tensor], seen: Tenso
     return attention.proj(out[0].transpose(0, 1).reshape(x.shape[0], -1))
 
 
+def told(encoder: Any, grid: Tensor, at: Places) -> dict[str, Any]:
+    """What an encoder of transformers would make of sizes in ways that depend on values, by its arguments' names.
+
+    Args:
+        grid: int64 [pictures, 3], each of one frame.
+    """
+    ends, count = grid.prod(1).cumsum(0), at.row.shape[0]
+    # Patches that no size counts are of the last picture, so that no index leaves its table.
+    last = torch.arange(grid.shape[0]) == grid.shape[0] - 1
+    ends = torch.where(last, ends.clamp(min=count), ends)
+    found: dict[str, Any] = {
+        "position_ids": torch.stack([at.row, at.column], dim=-1), "cu_seqlens": pad(ends, (1, 0)),
+        "max_seqlen": 1,  # which is not read
+    }  # fmt: skip
+    side = getattr(encoder, "num_grid_per_side", None)
+    if side is not None:  # of a square table of places, between which it interpolates
+        found["interp_indices"], found["interp_weights"] = between(encoder, at)
+    return found
+
+
+def between(table: Any, at: Places) -> tuple[Tensor, Tensor]:
+    """Rows of a square table of places next to each patch [patches, 4], and the shares in which they are mixed.
+
+    Args:
+        table: says how long its sides are, and whether corners lie on corners.
+    """
+    side, corners = table.num_grid_per_side, table.interpolation_align_corners
+    places, shares = [], []
+    for place, size in ((at.row, at.height), (at.column, at.width)):
+        exact = place * ((side - 1) / (size - 1).clamp(min=1)) if corners else (place + 0.5) * side / size - 0.5
+        low = exact.floor()
+        places.append(torch.stack([low, low + 1], dim=1).clamp(0, side - 1).long())
+        shares.append(torch.stack([1 - (exact - low), exact - low], dim=1))
+    rows = (places[0][:, :, None] * side + places[1][:, None, :]).flatten(1)
+    return rows, (shares[0][:, :, None] * shares[1][:, None, :]).flatten(1)
+
+
+_PACKED = "qexport_packed_flash"  # transformers hands packed texts to attention whose name says flash
+
+
+def _packed(module: Any, query: Tensor, key: Tensor, value: Tensor, scaling: float, **given: Any) -> Any:
+    """Attention of patches [1, heads, patches, features] within pictures that lie one behind another."""
+    ends = given["cu_seq_lens_q"][1:]
+    picture = (torch.arange(query.shape[2])[:, None] >= ends[None, :]).sum(1)
+    groups = query.shape[1] // key.shape[1]
+    key, value = (part.repeat_interleave(groups, dim=1) if groups > 1 else part for part in (key, value))
+    out = scaled_dot_product_attention(query, key, value, attn_mask=alike(picture), scale=scaling)
+    return out.transpose(1, 2), None
+
+
+@contextmanager
+def packed_attention(encoder: Any) -> Iterator[None]:
+    """Have an encoder of transformers attend within pictures by a mask, and not picture by picture."""
+    ALL_ATTENTION_FUNCTIONS.register(_PACKED, _packed)
+    configs = {id(part.config): part.config for part in encoder.modules() if hasattr(part, "config")}.values()
+    before = [(config, config._attn_implementation) for config in configs]
+    for config in configs:
+        config._attn_implementation = _PACKED
+    try:
+        yield
+    finally:
+        for config, name in before:
+            config._attn_implementation = name
+
+
 class GridPictures(VisionLanguage):
-    """An architecture whose encoder reads patches [patches, numbers] and grids [pictures, 3]."""
+    """An architecture whose encoder reads patches [patches, numbers] and grids [pictures, 3].
+
+    Its features are those of transformers' own encoder, unless the architecture says otherwise.
+
+    Attributes:
+        marks: what configs call the tokens around a picture.
+    """
 
     positions = (3, "batch_size", "sequence_length")
+    marks: ClassVar[str] = "vision"
 
     def merged(self, config: PretrainedConfig) -> int:
         """Patches that one row of features holds, along each side."""
@@ -113,12 +185,15 @@ class GridPictures(VisionLanguage):
         return torch.from_numpy(found)
 
     def placeholder(self, config: PretrainedConfig, rows: int) -> list[int]:
-        around = (getattr(config, f"vision_{end}_token_id", None) for end in ("start", "end"))
+        around = (getattr(config, f"{self.marks}_{end}_token_id", None) for end in ("start", "end"))
         first, last = ([token] if isinstance(token, int) else [] for token in around)
         return [*first, *[self.token(config)] * rows, *last]
 
     def settings(self, config: PretrainedConfig) -> dict[str, Any]:
         return {"grid": GRID, "spatial_merge_size": self.merged(config)}
 
-    @abstractmethod
-    def features(self, model: PreTrainedModel, pictures: Mapping[str, Tensor]) -> Tensor: ...
+    def features(self, model: PreTrainedModel, pictures: Mapping[str, Tensor]) -> Tensor:
+        encoder, grid = model.model.visual, pictures[GRID]
+        at = places_of(grid, pictures["pixel_values"].shape[0], self.merged(model.config))
+        with packed_attention(encoder):
+            return encoder(pictures["pixel_values"], grid_thw=grid, **told(encoder, grid, at)).pooler_output

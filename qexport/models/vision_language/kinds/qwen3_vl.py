@@ -20,9 +20,14 @@ class Qwen3VL(GridPictures):
 
     types = ("qwen3_vl", "qwen3_vl_moe")
 
+    def deep_layers(self, config: PretrainedConfig) -> list[int]:
+        """Blocks of the encoder whose features are for the first layers of the decoder."""
+        return list(config.vision_config.deepstack_visual_indexes)
+
     def stated(self, model: PreTrainedModel, pictures: Mapping[str, Tensor]) -> Tensor:
         made = model.model.get_image_features(**pictures)
-        return torch.cat([torch.cat(list(part)) for part in (made.pooler_output, *made.deepstack_features)], dim=-1)
+        deep = made.deepstack_features if self.deep_layers(model.config) else ()
+        return torch.cat([torch.cat(list(part)) for part in (made.pooler_output, *deep)], dim=-1)
 
     def features(self, model: PreTrainedModel, pictures: Mapping[str, Tensor]) -> Tensor:
         encoder, patches = model.model.visual, pictures["pixel_values"]
@@ -33,12 +38,12 @@ class Qwen3VL(GridPictures):
         for number, block in enumerate(encoder.blocks):
             x = x + attend(block.attn, block.norm1(x), turned, seen, apply_rotary_pos_emb_vision)
             x = x + block.mlp(block.norm2(x))
-            if number in encoder.deepstack_visual_indexes:
+            if number in self.deep_layers(model.config):
                 deep.append(encoder.deepstack_merger_list[len(deep)](x))
         return torch.cat([encoder.merger(x), *deep], dim=-1)
 
     def others(self, config: PretrainedConfig) -> dict[str, tuple[Dims, torch.dtype]]:
-        layers = len(config.vision_config.deepstack_visual_indexes)
+        layers = len(self.deep_layers(config))
         width = layers * config.get_text_config().hidden_size
         return {DEEP: (("batch_size", "sequence_length", width), torch.float32)} if layers else {}
 
