@@ -75,6 +75,7 @@ def functional(exported: ExportedProgram, model: torch.nn.Module) -> ExportedPro
     """
     check_sizes(exported, model)
     _check_control_flow(exported, model)
+    _forget_assertions(exported)
     for node in exported.graph.nodes:
         if node.op == "call_function" and node.target in (aten.item.default, aten._local_scalar_dense.default):
             raise CaptureError(
@@ -91,6 +92,15 @@ def functional(exported: ExportedProgram, model: torch.nn.Module) -> ExportedPro
             place=type(model).__name__, remedy=_STATE,
         )  # fmt: skip
     return pure
+
+
+def _forget_assertions(exported: ExportedProgram) -> None:
+    """Drop assertions on values, which compute nothing, and the numbers that were taken out of tensors for them alone."""
+    graph = exported.graph
+    for node in reversed(graph.nodes):
+        asserts = node.target in (aten._assert_scalar.default, aten.sym_constrain_range_for_size.default)
+        if asserts or (node.op == "call_function" and not node.users and not node.is_impure()):
+            graph.erase_node(node)
 
 
 def _check_control_flow(exported: ExportedProgram, model: torch.nn.Module) -> None:

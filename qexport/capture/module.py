@@ -26,6 +26,7 @@ from .dynamic import Axes, DynamicShapes, Hint, dynamic_axes
 from .explain import explained, functional
 from .fold import fold_batch_norms, fold_padding, fold_weights, spell_padding
 from .graph import CapturedModel, Port
+from .lengths import lengths_as_sizes
 from .normalize import to_normal_form
 from .recurrent import layers_as_nodes, name_gates
 
@@ -70,7 +71,10 @@ def capture_module(
     examples = {name: _stretched(tensor, axes[name]) for name, tensor in given.items()}
     if fake is not None:
         examples = {name: fake.from_tensor(tensor, static_shapes=True) for name, tensor in examples.items()}
-    with evaluating(model), torch.no_grad(), quiet_transformers(), explained(model), layers_as_nodes():
+    with (
+        evaluating(model), torch.no_grad(), quiet_transformers(), explained(model), layers_as_nodes(),
+        lengths_as_sizes(model),
+    ):  # fmt: skip
         shapes = {name: dict.fromkeys(axes[name], torch.export.Dim.AUTO) for name in given}
         exported = torch.export.export(model, (), examples, dynamic_shapes=shapes, strict=False)
     exported = functional(exported, model)

@@ -4,9 +4,11 @@ import pytest
 import torch
 from torch import nn
 
+from helpers.exports import export
 from helpers.runners import captured_runner, load_weights
 from qexport.capture.module import capture_module
 from qexport.errors import CaptureError, InputError
+from qexport.recipe.recipe import Recipe
 
 
 class Nested(nn.Module):
@@ -189,3 +191,40 @@ def test_every_part_of_the_module_keeps_its_own_mode():
     captured.witness.run(captured.witness.feeds[0])
     assert [part.training for part in model.modules()] == [True, True, False, True]
     assert model[1].num_batches_tracked == 0
+
+
+class Odd(nn.Module):
+    """What models of public libraries write, and torch.export or ONNX take otherwise."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.steps = nn.Linear(8, 8), nn.Parameter(torch.arange(8.0))
+
+    def forward(self, x, mask):
+        torch._check(mask.sum().item() >= 0)  # of values; it computes nothing
+        rows = torch.cat([torch.empty(0), self.first(x)], dim=-2)  # in front nothing, of one axis
+        place = nn.functional.linear(rows.softmax(-1), self.steps)  # without an axis for its one row
+        seen = mask[:, None, None, :].bool()  # the same for every query
+        heads = rows.view(len(x), -1, 2, 4).transpose(1, 2)
+        out = nn.functional.scaled_dot_product_attention(heads, heads, heads, attn_mask=seen)
+        return out.transpose(1, 2).reshape(len(x), -1, 8) + place[..., None]
+
+
+def test_odd_ways_of_writing_keep_sizes_free_and_run(tmp_path):
+    model, axes = Odd().eval(), {"x": {0: "batch", 1: "length"}, "mask": {0: "batch", 1: "length"}}
+
+    def given(batch, length):
+        random = torch.Generator().manual_seed(length)
+        mask = torch.ones(batch, length, dtype=torch.int64)
+        mask[:, length // 2 + 1 :] = 0
+        return {"x": torch.randn(batch, length, 8, generator=random), "mask": mask}
+
+    captured = capture_module(model, given(2, 4), axes)
+    assert [port.dims for port in captured.outputs] == [("batch", "length", 8)]
+    file = export(captured, Recipe(scheme="float"), "cpu", tmp_path / "odd").in_onnxruntime()
+    for batch, length in ((1, 1), (3, 7)):
+        feeds = given(batch, length)
+        with torch.no_grad():
+            want = model(**feeds)
+        assert torch.allclose(captured_runner(load_weights(captured))(feeds)["output"], want, atol=1e-6)
+        assert torch.allclose(file(feeds)["output"], want, atol=1e-5)

@@ -223,9 +223,20 @@ def _attention(emit: Emitter, node: Node, given: Arguments) -> ir.Value:
     if not emit.operators.has_transformer_operators:
         return _written_out_product_attention(emit, node, given)
     return emit.op(
-        "Attention", *map(emit.get, (given.query, given.key, given.value)), _added_mask(emit, given.attn_mask),
+        "Attention", *map(emit.get, (given.query, given.key, given.value)), _whole_mask(emit, given),
         is_causal=int(given.is_causal), scale=None if given.scale is None else float(given.scale),
     )  # fmt: skip
+
+
+def _whole_mask(emit: Emitter, given: Arguments) -> ir.Value | None:
+    """A mask with a row for every query: ONNX Runtime's Attention takes none that is the same for all of them."""
+    mask = _added_mask(emit, given.attn_mask)
+    if mask is None or shape_of(given.attn_mask)[-2] != 1 or shape_of(given.query)[-2] == 1:
+        return mask
+    queries = emit.op("Shape", emit.get(given.query), start=-2, end=-1)
+    ones = [1] * (len(shape_of(given.attn_mask)) - 2)
+    parts = [emit.constant(ones)] * bool(ones) + [queries, emit.constant([1])]
+    return emit.op("Expand", mask, emit.op("Concat", *parts, axis=0))
 
 
 def _written_out_product_attention(emit: Emitter, node: Node, given: Arguments) -> ir.Value:
