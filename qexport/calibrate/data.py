@@ -159,5 +159,6 @@ def module_inputs(captured: CapturedModel, spec: CalibrationSpec, data: Any, pla
         feeds = module_feeds(captured, data, place)
         return Prepared(feeds, f"{len(feeds)} batches given by the caller")
     return Prepared(*feature_batches(
-        captured.inputs, spec, data, place, "rows", "rows given by the caller", module_of(captured.witness)
+        captured.inputs, spec, data, place, "rows", "rows given by the caller", module_of(captured.witness),
+        captured.settings.get("vocab_size", 0),
     ))  # fmt: skip

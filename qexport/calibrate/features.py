@@ -9,6 +9,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from ..capture.features import IDS
 from ..capture.graph import Port
 from ..errors import InputError
 from ..recipe.recipe import CalibrationSpec
@@ -51,14 +52,26 @@ def makes_none(what: str) -> InputError:
     )  # fmt: skip
 
 
-def drawn_features(ports: Sequence[Port], rows: int, seed: int) -> dict[str, Tensor]:
-    """Random numbers of mean 0 and variance 1, which say little of the model, in the sizes it was traced with."""
+def drawn_features(ports: Sequence[Port], rows: int, seed: int, tokens: int = 0) -> dict[str, Tensor]:
+    """Random numbers of mean 0 and variance 1, which say little of the model, in the sizes it was traced with.
+
+    Args:
+        tokens: how many a model has that reads texts beside them; its other integers are ones.
+    """
     random = torch.Generator().manual_seed(seed)
-    return {port.name: torch.randn(rows, *port.sizes[1:], generator=random) for port in ports}
+
+    def drawn(port: Port) -> Tensor:
+        sizes = (rows, *port.sizes[1:])
+        if port.dtype.is_floating_point:
+            return torch.randn(sizes, generator=random)
+        read = tokens and port.name == IDS
+        return torch.randint(tokens, sizes, generator=random) if read else torch.ones(sizes, dtype=port.dtype)
+
+    return {port.name: drawn(port) for port in ports}
 
 
 def checked_features(values: Mapping[str, Tensor], ports: Sequence[Port], place: str) -> dict[str, Tensor]:
-    """Float32 tensors that fit their inputs, as many rows in each.
+    """Tensors that fit their inputs, float32 where those are floating-point, as many rows in each.
 
     Raises:
         InputError: one does not.
@@ -75,12 +88,14 @@ def checked_features(values: Mapping[str, Tensor], ports: Sequence[Port], place:
             raise InputError(f"{port.name} is {found}, not [{sizes}]", place=place, remedy=_REMEDY)
     if len({len(values[port.name]) for port in ports}) > 1:
         raise InputError("its tensors have different numbers of rows", place=place, remedy=_REMEDY)
-    return {port.name: values[port.name].float() for port in ports}
+    return {
+        port.name: values[port.name].to(torch.float32 if port.dtype.is_floating_point else port.dtype) for port in ports
+    }  # fmt: skip
 
 
 def feature_batches(
     ports: Sequence[Port], spec: CalibrationSpec, data: Any, place: str, what: str, given: str,
-    module: torch.nn.Module | None = None,
+    module: torch.nn.Module | None = None, tokens: int = 0,
 ) -> tuple[list[dict[str, Tensor]], str, bool]:
     """Batches of what a recipe names, or of `data`; what they are, for reports; whether chance made them.
 
@@ -89,13 +104,14 @@ def feature_batches(
         place: of `data`, for errors.
         what, given: what a row is called there, and rows of the caller's.
         module: the model, for sources that take it; None where it is not in memory as a whole.
+        tokens: see `drawn_features`.
 
     Raises:
         InputError: they cannot be had, or do not fit the inputs.
     """
     names = [port.name for port in ports]
     if data is None and spec.source == "random":
-        drawn = drawn_features(ports, spec.samples, spec.seed)
+        drawn = drawn_features(ports, spec.samples, spec.seed, tokens)
         described = f"{spec.samples} {what} of random numbers (seed {spec.seed})"
         return batched(drawn, spec.samples, spec.batch_size), described, True
     if data is None and (source := source_of(spec)).makes_features:

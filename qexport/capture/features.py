@@ -1,6 +1,10 @@
-"""Capturing what reads pictures, films or sound from a folder, with the head that its config names."""
+"""Capturing what reads pictures, films or sound from a folder, with the head that its config names.
 
-from collections.abc import Mapping
+What compares pictures with texts (CLIP) reads both.
+"""
+
+import inspect
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -9,15 +13,18 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from ..artifact.files import read_json
 from ..errors import CaptureError
-from ..models.heads import Head, decision_of
+from ..models.heads import Head, compares, decision_of
 from ..models.loading import load_whole
 from ..models.source import ModelFolder
 from ..models.transformers_witness.encoder import EncoderWitness
+from ..models.vision_language import COUNT
 from .dynamic import Axes
 from .graph import BATCH, CapturedModel
 from .module import capture_module
 
 PROCESSOR = "preprocessor_config.json"
+IDS, _PICTURES = "input_ids", "pixel_values"
+_TEXTS = ((3, 7), (2, 9))  # rows and tokens of texts beside pictures, of which there are two and then three
 _BATCH, _SIDE, _SECOND = 2, 224, 16000  # rows; pixels where nothing says how many; numbers of a second of sound
 _FRAMES = 98  # of a second in spectrograms of any length
 
@@ -41,30 +48,49 @@ def capture_features(folder: ModelFolder, head: Head) -> CapturedModel:
     """Capture a model of pictures, films or sound as a module with one input, which is called as in transformers.
 
     Pictures have the size that the folder's preprocessor_config.json says, or its config. Sound may be of any length,
-    spectrograms are of the length that the config says. The batch is dynamic. The weights are in memory as a whole.
+    spectrograms are of the length that the config says. The batch is dynamic. A model that compares pictures with texts
+    has input_ids and, where it takes one, attention_mask [texts, tokens] beside pictures. The weights are in memory as
+    a whole.
 
     Raises:
         CaptureError: it reads something else, torch.export cannot follow it, or the checkpoint does not fit its config.
     """
     loaded = load_whole(folder, head.loader)
     model, name = loaded.model, str(loaded.model.main_input_name)
-    read = _reading(model, name, folder)
+    both = compares(folder.config)
+    read = _reading(model, _PICTURES if both else name, folder)
     random = torch.Generator().manual_seed(0)
-    calls = [
-        {name: torch.randn(batch, *read.example[1:], generator=random)} for batch in (read.example[0], _BATCH + 1)
-    ]
-    axes: Axes = {name: {i: dim for i, dim in enumerate(read.dims) if isinstance(dim, str)}}
-    captured = capture_module(model, calls[0], axes)
+    calls, axes = [], {_PICTURES if both else name: _free(read.dims)}
+    for rows in (read.example[0], _BATCH + 1):
+        calls.append({name: torch.randn(rows, *read.example[1:], generator=random) for name in axes})
+    texts, tokens = (_texts(model), int(folder.config.get_text_config().vocab_size)) if both else ([], 0)
+    for call, sizes in zip(calls, _TEXTS, strict=True):
+        drawn = {name: torch.ones(sizes, dtype=torch.int64) for name in texts}
+        call |= drawn | {IDS: torch.randint(tokens, sizes, generator=random)} if both else {}
+    if both:
+        axes = {_PICTURES: {0: COUNT}, **{name: {0: "num_texts", 1: "sequence_length"} for name in texts}}
+    captured = capture_module(model, {name: calls[0][name] for name in [*texts, *axes]}, axes)
+    known = {"vocab_size": tokens} if both else {}
     return replace(
         captured, folder=folder, notes=[*loaded.notes, read.note], left_out=loaded.left_out,
-        settings=captured.settings | {"task": head.task, "decides": decision_of(head, folder.config)},
+        settings=captured.settings | known | {"task": head.task, "decides": decision_of(head, folder.config)},
         witness=EncoderWitness(folder, head.loader, model, frozenset(), calls),
     )  # fmt: skip
 
 
+def _free(dims: Sequence[int | str]) -> dict[int, str]:
+    return {axis: dim for axis, dim in enumerate(dims) if isinstance(dim, str)}
+
+
+def _texts(model: PreTrainedModel) -> list[str]:
+    """Inputs of a model that compares pictures with texts, but for pictures."""
+    taken = inspect.signature(model.forward).parameters
+    return [name for name in (IDS, "attention_mask") if name in taken]
+
+
 def _reading(model: PreTrainedModel, name: str, folder: ModelFolder) -> Reading:
     config = folder.config
-    if name == "pixel_values":
+    if name == _PICTURES:
         return _pictures(config, read_json(folder.path / PROCESSOR) if (folder.path / PROCESSOR).is_file() else {})
     bins, longest = getattr(config, "num_mel_bins", None), getattr(config, "max_length", None)
     positions = getattr(config, "max_source_positions", None)
@@ -90,6 +116,7 @@ def _fixed(*sizes: int) -> Reading:
 
 
 def _pictures(config: PretrainedConfig, processor: Mapping[str, Any]) -> Reading:
+    config = getattr(config, "vision_config", config)  # of one that reads texts too, or is half of such a model
     channels, frames = int(getattr(config, "num_channels", 3)), getattr(config, "num_frames", None)
     height, width = _side(processor, config)
     sizes = (*([int(frames)] if frames else []), channels, height, width)

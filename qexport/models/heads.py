@@ -61,6 +61,8 @@ _NAMES = {
     Head("audio-classification", transformers.AutoModelForAudioClassification): "AUDIO_CLASSIFICATION",
     Head("audio-frame-classification", transformers.AutoModelForAudioFrameClassification, "yes or no"):
         "AUDIO_FRAME_CLASSIFICATION",
+    Head("zero-shot-image-classification", transformers.AutoModelForZeroShotImageClassification):
+        "ZERO_SHOT_IMAGE_CLASSIFICATION",
     Head("audio-xvector", transformers.AutoModelForAudioXVector, "embedding"): "AUDIO_XVECTOR",
 }  # fmt: skip
 HEADS = {head: getattr(modeling_auto, f"MODEL_FOR_{name}_MAPPING_NAMES") for head, name in _NAMES.items()}
@@ -111,9 +113,15 @@ def decision_of(head: Head, config: PretrainedConfig) -> Decision:
 
 
 def reads_text(config: PretrainedConfig) -> bool:
-    """Whether the class that a config names reads token ids; so does one that transformers does not know."""
+    """Whether the class that a config names reads token ids alone; so does one that transformers does not know."""
     classes = (getattr(transformers, name, None) for name in config.architectures or ())
-    return all(getattr(found, "main_input_name", "input_ids") == "input_ids" for found in classes)
+    ids = all(getattr(found, "main_input_name", "input_ids") == "input_ids" for found in classes)
+    return ids and not compares(config)
+
+
+def compares(config: PretrainedConfig) -> bool:
+    """Whether the class that a config names reads pictures and texts, and says how well they go together (CLIP)."""
+    return bool(set(config.architectures or ()) & _names(modeling_auto.MODEL_FOR_ZERO_SHOT_IMAGE_CLASSIFICATION_MAPPING_NAMES, config))
 
 
 def note_on_bare(config: PretrainedConfig) -> list[str]:

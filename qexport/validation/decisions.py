@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..models.heads import Decision
 
-_LOGITS, _EMBEDDINGS = "logits", ("embedding", "embeddings")  # how outputs end by which something is decided
+_LOGITS, _EMBEDDINGS = ("logits", "logits_per_image"), ("embedding", "embeddings")  # how outputs end by which something is decided
 _FEWEST = 3  # numbers of which an order says anything
 
 

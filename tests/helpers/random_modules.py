@@ -43,7 +43,7 @@ def save_head(name: str, folder: Path, **changes) -> Path:
     """Save a random model of HEADS with its head; changes: of its config."""
     given = dict(LISTS["heads"][name])
     kind = getattr(transformers, given.pop("head"))
-    if kind.main_input_name == "input_ids":
+    if kind.main_input_name == "input_ids" and not hasattr(kind, "get_image_features"):  # which reads pictures too
         return save_random(given, folder, SimpleNamespace(from_config=kind), **changes)
     model = _random(kind(AutoConfig.for_model(given.pop("model_type"), **given, **changes)))
     model.save_pretrained(folder)
@@ -53,7 +53,8 @@ def save_head(name: str, folder: Path, **changes) -> Path:
 def head_inputs(captured: CapturedModel) -> list[dict[str, torch.Tensor]]:
     """Two calls of a captured model of HEADS, padded on the right where it reads text."""
     if captured.kind == "module":
-        return [drawn_features(captured.inputs, rows, seed=rows) for rows in (2, 3)]
+        known = captured.settings.get("vocab_size", 0)
+        return [drawn_features(captured.inputs, rows, rows, known) for rows in (2, 3)]
     masks = (padded([7, 2, 5], "right"), torch.ones(2, 9, dtype=torch.int64))
     return [encoder_batch(captured, tokens(*mask.shape, vocab=VOCAB), mask) for mask in masks]
 
