@@ -79,6 +79,11 @@ def _captured(loaded: Loaded | Streamed, folder: ModelFolder, head: Head) -> Cap
     taken = inspect.signature(model.forward).parameters
     if "attention_mask" not in taken:
         raise CaptureError("reads no attention_mask, so padding changes its results", place=folder.name)
+    if "bbox" in taken:
+        raise CaptureError(
+            "reads where words stand on a page (bbox) beside them", place=folder.name,
+            remedy="Pass it as an nn.Module with example inputs, bbox among them",
+        )  # fmt: skip
     if "token_type_ids" in taken and getattr(config, "type_vocab_size", 0) > 1:
         names.append("token_type_ids")
     choices = head.task == "multiple-choice"

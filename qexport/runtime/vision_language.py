@@ -44,14 +44,16 @@ class PicturesAndText(Embeds):
             says how many patches there are; merged: patches of one such token along each side.
         prefix: of a model that reads prompts in both directions, the name of the decoder's input that says which tokens
             are no prompt. A prompt is what a call on an empty cache reads.
+        sizes: of a model whose pictures are padded to the largest, the name of the encoder's input that says how large
+            each is; side: pixels of one of its tokens of pictures along each side.
     """
 
     def __init__(
         self, vision: ort.InferenceSession, embedding: ort.InferenceSession, token: int, grid: str | None = None,
-        merged: int = 1, prefix: str | None = None,
+        merged: int = 1, prefix: str | None = None, sizes: str | None = None, side: int = 1,
     ):  # fmt: skip
         self._vision, self._embedding, self.token, self._prefix = vision, embedding, token, prefix
-        self._grid, self._merged = grid, merged
+        self._grid, self._merged, self._padded, self._side = grid, merged, sizes, side
         self._device = device_of(vision)
         self.inputs = {value.name: value.type for value in vision.get_inputs()}
         self._sizes = {value.name: value.shape for value in vision.get_inputs()}
@@ -74,7 +76,8 @@ class PicturesAndText(Embeds):
             pictures: by name of the encoder's inputs, as the model's processor makes them.
 
         Returns:
-            rows that the encoder makes of them, each of which a token of the prompt stands for.
+            rows that the encoder makes of them, each of which a token of the prompt stands for; those that it makes of
+            padding come behind and are not counted.
 
         Raises:
             InputError: other inputs than these.
@@ -88,6 +91,8 @@ class PicturesAndText(Embeds):
         given = {name: value_of(array, self.inputs[name]) for name, array in pictures.items()}
         self._features = _run(self._vision, given, self._device, "the encoder of pictures")[FEATURES]
         self._rows = self._features.shape()[0]
+        if self._padded is not None:
+            self._rows = int((pictures[self._padded] // self._side).prod(1).sum())
         if self._grid is not None:
             self._grids = np.asarray(pictures[self._grid])
         return self._rows
@@ -95,13 +100,16 @@ class PicturesAndText(Embeds):
     def any_pictures(self, count: int) -> dict[str, np.ndarray]:
         """Pictures of random numbers, to measure speed with; of those of any size, of 16 tokens along each side."""
         random, side = np.random.default_rng(0), 16 * self._merged
-        found = {}
+        pixels, found = 16 * self._side, {}
         for name, dims in self._sizes.items():
             if name == self._grid:
                 found[name] = np.array([[1, side, side]] * count, np.int64)
+            elif name == self._padded:
+                found[name] = np.full((count, 2), pixels, np.int64)
             else:
                 rows = count if self._grid is None else count * side * side
-                found[name] = random.standard_normal((rows, *dims[1:])).astype(np.float32)
+                sizes = [dim if isinstance(dim, int) else pixels for dim in dims[1:]]
+                found[name] = random.standard_normal((rows, *sizes)).astype(np.float32)
         return found
 
     def __call__(self, ids: np.ndarray, positions: np.ndarray) -> Mapping[str, ort.OrtValue]:
@@ -189,7 +197,7 @@ def reader_of(folder: Path, vision: ort.InferenceSession, embedding: ort.Inferen
     about = read_json(folder / MANIFEST_FILE)
     return PicturesAndText(
         vision, embedding, stated_token(about, folder), about.get("grid"), about.get("spatial_merge_size", 1),
-        about.get("prefix"),
+        about.get("prefix"), about.get("sizes"), about.get("pixels_of_a_row", 1),
     )  # fmt: skip
 
 
