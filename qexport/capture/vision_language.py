@@ -166,7 +166,7 @@ def _merged(kind: VisionLanguage, model: PreTrainedModel, given: Mapping[str, Te
     table = torch.cat([torch.zeros(1, rows.shape[-1]), rows])
     width, looked = found.shape[-1], table[place]
     merged = torch.where(there[..., None], looked[..., :width], found)
-    return {MERGED: merged, **kind.besides(model.config, there, looked[..., width:])}
+    return {MERGED: merged, **kind.besides(model, known, there, looked[..., width:])}
 
 
 def _reads(kind: VisionLanguage, model: PreTrainedModel) -> Reads:

@@ -16,6 +16,7 @@ from ..artifact.picture_positions import picture_positions
 from ..errors import InputError, RuntimeProblem, reading
 from .decoder import Decoder, open_decoder
 from .embeddings import Embeds
+from .padded_pictures import Padded, padded_of
 from .provider import device_of
 from .session import open_session
 from .values import value_of
@@ -44,16 +45,15 @@ class PicturesAndText(Embeds):
             says how many patches there are; merged: patches of one such token along each side.
         prefix: of a model that reads prompts in both directions, the name of the decoder's input that says which tokens
             are no prompt. A prompt is what a call on an empty cache reads.
-        sizes: of a model whose pictures are padded to the largest, the name of the encoder's input that says how large
-            each is; side: pixels of one of its tokens of pictures along each side.
+        padded: of a model whose pictures are padded to one size, which of the encoder's rows are theirs.
     """
 
     def __init__(
         self, vision: ort.InferenceSession, embedding: ort.InferenceSession, token: int, grid: str | None = None,
-        merged: int = 1, prefix: str | None = None, sizes: str | None = None, side: int = 1,
+        merged: int = 1, prefix: str | None = None, padded: Padded | None = None,
     ):  # fmt: skip
         self._vision, self._embedding, self.token, self._prefix = vision, embedding, token, prefix
-        self._grid, self._merged, self._padded, self._side = grid, merged, sizes, side
+        self._grid, self._merged, self._padded = grid, merged, padded
         self._device = device_of(vision)
         self.inputs = {value.name: value.type for value in vision.get_inputs()}
         self._sizes = {value.name: value.shape for value in vision.get_inputs()}
@@ -92,7 +92,7 @@ class PicturesAndText(Embeds):
         self._features = _run(self._vision, given, self._device, "the encoder of pictures")[FEATURES]
         self._rows = self._features.shape()[0]
         if self._padded is not None:
-            self._rows = int((pictures[self._padded] // self._side).prod(1).sum())
+            self._rows = self._padded.rows(pictures)
         if self._grid is not None:
             self._grids = np.asarray(pictures[self._grid])
         return self._rows
@@ -100,16 +100,15 @@ class PicturesAndText(Embeds):
     def any_pictures(self, count: int) -> dict[str, np.ndarray]:
         """Pictures of random numbers, to measure speed with; of those of any size, of 16 tokens along each side."""
         random, side = np.random.default_rng(0), 16 * self._merged
-        pixels, found = 16 * self._side, {}
+        found = {}
         for name, dims in self._sizes.items():
-            if name == self._grid:
+            if self._padded is not None:
+                found[name] = self._padded.example(name, dims, count, random)
+            elif name == self._grid:
                 found[name] = np.array([[1, side, side]] * count, np.int64)
-            elif name == self._padded:
-                found[name] = np.full((count, 2), pixels, np.int64)
             else:
                 rows = count if self._grid is None else count * side * side
-                sizes = [dim if isinstance(dim, int) else pixels for dim in dims[1:]]
-                found[name] = random.standard_normal((rows, *sizes)).astype(np.float32)
+                found[name] = random.standard_normal((rows, *dims[1:])).astype(np.float32)
         return found
 
     def __call__(self, ids: np.ndarray, positions: np.ndarray) -> Mapping[str, ort.OrtValue]:
@@ -197,7 +196,7 @@ def reader_of(folder: Path, vision: ort.InferenceSession, embedding: ort.Inferen
     about = read_json(folder / MANIFEST_FILE)
     return PicturesAndText(
         vision, embedding, stated_token(about, folder), about.get("grid"), about.get("spatial_merge_size", 1),
-        about.get("prefix"), about.get("sizes"), about.get("pixels_of_a_row", 1),
+        about.get("prefix"), padded_of(about),
     )  # fmt: skip
 
 

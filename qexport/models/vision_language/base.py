@@ -111,10 +111,11 @@ class VisionLanguage(ABC):
         """What transformers' forward reads beside a prompt of token ids [batch, sequence] and its pictures, by name."""
         return {}
 
-    def besides(self, config: PretrainedConfig, there: Tensor, rest: Tensor) -> dict[str, Tensor]:
+    def besides(self, model: PreTrainedModel, ids: Tensor, there: Tensor, rest: Tensor) -> dict[str, Tensor]:
         """`others` as the embedding makes them; it is traced.
 
         Args:
+            ids: int64 [batch, sequence].
             there: bool [batch, sequence], tokens that stand for rows of features.
             rest: [batch, sequence, n], what these rows have behind the embedding, and zeros for text.
         """

@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 from transformers import PretrainedConfig, PreTrainedModel
 
 from ....graph.ops.attention import MASKED
 from ..base import Dims, FixedPictures, architecture
+from ..whole_pictures import near, together
 
 TYPES = "token_type_ids"  # 1 for tokens of pictures
 
@@ -29,7 +29,7 @@ class Gemma3(FixedPictures):
     def beside(self, config: PretrainedConfig, ids: Tensor) -> dict[str, Tensor]:
         return {TYPES: (ids == self.token(config)).long()}
 
-    def besides(self, config: PretrainedConfig, there: Tensor, rest: Tensor) -> dict[str, Tensor]:
+    def besides(self, model: PreTrainedModel, ids: Tensor, there: Tensor, rest: Tensor) -> dict[str, Tensor]:
         return {TYPES: there.long()}
 
     def seen_besides(self, config: PretrainedConfig, ids: Tensor, seen: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -38,29 +38,13 @@ class Gemma3(FixedPictures):
     def decode(self, model: PreTrainedModel, given: Mapping[str, Any]) -> Any:
         read = dict(given)
         types, mask = read.pop(TYPES), read["attention_mask"]
-        together = _together(types, mask)
+        whole = together(types, mask)
         past, text = mask.shape[1] - types.shape[1], model.config.get_text_config()
         windows = {"full_attention": 0, "sliding_attention": text.sliding_window}
         masks = {}
         for name in dict.fromkeys(text.layer_types):
             causal = torch.ops.qexport.causal_mask(mask, past, 0)
-            masks[name] = torch.where(together, 0.0, causal)
+            masks[name] = torch.where(whole, 0.0, causal)
             if windows[name]:  # within which a picture is seen too
-                masks[name] = torch.where(_near(types, past, windows[name]), masks[name], MASKED)
+                masks[name] = torch.where(near(types, past, windows[name]), masks[name], MASKED)
         return model(**{**read, "attention_mask": masks})
-
-
-def _together(types: Tensor, mask: Tensor) -> Tensor:
-    """Which keys are of the picture that a new token is of; bool [batch, 1, sequence, past + sequence]."""
-    of_picture = types == 1
-    begins = of_picture & ~pad(of_picture[:, :-1], (1, 0))
-    number = torch.where(of_picture, begins.long().cumsum(1), 0)
-    same = (number[:, :, None] == number[:, None, :]) & of_picture[:, :, None]
-    return pad(same, (mask.shape[1] - types.shape[1], 0))[:, None]
-
-
-def _near(types: Tensor, past: Any, window: int) -> Tensor:
-    """Which keys are fewer than `window` places in front of a new token, or behind it."""
-    key = torch.arange(past + types.shape[1])
-    query = key[past:]
-    return (key[None, :] > query[:, None] - window)[None, None]

@@ -47,8 +47,8 @@ class Qwen3VL(GridPictures):
         width = layers * config.get_text_config().hidden_size
         return {DEEP: (("batch_size", "sequence_length", width), torch.float32)} if layers else {}
 
-    def besides(self, config: PretrainedConfig, there: Tensor, rest: Tensor) -> dict[str, Tensor]:
-        return {DEEP: rest * there[..., None]} if self.others(config) else {}
+    def besides(self, model: PreTrainedModel, ids: Tensor, there: Tensor, rest: Tensor) -> dict[str, Tensor]:
+        return {DEEP: rest * there[..., None]} if self.others(model.config) else {}
 
     def seen_besides(self, config: PretrainedConfig, ids: Tensor, seen: Mapping[str, Any]) -> dict[str, Tensor]:
         if not self.others(config):
