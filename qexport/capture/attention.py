@@ -6,7 +6,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import partial
 from types import CellType, FunctionType
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
@@ -16,7 +16,7 @@ from transformers.masking_utils import AttentionMaskInterface
 
 from ..errors import CaptureError
 from ..graph.ops.attention import MASKED
-from .kept import CONV, KEY, RECURRENT, VALUE
+from .kept import CONV, INDEXER, KEY, RECURRENT, VALUE, state
 from .states import Asked, GraphStateLayer, asked
 
 IMPLEMENTATION = "qexport"
@@ -33,11 +33,13 @@ class GraphCacheLayer(DynamicLayer):
     Attributes:
         new: keys and values of the new tokens; None before `update`.
         present: what the cache holds then; None before `update`.
+        indexer: keys of the layer's indexer, [batch, 1, past, features], behind `update_indexer` with the new ones;
+            None where it has none.
     """
 
-    def __init__(self, key: torch.Tensor, value: torch.Tensor):
+    def __init__(self, key: torch.Tensor, value: torch.Tensor, indexer: torch.Tensor | None = None):
         super().__init__()
-        self.past_key, self.past_value = key, value
+        self.past_key, self.past_value, self.indexer = key, value, indexer
         self.new: tuple[torch.Tensor, torch.Tensor] | None = None
         self.present: list[torch.Tensor] | None = None
         self.keys, self.values, self.is_initialized = key, value, True
@@ -51,6 +53,13 @@ class GraphCacheLayer(DynamicLayer):
         self.present = [self.keys, self.values]
         return self.keys, self.values
 
+    def update_indexer(self, keys: torch.Tensor) -> torch.Tensor:
+        """Past and new keys of the indexer; the new ones are [batch, new, features], and so are all."""
+        if self.indexer is None:
+            raise CaptureError("a layer that has no indexer updates its keys")
+        self.indexer = torch.cat([self.indexer, keys[:, None]], dim=2)
+        return self.indexer[:, 0]
+
     def get_seq_length(self) -> int:
         return self.past_key.shape[2]
 
@@ -61,27 +70,20 @@ class GraphCacheLayer(DynamicLayer):
 def unknown_state(what: str) -> CaptureError:
     """A layer of the model keeps something that has no place in a file's interface."""
     return CaptureError(
-        f"a layer keeps {what}: only keys and values, and a state of a convolution and of a recurrence, are known",
+        f"a layer keeps {what}: only keys, values, keys of an indexer, and states of convolutions and recurrences are "
+        "known",
         remedy="A state of another kind cannot be lowered",
     )
 
 
-class _OfKnownStates(Cache):
-    """A cache that refuses what models keep besides keys, values, inputs of a convolution and state of a recurrence."""
-
-    def _refused(self) -> NoReturn:
-        raise unknown_state("several states of convolutions or recurrences")
-
-    def update_indexer(self, *args, **kwargs) -> NoReturn:
-        raise unknown_state("a key of an indexer for every token, which chooses what attention reads")
+class _FromTheFirstToken(Cache):
+    """A cache that looks as in front of a text."""
 
     def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> None:
-        """None, as in front of a text: a model with nothing to look up takes the way of a prompt."""
-        if state_idx:
-            self._refused()
+        """None: a model with nothing to look up takes the way of a prompt."""
 
 
-class GraphCache(_OfKnownStates):
+class GraphCache(_FromTheFirstToken):
     """The cache handed to a Hugging Face model while it is traced.
 
     Args:
@@ -89,34 +91,37 @@ class GraphCache(_OfKnownStates):
     """
 
     def __init__(self, past: Sequence[Mapping[str, torch.Tensor]]):
-        self.attended = [GraphCacheLayer(of[KEY], of[VALUE]) if KEY in of else None for of in past]
-        self.states = [GraphStateLayer(of.get(CONV), of.get(RECURRENT)) for of in past]
+        self.attended = [GraphCacheLayer(of[KEY], of[VALUE], of.get(INDEXER)) if KEY in of else None for of in past]
+        self.states = [GraphStateLayer(of) for of in past]
         layers: list[Any] = [keys or state for keys, state in zip(self.attended, self.states, strict=True)]
         super().__init__(layers=layers)
 
     def present(self) -> list[torch.Tensor]:
         found: list[torch.Tensor] = []
         for number, (keys, states) in enumerate(zip(self.attended, self.states, strict=True)):
-            for made in ([] if keys is None else keys.present, states.present):
+            indexer = [] if keys is None or keys.indexer is None else [keys.indexer]
+            for made in ([] if keys is None else keys.present, indexer, states.present):
                 if made is None:
                     raise CaptureError(f"the model never updated the cache of layer {number}")
                 found += made
         return found
 
+    def update_indexer(self, indexer_key_states, layer_idx, **kwargs):
+        layer = self.attended[layer_idx]
+        if layer is None:
+            raise CaptureError("a layer that keeps no keys has an indexer of them")
+        return layer.update_indexer(indexer_key_states)
+
     def update_conv_state(self, conv_states, layer_idx, state_idx=0, **kwargs):
-        if state_idx:
-            self._refused()
-        return self.states[layer_idx].update_conv(conv_states)
+        return self.states[layer_idx].update_conv(conv_states, state_idx)
 
     def get_recurrent_state(self, layer_idx, state_idx=0):
-        state = self.states[layer_idx].recurrent
-        asked.set(Asked(state))
-        return state
+        past = self.states[layer_idx].past(RECURRENT, state_idx)
+        asked.set(Asked(past))
+        return past
 
     def update_recurrent_state(self, recurrent_states, layer_idx, state_idx=0, **kwargs):
-        if state_idx:
-            self._refused()
-        return self.states[layer_idx].update_recurrent(recurrent_states)
+        return self.states[layer_idx].replace(RECURRENT, recurrent_states, state_idx)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self._first_of_keys(layer_idx).get_seq_length()
@@ -132,7 +137,7 @@ class GraphCache(_OfKnownStates):
         return found[0]
 
 
-class ProbeCache(_OfKnownStates):
+class ProbeCache(_FromTheFirstToken):
     """An empty cache that keeps nothing, and notes what a model puts into it.
 
     Attributes:
@@ -154,19 +159,27 @@ class ProbeCache(_OfKnownStates):
         self._note(layer_idx, key=key_states, value=value_states)
         return key_states, value_states
 
+    def _note_state(self, layer_idx: int, role: str, tensor: torch.Tensor) -> None:
+        if role in self.found.get(layer_idx, ()):
+            raise unknown_state("one state for several convolutions or recurrences")
+        self._note(layer_idx, **{role: tensor})
+
+    def update_indexer(self, indexer_key_states, layer_idx, **kwargs):
+        self._note(layer_idx, indexer=indexer_key_states[:, None])
+        return indexer_key_states
+
     def update_conv_state(self, conv_states, layer_idx, state_idx=0, conv_kernel_size=None, **kwargs):
-        if state_idx or CONV in self.found.get(layer_idx, ()) or conv_kernel_size is None:
-            self._refused()
-        self._note(layer_idx, conv=conv_states.new_zeros((*conv_states.shape[:2], conv_kernel_size - 1)))
+        if conv_kernel_size is None:
+            raise unknown_state("inputs of a convolution of no stated width")
+        inputs = conv_states.new_zeros((*conv_states.shape[:2], conv_kernel_size - 1))
+        self._note_state(layer_idx, state(CONV, state_idx), inputs)
         return conv_states
 
     def get_recurrent_state(self, layer_idx, state_idx=0):
         asked.set(Asked(None))
 
     def update_recurrent_state(self, recurrent_states, layer_idx, state_idx=0, **kwargs):
-        if state_idx or RECURRENT in self.found.get(layer_idx, ()):
-            self._refused()
-        self._note(layer_idx, recurrent=recurrent_states)
+        self._note_state(layer_idx, state(RECURRENT, state_idx), recurrent_states)
         return recurrent_states
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
@@ -229,6 +242,8 @@ def _attention(module, query, key, value, attention_mask, scaling=None, dropout=
         raise CaptureError("attention outside a decoder layer with a cache and a mask", place=type(module).__name__)
     if bias is not None:
         attention_mask = attention_mask + bias
+    if (chosen := kwargs.get("indices")) is not None:
+        attention_mask = _without_others(attention_mask, chosen)
     kept = (at for at in cache.layers if isinstance(at, GraphCacheLayer))
     layer = next((at for at in kept if at.new and at.keys is key and at.values is value), None)
     if layer is None or layer.present[0] is not key:
@@ -237,6 +252,16 @@ def _attention(module, query, key, value, attention_mask, scaling=None, dropout=
         query, *layer.new, layer.past_key, layer.past_value, attention_mask, scale, softcap, sinks
     )
     return out, None
+
+
+def _without_others(mask: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
+    """The mask of attention with all keys hidden that were not chosen.
+
+    Args:
+        mask: additive, [batch, 1, new, total]; chosen: places of keys, integers [batch, new, at most total].
+    """
+    found = torch.zeros_like(mask).scatter(-1, chosen.long()[:, None], 1.0)
+    return torch.where(found > 0, mask, MASKED)
 
 
 def _across(query, key, value, mask, bias, scale: float, softcap: float, sinks: torch.Tensor | None) -> torch.Tensor:

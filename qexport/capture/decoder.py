@@ -41,10 +41,11 @@ def capture_decoder(
 ) -> CapturedModel:
     """Capture the model of a folder as float32 blocks.
 
-    The inputs are input_ids, attention_mask, position_ids and what layers keep: past_key_values.{i}.key/value, the
-    inputs of a convolution (past_conv.{i}) and the state of a recurrence (past_recurrent.{i}); the outputs logits and
-    the same behind the new tokens (present.{i}.key/value, present_conv.{i}, present_recurrent.{i}). Batch, sequence and
-    past are dynamic, 1 and 0 included.
+    The inputs are input_ids, attention_mask, position_ids and what layers keep: past_key_values.{i}.key/value, keys of
+    an indexer (past_indexer.{i}), the inputs of a convolution (past_conv.{i}) and the state of a recurrence
+    (past_recurrent.{i}); the outputs logits and the same behind the new tokens (present.{i}.key/value,
+    present_indexer.{i}, present_conv.{i}, present_recurrent.{i}). Batch, sequence and past are dynamic, 1 and 0
+    included.
 
     Args:
         loader: an auto class of transformers whose models are built.

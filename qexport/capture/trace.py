@@ -28,6 +28,7 @@ from .decompose import decomposed
 from .expert_copies import copy_experts
 from .experts import tokens_of
 from .graph import BATCH
+from .indexers import fuse_choices
 from .kept import KEY, Layer, by_layer, kept_in
 from .layer_groups import LayerGroups, find_layers
 from .layer_stamps import stamp
@@ -228,6 +229,7 @@ def _normalized(
     for node in whole.graph.nodes:  # what made the input of such a view contiguous was a no-op and is gone
         if node.target is aten._unsafe_view.default or (in_core_aten and node.target is aten.view.default):
             node.target = aten.reshape.default
+    fuse_choices(whole.graph)
     fuse_written_attention(whole.graph)
     fuse_causal_convolutions(whole.graph)
     copy_experts(whole, pieces)

@@ -26,7 +26,6 @@ STEPS = 3
 CLOSE, LOOSER = 1e-5, {"qwen3_5_moe": 3e-5}
 REASONS = {
     "jetmoe": "makes a tensor whose size depends on values",
-    "glm_moe_dsa": "a layer keeps a key of an indexer for every token",
     "openai_gpt": "does not take a transformers cache",
 }
 
