@@ -115,6 +115,14 @@ class GraphCache(_FromTheFirstToken):
     def update_conv_state(self, conv_states, layer_idx, state_idx=0, **kwargs):
         return self.states[layer_idx].update_conv(conv_states, state_idx)
 
+    def past_inputs(self, layer_idx: int) -> torch.Tensor | None:
+        """The last inputs of the layer's convolution themselves, for code that joins them with new ones."""
+        return self.states[layer_idx].past(CONV)
+
+    def keep_inputs(self, last: torch.Tensor, layer_idx: int) -> None:
+        """Those behind the new tokens, from such code."""
+        self.states[layer_idx].replace(CONV, last)
+
     def get_recurrent_state(self, layer_idx, state_idx=0):
         past = self.states[layer_idx].past(RECURRENT, state_idx)
         asked.set(Asked(past))
@@ -174,6 +182,12 @@ class ProbeCache(_FromTheFirstToken):
         inputs = conv_states.new_zeros((*conv_states.shape[:2], conv_kernel_size - 1))
         self._note_state(layer_idx, state(CONV, state_idx), inputs)
         return conv_states
+
+    def past_inputs(self, layer_idx: int) -> None:
+        """None, as in front of a text."""
+
+    def keep_inputs(self, last: torch.Tensor, layer_idx: int) -> None:
+        self._note_state(layer_idx, CONV, last)
 
     def get_recurrent_state(self, layer_idx, state_idx=0):
         asked.set(Asked(None))
@@ -246,7 +260,8 @@ def _attention(module, query, key, value, attention_mask, scaling=None, dropout=
         attention_mask = _without_others(attention_mask, chosen)
     kept = (at for at in cache.layers if isinstance(at, GraphCacheLayer))
     layer = next((at for at in kept if at.new and at.keys is key and at.values is value), None)
-    if layer is None or layer.present[0] is not key:
+    if (of_queries := kwargs.get("sinks")) is not None or layer is None or layer.present[0] is not key:
+        sinks = sinks if of_queries is None else of_queries
         return _written_out(query, key, value, attention_mask, scale, softcap, sinks), None
     out, *layer.present = torch.ops.qexport.cached_attention(
         query, *layer.new, layer.past_key, layer.past_value, attention_mask, scale, softcap, sinks
@@ -287,7 +302,8 @@ def _written_out(query, key, value, mask, scale: float, softcap: float, sinks: t
     """Attention on keys and values that are not one layer's cache as it is, in plain operators.
 
     Args:
-        sinks: [heads], a score for each head that takes its share of the softmax and has no value.
+        sinks: a score that takes its share of the softmax and has no value, [heads], or of each query [batch, heads,
+            sequence, 1].
     """
     repeat = query.shape[1] // key.shape[1]
     if repeat > 1:
@@ -301,7 +317,7 @@ def _written_out(query, key, value, mask, scale: float, softcap: float, sinks: t
     scores = scores + mask
     if sinks is not None:
         # The score of the first key times zero has the shape wanted, whatever it is.
-        column = scores[..., :1] * 0.0 + sinks.reshape(1, -1, 1, 1)
+        column = sinks if sinks.dim() == 4 else scores[..., :1] * 0.0 + sinks.reshape(1, -1, 1, 1)
         scores = torch.cat([scores, column], dim=-1)
     weights = torch.softmax(scores, dim=-1)
     if sinks is not None:

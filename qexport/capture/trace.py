@@ -19,6 +19,7 @@ from ..graph.translated import without_form
 from ..graph.views import results_of, tensor_name
 from ..models.quiet import quiet_transformers
 from ..models.steps import LISTED, cache_name, step_arguments
+from . import expert_attention as _expert_attention  # noqa: F401  declares it
 from . import expert_forms as _expert_forms  # noqa: F401  declares them
 from .attention import GraphCache, GraphCacheLayer, ProbeCache, tracing, unknown_state
 from .blocks import Block, cut
