@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import partial
-from types import CellType, FunctionType
+from types import CellType, FunctionType, MappingProxyType
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from transformers.masking_utils import AttentionMaskInterface
 
 from ..errors import CaptureError
 from ..graph.ops.attention import MASKED
-from .kept import CONV, INDEXER, KEY, RECURRENT, VALUE, state
+from .kept import CONV, INDEXER, KEY, RECURRENT, SUMMED, VALUE, state
 from .states import Asked, GraphStateLayer, asked
 
 IMPLEMENTATION = "qexport"
@@ -33,13 +33,12 @@ class GraphCacheLayer(DynamicLayer):
     Attributes:
         new: keys and values of the new tokens; None before `update`.
         present: what the cache holds then; None before `update`.
-        indexer: keys of the layer's indexer, [batch, 1, past, features], behind `update_indexer` with the new ones;
-            None where it has none.
+        rows: what else it keeps of every token, by role [batch, 1, past, features]; behind `update_rows` of all.
     """
 
-    def __init__(self, key: torch.Tensor, value: torch.Tensor, indexer: torch.Tensor | None = None):
+    def __init__(self, key: torch.Tensor, value: torch.Tensor, rows: Mapping[str, torch.Tensor] = MappingProxyType({})):
         super().__init__()
-        self.past_key, self.past_value, self.indexer = key, value, indexer
+        self.past_key, self.past_value, self.rows = key, value, dict(rows)
         self.new: tuple[torch.Tensor, torch.Tensor] | None = None
         self.present: list[torch.Tensor] | None = None
         self.keys, self.values, self.is_initialized = key, value, True
@@ -53,12 +52,12 @@ class GraphCacheLayer(DynamicLayer):
         self.present = [self.keys, self.values]
         return self.keys, self.values
 
-    def update_indexer(self, keys: torch.Tensor) -> torch.Tensor:
-        """Past and new keys of the indexer; the new ones are [batch, new, features], and so are all."""
-        if self.indexer is None:
-            raise CaptureError("a layer that has no indexer updates its keys")
-        self.indexer = torch.cat([self.indexer, keys[:, None]], dim=2)
-        return self.indexer[:, 0]
+    def update_rows(self, new: torch.Tensor, role: str) -> torch.Tensor:
+        """What is kept of past and new tokens; of the new ones it is [batch, new, features], and so of all."""
+        if role not in self.rows:
+            raise CaptureError(f"a layer that keeps no {role} of tokens updates it")
+        self.rows[role] = torch.cat([self.rows[role], new[:, None]], dim=2)
+        return self.rows[role][:, 0]
 
     def get_seq_length(self) -> int:
         return self.past_key.shape[2]
@@ -91,7 +90,11 @@ class GraphCache(_FromTheFirstToken):
     """
 
     def __init__(self, past: Sequence[Mapping[str, torch.Tensor]]):
-        self.attended = [GraphCacheLayer(of[KEY], of[VALUE], of.get(INDEXER)) if KEY in of else None for of in past]
+        rows = [{role: of[role] for role in (INDEXER, SUMMED) if role in of} for of in past]
+        self.attended = [
+            GraphCacheLayer(of[KEY], of[VALUE], more) if KEY in of else None
+            for of, more in zip(past, rows, strict=True)
+        ]
         self.states = [GraphStateLayer(of) for of in past]
         layers: list[Any] = [keys or state for keys, state in zip(self.attended, self.states, strict=True)]
         super().__init__(layers=layers)
@@ -99,18 +102,22 @@ class GraphCache(_FromTheFirstToken):
     def present(self) -> list[torch.Tensor]:
         found: list[torch.Tensor] = []
         for number, (keys, states) in enumerate(zip(self.attended, self.states, strict=True)):
-            indexer = [] if keys is None or keys.indexer is None else [keys.indexer]
-            for made in ([] if keys is None else keys.present, indexer, states.present):
+            rows = [] if keys is None else list(keys.rows.values())
+            for made in ([] if keys is None else keys.present, rows, states.present):
                 if made is None:
                     raise CaptureError(f"the model never updated the cache of layer {number}")
                 found += made
         return found
 
     def update_indexer(self, indexer_key_states, layer_idx, **kwargs):
+        return self.update_rows(indexer_key_states, layer_idx, INDEXER)
+
+    def update_rows(self, new: torch.Tensor, layer_idx: int, role: str) -> torch.Tensor:
+        """What is kept of past and new tokens, beside keys and values; see `GraphCacheLayer`."""
         layer = self.attended[layer_idx]
         if layer is None:
-            raise CaptureError("a layer that keeps no keys has an indexer of them")
-        return layer.update_indexer(indexer_key_states)
+            raise CaptureError(f"a layer that keeps no keys keeps {role} of tokens")
+        return layer.update_rows(new, role)
 
     def update_conv_state(self, conv_states, layer_idx, state_idx=0, **kwargs):
         return self.states[layer_idx].update_conv(conv_states, state_idx)
@@ -173,8 +180,12 @@ class ProbeCache(_FromTheFirstToken):
         self._note(layer_idx, **{role: tensor})
 
     def update_indexer(self, indexer_key_states, layer_idx, **kwargs):
-        self._note(layer_idx, indexer=indexer_key_states[:, None])
-        return indexer_key_states
+        return self.update_rows(indexer_key_states, layer_idx, INDEXER)
+
+    def update_rows(self, new: torch.Tensor, layer_idx: int, role: str) -> torch.Tensor:
+        """The new ones, as in front of a text."""
+        self._note(layer_idx, **{role: new[:, None]})
+        return new
 
     def update_conv_state(self, conv_states, layer_idx, state_idx=0, conv_kernel_size=None, **kwargs):
         if conv_kernel_size is None:

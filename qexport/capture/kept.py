@@ -1,8 +1,8 @@
 """What the layers of a decoder keep from call to call, from tracing to the file's interface.
 
-A layer may keep keys and values and the key of an indexer, which grow by a row for every token, the last inputs of
-causal convolutions, and the states of recurrences, both of which are zeros in front of a text: any of these together,
-or nothing.
+A layer may keep keys and values, the key of an indexer and what summaries of tokens are made of, which grow by a row
+for every token, the last inputs of causal convolutions, and the states of recurrences, both of which are zeros in front
+of a text: any of these together, or nothing.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,18 +14,20 @@ import torch
 from .graph import BATCH, Port
 
 PAST, TOTAL = "past_sequence_length", "total_sequence_length"
-KEY, VALUE, INDEXER, CONV, RECURRENT = "key", "value", "indexer", "conv", "recurrent"
+KEY, VALUE, INDEXER, SUMMED, CONV, RECURRENT = "key", "value", "indexer", "summed", "conv", "recurrent"
 # Names of the file's inputs, with a place for the number of the layer, in their order.
 _INPUTS = {
     KEY: "past_key_values.{}.key", VALUE: "past_key_values.{}.value", INDEXER: "past_indexer.{}",
-    CONV: "past_conv.{}", RECURRENT: "past_recurrent.{}",
+    SUMMED: "past_summed.{}", CONV: "past_conv.{}", RECURRENT: "past_recurrent.{}",
 }  # fmt: skip
-_GROWING = (KEY, VALUE, INDEXER)
+_GROWING = (KEY, VALUE, INDEXER, SUMMED)
 # Kinds of layers as configs of transformers say them, by what they keep; other states beside keys are "hybrid".
 _CALLED = {
     frozenset(): "none", frozenset({KEY, VALUE}): "full_attention", frozenset({CONV}): "conv",
     frozenset({CONV, RECURRENT}): "linear_attention", frozenset({RECURRENT}): "linear_attention",
     frozenset({KEY, VALUE, INDEXER}): "indexed_attention",
+    frozenset({KEY, VALUE, SUMMED}): "heavily_compressed_attention",
+    frozenset({KEY, VALUE, INDEXER, SUMMED}): "compressed_sparse_attention",
 }  # fmt: skip
 
 
@@ -48,7 +50,7 @@ class Kept:
     """One tensor that a layer keeps.
 
     Attributes:
-        role: "key", "value", "indexer", "conv" or "recurrent"; of several states "conv", "conv.1" and so on.
+        role: "key", "value", "indexer", "summed", "conv" or "recurrent"; of several states "conv", "conv.1" and so on.
         dims: sizes behind the batch; None where the number of tokens stands.
     """
 

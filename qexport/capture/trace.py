@@ -21,6 +21,7 @@ from ..models.quiet import quiet_transformers
 from ..models.steps import LISTED, cache_name, step_arguments
 from . import expert_attention as _expert_attention  # noqa: F401  declares it
 from . import expert_forms as _expert_forms  # noqa: F401  declares them
+from . import summaries as _summaries  # noqa: F401  declares them
 from .attention import GraphCache, GraphCacheLayer, ProbeCache, tracing, unknown_state
 from .blocks import Block, cut
 from .causal_convolutions import fuse_causal_convolutions
@@ -302,7 +303,14 @@ def _export(model: PreTrainedModel, cache: list[Layer], place: str, reads: Reads
     except CaptureError:
         raise
     except Exception as error:  # torch.export raises almost anything, and hides the reason behind other errors
-        raise CaptureError(f"torch.export failed: {root_cause(error)}", place=place) from error
+        cause = root_cause(error)
+        if "Constraints violated (L['input_ids'].size()[1])" in cause:
+            raise CaptureError(
+                "its code works out from the length of its cache which of the tokens are new ones: it is handed the "
+                "whole text in every step",
+                place=place, remedy="A step of a file reads the new tokens alone, and the cache",
+            ) from error  # fmt: skip
+        raise CaptureError(f"torch.export failed: {cause}", place=place) from error
 
 
 def _rename_weights(whole: GraphModule, aliases: dict[str, tuple[str, ...]]) -> None:

@@ -105,7 +105,7 @@ class Places:
             name: of the output of the model that it is, or empty.
         """
         outside = name == "logits"
-        if name.startswith(("present.", "present_indexer.")):
+        if name.startswith(("present.", "present_indexer.", "present_summed.")):
             value = value.transpose(1, 2).flatten(2)
             value = value.gather(1, self.cache[..., None].expand(-1, -1, value.shape[2]))
         real = self.outside if outside else self.inside

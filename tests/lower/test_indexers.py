@@ -71,15 +71,22 @@ def test_attention_reads_what_was_chosen_whatever_the_padding(tmp_path):
     assert (got - everything).abs().max() > 0.01 * want.abs().max()
 
 
+TURNS = ["full", "full", "shared", "full", "shared"]
+SHARED = {"num_hidden_layers": 5, "indexer_types": TURNS, "layer_types": [INDEXED] * 5}
+SHARED["mlp_layer_types"] = ["dense"] * 5
+SUMMED = ["heavily_compressed_attention", "compressed_sparse_attention"]
+
+
 @pytest.mark.slow
-def test_layers_take_over_the_choice_of_one_before(tmp_path):
-    kinds = ["full", "full", "shared", "full", "shared"]
-    folder = save_model(
-        "glm_moe_dsa", tmp_path / "model", num_hidden_layers=5, indexer_types=kinds, layer_types=[INDEXED] * 5,
-        mlp_layer_types=["dense"] * 5,
-    )  # fmt: skip
+@pytest.mark.parametrize(
+    ("family", "changes", "kinds"),
+    [("glm_moe_dsa", SHARED, [INDEXED if turn == "full" else "full_attention" for turn in TURNS]),
+     ("deepseek_v4", {"num_hidden_layers": 2, "layer_types": SUMMED, "mlp_layer_types": ["moe"] * 2}, SUMMED)],
+)  # fmt: skip
+def test_a_file_of_floats_is_transformers_model(tmp_path, family, changes, kinds):
+    folder = save_model(family, tmp_path / "model", **changes)
     exported = exports.export(capture_model(folder), Recipe(**FLOAT), "cpu", tmp_path / "out")
-    assert exported.manifest.settings["layer_types"] == [INDEXED if k == "full" else "full_attention" for k in kinds]
+    assert exported.manifest.settings["layer_types"] == kinds
     for mask in MASKS:
         runs = (exported.in_onnxruntime(), transformers_runner(reference_model(folder)))
         got, want = agreement.logits(mask, *((run, exported.captured, torch.float32) for run in runs))
