@@ -1,11 +1,14 @@
 """What a decoder keeps from call to call, by the names of its inputs and outputs, as transformers.js has them.
 
-Keys and values grow by a row for every token: past_key_values.3.key becomes present.3.key. States of other layers keep
-their size: past_conv.0 becomes present_conv.0, past_recurrent.0 present_recurrent.0.
+Keys and values, keys of an indexer and what summaries of tokens are made of grow by a row for every token, [batch,
+heads, tokens, features]: past_key_values.3.key becomes present.3.key, past_indexer.3 and past_summed.3 (of one head)
+present_indexer.3 and present_summed.3. States of other layers keep their size: past_conv.0 becomes present_conv.0,
+past_recurrent.0 present_recurrent.0; where a layer has several of a kind they are past_conv.0.0, past_conv.0.1 and so
+on.
 """
 
 TOKEN_IDS, EMBEDDINGS = "input_ids", "inputs_embeds"  # what a decoder reads: ids, or embeddings merged with features
-KEYS, STATES = "past_key_values.", ("past_conv.", "past_recurrent.")
+KEYS, ROWS, STATES = "past_key_values.", ("past_indexer.", "past_summed."), ("past_conv.", "past_recurrent.")
 
 
 def is_tokens(name: str) -> bool:
@@ -15,7 +18,7 @@ def is_tokens(name: str) -> bool:
 
 def is_past(name: str) -> bool:
     """Whether an input takes what the call before made."""
-    return name.startswith((KEYS, *STATES))
+    return name.startswith((KEYS, *ROWS, *STATES))
 
 
 def is_state(name: str) -> bool:

@@ -165,10 +165,12 @@ class Manifest(_Frozen):
             attention (absent in files of others): "grouped" or "standard"; with grouped attention prompts may be padded
             on the left though there is no position_ids.
             form: "qdq" where the file has the operators of ONNX alone, and its opset; absent in native files.
-            layer_types (absent where all keep keys and values): of each layer "full_attention", "conv", which keeps
-            the last conv_cache_size inputs of its convolution in past_conv.{i}, zeros in front of a text,
+            layer_types (absent where all keep keys and values): of each layer "full_attention", "indexed_attention",
+            which also keeps keys of its indexer in past_indexer.{i}, "heavily_compressed_attention" and
+            "compressed_sparse_attention", which keep what summaries are made of in past_summed.{i}, "conv", which
+            keeps the last conv_cache_size inputs of its convolution in past_conv.{i}, zeros in front of a text,
             "linear_attention", which also keeps the state of a recurrence in past_recurrent.{i}, "hybrid", which keeps
-            all of these, or "none".
+            keys and values and such states, or "none". Several states of a kind are past_conv.{i}.{n}.
             logits: "last" where they are those of the last token only ([batch, 1, vocab]); absent, of every token.
         bytes: sizes by part; see `lower.sizes.by_part`.
         adapters: names of the adapters that the file can be run with, each in a file of its own, NAME.onnx_adapter.

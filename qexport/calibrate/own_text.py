@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from ..artifact.cache_names import KEYS
+from ..artifact.cache_names import is_past, is_state
 from ..capture.graph import CapturedModel
 from ..progress import StageProgress
 from ..recipe.recipe import CalibrationSpec
@@ -45,7 +45,7 @@ def own_text(captured: CapturedModel, spec: CalibrationSpec, progress: StageProg
 def _together(captured: CapturedModel, spec: CalibrationSpec) -> int:
     if float_bytes(captured) <= _LARGE:
         return _TOGETHER
-    caches = [port for port in captured.inputs if port.name.startswith(KEYS)]
+    caches = [port for port in captured.inputs if is_past(port.name) and not is_state(port.name)]
     features = sum(port.empty(1).shape[1] * port.empty(1).shape[3] for port in caches)
     return min(spec.samples, max(_TOGETHER, int(_CACHES // (4 * max(features, 1) * spec.sequence_length))))
 

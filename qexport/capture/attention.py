@@ -5,8 +5,8 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import partial
-from types import CellType, FunctionType
-from typing import Any, NoReturn
+from types import CellType, FunctionType, MappingProxyType
+from typing import Any
 
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
@@ -16,7 +16,7 @@ from transformers.masking_utils import AttentionMaskInterface
 
 from ..errors import CaptureError
 from ..graph.ops.attention import MASKED
-from .kept import CONV, KEY, RECURRENT, VALUE
+from .kept import CONV, INDEXER, KEY, RECURRENT, SUMMED, VALUE, state
 from .states import Asked, GraphStateLayer, asked
 
 IMPLEMENTATION = "qexport"
@@ -33,11 +33,12 @@ class GraphCacheLayer(DynamicLayer):
     Attributes:
         new: keys and values of the new tokens; None before `update`.
         present: what the cache holds then; None before `update`.
+        rows: what else it keeps of every token, by role [batch, 1, past, features]; behind `update_rows` of all.
     """
 
-    def __init__(self, key: torch.Tensor, value: torch.Tensor):
+    def __init__(self, key: torch.Tensor, value: torch.Tensor, rows: Mapping[str, torch.Tensor] = MappingProxyType({})):
         super().__init__()
-        self.past_key, self.past_value = key, value
+        self.past_key, self.past_value, self.rows = key, value, dict(rows)
         self.new: tuple[torch.Tensor, torch.Tensor] | None = None
         self.present: list[torch.Tensor] | None = None
         self.keys, self.values, self.is_initialized = key, value, True
@@ -51,6 +52,13 @@ class GraphCacheLayer(DynamicLayer):
         self.present = [self.keys, self.values]
         return self.keys, self.values
 
+    def update_rows(self, new: torch.Tensor, role: str) -> torch.Tensor:
+        """What is kept of past and new tokens; of the new ones it is [batch, new, features], and so of all."""
+        if role not in self.rows:
+            raise CaptureError(f"a layer that keeps no {role} of tokens updates it")
+        self.rows[role] = torch.cat([self.rows[role], new[:, None]], dim=2)
+        return self.rows[role][:, 0]
+
     def get_seq_length(self) -> int:
         return self.past_key.shape[2]
 
@@ -61,27 +69,20 @@ class GraphCacheLayer(DynamicLayer):
 def unknown_state(what: str) -> CaptureError:
     """A layer of the model keeps something that has no place in a file's interface."""
     return CaptureError(
-        f"a layer keeps {what}: only keys and values, and a state of a convolution and of a recurrence, are known",
+        f"a layer keeps {what}: only keys, values, keys of an indexer, and states of convolutions and recurrences are "
+        "known",
         remedy="A state of another kind cannot be lowered",
     )
 
 
-class _OfKnownStates(Cache):
-    """A cache that refuses what models keep besides keys, values, inputs of a convolution and state of a recurrence."""
-
-    def _refused(self) -> NoReturn:
-        raise unknown_state("several states of convolutions or recurrences")
-
-    def update_indexer(self, *args, **kwargs) -> NoReturn:
-        raise unknown_state("a key of an indexer for every token, which chooses what attention reads")
+class _FromTheFirstToken(Cache):
+    """A cache that looks as in front of a text."""
 
     def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> None:
-        """None, as in front of a text: a model with nothing to look up takes the way of a prompt."""
-        if state_idx:
-            self._refused()
+        """None: a model with nothing to look up takes the way of a prompt."""
 
 
-class GraphCache(_OfKnownStates):
+class GraphCache(_FromTheFirstToken):
     """The cache handed to a Hugging Face model while it is traced.
 
     Args:
@@ -89,34 +90,53 @@ class GraphCache(_OfKnownStates):
     """
 
     def __init__(self, past: Sequence[Mapping[str, torch.Tensor]]):
-        self.attended = [GraphCacheLayer(of[KEY], of[VALUE]) if KEY in of else None for of in past]
-        self.states = [GraphStateLayer(of.get(CONV), of.get(RECURRENT)) for of in past]
+        rows = [{role: of[role] for role in (INDEXER, SUMMED) if role in of} for of in past]
+        self.attended = [
+            GraphCacheLayer(of[KEY], of[VALUE], more) if KEY in of else None
+            for of, more in zip(past, rows, strict=True)
+        ]
+        self.states = [GraphStateLayer(of) for of in past]
         layers: list[Any] = [keys or state for keys, state in zip(self.attended, self.states, strict=True)]
         super().__init__(layers=layers)
 
     def present(self) -> list[torch.Tensor]:
         found: list[torch.Tensor] = []
         for number, (keys, states) in enumerate(zip(self.attended, self.states, strict=True)):
-            for made in ([] if keys is None else keys.present, states.present):
+            rows = [] if keys is None else list(keys.rows.values())
+            for made in ([] if keys is None else keys.present, rows, states.present):
                 if made is None:
                     raise CaptureError(f"the model never updated the cache of layer {number}")
                 found += made
         return found
 
+    def update_indexer(self, indexer_key_states, layer_idx, **kwargs):
+        return self.update_rows(indexer_key_states, layer_idx, INDEXER)
+
+    def update_rows(self, new: torch.Tensor, layer_idx: int, role: str) -> torch.Tensor:
+        """What is kept of past and new tokens, beside keys and values; see `GraphCacheLayer`."""
+        layer = self.attended[layer_idx]
+        if layer is None:
+            raise CaptureError(f"a layer that keeps no keys keeps {role} of tokens")
+        return layer.update_rows(new, role)
+
     def update_conv_state(self, conv_states, layer_idx, state_idx=0, **kwargs):
-        if state_idx:
-            self._refused()
-        return self.states[layer_idx].update_conv(conv_states)
+        return self.states[layer_idx].update_conv(conv_states, state_idx)
+
+    def past_inputs(self, layer_idx: int) -> torch.Tensor | None:
+        """The last inputs of the layer's convolution themselves, for code that joins them with new ones."""
+        return self.states[layer_idx].past(CONV)
+
+    def keep_inputs(self, last: torch.Tensor, layer_idx: int) -> None:
+        """Those behind the new tokens, from such code."""
+        self.states[layer_idx].replace(CONV, last)
 
     def get_recurrent_state(self, layer_idx, state_idx=0):
-        state = self.states[layer_idx].recurrent
-        asked.set(Asked(state))
-        return state
+        past = self.states[layer_idx].past(RECURRENT, state_idx)
+        asked.set(Asked(past))
+        return past
 
     def update_recurrent_state(self, recurrent_states, layer_idx, state_idx=0, **kwargs):
-        if state_idx:
-            self._refused()
-        return self.states[layer_idx].update_recurrent(recurrent_states)
+        return self.states[layer_idx].replace(RECURRENT, recurrent_states, state_idx)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self._first_of_keys(layer_idx).get_seq_length()
@@ -132,7 +152,7 @@ class GraphCache(_OfKnownStates):
         return found[0]
 
 
-class ProbeCache(_OfKnownStates):
+class ProbeCache(_FromTheFirstToken):
     """An empty cache that keeps nothing, and notes what a model puts into it.
 
     Attributes:
@@ -154,19 +174,37 @@ class ProbeCache(_OfKnownStates):
         self._note(layer_idx, key=key_states, value=value_states)
         return key_states, value_states
 
+    def _note_state(self, layer_idx: int, role: str, tensor: torch.Tensor) -> None:
+        if role in self.found.get(layer_idx, ()):
+            raise unknown_state("one state for several convolutions or recurrences")
+        self._note(layer_idx, **{role: tensor})
+
+    def update_indexer(self, indexer_key_states, layer_idx, **kwargs):
+        return self.update_rows(indexer_key_states, layer_idx, INDEXER)
+
+    def update_rows(self, new: torch.Tensor, layer_idx: int, role: str) -> torch.Tensor:
+        """The new ones, as in front of a text."""
+        self._note(layer_idx, **{role: new[:, None]})
+        return new
+
     def update_conv_state(self, conv_states, layer_idx, state_idx=0, conv_kernel_size=None, **kwargs):
-        if state_idx or CONV in self.found.get(layer_idx, ()) or conv_kernel_size is None:
-            self._refused()
-        self._note(layer_idx, conv=conv_states.new_zeros((*conv_states.shape[:2], conv_kernel_size - 1)))
+        if conv_kernel_size is None:
+            raise unknown_state("inputs of a convolution of no stated width")
+        inputs = conv_states.new_zeros((*conv_states.shape[:2], conv_kernel_size - 1))
+        self._note_state(layer_idx, state(CONV, state_idx), inputs)
         return conv_states
+
+    def past_inputs(self, layer_idx: int) -> None:
+        """None, as in front of a text."""
+
+    def keep_inputs(self, last: torch.Tensor, layer_idx: int) -> None:
+        self._note_state(layer_idx, CONV, last)
 
     def get_recurrent_state(self, layer_idx, state_idx=0):
         asked.set(Asked(None))
 
     def update_recurrent_state(self, recurrent_states, layer_idx, state_idx=0, **kwargs):
-        if state_idx or RECURRENT in self.found.get(layer_idx, ()):
-            self._refused()
-        self._note(layer_idx, recurrent=recurrent_states)
+        self._note_state(layer_idx, state(RECURRENT, state_idx), recurrent_states)
         return recurrent_states
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
@@ -229,14 +267,27 @@ def _attention(module, query, key, value, attention_mask, scaling=None, dropout=
         raise CaptureError("attention outside a decoder layer with a cache and a mask", place=type(module).__name__)
     if bias is not None:
         attention_mask = attention_mask + bias
+    if (chosen := kwargs.get("indices")) is not None:
+        attention_mask = _without_others(attention_mask, chosen)
     kept = (at for at in cache.layers if isinstance(at, GraphCacheLayer))
     layer = next((at for at in kept if at.new and at.keys is key and at.values is value), None)
-    if layer is None or layer.present[0] is not key:
+    if (of_queries := kwargs.get("sinks")) is not None or layer is None or layer.present[0] is not key:
+        sinks = sinks if of_queries is None else of_queries
         return _written_out(query, key, value, attention_mask, scale, softcap, sinks), None
     out, *layer.present = torch.ops.qexport.cached_attention(
         query, *layer.new, layer.past_key, layer.past_value, attention_mask, scale, softcap, sinks
     )
     return out, None
+
+
+def _without_others(mask: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
+    """The mask of attention with all keys hidden that were not chosen.
+
+    Args:
+        mask: additive, [batch, 1, new, total]; chosen: places of keys, integers [batch, new, at most total].
+    """
+    found = torch.zeros_like(mask).scatter(-1, chosen.long()[:, None], 1.0)
+    return torch.where(found > 0, mask, MASKED)
 
 
 def _across(query, key, value, mask, bias, scale: float, softcap: float, sinks: torch.Tensor | None) -> torch.Tensor:
@@ -262,7 +313,8 @@ def _written_out(query, key, value, mask, scale: float, softcap: float, sinks: t
     """Attention on keys and values that are not one layer's cache as it is, in plain operators.
 
     Args:
-        sinks: [heads], a score for each head that takes its share of the softmax and has no value.
+        sinks: a score that takes its share of the softmax and has no value, [heads], or of each query [batch, heads,
+            sequence, 1].
     """
     repeat = query.shape[1] // key.shape[1]
     if repeat > 1:
@@ -276,7 +328,7 @@ def _written_out(query, key, value, mask, scale: float, softcap: float, sinks: t
     scores = scores + mask
     if sinks is not None:
         # The score of the first key times zero has the shape wanted, whatever it is.
-        column = scores[..., :1] * 0.0 + sinks.reshape(1, -1, 1, 1)
+        column = sinks if sinks.dim() == 4 else scores[..., :1] * 0.0 + sinks.reshape(1, -1, 1, 1)
         scores = torch.cat([scores, column], dim=-1)
     weights = torch.softmax(scores, dim=-1)
     if sinks is not None:

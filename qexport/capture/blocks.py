@@ -2,13 +2,16 @@
 
 A block is a GraphModule of its own: its placeholders are the values it needs from earlier blocks or from outside, its
 outputs the values that later blocks or the caller need. Layers are found by module path (children `0, 1, 2, ...` of one
-container that hold most of the weights); nodes that belong to no layer go where their inputs put them.
+container that hold most of the weights); nodes that belong to no layer go where their inputs put them. Layers that run
+in a loop, each several times, are one block together.
 """
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
+from posixpath import commonpath
 from typing import Any
 
 import torch
@@ -23,6 +26,9 @@ from .lines import line_of
 
 _LAYER = re.compile(r"^(?P<container>.*?)\.(?P<index>\d+)(?=\.|$)")
 _OF_ITSELF = re.compile(r"^(?P<index>\d+)(?=\.|$)")  # the same where the model is the container
+
+
+Home = Callable[[Node], str | None]
 
 
 @dataclass
@@ -72,8 +78,14 @@ def cut(module: GraphModule, results: list[str]) -> list[Block]:
         CaptureError: a layer needs a value that a later layer makes.
     """
     graph = module.graph
-    layers = _layers(graph)
-    part = _assign(graph, layers)
+    layers, home = _row(graph)
+    try:
+        part = _assign(graph, layers, home)
+    except CaptureError:
+        if (loop := _loop(graph)) is None:
+            raise
+        layers, home = loop
+        part = _assign(graph, layers, home)
     names = ["prologue", *layers, "epilogue"]
     blocks = []
     for index, name in enumerate(names):
@@ -82,6 +94,23 @@ def cut(module: GraphModule, results: list[str]) -> list[Block]:
             blocks.append(_block(module, name, nodes, part, index, results))
     note_uses([block.module.graph for block in blocks])
     return blocks
+
+
+def _row(graph: Graph) -> tuple[list[str], Home]:
+    """The layers that run one after another, and to which of them a node belongs."""
+    layers = _layers(graph)
+    pattern = _OF_ITSELF if layers and layers[0].isdigit() else _LAYER
+    return layers, lambda node: _layer_of(node, pattern)
+
+
+def _loop(graph: Graph) -> tuple[list[str], Home] | None:
+    """The one block of all layers, by the module that holds them, where some run again behind others; else None."""
+    calls = [layer for node in graph.nodes if (layer := _layer_of(node, _LAYER))]
+    turns = Counter(layer for layer, _ in groupby(calls))
+    if max(turns.values(), default=0) < 2:
+        return None
+    name = commonpath(layer.replace(".", "/") for layer in turns).replace("/", ".") or "layers"
+    return [name], lambda node: name if _layer_of(node, _LAYER) in turns else None
 
 
 def _layers(graph: Graph) -> list[str]:
@@ -124,20 +153,23 @@ def _layer_of(node: Node, pattern: re.Pattern[str]) -> str | None:
     return found and f"{found[0]}.{found[1]}".removeprefix(".")
 
 
-def _assign(graph: Graph, layers: list[str]) -> dict[Node, int]:
-    """Part of every call: 0 is the prologue, 1 + i layer i, len(layers) + 1 the epilogue."""
+def _assign(graph: Graph, layers: list[str], home: Home) -> dict[Node, int]:
+    """Part of every call: 0 is the prologue, 1 + i layer i, len(layers) + 1 the epilogue.
+
+    Args:
+        home: the name of the layer that makes a call; None where it is made outside of all.
+    """
     index = {name: i + 1 for i, name in enumerate(layers)}
     last = len(layers) + 1
     part: dict[Node, int] = {}
-    pattern = _OF_ITSELF if layers and layers[0].isdigit() else _LAYER
     # The last call that the last layer makes; the module around may add up what it makes in between.
-    calls = (node for node in reversed(graph.nodes) if layers and _layer_of(node, pattern) == layers[-1])
+    calls = (node for node in reversed(graph.nodes) if layers and home(node) == layers[-1])
     end = next(calls, None)
     for node in graph.nodes:
         if node.op != "call_function":
             continue
         earliest = max((part[n] for n in node.all_input_nodes if n in part), default=0)
-        own = index.get(_layer_of(node, pattern) or "")
+        own = index.get(home(node) or "")
         if own is None:
             # Belongs to no layer: as early as its inputs allow, but what follows the last layer is the epilogue.
             own = last if end is not None and end < node and earliest == len(layers) else earliest

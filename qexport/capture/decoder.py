@@ -25,7 +25,7 @@ from .experts import IMPLEMENTATION as EXPERTS
 from .graph import BATCH, CapturedModel, Port
 from .kept import PAST, TOTAL, first_keys, kept_ports, layer_settings
 from .rope import longest_text, settle_frequencies
-from .stored import aliases_of, codes_in, convert_names, find_weights, note_cache_scales, untie
+from .stored import aliases_of, codes_in, convert_names, find_weights, note_cache_scales, stored_tables, untie
 from .trace import TOKEN_IDS, Reads, Traced, trace_model
 from .weight_views import WeightViews
 
@@ -41,10 +41,11 @@ def capture_decoder(
 ) -> CapturedModel:
     """Capture the model of a folder as float32 blocks.
 
-    The inputs are input_ids, attention_mask, position_ids and what layers keep: past_key_values.{i}.key/value, the
-    inputs of a convolution (past_conv.{i}) and the state of a recurrence (past_recurrent.{i}); the outputs logits and
-    the same behind the new tokens (present.{i}.key/value, present_conv.{i}, present_recurrent.{i}). Batch, sequence and
-    past are dynamic, 1 and 0 included.
+    The inputs are input_ids, attention_mask, position_ids and what layers keep: past_key_values.{i}.key/value, keys of
+    an indexer (past_indexer.{i}), the inputs of a convolution (past_conv.{i}) and the state of a recurrence
+    (past_recurrent.{i}); the outputs logits and the same behind the new tokens (present.{i}.key/value,
+    present_indexer.{i}, present_conv.{i}, present_recurrent.{i}). Batch, sequence and past are dynamic, 1 and 0
+    included.
 
     Args:
         loader: an auto class of transformers whose models are built.
@@ -73,6 +74,7 @@ def capture_decoder(
         note_cache_scales(traced.blocks, checkpoint)
     stored, left_out = find_weights(checkpoint, folder, model, read, buffers, aliases)
     buffers, parameters = {n: b for n, b in buffers.items() if n not in stored}, [*parameters, *stored]
+    buffers |= stored_tables(checkpoint, model, buffers)
     given = codes_in(checkpoint, parameters, traced.pieces)
     settings, rows = _settings(folder.config.get_text_config(), traced), embedding_rows(model)
     inputs, outputs = _ports(traced, settings, given_reads)

@@ -65,9 +65,11 @@ def _own(part: Node, index: int, count: int, owner: str, pieces: dict[str, Weigh
         weights, shares = weights + is_weight, shares + is_share
         if is_weight or is_share or any(read in own for read in node.all_input_nodes):
             own[node] = None
-    if weights < 2 or shares != 1:
+    whole = any(_is_stack(node, count, owner) for node in behind)
+    if not weights or whole or shares != 1:
         raise CaptureError(
-            f"an expert reads {weights} weights and {shares} shares by its number, which cannot be followed",
+            f"an expert reads {weights} weights and {shares} shares by its number"
+            f"{', and the weights of all' if whole else ''}, which cannot be followed",
             place=owner,
         )  # fmt: skip
     return list(own)
@@ -78,6 +80,12 @@ def _is_weight(node: Node, index: int, owner: str, pieces: dict[str, WeightView]
         return False
     piece = pieces.get(tensor_name(node))
     return piece is not None and piece.index == index and piece.source.startswith(f"{owner}.")
+
+
+def _is_stack(node: Node, count: int, owner: str) -> bool:
+    """Whether a node is the weights of all experts in one tensor, which are read in another way."""
+    stacked = node.op == "get_attr" and node.meta["val"].dim() > 2 and node.meta["val"].shape[0] == count
+    return stacked and tensor_name(node).startswith(f"{owner}.")
 
 
 def _is_share(node: Node, index: int, count: int, owner: str) -> bool:

@@ -1,57 +1,56 @@
 """States of layers that are no keys and values, while a model is traced: zeros in front of a text, of a fixed size."""
 
+from collections.abc import Mapping
 from contextvars import ContextVar
 
 import torch
 
 from ..errors import CaptureError
+from .kept import CONV, RECURRENT, kind_of, state
 
 
 class GraphStateLayer:
-    """The last inputs of a layer's causal convolution, and the state of its recurrence, as far as it has them.
+    """The last inputs of a layer's causal convolutions, and the states of its recurrences, as far as it has them.
 
     The past of a text is zeros, which is what such a convolution is padded with: so a prompt and a step are the same
     graph.
 
-    Attributes:
-        conv: [batch, channels, width], as many as the convolution reads in front of its own.
-        recurrent: the state in front.
+    Args:
+        kept: by role what the layer keeps: inputs of a convolution [batch, channels, width], as many as it reads in
+            front of its own, and states of recurrences; others are none of its business.
     """
 
     record_past = False
 
-    def __init__(self, conv: torch.Tensor | None = None, recurrent: torch.Tensor | None = None):
-        self.conv, self.recurrent = conv, recurrent
-        self._inputs: torch.Tensor | None = None
-        self._state: torch.Tensor | None = None
+    def __init__(self, kept: Mapping[str, torch.Tensor]):
+        self._past = {role: tensor for role, tensor in kept.items() if kind_of(role) in (CONV, RECURRENT)}
+        self._new: dict[str, torch.Tensor] = {}
+
+    def past(self, role: str, number: int = 0) -> torch.Tensor | None:
+        """The state of this kind in front of the new tokens; None of a layer that has none."""
+        return self._past.get(state(role, number))
 
     @property
     def present(self) -> list[torch.Tensor] | None:
-        """The same behind the new tokens; None before the updates."""
-        pairs = [(self.conv, self._inputs), (self.recurrent, self._state)]
-        made = [after for before, after in pairs if before is not None]
-        return None if any(tensor is None for tensor in made) else [tensor for tensor in made if tensor is not None]
+        """The same behind the new tokens, in order; None before the updates."""
+        return [self._new[role] for role in self._past] if self._past.keys() == self._new.keys() else None
 
-    def update_conv(self, new: torch.Tensor) -> torch.Tensor:
+    def replace(self, role: str, value: torch.Tensor, number: int = 0) -> torch.Tensor:
+        """The state behind the new tokens: of a recurrence, or the last inputs that the model's code takes itself."""
+        role = state(role, number)
+        if role not in self._past or role in self._new:
+            raise CaptureError("one layer updates its state twice")
+        self._new[role] = value
+        return value
+
+    def update_conv(self, new: torch.Tensor, number: int = 0) -> torch.Tensor:
         """Past and new inputs in a row, [batch, channels, width + new]."""
-        if self._inputs is not None or self.conv is None:
+        past = self.past(CONV, number)
+        if past is None:
             raise CaptureError("one layer updates its state twice")
-        whole = torch.cat([self.conv, new], dim=-1)
-        self._inputs = whole[..., -self.conv.shape[-1] :]
+        whole = torch.cat([past, new], dim=-1)
+        self.replace(CONV, whole[..., -past.shape[-1] :], number)
         return whole
-
-    def replace_conv(self, last: torch.Tensor) -> None:
-        """The last inputs themselves, where the model's code looks at them without a convolution."""
-        if self._inputs is not None or self.conv is None:
-            raise CaptureError("one layer updates its state twice")
-        self._inputs = last
-
-    def update_recurrent(self, state: torch.Tensor) -> torch.Tensor:
-        """The state of the recurrence behind the new tokens."""
-        if self._state is not None or self.recurrent is None:
-            raise CaptureError("one layer updates its state twice")
-        self._state = state
-        return state
 
 
 class Asked:

@@ -108,6 +108,31 @@ def find_weights(
     return stored, left
 
 
+def stored_tables(
+    checkpoint: Checkpoint, model: torch.nn.Module, buffers: Mapping[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """Integers that a checkpoint holds for buffers, such as the experts that a token takes by its id; by name.
+
+    Args:
+        buffers: those that the graph reads.
+
+    Raises:
+        CaptureError: one has another shape there, or is of floats.
+    """
+    kept, prefix = model.state_dict(), getattr(model, "base_model_prefix", "")
+    wanted = {n: tuple(b.shape) for n, b in buffers.items() if n in kept and b.dtype == torch.int64 and b.dim()}
+    found = {}
+    for name in _resolved(checkpoint, wanted, prefix):
+        table = found[name] = checkpoint.load(name)
+        if tuple(table.shape) != wanted[name] or table.is_floating_point():
+            raise CaptureError(
+                f"is {table.dtype} {list(table.shape)} in the checkpoint, and int64 {list(wanted[name])} in the model",
+                place=name, remedy="The config does not belong to these weights",
+            )  # fmt: skip
+        found[name] = table.to(torch.int64)
+    return found
+
+
 def note_cache_scales(blocks: Iterable[Block], checkpoint: Checkpoint) -> None:
     """Tell every attention with a cache the scales that the checkpoint has for its keys and values."""
     for node in (node for block in blocks for node in block.module.graph.nodes):

@@ -19,7 +19,9 @@ from ..graph.translated import without_form
 from ..graph.views import results_of, tensor_name
 from ..models.quiet import quiet_transformers
 from ..models.steps import LISTED, cache_name, step_arguments
+from . import expert_attention as _expert_attention  # noqa: F401  declares it
 from . import expert_forms as _expert_forms  # noqa: F401  declares them
+from . import summaries as _summaries  # noqa: F401  declares them
 from .attention import GraphCache, GraphCacheLayer, ProbeCache, tracing, unknown_state
 from .blocks import Block, cut
 from .causal_convolutions import fuse_causal_convolutions
@@ -28,6 +30,7 @@ from .decompose import decomposed
 from .expert_copies import copy_experts
 from .experts import tokens_of
 from .graph import BATCH
+from .indexers import fuse_choices
 from .kept import KEY, Layer, by_layer, kept_in
 from .layer_groups import LayerGroups, find_layers
 from .layer_stamps import stamp
@@ -228,6 +231,7 @@ def _normalized(
     for node in whole.graph.nodes:  # what made the input of such a view contiguous was a no-op and is gone
         if node.target is aten._unsafe_view.default or (in_core_aten and node.target is aten.view.default):
             node.target = aten.reshape.default
+    fuse_choices(whole.graph)
     fuse_written_attention(whole.graph)
     fuse_causal_convolutions(whole.graph)
     copy_experts(whole, pieces)
@@ -299,7 +303,14 @@ def _export(model: PreTrainedModel, cache: list[Layer], place: str, reads: Reads
     except CaptureError:
         raise
     except Exception as error:  # torch.export raises almost anything, and hides the reason behind other errors
-        raise CaptureError(f"torch.export failed: {root_cause(error)}", place=place) from error
+        cause = root_cause(error)
+        if "Constraints violated (L['input_ids'].size()[1])" in cause:
+            raise CaptureError(
+                "its code works out from the length of its cache which of the tokens are new ones: it is handed the "
+                "whole text in every step",
+                place=place, remedy="A step of a file reads the new tokens alone, and the cache",
+            ) from error  # fmt: skip
+        raise CaptureError(f"torch.export failed: {cause}", place=place) from error
 
 
 def _rename_weights(whole: GraphModule, aliases: dict[str, tuple[str, ...]]) -> None:

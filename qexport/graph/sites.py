@@ -20,7 +20,8 @@ _POINTWISE = (
     aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor, aten.tanh.default, aten.clamp.default,
     aten.to.dtype, aten._to_copy.default,
 )  # fmt: skip
-_SCORES = (aten.softmax.int, aten.sigmoid.default, aten.softplus.default, aten.sqrt.default)
+# Of scores, and of a part of them: others may stand beside those of what is chosen.
+_SCORES = (aten.softmax.int, aten.sigmoid.default, aten.softplus.default, aten.sqrt.default, aten.slice.Tensor)
 _LARGEST = (aten.topk.default, aten.sort.default, aten.max.dim)
 _PLACES = (aten.argmax.default, aten.argsort.default)
 _COMPARISONS = (

@@ -163,7 +163,7 @@ def _halved(spec: Spec, half: torch.dtype) -> Spec:
 # Their ONNX forms: Clip, Min, ReduceMax, Log, Reciprocal, Round, TopK, and comparisons.
 IN_FLOAT32 = frozenset({
     aten.clamp.default, aten.clamp_min.default, aten.amax.default, aten.log.default, aten.reciprocal.default,
-    aten.rsqrt.default, aten.round.default, aten.topk.default, aten.max.dim, aten.le.Tensor, aten.lt.Tensor,
-    aten.ge.Tensor, aten.gt.Tensor, aten.eq.Tensor, aten.le.Scalar, aten.lt.Scalar, aten.ge.Scalar, aten.gt.Scalar,
-    aten.eq.Scalar, aten.prelu.default,
+    aten.rsqrt.default, aten.round.default, aten.topk.default, aten.max.dim, ops.highest.default, aten.le.Tensor,
+    aten.lt.Tensor, aten.ge.Tensor, aten.gt.Tensor, aten.eq.Tensor, aten.le.Scalar, aten.lt.Scalar, aten.ge.Scalar,
+    aten.gt.Scalar, aten.eq.Scalar, aten.prelu.default,
 })  # fmt: skip

@@ -33,6 +33,8 @@ def _in_block(block: Block, pasts: list[Node], causal: set[Node]) -> str:
     key, value = pasts[0], pasts[-1]
     if shape_of(key)[-1] != shape_of(value)[-1]:
         return "its cache holds what keys and values are made of, or heads of different size"
+    if any((more := Cat.match(user)) is not None and more.dim in (2, -2) for user in _attentions(key)):
+        return "attention reads more than the keys and values of tokens"
     if any(len(_attentions(node)) > 1 for node in (key, value)):
         return "several attentions read one cache"
     softmax = next((n for n in block.module.graph.nodes if is_call(n, aten.softmax.int, aten._softmax.default)), None)

@@ -22,7 +22,7 @@ from ..passes.model.base import ChangedWeights
 _REMEDY = "One of the two readings is wrong: please report it with the model's name"
 # Decisions that a difference of one bit turns.
 _TURNED = 0.01  # of an output of integers or truth values, the share that such differences may turn
-_DECISIONS = ("topk", "sort", "argsort", "argmax", "argmin", "round", "expert_shares")
+_DECISIONS = ("topk", "sort", "argsort", "argmax", "argmin", "round", "expert_shares", "highest")
 
 
 def check_reader(captured: CapturedModel) -> ReaderAgreement:

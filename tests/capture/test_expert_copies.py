@@ -32,7 +32,8 @@ def outputs(captured):
 
 @pytest.mark.parametrize("family", ["qwen3_moe", pytest.param("gpt_oss", marks=pytest.mark.slow),
                                     pytest.param("mixtral", marks=pytest.mark.slow),
-                                    pytest.param("deepseek_v3", marks=pytest.mark.slow)])  # fmt: skip
+                                    pytest.param("deepseek_v3", marks=pytest.mark.slow),
+                                    pytest.param("jetmoe", marks=pytest.mark.slow)])  # fmt: skip
 def test_copies_are_what_tracing_gives(family, tmp_path, monkeypatch):
     one_layer = {"num_hidden_layers": 1} if family == "qwen3_moe" else {}  # those of others are not alike
     folder = save_model(family, tmp_path, **MANY, **one_layer)

@@ -105,11 +105,11 @@ class Places:
             name: of the output of the model that it is, or empty.
         """
         outside = name == "logits"
-        if name.startswith("present."):
+        if name.startswith(("present.", "present_indexer.", "present_summed.")):
             value = value.transpose(1, 2).flatten(2)
             value = value.gather(1, self.cache[..., None].expand(-1, -1, value.shape[2]))
         real = self.outside if outside else self.inside
-        return value[real] if value.shape[:2] == real.shape else value.reshape(1, -1)
+        return value[real].flatten(1) if value.shape[:2] == real.shape else value.reshape(1, -1)
 
 
 def logits(mask, *runs):

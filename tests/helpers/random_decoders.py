@@ -69,6 +69,10 @@ def randomize(model: torch.nn.Module, seed: int) -> None:
     def draw(*shape):
         return torch.randn(shape, generator=random)
 
+    for name, buffer in model.named_buffers():
+        if name.endswith("tid2eid"):  # which experts a token takes, by its id
+            with torch.no_grad():
+                buffer.copy_(torch.stack([draw(16).argsort()[: buffer.shape[1]] % 4 for _ in buffer]))
     embedding = model.get_input_embeddings().weight
     for name, parameter in model.named_parameters():
         with torch.no_grad():

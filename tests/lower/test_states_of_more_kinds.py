@@ -1,4 +1,4 @@
-"""Recurrences of RecurrentGemma, xLSTM, MiniMax and Kimi: the operators, and the files beside transformers' models."""
+"""States of more kinds of models: the operators of their recurrences, and the files beside transformers' models."""
 
 import pytest
 import torch
@@ -7,14 +7,14 @@ from torch.nn.functional import logsigmoid
 from helpers import agreement, exports
 from helpers.breadth import quick
 from helpers.random_decoders import reference_model, save_model
-from helpers.runners import padded, tokens, transformers_runner
+from helpers.runners import captured_runner, load_weights, padded, tokens, transformers_runner
 from qexport.api.stages.capturing import capture_model
 from qexport.recipe.recipe import Override, Recipe
 from qexport.runtime.decoder import open_decoder
 
 FLOAT = {"scheme": "w8a8_dyn", "overrides": (Override(match="*", scheme="float"),)}
 MASKS = [padded([9, 4, 6], "left"), padded([7, 2, 5], "right"), torch.ones(1, 1, dtype=torch.int64)]
-KINDS = ("xlstm", "recurrent_gemma", "minimax", "kimi_linear", "bailing_hybrid")
+KINDS = ("xlstm", "recurrent_gemma", "minimax", "kimi_linear", "bailing_hybrid", "inkling", "inkling2", "zaya")
 ops = torch.ops.qexport
 
 
@@ -86,3 +86,13 @@ def test_a_file_of_floats_is_transformers_model(tmp_path, family):
     decoder.reset()
     pieces = [torch.from_numpy(decoder.run(part.numpy()).copy()) for part in ids.split([4, 3, 1, 1], 1)]
     assert (torch.cat(pieces, 1) - whole).abs().max() < 1e-5 * whole.abs().max()
+
+
+@pytest.mark.slow
+def test_what_stands_for_the_token_in_front_of_the_first_may_have_a_bias(tmp_path):
+    folder = save_model("zaya", tmp_path / "model", attention_bias=True)
+    captured = capture_model(folder)
+    runs = (captured_runner(load_weights(captured)), transformers_runner(reference_model(folder)))
+    for mask in MASKS[1:]:  # transformers convolves biases of the padding in front
+        got, want = agreement.logits(mask, *((run, captured, torch.float32) for run in runs))
+        assert (got - want).abs().max() < 1e-5 * want.abs().max()

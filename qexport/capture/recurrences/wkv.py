@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 
 from ..attention import GraphCache
+from ..kept import CONV, RECURRENT
 from .registry import stands_for
 
 ops = torch.ops.qexport
@@ -26,8 +27,8 @@ def kept_by_layer(states: Sequence[torch.Tensor]) -> list[dict[str, torch.Tensor
     layers = range(states[0].shape[-1])
     return [
         {
-            "conv": torch.cat([states[part][:, :, layer] for part in (_ATTENTION, _FORWARD)], 1)[..., None],
-            "recurrent": torch.stack([states[part][:, :, layer] for part in _SUMS], 1),
+            CONV: torch.cat([states[part][:, :, layer] for part in (_ATTENTION, _FORWARD)], 1)[..., None],
+            RECURRENT: torch.stack([states[part][:, :, layer] for part in _SUMS], 1),
         }
         for layer in layers
     ]
@@ -45,20 +46,20 @@ class ListedStates:
         return self._parts[place]
 
     def read(self, place: int, layer: int) -> torch.Tensor:
-        of = self._cache.states[layer]
-        assert of.conv is not None and of.recurrent is not None
+        inputs, sums = (self._cache.states[layer].past(role) for role in (CONV, RECURRENT))
+        assert inputs is not None and sums is not None
         if place in _SUMS:
-            return of.recurrent[:, _SUMS.index(place)]
-        width = of.conv.shape[1] // 2
-        return of.conv[:, :width, 0] if place == _ATTENTION else of.conv[:, width:, 0]
+            return sums[:, _SUMS.index(place)]
+        width = inputs.shape[1] // 2
+        return inputs[:, :width, 0] if place == _ATTENTION else inputs[:, width:, 0]
 
     def write(self, place: int, layer: int, value: torch.Tensor) -> None:
         new = self._new[layer]
         new[place] = value
         if len(new) == len(self._parts):
             of = self._cache.states[layer]
-            of.replace_conv(torch.cat([new[_ATTENTION], new[_FORWARD]], 1)[..., None])
-            of.update_recurrent(torch.stack([new[place] for place in _SUMS], 1))
+            of.replace(CONV, torch.cat([new[_ATTENTION], new[_FORWARD]], 1)[..., None])
+            of.replace(RECURRENT, torch.stack([new[place] for place in _SUMS], 1))
 
 
 class _Part:

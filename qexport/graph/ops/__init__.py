@@ -7,6 +7,7 @@ from . import (  # noqa: F401
     embedding,
     experts,
     grouped,
+    indexer,
     linear_attention,
     linear_recurrence,
     matrix_lstm,

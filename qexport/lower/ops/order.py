@@ -10,7 +10,7 @@ from ..emitter import ONNX_DTYPE, Emitter, unsupported
 from ..registry import Translation, translates
 from .indexing import narrowed
 
-aten = torch.ops.aten
+aten, ops = torch.ops.aten, torch.ops.qexport
 _SORTED = (torch.float32, torch.float64, torch.int32, torch.int64)  # what TopK has kernels for on the CPU
 
 
@@ -30,6 +30,13 @@ def _sorted(emit: Emitter, source: Node, axis: int, *, descending: bool) -> tupl
     x = x if wide == dtype else emit.cast(x, wide)
     values, places = emit.several(2, "TopK", x, count, axis=axis, largest=int(descending), sorted=1)
     return values if wide == dtype else emit.cast(values, dtype), places
+
+
+@translates(ops.highest.default)
+def _highest(emit: Emitter, node: Node, given: Arguments) -> ir.Value:
+    x = emit.get(given.scores)
+    count = emit.op("Min", emit.op("Shape", x, start=-1), emit.constant([given.count]))
+    return emit.several(2, "TopK", x, count, axis=-1, largest=1, sorted=1)[1]
 
 
 @translates(aten.kthvalue.default)
