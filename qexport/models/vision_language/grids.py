@@ -169,9 +169,13 @@ class GridPictures(VisionLanguage):
         }  # fmt: skip
 
     def example(self, config: PretrainedConfig, count: int, generator: torch.Generator) -> dict[str, Tensor]:
-        merged, numbers = self.merged(config), int(self.inputs(config)["pixel_values"].dims[1])
-        grid = torch.tensor([[1, merged * (2 + i % 2), merged * (3 - i % 2)] for i in range(count)])
+        grid, numbers = self.grids(config, count), int(self.inputs(config)["pixel_values"].dims[1])
         return {"pixel_values": torch.randn(int(grid.prod(1).sum()), numbers, generator=generator), GRID: grid}
+
+    def grids(self, config: PretrainedConfig, count: int) -> Tensor:
+        """Of so many pictures of different sides, with as many patches each; int64 [pictures, 3]."""
+        merged = self.merged(config)
+        return torch.tensor([[1, merged * (2 + i % 2), merged * (3 - i % 2)] for i in range(count)])
 
     def rows(self, config: PretrainedConfig, pictures: Mapping[str, Tensor], total: int) -> list[int]:
         return [int(patches) // self.merged(config) ** 2 for patches in pictures[GRID].prod(1)]
