@@ -73,8 +73,35 @@ class ByPlaces:
         return random.standard_normal((count, side * side, *map(int, dims[2:]))).astype(np.float32)
 
 
+@dataclass(frozen=True)
+class ByShapes:
+    """Patches, row by row, with the numbers of them in height and width beside them.
+
+    Attributes:
+        name: of the input [pictures, 2] that says them.
+        merged: patches of a row of features along each side.
+    """
+
+    name: str
+    merged: int
+
+    def rows(self, pictures: Mapping[str, np.ndarray]) -> int:
+        """See `Padded`."""
+        return int((pictures[self.name] // self.merged).prod(1).sum())
+
+    def example(self, name: str, dims: Sequence[int | str], count: int, random: np.random.Generator) -> np.ndarray:
+        """See `Padded`."""
+        side = _SIDE * self.merged
+        if name == self.name:
+            return np.full((count, 2), side, np.int64)
+        sizes = (count, side * side, *map(int, dims[2:]))
+        return random.standard_normal(sizes).astype(np.float32) if len(sizes) > 2 else np.ones(sizes, np.int64)
+
+
 def padded_of(about: Mapping[str, Any]) -> Padded | None:
     """How the pictures of an export are padded, by the manifest of all parts; None where they are not."""
     if "sizes" in about:
         return BySizes(about["sizes"], about["pixels_of_a_row"])
+    if "shapes" in about:
+        return ByShapes(about["shapes"], about["patches_of_a_row"])
     return ByPlaces(about["places"], about["patches_of_a_row"]) if "places" in about else None
