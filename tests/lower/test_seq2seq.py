@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
-from transformers import AutoModelForSeq2SeqLM, WhisperForConditionalGeneration
+from transformers import AutoModelForSeq2SeqLM, AutoModelForSpeechSeq2Seq
 
 from helpers import exports
 from helpers.breadth import quick
@@ -30,15 +30,15 @@ from qexport.validation.placement import examine
 
 QUICK = ("t5", "whisper")
 REFUSED = {
-    "led": "control flow depends on the value",
     "prophetnet": "decoder_input_ids. of length 1",
-    "speech_to_text": "whose size its config does not state",
-    "moonshine": "whose size its config does not state",
 }
 FAMILIES = quick(QUICK, among=[name for name in SEQ2SEQ if name not in REFUSED])
 MASK = padded([9, 4], "right")
 TEXT = tokens(2, 8, 5, vocab=VOCAB)
 SIZES = {"Add", "Concat", "Squeeze", "Unsqueeze"}  # arithmetic of lengths
+# Of windows, and of what is left of the lengths of sound; and what CUDA computes with cuDNN, not for integers, or not.
+MORE_SIZES = {"Cast", "Div", "Gather", "Max", "Min", "Mul", "Neg", "Range", "Sub"}
+WITHOUT_KERNEL = {"InstanceNormalization", "Tile", "Asinh"}
 KERNELS = {"w4a16_g32": "MatMulNBits", "w8a8_dyn": "MatMulIntegerToFloat", "w8a8_static": "MatMulIntegerToFloat"}
 
 
@@ -70,7 +70,7 @@ def exported(t5, tmp_path_factory):
 
 
 def eager(folder, source):
-    kind = WhisperForConditionalGeneration if "input_features" in source else AutoModelForSeq2SeqLM
+    kind = AutoModelForSeq2SeqLM if "input_ids" in source else AutoModelForSpeechSeq2Seq
     with torch.no_grad():
         return kind.from_pretrained(folder).eval()(**source, decoder_input_ids=TEXT).logits
 
@@ -315,13 +315,15 @@ def test_nothing_but_sizes_falls_back_to_the_cpu_on_cuda(folder, cuda_placement,
         read = {"batch_size": 2, "encoder_sequence_length": 16, "sequence_length": 1, "past_sequence_length": 3}
         dims = read if reads_text else None
         placed = cuda_placement(out / "model.onnx", made.manifest.session, dims=dims)
-        assert placed["memcpy"] == 0
-        assert set(placed["nodes"].get(manifests.CPU, ())) <= SIZES, placed["nodes"][manifests.CPU]
+        away = set(placed["nodes"].get(manifests.CPU, ()))
+        if reads_text and folder.name[:3] != "led":
+            assert placed["memcpy"] == 0 and away <= SIZES, placed["nodes"][manifests.CPU]
+        else:
+            assert placed["memcpy"] <= 2 and away <= SIZES | MORE_SIZES | WITHOUT_KERNEL, placed["nodes"][manifests.CPU]
 
 
-@pytest.mark.parametrize(
-    "family", quick(["moonshine"], among=["moonshine", "led", "prophetnet"])
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("family", REFUSED)
 def test_what_cannot_be_captured_is_refused(family, tmp_path):
     with pytest.raises(CaptureError, match=REFUSED[family]):
         capture_seq2seq(open_model(save_seq2seq(family, tmp_path)))
