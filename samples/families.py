@@ -289,7 +289,7 @@ def on_cuda(captured: CapturedModel, folder: Path, stand_ins: dict[str, str] | N
         return _one_line(error, "")
     away = placed["nodes"].get(CPU, {})
     others = ", ".join(sorted(away.keys() - LENGTHS))
-    copies = f", {placed['memcpy']} copies around {others}" if placed["memcpy"] else ""
+    copies = f", {placed['memcpy']} copies around {others or 'lengths'}" if placed["memcpy"] else ""
     return f"{sum(away.values())} on the CPU{copies}"
 
 

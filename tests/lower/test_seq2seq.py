@@ -14,7 +14,7 @@ from helpers.breadth import quick
 from helpers.random_modules import SEQ2SEQ, VOCAB, save_seq2seq
 from helpers.runners import captured_runner, load_weights, padded, source_of, stepwise, tokens
 from helpers.tokenizer_files import write_word_tokenizer
-from qexport import export, export_auto, generate, inspect, optimize, validate
+from qexport import bench, export, export_auto, generate, inspect, optimize, validate
 from qexport.api.seq2seq.sources import load_sources, write_about
 from qexport.artifact import checksums
 from qexport.artifact import manifest as manifests
@@ -279,6 +279,36 @@ def test_features_come_from_a_tensor_or_a_file(tmp_path):
     assert len(begun) == 1
     report = validate(tmp_path / "out", folder, inputs=spectra, greedy=4)
     assert not report.problems and report.logits.windows == 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["speech_to_text", "moonshine"])
+def test_sound_of_any_length_is_calibrated_compared_and_written_down(family, tmp_path):
+    folder = save_seq2seq(family, tmp_path / "model", gain=1.5)
+    parts = capture_seq2seq(open_model(folder))
+    name, *_ = [port.name for port in parts.encoder.inputs]
+    source = source_of(parts.encoder, MASK)
+    rows = [row[kept.bool()] for row, kept in zip(source[name], source["attention_mask"], strict=True)]
+    save_file(source, tmp_path / "sound.safetensors")
+    path = str(tmp_path / "sound.safetensors")
+    read = load_sources(parts, CalibrationSpec(source=path, batch_size=2))
+    assert [batch[name].shape[:2] for batch in read.batches] == [(1, len(row)) for row in sorted(rows, key=len)]
+    assert all(batch["attention_mask"].all() for batch in read.batches)
+    export(folder, recipe_of("w8a8_static"), out_dir=tmp_path / "out", calibration=rows)
+    write_word_tokenizer(tmp_path / "out", VOCAB)
+    whole, masked = ({n: t[:1].numpy() for n, t in source.items() if n in kept} for kept in ([name], source))
+    assert generate(tmp_path / "out", inputs=whole, max_new_tokens=4) == generate(
+        tmp_path / "out", inputs=masked, max_new_tokens=4
+    )
+    pair = open_seq2seq(tmp_path / "out")
+    pair.read({n: t.numpy() for n, t in source.items()})
+    with torch.no_grad():
+        want = parts.model(**source, decoder_input_ids=TEXT[:, :1]).logits
+    assert sqnr_db(want, torch.tensor(pair.decoder.run(TEXT[:, :1].numpy()))) > 15
+    report = validate(tmp_path / "out", folder, inputs=rows, greedy=4)
+    assert not report.problems and report.logits.windows == 2
+    found = bench(tmp_path / "out", prompt_lengths=[len(rows[0])], decode_pasts=[len(rows[1])], repeats=1, threads=1)
+    assert found.first.samples.keys() == {"load", f"prefill:{len(rows[0])}", f"decode:{len(rows[1])}"}
 
 
 def test_what_takes_one_file_says_which(exported, t5, tmp_path):
