@@ -15,7 +15,6 @@ from ..models.loading import load_whole
 from ..models.source import ModelFolder
 from ..models.transformers_witness.encoder import EncoderWitness
 from ..models.vision_language import COUNT
-from .dynamic import Axes
 from .graph import CapturedModel
 from .module import capture_module
 from .reading import ROWS, reading_of
