@@ -55,12 +55,11 @@ from qexport.recipe.recipe import CalibrationSpec, Recipe  # noqa: E402
 
 SCHEMES = {"w4a16": "w4a16_g32", "w8a8 per token": "w8a8_dyn", "w8a8 static": "w8a8_static"}
 # What computes with lengths.
-LENGTHS = {"Add", "Cast", "Concat", "Gather", "Max", "Mul", "Neg", "Range", "Squeeze", "Sub", "Unsqueeze"}
+LENGTHS = {"Add", "Cast", "Concat", "Div", "Gather", "Max", "Mul", "Neg", "Range", "Squeeze", "Sub", "Unsqueeze"}
 MASKS = (padded([9, 4, 6], "left"), padded([7, 2, 5], "right"))
 KINDS = {
     "decoders": (*FAMILIES, *BREADTH, *REFUSED), "encoder-decoders": random_modules.SEQ2SEQ,
-    "encoders": (*random_modules.ENCODERS, *random_modules.REFUSED_ENCODERS),
-    "modules": random_modules.MODULES, "heads": random_modules.HEADS,
+    "encoders": random_modules.ENCODERS, "modules": random_modules.MODULES, "heads": random_modules.HEADS,
 }  # fmt: skip
 HEAD = """# Families of models
 
@@ -252,7 +251,7 @@ def _from_eager(captured: CapturedModel, model: torch.nn.Module, feeds: list[dic
     for fed in feeds:
         with torch.no_grad():
             made, got = model(**fed), run(fed)
-        real = fed["attention_mask"].bool() if captured.kind == "encoder" else None
+        real = fed["attention_mask"].bool() if captured.kind == "encoder" and "attention_mask" in fed else None
         for name, value in got.items():
             want = random_modules.looked_up(made, name)
             if real is not None and value.shape[:2] == real.shape:
@@ -283,14 +282,14 @@ def on_cuda(captured: CapturedModel, folder: Path, stand_ins: dict[str, str] | N
     if stand_ins is None:
         return "not tried"
     exported = agreement.export(copy.deepcopy(captured), _recipe(SCHEMES["w4a16"]), "cuda", folder, **options)
-    dims = None if _count(captured) else PROMPT | random_modules.SIZES | {"source": 7}  # cuDNN's stand-in does not
+    dims = None if _count(captured) else PROMPT | random_modules.SIZES | {"encoder_sequence_length": 7}  # cuDNN's stand-in does not
     try:
         placed = placement(exported.folder / "model.onnx", exported.manifest.session, stand_ins, dims)
     except PlacementError as error:
         return _one_line(error, "")
     away = placed["nodes"].get(CPU, {})
     others = ", ".join(sorted(away.keys() - LENGTHS))
-    copies = f", {placed['memcpy']} copies around {others}" if placed["memcpy"] else ""
+    copies = f", {placed['memcpy']} copies around {others or 'lengths'}" if placed["memcpy"] else ""
     return f"{sum(away.values())} on the CPU{copies}"
 
 

@@ -1,5 +1,7 @@
 """Text as an encoder reads it: padding behind the tokens, and the tokenizer's last token at the end."""
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -25,9 +27,22 @@ def encoder_batch(captured: CapturedModel, ids: Tensor, mask: Tensor) -> dict[st
 def encoder_stream(captured: CapturedModel, samples: Samples, batch_size: int) -> Stream:
     """The model's inputs for calibration samples."""
     ids = with_last_token(samples.input_ids, captured)  # their rows end with a token
-    pairs = zip(ids.split(batch_size), samples.attention_mask.split(batch_size), strict=True)
+    pairs = list(zip(ids.split(batch_size), samples.attention_mask.split(batch_size), strict=True))
+    if all(port.name != "attention_mask" for port in captured.inputs):  # padding would be read as text
+        pairs = list(_of_one_length(ids, samples.attention_mask, batch_size))
     feeds = [encoder_batch(captured, *pair) for pair in pairs]
-    return stream_of(captured, feeds, [batch["attention_mask"].flatten(0, -2).bool() for batch in feeds])
+    masks = [batch.get("attention_mask", mask) for batch, (_, mask) in zip(feeds, pairs, strict=True)]
+    counted = [mask.flatten(0, -2).bool() for mask in masks]
+    return stream_of(captured, feeds, counted)
+
+
+def _of_one_length(ids: Tensor, mask: Tensor, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Batches without padding, the shortest rows first."""
+    lengths = mask.sum(1)
+    for length in lengths.unique().tolist():
+        rows = [row[kept.bool()] for row, kept in zip(ids[lengths == length], mask[lengths == length], strict=True)]
+        for batch in torch.stack(rows).split(size):
+            yield batch, torch.ones_like(batch)
 
 
 def with_last_token(ids: Tensor, captured: CapturedModel) -> Tensor:

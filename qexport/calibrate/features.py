@@ -15,6 +15,7 @@ from ..errors import InputError
 from ..recipe.recipe import CalibrationSpec
 from .sources import source_of
 
+_MASK = "attention_mask"
 _REMEDY = "Give what the model's processor makes"
 
 
@@ -123,6 +124,59 @@ def feature_batches(
     rows = min(len(found[names[0]]), spec.samples)
     described = given if data is not None else f"{what} of {Path(spec.source).name}"
     return batched(found, rows, spec.batch_size), f"{rows} {described}", False
+
+
+def sources_of_lengths(
+    port: Port, spec: CalibrationSpec, data: Any, given: str
+) -> tuple[list[Tensor] | None, str]:
+    """Rows of different lengths without padding, the first `spec.samples` of them, and what they are.
+
+    Args:
+        port: of the input that they are for, whose second dimension is their length.
+        data: a list of tensors; or tensors by name, padded on the right, with an attention_mask. None for those of the
+            file that the recipe names.
+        given: what the caller's rows are called.
+
+    Returns:
+        (None, "") where the rows are of one length, or chance makes them.
+
+    Raises:
+        InputError: they do not fit the input, or the mask does not fit them.
+    """
+    place = "sources"
+    if data is None:
+        if not os.path.exists(Path(spec.source).expanduser()):
+            return None, ""
+        place, data = spec.source, _with_mask(spec.source, port.name)
+    if isinstance(data, Mapping) and (mask := data.get(_MASK)) is not None:
+        data = _cut(data.get(port.name), mask, port, place)
+    if not isinstance(data, list | tuple):
+        return None, ""
+    rows = [
+        checked_features({port.name: row[None] if isinstance(row, Tensor) else row}, [port], place)[port.name][0]
+        for row in data[: spec.samples]
+    ]
+    what = given if place == "sources" else f"{port.name} of {Path(place).name}"
+    return rows, f"{len(rows)} {what}"
+
+
+def _with_mask(path: str, name: str) -> dict[str, Tensor] | None:
+    """Tensors of a file that has a mask; None of one that has none."""
+    try:
+        return read_features(path, [name, _MASK])
+    except InputError:
+        return None
+
+
+def _cut(value: Any, mask: Any, port: Port, place: str) -> list[Tensor]:
+    """Rows as long as a mask says."""
+    value = checked_features({port.name: value}, [port], place)[port.name]
+    if not isinstance(mask, Tensor) or mask.shape != value.shape[:2] or not bool(mask.bool().any(1).all()):
+        raise InputError(
+            f"its mask does not say of each of {len(value)} rows of {value.shape[1]} what is no padding", place=place,
+            remedy=_REMEDY,
+        )  # fmt: skip
+    return [row[kept.bool()] for row, kept in zip(value, mask, strict=True)]
 
 
 def batched(values: Mapping[str, Tensor], rows: int, size: int) -> list[dict[str, Tensor]]:

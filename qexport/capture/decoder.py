@@ -24,6 +24,7 @@ from .attention import IMPLEMENTATION
 from .experts import IMPLEMENTATION as EXPERTS
 from .graph import BATCH, CapturedModel, Port
 from .kept import PAST, TOTAL, first_keys, kept_ports, layer_settings
+from .languages import one_language
 from .rope import longest_text, settle_frequencies
 from .stored import aliases_of, codes_in, convert_names, find_weights, note_cache_scales, stored_tables, untie
 from .trace import TOKEN_IDS, Reads, Traced, trace_model
@@ -62,7 +63,8 @@ def capture_decoder(
     convert_names(checkpoint, folder, model)
     notes = untie(model, checkpoint)
     aliases = aliases_of(model)
-    traced = trace_model(model, aliases, folder.name, given_reads)
+    with one_language(model, folder.name) as one:
+        traced = trace_model(model, aliases, folder.name, given_reads)
     used = {n: tuple(get_tensor(b.module, n).shape) for b in traced.blocks for n in b.parameters}
     buffers = {n: b.detach() for n, b in model.named_buffers() if n in used}
     buffers |= {n: t.detach() for n, t in traced.constants.items() if n in used}
@@ -88,7 +90,7 @@ def capture_decoder(
         settings=settings,
         folder=folder,
         tied={n: tuple(a for a in aliases.get(n, ()) if a != n) for n in parameters},
-        notes=[*notes, *checkpoint.notes, *tokens_without_rows(folder.tokenizer(), rows)],
+        notes=[*notes, *one, *checkpoint.notes, *tokens_without_rows(folder.tokenizer(), rows)],
         left_out=left_out,
         given=given,
         witness=witness or DecoderWitness(folder),

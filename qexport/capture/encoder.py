@@ -21,20 +21,24 @@ from ..models.tokens import embedding_rows, tokens_without_rows
 from ..models.transformers_witness.encoder import EncoderWitness
 from ..models.transformers_witness.running import random_tokens
 from .graph import BATCH, CapturedModel
+from .languages import one_language
 from .module import capture_module
 from .streamed import Streamed, StreamedWeights, open_streamed
+from .windowed_attention import windows_as_masks
 
 # Sizes of the example inputs, see `trace`; and of the texts that the witness reads.
 _BATCH, _SEQUENCE = 2, 7
 _READ = ((2, 16), (3, 7))
+_ALIKE = "reads no attention_mask, so the rows of a batch are texts of one length: padding changes what it says of them"
 _CHOICES = 3  # texts of which one is chosen
 
 
 def capture_encoder(folder: ModelFolder, head: Head) -> CapturedModel:
     """Capture the encoder of a folder, or a decoder that keeps no cache, with a head.
 
-    The inputs are input_ids, attention_mask and, where the model tells segments apart, token_type_ids, [batch,
-    sequence] or, where one of several texts is chosen, [batch, choices, sequence]. The outputs are those of
+    The inputs are input_ids, attention_mask where the model reads one and, where it tells segments apart,
+    token_type_ids, [batch, sequence] or, where one of several texts is chosen, [batch, choices, sequence]; in the
+    attention_mask of models with global attention (Longformer) such tokens are 2. The outputs are those of
     transformers' class: logits and the like, or last_hidden_state and, where there are weights for it, pooler_output,
     and sentence_embedding where the folder says how that is made. A decoder that classifies texts does so by the last
     token that is not its config's pad_token_id, on whichever side that stands. All but hidden sizes are dynamic. The
@@ -75,15 +79,14 @@ def _captured(loaded: Loaded | Streamed, folder: ModelFolder, head: Head) -> Cap
     fake = loaded.fake if isinstance(loaded, Streamed) else None
     _check_padding(model, folder)
     model.config.use_cache = False
-    names = ["input_ids", "attention_mask"]
     taken = inspect.signature(model.forward).parameters
-    if "attention_mask" not in taken:
-        raise CaptureError("reads no attention_mask, so padding changes its results", place=folder.name)
     if "bbox" in taken:
         raise CaptureError(
             "reads where words stand on a page (bbox) beside them", place=folder.name,
             remedy="Pass it as an nn.Module with example inputs, bbox among them",
         )  # fmt: skip
+    names = [name for name in ("input_ids", "attention_mask") if name in taken]
+    alike = [] if "attention_mask" in names else [_ALIKE]
     if "token_type_ids" in taken and getattr(config, "type_vocab_size", 0) > 1:
         names.append("token_type_ids")
     choices = head.task == "multiple-choice"
@@ -91,7 +94,8 @@ def _captured(loaded: Loaded | Streamed, folder: ModelFolder, head: Head) -> Cap
     if choices:
         axes = {name: {0: BATCH, 1: "num_choices", 2: "sequence_length"} for name in names}
     example = {n: torch.ones(_BATCH, *[_CHOICES] * choices, _SEQUENCE, dtype=torch.int64) for n in names}
-    captured = capture_module(model, example, axes, absent=absent, fake=fake)
+    with windows_as_masks(model), one_language(model, folder.name) as one:
+        captured = capture_module(model, example, axes, absent=absent, fake=fake)
     longest = _longest(model)
     sizes = {
         **({"max_position_embeddings": longest} if longest else {}),
@@ -99,7 +103,7 @@ def _captured(loaded: Loaded | Streamed, folder: ModelFolder, head: Head) -> Cap
         "task": head.task, "decides": decision_of(head, config),
     }  # fmt: skip
     bare = note_on_bare(config) if head is HIDDEN_STATES else []
-    notes = [*loaded.notes, *bare, *tokens_without_rows(folder.tokenizer(), sizes["vocab_size"])]
+    notes = [*loaded.notes, *one, *alike, *bare, *tokens_without_rows(folder.tokenizer(), sizes["vocab_size"])]
     read = [_text_inputs(model, shape if not choices else (1, *shape), names) for shape in _READ]
     return replace(
         captured, kind="encoder", folder=folder, settings=captured.settings | sizes, notes=notes,

@@ -29,6 +29,7 @@ from .graph import CapturedModel, Port
 from .lengths import lengths_as_sizes
 from .normalize import to_normal_form
 from .recurrent import layers_as_nodes, name_gates
+from .whole_numbers import divided_whole
 
 aten = torch.ops.aten
 Inputs = Sequence[torch.Tensor] | Mapping[str, torch.Tensor]
@@ -117,6 +118,7 @@ def _captured(exported: ExportedProgram, model: torch.nn.Module, axes: Axes, abs
     for node in whole.graph.nodes:
         stack = node.meta.get("nn_module_stack") or {}
         node.meta[Meta.MODULE_PATH] = next(reversed(stack.values()))[0] if stack else ""
+    divided_whole(whole.graph)
     spell_padding(whole)
     fold_padding(whole)
     folded = fold_weights(whole)

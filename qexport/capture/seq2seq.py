@@ -28,15 +28,20 @@ from ..models.layerwise import open_layerwise
 from ..models.loading import Loaded, load_whole
 from ..models.quiet import quiet_transformers
 from ..models.source import ModelFolder
+from ..models.source_mask import telling_decoder
 from ..models.transformers_witness.encoder_decoder import PartWitness
 from .another_forward import called_by
 from .attention import IMPLEMENTATION, GivenCache, GraphCache, ProbeCache, tracing
 from .graph import BATCH, CapturedModel, Port
 from .module import capture_module
+from .reading import ROWS, Reading, reading_of
 from .streamed import Streamed, StreamedWeights, open_streamed
+from .whole_numbers import whole_numbers_of_sizes
+from .windowed_attention import windows_as_masks
 
 # Sizes of the example inputs; see `trace`.
-_BATCH, _SOURCE, _SEQUENCE, _PAST = 2, 7, 3, 5
+_SOURCE, _SEQUENCE, _PAST = 7, 3, 5
+_TEXT = Reading((BATCH, "encoder_sequence_length"), (ROWS, _SOURCE))
 _CACHE = ("key", "value")
 
 
@@ -45,10 +50,11 @@ class Parts:
     """An encoder-decoder in two.
 
     Attributes:
-        encoder: from the source to cross_key_values.{i}.key/value, [batch, heads, source, width] for every layer of
-            the decoder; of spectrograms also encoder_hidden_states, which onnxruntime-genai binds.
-        decoder: from input_ids, past_key_values.{i}.key/value, cross_key_values.{i}.key/value and, where the source is
-            text, encoder_attention_mask to logits and present.{i}.key/value.
+        encoder: from the source to cross_key_values.{i}.key/value, [batch, heads, places, width] for every layer of
+            the decoder; of sound of any length also encoder_attention_mask, which of these places are no padding,
+            int64 [batch, places]; of spectrograms of one length encoder_hidden_states, which onnxruntime-genai binds.
+        decoder: from input_ids, past_key_values.{i}.key/value, cross_key_values.{i}.key/value and, where the source may
+            be of any length, encoder_attention_mask to logits and present.{i}.key/value.
         model: transformers' model; of a large one without its weights, see `whole`.
         loader: an auto class of transformers that loads it.
         streamed: its weights are read from the checkpoint when they are wanted.
@@ -84,7 +90,7 @@ def capture_seq2seq(folder: ModelFolder, placement: Placement = HOST) -> Parts:
         placement: where blocks of both are to be computed.
 
     Raises:
-        CaptureError: it reads neither text nor spectrograms, torch.export cannot follow it, or the checkpoint does not
+        CaptureError: it reads neither text nor sound, torch.export cannot follow it, or the checkpoint does not
             fit its config.
     """
     loader = _loader(folder)
@@ -109,12 +115,13 @@ def _made(captured: CapturedModel) -> dict[str, Tensor]:
 
 def _captured(folder: ModelFolder, loader: type[Any], loaded: Loaded | Streamed, placement: Placement) -> Parts:
     model, fake = loaded.model, loaded.fake if isinstance(loaded, Streamed) else None
-    source = _example(model, folder)
-    layers, width = _layers(model, source, fake)
+    source, axes = _example(model, folder)
     own = model.config._attn_implementation
-    with _called_by(model, list(source), _encode):
-        encoder = capture_module(model, source, {name: _axes(name) for name in source}, fake=fake)
-    tokens, names = _tokens(source, layers)
+    with windows_as_masks(model), whole_numbers_of_sizes(model):
+        layers, mask, width = _layers(model, source, fake)
+        with _called_by(model, list(source), _encode):
+            encoder = capture_module(model, source, axes, fake=fake)
+    tokens, names = _tokens(layers, mask)
     try:
         model.set_attn_implementation(IMPLEMENTATION)
         with _called_by(model, list(tokens), partial(_decode, width)):
@@ -148,24 +155,19 @@ def _loader(folder: ModelFolder) -> type[Any]:
     )  # fmt: skip
 
 
-def _example(model: PreTrainedModel, folder: ModelFolder) -> dict[str, Tensor]:
-    """A source to trace with."""
-    config = model.config
-    if model.main_input_name == "input_ids":
-        return {n: torch.ones(_BATCH, _SOURCE, dtype=torch.int64) for n in ("input_ids", "attention_mask")}
-    bins, positions = (getattr(config, name, None) for name in ("num_mel_bins", "max_source_positions"))
-    if not bins or not positions:
-        raise CaptureError(
-            f"its source is {model.main_input_name}, whose size its config does not state", place=folder.name,
-            remedy="Models of text and of spectrograms of one length, such as Whisper's, are supported",
-        )  # fmt: skip
-    stride = 2  # of the second of the two convolutions in front
-    return {model.main_input_name: torch.zeros(_BATCH, bins, stride * positions)}
+def _example(model: PreTrainedModel, folder: ModelFolder) -> tuple[dict[str, Tensor], dict[str, dict[int, str]]]:
+    """A source to trace with, and which of its dimensions are free; what may be of any length has a mask."""
+    name, config = model.get_encoder().main_input_name, getattr(model.config, "encoder", model.config)
+    read = _TEXT if name == "input_ids" else reading_of(model, name, folder, config)
+    source = {name: torch.zeros(read.example) if read is not _TEXT else torch.ones(read.example, dtype=torch.int64)}
+    if read is _TEXT or read.free:
+        source["attention_mask"] = torch.ones(read.example[:2], dtype=torch.int64)
+    free = {axis: dim for axis, dim in enumerate(read.dims) if isinstance(dim, str)}
+    return source, {name: {axis: dim for axis, dim in free.items() if axis < t.dim()} for name, t in source.items()}
 
 
 def _axes(name: str) -> dict[int, str]:
-    if name == SPECTRA:
-        return {0: BATCH}
+    """The free dimensions of an input of the decoder."""
     if name.startswith("past_"):
         return {0: BATCH, 2: "past_sequence_length"}
     if name.startswith("cross_"):
@@ -184,21 +186,27 @@ def _call(model: PreTrainedModel, cache: EncoderDecoderCache, **inputs):
     return type(model).forward(model, **inputs, past_key_values=cache, use_cache=True)
 
 
-def _first_step(model: PreTrainedModel, source: Mapping[str, Tensor]) -> tuple[ProbeCache, ProbeCache, Tensor]:
-    """What a first token puts into the decoder's two caches, and what the encoder makes."""
+def _first_step(
+    model: PreTrainedModel, source: Mapping[str, Tensor]
+) -> tuple[ProbeCache, ProbeCache, Tensor | None, Tensor]:
+    """What a first token puts into the decoder's two caches, which places of the source are no padding, int64 [batch,
+    places], where anything says so, and what the encoder makes."""
     own, cross = ProbeCache(), ProbeCache()
     token = torch.zeros(next(iter(source.values())).shape[0], 1, dtype=torch.int64)
-    made = _call(model, EncoderDecoderCache(own, cross), **source, decoder_input_ids=token)
-    return own, cross, made.encoder_last_hidden_state
+    with telling_decoder(model) as said:
+        made = _call(model, EncoderDecoderCache(own, cross), **source, decoder_input_ids=token)
+    return own, cross, said[0].to(torch.int64) if said else None, made.encoder_last_hidden_state
 
 
 def _encode(model: PreTrainedModel, source: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    _, cross, states = _first_step(model, source)
+    _, cross, mask, states = _first_step(model, source)
     found = {
         f"cross_key_values.{i}.{part}": tensor
         for i, both in sorted(cross.found.items())
         for part, tensor in both.items()
     }
+    if mask is not None and "input_ids" not in source:  # a text's mask is the one that it came with
+        return {**found, SOURCE_MASK: mask}
     return found | ({STATES: states} if SPECTRA in source else {})
 
 
@@ -209,37 +217,43 @@ def _decode(width: int, model: PreTrainedModel, given: Mapping[str, Tensor]) -> 
     like = given["cross_key_values.0.key"]
     # Only its sizes are looked at: keys and values are there already.
     states = like.new_zeros(like.shape[0], like.shape[2], width)
-    mask = {"attention_mask": given[SOURCE_MASK]} if SOURCE_MASK in given else {}
-    with tracing(own, cross):
+    with tracing(own, cross), telling_decoder(model, given.get(SOURCE_MASK)):
         result = _call(
-            model, EncoderDecoderCache(own, cross), encoder_outputs=BaseModelOutput(last_hidden_state=states),
-            decoder_input_ids=given["decoder_input_ids"], **mask,
+            model, EncoderDecoderCache(own, cross), encoder_outputs=_Encoded(last_hidden_state=states),
+            decoder_input_ids=given["decoder_input_ids"],
         )  # fmt: skip
     names = (f"present.{i}.{part}" for i in range(len(own.layers)) for part in _CACHE)
     return {"logits": result.logits, **dict(zip(names, own.present(), strict=True))}
 
 
+@dataclass
+class _Encoded(BaseModelOutput):
+    """What an encoder makes, of models too whose encoder says how much of it is no padding."""
+
+    attention_mask: Tensor | None = None
+
+
 def _layers(
     model: PreTrainedModel, source: Mapping[str, Tensor], fake: FakeTensorMode | None
-) -> tuple[list[tuple[Tensor, ...]], int]:
-    """Keys and values of the cache and of the source for every layer of the decoder, of one token; features that the
-    encoder makes. Only their sizes mean something where the model's parameters are fake."""
+) -> tuple[list[tuple[Tensor, ...]], Tensor | None, int]:
+    """Keys and values of the cache and of the source for every layer of the decoder, of one token; the mask of the
+    source's places; features that the encoder makes. Only their sizes mean something where the model's parameters are
+    fake."""
     if fake is not None:
         source = {name: fake.from_tensor(tensor, static_shapes=True) for name, tensor in source.items()}
     with torch.no_grad(), quiet_transformers(), fake or nullcontext():
-        own, cross, states = _first_step(model, source)
+        own, cross, mask, states = _first_step(model, source)
     if not own.found or own.found.keys() != cross.found.keys():
         raise CaptureError("not every layer of its decoder keeps keys and values of its own and of the source")
-    return [(*own.found[i].values(), *cross.found[i].values()) for i in sorted(own.found)], states.shape[-1]
+    return [(*own.found[i].values(), *cross.found[i].values()) for i in sorted(own.found)], mask, states.shape[-1]
 
 
-def _tokens(
-    source: Mapping[str, Tensor], layers: Sequence[tuple[Tensor, ...]]
-) -> tuple[dict[str, Tensor], dict[str, str]]:
+def _tokens(layers: Sequence[tuple[Tensor, ...]], mask: Tensor | None) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Example inputs of the decoder, and what the ports of those are called whose names are no identifiers."""
-    found = {"decoder_input_ids": torch.ones(_BATCH, _SEQUENCE, dtype=torch.int64)}
-    if "attention_mask" in source:
-        found[SOURCE_MASK] = torch.ones_like(source["attention_mask"])
+    rows = layers[0][0].shape[0]
+    found = {"decoder_input_ids": torch.ones(rows, _SEQUENCE, dtype=torch.int64)}
+    if mask is not None:
+        found[SOURCE_MASK] = torch.ones(tuple(mask.shape), dtype=torch.int64)
     for prefix, place in (("past_key_values", 0), ("cross_key_values", 2)):
         for i, tensors in enumerate(layers):
             for part, tensor in zip(_CACHE, tensors[place : place + 2], strict=True):
@@ -258,4 +272,9 @@ def _part(captured: CapturedModel, part: str, folder: ModelFolder, names: Mappin
 
     inputs = [public(port) for port in captured.inputs if port.value in read]
     settings = {"inputs": {port.name: list(port.dims) for port in inputs}, "part": part}
-    return replace(captured, inputs=inputs, folder=folder, settings=settings)
+    cross = next((port.dims for port in captured.outputs if port.name.startswith("cross_")), ())
+    # A mask has as many places as there are keys, whatever its model computes their number of.
+    outputs = [
+        replace(port, dims=(port.dims[0], cross[2])) if port.name == SOURCE_MASK else port for port in captured.outputs
+    ]
+    return replace(captured, inputs=inputs, outputs=outputs, folder=folder, settings=settings)

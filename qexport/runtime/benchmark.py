@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from ..artifact import manifest as manifests
-from ..artifact.manifest import DECODER, ENCODER, PICTURE_PARTS, SPECTRA, Manifest
+from ..artifact.manifest import DECODER, ENCODER, PICTURE_PARTS, Manifest
 from ..errors import InputError
 from ..progress import Progress, no_progress
 from .bench_process import BenchProcess
@@ -19,6 +19,7 @@ from .vision_language import is_vision_language
 
 PROMPT_LENGTHS = (128, 512, 2048)
 DECODE_PASTS = (128, 2048)
+SAMPLES, FRAMES = (16_000, 160_000), (100, 1000)  # a second and ten of sound, as most models have it
 # Steps go in turns of their own: a prompt takes seconds, in which the speed of a machine changes.
 DECODE_TURNS, STEPS_IN_A_TURN = 4, 8
 DECODE_STEPS = DECODE_TURNS * STEPS_IN_A_TURN
@@ -204,13 +205,8 @@ def _fitting(
     )
     pairs = _of_one_kind(folders, is_seq2seq, "an encoder-decoder")
     sees = _of_one_kind(folders, is_vision_language, "a model of pictures and text")
-    if (frames := _frames(folders)) is not None:
-        if prompt_lengths or decode_pasts:
-            raise InputError(
-                f"it reads spectrograms of {frames} frames, and no others", place=str(folders[0]),
-                remedy="Leave out the lengths",
-            )  # fmt: skip
-        return [frames], [frames], ("prompts are spectrograms of this many frames, up to the first token",)
+    if (sound := _sound(folders)) is not None:
+        return _of_sound(sound, folders, prompt_lengths, decode_pasts)
     room = {"a prompt of": context, f"decoding {DECODE_STEPS} tokens after": context and context - DECODE_STEPS}
     kept, notes = [], []
     for (what, limit), given, default in zip(
@@ -248,16 +244,36 @@ def _of_one_kind(folders: Sequence[Path], is_one: Callable[[Path], bool], what: 
     return any(kinds)
 
 
-def _frames(folders: Sequence[Path]) -> int | None:
-    """Frames of the sources of encoder-decoders of spectrograms; None of anything else.
+def _of_sound(
+    dims: tuple[int | str, ...], folders: Sequence[Path], prompt_lengths: Sequence[int] | None,
+    decode_pasts: Sequence[int] | None,
+) -> tuple[list[int], list[int], tuple[str, ...]]:  # fmt: skip
+    """The same of sources of sound, with these dimensions."""
+    if all(isinstance(size, int) for size in dims[1:]):
+        frames = int(dims[-1])
+        if prompt_lengths or decode_pasts:
+            raise InputError(
+                f"it reads spectrograms of {frames} frames, and no others", place=str(folders[0]),
+                remedy="Leave out the lengths",
+            )  # fmt: skip
+        return [frames], [frames], ("prompts are spectrograms of this many frames, up to the first token",)
+    lengths, unit = (SAMPLES, "samples") if len(dims) == 2 else (FRAMES, "frames")
+    note = f"prompts are sources of so many {unit}, up to the first token about them; decoding is about such sources"
+    # What was heard is as long as it is, whatever has been written about it.
+    return list(prompt_lengths or lengths), list(decode_pasts or lengths[:1]), (note,)
+
+
+def _sound(folders: Sequence[Path]) -> tuple[int | str, ...] | None:
+    """Dimensions of the sources of encoder-decoders of sound; None of anything else.
 
     Raises:
         InputError: they differ.
     """
     found = set()
     for folder in filter(is_seq2seq, folders):
-        dims = manifests.load(folder / ENCODER).settings.get("inputs", {}).get(SPECTRA)
-        found.add(None if dims is None else int(dims[-1]))
+        inputs = manifests.load(folder / ENCODER).settings.get("inputs", {})
+        name = next(iter(inputs.keys() - {"attention_mask"}), "input_ids")
+        found.add(None if name == "input_ids" else tuple(inputs[name]))
     if len(found) > 1:
         raise InputError(
             "they read sources of different kinds", place=str(folders[0]), remedy="Measure them separately"

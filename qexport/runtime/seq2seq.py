@@ -10,7 +10,7 @@ import onnxruntime as ort
 
 from ..artifact import manifest as manifests
 from ..artifact.files import read_json
-from ..artifact.manifest import DECODER, ENCODER, MANIFEST_FILE, SEQ2SEQ, SOURCE_MASK, SPECTRA, stated
+from ..artifact.manifest import DECODER, ENCODER, MANIFEST_FILE, SEQ2SEQ, SOURCE_MASK, stated
 from ..artifact.output import restore
 from ..errors import InputError, RuntimeProblem
 from .decoder import Decoder, Generation
@@ -28,6 +28,7 @@ def is_seq2seq(folder: str | Path) -> bool:
     return path.is_file() and read_json(path).get("kind") == SEQ2SEQ
 
 
+_MASK = "attention_mask"
 # What a generation config may say besides of what is written, and what says nothing.
 _RULES = {
     "repetition_penalty": 1.0, "encoder_repetition_penalty": 1.0, "no_repeat_ngram_size": 0,
@@ -116,12 +117,15 @@ class EncoderDecoder:
 
         Args:
             source: by name of the encoder's inputs: input_ids and attention_mask, int64 [batch, source], or
-                input_features.
+                input_features or input_values of sound, [batch, ...], of which nothing is padding without a mask.
 
         Raises:
             InputError: another input than these.
             RuntimeProblem: ONNX Runtime fails.
         """
+        sound = self.inputs.keys() - {"input_ids", _MASK}
+        if _MASK in self.inputs and source.keys() == sound:
+            source = {**source, _MASK: np.ones(next(iter(source.values())).shape[:2], np.int64)}
         if self.inputs.keys() != source.keys():
             raise InputError(f"the source has {', '.join(source)}, but the encoder reads {', '.join(self.inputs)}")
         binding, names = self._encoder.io_binding(), [value.name for value in self._encoder.get_outputs()]
@@ -135,8 +139,8 @@ class EncoderDecoder:
         except Exception as error:  # onnxruntime has one exception class for each status code and no base class
             raise RuntimeProblem(f"the encoder failed: {error}") from error
         given = dict(zip(names, binding.get_outputs(), strict=True))
-        if "attention_mask" in source:
-            given[SOURCE_MASK] = values["attention_mask"]
+        if _MASK in source:  # of text; an encoder of sound makes fewer places of it, and says which
+            given.setdefault(SOURCE_MASK, values[_MASK])
         self._read = given
         self.decoder.give(given)
 
@@ -212,11 +216,12 @@ class EncoderDecoder:
         """Sources without a meaning, to measure speed with.
 
         Args:
-            length: tokens of each, where they are texts of a vocabulary.
+            length: tokens of each, where they are texts of a vocabulary; of sound of any length frames or samples.
         """
         random = np.random.default_rng(0)
-        if SPECTRA in self._sizes:
-            return {SPECTRA: random.standard_normal((rows, *self._sizes[SPECTRA][1:])).astype(np.float32)}
+        for name in self.inputs.keys() - {"input_ids", _MASK}:
+            sizes = [size if isinstance(size, int) else length for size in self._sizes[name][1:]]
+            return {name: random.standard_normal((rows, *sizes)).astype(np.float32)}
         return texts_as_source(self, random.integers(0, vocabulary, (rows, length)).tolist())
 
     def _hears(self, prompts: Sequence[Sequence[int]]) -> np.ndarray:

@@ -11,14 +11,14 @@ from transformers import (
     AutoModelForTokenClassification,
 )
 
-from helpers.random_modules import REFUSED_ENCODERS, VOCAB, encoders, save_encoder
+from helpers.random_modules import VOCAB, encoders, save_encoder
 from helpers.runners import captured_runner, load_weights, padded, tokens
 from qexport.api.exporting import export
 from qexport.api.stages.capturing import capture_model
-from qexport.calibrate.encoder_inputs import encoder_batch
-from qexport.errors import CaptureError, InputError, LoweringError
+from qexport.calibrate.encoder_inputs import encoder_batch, encoder_stream
+from qexport.calibrate.sources.samples import Samples
+from qexport.errors import CaptureError, InputError
 from qexport.graph.sites import fold_sites
-from qexport.lower.check import check_translations
 from qexport.plan.model_plan import plan_for
 from qexport.recipe.recipe import Recipe
 
@@ -145,12 +145,37 @@ def test_what_a_model_reads_at_most_counts_its_padding_row(tmp_path):
     assert longest == {"bert": 64, "roberta": 62}
 
 
-@pytest.mark.by_default("fnet")
-@pytest.mark.parametrize("family", REFUSED_ENCODERS)
-def test_what_cannot_be_exported_is_refused(tmp_path, family):
-    why = {"fnet": "reads no attention_mask", "longformer": "control flow depends on the value of a tensor"}
-    with pytest.raises((CaptureError, LoweringError), match=why[family]):
-        check_translations(block.module.graph for block in capture_model(save_encoder(family, tmp_path)).blocks)
+@pytest.mark.slow
+@pytest.mark.parametrize("pair", ["fnet"], indirect=True)
+def test_a_model_without_a_mask_reads_texts_of_one_length(pair):
+    captured, _ = pair
+    assert [port.name for port in captured.inputs] == ["input_ids", "token_type_ids"]
+    assert any("texts of one length" in note for note in captured.notes)
+    mask = padded([4, 6, 4], "left")
+    stream = encoder_stream(captured, Samples(tokens(3, 6, vocab=VOCAB) * mask, mask, ""), 2)
+    assert [batch["input_ids"].shape for batch in stream.batches] == [(2, 4), (1, 6)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("pair", ["longformer"], indirect=True)
+def test_tokens_of_mask_2_see_and_are_seen_by_all(pair):
+    captured, model = pair
+    ids, mask = tokens(2, 13, vocab=VOCAB), padded([13, 9], "right")
+    mask[:, 0] = mask[0, 7] = 2
+    with torch.no_grad():
+        want = model(ids, mask.clamp(max=1), global_attention_mask=(mask == 2).long()).last_hidden_state[mask > 0]
+    feeds = {"input_ids": ids, "attention_mask": mask, "token_type_ids": torch.zeros_like(ids)}
+    got = captured_runner(captured)({port.name: feeds[port.name] for port in captured.inputs})["last_hidden_state"]
+    assert (got[mask > 0] - want).abs().max() < 1e-5 * want.abs().max()
+
+
+@pytest.mark.slow
+def test_of_several_languages_the_config_names_one(tmp_path):
+    captured = capture_model(save_encoder("xmod", tmp_path / "one"))
+    assert any("reads de_DE, one of 2 languages" in note for note in captured.notes)
+    assert not any("en_XX" in name for block in captured.blocks for name in block.parameters)
+    with pytest.raises(CaptureError, match="default_language None.*one of en_XX, de_DE"):
+        capture_model(save_encoder("xmod", tmp_path / "none", default_language=None))
 
 
 def strip(folder, part):

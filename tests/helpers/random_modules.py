@@ -15,8 +15,9 @@ from qexport.calibrate.encoder_inputs import encoder_batch
 from qexport.calibrate.features import drawn_features
 from qexport.capture.graph import CapturedModel
 
-ENCODERS, REFUSED_ENCODERS, MODULES = (tuple(LISTS[kind]) for kind in ("encoders", "refused_encoders", "modules"))
-SEQ2SEQ, HEADS = tuple(LISTS["encoder_decoders"]), tuple(LISTS["heads"])
+ENCODERS, MODULES, SEQ2SEQ, HEADS = (
+    tuple(LISTS[kind]) for kind in ("encoders", "modules", "encoder_decoders", "heads")
+)
 # Of ENCODERS one for every thing that capture or lowering does for such models alone.
 QUICK = ("bert", "roberta", "albert", "modernbert", "deberta")
 # Of dynamic dimensions, in examples.
@@ -35,7 +36,7 @@ def save_encoder(family: str, folder: Path, *, seed: int = 0, loader: type = Aut
         loader: a class of transformers that makes it with a head.
         changes: of its config.
     """
-    given = (LISTS["encoders"] | LISTS["refused_encoders"])[family]
+    given = LISTS["encoders"][family]
     return save_random(given, folder, loader, seed=seed, **changes)
 
 

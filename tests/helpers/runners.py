@@ -91,11 +91,15 @@ def run_twice(captured: CapturedModel, ids: torch.Tensor, mask: torch.Tensor) ->
 
 
 def source_of(encoder: CapturedModel, mask: torch.Tensor, vocab: int = 128) -> Feeds:
-    """What the encoder of an encoder-decoder reads: texts with this mask, or as many spectrograms."""
+    """What the encoder of an encoder-decoder reads: texts with this mask, or as much sound."""
     if encoder.inputs[0].name == "input_ids":
         return {"input_ids": tokens(*mask.shape, vocab=vocab), "attention_mask": mask}
-    port = encoder.inputs[0]
-    return {port.name: torch.randn(len(mask), *port.dims[1:], generator=torch.Generator().manual_seed(1))}
+    port, random = encoder.inputs[0], torch.Generator().manual_seed(1)
+    if len(encoder.inputs) == 1:
+        return {port.name: torch.randn(len(mask), *port.dims[1:], generator=random)}
+    # Sound of any length: a token of the mask is a few frames or a few hundred samples.
+    mask = mask.repeat_interleave(7 if len(port.dims) == 3 else 400, 1)
+    return {port.name: torch.randn(*mask.shape, *port.dims[2:], generator=random), "attention_mask": mask}
 
 
 def stepwise(
@@ -111,7 +115,7 @@ def stepwise(
         if port.name.startswith("past"):
             past[port.name] = torch.zeros(len(text), port.dims[1], 0, port.dims[3])
     for ids in [text[:, :prompt], *text[:, prompt:].split(1, 1)]:
-        feeds = {"input_ids": ids, **past, **cross, "encoder_attention_mask": source.get("attention_mask")}
+        feeds = {"encoder_attention_mask": source.get("attention_mask"), "input_ids": ids, **past, **cross}
         feeds = {port.name: feeds[port.name] for port in decoder.inputs}
         calls.append((feeds, decode(feeds)))
         past = {past_of(n): t for n, t in calls[-1][1].items() if n != "logits"}

@@ -14,7 +14,7 @@ from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 from ...artifact.manifest import SOURCE_MASK
 from ...calibrate.data import Prepared, writes_no_source
 from ...calibrate.encoder_inputs import with_last_token
-from ...calibrate.features import feature_batches
+from ...calibrate.features import feature_batches, sources_of_lengths
 from ...calibrate.self_text import continue_text
 from ...calibrate.sources import load_samples
 from ...capture.seq2seq import Parts
@@ -53,8 +53,10 @@ def load_sources(parts: Parts, spec: CalibrationSpec, data: Any = None) -> Sourc
     """The sources that `spec` names, or those in `data`.
 
     Args:
-        data: for a model of text a list of strings or token ids [n, S]. For one of spectrograms a tensor of them, [n,
-            bins, frames], or the path of a safetensors file whose one tensor holds them, in spec.source too.
+        data: for a model of text a list of strings or token ids [n, S]. For one of sound what its processor makes: a
+            tensor, [n, ...]; where a source may be of any length also a list of tensors, [frames, bins] or [samples]
+            each, or a dict of tensors with the attention_mask of a padded batch. In spec.source the path of a
+            safetensors file with such tensors.
 
     Raises:
         InputError: no such data, or not what this model reads.
@@ -97,8 +99,21 @@ def _stacked(rows: Sequence[Tensor], size: int) -> Iterator[Tensor]:
 
 
 def _features(parts: Parts, spec: CalibrationSpec, data: Any, name: str) -> Sources:
-    module = None if parts.streamed else parts.model.get_encoder()
-    return Sources(*feature_batches([parts.encoder.inputs[0]], spec, data, "sources", name, f"{name}, given", module))
+    port, *others = parts.encoder.inputs
+    rows, given = None, f"{name}, given"
+    if others:  # any length, and a mask
+        rows, described = sources_of_lengths(port, spec, data, given)
+    if rows is None:
+        module = None if parts.streamed else parts.model.get_encoder()
+        batches, described, own = feature_batches([port], spec, data, "sources", name, given, module)
+    else:
+        batches, own = [{name: batch} for batch in _stacked(rows, spec.batch_size)], False
+    masks = {other.name: other.dtype for other in others}
+    whole = [
+        batch | {mask: torch.ones(batch[name].shape[:2], dtype=dtype) for mask, dtype in masks.items()}
+        for batch in batches
+    ]
+    return Sources(whole, described, own)
 
 
 def write_about(parts: Parts, sources: Sources, new_tokens: int, *, seed: int | None = None) -> Prepared:
@@ -149,8 +164,8 @@ def _written(
                 greedy=new_tokens if seed is None else 4,
             )  # fmt: skip
         feeds = {"input_ids": ids.to(CPU), **_cross(cache), **_empty(parts, rows)}
-        if "attention_mask" in source:
-            feeds[SOURCE_MASK] = source["attention_mask"]
+        # No source holds padding.
+        feeds[SOURCE_MASK] = torch.ones(rows, feeds["cross_key_values.0.key"].shape[2], dtype=torch.int64)
         room -= sum(tensor.nbytes for tensor in feeds.values())
         if room < 0 and batches:
             break

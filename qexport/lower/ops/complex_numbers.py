@@ -58,6 +58,15 @@ def _complex(emit: Emitter, node: Node, given: Arguments) -> ir.Value:
     return _joined(emit, emit.get(given.real), emit.get(given.imag))
 
 
+@translates_complex(aten._to_copy.default)
+def _of_real(emit: Emitter, node: Node, given: Arguments) -> ir.Value:
+    """A real value as a complex one, or the other way round; pairs are float32 whatever the complex numbers are."""
+    if dtype_of(given.self).is_complex:
+        return _viewed(emit, node, given) if dtype_of(node).is_complex else _part(emit, emit.get(given.self), 0)
+    real = emit.get(given.self, torch.float32)
+    return _joined(emit, real, emit.op("Mul", real, emit.constant(0.0, torch.float32)))
+
+
 @translates_complex(aten.polar.default)
 def _polar(emit: Emitter, node: Node, given: Arguments) -> ir.Value:
     size, angle = emit.get(given.abs), emit.get(given.angle)

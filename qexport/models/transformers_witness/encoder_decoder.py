@@ -1,6 +1,7 @@
 """A part of an encoder-decoder as a witness."""
 
 from collections.abc import Iterator, Mapping
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -9,7 +10,8 @@ from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import EncoderDecoderCache
 
-from ...artifact.manifest import STATES
+from ...artifact.manifest import SOURCE_MASK, STATES
+from ..source_mask import telling_decoder
 from ..witness import Call, Outline, Testimony
 from .loading import quiet
 from .running import PROMPT, STEPS, random_tokens, run
@@ -57,8 +59,14 @@ class PartWitness:
         states, cache = run(model.get_encoder(), **source), _caches()
         first = random_tokens(model, (len(next(iter(source.values()))), 1))
         mask = {name: mask for name, mask in source.items() if name == "attention_mask"}
-        run(model, encoder_outputs=states, decoder_input_ids=first, past_key_values=cache, use_cache=True, **mask)
-        return states, {
+        with telling_decoder(model) as said:
+            # A copy: Moonshine's streaming decoder adds positions to the very states that it is handed.
+            run(
+                model, encoder_outputs=deepcopy(states), decoder_input_ids=first, past_key_values=cache, use_cache=True,
+                **mask,
+            )  # fmt: skip
+        told = {SOURCE_MASK: said[0].to(torch.int64)} if said else {}
+        return states, told | {
             f"cross_key_values.{i}.{part}": tensor
             for i, (keys, values) in enumerate(_kept(cache.cross_attention_cache))
             for part, tensor in (("key", keys), ("value", values))
@@ -78,11 +86,10 @@ class PartWitness:
         ids = random_tokens(model, (len(next(iter(source.values()))), length + STEPS))
         for end in range(length, length + STEPS + 1):
             made = run(
-                model, encoder_outputs=states, decoder_input_ids=ids[:, start:end], past_key_values=cache,
+                model, encoder_outputs=deepcopy(states), decoder_input_ids=ids[:, start:end], past_key_values=cache,
                 use_cache=True, **mask,
             )  # fmt: skip
-            masked = {f"encoder_{name}": tensor for name, tensor in mask.items()}
-            feeds = {"input_ids": ids[:, start:end], **masked, **cross}
+            feeds = {"input_ids": ids[:, start:end], **cross}
             calls.append(Call(feeds, {"logits": made.logits}))
             start = end
         return calls
