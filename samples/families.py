@@ -282,7 +282,8 @@ def on_cuda(captured: CapturedModel, folder: Path, stand_ins: dict[str, str] | N
     if stand_ins is None:
         return "not tried"
     exported = agreement.export(copy.deepcopy(captured), _recipe(SCHEMES["w4a16"]), "cuda", folder, **options)
-    dims = None if _count(captured) else PROMPT | random_modules.SIZES | {"encoder_sequence_length": 7}  # cuDNN's stand-in does not
+    # With a convolution sizes stay free: the stand-in of cuDNN does not say them.
+    dims = None if _count(captured) else PROMPT | random_modules.SIZES | {"encoder_sequence_length": 7}
     try:
         placed = placement(exported.folder / "model.onnx", exported.manifest.session, stand_ins, dims)
     except PlacementError as error:

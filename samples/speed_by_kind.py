@@ -127,7 +127,8 @@ def _dynamic(folder: Path) -> ort.InferenceSession:
     ready, out = folder / "prepared.onnx", folder / "dynamic.onnx"
     quant_pre_process(folder / "model.onnx", ready, skip_optimization=True, skip_symbolic_shape=True)
     # The types of what grouped attention makes are not inferred
-    quantize_dynamic(ready, out, op_types_to_quantize=_DYNAMIC, extra_options={"DefaultTensorType": onnx.TensorProto.FLOAT})
+    assumed = {"DefaultTensorType": onnx.TensorProto.FLOAT}
+    quantize_dynamic(ready, out, op_types_to_quantize=_DYNAMIC, extra_options=assumed)
     options = ort.SessionOptions()
     options.intra_op_num_threads = 1
     return ort.InferenceSession(out, options, providers=["CPUExecutionProvider"])

@@ -95,7 +95,7 @@ def functional(exported: ExportedProgram, model: torch.nn.Module) -> ExportedPro
 
 
 def _forget_assertions(exported: ExportedProgram) -> None:
-    """Drop assertions on values, which compute nothing, and the numbers that were taken out of tensors for them alone."""
+    """Drop assertions on values, which compute nothing, and numbers that were taken out of tensors for them alone."""
     graph = exported.graph
     for node in reversed(graph.nodes):
         asserts = node.target in (aten._assert_scalar.default, aten.sym_constrain_range_for_size.default)

@@ -1,4 +1,4 @@
-"""len of a tensor as its first size, which may be free: Python's own is a number, and a graph with it is of that size."""
+"""len of a tensor as its first size, which may be free: Python's own is a number, and a graph is of that size then."""
 
 import builtins
 import sys

@@ -19,7 +19,20 @@ from ..graph.edit import is_call
 from ..graph.meta import Meta
 from ..graph.schema import bind
 from ..graph.views import (
-    END, Add, Cat, Gather, Index, LinearCall, Mul, Operand, Repeat, Reshape, Shaped, Slice, Unsqueeze, operand,
+    END,
+    Add,
+    Cat,
+    Gather,
+    Index,
+    LinearCall,
+    Mul,
+    Operand,
+    Repeat,
+    Reshape,
+    Shaped,
+    Slice,
+    Unsqueeze,
+    operand,
 )  # fmt: skip
 from .clips import spell_clips
 from .copies_to_concat import join_parts

@@ -121,7 +121,8 @@ def reads_text(config: PretrainedConfig) -> bool:
 
 def compares(config: PretrainedConfig) -> bool:
     """Whether the class that a config names reads pictures and texts, and says how well they go together (CLIP)."""
-    return bool(set(config.architectures or ()) & _names(modeling_auto.MODEL_FOR_ZERO_SHOT_IMAGE_CLASSIFICATION_MAPPING_NAMES, config))
+    known = _names(modeling_auto.MODEL_FOR_ZERO_SHOT_IMAGE_CLASSIFICATION_MAPPING_NAMES, config)
+    return bool(known.intersection(config.architectures or ()))
 
 
 def note_on_bare(config: PretrainedConfig) -> list[str]:

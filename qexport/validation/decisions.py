@@ -8,7 +8,8 @@ from torch import Tensor
 
 from ..models.heads import Decision
 
-_LOGITS, _EMBEDDINGS = ("logits", "logits_per_image"), ("embedding", "embeddings")  # how outputs end by which something is decided
+# How outputs end by which something is decided.
+_LOGITS, _EMBEDDINGS = ("logits", "logits_per_image"), ("embedding", "embeddings")
 _FEWEST = 3  # numbers of which an order says anything
 
 

@@ -10,7 +10,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from ..base import COUNT, Pictures, VisionLanguage, architecture
 from ..ragged import behind_zeros, in_front
 
-SHAPES, MASK = "spatial_shapes", "pixel_attention_mask"  # patches of each tile in height and width; which are no padding
+SHAPES, MASK = "spatial_shapes", "pixel_attention_mask"  # patches in height and width; which are no padding
 
 
 @architecture

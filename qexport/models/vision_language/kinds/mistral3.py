@@ -91,7 +91,7 @@ def _inside(down: Tensor, right: Tensor, sizes: Tensor) -> Tensor:
 
 
 def _joined(grid: Tensor, side: int) -> Tensor:
-    """Squares of rows [pictures, height, width, features] as one row each [pictures, squares, features * side * side]."""
+    """Squares of rows [pictures, height, width, features] as one row each [pictures, squares, features * side ** 2]."""
     height, width = grid.shape[1] // side, grid.shape[2] // side
     parts = [grid[:, i::side, j::side][:, :height, :width] for i in range(side) for j in range(side)]
     return torch.stack(parts, dim=-1).flatten(1, 2).flatten(2)
