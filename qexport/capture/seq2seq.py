@@ -241,8 +241,16 @@ def _layers(
     fake."""
     if fake is not None:
         source = {name: fake.from_tensor(tensor, static_shapes=True) for name, tensor in source.items()}
-    with torch.no_grad(), quiet_transformers(), fake or nullcontext():
-        own, cross, mask, states = _first_step(model, source)
+    try:
+        with torch.no_grad(), quiet_transformers(), fake or nullcontext():
+            own, cross, mask, states = _first_step(model, source)
+    except CaptureError:
+        raise
+    except Exception as error:  # of transformers' code
+        raise CaptureError(
+            f"cannot be run for a first token: {root_cause(error)}", place=type(model).__name__,
+            remedy="Its encoder alone exports as a module: AutoModel.from_pretrained(...).get_encoder()",
+        ) from error  # fmt: skip
     if not own.found or own.found.keys() != cross.found.keys():
         raise CaptureError("not every layer of its decoder keeps keys and values of its own and of the source")
     return [(*own.found[i].values(), *cross.found[i].values()) for i in sorted(own.found)], mask, states.shape[-1]

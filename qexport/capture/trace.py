@@ -163,7 +163,9 @@ def _probe(model: PreTrainedModel, place: str, reads: Reads) -> list[Layer]:
     """What each layer keeps in its cache, found by running the model once without data."""
     fake, (ids, _, positions, _, others) = _fake(model, [], reads)
     mask = fake.from_tensor(torch.zeros(_BATCH, _SEQUENCE, dtype=torch.int64), static_shapes=True)
-    depth = model.config.get_text_config().num_hidden_layers
+    depth = getattr(model.config.get_text_config(), "num_hidden_layers", None)
+    if depth is None:  # models of several parts
+        raise CaptureError(f"the config of {type(model).__name__} does not say how many layers it has", place=place)
     cache, before = ProbeCache(depth), _held(model)
     try:
         with fake, torch.no_grad(), quiet_transformers():

@@ -67,8 +67,10 @@ def eager(folder):
 @pytest.mark.parametrize("folder", KINDS, indirect=True)
 def test_parts_compute_what_transformers_computes(folder):
     parts = capture_vision_language(open_model(folder))
+    # Of random weights: what transformers computes in float32 is 2e-4 away from what it does in float64.
+    close = 1e-3 if folder.name.startswith("gemma40") else 1e-4
     for captured in parts.by_name.values():
-        assert check_reader(captured).difference < 1e-4
+        assert check_reader(captured).difference < close
 
 
 @pytest.mark.slow
