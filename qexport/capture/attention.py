@@ -36,6 +36,8 @@ class GraphCacheLayer(DynamicLayer):
         rows: what else it keeps of every token, by role [batch, 1, past, features]; behind `update_rows` of all.
     """
 
+    indexer_position_ids = None  # of a model that asks here how far keys of past tokens are turned
+
     def __init__(self, key: torch.Tensor, value: torch.Tensor, rows: Mapping[str, torch.Tensor] = MappingProxyType({})):
         super().__init__()
         self.past_key, self.past_value, self.rows = key, value, dict(rows)
@@ -122,13 +124,13 @@ class GraphCache(_FromTheFirstToken):
     def update_conv_state(self, conv_states, layer_idx, state_idx=0, **kwargs):
         return self.states[layer_idx].update_conv(conv_states, state_idx)
 
-    def past_inputs(self, layer_idx: int) -> torch.Tensor | None:
-        """The last inputs of the layer's convolution themselves, for code that joins them with new ones."""
-        return self.states[layer_idx].past(CONV)
+    def past_inputs(self, layer_idx: int, state_idx: int = 0) -> torch.Tensor | None:
+        """The last inputs of a convolution of the layer themselves, for code that joins them with new ones."""
+        return self.states[layer_idx].past(CONV, state_idx)
 
-    def keep_inputs(self, last: torch.Tensor, layer_idx: int) -> None:
+    def keep_inputs(self, last: torch.Tensor, layer_idx: int, state_idx: int = 0) -> None:
         """Those behind the new tokens, from such code."""
-        self.states[layer_idx].replace(CONV, last)
+        self.states[layer_idx].replace(CONV, last, state_idx)
 
     def get_recurrent_state(self, layer_idx, state_idx=0):
         past = self.states[layer_idx].past(RECURRENT, state_idx)
@@ -194,11 +196,11 @@ class ProbeCache(_FromTheFirstToken):
         self._note_state(layer_idx, state(CONV, state_idx), inputs)
         return conv_states
 
-    def past_inputs(self, layer_idx: int) -> None:
+    def past_inputs(self, layer_idx: int, state_idx: int = 0) -> None:
         """None, as in front of a text."""
 
-    def keep_inputs(self, last: torch.Tensor, layer_idx: int) -> None:
-        self._note_state(layer_idx, CONV, last)
+    def keep_inputs(self, last: torch.Tensor, layer_idx: int, state_idx: int = 0) -> None:
+        self._note_state(layer_idx, state(CONV, state_idx), last)
 
     def get_recurrent_state(self, layer_idx, state_idx=0):
         asked.set(Asked(None))
