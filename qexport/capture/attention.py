@@ -24,7 +24,7 @@ _PROBE = 12  # positions in a row on which a mask pattern is compared with a kno
 
 
 class GraphCacheLayer(DynamicLayer):
-    """Past keys and values of one layer.
+    """Past keys and values of one layer; of a layer whose keys are its values too, the keys alone.
 
     `update` returns past and new ones together, for a model that does with them what it likes. Attention that is handed
     exactly these takes `new` instead: then concatenating belongs to the attention node, so that a target can choose how
@@ -36,20 +36,26 @@ class GraphCacheLayer(DynamicLayer):
         rows: what else it keeps of every token, by role [batch, 1, past, features]; behind `update_rows` of all.
     """
 
-    def __init__(self, key: torch.Tensor, value: torch.Tensor, rows: Mapping[str, torch.Tensor] = MappingProxyType({})):
+    indexer_position_ids = None  # of a model that asks here how far keys of past tokens are turned
+
+    def __init__(
+        self, key: torch.Tensor, value: torch.Tensor | None, rows: Mapping[str, torch.Tensor] = MappingProxyType({})
+    ):
         super().__init__()
-        self.past_key, self.past_value, self.rows = key, value, dict(rows)
+        self.past_key, self.past_value, self.rows = key, key if value is None else value, dict(rows)
         self.new: tuple[torch.Tensor, torch.Tensor] | None = None
         self.present: list[torch.Tensor] | None = None
-        self.keys, self.values, self.is_initialized = key, value, True
+        self.keys, self.values, self.is_initialized = key, self.past_value, True
 
     def update(self, key_states, value_states, *args, **kwargs):
         if self.new is not None:
             raise CaptureError("one layer updates its cache twice")
         self.new = key_states, value_states
-        self.keys = torch.cat([self.past_key, key_states], dim=2)
-        self.values = torch.cat([self.past_value, value_states], dim=2)
-        self.present = [self.keys, self.values]
+        self.keys = self.values = torch.cat([self.past_key, key_states], dim=2)
+        self.present = [self.keys]
+        if self.past_value is not self.past_key:
+            self.values = torch.cat([self.past_value, value_states], dim=2)
+            self.present = [self.keys, self.values]
         return self.keys, self.values
 
     def update_rows(self, new: torch.Tensor, role: str) -> torch.Tensor:
@@ -92,7 +98,7 @@ class GraphCache(_FromTheFirstToken):
     def __init__(self, past: Sequence[Mapping[str, torch.Tensor]]):
         rows = [{role: of[role] for role in (INDEXER, SUMMED) if role in of} for of in past]
         self.attended = [
-            GraphCacheLayer(of[KEY], of[VALUE], more) if KEY in of else None
+            GraphCacheLayer(of[KEY], of.get(VALUE), more) if KEY in of else None
             for of, more in zip(past, rows, strict=True)
         ]
         self.states = [GraphStateLayer(of) for of in past]
@@ -122,13 +128,13 @@ class GraphCache(_FromTheFirstToken):
     def update_conv_state(self, conv_states, layer_idx, state_idx=0, **kwargs):
         return self.states[layer_idx].update_conv(conv_states, state_idx)
 
-    def past_inputs(self, layer_idx: int) -> torch.Tensor | None:
-        """The last inputs of the layer's convolution themselves, for code that joins them with new ones."""
-        return self.states[layer_idx].past(CONV)
+    def past_inputs(self, layer_idx: int, state_idx: int = 0) -> torch.Tensor | None:
+        """The last inputs of a convolution of the layer themselves, for code that joins them with new ones."""
+        return self.states[layer_idx].past(CONV, state_idx)
 
-    def keep_inputs(self, last: torch.Tensor, layer_idx: int) -> None:
+    def keep_inputs(self, last: torch.Tensor, layer_idx: int, state_idx: int = 0) -> None:
         """Those behind the new tokens, from such code."""
-        self.states[layer_idx].replace(CONV, last)
+        self.states[layer_idx].replace(CONV, last, state_idx)
 
     def get_recurrent_state(self, layer_idx, state_idx=0):
         past = self.states[layer_idx].past(RECURRENT, state_idx)
@@ -171,7 +177,7 @@ class ProbeCache(_FromTheFirstToken):
         self.found.setdefault(layer_idx, {}).update(tensors)
 
     def update(self, key_states, value_states, layer_idx, *args, **kwargs):
-        self._note(layer_idx, key=key_states, value=value_states)
+        self._note(layer_idx, key=key_states, **({} if value_states is key_states else {VALUE: value_states}))
         return key_states, value_states
 
     def _note_state(self, layer_idx: int, role: str, tensor: torch.Tensor) -> None:
@@ -194,11 +200,11 @@ class ProbeCache(_FromTheFirstToken):
         self._note_state(layer_idx, state(CONV, state_idx), inputs)
         return conv_states
 
-    def past_inputs(self, layer_idx: int) -> None:
+    def past_inputs(self, layer_idx: int, state_idx: int = 0) -> None:
         """None, as in front of a text."""
 
-    def keep_inputs(self, last: torch.Tensor, layer_idx: int) -> None:
-        self._note_state(layer_idx, CONV, last)
+    def keep_inputs(self, last: torch.Tensor, layer_idx: int, state_idx: int = 0) -> None:
+        self._note_state(layer_idx, state(CONV, state_idx), last)
 
     def get_recurrent_state(self, layer_idx, state_idx=0):
         asked.set(Asked(None))
@@ -274,9 +280,10 @@ def _attention(module, query, key, value, attention_mask, scaling=None, dropout=
     if (of_queries := kwargs.get("sinks")) is not None or layer is None or layer.present[0] is not key:
         sinks = sinks if of_queries is None else of_queries
         return _written_out(query, key, value, attention_mask, scale, softcap, sinks), None
-    out, *layer.present = torch.ops.qexport.cached_attention(
+    out, *made = torch.ops.qexport.cached_attention(
         query, *layer.new, layer.past_key, layer.past_value, attention_mask, scale, softcap, sinks
     )
+    layer.present = made[: len(layer.present)]
     return out, None
 
 

@@ -24,10 +24,11 @@ _GROWING = (KEY, VALUE, INDEXER, SUMMED)
 # Kinds of layers as configs of transformers say them, by what they keep; other states beside keys are "hybrid".
 _CALLED = {
     frozenset(): "none", frozenset({KEY, VALUE}): "full_attention", frozenset({CONV}): "conv",
+    frozenset({KEY}): "full_attention",
     frozenset({CONV, RECURRENT}): "linear_attention", frozenset({RECURRENT}): "linear_attention",
     frozenset({KEY, VALUE, INDEXER}): "indexed_attention",
-    frozenset({KEY, VALUE, SUMMED}): "heavily_compressed_attention",
-    frozenset({KEY, VALUE, INDEXER, SUMMED}): "compressed_sparse_attention",
+    frozenset({KEY, SUMMED}): "heavily_compressed_attention",
+    frozenset({KEY, INDEXER, SUMMED}): "compressed_sparse_attention",
 }  # fmt: skip
 
 

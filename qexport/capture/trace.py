@@ -21,6 +21,8 @@ from ..models.quiet import quiet_transformers
 from ..models.steps import LISTED, cache_name, step_arguments
 from . import expert_attention as _expert_attention  # noqa: F401  declares it
 from . import expert_forms as _expert_forms  # noqa: F401  declares them
+from . import indexed_blocks as _indexed_blocks  # noqa: F401  declares them
+from . import ngrams as _ngrams  # noqa: F401  declares them
 from . import summaries as _summaries  # noqa: F401  declares them
 from .attention import GraphCache, GraphCacheLayer, ProbeCache, tracing, unknown_state
 from .blocks import Block, cut

@@ -177,6 +177,8 @@ def _sites(
                 biased |= made_of
             if names.get(attention.past_key) not in values.values():
                 raise Unsuited("its cache is changed before attention reads it")
+            if attention.past_key is attention.past_value:
+                raise Unsuited("its keys are its values too, and GroupQueryAttention keeps both")
             size = size_at(attention.key, -1)
             if size != size_at(attention.value, -1):
                 raise Unsuited("keys and values have heads of different size")

@@ -47,7 +47,7 @@ def static_limits(folder: Path) -> dict[str, tuple[float, float]]:
         # Few bits are held within their range by a Clip, in front of a container that is wider.
         elif node.op_type == "Div" and (scale := number(node.input[1])) is not None:
             divided[node.output[0]] = (node.input[0], scale)
-        elif node.op_type == "Clip" and node.input[0] in divided:
+        elif node.op_type == "Clip" and len(node.input) == 3 and node.input[0] in divided:
             name, scale = divided[node.input[0]]
             low, high = (number(bound) for bound in node.input[1:3])
             if low is not None and high is not None:

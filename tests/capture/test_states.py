@@ -41,3 +41,13 @@ def test_each_of_them_goes_on_from_its_own_past():
     assert torch.equal(others, seconds[..., 1:]) and torch.equal(state, after)
     with pytest.raises(CaptureError, match="one layer updates its state twice"):
         cache.update_conv_state(new, 0, state_idx=1)
+
+
+def test_keys_that_are_values_too_are_kept_once():
+    probe, new = ProbeCache(1), filled(1, 1, 2, 4)
+    probe.update(new, new, 0)
+    assert [kept.role for kept in kept_in(probe.found[0])] == ["key"]
+    cache = GraphCache([{"key": -filled(1, 1, 3, 4)}])
+    keys, values = cache.update(new, new, 0)
+    assert keys is values and torch.equal(keys, torch.cat([-filled(1, 1, 3, 4), new], 2))
+    assert len(cache.present()) == 1 and cache.present()[0] is keys

@@ -11,7 +11,7 @@ from helpers.runners import captured_runner, load_weights, transformers_runner
 from qexport.api.stages.capturing import capture_model
 from qexport.capture import summaries  # noqa: F401  declares what takes the place of modules
 from qexport.capture.attention import GraphCache
-from qexport.capture.kept import INDEXER, KEY, SUMMED, VALUE
+from qexport.capture.kept import INDEXER, KEY, SUMMED
 from qexport.capture.recurrences import recurrences_as_nodes
 from qexport.errors import CaptureError
 
@@ -33,7 +33,7 @@ class Model(torch.nn.Module):
 
 
 def empty(summed, indexed):
-    rows = {KEY: torch.zeros(2, 1, 0, 4), VALUE: torch.zeros(2, 1, 0, 4), SUMMED: torch.zeros(2, 1, 0, summed)}
+    rows = {KEY: torch.zeros(2, 1, 0, 4), SUMMED: torch.zeros(2, 1, 0, summed)}
     return rows | ({INDEXER: torch.zeros(2, 1, 0, indexed)} if indexed else {})
 
 

@@ -3,6 +3,7 @@
 import math
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -23,6 +24,7 @@ from qexport.validation.running import run_session, with_outputs
 from qexport.validation.text import Text
 
 WINDOW = 40
+NUMBERS = {"scale": 0.5, "low": -8.0, "high": 7.0}
 
 
 @pytest.fixture(scope="module")
@@ -110,6 +112,20 @@ def test_ranges_and_clipping_are_those_of_the_values(static, llama, ids):
         assert found.float_spread > 0 and found.float_absmax > 0
     smoothed = next(found for found in report.layers.ranges if "q_proj" in found.linears[0])
     assert smoothed.float_spread > smoothed.spread, "these models have outliers, which smoothing moves"
+
+
+def test_a_value_that_the_model_clips_on_one_side_has_no_limits(tmp_path):
+    held = {name: onnx.helper.make_tensor(name, onnx.TensorProto.FLOAT, (), [size]) for name, size in NUMBERS.items()}
+    nodes = [("Div", ["x", "scale"], "a"), ("Clip", ["a", "low"], "b"), ("Clip", ["a", "low", "high"], "c")]
+    graph = onnx.helper.make_graph(
+        [onnx.helper.make_node(kind, inputs, [output]) for kind, inputs, output in nodes], "clips", [], [],
+        list(held.values()),
+    )  # fmt: skip
+    for last, limits in ((2, {}), (3, {"x": (-4.0, 3.5)})):
+        part = onnx.ModelProto(graph=graph)
+        del part.graph.node[last:]
+        onnx.save(part, tmp_path / "model.onnx")
+        assert static_limits(tmp_path) == limits
 
 
 @pytest.mark.slow
