@@ -2,6 +2,7 @@
 
 import inspect
 import logging
+import operator
 import re
 import traceback
 import warnings
@@ -99,8 +100,14 @@ def _forget_assertions(exported: ExportedProgram) -> None:
     graph = exported.graph
     for node in reversed(graph.nodes):
         asserts = node.target in (aten._assert_scalar.default, aten.sym_constrain_range_for_size.default)
-        if asserts or (node.op == "call_function" and not node.users and not node.is_impure()):
+        if asserts or (_computes(node) and not node.users and not node.is_impure()):
             graph.erase_node(node)
+
+
+def _computes(node: Node) -> bool:
+    """Whether it is an operator or arithmetic of numbers: what opens and closes a vmap makes nothing, and is wanted."""
+    module = getattr(node.target, "__module__", None)
+    return isinstance(node.target, torch._ops.OpOverload) or module in (operator.__name__, "_operator", "math", "torch")
 
 
 def _check_control_flow(exported: ExportedProgram, model: torch.nn.Module) -> None:
