@@ -18,6 +18,7 @@ from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from ..errors import CaptureError, root_cause
 from .decompose import by_rules
 from .lines import innermost, line_of
+from .memos import RemembersMore
 
 aten = torch.ops.aten
 _LIBRARIES = ("torch", "transformers")
@@ -58,10 +59,11 @@ def explained(model: torch.nn.Module):
             logger.setLevel(level)
     assigned = [m[1] for w in caught if (m := re.search(r"attribute self\.(\S+) was assigned", str(w.message)))]
     changed = [path for path, value in after.items() if before.get(path, value) != value]
-    for path in (*assigned, *changed):
+    kind = RemembersMore if _only_dicts(model, paths := [*assigned, *changed]) else CaptureError
+    for path in paths:
         owner, attribute = _owner(model, path)
         if not _of_library(type(owner)):
-            raise CaptureError(
+            raise kind(
                 f"forward changes self.{attribute}{_assignment(owner, attribute)}, which a graph cannot do",
                 place=_place(model, path), remedy=_STATE,
             )  # fmt: skip
@@ -169,6 +171,11 @@ def _state(model: torch.nn.Module) -> dict[str, Any]:
             elif isinstance(value, (list, dict, set)):
                 found[path] = len(value)
     return found
+
+
+def _only_dicts(model: torch.nn.Module, paths: list[str]) -> bool:
+    owners = (_owner(model, path) for path in paths)
+    return all(isinstance(getattr(owner, attribute, None), dict) for owner, attribute in owners)
 
 
 def _owner(model: torch.nn.Module, path: str) -> tuple[torch.nn.Module, str]:
