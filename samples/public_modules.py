@@ -55,6 +55,20 @@ def _of(package: str, name: str, **options) -> Callable[[], nn.Module]:
     return lambda: getattr(importlib.import_module(package), name)(**options)
 
 
+def of_any_lengths(**options) -> nn.Module:
+    """torchaudio's Conformer, whose padding mask is as long as the input: its own is as long as the longest length."""
+    conformer = importlib.import_module("torchaudio.models").Conformer
+
+    class OfAnyLengths(conformer):  # type: ignore[misc, valid-type]  # a class of a package that is fetched
+        def forward(self, input: torch.Tensor, lengths: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            x, padding = input.transpose(0, 1), torch.arange(input.shape[1]) >= lengths[:, None]
+            for layer in self.conformer_layers:
+                x = layer(x, padding)
+            return x.transpose(0, 1), lengths
+
+    return OfAnyLengths(**options)
+
+
 def _vision(name: str, **options) -> Callable[[], nn.Module]:
     return _of("torchvision.models", name, weights=None, **options)
 
@@ -169,6 +183,10 @@ MODULES: dict[str, tuple[Callable[[], nn.Module], Callable[[], tuple[torch.Tenso
     "torchaudio Conformer": (
         _of("torchaudio.models", "Conformer", input_dim=64, num_heads=4, ffn_dim=128, num_layers=2,
             depthwise_conv_kernel_size=15), lambda: (torch.randn(2, 40, 64), torch.tensor([40, 30])),
+    ),
+    "torchaudio Conformer, its mask as long as its input": (
+        lambda: of_any_lengths(input_dim=64, num_heads=4, ffn_dim=128, num_layers=2, depthwise_conv_kernel_size=15),
+        lambda: (torch.randn(2, 40, 64), torch.tensor([40, 30])),
     ),
     "torchaudio ConvTasNet": (_of("torchaudio.models", "ConvTasNet", msk_num_layers=3, msk_num_stacks=2), wave),
     "torchaudio DeepSpeech": (_of("torchaudio.models", "DeepSpeech", n_feature=40, n_hidden=64),

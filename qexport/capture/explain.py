@@ -2,6 +2,7 @@
 
 import inspect
 import logging
+import operator
 import re
 import traceback
 import warnings
@@ -17,6 +18,7 @@ from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from ..errors import CaptureError, root_cause
 from .decompose import by_rules
 from .lines import innermost, line_of
+from .memos import RemembersMore
 
 aten = torch.ops.aten
 _LIBRARIES = ("torch", "transformers")
@@ -57,10 +59,11 @@ def explained(model: torch.nn.Module):
             logger.setLevel(level)
     assigned = [m[1] for w in caught if (m := re.search(r"attribute self\.(\S+) was assigned", str(w.message)))]
     changed = [path for path, value in after.items() if before.get(path, value) != value]
-    for path in (*assigned, *changed):
+    kind = RemembersMore if _only_dicts(model, paths := [*assigned, *changed]) else CaptureError
+    for path in paths:
         owner, attribute = _owner(model, path)
         if not _of_library(type(owner)):
-            raise CaptureError(
+            raise kind(
                 f"forward changes self.{attribute}{_assignment(owner, attribute)}, which a graph cannot do",
                 place=_place(model, path), remedy=_STATE,
             )  # fmt: skip
@@ -99,8 +102,14 @@ def _forget_assertions(exported: ExportedProgram) -> None:
     graph = exported.graph
     for node in reversed(graph.nodes):
         asserts = node.target in (aten._assert_scalar.default, aten.sym_constrain_range_for_size.default)
-        if asserts or (node.op == "call_function" and not node.users and not node.is_impure()):
+        if asserts or (_computes(node) and not node.users and not node.is_impure()):
             graph.erase_node(node)
+
+
+def _computes(node: Node) -> bool:
+    """Whether it is an operator or arithmetic of numbers: what opens and closes a vmap makes nothing, and is wanted."""
+    module = getattr(node.target, "__module__", None)
+    return isinstance(node.target, torch._ops.OpOverload) or module in (operator.__name__, "_operator", "math", "torch")
 
 
 def _check_control_flow(exported: ExportedProgram, model: torch.nn.Module) -> None:
@@ -162,6 +171,11 @@ def _state(model: torch.nn.Module) -> dict[str, Any]:
             elif isinstance(value, (list, dict, set)):
                 found[path] = len(value)
     return found
+
+
+def _only_dicts(model: torch.nn.Module, paths: list[str]) -> bool:
+    owners = (_owner(model, path) for path in paths)
+    return all(isinstance(getattr(owner, attribute, None), dict) for owner, attribute in owners)
 
 
 def _owner(model: torch.nn.Module, path: str) -> tuple[torch.nn.Module, str]:

@@ -4,6 +4,7 @@ import inspect
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
 import sympy
 import torch
@@ -27,6 +28,7 @@ from .explain import explained, functional
 from .fold import fold_batch_norms, fold_padding, fold_weights, spell_padding
 from .graph import CapturedModel, Port
 from .lengths import lengths_as_sizes
+from .memos import Memos, RemembersMore
 from .normalize import to_normal_form
 from .recurrent import layers_as_nodes, name_gates
 from .whole_numbers import divided_whole
@@ -72,17 +74,33 @@ def capture_module(
     examples = {name: _stretched(tensor, axes[name]) for name, tensor in given.items()}
     if fake is not None:
         examples = {name: fake.from_tensor(tensor, static_shapes=True) for name, tensor in examples.items()}
-    with (
-        evaluating(model), torch.no_grad(), quiet_transformers(), explained(model), layers_as_nodes(),
-        lengths_as_sizes(model),
-    ):  # fmt: skip
-        shapes = {name: dict.fromkeys(axes[name], torch.export.Dim.AUTO) for name in given}
-        exported = torch.export.export(model, (), examples, dynamic_shapes=shapes, strict=False)
-    exported = functional(exported, model)
+    shapes = {name: dict.fromkeys(axes[name], torch.export.Dim.AUTO) for name in given}
+    with evaluating(model), torch.no_grad(), quiet_transformers(), lengths_as_sizes(model):
+        exported = functional(_exported(model, examples, shapes, known=fake is None), model)
     captured = _captured(exported, model, axes, absent)
     if any(without_form(block.module.graph) for block in captured.blocks):
         captured = _captured(decomposed(exported), model, axes, absent)
     return replace(captured, witness=_witness(model, given, axes))
+
+
+def _exported(
+    model: torch.nn.Module, examples: Mapping[str, torch.Tensor], shapes: dict[str, Any], *, known: bool
+) -> ExportedProgram:
+    """A module through torch.export; known: its weights are there."""
+
+    def export() -> ExportedProgram:
+        with explained(model), layers_as_nodes():
+            return torch.export.export(model, (), dict(examples), dynamic_shapes=shapes, strict=False)
+
+    memos = Memos(model)
+    try:
+        return export()
+    except RemembersMore:
+        if not known or not memos.fill(examples):
+            raise
+        return export()
+    finally:
+        memos.forget()
 
 
 @contextmanager

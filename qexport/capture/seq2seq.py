@@ -29,6 +29,7 @@ from ..models.loading import Loaded, load_whole
 from ..models.quiet import quiet_transformers
 from ..models.source import ModelFolder
 from ..models.source_mask import telling_decoder
+from ..models.steps import WITHOUT_CACHE
 from ..models.transformers_witness.encoder_decoder import PartWitness
 from .another_forward import called_by
 from .attention import IMPLEMENTATION, GivenCache, GraphCache, ProbeCache, tracing
@@ -126,6 +127,9 @@ def _captured(folder: ModelFolder, loader: type[Any], loaded: Loaded | Streamed,
         model.set_attn_implementation(IMPLEMENTATION)
         with _called_by(model, list(tokens), partial(_decode, width)):
             decoder = capture_module(model, tokens, {name: _axes(name) for name in tokens}, fake=fake)
+    except CaptureError as error:
+        error.remedy = f"{error.remedy}. {WITHOUT_CACHE}" if error.remedy else WITHOUT_CACHE
+        raise
     except ValueError as error:
         why = f"attention of a form that has no lowering: {root_cause(error)}"
         raise CaptureError(why, place=folder.name) from error

@@ -18,7 +18,7 @@ from ..graph.meta import Meta
 from ..graph.translated import without_form
 from ..graph.views import results_of, tensor_name
 from ..models.quiet import quiet_transformers
-from ..models.steps import LISTED, cache_name, step_arguments
+from ..models.steps import LISTED, WITHOUT_CACHE, cache_name, step_arguments
 from . import expert_attention as _expert_attention  # noqa: F401  declares it
 from . import expert_forms as _expert_forms  # noqa: F401  declares them
 from . import indexed_blocks as _indexed_blocks  # noqa: F401  declares them
@@ -314,7 +314,7 @@ def _export(model: PreTrainedModel, cache: list[Layer], place: str, reads: Reads
                 "whole text in every step",
                 place=place, remedy="A step of a file reads the new tokens alone, and the cache",
             ) from error  # fmt: skip
-        raise CaptureError(f"torch.export failed: {cause}", place=place) from error
+        raise CaptureError(f"torch.export failed: {cause}", place=place, remedy=WITHOUT_CACHE) from error
 
 
 def _rename_weights(whole: GraphModule, aliases: dict[str, tuple[str, ...]]) -> None:

@@ -13,6 +13,9 @@ from ..errors import CaptureError
 
 # What models call their cache. Where a model has none of these, its further arguments would swallow it unread.
 _CACHES = ("past_key_values", "cache_params", "state")
+WITHOUT_CACHE = (
+    "Without a cache it exports as an nn.Module: pass the model, its config.use_cache False, and example inputs"
+)
 LISTED = "state"  # a list of tensors, which a call returns
 
 
@@ -27,7 +30,7 @@ def cache_name(model: PreTrainedModel) -> str:
     if name is None:
         raise CaptureError(
             f"{type(model).__name__} does not take a transformers cache", place="forward",
-            remedy="Models that write a text token by token need one: export it as an nn.Module with example inputs",
+            remedy=f"Models that write a text token by token need one. {WITHOUT_CACHE}",
         )  # fmt: skip
     return name
 

@@ -128,6 +128,29 @@ class Keeps(Counts):
         return self.last
 
 
+class Memo(Counts):
+    """Remembers what it computes of its weights in the first call, as timm's LeViT does."""
+
+    def __init__(self, of_input=False):
+        super().__init__()
+        self.weight, self.memo, self.of_input = nn.Parameter(torch.randn(4)), {}, of_input
+
+    def forward(self, x):
+        if "cpu" not in self.memo:
+            self.memo["cpu"] = self.weight[[1, 0, 3, 2]] + (x[0] if self.of_input else 0)
+        return x * self.memo["cpu"]
+
+
+def test_what_a_first_call_remembers_of_weights_is_a_constant():
+    model, x = Memo(), torch.randn(2, 4)
+    captured = capture_module(model, (x,))
+    assert not model.memo, "the module is left as it was"
+    got = captured_runner(load_weights(captured))({"x": x})["output"]
+    assert torch.equal(got, model(x)) and list(model.memo) == ["cpu"]
+    with pytest.raises(CaptureError, match="forward changes self.memo"):
+        capture_module(Memo(of_input=True), (x,))
+
+
 class Buffer(nn.Module):
     def __init__(self):
         super().__init__()

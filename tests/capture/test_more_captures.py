@@ -6,19 +6,24 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from helpers.breadth import quick
 from helpers.random_decoders import QUICK, REFUSED, VOCAB, breadth, reference_model, save_model
+from helpers.random_modules import SEQ2SEQ, save_seq2seq
 from helpers.runners import captured_runner, load_weights, next_feeds, padded, prompt_feeds, tokens, transformers_runner
 from qexport.api.stages.capturing import capture_model
 from qexport.capture.constants import fold_constants
+from qexport.capture.module import capture_module
 from qexport.capture.normalize import to_normal_form
+from qexport.capture.seq2seq import capture_seq2seq
 from qexport.capture.weight_views import WeightView, WeightViews, cut_weights
 from qexport.errors import CaptureError, LoweringError
 from qexport.graph.sites import linears
 from qexport.graph.views import CachedAttention
 from qexport.lower.check import check_translations
 from qexport.models.checkpoint import Checkpoint
+from qexport.models.source import open_model
 
 PROMPTS = (padded([3, 7, 1], "left"), padded([7, 2, 5], "right"))
 STEPS = 3
@@ -62,6 +67,29 @@ def test_blocks_compute_what_transformers_computes(captured, model_folder, famil
 def test_what_cannot_be_exported_is_refused(tmp_path, family):
     with pytest.raises((CaptureError, LoweringError), match=REASONS[family]):
         check_translations(block.module.graph for block in capture_model(save_model(family, tmp_path / family)).blocks)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["openai_gpt", "xlm", "reformer", "prophetnet_decoder", "prophetnet"])
+def test_without_a_cache_it_exports_as_a_module_as_the_refusal_says(family, tmp_path):
+    pair = family in SEQ2SEQ
+    (save_seq2seq if pair else save_model)(family, tmp_path / family)
+    with pytest.raises(CaptureError, match="Without a cache it exports as an nn.Module"):
+        capture_seq2seq(open_model(tmp_path / family)) if pair else capture_model(tmp_path / family)
+    model = (AutoModelForSeq2SeqLM if pair else AutoModelForCausalLM).from_pretrained(tmp_path / family).eval()
+    model.config.use_cache = False
+
+    def feeds(*shape):
+        read = {"input_ids": tokens(*shape, vocab=VOCAB), "attention_mask": padded([shape[1], 3], "right")}
+        return read | ({"decoder_input_ids": tokens(shape[0], 5, vocab=VOCAB)} if pair else {})
+
+    lengths = {"input_ids": "length", "attention_mask": "length", "decoder_input_ids": "written"}
+    axes = {name: {0: "batch", 1: lengths[name]} for name in feeds(2, 7)}
+    run = captured_runner(load_weights(capture_module(model, feeds(2, 7), axes)))
+    for shape in ((2, 7), (2, 11)):
+        with torch.no_grad():
+            want, got = model(**feeds(*shape)).logits, run(feeds(*shape))["logits"]
+        assert (got - want).abs().max() < CLOSE * want.abs().max()
 
 
 @pytest.mark.slow
