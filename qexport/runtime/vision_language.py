@@ -21,7 +21,7 @@ from .provider import device_of
 from .session import open_session
 from .values import value_of
 
-FEATURES = "image_features"
+FEATURES, _MASK = "image_features", "pixel_attention_mask"
 
 
 def is_vision_language(folder: str | Path) -> bool:
@@ -286,8 +286,9 @@ def prompt_of(
         )  # fmt: skip
     found = {name: np.asarray(made[name]) for name in sizes}
     found = {n: array.reshape(-1, *array.shape[array.ndim - len(sizes[n]) + 1 :]) for n, array in found.items()}
-    if "pixel_attention_mask" in made and len(next(iter(found.values()))):
-        found = whole_tiles(found, np.asarray(made["pixel_attention_mask"]), folder)
+    mask = None if _MASK in found else made.get(_MASK)  # which an encoder reads or does not
+    if mask is not None and len(next(iter(found.values()))):
+        found = whole_tiles(found, np.asarray(mask), folder)
     return [int(token) for token in np.asarray(made["input_ids"])[0]], found
 
 
