@@ -50,6 +50,7 @@ from qexport.capture.seq2seq import capture_seq2seq  # noqa: E402
 from qexport.errors import QExportError  # noqa: E402
 from qexport.graph.convolution_sites import convolutions
 from qexport.lower.check import check_translations  # noqa: E402
+from qexport.models.keypoints import with_maps  # noqa: E402
 from qexport.models.source import open_model  # noqa: E402
 from qexport.recipe.recipe import CalibrationSpec, Recipe  # noqa: E402
 
@@ -242,6 +243,7 @@ def _head(name: str, folder: Path) -> tuple[CapturedModel, float, dict]:
     saved = random_modules.save_head(name, folder / "model")
     captured = _checked(capture_model(saved))
     model = getattr(transformers, LISTS["heads"][name]["head"]).from_pretrained(saved, attn_implementation="eager")
+    model = with_maps(model) if captured.settings.get("task") == "keypoint-detection" else model
     feeds = random_modules.head_inputs(captured)
     return captured, _from_eager(captured, model.eval(), feeds), feeds[0]
 

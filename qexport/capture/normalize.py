@@ -38,6 +38,7 @@ from .clips import spell_clips
 from .copies_to_concat import join_parts
 from .left_products import turn_left_products
 from .positions import slice_tables
+from .single_pictures import batch_single_pictures
 from .token_shifts import join_shifts
 
 aten = torch.ops.aten
@@ -70,6 +71,7 @@ def to_normal_form(module: GraphModule) -> GraphModule:
     graph = module.graph
     _forget_layouts(graph)
     join_parts(graph)
+    batch_single_pictures(graph)
     _leave_inputs_alone(graph)
     _compute_in_float32(graph)
     _drop_identities(graph)

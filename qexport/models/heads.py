@@ -11,6 +11,7 @@ from transformers import PretrainedConfig
 from transformers.models.auto import modeling_auto
 
 from ..errors import CaptureError
+from .keypoints import Maps
 
 Decision = Literal["class", "class of a pixel", "yes or no", "embedding", ""]
 
@@ -54,7 +55,7 @@ _NAMES = {
     Head("depth-estimation", transformers.AutoModelForDepthEstimation, ""): "DEPTH_ESTIMATION",
     Head("normal-estimation", transformers.AutoModelForNormalEstimation, ""): "NORMAL_ESTIMATION",
     Head("pose-estimation", transformers.AutoModelForPoseEstimation, ""): "POSE_ESTIMATION",
-    Head("keypoint-detection", transformers.AutoModelForKeypointDetection, ""): "KEYPOINT_DETECTION",
+    Head("keypoint-detection", Maps(), ""): "KEYPOINT_DETECTION",
     Head("image-matting", transformers.AutoModelForImageMatting, ""): "IMAGE_MATTING",
     Head("image-to-image", transformers.AutoModelForImageToImage, ""): "IMAGE_TO_IMAGE",
     Head("automatic-speech-recognition", transformers.AutoModelForCTC): "CTC",

@@ -6,6 +6,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import save_file
+from transformers import SuperPointForKeypointDetection
 
 from helpers import exports
 from helpers.breadth import quick
@@ -19,11 +20,10 @@ from qexport.models.heads import in_two_parts
 from qexport.recipe.recipe import Recipe
 
 QUICK = ("bert_pretraining", "yolos")
-REFUSED = ("superpoint",)
 
 
 @pytest.mark.by_default("bert_pretraining")
-@pytest.mark.parametrize("name", quick(QUICK, among=[name for name in HEADS if name not in REFUSED]))
+@pytest.mark.parametrize("name", quick(QUICK, among=[name for name in HEADS if name != "superpoint"]))
 def test_outputs_are_those_of_the_class_that_the_config_names(tmp_path, name):
     captured = capture_model(save_head(name, tmp_path))
     kind = getattr(transformers, LISTS["heads"][name]["head"])
@@ -40,10 +40,23 @@ def test_outputs_are_those_of_the_class_that_the_config_names(tmp_path, name):
             assert (value - want).abs().max() < 2e-5 * want.abs().max(), output
 
 
-@pytest.mark.slow  # as other models whose sizes depend on values
-def test_points_that_are_found_are_refused(tmp_path):
-    with pytest.raises(CaptureError, match="makes a tensor whose size depends on values"):
-        capture_model(save_head("superpoint", tmp_path))
+@pytest.mark.slow
+def test_points_are_chosen_from_maps_behind_the_file(tmp_path):
+    captured = capture_model(save_head("superpoint", tmp_path))
+    model = SuperPointForKeypointDetection.from_pretrained(tmp_path).eval()
+    pictures = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        made, want = captured_runner(load_weights(captured))({"pixel_values": pictures}), model(pictures)
+    assert {name: list(value.shape) for name, value in made.items()} == {
+        "scores": [2, 64, 64], "descriptors": [2, model.config.descriptor_decoder_dim, 8, 8]
+    }  # fmt: skip
+    for row, count in enumerate(want.mask.sum(1).tolist()):
+        places, scores = model.keypoint_decoder._extract_keypoints(made["scores"][row : row + 1])
+        sampled = model.descriptor_decoder._sample_descriptors(places[None].clone(), made["descriptors"][row][None])
+        assert len(places) == count > 10
+        assert torch.equal(places / 64, want.keypoints[row, :count])
+        assert torch.allclose(scores, want.scores[row, :count], rtol=1e-5)
+        assert torch.allclose(sampled[0].T, want.descriptors[row, :count], atol=1e-5)
 
 
 def test_a_picture_classifier_goes_through_the_command_line(tmp_path, run):

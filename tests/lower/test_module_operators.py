@@ -145,3 +145,26 @@ def test_what_a_block_hands_on_is_no_mask():
     for block in captured.blocks[1:]:
         value = next(n for n in block.module.graph.nodes if n.op == "placeholder")
         assert value.meta["spec"].dtype == torch.float32
+
+
+class OnePicture(nn.Module):
+    """Convolutions and pooling of [channels, height, width], without a batch in front."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.up = nn.Conv2d(3, 4, 3, padding=1), nn.ConvTranspose2d(4, 2, 3, stride=2)
+
+    def forward(self, x):
+        x = self.up(self.conv(x))
+        largest, places = functional.max_pool2d(x, 3, 1, 1, return_indices=True)
+        means = functional.avg_pool2d(x, 3, 2), functional.adaptive_avg_pool2d(x[:, :12, :16], 4)
+        return functional.max_pool2d(x, 2), largest, places, *means
+
+
+def test_a_picture_may_have_no_batch(tmp_path):
+    model, x = OnePicture().eval(), torch.randn(3, 6, 8)
+    captured = capture_module(model, {"x": x}, {"x": {}})
+    got = exports.export(captured, Recipe(scheme="float"), "cpu", tmp_path / "out").in_onnxruntime()({"x": x})
+    with torch.no_grad():
+        for want, value in zip(model(x), got.values(), strict=True):
+            assert want.shape == value.shape and torch.allclose(want.float(), value.float(), atol=1e-5)

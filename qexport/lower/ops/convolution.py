@@ -1,7 +1,7 @@
 """Convolutions, pooling and batch norms, channels in the second dimension."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import onnx_ir as ir
 import torch
@@ -84,14 +84,22 @@ def _convolution(emit: Emitter, node: Node, given: Arguments) -> ir.Value:
     return (_transposed_conv if given.transposed else _conv)(emit, node, given)
 
 
+def _rows(emit: Emitter, x: Node, rank: int) -> tuple[ir.Value, Callable[[ir.Value], ir.Value]]:
+    """A value with a batch in front, which ONNX pools alone; and what takes it off a result where there was none."""
+    value, first = emit.get(x), emit.constant([0])
+    if len(shape_of(x)) > rank + 1:
+        return value, lambda pooled: pooled
+    return emit.op("Unsqueeze", value, first), lambda pooled: emit.op("Squeeze", pooled, first)
+
+
 def _max_pool(rank: int) -> Translation:
     def translate(emit: Emitter, node: Node, given: Arguments) -> ir.Value:
-        kernel = _each(given.kernel_size, rank)
-        return emit.op(
-            "MaxPool", emit.get(given.self), kernel_shape=kernel, strides=_each(given.stride, rank) or kernel,
+        kernel, (x, taken_off) = _each(given.kernel_size, rank), _rows(emit, given.self, rank)
+        return taken_off(emit.op(
+            "MaxPool", x, kernel_shape=kernel, strides=_each(given.stride, rank) or kernel,
             pads=_each(given.padding, rank) * 2, dilations=_each(given.dilation, rank),
             ceil_mode=int(given.ceil_mode),
-        )  # fmt: skip
+        ))  # fmt: skip
 
     return translate
 
@@ -105,14 +113,14 @@ def _max_pool_with_indices(rank: int) -> Translation:
     """The largest of every window, and where it is in its plane; ONNX counts through the whole tensor."""
 
     def translate(emit: Emitter, node: Node, given: Arguments) -> tuple[ir.Value, ...]:
-        kernel, x = _each(given.kernel_size, rank), emit.get(given.self)
+        kernel, (x, taken_off) = _each(given.kernel_size, rank), _rows(emit, given.self, rank)
         largest, places = emit.several(
             2, "MaxPool", x, kernel_shape=kernel, strides=_each(given.stride, rank) or kernel,
             pads=_each(given.padding, rank) * 2, dilations=_each(given.dilation, rank),
             ceil_mode=int(given.ceil_mode),
         )  # fmt: skip
         plane = emit.op("ReduceProd", emit.op("Shape", x, start=-rank), keepdims=0)
-        return largest, emit.op("Mod", places, plane)
+        return taken_off(largest), taken_off(emit.op("Mod", places, plane))
 
     return translate
 
@@ -126,11 +134,12 @@ def _avg_pool(rank: int) -> Translation:
         kernel, divisor = _each(given.kernel_size, rank), getattr(given, "divisor_override", None)
         if divisor is not None and given.ceil_mode:
             raise unsupported(node, "with a divisor of its own and sizes that are rounded up")
-        mean = emit.op(
-            "AveragePool", emit.get(given.self), kernel_shape=kernel, strides=_each(given.stride, rank) or kernel,
+        x, taken_off = _rows(emit, given.self, rank)
+        mean = taken_off(emit.op(
+            "AveragePool", x, kernel_shape=kernel, strides=_each(given.stride, rank) or kernel,
             pads=_each(given.padding, rank) * 2, ceil_mode=int(given.ceil_mode),
             count_include_pad=int(given.count_include_pad or divisor is not None),
-        )  # fmt: skip
+        ))  # fmt: skip
         if divisor is None:
             return mean
         return emit.op("Mul", mean, emit.constant(math.prod(kernel) / divisor, dtype_of(node)))
@@ -152,7 +161,8 @@ def _adaptive_avg_pool(rank: int) -> Translation:
         kernel = [s // w for s, w in zip(sizes, wanted, strict=True) if isinstance(s, int) and s % w == 0]
         if len(kernel) < rank:
             return _uneven_means(emit, node, x, wanted)
-        return emit.op("AveragePool", emit.get(x), kernel_shape=kernel, strides=kernel)
+        value, taken_off = _rows(emit, x, rank)
+        return taken_off(emit.op("AveragePool", value, kernel_shape=kernel, strides=kernel))
 
     return translate
 
