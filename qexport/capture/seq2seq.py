@@ -15,7 +15,7 @@ import psutil
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from transformers import AutoModelForSeq2SeqLM, AutoModelForSpeechSeq2Seq, PreTrainedModel
+from transformers import AutoModelForImageTextToText, AutoModelForSeq2SeqLM, AutoModelForSpeechSeq2Seq, PreTrainedModel
 from transformers.cache_utils import EncoderDecoderCache
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.models.auto import modeling_auto
@@ -44,6 +44,7 @@ from .windowed_attention import windows_as_masks
 _SOURCE, _SEQUENCE, _PAST = 7, 3, 5
 _TEXT = Reading((BATCH, "encoder_sequence_length"), (ROWS, _SOURCE))
 _CACHE = ("key", "value")
+_OF_PICTURES = ("vision-encoder-decoder",)  # of the models that write about pictures those with two parts
 
 
 @dataclass(frozen=True)
@@ -151,6 +152,8 @@ def _loader(folder: ModelFolder) -> type[Any]:
     kind = folder.config.model_type
     if kind in modeling_auto.MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES:
         return AutoModelForSpeechSeq2Seq
+    if kind in _OF_PICTURES:
+        return AutoModelForImageTextToText
     if kind in modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES:
         return AutoModelForSeq2SeqLM
     raise CaptureError(

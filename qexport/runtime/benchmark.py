@@ -250,13 +250,14 @@ def _of_sound(
 ) -> tuple[list[int], list[int], tuple[str, ...]]:  # fmt: skip
     """The same of sources of sound, with these dimensions."""
     if all(isinstance(size, int) for size in dims[1:]):
-        frames = int(dims[-1])
+        frames, pictures = int(dims[-1]), len(dims) > 3
+        what = f"pictures of {dims[-2]} x {frames} pixels" if pictures else f"spectrograms of {frames} frames"
         if prompt_lengths or decode_pasts:
             raise InputError(
-                f"it reads spectrograms of {frames} frames, and no others", place=str(folders[0]),
-                remedy="Leave out the lengths",
-            )  # fmt: skip
-        return [frames], [frames], ("prompts are spectrograms of this many frames, up to the first token",)
+                f"it reads {what}, and no others", place=str(folders[0]), remedy="Leave out the lengths"
+            )
+        note = f"prompts are {what}, up to the first token"
+        return [frames], [frames], (note,)
     lengths, unit = (SAMPLES, "samples") if len(dims) == 2 else (FRAMES, "frames")
     note = f"prompts are sources of so many {unit}, up to the first token about them; decoding is about such sources"
     # What was heard is as long as it is, whatever has been written about it.

@@ -15,7 +15,13 @@ from .patience import at_most
 from .sampling import Sampling
 from .seq2seq import is_seq2seq, longest_text, open_seq2seq, texts_as_source
 from .speech import Speech
-from .vision_language import is_vision_language, open_processor, open_vision_language, prompt_of
+from .vision_language import (
+    is_vision_language,
+    open_processor,
+    open_vision_language,
+    pictures_as_source,
+    prompt_of,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +59,7 @@ def generate_text(
     Args:
         folder: exported folder.
         prompt: one prompt or a batch.
-        inputs: what an encoder-decoder of spectrograms reads instead, by name: {"input_features": [batch, bins,
+        inputs: what an encoder-decoder of sound or pictures reads instead, by name: {"input_features": [batch, bins,
             frames]}, as its feature extractor makes them.
         start: token ids that the texts of an encoder-decoder begin with, in the place of those that its configs name.
         max_new_tokens: new tokens a prompt gets at most; fewer where the model's context ends before, and a warning
@@ -68,7 +74,8 @@ def generate_text(
         drafts: guess the next tokens of one prompt and read them together, which is faster where a text repeats itself
             or its prompt.
         images: of a model of pictures and text, what its one prompt is about: paths of pictures, pictures of Pillow or
-            arrays uint8 [height, width, 3]. Those that no token of the prompt stands for come first.
+            arrays uint8 [height, width, 3]. Those that no token of the prompt stands for come first. Of an
+            encoder-decoder that reads pictures, what it writes about, a text for each, without a prompt.
         beams: of an encoder-decoder, texts that are followed at once, of which the likeliest is written; None: as many
             as its generation config says, whose other rules hold too.
         speech: of a model of speech, in which language, for which task, and whether with times.
@@ -84,6 +91,8 @@ def generate_text(
     """
     folder = Path(folder)
     sees = is_vision_language(folder)
+    if images and prompt is None and inputs is None and is_seq2seq(folder):
+        inputs, images = pictures_as_source(folder, images), ()
     manifest = None if is_seq2seq(folder) else manifests.load(folder / manifests.DECODER if sees else folder)
     _check_read(prompt, inputs, {"start": start, "beams": beams, "speech": speech}, manifest)
     prompts = [prompt] if isinstance(prompt, str) else list(prompt or ())

@@ -63,7 +63,9 @@ class GenerationDefaults:
 
 def longest_text(said: Mapping[str, Any]) -> int | None:
     """Tokens that a decoder reads at most, by what its configs say; None where they do not."""
-    sizes = (said.get(name) for name in ("max_target_positions", "max_position_embeddings"))
+    configs = (said, *(said.get(part) for part in ("decoder_config", "decoder")))  # of the whole, or of a part of it
+    names = ("max_target_positions", "max_position_embeddings")
+    sizes = (config.get(name) for config in configs if isinstance(config, Mapping) for name in names)
     return next((size for size in sizes if isinstance(size, int) and size > 0), None)
 
 

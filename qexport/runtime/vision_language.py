@@ -10,7 +10,7 @@ import onnxruntime as ort
 from ..artifact import manifest as manifests
 from ..artifact.cache_names import TOKEN_IDS
 from ..artifact.files import read_json
-from ..artifact.manifest import DECODER, EMBEDDING, MANIFEST_FILE, VISION, VISION_LANGUAGE
+from ..artifact.manifest import DECODER, EMBEDDING, ENCODER, MANIFEST_FILE, VISION, VISION_LANGUAGE
 from ..artifact.output import restore
 from ..artifact.picture_positions import picture_positions
 from ..errors import InputError, RuntimeProblem, reading
@@ -22,6 +22,7 @@ from .session import open_session
 from .values import value_of
 
 FEATURES, _MASK = "image_features", "pixel_attention_mask"
+_PIXELS = "pixel_values"  # what the encoder of an encoder-decoder reads
 
 
 def is_vision_language(folder: str | Path) -> bool:
@@ -251,6 +252,26 @@ def opened_pictures(images: Sequence[Any]) -> list[Any]:
                 ) from None  # fmt: skip
         found.append(image)
     return found
+
+
+def pictures_as_source(folder: Path, images: Sequence[Any]) -> dict[str, np.ndarray]:
+    """What the encoder of an encoder-decoder reads of pictures, a row for each, as the model's processor makes it.
+
+    Args:
+        images: paths, pictures of Pillow, or arrays uint8 [height, width, 3].
+
+    Raises:
+        InputError: it reads something else, a picture cannot be read, or there is no processor that can be used.
+    """
+    from transformers import AutoImageProcessor
+
+    read = list(manifests.load(folder / ENCODER).settings.get("inputs", {}))
+    if read != [_PIXELS]:
+        raise InputError(f"its encoder reads {', '.join(read)}, not pictures", place="images", remedy="Leave them out")
+    pictures = opened_pictures(images)
+    with reading(folder, "no usable processor of pictures", "Copy the model's preprocessor_config.json into it"):
+        processor = AutoImageProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        return {_PIXELS: np.asarray(processor(pictures, return_tensors="np")[_PIXELS], np.float32)}
 
 
 def prompt_of(

@@ -6,7 +6,13 @@ from types import SimpleNamespace
 import torch
 import transformers
 from torch import nn
-from transformers import AutoConfig, AutoModel, AutoModelForSeq2SeqLM, AutoModelForSpeechSeq2Seq
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForImageTextToText,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSpeechSeq2Seq,
+)
 
 from helpers.breadth import quick
 from helpers.random_decoders import LISTS, VOCAB, save_random
@@ -151,12 +157,17 @@ def cnn() -> nn.Module:
     return model.eval()
 
 
+def seq2seq_loader(config) -> type:
+    """The auto class of transformers that makes an encoder-decoder of a config."""
+    kinds = AutoModelForSpeechSeq2Seq, AutoModelForImageTextToText, AutoModelForSeq2SeqLM
+    return next(kind for kind in kinds if type(config) in kind._model_mapping)
+
+
 def save_seq2seq(family: str, folder: Path, *, seed: int = 0, gain: float = 1.0) -> Path:
     """A small random encoder-decoder of a family; gain: of every matrix, above 1 for texts of more than one word."""
     given = dict(LISTS["encoder_decoders"][family])
     config = AutoConfig.for_model(given.pop("model_type"), **given)
-    known = type(config) in AutoModelForSpeechSeq2Seq._model_mapping
-    model = (AutoModelForSpeechSeq2Seq if known else AutoModelForSeq2SeqLM).from_config(config)
+    model = seq2seq_loader(config).from_config(config)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in dict.fromkeys(model.parameters()):

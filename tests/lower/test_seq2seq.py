@@ -6,12 +6,14 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
-from transformers import AutoModelForSeq2SeqLM, AutoModelForSpeechSeq2Seq
+from transformers import AutoConfig, ViTImageProcessorPil
 
 from helpers import exports
 from helpers.breadth import quick
-from helpers.random_modules import SEQ2SEQ, VOCAB, save_seq2seq
+from helpers.random_modules import SEQ2SEQ, VOCAB, save_seq2seq, seq2seq_loader
+from helpers.random_pictures import picture_file
 from helpers.runners import captured_runner, load_weights, padded, source_of, stepwise, tokens
 from helpers.tokenizer_files import write_word_tokenizer
 from qexport import bench, export, export_auto, generate, inspect, optimize, validate
@@ -70,7 +72,7 @@ def exported(t5, tmp_path_factory):
 
 
 def eager(folder, source):
-    kind = AutoModelForSeq2SeqLM if "input_ids" in source else AutoModelForSpeechSeq2Seq
+    kind = seq2seq_loader(AutoConfig.from_pretrained(folder))
     with torch.no_grad():
         return kind.from_pretrained(folder).eval()(**source, decoder_input_ids=TEXT).logits
 
@@ -309,6 +311,31 @@ def test_sound_of_any_length_is_calibrated_compared_and_written_down(family, tmp
     assert not report.problems and report.logits.windows == 2
     found = bench(tmp_path / "out", prompt_lengths=[len(rows[0])], decode_pasts=[len(rows[1])], repeats=1, threads=1)
     assert found.first.samples.keys() == {"load", f"prefill:{len(rows[0])}", f"decode:{len(rows[1])}"}
+
+
+@pytest.mark.slow
+def test_pictures_are_written_about(tmp_path):
+    folder = save_seq2seq("vision_encoder_decoder", tmp_path / "model", gain=1.5)
+    size = {"height": 32, "width": 32}
+    ViTImageProcessorPil(size=size, do_resize=True).save_pretrained(folder)
+    out = tmp_path / "out"
+    export(folder, recipe_of("w8a8_dyn"), out_dir=out)
+    write_word_tokenizer(out, VOCAB)
+    files = [picture_file(tmp_path, seed) for seed in (0, 1)]
+    pixels = ViTImageProcessorPil(size=size)([Image.open(file) for file in files], return_tensors="np")["pixel_values"]
+    texts = generate(out, images=files, max_new_tokens=6)
+    assert len(texts) == 2 and texts == generate(out, inputs={"pixel_values": pixels}, max_new_tokens=6)
+    assert len(generate(out, images=files[:1], max_new_tokens=100)[0]) <= 64 * 2, "as far as its positions go"
+    report = validate(out, folder, inputs=torch.tensor(pixels), greedy=4)
+    assert not report.problems and report.logits.windows == 2 and 0 < report.logits.kl_mean < 0.5
+    assert "pictures of 32 x 32 pixels" in bench(out, repeats=1, threads=1).notes[0]
+    with pytest.raises(InputError, match="reads pictures of 32 x 32 pixels, and no others"):
+        bench(out, prompt_lengths=[6])
+
+
+def test_pictures_are_for_those_that_read_them(exported, tmp_path):
+    with pytest.raises(InputError, match="its encoder reads input_ids, attention_mask, not pictures"):
+        generate(exported, images=[picture_file(tmp_path)])
 
 
 def test_what_takes_one_file_says_which(exported, t5, tmp_path):

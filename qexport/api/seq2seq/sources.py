@@ -127,7 +127,7 @@ def write_about(parts: Parts, sources: Sources, new_tokens: int, *, seed: int | 
     Returns:
         all that the decoder reads for them, the cache empty, on the CPU.
     """
-    config = parts.model.config
+    config = parts.model.config.get_text_config(decoder=True)
     start = torch.tensor([habits_of(parts.encoder.origin.path).start])
     limits = (getattr(config, name, None) for name in ("max_target_positions", "max_position_embeddings"))
     new_tokens = min([new_tokens, *(limit - start.shape[1] for limit in limits if isinstance(limit, int))])

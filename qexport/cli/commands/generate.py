@@ -32,7 +32,7 @@ def generate(
     folder: Folder,
     prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="Text to continue, or to write about.")] = None,
     inputs: Annotated[
-        Path | None, typer.Option(help="Safetensors file with spectrograms, for an encoder-decoder that reads them.")
+        Path | None, typer.Option(help="Safetensors file of sound or pictures, for an encoder-decoder of them.")
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
     temperature: Temperature = None,
@@ -59,7 +59,7 @@ def generate(
     draft: Draft = None,
     draft_rows: DraftRows = None,
     image: Annotated[
-        list[Path] | None, typer.Option("--image", "-i", help="A picture that the prompt is about; may be repeated.")
+        list[Path] | None, typer.Option("--image", "-i", help="A picture to write about; may be repeated.")
     ] = None,
     threads: Threads = None,
     provider: Provider = None,
