@@ -43,7 +43,7 @@ _SIZES = frozenset(
     {"max_position_embeddings", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
      "hidden_size", "vocab_size", "prompts_from", "conv_cache_size"}
 )  # fmt: skip
-_KINDS = {"filename": str, "inputs": dict, "layer_types": list, "attention": str, "logits": str}
+_KINDS = {"filename": str, "inputs": dict, "layer_types": list, "attention": str, "logits": str, "padding_counts": bool}
 
 
 class _Frozen(BaseModel):
@@ -171,6 +171,7 @@ class Manifest(_Frozen):
             keeps the last conv_cache_size inputs of its convolution in past_conv.{i}, zeros in front of a text,
             "linear_attention", which also keeps the state of a recurrence in past_recurrent.{i}, "hybrid", which keeps
             keys and values and such states, or "none". Several states of a kind are past_conv.{i}.{n}.
+            padding_counts (absent where it does not): padding in front changes what a row of the batch gives.
             logits: "last" where they are those of the last token only ([batch, 1, vocab]); absent, of every token.
         bytes: sizes by part; see `lower.sizes.by_part`.
         adapters: names of the adapters that the file can be run with, each in a file of its own, NAME.onnx_adapter.

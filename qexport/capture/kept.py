@@ -105,7 +105,12 @@ def layer_settings(layers: Sequence[Layer]) -> dict[str, Any]:
     if set(called) == {_CALLED[frozenset({KEY, VALUE})]}:
         return {}
     widths = [width for layer in layers for kept in layer if kind_of(kept.role) == CONV and (width := kept.dims[-1])]
-    return {"layer_types": called, **({"conv_cache_size": max(widths)} if widths else {})}
+    summed = any(kept.role == SUMMED for layer in layers for kept in layer)
+    return {
+        "layer_types": called,
+        **({"conv_cache_size": max(widths)} if widths else {}),
+        **({"padding_counts": True} if summed else {}),  # in transformers too: windows begin with a row
+    }
 
 
 def by_layer(values: Sequence, layers: Sequence[Layer]) -> list[list]:

@@ -84,7 +84,9 @@ class Decoder:
         self._has_positions, self._has_mask = "position_ids" in inputs, "attention_mask" in inputs
         # Of pictures a token has a place in time, height and width, which of text are one.
         self._axes = inputs["position_ids"].shape[:-2] if self._has_positions else []
-        self._takes_padding = self._has_mask and (self._has_positions or settings.get("attention") == "grouped")
+        self._counts_padding = settings.get("padding_counts", False)
+        hidden = self._has_mask and not self._counts_padding
+        self._takes_padding = hidden and (self._has_positions or settings.get("attention") == "grouped")
         self._others = set(inputs) - {"attention_mask", "position_ids", *made, *self._pasts}
         self._given: dict[str, ort.OrtValue] = dict(factors)
         self._factors = factors
@@ -287,6 +289,7 @@ class Decoder:
                 raise InputError("padding belongs on the left of the first tokens")
             if not self._takes_padding:
                 why = "computes positions itself" if self._has_mask else "has no attention mask"
+                why = "puts padding into summaries of tokens" if self._counts_padding else why
                 raise InputError(
                     f"this file {why}, so it cannot take padding",
                     remedy="Run prompts of different length one by one",

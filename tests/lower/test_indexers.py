@@ -12,6 +12,7 @@ from helpers.runners import captured_runner, load_weights, padded, tokens, trans
 from qexport.api.stages.capturing import capture_model
 from qexport.artifact.cache_names import is_past
 from qexport.capture.graph import Port
+from qexport.errors import InputError
 from qexport.graph.edit import TensorSpec
 from qexport.lower.build import build_model
 from qexport.lower.lowered_block import LoweredBlock
@@ -100,3 +101,8 @@ def test_a_file_of_floats_is_transformers_model(tmp_path, family, changes, kinds
     decoder.cut(5)  # keys of the indexer too
     again = torch.from_numpy(decoder.run(ids[:, 5:].numpy()).copy())
     assert (again - whole[:, 5:]).abs().max() < 1e-5 * whole.abs().max()
+    if kinds == SUMMED:
+        with pytest.raises(InputError, match="puts padding into summaries of tokens, so it cannot take padding"):
+            decoder.generate([[5, 6, 7], [5]], max_new_tokens=2)
+    else:
+        assert len(decoder.generate([[5, 6, 7], [5]], max_new_tokens=2).tokens) == 2
