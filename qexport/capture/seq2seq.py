@@ -44,6 +44,8 @@ from .windowed_attention import windows_as_masks
 _SOURCE, _SEQUENCE, _PAST = 7, 3, 5
 _TEXT = Reading((BATCH, "encoder_sequence_length"), (ROWS, _SOURCE))
 _CACHE = ("key", "value")
+# Their decoders have a causal mask where there is no cache alone: tokens of one call would see those behind them.
+_SEE_AHEAD = ("fsmt",)
 _OF_PICTURES = ("vision-encoder-decoder",)  # of the models that write about pictures those with two parts
 
 
@@ -150,6 +152,10 @@ def _captured(folder: ModelFolder, loader: type[Any], loaded: Loaded | Streamed,
 def _loader(folder: ModelFolder) -> type[Any]:
     """The class of transformers that loads it."""
     kind = folder.config.model_type
+    if kind in _SEE_AHEAD:
+        raise CaptureError(
+            f"the decoder of {kind} has no causal mask where it has a cache", place=folder.name, remedy=WITHOUT_CACHE
+        )
     if kind in modeling_auto.MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES:
         return AutoModelForSpeechSeq2Seq
     if kind in _OF_PICTURES:
@@ -164,7 +170,8 @@ def _loader(folder: ModelFolder) -> type[Any]:
 
 def _example(model: PreTrainedModel, folder: ModelFolder) -> tuple[dict[str, Tensor], dict[str, dict[int, str]]]:
     """A source to trace with, and which of its dimensions are free; what may be of any length has a mask."""
-    name, config = model.get_encoder().main_input_name, getattr(model.config, "encoder", model.config)
+    name = getattr(model.get_encoder(), "main_input_name", model.main_input_name)
+    config = getattr(model.config, "encoder", model.config)
     read = _TEXT if name == "input_ids" else reading_of(model, name, folder, config)
     source = {name: torch.zeros(read.example) if read is not _TEXT else torch.ones(read.example, dtype=torch.int64)}
     if read is _TEXT or read.free:

@@ -120,6 +120,13 @@ def reads_text(config: PretrainedConfig) -> bool:
     return ids and not compares(config)
 
 
+def reads_more_than_text(config: PretrainedConfig) -> bool:
+    """Whether the class that a config names writes text about pictures or sound beside text."""
+    known = _names(modeling_auto.MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES, config)
+    writers = _names(modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, config)
+    return bool(known.difference(writers).intersection(config.architectures or ()))
+
+
 def compares(config: PretrainedConfig) -> bool:
     """Whether the class that a config names reads pictures and texts, and says how well they go together (CLIP)."""
     known = _names(modeling_auto.MODEL_FOR_ZERO_SHOT_IMAGE_CLASSIFICATION_MAPPING_NAMES, config)

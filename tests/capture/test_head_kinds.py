@@ -118,3 +118,37 @@ def test_what_reads_other_things_is_refused(tmp_path):
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(CaptureError, match="names ViTForPictureBooks, which is neither"):
         capture_model(folder)
+
+
+def test_pictures_and_text_of_an_unknown_kind_are_refused(tmp_path):
+    (tmp_path / "config.json").write_text(
+        json.dumps({"model_type": "janus", "architectures": ["JanusForConditionalGeneration"]})
+    )
+    with pytest.raises(CaptureError, match="janus reads pictures or sound beside text, and is of no kind"):
+        capture_model(tmp_path)
+
+
+def test_words_on_a_page_are_refused_without_their_places(tmp_path):
+    config = transformers.LayoutLMConfig(vocab_size=64, hidden_size=32, num_hidden_layers=1, num_attention_heads=2)
+    transformers.LayoutLMModel(config).save_pretrained(tmp_path)
+    with pytest.raises(CaptureError, match=r"reads where words stand on a page \(bbox\)"):
+        capture_model(tmp_path)
+
+
+@pytest.mark.slow
+def test_pictures_are_compared_with_texts_in_one_file(tmp_path):
+    folder, pairs = save_head("clip", tmp_path / "model"), tmp_path / "pairs.safetensors"
+    random = torch.Generator().manual_seed(3)
+    ids = torch.randint(3, 128, (6, 8), generator=random)
+    save_file(
+        {
+            "input_ids": ids, "attention_mask": torch.ones_like(ids),
+            "pixel_values": torch.randn(6, 3, 16, 16, generator=random),
+        },
+        pairs,
+    )  # fmt: skip
+    result = exports.exporting.export(folder, "w8a8_dyn", out_dir=tmp_path / "out", calibration=str(pairs))
+    report = validate(result.folder, folder, text=str(pairs), windows=6)
+    logits = next(output for output in report.outputs if output.name == "logits_per_image")
+    assert "6 rows of pairs.safetensors" in report.text and not report.problems
+    assert logits.rank_correlation > 0.9  # of pairs, which are read one by one

@@ -5,6 +5,6 @@ from ..base import FixedPictures, architecture
 
 @architecture
 class OneSize(FixedPictures):
-    """InternVL 3 in transformers' own form, Aya Vision, Command A Vision, GOT-OCR 2."""
+    """InternVL 3 in transformers' own form, Aya Vision, Command A Vision, GOT-OCR 2, ViP-LLaVA."""
 
-    types = ("internvl", "aya_vision", "cohere2_vision", "got_ocr2")
+    types = ("internvl", "aya_vision", "cohere2_vision", "got_ocr2", "vipllava")
