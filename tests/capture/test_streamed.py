@@ -77,7 +77,9 @@ def test_a_large_encoder_decoder_stays_in_its_checkpoint(tmp_path, large):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["t5", "whisper", "bart", "m2m_100"])
+@pytest.mark.parametrize(
+    "family", ["t5", "whisper", "bart", "m2m_100", "led", "speech_to_text", "moonshine", "donut"]
+)
 def test_its_export_is_that_of_one_in_memory(family, tmp_path, large, monkeypatch):
     folder = save_seq2seq(family, tmp_path / "model", gain=2.0)
     spec = CalibrationSpec(source="random", samples=2, sequence_length=8, batch_size=2)
