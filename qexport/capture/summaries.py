@@ -58,7 +58,8 @@ def _group_by_group(grouped, path, x):
 def _given(module, hidden_states: Tensor, cache: _Cache, role: str, layer: int) -> tuple[Tensor, Tensor]:
     """What all tokens give to entries, and their weights, [batch, windows, width, features] each."""
     new = torch.cat([module.kv_proj(hidden_states), module.gate_proj(hidden_states)], -1)
-    return windows(cache.update_rows(new, layer, role), module.compress_rate).chunk(2, -1)
+    value, gate = windows(cache.update_rows(new, layer, role), module.compress_rate).chunk(2, -1)
+    return value, gate
 
 
 def windows(rows: Tensor, width: int) -> Tensor:
