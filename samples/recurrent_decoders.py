@@ -1,10 +1,12 @@
-"""How fast files of Mamba, Mamba-2 and RWKV are beside transformers' float models here, on one thread and in turns.
+"""How fast files of recurrent decoders, and of attention to chosen tokens, are beside transformers' float models here.
 
     python samples/recurrent_decoders.py [mamba ...] [--layers 4] [--prompt 256] [--turns 7]
 
 Layers of the shapes of mamba-130m, mamba2-130m and rwkv-4-169m with random weights and a small vocabulary, so that the
-recurrences weigh what they do there. transformers runs without its own kernels for GPUs, in PyTorch. Milliseconds are
-the medians of the turns, for a prompt and for a token behind it; beside them how many times transformers' speed.
+recurrences weigh what they do there; and, by name, of a small model with the indexer of DeepSeek V3.2 (deepseek_v32)
+and the windows and indexer of DeepSeek V4 (deepseek_v4), for prompts of more tokens than they choose. transformers runs
+without its own kernels for GPUs, in PyTorch. Milliseconds are the medians of the turns on one thread, for a prompt and
+for a token behind it; beside them how many times transformers' speed.
 """
 
 import argparse
@@ -30,13 +32,25 @@ SHAPES = {
     },
     "rwkv": {"model_type": "rwkv", "hidden_size": 768, "rescale_every": 0},
 }  # fmt: skip
+CHOOSING = {
+    "deepseek_v32": {
+        "model_type": "deepseek_v32", "hidden_size": 1024, "intermediate_size": 2816, "num_attention_heads": 8,
+        "num_key_value_heads": 8, "q_lora_rank": 512, "kv_lora_rank": 512, "first_k_dense_replace": 99,
+        "index_topk": 512, "max_position_embeddings": 4096,
+    },
+    "deepseek_v4": {
+        "model_type": "deepseek_v4", "hidden_size": 1024, "num_attention_heads": 8, "q_lora_rank": 512, "o_groups": 2,
+        "o_lora_rank": 512, "moe_intermediate_size": 512, "n_routed_experts": 4, "num_experts_per_tok": 2,
+        "num_hash_layers": 0, "index_topk": 128, "max_position_embeddings": 4096,
+    },
+}  # fmt: skip
 SMALL = {"vocab_size": 512, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 SCHEMES = ("float32", "w4a16_g32", "w8a8_dyn")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("shapes", nargs="*", metavar="shape", help="some of mamba, mamba2 and rwkv")
+    parser.add_argument("shapes", nargs="*", metavar="shape", help=f"some of {', '.join(SHAPES | CHOOSING)}")
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--prompt", type=int, default=256)
     parser.add_argument("--turns", type=int, default=7)
@@ -56,7 +70,7 @@ def main() -> None:
 def measured(shape: str, place: Path, given: argparse.Namespace) -> dict[str, tuple[float, float]]:
     """Milliseconds of a prompt and of a token, by what runs them."""
     torch.manual_seed(0)
-    kind = dict(SHAPES[shape])
+    kind = dict((SHAPES | CHOOSING)[shape])
     config = AutoConfig.for_model(kind.pop("model_type"), **kind, **SMALL, num_hidden_layers=given.layers)
     model = AutoModelForCausalLM.from_config(config).eval()
     model.save_pretrained(place / "model")
@@ -87,10 +101,12 @@ def in_transformers(model: torch.nn.Module, ids: torch.Tensor) -> tuple[float, f
             middle = time.perf_counter()
             model(ids[:, :1], state=state, use_cache=True)
         else:
-            cache = DynamicCache(config=model.config)
-            model(ids, cache_params=cache, use_cache=True)
+            kept = {"past_key_values" if model.config.model_type in CHOOSING else "cache_params": DynamicCache(
+                config=model.config
+            )}  # fmt: skip
+            model(ids, **kept, use_cache=True)
             middle = time.perf_counter()
-            model(ids[:, :1], cache_params=cache, use_cache=True)
+            model(ids[:, :1], **kept, use_cache=True)
     return 1000 * (middle - start), 1000 * (time.perf_counter() - middle)
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from ..graph.ops.attention import MASKED
 from .kept import INDEXER
 from .recurrences.registry import stands_for_forward
+from .summaries import windows
 
 
 @stands_for_forward("Qwen4ExpTextQSAIndexer")
@@ -49,9 +50,7 @@ def _choice(indexer, path, hidden_states, position_embeddings, attention_mask, p
 def _blocks(rows: Tensor, real: Tensor, width: int) -> Tensor:
     """Rows [batch, total, features] of real tokens in blocks of `width`, [batch, blocks, width, features].
 
-    Behind them are rows of padding, and of nothing: so there is one block more than full ones.
+    Behind them are rows of padding, and of nothing: so there are more blocks than full ones.
     """
     order = real.sort(dim=-1, descending=True, stable=True).indices[..., None]
-    rows = rows.gather(1, order.expand(-1, -1, rows.shape[-1]))
-    rows = torch.cat([rows, torch.zeros_like(rows[:, :1]).expand(-1, width, -1)], 1)
-    return rows[:, : rows.shape[1] // width * width].unflatten(1, (-1, width))
+    return windows(rows.gather(1, order.expand(-1, -1, rows.shape[-1])), width)

@@ -23,7 +23,7 @@ def _of_windows(compressor, path, hidden_states, q_residual, position_ids, past_
     value, gate = _given(compressor, hidden_states, past_key_values, SUMMED, layer_idx)
     entries = _entries(compressor, value, gate + compressor.position_bias)
     # A call of one token sees all that there are, in transformers: the same where there is no padding.
-    full, alone = torch.arange(entries.shape[1])[-1:], torch.ones_like(position_ids).sum(-1, keepdim=True) == 1
+    full, alone = torch.arange(entries.shape[1])[-2:-1], torch.ones_like(position_ids).sum(-1, keepdim=True) == 1
     past = torch.arange(entries.shape[1]) < torch.where(alone, full, _full(compressor, position_ids))[..., None]
     return entries[:, None], torch.where(past, 0.0, MASKED)[:, None]
 
@@ -56,15 +56,20 @@ def _group_by_group(grouped, path, x):
 
 
 def _given(module, hidden_states: Tensor, cache: _Cache, role: str, layer: int) -> tuple[Tensor, Tensor]:
-    """What all tokens give to entries, and their weights, [batch, windows, width, features] each.
-
-    Behind the last window that is full there is one more, which no token reads: so there is one in any text.
-    """
+    """What all tokens give to entries, and their weights, [batch, windows, width, features] each."""
     new = torch.cat([module.kv_proj(hidden_states), module.gate_proj(hidden_states)], -1)
-    rows, width = cache.update_rows(new, layer, role), module.compress_rate
-    rows = torch.cat([rows, torch.zeros_like(rows[:, :1]).expand(-1, width, -1)], 1)
-    windows = rows[:, : rows.shape[1] // width * width].unflatten(1, (-1, width))
-    return windows.chunk(2, -1)
+    value, gate = windows(cache.update_rows(new, layer, role), module.compress_rate).chunk(2, -1)
+    return value, gate
+
+
+def windows(rows: Tensor, width: int) -> Tensor:
+    """Rows [batch, tokens, features] of tokens side by side, [batch, windows, width, features].
+
+    Behind those that are full there are two more, the first of which holds the rest: in the graph of a short text one
+    alone would stay one for any text.
+    """
+    rows = torch.cat([rows, torch.zeros_like(rows[:, :1]).expand(-1, 2 * width, -1)], 1)
+    return rows[:, : rows.shape[1] // width * width].unflatten(1, (-1, width))
 
 
 def _overlapping(module, hidden_states: Tensor, cache: _Cache, role: str, layer: int) -> Tensor:

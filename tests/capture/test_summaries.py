@@ -9,7 +9,7 @@ from helpers import agreement
 from helpers.random_decoders import LISTS, randomize, reference_model, save_model
 from helpers.runners import captured_runner, load_weights, transformers_runner
 from qexport.api.stages.capturing import capture_model
-from qexport.capture import summaries  # noqa: F401  declares what takes the place of modules
+from qexport.capture import summaries
 from qexport.capture.attention import GraphCache
 from qexport.capture.kept import INDEXER, KEY, SUMMED
 from qexport.capture.recurrences import recurrences_as_nodes
@@ -53,10 +53,38 @@ def test_entries_and_what_reads_them_are_transformers(name):
             rows = cache.attended[0].rows
             past |= rows
             full = TOKENS // rate
-            masks.append(torch.nn.functional.pad(mask, (0, full + 1 - mask.shape[-1]), value=-1.0)[..., :full])
+            masks.append(torch.nn.functional.pad(mask, (0, full + 2 - mask.shape[-1]), value=-1.0)[..., :full])
     assert past[SUMMED].shape == (2, 1, TOKENS, summed)
     assert want.shape[2] == full and torch.allclose(entries[:, :, :full], want, atol=1e-5)
     assert torch.equal(torch.cat(masks, 2) == 0, bias == 0)
+
+
+def test_windows_wider_than_the_example_of_a_trace():
+    class Windows(torch.nn.Module):
+        def forward(self, rows):
+            return summaries.windows(rows, 16)
+
+    dynamic = ({1: torch.export.Dim.DYNAMIC},)
+    traced = torch.export.export(Windows(), (torch.zeros(2, 8, 3),), dynamic_shapes=dynamic, strict=False).module()
+    rows = torch.randn(2, 40, 3)
+    got = traced(rows)
+    assert torch.equal(got.flatten(1, 2)[:, :40], rows) and got.shape == (2, 4, 16, 3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [("deepseek_v4", {"layer_types": ["heavily_compressed_attention"], "mlp_layer_types": ["moe"],
+                      "compress_rates": {"compressed_sparse_attention": 4, "heavily_compressed_attention": 11}}),
+     ("qwen4_exp", {"layer_types": ["indexed_attention"], "ple_layer_ids": [], "indexer_compress_ratio": 10,
+                    "indexer_budget": 10})],
+)  # fmt: skip
+def test_a_text_of_many_windows_by_a_graph_of_none_that_is_full(tmp_path, family, changes):
+    folder = save_model(family, tmp_path / "model", num_hidden_layers=1, **changes)
+    captured, mask = capture_model(folder), torch.ones(2, 35, dtype=torch.int64)
+    runs = captured_runner(load_weights(captured)), transformers_runner(reference_model(folder))
+    got, want = agreement.logits(mask, *((run, captured, torch.float32) for run in runs))
+    assert (got - want).abs().max() < 1e-5 * want.abs().max()
 
 
 @pytest.mark.slow
