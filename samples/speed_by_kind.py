@@ -54,7 +54,7 @@ MODELS: dict[str, tuple[type, dict[str, Any]]] = {
         "vision_feature_select_strategy": "default", "text_config": {"model_type": "llama", **_TEXT},
     }),
 }  # fmt: skip
-SCHEMES = ("w8a8_dyn", "w4a16_g32")
+SCHEMES = ("w8a8_dyn", "w8a8_static", "w4a16_g32")
 CALLS = {"": (128, 0), "step": (1, 128)}  # new tokens and those in the cache
 ROUNDS, SECONDS = 15, 0.03
 # Its Attention is another operator of that name, and what it makes of ONNX's is refused.
@@ -99,11 +99,10 @@ def rows_of(kind: str, place: Path) -> list[str]:
     torch.manual_seed(0)
     model = loader.from_config(AutoConfig.for_model(settings.pop("model_type"), **settings))
     model.save_pretrained(place / "model")
-    source = place / "model" if kind != "vit" else model.eval()
-    beside = {"inputs": {"pixel_values": torch.randn(1, 3, 224, 224)}} if kind == "vit" else {}
     for scheme in ("float", *SCHEMES):
-        recipe = Recipe(scheme=scheme, weights={"method": "rtn"}, calibration={"source": "random"})
-        qexport.export(source, recipe, out_dir=place / scheme, **beside)
+        few = {"source": "random", "samples": 4, "sequence_length": 64}
+        recipe = Recipe(scheme=scheme, lm_head=scheme, weights={"method": "rtn"}, calibration=few)
+        qexport.export(place / "model", recipe, out_dir=place / scheme)
     parts = sorted(path.parent.name for path in (place / "float").glob("*/model.onnx")) or [""]
     return [row for part in parts if part != "embedding" for row in _rows(kind, part, place)]
 
