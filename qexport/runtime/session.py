@@ -264,7 +264,7 @@ def node_of(nodes: Iterable[OptimizedNode], output: str, node: str = "") -> Opti
 
 
 # The same product where another of static values alone reads the result, which is rounded within.
-_ROUNDING = {"MatMulIntegerToFloat": "QLinearMatMul"}
+_ROUNDING = {"MatMulIntegerToFloat": ("QLinearMatMul",)}
 
 
 def unfused(graph: OptimizedGraph, linears: Sequence[LinearEntry]) -> list[tuple[LinearEntry, str | None]]:
@@ -277,7 +277,8 @@ def unfused(graph: OptimizedGraph, linears: Sequence[LinearEntry]) -> list[tuple
             output, node = PROMPTS + linear.output, PROMPTS + linear.node
             products.append((kernel_of(graph.nodes, output, node), linear.prompt_kernel))
         products += [(by_name.get(node), kernel) for node, kernel in linear.parts]
-        wrong += [(linear, found) for found, kernel in products if found not in (kernel, _ROUNDING.get(kernel))][:1]
+        others = [found for found, kernel in products if found not in (kernel, *_ROUNDING.get(kernel, ()))]
+        wrong += [(linear, found) for found in others[:1]]
     return wrong
 
 
