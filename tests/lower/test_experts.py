@@ -217,6 +217,7 @@ def test_what_cudas_kernel_does_not_take_stays_dense(tmp_path, changes, scheme, 
     assert len(reasons(exported)) == 2 and all(reason in why for why in reasons(exported).values())
 
 
+@pytest.mark.by_default("False")
 @pytest.mark.parametrize("normed", [False, True])
 def test_shares_on_cuda_are_those_of_the_model_too(tmp_path, normed):
     """That node reads scores, and what it makes of them is normed: where shares are not, their sum is a factor."""

@@ -78,7 +78,7 @@ def eager(folder, source):
         return kind.from_pretrained(folder).eval()(**source, decoder_input_ids=TEXT).logits
 
 
-@pytest.mark.by_default("t5")
+@pytest.mark.slow  # as every export does it
 @pytest.mark.parametrize("folder", FAMILIES, indirect=True)
 def test_parts_compute_what_transformers_computes(folder):
     parts = capture_seq2seq(open_model(folder))
