@@ -8,5 +8,5 @@ from ..grids import GridPictures
 class GLM4V(GridPictures):
     """GLM-4.1V and those made like it, with experts and without."""
 
-    types = ("glm4v", "glm4v_moe", "glm46v", "glmga", "glm_ocr")
+    types = ("glm4v", "glm4v_moe", "glm46v", "glm_ocr")
     marks = "image"

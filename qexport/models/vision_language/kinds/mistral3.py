@@ -17,7 +17,7 @@ SIZES = "image_sizes"  # height and width of each in pixels
 class Mistral3(VisionLanguage):
     """Those with Pixtral's encoder. Its rows are padded with zeros behind the last."""
 
-    types = ("mistral3", "mistral_large4", "lighton_ocr")
+    types = ("mistral3", "lighton_ocr")
 
     def inputs(self, config: PretrainedConfig) -> dict[str, Pictures]:
         channels = config.vision_config.num_channels
