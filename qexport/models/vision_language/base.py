@@ -36,6 +36,11 @@ class Pictures:
     dtype: torch.dtype = torch.float32
 
 
+def uneven_sides(count: int, unit: int) -> Tensor:
+    """Heights and widths of so many pictures: two by three units, three by two and so on; int64 [pictures, 2]."""
+    return torch.tensor([[unit * (2 + i % 2), unit * (3 - i % 2)] for i in range(count)])
+
+
 class VisionLanguage(ABC):
     """An architecture; what most of them have in common is here.
 

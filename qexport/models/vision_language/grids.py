@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -12,7 +13,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ...artifact.picture_positions import picture_positions
-from .base import COUNT, Pictures, VisionLanguage
+from .base import COUNT, Pictures, VisionLanguage, uneven_sides
 
 GRID = "image_grid_thw"
 
@@ -84,7 +85,7 @@ def told(encoder: Any, grid: Tensor, at: Places) -> dict[str, Any]:
     """What an encoder of transformers would make of sizes in ways that depend on values, by its arguments' names.
 
     Args:
-        grid: int64 [pictures, 3], each of one frame.
+        grid: int64 [pictures, 3], patches of each in time, height and width.
     """
     ends, count = grid.prod(1).cumsum(0), at.row.shape[0]
     # Patches that no size counts are of the last picture, so that no index leaves its table.
@@ -120,27 +121,27 @@ def between(table: Any, at: Places) -> tuple[Tensor, Tensor]:
 _PACKED = "qexport_packed_flash"  # transformers hands packed texts to attention whose name says flash
 
 
-def _packed(module: Any, query: Tensor, key: Tensor, value: Tensor, scaling: float, **given: Any) -> Any:
-    """Attention of patches [1, heads, patches, features] within pictures that lie one behind another."""
-    ends = given["cu_seq_lens_q"][1:]
-    picture = (torch.arange(query.shape[2])[:, None] >= ends[None, :]).sum(1)
+def _packed(
+    seen: Tensor, _module: Any, query: Tensor, key: Tensor, value: Tensor, scaling: float, **_lengths: Any
+) -> tuple[Tensor, None]:
+    """Attention of patches [1, heads, patches, features], those of several pictures one behind another."""
     groups = query.shape[1] // key.shape[1]
     key, value = (part.repeat_interleave(groups, dim=1) if groups > 1 else part for part in (key, value))
-    out = scaled_dot_product_attention(query, key, value, attn_mask=alike(picture), scale=scaling)
-    return out.transpose(1, 2), None
+    return scaled_dot_product_attention(query, key, value, attn_mask=seen, scale=scaling).transpose(1, 2), None
 
 
 @contextmanager
-def packed_attention(encoder: Any) -> Iterator[None]:
-    """Have an encoder of transformers attend within pictures by a mask, and not picture by picture."""
-    ALL_ATTENTION_FUNCTIONS.register(_PACKED, _packed)
+def packed_attention(encoder: Any, at: Places) -> Iterator[None]:
+    """Have an encoder of transformers attend within frames by one mask, and not frame by frame."""
     configs = {id(part.config): part.config for part in encoder.modules() if hasattr(part, "config")}.values()
     before = [(config, config._attn_implementation) for config in configs]
+    ALL_ATTENTION_FUNCTIONS[_PACKED] = partial(_packed, alike(at.frame))
     for config in configs:
         config._attn_implementation = _PACKED
     try:
         yield
     finally:
+        del ALL_ATTENTION_FUNCTIONS[_PACKED]
         for config, name in before:
             config._attn_implementation = name
 
@@ -174,8 +175,7 @@ class GridPictures(VisionLanguage):
 
     def grids(self, config: PretrainedConfig, count: int) -> Tensor:
         """Of so many pictures of different sides, with as many patches each; int64 [pictures, 3]."""
-        merged = self.merged(config)
-        return torch.tensor([[1, merged * (2 + i % 2), merged * (3 - i % 2)] for i in range(count)])
+        return pad(uneven_sides(count, self.merged(config)), (1, 0), value=1)
 
     def rows(self, config: PretrainedConfig, pictures: Mapping[str, Tensor], total: int) -> list[int]:
         return [int(patches) // self.merged(config) ** 2 for patches in pictures[GRID].prod(1)]
@@ -197,7 +197,11 @@ class GridPictures(VisionLanguage):
         return {"grid": GRID, "spatial_merge_size": self.merged(config)}
 
     def features(self, model: PreTrainedModel, pictures: Mapping[str, Tensor]) -> Tensor:
+        return self.encoded(model, pictures).pooler_output
+
+    def encoded(self, model: PreTrainedModel, pictures: Mapping[str, Tensor]) -> Any:
+        """What transformers' own encoder makes of pictures, without a size that depends on values."""
         encoder, grid = model.model.visual, pictures[GRID]
         at = places_of(grid, pictures["pixel_values"].shape[0], self.merged(model.config))
-        with packed_attention(encoder):
-            return encoder(pictures["pixel_values"], grid_thw=grid, **told(encoder, grid, at)).pooler_output
+        with packed_attention(encoder, at):
+            return encoder(pictures["pixel_values"], grid_thw=grid, **told(encoder, grid, at))

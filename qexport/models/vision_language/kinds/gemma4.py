@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
 from ....graph.ops.attention import MASKED
-from ..base import COUNT, Dims, Pictures, VisionLanguage, architecture
+from ..base import COUNT, Dims, Pictures, VisionLanguage, architecture, uneven_sides
 from ..ragged import behind_zeros, in_front
 from ..whole_pictures import near, together
 
@@ -35,9 +35,8 @@ class Gemma4(VisionLanguage):
     def example(self, config: PretrainedConfig, count: int, generator: torch.Generator) -> dict[str, Tensor]:
         side = config.vision_config.pooling_kernel_size
         most, numbers = 8 * side**2, 3 * config.vision_config.patch_size**2
-        grids = [(side * (2 + i % 2), side * (3 - i % 2)) for i in range(count)]  # columns and rows
         places = torch.full((count, most, 2), -1)
-        for i, (columns, rows) in enumerate(grids):
+        for i, (columns, rows) in enumerate(uneven_sides(count, side).tolist()):
             place = torch.arange(columns * rows)
             places[i, : len(place)] = torch.stack([place % columns, place // columns], dim=-1)
         inside = (places >= 0).all(-1, keepdim=True)

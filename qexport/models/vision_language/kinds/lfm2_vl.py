@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
-from ..base import COUNT, Pictures, VisionLanguage, architecture
+from ..base import COUNT, Pictures, VisionLanguage, architecture, uneven_sides
 from ..ragged import behind_zeros, in_front
 
 SHAPES, MASK = "spatial_shapes", "pixel_attention_mask"  # patches in height and width; which are no padding
@@ -29,7 +29,7 @@ class LFM2VL(VisionLanguage):
 
     def example(self, config: PretrainedConfig, count: int, generator: torch.Generator) -> dict[str, Tensor]:
         side, numbers = config.downsample_factor, int(self.inputs(config)["pixel_values"].dims[-1])
-        shapes, patches = torch.tensor([[side * (2 + i % 2), side * (3 - i % 2)] for i in range(count)]), 8 * side**2
+        shapes, patches = uneven_sides(count, side), 8 * side**2
         inside = torch.arange(patches) < shapes.prod(1, keepdim=True)
         pixels = torch.randn(count, patches, numbers, generator=generator) * inside[..., None]
         return {"pixel_values": pixels, SHAPES: shapes, MASK: inside.long()}

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
-from ..base import COUNT, Pictures, VisionLanguage, architecture
+from ..base import COUNT, Pictures, VisionLanguage, architecture, uneven_sides
 from ..ragged import behind_zeros, in_front
 
 SIZES = "image_sizes"  # height and width of each in pixels
@@ -30,8 +30,7 @@ class Mistral3(VisionLanguage):
         return int(config.vision_config.patch_size * config.spatial_merge_size)
 
     def example(self, config: PretrainedConfig, count: int, generator: torch.Generator) -> dict[str, Tensor]:
-        step = self._step(config)
-        sizes = torch.tensor([[step * (2 + i % 2), step * (3 - i % 2)] for i in range(count)])
+        sizes = uneven_sides(count, self._step(config))
         height, width = sizes.amax(0).tolist()
         pixels = torch.randn(count, config.vision_config.num_channels, height, width, generator=generator)
         inside = (torch.arange(height)[:, None] < sizes[:, :1, None]) & (torch.arange(width) < sizes[:, 1:, None])

@@ -32,7 +32,7 @@ class PaddleOCRVL(GridPictures):
         encoder, projector, grid = inner.visual.vision_model, inner.projector, pictures[GRID]
         patches, side = pictures["pixel_values"].shape[0], self.merged(model.config)
         by_rows, by_squares = places_of(grid, patches, 1), places_of(grid, patches, side)
-        with packed_attention(encoder):
+        with packed_attention(encoder, by_rows):
             given = told(encoder.embeddings, grid, by_rows)
             x = encoder(pictures["pixel_values"][None], grid_thw=grid, **given).last_hidden_state
         order = by_squares.frame + by_squares.row * by_squares.width + by_squares.column
