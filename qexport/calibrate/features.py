@@ -9,7 +9,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..capture.features import IDS
+from ..artifact.cache_names import TOKEN_IDS
 from ..capture.graph import Port
 from ..errors import InputError
 from ..recipe.recipe import CalibrationSpec
@@ -65,7 +65,7 @@ def drawn_features(ports: Sequence[Port], rows: int, seed: int, tokens: int = 0)
         sizes = (rows, *port.sizes[1:])
         if port.dtype.is_floating_point:
             return torch.randn(sizes, generator=random)
-        read = tokens and port.name == IDS
+        read = tokens and port.name == TOKEN_IDS
         return torch.randint(tokens, sizes, generator=random) if read else torch.ones(sizes, dtype=port.dtype)
 
     return {port.name: drawn(port) for port in ports}

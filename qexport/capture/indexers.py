@@ -3,9 +3,6 @@
 A query attends to the keys of the highest scores, whose number is stated; to all in a shorter text.
 """
 
-import sys
-from unittest.mock import patch
-
 import torch
 from torch.fx import Graph, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
@@ -14,6 +11,7 @@ from ..graph.edit import is_call
 from ..graph.schema import bind
 from ..graph.views import Item
 from .recurrences.registry import stands_for_forward
+from .stand_ins import standing_in
 
 aten, ops = torch.ops.aten, torch.ops.qexport
 
@@ -26,7 +24,7 @@ def _for_any_length(indexer, path, *args, **kwargs):
 
     Python's min compares them, so that the graph would be one for texts as short or as long as the example.
     """
-    with patch.object(sys.modules[type(indexer).__module__], "min", torch.sym_min, create=True):
+    with standing_in("min", torch.sym_min, [type(indexer).__module__]):
         return type(indexer).forward(indexer, *args, **kwargs)
 
 

@@ -24,7 +24,6 @@ from ..graph.views import (
     Cat,
     Gather,
     Index,
-    LinearCall,
     Mul,
     Operand,
     Repeat,
@@ -37,6 +36,7 @@ from ..graph.views import (
 from .clips import spell_clips
 from .copies_to_concat import join_parts
 from .left_products import turn_left_products
+from .odd_forms import leave_out_nothing, multiply_by_vectors
 from .positions import slice_tables
 from .single_pictures import batch_single_pictures
 from .token_shifts import join_shifts
@@ -79,8 +79,8 @@ def to_normal_form(module: GraphModule) -> GraphModule:
     spell_clips(module)
     _fuse_lookups(graph)
     turn_left_products(graph)
-    _multiply_by_vectors(graph)
-    _leave_out_nothing(graph)
+    multiply_by_vectors(graph)
+    leave_out_nothing(graph)
     _drop_round_trips(graph)
     _keep_rows_apart(graph)
     slice_tables(graph)
@@ -115,33 +115,6 @@ def _leave_inputs_alone(graph: Graph) -> None:
             shared.append(operand(shared[-1]))
         if new is not None and all(order[user] <= place for value in shared for user in value.users):
             node.target = new
-
-
-def _multiply_by_vectors(graph: Graph) -> None:
-    """A linear whose weight is one row without an axis for it is a product, and has nothing to quantize."""
-    for node in list(graph.nodes):
-        found = LinearCall.match(node)
-        if found is None or found.weight.meta["val"].dim() != 1:
-            continue
-        with graph.inserting_before(node):
-            product = graph.call_function(aten.matmul.default, (found.x, found.weight))
-            product.meta = dict(node.meta)
-            made = product
-            if found.bias is not None:
-                made = graph.call_function(aten.add.Tensor, (product, found.bias))
-                made.meta = dict(node.meta)
-        node.replace_all_uses_with(made)
-        graph.erase_node(node)
-
-
-def _leave_out_nothing(graph: Graph) -> None:
-    """Join tensors without the empty one of a single axis that PyTorch takes among those of several (a fresh cache)."""
-    for node in list(graph.nodes):
-        found = Cat.match(node)
-        parts = [] if found is None else [part for part in found.tensors if tuple(part.meta["val"].shape) != (0,)]
-        if found is None or not parts or len(parts) == len(found.tensors):
-            continue
-        node.args = (parts, *node.args[1:])
 
 
 def _compute_in_float32(graph: Graph) -> None:

@@ -2,13 +2,13 @@
 
 import math
 import operator
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch.fx import Graph, Node
+
+from .stand_ins import standing_in
 
 
 class _OfSizes(type):
@@ -25,18 +25,9 @@ class _Int(metaclass=_OfSizes):
     """int, of which torch.export sees what it computes."""
 
 
-@contextmanager
-def whole_numbers_of_sizes(model: torch.nn.Module) -> Iterator[None]:
+def whole_numbers_of_sizes(model: torch.nn.Module) -> AbstractContextManager[None]:
     """Let int() in the file that a model's class is of keep a size that is free."""
-    code: Any = sys.modules[type(model).__module__]
-    if hasattr(code, "int"):
-        yield
-        return
-    code.int = _Int
-    try:
-        yield
-    finally:
-        del code.int
+    return standing_in("int", _Int, [type(model).__module__])
 
 
 def divided_whole(graph: Graph) -> None:
